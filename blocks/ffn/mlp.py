@@ -1,0 +1,33 @@
+"""Two products with an activation between: f(x W_1) W_2, the RetNet paper's network."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .base import Activation, FeedForward, FfnConfig, activate
+
+
+class MlpConfig(FfnConfig):
+    """f(x W_1) W_2."""
+
+    kind: Literal["mlp"] = "mlp"
+    activation: Activation = "gelu"
+    """f."""
+
+    def build(self, d_model: int) -> "Mlp":
+        """Build the network."""
+        return Mlp(self, d_model)
+
+
+class Mlp(FeedForward):
+    """The network of `MlpConfig`."""
+
+    def __init__(self, config: MlpConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation: Activation = config.activation
+        self.up_proj = nn.Linear(d_model, config.hidden_width(d_model), bias=False)
+        self.down_proj = nn.Linear(config.hidden_width(d_model), d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
+        return self.down_proj(activate(self.up_proj(x), self.activation))

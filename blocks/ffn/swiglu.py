@@ -1,0 +1,35 @@
+"""A gated network: (f(x W_g) * x W_u) W_d (Shazeer, arXiv 2002.05202; f = silu is SwiGLU, f = gelu is GeGLU)."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .base import Activation, FeedForward, FfnConfig, activate
+
+
+class SwigluConfig(FfnConfig):
+    """(f(x W_g) * x W_u) W_d; an expansion of 8/3 has as many parameters as an mlp of 4."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    activation: Activation = "silu"
+    """f."""
+
+    def build(self, d_model: int) -> "Swiglu":
+        """Build the network."""
+        return Swiglu(self, d_model)
+
+
+class Swiglu(FeedForward):
+    """The network of `SwigluConfig`."""
+
+    def __init__(self, config: SwigluConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation: Activation = config.activation
+        hidden = config.hidden_width(d_model)
+        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
+        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))

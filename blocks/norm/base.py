@@ -1,0 +1,37 @@
+"""What a norm is, and how a kind of it is registered."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from pydantic import Field
+from torch import Tensor
+
+from ...registry import Config, Registry
+
+
+class Norm(Protocol):
+    """A module [B T D] -> [B T D] that can initialise itself, as nn.LayerNorm."""
+
+    def __call__(self, input: Tensor, /) -> Tensor:
+        """Normalise every token."""
+        ...
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter."""
+        ...
+
+
+class NormConfig(Config, ABC):
+    """The configuration of a norm over the residual stream; a subclass declares `kind: Literal["its_name"]`."""
+
+    kind: str
+    eps: float = Field(ge=0)
+    """Added to the variance."""
+
+    @abstractmethod
+    def build(self, d_model: int) -> Norm:
+        """Build the module for a residual stream of width `d_model`."""
+
+
+NORMS = Registry("norm", NormConfig, package="seqmix.blocks.norm")
+"""All norms: the files of this folder, and dotted paths."""

@@ -1,0 +1,1 @@
+"""Presets: one YAML file each, named on the command line by its stem."""

@@ -1,0 +1,183 @@
+"""Softmax attention with grouped heads, a sliding window, and relative positions (arXiv 1706.03762, 2305.13245).
+
+    q, k, v = x W_Q, x W_K, x W_V by head          rope, xpos: q and k turn by the angle n theta at position n
+    o_n = sum_m softmax_m(q_n . k_m / sqrt(K)) v_m          over the keys  max(0, n - window + 1) <= m <= n
+    xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
+
+xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code. The state is a
+cache of keys, turned but not shrunk, and values. Differs from the RetNet paper's Transformer baseline: no biases.
+"""
+
+from bisect import bisect
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from .ops.softmax import Cache, GrowingCache, RingCache, empty_cache, softmax, softmax_flops
+from .paradigm import Paradigm
+from .positions import frequencies, rotate, rotation, token_positions
+
+AttentionState = Cache
+"""Keys and values read: a ring under a window or where the number of tokens was given, else a growing cache."""
+
+XPOS_GAMMA = 0.4
+XPOS_BASE = 512
+
+
+class AttentionConfig(MixerConfig):
+    """Softmax attention: every query reads all keys before it, or the last `window` of them."""
+
+    kind: Literal["attention"] = "attention"
+    n_heads: int = Field(gt=0)
+    """Query heads."""
+    n_kv_heads: int | None = Field(default=None, gt=0)
+    """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when None."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head; d_model / n_heads when None."""
+    positions: Literal["rope", "xpos", "none"] = "rope"
+    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; `none`: no positions."""
+    rope_base: float = Field(default=10000.0, gt=1)
+    """The base of the angles."""
+    window: int | None = Field(default=None, gt=0)
+    """Keys that a query sees, its own included; all when None. It bounds the state."""
+    chunk_size: int = Field(default=512, gt=0)
+    """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
+    paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
+    """The paradigm of training and evaluation."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads; {self.n_kv_heads} does not divide {self.n_heads}, "
+                f"which {_enumerate(_divisors(self.n_heads))} do"
+            )
+        if self.positions != "none" and self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"{self.positions} turns pairs of dimensions, so head_dim must be even, not {self.head_dim}")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """All paradigms; only a window bounds the state."""
+        return Traits(
+            paradigms=frozenset(Paradigm),
+            state="growing" if self.window is None else "constant",
+            packing=True,
+            shift_invariant=True,
+        )
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":  # noqa: ARG002
+        """Build the layer.
+
+        Raises:
+            ContractError: no head_dim is given and the heads do not divide d_model, or into heads of odd width.
+        """
+        return Attention(self, d_model)
+
+
+class Attention(SequenceMixer[AttentionState]):
+    """The layer of `AttentionConfig`."""
+
+    def __init__(self, config: AttentionConfig, d_model: int) -> None:
+        super().__init__(config)
+        self.config = config
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim or _head_dim(config, d_model)
+        self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+
+    def mix(  # noqa: D102
+        self,
+        x: Float[Tensor, "B T D"],
+        state: AttentionState | None,
+        paradigm: Paradigm,
+        cu_seqlens: Int[Tensor, "N+1"] | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if self.config.positions != "none":
+            positions = token_positions(x.shape[1], None if state is None else state.length, cu_seqlens, x.device)
+            theta = frequencies(self.head_dim, "rope", self.config.rope_base, x.device)
+            cos, sin = rotation(positions, theta, q.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        output, final_state = softmax(
+            paradigm,
+            q,
+            k,
+            v,
+            window=self.config.window,
+            log_decay=xpos_log_decay(self.head_dim, x.device) if self.config.positions == "xpos" else None,
+            initial_state=state,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.config.chunk_size,
+        )
+        return self.out_proj(output.flatten(2)), final_state
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:  # noqa: D102
+        bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
+        return empty_cache(
+            RingCache if bounds else GrowingCache,
+            batch_size,
+            min(bounds, default=0),
+            self.n_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
+        weights = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        return 2 * length * weights + self.n_heads * softmax_flops(
+            paradigm,
+            length,
+            self.head_dim,
+            self.head_dim,
+            window=self.config.window,
+            chunk_size=self.config.chunk_size,
+            context=context,
+        )
+
+
+def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
+    """Natural log of xPos's factor a token of distance, float64, for interleaved pairs."""
+    pair = torch.arange(head_dim // 2, device=device, dtype=torch.float64)
+    zeta = (pair / (head_dim // 2) + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+    return (zeta.log() / XPOS_BASE).repeat_interleave(2)
+
+
+def _head_dim(config: AttentionConfig, d_model: int) -> int:
+    unit = 1 if config.positions == "none" else 2
+    workable = [n for n in _divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
+    if config.n_heads in workable:
+        return d_model // config.n_heads
+    at = bisect(workable, config.n_heads)
+    nearest = _enumerate(workable[max(0, at - 1) : at + 1])
+    evenly = "evenly" if unit == 1 else f"into heads of even width, which {config.positions} turns by pairs"
+    advice = f"n_heads = {nearest} would, or set head_dim" if nearest else "set head_dim"
+    raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {evenly}: {advice}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _enumerate(numbers: list[int]) -> str:
+    return " or ".join(str(number) for number in numbers)

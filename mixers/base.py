@@ -1,0 +1,209 @@
+"""The contract: what a sequence mixer is, what it declares, and how a plug-in registers one."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Self, TypeVar, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..registry import Config, Registry, SeqmixError, nearest
+from .paradigm import Paradigm
+
+
+class ContractError(SeqmixError):
+    """A mixer was asked for something it does not declare; it refuses instead of computing something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a mixer declares about itself; every line is checked by tests."""
+
+    paradigms: frozenset[Paradigm]
+    """The paradigms it has. All of them compute the same map."""
+    state: Literal["constant", "growing"]
+    """How the state's size depends on the number of tokens read."""
+    packing: bool
+    """Whether it honours `cu_seqlens` (several documents in one row)."""
+    shift_invariant: bool
+    """Whether the output is independent of absolute position."""
+
+
+class MixerConfig(Config, ABC):
+    """The configuration of a mixer, and what a plug-in registers.
+
+    A subclass declares `kind: Literal["its_name"]`, gives the paradigm it uses by default, and builds its module.
+    It never holds the sizes of its parent: `d_model` and the layer's index arrive at `build`.
+    """
+
+    kind: str
+    paradigm: Paradigm = Field(strict=False)
+    """The paradigm used when a call names none: that of training and evaluation."""
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What a mixer of this configuration declares."""
+
+    @abstractmethod
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "SequenceMixer[Any]":
+        """Build the module.
+
+        Args:
+            d_model: width of the residual stream.
+            layer_idx: index of the layer, from 0.
+            n_layers: number of layers of the model.
+
+        Raises:
+            SeqmixError: the configuration does not fit `d_model`, in one sentence.
+        """
+
+    @model_validator(mode="after")
+    def _default_paradigm_is_declared(self) -> Self:
+        require_paradigm(self.paradigm, self.traits, self.kind)
+        return self
+
+
+MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="seqmix.mixers")
+"""All mixers: the files of this folder, installed plug-ins (entry points `seqmix.mixers`), and what a program registers."""
+
+S = TypeVar("S", bound=tuple[Any, ...])
+
+
+class SequenceMixer(nn.Module, ABC, Generic[S]):
+    """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
+
+    The state summarises everything before the segment; None means nothing before. Paradigms are algorithms, not
+    semantics: for every segment, every state and every declared paradigm, output, final state and gradients agree up
+    to rounding, and mixing a segment at once equals mixing its pieces in order:
+
+        f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
+
+    A mixer that cannot keep this for some input refuses that input with an error that says why. The contract is
+    stated for evaluation, and for training without dropout.
+
+    A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
+    written in place; without, a growing state may be (the caller treats it as consumed, and clones what it needs
+    again). Positions live in the state, as an integer tensor [B].
+    """
+
+    traits: Traits
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.kind = config.kind
+        self.traits = config.traits
+        self.paradigm = config.paradigm
+
+    @final
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: S | None = None,
+        *,
+        paradigm: Paradigm | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+        return_state: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+        """Mix one segment.
+
+        Args:
+            x: the segment, [B T D], T >= 1.
+            state: what came before, B rows (N rows with `cu_seqlens`); None means nothing.
+            paradigm: how to compute it; the configured default when None. It is never guessed from T.
+            cu_seqlens: borders of N documents packed into one row (B = 1): document n is tokens
+                cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are legal.
+            return_state: whether the final state is wanted.
+
+        Returns:
+            The output [B T D], and the final state (None unless wanted).
+
+        Raises:
+            ContractError: the mixer does not declare the paradigm, packing, or the shapes do not fit.
+        """
+        paradigm = self.paradigm if paradigm is None else paradigm
+        require_paradigm(paradigm, self.traits, self.kind)
+        self._require_shapes(x, cu_seqlens)
+        y, final_state = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        return y, final_state if return_state else None
+
+    @final
+    def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
+        """Mix one token in the recurrent paradigm: decoding."""
+        y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
+        return y, state_after
+
+    @abstractmethod
+    def mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: S | None,
+        paradigm: Paradigm,
+        cu_seqlens: Int[Tensor, "N+1"] | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+        """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
+        """The state of nothing read, on the parameters' device.
+
+        Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
+
+        Args:
+            batch_size: rows of the state.
+            max_length: tokens that will be read at most; lets a growing state be allocated once.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise every parameter as the mixer's paper does."""
+
+    @abstractmethod
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        """Floating-point operations of the matrix products of one forward pass over one sequence.
+
+        Args:
+            length: tokens of the segment.
+            paradigm: how it is computed.
+            context: tokens read before the segment.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return next(self.parameters()).dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of recurrent state: float32, or float64 under float64 parameters."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _require_shapes(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[1] < 1:
+            raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
+        if cu_seqlens is None:
+            return
+        if not self.traits.packing:
+            raise ContractError(f"{self.kind} does not declare packing: pass its documents one by one, not cu_seqlens")
+        if x.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ContractError(
+                "packed documents are one row of tokens with integer borders [N+1]; "
+                f"{self.kind} was given a batch of {x.shape[0]} and borders {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+
+
+def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
+    """Refuse a paradigm that a mixer does not declare."""
+    if paradigm not in traits.paradigms:
+        allowed = sorted(str(p) for p in traits.paradigms)
+        raise ContractError(
+            f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}{nearest(paradigm, allowed)}"
+        )

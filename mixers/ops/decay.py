@@ -1,0 +1,321 @@
+"""The decay family: a matrix state that decays and is written by outer products.
+
+Notation: B batch, T tokens, H heads, K key width, V value width, C chunk, N packed documents; a = log_decay.
+
+    S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T            state  [H K V]
+    o_t = scale * q_t S_t                                the query reads the updated state
+
+The shape of `log_decay` selects the model: None (linear attention), [H] (retention, Lightning), [B T H] (gated
+retention, Mamba-2), [B T H K] (GLA, HGRN2). With gamma = exp(a), `decay_parallel` is Eq. 5 of the RetNet paper (arXiv
+2307.08621), `decay_recurrent` its Eq. 6, `decay_chunkwise` its Eq. 7; rotations are the caller's.
+
+A log-decay of -inf is legal and resets the state: sums of log-decays over a stretch are always formed by adding up that
+stretch, never as the difference of two running sums, which would be inf - inf.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...registry import SeqmixError
+from ..paradigm import Paradigm
+from ..positions import document_of_token
+from .decay_chunkwise import chunkwise_op
+from .decay_recurrent import recurrent_op
+
+LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
+"""Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head (and key dimension)."""
+
+
+class DecayOutput(NamedTuple):
+    """What a decay map returns."""
+
+    output: Float[Tensor, "B T H V"]
+    """In the dtype of the queries."""
+    final_state: Float[Tensor, "N H K V"] | None
+    """float32 (float64 for float64 inputs); None unless wanted."""
+
+
+def decay(
+    paradigm: Paradigm,
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: LogDecay,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    chunk_size: int = 128,
+) -> DecayOutput:
+    """The map in any paradigm; arguments and result are those of `decay_chunkwise`."""
+    chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
+    function = {
+        Paradigm.PARALLEL: decay_parallel,
+        Paradigm.RECURRENT: decay_recurrent,
+        Paradigm.CHUNKWISE: decay_chunkwise,
+    }[paradigm]
+    return function(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        **chunks,
+    )
+
+
+def decay_parallel(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: LogDecay,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> DecayOutput:
+    """All tokens at once: o = (q k^T * D) v + (what is left of the initial state). Quadratic in T.
+
+    Arguments and result are those of `decay_chunkwise`.
+    """
+    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    length, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    token = torch.arange(length, device=q.device)
+    causal = token[:, None] >= token
+    if cu_seqlens is None:
+        document = torch.zeros_like(token)
+    else:
+        document = document_of_token(cu_seqlens, length)
+        causal = causal & (document[:, None] == document)
+    # a product of reduced precision is as good as a kernel's; decays and states are not reduced
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        a = None if log_decay is None else _per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
+        scores = _pair_scores(q, k, a, causal).to(v.dtype)
+        output = scale * (scores @ v).to(wide)
+        if initial_state is not None:
+            query = q.to(wide) if a is None else q.to(wide) * _sum_where(causal, a).exp()
+            state = initial_state.to(wide)
+            if cu_seqlens is None:
+                output = output + scale * (query @ state)
+            else:
+                by_document = _one_hot(document, cu_seqlens, wide)
+                output = output + scale * torch.einsum("nt,bhtk,nhkv->bhtv", by_document, query, state)
+        final_state = None
+        if output_final_state:
+            final_state = _final_state(k.to(wide), v.to(wide), a, initial_state, document, cu_seqlens, causal)
+    return DecayOutput(output.to(q.dtype).transpose(1, 2), final_state)
+
+
+def decay_recurrent(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: LogDecay,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> DecayOutput:
+    """Token by token, by the definition. One token costs the same at every position: decoding.
+
+    Arguments and result are those of `decay_chunkwise`.
+    """
+    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    if q.shape[1] > 1 or cu_seqlens is not None:
+        output, final_state, _ = recurrent_op(
+            q, k, v, log_decay, initial_state, cu_seqlens, scale, _needs_grad(q, k, v, log_decay, initial_state)
+        )
+        return DecayOutput(output, final_state if output_final_state else None)
+    # one token: plain operations, which a compiler fuses with what surrounds them
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
+        state = key.transpose(2, 3) * value
+        if initial_state is not None:
+            kept = initial_state.to(wide)
+            if log_decay is not None:
+                kept = kept * _per_token(log_decay.to(wide), 1).exp().transpose(2, 3)
+            state = state + kept
+        output = (scale * query) @ state
+    return DecayOutput(output.to(q.dtype).transpose(1, 2), state if output_final_state else None)
+
+
+def decay_chunkwise(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: LogDecay,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    chunk_size: int = 128,
+) -> DecayOutput:
+    """Parallel inside chunks, recurrent between them. Linear in T, in time and memory, forward and backward.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
+        scale: factor of the output, 1/sqrt(K) by default.
+        initial_state: state before the first token; it decays before the first token is added. None means zero.
+        output_final_state: whether the state after the last token is wanted.
+        cu_seqlens: borders of N documents packed into one row (B = 1); states then have N rows.
+        chunk_size: tokens a chunk; changes the cost, never the result.
+
+    Raises:
+        SeqmixError: the shapes do not fit, said in one sentence.
+    """
+    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    if chunk_size < 1:
+        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    output, final_state, _ = chunkwise_op(
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        scale,
+        chunk_size,
+        output_final_state,
+        _needs_grad(q, k, v, log_decay, initial_state),
+    )
+    return DecayOutput(output, final_state if output_final_state else None)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _per_token(a: Tensor, length: int) -> Tensor:
+    """A log-decay of any shape as [1|B H T 1|K]."""
+    if a.ndim == 1:
+        return a[None, :, None, None].expand(1, -1, length, 1)
+    return (a if a.ndim == 4 else a[..., None]).transpose(1, 2)
+
+
+def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
+    """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
+    return torch.where(mask[..., None], a[..., None, :, :], 0).sum(-2)
+
+
+def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tensor:
+    """q_i k_j^T times the decay from j to i: [B H T T]."""
+    if a is None:
+        return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
+    length = causal.shape[0]
+    later = torch.ones(length, length, dtype=torch.bool, device=a.device).tril(-1)
+    # entry [i, j] adds a[l] for j < l <= i
+    stretch = torch.where(later[..., None], a[..., None, :], 0).cumsum(-3)
+    decay = stretch.masked_fill(~causal[..., None], float("-inf")).exp()  # [1|B H T T 1|K]
+    if decay.shape[-1] == 1:
+        return (q @ k.transpose(2, 3)) * decay[..., 0]
+    return torch.einsum("bhik,bhjk,bhijk->bhij", q.to(decay.dtype), k.to(decay.dtype), decay)
+
+
+def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N T], one where a token belongs to a document."""
+    return (torch.arange(len(cu_seqlens) - 1, device=document.device)[:, None] == document).to(dtype)
+
+
+def _final_state(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    initial_state: Tensor | None,
+    document: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: Tensor,
+) -> Tensor:
+    if a is not None:
+        after = causal.T & ~torch.eye(len(document), dtype=torch.bool, device=k.device)
+        k = k * _sum_where(after, a).exp()
+    if cu_seqlens is None:
+        state = k.transpose(2, 3) @ v
+        if initial_state is not None:
+            kept = initial_state.to(k.dtype)
+            state = state + (kept if a is None else kept * a.sum(2)[..., None].exp())
+        return state
+    by_document = _one_hot(document, cu_seqlens, k.dtype)
+    state = torch.einsum("nt,bhtk,bhtv->nhkv", by_document, k, v)
+    if initial_state is not None:
+        kept = initial_state.to(k.dtype)
+        if a is not None:
+            total = _sum_where(by_document.bool(), a)[0].transpose(0, 1)  # [N H 1|K]
+            kept = kept * total[..., None].exp()
+        state = state + kept
+    return state
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> float:
+    """Refuse shapes that do not fit; return the scale."""
+    if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3] or q.shape[1] < 1:
+        raise SeqmixError(
+            "q and k must be [B T H K] and v [B T H V] with T >= 1; "
+            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    batch, length, heads, key_width = q.shape
+    if log_decay is not None and tuple(log_decay.shape) not in (
+        (heads,),
+        (batch, length, heads),
+        (batch, length, heads, key_width),
+    ):
+        raise SeqmixError(
+            f"log_decay must be None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
+            f"{key_width}; given is {list(log_decay.shape)}"
+        )
+    if cu_seqlens is not None and batch != 1:
+        raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {batch}")
+    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None and tuple(initial_state.shape) != (rows, heads, key_width, v.shape[3]):
+        raise SeqmixError(
+            f"the initial state must be {[rows, heads, key_width, v.shape[3]]}, and is {list(initial_state.shape)}"
+        )
+    return key_width**-0.5 if scale is None else scale
+
+
+def decay_flops(
+    paradigm: Paradigm, length: int, key_width: int, value_width: int, *, chunk_size: int = 128, context: int = 0
+) -> int:
+    """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
+
+    Args:
+        paradigm: how it is computed.
+        length: tokens of the segment.
+        key_width: K.
+        value_width: V.
+        chunk_size: tokens a chunk.
+        context: tokens read before; any adds the product with the initial state.
+    """
+    per_pair, per_state = 2 * (key_width + value_width), 2 * key_width * value_width
+    if paradigm is Paradigm.RECURRENT:
+        return 2 * length * per_state
+    if paradigm is Paradigm.PARALLEL:
+        return length * length * per_pair + (length * per_state if context else 0)
+    whole, ragged = divmod(length, chunk_size)
+    inside = (whole * chunk_size**2 + ragged**2) * per_pair
+    # every chunk but the first reads a state, every chunk but the last writes one
+    last = ragged or chunk_size
+    read = length if context else length - min(length, chunk_size)
+    return inside + (read + length - last) * per_state

@@ -1,0 +1,454 @@
+"""The decay family's chunkwise op, with its own backward.
+
+Per chunk of m tokens with entry state S and exit state S' (notation of decay.py; i, j count from 0 inside the chunk):
+
+    p_i = exp(a_0 + .. + a_i)    s_j = exp(a_{j+1} + .. + a_{m-1})    g = p_{m-1}    D_ij = exp(a_{j+1} + .. + a_i), i >= j
+    A = scale (q k^T) * D        o = A v + scale (q * p) S            S' = g * S + (k * s)^T v
+
+and backward, from dS' and do:
+
+    dP = scale (do v^T) * D      dq = dP k + scale (do S^T) * p       dk = dP^T q + (v dS'^T) * s
+    dv = A^T do + (k * s) dS'    dS = g * dS' + scale (q * p)^T do
+    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>_V           per key dimension; summed over K for a scalar decay
+
+The forward keeps the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
+is simply shorter: nothing is padded. Inside a chunk batch and heads are one dimension, G = B H, as batched products
+want it.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from .segments import pieces, stretches
+
+SUB_CHUNK = 16
+"""Decays a key dimension form all pairs inside sub-chunks of this many tokens: [16 16 K] numbers at a time."""
+
+
+class _Chunk(ABC):
+    """The decays of one chunk of m tokens; each factor broadcasts over [B H m K] (`total`: [B H K V])."""
+
+    prefix: Tensor
+    """scale * p."""
+    suffix: Tensor | None
+    """s; None is 1."""
+    total: Tensor | None
+    """g; None is 1."""
+
+    @abstractmethod
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """A [G m m]."""
+
+    @abstractmethod
+    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts of dq and dk that come through A; consumes d_scores."""
+
+
+class _ScalarChunk(_Chunk):
+    """One decay for all key dimensions: A is a product with a mask D [B|1 H m m]."""
+
+    def __init__(self, mask: Tensor, prefix: Tensor, suffix: Tensor | None, total: Tensor | None) -> None:
+        self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._masked(q @ k.mT)
+
+    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+        d_products = self._masked(d_scores)
+        return d_products @ k, d_products.mT @ q
+
+    def _masked(self, x: Tensor) -> Tensor:
+        x.unflatten(0, (-1, self.mask.shape[1])).mul_(self.mask)
+        return x
+
+
+class _VectorChunk(_Chunk):
+    """A decay a key dimension, a [B H m K]: pairs inside sub-chunks, factors relative to sub-chunk edges between."""
+
+    def __init__(self, a: Tensor, scale: float) -> None:
+        self.scale = scale
+        self.prefix = a.cumsum(2).exp_().mul_(scale)
+        self.suffix = _sum_after(a, 2).exp_()
+        self.total = a.sum(2).exp_()[..., None]
+        self.a = a.flatten(0, 1)
+        self.edges = [(at, min(at + SUB_CHUNK, a.shape[2])) for at in range(0, a.shape[2], SUB_CHUNK)]
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = q.new_zeros(*q.shape[:2], q.shape[1])
+        for start, stop in self.edges:
+            rows, inner = q[:, start:stop], self._pairs(start, stop)
+            scores[:, start:stop, start:stop] = torch.einsum("gik,gjk,gijk->gij", rows, k[:, start:stop], inner)
+            if start:
+                to_edge, from_edge = self._factors(start, stop)
+                scores[:, start:stop, :start] = (rows * from_edge) @ (k[:, :start] * to_edge).mT
+        return scores
+
+    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        for start, stop in self.edges:
+            rows, inner = slice(start, stop), self._pairs(start, stop)
+            d_inner = d_scores[:, rows, rows]
+            dq[:, rows] += torch.einsum("gij,gjk,gijk->gik", d_inner, k[:, rows], inner)
+            dk[:, rows] += torch.einsum("gij,gik,gijk->gjk", d_inner, q[:, rows], inner)
+            if start:
+                to_edge, from_edge = self._factors(start, stop)
+                d_outer = d_scores[:, rows, :start]
+                dq[:, rows] += (d_outer @ (k[:, :start] * to_edge)) * from_edge
+                dk[:, :start] += (d_outer.mT @ (q[:, rows] * from_edge)) * to_edge
+        return dq, dk
+
+    def _pairs(self, start: int, stop: int) -> Tensor:
+        """scale * D inside one sub-chunk, [G i j K]."""
+        return _pair_sums(self.a[:, start:stop]).exp_().mul_(self.scale)
+
+    def _factors(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Decays from every earlier token to the sub-chunk's edge, and (scaled) from there to each of its rows."""
+        return _sum_after(self.a[:, :start], 1).exp_(), self.a[:, start:stop].cumsum(1).exp_().mul_(self.scale)
+
+
+class _FixedDecays:
+    """log_decay None or [H]: the same in every chunk, so formed once for the longest; shorter ones use its ends."""
+
+    def __init__(self, log_decay: Tensor | None, heads: int, size: int, scale: float, like: Tensor) -> None:
+        token = torch.arange(size, device=like.device, dtype=like.dtype)
+        self.distance = token[:, None] - token
+        self.log_decay = log_decay
+        if log_decay is None:
+            self._mask = (self.distance >= 0).to(like.dtype).mul_(scale).expand(1, heads, -1, -1)
+            self._prefix, self._suffix = like.new_full((1, 1, size, 1), scale), None
+            return
+        a = log_decay.to(like.dtype)[None, :, None, None]
+        self._mask = _times(self.distance, a).masked_fill_(self.distance < 0, float("-inf")).exp_().mul_(scale)
+        self._prefix = _times(token[:, None] + 1, a).exp_().mul_(scale)
+        self._suffix = _times(size - 1 - token[:, None], a).exp_()
+
+    def chunk(self, start: int, stop: int) -> _Chunk:
+        m = stop - start
+        mask, prefix = self._mask[..., :m, :m], self._prefix[:, :, :m]
+        if self._suffix is None or self.log_decay is None:
+            return _ScalarChunk(mask, prefix, None, None)
+        suffix = self._suffix[:, :, self._suffix.shape[2] - m :]
+        return _ScalarChunk(mask, prefix, suffix, (self.log_decay.to(mask.dtype) * m).exp()[None, :, None, None])
+
+
+class _GivenDecays:
+    """log_decay [B T H] or [B T H K]: formed chunk by chunk."""
+
+    def __init__(self, log_decay: Tensor, scale: float, like: Tensor) -> None:
+        self.log_decay, self.scale, self.dtype = log_decay, scale, like.dtype
+
+    def chunk(self, start: int, stop: int) -> _Chunk:
+        a = self.log_decay[:, start:stop].to(self.dtype).transpose(1, 2)
+        if a.ndim == 4:
+            return _VectorChunk(a, self.scale)
+        mask = _pair_sums(a.flatten(0, 1)[..., None])[..., 0].exp_().mul_(self.scale).unflatten(0, a.shape[:2])
+        prefix = a.cumsum(2).exp_().mul_(self.scale)[..., None]
+        return _ScalarChunk(mask, prefix, _sum_after(a, 2).exp_()[..., None], a.sum(2).exp_()[..., None, None])
+
+
+def _decays(
+    log_decay: Tensor | None, q: Tensor, scale: float, chunk_size: int, like: Tensor
+) -> "_FixedDecays | _GivenDecays":
+    if log_decay is None or log_decay.ndim == 1:
+        return _FixedDecays(log_decay, q.shape[2], min(chunk_size, q.shape[1]), scale, like)
+    return _GivenDecays(log_decay, scale, like)
+
+
+def _times(count: Tensor, rate: Tensor) -> Tensor:
+    """count * rate, where zero times -inf is zero."""
+    return torch.where(count == 0, 0, count * rate)
+
+
+def _sum_after(a: Tensor, dim: int) -> Tensor:
+    """out[j] = a[j+1] + .. + a[last] along `dim`."""
+    out = torch.zeros_like(a)
+    later = a.narrow(dim, 1, a.shape[dim] - 1)
+    out.narrow(dim, 0, a.shape[dim] - 1).copy_(later.flip(dim).cumsum(dim).flip(dim))
+    return out
+
+
+def _pair_sums(a: Tensor) -> Tensor:
+    """out[i, j] = a[j+1] + .. + a[i] for i >= j, else -inf: [G m K] -> [G m m K]."""
+    later = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).tril(-1)[..., None]
+    return torch.where(later, a[:, :, None], 0).cumsum(1).masked_fill_(later.transpose(0, 1), float("-inf"))
+
+
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """x [G * *] times a factor that broadcasts over [B H * *]."""
+    return x if factor is None else (x.unflatten(0, (-1, factor.shape[1])) * factor).flatten(0, 1)
+
+
+def _operand(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Tokens start to stop - 1 of [B T H D] as [G m D]; a view where the batch is one row."""
+    return x[:, start:stop].transpose(1, 2).to(dtype).flatten(0, 1)
+
+
+def _store(out: Tensor, start: int, stop: int, x: Tensor) -> None:
+    """The inverse of `_operand`."""
+    out[:, start:stop].transpose(1, 2).copy_(x.unflatten(0, (out.shape[0], -1)))
+
+
+def _capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
+    """Chunks there can be at most: documents end inside chunks."""
+    return -(-length // chunk_size) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+
+
+@torch.library.custom_op("seqmix::decay_chunkwise", mutates_args=())
+def chunkwise_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    output_final_state: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    output, final_state, entries = _allocate(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, save_states
+    )
+    index = 0
+    with torch.autocast(q.device.type, enabled=False):
+        decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
+        for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens):
+            state = None if initial_state is None else initial_state[stretch.rows].to(wide).flatten(0, 1)
+            if save_states and state is not None and stretch.start < stretch.stop:
+                entries[index].flatten(0, 1).copy_(state)
+            for start, stop in pieces(stretch, chunk_size):
+                chunk = decays.chunk(start, stop)
+                query, key, value = (_operand(x, start, stop, wide) for x in (q, k, v))
+                tile = chunk.scores(query, key) @ value
+                if state is not None:
+                    tile.baddbmm_(_scaled(query, chunk.prefix), state)
+                _store(output, start, stop, tile)
+                index += 1
+                last = stop == stretch.stop
+                if not last or output_final_state:
+                    # the next chunk's entry state is formed in its place
+                    place = entries[index].flatten(0, 1) if save_states and not last else None
+                    state = _next_state(state, _scaled(key, chunk.suffix), value, chunk.total, place)
+            if output_final_state and state is not None:
+                final_state[stretch.rows].flatten(0, 1).copy_(state)
+    return output, final_state, entries
+
+
+def _next_state(state: Tensor | None, key: Tensor, value: Tensor, total: Tensor | None, out: Tensor | None) -> Tensor:
+    """g * S + key^T value, into `out` if given."""
+    if state is None:
+        return torch.bmm(key.mT, value, out=out)
+    return torch.baddbmm(_scaled(state, total), key.mT, value, out=out)
+
+
+@chunkwise_op.register_fake
+def _allocate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    output_final_state: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, key_width = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (rows, heads, key_width, v.shape[3]) if output_final_state else (0,)
+    chunks = _capacity(length, chunk_size, cu_seqlens)
+    entries = (chunks, batch, heads, key_width, v.shape[3]) if save_states else (0,)
+    return q.new_empty(v.shape), q.new_zeros(final, dtype=wide), q.new_empty(entries, dtype=wide)
+
+
+@torch.library.custom_op("seqmix::decay_chunkwise_backward", mutates_args=())
+def chunkwise_backward_op(
+    d_output: Tensor,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entries: Tensor,
+    scale: float,
+    chunk_size: int,
+    needs_log_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, d log_decay and d initial state; the last two are empty where there is nothing to differentiate."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv, d_log_decay, d_initial = _allocate_backward(
+        d_output, d_final_state, q, k, v, log_decay, initial_state, cu_seqlens, entries, scale, chunk_size, needs_log_decay
+    )
+    d_fixed = torch.zeros_like(d_log_decay, dtype=wide) if needs_log_decay and d_log_decay.ndim == 1 else None
+    with torch.autocast(q.device.type, enabled=False):
+        decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
+        runs = [(stretch, pieces(stretch, chunk_size)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)]
+        index = sum(len(cuts) for _, cuts in runs)
+        for stretch, cuts in reversed(runs):
+            # the gradient of the state behind the chunk; None while nothing depends on it
+            d_state = None if d_final_state is None else d_final_state[stretch.rows].to(wide).flatten(0, 1)
+            for start, stop in reversed(cuts):
+                index -= 1
+                chunk = decays.chunk(start, stop)
+                query, key, value, d_out = (_operand(x, start, stop, wide) for x in (q, k, v, d_output))
+                entered = start > stretch.start or initial_state is not None
+                state = entries[index].flatten(0, 1) if entered else None
+                scores = chunk.scores(query, key)
+                d_scores = d_out @ value.mT
+                d_value = scores.mT @ d_out
+                if d_fixed is not None and isinstance(decays, _FixedDecays):
+                    within = (scores.mul_(d_scores) * decays.distance[: stop - start, : stop - start]).sum((1, 2))
+                d_query, d_key = chunk.scores_backward(query, key, d_scores)
+                d_query_outer = d_key_outer = kept = None
+                if state is not None:
+                    d_query_outer = _scaled(d_out @ state.mT, chunk.prefix)
+                    d_query += d_query_outer
+                if d_state is not None:
+                    d_key_outer = _scaled(value @ d_state.mT, chunk.suffix)
+                    d_key += d_key_outer
+                    d_value.baddbmm_(_scaled(key, chunk.suffix), d_state)
+                if state is not None and d_state is not None and needs_log_decay:
+                    kept = (_scaled(state, chunk.total) * d_state).sum(2)  # [G K]
+                if d_fixed is not None:
+                    d_fixed += _fixed_gradient(within, query, d_query_outer, key, d_key_outer, kept, len(d_fixed))
+                elif needs_log_decay:
+                    _store_given_gradient(d_log_decay, start, stop, query, d_query, key, d_key, d_key_outer, kept)
+                for out, grad in ((dq, d_query), (dk, d_key), (dv, d_value)):
+                    _store(out, start, stop, grad)
+                if entered:
+                    through = _scaled(query, chunk.prefix).mT
+                    d_state = (
+                        through @ d_out
+                        if d_state is None
+                        else torch.baddbmm(_scaled(d_state, chunk.total), through, d_out)
+                    )
+            if initial_state is not None and d_state is not None:
+                d_initial[stretch.rows].flatten(0, 1).copy_(d_state)
+    if d_fixed is not None:
+        d_log_decay.copy_(d_fixed)
+    return dq, dk, dv, d_log_decay, d_initial
+
+
+@chunkwise_backward_op.register_fake
+def _allocate_backward(
+    d_output: Tensor,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entries: Tensor,
+    scale: float,
+    chunk_size: int,
+    needs_log_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else x.new_zeros(x.shape)
+
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        like(log_decay if needs_log_decay else None),
+        like(initial_state),
+    )
+
+
+def _fixed_gradient(
+    within: Tensor,
+    query: Tensor,
+    d_query_outer: Tensor | None,
+    key: Tensor,
+    d_key_outer: Tensor | None,
+    kept: Tensor | None,
+    heads: int,
+) -> Tensor:
+    """One chunk's part of the gradient of log_decay [H]: every decay counted as often as it was applied.
+
+    A sum of terms without cancellation, where the sum of per-token gradients would lose several digits.
+    """
+    m = query.shape[1]
+    count = torch.arange(m, device=query.device, dtype=query.dtype)
+    total = within
+    if d_query_outer is not None:
+        total = total + (query * d_query_outer).sum(2) @ (count + 1)
+    if d_key_outer is not None:
+        total = total + (key * d_key_outer).sum(2) @ (m - 1 - count)
+    if kept is not None:
+        total = total + m * kept.sum(1)
+    return total.view(-1, heads).sum(0)
+
+
+def _store_given_gradient(
+    out: Tensor,
+    start: int,
+    stop: int,
+    query: Tensor,
+    d_query: Tensor,
+    key: Tensor,
+    d_key: Tensor,
+    d_key_outer: Tensor | None,
+    kept: Tensor | None,
+) -> None:
+    """One chunk of the gradient of log_decay [B T H] or [B T H K]."""
+    grad = (query * d_query).sub_(key * d_key).flip(1).cumsum(1).flip(1)
+    # <S', dS'> in its two parts: what entered the chunk and what the chunk added
+    if d_key_outer is not None:
+        grad += (key * d_key_outer).sum(1, keepdim=True)
+    if kept is not None:
+        grad += kept[:, None]
+    if out.ndim == 3:
+        out[:, start:stop].transpose(1, 2).copy_(grad.sum(2).unflatten(0, (out.shape[0], -1)))
+    else:
+        _store(out, start, stop, grad)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.chunk_size, _, _ = inputs
+    # the entry states have no gradient, and zeros in its place would be as large as they are
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
+
+
+def _backward(ctx, d_output, d_final_state, _):  # noqa: ANN001, ANN202
+    q, k, v, log_decay, initial_state, cu_seqlens, entries = ctx.saved_tensors
+    if d_output is None:
+        d_output = torch.zeros_like(v)
+    if d_final_state is not None and d_final_state.numel() == 0:
+        d_final_state = None
+    needs_log_decay = ctx.needs_input_grad[3]
+    dq, dk, dv, d_log_decay, d_initial = chunkwise_backward_op(
+        d_output,
+        d_final_state,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        entries,
+        ctx.scale,
+        ctx.chunk_size,
+        needs_log_decay,
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        d_log_decay if needs_log_decay else None,
+        None if initial_state is None else d_initial,
+        *(None,) * 5,
+    )
+
+
+chunkwise_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,34 @@
+"""How tokens are cut: a dense batch is one stretch of all rows, packed documents are a stretch each."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...registry import SeqmixError
+
+
+class Stretch(NamedTuple):
+    """Tokens start to stop - 1 of all rows of the input, and the rows of the state that belong to them."""
+
+    rows: slice
+    start: int
+    stop: int
+
+
+def stretches(batch_size: int, length: int, cu_seqlens: Tensor | None) -> list[Stretch]:
+    """The stretches of an input, in order; reads the borders, so call it inside an op only.
+
+    Raises:
+        SeqmixError: the borders do not start at 0, end at `length`, or decrease.
+    """
+    if cu_seqlens is None:
+        return [Stretch(slice(0, batch_size), 0, length)]
+    borders: list[int] = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != length or sorted(borders) != borders:
+        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens given, and is {borders[:8]}")
+    return [Stretch(slice(n, n + 1), borders[n], borders[n + 1]) for n in range(len(borders) - 1)]
+
+
+def pieces(stretch: Stretch, size: int) -> list[tuple[int, int]]:
+    """A stretch cut into pieces of `size` tokens, the last one ragged."""
+    return [(at, min(at + size, stretch.stop)) for at in range(stretch.start, stretch.stop, size)]

@@ -1,0 +1,500 @@
+"""Softmax attention: every query reads the keys up to its own, weighted by the softmax of their products.
+
+Notation: B batch, T tokens, H query heads, G key heads (head h reads key head h // (H / G)), K key width, V value width,
+S slots of a cache, N packed documents, C chunk; n is a query's position, m a key's, w the window, a = log_decay.
+
+    s_nm = scale * sum_d q_nd k_md exp(a_d (n - m))          a None means 0; xPos has a decay a pair of dimensions
+    o_n  = sum_m softmax_m(s_nm) v_m                         over the keys  max(0, n - w + 1) <= m <= n
+
+A window of w means that a query sees w keys, its own included. The state is a cache of keys and values, and rows of a
+batch may have read different numbers of tokens: what a query sees is decided by the positions that slots hold.
+
+The decay of a pair is a product of two factors relative to a reference r, the middle of the queries at hand:
+
+    exp(a (n - r)) * exp(-a (m - r))         keys far before r underflow to 0, which is their limit
+
+Keys are cached without their factor, so no factor ever depends on an absolute position.
+"""
+
+import math
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...registry import SeqmixError
+from ..paradigm import Paradigm
+from ..positions import advance, document_of_token
+
+
+class GrowingCache(NamedTuple):
+    """All keys and values read, right-aligned; its capacity grows by T with every segment, in packed rows too."""
+
+    keys: Float[Tensor, "N S G K"]
+    values: Float[Tensor, "N S G V"]
+    length: Int[Tensor, " N"]
+    """Tokens read."""
+
+    @staticmethod
+    def positions(length: Int[Tensor, " N"], capacity: int) -> Int[Tensor, "N S"]:
+        """The position that each slot holds, negative where it is empty."""
+        return length[:, None] - capacity + torch.arange(capacity, device=length.device)
+
+    def slots(self, positions: Int[Tensor, "N _"]) -> Int[Tensor, "N _"]:
+        """The slot that holds each position."""
+        return positions - self.length[:, None] + self.keys.shape[1]
+
+
+class RingCache(NamedTuple):
+    """The last S keys and values; position p lives in slot p mod S, and the capacity never changes."""
+
+    keys: Float[Tensor, "N S G K"]
+    values: Float[Tensor, "N S G V"]
+    length: Int[Tensor, " N"]
+    """Tokens read."""
+
+    @staticmethod
+    def positions(length: Int[Tensor, " N"], capacity: int) -> Int[Tensor, "N S"]:
+        """The position that each slot holds, negative where it is empty."""
+        last = length[:, None] - 1
+        return last - (last - torch.arange(capacity, device=length.device)) % capacity
+
+    def slots(self, positions: Int[Tensor, "N _"]) -> Int[Tensor, "N _"]:
+        """The slot that holds each position."""
+        return positions % self.keys.shape[1]
+
+
+Cache: TypeAlias = GrowingCache | RingCache
+AnyCache = TypeVar("AnyCache", GrowingCache, RingCache)
+
+
+def empty_cache(
+    kind: type[AnyCache],
+    rows: int,
+    capacity: int,
+    n_heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AnyCache:
+    """The cache of nothing read; a ring needs a capacity of at least 1."""
+    if kind is RingCache and capacity < 1:
+        raise SeqmixError(f"a ring cache holds at least 1 token, and {capacity} was asked for")
+    return kind(
+        torch.zeros(rows, capacity, n_heads, key_dim, dtype=dtype, device=device),
+        torch.zeros(rows, capacity, n_heads, value_dim, dtype=dtype, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+    )
+
+
+def softmax_parallel(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    log_decay: Float[Tensor, " K"] | None = None,
+    initial_state: Cache | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """All queries at once, against the cache and the segment's own keys.
+
+    Without cache, window and packing this is one call of SDPA with its own causal mask. Otherwise the mask is explicit:
+    a byte a pair. Arguments and result are those of `softmax_chunkwise`.
+    """
+    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    _require_range(log_decay, q.shape[1], q.dtype)
+    offer = _offer(k, v, initial_state, cu_seqlens)
+    output = _attend(q, 0, offer, scale, window, log_decay)
+    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+
+
+def softmax_recurrent(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    log_decay: Float[Tensor, " K"] | None = None,
+    initial_state: Cache | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """The cache is written first, then the queries read it: decoding copies nothing but its own token.
+
+    Where a query could need what the cache has dropped by then (several tokens under a window), and where documents are
+    packed, the queries read the old cache and the new tokens. Arguments and result are those of `softmax_chunkwise`.
+    """
+    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    _require_range(log_decay, q.shape[1], q.dtype)
+    keeps_all = isinstance(initial_state, GrowingCache) or window is None or q.shape[1] == 1
+    if initial_state is not None and output_final_state and cu_seqlens is None and keeps_all:
+        final_state = _final_state(k, v, window, initial_state, None)
+        offer = _offer_written(final_state, initial_state.length, k)
+        return _attend(q, 0, offer, scale, window, log_decay), final_state
+    offer = _offer(k, v, initial_state, cu_seqlens)
+    output = _attend(q, 0, offer, scale, window, log_decay)
+    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+
+
+def softmax_chunkwise(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    log_decay: Float[Tensor, " K"] | None = None,
+    initial_state: Cache | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    chunk_size: int = 512,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """Queries in blocks of C, each against the keys from its window's start to its own end.
+
+    Time is quadratic in T, and linear under a window. Memory is linear in T, forward and backward: one block's mask and
+    decayed keys at a time, recomputed in the backward pass (a third more work than storing them). The loop over blocks
+    is a Python loop, which a compiler unrolls: T / C copies of a few operations. With packed documents every block
+    reads every document's cache.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        scale: factor of the scores, 1/sqrt(K) by default.
+        window: keys that a query sees, its own included; None means all.
+        log_decay: natural log of what a token of distance does to each dimension's product, <= 0.
+        initial_state: what was read before; None means nothing. A `RingCache` is written in place if a final state is
+            wanted and grad mode is off, except with packed documents; a state is never written in grad mode.
+        output_final_state: whether the cache after the last token is wanted. It is of the kind of the initial state;
+            without one, a ring of `window` slots under a window, else a growing cache.
+        cu_seqlens: borders of N documents packed into one row (B = 1); states then have N rows. Empty ones are legal.
+        chunk_size: queries a block; changes the cost, never the result.
+
+    Returns:
+        The output in the dtype of q, and the final state or None.
+
+    Raises:
+        SeqmixError: the shapes do not fit, said in one sentence.
+        RuntimeError: what only tensors know does not fit, in the device's own time: the borders of the documents, a ring
+            that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
+    """
+    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    if chunk_size < 1:
+        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    length = q.shape[1]
+    _require_range(log_decay, min(chunk_size, length), q.dtype)
+    offer = _offer(k, v, initial_state, cu_seqlens)
+    saves_memory = length > chunk_size and torch.is_grad_enabled()
+    outputs = []
+    for start in range(0, length, chunk_size):
+        stop = min(start + chunk_size, length)
+        block, read = q[:, start:stop], offer.up_to(start, stop, window)
+        if saves_memory:
+            arguments = (block, start, read, scale, window, log_decay)
+            outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(_attend(block, start, read, scale, window, log_decay))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+
+
+def softmax(
+    paradigm: Paradigm,
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    log_decay: Float[Tensor, " K"] | None = None,
+    initial_state: Cache | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    chunk_size: int = 512,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """The map in the paradigm asked for; the chunk size is read by `softmax_chunkwise` alone, which see."""
+    arguments = {
+        "scale": scale,
+        "window": window,
+        "log_decay": log_decay,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if paradigm is Paradigm.PARALLEL:
+        return softmax_parallel(q, k, v, **arguments)
+    if paradigm is Paradigm.RECURRENT:
+        return softmax_recurrent(q, k, v, **arguments)
+    return softmax_chunkwise(q, k, v, **arguments, chunk_size=chunk_size)
+
+
+def softmax_flops(
+    paradigm: Paradigm,
+    length: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    window: int | None = None,
+    chunk_size: int = 512,
+    context: int = 0,
+) -> int:
+    """Operations of one query head's matrix products, forward, as each paradigm computes them (masked pairs count).
+
+    Args:
+        paradigm: how it is computed.
+        length: tokens of the segment.
+        key_dim: K.
+        value_dim: V.
+        window: keys that a query sees, its own included.
+        chunk_size: queries a block.
+        context: tokens read before; a growing cache holds them all, under a window a ring has `window` slots.
+    """
+    cached = 0 if context == 0 else context if window is None else window
+    if paradigm is Paradigm.CHUNKWISE:
+        starts = range(0, length, chunk_size)
+        blocks = [(start, min(start + chunk_size, length)) for start in starts]
+        pairs = sum((stop - start) * (cached + stop - _first_key(start, cached, window)) for start, stop in blocks)
+    elif paradigm is Paradigm.RECURRENT and cached and length == 1 and window is not None:
+        pairs = cached  # the token's key is in the ring by then
+    else:
+        pairs = length * (cached + length)
+    return 2 * pairs * (key_dim + value_dim)
+
+
+class _Offer(NamedTuple):
+    """The keys and values that a segment's queries may see: first the cache's, then the segment's own in order."""
+
+    keys: Float[Tensor, "B M G K"]
+    values: Float[Tensor, "B M G V"]
+    index: Int[Tensor, "_ M"]
+    """Place relative to the segment's first token (to the packed row's); behind the segment's end for empty slots."""
+    document: Int[Tensor, " M"] | None
+    query_document: Int[Tensor, " T"] | None
+    cached: int
+    """How many are the cache's."""
+
+    def up_to(self, start: int, stop: int, window: int | None) -> "_Offer":
+        """What the queries from start to stop - 1 may see."""
+        # a packed document may begin inside the block, so its cache may be needed anywhere
+        first = _first_key(start, self.cached, window if self.document is None else None)
+        keys = slice(first, self.cached + stop)
+        return _Offer(
+            self.keys[:, keys],
+            self.values[:, keys],
+            self.index[:, keys],
+            None if self.document is None else self.document[keys],
+            None if self.query_document is None else self.query_document[start:stop],
+            max(0, self.cached - first),
+        )
+
+
+def _first_key(start: int, cached: int, window: int | None) -> int:
+    """The first key of an offer that a query at `start` sees; the cache's are in no order, so all of them or none."""
+    return 0 if window is None or start < window - 1 else cached + start - window + 1
+
+
+def _offer(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> _Offer:
+    """The old cache and the segment."""
+    length = k.shape[1]
+    index = torch.arange(length, device=k.device)
+    document = None if cu_seqlens is None else document_of_token(cu_seqlens, length)
+    if cache is None:
+        return _Offer(k, v, index[None], document, document, 0)
+    old_keys, old_values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
+    rows, capacity = old_keys.shape[:2]
+    old_index = _index_of_slots(cache, cache.length, length, cu_seqlens)
+    if cu_seqlens is None:
+        index = index.expand(rows, -1)
+        key_document = None
+    else:
+        old_keys, old_values, old_index = (x.flatten(0, 1)[None] for x in (old_keys, old_values, old_index))
+        index = index[None]
+        row = torch.arange(rows, device=k.device, dtype=torch.int64)
+        key_document = torch.cat((row[:, None].expand(-1, capacity).flatten(), document))
+    return _Offer(
+        torch.cat((old_keys, k), dim=1),
+        torch.cat((old_values, v), dim=1),
+        torch.cat((old_index, index), dim=1),
+        key_document,
+        document,
+        old_keys.shape[1],
+    )
+
+
+def _offer_written(cache: Cache, read_before: Tensor, k: Tensor) -> _Offer:
+    """A cache that has taken the segment in already."""
+    index = _index_of_slots(cache, read_before, k.shape[1], None)
+    return _Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), index, None, None, cache.keys.shape[1])
+
+
+def _index_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Places of a cache's slots relative to a segment's first token, [N S]; `length` where a slot is empty."""
+    position = cache.positions(cache.length, cache.keys.shape[1])
+    start = 0 if cu_seqlens is None else cu_seqlens[:-1, None]
+    return torch.where(position >= 0, position - read_before[:, None] + start, length)
+
+
+def _attend(
+    q: Tensor, start: int, offer: _Offer, scale: float, window: int | None, log_decay: Tensor | None
+) -> Float[Tensor, "B T H V"]:
+    """Queries at the places start, start + 1, ... read an offer."""
+    length, dtype = q.shape[1], q.dtype
+    keys, values = offer.keys, offer.values
+    plain = offer.cached == 0 and offer.document is None and start == 0 and (window is None or window >= length)
+    query_index = None if plain and log_decay is None else torch.arange(start, start + length, device=q.device)
+    if log_decay is not None:
+        middle = start + length // 2
+        q = _decayed(q, query_index - middle, log_decay)
+        # keys behind the block are seen by none of its queries, and must not overflow
+        keys = _decayed(keys, (middle - offer.index).clamp(min=middle - start - length), log_decay)
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=None if plain else _visible(query_index, offer, window),
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=q.shape[2] != keys.shape[2],
+    )
+    return output.transpose(1, 2).to(dtype)
+
+
+def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
+    """Heads [B T H K] times exp(log_decay * distance), distance [T] or [B T]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = (distance[..., None, None].to(wide) * log_decay.to(wide)).exp()
+    return (x.to(wide) * factor).to(x.dtype)
+
+
+def _visible(query_index: Tensor, offer: _Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
+    """Which keys each query sees."""
+    query, key = query_index[:, None], offer.index[:, None]
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    if offer.document is not None and offer.query_document is not None:
+        visible = visible & (offer.document == offer.query_document[:, None])
+    return visible[:, None]
+
+
+def _final_state(
+    k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None
+) -> GrowingCache | RingCache:
+    """The cache after the segment."""
+    batch_size, length = k.shape[:2]
+    if cache is None:
+        rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = (k.shape[2], k.shape[3], v.shape[3])
+        if window is None:
+            cache = empty_cache(GrowingCache, rows, 0, *sizes, dtype=k.dtype, device=k.device)
+        else:
+            cache = empty_cache(RingCache, rows, window, *sizes, dtype=k.dtype, device=k.device)
+    k, v = k.to(cache.keys.dtype), v.to(cache.values.dtype)
+    read = advance(cache.length, batch_size, length, cu_seqlens, k.device)
+    capacity = cache.keys.shape[1]
+    if isinstance(cache, RingCache) and (window is None or window > capacity):
+        _require(
+            (read <= capacity).all(),
+            f"the cache was allocated for {capacity} tokens, and more would be read: pass a larger max_length",
+        )
+    if cu_seqlens is not None:
+        return _with_documents(cache, k, v, read, cu_seqlens)
+    if isinstance(cache, GrowingCache):
+        return GrowingCache(torch.cat((cache.keys, k), dim=1), torch.cat((cache.values, v), dim=1), read)
+    kept = min(length, capacity)
+    row = torch.arange(batch_size, device=k.device)[:, None]
+    slot = cache.slots(read[:, None] + torch.arange(-kept, 0, device=k.device))
+    write = Tensor.index_put if torch.is_grad_enabled() else Tensor.index_put_
+    keys = write(cache.keys, (row, slot), k[:, length - kept :])
+    values = write(cache.values, (row, slot), v[:, length - kept :])
+    return RingCache(keys, values, read)
+
+
+def _with_documents(cache: Cache, k: Tensor, v: Tensor, read: Tensor, cu_seqlens: Tensor) -> Cache:
+    """Every row of a cache continued by its packed document: each slot is gathered from where its position is."""
+    length, (rows, capacity) = k.shape[1], cache.keys.shape[:2]
+    grown = capacity + length if isinstance(cache, GrowingCache) else capacity
+    position = cache.positions(read, grown)
+    is_new = position >= cache.length[:, None]
+    new = position - cache.length[:, None] + cu_seqlens[:-1, None]
+    old = cache.slots(position) + capacity * torch.arange(rows, device=k.device)[:, None]
+    # the pool is the old rows, the new tokens, and a zero for empty slots
+    source = torch.where(is_new, rows * capacity + new, old).masked_fill(position < 0, rows * capacity + length)
+
+    def gather(past: Tensor, tokens: Tensor) -> Tensor:
+        pool = torch.cat((past.flatten(0, 1), tokens[0], tokens.new_zeros(1, *tokens.shape[2:])))
+        return pool[source]
+
+    return type(cache)(gather(cache.keys, k), gather(cache.values, v), read)
+
+
+def _require(condition: Tensor, sentence: str) -> None:
+    """Refuse what only tensors know, without waiting for the device: it raises when it gets there."""
+    torch._assert_async(condition, sentence)
+
+
+def _require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
+    """Refuse a decay that `length` queries at once would turn into factors outside the dtype's range."""
+    if log_decay is None:
+        return
+    # one half of the exponent's range is the factors', the other is left to queries and keys
+    lowest = -math.log(torch.finfo(dtype).max) / length
+    _require(
+        (log_decay >= lowest).all(),
+        f"the factors of a decay over {length} tokens at once stay within {dtype} down to log_decay = {lowest:.2g}, "
+        "and it is lower: use the chunkwise paradigm, or a smaller chunk_size",
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    log_decay: Tensor | None,
+    cache: Cache | None,
+    cu_seqlens: Tensor | None,
+) -> float:
+    """Refuse what does not fit; return the scale."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[1] < 1:
+        raise SeqmixError(
+            "q must be [B T H K], k [B T G K] and v [B T G V] with T >= 1; "
+            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    n_heads, key_dim = q.shape[2:]
+    n_kv_heads = k.shape[2]
+    if k.shape[3] != key_dim or v.shape[2] != n_kv_heads or n_heads % n_kv_heads:
+        raise SeqmixError(
+            "k and v must have the same heads, their number must divide that of q, and k the width of q; "
+            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if window is not None and window < 1:
+        raise SeqmixError(f"a window of {window} keys leaves out the query's own: 1 is the smallest")
+    if log_decay is not None and log_decay.shape != (key_dim,):
+        raise SeqmixError(f"log_decay is one number a key dimension, [{key_dim}], and is {list(log_decay.shape)}")
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        if rows != 1:
+            raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {rows}")
+        rows = cu_seqlens.shape[0] - 1
+        rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == q.shape[1])
+        _require(rises, f"cu_seqlens must rise from 0 to the {q.shape[1]} tokens given")
+    if cache is not None:
+        needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])
+        given = ([*x.shape[:1], *x.shape[2:]] for x in cache)
+        if any(a != b for a, b in zip(needed, given, strict=True)):
+            raise SeqmixError(
+                f"the cache must have {rows} rows of {n_kv_heads} heads of {key_dim} (keys) and {v.shape[3]} (values); "
+                f"its leaves are {', '.join(str(list(x.shape)) for x in cache)}"
+            )
+    return key_dim**-0.5 if scale is None else scale

@@ -1,0 +1,78 @@
+"""Positions of tokens, and what is computed from them: rotations and their angles.
+
+A position is the number of tokens that a sequence (or a packed document) holds before the token. Angles are computed
+in float64 and then cast: a float32 angle is off by 2e-2 at position 1e6.
+
+    frequencies:  rope    theta_j = base ** (-j / (K/2)),        j = 0 .. K/2-1     (RoFormer, arXiv 2104.09864)
+                  retnet  theta_j = base ** (-j / (K/2 - 1))                        (the RetNet authors' code)
+    rotation:     (x_2j, x_2j+1) turns by the angle position * theta_j             (pairs are interleaved)
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Schedule = Literal["rope", "retnet"]
+
+
+def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int) -> Int[Tensor, " T"]:
+    """The index of the document that each of `length` packed tokens belongs to."""
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    # right=True steps over empty documents: the first border behind the token closes its document
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
+def token_positions(
+    length: int, offset: Int[Tensor, " N"] | None, cu_seqlens: Int[Tensor, "N+1"] | None, device: torch.device
+) -> Int[Tensor, "B T"]:
+    """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows start at offsets of their own.
+
+    Args:
+        length: tokens in the segment.
+        offset: tokens read before the segment, by row (by document if packed); None means none.
+        cu_seqlens: document borders, if packed.
+        device: where to put them.
+    """
+    tokens = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return tokens[None] if offset is None else offset[:, None] + tokens
+    document = document_of_token(cu_seqlens, length)
+    positions = tokens - cu_seqlens[document]
+    return (positions if offset is None else positions + offset[document])[None]
+
+
+def advance(
+    offset: Int[Tensor, " N"] | None, batch_size: int, length: int, cu_seqlens: Int[Tensor, "N+1"] | None, device: torch.device
+) -> Int[Tensor, " N"]:
+    """Tokens read after a segment of `length` tokens, by row (by document if packed)."""
+    if cu_seqlens is None:
+        read = torch.full((batch_size,), length, device=device, dtype=torch.int64)
+    else:
+        read = cu_seqlens.diff().to(torch.int64)
+    return read if offset is None else offset + read
+
+
+def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
+    """Angles a token, in radians, float64, one for each pair of a head's dimensions."""
+    pairs = head_dim // 2
+    # the authors' schedule includes both ends of the exponent's range
+    steps = pairs if schedule == "rope" else max(pairs - 1, 1)
+    return base ** -(torch.arange(pairs, device=device, dtype=torch.float64) / steps)
+
+
+def rotation(
+    positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "B T 1 K/2"], Float[Tensor, "B T 1 K/2"]]:
+    """Cosine and sine of every token's angles, for all heads."""
+    angles = (positions[..., None].to(torch.float64) * theta)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "B T H K"], cos: Float[Tensor, "_ T 1 K/2"], sin: Float[Tensor, "_ T 1 K/2"]
+) -> Float[Tensor, "B T H K"]:
+    """Turn each interleaved pair of dimensions by its angle."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,0 +1,94 @@
+"""What can be done with any state: nested tuples (NamedTuples) of tensors, batch first in every leaf.
+
+A model's state is a tuple with one opaque entry a layer, so everything here works on one layer and on a whole model.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .base import ContractError
+
+S = TypeVar("S", bound="tuple[Any, ...]")
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
+    """A state with `function` applied to every tensor."""
+    return _zip_map(lambda tensors: function(tensors[0]), (state,))
+
+
+def detach(state: S) -> S:
+    """Cut the state from the graph that made it: truncated backpropagation through time."""
+    return map_state(Tensor.detach, state)
+
+
+def clone(state: S) -> S:
+    """A copy that stays valid when the original is consumed."""
+    return map_state(Tensor.clone, state)
+
+
+def select(state: S, rows: Tensor) -> S:
+    """The rows (sequences) of a state by index, in that order, repeated if asked: beams, splitting a batch."""
+    return map_state(lambda leaf: leaf.index_select(0, rows), state)
+
+
+def concatenate(states: list[S]) -> S:
+    """One batch of states from several batches; their leaves must agree in all but the first dimension."""
+    return _zip_map(torch.cat, tuple(states))
+
+
+def nbytes(state: tuple[Any, ...]) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in to_dict(state).values())
+
+
+def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
+    """All leaves by name ("0.memory"), as safetensors takes them."""
+    leaves: dict[str, Tensor] = {}
+
+    def visit(node: Tensor | tuple[Any, ...], path: tuple[str, ...]) -> None:
+        if isinstance(node, Tensor):
+            leaves[".".join(path)] = node
+            return
+        for name, child in zip(_names(node), node, strict=True):
+            visit(child, (*path, name))
+
+    visit(state, ())
+    return leaves
+
+
+def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
+    """A state of the structure of `like` from the leaves that `to_dict` gave.
+
+    Raises:
+        ContractError: the names are not those of `like`.
+    """
+    expected = to_dict(like)
+    if expected.keys() != leaves.keys():
+        raise ContractError(
+            f"a state with the leaves {', '.join(expected) or 'none'} is needed; given are {', '.join(leaves) or 'none'}"
+        )
+
+    def build(node: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(node, Tensor):
+            return leaves[".".join(path)]
+        return _like(node, [build(child, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
+
+    return build(like, ())
+
+
+def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[S, ...]) -> S:
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(list(states))  # type: ignore[return-value]
+    return _like(first, [_zip_map(function, children) for children in zip(*states, strict=True)])
+
+
+def _names(node: tuple[Any, ...]) -> tuple[str, ...]:
+    return getattr(node, "_fields", tuple(str(i) for i in range(len(node))))
+
+
+def _like(node: Any, children: list[Any]) -> Any:
+    return tuple(children) if type(node) is tuple else type(node)._make(children)

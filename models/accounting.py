@@ -1,0 +1,134 @@
+"""What a model costs, without allocating it: parameters, operations, state, activations, by layer.
+
+The model is built on `meta`; operations are counted by the modules' own formulas, activations by running one layer of
+each kind on `meta` and adding up what autograd keeps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..mixers.state import nbytes, to_dict
+from .builder import build_meta
+from .config import ModelConfig
+from .language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One layer."""
+
+    block: str
+    """The block's name in the configuration."""
+    mixer: str
+    """The mixer's kind."""
+    mixer_parameters: int
+    ffn_parameters: int
+    """Parameters of the feed-forward network; norms are in `parameters`."""
+    parameters: int
+    """All parameters of the layer."""
+    flops_per_token: int
+    """Operations a token of matrix products, forward, at the given length in the layer's default paradigm."""
+    state_elements: int
+    """Numbers in the state of one sequence, positions aside, after the given length."""
+    state_bytes: int
+    """Bytes of that state."""
+    activation_bytes: int
+    """What the backward pass keeps of one sequence of the given length, in the given dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """A whole model; the sums are over its layers, embedding, final norm and output projection."""
+
+    length: int
+    """The sequence length that operations, growing states and activations are counted at."""
+    layers: tuple[LayerCost, ...]
+    parameters: int
+    """All parameters, a tied matrix once."""
+    embedding_parameters: int
+    """Parameters of embedding and output projection."""
+    parameter_bytes: int
+    flops_per_token: int
+    """Operations a token of matrix products, forward, output projection included."""
+    state_elements: int
+    state_bytes: int
+    activation_bytes: int
+
+    @property
+    def body_parameters(self) -> int:
+        """Parameters outside embedding and output projection: the figure papers quote."""
+        return self.parameters - self.embedding_parameters
+
+
+def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = torch.float32) -> ModelCost:
+    """Count what a model costs.
+
+    Args:
+        config: the model.
+        length: tokens of one sequence.
+        dtype: of parameters and activations.
+
+    Raises:
+        SeqmixError: a block does not fit `d_model`.
+    """
+    model = build_meta(config).to(dtype)
+    kept = {name: _kept_bytes(model, name, length) for name in set(config.layers)}
+    layers = tuple(
+        _layer(model, i, name, length, kept[name]) for i, name in enumerate(config.layers)
+    )
+    embedding = sum(p.numel() for p in {model.embedding.weight, model.head.weight})
+    parameters = sum(p.numel() for p in model.parameters())
+    # logits and their gradient, in float32, and the input of the output projection
+    head = length * (2 * 4 * config.vocab_size + 2 * config.d_model * dtype.itemsize)
+    return ModelCost(
+        length=length,
+        layers=layers,
+        parameters=parameters,
+        embedding_parameters=embedding,
+        parameter_bytes=parameters * dtype.itemsize,
+        flops_per_token=sum(layer.flops_per_token for layer in layers) + 2 * model.head.weight.numel(),
+        state_elements=sum(layer.state_elements for layer in layers),
+        state_bytes=sum(layer.state_bytes for layer in layers),
+        activation_bytes=sum(layer.activation_bytes for layer in layers) + head,
+    )
+
+
+def _layer(model: LanguageModel, index: int, name: str, length: int, kept: int) -> LayerCost:
+    block = model.blocks[index]
+    state = block.mixer.init_state(1, max_length=length)
+    flops = block.mixer.flops(length, block.mixer.paradigm) + (block.ffn.flops(length) if block.ffn is not None else 0)
+    return LayerCost(
+        block=name,
+        mixer=block.mixer.kind,
+        mixer_parameters=_count(block.mixer),
+        ffn_parameters=0 if block.ffn is None else _count(block.ffn),
+        parameters=_count(block),
+        flops_per_token=flops // length,
+        state_elements=sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point()),
+        state_bytes=nbytes(state),
+        activation_bytes=kept,
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
+    """Bytes that autograd keeps of one layer of a kind, parameters aside."""
+    block = model.blocks[model.config.layers.index(name)]
+    own = {id(p) for p in block.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        # a view keeps the whole storage alive, and several views keep it once
+        if id(x) not in own and (x._base is None or id(x._base) not in own):
+            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    x = torch.empty(1, length, model.config.d_model, device="meta", dtype=model.embedding.weight.dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = block(x)  # noqa: F841 the graph must live while it is counted
+    return sum(storages.values())

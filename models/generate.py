@@ -1,0 +1,210 @@
+"""Generation: the prompts are read at once, then every token costs one recurrent step.
+
+Prompts of different lengths are packed into one row for reading and come out as a batch of states, so nothing is
+padded, and no result depends on its neighbours.
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..mixers import Paradigm
+from ..mixers.state import concatenate
+from ..registry import SeqmixError
+from .language_model import LanguageModel, ModelState
+from .tokenizer import ByteTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        SeqmixError: a value out of its range.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token (greedy)."""
+    top_k: int | None = None
+    """Only the k most probable tokens; None for all."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together reach this probability (the nucleus)."""
+    seed: int = 0
+    """The tokens are a function of it."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise SeqmixError(f"temperature must be 0 (greedy) or more, and is {self.temperature:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise SeqmixError(f"top_k must be 1 or more, and is {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise SeqmixError(f"top_p must be above 0 and at most 1, and is {self.top_p:g}")
+
+
+def sample(
+    logits: Float[Tensor, "B vocab"], sampling: Sampling, generator: torch.Generator | None = None
+) -> Int[Tensor, " B"]:
+    """Choose a token a row."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if sampling.top_p < 1:
+        ranked, order = logits.sort(descending=True)
+        probabilities = ranked.softmax(-1)
+        # a token stays if those before it do not reach top_p: the first always does
+        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def prefill(
+    model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, max_length: int | None = None
+) -> tuple[Float[Tensor, "N vocab"], ModelState]:
+    """Read prompts; the logits of each one's next token, and their states as one batch.
+
+    Args:
+        model: the model.
+        prompts: N prompts of any lengths >= 1.
+        max_length: tokens that a row will hold at most, prompt included; lets caches be allocated once.
+
+    Raises:
+        SeqmixError: there is no prompt, or an empty one.
+    """
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise SeqmixError("a prompt has no tokens: give at least one")
+    if len(prompts) > 1 and not all(block.mixer.traits.packing for block in model.blocks):
+        alone = [prefill(model, [prompt], max_length=max_length) for prompt in prompts]
+        return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    logits, state = model(
+        torch.cat(list(prompts)).to(model.device)[None],
+        None if max_length is None else model.init_state(len(prompts), max_length=max_length),
+        paradigm=model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL),
+        cu_seqlens=borders if len(prompts) > 1 else None,
+        return_state=True,
+        select=borders[1:] - 1,
+    )
+    return logits, state
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: LanguageModel,
+    prompts: Sequence[Int[Tensor, " T"]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    vocab_size: int | None = None,
+) -> Iterator[Int[Tensor, " N"]]:
+    """Yield the next token of every prompt, again and again; stop by not asking for more.
+
+    Args:
+        model: the model; its training mode is the caller's.
+        prompts: N prompts of any lengths >= 1.
+        max_new_tokens: tokens to yield at most.
+        sampling: how they are chosen.
+        vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
+
+    Raises:
+        SeqmixError: there is no prompt, or an empty one.
+    """
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    logits, state = prefill(model, prompts, max_length=longest + max_new_tokens)
+    paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+    for left in range(max_new_tokens, 0, -1):
+        tokens = sample(logits[:, :vocab_size], sampling, generator)
+        yield tokens
+        if left > 1:
+            logits, state = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
+            logits = logits[:, 0]
+
+
+def stream_text(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[list[str]]:
+    """Continue texts; yield the new piece of each as it comes ("" where there is none).
+
+    Args:
+        model: a model of bytes (`ByteTokenizer`); its training mode is the caller's.
+        prompts: the texts, not empty.
+        max_new_tokens: bytes to generate at most.
+        sampling: how they are chosen.
+        stop: a text ends before the first of these that appears in it.
+
+    Raises:
+        SeqmixError: there is no prompt, or an empty one; the model has too few tokens for bytes.
+    """
+    tokenizer = ByteTokenizer()
+    if any(not prompt for prompt in prompts):
+        raise SeqmixError("the prompt is empty: give at least one character")
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise SeqmixError(
+            f"text needs a model of {tokenizer.vocab_size} tokens (bytes), and this one has {model.config.vocab_size}"
+        )
+    texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]
+    tokens = generate_tokens(
+        model,
+        [tokenizer.encode(prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        vocab_size=tokenizer.begin,
+    )
+    for step in tokens:
+        yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]
+        if all(text.stopped for text in texts):
+            return
+    yield [text.end() for text in texts]
+
+
+class _Text:
+    """One text as it grows: bytes to characters, and nothing of a stop text is let out."""
+
+    def __init__(self, decoder: codecs.IncrementalDecoder, stop: tuple[str, ...]) -> None:
+        self.decoder, self.stop = decoder, tuple(text for text in stop if text)
+        self.held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The piece that is certain after one more byte."""
+        return self._release(self.decoder.decode(bytes([token])))
+
+    def end(self) -> str:
+        """What was held back, when no more comes."""
+        piece = self._release(self.decoder.decode(b"", final=True))
+        piece, self.held, self.stopped = piece + ("" if self.stopped else self.held), "", True
+        return piece
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        self.held += new
+        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if ends:
+            self.stopped = True
+            return self.held[: min(ends)]
+        # the end of what is held may be the start of a stop text
+        keep = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
+        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return piece
+
+
+def generate_text(model: LanguageModel, prompts: Sequence[str], **options: Any) -> list[str]:
+    """The continuations of `stream_text`, whole."""
+    pieces = list(stream_text(model, prompts, **options))
+    return ["".join(parts) for parts in zip(*pieces, strict=True)]

@@ -1,0 +1,110 @@
+"""The language model: embedding, layers, norm, output projection."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..mixers import Paradigm
+from .config import ModelConfig, NormalInit
+
+ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
+"""One opaque state a layer."""
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns."""
+
+    logits: Float[Tensor, "..."]
+    """[B T vocab], or [M vocab] where `select` named M tokens."""
+    state: ModelState | None
+    """The state behind the last token; None unless wanted."""
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose layers may all be different."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            config.blocks[name].build(config.d_model, layer_idx=i, n_layers=config.n_layers)
+            for i, name in enumerate(config.layers)
+        )
+        self.norm = config.norm.build(config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the output projection the embedding's matrix, if so configured."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter from torch's global generator, as `config.init` says."""
+        for block in self.blocks:
+            block.reset_parameters()
+        self.norm.reset_parameters()
+        std = self.config.d_model**-0.5
+        matrices = [self.embedding.weight, self.head.weight]
+        if isinstance(self.config.init, NormalInit):
+            std = self.config.init.std
+            matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+        for matrix in matrices:
+            nn.init.normal_(matrix, std=std)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: ModelState | None = None,
+        *,
+        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+        return_state: bool = False,
+        select: Int[Tensor, " M"] | None = None,
+    ) -> ModelOutput:
+        """Logits of the next token after each token of a segment.
+
+        Args:
+            tokens: the segment, [B T], T >= 1.
+            state: what came before, from an earlier call or `init_state`; None means nothing.
+            paradigm: how every layer computes it, or one a layer; each layer's configured default when None.
+            cu_seqlens: borders of documents packed into one row; states then have a row a document.
+            return_state: whether the state behind the segment is wanted.
+            select: indexes into the B * T tokens (row by row): only their logits are computed.
+
+        Raises:
+            ContractError: a layer does not declare the paradigm or packing.
+        """
+        x = self.dropout(self.embedding(tokens))
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, after = block(
+                x,
+                None if state is None else state[i],
+                paradigm=paradigm[i] if isinstance(paradigm, tuple) else paradigm,
+                cu_seqlens=cu_seqlens,
+                return_state=return_state,
+            )
+            states.append(after)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
+        return ModelOutput(self.head(self.norm(x)), tuple(states) if return_state else None)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
+        """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""
+        return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
+
+    def prefer(self, *paradigms: Paradigm) -> tuple[Paradigm, ...]:
+        """For each layer, the first of these paradigms that it declares."""
+        declared = [block.mixer.traits.paradigms for block in self.blocks]
+        return tuple(next(p for p in (*paradigms, *Paradigm) if p in layer) for layer in declared)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embedding.weight.device

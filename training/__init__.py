@@ -1,0 +1,23 @@
+"""Training on one process: text, optimizer, loop, checkpoints."""
+
+from .checkpoint import CheckpointError
+from .config import PRESETS, DataConfig, RunConfig, TrainingConfig, load_config
+from .data import Corpus, read_corpus
+from .loop import TrainingError, open_run, train
+from .run import load_run, read_config
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Corpus",
+    "DataConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "TrainingError",
+    "load_config",
+    "load_run",
+    "open_run",
+    "read_config",
+    "read_corpus",
+    "train",
+]

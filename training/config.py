@@ -1,0 +1,114 @@
+"""The configuration of a run: a model, the text it learns, and how."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..models import ByteTokenizer, ModelConfig
+from ..registry import Config, load
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
+"""The folder of the presets."""
+
+
+class DataConfig(Config):
+    """The text, as bytes; every document is opened by a begin token."""
+
+    paths: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
+    """Text files and folders; null takes the source of Python's own standard library, which every machine has."""
+    glob: str = "**/*"
+    """Which files of a folder are read; hidden files never are."""
+    split: Literal["auto", "by_file", "tail"] = "auto"
+    """`by_file` holds out whole files, chosen by a hash of their names; `tail` the end of every file; `auto` is by_file
+    where there are several files, else tail."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the files (or of every file) held out."""
+    sequence_length: int = Field(default=256, gt=0)
+    """Tokens of a sequence."""
+
+
+class TrainingConfig(Config):
+    """How a model is trained."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(gt=0)
+    """Sequences an optimizer step."""
+    accumulate: int = Field(default=1, gt=0)
+    """Parts that a batch is computed in, one after another; changes memory, not the result."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises."""
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """The last learning rate over the peak."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW's decay of matrices; vectors have none."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False)
+    """AdamW's decay rates of its two moments."""
+    clip_norm: float | None = Field(default=2.0, gt=0)
+    """Largest norm of the gradient; null for no limit."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16` is autocast (parameters stay float32); `auto` takes it on a CUDA device that has it."""
+    compile: bool = False
+    """Whether each kind of block is compiled (fullgraph)."""
+    evaluate_every: int = Field(default=100, gt=0)
+    """Steps between evaluations."""
+    evaluation_batches: int = Field(default=16, gt=0)
+    """Batches of an evaluation, spread evenly over the validation text."""
+    final_evaluation_batches: int | None = Field(default=None, gt=0)
+    """Batches of the last evaluation; null for the whole validation text."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between lines of metrics."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size, and {self.accumulate} does not divide {self.batch_size}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must be at most steps, and {self.warmup_steps} is above {self.steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), and are {self.betas}")
+        return self
+
+
+class RunConfig(Config):
+    """A run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Parameters, order of the data and dropout are a function of it."""
+    model: ModelConfig
+    """What is trained."""
+    data: DataConfig = DataConfig()
+    """What it learns."""
+    training: TrainingConfig
+    """How."""
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        if self.model.vocab_size < ByteTokenizer.vocab_size:
+            raise ValueError(
+                f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), "
+                f"and model.vocab_size is {self.model.vocab_size}"
+            )
+        return self
+
+
+def load_config(source: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """Read the configuration of a run.
+
+    Args:
+        source: the name of a preset, or a YAML file.
+        overrides: changes as "dotted.path=value", the value in YAML.
+
+    Raises:
+        ConfigError: what is wrong, where, and what is allowed, in one sentence.
+    """
+    return load(RunConfig, source, overrides, presets=PRESETS)

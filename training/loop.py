@@ -1,0 +1,268 @@
+"""The training loop of one process: a generator of events, which whoever shows them consumes.
+
+Everything random in a step is a function of (seed, step): a resumed run goes on as the unbroken one would have.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..models import LanguageModel, build_model
+from ..registry import SeqmixError, dump
+from . import checkpoint
+from .config import RunConfig, TrainingConfig
+from .data import IGNORED, Batch, Corpus, evaluation_batches, read_corpus, training_batch
+from .optim import build_optimizer, learning_rate
+
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+NATS_PER_BIT = math.log(2)
+
+
+class TrainingError(SeqmixError):
+    """Training cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """Model and text are there."""
+
+    corpus: Corpus
+    parameters: int
+    device: torch.device
+    precision: torch.dtype
+    step: int
+    """The first step to be made, from 0."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The first step is through, and with it the compiler."""
+
+    seconds: float
+    """What it took beyond a step that follows."""
+    kinds: int
+    """Kinds of blocks that were compiled."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimizer step."""
+
+    step: int
+    """Steps made."""
+    loss: float
+    """Nats a token of this batch."""
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    """Of this step, from its start to its end."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation."""
+
+    step: int
+    loss: float
+    """Nats a byte of the validation text."""
+    final: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint."""
+
+    step: int
+    folder: Path
+
+
+Event = Started | Compiled | Stepped | Evaluated | Saved
+
+
+def open_run(run: Path, config: RunConfig) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        TrainingError: it holds something already.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        what = "already holds a run" if (run / CONFIG_FILE).exists() else "exists and is not empty"
+        raise TrainingError(f"{run} {what}: resume it with --resume {run}, or write elsewhere with --out DIR")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG_FILE).write_text(dump(config))
+
+
+def train(config: RunConfig, run: Path, *, resume: bool = False) -> Iterator[Event]:
+    """Train a model; closing the generator between two events loses nothing but the steps since the last checkpoint.
+
+    Args:
+        config: the run.
+        run: its folder, made by `open_run`.
+        resume: whether to go on from the newest checkpoint in it.
+
+    Raises:
+        SeqmixError: the text or a checkpoint cannot be used, or the loss is no longer finite.
+    """
+    corpus = read_corpus(config.data)
+    folder = checkpoint.latest(run) if resume else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model, device=device, seed=config.seed)
+    optimizer = build_optimizer(model, config.training)
+    start = 0
+    if folder is not None:
+        checkpoint.load_model(folder, model)
+        checkpoint.load_optimizer(folder, model, optimizer)
+        start = checkpoint.step_of(folder)
+    trainer = Trainer(config, run, corpus, model, optimizer)
+    trainer.drop_metrics_behind(start)
+    yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield from trainer.steps(start)
+
+
+class Trainer:
+    """One run's model, optimizer and text."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        corpus: Corpus,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
+        self.precision = _precision(config.training, model.device)
+        if config.training.compile:
+            compile_blocks(model)
+
+    def steps(self, start: int) -> Iterator[Event]:
+        """All steps from `start` on, with evaluations and checkpoints."""
+        settings = self.config.training
+        first: float | None = None
+        for step in range(start, settings.steps):
+            began = time.perf_counter()
+            loss, norm, rate = self.step(step)
+            seconds = time.perf_counter() - began
+            done = step + 1
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"step {done}: the loss is {loss:g} and its gradient's norm {norm:g}; the parameters before this step "
+                    f"are in {self.run / 'checkpoints'} if one was written: try a lower training.learning_rate"
+                )
+            if settings.compile and first is None:
+                first = seconds
+            elif settings.compile and step == start + 1 and first is not None:
+                yield Compiled(first - seconds, len(set(self.config.model.layers)))
+            stepped = Stepped(done, loss, rate, norm, self._tokens_per_step / seconds)
+            if done % settings.log_every == 0 or done == settings.steps:
+                self._record(stepped.__dict__)
+            yield stepped
+            final = done == settings.steps
+            if final or done % settings.evaluate_every == 0:
+                evaluated = Evaluated(done, self.evaluate(final=final), final)
+                self._record({"step": done, "validation_loss": evaluated.loss, "final": final})
+                yield evaluated
+            if final or done % settings.checkpoint_every == 0:
+                yield self.save(done)
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """One optimizer step: the loss before it, the gradient's norm and the learning rate."""
+        settings = self.config.training
+        torch.manual_seed(self.config.seed << 32 | step)  # dropout
+        rate = learning_rate(step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self._to_device(
+            training_batch(
+                self.corpus.train,
+                self.config.data.sequence_length,
+                settings.batch_size,
+                seed=self.config.seed,
+                step=step,
+            )
+        )
+        counted = (batch.targets != IGNORED).sum().clamp(min=1)
+        self.model.train()
+        total = torch.zeros((), device=self.model.device)
+        for inputs, targets in zip(*(part.chunk(settings.accumulate) for part in batch), strict=True):
+            loss = self._loss_sum(Batch(inputs, targets)) / counted
+            loss.backward()
+            total += loss.detach()
+        limit = math.inf if settings.clip_norm is None else settings.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.item(), norm.item(), rate
+
+    @torch.no_grad()
+    def evaluate(self, *, final: bool = False) -> float:
+        """Nats a byte of the validation text; every sequence starts from nothing."""
+        settings = self.config.training
+        limit = settings.final_evaluation_batches if final else settings.evaluation_batches
+        self.model.eval()
+        total, counted = 0.0, 0
+        for batch in evaluation_batches(
+            self.corpus.validation, self.config.data.sequence_length, settings.batch_size // settings.accumulate, limit
+        ):
+            total += self._loss_sum(self._to_device(batch)).item()
+            counted += int((batch.targets != IGNORED).sum())
+        return total / max(counted, 1)
+
+    def save(self, step: int) -> Saved:
+        """Write a checkpoint behind `step` steps."""
+        keep = self.config.training.keep_checkpoints
+        return Saved(step, checkpoint.save(self.run, step, self.model, self.optimizer, keep))
+
+    def drop_metrics_behind(self, step: int) -> None:
+        """Forget measurements of steps that will be made again."""
+        file = self.run / METRICS_FILE
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.training.batch_size * self.config.data.sequence_length
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        device = self.model.device.type
+        with torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32):
+            logits = self.model(batch.inputs).logits
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
+
+    def _record(self, values: dict[str, Any]) -> None:
+        with (self.run / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def compile_blocks(model: LanguageModel) -> None:
+    """Compile each block by itself: blocks of one kind share their code.
+
+    Dynamo counts graphs by code object, and all kinds of blocks run through one `Block.forward`: each kind may need a
+    graph for training, evaluation and carried state.
+    """
+    torch._dynamo.reset()
+    kinds = len(set(model.config.layers))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * kinds)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+
+
+def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:
+    if settings.precision == "bfloat16":
+        return torch.bfloat16
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if settings.precision == "auto" and able else torch.float32
