@@ -26,6 +26,7 @@ AttentionState = Cache
 
 XPOS_GAMMA = 0.4
 XPOS_BASE = 512
+"""Tokens after which a product has shrunk by zeta."""
 
 
 class AttentionConfig(MixerConfig):
@@ -39,7 +40,7 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = Field(default=None, gt=0)
     """Width of one head; d_model / n_heads when None."""
     positions: Literal["rope", "xpos", "none"] = "rope"
-    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; `none`: no positions."""
+    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; or `none`."""
     rope_base: float = Field(default=10000.0, gt=1)
     """The base of the angles."""
     window: int | None = Field(default=None, gt=0)
@@ -53,11 +54,13 @@ class AttentionConfig(MixerConfig):
     def _heads_fit(self) -> Self:
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_kv_heads must divide n_heads; {self.n_kv_heads} does not divide {self.n_heads}, "
-                f"which {_enumerate(_divisors(self.n_heads))} do"
+                f"n_kv_heads must divide n_heads = {self.n_heads}, and {self.n_kv_heads} does not: "
+                f"choose one of {_divisors(self.n_heads)}"
             )
         if self.positions != "none" and self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"{self.positions} turns pairs of dimensions, so head_dim must be even, not {self.head_dim}")
+            raise ValueError(
+                f"{self.positions} turns pairs of dimensions, so head_dim must be even, not {self.head_dim}"
+            )
         return self
 
     @property
@@ -114,8 +117,8 @@ class Attention(SequenceMixer[AttentionState]):
         if self.config.positions != "none":
             positions = token_positions(x.shape[1], None if state is None else state.length, cu_seqlens, x.device)
             theta = frequencies(self.head_dim, "rope", self.config.rope_base, x.device)
-            cos, sin = rotation(positions, theta, q.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            turn = rotation(positions, theta, q.dtype)
+            q, k = rotate(q, turn), rotate(k, turn)
         output, final_state = softmax(
             paradigm,
             q,
@@ -164,20 +167,17 @@ def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
 
 
 def _head_dim(config: AttentionConfig, d_model: int) -> int:
+    """d_model / n_heads, or an error that names the nearest numbers of heads that would do."""
     unit = 1 if config.positions == "none" else 2
     workable = [n for n in _divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
     if config.n_heads in workable:
         return d_model // config.n_heads
     at = bisect(workable, config.n_heads)
-    nearest = _enumerate(workable[max(0, at - 1) : at + 1])
-    evenly = "evenly" if unit == 1 else f"into heads of even width, which {config.positions} turns by pairs"
+    nearest = " or ".join(str(n) for n in workable[max(0, at - 1) : at + 1])
+    into = "evenly" if unit == 1 else f"into heads of even width, as {config.positions} turns pairs of dimensions"
     advice = f"n_heads = {nearest} would, or set head_dim" if nearest else "set head_dim"
-    raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {evenly}: {advice}")
+    raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {into}: {advice}")
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _enumerate(numbers: list[int]) -> str:
-    return " or ".join(str(number) for number in numbers)

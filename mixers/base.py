@@ -38,7 +38,8 @@ class MixerConfig(Config, ABC):
     It never holds the sizes of its parent: `d_model` and the layer's index arrive at `build`.
     """
 
-    kind: str
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
     paradigm: Paradigm = Field(strict=False)
     """The paradigm used when a call names none: that of training and evaluation."""
 

@@ -84,16 +84,16 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
         self.key_dim = head_width(d_model, config.expand_k, config.n_heads, "expand_k")
         self.value_dim = head_width(d_model, config.expand_v, config.n_heads, "expand_v")
         keys, values = config.n_heads * self.key_dim, config.n_heads * self.value_dim
-        self.q_proj = nn.Linear(d_model, keys, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
+        self.widths = [keys, keys, values]
+        # one product for queries, keys and values
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform, as attention: gain 2^-0.5 for queries, keys and values, 1 for the output."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        for projection in self.in_proj.weight.split(self.widths):
+            nn.init.xavier_uniform_(projection, gain=2**-0.5)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def mix(  # noqa: D102
@@ -105,8 +105,8 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
         return_state: bool,
     ) -> tuple[Float[Tensor, "B T D"], LinearAttentionState | None]:
         q, k, v = (
-            rearrange(projection(x), "b t (h k) -> b t h k", h=self.config.n_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(part, "b t (h k) -> b t h k", h=self.config.n_heads)
+            for part in self.in_proj(x).split(self.widths, dim=-1)
         )
         q, k = self._features(q), self._features(k)
         if self.config.denominator:
@@ -134,7 +134,7 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
         return LinearAttentionState(torch.zeros(memory, device=self.device, dtype=self.state_dtype))
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
-        weights = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + self.config.n_heads * decay_flops(
             paradigm, length, self.key_dim, self._state_width, chunk_size=self.config.chunk_size, context=context
         )

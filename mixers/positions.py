@@ -8,7 +8,7 @@ in float64 and then cast: a float32 angle is off by 2e-2 at position 1e6.
     rotation:     (x_2j, x_2j+1) turns by the angle position * theta_j             (pairs are interleaved)
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -62,17 +62,28 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
     return base ** -(torch.arange(pairs, device=device, dtype=torch.float64) / steps)
 
 
-def rotation(
-    positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "B T 1 K/2"], Float[Tensor, "B T 1 K/2"]]:
-    """Cosine and sine of every token's angles, for all heads."""
+class Rotation(NamedTuple):
+    """What `rotate` needs of a segment's positions, for all heads."""
+
+    cos: Float[Tensor, "B T 1 K"]
+    """Cosines, each twice: once for each dimension of the pair."""
+    sin: Float[Tensor, "B T 1 K"]
+    """Sines, the first of each pair negated."""
+
+
+def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype) -> Rotation:
+    """Cosine and sine of every token's angles."""
     angles = (positions[..., None].to(torch.float64) * theta)[:, :, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(*(torch.stack(pair, dim=-1).flatten(-2).to(dtype) for pair in ((cos, cos), (-sin, sin))))
 
 
-def rotate(
-    x: Float[Tensor, "B T H K"], cos: Float[Tensor, "_ T 1 K/2"], sin: Float[Tensor, "_ T 1 K/2"]
-) -> Float[Tensor, "B T H K"]:
-    """Turn each interleaved pair of dimensions by its angle."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"]:
+    """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin)."""
+    pairs = x.unflatten(-1, (-1, 2))
+    # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
+    complex_able = x.dtype in (torch.float32, torch.float64) and all(step % 2 == 0 for step in x.stride()[:-1])
+    if complex_able and not torch.compiler.is_compiling():
+        turn = torch.complex(by.cos[..., 0::2], by.sin[..., 1::2])
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+    return torch.addcmul(x * by.cos, pairs.flip(-1).flatten(-2), by.sin)

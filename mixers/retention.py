@@ -103,19 +103,17 @@ class Retention(SequenceMixer[RetentionState]):
         if config.rotation != "none" and self.key_dim % 2:
             raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
         keys, values = config.n_heads * self.key_dim, config.n_heads * self.value_dim
-        self.q_proj = nn.Linear(d_model, keys, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
-        self.g_proj = nn.Linear(d_model, values, bias=False) if config.gate == "swish" else None
+        self.widths = [keys, keys, values, values] if config.gate == "swish" else [keys, keys, values]
+        # one product for queries, keys, values and gate
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.decay_logit = nn.Parameter(torch.empty(config.n_heads)) if config.learnable_decay else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform with gain 2^-2.5 (2^-1 for the output), as the authors' code."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
-            if projection is not None:
-                nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
+        for projection in self.in_proj.weight.split(self.widths):
+            nn.init.xavier_uniform_(projection, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
         if self.decay_logit is not None:
             leak = self._leak(self.decay_logit.device)
@@ -133,32 +131,28 @@ class Retention(SequenceMixer[RetentionState]):
         batch, length, _ = x.shape
         offset = None if state is None else state.position
         positions = token_positions(length, offset, cu_seqlens, x.device)
-        q, k, v = (
-            rearrange(projection(x), "b t (h k) -> b t h k", h=self.config.n_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        log_decay = self.log_decay()
+        qk, v, *gate = self.in_proj(x).split([sum(self.widths[:2]), *self.widths[2:]], dim=-1)
+        qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
         if self.config.rotation != "none":
             theta = frequencies(self.key_dim, self.config.rotation, self.config.rotation_base, x.device)
-            cos, sin = rotation(positions, theta, q.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        log_decay = self.log_decay()
+            qk = rotate(qk, rotation(positions, theta, qk.dtype))
+        q, k = qk.chunk(2, dim=2)
+        if self.config.row_norm:
+            q = q * row_scale(positions, log_decay).to(q.dtype)
         output, memory = decay(
             paradigm,
             q,
             k,
-            v,
+            rearrange(v, "b t (h v) -> b t h v", v=self.value_dim),
             None if log_decay is None else log_decay.to(self.state_dtype),
             initial_state=None if state is None else state.memory,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
         )
-        if self.config.row_norm:
-            output = output * row_scale(positions, log_decay).to(output.dtype)
         output = rearrange(head_norm(output, self.config.head_norm, self.config.norm_eps), "b t h v -> b t (h v)")
-        if self.g_proj is not None:
-            output = F.silu(self.g_proj(x)) * output
-        y = self.out_proj(output)
+        y = self.out_proj(F.silu(gate[0]) * output if gate else output)
         if memory is None:
             return y, None
         return y, RetentionState(memory, advance(offset, batch, length, cu_seqlens, x.device))
@@ -171,7 +165,7 @@ class Retention(SequenceMixer[RetentionState]):
         )
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
-        weights = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + self.config.n_heads * decay_flops(
             paradigm, length, self.key_dim, self.value_dim, chunk_size=self.config.chunk_size, context=context
         )

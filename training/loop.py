@@ -6,7 +6,7 @@ Everything random in a step is a function of (seed, step): a resumed run goes on
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from .data import IGNORED, Batch, Corpus, evaluation_batches, read_corpus, train
 from .optim import build_optimizer, learning_rate
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
-NATS_PER_BIT = math.log(2)
 
 
 class TrainingError(SeqmixError):
@@ -99,13 +98,16 @@ def open_run(run: Path, config: RunConfig) -> None:
     (run / CONFIG_FILE).write_text(dump(config))
 
 
-def train(config: RunConfig, run: Path, *, resume: bool = False) -> Iterator[Event]:
-    """Train a model; closing the generator between two events loses nothing but the steps since the last checkpoint.
+def train(
+    config: RunConfig, run: Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Event]:
+    """Train a model, event by event.
 
     Args:
         config: the run.
         run: its folder, made by `open_run`.
         resume: whether to go on from the newest checkpoint in it.
+        stop: asked behind every step; true writes a checkpoint and ends.
 
     Raises:
         SeqmixError: the text or a checkpoint cannot be used, or the loss is no longer finite.
@@ -124,7 +126,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> Iterator[Eve
     trainer.drop_metrics_behind(start)
     yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield from trainer.steps(start)
+        yield from trainer.steps(start, stop)
 
 
 class Trainer:
@@ -143,8 +145,8 @@ class Trainer:
         if config.training.compile:
             compile_blocks(model)
 
-    def steps(self, start: int) -> Iterator[Event]:
-        """All steps from `start` on, with evaluations and checkpoints."""
+    def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
+        """All steps from `start` on, with evaluations and checkpoints, until asked to stop."""
         settings = self.config.training
         first: float | None = None
         for step in range(start, settings.steps):
@@ -170,8 +172,11 @@ class Trainer:
                 evaluated = Evaluated(done, self.evaluate(final=final), final)
                 self._record({"step": done, "validation_loss": evaluated.loss, "final": final})
                 yield evaluated
-            if final or done % settings.checkpoint_every == 0:
+            stopping = stop()
+            if final or stopping or done % settings.checkpoint_every == 0:
                 yield self.save(done)
+            if stopping:
+                return
 
     def step(self, step: int) -> tuple[float, float, float]:
         """One optimizer step: the loss before it, the gradient's norm and the learning rate."""

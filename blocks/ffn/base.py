@@ -1,7 +1,7 @@
 """What a feed-forward network is, and how a kind of it is registered."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,7 +16,8 @@ Activation = Literal["gelu", "silu", "relu"]
 class FfnConfig(Config, ABC):
     """The configuration of a feed-forward network; a subclass declares `kind: Literal["its_name"]`."""
 
-    kind: str
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
     expansion: float = Field(gt=0)
     """Hidden width over d_model, rounded to a whole number."""
     multiple_of: int = Field(default=1, gt=0)

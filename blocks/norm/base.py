@@ -1,7 +1,7 @@
 """What a norm is, and how a kind of it is registered."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -24,7 +24,8 @@ class Norm(Protocol):
 class NormConfig(Config, ABC):
     """The configuration of a norm over the residual stream; a subclass declares `kind: Literal["its_name"]`."""
 
-    kind: str
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
     eps: float = Field(ge=0)
     """Added to the variance."""
 

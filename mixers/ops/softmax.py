@@ -1,7 +1,7 @@
 """Softmax attention: every query reads the keys up to its own, weighted by the softmax of their products.
 
-Notation: B batch, T tokens, H query heads, G key heads (head h reads key head h // (H / G)), K key width, V value width,
-S slots of a cache, N packed documents, C chunk; n is a query's position, m a key's, w the window, a = log_decay.
+Notation: B batch, T tokens, H query heads, G key heads (head h reads key head h // (H / G)), K key width, V value
+width, S slots of a cache, N packed documents, C chunk; n a query's position, m a key's, w the window, a = log_decay.
 
     s_nm = scale * sum_d q_nd k_md exp(a_d (n - m))          a None means 0; xPos has a decay a pair of dimensions
     o_n  = sum_m softmax_m(s_nm) v_m                         over the keys  max(0, n - w + 1) <= m <= n
@@ -17,12 +17,12 @@ Keys are cached without their factor, so no factor ever depends on an absolute p
 """
 
 import math
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ...registry import SeqmixError
@@ -68,11 +68,10 @@ class RingCache(NamedTuple):
 
 
 Cache: TypeAlias = GrowingCache | RingCache
-AnyCache = TypeVar("AnyCache", GrowingCache, RingCache)
 
 
 def empty_cache(
-    kind: type[AnyCache],
+    kind: type[GrowingCache] | type[RingCache],
     rows: int,
     capacity: int,
     n_heads: int,
@@ -81,7 +80,7 @@ def empty_cache(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> AnyCache:
+) -> Cache:
     """The cache of nothing read; a ring needs a capacity of at least 1."""
     if kind is RingCache and capacity < 1:
         raise SeqmixError(f"a ring cache holds at least 1 token, and {capacity} was asked for")
@@ -162,8 +161,8 @@ def softmax_chunkwise(
 
     Time is quadratic in T, and linear under a window. Memory is linear in T, forward and backward: one block's mask and
     decayed keys at a time, recomputed in the backward pass (a third more work than storing them). The loop over blocks
-    is a Python loop, which a compiler unrolls: T / C copies of a few operations. With packed documents every block
-    reads every document's cache.
+    is a Python loop, which a compiler unrolls anew for every T: T / C copies of a few operations. With packed documents
+    every block reads every document's cache.
 
     Args:
         q: queries.
@@ -184,8 +183,8 @@ def softmax_chunkwise(
 
     Raises:
         SeqmixError: the shapes do not fit, said in one sentence.
-        RuntimeError: what only tensors know does not fit, in the device's own time: the borders of the documents, a ring
-            that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
+        RuntimeError: what only tensors know does not fit, raised in the device's own time: the documents' borders, a
+            ring that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
     """
     scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     if chunk_size < 1:
@@ -275,24 +274,23 @@ class _Offer(NamedTuple):
 
     keys: Float[Tensor, "B M G K"]
     values: Float[Tensor, "B M G V"]
-    index: Int[Tensor, "_ M"]
-    """Place relative to the segment's first token (to the packed row's); behind the segment's end for empty slots."""
-    document: Int[Tensor, " M"] | None
-    query_document: Int[Tensor, " T"] | None
+    places: Int[Tensor, "_ M"]
+    """Counted from the segment's (the packed row's) first token; behind the segment's end where a slot is empty."""
+    documents: tuple[Int[Tensor, " M"], Int[Tensor, " T"]] | None
+    """Of keys and of queries."""
     cached: int
     """How many are the cache's."""
 
     def up_to(self, start: int, stop: int, window: int | None) -> "_Offer":
         """What the queries from start to stop - 1 may see."""
         # a packed document may begin inside the block, so its cache may be needed anywhere
-        first = _first_key(start, self.cached, window if self.document is None else None)
+        first = _first_key(start, self.cached, window if self.documents is None else None)
         keys = slice(first, self.cached + stop)
         return _Offer(
             self.keys[:, keys],
             self.values[:, keys],
-            self.index[:, keys],
-            None if self.document is None else self.document[keys],
-            None if self.query_document is None else self.query_document[start:stop],
+            self.places[:, keys],
+            None if self.documents is None else (self.documents[0][keys], self.documents[1][start:stop]),
             max(0, self.cached - first),
         )
 
@@ -304,40 +302,35 @@ def _first_key(start: int, cached: int, window: int | None) -> int:
 
 def _offer(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> _Offer:
     """The old cache and the segment."""
-    length = k.shape[1]
-    index = torch.arange(length, device=k.device)
-    document = None if cu_seqlens is None else document_of_token(cu_seqlens, length)
+    batch_size, length = k.shape[:2]
+    own_places = torch.arange(length, device=k.device)[None]
+    own = None if cu_seqlens is None else document_of_token(cu_seqlens, length)
     if cache is None:
-        return _Offer(k, v, index[None], document, document, 0)
-    old_keys, old_values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
-    rows, capacity = old_keys.shape[:2]
-    old_index = _index_of_slots(cache, cache.length, length, cu_seqlens)
-    if cu_seqlens is None:
-        index = index.expand(rows, -1)
-        key_document = None
-    else:
-        old_keys, old_values, old_index = (x.flatten(0, 1)[None] for x in (old_keys, old_values, old_index))
-        index = index[None]
-        row = torch.arange(rows, device=k.device, dtype=torch.int64)
-        key_document = torch.cat((row[:, None].expand(-1, capacity).flatten(), document))
+        return _Offer(k, v, own_places, None if own is None else (own, own), 0)
+    keys, values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
+    places = _places_of_slots(cache, cache.length, length, cu_seqlens)
+    documents = None
+    if own is not None:
+        row = torch.arange(keys.shape[0], device=k.device, dtype=own.dtype)[:, None].expand(places.shape)
+        documents = (torch.cat((row.flatten(), own)), own)
+        keys, values, places = (x.flatten(0, 1)[None] for x in (keys, values, places))
     return _Offer(
-        torch.cat((old_keys, k), dim=1),
-        torch.cat((old_values, v), dim=1),
-        torch.cat((old_index, index), dim=1),
-        key_document,
-        document,
-        old_keys.shape[1],
+        torch.cat((keys, k), dim=1),
+        torch.cat((values, v), dim=1),
+        torch.cat((places, own_places.expand(batch_size, -1)), dim=1),
+        documents,
+        keys.shape[1],
     )
 
 
 def _offer_written(cache: Cache, read_before: Tensor, k: Tensor) -> _Offer:
     """A cache that has taken the segment in already."""
-    index = _index_of_slots(cache, read_before, k.shape[1], None)
-    return _Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), index, None, None, cache.keys.shape[1])
+    places = _places_of_slots(cache, read_before, k.shape[1], None)
+    return _Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), places, None, cache.keys.shape[1])
 
 
-def _index_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Places of a cache's slots relative to a segment's first token, [N S]; `length` where a slot is empty."""
+def _places_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Places of a cache's slots counted from a segment's first token, [N S]; `length` where a slot is empty."""
     position = cache.positions(cache.length, cache.keys.shape[1])
     start = 0 if cu_seqlens is None else cu_seqlens[:-1, None]
     return torch.where(position >= 0, position - read_before[:, None] + start, length)
@@ -349,19 +342,20 @@ def _attend(
     """Queries at the places start, start + 1, ... read an offer."""
     length, dtype = q.shape[1], q.dtype
     keys, values = offer.keys, offer.values
-    plain = offer.cached == 0 and offer.document is None and start == 0 and (window is None or window >= length)
-    query_index = None if plain and log_decay is None else torch.arange(start, start + length, device=q.device)
+    places = torch.arange(start, start + length, device=q.device)
     if log_decay is not None:
         middle = start + length // 2
-        q = _decayed(q, query_index - middle, log_decay)
+        q = _decayed(q, places - middle, log_decay)
         # keys behind the block are seen by none of its queries, and must not overflow
-        keys = _decayed(keys, (middle - offer.index).clamp(min=middle - start - length), log_decay)
-    output = F.scaled_dot_product_attention(
+        keys = _decayed(keys, (middle - offer.places).clamp(min=middle - start - length), log_decay)
+    plain = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
+    mask = None if plain else _visible(places, offer, window)
+    output = scaled_dot_product_attention(
         q.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=None if plain else _visible(query_index, offer, window),
-        is_causal=plain,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != keys.shape[2],
     )
@@ -375,20 +369,19 @@ def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
     return (x.to(wide) * factor).to(x.dtype)
 
 
-def _visible(query_index: Tensor, offer: _Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
+def _visible(places: Tensor, offer: _Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
     """Which keys each query sees."""
-    query, key = query_index[:, None], offer.index[:, None]
+    query, key = places[:, None], offer.places[:, None]
     visible = key <= query
     if window is not None:
         visible = visible & (key > query - window)
-    if offer.document is not None and offer.query_document is not None:
-        visible = visible & (offer.document == offer.query_document[:, None])
+    if offer.documents is not None:
+        of_key, of_query = offer.documents
+        visible = visible & (of_key == of_query[:, None])
     return visible[:, None]
 
 
-def _final_state(
-    k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None
-) -> GrowingCache | RingCache:
+def _final_state(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None) -> Cache:
     """The cache after the segment."""
     batch_size, length = k.shape[:2]
     if cache is None:
@@ -404,7 +397,7 @@ def _final_state(
     if isinstance(cache, RingCache) and (window is None or window > capacity):
         _require(
             (read <= capacity).all(),
-            f"the cache was allocated for {capacity} tokens, and more would be read: pass a larger max_length",
+            "the cache was allocated for fewer tokens than are read: pass a larger max_length to init_state",
         )
     if cu_seqlens is not None:
         return _with_documents(cache, k, v, read, cu_seqlens)
@@ -438,8 +431,11 @@ def _with_documents(cache: Cache, k: Tensor, v: Tensor, read: Tensor, cu_seqlens
 
 
 def _require(condition: Tensor, sentence: str) -> None:
-    """Refuse what only tensors know, without waiting for the device: it raises when it gets there."""
-    torch._assert_async(condition, sentence)
+    """Refuse what only tensors know, without waiting for the device: it raises when it gets there.
+
+    The sentence names no sizes: a size in a string would make a compiler start anew for every one.
+    """
+    torch.ops.aten._assert_async.msg(condition, sentence)
 
 
 def _require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
@@ -450,8 +446,8 @@ def _require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) ->
     lowest = -math.log(torch.finfo(dtype).max) / length
     _require(
         (log_decay >= lowest).all(),
-        f"the factors of a decay over {length} tokens at once stay within {dtype} down to log_decay = {lowest:.2g}, "
-        "and it is lower: use the chunkwise paradigm, or a smaller chunk_size",
+        f"log_decay is so low that its factors over this many tokens at once leave the range of {dtype}: "
+        "use the chunkwise paradigm, or a smaller chunk_size",
     )
 
 
@@ -488,7 +484,7 @@ def _check(
             raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {rows}")
         rows = cu_seqlens.shape[0] - 1
         rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == q.shape[1])
-        _require(rises, f"cu_seqlens must rise from 0 to the {q.shape[1]} tokens given")
+        _require(rises, "cu_seqlens must rise from 0 to the number of tokens given")
     if cache is not None:
         needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])
         given = ([*x.shape[:1], *x.shape[2:]] for x in cache)

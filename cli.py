@@ -1,0 +1,170 @@
+"""The `seqmix` command: thin commands over the library, and one sentence for what goes wrong."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .training import RunConfig
+
+# torch takes seconds to import: every command imports what it needs, so that --help is quick
+app = typer.Typer(
+    name="seqmix",
+    help="Sequence mixers as plug-ins: train a language model from one YAML file, swap its mixer, generate with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Source = Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help='Changes as dotted.path=value, the value in YAML: training.steps=100 '
+        'model.blocks.ret.mixer="{kind: attention, n_heads: 4}"',
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; exit with 2 and one sentence on bad input."""
+    from .registry import SeqmixError
+
+    try:
+        app()
+    except SeqmixError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder the run is written to; runs/NAME by default.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")] = False,
+) -> None:
+    """Train a model.
+
+    Writes its configuration, metrics.jsonl and checkpoints to runs/NAME. With no data.paths the text is the source of
+    Python's own standard library. Ctrl-C stops after the step, with a checkpoint.
+
+    [bold]seqmix train retnet-tiny[/bold]
+
+    [bold]seqmix train retnet-tiny training.steps=200 --out runs/short[/bold]
+
+    [bold]seqmix train --resume runs/retnet-tiny[/bold]
+    """
+    from .registry import SeqmixError
+    from .training import load_config, open_run, read_config
+    from .training.progress import run_with_progress
+
+    if resume is not None:
+        if config is not None or overrides or out is not None or dry_run:
+            raise SeqmixError("--resume goes on with the run's own configuration: give it no CONFIG, changes or options")
+        run_with_progress(read_config(resume), resume, resume=True)
+        return
+    if config is None:
+        raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
+    loaded = load_config(config, overrides or [])
+    if dry_run:
+        _show(loaded, None)
+        return
+    run = out or Path("runs") / Path(config).stem
+    open_run(run, loaded)
+    run_with_progress(loaded, run)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")],
+    prompt: Annotated[list[str], typer.Option(help="The text to continue; several are read as one batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Bytes to generate at most.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most probable bytes.", show_default=False)] = None,
+    top_p: Annotated[float, typer.Option(help="Only the most probable bytes that reach this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
+) -> None:
+    """Continue a text with a trained model.
+
+    The prompt is read at once (chunkwise), then every byte costs one recurrent step.
+
+    [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
+    """
+    from .models import Sampling, stream_text
+    from .training import load_run
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    pieces = stream_text(load_run(run), prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or [])
+    if len(prompt) == 1:
+        started = False
+        for (piece,) in pieces:
+            # the prompt is shown once the first byte is there: bad input shows nothing but its error
+            typer.echo(piece if started else prompt[0] + piece, nl=False)
+            started = True
+        typer.echo()
+        return
+    texts = list(prompt)
+    for new in pieces:
+        texts = [text + piece for text, piece in zip(texts, new, strict=True)]
+    for text in texts:
+        typer.echo(f"{text}\n{'─' * 40}")
+
+
+@app.command()
+def mixers() -> None:
+    """List the registered mixers and what they declare."""
+    from .show import mixer_table
+
+    mixer_table()
+
+
+@app.command()
+def show(
+    config: Source,
+    overrides: Overrides = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a model costs, by layer, without allocating it: parameters, operations, state, activations."""
+    from .training import load_config
+
+    _show(load_config(config, overrides or []), length, as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, for editors that complete YAML."""
+    from .registry import json_schema
+    from .training import RunConfig
+
+    typer.echo(json.dumps(json_schema(RunConfig), indent=2))
+
+
+def _show(config: "RunConfig", length: int | None, *, as_json: bool = False) -> None:
+    from .models import account
+    from .show import cost_table
+
+    cost = account(config.model, length=length or config.data.sequence_length)
+    if as_json:
+        typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
+    else:
+        cost_table(config, cost)

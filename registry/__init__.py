@@ -1,0 +1,9 @@
+"""Configurations: checked values, YAML files that extend each other, and kinds found by name. Knows no torch."""
+
+from .config import Config
+from .errors import ConfigError, SeqmixError, nearest
+from .loading import dump, load
+from .registry import Registry
+from .schema import json_schema
+
+__all__ = ["Config", "ConfigError", "Registry", "SeqmixError", "dump", "json_schema", "load", "nearest"]

@@ -1,0 +1,26 @@
+"""Errors for users: one sentence that says what was given, where, what is allowed, and the nearest match."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+class SeqmixError(ValueError):
+    """Something a user can put right, in one sentence; the commands print it and exit with status 2."""
+
+
+class ConfigError(SeqmixError):
+    """A configuration is wrong, or what it names cannot be had."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The end of an error's sentence: `; did you mean "retention"?`, or nothing where no allowed word is close."""
+    matches = difflib.get_close_matches(word, list(allowed), n=1)
+    return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def shown(value: Any) -> str:
+    """A value as errors print it: much as YAML has it, and not too long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

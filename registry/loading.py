@@ -1,0 +1,46 @@
+"""Loading a configuration from a preset or file with overrides, and writing it down again."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from .config import Config
+from .errors import ConfigError
+from .explain import explain
+from .overrides import override
+from .sources import read
+from .yaml_writer import write
+
+C = TypeVar("C", bound=Config)
+
+
+def load(cls: type[C], source: str | Path, overrides: Iterable[str] = (), *, presets: Path) -> C:
+    """Read a configuration.
+
+    A file may say `extends: <preset, or file relative to this one>`: it is then a difference. Mappings merge key by
+    key; lists, scalars and null replace what was there, and so does a mapping with another `kind`.
+
+    Args:
+        cls: the class of the configuration.
+        source: the name of a preset, or a YAML file.
+        overrides: changes as `dotted.path=value` with the value in YAML, applied last and in order, as if each were a
+            file of one value that extends what is before it.
+        presets: the folder of the presets, one file `<name>.yaml` each.
+
+    Raises:
+        ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
+    """
+    tree = read(source, presets)
+    for change in overrides:
+        tree = override(tree, change)
+    try:
+        return cls.model_validate(tree.plain())
+    except ValidationError as error:
+        raise ConfigError(explain(error, tree)) from error
+
+
+def dump(config: Config) -> str:
+    """YAML text of the whole configuration, keys in the order of its fields, that `load` reads as an equal one."""
+    return write(config.model_dump(mode="json"))

@@ -1,0 +1,40 @@
+"""Changes from the command line: `dotted.path=value`, the value in YAML."""
+
+from collections.abc import Sequence
+
+from .errors import ConfigError, shown
+from .tree import Node, Origin
+from .yaml_reader import parse
+
+SOURCE = "command line"
+"""What errors call the command line."""
+
+
+def override(tree: Node, change: str) -> Node:
+    """Apply one change to a tree, as a file would that holds nothing else and extends it.
+
+    Raises:
+        ConfigError: the change is not `dotted.path=value`, its value is no YAML, or its path leads through a value that
+            is no mapping.
+    """
+    path, equals, text = change.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{SOURCE}: {change!r} is no change; write dotted.path=value, such as model.n_layers=2")
+    try:
+        value = parse(text, SOURCE, lines=False) or Node(None, Origin(SOURCE))
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{SOURCE}: ")
+        raise ConfigError(f"{SOURCE}: {path}: the value {text!r} is no YAML: {reason}") from error
+    return tree.merge(_difference(tree, keys, 0, value))
+
+
+def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:
+    """The mapping that holds `value` at `keys`. Mappings on the way keep the place where a file wrote them."""
+    if depth == len(keys):
+        return value
+    if base is not None and base.entries is None:
+        path, parent = ".".join(keys), ".".join(keys[:depth])
+        raise ConfigError(f"{SOURCE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), and not a mapping")
+    inner = base.entries.get(keys[depth]) if base and base.entries else None
+    return Node({keys[depth]: _difference(inner, keys, depth + 1, value)}, base.origin if base else value.origin)

@@ -1,0 +1,202 @@
+"""A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+from .config import Config
+from .errors import ConfigError, nearest
+from .providers import Provider, dotted, entry_points, files, kind_of, path_of, require_config
+
+C = TypeVar("C", bound=Config)
+D = TypeVar("D", bound=Config)
+
+_describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
+"""The registries whose JSON schema is being made."""
+
+
+class Registry(Generic[C]):
+    """The kinds of one family.
+
+    A kind comes from a file of the family's own package, from an entry point of an installed distribution, from a class
+    that the program registers, or from a dotted path written in place of a kind. It is looked up when a configuration
+    is validated, so whatever joins late is found.
+
+    A registry is also the annotation of a field that holds a configuration of its family:
+
+        mixer: Annotated[MixerConfig, MIXERS]
+    """
+
+    def __init__(self, family: str, base: type[C], *, package: str, entry_points: str | None = None) -> None:
+        """Open a registry.
+
+        Args:
+            family: what errors call a member, e.g. "mixer".
+            base: the class that every configuration of the family extends.
+            package: full name of the package of the built-in kinds: module `retention` is the kind `retention` if its
+                text says `kind: Literal["retention"]`.
+            entry_points: the group in which distributions offer `kind = "module:ConfigClass"`; None for no group.
+        """
+        self.family = family
+        self.base = base
+        self._package = package
+        self._group = entry_points
+        self._registered: dict[str, type[C]] = {}
+
+    def register(self, config: type[D]) -> type[D]:
+        """Add a class of the running program; usable as a decorator.
+
+        A class of the same module and name replaces the one before, as when a notebook's cell runs again.
+
+        Raises:
+            ConfigError: the class is no configuration of the family, or another class provides its kind.
+        """
+        require_config(config, self.base)
+        kind, added = kind_of(config), cast(type[C], config)
+        before = self._registered.get(kind, added)
+        if path_of(before) != path_of(added):
+            raise ConfigError(self._conflict(kind, [path_of(before), path_of(added)]))
+        others = [provider.module for provider in self._providers().get(kind, [])]
+        if others := [module for module in others if module != added.__module__]:
+            raise ConfigError(self._conflict(kind, [*others, added.__module__]))
+        self._registered[kind] = added
+        return config
+
+    def kinds(self) -> list[str]:
+        """The kinds that can be had, sorted.
+
+        Built-in files are not imported for it; plug-ins are, for the broken ones to be left out.
+        """
+        broken = self.broken()
+        return sorted(kind for kind in self._providers() if kind not in broken)
+
+    def broken(self) -> dict[str, str]:
+        """The plug-ins that cannot be had, by kind, each with its reason: its import fails, or its kind is taken."""
+        reasons = {}
+        for kind in self._plug_ins():
+            try:
+                self.resolve(kind)
+            except ConfigError as error:
+                reasons[kind] = str(error)
+        return reasons
+
+    def origin(self, kind: str) -> str:
+        """The module that provides a kind.
+
+        Raises:
+            ConfigError: nothing provides the kind, or several modules do.
+        """
+        return self._provider(kind).module
+
+    def resolve(self, kind: str) -> type[C]:
+        """The configuration class of a kind, or of a dotted path `my_package.my_module:MyConfig`.
+
+        Raises:
+            ConfigError: the kind is unknown, provided by several modules, or its module cannot be loaded.
+        """
+        provider = self._provider(kind)
+        try:
+            config = provider.load()
+            require_config(config, self.base)
+            if ":" not in kind and kind_of(config) != kind:
+                raise ConfigError(f"{path_of(config)} says kind {kind_of(config)!r}")
+        except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
+            known = isinstance(error, ConfigError)
+            reason = str(error) if known else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            module = provider.module
+            raise ConfigError(f"{self.family} kind {kind!r} of module {module} cannot be loaded: {reason}") from error
+        return config
+
+    def _provider(self, kind: str) -> Provider:
+        if ":" in kind:
+            return dotted(kind)
+        found = self._providers().get(kind, [])
+        if not found:
+            kinds = self.kinds()
+            raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{nearest(kind, kinds)}")
+        if len(found) > 1:
+            raise ConfigError(self._conflict(kind, [provider.module for provider in found]))
+        return found[0]
+
+    def _providers(self) -> dict[str, list[Provider]]:
+        """Who provides each kind. A module counts once, in whatever ways it offers the kind."""
+        found: dict[str, dict[str, Provider]] = {}
+        for kind, config in self._registered.items():
+            found.setdefault(kind, {})[config.__module__] = Provider(config.__module__, lambda config=config: config)
+        for kind, provider in files(self._package, self.base).items():
+            found.setdefault(kind, {}).setdefault(provider.module, provider)
+        for kind, providers in self._plug_ins().items():
+            for provider in providers:
+                found.setdefault(kind, {}).setdefault(provider.module, provider)
+        return {kind: list(by_module.values()) for kind, by_module in found.items()}
+
+    def _plug_ins(self) -> dict[str, list[Provider]]:
+        return entry_points(self._group) if self._group else {}
+
+    def _conflict(self, kind: str, providers: list[str]) -> str:
+        return f"{self.family} kind {kind!r} is provided by {' and by '.join(providers)}: rename or remove all but one"
+
+    def _name(self, config: type[C]) -> str:
+        """What a file says for this class: its kind, or its dotted path where that kind does not lead to it."""
+        kind = kind_of(config)
+        try:
+            return kind if self.resolve(kind) is config else path_of(config)
+        except ConfigError:
+            return path_of(config)
+
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> C:
+        if isinstance(value, self.base):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
+        if "kind" not in value:
+            sentence = f"missing key 'kind'; allowed: {', '.join(self.kinds())}"
+            raise PydanticCustomError("missing_kind", "{sentence}", {"sentence": sentence})
+        kind = value["kind"]
+        if not isinstance(kind, str):
+            raise self._kind_error(kind, "string_type")
+        try:
+            config = self.resolve(kind)
+        except ConfigError as error:
+            raise self._kind_error(kind, "value_error", error=error) from error
+        return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
+
+    def _kind_error(self, kind: Any, error_type: str, **context: Any) -> ValidationError:
+        details = InitErrorDetails(type=error_type, loc=("kind",), input=kind, ctx=context)
+        return ValidationError.from_exception_data(self.base.__name__, [details])
+
+    def _serialize(self, value: C, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # whatever a caller excludes: without its kind the value could not be read again
+        return {**handler(value), "kind": self._name(type(value))}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            # any_schema: with the fields of the value's own class, not of the base
+            serialization=core_schema.wrap_serializer_function_ser_schema(
+                self._serialize, schema=core_schema.any_schema()
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        outer = _describing.get()
+        configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
+        if self in outer:  # a kind that holds kinds of its own family: they are being described already
+            configs = {kind: core_schema.definition_reference_schema(_ref(config)) for kind, config in configs.items()}
+        token = _describing.set((*outer, self))
+        try:
+            described = handler(core_schema.tagged_union_schema(dict(configs), discriminator="kind"))
+        finally:
+            _describing.reset(token)
+        by_path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+        return {**described, "oneOf": [*described["oneOf"], by_path]}
+
+
+def _ref(config: Any) -> str:
+    """The name under which a configuration's core schema is defined."""
+    schema = config["schema"] if config["type"] == "definitions" else config
+    return schema["schema_ref"] if schema["type"] == "definition-ref" else schema["ref"]

@@ -1,0 +1,86 @@
+"""From the name of a preset or a file to one tree: files that extend each other, merged."""
+
+import os
+from pathlib import Path
+
+from .errors import ConfigError, nearest, shown
+from .tree import Node, Origin
+from .yaml_reader import parse
+
+EXTENDS = "extends"
+"""The key that names the preset or file of which a file is a difference."""
+
+
+def read(source: str | Path, presets: Path) -> Node:
+    """The mapping that a source stands for, merged into all that it extends.
+
+    Args:
+        source: the name of a preset, or a YAML file. A word is a file if it has a suffix .yaml or .yml or a separator,
+            or exists as one.
+        presets: the folder of the presets, one file `<name>.yaml` each.
+
+    Raises:
+        ConfigError: a source is unknown, unreadable or no YAML mapping, or files extend each other in a circle.
+    """
+    path = source if isinstance(source, Path) else _locate(source, Path(), presets, "")
+    return _read(path, presets, (), "")
+
+
+def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str) -> Node:
+    """The tree of a file; `chain` are the files that led here, and `named_at` opens errors about the file as such."""
+    if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
+        circle = " -> ".join(_name(file) for file in (*chain, path))
+        raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
+    document = _document(path, named_at)
+    entries = dict(document.entries or {})
+    extends = entries.pop(EXTENDS, None)
+    difference = Node(entries, document.origin)
+    if extends is None:
+        return difference
+    here = f"{extends.origin}: {EXTENDS}: "
+    if not isinstance(extends.value, str):
+        raise ConfigError(f"{here}needs the name of a preset or a file, and was given {shown(extends.plain())}")
+    base = _locate(extends.value, path.parent, presets, here)
+    return _read(base, presets, (*chain, path), here).merge(difference)
+
+
+def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
+    path, preset = folder / name, presets / f"{name}.yaml"
+    if path.suffix in (".yaml", ".yml") or "/" in name or os.sep in name or _is_file(path):
+        return path
+    if _is_file(preset):
+        return preset
+    names = sorted(file.stem for file in presets.glob("*.yaml"))
+    raise ConfigError(f"{named_at}unknown preset {name!r}; presets: {', '.join(names)}{nearest(name, names)}")
+
+
+def _document(path: Path, named_at: str) -> Node:
+    name = _name(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        siblings = [file.stem for file in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(f"{named_at}no file {name}{nearest(path.stem, siblings)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{named_at}{name} is a folder, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{name}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text") from error
+    except OSError as error:
+        raise ConfigError(f"{named_at}{name} cannot be read: {error.strerror}") from error
+    document = parse(text, name)
+    if document is None:
+        return Node({}, Origin(name, 1))
+    if document.entries is None:
+        given = shown(document.plain())
+        raise ConfigError(f"{document.origin}: a configuration is a mapping of keys to values, not {given}")
+    return document
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # Path.is_file raises where a name is too long to be one
+
+
+def _name(path: Path) -> str:
+    """A path as errors print it: from the working directory where it lies below, for it to be short and clickable."""
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)

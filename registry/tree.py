@@ -1,0 +1,78 @@
+"""A YAML document as a tree in which every value knows where it was written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Scalar = str | int | float | bool | None
+Key = str | int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written."""
+
+    source: str
+    """A file, or "command line"."""
+    line: int | None = None
+    """Counted from 1; None where there are no lines."""
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and its origin: in a mapping the place of its key, else its own."""
+
+    value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
+    origin: Origin
+
+    @property
+    def entries(self) -> "Mapping[str, Node] | None":
+        """The entries of a mapping; None for anything else."""
+        return self.value if isinstance(self.value, Mapping) else None
+
+    def plain(self) -> Any:
+        """The value without origins: dicts, lists and scalars."""
+        if isinstance(self.value, Mapping):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, tuple):
+            return [node.plain() for node in self.value]
+        return self.value
+
+    def merge(self, difference: "Node") -> "Node":
+        """This value, changed by a difference.
+
+        Mappings merge key by key. All else is replaced: scalars, null, lists, and a mapping whose `kind` changes, since
+        the keys of one kind mean nothing to another.
+        """
+        base, changes = self.entries, difference.entries
+        if base is None or changes is None or _kind_changes(base, changes):
+            return difference
+        merged = {key: base[key].merge(node) if key in base else node for key, node in changes.items()}
+        return Node({**base, **merged}, difference.origin)
+
+    def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
+        """The deepest value on the way along a location, and the keys that lead to it.
+
+        What is no key is passed over: pydantic puts the names of a union's branches among the keys.
+        """
+        keys: tuple[Key, ...] = ()
+        node = self
+        for part in location:
+            child = node._child(part)
+            if child is not None:
+                keys, node = (*keys, part), child
+        return keys, node
+
+    def _child(self, key: Key) -> "Node | None":
+        if isinstance(self.value, Mapping):
+            return self.value.get(key) if isinstance(key, str) else None
+        if isinstance(self.value, tuple):
+            return self.value[key] if isinstance(key, int) and key < len(self.value) else None
+        return None
+
+
+def _kind_changes(base: Mapping[str, Node], changes: Mapping[str, Node]) -> bool:
+    return "kind" in base and "kind" in changes and base["kind"].plain() != changes["kind"].plain()

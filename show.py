@@ -1,0 +1,108 @@
+"""Tables for the terminal: what mixers declare, what a model costs."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from .mixers import MIXERS, Paradigm
+from .mixers.base import MixerConfig
+from .models import LayerCost, ModelCost
+from .training import RunConfig
+
+
+def mixer_table() -> None:
+    """Print the registered mixers, and the plug-ins that cannot be imported."""
+    console = Console()
+    table = Table("kind", *(str(p) for p in Paradigm), "state", "packing", "shift-invariant", "from")
+    for kind in MIXERS.kinds():
+        try:
+            traits = _example(MIXERS.resolve(kind)).traits
+        except ValueError:
+            table.add_row(kind, *("?",) * 6, MIXERS.origin(kind))
+            continue
+        table.add_row(
+            kind,
+            *("yes" if p in traits.paradigms else "-" for p in Paradigm),
+            traits.state,
+            "yes" if traits.packing else "-",
+            "yes" if traits.shift_invariant else "-",
+            MIXERS.origin(kind),
+        )
+    console.print(table)
+    console.print("Traits are those of the default configuration; options can change them (a window bounds a state).")
+    for name, reason in MIXERS.broken().items():
+        console.print(f"[red]plug-in {name} is broken:[/red] {reason}")
+
+
+def _example(config: type[MixerConfig]) -> MixerConfig:
+    """The default configuration, with one head where heads must be given."""
+    required = {name: 1 for name, field in config.model_fields.items() if field.is_required()}
+    return config(**required)
+
+
+def cost_table(config: RunConfig, cost: ModelCost) -> None:
+    """Print a model's cost; runs of equal layers share a line."""
+    table = Table("layers", "block", "mixer", "parameters", "mixer", "ffn", "forward/token", "state", "activations")
+    index = 0
+    for layer, run in groupby(cost.layers):
+        count = len(list(run))
+        name = f"{index}" if count == 1 else f"{index}-{index + count - 1}"
+        table.add_row(name, layer.block, layer.mixer, *_layer_cells(layer))
+        index += count
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        "",
+        f"{cost.parameters:,}",
+        "",
+        "",
+        f"{si(cost.flops_per_token)}FLOP",
+        si_bytes(cost.state_bytes),
+        si_bytes(cost.activation_bytes),
+    )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{cost.parameters:,} parameters, {cost.body_parameters:,} outside embedding and output projection "
+        f"({cost.body_parameters / 1e9:.3f} billion), {si_bytes(cost.parameter_bytes)}."
+    )
+    console.print(
+        f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
+        f"{si_bytes(cost.state_bytes)}. Activations are what training keeps of one sequence of {cost.length:,} tokens."
+    )
+    tokens = config.training.batch_size * config.data.sequence_length
+    console.print(
+        f"Training: {config.training.steps:,} steps of {tokens:,} tokens, {si(tokens * config.training.steps)}tokens in "
+        f"all, about {si(3 * cost.flops_per_token * tokens * config.training.steps)}FLOP."
+    )
+
+
+def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
+    return (
+        f"{layer.parameters:,}",
+        f"{layer.mixer_parameters:,}",
+        f"{layer.ffn_parameters:,}",
+        f"{si(layer.flops_per_token)}FLOP",
+        si_bytes(layer.state_bytes),
+        si_bytes(layer.activation_bytes),
+    )
+
+
+def si(number: float) -> str:
+    """A number with a decimal prefix: 1.2 M."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} Z"
+
+
+def si_bytes(number: float) -> str:
+    """A number of bytes with a binary prefix: 1.2 MiB."""
+    for prefix in ("", "Ki", "Mi", "Gi"):
+        if abs(number) < 1024:
+            return f"{number:.4g} {prefix}B"
+        number /= 1024
+    return f"{number:.4g} TiB"

@@ -1,0 +1,99 @@
+from enum import StrEnum
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError
+
+from seqmix.registry import Config
+
+
+class Mode(StrEnum):
+    FAST = "fast"
+
+
+class Inner(Config):
+    n_heads: int
+    """Heads."""
+
+
+class Outer(Config):
+    sizes: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    named: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    rate: float = 0.5
+    mode: Mode = Field(default=Mode.FAST, strict=False)
+    inner: Inner = Inner(n_heads=1)
+
+
+def messages(cls: type[Config], **values: Any) -> list[tuple[tuple[int | str, ...], str]]:
+    with pytest.raises(ValidationError) as raised:
+        cls(**values)
+    return [(error["loc"], error["msg"]) for error in raised.value.errors()]
+
+
+@pytest.mark.parametrize("value", [True, "8", 8.0, None])
+def test_only_an_integer_is_an_integer(value):
+    assert messages(Inner, n_heads=value)
+
+
+def test_an_integer_is_a_number():
+    assert Outer(rate=1).rate == 1.0
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError):
+        Inner(n_heads=1).n_heads = 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_docstrings_of_fields_are_their_descriptions():
+    assert Inner.model_fields["n_heads"].description == "Heads."
+
+
+def test_defaults_are_checked():
+    class Wrong(Config):
+        n: int = "eight"  # pyright: ignore[reportAssignmentType]
+
+    assert messages(Wrong)
+
+
+@pytest.mark.parametrize("field", [{"sizes": [1, 2]}, {"pairs": [[1, 2], [3, 4]]}, {"named": {"a": [1]}}])
+def test_lists_become_tuples_at_any_depth(field):
+    assert hash(repr(Outer(**field))) == hash(repr(Outer.model_validate(field)))
+    assert "[" not in repr(Outer(**field))
+
+
+def test_items_of_a_list_are_not_converted():
+    assert messages(Outer, sizes=["1"])[0][0] == ("sizes", 0)
+
+
+def test_lists_in_json_become_tuples_too():
+    assert Outer.model_validate_json('{"sizes": [1, 2], "mode": "fast"}') == Outer(sizes=(1, 2))
+
+
+def test_an_unknown_key_is_told_with_those_allowed_and_the_nearest():
+    sentence = "unknown key 'n_head'; allowed: n_heads; did you mean \"n_heads\"?"
+    assert messages(Inner, n_head=4) == [(("n_head",), sentence)]
+
+
+def test_an_unknown_key_is_told_where_it_is():
+    assert messages(Outer, inner={"n_head": 4})[0][0] == ("inner", "n_head")
+
+
+def test_all_unknown_keys_are_told():
+    assert len(messages(Inner, a=1, b=2)) == 2
+
+
+def test_braces_in_an_unknown_key_are_only_braces():
+    assert "'{a}'" in messages(Inner, **{"{a}": 1})[0][1]
+
+
+def test_an_alias_is_a_known_key():
+    class Aliased(Config):
+        size: int = Field(alias="width")
+
+    assert Aliased.model_validate({"width": 3}).size == 3
+
+
+def test_an_instance_is_taken_as_it_is():
+    inner = Inner(n_heads=2)
+    assert Outer(inner=inner).inner is inner

@@ -1,0 +1,112 @@
+"""A run on the terminal: a progress bar, the evaluations, and how to go on."""
+
+import math
+import signal
+from collections import deque
+from pathlib import Path
+from statistics import median
+from types import FrameType, TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .config import RunConfig
+from .loop import Compiled, Evaluated, Saved, Started, Stepped, train
+
+NATS_PER_BIT = math.log(2)
+
+
+def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> None:
+    """Train, and show it. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
+
+    Raises:
+        SeqmixError: training cannot start or go on.
+    """
+    console = Console()
+    progress = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    entropy = math.inf
+    recent: deque[float] = deque(maxlen=20)
+    with progress, StopRequest() as stop:
+        task = progress.add_task("train", total=config.training.steps, loss="", speed="")
+        for event in train(config, run, resume=resume, stop=stop.made):
+            match event:
+                case Started():
+                    entropy = event.corpus.unigram_entropy
+                    progress.update(task, completed=event.step)
+                    console.print(
+                        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {event.corpus.name}: "
+                        f"{event.corpus.files:,} files, {len(event.corpus.train):,} tokens to learn, "
+                        f"{len(event.corpus.validation):,} held out ({event.corpus.split})",
+                        highlight=False,
+                    )
+                    if event.step:
+                        console.print(f"resumed behind step {event.step}", highlight=False)
+                case Compiled():
+                    console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s", highlight=False)
+                case Stepped():
+                    recent.append(event.tokens_per_second)
+                    speed = f"{median(recent):,.0f} tokens/s"
+                    progress.update(task, completed=event.step, loss=f"loss {event.loss:.3f}", speed=speed)
+                case Evaluated():
+                    console.print(_evaluation(event, entropy), highlight=False)
+                case Saved():
+                    pass
+    if stop.made():
+        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {run}", highlight=False)
+    else:
+        console.print(f'try it: seqmix generate {run} --prompt "def "', highlight=False)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop asks for; the next one acts as ever."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._made = False
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
+    def made(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._made
+
+    def __enter__(self) -> Self:
+        for number in self.SIGNALS:
+            signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._made = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _evaluation(event: Evaluated, entropy: float) -> str:
+    """One line: nats and bits a byte, and at the end how far below the byte frequencies alone."""
+    line = f"step {event.step}: validation {event.loss:.4f} nats/byte, {event.loss / NATS_PER_BIT:.4f} bits/byte"
+    if event.final:
+        line += (
+            f"; byte frequencies alone: {entropy:.4f} nats/byte, {entropy / NATS_PER_BIT:.4f} bits/byte "
+            f"({1 - event.loss / entropy:.0%} below)"
+        )
+    return line
