@@ -25,7 +25,7 @@ Source = Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML fi
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help='Changes as dotted.path=value, the value in YAML: training.steps=100 '
+        help="Changes as dotted.path=value, the value in YAML: training.steps=100 "
         'model.blocks.ret.mixer="{kind: attention, n_heads: 4}"',
         metavar="[KEY=VALUE]...",
         show_default=False,
@@ -57,7 +57,9 @@ def train(
         Path | None,
         typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN", show_default=False),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")
+    ] = False,
 ) -> None:
     """Train a model.
 
@@ -76,7 +78,9 @@ def train(
 
     if resume is not None:
         if config is not None or overrides or out is not None or dry_run:
-            raise SeqmixError("--resume goes on with the run's own configuration: give it no CONFIG, changes or options")
+            raise SeqmixError(
+                "--resume goes on with the run's own configuration: give it no CONFIG, changes or options"
+            )
         run_with_progress(read_config(resume), resume, resume=True)
         return
     if config is None:
@@ -140,7 +144,8 @@ def show(
     config: Source,
     overrides: Overrides = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

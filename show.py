@@ -72,10 +72,11 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
         f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
         f"{si_bytes(cost.state_bytes)}. Activations are what training keeps of one sequence of {cost.length:,} tokens."
     )
-    tokens = config.training.batch_size * config.data.sequence_length
+    per_step = config.training.batch_size * config.data.sequence_length
+    tokens = per_step * config.training.steps
     console.print(
-        f"Training: {config.training.steps:,} steps of {tokens:,} tokens, {si(tokens * config.training.steps)}tokens in "
-        f"all, about {si(3 * cost.flops_per_token * tokens * config.training.steps)}FLOP."
+        f"Training: {config.training.steps:,} steps of {per_step:,} tokens, {si(tokens)}tokens in all, "
+        f"about {si(3 * cost.flops_per_token * tokens)}FLOP."
     )
 
 

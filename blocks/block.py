@@ -1,7 +1,7 @@
 """The pre-norm residual block.
 
-    x ──┬── norm ── mixer ── dropout ──(+)──┬── norm ── ffn ── dropout ──(+)── y          (RetNet, Eq. 9)
-        └───────────────────────────────┘   └────────────────────────────┘
+x ──┬── norm ── mixer ── dropout ──(+)──┬── norm ── ffn ── dropout ──(+)── y          (RetNet, Eq. 9)
+    └───────────────────────────────┘   └────────────────────────────┘
 """
 
 from typing import Annotated, Any

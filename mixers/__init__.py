@@ -1,4 +1,7 @@
-"""Sequence mixers: the contract, and one file a mixer. A file whose config says `kind: Literal["<its name>"]` is a built-in."""
+"""Sequence mixers: the contract, and one file a mixer.
+
+A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`.
+"""
 
 from .base import MIXERS, ContractError, MixerConfig, SequenceMixer, Traits
 from .paradigm import Paradigm

@@ -68,7 +68,7 @@ class MixerConfig(Config, ABC):
 
 
 MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="seqmix.mixers")
-"""All mixers: the files of this folder, installed plug-ins (entry points `seqmix.mixers`), and what a program registers."""
+"""All mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and what a program registers."""
 
 S = TypeVar("S", bound=tuple[Any, ...])
 

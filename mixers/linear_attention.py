@@ -34,7 +34,7 @@ class LinearAttentionConfig(MixerConfig):
     expand_v: float = Field(default=1.0, gt=0)
     """Width of all values over d_model."""
     feature_map: Literal["elu", "relu", "softmax", "identity"] = "elu"
-    """phi: `elu` is elu(x) + 1 (the paper's), `softmax` over a head's dimensions; all but `identity` are never negative."""
+    """phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over a head's width; only `identity` can be negative."""
     denominator: bool = True
     """Whether the output is a weighted mean of the values."""
     eps: float = Field(default=1e-6, gt=0)

@@ -44,7 +44,11 @@ def token_positions(
 
 
 def advance(
-    offset: Int[Tensor, " N"] | None, batch_size: int, length: int, cu_seqlens: Int[Tensor, "N+1"] | None, device: torch.device
+    offset: Int[Tensor, " N"] | None,
+    batch_size: int,
+    length: int,
+    cu_seqlens: Int[Tensor, "N+1"] | None,
+    device: torch.device,
 ) -> Int[Tensor, " N"]:
     """Tokens read after a segment of `length` tokens, by row (by document if packed)."""
     if cu_seqlens is None:

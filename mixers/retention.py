@@ -70,9 +70,7 @@ class RetentionConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """All paradigms; the row normaliser counts tokens from the sequence's start, so it sees absolute position."""
-        return Traits(
-            paradigms=frozenset(Paradigm), state="constant", packing=True, shift_invariant=not self.row_norm
-        )
+        return Traits(paradigms=frozenset(Paradigm), state="constant", packing=True, shift_invariant=not self.row_norm)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Retention":  # noqa: ARG002
         """Build the layer.

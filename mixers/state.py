@@ -68,7 +68,7 @@ def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
     expected = to_dict(like)
     if expected.keys() != leaves.keys():
         raise ContractError(
-            f"a state with the leaves {', '.join(expected) or 'none'} is needed; given are {', '.join(leaves) or 'none'}"
+            f"the state needs the leaves {', '.join(expected) or 'none'}; given are {', '.join(leaves) or 'none'}"
         )
 
     def build(node: Any, path: tuple[str, ...]) -> Any:

@@ -75,9 +75,7 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
     """
     model = build_meta(config).to(dtype)
     kept = {name: _kept_bytes(model, name, length) for name in set(config.layers)}
-    layers = tuple(
-        _layer(model, i, name, length, kept[name]) for i, name in enumerate(config.layers)
-    )
+    layers = tuple(_layer(model, i, name, length, kept[name]) for i, name in enumerate(config.layers))
     embedding = sum(p.numel() for p in {model.embedding.weight, model.head.weight})
     parameters = sum(p.numel() for p in model.parameters())
     # logits and their gradient, in float32, and the input of the output projection
@@ -128,7 +126,8 @@ def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    x = torch.empty(1, length, model.config.d_model, device="meta", dtype=model.embedding.weight.dtype, requires_grad=True)
+    like = model.embedding.weight
+    x = torch.empty(1, length, model.config.d_model, device="meta", dtype=like.dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = block(x)  # noqa: F841 the graph must live while it is counted
     return sum(storages.values())

@@ -1,11 +1,13 @@
 """The language model: embedding, layers, norm, output projection."""
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..blocks import Block
 from ..mixers import Paradigm
 from .config import ModelConfig, NormalInit
 
@@ -30,10 +32,12 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
+        blocks = [
             config.blocks[name].build(config.d_model, layer_idx=i, n_layers=config.n_layers)
             for i, name in enumerate(config.layers)
-        )
+        ]
+        # a ModuleList does not say what it holds
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie()

@@ -25,7 +25,7 @@ class Provider:
     """Imports the module and returns what it provides, unchecked; passes on whatever the import raises."""
 
 
-def files(package: str, base: type) -> dict[str, Provider]:
+def files(package: str, base: type[BaseModel]) -> dict[str, Provider]:
     """The modules of a package whose text says `kind: Literal["<the module's own name>"]`, by that name."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or []
@@ -61,20 +61,18 @@ def kind_of(config: type[BaseModel]) -> str:
     Raises:
         ConfigError: the class declares none.
     """
-    field = config.model_fields.get("kind")
-    words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
-    if len(words) == 1 and isinstance(words[0], str):
-        return words[0]
+    if word := _word(config):
+        return word
     raise ConfigError(f'{path_of(config)} must declare kind: Literal["its_name"]')
 
 
-def require_config(candidate: object, base: type) -> None:
+def require_config(candidate: object, base: type[BaseModel]) -> None:
     """Refuse what is no configuration of a family.
 
     Raises:
         ConfigError: the candidate is no subclass of the base, is abstract, or declares no kind.
     """
-    if not (isinstance(candidate, type) and issubclass(candidate, base) and issubclass(candidate, BaseModel)):
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
         name = path_of(candidate) if isinstance(candidate, type) else repr(candidate)
         raise ConfigError(f"{name} is no subclass of {path_of(base)}")
     if inspect.isabstract(candidate):
@@ -83,17 +81,22 @@ def require_config(candidate: object, base: type) -> None:
     kind_of(candidate)
 
 
-def _file(module: str, base: type) -> Provider:
+def _file(module: str, base: type[BaseModel]) -> Provider:
     def load() -> Any:
         kind = module.rpartition(".")[2]
         for value in vars(importlib.import_module(module)).values():
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module:
-                require_config(value, base)
-                if kind_of(value) == kind:
-                    return value
+            own = isinstance(value, type) and issubclass(value, base) and value.__module__ == module
+            if own and _word(value) == kind:
+                return value
         raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
 
     return Provider(module, load)
+
+
+def _word(config: type[BaseModel]) -> str | None:
+    field = config.model_fields.get("kind")
+    words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+    return words[0] if len(words) == 1 and isinstance(words[0], str) else None
 
 
 def _attribute(path: str) -> Any:

@@ -1,22 +1,18 @@
 """A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
 
-from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, cast
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema
 
 from .config import Config
 from .errors import ConfigError, nearest
+from .field import checked, described
 from .providers import Provider, dotted, entry_points, files, kind_of, path_of, require_config
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
-
-_describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
-"""The registries whose JSON schema is being made."""
 
 
 class Registry(Generic[C]):
@@ -60,9 +56,10 @@ class Registry(Generic[C]):
         before = self._registered.get(kind, added)
         if path_of(before) != path_of(added):
             raise ConfigError(self._conflict(kind, [path_of(before), path_of(added)]))
-        others = [provider.module for provider in self._providers().get(kind, [])]
-        if others := [module for module in others if module != added.__module__]:
-            raise ConfigError(self._conflict(kind, [*others, added.__module__]))
+        others = (provider.module for provider in self._providers().get(kind, []))
+        modules = list(dict.fromkeys([*others, added.__module__]))
+        if len(modules) > 1:
+            raise ConfigError(self._conflict(kind, modules))
         self._registered[kind] = added
         return config
 
@@ -105,10 +102,8 @@ class Registry(Generic[C]):
             if ":" not in kind and kind_of(config) != kind:
                 raise ConfigError(f"{path_of(config)} says kind {kind_of(config)!r}")
         except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
-            known = isinstance(error, ConfigError)
-            reason = str(error) if known else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            module = provider.module
-            raise ConfigError(f"{self.family} kind {kind!r} of module {module} cannot be loaded: {reason}") from error
+            source = f"{self.family} kind {kind!r} of module {provider.module}"
+            raise ConfigError(f"{source} cannot be loaded: {_reason(error)}") from error
         return config
 
     def _provider(self, kind: str) -> Provider:
@@ -140,63 +135,15 @@ class Registry(Generic[C]):
     def _conflict(self, kind: str, providers: list[str]) -> str:
         return f"{self.family} kind {kind!r} is provided by {' and by '.join(providers)}: rename or remove all but one"
 
-    def _name(self, config: type[C]) -> str:
-        """What a file says for this class: its kind, or its dotted path where that kind does not lead to it."""
-        kind = kind_of(config)
-        try:
-            return kind if self.resolve(kind) is config else path_of(config)
-        except ConfigError:
-            return path_of(config)
-
-    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> C:
-        if isinstance(value, self.base):
-            return value
-        if not isinstance(value, Mapping):
-            raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
-        if "kind" not in value:
-            sentence = f"missing key 'kind'; allowed: {', '.join(self.kinds())}"
-            raise PydanticCustomError("missing_kind", "{sentence}", {"sentence": sentence})
-        kind = value["kind"]
-        if not isinstance(kind, str):
-            raise self._kind_error(kind, "string_type")
-        try:
-            config = self.resolve(kind)
-        except ConfigError as error:
-            raise self._kind_error(kind, "value_error", error=error) from error
-        return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
-
-    def _kind_error(self, kind: Any, error_type: str, **context: Any) -> ValidationError:
-        details = InitErrorDetails(type=error_type, loc=("kind",), input=kind, ctx=context)
-        return ValidationError.from_exception_data(self.base.__name__, [details])
-
-    def _serialize(self, value: C, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # whatever a caller excludes: without its kind the value could not be read again
-        return {**handler(value), "kind": self._name(type(value))}
-
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_plain_validator_function(
-            self._validate,
-            # any_schema: with the fields of the value's own class, not of the base
-            serialization=core_schema.wrap_serializer_function_ser_schema(
-                self._serialize, schema=core_schema.any_schema()
-            ),
-        )
+        return checked(self)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        outer = _describing.get()
-        configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
-        if self in outer:  # a kind that holds kinds of its own family: they are being described already
-            configs = {kind: core_schema.definition_reference_schema(_ref(config)) for kind, config in configs.items()}
-        token = _describing.set((*outer, self))
-        try:
-            described = handler(core_schema.tagged_union_schema(dict(configs), discriminator="kind"))
-        finally:
-            _describing.reset(token)
-        by_path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
-        return {**described, "oneOf": [*described["oneOf"], by_path]}
+        return described(self, handler)
 
 
-def _ref(config: Any) -> str:
-    """The name under which a configuration's core schema is defined."""
-    schema = config["schema"] if config["type"] == "definitions" else config
-    return schema["schema_ref"] if schema["type"] == "definition-ref" else schema["ref"]
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,9 +1,9 @@
 """Checkpoints: tensors in safetensors, written whole or not at all. Nothing is ever unpickled.
 
-    RUN/config.yaml                          the resolved configuration
-    RUN/metrics.jsonl                        one line a measurement
-    RUN/checkpoints/step-000500/model.safetensors        parameters
-    RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's moments
+RUN/config.yaml                          the resolved configuration
+RUN/metrics.jsonl                        one line a measurement
+RUN/checkpoints/step-000500/model.safetensors        parameters
+RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's moments
 """
 
 import os
@@ -30,11 +30,10 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
-        f"{key}.{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for file, tensors in ((MODEL_FILE, parameters), (OPTIMIZER_FILE, moments)):
@@ -124,7 +123,8 @@ def _fill(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> No
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
             raise CheckpointError(
-                f"{file} is of another model: its {name} is {list(found[name].shape)}, and {list(tensor.shape)} is needed"
+                f"{file} is of another model: its {name} is {list(found[name].shape)}, "
+                f"and {list(tensor.shape)} is needed"
             )
     for name, tensor in wanted.items():
         tensor.copy_(found[name])

@@ -71,7 +71,9 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate must divide batch_size, and {self.accumulate} does not divide {self.batch_size}")
+            raise ValueError(
+                f"accumulate must divide batch_size, and {self.accumulate} does not divide {self.batch_size}"
+            )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must be at most steps, and {self.warmup_steps} is above {self.steps}")
         if not all(0 <= beta < 1 for beta in self.betas):

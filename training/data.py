@@ -90,7 +90,7 @@ def training_batch(tokens: np.ndarray, length: int, batch_size: int, *, seed: in
 
 
 def evaluation_batches(tokens: np.ndarray, length: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
-    """Sequences side by side over the stream, all of them or `limit` batches spread evenly; the last batch is padded."""
+    """Sequences side by side over the stream, all or `limit` batches spread evenly; the last batch is padded."""
     starts = np.arange(0, len(tokens) - length, length)
     if limit is not None and limit * batch_size < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]

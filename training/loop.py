@@ -156,8 +156,8 @@ class Trainer:
             done = step + 1
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingError(
-                    f"step {done}: the loss is {loss:g} and its gradient's norm {norm:g}; the parameters before this step "
-                    f"are in {self.run / 'checkpoints'} if one was written: try a lower training.learning_rate"
+                    f"step {done}: the loss is {loss:g} and its gradient's norm {norm:g}; try a lower "
+                    f"training.learning_rate; checkpoints of earlier steps, if any, are in {self.run / 'checkpoints'}"
                 )
             if settings.compile and first is None:
                 first = seconds

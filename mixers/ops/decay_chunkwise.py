@@ -2,14 +2,15 @@
 
 Per chunk of m tokens with entry state S and exit state S' (notation of decay.py; i, j count from 0 inside the chunk):
 
-    p_i = exp(a_0 + .. + a_i)    s_j = exp(a_{j+1} + .. + a_{m-1})    g = p_{m-1}    D_ij = exp(a_{j+1} + .. + a_i), i >= j
+    p_i = exp(a_0 + .. + a_i)    s_j = exp(a_{j+1} + .. + a_{m-1})    g = p_{m-1}
+    D_ij = exp(a_{j+1} + .. + a_i), i >= j
     A = scale (q k^T) * D        o = A v + scale (q * p) S            S' = g * S + (k * s)^T v
 
 and backward, from dS' and do:
 
     dP = scale (do v^T) * D      dq = dP k + scale (do S^T) * p       dk = dP^T q + (v dS'^T) * s
     dv = A^T do + (k * s) dS'    dS = g * dS' + scale (q * p)^T do
-    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>_V           per key dimension; summed over K for a scalar decay
+    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>_V       per key dimension; summed over K for a scalar
 
 The forward keeps the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
 is simply shorter: nothing is padded. Inside a chunk batch and heads are one dimension, G = B H, as batched products
@@ -17,6 +18,7 @@ want it.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -285,7 +287,18 @@ def chunkwise_backward_op(
     """dq, dk, dv, d log_decay and d initial state; the last two are empty where there is nothing to differentiate."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv, d_log_decay, d_initial = _allocate_backward(
-        d_output, d_final_state, q, k, v, log_decay, initial_state, cu_seqlens, entries, scale, chunk_size, needs_log_decay
+        d_output,
+        d_final_state,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        entries,
+        scale,
+        chunk_size,
+        needs_log_decay,
     )
     d_fixed = torch.zeros_like(d_log_decay, dtype=wide) if needs_log_decay and d_log_decay.ndim == 1 else None
     with torch.autocast(q.device.type, enabled=False):
@@ -304,6 +317,7 @@ def chunkwise_backward_op(
                 scores = chunk.scores(query, key)
                 d_scores = d_out @ value.mT
                 d_value = scores.mT @ d_out
+                within = None
                 if d_fixed is not None and isinstance(decays, _FixedDecays):
                     within = (scores.mul_(d_scores) * decays.distance[: stop - start, : stop - start]).sum((1, 2))
                 d_query, d_key = chunk.scores_backward(query, key, d_scores)
@@ -317,7 +331,7 @@ def chunkwise_backward_op(
                     d_value.baddbmm_(_scaled(key, chunk.suffix), d_state)
                 if state is not None and d_state is not None and needs_log_decay:
                     kept = (_scaled(state, chunk.total) * d_state).sum(2)  # [G K]
-                if d_fixed is not None:
+                if d_fixed is not None and within is not None:
                     d_fixed += _fixed_gradient(within, query, d_query_outer, key, d_key_outer, kept, len(d_fixed))
                 elif needs_log_decay:
                     _store_given_gradient(d_log_decay, start, stop, query, d_query, key, d_key, d_key_outer, kept)
@@ -413,14 +427,16 @@ def _store_given_gradient(
         _store(out, start, stop, grad)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.chunk_size, _, _ = inputs
     # the entry states have no gradient, and zeros in its place would be as large as they are
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
 
 
-def _backward(ctx, d_output, d_final_state, _):  # noqa: ANN001, ANN202
+def _backward(
+    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, initial_state, cu_seqlens, entries = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)

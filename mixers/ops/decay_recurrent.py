@@ -2,12 +2,14 @@
 
 Backward in time, with dS_t the gradient of the state behind token t (notation of decay.py):
 
-    dS_t = exp(a_{t+1}) dS_{t+1} + scale q_t^T do_t      dq_t = scale do_t S_t^T      dk_t = dS_t v_t      dv_t = k_t dS_t
+    dS_t = exp(a_{t+1}) dS_{t+1} + scale q_t^T do_t      dq_t = scale do_t S_t^T    dk_t = dS_t v_t    dv_t = k_t dS_t
     da_t = <exp(a_t) S_{t-1}, dS_t>_V                    per key dimension; summed over K, and over t, as log_decay is
 
 It is a reference: it shares no formula with the chunkwise op. Every BLOCK-th state is kept; the backward recomputes
 the states between, so memory grows slowly with T.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,13 +157,15 @@ def _allocate_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), like(log_decay), like(initial_state)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
 
 
-def _backward(ctx, d_output, d_final_state, _):  # noqa: ANN001, ANN202
+def _backward(
+    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, initial_state, cu_seqlens, kept = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)

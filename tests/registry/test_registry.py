@@ -68,6 +68,12 @@ def test_a_file_without_the_class_it_promises_is_an_error(family):
         family.registry.resolve("star")
 
 
+def test_a_file_may_hold_other_classes_of_the_family(family):
+    helper = f"from {family.package}.base import ShapeConfig\n\nclass Rounded(ShapeConfig):\n    radius: float = 0.0\n"
+    (family.folder / family.package / "star.py").write_text(helper + family.shape("star"))
+    assert family.registry.resolve("star").__name__ == "starConfig"
+
+
 # ---- classes of the running program
 
 
