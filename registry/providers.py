@@ -85,8 +85,7 @@ def _file(module: str, base: type[BaseModel]) -> Provider:
     def load() -> Any:
         kind = module.rpartition(".")[2]
         for value in vars(importlib.import_module(module)).values():
-            own = isinstance(value, type) and issubclass(value, base) and value.__module__ == module
-            if own and _word(value) == kind:
+            if isinstance(value, type) and issubclass(value, base) and _word(value) == kind:
                 return value
         raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
 

@@ -2,7 +2,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError, ValidationInfo, create_model, model_validator
 
 from seqmix.registry import Config, ConfigError, Registry
 
@@ -195,6 +195,21 @@ def test_json_is_read(family):
 def test_a_field_is_dumped_with_the_fields_of_its_own_class(family, mode):
     read = holder(family)(shape={"kind": "circle", "size": 2})
     assert read.model_dump(mode=mode)["shape"] == {"kind": "circle", "color": "red", "size": 2.0}
+
+
+def test_the_context_of_a_check_reaches_the_kinds(family):
+    seen = []
+    base = toy(family)
+
+    class Watching(base):
+        @model_validator(mode="after")
+        def _watch(self, info: ValidationInfo) -> Any:
+            seen.append(info.context)
+            return self
+
+    family.registry.register(Watching)
+    holder(family).model_validate({"shape": {"kind": "mine"}}, context="here")
+    assert seen == ["here"]
 
 
 def test_null_is_dumped_as_null(family):
