@@ -37,6 +37,8 @@ def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
     from .registry import SeqmixError
 
+    # as `python -m` does: a configuration may name classes of modules that lie here (kind: my_mixers:MyConfig)
+    sys.path.insert(0, "")
     try:
         app()
     except SeqmixError as error:

@@ -99,7 +99,11 @@ def decay_parallel(
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         a = None if log_decay is None else _per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
-        scores = _pair_scores(q, k, a, causal).to(v.dtype)
+        if log_decay is not None and log_decay.ndim == 1:
+            decay = _fixed_decay(log_decay.to(wide), token[:, None] - token, causal)
+            scores = ((q @ k.transpose(2, 3)) * decay).to(v.dtype)
+        else:
+            scores = _pair_scores(q, k, a, causal).to(v.dtype)
         output = scale * (scores @ v).to(wide)
         if initial_state is not None:
             query = q.to(wide) if a is None else q.to(wide) * _sum_where(causal, a).exp()
@@ -210,6 +214,12 @@ def _per_token(a: Tensor, length: int) -> Tensor:
 def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
     """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
     return torch.where(mask[..., None], a[..., None, :, :], 0).sum(-2)
+
+
+def _fixed_decay(log_decay: Tensor, distance: Tensor, causal: Tensor) -> Tensor:
+    """D_ij = gamma^(i - j) where j is seen by i, else 0: [H T T]."""
+    exponent = torch.where(distance == 0, 0, distance * log_decay[:, None, None])  # 0 * -inf is nan
+    return exponent.masked_fill(~causal, float("-inf")).exp()
 
 
 def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tensor:
