@@ -91,16 +91,16 @@ class Attention(SequenceMixer[AttentionState]):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
-        self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.widths = [heads * self.head_dim for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        # one product for queries, keys and values
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        for projection in self.in_proj.weight.split(self.widths):
+            nn.init.xavier_uniform_(projection, gain=2**-0.5)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def mix(  # noqa: D102
@@ -111,14 +111,13 @@ class Attention(SequenceMixer[AttentionState]):
         cu_seqlens: Int[Tensor, "N+1"] | None,
         return_state: bool,
     ) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.config.positions != "none":
             positions = token_positions(x.shape[1], None if state is None else state.length, cu_seqlens, x.device)
             theta = frequencies(self.head_dim, "rope", self.config.rope_base, x.device)
-            turn = rotation(positions, theta, q.dtype)
-            q, k = rotate(q, turn), rotate(k, turn)
+            qk = rotate(qk, rotation(positions, theta, qk.dtype))
+        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         output, final_state = softmax(
             paradigm,
             q,
@@ -147,7 +146,7 @@ class Attention(SequenceMixer[AttentionState]):
         )
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
-        weights = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + self.n_heads * softmax_flops(
             paradigm,
             length,

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
@@ -136,6 +137,7 @@ def decay_recurrent(
     """
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if q.shape[1] > 1 or cu_seqlens is not None:
+        _refuse_forward_mode(q, k, v, log_decay, initial_state)
         output, final_state, _ = recurrent_op(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, _needs_grad(q, k, v, log_decay, initial_state)
         )
@@ -185,6 +187,7 @@ def decay_chunkwise(
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    _refuse_forward_mode(q, k, v, log_decay, initial_state)
     output, final_state, _ = chunkwise_op(
         q,
         k,
@@ -202,6 +205,14 @@ def decay_chunkwise(
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """A custom op has a backward formula alone, and torch would take its tangent for zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        raise SeqmixError("forward-mode differentiation needs the parallel paradigm: the others differentiate backward")
 
 
 def _per_token(a: Tensor, length: int) -> Tensor:

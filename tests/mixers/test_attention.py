@@ -41,7 +41,7 @@ def exactly(actual, expected):
 def written_out(mixer: Attention, x):
     """The layer from position 0, with complex rotations and xPos as its authors' code computes it (torchscale)."""
     config, length = mixer.config, x.shape[1]
-    q, k, v = (p(x).unflatten(-1, (-1, mixer.head_dim)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = (part.unflatten(-1, (-1, mixer.head_dim)) for part in mixer.in_proj(x).split(mixer.widths, dim=-1))
     if config.positions != "none":
         pairs = torch.arange(0, mixer.head_dim, 2, dtype=x.dtype)
         theta = config.rope_base ** -(pairs / mixer.head_dim)
@@ -75,7 +75,7 @@ def test_output_is_the_formula(paradigm, positions, window, n_kv_heads):
 
 def test_head_dim_and_base_are_free():
     mixer = build(head_dim=10, rope_base=100.0)
-    assert mixer.q_proj.weight.shape == (40, D_MODEL)
+    assert mixer.in_proj.weight.shape == (40 + 20 + 20, D_MODEL)
     exactly(mixer(tokens(7))[0], written_out(mixer, tokens(7)))
 
 
@@ -228,8 +228,10 @@ def test_decoding_compiles_once(positions, window):
 
 def test_weights_start_as_the_authors_transformer_does():
     mixer = build(d_model=240, n_heads=4, n_kv_heads=1)
-    for name, gain in (("q_proj", 2**-0.5), ("k_proj", 2**-0.5), ("v_proj", 2**-0.5), ("out_proj", 1.0)):
-        weight = getattr(mixer, name).weight
+    for weight, gain in (
+        *((part, 2**-0.5) for part in mixer.in_proj.weight.split([240, 60, 60])),
+        (mixer.out_proj.weight, 1.0),
+    ):
         bound = gain * math.sqrt(6 / sum(weight.shape))
         assert weight.abs().max() <= bound
         assert_close(weight.abs().max().item(), bound, rtol=1e-2, atol=0)
