@@ -15,7 +15,7 @@ from .models import (
     stream_text,
 )
 from .registry import ConfigError, SeqmixError
-from .training import RunConfig, load_config, load_run, open_run, train
+from .training import RunConfig, load_config, load_run, train
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,6 @@ __all__ = [
     "generate_text",
     "load_config",
     "load_run",
-    "open_run",
     "stream_text",
     "train",
 ]

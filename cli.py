@@ -75,7 +75,7 @@ def train(
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
     """
     from .registry import SeqmixError
-    from .training import load_config, open_run, read_config
+    from .training import load_config, read_config
     from .training.progress import run_with_progress
 
     if resume is not None:
@@ -91,9 +91,7 @@ def train(
     if dry_run:
         _show(loaded, None)
         return
-    run = out or Path("runs") / Path(config).stem
-    open_run(run, loaded)
-    run_with_progress(loaded, run)
+    run_with_progress(loaded, out or Path("runs") / Path(config).stem)
 
 
 @app.command()

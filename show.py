@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -12,27 +13,36 @@ from .training import RunConfig
 
 
 def mixer_table() -> None:
-    """Print the registered mixers, and the plug-ins that cannot be imported."""
+    """Print the registered mixers, where plug-ins come from, and the plug-ins that cannot be imported."""
     console = Console()
-    table = Table("kind", *(str(p) for p in Paradigm), "state", "packing", "shift-invariant", "from")
+    table = _table("kind", "paradigms", "state", "packing", "shift-invariant")
+    foreign: dict[str, str] = {}
     for kind in MIXERS.kinds():
+        if not (module := MIXERS.origin(kind)).startswith("seqmix."):
+            foreign[kind] = module
         try:
             traits = _example(MIXERS.resolve(kind)).traits
-        except ValueError:
-            table.add_row(kind, *("?",) * 6, MIXERS.origin(kind))
+        except ValueError as error:
+            table.add_row(kind, f"not known without a configuration: {error}")
             continue
         table.add_row(
             kind,
-            *("yes" if p in traits.paradigms else "-" for p in Paradigm),
+            " ".join(p for p in Paradigm if p in traits.paradigms),
             traits.state,
-            "yes" if traits.packing else "-",
-            "yes" if traits.shift_invariant else "-",
-            MIXERS.origin(kind),
+            "yes" if traits.packing else "no",
+            "yes" if traits.shift_invariant else "no",
         )
     console.print(table)
-    console.print("Traits are those of the default configuration; options can change them (a window bounds a state).")
+    console.print("These are the default configurations; options can change them (a window bounds attention's state).")
+    for kind, module in foreign.items():
+        console.print(f"{kind} comes from {module}")
     for name, reason in MIXERS.broken().items():
         console.print(f"[red]plug-in {name} is broken:[/red] {reason}")
+
+
+def _table(*columns: str) -> Table:
+    """A table that fits eighty columns."""
+    return Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _example(config: type[MixerConfig]) -> MixerConfig:
@@ -43,7 +53,7 @@ def _example(config: type[MixerConfig]) -> MixerConfig:
 
 def cost_table(config: RunConfig, cost: ModelCost) -> None:
     """Print a model's cost; runs of equal layers share a line."""
-    table = Table("layers", "block", "mixer", "parameters", "mixer", "ffn", "forward/token", "state", "activations")
+    table = _table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
     for layer, run in groupby(cost.layers):
         count = len(list(run))
@@ -56,8 +66,6 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
         "",
         "",
         f"{cost.parameters:,}",
-        "",
-        "",
         f"{si(cost.flops_per_token)}FLOP",
         si_bytes(cost.state_bytes),
         si_bytes(cost.activation_bytes),
@@ -65,8 +73,8 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{cost.parameters:,} parameters, {cost.body_parameters:,} outside embedding and output projection "
-        f"({cost.body_parameters / 1e9:.3f} billion), {si_bytes(cost.parameter_bytes)}."
+        f"{cost.parameters:,} parameters ({si_bytes(cost.parameter_bytes)}), "
+        f"{cost.body_parameters:,} of them outside embedding and output projection."
     )
     console.print(
         f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
@@ -83,8 +91,6 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
 def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
     return (
         f"{layer.parameters:,}",
-        f"{layer.mixer_parameters:,}",
-        f"{layer.ffn_parameters:,}",
         f"{si(layer.flops_per_token)}FLOP",
         si_bytes(layer.state_bytes),
         si_bytes(layer.activation_bytes),

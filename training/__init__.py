@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import PRESETS, DataConfig, RunConfig, TrainingConfig, load_config
 from .data import Corpus, read_corpus
-from .loop import TrainingError, open_run, train
+from .loop import TrainingError, train
 from .run import load_run, read_config
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "TrainingError",
     "load_config",
     "load_run",
-    "open_run",
     "read_config",
     "read_corpus",
     "train",

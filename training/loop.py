@@ -44,6 +44,7 @@ class Started:
 class Compiled:
     """The first step is through, and with it the compiler."""
 
+    step: int
     seconds: float
     """What it took beyond a step that follows."""
     kinds: int
@@ -85,19 +86,6 @@ class Saved:
 Event = Started | Compiled | Stepped | Evaluated | Saved
 
 
-def open_run(run: Path, config: RunConfig) -> None:
-    """Make the folder of a new run.
-
-    Raises:
-        TrainingError: it holds something already.
-    """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        what = "already holds a run" if (run / CONFIG_FILE).exists() else "exists and is not empty"
-        raise TrainingError(f"{run} {what}: resume it with --resume {run}, or write elsewhere with --out DIR")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG_FILE).write_text(dump(config))
-
-
 def train(
     config: RunConfig, run: Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
@@ -105,13 +93,16 @@ def train(
 
     Args:
         config: the run.
-        run: its folder, made by `open_run`.
+        run: its folder; made, and refused where it holds something already, unless resumed.
         resume: whether to go on from the newest checkpoint in it.
         stop: asked behind every step; true writes a checkpoint and ends.
 
     Raises:
-        SeqmixError: the text or a checkpoint cannot be used, or the loss is no longer finite.
+        SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, or the loss is no
+            longer finite. Nothing is written before all of these are there.
     """
+    if not resume:
+        _require_free(run)
     corpus = read_corpus(config.data)
     folder = checkpoint.latest(run) if resume else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,6 +113,9 @@ def train(
         checkpoint.load_model(folder, model)
         checkpoint.load_optimizer(folder, model, optimizer)
         start = checkpoint.step_of(folder)
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / CONFIG_FILE).write_text(dump(config))
     trainer = Trainer(config, run, corpus, model, optimizer)
     trainer.drop_metrics_behind(start)
     yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
@@ -162,7 +156,7 @@ class Trainer:
             if settings.compile and first is None:
                 first = seconds
             elif settings.compile and step == start + 1 and first is not None:
-                yield Compiled(first - seconds, len(set(self.config.model.layers)))
+                yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
             stepped = Stepped(done, loss, rate, norm, self._tokens_per_step / seconds)
             if done % settings.log_every == 0 or done == settings.steps:
                 self._record(stepped.__dict__)
@@ -264,6 +258,15 @@ def compile_blocks(model: LanguageModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * kinds)
     for block in model.blocks:
         block.compile(fullgraph=True)
+
+
+def _require_free(run: Path) -> None:
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if (run / CONFIG_FILE).exists():
+            raise TrainingError(
+                f"{run} already holds a run: go on with --resume {run}, or write elsewhere with --out DIR"
+            )
+        raise TrainingError(f"{run} exists and is not an empty folder: write elsewhere with --out DIR")
 
 
 def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:

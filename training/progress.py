@@ -36,34 +36,33 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
         TimeRemainingColumn(),
         console=console,
     )
-    entropy = math.inf
+    task = progress.add_task("train", total=config.training.steps, loss="", speed="")
+    entropy, done = math.inf, 0
     recent: deque[float] = deque(maxlen=20)
-    with progress, StopRequest() as stop:
-        task = progress.add_task("train", total=config.training.steps, loss="", speed="")
-        for event in train(config, run, resume=resume, stop=stop.made):
-            match event:
-                case Started():
-                    entropy = event.corpus.unigram_entropy
-                    progress.update(task, completed=event.step)
-                    console.print(
-                        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {event.corpus.name}: "
-                        f"{event.corpus.files:,} files, {len(event.corpus.train):,} tokens to learn, "
-                        f"{len(event.corpus.validation):,} held out ({event.corpus.split})",
-                        highlight=False,
-                    )
-                    if event.step:
-                        console.print(f"resumed behind step {event.step}", highlight=False)
-                case Compiled():
-                    console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s", highlight=False)
-                case Stepped():
-                    recent.append(event.tokens_per_second)
-                    speed = f"{median(recent):,.0f} tokens/s"
-                    progress.update(task, completed=event.step, loss=f"loss {event.loss:.3f}", speed=speed)
-                case Evaluated():
-                    console.print(_evaluation(event, entropy), highlight=False)
-                case Saved():
-                    pass
-    if stop.made():
+    try:
+        with StopRequest() as stop:
+            for event in train(config, run, resume=resume, stop=stop.made):
+                done = event.step
+                match event:
+                    case Started():
+                        entropy = event.corpus.unigram_entropy
+                        console.print(_start(event), highlight=False)
+                        progress.update(task, completed=done)
+                        progress.start()  # not before: what cannot start shows its error and nothing else
+                    case Compiled():
+                        line = f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s"
+                        console.print(line, highlight=False)
+                    case Stepped():
+                        recent.append(event.tokens_per_second)
+                        speed = f"{median(recent):,.0f} tokens/s"
+                        progress.update(task, completed=done, loss=f"loss {event.loss:.3f}", speed=speed)
+                    case Evaluated():
+                        console.print(_evaluation(event, entropy), highlight=False)
+                    case Saved():
+                        pass
+    finally:
+        progress.stop()
+    if done < config.training.steps:
         console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {run}", highlight=False)
     else:
         console.print(f'try it: seqmix generate {run} --prompt "def "', highlight=False)
@@ -99,6 +98,16 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _start(event: Started) -> str:
+    """What is trained, and on what."""
+    corpus = event.corpus
+    lines = (
+        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: {corpus.files:,} files, "
+        f"{len(corpus.train):,} tokens to learn, {len(corpus.validation):,} held out ({corpus.split})"
+    )
+    return lines + (f"\nresumed behind step {event.step}" if event.step else "")
 
 
 def _evaluation(event: Evaluated, entropy: float) -> str:

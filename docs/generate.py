@@ -1,0 +1,96 @@
+"""Write docs/reference.md, the fields of every configuration, from the code: `python docs/generate.py`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seqmix import MIXERS
+from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.models.config import ModelConfig, NormalInit, PaperInit
+from seqmix.registry import Config, Registry
+from seqmix.training import DataConfig, RunConfig, TrainingConfig
+
+TARGET = Path(__file__).with_name("reference.md")
+
+LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+HEAD = """\
+# All fields
+
+Every field of every configuration, generated from the code by `docs/generate.py`. A field without a default must be
+given; *null* means that it may be `null`.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEAD, *_sections("Run", RunConfig, DataConfig, TrainingConfig)]
+    parts += _sections("Model", ModelConfig, BlockConfig, PaperInit, NormalInit)
+    for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
+        parts += _sections(title, *_built_in(registry))
+    return "\n".join(parts)
+
+
+def _built_in(registry: Registry[Any]) -> list[type[Config]]:
+    """The library's own kinds: what else is installed differs from machine to machine."""
+    return [registry.resolve(kind) for kind in registry.kinds() if registry.origin(kind).startswith("seqmix.")]
+
+
+def _sections(title: str, *configs: type[Config]) -> Iterator[str]:
+    yield f"## {title}\n"
+    for config in configs:
+        yield _section(config)
+
+
+def _section(config: type[Config]) -> str:
+    schema = config.model_json_schema()
+    kind = schema["properties"].get("kind")
+    name = f"`{kind['const']}`" if kind else config.__name__.removesuffix("Config")
+    lines = [f"### {name}\n", f"{schema['description']} `{config.__module__}.{config.__name__}`\n"]
+    fields = {key: field for key, field in schema["properties"].items() if key != "kind"}
+    if fields:
+        lines += ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    for key, field in fields.items():
+        default = "" if key in schema.get("required", ()) else _default(config, key)
+        takes, meaning = _takes(field, schema.get("$defs", {})), field.get("description", "")
+        lines.append(f"| `{key}` | {takes} | {default} | {' '.join(meaning.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(config: type[Config], key: str) -> str:
+    """A default as YAML has it; a configuration by its kind, or as the mapping of all its defaults."""
+    value = config.model_fields[key].default
+    if isinstance(value, Config):
+        return f"`{{kind: {value.kind}}}`" if hasattr(value, "kind") else "`{}`"
+    if value is None or isinstance(value, bool | tuple):
+        return f"`{json.dumps(value)}`"
+    return f"`{value}`"
+
+
+def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a field takes, in words."""
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        target = definitions[name]
+        return _takes(target, definitions) if "enum" in target else name.removesuffix("Config")
+    if "discriminator" in field:
+        return "one of " + ", ".join(f"`{kind}`" for kind in field["discriminator"]["mapping"])
+    if "anyOf" in field:
+        return " or ".join(
+            "*null*" if part == {"type": "null"} else _takes(part, definitions) for part in field["anyOf"]
+        )
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{word}`" for word in field["enum"])
+    if field["type"] == "array":
+        return "list of two numbers" if "prefixItems" in field else "list of strings"
+    if field["type"] == "object":
+        return f"mapping of names to {_takes(field['additionalProperties'], definitions)}"
+    limits = ", ".join(f"{sign} {field[key]:g}" for key, sign in LIMITS.items() if key in field)
+    return ("`true` or `false`" if field["type"] == "boolean" else f"{field['type']} {limits}").strip()
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
