@@ -76,14 +76,13 @@ def train(
     """
     from .registry import SeqmixError
     from .training import load_config, read_config
-    from .training.progress import run_with_progress
 
     if resume is not None:
         if config is not None or overrides or out is not None or dry_run:
             raise SeqmixError(
                 "--resume goes on with the run's own configuration: give it no CONFIG, changes or options"
             )
-        run_with_progress(read_config(resume), resume, resume=True)
+        _train(read_config(resume), resume, resume=True)
         return
     if config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
@@ -91,7 +90,7 @@ def train(
     if dry_run:
         _show(loaded, None)
         return
-    run_with_progress(loaded, out or Path("runs") / Path(config).stem)
+    _train(loaded, out or Path("runs") / Path(config).stem)
 
 
 @app.command()
@@ -162,6 +161,13 @@ def schema() -> None:
     from .training import RunConfig
 
     typer.echo(json.dumps(json_schema(RunConfig), indent=2))
+
+
+def _train(config: "RunConfig", run: Path, *, resume: bool = False) -> None:
+    from .training.progress import run_with_progress
+
+    if not run_with_progress(config, run, resume=resume):
+        raise typer.Exit(130)  # what a shell reports of an interrupted command: `train && generate` must not go on
 
 
 def _show(config: "RunConfig", length: int | None, *, as_json: bool = False) -> None:

@@ -9,7 +9,7 @@ cache of keys, turned but not shrunk, and values. Differs from the RetNet paper'
 """
 
 from bisect import bisect
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +51,7 @@ class AttentionConfig(MixerConfig):
     """The paradigm of training and evaluation."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
+    def _heads_fit(self) -> "AttentionConfig":
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_kv_heads must divide n_heads = {self.n_heads}, and {self.n_kv_heads} does not: "

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar, final
+from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -62,7 +62,7 @@ class MixerConfig(Config, ABC):
         """
 
     @model_validator(mode="after")
-    def _default_paradigm_is_declared(self) -> Self:
+    def _default_paradigm_is_declared(self) -> "MixerConfig":
         require_paradigm(self.paradigm, self.traits, self.kind)
         return self
 

@@ -8,7 +8,7 @@ The denominator's running sum z is one more column of the state: the values get 
 packed and differentiated exactly as S is.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class LinearAttentionConfig(MixerConfig):
     """The paradigm of training and evaluation."""
 
     @model_validator(mode="after")
-    def _denominator_needs_weights(self) -> Self:
+    def _denominator_needs_weights(self) -> "LinearAttentionConfig":
         if self.denominator and self.feature_map == "identity":
             raise ValueError("a denominator needs weights that are never negative; feature_map is identity")
         return self

@@ -9,7 +9,7 @@ form from the token's position); the third, max(|sum of scores|, 1), cannot be f
 cancels under the head norm, so it is left out.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class RetentionConfig(MixerConfig):
     """The paradigm of training and evaluation."""
 
     @model_validator(mode="after")
-    def _decay_options_agree(self) -> Self:
+    def _decay_options_agree(self) -> "RetentionConfig":
         if (self.decay == "constant") != (self.gamma is not None):
             raise ValueError(f"gamma belongs to decay: constant, and goes with nothing else; decay is {self.decay}")
         if self.decay == "none" and self.learnable_decay:

@@ -17,8 +17,11 @@ from .loop import Compiled, Evaluated, Saved, Started, Stepped, train
 NATS_PER_BIT = math.log(2)
 
 
-def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> None:
+def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> bool:
     """Train, and show it. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
+
+    Returns:
+        Whether all steps are made.
 
     Raises:
         SeqmixError: training cannot start or go on.
@@ -64,8 +67,9 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
         progress.stop()
     if done < config.training.steps:
         console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {run}", highlight=False)
-    else:
-        console.print(f'try it: seqmix generate {run} --prompt "def "', highlight=False)
+        return False
+    console.print(f'try it: seqmix generate {run} --prompt "def "', highlight=False)
+    return True
 
 
 class StopRequest:

@@ -1,7 +1,7 @@
 """What a norm is, and how a kind of it is registered."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from ...registry import Config, Registry
 
 
+@runtime_checkable
 class Norm(Protocol):
     """A module [B T D] -> [B T D] that can initialise itself, as nn.LayerNorm."""
 

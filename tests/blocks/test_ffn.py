@@ -1,0 +1,160 @@
+"""Feed-forward networks: the formulas written out, the hidden width, and kinds from elsewhere."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqmix.blocks import FFNS, BlockConfig
+from seqmix.blocks.ffn.mlp import MlpConfig
+from seqmix.blocks.ffn.swiglu import SwigluConfig
+
+D_MODEL = 6
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+}
+
+MINE = """
+from typing import Literal
+from torch import nn
+from seqmix.blocks import FeedForward, FfnConfig
+
+class SquareConfig(FfnConfig):
+    kind: Literal["square"] = "square"
+    expansion: float = 1.0
+    def build(self, d_model):
+        return Square(self, d_model)
+
+class Square(FeedForward):
+    def __init__(self, config, d_model):
+        super().__init__()
+        self.proj = nn.Linear(d_model, config.hidden_width(d_model), bias=False)
+        self.back = nn.Linear(config.hidden_width(d_model), d_model, bias=False)
+    def forward(self, x):
+        return self.back(self.proj(x).square())
+"""
+
+
+def tokens():
+    return torch.randn(2, 5, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_mlp_is_its_formula(activation):
+    ffn, x = MlpConfig(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
+    assert ffn.up_proj.weight.shape == (15, D_MODEL)
+    expected = ACTIVATIONS[activation](x @ ffn.up_proj.weight.T) @ ffn.down_proj.weight.T
+    assert_close(ffn(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_swiglu_is_its_formula(activation):
+    ffn, x = SwigluConfig(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
+    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+    assert gate.shape == up.shape == (15, D_MODEL)
+    expected = (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
+    assert_close(ffn(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_defaults_are_the_names_on_the_label():
+    assert MlpConfig(expansion=4.0).activation == "gelu"
+    assert SwigluConfig(expansion=4.0).activation == "silu"
+
+
+def test_a_swiglu_of_8_3_has_as_many_parameters_as_an_mlp_of_4():
+    def count(config):
+        return sum(p.numel() for p in config.build(384).parameters())
+
+    assert count(SwigluConfig(expansion=8 / 3)) == count(MlpConfig(expansion=4.0))
+
+
+@pytest.mark.parametrize(
+    ("expansion", "d_model", "multiple_of", "width"),
+    [
+        (2.0, 128, 1, 256),
+        (8 / 3, 128, 1, 341),  # 341.33
+        (2.67, 50, 1, 134),  # 133.5 and a little: to the even one, as Python rounds
+        (2.67, 100, 64, 320),  # 267, up to the next multiple
+        (4.0, 64, 64, 256),  # a multiple stays
+        (1.0, 3, 8, 8),
+    ],
+)
+def test_the_hidden_width_is_rounded_and_then_raised_to_a_multiple(expansion, d_model, multiple_of, width):
+    config = MlpConfig(expansion=expansion, multiple_of=multiple_of)
+    assert config.hidden_width(d_model) == width
+    assert config.build(d_model).up_proj.out_features == width
+
+
+@pytest.mark.parametrize("config", [MlpConfig(expansion=2.0), SwigluConfig(expansion=2.0)])
+def test_every_token_is_mapped_by_itself(config):
+    ffn, x = config.build(D_MODEL).double(), tokens()
+    alone = torch.cat([ffn(x[:, i : i + 1]) for i in range(x.shape[1])], dim=1)
+    assert_close(ffn(x), alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [MlpConfig(expansion=2.0), SwigluConfig(expansion=2.0)])
+def test_flops_are_those_that_torch_counts(config):
+    ffn = config.build(D_MODEL).double()
+    with FlopCounterMode(display=False) as counter:
+        ffn(tokens()[:1])
+    assert ffn.flops(5) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("config", [MlpConfig(expansion=4.0), SwigluConfig(expansion=4.0)])
+def test_linear_layers_start_as_torch_starts_them(config):
+    ffn = config.build(64)
+    torch.manual_seed(0)
+    ffn.reset_parameters()
+    for weight in ffn.parameters():
+        bound = weight.shape[1] ** -0.5  # uniform
+        assert 0.98 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("fields", [{"expansion": 0.0}, {"expansion": -1.0}, {"expansion": 2.0, "multiple_of": 0}])
+def test_widths_that_are_none_are_refused(fields):
+    with pytest.raises(ValidationError):
+        MlpConfig(**fields)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValidationError, match="'gelu', 'silu' or 'relu'"):
+        MlpConfig(expansion=2.0, activation="tanh")
+
+
+def test_the_files_of_the_folder_are_the_kinds():
+    folder = Path(importlib.import_module("seqmix.blocks.ffn").__file__).parent
+    assert FFNS.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem not in ("__init__", "base"))
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest_match():
+    with pytest.raises(ValidationError, match="unknown ffn kind 'swiglo'.*did you mean \"swiglu\""):
+        BlockConfig(
+            mixer={"kind": "retention", "n_heads": 2},
+            ffn={"kind": "swiglo", "expansion": 2.0},
+            norm={"kind": "layernorm"},
+        )
+
+
+def test_a_dotted_path_is_a_kind(tmp_path, monkeypatch):
+    (tmp_path / "my_ffns.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = BlockConfig(
+        mixer={"kind": "retention", "n_heads": 1},
+        ffn={"kind": "my_ffns:SquareConfig", "expansion": 3.0},
+        norm={"kind": "layernorm"},
+    )
+    assert config.model_dump()["ffn"]["kind"] == "my_ffns:SquareConfig"
+    block = config.build(D_MODEL, layer_idx=0, n_layers=1).double().eval()
+    x = tokens()
+    expected = (x @ block.ffn.proj.weight.T).square() @ block.ffn.back.weight.T
+    assert block.ffn.proj.out_features == 18
+    assert_close(block.ffn(x), expected, rtol=1e-9, atol=1e-9)
+    assert block(x)[0].shape == x.shape

@@ -1,0 +1,132 @@
+"""What can be done with any state: one layer's, or a model's nest of them."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from seqmix.mixers import ContractError
+from seqmix.mixers.state import clone, concatenate, detach, from_dict, map_state, nbytes, select, to_dict
+
+
+class Matrix(NamedTuple):
+    memory: Tensor
+    position: Tensor
+
+
+class Pair(NamedTuple):
+    left: Matrix
+    right: Tensor
+
+
+def matrix(rows=3, start=0):
+    memory = torch.arange(start, start + rows * 2, dtype=torch.float32).view(rows, 2)
+    return Matrix(memory, torch.arange(start, start + rows))
+
+
+def model_state(rows=3, start=0):
+    return (matrix(rows, start), Pair(matrix(rows, start + 10), torch.full((rows, 1), float(start))), ())
+
+
+NAMES = ["0.memory", "0.position", "1.left.memory", "1.left.position", "1.right"]
+
+
+def same(actual, expected):
+    assert type(actual) is type(expected)
+    if isinstance(expected, Tensor):
+        assert_close(actual, expected, rtol=0, atol=0)
+        return
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        same(a, b)
+
+
+def test_leaves_are_named_by_their_path():
+    state = model_state()
+    leaves = to_dict(state)
+    assert list(leaves) == NAMES
+    assert leaves["1.left.memory"] is state[1].left.memory
+    assert list(to_dict(state[0])) == ["memory", "position"]
+    assert to_dict(()) == {}
+
+
+def test_a_state_comes_back_from_its_leaves():
+    state = model_state()
+    same(from_dict(model_state(start=100), to_dict(state)), state)
+    # in any order
+    same(from_dict(model_state(start=100), dict(reversed(to_dict(state).items()))), state)
+
+
+def test_a_state_survives_the_disk(tmp_path):
+    state = model_state()
+    save_file(to_dict(state), tmp_path / "state.safetensors")
+    same(from_dict(model_state(start=100), load_file(tmp_path / "state.safetensors")), state)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (NAMES[:-1], r"the state needs the leaves 0.memory, .*, 1.right; given are 0.memory, .*, 1.left.position$"),
+        ([*NAMES, "2.memory"], "given are .*, 2.memory"),
+        ([], "given are none"),
+    ],
+)
+def test_other_leaves_are_refused(names, sentence):
+    with pytest.raises(ContractError, match=sentence):
+        from_dict(model_state(), {name: torch.zeros(1) for name in names})
+    with pytest.raises(ContractError, match="needs the leaves none; given are x"):
+        from_dict((), {"x": torch.zeros(1)})
+
+
+def test_map_reaches_every_leaf_and_keeps_the_types():
+    doubled = map_state(lambda x: 2 * x, model_state())
+    assert isinstance(doubled[1], Pair)
+    assert isinstance(doubled[1].left, Matrix)
+    for name, leaf in to_dict(model_state()).items():
+        assert_close(to_dict(doubled)[name], 2 * leaf)
+
+
+def test_rows_are_selected_in_the_order_given_and_repeated():
+    chosen = select(model_state(), torch.tensor([2, 0, 0, 1]))
+    for name, leaf in to_dict(model_state()).items():
+        assert_close(to_dict(chosen)[name], torch.stack([leaf[2], leaf[0], leaf[0], leaf[1]]), rtol=0, atol=0)
+    assert nbytes(select(model_state(), torch.tensor([], dtype=torch.int64))) == 0
+
+
+def test_concatenation_undoes_selection():
+    state = model_state()
+    same(concatenate([select(state, torch.tensor(rows)) for rows in ([0], [1, 2])]), state)
+    same(concatenate([state]), state)
+
+
+def test_a_clone_shares_nothing():
+    state = model_state()
+    copy = clone(state)
+    same(copy, state)
+    for leaf in to_dict(copy).values():
+        leaf.zero_()
+    same(state, model_state())
+
+
+def test_detaching_cuts_the_graph_and_copies_nothing():
+    memory = torch.ones(2, 3, requires_grad=True)
+    state = (Matrix(memory * 2, torch.arange(2)),)
+    cut = detach(state)
+    assert state[0].memory.requires_grad
+    assert not cut[0].memory.requires_grad
+    assert cut[0].memory.data_ptr() == state[0].memory.data_ptr()
+
+
+def test_gradients_pass_through_selection_and_cloning():
+    memory = torch.ones(3, 2, requires_grad=True)
+    select(clone((Matrix(memory, torch.arange(3)),)), torch.tensor([0, 2, 2]))[0].memory.sum().backward()
+    assert_close(memory.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]))
+
+
+def test_bytes_are_those_of_all_leaves():
+    rows, float32, int64 = 3, 4, 8
+    assert nbytes(model_state()) == 2 * rows * (2 * float32 + int64) + rows * float32
+    assert nbytes(()) == 0

@@ -1,0 +1,202 @@
+"""What a model costs: against models that are really built, run and measured."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqmix import MIXERS, Paradigm, SeqmixError, account, build_model, load_config
+from seqmix.mixers.state import nbytes, to_dict
+
+LENGTH = 24
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- parameters
+
+
+def test_parameters_are_those_of_a_built_model(config_of, each_mixer):
+    config = config_of(*each_mixer)
+    cost, model = account(config, length=LENGTH), build_model(config)
+    assert cost.parameters == count(model)
+    assert cost.embedding_parameters == count(model.embedding) + count(model.head)
+    assert cost.body_parameters == sum(map(count, model.blocks)) + count(model.norm)
+    assert len(cost.layers) == config.n_layers
+    for layer, block in zip(cost.layers, model.blocks, strict=True):
+        assert layer.parameters == count(block)
+        assert layer.mixer_parameters == count(block.mixer)
+        assert layer.ffn_parameters == count(block.ffn)
+        assert layer.mixer == block.mixer.kind
+    assert [layer.block for layer in cost.layers] == list(config.layers)
+
+
+def test_a_tied_matrix_counts_once(config_of):
+    tied, free = (account(config_of("retention", tie_embeddings=tie), length=LENGTH) for tie in (True, False))
+    matrix = 257 * 16
+    assert tied.embedding_parameters == matrix
+    assert free.embedding_parameters == 2 * matrix
+    assert free.parameters - tied.parameters == matrix
+    assert tied.body_parameters == free.body_parameters
+    assert tied.flops_per_token == free.flops_per_token
+
+
+def test_a_block_without_ffn_has_none(config_of):
+    blocks = {"a": config_of("retention").blocks["block0"].model_copy(update={"ffn": None})}
+    config = config_of("retention", blocks=blocks, pattern=None)
+    (layer, _) = account(config, length=LENGTH).layers
+    assert layer.ffn_parameters == 0
+    assert layer.parameters == layer.mixer_parameters + 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_of_parameters_follow_the_dtype(config_of, dtype):
+    cost = account(config_of("retention"), length=LENGTH, dtype=dtype)
+    assert cost.parameter_bytes == cost.parameters * dtype.itemsize
+
+
+# ---- operations
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS.kinds(), "windowed attention", "xpos attention"])
+def test_operations_are_those_that_torch_counts(config_of, mixer):
+    config = config_of(mixer)
+    model = build_model(config)
+    # flash attention on a CPU is counted as nothing, and so are our own operations: the parallel form is plain torch
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(1, LENGTH, dtype=torch.int64), paradigm=Paradigm.PARALLEL)
+    formula = sum(
+        block.mixer.flops(LENGTH, Paradigm.PARALLEL) + block.ffn.flops(LENGTH) for block in model.blocks
+    )
+    assert formula + 2 * LENGTH * model.head.weight.numel() == counter.get_total_flops() > 0
+
+
+def test_operations_a_token_are_the_formulas_of_the_default_paradigm(config_of, each_mixer):
+    config = config_of(*each_mixer)
+    cost, model = account(config, length=LENGTH), build_model(config)
+    for layer, block in zip(cost.layers, model.blocks, strict=True):
+        flops = block.mixer.flops(LENGTH, block.mixer.paradigm) + block.ffn.flops(LENGTH)
+        assert layer.flops_per_token == flops // LENGTH
+    assert cost.flops_per_token == sum(layer.flops_per_token for layer in cost.layers) + 2 * 257 * 16
+
+
+def test_operations_are_counted_at_the_length(config_of):
+    short, long = (account(config_of("attention"), length=length) for length in (8, 80))
+    assert (short.length, long.length) == (8, 80)
+    assert long.flops_per_token > short.flops_per_token
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_state_is_as_large_as_a_real_one(config_of, each_mixer, dtype):
+    config = config_of(*each_mixer)
+    cost, model = account(config, length=LENGTH, dtype=dtype), build_model(config, dtype=dtype)
+    with torch.no_grad():
+        tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+        state = model(tokens, model.init_state(1, max_length=LENGTH), return_state=True).state
+    assert cost.state_bytes == nbytes(state)
+    assert [layer.state_bytes for layer in cost.layers] == [nbytes(entry) for entry in state]
+    assert cost.state_elements == sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point())
+
+
+def test_a_cache_grows_with_the_length_and_a_constant_state_does_not(config_of):
+    def elements(mixer):
+        return [account(config_of(mixer), length=length).state_elements for length in (10, 20)]
+
+    assert elements("retention")[0] == elements("retention")[1]
+    assert elements("attention") == [2 * 2 * 10 * 16, 2 * 2 * 20 * 16]
+    assert elements("windowed attention") == [2 * 2 * 5 * 8] * 2
+
+
+# ---- activations
+
+
+def kept_bytes(block, length, d_model, dtype) -> int:
+    """Bytes of all storages that the backward pass of a real block keeps, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    storages = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return x
+
+    x = torch.randn(1, length, d_model, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        block(x)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixer", [kind for kind in MIXERS.kinds() if kind != "attention"])
+def test_activations_are_what_autograd_keeps(config_of, mixer, dtype, dropout):
+    config = config_of(mixer, d_model=64)
+    block = config.blocks["block0"].model_copy(update={"dropout": dropout})
+    config = config_of(mixer, d_model=64, blocks={"block0": block})
+    estimate = account(config, length=100, dtype=dtype).layers[0].activation_bytes
+    measured = kept_bytes(build_model(config, dtype=dtype).blocks[0], 100, 64, dtype)
+    assert estimate == pytest.approx(measured, rel=0.01)
+
+
+def test_the_activations_of_a_model_are_those_of_its_layers_and_the_head(config_of):
+    cost = account(config_of("retention", "linear_attention", n_layers=5), length=LENGTH)
+    head = LENGTH * 257 * 4 * 2 + LENGTH * 16 * 4 * 2  # logits and their gradient; input and output of the norm
+    assert cost.activation_bytes == sum(layer.activation_bytes for layer in cost.layers) + head
+    assert cost.layers[0].activation_bytes == cost.layers[2].activation_bytes != cost.layers[1].activation_bytes
+
+
+# ---- the paper's models
+
+
+def test_the_paper_s_models_are_counted_without_being_allocated():
+    """In a process of its own, for its memory to be seen."""
+    program = """
+import json, resource, sys, time
+from seqmix import account, load_config
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+account(load_config("retnet-tiny").model)
+memory, began, costs = peak(), time.perf_counter(), {}
+for name in ("retnet-1.3b", "retnet-2.7b", "retnet-6.7b", "transformer-1.3b"):
+    config = load_config(name).model
+    cost = account(config, length=256)
+    costs[name] = [cost.body_parameters, cost.state_elements, config.d_model, config.n_layers]
+print(json.dumps([costs, time.perf_counter() - began, peak() - memory]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    costs, seconds, memory = json.loads(done.stdout)
+    assert seconds < 10
+    assert memory < 100e6
+    for name, billions in (("retnet-1.3b", 1.208), ("retnet-2.7b", 2.517), ("retnet-6.7b", 6.442)):
+        parameters, state, d_model, n_layers = costs[name]
+        assert parameters == pytest.approx(billions * 1e9, rel=0.005)
+        # as much as a Transformer of that width keeps of 256 tokens
+        assert state == 2 * 256 * d_model * n_layers
+    assert costs["transformer-1.3b"][1:] == costs["retnet-1.3b"][1:]
+    assert costs["transformer-1.3b"][0] == pytest.approx(costs["retnet-1.3b"][0], rel=0.01)
+
+
+def test_a_length_or_heads_that_do_not_fit_are_refused_in_one_sentence():
+    config = load_config("retnet-tiny", ["model.blocks.ret.mixer.n_heads=3"]).model
+    with pytest.raises(SeqmixError, match="3 heads do not divide"):
+        account(config)
+
+
+def test_every_cost_is_a_number(config_of):
+    cost = account(config_of("retention"), length=LENGTH)
+    for record in (cost, *cost.layers):
+        for field in fields(record):
+            if field.type is int:
+                assert type(getattr(record, field.name)) is int

@@ -1,0 +1,441 @@
+"""Generation: prompts read at once, tokens one by one; what a full forward pass over the same text would choose."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import seqmix.models.generate
+from seqmix import Paradigm, Sampling, SeqmixError, Traits, generate_text, stream_text
+from seqmix.mixers.state import nbytes
+from seqmix.models import ByteTokenizer, generate_tokens, prefill, sample
+
+GREEDY = Sampling(temperature=0)
+LENGTHS = (5, 1, 9, 2)
+
+
+def prompts(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 257, (length,), generator=generator) for length in lengths]
+
+
+def generated(model, given, count=6, sampling=GREEDY, **options):
+    return torch.stack(list(generate_tokens(model, given, max_new_tokens=count, sampling=sampling, **options)), dim=1)
+
+
+# ---- tokens
+
+
+def test_a_prompt_in_a_batch_is_continued_as_alone(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    together = generated(model, prompts())
+    alone = torch.cat([generated(model, [prompt]) for prompt in prompts()])
+    assert torch.equal(together, alone)
+
+
+def test_steps_choose_what_a_full_forward_pass_would(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    for prompt in prompts():
+        new = generated(model, [prompt], count=12)[0]
+        text = torch.cat([prompt, new])
+        assert torch.equal(model(text[None]).logits[0].argmax(-1)[len(prompt) - 1 : -1], new)
+
+
+def test_prefill_gives_the_logits_and_state_behind_every_prompt(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    logits, state = prefill(model, prompts(), max_length=20)
+    more = torch.randint(0, 257, (4, 3), generator=torch.Generator().manual_seed(4))
+    following = model(more, state).logits
+    for i, prompt in enumerate(prompts()):
+        whole = model(torch.cat([prompt, more[i]])[None]).logits[0]
+        assert_close(logits[i], whole[len(prompt) - 1], rtol=1e-9, atol=1e-9)
+        assert_close(following[i], whole[len(prompt) :], rtol=1e-9, atol=1e-9)
+
+
+def test_prompts_are_read_chunkwise_and_tokens_are_recurrent_steps(model_of):
+    model, calls = model_of("retention", "attention"), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args[0].shape, kwargs["paradigm"])), with_kwargs=True
+    )
+    generated(model, prompts(), count=3)
+    assert calls == [
+        ((1, sum(LENGTHS)), (Paradigm.CHUNKWISE,) * 2),
+        ((4, 1), (Paradigm.RECURRENT,) * 2),
+        ((4, 1), (Paradigm.RECURRENT,) * 2),
+    ]
+
+
+def restrict(model, **traits):
+    """Make a model's mixers declare less than they can."""
+    declared = {"paradigms": frozenset(Paradigm), "state": "constant", "packing": True, "shift_invariant": False}
+    for block in model.blocks:
+        block.mixer.traits = Traits(**declared | traits)
+    return model
+
+
+@pytest.mark.parametrize(
+    "traits", [{"packing": False}, *({"paradigms": frozenset({paradigm})} for paradigm in Paradigm)], ids=str
+)
+def test_a_mixer_that_declares_less_generates_the_same(model_of, traits):
+    expected = generated(model_of("retention"), prompts())
+    assert torch.equal(generated(restrict(model_of("retention"), **traits), prompts()), expected)
+
+
+def test_a_cache_without_packing_generates_the_same(model_of):
+    expected = generated(model_of("attention"), prompts())
+    assert torch.equal(generated(restrict(model_of("attention"), packing=False), prompts()), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_no_more_tokens_are_computed_than_asked_for(model_of, count):
+    model, calls = model_of("retention"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert len(list(generate_tokens(model, prompts(), max_new_tokens=count, sampling=GREEDY))) == count
+    assert len(calls) == max(count, 1)
+
+
+@pytest.mark.parametrize("given", [[], [torch.tensor([], dtype=torch.int64)], [torch.tensor([1]), torch.tensor([])]])
+def test_a_prompt_without_tokens_is_refused(model_of, given):
+    with pytest.raises(SeqmixError, match="a prompt has no tokens: give at least one"):
+        generated(model_of("retention"), given)
+
+
+def test_tokens_above_the_vocabulary_are_never_chosen(model_of):
+    model = model_of("retention")
+    assert generated(model, prompts(), count=30).max() >= 10
+    assert generated(model, prompts(), count=30, vocab_size=10).max() < 10
+    assert generated(model, prompts(), count=30, vocab_size=10, sampling=Sampling()).max() < 10
+
+
+def test_the_training_mode_is_the_caller_s(model_of):
+    model = model_of("retention").train()
+    generated(model, prompts())
+    assert model.training
+
+
+def test_nothing_is_kept_for_a_gradient(model_of):
+    model = model_of("attention")
+    logits, state = prefill(model, prompts())
+    assert not any(leaf.requires_grad for leaf in tree_leaves((logits, state)))
+
+
+# ---- cost of a step
+
+
+class Work(TorchDispatchMode):
+    """Counts operations, and the elements that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operations += 1
+        self.elements += sum(leaf.numel() for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor))
+        return out
+
+
+def decoded(model, length, at):
+    """Decode a number of tokens; the work of some of the steps, and the state's bytes behind every step."""
+    logits, state = prefill(model, [torch.tensor([1])], max_length=length + 1)
+    work, sizes = {}, []
+    with torch.no_grad():
+        for step in range(1, length + 1):
+            token = logits.argmax(-1, keepdim=True) if logits.ndim == 2 else logits[:, -1].argmax(-1, keepdim=True)
+            with Work() as counted:
+                logits, state = model(token, state, paradigm=Paradigm.RECURRENT, return_state=True)
+            if step in at:
+                work[step] = (counted.operations, counted.elements)
+            sizes.append(nbytes(state))
+    return work, sizes
+
+
+@pytest.mark.parametrize(
+    "mixer", ["retention", "linear_attention", "learnable retention", "windowed attention", "attention"]
+)
+def test_a_step_costs_the_same_wherever_it_is(model_of, mixer):
+    # attention's cache was allocated for all tokens to come: it reads all of it, so the bound is the allocation
+    work, sizes = decoded(model_of(mixer), 200, at=(5, 200))
+    assert work[5] == work[200]
+    assert len(set(sizes)) == 1
+
+
+def test_the_state_of_a_constant_mixer_does_not_know_how_much_will_come(model_of):
+    model = model_of("retention", "linear_attention")
+    assert decoded(model, 3, at=())[1][-1] == decoded(model, 100, at=())[1][-1] == nbytes(model.init_state(1))
+
+
+def test_the_cache_of_attention_is_allocated_once_for_all_that_will_come(model_of):
+    model = model_of("attention")
+    keys_and_values = 2 * 2 * model.config.d_model * 8  # two layers, float64
+    assert decoded(model, 9, at=())[1][-1] == 10 * keys_and_values + 2 * 8
+
+
+# ---- choosing
+
+
+def logits_of(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def drawn(logits, sampling, count=4000, seed=0):
+    """How often each token is chosen."""
+    chosen = sample(logits.expand(count, -1), sampling, torch.Generator().manual_seed(seed))
+    return Counter(chosen.tolist())
+
+
+def test_temperature_0_takes_the_most_probable():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
+    assert sample(logits, GREEDY).tolist() == [1, 0]
+
+
+def test_top_1_takes_the_most_probable():
+    assert drawn(logits_of(0.3, 0.45, 0.25), Sampling(top_k=1)) == {1: 4000}
+
+
+@pytest.mark.parametrize(("k", "support"), [(1, {3}), (2, {3, 1}), (3, {3, 1, 0}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})])
+def test_top_k_keeps_the_k_most_probable(k, support):
+    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_k=k))) == support
+
+
+@pytest.mark.parametrize(
+    ("p", "support"),
+    [(1e-9, {3}), (0.39, {3}), (0.41, {3, 1}), (0.69, {3, 1}), (0.71, {3, 1, 0}), (0.91, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_most_probable_that_together_reach_it(p, support):
+    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_p=p))) == support
+
+
+@pytest.mark.parametrize(("p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_nucleus_that_is_reached_exactly_takes_no_more(p, count):
+    assert len(drawn(torch.zeros(1, 4), Sampling(top_p=p))) == count
+
+
+def test_top_p_is_reached_by_what_top_k_has_left():
+    # 0.4 and 0.3 of the whole are 4/7 and 3/7 of what is left
+    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_k=2, top_p=0.5))) == {3}
+
+
+def test_rows_have_a_nucleus_of_their_own():
+    logits = torch.cat([logits_of(0.9, 0.04, 0.03, 0.03), logits_of(0.02, 0.32, 0.33, 0.33)]).repeat(2000, 1)
+    chosen = sample(logits, Sampling(top_p=0.9), torch.Generator().manual_seed(0))
+    assert set(chosen[0::2].tolist()) == {0}
+    assert set(chosen[1::2].tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_their_probabilities_say(temperature):
+    shares, count = torch.tensor([0.5, 0.3, 0.15, 0.05]), 20_000
+    expected = shares ** (1 / temperature) / (shares ** (1 / temperature)).sum()
+    found = drawn(logits_of(*shares.tolist()), Sampling(temperature=temperature), count)
+    for token, share in enumerate(expected.tolist()):
+        deviation = math.sqrt(share * (1 - share) / count)
+        assert found[token] / count == pytest.approx(share, abs=4 * deviation)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_comes_before_the_nucleus(temperature):
+    # 0.8 and 0.2 are 0.94 and 0.06 at temperature 0.5, and 0.67 and 0.33 at 2
+    support = set(drawn(logits_of(0.8, 0.2), Sampling(temperature=temperature, top_p=0.85)))
+    assert support == ({0} if temperature < 1 else {0, 1})
+
+
+def test_tokens_are_a_function_of_the_seed(model_of):
+    model = model_of("retention")
+    torch.manual_seed(1)
+    first = generated(model, prompts(), sampling=Sampling(seed=7))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert torch.equal(generated(model, prompts(), sampling=Sampling(seed=7)), first)
+    assert not torch.equal(generated(model, prompts(), sampling=Sampling(seed=8)), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or more, and is -0.1"),
+        ({"top_k": 0}, "top_k must be 1 or more, and is 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, and is 0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, and is 1.1"),
+        ({"top_p": math.nan}, "top_p must be above 0 and at most 1, and is nan"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_its_range_is_one_sentence(fields, sentence):
+    with pytest.raises(SeqmixError) as raised:
+        Sampling(**fields)
+    assert str(raised.value) == sentence
+
+
+# ---- text
+
+TEXT_MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=257))
+"""All that `stream_text` itself asks of a model."""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Make a model write texts that are given; returns how many steps were taken."""
+
+    def install(*texts: str | bytes) -> list[int]:
+        rows = [text.encode() if isinstance(text, str) else text for text in texts]
+        steps: list[int] = []
+
+        def tokens(model, prompts, **options) -> Iterator[torch.Tensor]:
+            for column in itertools.zip_longest(*rows, fillvalue=ord("~")):
+                steps.append(1)
+                yield torch.tensor(column)
+
+        monkeypatch.setattr(seqmix.models.generate, "generate_tokens", tokens)
+        return steps
+
+    return install
+
+
+def streamed(*prompts: str, **options) -> list[list[str]]:
+    """The pieces of each text."""
+    pieces = list(stream_text(TEXT_MODEL, prompts or ("x",), **options))
+    return [list(parts) for parts in zip(*pieces, strict=True)]
+
+
+def test_text_comes_byte_by_byte_and_without_the_prompt(script):
+    script("abc")
+    assert streamed() == [["a", "b", "c", ""]]
+
+
+def test_a_character_comes_when_its_last_byte_has(script):
+    script("aé€😀b")
+    assert streamed() == [["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]]
+
+
+def test_bytes_that_are_no_text_are_replaced(script):
+    script(b"a\xffb\xe2\x82")
+    assert "".join(streamed()[0]) == "a\ufffdb\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one END two", ["END"], "one "),
+        ("END", ["END"], ""),
+        ("one EN two END", ["END"], "one EN two "),
+        ("one EN", ["END"], "one EN"),
+        ("one E", ["END"], "one E"),
+        ("aaab", ["aab"], "a"),
+        ("abacabab", ["abab"], "abac"),
+        ("one€two", ["€"], "one"),
+        ("one€two", ["€t"], "one"),
+        ("one€two", ["é"], "one€two"),
+        ("one two three", ["three", "two"], "one "),
+        ("abcd", ["bcd", "c"], "ab"),  # c is there before bcd is
+        ("abcd", ["abcd", "bc"], "a"),
+        ("ab", ["b", "ab"], ""),  # both are there with the same byte: before the first of them
+        ("abc", [""], "abc"),
+        ("abc", [], "abc"),
+        ("one\n\ntwo", ["\n\n"], "one"),
+    ],
+)
+def test_a_text_ends_before_a_stop_text(script, text, stop, expected):
+    script(text)
+    assert "".join(streamed(stop=stop)[0]) == expected
+
+
+def test_nothing_of_a_stop_text_is_ever_let_out(script):
+    script("a ENx ENDb")
+    assert streamed(stop=["END"]) == [["a", " ", "", "", "ENx", " ", "", "", ""]]
+
+
+def test_what_is_held_back_comes_as_soon_as_it_is_no_stop_text(script):
+    script("ENEND")
+    assert streamed(stop=["END"]) == [["", "", "EN", "", ""]]
+
+
+def test_what_is_held_back_comes_at_the_end(script):
+    script("aEN")
+    assert streamed(stop=["END"]) == [["a", "", "", "EN"]]
+
+
+def test_a_character_cut_short_at_the_end_is_replaced_behind_what_is_held_back(script):
+    script(b"aEN\xe2\x82")
+    assert "".join(streamed(stop=["END"])[0]) == "aEN\ufffd"
+
+
+def test_generation_ends_when_all_texts_have(script):
+    steps = script("one END and more", "longer END and more")
+    assert ["".join(parts) for parts in streamed("x", "y", stop=["END"])] == ["one ", "longer "]
+    assert len(steps) == len("longer END")
+
+
+def test_a_text_that_has_ended_stays_silent_while_others_go_on(script):
+    script("aEND!END!", "bcdefghij")
+    assert ["".join(parts) for parts in streamed("x", "y", stop=["END"])] == ["a", "bcdefghij"]
+
+
+def first_stop(text: str, stop: list[str]) -> str:
+    """The text before the first stop text, by looking at every beginning of it."""
+    for end in range(len(text) + 1):
+        if found := [text[:end].find(word) for word in stop if word and word in text[:end]]:
+            return text[: min(found)]
+    return text
+
+
+@given(st.text("ab€", max_size=12), st.lists(st.text("ab€", max_size=4), max_size=3))
+def test_streaming_with_stop_texts_is_cutting_the_whole_text(text, stop):
+    piecewise = seqmix.models.generate._Text(ByteTokenizer().decoder(), tuple(stop))
+    pieces = [piecewise.add(byte) for byte in text.encode()]
+    expected = first_stop(text, stop)
+    for end in range(len(pieces) + 1):
+        assert expected.startswith("".join(pieces[:end]))
+    assert "".join(pieces) + piecewise.end() == expected
+
+
+def test_whole_texts_are_the_pieces_joined(model_of):
+    model = model_of("retention", "attention")
+    options = {"max_new_tokens": 20, "sampling": Sampling(seed=3)}
+    pieces = list(stream_text(model, ["ab", "Wörter"], **options))
+    assert len(pieces) == 21
+    assert generate_text(model, ["ab", "Wörter"], **options) == ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+
+def test_a_prompt_is_opened_by_the_begin_token(model_of):
+    model, read = model_of("retention"), []
+    model.register_forward_pre_hook(lambda module, args: read.append(args[0].tolist()))
+    generate_text(model, ["hé"], max_new_tokens=1)
+    assert read == [[[256, 0x68, 0xC3, 0xA9]]]
+
+
+def test_a_model_that_wants_the_begin_token_still_writes_bytes(model_of):
+    model = model_of("retention")
+    wants = torch.zeros(257, dtype=torch.float64)
+    wants[256] = 1e9
+    model.head.register_forward_hook(lambda module, args, out: out + wants)
+    assert generated(model, prompts(), count=2).unique().tolist() == [256]
+    assert generate_text(model, ["ab"], max_new_tokens=8, sampling=GREEDY)[0]
+
+
+@pytest.mark.parametrize("given", [[""], ["a", ""]])
+def test_an_empty_prompt_is_one_sentence(model_of, given):
+    with pytest.raises(SeqmixError, match="^the prompt is empty: give at least one character$"):
+        generate_text(model_of("retention"), given)
+
+
+def test_no_prompt_is_one_sentence(model_of):
+    with pytest.raises(SeqmixError, match="^a prompt has no tokens: give at least one$"):
+        generate_text(model_of("retention"), [])
+
+
+def test_a_model_of_fewer_tokens_than_bytes_is_one_sentence(model_of):
+    with pytest.raises(SeqmixError) as raised:
+        generate_text(model_of("retention", vocab_size=100), ["a"])
+    assert str(raised.value) == "text needs a model of 257 tokens (bytes), and this one has 100"

@@ -1,0 +1,198 @@
+"""The contract of a whole model: pieces, packing and paradigms change nothing."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from seqmix import ContractError, Paradigm, Traits
+from seqmix.mixers.ops.softmax import GrowingCache
+from seqmix.mixers.retention import RetentionState
+from seqmix.mixers.state import clone, select, to_dict
+
+HYBRID = ("retention", "attention", "linear_attention")
+LENGTH = 13
+PARALLEL_ONLY = Traits(
+    paradigms=frozenset({Paradigm.PARALLEL}), state="growing", packing=False, shift_invariant=True
+)
+
+
+def tokens(length=LENGTH, batch_size=1, seed=1):
+    return torch.randint(0, 257, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def exactly(actual, expected):
+    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def same_state(actual, expected):
+    assert to_dict(actual).keys() == to_dict(expected).keys()
+    for name, leaf in to_dict(actual).items():
+        exactly(leaf, to_dict(expected)[name])
+
+
+def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
+    model, x = model_of(*HYBRID), tokens()
+    hidden = F.embedding(x, model.embedding.weight)
+    for block in model.blocks:
+        hidden, _ = block(hidden)
+    exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
+
+
+def test_blocks_are_built_in_the_order_of_the_pattern(model_of):
+    model = model_of(*HYBRID, n_layers=5)
+    assert [block.mixer.kind for block in model.blocks] == [*HYBRID, *HYBRID[:2]]
+
+
+# ---- state
+
+
+def test_a_state_is_asked_for(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    assert model(tokens()).state is None
+    assert len(model(tokens(), return_state=True).state) == model.config.n_layers
+
+
+def test_the_state_of_a_hybrid_is_a_tuple_with_one_entry_a_layer(model_of):
+    model = model_of("retention", "attention")
+    for state in (model(tokens(), return_state=True).state, model.init_state(1)):
+        assert type(state) is tuple
+        assert [type(entry) for entry in state] == [RetentionState, GrowingCache]
+
+
+@pytest.mark.parametrize("cut", range(1, LENGTH))
+def test_two_pieces_are_the_whole(model_of, cut):
+    model, x = model_of(*HYBRID), tokens(batch_size=2)
+    whole = model(x, return_state=True)
+    first = model(x[:, :cut], return_state=True)
+    second = model(x[:, cut:], first.state, return_state=True)
+    exactly(torch.cat([first.logits, second.logits], dim=1), whole.logits)
+    same_state(second.state, whole.state)
+
+
+@pytest.mark.parametrize("paradigm", list(Paradigm))
+def test_many_pieces_are_the_whole(model_of, each_mixer, paradigm):
+    model, x = model_of(*each_mixer), tokens(batch_size=2)
+    state, logits = None, []
+    for piece in x.split([1, 4, 1, 5, 2], dim=1):
+        out = model(piece, state, paradigm=paradigm, return_state=True)
+        state = out.state
+        logits.append(out.logits)
+    exactly(torch.cat(logits, dim=1), model(x).logits)
+
+
+@pytest.mark.parametrize("max_length", [None, LENGTH, LENGTH + 9])
+def test_the_state_of_nothing_read_is_no_state(model_of, each_mixer, max_length):
+    model, x = model_of(*each_mixer), tokens(batch_size=2)
+    exactly(model(x, model.init_state(2, max_length=max_length)).logits, model(x).logits)
+
+
+def test_rows_of_a_state_go_on_by_themselves(model_of):
+    model, x, more = model_of(*HYBRID), tokens(batch_size=3), tokens(4, batch_size=2, seed=2)
+    state = model(x, return_state=True).state
+    chosen = model(more, select(clone(state), torch.tensor([2, 0]))).logits
+    exactly(chosen, model(torch.cat([x[[2, 0]], more], dim=1)).logits[:, LENGTH:])
+
+
+# ---- paradigms
+
+
+@pytest.mark.parametrize("paradigms", list(itertools.product(Paradigm, repeat=2)))
+def test_each_layer_may_have_a_paradigm_of_its_own(model_of, paradigms):
+    model, x = model_of("retention", "attention"), tokens(batch_size=2)
+    exactly(model(x, paradigm=paradigms).logits, model(x).logits)
+
+
+def test_each_layer_is_given_its_own_paradigm(model_of):
+    model, seen = model_of("retention", "attention"), []
+    for block in model.blocks:
+        block.mixer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["paradigm"]), with_kwargs=True
+        )
+    model(tokens(), paradigm=(Paradigm.RECURRENT, Paradigm.CHUNKWISE))
+    model(tokens(), paradigm=Paradigm.PARALLEL)
+    model(tokens())
+    assert seen == [Paradigm.RECURRENT, Paradigm.CHUNKWISE, Paradigm.PARALLEL, Paradigm.PARALLEL, None, None]
+
+
+def test_the_first_declared_paradigm_is_preferred(model_of):
+    model = model_of("retention", "attention", n_layers=3)
+    model.blocks[1].mixer.traits = PARALLEL_ONLY
+    assert model.prefer(Paradigm.CHUNKWISE, Paradigm.RECURRENT) == (
+        Paradigm.CHUNKWISE,
+        Paradigm.PARALLEL,  # the only one it has, although nobody asked for it
+        Paradigm.CHUNKWISE,
+    )
+
+
+def test_a_paradigm_that_a_layer_lacks_is_refused(model_of):
+    model = model_of("retention")
+    model.blocks[1].mixer.traits = PARALLEL_ONLY
+    with pytest.raises(ContractError, match="has no paradigm 'recurrent'; it declares parallel"):
+        model(tokens(), paradigm=Paradigm.RECURRENT)
+    with pytest.raises(ContractError, match="does not declare packing"):
+        model(tokens(), paradigm=Paradigm.PARALLEL, cu_seqlens=torch.tensor([0, 3, LENGTH]))
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("paradigm", list(Paradigm))
+def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, paradigm):
+    model, lengths = model_of(*each_mixer), [3, 1, 0, 6, 3]
+    documents = [tokens(length, seed=seed) for seed, length in enumerate(lengths)]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)])
+    packed = model(torch.cat(documents, dim=1), paradigm=paradigm, cu_seqlens=borders, return_state=True)
+    alone = [model(document, return_state=True) for document in documents if document.shape[1]]
+    exactly(packed.logits, torch.cat([out.logits for out in alone], dim=1))
+    more = tokens(2, batch_size=5, seed=9)
+    following = model(more, packed.state).logits[[0, 1, 3, 4]]
+    exactly(following, torch.cat([model(x[None], o.state).logits for x, o in zip(more[[0, 1, 3, 4]], alone, strict=True)]))
+
+
+# ---- select
+
+
+def test_only_the_selected_logits_are_computed(model_of):
+    model, x = model_of("retention"), tokens(batch_size=2)
+    rows = torch.tensor([LENGTH + 3, 0, 5])
+    widths = []
+    model.head.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    exactly(model(x, select=rows).logits, model(x).logits.flatten(0, 1)[rows])
+    assert widths[0] == (3, model.config.d_model)
+
+
+def test_selecting_does_not_change_the_state(model_of):
+    model, x = model_of(*HYBRID), tokens()
+    same_state(
+        model(x, return_state=True, select=torch.tensor([0])).state,
+        model(x, return_state=True).state,
+    )
+
+
+# ---- training
+
+
+def test_every_parameter_has_a_gradient(model_of, each_mixer):
+    model = model_of(*each_mixer).train()
+    x = tokens(batch_size=2)
+    F.cross_entropy(model(x).logits.flatten(0, 1), x.roll(-1, dims=1).flatten()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_dropout_thins_the_embedding_in_training_alone(model_of):
+    model, plain, x = model_of("retention", dropout=0.5), model_of("retention"), tokens(64, batch_size=8)
+    assert torch.equal(model(x).logits, plain(x).logits)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.train()(x)
+    assert seen[0].count_nonzero().item() / seen[0].numel() == pytest.approx(0.5, abs=0.05)
+    kept = seen[0] != 0
+    exactly(seen[0][kept], 2 * model.embedding(x)[kept])
+
+
+def test_the_device_is_that_of_the_parameters(model_of):
+    assert model_of("retention").device == torch.device("cpu")

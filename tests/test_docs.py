@@ -1,0 +1,248 @@
+"""The documentation is run: its Python, its commands (with tiny models), and its claims about files and presets.
+
+Rules of the fenced blocks: a page's Python blocks share one namespace; a block whose first line is `# name.ext` is a
+file; `console` blocks show a command and its output, in which `...` stands for anything.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from seqmix import MIXERS, account, cli, load_config
+from seqmix.training import PRESETS
+
+ROOT = Path(cli.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = [
+    "data={paths: [text.txt], split: tail, sequence_length: 16}",
+    "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
+    "model.d_model=32",
+]
+"""What is added to a command that trains."""
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+    line: int
+    """Of the text's first line, from 1."""
+
+    @property
+    def file(self) -> str | None:
+        found = re.match(r"# (\S+\.(?:py|yaml|toml))\n", self.text)
+        return found[1] if found else None
+
+    @property
+    def commands(self) -> list[str]:
+        """The seqmix commands of a bash block."""
+        parts = re.split(r"\n|&&", self.text) if self.language == "bash" else []
+        return [part.strip() for part in parts if part.strip().startswith("seqmix ")]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(found[1], found[2], text.count("\n", 0, found.start()) + 2)
+        for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [page.name for page in pages]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a text to learn; modules imported and mixers registered there are forgotten."""
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(MIXERS, "_registered", dict(MIXERS._registered))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def seqmix(command: str) -> tuple[str, int]:
+    """Run a command of the documentation; what it prints, and its exit status."""
+    command, _, file = command.partition(" > ")
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train" and "wrong.yaml" not in arguments:
+        arguments += TINY
+    if arguments[0] == "generate":
+        arguments += ["--max-new-tokens", "3"]
+    output, status = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.setattr(sys, "argv", ["seqmix", *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    if file:
+        Path(file).write_text(output.getvalue())
+    return output.getvalue(), status
+
+
+def is_like(pattern: str, text: str) -> bool:
+    """Whether a text is the pattern's, which has `...` for anything."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.strip().split("..."))), text.strip(), re.DOTALL) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_a_page_does_what_it_says(page, folder):
+    namespace: dict[str, object] = {"__name__": "documentation"}
+    done: set[str] = set()
+    for block in blocks_of(page):
+        if block.file is not None:
+            (folder / block.file).write_text(block.text)
+        elif block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            exec(code, namespace)
+        elif block.language == "console":
+            command, _, expected = block.text.removeprefix("$ ").partition("\n")
+            output, _ = seqmix(command)
+            assert is_like(expected, output), output
+        for command in block.commands:
+            if command not in done:  # a run is never overwritten
+                output, status = seqmix(command)
+                assert status == 0, f"{command}\n{output}"
+                done.add(command)
+
+
+def test_the_readme_says_how_to_start():
+    text = (ROOT / "README.md").read_text()
+    for line in (
+        "pip install -e . && seqmix train retnet-tiny",
+        'seqmix generate runs/retnet-tiny --prompt "def "',
+        "pip install -e '.[test]' && pytest",
+    ):
+        assert line in text
+
+
+def test_the_mixer_of_the_readme_keeps_the_contract(folder):
+    (source,) = (block.text for block in blocks_of(ROOT / "README.md") if block.file == "average.py")
+    (folder / "average.py").write_text(source)
+    (check,) = (block.text for block in blocks_of(ROOT / "docs" / "adding-a-mixer.md") if "def check(" in block.text)
+    names = {"torch": torch}
+    exec(check[: check.rindex("\n\n\ncheck(")], names)
+    mixer = importlib.import_module("average").AverageConfig(n_heads=2)
+    names["check"](names["built"](mixer, 8), 8)
+
+
+def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
+    page = ROOT / "docs" / "adding-a-mixer.md"
+    files = {block.file: block.text for block in blocks_of(page) if block.file}
+    (folder / "convolution.py").write_text(files["convolution.py"])
+    project = tomllib.loads(files["pyproject.toml"])
+    (group, points), *others = project["project"]["entry-points"].items()
+    assert not others
+    info = folder / "seqmix_convolution-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: seqmix-convolution\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+    assert "convolution" in MIXERS.kinds()
+    assert MIXERS.origin("convolution") == "convolution"
+    assert "convolution" in seqmix("seqmix mixers")[0]
+    assert "ConvolutionConfig" in seqmix("seqmix schema")[0]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_up_to_date():
+    module = generator()
+    assert module.TARGET.read_text() == module.render(), "run: python docs/generate.py"
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """The rows of the table whose first line starts with `head`."""
+    table = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table]
+
+
+def test_the_readme_lists_the_presets_and_their_sizes():
+    listed = {row[0]: row[1:4] for row in rows((ROOT / "README.md").read_text(), "| preset |")}
+    found = {}
+    for file in PRESETS.glob("*.yaml"):
+        model = load_config(file.stem).model
+        found[file.stem] = [str(model.n_layers), str(model.d_model), f"{account(model, length=64).body_parameters:,}"]
+    assert listed == found
+
+
+def test_the_contract_lists_the_mixers_and_what_they_declare():
+    listed = {row[0]: row[1:] for row in rows((ROOT / "docs" / "contract.md").read_text(), "| kind | paradigms |")}
+    found = {}
+    for kind in (kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")):
+        traits = MIXERS.resolve(kind)(n_heads=1).traits
+        words = {True: "yes", False: "no"}
+        found[kind] = [
+            ", ".join(p for p in ("parallel", "recurrent", "chunkwise") if p in traits.paradigms),
+            traits.state,
+            words[traits.packing],
+            words[traits.shift_invariant],
+        ]
+    assert listed == found
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_files_that_are_named_exist(page):
+    made = {block.file for block in blocks_of(page)} | {
+        "config.yaml",
+        "metrics.jsonl",
+        "seqmix.schema.json",
+        "average.py",
+    }
+    for name in re.findall(r"`([\w./-]+(?:\.(?:py|yaml|md|toml|jsonl?)|/))`", page.read_text()):
+        assert name in made or name.startswith((".vscode", "runs/")) or (ROOT / name).exists(), name
+
+
+def test_the_layout_names_every_folder():
+    (text,) = (block.text for block in blocks_of(ROOT / "README.md") if block.language == "text")
+    folders = set(re.findall(r"^(\w+)/", text, re.MULTILINE))
+    assert all((ROOT / name).is_dir() for name in folders)
+    packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert packages - folders == set()
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config as load_site
+
+    build(load_site(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
