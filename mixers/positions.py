@@ -69,9 +69,9 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
 class Rotation(NamedTuple):
     """What `rotate` needs of a segment's positions, for all heads."""
 
-    cos: Float[Tensor, "B T 1 K"]
+    cos: Float[Tensor, "_ T 1 K"]
     """Cosines, each twice: once for each dimension of the pair."""
-    sin: Float[Tensor, "B T 1 K"]
+    sin: Float[Tensor, "_ T 1 K"]
     """Sines, the first of each pair negated."""
 
 

@@ -79,10 +79,10 @@ def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
     return build(like, ())
 
 
-def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[S, ...]) -> S:
+def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[Any, ...]) -> Any:
     first = states[0]
     if isinstance(first, Tensor):
-        return function(list(states))  # type: ignore[return-value]
+        return function(list(states))
     return _like(first, [_zip_map(function, children) for children in zip(*states, strict=True)])
 
 

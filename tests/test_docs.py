@@ -21,7 +21,7 @@ import torch
 from seqmix import MIXERS, account, cli, load_config
 from seqmix.training import PRESETS
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = [
     "data={paths: [text.txt], split: tail, sequence_length: 16}",

@@ -43,7 +43,9 @@ def test_packed_positions_count_from_each_documents_offset(packed):
     continued = [offset + t for size, offset in zip(lengths, offsets, strict=True) for t in range(size)]
     equal(token_positions(length, torch.tensor(offsets), borders, CPU), [continued])
     equal(advance(None, 1, length, borders, CPU), lengths)
-    equal(advance(torch.tensor(offsets), 1, length, borders, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)])
+    equal(
+        advance(torch.tensor(offsets), 1, length, borders, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)]
+    )
 
 
 def test_rows_of_a_batch_have_offsets_of_their_own():

@@ -188,7 +188,7 @@ print(json.dumps([costs, time.perf_counter() - began, peak() - memory]))
     assert costs["transformer-1.3b"][0] == pytest.approx(costs["retnet-1.3b"][0], rel=0.01)
 
 
-def test_a_length_or_heads_that_do_not_fit_are_refused_in_one_sentence():
+def test_heads_that_do_not_fit_are_refused_in_one_sentence():
     config = load_config("retnet-tiny", ["model.blocks.ret.mixer.n_heads=3"]).model
     with pytest.raises(SeqmixError, match="3 heads do not divide"):
         account(config)

@@ -1,0 +1,105 @@
+"""Every preset: it loads, it is what it was, it can be built, and the small ones learn.
+
+`python tests/test_presets.py` writes tests/data/presets.yaml anew, after a change that is meant; the difference is for
+the reader of the commit to judge.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqmix import account, build_model, load_config, train
+from seqmix.models import build_meta
+from seqmix.registry import dump
+from seqmix.training import PRESETS
+from seqmix.training.loop import Evaluated, Stepped
+
+GOLDEN = Path(__file__).parent / "data" / "presets.yaml"
+NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+TINY = [name for name in NAMES if name.endswith("-tiny")]
+
+
+def resolved() -> str:
+    """All presets as the library reads them, one after another."""
+    return "".join(f"--- # {name}\n{dump(load_config(name))}" for name in NAMES)
+
+
+def shrunk(name: str):
+    """A preset's model with the same blocks, and small: 4, 8, 10 and 16 heads divide 320 into even widths."""
+    return load_config(name, ["model.d_model=320", "model.n_layers=4", "model.vocab_size=257"]).model
+
+
+def test_the_presets_are_here():
+    assert len(NAMES) >= 14
+    assert {"retnet-tiny", "attention-tiny", "linear-tiny", "hybrid-tiny"} <= set(TINY)
+
+
+def test_the_presets_are_what_they_were():
+    assert resolved() == GOLDEN.read_text(encoding="utf-8"), "if that is meant: python tests/test_presets.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_loads_by_name_and_by_file(name):
+    assert load_config(name) == load_config(PRESETS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dumped_preset_loads_as_an_equal_one(name, tmp_path):
+    config = load_config(name)
+    (tmp_path / "run.yaml").write_text(dump(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_says_what_it_is(name):
+    assert (PRESETS / f"{name}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_built_on_meta_and_counted(name):
+    config = load_config(name).model
+    model, cost = build_meta(config), account(config, length=64)
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert min(cost.flops_per_token, cost.state_bytes, cost.activation_bytes) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
+    config = shrunk(name)
+    assert set(config.layers) == set(load_config(name).model.layers)
+    model = build_model(config)
+    tokens = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert not [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+
+
+def test_the_tiny_presets_are_equally_large():
+    sizes = {name: account(load_config(name).model, length=64).parameters for name in TINY}
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_presets_differ_in_their_model_alone(name):
+    assert load_config(name).training == load_config("retnet-tiny").training
+    assert load_config(name).data == load_config("retnet-tiny").data
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_preset_trains(name, tmp_path):
+    (tmp_path / "text.txt").write_text("a little text, again and again. " * 40)
+    small = ["training.steps=2", "training.warmup_steps=1", "training.batch_size=2", "data.sequence_length=24"]
+    config = load_config(name, [*small, f"data.paths=[{tmp_path / 'text.txt'}]"])
+    events = list(train(config, tmp_path / "run"))
+    losses = [event.loss for event in events if isinstance(event, Stepped | Evaluated)]
+    assert len(losses) == 3
+    # untrained: the logits are about N(0, 1), which costs half a nat over the uniform guess
+    assert losses[0] == pytest.approx(math.log(257) + 0.5, abs=0.5)
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(resolved(), encoding="utf-8")
