@@ -136,14 +136,17 @@ class Retention(SequenceMixer[RetentionState]):
             theta = frequencies(self.key_dim, self.config.rotation, self.config.rotation_base, x.device)
             qk = rotate(qk, rotation(positions, theta, qk.dtype))
         q, k = qk.chunk(2, dim=2)
+        scale = self.key_dim**-0.5
         if self.config.row_norm:
-            q = q * row_scale(positions, log_decay).to(q.dtype)
+            # both score normalisers in one product
+            q, scale = q * (scale * row_scale(positions, log_decay)).to(q.dtype), 1.0
         output, memory = decay(
             paradigm,
             q,
             k,
             rearrange(v, "b t (h v) -> b t h v", v=self.value_dim),
             None if log_decay is None else log_decay.to(self.state_dtype),
+            scale=scale,
             initial_state=None if state is None else state.memory,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,

@@ -98,22 +98,22 @@ def decay_parallel(
         causal = causal & (document[:, None] == document)
     # a product of reduced precision is as good as a kernel's; decays and states are not reduced
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = ((q if scale == 1 else scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         a = None if log_decay is None else _per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
         if log_decay is not None and log_decay.ndim == 1:
             decay = _fixed_decay(log_decay.to(wide), token[:, None] - token, causal)
             scores = ((q @ k.transpose(2, 3)) * decay).to(v.dtype)
         else:
             scores = _pair_scores(q, k, a, causal).to(v.dtype)
-        output = scale * (scores @ v).to(wide)
+        output = (scores @ v).to(wide)
         if initial_state is not None:
             query = q.to(wide) if a is None else q.to(wide) * _sum_where(causal, a).exp()
             state = initial_state.to(wide)
             if cu_seqlens is None:
-                output = output + scale * (query @ state)
+                output = output + query @ state
             else:
                 by_document = _one_hot(document, cu_seqlens, wide)
-                output = output + scale * torch.einsum("nt,bhtk,nhkv->bhtv", by_document, query, state)
+                output = output + torch.einsum("nt,bhtk,nhkv->bhtv", by_document, query, state)
         final_state = None
         if output_final_state:
             final_state = _final_state(k.to(wide), v.to(wide), a, initial_state, document, cu_seqlens, causal)
