@@ -36,15 +36,15 @@ class AttentionConfig(MixerConfig):
     n_heads: int = Field(gt=0)
     """Query heads."""
     n_kv_heads: int | None = Field(default=None, gt=0)
-    """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when None."""
+    """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when null."""
     head_dim: int | None = Field(default=None, gt=0)
-    """Width of one head; d_model / n_heads when None."""
+    """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "none"] = "rope"
     """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; or `none`."""
     rope_base: float = Field(default=10000.0, gt=1)
     """The base of the angles."""
     window: int | None = Field(default=None, gt=0)
-    """Keys that a query sees, its own included; all when None. It bounds the state."""
+    """Keys that a query sees, its own included; all when null. It bounds the state."""
     chunk_size: int = Field(default=512, gt=0)
     """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)

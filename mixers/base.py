@@ -126,13 +126,15 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
-        self._require_shapes(x, cu_seqlens)
+        self._require_shapes(x, state, cu_seqlens)
         y, final_state = self.mix(x, state, paradigm, cu_seqlens, return_state)
         return y, final_state if return_state else None
 
     @final
     def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
         """Mix one token in the recurrent paradigm: decoding."""
+        if x.shape[1] != 1:
+            raise ContractError(f"a step mixes one token, and {x.shape[1]} were given: call the mixer itself")
         y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
         return y, state_after
 
@@ -187,9 +189,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """The dtype of recurrent state: float32, or float64 under float64 parameters."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def _require_shapes(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1] < 1:
             raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is not None and (given := state[0].shape[0]) != rows:
+            raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")
         if cu_seqlens is None:
             return
         if not self.traits.packing:
@@ -199,6 +204,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 "packed documents are one row of tokens with integer borders [N+1]; "
                 f"{self.kind} was given a batch of {x.shape[0]} and borders {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would wait
+            borders = cu_seqlens.tolist()
+            if borders[:1] != [0] or borders[-1] != x.shape[1] or sorted(borders) != borders:
+                raise ContractError(
+                    f"cu_seqlens must rise from 0 to the {x.shape[1]} tokens given, and is {borders[:8]}"
+                )
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:

@@ -61,8 +61,10 @@ class RetentionConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _decay_options_agree(self) -> "RetentionConfig":
-        if (self.decay == "constant") != (self.gamma is not None):
-            raise ValueError(f"gamma belongs to decay: constant, and goes with nothing else; decay is {self.decay}")
+        if self.decay == "constant" and self.gamma is None:
+            raise ValueError("decay: constant needs gamma, the decay of all heads, above 0 and below 1")
+        if self.decay != "constant" and self.gamma is not None:
+            raise ValueError(f"gamma goes with decay: constant alone; decay is {self.decay}")
         if self.decay == "none" and self.learnable_decay:
             raise ValueError("learnable_decay needs a decay to start from; decay is none")
         return self

@@ -1,8 +1,8 @@
 """The configuration of a language model: named blocks, tiled over the layers by a pattern."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..blocks import NORMS, BlockConfig, NormConfig
 from ..registry import Config, nearest
@@ -44,27 +44,25 @@ class ModelConfig(Config):
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
     """How parameters start."""
 
-    @model_validator(mode="after")
-    def _pattern_names_blocks(self) -> Self:
-        pattern = self._pattern()
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_names_blocks(cls, pattern: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        blocks, n_layers = info.data.get("blocks"), info.data.get("n_layers")
+        if blocks is None or n_layers is None:
+            return pattern  # they are wrong themselves, and told so
+        if pattern is None:
+            if len(blocks) > 1:
+                raise ValueError(f"pattern is missing: there are {len(blocks)} blocks, {', '.join(blocks)}")
+            return None
         for name in pattern:
-            if name not in self.blocks:
-                raise ValueError(
-                    f"pattern names the block {name!r}; blocks are {', '.join(self.blocks)}{nearest(name, self.blocks)}"
-                )
-        if len(pattern) > self.n_layers:
-            raise ValueError(f"pattern has {len(pattern)} layers, and n_layers is {self.n_layers}")
-        return self
-
-    def _pattern(self) -> tuple[str, ...]:
-        if self.pattern is not None:
-            return self.pattern
-        if len(self.blocks) > 1:
-            raise ValueError(f"pattern is missing: there are {len(self.blocks)} blocks, {', '.join(self.blocks)}")
-        return tuple(self.blocks)
+            if name not in blocks:
+                raise ValueError(f"no block is called {name!r}; blocks: {', '.join(blocks)}{nearest(name, blocks)}")
+        if len(pattern) > n_layers:
+            raise ValueError(f"pattern has {len(pattern)} layers, and n_layers is {n_layers}")
+        return pattern
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The name of each layer's block."""
-        pattern = self._pattern()
+        pattern = self.pattern or tuple(self.blocks)
         return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))

@@ -150,6 +150,8 @@ def stream_text(
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model has too few tokens for bytes.
     """
+    if isinstance(prompts, str):
+        raise SeqmixError(f"prompts are a list of texts: give [{prompts[:20]!r}]")
     tokenizer = ByteTokenizer()
     if any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..blocks import Block
-from ..mixers import Paradigm
+from ..mixers import ContractError, Paradigm
 from .config import ModelConfig, NormalInit
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -32,12 +32,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        blocks = [
-            config.blocks[name].build(config.d_model, layer_idx=i, n_layers=config.n_layers)
-            for i, name in enumerate(config.layers)
-        ]
         # a ModuleList does not say what it holds
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie()
@@ -84,6 +80,9 @@ class LanguageModel(nn.Module):
         Raises:
             ContractError: a layer does not declare the paradigm or packing.
         """
+        for what, given in (("state", state), ("paradigms", paradigm)):
+            if isinstance(given, tuple) and len(given) != len(self.blocks):
+                raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
         x = self.dropout(self.embedding(tokens))
         states = []
         for i, block in enumerate(self.blocks):
@@ -112,3 +111,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.embedding.weight.device
+
+
+def _build(config: ModelConfig, index: int) -> Block:
+    name = config.layers[index]
+    try:
+        return config.blocks[name].build(config.d_model, layer_idx=index, n_layers=config.n_layers)
+    except ContractError as error:
+        raise ContractError(f"model.blocks.{name}: {error}") from error

@@ -48,8 +48,11 @@ class Node:
         the keys of one kind mean nothing to another.
         """
         base, changes = self.entries, difference.entries
-        if base is None or changes is None or _kind_changes(base, changes):
+        if base is None or changes is None:
             return difference
+        if _kind_changes(base, changes):
+            # it is missing what its new kind needs because of whoever changed the kind
+            return Node(changes, changes["kind"].origin)
         merged = {key: base[key].merge(node) if key in base else node for key, node in changes.items()}
         return Node({**base, **merged}, difference.origin)
 

@@ -74,7 +74,9 @@ def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
     tokens = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    assert not [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not [
+        key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
 
 
 def test_the_tiny_presets_are_equally_large():

@@ -78,7 +78,8 @@ def read_corpus(config: DataConfig) -> Corpus:
         if len(tokens) <= config.sequence_length:
             raise SeqmixError(
                 f"the {part} text of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
-                f"{config.sequence_length + 1}: lower data.sequence_length, or give more text"
+                f"{config.sequence_length + 1}: lower data.sequence_length, give more text, "
+                f"or split otherwise (data.split is {split}: by_file holds out whole files, tail the end of each)"
             )
     return corpus
 

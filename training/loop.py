@@ -87,24 +87,25 @@ Event = Started | Compiled | Stepped | Evaluated | Saved
 
 
 def train(
-    config: RunConfig, run: Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
+    config: RunConfig, run: str | Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Train a model, event by event.
+    """Train a model, event by event: it trains as it is iterated.
 
     Args:
         config: the run.
         run: its folder; made, and refused where it holds something already, unless resumed.
-        resume: whether to go on from the newest checkpoint in it.
+        resume: whether to go on from the newest checkpoint in it (from the start, where none was written).
         stop: asked behind every step; true writes a checkpoint and ends.
 
     Raises:
         SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, or the loss is no
             longer finite. Nothing is written before all of these are there.
     """
+    run = Path(run)
     if not resume:
         _require_free(run)
     corpus = read_corpus(config.data)
-    folder = checkpoint.latest(run) if resume else None
+    folder = next(reversed(checkpoint.checkpoints(run)), None) if resume else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, device=device, seed=config.seed)
     optimizer = build_optimizer(model, config.training)
@@ -113,7 +114,7 @@ def train(
         checkpoint.load_model(folder, model)
         checkpoint.load_optimizer(folder, model, optimizer)
         start = checkpoint.step_of(folder)
-    else:
+    elif not resume:
         run.mkdir(parents=True, exist_ok=True)
         (run / CONFIG_FILE).write_text(dump(config))
     trainer = Trainer(config, run, corpus, model, optimizer)

@@ -120,6 +120,6 @@ def _evaluation(event: Evaluated, entropy: float) -> str:
     if event.final:
         line += (
             f"; byte frequencies alone: {entropy:.4f} nats/byte, {entropy / NATS_PER_BIT:.4f} bits/byte "
-            f"({1 - event.loss / entropy:.0%} below)"
+            f"({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
         )
     return line

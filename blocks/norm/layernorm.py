@@ -9,7 +9,7 @@ from .base import NormConfig
 
 
 class LayerNormConfig(NormConfig):
-    """Mean 0, variance 1, times a weight, plus a bias."""
+    """Mean 0, variance 1, times a weight, and plus a bias if wanted."""
 
     kind: Literal["layernorm"] = "layernorm"
     eps: float = Field(default=1e-5, ge=0)

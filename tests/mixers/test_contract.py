@@ -42,6 +42,8 @@ CONFIGS: dict[str, MixerConfig] = {
     "attention xpos window": AttentionConfig(n_heads=2, n_kv_heads=1, chunk_size=3, positions="xpos", window=1),
 }
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ONE_A_KIND = list({config.kind: name for name, config in reversed(CONFIGS.items())}.values())
+one_a_kind = pytest.mark.parametrize("mixer", [*itertools.product(ONE_A_KIND, DEVICES)], ids=" on ".join, indirect=True)
 
 SEEDS = st.integers(0, 2**32)
 exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
@@ -91,8 +93,8 @@ class Draw:
         with torch.no_grad():
             _, state = self.mixer(self.tokens(batch_size, length), return_state=True)
             if kind == "moved":
-                # upwards, so that denominators stay positive
-                state = map_state(lambda x: x + self.like(x).abs() if x.is_floating_point() else x, state)
+                # by factors above 0: denominators stay positive, and empty slots of a cache empty
+                state = map_state(lambda x: x * self.like(x).exp() if x.is_floating_point() else x, state)
         return state
 
 
@@ -128,7 +130,9 @@ def run_with_gradients(mixer, x, state, draw, **options):
     y, final_state = mixer(x, state, return_state=True, **options)
     outputs = [y, *float_leaves(final_state)]
     leaves = [x, *float_leaves(state), *mixer.parameters()]
-    grads = torch.autograd.grad(outputs, leaves, [draw.like(output) for output in outputs], materialize_grads=True)
+    # zeros are the empty slots of a cache: nothing can depend on what they hold
+    upstream = [draw.like(output) * (output != 0) for output in outputs]
+    grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
     return [*outputs, *grads], final_state
 
 
@@ -455,6 +459,7 @@ def test_low_precision_stays_near_float64(mixer, dtype):
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
+@one_a_kind
 def test_compiles_into_one_graph(mixer):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -470,6 +475,7 @@ def test_compiles_into_one_graph(mixer):
     assert counter.frame_count == 1
 
 
+@one_a_kind
 def test_decoding_compiles_once(mixer):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -517,6 +523,28 @@ def test_what_is_not_declared_is_refused(mixer):
 def test_shapes_that_do_not_fit_are_refused(mixer, shape, borders, sentence):
     with pytest.raises(ContractError, match=sentence):
         mixer(torch.zeros(shape, dtype=torch.float64, device=mixer.device), cu_seqlens=borders)
+
+
+@pytest.mark.parametrize("lengths", [[4], [2, 0, 2]], ids=["batch", "packed"])
+def test_a_state_of_other_sequences_is_refused(mixer, lengths):
+    x = Draw(mixer, 0).tokens(1, 4)
+    borders = torch.tensor([0, *itertools.accumulate(lengths)]) if len(lengths) > 1 else None
+    for paradigm in paradigms_of(mixer):
+        for rows in (len(lengths) - 1, len(lengths) + 1):
+            with pytest.raises(ContractError, match=f"{len(lengths)} sequences and a state of {rows}"):
+                mixer(x, mixer.init_state(rows), paradigm=paradigm, cu_seqlens=borders)
+
+
+@pytest.mark.parametrize("borders", [[0, 3], [1, 4], [0, 3, 1, 4], [0, 5], [0], []], ids=str)
+def test_borders_that_are_not_the_segments_are_refused(mixer, borders):
+    for paradigm in paradigms_of(mixer):
+        with pytest.raises(ContractError, match="must rise from 0 to the 4 tokens given"):
+            mixer(Draw(mixer, 0).tokens(1, 4), paradigm=paradigm, cu_seqlens=torch.tensor(borders, dtype=torch.int64))
+
+
+def test_a_step_is_one_token(mixer):
+    with pytest.raises(ContractError, match="a step mixes one token, and 2 were given"):
+        mixer.step(Draw(mixer, 0).tokens(1, 2), mixer.init_state(1))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

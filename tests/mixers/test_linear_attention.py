@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from pydantic import ValidationError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -190,17 +189,3 @@ def test_flops_are_what_a_counter_counts(paradigm, denominator, length, context)
     # what the other two do between the projections is checked with the op
     inner = {p: 3 * decay_flops(p, length, 4, 4 + denominator, chunk_size=4, context=context) for p in PARADIGMS}
     assert declared[paradigm] - inner[paradigm] == declared[Paradigm.PARALLEL] - inner[Paradigm.PARALLEL]
-
-
-def test_decoding_compiles_once():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    mixer = build()
-    step = torch.compile(mixer.step, fullgraph=True, backend=counter)
-    x, state, outputs = tokens(20), mixer.init_state(2), []
-    with torch.no_grad():
-        for t in range(20):
-            y, state = step(x[:, t : t + 1], state)
-            outputs.append(y)
-    assert counter.frame_count == 1
-    exactly(torch.cat(outputs, dim=1), written_out(mixer, x))

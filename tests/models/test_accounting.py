@@ -73,9 +73,7 @@ def test_operations_are_those_that_torch_counts(config_of, mixer):
     # flash attention on a CPU is counted as nothing, and so are our own operations: the parallel form is plain torch
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.int64), paradigm=Paradigm.PARALLEL)
-    formula = sum(
-        block.mixer.flops(LENGTH, Paradigm.PARALLEL) + block.ffn.flops(LENGTH) for block in model.blocks
-    )
+    formula = sum(block.mixer.flops(LENGTH, Paradigm.PARALLEL) + block.ffn.flops(LENGTH) for block in model.blocks)
     assert formula + 2 * LENGTH * model.head.weight.numel() == counter.get_total_flops() > 0
 
 

@@ -141,7 +141,8 @@ def test_a_parameter_that_nobody_initialises_is_named(config_of):
 def test_heads_that_do_not_divide_are_refused_in_one_sentence(config_of, mixer, build):
     block = {"mixer": {"kind": mixer, "n_heads": 3}, "ffn": None, "norm": {"kind": "layernorm"}}
     with pytest.raises(SeqmixError, match="3 heads do not divide") as raised:
-        build(config_of("retention", blocks={"a": block}, pattern=None))
+        build(config_of("retention", blocks={"mine": block}, pattern=None))
+    assert "mine" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

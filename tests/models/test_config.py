@@ -44,7 +44,7 @@ def test_several_blocks_need_a_pattern(config_of):
 
 def test_a_pattern_of_an_unknown_block_names_the_nearest(config_of):
     message = error(config_of, "retention", pattern=("blck0",))
-    assert "pattern names the block 'blck0'; blocks are block0; did you mean \"block0\"?" in message
+    assert "no block is called 'blck0'; blocks: block0; did you mean \"block0\"?" in message
 
 
 def test_a_pattern_longer_than_the_model_is_refused(config_of):

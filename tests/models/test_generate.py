@@ -141,7 +141,9 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.operations += 1
-        self.elements += sum(leaf.numel() for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor))
+        self.elements += sum(
+            leaf.numel() for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)
+        )
         return out
 
 
@@ -203,14 +205,24 @@ def test_top_1_takes_the_most_probable():
     assert drawn(logits_of(0.3, 0.45, 0.25), Sampling(top_k=1)) == {1: 4000}
 
 
-@pytest.mark.parametrize(("k", "support"), [(1, {3}), (2, {3, 1}), (3, {3, 1, 0}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("k", "support"), [(1, {3}), (2, {3, 1}), (3, {3, 1, 0}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
+)
 def test_top_k_keeps_the_k_most_probable(k, support):
     assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_k=k))) == support
 
 
 @pytest.mark.parametrize(
     ("p", "support"),
-    [(1e-9, {3}), (0.39, {3}), (0.41, {3, 1}), (0.69, {3, 1}), (0.71, {3, 1, 0}), (0.91, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],
+    [
+        (1e-9, {3}),
+        (0.39, {3}),
+        (0.41, {3, 1}),
+        (0.69, {3, 1}),
+        (0.71, {3, 1, 0}),
+        (0.91, {0, 1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ],
 )
 def test_top_p_keeps_the_most_probable_that_together_reach_it(p, support):
     assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_p=p))) == support
@@ -428,6 +440,12 @@ def test_a_model_that_wants_the_begin_token_still_writes_bytes(model_of):
 def test_an_empty_prompt_is_one_sentence(model_of, given):
     with pytest.raises(SeqmixError, match="^the prompt is empty: give at least one character$"):
         generate_text(model_of("retention"), given)
+
+
+def test_a_text_in_place_of_a_list_is_one_sentence(model_of):
+    # it would be a batch of its characters
+    with pytest.raises(SeqmixError, match="^prompts are a list of texts: give"):
+        generate_text(model_of("retention"), "def ")
 
 
 def test_no_prompt_is_one_sentence(model_of):

@@ -14,9 +14,7 @@ from seqmix.mixers.state import clone, select, to_dict
 
 HYBRID = ("retention", "attention", "linear_attention")
 LENGTH = 13
-PARALLEL_ONLY = Traits(
-    paradigms=frozenset({Paradigm.PARALLEL}), state="growing", packing=False, shift_invariant=True
-)
+PARALLEL_ONLY = Traits(paradigms=frozenset({Paradigm.PARALLEL}), state="growing", packing=False, shift_invariant=True)
 
 
 def tokens(length=LENGTH, batch_size=1, seed=1):
@@ -136,6 +134,14 @@ def test_a_paradigm_that_a_layer_lacks_is_refused(model_of):
         model(tokens(), paradigm=Paradigm.PARALLEL, cu_seqlens=torch.tensor([0, 3, LENGTH]))
 
 
+def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
+    model = model_of("retention", "attention")
+    with pytest.raises(ContractError, match="3 entries, and the model has 2 layers"):
+        model(tokens(), paradigm=(Paradigm.PARALLEL,) * 3)
+    with pytest.raises(ContractError, match="1 entries, and the model has 2 layers"):
+        model(tokens(), model.init_state(1)[:1])
+
+
 # ---- packing
 
 
@@ -149,7 +155,9 @@ def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, para
     exactly(packed.logits, torch.cat([out.logits for out in alone], dim=1))
     more = tokens(2, batch_size=5, seed=9)
     following = model(more, packed.state).logits[[0, 1, 3, 4]]
-    exactly(following, torch.cat([model(x[None], o.state).logits for x, o in zip(more[[0, 1, 3, 4]], alone, strict=True)]))
+    exactly(
+        following, torch.cat([model(x[None], o.state).logits for x, o in zip(more[[0, 1, 3, 4]], alone, strict=True)])
+    )
 
 
 # ---- select

@@ -349,6 +349,36 @@ def test_gradients_of_gradients_are_refused(paradigm):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_forward_mode_is_right_or_refused(paradigm, name):
+    case = Case("head", [5])
+    inputs = case.inputs()
+
+    def of_one_input(x):
+        return case.run(paradigm, inputs | {name: x})
+
+    x = inputs[name]
+    if paradigm in OPS:
+        with pytest.raises(SeqmixError, match="forward-mode differentiation needs the parallel paradigm"):
+            torch.func.jvp(of_one_input, (x,), (torch.ones_like(x),))
+        return
+    _, tangents = torch.func.jvp(of_one_input, (x,), (torch.ones_like(x),))
+    _, expected = torch.func.jvp(lambda x: define(case, inputs | {name: x}), (x,), (torch.ones_like(x),))
+    for tangent, expected_tangent in zip(tangents, expected, strict=True):
+        exactly(tangent, expected_tangent)
+
+
+def test_one_token_has_a_forward_mode():
+    case = Case("head", [1])
+    inputs = case.inputs()
+    x = inputs["initial_state"]
+    _, tangents = torch.func.jvp(
+        lambda x: case.run(Paradigm.RECURRENT, inputs | {"initial_state": x}), (x,), (torch.ones_like(x),)
+    )
+    exactly(tangents[1], inputs["log_decay"].exp()[:, None, None].expand_as(tangents[1]))
+
+
 def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 

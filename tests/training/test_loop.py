@@ -1,0 +1,420 @@
+"""The loop: the same seed is the same run, however often it was stopped."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from seqmix import RunConfig, SeqmixError, build_model, load_run, train
+from seqmix.training import TrainingError, read_config, read_corpus
+from seqmix.training.checkpoint import checkpoints
+from seqmix.training.data import IGNORED, training_batch
+from seqmix.training.loop import Evaluated, Saved, Started, Stepped, Trainer
+from seqmix.training.optim import learning_rate
+
+DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
+
+
+def run_of(config: RunConfig, run: Path, **options) -> list:
+    """All events of a run."""
+    return list(train(config, run, **options))
+
+
+def behind(steps: int):
+    """A request to stop behind some number of steps."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) == steps
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    """Parameters and moments of the newest checkpoint, to the bit."""
+    return {file.name: file.read_bytes() for file in sorted(checkpoints(run)[-1].iterdir())}
+
+
+def trainer_of(config: RunConfig, run: Path, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Trainer:
+    model = build_model(config.model, seed=config.seed)
+    return Trainer(config, run, read_corpus(config.data), model, optimizer(model))
+
+
+# ---- a run
+
+
+def test_a_run_is_told_in_events(config_of, tmp_path):
+    first, *events = run_of(config_of(), tmp_path / "run")
+    assert isinstance(first, Started)
+    assert (first.step, first.device.type, first.precision) == (0, "cpu", torch.float32)
+    assert first.parameters == sum(p.numel() for p in build_model(config_of().model).parameters())
+    kinds = [Stepped, Stepped, Evaluated, Saved]
+    assert [type(event) for event in events] == kinds * 3
+    assert [event.step for event in events] == [1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6]
+    assert [event.final for event in events if isinstance(event, Evaluated)] == [False, False, True]
+    assert all(event.tokens_per_second > 0 for event in events if isinstance(event, Stepped))
+
+
+def test_a_run_learns(config_of, tmp_path):
+    config = config_of("training.steps=60", "training.learning_rate=1.0e-2", "training.evaluate_every=60")
+    events = run_of(config, tmp_path / "run")
+    losses = [event.loss for event in events if isinstance(event, Stepped)]
+    assert losses[0] > 5
+    assert losses[-1] < 3
+    (evaluated,) = (event for event in events if isinstance(event, Evaluated))
+    assert evaluated.loss < 3
+
+
+def test_metrics_are_one_line_a_measurement(config_of, tmp_path):
+    events = run_of(config_of("training.log_every=2"), tmp_path / "run")
+    stepped = {event.step: event for event in events if isinstance(event, Stepped)}
+    evaluated = {event.step: event for event in events if isinstance(event, Evaluated)}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 4, 4, 6, 6]
+    for step, line in zip((2, 4, 6), lines[::2], strict=True):
+        assert line == stepped[step].__dict__
+    for step, line in zip((2, 4, 6), lines[1::2], strict=True):
+        assert line == {"step": step, "validation_loss": evaluated[step].loss, "final": step == 6}
+
+
+def test_the_last_step_is_logged_evaluated_and_saved_wherever_it_falls(config_of, tmp_path):
+    every = (f"training.{name}=4" for name in ("log_every", "evaluate_every", "checkpoint_every"))
+    events = run_of(config_of(*every, "training.steps=5"), tmp_path / "run")
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [4, 5]
+    assert [event.step for event in events if isinstance(event, Saved)] == [4, 5]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [4, 4, 5, 5]
+
+
+def test_each_step_has_the_learning_rate_of_the_schedule(config_of, tmp_path):
+    config = config_of("training.schedule=linear", "training.final_lr_ratio=0.1")
+    rates = [event.learning_rate for event in run_of(config, tmp_path / "run") if isinstance(event, Stepped)]
+    assert rates == [learning_rate(step, config.training) for step in range(6)]
+    assert len(set(rates)) == 5  # the warm-up's last is the fall's first
+
+
+def test_the_optimizer_steps_with_that_rate(config_of, tmp_path):
+    trainer = trainer_of(config_of(), tmp_path)
+    for step in range(3):
+        _, _, rate = trainer.step(step)
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [rate]
+
+
+def test_the_configuration_is_written_resolved(config_of, tmp_path):
+    config = config_of()
+    run_of(config, tmp_path / "run")
+    assert read_config(tmp_path / "run") == config
+
+
+def test_the_trained_model_is_read_back(config_of, tmp_path):
+    run_of(config_of("training.learning_rate=0.1"), tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    assert not model.training
+    assert model.config == config_of().model
+    started = build_model(config_of().model)
+    assert not torch.equal(model.embedding.weight, started.embedding.weight)
+    again = load_run(str(tmp_path / "run"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_global_generator_is_left_as_it_was(config_of, tmp_path):
+    before = torch.get_rng_state()
+    run_of(config_of(*DROPOUT), tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- loss
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count(config_of, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):  # short documents: every sequence has a border
+        (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
+    config = config_of(f"data.paths=[{tmp_path / 'texts'}]", "data.split=tail", "training.batch_size=16")
+    trainer = trainer_of(config, tmp_path)
+    batch = training_batch(trainer.corpus.train, 16, 16, seed=0, step=0)
+    counted = batch.targets != IGNORED
+    assert 0 < (~counted).sum() < counted.sum()
+    with torch.no_grad():
+        log_probabilities = trainer.model(batch.inputs).logits.log_softmax(-1)
+    expected = -log_probabilities[counted].gather(1, batch.targets[counted][:, None]).mean()
+    assert trainer.step(0)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of, tmp_path):
+    trainer = trainer_of(config_of("model.blocks.ret.dropout=0.5"), tmp_path)
+    tokens = torch.from_numpy(trainer.corpus.validation.astype("int64"))
+    rows = (len(tokens) - 1) // 16
+    assert rows % 4, "the last batch is to be padded"
+    inputs, targets = (tokens[at : at + rows * 16].view(rows, 16) for at in (0, 1))
+    with torch.no_grad():
+        log_probabilities = trainer.model.eval()(inputs).logits.log_softmax(-1)
+    expected = -log_probabilities.gather(2, targets[..., None]).mean().item()
+    trainer.model.train()
+    assert trainer.evaluate(final=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_final_evaluation_may_be_longer(config_of, tmp_path):
+    config = config_of("training.evaluation_batches=2", "training.final_evaluation_batches=3")
+    trainer, batches = trainer_of(config, tmp_path), []
+    trainer.model.register_forward_hook(lambda *_: batches.append(1))
+    trainer.evaluate()
+    assert len(batches) == 2
+    trainer.evaluate(final=True)
+    assert len(batches) == 2 + 3
+
+
+def test_an_evaluation_keeps_no_graph(config_of, tmp_path):
+    trainer = trainer_of(config_of(), tmp_path)
+    seen = []
+    trainer.model.register_forward_hook(lambda module, args, out: seen.append(out.logits.requires_grad))
+    trainer.evaluate()
+    assert not any(seen)
+
+
+# ---- accumulation
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_a_batch_in_parts_is_the_batch(config_of, tmp_path, accumulate):
+    def after_a_step(parts):
+        # plain gradient descent: a difference of the gradients shows in proportion
+        trainer = trainer_of(config_of("training.batch_size=8", f"training.accumulate={parts}"), tmp_path)
+        calls = []
+        trainer.model.register_forward_hook(lambda *_: calls.append(1))
+        before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        loss, norm, rate = trainer.step(0)
+        assert len(calls) == parts
+        gradients = {name: (before[name] - p.detach()) / rate for name, p in trainer.model.named_parameters()}
+        return loss, norm, gradients
+
+    loss, norm, gradients = after_a_step(1)
+    loss_in_parts, norm_in_parts, gradients_in_parts = after_a_step(accumulate)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-6)
+    assert norm_in_parts == pytest.approx(norm, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert_close(gradients_in_parts[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
+    # one part holds begin tokens and the other none: a mean of the parts' means would differ
+    (tmp_path / "one").write_text("abcdefgh" * 40)
+    for number in range(60):
+        (tmp_path / f"short{number}").write_text("ab")
+    paths = ", ".join(str(tmp_path / name) for name in ("one", *(f"short{n}" for n in range(60))))
+
+    def loss(parts):
+        config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.accumulate={parts}")
+        trainer = trainer_of(config, tmp_path)
+        batch = training_batch(trainer.corpus.train, 16, 4, seed=0, step=1)
+        counts = (batch.targets != IGNORED).sum(1)
+        assert counts.max() != counts.min()
+        return trainer.step(1)[0]
+
+    assert loss(4) == pytest.approx(loss(1), rel=1e-6)
+
+
+# ---- the same run
+
+
+def test_the_same_seed_is_the_same_run(config_of, tmp_path):
+    config = config_of(*DROPOUT)
+    for name in ("a", "b"):
+        torch.manual_seed(len(name))
+        run_of(config, tmp_path / name)
+    torch.manual_seed(99)
+    run_of(config_of(*DROPOUT, "seed=1"), tmp_path / "c")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert checkpoint_bytes(tmp_path / "a") == checkpoint_bytes(tmp_path / "b")
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+def test_dropout_is_drawn_anew_in_every_step(config_of, tmp_path):
+    # a rate of 0 in effect: only dropout and data differ between steps, and the data are made the same
+    trainer = trainer_of(config_of("model.dropout=0.5", "training.learning_rate=1.0e-30"), tmp_path)
+    masks = []
+    trainer.model.blocks[0].register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
+    for step in (0, 1, 0):
+        trainer.step(step)
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
+
+
+# ---- stopping and resuming
+
+
+@pytest.mark.parametrize("stopped", range(1, 6))
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(config_of, tmp_path, stopped):
+    config = config_of(*DROPOUT)
+    run_of(config, tmp_path / "whole")
+    events = run_of(config, tmp_path / "run", stop=behind(stopped))
+    assert isinstance(events[-1], Saved)
+    assert events[-1].step == stopped
+    started, *rest = run_of(read_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert started.step == stopped
+    assert [event.step for event in rest if isinstance(event, Stepped)] == list(range(stopped + 1, 7))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+
+
+def test_a_run_stopped_again_and_again_is_the_unbroken_one(config_of, tmp_path):
+    config = config_of(*DROPOUT, "model.pattern=[ret, attn]", preset="hybrid-tiny")
+    run_of(config, tmp_path / "whole")
+    run_of(config, tmp_path / "run", stop=behind(1))
+    for _ in range(5):
+        run_of(config, tmp_path / "run", resume=True, stop=behind(1))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo'])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(config_of, tmp_path, torn):
+    config = config_of(*DROPOUT)
+    run_of(config, tmp_path / "whole")
+    for event in train(config, tmp_path / "run"):
+        if isinstance(event, Stepped) and event.step == 5:
+            break
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    started, *_ = run_of(config, tmp_path / "run", resume=True)
+    assert started.step == 4
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(config_of, tmp_path):
+    config = config_of(*DROPOUT)
+    run_of(config, tmp_path / "whole")
+    for event in train(config, tmp_path / "run"):
+        if isinstance(event, Stepped):
+            break
+    started, *_ = run_of(config, tmp_path / "run", resume=True)
+    assert started.step == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+
+
+def test_a_finished_run_has_nothing_left_to_do(config_of, tmp_path):
+    run_of(config_of(), tmp_path / "run")
+    before = metrics(tmp_path / "run"), checkpoint_bytes(tmp_path / "run")
+    (event,) = run_of(config_of(), tmp_path / "run", resume=True)
+    assert event.step == 6
+    assert (metrics(tmp_path / "run"), checkpoint_bytes(tmp_path / "run")) == before
+
+
+def test_a_stop_at_the_last_step_saves_once(config_of, tmp_path):
+    events = run_of(config_of(), tmp_path / "run", stop=behind(6))
+    assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
+
+
+# ---- what goes wrong
+
+
+def refusal(config: RunConfig, run: Path, **options) -> str:
+    with pytest.raises(SeqmixError) as raised:
+        run_of(config, run, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(config_of, tmp_path):
+    run_of(config_of(), tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    message = refusal(config_of("seed=1"), tmp_path / "run")
+    assert "already holds a run" in message
+    assert f"--resume {tmp_path / 'run'}" in message
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(config_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "is not an empty folder" in refusal(config_of(), tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_no_folder(config_of, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "is not an empty folder" in refusal(config_of(), tmp_path / "run")
+
+
+def test_an_empty_folder_is_taken(config_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run_of(config_of("training.steps=2"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("override", ["data.paths=[nowhere]", "model.blocks.ret.mixer.n_heads=3"])
+def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override):
+    refusal(config_of(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
+    config = config_of("training.learning_rate=1.0e+30", "training.clip_norm=null", "training.checkpoint_every=1")
+    with pytest.raises(TrainingError) as raised:
+        run_of(config, tmp_path / "run")
+    message = str(raised.value)
+    assert "\n" not in message
+    step = int(message.removeprefix("step ").partition(":")[0])
+    assert step > 1
+    assert "the loss is" in message
+    assert "training.learning_rate" in message
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, step))
+    # the step that failed has left nothing behind
+    assert all(p.isfinite().all() for p in load_run(tmp_path / "run").parameters())
+
+
+def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path):
+    trainer = trainer_of(config_of(), tmp_path)
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [p.clone() for p in trainer.model.parameters()]
+    loss, norm, _ = trainer.step(0)
+    assert math.isfinite(loss)
+    assert math.isnan(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    with pytest.raises(TrainingError, match="step 1: the loss is .* and its gradient's norm nan"):
+        list(trainer.steps(0, lambda: False))
+
+
+# ---- clipping and precision
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [("1.0e-3", True), ("null", False), ("1.0e+6", False)])
+def test_the_gradient_is_clipped_to_its_norm(config_of, tmp_path, limit, clipped):
+    trainer = trainer_of(config_of(f"training.clip_norm={limit}"), tmp_path)
+    before = [p.clone() for p in trainer.model.parameters()]
+    _, norm, rate = trainer.step(0)
+    moved = sum((a - b).square().sum() for a, b in zip(before, trainer.model.parameters(), strict=True)).sqrt() / rate
+    assert norm > 1e-2  # as it was
+    assert moved.item() == pytest.approx(1e-3 if clipped else norm, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)]
+)
+def test_bfloat16_is_autocast_where_asked_for(config_of, tmp_path, monkeypatch, precision, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    started, *events = run_of(config_of(f"training.precision={precision}"), tmp_path / "run")
+    assert started.precision is dtype
+    trainer = trainer_of(config_of(f"training.precision={precision}"), tmp_path)
+    seen = []
+    trainer.model.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    loss, _, _ = trainer.step(0)
+    trainer.evaluate()
+    assert set(seen) == {dtype}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    exact, _, _ = trainer_of(config_of("training.precision=float32"), tmp_path).step(0)
+    assert loss == pytest.approx(exact, rel=1e-6 if dtype is torch.float32 else 1e-2)
+    assert all(math.isfinite(event.loss) for event in events if isinstance(event, Stepped | Evaluated))
+
+
+def test_tokens_a_second_are_of_the_step_alone(config_of, tmp_path, monkeypatch):
+    # a clock that ticks once a reading: a step is one tick long, whatever else happens between steps
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("seqmix.training.loop.time.perf_counter", lambda: float(next(ticks)))
+    events = run_of(config_of(), tmp_path / "run")
+    assert {event.tokens_per_second for event in events if isinstance(event, Stepped)} == {4 * 16.0}
