@@ -1,0 +1,81 @@
+"""`training.compile`: a graph each for training and evaluation by kind of block, made once."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from seqmix import build_model, train
+from seqmix.training.loop import Compiled, Evaluated, Stepped, compile_blocks
+
+HYBRID = ("model.pattern=[ret, attn]", "model.n_layers=4", "training.batch_size=3")
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_are_left():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_of, tmp_path):
+    """The last batch of the evaluation is short, and steps and evaluations go on: nothing is compiled anew."""
+    config = config_of(*HYBRID, "training.compile=true", preset="hybrid-tiny")
+    events, made = [], {}
+    for event in train(config, tmp_path / "compiled"):
+        events.append(event)
+        if isinstance(event, Stepped | Evaluated):
+            made[type(event), event.step] = graphs()
+    assert made[Stepped, 1] == 2  # two kinds, four layers
+    assert made[Evaluated, 2] <= 4
+    assert set(made.values()) == {2, made[Evaluated, 2]}
+    assert made[Stepped, 6] == made[Evaluated, 6] == made[Evaluated, 2]
+    assert not counters["graph_break"]
+    (compiled,) = (event for event in events if isinstance(event, Compiled))
+    assert compiled.kinds == 2
+    assert compiled.seconds > 0
+
+    plain = list(train(config_of(*HYBRID, preset="hybrid-tiny"), tmp_path / "plain"))
+    for kind in (Stepped, Evaluated):
+        losses, expected = ([e.loss for e in run if isinstance(e, kind)] for run in (events, plain))
+        assert losses == pytest.approx(expected, rel=1e-4)
+    assert all(math.isfinite(event.loss) for event in events if isinstance(event, Stepped))
+
+
+def test_only_blocks_are_compiled_and_only_where_asked_for(config_of, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append((type(self).__name__, options)))
+    list(train(config_of("training.steps=2"), tmp_path / "plain"))
+    assert calls == []
+    list(train(config_of("training.steps=2", "training.compile=true"), tmp_path / "compiled"))
+    assert calls == [("Block", {"fullgraph": True})] * 2
+
+
+def test_the_compiler_may_make_graphs_for_every_kind(config_of, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    block = config_of().model.blocks["ret"]
+    names = [f"block{number}" for number in range(5)]
+    config = config_of().model.model_copy(
+        update={"blocks": dict.fromkeys(names, block), "pattern": tuple(names), "n_layers": 5}
+    )
+    compile_blocks(build_model(config))
+    assert torch._dynamo.config.recompile_limit == 20
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(config_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    list(train(config_of("training.compile=true", "training.steps=2"), tmp_path / "compiled"))
+    list(train(config_of("training.steps=2"), tmp_path / "plain"))
+    first, second = (
+        (tmp_path / name / "checkpoints" / "step-000002" / "model.safetensors").read_bytes()
+        for name in ("compiled", "plain")
+    )
+    assert first == second
