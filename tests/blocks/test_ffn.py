@@ -135,7 +135,7 @@ def test_the_files_of_the_folder_are_the_kinds():
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_match():
-    with pytest.raises(ValidationError, match="unknown ffn kind 'swiglo'.*did you mean \"swiglu\""):
+    with pytest.raises(ValidationError, match=r"unknown ffn kind 'swiglo'.*did you mean \"swiglu\""):
         BlockConfig(
             mixer={"kind": "retention", "n_heads": 2},
             ffn={"kind": "swiglo", "expansion": 2.0},

@@ -438,18 +438,18 @@ def test_a_model_that_wants_the_begin_token_still_writes_bytes(model_of):
 
 @pytest.mark.parametrize("given", [[""], ["a", ""]])
 def test_an_empty_prompt_is_one_sentence(model_of, given):
-    with pytest.raises(SeqmixError, match="^the prompt is empty: give at least one character$"):
+    with pytest.raises(SeqmixError, match=r"^the prompt is empty: give at least one character$"):
         generate_text(model_of("retention"), given)
 
 
 def test_a_text_in_place_of_a_list_is_one_sentence(model_of):
     # it would be a batch of its characters
-    with pytest.raises(SeqmixError, match="^prompts are a list of texts: give"):
+    with pytest.raises(SeqmixError, match=r"^prompts are a list of texts: give"):
         generate_text(model_of("retention"), "def ")
 
 
 def test_no_prompt_is_one_sentence(model_of):
-    with pytest.raises(SeqmixError, match="^a prompt has no tokens: give at least one$"):
+    with pytest.raises(SeqmixError, match=r"^a prompt has no tokens: give at least one$"):
         generate_text(model_of("retention"), [])
 
 

@@ -27,7 +27,7 @@ SMALL = (
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A file of 3000 bytes."""
-    words = np.array("the mixer reads a token and writes its state then forgets what it has read".split())
+    words = np.array(["the", "mixer", "reads", "a", "token", "and", "writes", "its", "state"])
     chosen = words[np.random.default_rng(0).integers(len(words), size=1000)]
     file = tmp_path / "text.txt"
     file.write_text(" ".join(chosen)[:3000])

@@ -227,7 +227,10 @@ FOREIGN = {
     "wider": (["model.d_model=32"], "is of another model: its embedding.weight is [257, 32], and [257, 16] is needed"),
     "deeper": (["model.n_layers=3"], "is of another model: it has blocks.2."),
     "shallower": (["model.n_layers=1"], "is of another model: it lacks blocks.1."),
-    "of another mixer": (["model.blocks.ret.mixer={kind: attention, n_heads: 2}"], "is of another model: its blocks.0."),
+    "of another mixer": (
+        ["model.blocks.ret.mixer={kind: attention, n_heads: 2}"],
+        "is of another model: its blocks.0.",
+    ),
     "with one parameter more": (
         ["model.blocks.ret.norm={kind: layernorm, bias: true}"],
         "is of another model: it has blocks.0.ffn_norm.bias, which this one has not (and 3 more)",

@@ -376,7 +376,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path)
     assert math.isfinite(loss)
     assert math.isnan(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    with pytest.raises(TrainingError, match="step 1: the loss is .* and its gradient's norm nan"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is .* and its gradient's norm nan"):
         list(trainer.steps(0, lambda: False))
 
 

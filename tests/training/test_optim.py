@@ -1,6 +1,7 @@
 """The optimizer's groups, and the learning rate at the corners of its schedules."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_fall_ends_at_the_final_ratio_and_is_never_at_0_before(schedule, rat
     assert learning_rate(100, config) == pytest.approx(0.5 * ratio)
     values = rates(schedule=schedule, warmup_steps=20, final_lr_ratio=ratio)
     assert min(values) > 0
-    assert all(later <= earlier for earlier, later in zip(values[20:], values[21:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[20:]))
 
 
 def test_a_run_of_one_step_has_a_rate():

@@ -1,0 +1,307 @@
+"""The package as a whole: what is shipped, what imports what, and what an import costs."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import seqmix
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+NOT_SHIPPED = {"tests", "docs", "benchmarks", "build", "dist", "runs", "site"}
+
+
+@cache
+def packages() -> dict[str, Path]:
+    """Every package of the library and its folder, as the folders have it."""
+    found = {"seqmix": ROOT}
+    for file in sorted(ROOT.rglob("__init__.py")):
+        parts = file.parent.relative_to(ROOT).parts
+        if parts and parts[0] not in NOT_SHIPPED and not any(part.startswith(".") for part in parts):
+            found[".".join(("seqmix", *parts))] = file.parent
+    return found
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the library and its file."""
+    return {
+        f"{package}.{file.stem}".removesuffix(".__init__"): file
+        for package, folder in packages().items()
+        for file in sorted(folder.glob("*.py"))
+    }
+
+
+# ---- what is shipped
+
+
+def test_every_folder_is_in_the_wheel():
+    assert sorted(SETUPTOOLS["packages"]) == sorted(packages())
+    assert SETUPTOOLS["package-dir"] == {"seqmix": "."}
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {file.parent for file in ROOT.rglob("*.py")}
+    for folder in folders:
+        parts = folder.relative_to(ROOT).parts
+        if parts and parts[0] not in NOT_SHIPPED and not any(part.startswith(".") for part in parts):
+            assert (folder / "__init__.py").exists(), f"{folder} has modules and is no package"
+
+
+def test_every_other_file_of_a_package_is_in_the_wheel():
+    shipped = {
+        file
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for file in packages()[package].glob(pattern)
+    }
+    assert ROOT / "py.typed" in shipped
+    for package, folder in packages().items():
+        if package != "seqmix":  # the root holds the project's own files as well
+            others = {file for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")}
+            assert others <= shipped
+    assert len(list((ROOT / "configs").glob("*.yaml"))) >= 14
+
+
+def test_the_two_places_of_the_version_agree():
+    assert seqmix.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_command_is_the_one_in_cli():
+    assert PROJECT["project"]["scripts"] == {"seqmix": "seqmix.cli:main"}
+
+
+def test_tests_are_no_packages():
+    # pytest would import the library from the folder above, under the clone's name
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert not (ROOT / "conftest.py").exists()
+
+
+# ---- the public face
+
+PUBLIC = [
+    "MIXERS",
+    "ConfigError",
+    "ContractError",
+    "LanguageModel",
+    "MixerConfig",
+    "ModelConfig",
+    "Paradigm",
+    "RunConfig",
+    "Sampling",
+    "SeqmixError",
+    "SequenceMixer",
+    "Traits",
+    "account",
+    "build_model",
+    "generate_text",
+    "load_config",
+    "load_run",
+    "stream_text",
+    "train",
+]
+
+
+def test_the_public_names_are_frozen():
+    assert seqmix.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("module", [seqmix, *map(__import__, sorted(set(packages()) - {"seqmix"}))], ids=str)
+def test_every_public_name_exists(module):
+    module = sys.modules[module.__name__]
+    for name in getattr(module, "__all__", []):
+        assert hasattr(module, name)
+
+
+# ---- floors
+
+FLOORS = [
+    {"seqmix.registry"},
+    {"seqmix.mixers.paradigm", "seqmix.mixers.positions"},
+    {"seqmix.mixers.ops"},
+    {"seqmix.mixers"},
+    {"seqmix.blocks"},
+    {"seqmix.models"},
+    {"seqmix.training"},
+    {"seqmix.show"},
+    {"seqmix.cli"},
+]
+"""From the ground up: a floor may import the floors below it, and itself."""
+
+ANYWHERE = {"seqmix.configs"}
+"""Presets: data."""
+
+
+def floor_of(module: str) -> int | None:
+    """The floor of a module: that of the longest name that it is or lies in; None for the roof and for data."""
+    owners = [(len(name), level) for level, names in enumerate(FLOORS) for name in names if within(module, name)]
+    return max(owners)[1] if owners else None
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def imports(module: str, file: Path) -> Iterator[tuple[str, int]]:
+    """Full names of what a module imports anywhere in its text, in functions too, each with its line."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                # `from .x import y` names a module y, or a name of the module x
+                yield (full if full in modules() else base), node.lineno
+
+
+def test_every_module_has_a_floor():
+    homeless = [name for name in modules() if floor_of(name) is None and name not in ANYWHERE and name != "seqmix"]
+    assert not homeless, f"FLOORS lacks {homeless}"
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"seqmix"}))
+def test_a_floor_imports_only_floors_below_it(module):
+    for imported, line in imports(module, modules()[module]):
+        if within(imported, "seqmix"):
+            assert imported != "seqmix", f"{module}:{line} imports the public face"
+            level = floor_of(imported)
+            assert level is not None, f"{module}:{line} imports {imported}"
+            assert level <= floor_of(module), f"{module}:{line} imports {imported}, a floor above it"
+
+
+def test_the_check_of_floors_sees_every_way_to_import(tmp_path):
+    file = tmp_path / "decay.py"
+    file.write_text("from ..base import x\nfrom ... import models\ndef f():\n    from ...training.loop import train\n")
+    found = dict(imports("seqmix.mixers.ops.decay", file))
+    assert found == {"seqmix.mixers.base": 1, "seqmix.models": 2, "seqmix.training.loop": 4}
+    assert floor_of("seqmix.mixers.ops.decay") < floor_of("seqmix.mixers.base") < floor_of("seqmix.training.loop")
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_the_library_imports_itself_relatively(module):
+    # but for the names that are looked up when they are asked for
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(within(alias.name, "seqmix") for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            assert not within(node.module, "seqmix")
+
+
+@pytest.mark.parametrize("module", sorted(name for name in modules() if within(name, "seqmix.mixers.ops")))
+def test_an_op_knows_no_module(module):
+    file = modules()[module]
+    for imported, line in imports(module, file):
+        allowed = ("torch.nn.functional", "torch.nn.attention")
+        assert not within(imported, "torch.nn") or imported.startswith(allowed), f"{module}:{line} imports {imported}"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert "nn" not in [alias.name for alias in node.names], f"{module}:{node.lineno}"
+        if isinstance(node, ast.Attribute):
+            chain = ast.unparse(node)
+            assert not chain.startswith(("nn.", "torch.nn.Module", "torch.nn.Parameter")), f"{module}:{node.lineno}"
+
+
+def test_the_registry_knows_no_torch():
+    for name, file in modules().items():
+        if within(name, "seqmix.registry"):
+            assert not [line for imported, line in imports(name, file) if within(imported, "torch")]
+
+
+def test_nothing_is_unpickled():
+    for name, file in modules().items():
+        for imported, line in imports(name, file):
+            assert imported.partition(".")[0] not in ("pickle", "cloudpickle", "dill"), f"{name}:{line}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("torch.load", "torch.save"), f"{name}:{node.lineno}"
+
+
+# ---- what an import costs
+
+OPTIONAL = ["matplotlib", "triton", "xformers", "fla", "hypothesis", "transformers", "datasets", "tokenizers", "pytest"]
+LATE = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._inductor", "IPython", "pandas"]
+
+PROBE = """
+import json, sys, time
+def seconds():  # of this process's own work: what else the machine does plays no part
+    return time.process_time()
+import numpy, einops, jaxtyping, pydantic, yaml, rich, safetensors
+began = seconds()
+import torch
+between, before = seconds(), set(sys.modules)
+import seqmix
+ended, new = seconds(), sorted(set(sys.modules) - before)
+print("PROBE", json.dumps([between - began, ended - between, new]))
+"""
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[tuple[float, float, list[str], str]]:
+    """Three processes that import torch and then the library: seconds of each, new modules, and what was printed."""
+    found = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+        printed, _, result = done.stdout.partition("PROBE ")
+        torch_seconds, seconds, new = json.loads(result)
+        found.append((torch_seconds, seconds, new, printed + done.stderr))
+    return found
+
+
+def test_an_import_prints_nothing(probes):
+    assert {printed for *_, printed in probes} == {""}
+
+
+def test_an_import_takes_half_a_second_beside_torch(probes):
+    assert min(seconds for _, seconds, *_ in probes) < 0.5
+
+
+def test_an_import_needs_no_optional_library(probes):
+    new = probes[0][2]
+    for library in (*OPTIONAL, *LATE):
+        assert not [name for name in new if within(name, library)], library
+
+
+def test_mixers_are_imported_when_they_are_asked_for(probes):
+    new = probes[0][2]
+    built_in = [f"seqmix.mixers.{kind}" for kind in seqmix.MIXERS.kinds() if ":" not in kind]
+    built_in = [name for name in built_in if name in modules()]
+    assert len(built_in) >= 3
+    assert not set(built_in) & set(new)
+    assert "seqmix.cli" not in new
+    assert "typer" not in new
+
+
+def test_required_libraries_are_declared():
+    declared = {dependency.partition(">")[0].lower() for dependency in PROJECT["project"]["dependencies"]}
+    distribution = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    for name, file in modules().items():
+        for imported, line in imports(name, file):
+            top = imported.partition(".")[0]
+            if top != "seqmix" and top not in sys.stdlib_module_names:
+                assert distribution.get(top, top) in declared, f"{name}:{line} imports {top}"
+
+
+# ---- tests
+
+
+def test_no_test_compares_with_allclose():
+    # it broadcasts, takes any dtype, and says nothing where it fails: torch.testing.assert_close
+    call = "torch.allclose" + "("
+    guilty = [file.name for file in (ROOT / "tests").rglob("*.py") if call in file.read_text(encoding="utf-8")]
+    assert not guilty
