@@ -41,6 +41,8 @@ def main() -> None:
     sys.path.insert(0, "")
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except SeqmixError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
@@ -144,7 +146,9 @@ def show(
     overrides: Overrides = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, show_default=False),
+        typer.Option(
+            help="Tokens of a sequence; data.sequence_length by default.", min=1, max=2**31, show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

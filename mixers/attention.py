@@ -45,7 +45,7 @@ class AttentionConfig(MixerConfig):
     """The base of the angles."""
     window: int | None = Field(default=None, gt=0)
     """Keys that a query sees, its own included; all when null. It bounds the state."""
-    chunk_size: int = Field(default=512, gt=0)
+    chunk_size: int = Field(default=512, gt=0, le=2**20)
     """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""

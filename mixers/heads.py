@@ -27,7 +27,7 @@ def head_width(d_model: int, expand: float, n_heads: int, name: str) -> int:
         ContractError: the heads do not divide it.
     """
     total = round(d_model * expand)
-    if abs(total - d_model * expand) > 1e-6 * d_model or total % n_heads:
+    if abs(total - d_model * expand) > 1e-6 * d_model or total % n_heads or not total:
         raise ContractError(
             f"{n_heads} heads do not divide {name} * d_model = {expand:g} * {d_model} = {d_model * expand:g} evenly"
         )

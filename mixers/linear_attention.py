@@ -29,9 +29,9 @@ class LinearAttentionConfig(MixerConfig):
     kind: Literal["linear_attention"] = "linear_attention"
     n_heads: int = Field(gt=0)
     """Heads."""
-    expand_k: float = Field(default=1.0, gt=0)
+    expand_k: float = Field(default=1.0, gt=0, le=1000)
     """Width of all queries (and keys) over d_model."""
-    expand_v: float = Field(default=1.0, gt=0)
+    expand_v: float = Field(default=1.0, gt=0, le=1000)
     """Width of all values over d_model."""
     feature_map: Literal["elu", "relu", "softmax", "identity"] = "elu"
     """phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over a head's width; only `identity` can be negative."""
@@ -43,7 +43,7 @@ class LinearAttentionConfig(MixerConfig):
     """The norm of each head's output, without weights; without a denominator the output grows with T unless normed."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the head norm's variance."""
-    chunk_size: int = Field(default=128, gt=0)
+    chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""

@@ -31,9 +31,9 @@ class RetentionConfig(MixerConfig):
     kind: Literal["retention"] = "retention"
     n_heads: int = Field(gt=0)
     """Heads, each with its own decay."""
-    expand_k: float = Field(default=1.0, gt=0)
+    expand_k: float = Field(default=1.0, gt=0, le=1000)
     """Width of all queries (and keys) over d_model."""
-    expand_v: float = Field(default=2.0, gt=0)
+    expand_v: float = Field(default=2.0, gt=0, le=1000)
     """Width of all values over d_model."""
     decay: Literal["geometric", "log_uniform", "constant", "none"] = "geometric"
     """`geometric`: gamma_h = 1 - 2^(-5-h) (Eq. 8); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its logarithm,
@@ -54,7 +54,7 @@ class RetentionConfig(MixerConfig):
     """Added to the head norm's variance. 0 makes every positive factor of a head's output cancel exactly."""
     row_norm: bool = True
     """The paper's second score normaliser, 1/sqrt of the sum of the decays."""
-    chunk_size: int = Field(default=128, gt=0)
+    chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""

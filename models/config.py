@@ -25,11 +25,11 @@ class NormalInit(Config):
 class ModelConfig(Config):
     """A language model."""
 
-    d_model: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=2**20)
     """Width of the residual stream."""
-    n_layers: int = Field(gt=0)
+    n_layers: int = Field(gt=0, le=10_000)
     """Number of layers."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=2**31)
     """Number of tokens."""
     blocks: dict[str, BlockConfig] = Field(min_length=1)
     """Kinds of layers, by a name of your choice."""

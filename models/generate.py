@@ -5,6 +5,7 @@ padded, and no result depends on its neighbours.
 """
 
 import codecs
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ..mixers.state import concatenate
 from ..registry import SeqmixError
 from .language_model import LanguageModel, ModelState
 from .tokenizer import ByteTokenizer
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +42,16 @@ class Sampling:
     """The tokens are a function of it."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise SeqmixError(f"temperature must be 0 (greedy) or more, and is {self.temperature:g}")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+            raise SeqmixError(
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, and is {self.temperature:g}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise SeqmixError(f"top_k must be 1 or more, and is {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise SeqmixError(f"top_p must be above 0 and at most 1, and is {self.top_p:g}")
+        if not 0 <= self.seed < 2**63:
+            raise SeqmixError(f"the seed must be from 0 to 2^63 - 1, and is {self.seed}")
 
 
 def sample(
@@ -118,6 +126,8 @@ def generate_tokens(
     Raises:
         SeqmixError: there is no prompt, or an empty one.
     """
+    if max_new_tokens < 1:
+        raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits, state = prefill(model, prompts, max_length=longest + max_new_tokens)
@@ -150,8 +160,9 @@ def stream_text(
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model has too few tokens for bytes.
     """
-    if isinstance(prompts, str):
-        raise SeqmixError(f"prompts are a list of texts: give [{prompts[:20]!r}]")
+    for name, texts in (("prompts", prompts), ("stop", stop)):
+        if isinstance(texts, str):
+            raise SeqmixError(f"{name} is a list of texts: give [{texts[:20]!r}]")
     tokenizer = ByteTokenizer()
     if any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")

@@ -23,7 +23,7 @@ class Config(BaseModel):
         strict=True,
         use_attribute_docstrings=True,
         validate_default=True,
-        ser_json_inf_nan="constants",  # or infinity is written down as null
+        allow_inf_nan=False,  # no size, rate or probability is infinite
     )
 
     @model_validator(mode="before")

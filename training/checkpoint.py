@@ -6,7 +6,9 @@ RUN/checkpoints/step-000500/model.safetensors        parameters
 RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's moments
 """
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..models import LanguageModel, ModelConfig
 from ..registry import SeqmixError
 
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -24,7 +27,7 @@ class CheckpointError(SeqmixError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(run: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, keep: int) -> Path:
     """Write the checkpoint of a step and drop all but the newest `keep`; the folder appears when it is complete."""
     folder = run / "checkpoints" / _name(step)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -37,7 +40,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     }
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for file, tensors in ((MODEL_FILE, parameters), (OPTIMIZER_FILE, moments)):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / file, {"seqmix.step": str(step)})
+        metadata = {"seqmix.step": str(step), "seqmix.model": model.config.model_dump_json()}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / file, metadata)
         _flush(partial / file)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -49,7 +53,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=step_of)
+    folders = (f for f in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", f.name) and f.is_dir())
+    return sorted(folders, key=step_of)
 
 
 def latest(run: Path) -> Path:
@@ -68,14 +73,16 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: LanguageModel) -> None:
     """Put a checkpoint's parameters into a model.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds other parameters than the model's.
     """
     file = folder / MODEL_FILE
-    _fill(file, _read(file), {name: parameter.data for name, parameter in model.named_parameters()})
+    found = _read(file)
+    _require_same_model(file, model.config)
+    _fill(file, found, {name: parameter.data for name, parameter in model.named_parameters()})
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -113,6 +120,21 @@ def _read(file: Path) -> dict[str, Tensor]:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _require_same_model(file: Path, config: ModelConfig) -> None:
+    """Two configurations may have parameters of the same shapes, and be different functions of them."""
+    with safe_open(file, "pt") as tensors:
+        written = (tensors.metadata() or {}).get("seqmix.model")
+    try:
+        same = written is None or ModelConfig.model_validate(json.loads(written)) == config
+    except ValueError:
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"{file} was trained with another model than the configuration beside it describes: "
+            "undo what was changed in config.yaml under `model`"
+        )
 
 
 def _fill(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -1,9 +1,10 @@
 """The configuration of a run: a model, the text it learns, and how."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..models import ByteTokenizer, ModelConfig
 from ..registry import Config, load
@@ -15,7 +16,7 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs"
 class DataConfig(Config):
     """The text, as bytes; every document is opened by a begin token."""
 
-    paths: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
+    paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
     """Text files and folders; null takes the source of Python's own standard library, which every machine has."""
     glob: str = "**/*"
     """Which files of a folder are read; hidden files never are."""
@@ -24,8 +25,19 @@ class DataConfig(Config):
     where there are several files, else tail."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the files (or of every file) held out."""
-    sequence_length: int = Field(default=256, gt=0)
+    sequence_length: int = Field(default=256, gt=0, le=2**31)
     """Tokens of a sequence."""
+
+    @field_validator("glob")
+    @classmethod
+    def _glob_is_relative(cls, glob: str) -> str:
+        try:
+            list(Path("/nonexistent").glob(glob))
+        except (ValueError, NotImplementedError, IndexError) as error:
+            raise ValueError(
+                f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is none: {error}"
+            ) from error
+        return glob
 
 
 class TrainingConfig(Config):
@@ -68,23 +80,32 @@ class TrainingConfig(Config):
     log_every: int = Field(default=10, gt=0)
     """Steps between lines of metrics."""
 
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Self:
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide batch_size, and {self.accumulate} does not divide {self.batch_size}"
-            )
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps must be at most steps, and {self.warmup_steps} is above {self.steps}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), and are {self.betas}")
-        return self
+    @field_validator("accumulate")
+    @classmethod
+    def _accumulate_divides(cls, accumulate: int, info: ValidationInfo) -> int:
+        if (batch_size := info.data.get("batch_size")) is not None and batch_size % accumulate:
+            raise ValueError(f"accumulate must divide batch_size, and {accumulate} does not divide {batch_size}")
+        return accumulate
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_fits(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        if (steps := info.data.get("steps")) is not None and warmup_steps > steps:
+            raise ValueError(f"warmup_steps must be at most steps, and {warmup_steps} is above {steps}")
+        return warmup_steps
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), and are {betas}")
+        return betas
 
 
 class RunConfig(Config):
     """A run."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Parameters, order of the data and dropout are a function of it."""
     model: ModelConfig
     """What is trained."""
@@ -103,14 +124,14 @@ class RunConfig(Config):
         return self
 
 
-def load_config(source: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the configuration of a run.
 
     Args:
         source: the name of a preset, or a YAML file.
-        overrides: changes as "dotted.path=value", the value in YAML.
+        overrides: changes (or one) as "dotted.path=value", the value in YAML.
 
     Raises:
         ConfigError: what is wrong, where, and what is allowed, in one sentence.
     """
-    return load(RunConfig, source, overrides, presets=PRESETS)
+    return load(RunConfig, source, [overrides] if isinstance(overrides, str) else overrides, presets=PRESETS)

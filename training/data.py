@@ -121,18 +121,20 @@ def _share(key: str) -> float:
 
 def _documents(config: DataConfig) -> Iterator[tuple[str, bytes]]:
     for given in config.paths or ():
-        path = Path(given).expanduser()
-        if not path.exists():
-            raise SeqmixError(f"the corpus {given} does not exist")
-        files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
-        for file in files:
-            key = file.name if file == path else file.relative_to(path).as_posix()
-            if any(part.startswith(".") for part in Path(key).parts) and file != path:
-                continue
-            try:
-                yield key, file.read_bytes()
-            except OSError as error:
-                raise SeqmixError(f"the corpus file {file} cannot be read: {error.strerror}") from error
+        try:
+            path = Path(given).expanduser()
+            if not path.exists():
+                hint = "; data.glob chooses files inside a folder" if "*" in given else ""
+                raise SeqmixError(f"the corpus {given} does not exist{hint}")
+            files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
+            for file in files:
+                key = file.name if file == path else file.relative_to(path).as_posix()
+                if file == path or not any(part.startswith(".") for part in Path(key).parts):
+                    yield key, file.read_bytes()
+        except OSError as error:
+            raise SeqmixError(f"the corpus {given} cannot be read: {error.filename}: {error.strerror}") from error
+        except RuntimeError as error:
+            raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
 
 
 def _standard_library() -> Iterator[tuple[str, bytes]]:

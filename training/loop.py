@@ -115,8 +115,7 @@ def train(
         checkpoint.load_optimizer(folder, model, optimizer)
         start = checkpoint.step_of(folder)
     elif not resume:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / CONFIG_FILE).write_text(dump(config))
+        _claim(run, config)
     trainer = Trainer(config, run, corpus, model, optimizer)
     trainer.drop_metrics_behind(start)
     yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
@@ -149,11 +148,8 @@ class Trainer:
             loss, norm, rate = self.step(step)
             seconds = time.perf_counter() - began
             done = step + 1
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise TrainingError(
-                    f"step {done}: the loss is {loss:g} and its gradient's norm {norm:g}; try a lower "
-                    f"training.learning_rate; checkpoints of earlier steps, if any, are in {self.run / 'checkpoints'}"
-                )
+            self._require_finite(done, "loss", loss)
+            self._require_finite(done, "gradient's norm", norm)
             if settings.compile and first is None:
                 first = seconds
             elif settings.compile and step == start + 1 and first is not None:
@@ -164,11 +160,15 @@ class Trainer:
             yield stepped
             final = done == settings.steps
             if final or done % settings.evaluate_every == 0:
-                evaluated = Evaluated(done, self.evaluate(final=final), final)
-                self._record({"step": done, "validation_loss": evaluated.loss, "final": final})
-                yield evaluated
+                validation_loss = self.evaluate(final=final, stop=stop)
+                if validation_loss is not None:
+                    self._require_finite(done, "validation loss", validation_loss)
+                    self._record({"step": done, "validation_loss": validation_loss, "final": final})
+                    yield Evaluated(done, validation_loss, final)
             stopping = stop()
             if final or stopping or done % settings.checkpoint_every == 0:
+                # the loss of the step was that of the parameters before it: an update may have ruined them
+                self._require_finite(done, "loss after the update", self._loss_behind(step))
                 yield self.save(done)
             if stopping:
                 return
@@ -180,15 +180,7 @@ class Trainer:
         rate = learning_rate(step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self._to_device(
-            training_batch(
-                self.corpus.train,
-                self.config.data.sequence_length,
-                settings.batch_size,
-                seed=self.config.seed,
-                step=step,
-            )
-        )
+        batch = self._batch(step)
         counted = (batch.targets != IGNORED).sum().clamp(min=1)
         self.model.train()
         total = torch.zeros((), device=self.model.device)
@@ -204,8 +196,8 @@ class Trainer:
         return total.item(), norm.item(), rate
 
     @torch.no_grad()
-    def evaluate(self, *, final: bool = False) -> float:
-        """Nats a byte of the validation text; every sequence starts from nothing."""
+    def evaluate(self, *, final: bool = False, stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Nats a byte of the validation text; every sequence starts from nothing. None if asked to stop meanwhile."""
         settings = self.config.training
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         self.model.eval()
@@ -213,6 +205,8 @@ class Trainer:
         for batch in evaluation_batches(
             self.corpus.validation, self.config.data.sequence_length, settings.batch_size // settings.accumulate, limit
         ):
+            if stop():
+                return None
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())
         return total / max(counted, 1)
@@ -223,10 +217,30 @@ class Trainer:
         return Saved(step, checkpoint.save(self.run, step, self.model, self.optimizer, keep))
 
     def drop_metrics_behind(self, step: int) -> None:
-        """Forget measurements of steps that will be made again."""
+        """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
         file = self.run / METRICS_FILE
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
+        partial.replace(file)
+
+    def _batch(self, step: int) -> Batch:
+        length, size = self.config.data.sequence_length, self.config.training.batch_size
+        return self._to_device(training_batch(self.corpus.train, length, size, seed=self.config.seed, step=step))
+
+    @torch.no_grad()
+    def _loss_behind(self, step: int) -> float:
+        """The loss of the first part of a step's batch, with the parameters behind the step."""
+        self.model.eval()
+        part = Batch(*(x.chunk(self.config.training.accumulate)[0] for x in self._batch(step)))
+        return self._loss_sum(part).item()
+
+    def _require_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {step}: the {what} is {value:g}; try a lower training.learning_rate; "
+                f"checkpoints of earlier steps, if any, are in {self.run / 'checkpoints'}"
+            )
 
     @property
     def _tokens_per_step(self) -> int:
@@ -248,6 +262,15 @@ class Trainer:
             file.write(json.dumps(values) + "\n")
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+    return step if isinstance(step, int) and line.endswith("\n") else math.inf
+
+
 def compile_blocks(model: LanguageModel) -> None:
     """Compile each block by itself: blocks of one kind share their code.
 
@@ -262,12 +285,26 @@ def compile_blocks(model: LanguageModel) -> None:
 
 
 def _require_free(run: Path) -> None:
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if (run / CONFIG_FILE).exists():
-            raise TrainingError(
-                f"{run} already holds a run: go on with --resume {run}, or write elsewhere with --out DIR"
-            )
+    try:
+        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    except OSError as error:
+        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+    if taken and (run / CONFIG_FILE).exists():
+        raise TrainingError(f"{run} already holds a run: go on with --resume {run}, or write elsewhere with --out DIR")
+    if taken:
         raise TrainingError(f"{run} exists and is not an empty folder: write elsewhere with --out DIR")
+
+
+def _claim(run: Path, config: RunConfig) -> None:
+    """Make the run's folder with its configuration; of two runs that start at once, one gets it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / CONFIG_FILE).open("x") as file:
+            file.write(dump(config))
+    except FileExistsError as error:
+        raise TrainingError(f"{run} already holds a run, begun meanwhile: write elsewhere with --out DIR") from error
+    except OSError as error:
+        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
 
 
 def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:

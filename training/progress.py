@@ -1,6 +1,7 @@
 """A run on the terminal: a progress bar, the evaluations, and how to go on."""
 
 import math
+import shlex
 import signal
 from collections import deque
 from pathlib import Path
@@ -49,7 +50,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                 match event:
                     case Started():
                         entropy = event.corpus.unigram_entropy
-                        console.print(_start(event), highlight=False)
+                        console.print(_start(event, config.training.steps), highlight=False)
                         progress.update(task, completed=done)
                         progress.start()  # not before: what cannot start shows its error and nothing else
                     case Compiled():
@@ -65,17 +66,21 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                         pass
     finally:
         progress.stop()
+    quoted = shlex.quote(str(run))
     if done < config.training.steps:
-        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {run}", highlight=False)
+        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}", highlight=False)
         return False
-    console.print(f'try it: seqmix generate {run} --prompt "def "', highlight=False)
+    console.print(f'try it: seqmix generate {quoted} --prompt "def "', highlight=False)
     return True
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop asks for; the next one acts as ever."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop asks for; the next one acts as ever."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    # SIGHUP is a closed terminal; not every system has it
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+    )
 
     def __init__(self) -> None:
         self._made = False
@@ -104,14 +109,14 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _start(event: Started) -> str:
+def _start(event: Started, steps: int) -> str:
     """What is trained, and on what."""
     corpus = event.corpus
     lines = (
         f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: {corpus.files:,} files, "
         f"{len(corpus.train):,} tokens to learn, {len(corpus.validation):,} held out ({corpus.split})"
     )
-    return lines + (f"\nresumed behind step {event.step}" if event.step else "")
+    return lines + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
 
 def _evaluation(event: Evaluated, entropy: float) -> str:

@@ -19,7 +19,7 @@ def read_config(run: Path) -> RunConfig:
         ConfigError: its configuration cannot be used any more.
     """
     if not (run / CONFIG_FILE).is_file():
-        what = f"holds no {CONFIG_FILE}" if run.is_dir() else "does not exist"
+        what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise checkpoint.CheckpointError(f"{run} is no run: it {what}; a run is a folder that `seqmix train` wrote")
     return load(RunConfig, run / CONFIG_FILE, presets=PRESETS)
 

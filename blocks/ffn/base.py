@@ -18,7 +18,7 @@ class FfnConfig(Config, ABC):
 
     kind: Any
     """The name it is registered under: a `Literal` in every subclass."""
-    expansion: float = Field(gt=0)
+    expansion: float = Field(gt=0, le=1000)
     """Hidden width over d_model, rounded to a whole number."""
     multiple_of: int = Field(default=1, gt=0)
     """The hidden width is rounded up to a multiple of this."""
@@ -28,8 +28,8 @@ class FfnConfig(Config, ABC):
         """Build the module for a residual stream of width `d_model`."""
 
     def hidden_width(self, d_model: int) -> int:
-        """Width between the two products."""
-        return -(-round(self.expansion * d_model) // self.multiple_of) * self.multiple_of
+        """Width between the two products, at least 1."""
+        return -(-max(round(self.expansion * d_model), 1) // self.multiple_of) * self.multiple_of
 
 
 class FeedForward(nn.Module, ABC):

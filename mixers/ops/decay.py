@@ -13,6 +13,7 @@ A log-decay of -inf is legal and resets the state: sums of log-decays over a str
 stretch, never as the difference of two running sums, which would be inf - inf.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .decay_chunkwise import chunkwise_op
 from .decay_recurrent import recurrent_op
+from .segments import read_borders
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
 """Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head (and key dimension)."""
@@ -97,7 +99,7 @@ def decay_parallel(
         document = document_of_token(cu_seqlens, length)
         causal = causal & (document[:, None] == document)
     # a product of reduced precision is as good as a kernel's; decays and states are not reduced
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device):
         q, k, v = ((q if scale == 1 else scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         a = None if log_decay is None else _per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
         if log_decay is not None and log_decay.ndim == 1:
@@ -144,7 +146,7 @@ def decay_recurrent(
         return DecayOutput(output, final_state if output_final_state else None)
     # one token: plain operations, which a compiler fuses with what surrounds them
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device):
         query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
         state = key.transpose(2, 3) * value
         if initial_state is not None:
@@ -201,6 +203,11 @@ def decay_chunkwise(
         _needs_grad(q, k, v, log_decay, initial_state),
     )
     return DecayOutput(output, final_state if output_final_state else None)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off; it does not know the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -308,6 +315,8 @@ def _check(
         )
     if cu_seqlens is not None and batch != 1:
         raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {batch}")
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        read_borders(cu_seqlens, length)  # elsewhere, looking would wait for the device
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is not None and tuple(initial_state.shape) != (rows, heads, key_width, v.shape[3]):
         raise SeqmixError(

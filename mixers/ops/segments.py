@@ -23,10 +23,20 @@ def stretches(batch_size: int, length: int, cu_seqlens: Tensor | None) -> list[S
     """
     if cu_seqlens is None:
         return [Stretch(slice(0, batch_size), 0, length)]
-    borders: list[int] = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or sorted(borders) != borders:
-        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens given, and is {borders[:8]}")
+    borders = read_borders(cu_seqlens, length)
     return [Stretch(slice(n, n + 1), borders[n], borders[n + 1]) for n in range(len(borders) - 1)]
+
+
+def read_borders(cu_seqlens: Tensor, length: int) -> list[int]:
+    """The documents' borders as numbers; waits for the device.
+
+    Raises:
+        SeqmixError: they do not start at 0, end at `length`, or decrease.
+    """
+    borders: list[int] = cu_seqlens.tolist()
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != length or sorted(borders) != borders:
+        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens given, and is {borders[:8]}")
+    return borders
 
 
 def pieces(stretch: Stretch, size: int) -> list[tuple[int, int]]:

@@ -406,7 +406,9 @@ def _final_state(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, 
     kept = min(length, capacity)
     row = torch.arange(batch_size, device=k.device)[:, None]
     slot = cache.slots(read[:, None] + torch.arange(-kept, 0, device=k.device))
-    write = Tensor.index_put if torch.is_grad_enabled() else Tensor.index_put_
+    # rows that share memory (a state expanded over a batch) must part before they are written
+    shared = any(leaf.stride(0) == 0 and batch_size > 1 for leaf in (cache.keys, cache.values))
+    write = Tensor.index_put if torch.is_grad_enabled() or shared else Tensor.index_put_
     keys = write(cache.keys, (row, slot), k[:, length - kept :])
     values = write(cache.values, (row, slot), v[:, length - kept :])
     return RingCache(keys, values, read)

@@ -74,26 +74,23 @@ class Case:
         """Arguments by name; those that are None are left out. Decays and states are wide, as mixers pass them."""
         generator = torch.Generator().manual_seed(self.seed)
         randn = partial(torch.randn, generator=generator, dtype=torch.float64)
+        wide = torch.promote_types(self.dtype, torch.float32)
         widths = [self.key_dim, self.key_dim, self.value_dim]
         fused = randn(*self.shape, self.n_heads, sum(widths)).to(self.dtype)
         inputs = dict(zip("qkv", fused.split(widths, dim=-1), strict=True))
-        wide = torch.promote_types(self.dtype, torch.float32)
         if self.decay != "none":
-            per_token = {"head": (), "token": self.shape, "key": self.shape}[self.decay]
+            per_token = () if self.decay == "head" else self.shape
             per_key = (self.key_dim,) if self.decay == "key" else ()
             a = -self.strength * randn(*per_token, self.n_heads, *per_key).abs()
-            index = [[reset % a.shape[len(per_token) // 2] for reset in self.resets]]
-            a[(..., *index) if self.decay == "head" else (slice(None), *index, ..., *self._reset_keys)] = -math.inf
+            resets = [reset % a.shape[len(per_token) // 2] for reset in self.resets]
+            keys = (slice(1),) if self.resets_one_key and per_key else ()
+            a[(slice(None), resets, ..., *keys) if per_token else (resets,)] = -math.inf
             inputs["log_decay"] = a.to(wide)
         if self.has_state:
             inputs["initial_state"] = randn(len(self.lengths), self.n_heads, self.key_dim, self.value_dim).to(wide)
-        return {name: restrided(x) if self.strided and name not in "qkv" else x for name, x in inputs.items()} | {
-            name: inputs[name] if self.strided else inputs[name].contiguous() for name in "qkv"
-        }
-
-    @property
-    def _reset_keys(self):
-        return (slice(1),) if self.decay == "key" and self.resets_one_key else ()
+        if self.strided:
+            return {name: x if name in "qkv" else restrided(x) for name, x in inputs.items()}
+        return {name: x.contiguous() for name, x in inputs.items()}
 
     def options(self, paradigm):
         chunks = {"chunk_size": self.chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
@@ -134,8 +131,8 @@ def cases(draw, decays=tuple(DECAYS), packings=(False, True), lengths=LENGTHS):
         sizes = draw(st.lists(st.just(0) | lengths, min_size=1, max_size=4).filter(sum))
     else:
         sizes = [draw(lengths)] * draw(st.integers(1, 2))
-    tokens = st.integers(0, max(sizes) - 1) if not packed else st.integers(0, sum(sizes) - 1)
-    some, everywhere = st.lists(tokens, max_size=3).map(tuple), st.just(tuple(range(sum(sizes))))
+    length = sum(sizes) if packed else sizes[0]
+    some, everywhere = st.lists(st.integers(0, length - 1), max_size=3).map(tuple), st.just(tuple(range(length)))
     return Case(
         decay=draw(st.sampled_from(decays)),
         lengths=sizes,
