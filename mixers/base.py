@@ -206,7 +206,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 f"{self.kind} was given a batch of {x.shape[0]} and borders {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would wait
-            read_borders(cu_seqlens, x.shape[1])
+            try:
+                read_borders(cu_seqlens, x.shape[1])
+            except SeqmixError as error:
+                raise ContractError(f"{self.kind}: {error}") from None
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:

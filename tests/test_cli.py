@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from seqmix import MIXERS, load_config
 from seqmix.cli import main
@@ -111,7 +113,7 @@ def refused(seqmix):
     def call(*arguments: str) -> str:
         done = seqmix(*arguments)
         assert done.status == 2
-        assert done.out.strip() == ""
+        assert done.out == ""
         lines = done.err.splitlines()
         assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")
@@ -153,8 +155,9 @@ def test_train_takes_a_file_and_writes_where_it_is_told(seqmix):
 
 def test_a_run_s_own_configuration_repeats_it(seqmix, run):
     assert seqmix("train", str(run / "config.yaml"), "--out", "again").status == 0
-    first, second = (checkpoints(folder)[-1] / "model.safetensors" for folder in (run, Path("again")))
-    assert first.read_bytes() == second.read_bytes()
+    first, second = (load_file(checkpoints(folder)[-1] / "model.safetensors") for folder in (run, Path("again")))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_dry_run_shows_the_model_and_trains_nothing(seqmix):
@@ -249,6 +252,11 @@ def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "8")
     assert len(pieces) == 8 + 2  # the bytes, what was held back, the end of the line
     assert pieces[0][0].startswith("the ")
+
+
+def test_bytes_that_are_no_text_are_a_prompt(seqmix, run):
+    done = seqmix("generate", str(run), "--prompt", b"a\xff".decode(errors="surrogateescape"), "--max-new-tokens", "3")
+    assert done.status == 0, done.err
 
 
 def test_several_prompts_are_continued_as_alone(seqmix, run):
@@ -348,6 +356,8 @@ RET = "model.blocks.ret"
 
 BAD_CONFIGURATIONS = {
     "unknown preset": (["retnet-tny"], "unknown preset 'retnet-tny'; presets: .*did you mean \"retnet-tiny\""),
+    "seed too large": (["retnet-tiny", "seed=4294967296"], "seed: needs a number < 2147483648"),
+    "glob that is none": (["retnet-tiny", "data.glob=/etc/*"], "glob is a pattern .* relative to the folder"),
     "missing file": (["no.yaml"], "no file no.yaml"),
     "unknown kind": (
         ["retnet-tiny", f"{RET}.mixer={{kind: retntion, n_heads: 4}}"],
@@ -410,6 +420,11 @@ def test_a_text_that_cannot_be_used_is_one_sentence(refused, case):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("out", ["/proc/nowhere/run", "text.txt/run"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(refused, out):
+    assert re.search(f"{out}.*(No such file|Not a directory)", refused("train", "retnet-tiny", *SMALL, "--out", out))
+
+
 def test_train_needs_something_to_train(refused):
     assert "train needs a CONFIG" in refused("train")
 
@@ -451,7 +466,7 @@ def test_a_damaged_checkpoint_is_one_sentence(refused, run, command):
 def test_a_foreign_checkpoint_is_one_sentence(refused, run, command):
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("d_model: 16", "d_model: 32"))
-    assert "is of another model: its embedding.weight is [257, 16], and [257, 32]" in refused(*command, str(run))
+    assert "was trained with another model than the configuration beside it describes" in refused(*command, str(run))
 
 
 def test_a_run_without_a_checkpoint_generates_nothing(refused, run):
@@ -467,7 +482,9 @@ def test_a_run_without_a_checkpoint_generates_nothing(refused, run):
     [
         (["--prompt", ""], "the prompt is empty: give at least one character"),
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 \\(greedy\\) or more, and is -1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 \\(greedy\\) or at least 0.001, and is -1"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature must be 0 .* and is nan"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "the seed must be from 0 to 2\\^63 - 1"),
         (["--prompt", "a", "--top-p", "0"], "top_p must be above 0 and at most 1, and is 0"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p must be above 0 and at most 1, and is 1.5"),
         (["--prompt", "a", "--top-p", "nan"], "top_p must be above 0 and at most 1, and is nan"),

@@ -95,12 +95,18 @@ def test_a_cache_without_packing_generates_the_same(model_of):
     assert torch.equal(generated(restrict(model_of("attention"), packing=False), prompts()), expected)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_no_more_tokens_are_computed_than_asked_for(model_of, count):
     model, calls = model_of("retention"), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert len(list(generate_tokens(model, prompts(), max_new_tokens=count, sampling=GREEDY))) == count
-    assert len(calls) == max(count, 1)
+    assert len(calls) == count
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_tokens_at_all_are_refused(model_of, count):
+    with pytest.raises(SeqmixError, match=f"max_new_tokens must be at least 1, and is {count}"):
+        generated(model_of("retention"), prompts(), count=count)
 
 
 @pytest.mark.parametrize("given", [[], [torch.tensor([], dtype=torch.int64)], [torch.tensor([1]), torch.tensor([])]])
@@ -196,6 +202,11 @@ def drawn(logits, sampling, count=4000, seed=0):
     return Counter(chosen.tolist())
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e6])
+def test_extreme_temperatures_choose_all_the_same(temperature):
+    assert drawn(torch.tensor([[-50.0, 50.0]]), Sampling(temperature=temperature), count=10)
+
+
 def test_temperature_0_takes_the_most_probable():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
     assert sample(logits, GREEDY).tolist() == [1, 0]
@@ -276,7 +287,12 @@ def test_tokens_are_a_function_of_the_seed(model_of):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 (greedy) or more, and is -0.1"),
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or at least 0.001, and is -0.1"),
+        ({"temperature": 1e-9}, "temperature must be 0 (greedy) or at least 0.001, and is 1e-09"),
+        ({"temperature": math.nan}, "temperature must be 0 (greedy) or at least 0.001, and is nan"),
+        ({"temperature": math.inf}, "temperature must be 0 (greedy) or at least 0.001, and is inf"),
+        ({"seed": -1}, "the seed must be from 0 to 2^63 - 1, and is -1"),
+        ({"seed": 2**63}, "the seed must be from 0 to 2^63 - 1, and is 9223372036854775808"),
         ({"top_k": 0}, "top_k must be 1 or more, and is 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, and is 0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, and is 1.1"),
@@ -442,10 +458,11 @@ def test_an_empty_prompt_is_one_sentence(model_of, given):
         generate_text(model_of("retention"), given)
 
 
-def test_a_text_in_place_of_a_list_is_one_sentence(model_of):
-    # it would be a batch of its characters
-    with pytest.raises(SeqmixError, match=r"^prompts are a list of texts: give"):
-        generate_text(model_of("retention"), "def ")
+@pytest.mark.parametrize(("texts", "options"), [("def ", {}), (["def "], {"stop": "END"})])
+def test_a_text_in_place_of_a_list_is_one_sentence(model_of, texts, options):
+    # it would be a list of its characters
+    with pytest.raises(SeqmixError, match=r"^(prompts|stop) is a list of texts: give \['(def |END)'\]$"):
+        generate_text(model_of("retention"), texts, **options)
 
 
 def test_no_prompt_is_one_sentence(model_of):

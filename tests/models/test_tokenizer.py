@@ -5,12 +5,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seqmix import SeqmixError
 from seqmix.models import ByteTokenizer
 
 
 def test_the_begin_token_opens_a_text():
     assert torch.equal(ByteTokenizer().encode("aé"), torch.tensor([256, 0x61, 0xC3, 0xA9]))
     assert torch.equal(ByteTokenizer().encode(""), torch.tensor([256]))
+
+
+def test_bytes_that_the_command_line_could_not_decode_come_back():
+    assert ByteTokenizer().encode(b"a\xff".decode(errors="surrogateescape")).tolist() == [256, 0x61, 0xFF]
+
+
+def test_half_of_a_surrogate_pair_is_refused():
+    with pytest.raises(SeqmixError, match=r"no character at 1: '\\ud800'"):
+        ByteTokenizer().encode("a\ud800")
 
 
 def test_tokens_are_int64():

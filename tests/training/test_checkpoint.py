@@ -57,7 +57,7 @@ def test_a_checkpoint_holds_parameters_and_moments(trained, tmp_path):
         for key, value in optimizer.state[parameter].items():
             assert torch.equal(moments[f"{key}.{name}"], value)
     with safe_open(folder / FILES[0], "pt") as file:
-        assert file.metadata() == {"seqmix.step": "7"}
+        assert file.metadata()["seqmix.step"] == "7"
 
 
 def test_a_checkpoint_comes_back_to_the_bit(trained, config_of, tmp_path):
@@ -145,8 +145,9 @@ def test_a_crash_while_writing_leaves_the_one_before(config_of, tmp_path, monkey
     assert names(tmp_path / "run") == ["step-000004", "step-000006"]  # and nothing of the half one
     for step in names(tmp_path / "run"):
         for file in FILES:
-            path = Path("checkpoints") / step / file
-            assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+            mine, whole = (load_file(tmp_path / name / "checkpoints" / step / file) for name in ("run", "whole"))
+            assert mine.keys() == whole.keys()
+            assert all(torch.equal(mine[name], whole[name]) for name in mine)
 
 
 def test_a_checkpoint_appears_with_both_files(trained, tmp_path, monkeypatch):
@@ -245,10 +246,36 @@ def test_a_foreign_checkpoint_is_one_sentence_and_changes_nothing(config_of, tmp
     folder = latest(tmp_path / "other")
     model = build_model(config_of().model)
     before = [parameter.clone() for parameter in model.parameters()]
+    message = refusal(lambda: load_model(folder, model))
+    assert message.startswith(f"{folder / FILES[0]} was trained with another model than the configuration beside it")
+    # as another program would write it: without a word on the model
+    save_file(load_file(folder / FILES[0]), folder / FILES[0])
     assert f"{folder / FILES[0]} {sentence}" in refusal(lambda: load_model(folder, model))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     optimizer = build_optimizer(model, config_of().training)
     assert f"{folder / FILES[1]} is of another model" in refusal(lambda: load_optimizer(folder, model, optimizer))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.blocks.ret.mixer.decay=geometric",
+        "model.blocks.ret.norm.eps=1.0e-3",
+        "model.blocks.ret.ffn.activation=relu",
+    ],
+)
+def test_a_model_of_the_same_shapes_that_is_another_function_is_refused(config_of, tmp_path, override):
+    run_of(config_of(), tmp_path / "run", stop=lambda: True)
+    folder = latest(tmp_path / "run")
+    message = refusal(lambda: load_model(folder, build_model(config_of(override).model)))
+    assert "another model than the configuration beside it" in message
+
+
+def test_what_is_no_checkpoint_is_passed_over(trained, tmp_path):
+    save(tmp_path, 3, *trained, keep=2)
+    (tmp_path / "checkpoints" / "step-best").mkdir()
+    (tmp_path / "checkpoints" / "step-000009").write_text("a file")
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000003"]
 
 
 def test_moments_alone_may_be_foreign(config_of, tmp_path):
@@ -264,10 +291,12 @@ def test_a_run_without_a_checkpoint_is_one_sentence(config_of, tmp_path):
     assert refusal(lambda: load_run(tmp_path / "run")) == f"{tmp_path / 'run'} holds no checkpoint"
 
 
-@pytest.mark.parametrize(("make", "what"), [(False, "does not exist"), (True, "holds no config.yaml")])
+@pytest.mark.parametrize(
+    ("make", "what"), [(None, "does not exist"), (Path.mkdir, "holds no config.yaml"), (Path.touch, "is a file")]
+)
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, make, what):
     if make:
-        (tmp_path / "run").mkdir()
+        make(tmp_path / "run")
     message = refusal(lambda: read_config(tmp_path / "run"))
     assert message.startswith(f"{tmp_path / 'run'} is no run: it {what}")
     assert "seqmix train" in message

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from seqmix import build_model, train
+from seqmix.training import read_corpus
 from seqmix.training.loop import Compiled, Evaluated, Stepped, compile_blocks
 
 # without feed-forward networks, which the compiler knows by heart: each of its kernels takes a second to build
@@ -15,7 +17,6 @@ HYBRID = (
     "model.n_layers=4",
     "model.blocks.ret.ffn=null",
     "model.blocks.attn.ffn=null",
-    "training.batch_size=3",
 )
 
 
@@ -37,6 +38,8 @@ def graphs() -> int:
 def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_of, tmp_path):
     """The last batch of the evaluation is short, and steps and evaluations go on: nothing is compiled anew."""
     config = config_of(*HYBRID, "training.compile=true", preset="hybrid-tiny")
+    corpus = read_corpus(config.data)
+    assert len(range(0, len(corpus.validation) - 16, 16)) % config.training.batch_size, "the last batch is to be short"
     events, made = [], {}
     for event in train(config, tmp_path / "compiled"):
         events.append(event)
@@ -85,7 +88,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(config_of, tmp_path, monk
     list(train(config_of("training.compile=true", "training.steps=2"), tmp_path / "compiled"))
     list(train(config_of("training.steps=2"), tmp_path / "plain"))
     first, second = (
-        (tmp_path / name / "checkpoints" / "step-000002" / "model.safetensors").read_bytes()
+        load_file(tmp_path / name / "checkpoints" / "step-000002" / "model.safetensors")
         for name in ("compiled", "plain")
     )
-    assert first == second
+    assert first.keys() == second.keys()

@@ -48,6 +48,9 @@ def test_a_warm_up_may_be_the_whole_run():
         {"split": "random"},
         {"paths": ()},
         {"paths": "text.txt"},
+        {"paths": ("",)},
+        {"glob": ""},
+        {"glob": "/etc/*"},
     ],
     ids=str,
 )
@@ -68,7 +71,7 @@ def test_a_larger_vocabulary_is_allowed():
     assert load_config("retnet-tiny", ["model.vocab_size=300"]).model.vocab_size == 300
 
 
-@pytest.mark.parametrize("seed", ["-1", "1.5", "true"])
+@pytest.mark.parametrize("seed", ["-1", "1.5", "true", "2147483648"])
 def test_a_seed_is_a_number_from_0(seed):
     with pytest.raises(ConfigError, match="seed"):
         load_config("retnet-tiny", [f"seed={seed}"])

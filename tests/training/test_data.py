@@ -188,7 +188,15 @@ def test_a_file_that_cannot_be_read_is_one_sentence(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert error(folder) == f"the corpus file {folder / 'file00.txt'} cannot be read: Permission denied"
+    assert error(folder) == f"the corpus {folder} cannot be read: {folder / 'file00.txt'}: Permission denied"
+
+
+def test_a_pattern_in_place_of_a_path_names_the_glob(folder):
+    assert "data.glob" in error(folder / "*.txt")
+
+
+def test_a_home_that_is_not_there_is_one_sentence():
+    assert "the corpus ~nobody-of-this-name/text cannot be found" in error("~nobody-of-this-name/text")
 
 
 @pytest.mark.parametrize(("length", "fits"), [(80, True), (81, False)])

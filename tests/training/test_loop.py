@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import RunConfig, SeqmixError, build_model, load_run, train
@@ -23,10 +25,14 @@ def run_of(config: RunConfig, run: Path, **options) -> list:
     return list(train(config, run, **options))
 
 
-def behind(steps: int):
-    """A request to stop behind some number of steps."""
-    asked = iter(range(1, 10**6))
-    return lambda: next(asked) == steps
+def stopped(config: RunConfig, run: Path, kind: type, step: int, **options) -> list:
+    """All events of a run that is asked to stop with an event of this kind and step."""
+    events: list = []
+    for event in train(
+        config, run, stop=lambda: any(isinstance(e, kind) and e.step == step for e in events), **options
+    ):
+        events.append(event)
+    return events
 
 
 def metrics(run: Path) -> list[dict]:
@@ -36,8 +42,14 @@ def metrics(run: Path) -> list[dict]:
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:
-    """Parameters and moments of the newest checkpoint, to the bit."""
-    return {file.name: file.read_bytes() for file in sorted(checkpoints(run)[-1].iterdir())}
+    """Step, parameters and moments of the newest checkpoint, to the bit."""
+    folder = checkpoints(run)[-1]
+    tensors = {
+        f"{file.name}: {name}": tensor.numpy().tobytes()
+        for file in folder.iterdir()
+        for name, tensor in load_file(file).items()
+    }
+    return {"folder": folder.name.encode(), **tensors}
 
 
 def trainer_of(config: RunConfig, run: Path, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Trainer:
@@ -247,16 +259,16 @@ def test_dropout_is_drawn_anew_in_every_step(config_of, tmp_path):
 # ---- stopping and resuming
 
 
-@pytest.mark.parametrize("stopped", range(1, 6))
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(config_of, tmp_path, stopped):
+@pytest.mark.parametrize(("kind", "step"), [(Stepped, 1), (Evaluated, 2), (Stepped, 3), (Evaluated, 4), (Stepped, 5)])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(config_of, tmp_path, kind, step):
     config = config_of(*DROPOUT)
     run_of(config, tmp_path / "whole")
-    events = run_of(config, tmp_path / "run", stop=behind(stopped))
+    events = stopped(config, tmp_path / "run", kind, step)
     assert isinstance(events[-1], Saved)
-    assert events[-1].step == stopped
+    assert events[-1].step == step
     started, *rest = run_of(read_config(tmp_path / "run"), tmp_path / "run", resume=True)
-    assert started.step == stopped
-    assert [event.step for event in rest if isinstance(event, Stepped)] == list(range(stopped + 1, 7))
+    assert started.step == step
+    assert [event.step for event in rest if isinstance(event, Stepped)] == list(range(step + 1, 7))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
 
@@ -264,9 +276,9 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(config_of, tmp_path, stopp
 def test_a_run_stopped_again_and_again_is_the_unbroken_one(config_of, tmp_path):
     config = config_of(*DROPOUT, "model.pattern=[ret, attn]", preset="hybrid-tiny")
     run_of(config, tmp_path / "whole")
-    run_of(config, tmp_path / "run", stop=behind(1))
-    for _ in range(5):
-        run_of(config, tmp_path / "run", resume=True, stop=behind(1))
+    stopped(config, tmp_path / "run", Stepped, 1)
+    for step in range(2, 7):
+        stopped(config, tmp_path / "run", Stepped if step % 2 else Evaluated, step, resume=True)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
 
@@ -307,7 +319,7 @@ def test_a_finished_run_has_nothing_left_to_do(config_of, tmp_path):
 
 
 def test_a_stop_at_the_last_step_saves_once(config_of, tmp_path):
-    events = run_of(config_of(), tmp_path / "run", stop=behind(6))
+    events = stopped(config_of(), tmp_path / "run", Evaluated, 6)
     assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
 
 
@@ -353,19 +365,33 @@ def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
-    config = config_of("training.learning_rate=1.0e+30", "training.clip_norm=null", "training.checkpoint_every=1")
+@pytest.mark.parametrize(("every", "seen"), [(1, 4), (3, 5), (100, 5)])
+def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, seen):
+    # the fourth step ruins the parameters
+    monkeypatch.setattr("seqmix.training.loop.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
+    config = config_of(
+        "training.evaluate_every=100", "training.keep_checkpoints=9", f"training.checkpoint_every={every}"
+    )
     with pytest.raises(TrainingError) as raised:
         run_of(config, tmp_path / "run")
     message = str(raised.value)
     assert "\n" not in message
-    step = int(message.removeprefix("step ").partition(":")[0])
-    assert step > 1
-    assert "the loss is" in message
+    assert re.match(rf"step {seen}: the loss.* is (nan|inf)", message)
     assert "training.learning_rate" in message
-    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, step))
-    # the step that failed has left nothing behind
-    assert all(p.isfinite().all() for p in load_run(tmp_path / "run").parameters())
+    assert str(tmp_path / "run" / "checkpoints") in message
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    # what it ruined was not kept
+    assert len(checkpoints(tmp_path / "run")) == 3 // every
+    for folder in checkpoints(tmp_path / "run"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
+    trainer = trainer_of(config_of(), tmp_path)
+    trainer.model.head.register_forward_hook(lambda head, args, out: out if trainer.model.training else out * math.nan)
+    with pytest.raises(TrainingError, match=r"^step 2: the validation loss is nan"):
+        list(trainer.steps(0, lambda: False))
+    assert not checkpoints(tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path):
@@ -376,7 +402,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path)
     assert math.isfinite(loss)
     assert math.isnan(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    with pytest.raises(TrainingError, match=r"step 1: the loss is .* and its gradient's norm nan"):
+    with pytest.raises(TrainingError, match=r"^step 1: the gradient's norm is nan"):
         list(trainer.steps(0, lambda: False))
 
 
