@@ -40,7 +40,7 @@ def main() -> None:
     # as `python -m` does: a configuration may name classes of modules that lie here (kind: my_mixers:MyConfig)
     sys.path.insert(0, "")
     try:
-        app()
+        app(prog_name="seqmix")
     except KeyboardInterrupt:
         sys.exit(130)
     except SeqmixError as error:
@@ -117,15 +117,16 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = stream_text(load_run(run), prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or [])
+    # bytes of a command line that are no text come as surrogates, which no terminal takes
+    texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
     if len(prompt) == 1:
         started = False
         for (piece,) in pieces:
             # the prompt is shown once the first byte is there: bad input shows nothing but its error
-            typer.echo(piece if started else prompt[0] + piece, nl=False)
+            typer.echo(piece if started else texts[0] + piece, nl=False)
             started = True
         typer.echo()
         return
-    texts = list(prompt)
     for new in pieces:
         texts = [text + piece for text, piece in zip(texts, new, strict=True)]
     for text in texts:

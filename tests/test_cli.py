@@ -113,7 +113,7 @@ def refused(seqmix):
     def call(*arguments: str) -> str:
         done = seqmix(*arguments)
         assert done.status == 2
-        assert done.out == ""
+        assert done.out.strip() == ""
         lines = done.err.splitlines()
         assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")
@@ -252,11 +252,6 @@ def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "8")
     assert len(pieces) == 8 + 2  # the bytes, what was held back, the end of the line
     assert pieces[0][0].startswith("the ")
-
-
-def test_bytes_that_are_no_text_are_a_prompt(seqmix, run):
-    done = seqmix("generate", str(run), "--prompt", b"a\xff".decode(errors="surrogateescape"), "--max-new-tokens", "3")
-    assert done.status == 0, done.err
 
 
 def test_several_prompts_are_continued_as_alone(seqmix, run):

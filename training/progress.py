@@ -65,7 +65,8 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                     case Saved():
                         pass
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()
     quoted = shlex.quote(str(run))
     if done < config.training.steps:
         console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}", highlight=False)

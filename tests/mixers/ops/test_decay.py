@@ -650,8 +650,8 @@ def test_chunks_hold_at_least_a_token():
         decay_chunkwise(Q, K, V, None, chunk_size=0)
 
 
-@pytest.mark.parametrize("borders", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7]])
-@pytest.mark.parametrize("function", [decay_recurrent, decay_chunkwise])
+@pytest.mark.parametrize("borders", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7], [0], []], ids=str)
+@pytest.mark.parametrize("function", [decay_parallel, decay_recurrent, decay_chunkwise])
 def test_wrong_borders_are_refused(function, borders):
     with pytest.raises(SeqmixError, match="must rise from 0 to the 6 tokens given"):
-        function(Q[:1], K[:1], V[:1], None, cu_seqlens=torch.tensor(borders))
+        function(Q[:1], K[:1], V[:1], None, cu_seqlens=torch.tensor(borders, dtype=torch.int64))
