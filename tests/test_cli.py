@@ -113,7 +113,7 @@ def refused(seqmix):
     def call(*arguments: str) -> str:
         done = seqmix(*arguments)
         assert done.status == 2
-        assert done.out.strip() == ""
+        assert done.out == ""
         lines = done.err.splitlines()
         assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")

@@ -568,6 +568,15 @@ def test_a_step_is_one_token(mixer):
         mixer.step(Draw(mixer, 0).tokens(1, 2), mixer.init_state(1))
 
 
+def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
+    x, inner = Draw(mixer, 0).tokens(1, 4), mixer.mix
+    assert mixer(x)[1] is None
+    assert mixer(x, return_state=True)[1] is not None
+    # whatever a mixer's own method returns
+    monkeypatch.setattr(mixer, "mix", lambda *args: inner(*args[:-1], True))
+    assert mixer(x)[1] is None
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configured_paradigm_is_the_default(name):
     for paradigm in CONFIGS[name].traits.paradigms:

@@ -283,7 +283,7 @@ def test_a_run_stopped_again_and_again_is_the_unbroken_one(config_of, tmp_path):
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo'])
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', "no line of ours\n", "[5]\n", '{"loss": 1}\n', "\0\0\n"])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(config_of, tmp_path, torn):
     config = config_of(*DROPOUT)
     run_of(config, tmp_path / "whole")
@@ -352,6 +352,18 @@ def test_a_folder_that_holds_something_else_is_left_alone(config_of, tmp_path):
 def test_a_file_is_no_folder(config_of, tmp_path):
     (tmp_path / "run").write_text("mine")
     assert "is not an empty folder" in refusal(config_of(), tmp_path / "run")
+
+
+def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path, monkeypatch):
+    def slow(data):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("the other's")
+        return read_corpus(data)
+
+    monkeypatch.setattr("seqmix.training.loop.read_corpus", slow)
+    assert "already holds a run" in refusal(config_of(), tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "the other's"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_an_empty_folder_is_taken(config_of, tmp_path):
