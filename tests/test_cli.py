@@ -254,6 +254,12 @@ def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     assert pieces[0][0].startswith("the ")
 
 
+def test_bytes_that_are_no_text_are_a_prompt(seqmix, run):
+    done = seqmix("generate", str(run), "--prompt", b"a\xff".decode(errors="surrogateescape"), "--max-new-tokens", "3")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("a\ufffd")
+
+
 def test_several_prompts_are_continued_as_alone(seqmix, run):
     options = ("--temperature", "0", "--max-new-tokens", "12")
     done = seqmix("generate", str(run), "--prompt", "the te", "--prompt", "a", *options)
