@@ -92,7 +92,7 @@ def train(
     if dry_run:
         _show(loaded, None)
         return
-    _train(loaded, out or Path("runs") / Path(config).stem)
+    _train(loaded, out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml"))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from .training import RunConfig
 
 def mixer_table() -> None:
     """Print the registered mixers, where plug-ins come from, and the plug-ins that cannot be imported."""
-    console = Console()
+    console = Console(markup=False)
     table = _table("kind", "paradigms", "state", "packing", "shift-invariant")
     foreign: dict[str, str] = {}
     for kind in MIXERS.kinds():
@@ -37,7 +37,7 @@ def mixer_table() -> None:
     for kind, module in foreign.items():
         console.print(f"{kind} comes from {module}")
     for name, reason in MIXERS.broken().items():
-        console.print(f"[red]plug-in {name} is broken:[/red] {reason}")
+        console.print(f"plug-in {name} is broken: {reason}", style="red")
 
 
 def _table(*columns: str) -> Table:
@@ -70,7 +70,7 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
         si_bytes(cost.state_bytes),
         si_bytes(cost.activation_bytes),
     )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{cost.parameters:,} parameters ({si_bytes(cost.parameter_bytes)}), "

@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..registry import Config, Registry, SeqmixError, nearest
@@ -61,6 +61,12 @@ class MixerConfig(Config, ABC):
         Raises:
             SeqmixError: the configuration does not fit `d_model`, in one sentence.
         """
+
+    @field_validator("paradigm", mode="before")
+    @classmethod
+    def _paradigm_by_name(cls, value: Any) -> Any:
+        # YAML has names; a subclass that declares the field anew need not know that enums are strict
+        return Paradigm(value) if isinstance(value, str) and value in list(Paradigm) else value
 
     @model_validator(mode="after")
     def _default_paradigm_is_declared(self) -> "MixerConfig":
@@ -194,7 +200,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if x.ndim != 3 or x.shape[1] < 1:
             raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if state is not None and (given := state[0].shape[0]) != rows:
+        if state and isinstance(state[0], Tensor) and (given := state[0].shape[0]) != rows:
             raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")
         if cu_seqlens is None:
             return

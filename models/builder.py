@@ -38,13 +38,19 @@ def build_model(
     model = build_meta(config).to(dtype).to_empty(device=device)
     model.tie()  # to_empty gave each module a matrix of its own
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
+        for tensor in _numbers(model).values():
+            tensor.fill_(torch.nan)
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.reset_parameters()
-    for name, parameter in model.named_parameters():
-        if parameter.isnan().any():
+    for name, tensor in _numbers(model).items():
+        if tensor.isnan().any():
             raise ContractError(f"{name} was left uninitialised: reset_parameters of its module must set it")
     return model
+
+
+def _numbers(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that can be poisoned: what `to_empty` left without values."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}

@@ -160,11 +160,10 @@ class Trainer:
             yield stepped
             final = done == settings.steps
             if final or done % settings.evaluate_every == 0:
-                validation_loss = self.evaluate(final=final, stop=stop)
-                if validation_loss is not None:
-                    self._require_finite(done, "validation loss", validation_loss)
-                    self._record({"step": done, "validation_loss": validation_loss, "final": final})
-                    yield Evaluated(done, validation_loss, final)
+                validation_loss = self.evaluate(final=final)
+                self._require_finite(done, "validation loss", validation_loss)
+                self._record({"step": done, "validation_loss": validation_loss, "final": final})
+                yield Evaluated(done, validation_loss, final)
             stopping = stop()
             if final or stopping or done % settings.checkpoint_every == 0:
                 # the loss of the step was that of the parameters before it: an update may have ruined them
@@ -196,8 +195,8 @@ class Trainer:
         return total.item(), norm.item(), rate
 
     @torch.no_grad()
-    def evaluate(self, *, final: bool = False, stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Nats a byte of the validation text; every sequence starts from nothing. None if asked to stop meanwhile."""
+    def evaluate(self, *, final: bool = False) -> float:
+        """Nats a byte of the validation text; every sequence starts from nothing."""
         settings = self.config.training
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         self.model.eval()
@@ -205,8 +204,6 @@ class Trainer:
         for batch in evaluation_batches(
             self.corpus.validation, self.config.data.sequence_length, settings.batch_size // settings.accumulate, limit
         ):
-            if stop():
-                return None
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())
         return total / max(counted, 1)

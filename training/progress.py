@@ -27,7 +27,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     Raises:
         SeqmixError: training cannot start or go on.
     """
-    console = Console()
+    console = Console(markup=False)  # paths and names are no markup
     progress = Progress(
         TextColumn("step"),
         MofNCompleteColumn(),
