@@ -109,8 +109,11 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
             for part in self.in_proj(x).split(self.widths, dim=-1)
         )
         q, k = self._features(q), self._features(k)
+        narrow = v.dtype
         if self.config.denominator:
-            v = F.pad(v, (0, 1), value=1.0)
+            # numerator and denominator grow with T and leave the range of float16: only their quotient may be narrow
+            wide = torch.promote_types(narrow, torch.float32)
+            q, k, v = q.to(wide), k.to(wide), F.pad(v.to(wide), (0, 1), value=1.0)
         output, memory = decay(
             paradigm,
             q,
@@ -124,7 +127,7 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
             chunk_size=self.config.chunk_size,
         )
         if self.config.denominator:
-            output = output[..., :-1] / (output[..., -1:] + self.config.eps)
+            output = (output[..., :-1] / (output[..., -1:] + self.config.eps)).to(narrow)
         output = head_norm(output, self.config.head_norm, self.config.norm_eps)
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
         return y, None if memory is None else LinearAttentionState(memory)
