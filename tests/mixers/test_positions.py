@@ -104,6 +104,8 @@ def layouts(x):
         "slice": fused[..., : x.shape[-1]],
         "second slice": torch.cat((torch.ones_like(x), x), dim=-1)[..., x.shape[-1] :],
         "odd strides": torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)[..., :-1],
+        "odd offset": torch.cat((torch.ones_like(x[..., :1]), x, torch.ones_like(x[..., :1])), dim=-1)[..., 1:-1],
+        "every other": torch.stack((x, torch.ones_like(x)), dim=-1).flatten(-2)[..., ::2],
         "heads first": x.transpose(1, 2).contiguous().transpose(1, 2),
         "keys first": x.mT.contiguous().mT,
     }
