@@ -26,7 +26,7 @@ from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .decay_chunkwise import chunkwise_op
 from .decay_recurrent import recurrent_op
-from .segments import read_borders
+from .segments import require_borders
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
 """Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head (and key dimension)."""
@@ -315,8 +315,8 @@ def _check(
         )
     if cu_seqlens is not None and batch != 1:
         raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {batch}")
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        read_borders(cu_seqlens, length)  # elsewhere, looking would wait for the device
+    if cu_seqlens is not None:
+        require_borders(cu_seqlens, length)
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is not None and tuple(initial_state.shape) != (rows, heads, key_width, v.shape[3]):
         raise SeqmixError(

@@ -220,8 +220,8 @@ def chunkwise_op(
         decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
         for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens):
             state = None if initial_state is None else initial_state[stretch.rows].to(wide).flatten(0, 1)
-            if save_states and state is not None and stretch.start < stretch.stop:
-                entries[index].flatten(0, 1).copy_(state)
+            if save_states and stretch.start < stretch.stop:
+                entries[index].zero_() if state is None else entries[index].flatten(0, 1).copy_(state)
             for start, stop in pieces(stretch, chunk_size):
                 chunk = decays.chunk(start, stop)
                 query, key, value = (_operand(x, start, stop, wide) for x in (q, k, v))
@@ -237,6 +237,8 @@ def chunkwise_op(
                     state = _next_state(state, _scaled(key, chunk.suffix), value, chunk.total, place)
             if output_final_state and state is not None:
                 final_state[stretch.rows].flatten(0, 1).copy_(state)
+    if save_states:
+        entries[index:].zero_()  # documents that end in one chunk leave rows over
     return output, final_state, entries
 
 

@@ -60,6 +60,8 @@ def recurrent_op(
                     state = _next_state(state, k, v, log_decay, t)
                     output[:, t] = scale * torch.einsum("bhk,bhkv->bhv", q[:, t].to(wide), state)
             final_state[stretch.rows] = state
+    if save_states:
+        kept[index:].zero_()  # documents that end in one block leave rows over
     return output, final_state, kept
 
 

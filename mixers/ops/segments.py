@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...registry import SeqmixError
@@ -37,6 +38,21 @@ def read_borders(cu_seqlens: Tensor, length: int) -> list[int]:
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != length or sorted(borders) != borders:
         raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens given, and is {borders[:8]}")
     return borders
+
+
+def require_borders(cu_seqlens: Tensor, length: int) -> None:
+    """Refuse wrong borders, here and now where that costs nothing, else in the device's own time.
+
+    Raises:
+        SeqmixError: on a CPU, outside compiled code.
+        RuntimeError: elsewhere, when the device gets there.
+    """
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        read_borders(cu_seqlens, length)
+        return
+    rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length)
+    # no number in the sentence: a size in a string would recompile for every length
+    torch.ops.aten._assert_async.msg(rises, "cu_seqlens must rise from 0 to the number of tokens given")
 
 
 def pieces(stretch: Stretch, size: int) -> list[tuple[int, int]]:

@@ -467,8 +467,9 @@ def test_the_ops_are_well_formed(paradigm, packed, kind):
     }[paradigm]
     inputs = with_leaves(case.inputs())
     compare = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    # packed documents leave places for states unwritten, whose numbers cannot be compared between two runs
-    torch.library.opcheck(op, arguments(case, paradigm, inputs), test_utils=compare[:3] if packed else compare)
+    torch.library.opcheck(op, arguments(case, paradigm, inputs), test_utils=compare)
+    # without an initial state the first entry state is nobody's, and must be the same numbers in two runs all the same
+    torch.library.opcheck(op, arguments(case, paradigm, inputs | {"initial_state": None}), test_utils=compare)
     inputs = with_leaves(inputs, ())
     torch.library.opcheck(op, arguments(case, paradigm, inputs, save_states=False), test_utils=compare)
     *_, states = op(*arguments(case, paradigm, inputs))
@@ -655,3 +656,12 @@ def test_chunks_hold_at_least_a_token():
 def test_wrong_borders_are_refused(function, borders):
     with pytest.raises(SeqmixError, match="must rise from 0 to the 6 tokens given"):
         function(Q[:1], K[:1], V[:1], None, cu_seqlens=torch.tensor(borders, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("borders", [[0, 4], [1, 6], [0, 4, 3, 6]])
+def test_wrong_borders_are_refused_in_compiled_code_too(borders):
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 1, 6, 2, 4)
+    function = torch.compile(decay_parallel, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
+        function(q, k, v, None, cu_seqlens=torch.tensor(borders))
