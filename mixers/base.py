@@ -133,6 +133,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
+        if not isinstance(paradigm, Paradigm):  # its name
+            paradigm = Paradigm(paradigm)
         self._require_shapes(x, state, cu_seqlens)
         y, final_state = self.mix(x, state, paradigm, cu_seqlens, return_state)
         return y, final_state if return_state else None

@@ -577,6 +577,14 @@ def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
     assert mixer(x)[1] is None
 
 
+def test_a_paradigm_may_be_given_by_name(mixer, monkeypatch):
+    x, inner, given = Draw(mixer, 0).tokens(1, 7), mixer.mix, []
+    monkeypatch.setattr(mixer, "mix", lambda *args: given.append(args[2]) or inner(*args))
+    for paradigm in mixer.traits.paradigms:
+        mixer(x, paradigm=str(paradigm))
+        assert given[-1] is paradigm
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configured_paradigm_is_the_default(name):
     for paradigm in CONFIGS[name].traits.paradigms:
