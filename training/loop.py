@@ -201,8 +201,12 @@ class Trainer:
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         self.model.eval()
         total, counted = 0.0, 0
+        parts = settings.accumulate  # smaller batches, and as many sequences
         for batch in evaluation_batches(
-            self.corpus.validation, self.config.data.sequence_length, settings.batch_size // settings.accumulate, limit
+            self.corpus.validation,
+            self.config.data.sequence_length,
+            settings.batch_size // parts,
+            None if limit is None else limit * parts,
         ):
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())

@@ -230,6 +230,13 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
     assert loss(4) == pytest.approx(loss(1), rel=1e-6)
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_parts_do_not_change_what_is_evaluated(config_of, tmp_path, final):
+    changes = ("training.batch_size=4", "training.evaluation_batches=1", "training.final_evaluation_batches=1")
+    whole, parts = (trainer_of(config_of(*changes, f"training.accumulate={n}"), tmp_path) for n in (1, 4))
+    assert parts.evaluate(final=final) == pytest.approx(whole.evaluate(final=final), rel=1e-6)
+
+
 # ---- the same run
 
 
