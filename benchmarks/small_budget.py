@@ -4,8 +4,8 @@
 
 4 layers of width 128, about 0.8M parameters, 2000 steps of 12 sequences of 64 bytes, learning rate 1e-3; the first 90 %
 of the text is learnt, the rest is validation, all of it. The models take their steps in turn, ten at a time, so that a
-busy machine slows all of them; seconds are those of training steps alone. Retention also runs on five eighths of the
-steps: its steps cost more, and it needs fewer.
+busy machine slows all of them; seconds are those of training steps alone. Attention and retention also run on five
+eighths of the steps: theirs cost more, and they need fewer.
 """
 
 import math
@@ -127,11 +127,12 @@ def main(text: str, steps: int) -> None:
     """Train all, in turn; print a table."""
     fewer = steps * 5 // 8
     whole, shorter = run_config(text, steps, PARALLEL), run_config(text, fewer, PARALLEL)
-    swapped = run_config(text, steps, f"model.blocks.ret.mixer={ATTENTION}", "model.blocks.ret.ffn.expansion=4.0")
+    swap = (f"model.blocks.ret.mixer={ATTENTION}", "model.blocks.ret.ffn.expansion=4.0")
     with tempfile.TemporaryDirectory() as folder:
         contestants: dict[str, GptTraining | Trainer] = {
             f"GPT of nanoGPT's kind, {steps} steps": GptTraining(whole),
-            f"attention, {steps} steps": trainer(swapped, folder),
+            f"attention, {steps} steps": trainer(run_config(text, steps, *swap), folder),
+            f"attention, {fewer} steps": trainer(run_config(text, fewer, *swap), folder),
             f"retention, {steps} steps": trainer(whole, folder),
             f"retention, {fewer} steps": trainer(shorter, folder),
         }
