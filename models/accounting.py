@@ -1,13 +1,15 @@
 """What a model costs, without allocating it: parameters, operations, state, activations, by layer.
 
 The model is built on `meta`; operations are counted by the modules' own formulas, activations by running one layer of
-each kind on `meta` and adding up what autograd keeps.
+each kind on fake tensors and adding up what autograd keeps.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from ..mixers.state import nbytes, to_dict
 from .builder import build_meta
@@ -115,9 +117,11 @@ def _count(module: nn.Module) -> int:
 
 
 def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
-    """Bytes that autograd keeps of one layer of a kind, parameters aside."""
-    block = model.blocks[model.config.layers.index(name)]
-    own = {id(p) for p in block.parameters()}
+    """Bytes that autograd keeps of one layer of a kind, parameters aside.
+
+    The layer runs on fake tensors, which have no memory but say that they are on a CPU: on `meta`, torch would take
+    attention's quadratic form, which no device does.
+    """
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -126,8 +130,14 @@ def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    like = model.embedding.weight
-    x = torch.empty(1, length, model.config.d_model, device="meta", dtype=like.dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = block(x)  # noqa: F841 the graph must live while it is counted
+    block = model.blocks[model.config.layers.index(name)]
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
+            for name, x in (*block.named_parameters(), *block.named_buffers())
+        }
+        own = {id(x) for x in tensors.values()}
+        x = torch.empty(1, length, model.config.d_model, dtype=model.embedding.weight.dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = functional_call(block, tensors, x)  # noqa: F841 the graph must live while it is counted
     return sum(storages.values())

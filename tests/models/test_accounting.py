@@ -139,7 +139,7 @@ def kept_bytes(block, length, d_model, dtype) -> int:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mixer", [kind for kind in MIXERS.kinds() if kind != "attention"])
+@pytest.mark.parametrize("mixer", MIXERS.kinds())
 def test_activations_are_what_autograd_keeps(config_of, mixer, dtype, dropout):
     config = config_of(mixer, d_model=64)
     block = config.blocks["block0"].model_copy(update={"dropout": dropout})
