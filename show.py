@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .mixers import MIXERS, Paradigm
-from .mixers.base import MixerConfig
 from .models import LayerCost, ModelCost
 from .training import RunConfig
 
@@ -21,7 +20,7 @@ def mixer_table() -> None:
         if not (module := MIXERS.origin(kind)).startswith("seqmix."):
             foreign[kind] = module
         try:
-            traits = _example(MIXERS.resolve(kind)).traits
+            traits = MIXERS.resolve(kind).example().traits
         except ValueError as error:
             table.add_row(kind, f"not known without a configuration: {error}")
             continue
@@ -43,12 +42,6 @@ def mixer_table() -> None:
 def _table(*columns: str) -> Table:
     """A table that fits eighty columns."""
     return Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-
-
-def _example(config: type[MixerConfig]) -> MixerConfig:
-    """The default configuration, with one head where heads must be given."""
-    required = {name: 1 for name, field in config.model_fields.items() if field.is_required()}
-    return config(**required)
 
 
 def cost_table(config: RunConfig, cost: ModelCost) -> None:

@@ -33,17 +33,17 @@ class AttentionConfig(MixerConfig):
     """Softmax attention: every query reads all keys before it, or the last `window` of them."""
 
     kind: Literal["attention"] = "attention"
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, examples=[2, 1, 6])
     """Query heads."""
-    n_kv_heads: int | None = Field(default=None, gt=0)
+    n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
     """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when null."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "none"] = "rope"
     """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; or `none`."""
     rope_base: float = Field(default=10000.0, gt=1)
     """The base of the angles."""
-    window: int | None = Field(default=None, gt=0)
+    window: int | None = Field(default=None, gt=0, examples=[4, 1])
     """Keys that a query sees, its own included; all when null. It bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
     """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
@@ -130,6 +130,12 @@ class Attention(SequenceMixer[AttentionState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
         )
+        if (
+            final_state is not None and final_state.keys.dtype != self.dtype
+        ):  # autocast narrowed the keys of a new cache
+            final_state = final_state._replace(
+                keys=final_state.keys.to(self.dtype), values=final_state.values.to(self.dtype)
+            )
         return self.out_proj(output.flatten(2)), final_state
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:  # noqa: D102

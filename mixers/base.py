@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, final
+from typing import Any, Generic, Literal, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -61,6 +61,20 @@ class MixerConfig(Config, ABC):
         Raises:
             SeqmixError: the configuration does not fit `d_model`, in one sentence.
         """
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small configuration of this kind, for tables and checks.
+
+        Required fields have the first of their `examples` (pydantic's own: `Field(gt=0, examples=[2])`), or 1.
+        """
+        return cls(**cls.example_fields())
+
+    @classmethod
+    def example_fields(cls) -> dict[str, Any]:
+        """The fields that `example` gives."""
+        required = {name: field for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: field.examples[0] if field.examples else 1 for name, field in required.items()}
 
     @field_validator("paradigm", mode="before")
     @classmethod
@@ -129,7 +143,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             The output [B T D], and the final state (None unless wanted).
 
         Raises:
-            ContractError: the mixer does not declare the paradigm, packing, or the shapes do not fit.
+            ContractError: the mixer does not declare the paradigm or packing, or the dtypes or shapes do not fit.
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
@@ -201,6 +215,11 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1] < 1:
             raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
+        if not x.is_floating_point() or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ContractError(
+                f"{self.kind} has parameters of {self.dtype} and was given {x.dtype}: convert the one or the other, "
+                "or use torch.autocast"
+            )
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state and isinstance(state[0], Tensor) and (given := state[0].shape[0]) != rows:
             raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")

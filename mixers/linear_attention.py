@@ -27,11 +27,11 @@ class LinearAttentionConfig(MixerConfig):
     """Linear attention: a matrix state a head that only grows by addition."""
 
     kind: Literal["linear_attention"] = "linear_attention"
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, examples=[2, 1, 3])
     """Heads."""
-    expand_k: float = Field(default=1.0, gt=0, le=1000)
+    expand_k: float = Field(default=1.0, gt=0, le=1000, examples=[0.5])
     """Width of all queries (and keys) over d_model."""
-    expand_v: float = Field(default=1.0, gt=0, le=1000)
+    expand_v: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
     """Width of all values over d_model."""
     feature_map: Literal["elu", "relu", "softmax", "identity"] = "elu"
     """phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over a head's width; only `identity` can be negative."""

@@ -29,16 +29,16 @@ class RetentionConfig(MixerConfig):
     """Retention: a matrix state a head, with a fixed decay a head."""
 
     kind: Literal["retention"] = "retention"
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, examples=[2, 1, 3])
     """Heads, each with its own decay."""
-    expand_k: float = Field(default=1.0, gt=0, le=1000)
+    expand_k: float = Field(default=1.0, gt=0, le=1000, examples=[0.5])
     """Width of all queries (and keys) over d_model."""
-    expand_v: float = Field(default=2.0, gt=0, le=1000)
+    expand_v: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
     """Width of all values over d_model."""
     decay: Literal["geometric", "log_uniform", "constant", "none"] = "geometric"
     """`geometric`: gamma_h = 1 - 2^(-5-h) (Eq. 8); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its logarithm,
     whatever the number of heads (the paper's own runs, §3.1); `constant`: `gamma` for all; `none`: no decay."""
-    gamma: float | None = Field(default=None, gt=0, lt=1)
+    gamma: float | None = Field(default=None, gt=0, lt=1, examples=[0.8])
     """The decay of `decay: constant`, and of nothing else."""
     learnable_decay: bool = False
     """Whether the decays are parameters, started at their schedule."""

@@ -45,12 +45,12 @@ def nbytes(state: tuple[Any, ...]) -> int:
 
 
 def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
-    """All leaves by name ("0.memory"), as safetensors takes them."""
+    """All leaves by name ("0.memory"), contiguous, as safetensors takes them."""
     leaves: dict[str, Tensor] = {}
 
     def visit(node: Tensor | tuple[Any, ...], path: tuple[str, ...]) -> None:
         if isinstance(node, Tensor):
-            leaves[".".join(path)] = node
+            leaves[".".join(path)] = node.contiguous()
             return
         for name, child in zip(_names(node), node, strict=True):
             visit(child, (*path, name))

@@ -5,5 +5,6 @@ from .errors import ConfigError, SeqmixError, nearest
 from .loading import dump, load
 from .registry import Registry
 from .schema import json_schema
+from .sources import read_mapping
 
-__all__ = ["Config", "ConfigError", "Registry", "SeqmixError", "dump", "json_schema", "load", "nearest"]
+__all__ = ["Config", "ConfigError", "Registry", "SeqmixError", "dump", "json_schema", "load", "nearest", "read_mapping"]

@@ -9,14 +9,15 @@ from pydantic import ValidationError
 from .config import Config
 from .errors import ConfigError
 from .explain import explain
-from .overrides import override
+from .overrides import SOURCE, override
 from .sources import read
+from .tree import Node, Origin
 from .yaml_writer import write
 
 C = TypeVar("C", bound=Config)
 
 
-def load(cls: type[C], source: str | Path, overrides: Iterable[str] = (), *, presets: Path) -> C:
+def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (), *, presets: Path) -> C:
     """Read a configuration.
 
     A file may say `extends: <preset, or file relative to this one>`: it is then a difference. Mappings merge key by
@@ -24,7 +25,7 @@ def load(cls: type[C], source: str | Path, overrides: Iterable[str] = (), *, pre
 
     Args:
         cls: the class of the configuration.
-        source: the name of a preset, or a YAML file.
+        source: the name of a preset, or a YAML file; None for nothing but overrides.
         overrides: changes as `dotted.path=value` with the value in YAML, applied last and in order, as if each were a
             file of one value that extends what is before it.
         presets: the folder of the presets, one file `<name>.yaml` each.
@@ -32,7 +33,7 @@ def load(cls: type[C], source: str | Path, overrides: Iterable[str] = (), *, pre
     Raises:
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
     """
-    tree = read(source, presets)
+    tree = Node({}, Origin(SOURCE)) if source is None else read(source, presets)
     for change in overrides:
         tree = override(tree, change)
     try:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, nearest, shown
 from .tree import Node, Origin
@@ -24,6 +25,11 @@ def read(source: str | Path, presets: Path) -> Node:
     """
     path = source if isinstance(source, Path) else _locate(source, Path(), presets, "")
     return _read(path, presets, (), "")
+
+
+def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
+    """What a preset or file says, merged into all that it extends, as plain data; `read` tells the errors."""
+    return read(source, presets).plain()
 
 
 def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str) -> Node:
