@@ -17,7 +17,7 @@ import seqmix
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-NOT_SHIPPED = {"tests", "docs", "benchmarks", "build", "dist", "runs", "site"}
+NOT_SHIPPED = {"tests", "docs", "benchmarks", "examples", "build", "dist", "runs", "site"}
 
 
 @cache
@@ -129,10 +129,11 @@ FLOORS = [
     {"seqmix.mixers.paradigm", "seqmix.mixers.positions"},
     {"seqmix.mixers.ops"},
     {"seqmix.mixers"},
+    {"seqmix.mixers.testing"},
     {"seqmix.blocks"},
     {"seqmix.models"},
     {"seqmix.training"},
-    {"seqmix.show"},
+    {"seqmix.checking", "seqmix.show"},
     {"seqmix.cli"},
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
@@ -289,13 +290,15 @@ def test_mixers_are_imported_when_they_are_asked_for(probes):
 
 
 def test_required_libraries_are_declared():
-    declared = {dependency.partition(">")[0].lower() for dependency in PROJECT["project"]["dependencies"]}
+    required, optional = PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]["test"]
+    declared, test = ({entry.partition(">")[0].lower() for entry in entries} for entries in (required, optional))
     distribution = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
     for name, file in modules().items():
         for imported, line in imports(name, file):
             top = imported.partition(".")[0]
             if top != "seqmix" and top not in sys.stdlib_module_names:
-                assert distribution.get(top, top) in declared, f"{name}:{line} imports {top}"
+                allowed = declared | test if within(name, "seqmix.mixers.testing") else declared
+                assert distribution.get(top, top) in allowed, f"{name}:{line} imports {top}"
 
 
 # ---- tests

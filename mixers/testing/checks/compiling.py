@@ -1,0 +1,63 @@
+"""torch.compile: one graph, whatever the data."""
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ..case import Draw
+from ..check import check, packing, recurrent
+from ..compare import require
+from ..trial import Trial
+
+ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
+
+
+@check(share=0, draw=ONE, compiles=True)
+def training_compiles_into_one_graph(trial: Trial) -> None:
+    """Forward and backward compile with fullgraph, give what eager gives, and recompile for no data."""
+    _compiles(trial, lambda x, state, **options: trial.mixer(x, state, return_state=True, **options))
+
+
+@check(packing, share=0, draw=Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",)), compiles=True)
+def packing_compiles_into_one_graph(trial: Trial) -> None:
+    """Packed training compiles with fullgraph and recompiles for no borders, empty documents included."""
+    device = trial.subject.device
+    borders = [torch.tensor(cuts, device=device) for cuts in ([0, 3, 6, 9], [0, 0, 5, 9], [0, 9, 9, 9])]
+    # the state of a growing cache has its own shape for every packing: only the output is compared
+    _compiles(trial, lambda x, state, **options: (trial.mixer(x, state, **options)[0], None), borders)
+
+
+def _compiles(trial, function, borders=(None, None)):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(trial.subject.compile_backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    rows = trial.case.batch_size if borders[0] is None else len(borders[0]) - 1
+    for cuts in borders:
+        options = {} if cuts is None else {"cu_seqlens": cuts}
+        x, state = trial.tokens(), trial.state(rows)
+        expected, after = trial.differentiate(lambda x, s, o=options: function(x, s, **o), x, state)
+        actual, compiled_after = trial.differentiate(lambda x, s, o=options: compiled(x, s, **o), x, state)
+        with trial.differences("compiled against eager") as found:
+            found.tensors(actual, expected)
+            found.state("the final state", compiled_after, after)
+    count = counter.frame_count
+    require(count == 1, f"{len(borders)} calls of equal shapes compiled {count} graphs: something depends on data")
+
+
+@check(recurrent, share=0, draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)), compiles=True)
+def decoding_compiles_once(trial: Trial) -> None:
+    """A step from an allocated state compiles with fullgraph, once for all tokens."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(trial.subject.compile_backend)
+    step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
+    x = trial.tokens()
+    state, outputs = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            y, state = step(x[:, t : t + 1], state)
+            outputs.append(y)
+    with trial.differences("compiled steps against the whole") as found:
+        found.tensor("the output", torch.cat(outputs, dim=1), trial.mix(x, None)[0], "BTD")
+    count = counter.frame_count
+    require(
+        count == 1, f"{x.shape[1]} steps compiled {count} graphs: something that changes with every token is no tensor"
+    )

@@ -1,0 +1,279 @@
+"""Running checks: on one configuration, as pytest cases, or one check on one case."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from hypothesis import reject, settings
+
+from ...registry import SeqmixError, nearest
+from ..base import MixerConfig
+from ..paradigm import Paradigm
+from . import options
+from .case import Case, source
+from .check import CHECKS, Check
+from .compare import CheckFailure
+from .search import search, where_raised
+from .trial import Subject, Trial, strict_numerics
+
+EXAMPLES = 100
+"""Examples asked for by default; each check takes its share."""
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    EXPECTED_FAILURE = "expected failure"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check on one configuration."""
+
+    check: Check
+    status: Status
+    reason: str = ""
+    """Why it was skipped or expected to fail; of a failure, the whole report."""
+    examples: int = 0
+    """Cases run."""
+    seconds: float = 0.0
+    case: Case | None = None
+    """Of a failure, the smallest case found."""
+
+
+@dataclass
+class Report:
+    """All checks on one configuration."""
+
+    config: MixerConfig
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """The checks that failed."""
+        return [outcome for outcome in self.outcomes if outcome.status is Status.FAILED]
+
+
+def check_mixer(
+    config: MixerConfig,
+    *,
+    checks: Iterable[str] | None = None,
+    d_model: int | None = None,
+    device: str | torch.device = "cpu",
+    paradigms: tuple[Paradigm, ...] | None = None,
+    examples: int = EXAMPLES,
+    seed: int | None = 0,
+    vary: bool = True,
+    compiles: bool = True,
+    tolerances: Mapping[torch.dtype, float] | None = None,
+    compile_backend: str = "aot_eager",
+    expected_failures: Mapping[str, str] | None = None,
+    shrink: bool = True,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> Report:
+    """Run the conformance kit on a configuration.
+
+    Args:
+        config: what is tested.
+        checks: names of the checks to run; all by default.
+        d_model: width of the residual stream; by default the smallest of a few that fits.
+        device: where it is tested.
+        paradigms: those to test, of the declared ones; all by default.
+        examples: examples asked for; each check takes its share.
+        seed: of the cases drawn; None lets hypothesis draw anew (or use its own seed).
+        vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
+        compiles: whether the checks that compile run; they take several seconds each.
+        tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
+        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`.
+        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
+        shrink: whether the smallest counterexample is searched for.
+        on_outcome: called after each check.
+
+    Raises:
+        SeqmixError: a check or paradigm that does not exist, or a width that does not fit.
+    """
+    subject = Subject(
+        config,
+        d_model=d_model,
+        device=device,
+        paradigms=paradigms,
+        vary=vary,
+        tolerances=tolerances,
+        compile_backend=compile_backend,
+    )
+    expected = dict(expected_failures or {})
+    chosen = [CHECKS[name] for name in _known(checks if checks is not None else CHECKS)]
+    _known(expected)
+    report = Report(config)
+    for check in chosen:
+        if check.compiles and not compiles:
+            continue
+        outcome = run_check(
+            check, subject, examples=examples, seed=seed, shrink=shrink, expected=expected.get(check.name)
+        )
+        report.outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return report
+
+
+def run_check(
+    check: Check,
+    subject: Subject,
+    *,
+    examples: int = EXAMPLES,
+    seed: int | None = 0,
+    shrink: bool = True,
+    expected: str | None = None,
+) -> Outcome:
+    """One check on one configuration; `expected` is the reason why it is known to fail."""
+    started = time.perf_counter()
+    if reason := check.skip_reason(subject.config):
+        return Outcome(check, Status.SKIPPED, reason)
+    found = search(
+        lambda case: _attempt(check, subject, case),
+        check.draw.cases(subject.config.traits, options.strategy(subject.config, vary=subject.vary)),
+        examples=check.examples(examples),
+        seed=seed,
+        shrink=shrink,
+    )
+    error, case, count = found.error, found.case, found.examples
+    seconds = time.perf_counter() - started
+    if error is None:
+        if expected is not None:
+            text = f"{check.name} passed, and was expected to fail: {expected}"
+            return Outcome(check, Status.FAILED, text, count, seconds)
+        return Outcome(check, Status.PASSED, "", count, seconds)
+    if expected is not None:
+        return Outcome(check, Status.EXPECTED_FAILURE, expected, count, seconds, case)
+    return Outcome(check, Status.FAILED, _explain(check, subject, case, error), count, seconds, case)
+
+
+def reproduce(
+    name: str, config: MixerConfig, case: Case, *, d_model: int | None = None, device: str | torch.device = "cpu"
+) -> None:
+    """Run one check on one case, as a report of a failure says; raises as the check does."""
+    (known,) = _known([name])
+    _attempt(CHECKS[known], Subject(config, d_model=d_model, device=device), case)
+
+
+def parametrize_checks(
+    configs: Sequence[MixerConfig],
+    *,
+    expected_failures: Mapping[str, Mapping[str, str]] | None = None,
+    **options: Any,
+) -> Any:
+    """A decorator that gives a pytest function an argument `check`, one for every configuration and check.
+
+    The function calls it: `check()`, or `check(device="cuda")`.
+
+    Args:
+        configs: what is tested.
+        expected_failures: by kind, checks that are known to fail, each with a reason.
+        options: as `check_mixer` has them.
+    """
+    import pytest
+
+    known = expected_failures or {}
+    cases = [
+        pytest.param(
+            _Bound(check, config, known.get(config.kind, {}).get(check.name), options),
+            id=f"{_label(config, configs)}-{check.name}",
+        )
+        for config in configs
+        for check in CHECKS.values()
+    ]
+    return pytest.mark.parametrize("check", cases)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A check with a configuration, as pytest passes it."""
+
+    check: Check
+    config: MixerConfig
+    expected: str | None
+    options: Mapping[str, Any]
+
+    def __call__(self, **options: Any) -> None:
+        import pytest
+
+        report = check_mixer(
+            self.config,
+            checks=[self.check.name],
+            expected_failures={} if self.expected is None else {self.check.name: self.expected},
+            # hypothesis' profile and its seed on the command line hold here too
+            **{"seed": None, "examples": settings().max_examples, **self.options, **options},
+        )
+        for outcome in report.outcomes:
+            if outcome.status is Status.FAILED:
+                pytest.fail(outcome.reason, pytrace=False)
+            if outcome.status is Status.SKIPPED:
+                pytest.skip(outcome.reason)
+            if outcome.status is Status.EXPECTED_FAILURE:
+                pytest.xfail(outcome.reason)
+
+
+def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
+    """The kind, and its number where there are several of it."""
+    same = [other for other in configs if other.kind == config.kind]
+    return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
+
+
+def _known(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    for name in names:
+        if name not in CHECKS:
+            raise SeqmixError(f"there is no check {name!r}; checks: {', '.join(CHECKS)}{nearest(name, CHECKS)}")
+    return [name for name in CHECKS if name in names]
+
+
+def _attempt(check: Check, subject: Subject, case: Case) -> None:
+    if check.compiles:  # as in use
+        check.test(Trial(subject, case))
+        return
+    with strict_numerics():
+        trial = Trial(subject, case)
+        if check.skip_reason(trial.config):
+            reject()
+        check.test(trial)
+
+
+def _explain(check: Check, subject: Subject, case: Case | None, error: Exception) -> str:
+    """The report of a failure."""
+    what = str(error) if isinstance(error, CheckFailure) else where_raised(error)
+    config = subject.config
+    lines = [f"{config.kind} fails {check.name}: {check.promise}", *what.splitlines()]
+    if case is not None:
+        where = "" if subject.device.type == "cpu" else f', device="{subject.device}"'
+        lines += [
+            f"The configuration: {source(config)}",
+            f"The smallest case: {case!r}",
+            "To reproduce:",
+            *(f"    {line}" for line in _imports(config, case)),
+            f"    config = {source(config)}",
+            f"    case = {case!r}",
+            f'    reproduce("{check.name}", config, case, d_model={subject.d_model}{where})',
+        ]
+    return "\n".join(lines)
+
+
+def _imports(config: MixerConfig, case: Case) -> Iterator[str]:
+    text = f"{case!r}{source(config)}"
+    if "Paradigm." in text:
+        yield "from seqmix import Paradigm"
+    if "torch." in text:
+        yield "import torch"
+    yield "from seqmix.mixers.testing import Case, reproduce"
+    yield f"from {type(config).__module__} import {type(config).__name__}"
