@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 Source = Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")]
+Compile = Literal["aot_eager", "inductor", "none"]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -139,6 +140,65 @@ def mixers() -> None:
     from .show import mixer_table
 
     mixer_table()
+
+
+@app.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A mixer kind (retention), a dotted path (my_mixers:MyConfig), a preset, or a YAML file of a run or "
+            "of one mixer.",
+            metavar="MIXER",
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes as key=value, the value in YAML.", metavar="[KEY=VALUE]...", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it is checked: cpu, cuda, ...")] = "cpu",
+    paradigm: Annotated[
+        list[str] | None,
+        typer.Option(help="Check this paradigm (against the reference); all by default.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this check; all by default.", metavar="CHECK", show_default=False)
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Cases of the largest check; others take a share.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="The cases are a function of it.")] = 0,
+    d_model: Annotated[
+        int | None,
+        typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16, show_default=False),
+    ] = None,
+    compile_with: Annotated[
+        Compile, typer.Option("--compile", help="What the checks that compile use; none leaves them out.")
+    ] = "aot_eager",
+) -> None:
+    """Prove that a mixer keeps the contract, or show the smallest case in which it does not.
+
+    A kind is checked in all its options, a configuration as it stands. Exits with 1 if a check fails.
+
+    [bold]seqmix check retention[/bold]
+
+    [bold]seqmix check attention window=4 --device cuda[/bold]
+
+    [bold]seqmix check my_mixers:MyConfig --only paradigms_agree --examples 1000[/bold]
+    """
+    from .checking import check_command
+
+    passed = check_command(
+        source,
+        changes or [],
+        device=device,
+        paradigms=paradigm or [],
+        only=only or [],
+        examples=examples,
+        seed=seed,
+        d_model=d_model,
+        compile_backend=None if compile_with == "none" else compile_with,
+    )
+    if not passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,149 @@
+"""The `check` command: what is to be checked, and how the conformance kit's outcomes are shown."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from .mixers import MIXERS, MixerConfig, Paradigm
+from .registry import SeqmixError, load, nearest, read_mapping
+from .training import PRESETS, load_config
+
+if TYPE_CHECKING:
+    from .mixers.testing import Outcome, Report
+
+
+def check_command(
+    source: str,
+    changes: Sequence[str],
+    *,
+    device: str,
+    paradigms: Sequence[str],
+    only: Sequence[str],
+    examples: int,
+    seed: int,
+    d_model: int | None,
+    compile_backend: str | None,
+) -> bool:
+    """Check every mixer that `source` names and print the outcomes; whether all passed.
+
+    Raises:
+        SeqmixError: there is no such mixer, check, paradigm or device, or hypothesis is not installed.
+    """
+    try:
+        from .mixers.testing import check_mixer
+        from .mixers.testing.case import source as source_of
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[test]'") from None
+    configs, vary = mixers_of(source, changes)
+    _require_device(device)
+    chosen = tuple(map(_paradigm, paradigms)) or None
+    console = Console(markup=False, highlight=False)
+    reports = []
+    for config in configs:
+        console.print(f"{source_of(config)} on {device}" + (", and its options" if vary else ""), soft_wrap=True)
+        reports.append(
+            check_mixer(
+                config,
+                checks=only or None,
+                d_model=d_model,
+                device=device,
+                paradigms=chosen,
+                examples=examples,
+                seed=seed,
+                vary=vary,
+                compiles=compile_backend is not None,
+                compile_backend=compile_backend or "aot_eager",
+                on_outcome=lambda outcome: _line(console, outcome),
+            )
+        )
+    _summary(console, reports)
+    return all(report.passed for report in reports)
+
+
+def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfig], bool]:
+    """The mixers that a kind, dotted path, preset or file names, and whether their options are to be varied.
+
+    A kind is an example of itself, checked in its options too; a configuration is checked as it stands. A file holds
+    the configuration of a run, or of one mixer (it says `kind` then).
+
+    Raises:
+        SeqmixError: what is wrong with it, in one sentence.
+    """
+    kinds = MIXERS.kinds()
+    if source in kinds or (":" in source and not Path(source).exists()):
+        cls = MIXERS.resolve(source)
+        example = {name: json.dumps(value) for name, value in cls.example_fields().items()}
+        given = [f"{name}={value}" for name, value in example.items()]
+        return [load(cls, None, [*given, *changes], presets=PRESETS)], not changes
+    presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if not _is_file(source) and source not in presets:
+        known = [*kinds, *presets]
+        raise SeqmixError(
+            f"there is no mixer kind, preset or file {source!r}; kinds: {', '.join(kinds)}{nearest(source, known)}"
+        )
+    mapping = read_mapping(source, PRESETS)
+    if "kind" in mapping:
+        return [load(MIXERS.resolve(str(mapping["kind"])), source, changes, presets=PRESETS)], False
+    blocks = load_config(source, changes).model.blocks
+    return list({repr(block.mixer): block.mixer for block in blocks.values()}.values()), False
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
+
+
+def _paradigm(name: str) -> Paradigm:
+    if name not in list(Paradigm):
+        raise SeqmixError(f"there is no paradigm {name!r}; allowed: {', '.join(Paradigm)}{nearest(name, list(Paradigm))}")
+    return Paradigm(name)
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SeqmixError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
+
+
+def _line(console: Console, outcome: "Outcome") -> None:
+    """The line of one check, printed as it ends."""
+    cases = f"{outcome.examples:5} {'case ' if outcome.examples == 1 else 'cases'} {outcome.seconds:6.1f} s"
+    text = f"  {MARKS[outcome.status]} {outcome.check.name:<48}"
+    if outcome.status == "skipped":
+        console.print(f"{text} skipped: {outcome.reason}", style="dim")
+    elif outcome.status == "failed":
+        console.print(f"{text} {cases}", style="red")
+        console.print("\n".join(f"      {line}" for line in outcome.reason.splitlines()), soft_wrap=True)
+    else:
+        console.print(f"{text} {cases}")
+
+
+def _summary(console: Console, reports: Iterable["Report"]) -> None:
+    """A line a mixer."""
+    table = Table("mixer", "passed", "failed", "skipped", "cases", "seconds", box=SIMPLE, pad_edge=False)
+    for report in reports:
+        by_status = {status: [o for o in report.outcomes if o.status == status] for status in MARKS}
+        table.add_row(
+            report.config.kind,
+            str(len(by_status["passed"])),
+            str(len(by_status["failed"])),
+            str(len(by_status["skipped"])),
+            f"{sum(o.examples for o in report.outcomes):,}",
+            f"{sum(o.seconds for o in report.outcomes):.1f}",
+        )
+    console.print(table)
+    for report in reports:
+        if report.failures:
+            names = ", ".join(outcome.check.name for outcome in report.failures)
+            console.print(f"{report.config.kind} fails {names}", style="red")
