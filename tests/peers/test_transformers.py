@@ -1,0 +1,163 @@
+"""Attention against transformers' (5.24): Llama's layer with its cache, and whole models of Llama and Mistral.
+
+Their rotations, and their norms, compute in float32 whatever the dtype: 1e-5 is agreement.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from einops import rearrange
+from torch.testing import assert_close
+
+from seqmix.mixers import Paradigm
+from seqmix.mixers.attention import AttentionConfig
+from seqmix.mixers.positions import frequencies, rotation
+from seqmix.models.builder import build_model
+from seqmix.models.config import ModelConfig
+
+# not importorskip: it would also skip where transformers is installed and its import fails
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
+
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+PARADIGMS = list(Paradigm)
+D_MODEL, N_HEADS, VOCAB, WINDOW = 48, 4, 50, 7
+LENGTH = 30
+FIELDS = {
+    "hidden_size": D_MODEL,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N_HEADS,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.3,  # at 0.02 the weights of attention are all but even
+    "attn_implementation": "sdpa",  # their own softmax computes in float32
+}
+
+
+def mixer_weights(theirs):
+    """They turn pairs (j, j + K/2) of a head's dimensions, and we (2j, 2j + 1)."""
+    q, k = (
+        rearrange(projection.weight, "(h pair k) d -> (h k pair) d", pair=2, k=D_MODEL // N_HEADS // 2)
+        for projection in (theirs.q_proj, theirs.k_proj)
+    )
+    return {"in_proj.weight": torch.cat((q, k, theirs.v_proj.weight)), "out_proj.weight": theirs.o_proj.weight}
+
+
+def layers(n_kv_heads):
+    """Their layer as a function of x, positions and cache, its configuration, and ours with the same weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**FIELDS, num_key_value_heads=n_kv_heads)
+    theirs, rotary = LlamaAttention(config, layer_idx=0).double(), LlamaRotaryEmbedding(config)
+    torch.nn.init.normal_(theirs.q_proj.weight, std=0.3)
+    ours = AttentionConfig(n_heads=N_HEADS, n_kv_heads=n_kv_heads, chunk_size=8)
+    ours = ours.build(D_MODEL, layer_idx=0, n_layers=1).double()
+    ours.load_state_dict(mixer_weights(theirs))
+
+    def function(x, start=0, cache=None):
+        positions = torch.arange(start, start + x.shape[1])[None]
+        return theirs(x, rotary(x, positions), None, cache)[0]  # without a mask it is causal
+
+    return function, config, ours
+
+
+def models(window):
+    """Their model (Mistral's is Llama's with a window) and ours with the same weights."""
+    torch.manual_seed(0)
+    if window is None:
+        theirs = LlamaForCausalLM(LlamaConfig(**FIELDS, num_key_value_heads=2))
+    else:
+        theirs = MistralForCausalLM(MistralConfig(**FIELDS, num_key_value_heads=2, sliding_window=window))
+    theirs = theirs.double().eval()
+    norm = {"kind": "rmsnorm", "eps": theirs.config.rms_norm_eps}
+    mixer = {"kind": "attention", "n_heads": N_HEADS, "n_kv_heads": 2, "window": window, "chunk_size": 8}
+    ffn = {"kind": "swiglu", "expansion": 64 / D_MODEL}
+    blocks = {"attn": {"mixer": mixer, "ffn": ffn, "norm": norm}}
+    ours = build_model(ModelConfig(d_model=D_MODEL, n_layers=2, vocab_size=VOCAB, blocks=blocks, norm=norm))
+    weights = {
+        "embedding.weight": theirs.model.embed_tokens.weight,
+        "norm.weight": theirs.model.norm.weight,
+        "head.weight": theirs.lm_head.weight,
+    }
+    for i, block in enumerate(theirs.model.layers):
+        weights |= {f"blocks.{i}.mixer.{name}": x for name, x in mixer_weights(block.self_attn).items()}
+        weights[f"blocks.{i}.mixer_norm.weight"] = block.input_layernorm.weight
+        weights[f"blocks.{i}.ffn_norm.weight"] = block.post_attention_layernorm.weight
+        weights |= {f"blocks.{i}.ffn.{name}": x for name, x in block.mlp.state_dict().items()}
+    ours = ours.double()
+    ours.load_state_dict(weights)
+    return theirs, ours
+
+
+def agree(actual, expected):
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+@pytest.mark.parametrize("n_kv_heads", [1, 2, N_HEADS])
+def test_a_layers_output_and_gradient_are_llamas(n_kv_heads, paradigm):
+    theirs, _, ours = layers(n_kv_heads)
+    x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
+    results = []
+    for function in (lambda x: ours(x, paradigm=paradigm)[0], theirs):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(dy)
+        results.append((y, leaf.grad))
+    agree(*results)
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+@torch.no_grad()
+def test_a_layer_decodes_after_a_prompt_as_llamas_with_its_cache(paradigm):
+    theirs, config, ours = layers(n_kv_heads=2)
+    x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
+    cache = DynamicCache(config=config)
+    y, state = ours(x[:, :20], paradigm=paradigm, return_state=True)
+    agree(y, theirs(x[:, :20], 0, cache))
+    for t in range(20, LENGTH):
+        y, state = ours.step(x[:, t : t + 1], state)
+        agree(y, theirs(x[:, t : t + 1], t, cache))
+    agree(state.keys, rearrange(cache.layers[0].keys, "b g s (pair k) -> b s g (k pair)", pair=2))
+    agree(state.values, cache.layers[0].values.transpose(1, 2))
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "mistral"])
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+@torch.no_grad()
+def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm, window):
+    theirs, ours = models(window)
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    logits = theirs(tokens, use_cache=False).logits
+    agree(ours(tokens, paradigm=paradigm).logits, logits)
+    packed = ours(tokens.reshape(1, -1), paradigm=paradigm, cu_seqlens=torch.tensor([0, LENGTH, 2 * LENGTH]))
+    agree(packed.logits, logits.reshape(1, -1, VOCAB))
+    cache, state = DynamicCache(config=theirs.config), None
+    for piece in [slice(0, 12), slice(12, 20), *(slice(t, t + 1) for t in range(20, LENGTH))]:
+        output, state = ours(tokens[:, piece], state, paradigm=paradigm, return_state=True)
+        agree(output, logits[:, piece])
+        agree(output, theirs(tokens[:, piece], None, None, cache).logits)
+
+
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
+@torch.no_grad()
+def test_a_window_one_off_is_not_mistrals(window):
+    # a window counts the query's own key in both
+    (_, ours), (theirs, _) = models(window), models(WINDOW)
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    with pytest.raises(AssertionError, match="not close"):
+        agree(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_far_out_their_angles_have_lost_their_digits():
+    # position * theta in float32; ours are formed in float64
+    positions = torch.tensor([[100, 10**6]])
+    theta = frequencies(D_MODEL // N_HEADS, "rope", 10000.0, positions.device)
+    ours = rotation(positions, theta, torch.float64).cos[0, :, 0, ::2]
+    cos, _ = LlamaRotaryEmbedding(LlamaConfig(**FIELDS))(ours, positions)
+    theirs = cos[0, :, : len(theta)]  # each is there twice, by halves
+    agree(ours[0], theirs[0])
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(ours[1], theirs[1], rtol=0, atol=5e-3)
