@@ -1,0 +1,162 @@
+"""What the base class refuses and fills in, for every built-in mixer; the contract itself is in test_conformance.py."""
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from pydantic import Field, ValidationError
+
+from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
+
+D_MODEL = 12
+BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
+
+
+@pytest.fixture(params=BUILT_IN)
+def config(request):
+    return MIXERS.resolve(request.param).example()
+
+
+@pytest.fixture
+def mixer(config):
+    return config.build(D_MODEL, layer_idx=0, n_layers=1)
+
+
+def seen_by(mixer, monkeypatch):
+    """The paradigms that the mixer's own method is called with."""
+    seen, inner = [], mixer.mix
+    monkeypatch.setattr(mixer, "mix", lambda *args: seen.append(args[2]) or inner(*args))
+    return seen
+
+
+# ---- what is refused
+
+
+def test_what_is_not_declared_is_refused(mixer, monkeypatch):
+    x, kept = torch.randn(1, 4, D_MODEL), mixer.paradigm
+    monkeypatch.setattr(mixer, "traits", replace(mixer.traits, paradigms=frozenset({kept}), packing=False))
+    for other in set(Paradigm) - {kept}:
+        with pytest.raises(ContractError, match=f"{mixer.kind} has no paradigm '{other}'; it declares {kept}"):
+            mixer(x, paradigm=other)
+    if kept is not Paradigm.RECURRENT:
+        with pytest.raises(ContractError, match="has no paradigm 'recurrent'"):
+            mixer.step(x[:, :1], mixer.init_state(1))
+    with pytest.raises(ContractError, match=f"{mixer.kind} does not declare packing"):
+        mixer(x, cu_seqlens=torch.tensor([0, 4]))
+    mixer(x)
+
+
+def test_a_paradigm_that_is_none_is_told_the_nearest(mixer):
+    with pytest.raises(ContractError, match=r"has no paradigm 'paralel'; it declares .*did you mean \"parallel\""):
+        mixer(torch.randn(1, 4, D_MODEL), paradigm="paralel")
+
+
+@pytest.mark.parametrize("shape", [(2, 0, D_MODEL), (4, D_MODEL)])
+def test_shapes_that_do_not_fit_are_refused(mixer, shape):
+    with pytest.raises(ContractError, match=r"takes \[batch, tokens >= 1, d_model\], and was given \[\d, "):
+        mixer(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_a_dtype_that_is_not_the_parameters_is_refused(mixer, dtype):
+    with pytest.raises(ContractError, match=f"has parameters of torch.float32 and was given {dtype}: convert"):
+        mixer(torch.zeros(1, 4, D_MODEL, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "borders", "sentence"),
+    [
+        (2, torch.tensor([0, 4]), "a batch of 2 and borders"),
+        (1, torch.tensor([[0, 4]]), r"a batch of 1 and borders \[1, 2\]"),
+        (1, torch.tensor([0.0, 4.0]), r"borders \[2\] torch.float32"),
+        (1, torch.tensor([0, 3]), "must rise from 0 to the 4 tokens given"),
+        (1, torch.tensor([1, 4]), "must rise from 0"),
+        (1, torch.tensor([0, 3, 1, 4]), "must rise from 0"),
+        (1, torch.tensor([0, 5]), "must rise from 0"),
+        (1, torch.tensor([0]), "must rise from 0"),
+        (1, torch.tensor([], dtype=torch.int64), "must rise from 0"),
+    ],
+)
+def test_borders_that_do_not_fit_are_refused(mixer, batch_size, borders, sentence):
+    assert mixer.traits.packing
+    for paradigm in mixer.traits.paradigms:
+        with pytest.raises(ContractError, match=sentence):
+            mixer(torch.randn(batch_size, 4, D_MODEL), paradigm=paradigm, cu_seqlens=borders)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_state_of_other_sequences_is_refused(mixer, rows):
+    x, borders = torch.randn(3, 4, D_MODEL), torch.tensor([0, 2, 2, 4])
+    for paradigm in mixer.traits.paradigms:
+        with pytest.raises(ContractError, match=f"3 sequences and a state of {rows}"):
+            mixer(x, mixer.init_state(rows), paradigm=paradigm)
+        with pytest.raises(ContractError, match=f"3 sequences and a state of {rows}"):
+            mixer(x[:1], mixer.init_state(rows), paradigm=paradigm, cu_seqlens=borders)
+
+
+def test_a_step_is_one_token(mixer):
+    with pytest.raises(ContractError, match="a step mixes one token, and 2 were given"):
+        mixer.step(torch.randn(1, 2, D_MODEL), mixer.init_state(1))
+
+
+class OneWayConfig(MixerConfig):
+    kind: Literal["one_way"] = "one_way"
+    paradigm: Paradigm = Field(default=Paradigm.RECURRENT, strict=False)
+
+    @property
+    def traits(self):
+        paradigms = frozenset({Paradigm.RECURRENT})
+        return Traits(paradigms=paradigms, state="constant", packing=False, shift_invariant=True)
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        raise NotImplementedError
+
+
+def test_a_default_paradigm_must_be_declared():
+    assert OneWayConfig().paradigm is Paradigm.RECURRENT
+    with pytest.raises(ValidationError, match="one_way has no paradigm 'parallel'; it declares recurrent"):
+        OneWayConfig(paradigm="parallel")
+
+
+# ---- what is filled in
+
+
+def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
+    x, inner = torch.randn(1, 4, D_MODEL), mixer.mix
+    assert mixer(x)[1] is None
+    assert mixer(x, return_state=True)[1] is not None
+    # whatever a mixer's own method returns
+    monkeypatch.setattr(mixer, "mix", lambda *args: inner(*args[:-1], True))
+    assert mixer(x)[1] is None
+
+
+def test_a_paradigm_may_be_given_by_name(mixer, monkeypatch):
+    seen = seen_by(mixer, monkeypatch)
+    for paradigm in mixer.traits.paradigms:
+        mixer(torch.randn(1, 7, D_MODEL), paradigm=str(paradigm))
+        assert seen.pop() is paradigm
+
+
+def test_the_configured_paradigm_is_the_default_for_every_length(config, monkeypatch):
+    for paradigm in config.traits.paradigms:
+        mixer = config.model_copy(update={"paradigm": paradigm}).build(D_MODEL, layer_idx=0, n_layers=1)
+        seen = seen_by(mixer, monkeypatch)
+        mixer(torch.randn(1, 1, D_MODEL))
+        mixer(torch.randn(1, 5, D_MODEL))
+        assert seen == [paradigm, paradigm]
+
+
+# ---- examples
+
+
+class ExampleConfig(OneWayConfig):
+    kind: Literal["example"] = "example"
+    width: int = Field(gt=1, examples=[4, 2])
+    depth: int
+    heads: int = Field(default=3, examples=[1])
+
+
+def test_an_example_fills_in_what_is_required_alone():
+    assert ExampleConfig.example_fields() == {"width": 4, "depth": 1}
+    assert ExampleConfig.example() == ExampleConfig(width=4, depth=1, heads=3)
