@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import advance, document_of_token
+from .kernels import Kernel, declare, require_floats
 
 
 class GrowingCache(NamedTuple):
@@ -182,7 +183,7 @@ def softmax_chunkwise(
         The output in the dtype of q, and the final state or None.
 
     Raises:
-        SeqmixError: the shapes do not fit, said in one sentence.
+        SeqmixError: shapes or dtypes do not fit, said in one sentence.
         RuntimeError: what only tensors know does not fit, raised in the device's own time: the documents' borders, a
             ring that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
     """
@@ -464,6 +465,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> float:
     """Refuse what does not fit; return the scale."""
+    require_floats(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[1] < 1:
         raise SeqmixError(
             "q must be [B T H K], k [B T G K] and v [B T G V] with T >= 1; "
@@ -496,3 +498,32 @@ def _check(
                 f"its leaves are {', '.join(str(list(x.shape)) for x in cache)}"
             )
     return key_dim**-0.5 if scale is None else scale
+
+
+# Twice the worst of several thousand cases a function. In blocks, gradients of keys and values in 16 bits are rounded
+# once a block: 70 blocks of one query make that tolerance.
+TOLERANCES = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 7e-3, torch.float16: 8e-4}
+
+declare(
+    Kernel(
+        op="softmax", paradigm=Paradigm.PARALLEL, backend="reference", function=softmax_parallel, tolerances=TOLERANCES
+    )
+)
+declare(
+    Kernel(
+        op="softmax",
+        paradigm=Paradigm.RECURRENT,
+        backend="reference",
+        function=softmax_recurrent,
+        tolerances=TOLERANCES,
+    )
+)
+declare(
+    Kernel(
+        op="softmax",
+        paradigm=Paradigm.CHUNKWISE,
+        backend="reference",
+        function=softmax_chunkwise,
+        tolerances=TOLERANCES | {torch.bfloat16: 9e-3, torch.float16: 1e-3},
+    )
+)

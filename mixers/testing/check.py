@@ -1,6 +1,6 @@
 """A check: a named promise, what it needs of the mixer, what it draws, and the function that tests it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ..base import MixerConfig
@@ -49,13 +49,9 @@ def check(
     """Register a function of a `Trial` as a check of its name; its docstring is the promise."""
 
     def register(test: Callable[[Trial], None]) -> Callable[[Trial], None]:
-        if test.__name__ in CHECKS:
-            raise ValueError(f"there is a check {test.__name__} already, in {CHECKS[test.__name__].test.__module__}")
-        promise = " ".join((test.__doc__ or "").split())
-        if not promise:
-            raise ValueError(f"{test.__name__} needs a docstring: the promise it checks")
-        CHECKS[test.__name__] = Check(
-            name=test.__name__,
+        name, promise = name_and_promise(test, CHECKS)
+        CHECKS[name] = Check(
+            name=name,
             promise=promise,
             test=test,
             needs=needs,
@@ -68,25 +64,39 @@ def check(
     return register
 
 
+def name_and_promise(test: Callable[..., None], known: Collection[str]) -> tuple[str, str]:
+    """A check's name and promise: those of its function, and its docstring.
+
+    Raises:
+        ValueError: the name is taken, or there is no docstring.
+    """
+    if test.__name__ in known:
+        raise ValueError(f"there is a check {test.__name__} already")
+    promise = " ".join((test.__doc__ or "").split())
+    if not promise:
+        raise ValueError(f"{test.__name__} needs a docstring: the promise it checks")
+    return test.__name__, promise
+
+
 # ---- what checks need
 
 
 def packing(config: MixerConfig) -> str | None:
-    """Packed documents."""
+    """Packing."""
     return None if config.traits.packing else "traits.packing is False"
 
 
 def recurrent(config: MixerConfig) -> str | None:
-    """Decoding."""
+    """The recurrent paradigm."""
     return None if "recurrent" in config.traits.paradigms else "traits.paradigms has no recurrent"
 
 
 def several_paradigms(config: MixerConfig) -> str | None:
-    """Something to compare."""
+    """Two paradigms."""
     (*others, one) = sorted(config.traits.paradigms)
     return None if others else f"traits.paradigms has {one} alone"
 
 
 def chunked(config: MixerConfig) -> str | None:
-    """A chunk size."""
+    """`chunk_size`."""
     return None if "chunk_size" in type(config).model_fields else "the configuration has no chunk_size"

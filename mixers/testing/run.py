@@ -1,68 +1,32 @@
 """Running checks: on one configuration, as pytest cases, or one check on one case."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from hypothesis import reject, settings
+from hypothesis import reject
 
-from ...registry import SeqmixError, nearest
 from ..base import MixerConfig
 from ..paradigm import Paradigm
 from . import options
 from .case import Case, source
 from .check import CHECKS, Check
-from .compare import CheckFailure
-from .search import search, where_raised
+from .outcome import Bound, Outcome, Outcomes, Status, conclude, known_names
 from .trial import Subject, Trial, strict_numerics
 
 EXAMPLES = 100
 """Examples asked for by default; each check takes its share."""
 
 
-class Status(StrEnum):
-    """How a check ended."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-    EXPECTED_FAILURE = "expected failure"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One check on one configuration."""
-
-    check: Check
-    status: Status
-    reason: str = ""
-    """Why it was skipped or expected to fail; of a failure, the whole report."""
-    examples: int = 0
-    """Cases run."""
-    seconds: float = 0.0
-    case: Case | None = None
-    """Of a failure, the smallest case found."""
-
-
 @dataclass
-class Report:
+class Report(Outcomes[Check, Case]):
     """All checks on one configuration."""
 
     config: MixerConfig
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> list[Outcome]:
-        """The checks that failed."""
-        return [outcome for outcome in self.outcomes if outcome.status is Status.FAILED]
+    d_model: int
+    """Width of the residual stream."""
 
 
 def check_mixer(
@@ -80,7 +44,7 @@ def check_mixer(
     compile_backend: str = "aot_eager",
     expected_failures: Mapping[str, str] | None = None,
     shrink: bool = True,
-    on_outcome: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome[Check, Case]], None] | None = None,
 ) -> Report:
     """Run the conformance kit on a configuration.
 
@@ -113,9 +77,9 @@ def check_mixer(
         compile_backend=compile_backend,
     )
     expected = dict(expected_failures or {})
-    chosen = [CHECKS[name] for name in _known(checks if checks is not None else CHECKS)]
-    _known(expected)
-    report = Report(config)
+    chosen = [CHECKS[name] for name in known_names(checks if checks is not None else CHECKS, CHECKS)]
+    known_names(expected, CHECKS)
+    report = Report(config, subject.d_model)
     for check in chosen:
         if check.compiles and not compiles:
             continue
@@ -136,35 +100,28 @@ def run_check(
     seed: int | None = 0,
     shrink: bool = True,
     expected: str | None = None,
-) -> Outcome:
+) -> Outcome[Check, Case]:
     """One check on one configuration; `expected` is the reason why it is known to fail."""
-    started = time.perf_counter()
     if reason := check.skip_reason(subject.config):
         return Outcome(check, Status.SKIPPED, reason)
-    found = search(
+    return conclude(
+        check,
         lambda case: _attempt(check, subject, case),
         check.draw.cases(subject.config.traits, options.strategy(subject.config, vary=subject.vary)),
+        lambda case: _explain(check, subject, case),
+        subject=subject.config.kind,
         examples=check.examples(examples),
         seed=seed,
         shrink=shrink,
+        expected=expected,
     )
-    error, case, count = found.error, found.case, found.examples
-    seconds = time.perf_counter() - started
-    if error is None:
-        if expected is not None:
-            text = f"{check.name} passed, and was expected to fail: {expected}"
-            return Outcome(check, Status.FAILED, text, count, seconds)
-        return Outcome(check, Status.PASSED, "", count, seconds)
-    if expected is not None:
-        return Outcome(check, Status.EXPECTED_FAILURE, expected, count, seconds, case)
-    return Outcome(check, Status.FAILED, _explain(check, subject, case, error), count, seconds, case)
 
 
 def reproduce(
     name: str, config: MixerConfig, case: Case, *, d_model: int | None = None, device: str | torch.device = "cpu"
 ) -> None:
     """Run one check on one case, as a report of a failure says; raises as the check does."""
-    (known,) = _known([name])
+    (known,) = known_names([name], CHECKS)
     _attempt(CHECKS[known], Subject(config, d_model=d_model, device=device), case)
 
 
@@ -188,7 +145,7 @@ def parametrize_checks(
     known = expected_failures or {}
     cases = [
         pytest.param(
-            _Bound(check, config, known.get(config.kind, {}).get(check.name), options),
+            _bound(check, config, known.get(config.kind, {}).get(check.name), options),
             id=f"{_label(config, configs)}-{check.name}",
         )
         for config in configs
@@ -197,46 +154,15 @@ def parametrize_checks(
     return pytest.mark.parametrize("check", cases)
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """A check with a configuration, as pytest passes it."""
-
-    check: Check
-    config: MixerConfig
-    expected: str | None
-    options: Mapping[str, Any]
-
-    def __call__(self, **options: Any) -> None:
-        import pytest
-
-        report = check_mixer(
-            self.config,
-            checks=[self.check.name],
-            expected_failures={} if self.expected is None else {self.check.name: self.expected},
-            # hypothesis' profile and its seed on the command line hold here too
-            **{"seed": None, "examples": settings().max_examples, **self.options, **options},
-        )
-        for outcome in report.outcomes:
-            if outcome.status is Status.FAILED:
-                pytest.fail(outcome.reason, pytrace=False)
-            if outcome.status is Status.SKIPPED:
-                pytest.skip(outcome.reason)
-            if outcome.status is Status.EXPECTED_FAILURE:
-                pytest.xfail(outcome.reason)
+def _bound(check: Check, config: MixerConfig, expected: str | None, options: Mapping[str, Any]) -> Bound:
+    failures = {} if expected is None else {check.name: expected}
+    return Bound(partial(check_mixer, config, checks=[check.name], expected_failures=failures), options)
 
 
 def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
     """The kind, and its number where there are several of it."""
     same = [other for other in configs if other.kind == config.kind]
     return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
-
-
-def _known(names: Iterable[str]) -> list[str]:
-    names = list(names)
-    for name in names:
-        if name not in CHECKS:
-            raise SeqmixError(f"there is no check {name!r}; checks: {', '.join(CHECKS)}{nearest(name, CHECKS)}")
-    return [name for name in CHECKS if name in names]
 
 
 def _attempt(check: Check, subject: Subject, case: Case) -> None:
@@ -250,23 +176,19 @@ def _attempt(check: Check, subject: Subject, case: Case) -> None:
         check.test(trial)
 
 
-def _explain(check: Check, subject: Subject, case: Case | None, error: Exception) -> str:
-    """The report of a failure."""
-    what = str(error) if isinstance(error, CheckFailure) else where_raised(error)
+def _explain(check: Check, subject: Subject, case: Case) -> list[str]:
+    """A failure's case, and how to run it."""
     config = subject.config
-    lines = [f"{config.kind} fails {check.name}: {check.promise}", *what.splitlines()]
-    if case is not None:
-        where = "" if subject.device.type == "cpu" else f', device="{subject.device}"'
-        lines += [
-            f"The configuration: {source(config)}",
-            f"The smallest case: {case!r}",
-            "To reproduce:",
-            *(f"    {line}" for line in _imports(config, case)),
-            f"    config = {source(config)}",
-            f"    case = {case!r}",
-            f'    reproduce("{check.name}", config, case, d_model={subject.d_model}{where})',
-        ]
-    return "\n".join(lines)
+    where = "" if subject.device.type == "cpu" else f', device="{subject.device}"'
+    return [
+        f"The configuration: {source(config)}",
+        f"The smallest case: {case!r}",
+        "To reproduce:",
+        *(f"    {line}" for line in _imports(config, case)),
+        f"    config = {source(config)}",
+        f"    case = {case!r}",
+        f'    reproduce("{check.name}", config, case, d_model={subject.d_model}{where})',
+    ]
 
 
 def _imports(config: MixerConfig, case: Case) -> Iterator[str]:

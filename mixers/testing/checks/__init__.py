@@ -2,5 +2,6 @@
 
 from . import sequence  # noqa: I001
 from . import packing, batch, states, positions, numerics, declarations, compiling
+from . import kernels
 
-__all__ = ["batch", "compiling", "declarations", "numerics", "packing", "positions", "sequence", "states"]
+__all__ = ["batch", "compiling", "declarations", "kernels", "numerics", "packing", "positions", "sequence", "states"]

@@ -1,0 +1,220 @@
+"""What every kernel promises: its op's definition within its tolerance, and no silent wrong number."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ...ops.kernels import Kernel, Probe
+from ..compare import CheckFailure, Differences, require
+from ..families import FAMILIES
+from ..kernel_case import Tensors, wide
+from ..kernel_check import KernelTrial, kernel_check, taken
+
+FEW = st.integers(1, 9)
+"""Lengths where every one costs much, or none shows more than a short one."""
+
+
+def with_grad(kernel: Kernel, probe: Probe) -> bool:
+    """What it takes with gradients."""
+    return probe.needs_grad and taken(kernel, probe)
+
+
+def without_grad(kernel: Kernel, probe: Probe) -> bool:
+    """What it takes without gradients."""
+    return not probe.needs_grad and taken(kernel, probe)
+
+
+def in_pieces(kernel: Kernel, probe: Probe) -> bool:
+    """What it takes as a whole and as pieces."""
+    return probe.final_state and taken(kernel, probe) and taken(kernel, replace(probe, initial_state=True))
+
+
+def carried_low(kernel: Kernel, probe: Probe) -> bool:
+    """What it takes in 16 bits, token by token."""
+    low = probe.dtype in (torch.bfloat16, torch.float16)
+    plain = not probe.packed and not probe.needs_grad
+    return FAMILIES[kernel.op].adds_up and low and plain and in_pieces(kernel, probe)
+
+
+def refused(kernel: Kernel, probe: Probe) -> bool:
+    """What it does not take."""
+    return not taken(kernel, probe)
+
+
+@kernel_check(share=1.0, asks=without_grad)
+def outputs_are_the_definitions(trial: KernelTrial) -> None:
+    """Output and final state are those of the definition: every element, and shape, dtype and kind of state."""
+    trial.compare("against the definition", trial.run(trial.leaves()))
+
+
+@kernel_check(share=1.0, asks=with_grad)
+def gradients_are_the_definitions(trial: KernelTrial) -> None:
+    """Gradients of any of the inputs, through output or final state or both, are those of the definition, and with
+    gradients the outputs are too."""
+    inputs = trial.leaves()
+    outputs = trial.run(inputs)
+    trial.compare("with gradients, against the definition", outputs, trial.gradients(outputs, inputs))
+
+
+@kernel_check(share=0.5, asks=in_pieces, cut=True)
+def a_cut_changes_nothing(trial: KernelTrial) -> None:
+    """Tokens in two pieces, the second from the first's final state, give what the definition gives at once: output,
+    final state, and gradients through the state between."""
+    case, inputs = trial.case, trial.leaves()
+    rest = tuple(length - cut for length, cut in zip(case.lengths, case.cuts, strict=True))
+    outputs = _in_pieces(trial, inputs, [piece for piece in (case.cuts, rest) if sum(piece)])
+    gradients = trial.gradients(outputs, inputs)
+    trial.compare("in two pieces, against the definition of the whole", outputs, gradients)
+
+
+@kernel_check(share=0.06, asks=carried_low, tokens=st.just(128))
+def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
+    """In 16 bits, many tokens one by one, each from the final state before, are as exact as they are at once: a state
+    that is rounded for every token forgets."""
+    case, inputs = trial.case, trial.leaves()
+    outputs = _in_pieces(trial, inputs, [(1,) * case.rows] * case.length)
+    trial.compare("one by one, against the definition of the whole", outputs)
+
+
+@kernel_check(share=0.15)
+def results_are_deterministic(trial: KernelTrial) -> None:
+    """Twice the same arguments give the same bits, forward and backward."""
+    results = []
+    for _ in range(2):
+        inputs = trial.leaves()
+        outputs = trial.run(inputs)
+        results.append(outputs | _gradients_by_name(trial, outputs, inputs))
+    with Differences("a second call against the first", 0) as found:
+        for name, tensor in results[0].items():
+            found.tensor(name, results[1][name], tensor, trial.case.axes_of(name.removeprefix("the gradient of ")))
+
+
+@kernel_check(share=0.15)
+def inputs_are_left_alone(trial: KernelTrial) -> None:
+    """No input is written, not even with its own values, and no result is a view of one; but for a cache, without
+    gradients, where the next is wanted."""
+    inputs, before = trial.leaves(), trial.leaves()
+    kept = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
+    outputs = trial.run(inputs)
+    results = outputs | _gradients_by_name(trial, outputs, inputs)
+    for name, version in kept.items():
+        same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
+        require(same, f"{name} was written in place")
+    memory = {inputs[name].untyped_storage().data_ptr(): name for name in kept if inputs[name].numel()}
+    for name, result in results.items():
+        shared = memory.get(result.untyped_storage().data_ptr()) if result.numel() else None
+        require(shared is None, f"{name} is a view of {shared}")
+
+
+@kernel_check(share=0.2, asks=refused, tokens=FEW)
+def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
+    """A dtype that is not declared, and whatever `limits` has a reason against, is an error, never a number."""
+    inputs = trial.leaves()
+    try:
+        outputs = trial.run(inputs)
+        roots = [x for x in outputs.values() if x.requires_grad]
+        if roots:
+            leaves = [inputs[name] for name in trial.case.grad]
+            torch.autograd.grad([x.abs().sum() for x in roots], leaves, allow_unused=True)
+    except CheckFailure:
+        raise
+    except Exception:  # in any words, torch's own too
+        return
+    reasons = "; ".join(trial.kernel.unsupported(trial.case.probe(trial.device)))
+    raise CheckFailure(f"it gave numbers (the output is {outputs['output'].dtype}), and declares: {reasons}")
+
+
+@kernel_check(share=0.1, asks=with_grad, tokens=FEW)
+def tangents_are_right_or_refused(trial: KernelTrial) -> None:
+    """Forward-mode differentiation is that of the definition, or an error: of a custom op that has a backward formula
+    alone, torch would take the tangent for zero."""
+    case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
+    given = {name: wide(x) for name, x in case.inputs(cpu).items()}
+    # relative to the numbers themselves; a log-decay of -inf stays one
+    directions = {
+        name: randn(given[name].shape) * (1 if name == "log_decay" else given[name].abs()) for name in case.grad
+    }
+
+    def tangents(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        with dual_level():
+            # a dual is no view of numbers that are repeated
+            duals = {
+                name: make_dual(inputs[name].clone(memory_format=torch.contiguous_format), direction.to(inputs[name]))
+                for name, direction in directions.items()
+            }
+            outputs = {name: x for name, x in function(inputs | duals).items() if x.is_floating_point()}
+            pairs = {name: unpack_dual(x) for name, x in outputs.items()}
+        return {name: torch.zeros_like(x) if tangent is None else tangent for name, (x, tangent) in pairs.items()}
+
+    exact = tangents(case.define, given)
+    try:
+        actual = tangents(trial.run, case.inputs(trial.device))
+    except CheckFailure:
+        raise
+    except Exception:
+        return
+    # a tangent that is missing is all wrong; how exact one is, is not declared
+    with Differences("tangents against the definition's", 0.1) as found:
+        for name, tangent in exact.items():
+            size = trial.exact.outputs_terms[name] + tangent.abs()
+            found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
+
+
+@kernel_check(share=0.04, tokens=FEW)
+def dispatched_ops_pass_opcheck(trial: KernelTrial) -> None:
+    """`torch.library.opcheck` has nothing against the custom ops that a call dispatches, forward and backward, with the
+    arguments that they get: schemas, fakes, autograd formulas, and compiled with dynamic shapes."""
+    inputs = trial.leaves()
+    with _CustomOps() as dispatched:
+        outputs = trial.run(inputs)
+        trial.gradients(outputs, inputs)
+    for op, (args, kwargs) in dispatched.calls.items():
+        for test, result in opcheck(op, args, kwargs, raise_exception=False).items():
+            if result != "SUCCESS":
+                lines = [line for line in str(result).splitlines() if line.strip()]
+                raise CheckFailure("\n".join([f"{op} fails opcheck's {test}:", *(f"  {line}" for line in lines[:8])]))
+
+
+def _in_pieces(trial: KernelTrial, inputs: Tensors, pieces: list[tuple[int, ...]]) -> Tensors:
+    """The whole as consecutive pieces, each from the state of the one before."""
+    state: Tensors = {}
+    before, outputs = None, []
+    for part, tokens in trial.case.parts(inputs, pieces):
+        before = part if before is None else part.continued(before)
+        found = trial.run(inputs | state | tokens, before)
+        outputs.append(before.sequences(found["output"]))
+        state = {name: x for name, x in found.items() if name != "output"}
+    whole = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+    return {"output": trial.case.segment(whole), **state}
+
+
+class _CustomOps(TorchDispatchMode):
+    """Remembers the first call of every op that is not torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in ("aten", "prim", "prims"):
+            # without grad mode, as in a backward pass, no gradient of a gradient is asked for
+            self.calls.setdefault(func, tree_map(_given, (args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _given(x: object) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled())
+
+
+def _gradients_by_name(trial: KernelTrial, outputs: Tensors, inputs: Tensors) -> Tensors:
+    return {f"the gradient of {name}": x for name, x in trial.gradients(outputs, inputs).items()}
