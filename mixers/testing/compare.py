@@ -128,9 +128,11 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
         axis = axes.index("H")
         bad = sorted(set(where[:, axis].tolist()))
         heads = f" in head{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} of {actual.shape[axis]}"
+    found, wanted = f"{actual[first].item():.6g}", f"{expected[first].item():.6g}"
+    values = f"{found} on both sides" if found == wanted == "nan" else f"{found} instead of {wanted}"
     return (
         f"{name} differs in {wrong.sum().item()} of {wrong.numel()} elements{heads}, {sizes}, "
-        f"first at {_place(first, axes)}: {actual[first].item():.6g} instead of {expected[first].item():.6g}"
+        f"first at {_place(first, axes)}: {values}"
     )
 
 

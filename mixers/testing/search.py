@@ -1,9 +1,11 @@
 """Looking for the smallest case on which something raises."""
 
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeVar, cast
 
+import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as with_seed
 from hypothesis.errors import Flaky
@@ -55,7 +57,8 @@ def search(
         attempt(case)
 
     try:
-        (run if seed is None else with_seed(seed)(run))()
+        with _one_thread():
+            (run if seed is None else with_seed(seed)(run))()
     except Flaky as error:
         text = f"the same case passed once and failed once: the result is not a function of its arguments\n{error}"
         return Found(CheckFailure(text), tried[-1], len(tried))
@@ -63,6 +66,17 @@ def search(
         # the last case that hypothesis runs is the smallest
         return Found(error, tried[-1] if tried else None, len(tried))
     return Found(None, None, len(tried))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of a case are small: threads would cost more than they save, and a multiple of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def where_raised(error: Exception) -> str:

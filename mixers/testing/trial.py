@@ -76,6 +76,8 @@ class Subject:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 mixer = config.build(self.d_model, layer_idx=0, n_layers=1)
+                # as a model's builder does: `build` need not initialise
+                mixer.reset_parameters()
         except SeqmixError:
             if not options:
                 raise

@@ -1,11 +1,13 @@
 """torch.compile: one graph, whatever the data."""
 
+from contextlib import contextmanager
+
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ..case import Draw
 from ..check import check, packing, recurrent
-from ..compare import require
+from ..compare import CheckFailure, require
 from ..trial import Trial
 
 ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
@@ -35,7 +37,8 @@ def _compiles(trial, function, borders=(None, None)):
         options = {} if cuts is None else {"cu_seqlens": cuts}
         x, state = trial.tokens(), trial.state(rows)
         expected, after = trial.differentiate(lambda x, s, o=options: function(x, s, **o), x, state)
-        actual, compiled_after = trial.differentiate(lambda x, s, o=options: compiled(x, s, **o), x, state)
+        with _one_graph():
+            actual, compiled_after = trial.differentiate(lambda x, s, o=options: compiled(x, s, **o), x, state)
         with trial.differences("compiled against eager") as found:
             found.tensors(actual, expected)
             found.state("the final state", compiled_after, after)
@@ -53,7 +56,8 @@ def decoding_compiles_once(trial: Trial) -> None:
     state, outputs = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
     with torch.no_grad():
         for t in range(x.shape[1]):
-            y, state = step(x[:, t : t + 1], state)
+            with _one_graph():
+                y, state = step(x[:, t : t + 1], state)
             outputs.append(y)
     with trial.differences("compiled steps against the whole") as found:
         found.tensor("the output", torch.cat(outputs, dim=1), trial.mix(x, None)[0], "BTD")
@@ -61,3 +65,12 @@ def decoding_compiles_once(trial: Trial) -> None:
     require(
         count == 1, f"{x.shape[1]} steps compiled {count} graphs: something that changes with every token is no tensor"
     )
+
+
+@contextmanager
+def _one_graph():
+    try:
+        yield
+    except Exception as error:  # the compiler's have no base of their own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckFailure(f"does not compile into one graph: {type(error).__name__}: {reason}") from error

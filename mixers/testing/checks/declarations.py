@@ -130,8 +130,8 @@ def flops_are_as_declared(trial: Trial) -> None:
         slack = 2 if paradigm is Paradigm.RECURRENT else 1
         require(
             min(counted) <= declared <= slack * max(counted),
-            f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are {counted[0]:,} "
-            f"({counted[1]:,} with a final state)",
+            f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are "
+            f"{counted[0]:,} ({counted[1]:,} with a final state)",
         )
 
 

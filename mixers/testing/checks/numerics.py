@@ -65,7 +65,8 @@ def dtypes_are_kept(trial: Trial) -> None:
     draw=Draw(tokens=(24, 40), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,)),
 )
 def autocast_changes_only_precision(trial: Trial) -> None:
-    """Under autocast to bfloat16 output and gradients are near float64, and a state's leaves keep their dtypes."""
+    """Under autocast to bfloat16 the output is near float64, gradients are finite, and a state's leaves keep their
+    dtypes."""
     tolerance, device = trial.subject.tolerances[torch.bfloat16], trial.subject.device.type
     x, state = trial.tokens(), trial.state()
     exact = trial.rebuilt(torch.float64)
