@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def check_command(
     console = Console(markup=False, highlight=False)
     reports = []
     for config in configs:
-        console.print(f"{source_of(config)} on {device}" + (", and its options" if vary else ""), soft_wrap=True)
+        heading = f"{source_of(config)} on {device}" + (", and its options" if vary else "")
         reports.append(
             check_mixer(
                 config,
@@ -61,7 +62,7 @@ def check_command(
                 vary=vary,
                 compiles=compile_backend is not None,
                 compile_backend=compile_backend or "aot_eager",
-                on_outcome=lambda outcome: _line(console, outcome),
+                on_outcome=_Lines(console, heading),
             )
         )
     _summary(console, reports)
@@ -102,7 +103,9 @@ def _is_file(source: str) -> bool:
 
 def _paradigm(name: str) -> Paradigm:
     if name not in list(Paradigm):
-        raise SeqmixError(f"there is no paradigm {name!r}; allowed: {', '.join(Paradigm)}{nearest(name, list(Paradigm))}")
+        raise SeqmixError(
+            f"there is no paradigm {name!r}; allowed: {', '.join(Paradigm)}{nearest(name, list(Paradigm))}"
+        )
     return Paradigm(name)
 
 
@@ -116,12 +119,25 @@ def _require_device(device: str) -> None:
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
 
 
+@dataclass
+class _Lines:
+    """Prints a line a check as it ends; the heading comes with the first, when nothing that is given can be wrong."""
+
+    console: Console
+    heading: str
+
+    def __call__(self, outcome: "Outcome") -> None:
+        if self.heading:
+            self.console.print(self.heading, soft_wrap=True)
+            self.heading = ""
+        _line(self.console, outcome)
+
+
 def _line(console: Console, outcome: "Outcome") -> None:
-    """The line of one check, printed as it ends."""
     cases = f"{outcome.examples:5} {'case ' if outcome.examples == 1 else 'cases'} {outcome.seconds:6.1f} s"
     text = f"  {MARKS[outcome.status]} {outcome.check.name:<48}"
     if outcome.status == "skipped":
-        console.print(f"{text} skipped: {outcome.reason}", style="dim")
+        console.print(f"{text} skipped: {outcome.reason}", style="dim", soft_wrap=True)
     elif outcome.status == "failed":
         console.print(f"{text} {cases}", style="red")
         console.print("\n".join(f"      {line}" for line in outcome.reason.splitlines()), soft_wrap=True)
@@ -131,11 +147,12 @@ def _line(console: Console, outcome: "Outcome") -> None:
 
 def _summary(console: Console, reports: Iterable["Report"]) -> None:
     """A line a mixer."""
-    table = Table("mixer", "passed", "failed", "skipped", "cases", "seconds", box=SIMPLE, pad_edge=False)
+    table = Table("mixer", "d_model", "passed", "failed", "skipped", "cases", "seconds", box=SIMPLE, pad_edge=False)
     for report in reports:
         by_status = {status: [o for o in report.outcomes if o.status == status] for status in MARKS}
         table.add_row(
             report.config.kind,
+            str(report.d_model),
             str(len(by_status["passed"])),
             str(len(by_status["failed"])),
             str(len(by_status["skipped"])),
@@ -146,4 +163,4 @@ def _summary(console: Console, reports: Iterable["Report"]) -> None:
     for report in reports:
         if report.failures:
             names = ", ".join(outcome.check.name for outcome in report.failures)
-            console.print(f"{report.config.kind} fails {names}", style="red")
+            console.print(f"{report.config.kind} fails {names}", style="red", soft_wrap=True)

@@ -1,8 +1,17 @@
-"""Where the conformance kit runs: on the CPU, and on a GPU where there is one; `--device` chooses."""
+"""Where conformance is checked (on the CPU, and on a GPU where there is one; `--device` chooses), and the command."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from seqmix.cli import main
+
+# tensors are small here: threads would wait for each other, much of the time on a busy machine
+torch.set_num_threads(1)
 
 # ten times the cases: pytest -m conformance --hypothesis-profile nightly
 settings.register_profile("nightly", max_examples=10 * settings().max_examples)
@@ -24,3 +33,52 @@ def _device_is_there(request):
         device = request.getfixturevalue("device")
         if device.startswith("cuda") and not torch.cuda.is_available():
             pytest.fail(f"--device {device}, and torch finds no GPU", pytrace=False)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def seqmix(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder with a text, on a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    Path("text.txt").write_text("the text of a small run, over and over again. " * 60)
+    modules = set(sys.modules)
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["seqmix", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Done(ended.value.code or 0, out, err)
+
+    yield call
+    # modules of the folder, which the next test's folder may have as well
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def refused(seqmix):
+    """Run the command on bad input: status 2 and one line; returns the line without `error: `."""
+
+    def call(*arguments: str) -> str:
+        done = seqmix(*arguments)
+        assert done.status == 2
+        assert done.out == ""
+        lines = done.err.splitlines()
+        assert len(lines) == 1, done.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return call

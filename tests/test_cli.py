@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import yaml
 from safetensors.torch import load_file
 
 from seqmix import MIXERS, load_config
-from seqmix.cli import main
 from seqmix.training import PRESETS
 from seqmix.training.checkpoint import checkpoints
 
@@ -71,55 +69,6 @@ class Slow(SequenceMixer[Any]):
 '''
 
 BLOCK = "{mixer: {kind: %s}, ffn: null, norm: {kind: layernorm}}"
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command did."""
-
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def seqmix(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder with a text, on a wide terminal."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
-    Path("text.txt").write_text("the text of a small run, over and over again. " * 60)
-    modules = set(sys.modules)
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["seqmix", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Done(ended.value.code or 0, out, err)
-
-    yield call
-    # modules of the folder, which the next test's folder may have as well
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def refused(seqmix):
-    """Run the command on bad input: status 2 and one line; returns the line without `error: `."""
-
-    def call(*arguments: str) -> str:
-        done = seqmix(*arguments)
-        assert done.status == 2
-        assert done.out == ""
-        lines = done.err.splitlines()
-        assert len(lines) == 1, done.err
-        assert lines[0].startswith("error: ")
-        return lines[0].removeprefix("error: ")
-
-    return call
 
 
 @pytest.fixture
@@ -331,7 +280,7 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
         assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "mixers", "show", "schema"])
+@pytest.mark.parametrize("command", ["train", "generate", "mixers", "check", "show", "schema"])
 def test_every_command_has_help(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")
@@ -344,6 +293,7 @@ def test_options_are_documented(seqmix):
     for command, options in {
         "train": ("--out", "--resume", "--dry-run", "CONFIG", "KEY=VALUE"),
         "generate": ("--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop"),
+        "check": ("--device", "--paradigm", "--only", "--examples", "--seed", "--d-model", "--compile", "MIXER"),
         "show": ("--length", "--json"),
     }.items():
         out = seqmix(command, "--help").out

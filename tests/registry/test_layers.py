@@ -32,4 +32,5 @@ def test_public_names_are_frozen():
         "json_schema",
         "load",
         "nearest",
+        "read_mapping",
     ]
