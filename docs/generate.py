@@ -1,17 +1,25 @@
-"""Write docs/reference.md, the fields of every configuration, from the code: `python docs/generate.py`."""
+"""Write what the documentation says of the code: `python docs/generate.py`.
+
+That is docs/reference.md, the fields of every configuration, and the tables of docs/conformance.md but for the mutants'.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seqmix import MIXERS
 from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.mixers.ops.kernels import KERNELS
+from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.registry import Config, Registry
 from seqmix.training import DataConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")
+CONFORMANCE = Path(__file__).with_name("conformance.md")
 
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -30,6 +38,33 @@ def render() -> str:
     for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
         parts += _sections(title, *_built_in(registry))
     return "\n".join(parts)
+
+
+def render_conformance() -> str:
+    """The page of the conformance kit, with the tables of its checks and of the kernels."""
+    checks = ["| check | promise | needs |", "|---|---|---|"]
+    for check in CHECKS.values():
+        needs = ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs)
+        checks.append(f"| `{check.name}` | {check.promise} | {needs} |")
+    kernel_checks = ["| check | promise |", "|---|---|"]
+    kernel_checks += [f"| `{check.name}` | {check.promise} |" for check in KERNEL_CHECKS.values()]
+    page = CONFORMANCE.read_text()
+    for name, lines in (("checks", checks), ("kernel checks", kernel_checks), ("kernels", _kernels())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = page.partition(begin)
+        page = "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2]
+    return page
+
+
+def _kernels() -> list[str]:
+    """The tolerances of the reference kernels: those of other backends depend on what is installed."""
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(dtypes) + 1) + "|"]
+    for kernel in sorted(KERNELS.values(), key=lambda kernel: kernel.key):
+        if kernel.backend == "reference":
+            lines.append(f"| {kernel.key} | {' | '.join(f'{kernel.tolerances[dtype]:g}' for dtype in dtypes)} |")
+    return lines
 
 
 def _built_in(registry: Registry[Any]) -> list[type[Config]]:
@@ -94,3 +129,4 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(render())
+    CONFORMANCE.write_text(render_conformance())

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from seqmix import MIXERS, account, cli, load_config
+from seqmix.mixers.testing import check_mixer
 from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,11 +137,8 @@ def test_the_readme_says_how_to_start():
 def test_the_mixer_of_the_readme_keeps_the_contract(folder):
     (source,) = (block.text for block in blocks_of(ROOT / "README.md") if block.file == "average.py")
     (folder / "average.py").write_text(source)
-    (check,) = (block.text for block in blocks_of(ROOT / "docs" / "adding-a-mixer.md") if "def check(" in block.text)
-    names = {"torch": torch}
-    exec(check[: check.rindex("\n\n\ncheck(")], names)
-    mixer = importlib.import_module("average").AverageConfig(n_heads=2)
-    names["check"](names["built"](mixer, 8), 8)
+    report = check_mixer(importlib.import_module("average").AverageConfig(n_heads=2), examples=30)
+    assert report.passed, report.failures[0].reason
 
 
 def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
@@ -173,6 +170,7 @@ def generator() -> ModuleType:
 def test_the_reference_is_up_to_date():
     module = generator()
     assert module.TARGET.read_text() == module.render(), "run: python docs/generate.py"
+    assert module.CONFORMANCE.read_text() == module.render_conformance(), "run: python docs/generate.py"
 
 
 def rows(text: str, head: str) -> list[list[str]]:
