@@ -1,6 +1,6 @@
 """Write what the documentation says of the code: `python docs/generate.py`.
 
-That is docs/reference.md, the fields of every configuration, and the tables of docs/conformance.md but for the mutants'.
+That is docs/reference.md, the fields of every configuration, and the tables of docs/conformance.md but the mutants'.
 """
 
 import json
