@@ -1,0 +1,58 @@
+"""The conformance kit is itself checked: each wrong mixer fails the check named for it, and the page says so."""
+
+import pytest
+from mutants.kernels import KERNEL_MUTANTS
+from mutants.mixers import FEW, MUTANTS, fails
+from mutants.specimen import CachedConfig, SpecimenConfig
+from mutants.table import OVERLAPS, PAGE, generated, of_kernels, of_mixers, read
+
+from seqmix.mixers.testing import CHECKS, CheckFailure, check_mixer, reproduce
+
+TABLES = generated(PAGE.read_text())
+WRONG_MIXERS = {row.name: row for row in read("Wrong mixers", TABLES)}
+WRONG_KERNELS = {row.name: row for row in read("Wrong kernels", TABLES)}
+STALE = "run: python tests/mutants/table.py"
+FEWEST = 5
+
+all_mutants = pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+
+
+@pytest.mark.parametrize("config", [SpecimenConfig(), CachedConfig()], ids=lambda config: config.kind)
+def test_a_healthy_specimen_passes_every_check(config):
+    report = check_mixer(config, examples=FEW)
+    assert [outcome.check.name for outcome in report.outcomes] == list(CHECKS)
+    assert {outcome.check.name: outcome.reason for outcome in report.failures} == {}
+
+
+@all_mutants
+def test_each_mutant_is_caught_by_its_check(mutant):
+    found = fails(mutant, mutant.check)
+    assert found is not None
+    # a promise that is broken, not a mutant that falls over
+    with pytest.raises(CheckFailure):
+        reproduce(mutant.check, mutant.config, found.case)
+
+
+def test_every_check_has_a_mutant_that_it_alone_catches():
+    assert {mutant.check for mutant in MUTANTS.values()} == set(CHECKS)
+    alone = {row.check for row in WRONG_MIXERS.values() if not row.also}
+    assert alone | set(OVERLAPS) == set(CHECKS)
+    assert not alone & set(OVERLAPS)
+
+
+# ---- the tables of docs/conformance.md
+
+
+def test_the_page_lists_the_mutants():
+    for mutants, rows in ((MUTANTS.values(), WRONG_MIXERS), (KERNEL_MUTANTS, WRONG_KERNELS)):
+        assert [row[:3] for row in rows.values()] == [(m.name, m.wrong, m.check) for m in mutants], STALE
+    assert f"{of_mixers(WRONG_MIXERS.values())}\n\n{of_kernels(WRONG_KERNELS.values())}" == TABLES, STALE
+
+
+@all_mutants
+def test_the_page_names_the_checks_that_catch_it_too(mutant):
+    also = WRONG_MIXERS[mutant.name].also
+    others = [name for name, check in CHECKS.items() if name != mutant.check and not check.compiles]
+    # what does not catch it runs to the end, so with fewer examples
+    found = [name for name in others if fails(mutant, name, FEW if name in also else FEWEST)]
+    assert found == list(also), STALE
