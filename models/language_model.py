@@ -1,15 +1,18 @@
 """The language model: embedding, layers, norm, output projection."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from .config import ModelConfig, NormalInit
+from .loss import linear_cross_entropy
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
 """One opaque state a layer."""
@@ -36,6 +39,8 @@ class LanguageModel(nn.Module):
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.checkpoint_activations = False
+        """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
         self.tie()
 
     def tie(self) -> None:
@@ -80,23 +85,61 @@ class LanguageModel(nn.Module):
         Raises:
             ContractError: a layer does not declare the paradigm or packing.
         """
+        x, after = self._hidden(tokens, state, paradigm, cu_seqlens, return_state)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
+        return ModelOutput(self.head(self.norm(x)), after)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        *,
+        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The sum of the tokens' cross-entropies, in nats, without all logits in memory at once.
+
+        Args:
+            tokens: a segment with nothing before it, [B T], T >= 1.
+            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
+            paradigm: as in `forward`.
+            cu_seqlens: as in `forward`.
+
+        Raises:
+            ContractError: a layer does not declare the paradigm or packing.
+        """
+        x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        state: ModelState | None,
+        paradigm: Paradigm | tuple[Paradigm, ...] | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
+        """The residual stream behind the last block, and the state."""
         for what, given in (("state", state), ("paradigms", paradigm)):
             if isinstance(given, tuple) and len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
         x = self.dropout(self.embedding(tokens))
         states = []
         for i, block in enumerate(self.blocks):
-            x, after = block(
-                x,
-                None if state is None else state[i],
+            call = partial(
+                block,
                 paradigm=paradigm[i] if isinstance(paradigm, tuple) else paradigm,
                 cu_seqlens=cu_seqlens,
                 return_state=return_state,
             )
+            before = None if state is None else state[i]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, after = checkpoint(call, x, before, use_reentrant=False)
+            else:
+                x, after = call(x, before)
             states.append(after)
-        if select is not None:
-            x = x.flatten(0, 1)[select]
-        return ModelOutput(self.head(self.norm(x)), tuple(states) if return_state else None)
+        return x, tuple(states) if return_state else None
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
         """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""

@@ -67,6 +67,8 @@ class TrainingConfig(Config):
     """`bfloat16` is autocast (parameters stay float32); `auto` takes it on a CUDA device that has it."""
     compile: bool = False
     """Whether each kind of block is compiled (fullgraph)."""
+    checkpoint_activations: bool = False
+    """Whether backward computes each block anew: a third more work, and memory for the blocks' inputs only."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations."""
     evaluation_batches: int = Field(default=16, gt=0)

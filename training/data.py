@@ -15,12 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..models import ByteTokenizer
+from ..models import IGNORED, ByteTokenizer
 from ..registry import SeqmixError
 from .config import DataConfig
-
-IGNORED = -100
-"""A target that no loss is computed for: the begin token of the next document."""
 
 
 class Batch(NamedTuple):
@@ -28,7 +25,7 @@ class Batch(NamedTuple):
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    """`IGNORED` where nothing is to be predicted."""
+    """`IGNORED` where nothing is to be predicted: behind the last token of a document."""
 
 
 @dataclass(frozen=True)

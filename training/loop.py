@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ..models import LanguageModel, build_model
+from ..models import IGNORED, LanguageModel, build_model
 from ..registry import SeqmixError, dump
 from . import checkpoint
 from .config import RunConfig, TrainingConfig
-from .data import IGNORED, Batch, Corpus, evaluation_batches, read_corpus, training_batch
+from .data import Batch, Corpus, evaluation_batches, read_corpus, training_batch
 from .optim import build_optimizer, learning_rate
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
@@ -136,6 +135,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
         self.precision = _precision(config.training, model.device)
+        model.checkpoint_activations = config.training.checkpoint_activations
         if config.training.compile:
             compile_blocks(model)
 
@@ -250,10 +250,7 @@ class Trainer:
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
         device = self.model.device.type
         with torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32):
-            logits = self.model(batch.inputs).logits
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+            return self.model.loss(batch.inputs, batch.targets)
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))

@@ -204,3 +204,47 @@ def test_dropout_thins_the_embedding_in_training_alone(model_of):
 
 def test_the_device_is_that_of_the_parameters(model_of):
     assert model_of("retention").device == torch.device("cpu")
+
+
+# ---- activation checkpointing
+
+
+def of_a_step(model, *, seed=0):
+    """The loss, the gradients, and how many numbers forward keeps for backward, parameters apart."""
+    kept = {}
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.data_ptr() not in parameters:
+            kept[x.data_ptr()] = x.numel()
+        return x
+
+    torch.manual_seed(seed)
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.loss(tokens(64, 2), tokens(64, 2, seed=2))
+    size = sum(kept.values())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, size
+
+
+@pytest.mark.parametrize(("kinds", "compiled"), [(HYBRID, False), (("retention",), True)])
+def test_checkpointing_keeps_the_inputs_of_blocks_and_changes_nothing(model_of, kinds, compiled):
+    model = model_of(*kinds, n_layers=6, dropout=0.1).train()
+    for block in model.blocks:
+        block.dropout.p = 0.1
+    loss, gradients, kept = of_a_step(model)
+    torch._dynamo.reset()
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+    model.checkpoint_activations = True
+    again, same, fewer = of_a_step(model)
+    exactly(again, loss)
+    for name, gradient in gradients.items():
+        exactly(same[name], gradient)
+    inputs = (model.config.n_layers + 4) * 2 * 64 * model.config.d_model  # and what embedding, norm and loss keep
+    logits = 2 * 64 * model.config.vocab_size
+    assert fewer <= inputs + logits + 1000
+    assert kept > 3 * fewer
+    torch._dynamo.reset()

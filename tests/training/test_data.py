@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from seqmix import SeqmixError
+from seqmix.models import IGNORED
 from seqmix.training import DataConfig, read_corpus
-from seqmix.training.data import IGNORED, Corpus, evaluation_batches, training_batch
+from seqmix.training.data import Corpus, evaluation_batches, training_batch
 
 BEGIN = 256
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import RunConfig, SeqmixError, build_model, load_run, train
+from seqmix.models import IGNORED
 from seqmix.training import TrainingError, read_config, read_corpus
 from seqmix.training.checkpoint import checkpoints
-from seqmix.training.data import IGNORED, training_batch
+from seqmix.training.data import training_batch
 from seqmix.training.loop import Evaluated, Saved, Started, Stepped, Trainer
 from seqmix.training.optim import learning_rate
 
@@ -173,7 +174,7 @@ def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of, tmp
 def test_only_the_final_evaluation_may_be_longer(config_of, tmp_path):
     config = config_of("training.evaluation_batches=2", "training.final_evaluation_batches=3")
     trainer, batches = trainer_of(config, tmp_path), []
-    trainer.model.register_forward_hook(lambda *_: batches.append(1))
+    trainer.model.embedding.register_forward_hook(lambda *_: batches.append(1))
     trainer.evaluate()
     assert len(batches) == 2
     trainer.evaluate(final=True)
@@ -183,7 +184,7 @@ def test_only_the_final_evaluation_may_be_longer(config_of, tmp_path):
 def test_an_evaluation_keeps_no_graph(config_of, tmp_path):
     trainer = trainer_of(config_of(), tmp_path)
     seen = []
-    trainer.model.register_forward_hook(lambda module, args, out: seen.append(out.logits.requires_grad))
+    trainer.model.norm.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
     trainer.evaluate()
     assert not any(seen)
 
@@ -197,7 +198,7 @@ def test_a_batch_in_parts_is_the_batch(config_of, tmp_path, accumulate):
         # plain gradient descent: a difference of the gradients shows in proportion
         trainer = trainer_of(config_of("training.batch_size=8", f"training.accumulate={parts}"), tmp_path)
         calls = []
-        trainer.model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.model.embedding.register_forward_hook(lambda *_: calls.append(1))
         before = {name: p.clone() for name, p in trainer.model.named_parameters()}
         loss, norm, rate = trainer.step(0)
         assert len(calls) == parts
@@ -407,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatc
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
     trainer = trainer_of(config_of(), tmp_path)
-    trainer.model.head.register_forward_hook(lambda head, args, out: out if trainer.model.training else out * math.nan)
+    trainer.model.norm.register_forward_hook(lambda norm, args, out: out if trainer.model.training else out * math.nan)
     with pytest.raises(TrainingError, match=r"^step 2: the validation loss is nan"):
         list(trainer.steps(0, lambda: False))
     assert not checkpoints(tmp_path)
@@ -447,7 +448,7 @@ def test_bfloat16_is_autocast_where_asked_for(config_of, tmp_path, monkeypatch, 
     assert started.precision is dtype
     trainer = trainer_of(config_of(f"training.precision={precision}"), tmp_path)
     seen = []
-    trainer.model.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    trainer.model.blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     loss, _, _ = trainer.step(0)
     trainer.evaluate()
     assert set(seen) == {dtype}

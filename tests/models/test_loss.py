@@ -1,0 +1,118 @@
+"""The loss of a large vocabulary: exact, in parts, and with gradients that are the whole's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seqmix.models import IGNORED, linear_cross_entropy
+from seqmix.models import loss as module
+
+TOKENS, WIDTH, VOCAB, AT_ONCE = 50, 8, 300, 7 * 300
+
+
+@pytest.fixture(params=["torch's", "our own"])
+def in_parts(request, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", AT_ONCE)
+    if request.param == "our own":
+        monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    elif not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has no chunked linear_cross_entropy")
+
+
+def data(dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCAB, (TOKENS,))
+    targets[::6] = IGNORED
+    return hidden, weight, targets
+
+
+def by_hand(hidden, weight, targets):
+    """From the definition, in float64: no function of torch's that computes a loss."""
+    kept = targets != IGNORED
+    logits = (hidden.double() @ weight.double().T)[kept]
+    return (logits.exp().sum(1).log() - logits.gather(1, targets[kept][:, None])[:, 0]).sum()
+
+
+def with_gradients(loss, hidden, weight):
+    return (loss, *torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_parts_are_the_whole():
+    hidden, weight, targets = data()
+    for actual, expected in zip(
+        with_gradients(linear_cross_entropy(hidden, weight, targets) / 3, hidden, weight),
+        with_gradients(by_hand(hidden, weight, targets) / 3, hidden, weight),
+        strict=True,
+    ):
+        assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_all_logits_are_never_there_at_once():
+    hidden, weight, targets = data(torch.float32)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            largest = max([largest, *sizes])
+            return out
+
+    def largest_of(loss):
+        nonlocal largest
+        largest = 0
+        with Watch():
+            loss(hidden, weight, targets).backward()
+        return largest
+
+    assert largest_of(linear_cross_entropy) <= max(AT_ONCE, weight.numel())
+    whole = largest_of(lambda h, w, t: F.cross_entropy(h @ w.T, t, ignore_index=IGNORED, reduction="sum"))
+    assert whole == TOKENS * VOCAB, "the watch sees logits where there are some"
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_product_has_a_float32_loss(dtype):
+    """A sum of thousands of nats has three digits in bfloat16."""
+    hidden, weight, targets = data(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    # logits of the size of 10 are rounded to eight (eleven) bits, and the errors average out
+    assert_close(loss.double(), by_hand(hidden, weight, targets), rtol=2e-3, atol=0)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    expected = torch.autograd.grad(by_hand(hidden, weight, targets), (hidden, weight))
+    for actual, exact in zip(gradients, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_nothing_to_predict_is_a_loss_of_zero():
+    hidden, weight, targets = data()
+    loss, d_hidden, d_weight = with_gradients(
+        linear_cross_entropy(hidden, weight, targets.fill_(IGNORED)), hidden, weight
+    )
+    assert loss == 0
+    assert not d_hidden.any()
+    assert not d_weight.any()
+
+
+def test_a_models_loss_is_that_of_its_logits(model_of):
+    model = model_of("retention", "attention")
+    x = torch.randint(0, 257, (2, 13))
+    targets = torch.randint(0, 257, (2, 13))
+    targets[0, 3] = IGNORED
+    borders = torch.tensor([0, 5, 13])
+    for batch, options in ((slice(None), {}), (slice(0, 1), {"cu_seqlens": borders, "paradigm": "parallel"})):
+        logits = model(x[batch], **options).logits.flatten(0, 1)
+        expected = F.cross_entropy(logits, targets[batch].flatten(), ignore_index=IGNORED, reduction="sum")
+        assert_close(model.loss(x[batch], targets[batch], **options), expected)
