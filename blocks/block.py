@@ -50,6 +50,10 @@ class Block(nn.Module):
             if part is not None:
                 part.reset_parameters()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # compiled code is bound to this object: a copy starts without
+        return {name: value for name, value in super().__getstate__().items() if name != "forward"}
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],

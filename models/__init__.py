@@ -2,7 +2,9 @@
 
 from .accounting import LayerCost, ModelCost, account
 from .builder import build_meta, build_model
+from .compiling import compile_blocks, is_compiled
 from .config import ModelConfig
+from .decoding import Decoder
 from .generate import Sampling, generate_text, generate_tokens, prefill, sample, stream_text
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
@@ -11,6 +13,7 @@ from .tokenizer import ByteTokenizer
 __all__ = [
     "IGNORED",
     "ByteTokenizer",
+    "Decoder",
     "LanguageModel",
     "LayerCost",
     "ModelConfig",
@@ -21,8 +24,10 @@ __all__ = [
     "account",
     "build_meta",
     "build_model",
+    "compile_blocks",
     "generate_text",
     "generate_tokens",
+    "is_compiled",
     "linear_cross_entropy",
     "prefill",
     "sample",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..mixers import Paradigm
 from ..mixers.state import concatenate
 from ..registry import SeqmixError
+from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
 from .tokenizer import ByteTokenizer
 
@@ -94,14 +95,16 @@ def prefill(
         return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    logits, state = model(
-        torch.cat(list(prompts)).to(model.device)[None],
-        None if max_length is None else model.init_state(len(prompts), max_length=max_length),
-        paradigm=model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL),
-        cu_seqlens=borders if len(prompts) > 1 else None,
-        return_state=True,
-        select=borders[1:] - 1,
-    )
+    # prompts have any length, and blocks may be compiled: for the lengths of steps, not for these
+    with torch.compiler.set_stance("force_eager"):
+        logits, state = model(
+            torch.cat(list(prompts)).to(model.device)[None],
+            None if max_length is None else model.init_state(len(prompts), max_length=max_length),
+            paradigm=model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL),
+            cu_seqlens=borders if len(prompts) > 1 else None,
+            return_state=True,
+            select=borders[1:] - 1,
+        )
     return logits, state
 
 
@@ -113,6 +116,7 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     vocab_size: int | None = None,
+    compiled: bool | None = None,
 ) -> Iterator[Int[Tensor, " N"]]:
     """Yield the next token of every prompt, again and again; stop by not asking for more.
 
@@ -122,6 +126,7 @@ def generate_tokens(
         max_new_tokens: tokens to yield at most.
         sampling: how they are chosen.
         vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
+        compiled: whether blocks are compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
 
     Raises:
         SeqmixError: there is no prompt, or an empty one.
@@ -131,13 +136,14 @@ def generate_tokens(
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits, state = prefill(model, prompts, max_length=longest + max_new_tokens)
-    paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+    if compiled is None:
+        compiled = max_new_tokens >= COMPILED_FROM * len(set(model.config.layers))
+    decoder = Decoder(model, state, compiled=compiled)
     for left in range(max_new_tokens, 0, -1):
         tokens = sample(logits[:, :vocab_size], sampling, generator)
         yield tokens
         if left > 1:
-            logits, state = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
-            logits = logits[:, 0]
+            logits = decoder.step(tokens)
 
 
 def stream_text(
@@ -147,6 +153,7 @@ def stream_text(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    compiled: bool | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts; yield the new piece of each as it comes ("" where there is none).
 
@@ -156,6 +163,7 @@ def stream_text(
         max_new_tokens: bytes to generate at most.
         sampling: how they are chosen.
         stop: a text ends before the first of these that appears in it.
+        compiled: as in `generate_tokens`.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model has too few tokens for bytes.
@@ -177,6 +185,7 @@ def stream_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         vocab_size=tokenizer.begin,
+        compiled=compiled,
     )
     for step in tokens:
         yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models import IGNORED, LanguageModel, build_model
+from ..models import IGNORED, LanguageModel, build_model, compile_blocks
 from ..registry import SeqmixError, dump
 from . import checkpoint
 from .config import RunConfig, TrainingConfig
@@ -267,19 +267,6 @@ def _step_of(line: str) -> float:
     except (ValueError, TypeError, KeyError):
         return math.inf
     return step if isinstance(step, int) and line.endswith("\n") else math.inf
-
-
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile each block by itself: blocks of one kind share their code.
-
-    Dynamo counts graphs by code object, and all kinds of blocks run through one `Block.forward`: each kind may need a
-    graph for training, evaluation and carried state.
-    """
-    torch._dynamo.reset()
-    kinds = len(set(model.config.layers))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * kinds)
-    for block in model.blocks:
-        block.compile(fullgraph=True)
 
 
 def _require_free(run: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from seqmix import build_model, train
+from seqmix import train
 from seqmix.training import read_corpus
-from seqmix.training.loop import Compiled, Evaluated, Stepped, compile_blocks
+from seqmix.training.loop import Compiled, Evaluated, Stepped
 
 # without feed-forward networks, which the compiler knows by heart: each of its kernels takes a second to build
 HYBRID = (
@@ -24,8 +24,7 @@ HYBRID = (
 def _no_graphs_are_left():
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        yield
+    yield
     torch._dynamo.reset()
     counters.clear()
 
@@ -63,28 +62,20 @@ def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_
 
 def test_only_blocks_are_compiled_and_only_where_asked_for(config_of, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **options: calls.append((type(self).__name__, options))
-    )
+
+    def compiled(function, **options):
+        calls.append((type(function.__self__).__name__, function.__name__, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
     list(train(config_of("training.steps=2"), tmp_path / "plain"))
     assert calls == []
     list(train(config_of("training.steps=2", "training.compile=true"), tmp_path / "compiled"))
-    assert calls == [("Block", {"fullgraph": True})] * 2
-
-
-def test_the_compiler_may_make_graphs_for_every_kind(config_of):
-    block = config_of().model.blocks["ret"]
-    names = [f"block{number}" for number in range(5)]
-    config = config_of().model.model_copy(
-        update={"blocks": dict.fromkeys(names, block), "pattern": tuple(names), "n_layers": 5}
-    )
-    with torch._dynamo.config.patch(recompile_limit=8):
-        compile_blocks(build_model(config))
-        assert torch._dynamo.config.recompile_limit == 20
+    assert calls == [("Block", "forward_ret", {"fullgraph": True})] * 2
 
 
 def test_a_compiled_model_is_saved_under_its_own_names(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     list(train(config_of("training.compile=true", "training.steps=2"), tmp_path / "compiled"))
     list(train(config_of("training.steps=2"), tmp_path / "plain"))
     first, second = (

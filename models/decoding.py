@@ -1,0 +1,103 @@
+"""One token after another: a model, the state it has reached, and the quickest way from one token to the next."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..mixers import Paradigm
+from ..mixers.state import clone, to_dict
+from .compiling import compile_blocks, is_compiled
+from .language_model import LanguageModel, ModelState
+
+COMPILED_FROM = 4096
+"""Tokens for each kind of block from which on compiling pays: a kind costs some ten seconds, and a token of a small
+model on a CPU takes a few milliseconds, of which compiling saves about one."""
+
+
+class Decoder:
+    """A model behind some tokens; every step reads one more of each row.
+
+    On a CUDA device a step is captured as one graph, if its state has a fixed size: the tokens, the state and the
+    logits then have fixed places, and a step is a single launch.
+
+    Args:
+        model: the model; its training mode is the caller's.
+        state: what it has read, from `prefill` or `init_state`; the decoder's from now on, which may write into it.
+        compiled: whether blocks are compiled (once a kind; the model stays compiled).
+    """
+
+    def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
+        if compiled and not is_compiled(model):
+            compile_blocks(model)
+        self.model, self.state = model, state
+        self.paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+        self._captured: _Captured | None = None
+        self._may_capture = model.device.type == "cuda"
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
+        """Logits of the next token of each row; those of the step before may be overwritten."""
+        if self._captured is not None:
+            return self._captured.replay(tokens)
+        before = self.state
+        logits, self.state = self._advance(tokens, before)
+        if self._may_capture:
+            # the first step went the plain way: whether the state grows is known now
+            self._may_capture = _same_sizes(before, self.state)
+            if self._may_capture:
+                self._captured = _Captured(Held(self._advance, tokens, self.state))
+        return logits
+
+    def _advance(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        logits, after = self.model(tokens[:, None], state, paradigm=self.paradigms, return_state=True)
+        return logits[:, 0], after
+
+
+class Held:
+    """A step whose tokens, state and logits have fixed places."""
+
+    def __init__(self, advance: Any, tokens: Tensor, state: ModelState) -> None:
+        self._advance = advance
+        self.tokens, self.state = tokens.clone(), clone(state)
+        self.logits: Tensor | None = None
+
+    def __call__(self) -> None:
+        """One step from what the places hold, into them."""
+        logits, after = self._advance(self.tokens, self.state)
+        for place, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
+            if place.data_ptr() != leaf.data_ptr():  # caches are written in place already
+                place.copy_(leaf)
+        self.logits = logits if self.logits is None else self.logits.copy_(logits)
+
+
+class _Captured:
+    """A held step as a CUDA graph."""
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+        reached = clone(held.state)
+        # compilers and libraries set themselves up in the first calls, which a capture does not allow
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                held()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            held()
+        for place, leaf in zip(to_dict(held.state).values(), to_dict(reached).values(), strict=True):
+            place.copy_(leaf)
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        """One step; the logits' place."""
+        self.held.tokens.copy_(tokens)
+        self.graph.replay()
+        assert self.held.logits is not None
+        return self.held.logits
+
+
+def _same_sizes(first: ModelState, second: ModelState) -> bool:
+    return [leaf.shape for leaf in to_dict(first).values()] == [leaf.shape for leaf in to_dict(second).values()]

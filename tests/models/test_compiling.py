@@ -1,0 +1,110 @@
+"""Blocks compiled kind by kind: as many graphs as there are kinds and uses, and none that another model pays for."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from seqmix import Paradigm
+from seqmix.models import compile_blocks, is_compiled
+
+KINDS = (
+    "retention",
+    "retention of the plain kind",
+    "learnable retention",
+    "attention",
+    "windowed attention",
+    "xpos attention",
+    "attention without positions",
+    "linear_attention",
+    "linear attention without denominator",
+)
+"""With a second retention: ten."""
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_are_left(monkeypatch):
+    # the compiler's front end alone: it is what counts graphs, and inductor takes seconds for each
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def run(model, batch_size=2, length=8):
+    """Training, evaluation, and steps from a state: everything a run does, and varying data."""
+    results = []
+    for seed in range(3):
+        tokens = torch.randint(0, 257, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+        model.train()
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+        results.append(loss.detach())
+        model.eval()
+        with torch.no_grad():
+            results.append(model(tokens).logits)
+            state = model.init_state(batch_size, max_length=4)
+            for step in range(4):
+                logits, state = model(
+                    tokens[:, step : step + 1], state, paradigm=model.prefer(Paradigm.RECURRENT), return_state=True
+                )
+                results.append(logits)
+    return results
+
+
+@pytest.mark.slow
+def test_ten_kinds_in_one_process_make_three_graphs_each(model_of):
+    """Eight is what the compiler allows one piece of code."""
+    model = model_of(*KINDS, "retention", n_layers=20)
+    expected = run(model)
+    assert compile_blocks(model) == 10
+    assert_close(run(model), expected)
+    assert graphs() == 3 * 10
+    run(model)
+    assert graphs() == 3 * 10
+    assert not counters["graph_break"]
+
+
+def test_models_do_not_pay_for_each_other(model_of):
+    first, second = model_of("retention"), model_of("retention")
+    for model in (first, second):
+        compile_blocks(model)
+        run(model)
+    made = graphs()
+    run(first)
+    run(second)
+    assert graphs() == made == 6
+
+
+def test_a_model_stays_what_it_was(model_of):
+    model = model_of("retention", "attention")
+    names, calls = list(model.state_dict()), []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    assert not is_compiled(model)
+    compile_blocks(model)
+    assert is_compiled(model)
+    assert list(model.state_dict()) == names
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert calls == [1]
+
+
+def test_a_copy_computes_with_its_own_parameters(model_of):
+    """Compiled code that was copied along would still hold the first model's blocks."""
+    model = model_of("retention")
+    compile_blocks(model)
+    copy = deepcopy(model)
+    assert not is_compiled(copy)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    assert_close(copy(tokens).logits, model(tokens).logits)
+    with torch.no_grad():
+        copy.blocks[0].mixer.out_proj.weight.zero_()
+    assert not torch.allclose(copy(tokens).logits, model(tokens).logits)

@@ -1,0 +1,129 @@
+"""Decoding token by token: compiled, held in fixed places and captured, it is what plain steps give."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+import seqmix.models.decoding as module
+from seqmix import Paradigm
+from seqmix.mixers.state import clone, to_dict
+from seqmix.models import Decoder, Sampling, generate_tokens, is_compiled, prefill
+
+PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def plainly_compiled(monkeypatch):
+    """The compiler's front end alone: inductor takes seconds for each graph."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def plain(model, state):
+    paradigms, logits = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE), []
+    for tokens in STEPS:
+        after = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
+        state = after.state
+        logits.append(after.logits[:, 0])
+    return torch.stack(logits)
+
+
+def decoded(decoder):
+    return torch.stack([decoder.step(tokens).clone() for tokens in STEPS])
+
+
+def places(state):
+    return [leaf.data_ptr() for leaf in to_dict(state).values()]
+
+
+def test_steps_are_the_models(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = plain(model, clone(state))
+    assert_close(decoded(Decoder(model, state)), expected)
+
+
+@pytest.mark.usefixtures("plainly_compiled")
+def test_compiled_steps_are_the_models_and_one_graph_a_kind(model_of):
+    model = model_of("retention", "attention", n_layers=4)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = plain(model, clone(state))
+    decoder = Decoder(model, state, compiled=True)
+    assert_close(decoded(decoder), expected)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    # other prompts, of other lengths, are read without a compiler
+    _, state = prefill(model, [torch.arange(7), torch.arange(9)], max_length=20)
+    assert_close(decoded(Decoder(model, clone(state), compiled=True)), plain(model, clone(state)))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+class FakeCapture:
+    """What replays a graph, without one: the same step in the same places."""
+
+    made = 0
+
+    def __init__(self, held):
+        self.held = held
+        type(self).made += 1
+
+    def replay(self, tokens):
+        self.held.tokens.copy_(tokens)
+        self.held()
+        return self.held.logits
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    monkeypatch.setattr(module, "_Captured", FakeCapture)
+    FakeCapture.made = 0
+
+    def decoder_of(model, state):
+        decoder = Decoder(model, state)
+        decoder._may_capture = True
+        return decoder
+
+    return decoder_of
+
+
+def test_a_held_step_is_the_models_in_places_that_stay(model_of, each_mixer, captured):
+    model = model_of(*each_mixer)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = plain(model, clone(state))
+    decoder = captured(model, state)
+    logits = [decoder.step(STEPS[0]).clone()]
+    held = decoder._captured.held
+    before = places(held.state)
+    logits += [decoder.step(tokens).clone() for tokens in STEPS[1:]]
+    assert_close(torch.stack(logits), expected)
+    assert places(held.state) == before
+    assert FakeCapture.made == 1
+
+
+def test_a_state_that_grows_is_not_captured(model_of, captured):
+    model = model_of("attention")
+    _, state = prefill(model, PROMPTS)  # no max_length: caches grow
+    expected = plain(model, clone(state))
+    assert_close(decoded(captured(model, state)), expected)
+    assert FakeCapture.made == 0
+
+
+@pytest.mark.parametrize(("tokens", "pays"), [(5, False), (6, True)])
+@pytest.mark.usefixtures("plainly_compiled")
+def test_it_is_compiled_where_it_pays(model_of, monkeypatch, tokens, pays):
+    monkeypatch.setattr("seqmix.models.generate.COMPILED_FROM", 3)
+    model = model_of("retention", "attention")
+    greedy = Sampling(temperature=0)
+    expected = torch.stack(
+        list(generate_tokens(model, PROMPTS, max_new_tokens=tokens, sampling=greedy, compiled=False))
+    )
+    assert not is_compiled(model)
+    assert_close(torch.stack(list(generate_tokens(model, PROMPTS, max_new_tokens=tokens, sampling=greedy))), expected)
+    assert is_compiled(model) == pays
