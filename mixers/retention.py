@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .base import ContractError, MixerConfig, SequenceMixer, Traits
 from .heads import HeadNorm, head_norm, head_width
 from .ops.decay import decay, decay_flops
+from .ops.fusion import once
 from .paradigm import Paradigm
 from .positions import Schedule, advance, frequencies, rotate, rotation, token_positions
 
@@ -141,7 +142,7 @@ class Retention(SequenceMixer[RetentionState]):
         scale = self.key_dim**-0.5
         if self.config.row_norm:
             # both score normalisers in one product
-            q, scale = q * (scale * row_scale(positions, log_decay)).to(q.dtype), 1.0
+            q, scale = q * once((scale * row_scale(positions, log_decay)).to(q.dtype), 2), 1.0
         output, memory = decay(
             paradigm,
             q,

@@ -2,7 +2,7 @@
 
 from .accounting import LayerCost, ModelCost, account
 from .builder import build_meta, build_model
-from .compiling import compile_blocks, is_compiled
+from .compiling import compile_blocks
 from .config import ModelConfig
 from .decoding import Decoder
 from .generate import Sampling, generate_text, generate_tokens, prefill, sample, stream_text
@@ -27,7 +27,6 @@ __all__ = [
     "compile_blocks",
     "generate_text",
     "generate_tokens",
-    "is_compiled",
     "linear_cross_entropy",
     "prefill",
     "sample",

@@ -19,7 +19,7 @@ def compile_blocks(model: LanguageModel) -> int:
     """
     kinds = dict.fromkeys(model.config.layers)
     for kind in kinds:
-        forward = _copy(Block.forward, f"forward_{kind}")
+        forward = copy_of(Block.forward, f"forward_{kind}")
         for name, block in zip(model.config.layers, model.blocks, strict=True):
             if name == kind:
                 # of the instance: hooks and parameter names stay as they are
@@ -27,12 +27,8 @@ def compile_blocks(model: LanguageModel) -> int:
     return len(kinds)
 
 
-def is_compiled(model: LanguageModel) -> bool:
-    """Whether `compile_blocks` was called."""
-    return "forward" in vars(model.blocks[0])
-
-
-def _copy(function: FunctionType, name: str) -> FunctionType:
+def copy_of(function: FunctionType, name: str) -> FunctionType:
+    """The same function with code of its own, whose graphs are counted by themselves."""
     code = function.__code__.replace(co_name=name)
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

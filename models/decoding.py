@@ -1,6 +1,9 @@
 """One token after another: a model, the state it has reached, and the quickest way from one token to the next."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -8,12 +11,16 @@ from torch import Tensor
 
 from ..mixers import Paradigm
 from ..mixers.state import clone, to_dict
-from .compiling import compile_blocks, is_compiled
+from .compiling import copy_of
 from .language_model import LanguageModel, ModelState
 
-COMPILED_FROM = 4096
-"""Tokens for each kind of block from which on compiling pays: a kind costs some ten seconds, and a token of a small
-model on a CPU takes a few milliseconds, of which compiling saves about one."""
+COMPILED_FROM = 8192
+"""Tokens from which on compiling pays on a CPU: it costs about two seconds a layer, and saves some 0.3 ms a token."""
+
+Advance: TypeAlias = Callable[[LanguageModel, Tensor, ModelState], tuple[Tensor, ModelState]]
+
+_compiled: WeakKeyDictionary[LanguageModel, Advance] = WeakKeyDictionary()
+"""The compiled step of each model: decoders of a model share it."""
 
 
 class Decoder:
@@ -25,14 +32,12 @@ class Decoder:
     Args:
         model: the model; its training mode is the caller's.
         state: what it has read, from `prefill` or `init_state`; the decoder's from now on, which may write into it.
-        compiled: whether blocks are compiled (once a kind; the model stays compiled).
+        compiled: whether the step is compiled as a whole, all layers in one graph.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
-        if compiled and not is_compiled(model):
-            compile_blocks(model)
         self.model, self.state = model, state
-        self.paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+        self._advance = _compile(model) if compiled else advance
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
 
@@ -42,23 +47,39 @@ class Decoder:
         if self._captured is not None:
             return self._captured.replay(tokens)
         before = self.state
-        logits, self.state = self._advance(tokens, before)
+        logits, self.state = self._advance(self.model, tokens, before)
         if self._may_capture:
             # the first step went the plain way: whether the state grows is known now
             self._may_capture = _same_sizes(before, self.state)
             if self._may_capture:
-                self._captured = _Captured(Held(self._advance, tokens, self.state))
+                self._captured = _Captured(Held(partial(self._advance, self.model), tokens, self.state))
         return logits
 
-    def _advance(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        logits, after = self.model(tokens[:, None], state, paradigm=self.paradigms, return_state=True)
-        return logits[:, 0], after
+
+def advance(
+    model: LanguageModel, tokens: Int[Tensor, " N"], state: ModelState
+) -> tuple[Float[Tensor, "N vocab"], ModelState]:
+    """One token a row, in plain operations."""
+    paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+    logits, after = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
+    return logits[:, 0], after
+
+
+def _compile(model: LanguageModel) -> Advance:
+    if model not in _compiled:
+        _compiled[model] = torch.compile(copy_of(advance, "step"), fullgraph=True)
+    return _compiled[model]
 
 
 class Held:
     """A step whose tokens, state and logits have fixed places."""
 
-    def __init__(self, advance: Any, tokens: Tensor, state: ModelState) -> None:
+    def __init__(
+        self,
+        advance: Callable[[Tensor, ModelState], tuple[Tensor, ModelState]],
+        tokens: Tensor,
+        state: ModelState,
+    ) -> None:
         self._advance = advance
         self.tokens, self.state = tokens.clone(), clone(state)
         self.logits: Tensor | None = None

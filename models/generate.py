@@ -95,7 +95,7 @@ def prefill(
         return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    # prompts have any length, and blocks may be compiled: for the lengths of steps, not for these
+    # prompts have any length, and blocks may have been compiled for those of training
     with torch.compiler.set_stance("force_eager"):
         logits, state = model(
             torch.cat(list(prompts)).to(model.device)[None],
@@ -126,7 +126,7 @@ def generate_tokens(
         max_new_tokens: tokens to yield at most.
         sampling: how they are chosen.
         vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
-        compiled: whether blocks are compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
+        compiled: whether the step is compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
 
     Raises:
         SeqmixError: there is no prompt, or an empty one.
@@ -137,7 +137,7 @@ def generate_tokens(
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits, state = prefill(model, prompts, max_length=longest + max_new_tokens)
     if compiled is None:
-        compiled = max_new_tokens >= COMPILED_FROM * len(set(model.config.layers))
+        compiled = max_new_tokens >= COMPILED_FROM
     decoder = Decoder(model, state, compiled=compiled)
     for left in range(max_new_tokens, 0, -1):
         tokens = sample(logits[:, :vocab_size], sampling, generator)

@@ -25,7 +25,7 @@ from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .decay_chunkwise import chunkwise_op
-from .decay_recurrent import recurrent_op
+from .decay_recurrent import one_step, recurrent_op
 from .kernels import Kernel, declare, require_floats
 from .segments import require_borders
 
@@ -145,18 +145,9 @@ def decay_recurrent(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, _needs_grad(q, k, v, log_decay, initial_state)
         )
         return DecayOutput(output, final_state if output_final_state else None)
-    # one token: plain operations, which a compiler fuses with what surrounds them
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with _no_autocast(q.device):
-        query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
-        state = key.transpose(2, 3) * value
-        if initial_state is not None:
-            kept = initial_state.to(wide)
-            if log_decay is not None:
-                kept = kept * _per_token(log_decay.to(wide), 1).exp().transpose(2, 3)
-            state = state + kept
-        output = (scale * query) @ state
-    return DecayOutput(output.to(q.dtype).transpose(1, 2), state if output_final_state else None)
+    # plain operations, which a compiler fuses with what surrounds them
+    output, state = one_step(q, k, v, log_decay, scale, initial_state)
+    return DecayOutput(output, state if output_final_state else None)
 
 
 def decay_chunkwise(

@@ -9,11 +9,13 @@ It is a reference: it shares no formula with the chunkwise op. Every BLOCK-th st
 the states between, so memory grows slowly with T.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .fusion import once
 from .segments import pieces, stretches
 
 BLOCK = 64
@@ -187,3 +189,21 @@ def _backward(
 
 
 recurrent_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def one_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output [B 1 H V] and state [B H K V] of one token, in plain operations."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # autocast does not know the meta device
+    with nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False):
+        query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
+        state = once(key.transpose(2, 3), 2) * value
+        if initial_state is not None:
+            kept = initial_state.to(wide)
+            if log_decay is not None:
+                kept = kept * once(_decay_at(log_decay, 0, wide), 1)
+            state = state + kept
+        output = once(scale * query, 3) @ state
+    return output.to(q.dtype).transpose(1, 2), state

@@ -1,0 +1,19 @@
+"""What a compiler should not fuse."""
+
+import torch
+from torch import Tensor
+
+
+def once(x: Tensor, dim: int) -> Tensor:
+    """x itself; compiled code forms it once, and not anew for every number that is computed from it.
+
+    Inductor inlines what is elementwise into each place that reads it, however often that is: the logarithm of a decay
+    for every entry of a state, twenty thousand times a token and layer. Concatenations it writes to memory.
+
+    Args:
+        x: a small tensor, from expensive functions.
+        dim: a dimension of more than one entry, or nothing changes.
+    """
+    if not torch.compiler.is_compiling() or x.shape[dim] < 2:
+        return x
+    return torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 1, x.shape[dim] - 1)), dim)
