@@ -202,8 +202,8 @@ def one_step(
         state = once(key.transpose(2, 3), 2) * value
         if initial_state is not None:
             kept = initial_state.to(wide)
-            if log_decay is not None:
-                kept = kept * once(_decay_at(log_decay, 0, wide), 1)
+            decay = _decay_at(log_decay, 0, wide)
+            kept = kept * once(decay, 1) if isinstance(decay, Tensor) else kept
             state = state + kept
         output = once(scale * query, 3) @ state
     return output.to(q.dtype).transpose(1, 2), state
