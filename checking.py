@@ -1,22 +1,25 @@
 """The `check` command: what is to be checked, and how the conformance kit's outcomes are shown."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.status import Status as Progress
 from rich.table import Table
 
 from .mixers import MIXERS, MixerConfig, Paradigm
-from .registry import SeqmixError, load, nearest, read_mapping
+from .registry import ConfigError, SeqmixError, load, nearest, read_mapping
 from .training import PRESETS, load_config
 
 if TYPE_CHECKING:
-    from .mixers.testing import Outcome, Report
+    from .mixers.testing import Check, Outcome, Report
 
 
 def check_command(
@@ -30,6 +33,7 @@ def check_command(
     seed: int,
     d_model: int | None,
     compile_backend: str | None,
+    shrink: bool,
 ) -> bool:
     """Check every mixer that `source` names and print the outcomes; whether all passed.
 
@@ -37,21 +41,22 @@ def check_command(
         SeqmixError: there is no such mixer, check, paradigm or device, or hypothesis is not installed.
     """
     try:
-        from .mixers.testing import check_mixer
+        from .mixers.testing import CHECKS, check_mixer
         from .mixers.testing.case import source as source_of
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
         raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[test]'") from None
+    if left_out := [name for name in only if name in CHECKS and CHECKS[name].compiles and compile_backend is None]:
+        raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
     configs, vary = mixers_of(source, changes)
-    _require_device(device)
     chosen = tuple(map(_paradigm, paradigms)) or None
     console = Console(markup=False, highlight=False)
     reports = []
     for config in configs:
         heading = f"{source_of(config)} on {device}" + (", and its options" if vary else "")
-        reports.append(
-            check_mixer(
+        with _progress(console) as progress:
+            report = check_mixer(
                 config,
                 checks=only or None,
                 d_model=d_model,
@@ -62,9 +67,11 @@ def check_command(
                 vary=vary,
                 compiles=compile_backend is not None,
                 compile_backend=compile_backend or "aot_eager",
+                shrink=shrink,
                 on_outcome=_Lines(console, heading),
+                on_case=progress,
             )
-        )
+        reports.append(report)
     _summary(console, reports)
     return all(report.passed for report in reports)
 
@@ -80,10 +87,7 @@ def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfi
     """
     kinds = MIXERS.kinds()
     if source in kinds or (":" in source and not Path(source).exists()):
-        cls = MIXERS.resolve(source)
-        example = {name: json.dumps(value) for name, value in cls.example_fields().items()}
-        given = [f"{name}={value}" for name, value in example.items()]
-        return [load(cls, None, [*given, *changes], presets=PRESETS)], not changes
+        return [_example(_class_of(source), changes)], not changes
     presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     if not _is_file(source) and source not in presets:
         known = [*kinds, *presets]
@@ -91,10 +95,42 @@ def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfi
             f"there is no mixer kind, preset or file {source!r}; kinds: {', '.join(kinds)}{nearest(source, known)}"
         )
     mapping = read_mapping(source, PRESETS)
+    if not mapping:
+        raise SeqmixError(f"{source} is empty: a configuration of a run or of a mixer was expected")
     if "kind" in mapping:
-        return [load(MIXERS.resolve(str(mapping["kind"])), source, changes, presets=PRESETS)], False
+        return [load(_class_of(str(mapping["kind"])), source, changes, presets=PRESETS)], False
     blocks = load_config(source, changes).model.blocks
     return list({repr(block.mixer): block.mixer for block in blocks.values()}.values()), False
+
+
+def _class_of(kind: str) -> type[MixerConfig]:
+    module, colon, name = kind.partition(":")
+    if colon and not (module and name):
+        lacks = "the class after" if module else "the module before"
+        raise SeqmixError(f"{kind!r} lacks {lacks} the colon: write my_module:MyConfig")
+    try:
+        return MIXERS.resolve(kind)
+    except SystemExit as error:  # what else an import raises, the registry tells
+        raise SeqmixError(f"module {module} calls sys.exit({error.code}) when it is imported") from None
+
+
+def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
+    """The example of a class with changes.
+
+    Raises:
+        SeqmixError: what is wrong with the changes, or with the class.
+    """
+    filled = cls.example_fields()
+    given = [f"{name}={json.dumps(to_jsonable_python(value))}" for name, value in filled.items()]
+    try:
+        return load(cls, None, [*given, *changes], presets=PRESETS)
+    except ConfigError as error:
+        # the command line is to blame for what it says, not for what the class says of itself
+        said = {change.partition("=")[0].partition(".")[0] for change in changes}
+        fields, cause = {name: value for name, value in filled.items() if name not in said}, error.__cause__
+        if isinstance(cause, ValidationError) and (sentence := cls.example_error(cause, fields, alone=not said)):
+            raise SeqmixError(sentence) from error
+        raise
 
 
 def _is_file(source: str) -> bool:
@@ -107,13 +143,6 @@ def _paradigm(name: str) -> Paradigm:
             f"there is no paradigm {name!r}; allowed: {', '.join(Paradigm)}{nearest(name, list(Paradigm))}"
         )
     return Paradigm(name)
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SeqmixError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
@@ -131,6 +160,25 @@ class _Lines:
             self.console.print(self.heading, soft_wrap=True)
             self.heading = ""
         _line(self.console, outcome)
+
+
+@contextmanager
+def _progress(console: Console) -> "Iterator[_Counter | None]":
+    """A last line on a terminal that says which case of which check is run; nothing elsewhere."""
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("") as status:
+        yield _Counter(status)
+
+
+@dataclass
+class _Counter:
+    status: Progress
+
+    def __call__(self, check: "Check", tried: int) -> None:
+        """After each case."""
+        self.status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
 
 
 def _line(console: Console, outcome: "Outcome") -> None:

@@ -106,6 +106,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the most probable bytes that reach this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the step of a byte: seconds before the first, less time for each. By default where it pays.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Continue a text with a trained model.
 
@@ -117,7 +125,14 @@ def generate(
     from .training import load_run
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = stream_text(load_run(run), prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or [])
+    pieces = stream_text(
+        load_run(run),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or [],
+        compiled=compiled,
+    )
     # bytes of a command line that are no text come as surrogates, which no terminal takes
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
     if len(prompt) == 1:
@@ -171,8 +186,12 @@ def check(
         typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16, show_default=False),
     ] = None,
     compile_with: Annotated[
-        Compile, typer.Option("--compile", help="What the checks that compile use; none leaves them out.")
+        Compile, typer.Option("--compile", help="What the checks that compile use; none skips them.")
     ] = "aot_eager",
+    shrink: Annotated[
+        bool,
+        typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers."),
+    ] = True,
 ) -> None:
     """Prove that a mixer keeps the contract, or show the smallest case in which it does not.
 
@@ -196,9 +215,98 @@ def check(
         seed=seed,
         d_model=d_model,
         compile_backend=None if compile_with == "none" else compile_with,
+        shrink=shrink,
     )
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="op (a map over a sequence), train (a training step), decode (a token), prefill (a prompt).",
+            metavar="op|train|decode|prefill",
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="A preset or a YAML file: the model; a RetNet of 20M parameters by default.",
+            metavar="[CONFIG]",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            "--context",
+            help="Tokens of a sequence; for decode, tokens read before. May be given several times.",
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16; train computes by autocast, with float32 parameters.")
+    ] = "float32",
+    repeat: Annotated[int, typer.Option(help="Rounds, in each of which all run once; at least 5.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this one; all by default.", metavar="NAME", show_default=False),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Add compiled variants of those that have one.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="train: compute layers anew in backward, for less memory.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="train: tokens of a step at most, in whole sequences.")] = 2048,
+    batch: Annotated[int, typer.Option(help="op, decode, prefill: sequences at once.")] = 1,
+    limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures.", metavar="FILE", show_default=False)
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE", show_default=False)
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw time and memory: .png, .svg, .pdf.", metavar="FILE", show_default=False),
+    ] = None,
+) -> None:
+    """Measure speed and memory beside what is installed of other implementations.
+
+    All models have as many parameters, run warm, and take turns in one run. Ratios are to the first; shares are of
+    what the machine can do at most, measured in the same rounds. What cannot run is shown with its reason.
+
+    [bold]seqmix bench op --length 2048 --length 8192[/bold]
+
+    [bold]seqmix bench train --length 512 --only seqmix --only llama[/bold]
+
+    [bold]seqmix bench decode hybrid-tiny --context 1024 --json decode.json[/bold]
+    """
+    from .benchmarks.command import bench_command
+
+    bench_command(
+        what,
+        config,
+        overrides or [],
+        lengths=length or [],
+        device=device,
+        dtype=dtype,
+        repeat=repeat,
+        only=only or [],
+        compiled=compiled,
+        checkpoint=checkpoint,
+        tokens=tokens,
+        batch=batch,
+        limit=limit,
+        json_file=json_file,
+        markdown_file=markdown_file,
+        plot_file=plot_file,
+    )
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """nanoGPT's small CPU budget: what retention and attention reach, and in how many seconds, beside a GPT of its kind.
 
-    python benchmarks/small_budget.py tinyshakespeare.txt [steps]
+    python -m seqmix.benchmarks.small_budget tinyshakespeare.txt [steps]
 
 4 layers of width 128, about 0.8M parameters, 2000 steps of 12 sequences of 64 bytes, learning rate 1e-3; the first 90 %
 of the text is learnt, the rest is validation, all of it. The models take their steps in turn, ten at a time, so that a
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from seqmix import RunConfig, build_model, load_config
-from seqmix.training.data import IGNORED, evaluation_batches, read_corpus, training_batch
-from seqmix.training.loop import Trainer
-from seqmix.training.optim import build_optimizer, learning_rate
+from ..models import IGNORED, build_model
+from ..training import RunConfig, load_config
+from ..training.data import evaluation_batches, read_corpus, training_batch
+from ..training.loop import Trainer
+from ..training.optim import build_optimizer, learning_rate
 
 LENGTH, WIDTH, LAYERS, HEADS = 64, 128, 4, 4
 ATTENTION = "{kind: attention, n_heads: 4}"

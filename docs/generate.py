@@ -62,7 +62,7 @@ def _kernels() -> list[str]:
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(dtypes) + 1) + "|"]
     for kernel in sorted(KERNELS.values(), key=lambda kernel: kernel.key):
-        if kernel.backend == "reference":
+        if kernel.reference:
             lines.append(f"| {kernel.key} | {' | '.join(f'{kernel.tolerances[dtype]:g}' for dtype in dtypes)} |")
     return lines
 

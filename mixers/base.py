@@ -1,12 +1,13 @@
 """The contract: what a sequence mixer is, what it declares, and how a plug-in registers one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..registry import Config, Registry, SeqmixError, nearest
@@ -30,6 +31,20 @@ class Traits:
     """Whether it honours `cu_seqlens` (several documents in one row)."""
     shift_invariant: bool
     """Whether the output is independent of absolute position."""
+
+    def __post_init__(self) -> None:
+        names = self.paradigms
+        allowed = ", ".join(f"Paradigm.{paradigm.name}" for paradigm in Paradigm)
+        if not isinstance(names, (frozenset, set)) or not names or not set(names) <= set(Paradigm):
+            raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
+        # a name is equal to its paradigm, but is not printed as one; and a set could change
+        object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
+        if self.state not in ("constant", "growing"):
+            hint = nearest(str(self.state), ("constant", "growing"))
+            raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
+        for name in ("packing", "shift_invariant"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
 
 
 class MixerConfig(Config, ABC):
@@ -67,14 +82,44 @@ class MixerConfig(Config, ABC):
         """A small configuration of this kind, for tables and checks.
 
         Required fields have the first of their `examples` (pydantic's own: `Field(gt=0, examples=[2])`), or 1.
+
+        Raises:
+            ContractError: a field refuses its own example; or has none, and is no number.
         """
-        return cls(**cls.example_fields())
+        fields = cls.example_fields()
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise ContractError(cls.example_error(error, fields) or str(error)) from error
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
         """The fields that `example` gives."""
         required = {name: field for name, field in cls.model_fields.items() if field.is_required()}
         return {name: field.examples[0] if field.examples else 1 for name, field in required.items()}
+
+    @classmethod
+    def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
+        """What is wrong with the class where an example of it is refused; None where it is not the class.
+
+        Args:
+            error: what making the example raised.
+            fields: the fields that `example_fields` gave.
+            alone: whether nobody gave others.
+        """
+        for detail in error.errors(include_url=False):
+            place, reason = detail["loc"], detail["msg"].removeprefix("Value error, ")
+            if not place and alone:  # of the whole: the traits, or a rule of the class about several fields
+                return f"{cls.__name__}: {reason}"
+            if not place or (name := place[0]) not in fields:
+                continue
+            if cls.model_fields[str(name)].examples:
+                return f"{cls.__name__}: field {name} refuses the first of its own examples: {reason}"
+            return (
+                f"{cls.__name__}: field {name} is required and has no examples: give {name}=..., "
+                "or declare Field(examples=[...])"
+            )
+        return None
 
     @field_validator("paradigm", mode="before")
     @classmethod
@@ -84,7 +129,7 @@ class MixerConfig(Config, ABC):
 
     @model_validator(mode="after")
     def _default_paradigm_is_declared(self) -> "MixerConfig":
-        require_paradigm(self.paradigm, self.traits, self.kind)
+        require_paradigm(self.paradigm, _traits_of(self), self.kind)
         return self
 
 
@@ -143,14 +188,18 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             The output [B T D], and the final state (None unless wanted).
 
         Raises:
-            ContractError: the mixer does not declare the paradigm or packing, or the dtypes or shapes do not fit.
+            ContractError: the mixer does not declare the paradigm or packing, the dtypes or shapes do not fit, or its
+                own `mix` returns something else than an output of the segment's shape and a state.
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
         if not isinstance(paradigm, Paradigm):  # its name
             paradigm = Paradigm(paradigm)
         self._require_shapes(x, state, cu_seqlens)
-        y, final_state = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        result = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown
+            self._require_result(result, x)
+        y, final_state = result
         return y, final_state if return_state else None
 
     @final
@@ -199,18 +248,45 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are, or the buffers of a mixer without parameters."""
+        return self._tensor().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return next(self.parameters()).dtype
+        """The parameters' dtype, or that of the buffers of a mixer without parameters."""
+        return self._tensor().dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of recurrent state: float32, or float64 under float64 parameters."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def _tensor(self) -> Tensor:
+        """What tells the device and dtype that the mixer computes with."""
+        for parameter in self.parameters():
+            return parameter
+        for buffer in self.buffers():
+            if buffer.is_floating_point():  # integers are indices or positions
+                return buffer
+        raise ContractError(
+            f"{self.kind} has neither a parameter nor a buffer of floating-point numbers, so nothing tells its device "
+            'and dtype: register one, as self.register_buffer("one", torch.ones(1))'
+        )
+
+    def _require_result(self, result: Any, x: Tensor) -> None:
+        if not isinstance(result, tuple) or len(result) != 2:
+            length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+            raise ContractError(
+                f"{self.kind}: mix has to return (output, state), and returned a {type(result).__name__}{length}"
+            )
+        y = result[0]
+        if not isinstance(y, Tensor):
+            raise ContractError(f"{self.kind}: mix has to return a tensor as output, and returned a {type(y).__name__}")
+        if y.shape != x.shape:
+            raise ContractError(
+                f"{self.kind}: mix has to return an output of the segment's shape {list(x.shape)}, and returned one of "
+                f"{list(y.shape)}"
+            )
 
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1] < 1:
@@ -237,6 +313,23 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 read_borders(cu_seqlens, x.shape[1])
             except SeqmixError as error:
                 raise ContractError(f"{self.kind}: {error}") from None
+
+
+def _traits_of(config: MixerConfig) -> Traits:
+    """The traits of a configuration, which may be a stranger's.
+
+    Raises:
+        ContractError: they are no `Traits`, or computing them raised.
+    """
+    try:
+        traits = config.traits
+    except SeqmixError:
+        raise
+    except Exception as error:
+        raise ContractError(f"{config.kind}: traits raised {type(error).__name__}: {error}") from error
+    if not isinstance(traits, Traits):
+        raise ContractError(f"{config.kind}: traits has to be a Traits(...), and is {traits!r}")
+    return traits
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:

@@ -16,16 +16,43 @@ def test_check_prints_a_line_a_check_and_a_table(seqmix):
     assert (done.status, done.err) == (0, "")
     heading, agree, independent, *table = done.out.splitlines()
     assert heading == "RetentionConfig(n_heads=2) on cpu, and its options"
-    assert re.fullmatch(r"  ✓ paradigms_agree +4 cases +\d+\.\d s", agree)
-    assert re.fullmatch(r"  ✓ rows_are_independent +1 case +\d+\.\d s", independent)
-    assert re.search(r"retention +12 +2 +0 +0 +5 ", "\n".join(table))
+    lines = (
+        re.fullmatch(rf"  ✓ {name} +(\d+) cases? +\d+\.\d s", line)
+        for name, line in (("paradigms_agree", agree), ("rows_are_independent", independent))
+    )
+    counts = [int(line[1]) for line in lines]
+    # a check's share of the examples, and the cases that are run in any case
+    assert counts[0] >= 4
+    assert counts[1] >= 1
+    assert re.search(rf"retention +12 +2 +0 +0 +{sum(counts)} ", "\n".join(table))
 
 
 def test_check_runs_every_check_unless_told(seqmix):
     done = seqmix("check", "retention", "--examples", "1", "--compile", "none")
     assert done.status == 0
-    names = re.findall(r"^  [✓-] (\w+) ", done.out, re.M)
-    assert names == [name for name, check in CHECKS.items() if not check.compiles]
+    found = re.findall(r"^  ([✓-]) (\w+) ", done.out, re.M)
+    assert [name for _, name in found] == list(CHECKS)
+    compiling = {name for name, check in CHECKS.items() if check.compiles}
+    assert compiling == {name for mark, name in found if mark == "-"}
+    assert len(re.findall("skipped: it compiles, and compiling was left out", done.out)) == len(compiling)
+
+
+def test_without_shrinking_the_first_case_that_fails_is_told(seqmix):
+    Path("forgetful.py").write_text(FORGETFUL)
+    check = ("check", "forgetful:ForgetfulConfig", "--only", "paradigms_agree")
+    smallest, first = (seqmix(*check, *more).out for more in ((), ("--no-shrink",)))
+    assert "Case(start='initial', options={'chunk_size': 3})" in smallest
+    assert "Case(start='initial', options={'chunk_size': 3})" not in first
+    # cases that shrinking tries are not counted
+    assert re.search(r"(\d+) cases", smallest)[1] == re.search(r"(\d+) cases", first)[1]
+
+
+def test_a_terminal_shows_the_case_that_is_run(seqmix, monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(text))
+    assert seqmix("check", "retention", *QUICK).status == 0
+    assert shown[:2] == ["paradigms_agree: 1 case tried", "paradigms_agree: 2 cases tried"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +143,30 @@ BAD_CHECKS = {
         ["one_way:OneWayConfig", "--paradigm", "parallel"],
         "one_way has no paradigm 'parallel'; it declares chunkwise",
     ),
+    "device without numbers": (["retention", "--device", "meta"], "device 'meta' cannot be used here: its tensors"),
+    "no class": (["forgetful:"], "'forgetful:' lacks the class after the colon: write my_module:MyConfig"),
+    "no module before the colon": ([":MyConfig"], "':MyConfig' lacks the module before the colon"),
+    "module that exits": (["leaves:Config"], r"module leaves calls sys.exit\(3\) when it is imported"),
+    "empty file": (["empty.yaml"], "empty.yaml is empty: a configuration of a run or of a mixer was expected"),
+    "check that is left out": (
+        ["retention", "--only", "decoding_compiles_once", "--compile", "none"],
+        "--compile none leaves out decoding_compiles_once, which --only asks for",
+    ),
+    "required field": (
+        ["strange:NamelessConfig"],
+        r"NamelessConfig: field name is required and has no examples: give name=\.\.\., or declare Field\(examples=",
+    ),
+    "required field and changes": (["strange:NamelessConfig", "n_heads=2"], "field name is required and has no exam"),
+    "example that is refused": (["strange:RefusedConfig"], "field size refuses the first of its own examples: Input"),
+    "other example that is refused": (["strange:OtherConfig"], "field size refuses 'no', one of its own examples: Inp"),
+    "traits that raise": (
+        ["strange:TraitlessConfig"],
+        "strange: traits raised AttributeError: .*nope",
+    ),
+    "build that raises": (
+        ["strange:BuildConfig"],
+        r"strange: build raised KeyError: .no. \(.*strange.py:\d+, in b",
+    ),
     "unknown device": (["retention", "--device", "gpu"], "device 'gpu' cannot be used here"),
     "width that does not fit": (["retention", "--d-model", "7"], "2 heads do not divide expand_k \\* d_model"),
     "no width that fits": (["retention", "n_heads=17"], "retention fits none of the widths 12, 8, 16"),
@@ -137,11 +188,49 @@ class OneWayConfig(RetentionConfig):
         return replace(super().traits, paradigms=frozenset({Paradigm.CHUNKWISE}))
 """
 
+STRANGE = """
+from typing import Literal
+
+from pydantic import Field
+
+from seqmix.mixers.retention import RetentionConfig
+
+
+class StrangeConfig(RetentionConfig):
+    kind: Literal["strange"] = "strange"
+
+
+class NamelessConfig(StrangeConfig):
+    name: str
+
+
+class RefusedConfig(StrangeConfig):
+    size: int = Field(examples=["no"])
+
+
+class OtherConfig(StrangeConfig):
+    size: int = Field(default=2, examples=[3, "no"])
+
+
+class TraitlessConfig(StrangeConfig):
+    @property
+    def traits(self):
+        return self.nope
+
+
+class BuildConfig(StrangeConfig):
+    def build(self, d_model, *, layer_idx, n_layers):
+        return {}["no"]
+"""
+
 
 @pytest.mark.parametrize("case", BAD_CHECKS)
 def test_what_cannot_be_checked_is_one_sentence(refused, case):
     Path("forgetful.py").write_text(FORGETFUL)
     Path("one_way.py").write_text(ONE_WAY)
+    Path("strange.py").write_text(STRANGE)
+    Path("leaves.py").write_text("import sys\n\nsys.exit(3)\n")
+    Path("empty.yaml").write_text("# nothing\n")
     Path("bad.yaml").write_text("kind: retention\nn_heads: 0\n")
     Path("other.yaml").write_text("name: me\n")
     arguments, sentence = BAD_CHECKS[case]

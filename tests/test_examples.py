@@ -1,6 +1,10 @@
-"""The example plug-in, without installing it: nothing in the library knows it, and a slip in it is found."""
+"""The example plug-in, without installing it: nothing in the library knows it, and a slip in it is found.
+
+And the report on the page about adding a mixer, which is what its example prints.
+"""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -47,3 +51,28 @@ def test_a_slip_in_one_line_is_found_on_three_tokens_or_fewer(mingru, slip):
     config = mingru(*lines)
     (failure,) = check_mixer(config, checks=[name]).failures
     assert failure.case.length <= 3
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "adding-a-mixer.md"
+
+
+def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch, capsys):
+    text = PAGE.read_text()
+    (source,) = re.findall(r"^```python\n(# convolution.py\n.*?)^```$", text, re.M | re.S)
+    ((example, shown),) = re.findall(
+        r"^```python\n([^`]*print\(failure.reason\)[^`]*)```\n\n```text\n(.*?)```$", text, re.M | re.S
+    )
+    (tmp_path / "convolution.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        # the page's blocks share one namespace, and this one is said to be a file
+        exec("from convolution import *\n" + example, {"__name__": "report"})
+    finally:
+        sys.modules.pop("convolution", None)
+    number = r"-?\d+\.\d+"
+    printed, pattern = capsys.readouterr().out, re.escape(shown.strip()).replace(r"\.\.\.", ".*")
+    assert re.fullmatch(re.sub(r"\\?-?\d+\\\.\d+", lambda _: number, pattern), printed.strip())
+    # the last digits depend on the machine
+    assert [float(n) for n in re.findall(number, printed)] == pytest.approx(
+        [float(n) for n in re.findall(number, shown)], rel=1e-3
+    )

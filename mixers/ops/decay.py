@@ -355,15 +355,26 @@ declare(
         backend="reference",
         function=decay_parallel,
         tolerances=TOLERANCES | {torch.bfloat16: 1.5e-2, torch.float16: 1.8e-3},
+        reference=True,
     )
 )
 declare(
     Kernel(
-        op="decay", paradigm=Paradigm.RECURRENT, backend="reference", function=decay_recurrent, tolerances=TOLERANCES
+        op="decay",
+        paradigm=Paradigm.RECURRENT,
+        backend="reference",
+        function=decay_recurrent,
+        tolerances=TOLERANCES,
+        reference=True,
     )
 )
 declare(
     Kernel(
-        op="decay", paradigm=Paradigm.CHUNKWISE, backend="reference", function=decay_chunkwise, tolerances=TOLERANCES
+        op="decay",
+        paradigm=Paradigm.CHUNKWISE,
+        backend="reference",
+        function=decay_chunkwise,
+        tolerances=TOLERANCES,
+        reference=True,
     )
 )

@@ -16,8 +16,9 @@ signature that all of the family share. It is declared beside its code:
 `seqmix.mixers.testing.check_kernel` proves what a kernel declares against the definition of its op.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Kernel:
     """The family: "decay", "softmax"."""
     paradigm: Paradigm
     backend: str
-    """Whose code it is: "reference" is plain torch, on any device."""
+    """Whose code it is: "reference" and "sdpa" are torch's own, "triton" this library's."""
     function: Callable[..., Any]
     """It has the signature of its family's functions of this paradigm; what it cannot compute it refuses."""
     tolerances: Mapping[torch.dtype, float]
@@ -84,6 +85,11 @@ class Kernel:
     the mean of that over its head. What is smaller than the dtype's smallest normal number may be lost."""
     limits: Callable[[Probe], list[str]] = takes_everything
     """Why it cannot run what it is asked about, beside the dtype: device, widths, features. No reason means it can."""
+    reference: bool = False
+    """Whether it runs wherever torch does and takes everything, so that it is there where no other is. An op has one of
+    each paradigm."""
+    higher_order: bool = False
+    """Whether it calls a higher-order op of torch, one that takes functions: such a call cannot be watched."""
 
     @property
     def key(self) -> Key:
@@ -100,6 +106,14 @@ class Kernel:
 
 KERNELS: dict[Key, Kernel] = {}
 """All that were declared: those of an op once its module is imported."""
+
+ON_DEMAND: Mapping[str, Sequence[str]] = {
+    "triton": ("decay_triton",),
+    "fla": ("decay_fla",),
+    "flex": ("softmax_flex",),
+    "xformers": ("softmax_xformers",),
+}
+"""Modules beside this one that declare the kernels of a backend, imported when one of the backend's is looked for."""
 
 
 def declare(kernel: Kernel) -> Kernel:
@@ -123,9 +137,24 @@ def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
     """
     key = Key(op, paradigm, backend)
     if key not in KERNELS:
+        for module in ON_DEMAND.get(backend, ()):
+            import_module(f".{module}", __package__)
+    if key not in KERNELS:
         known = [str(other) for other in KERNELS]
         raise SeqmixError(f"there is no kernel {key}{nearest(str(key), known)}")
     return KERNELS[key]
+
+
+def reference(op: str, paradigm: Paradigm) -> Kernel:
+    """The kernel of a paradigm that runs everywhere; the op's module has been imported.
+
+    Raises:
+        SeqmixError: none was declared.
+    """
+    for kernel in KERNELS.values():
+        if kernel.reference and (kernel.op, kernel.paradigm) == (op, paradigm):
+            return kernel
+    raise SeqmixError(f"no kernel of {op}/{paradigm} was declared as the reference")
 
 
 def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -342,13 +342,9 @@ def _attend(
 ) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read an offer."""
     length, dtype = q.shape[1], q.dtype
-    keys, values = offer.keys, offer.values
+    values = offer.values
+    q, keys = _factored(q, start, offer, log_decay)
     places = torch.arange(start, start + length, device=q.device)
-    if log_decay is not None:
-        middle = start + length // 2
-        q = _decayed(q, places - middle, log_decay)
-        # keys behind the block are seen by none of its queries, and must not overflow
-        keys = _decayed(keys, (middle - offer.places).clamp(min=middle - start - length), log_decay)
     plain = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
     mask = None if plain else _visible(places, offer, window)
     output = scaled_dot_product_attention(
@@ -361,6 +357,18 @@ def _attend(
         enable_gqa=q.shape[2] != keys.shape[2],
     )
     return output.transpose(1, 2).to(dtype)
+
+
+def _factored(q: Tensor, start: int, offer: _Offer, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries at the places start, start + 1, ... and an offer's keys, each with its factor of the decay."""
+    if log_decay is None:
+        return q, offer.keys
+    length = q.shape[1]
+    middle = start + length // 2
+    places = torch.arange(start, start + length, device=q.device)
+    q = _decayed(q, places - middle, log_decay)
+    # keys behind the block are seen by none of its queries, and must not overflow
+    return q, _decayed(offer.keys, (middle - offer.places).clamp(min=middle - start - length), log_decay)
 
 
 def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
@@ -506,24 +514,31 @@ TOLERANCES = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 7e-3, t
 
 declare(
     Kernel(
-        op="softmax", paradigm=Paradigm.PARALLEL, backend="reference", function=softmax_parallel, tolerances=TOLERANCES
+        op="softmax",
+        paradigm=Paradigm.PARALLEL,
+        backend="sdpa",
+        function=softmax_parallel,
+        tolerances=TOLERANCES,
+        reference=True,
     )
 )
 declare(
     Kernel(
         op="softmax",
         paradigm=Paradigm.RECURRENT,
-        backend="reference",
+        backend="sdpa",
         function=softmax_recurrent,
         tolerances=TOLERANCES,
+        reference=True,
     )
 )
 declare(
     Kernel(
         op="softmax",
         paradigm=Paradigm.CHUNKWISE,
-        backend="reference",
+        backend="sdpa",
         function=softmax_chunkwise,
         tolerances=TOLERANCES | {torch.bfloat16: 9e-3, torch.float16: 1e-3},
+        reference=True,
     )
 )

@@ -1,5 +1,6 @@
 """Differences between tensors that should be equal: how many elements, by how much, and where first."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -15,6 +16,11 @@ LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-
 """Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units
 of roundoff (2^-8 and 2^-11), and 32 of float32 (2^-24). The worst of the built-in mixers in thousands of cases is half
 of it."""
+
+
+GRADIENTS = 4
+"""Gradients may be off by so many times what outputs may: a backward pass rounds about twice as often, and its sums
+cancel more. The worst of the built-in mixers is a quarter of it."""
 
 
 class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks count them, not an error
@@ -85,7 +91,8 @@ class Differences:
 
 
 def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    """Refuse a low-precision output [B T D] of which a quarter of the tokens is further off than `tolerance`.
+    """Refuse a low-precision output [B T D] that is not finite where it could be, or of which a quarter of the tokens
+    is further off than `tolerance`.
 
     The error of a token is relative to the tokens' mean norm. Single tokens may be far off: a norm of narrow heads
     divides by almost nothing where a head's output happens to be almost nothing.
@@ -93,6 +100,7 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float) 
     Raises:
         CheckFailure: it is; the step that is furthest off is named.
     """
+    finite(name, what, actual, exact, "BTD")
     error = (actual.to(torch.float64) - exact.to(torch.float64)).norm(dim=-1)
     relative = error / exact.to(torch.float64).norm(dim=-1).mean()
     typical = relative.flatten().nan_to_num(torch.inf).quantile(0.75).item()
@@ -101,6 +109,52 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float) 
         raise CheckFailure(
             f"{what}: {name} is off by {typical:.1e} of its norm, and {tolerance:.1e} is allowed; most at step {step}"
         )
+
+
+FEW = 8
+"""Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
+
+
+def near_norm(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, *, floor: float = 0.0) -> None:
+    """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
+    last dimension) is further off than `tolerance`, relative to the rows' mean norm. Of a few numbers nothing but that
+    they are finite is asked.
+
+    Args:
+        name: of the tensor.
+        what: is compared.
+        actual: in low precision.
+        exact: in float64.
+        tolerance: allowed.
+        floor: a root mean square of an element below which nothing is told apart from zero.
+
+    Raises:
+        CheckFailure: it is.
+    """
+    finite(name, what, actual, exact)
+    if exact.numel() < FEW:
+        return
+    rows = exact.flatten(0, -2) if exact.ndim > 1 else exact[None]
+    error = (actual.to(exact.dtype).reshape(rows.shape) - rows).norm(dim=-1)
+    size = max(rows.norm(dim=-1).mean().item(), floor * rows.shape[-1] ** 0.5)
+    typical = error.quantile(0.75).item()
+    if typical > tolerance * size:
+        off = f"off by {typical / size:.1e} of its norm, and {tolerance:.1e} is allowed" if size else "not zero"
+        raise CheckFailure(f"{what}: {name} is {off}")
+
+
+def finite(name: str, what: str, actual: Tensor, exact: Tensor, axes: Sequence[str] = ()) -> None:
+    """Refuse a result of another shape than the exact one in float64, or one that is not finite where the exact one is
+    and its dtype could hold that.
+
+    Raises:
+        CheckFailure: it is; the first such element is named.
+    """
+    if actual.shape != exact.shape:
+        raise CheckFailure(f"{what}: {name} is {list(actual.shape)} instead of {list(exact.shape)}")
+    held = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max)
+    if line := _difference(name, actual.to(exact.dtype), exact, held & ~actual.isfinite(), axes):
+        raise CheckFailure(f"{what}: {line}")
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:
@@ -121,15 +175,20 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
         where = where[where[:, axes.index("T")].argsort(stable=True)]
     first = tuple(where[0].tolist())
     distance = (actual - expected).abs() if actual.is_floating_point() else (actual != expected).to(torch.float64)
-    largest = distance[wrong].nan_to_num(torch.inf).max().item()
+    largest = distance[wrong].nan_to_num(torch.inf, posinf=torch.inf).max().item()
     sizes = f"by up to {largest:.2g}" if largest < torch.inf else "with values that are not finite"
     heads = ""
     if "H" in axes:
         axis = axes.index("H")
         bad = sorted(set(where[:, axis].tolist()))
         heads = f" in head{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} of {actual.shape[axis]}"
-    found, wanted = f"{actual[first].item():.6g}", f"{expected[first].item():.6g}"
-    values = f"{found} on both sides" if found == wanted == "nan" else f"{found} instead of {wanted}"
+    found, wanted = actual[first].item(), expected[first].item()
+    digits = 6 if f"{found:.6g}" != f"{wanted:.6g}" else 17
+    values = f"{found:.{digits}g} instead of {wanted:.{digits}g}"
+    if not math.isfinite(found) and not math.isfinite(wanted):
+        values = "not finite on either side"
+    if not first:
+        return f"{name} differs: {values}"
     return (
         f"{name} differs in {wrong.sum().item()} of {wrong.numel()} elements{heads}, {sizes}, "
         f"first at {_place(first, axes)}: {values}"

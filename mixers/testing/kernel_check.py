@@ -89,6 +89,8 @@ class KernelCheck:
     """Whether rows and documents are cut."""
     share: float
     """Cases, as a share of the examples asked for."""
+    passes_over: Callable[[Kernel], str | None]
+    """Why a kernel cannot be tested like this, whatever it is asked; None where it can."""
 
 
 KERNEL_CHECKS: dict[str, KernelCheck] = {}
@@ -106,13 +108,21 @@ def kernel_check(
     asks: Callable[[Kernel, Probe], bool] = taken,
     tokens: st.SearchStrategy[int] = LENGTHS,
     cut: bool = False,
+    passes_over: Callable[[Kernel], str | None] = lambda _: None,
 ) -> Callable[[Callable[[KernelTrial], None]], Callable[[KernelTrial], None]]:
     """Register a function of a `KernelTrial` as a check of its name; its docstring is the promise."""
 
     def register(test: Callable[[KernelTrial], None]) -> Callable[[KernelTrial], None]:
         name, promise = name_and_promise(test, KERNEL_CHECKS)
         KERNEL_CHECKS[name] = KernelCheck(
-            name=name, promise=promise, test=test, asks=asks, tokens=tokens, cut=cut, share=share
+            name=name,
+            promise=promise,
+            test=test,
+            asks=asks,
+            tokens=tokens,
+            cut=cut,
+            share=share,
+            passes_over=passes_over,
         )
         return test
 

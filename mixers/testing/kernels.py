@@ -18,17 +18,31 @@ import torch
 
 from ...registry import SeqmixError
 from ..ops import decay as _decay
+from ..ops import decay_fla as _decay_fla
+from ..ops import decay_triton as _decay_triton
 from ..ops import softmax as _softmax
+from ..ops import softmax_flex as _softmax_flex
+from ..ops import softmax_xformers as _softmax_xformers
 from ..ops.kernels import KERNELS, Kernel, Probe
 from .families import FAMILIES
 from .kernel_case import KernelCase
 from .kernel_check import KERNEL_CHECKS, KernelCheck, KernelTrial
-from .outcome import Bound, Outcome, Outcomes, Status, conclude, known_names
+from .outcome import (
+    Bound,
+    Outcome,
+    Outcomes,
+    Status,
+    chosen_names,
+    known_failures,
+    known_names,
+    require_examples_asked,
+)
 from .run import EXAMPLES
+from .search import conclude
 from .trial import strict_numerics
 
-DECLARING = (_decay, _softmax)
-"""Importing an op's module declares its kernels."""
+DECLARING = (_decay, _decay_fla, _decay_triton, _softmax, _softmax_flex, _softmax_xformers)
+"""Importing a module declares its kernels."""
 
 
 @dataclass
@@ -64,7 +78,8 @@ def check_kernel(
     """
     expected = dict(expected_failures or {})
     known_names(expected, KERNEL_CHECKS)
-    names = known_names(KERNEL_CHECKS if checks is None else checks, KERNEL_CHECKS)
+    names = chosen_names(checks, KERNEL_CHECKS)
+    require_examples_asked(examples)
     options = {"examples": examples, "seed": seed, "shrink": shrink}
     outcomes = [
         _run(KERNEL_CHECKS[name], kernel, torch.device(device), expected=expected.get(name), **options)
@@ -75,13 +90,14 @@ def check_kernel(
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
     """Run one check on one case, as a report of a failure says; raises as the check does."""
-    (known,) = known_names([name], KERNEL_CHECKS)
+    (known,) = chosen_names([name], KERNEL_CHECKS)
     _attempt(KERNEL_CHECKS[known], kernel, torch.device(device), case)
 
 
 def parametrize_kernels(
     kernels: Sequence[Kernel] | None = None,
     *,
+    checks: Iterable[str] | None = None,
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
@@ -92,15 +108,23 @@ def parametrize_kernels(
 
     Args:
         kernels: what is tested; all that are declared by default.
+        checks: names of the checks to run; all by default.
         expected_failures: by kernel ("decay/chunkwise/reference"), checks that are known to fail, each with a reason.
         options: as `check_kernel` has them.
+
+    Raises:
+        SeqmixError: there is no such check or kernel, or nothing to test.
     """
     import pytest
 
-    known = expected_failures or {}
+    tested = list(KERNELS.values() if kernels is None else kernels)
+    if not tested:
+        raise SeqmixError("parametrize_kernels was given no kernel, so nothing would be tested")
+    names = chosen_names(checks, KERNEL_CHECKS)
+    known = known_failures(expected_failures, [str(kernel.key) for kernel in tested], KERNEL_CHECKS, "kernel")
     cases = []
-    for kernel in KERNELS.values() if kernels is None else kernels:
-        for name in KERNEL_CHECKS:
+    for kernel in tested:
+        for name in names:
             reasons = {check: why for check, why in known.get(str(kernel.key), {}).items() if check == name}
             run = partial(check_kernel, kernel, checks=[name], expected_failures=reasons)
             cases.append(pytest.param(Bound(run, options), id=f"{kernel.key}-{name}"))
@@ -117,6 +141,8 @@ def _run(
     shrink: bool,
     expected: str | None,
 ) -> Outcome[KernelCheck, KernelCase]:
+    if reason := check.passes_over(kernel):
+        return Outcome(check, Status.SKIPPED, reason)
     probes = _probes(kernel.op, device)
     reasons = [kernel.unsupported(probe) for probe in probes]
     if all(reasons):  # what keeps it from the least that can be asked

@@ -4,6 +4,7 @@ Literals and booleans are tried in every value, `X | None` in None too. Of numbe
 sensible: a field's `examples` (pydantic's own) say so, and come before anything else.
 """
 
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ...registry import SeqmixError
-from ..base import MixerConfig
+from ..base import ContractError, MixerConfig
 
 FIXED = {"kind", "paradigm", "chunk_size", "backend"}
 """Not options: how a map is computed, which has checks of its own."""
 
 CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
+"""Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
 
 
 def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
@@ -31,12 +33,31 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
     return found
 
 
-def strategy(config: MixerConfig, *, vary: bool) -> st.SearchStrategy[dict[str, Any]]:
+def chunk_sizes(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool] | None = None) -> list[Any]:
+    """Chunk sizes that the configuration takes: a few, those that its field names, and its own.
+
+    Args:
+        config: what is tested.
+        accepts: whether options go together; by default, whether a configuration can be made of them.
+    """
+    field = type(config).model_fields.get("chunk_size")
+    if field is None:
+        return []
+    accepts = accepts or (lambda options: changed(config, options) is not None)
+    own = vars(config)["chunk_size"]
+    sizes = dict.fromkeys([*CHUNK_SIZES, *(field.examples or []), *_values(field.annotation), own])
+    return [size for size in sizes if size == own or accepts({"chunk_size": size})]
+
+
+def strategy(
+    config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
+) -> st.SearchStrategy[dict[str, Any]]:
     """Changes of the configuration: any few fields, and a chunk size small enough for short segments.
 
     A shrunk case changes nothing but the chunk size.
     """
-    chunks = {"chunk_size": st.sampled_from(CHUNK_SIZES)} if "chunk_size" in type(config).model_fields else {}
+    sizes = chunk_sizes(config, accepts)
+    chunks = {"chunk_size": st.sampled_from(sizes)} if sizes else {}
     fields = {name: st.sampled_from(values) for name, values in alternatives(config).items()} if vary else {}
     unchanged = st.fixed_dictionaries(chunks)
     return st.one_of(unchanged, st.fixed_dictionaries(chunks, optional=fields)) if fields else unchanged
@@ -44,10 +65,38 @@ def strategy(config: MixerConfig, *, vary: bool) -> st.SearchStrategy[dict[str, 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
     """The configuration with other options; None where they do not go together."""
+    if not options:
+        return config
     try:
         return type(config).model_validate({**config.model_dump(), **options})
     except (ValidationError, SeqmixError):
         return None
+
+
+def require_examples(config: MixerConfig) -> None:
+    """Refuse a field whose own example it refuses: the value would never be tried, and nobody would know.
+
+    Raises:
+        ContractError: there is one.
+    """
+    for name, field in type(config).model_fields.items():
+        for value in field.examples or []:
+            if reason := _refusal(config, name, value):
+                raise ContractError(
+                    f"{type(config).__name__}: field {name} refuses {value!r}, one of its own examples: {reason}"
+                )
+
+
+def _refusal(config: MixerConfig, name: str, value: Any) -> str | None:
+    """Why a field refuses a value, whatever the other fields are; None where it does not."""
+    try:
+        type(config).model_validate({**config.model_dump(), name: value})
+    except ValidationError as error:
+        # an error without a place is a rule about several fields: with others the value may do
+        return next((detail["msg"] for detail in error.errors() if detail["loc"][:1] == (name,)), None)
+    except SeqmixError:
+        return None
+    return None
 
 
 def _values(annotation: Any) -> list[Any]:

@@ -1,17 +1,13 @@
-"""How checks end, of mixers and of kernels alike."""
+"""How checks end, of mixers and of kernels alike, and how pytest is told."""
 
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
-from hypothesis import settings
-from hypothesis.strategies import SearchStrategy
+from hypothesis import core, settings
 
 from ...registry import SeqmixError, nearest
-from .compare import CheckFailure
-from .search import search, where_raised
 
 
 class Promise(Protocol):
@@ -50,7 +46,7 @@ class Outcome(Generic[K, C]):
     reason: str = ""
     """Why it was skipped or expected to fail; of a failure, the whole report."""
     examples: int = 0
-    """Cases run."""
+    """Cases run, until one failed."""
     seconds: float = 0.0
     case: C | None = None
     """Of a failure, the smallest case found."""
@@ -73,46 +69,7 @@ class Outcomes(Generic[K, C]):
         return [outcome for outcome in self.outcomes if outcome.status is Status.FAILED]
 
 
-def conclude(
-    check: K,
-    attempt: Callable[[C], None],
-    cases: SearchStrategy[C],
-    explain: Callable[[C], Iterable[str]],
-    *,
-    subject: str,
-    examples: int,
-    seed: int | None,
-    shrink: bool,
-    expected: str | None,
-) -> Outcome[K, C]:
-    """Run a check.
-
-    Args:
-        check: what is promised.
-        attempt: raises where a case breaks the promise.
-        cases: what is drawn from.
-        explain: lines of a report about the smallest case.
-        subject: what is checked, as a report names it.
-        examples: cases at most.
-        seed: of the cases; None lets hypothesis draw anew (or use its own seed).
-        shrink: whether the smallest counterexample is searched for.
-        expected: the reason why the check is known to fail.
-    """
-    started = time.perf_counter()
-    error, case, count = search(attempt, cases, examples=examples, seed=seed, shrink=shrink)
-    seconds = time.perf_counter() - started
-    if error is None:
-        if expected is not None:
-            text = f"{check.name} passed, and was expected to fail: {expected}"
-            return Outcome(check, Status.FAILED, text, count, seconds)
-        return Outcome(check, Status.PASSED, "", count, seconds)
-    if expected is not None:
-        return Outcome(check, Status.EXPECTED_FAILURE, expected, count, seconds, case)
-    what = str(error) if isinstance(error, CheckFailure) else where_raised(error)
-    lines = [f"{subject} fails {check.name}: {check.promise}", *what.splitlines()]
-    if case is not None:
-        lines += explain(case)
-    return Outcome(check, Status.FAILED, "\n".join(lines), count, seconds, case)
+# ---- what is asked for
 
 
 def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
@@ -128,6 +85,52 @@ def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
     return [name for name in checks if name in names]
 
 
+def chosen_names(names: Iterable[str] | None, checks: Collection[str]) -> list[str]:
+    """Names of the checks to run: all where none are named.
+
+    Raises:
+        SeqmixError: there is no such check, or the selection is empty.
+    """
+    if names is None:
+        return list(checks)
+    if isinstance(names, str):
+        raise SeqmixError(f"checks needs a list of names, and was given {names!r}: write [{names!r}]")
+    if not (found := known_names(names, checks)):
+        raise SeqmixError("checks names none, so nothing would be checked: leave it out for all of them")
+    return found
+
+
+def require_examples_asked(examples: int) -> None:
+    """Refuse to run no case at all.
+
+    Raises:
+        SeqmixError: it is no number of cases.
+    """
+    if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
+        raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
+
+
+def known_failures(
+    expected: Mapping[str, Mapping[str, str]] | None, subjects: Collection[str], checks: Collection[str], what: str
+) -> dict[str, dict[str, str]]:
+    """Checks that are known to fail, by what is tested.
+
+    Raises:
+        SeqmixError: there is no such subject or check; the nearest match is named.
+    """
+    for name, failures in (expected or {}).items():
+        if name not in subjects:
+            raise SeqmixError(
+                f"expected_failures names the {what} {name!r}, which is not tested here; tested: "
+                f"{', '.join(subjects)}{nearest(name, subjects)}"
+            )
+        known_names(failures, checks)
+    return {name: dict(failures) for name, failures in (expected or {}).items()}
+
+
+# ---- pytest
+
+
 @dataclass(frozen=True)
 class Bound:
     """A check with its subject, as pytest passes it to a test."""
@@ -139,7 +142,15 @@ class Bound:
         """Run it, with these options beside those given before; hypothesis' profile and seed hold here too."""
         import pytest
 
-        report = self.run(**{"seed": None, "examples": settings().max_examples, **self.options, **options})
+        if fixed := sorted({"checks", "expected_failures"} & options.keys()):
+            raise SeqmixError(f"{fixed[0]} is given where tests are made of checks, not where one is run")
+        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
+        try:
+            report = self.run(**given)
+        except SeqmixError as error:  # nothing that a traceback of the kit would explain
+            pytest.fail(str(error), pytrace=False)
+        if not report.outcomes:
+            pytest.fail("ran no check", pytrace=False)
         for outcome in report.outcomes:
             if outcome.status is Status.FAILED:
                 pytest.fail(outcome.reason, pytrace=False)
@@ -147,3 +158,14 @@ class Bound:
                 pytest.skip(outcome.reason)
             if outcome.status is Status.EXPECTED_FAILURE:
                 pytest.xfail(outcome.reason)
+
+
+def _seed() -> int | None:
+    """Of the cases that a test draws: always the same, so that a suite that passes goes on passing.
+
+    None, which leaves it to hypothesis, under `--hypothesis-seed` and under a profile of the project's own, such as one
+    that looks for more every night.
+    """
+    # where its pytest plugin puts the option, and the name for which older versions have no function
+    forced, profile = getattr(core, "global_force_seed", None), getattr(settings, "_current_profile", "default")
+    return 0 if forced is None and profile in ("default", "ci") else None

@@ -2,29 +2,37 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from hypothesis import reject
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..base import ContractError, MixerConfig, SequenceMixer
+from ..base import ContractError, MixerConfig, SequenceMixer, Traits, require_paradigm
 from ..paradigm import Paradigm
 from ..state import clone, map_state, to_dict
 from .case import Case, Start
-from .compare import EXACT, LOW_PRECISION, Differences
-from .options import changed
+from .compare import EXACT, LOW_PRECISION, CheckFailure, Differences
+from .options import changed, chunk_sizes, require_examples, strategy
+from .search import where_raised
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 """Widths to try for a configuration that comes without one."""
+
+
+class BuildError(ContractError):
+    """A mixer cannot be built, and not because its configuration refuses something: that is a `SeqmixError`."""
 
 
 class Subject:
     """A configuration under test, and the mixers built of it.
 
     Args:
-        config: what is tested.
+        config: what is tested. Where its default paradigm is not under test, the first one that is becomes the default.
         d_model: width of the residual stream; None takes the first of `D_MODELS` that the configuration fits.
         device: where it is tested.
         paradigms: those to test, of the declared ones; None means all.
@@ -33,7 +41,8 @@ class Subject:
         compile_backend: what the checks that compile use.
 
     Raises:
-        ContractError: the configuration fits no width, or not the one given; or a paradigm is not declared.
+        SeqmixError: an argument is wrong: the configuration fits no width, or not the one given; a paradigm is not
+            declared; a field refuses its own examples; there is no such device.
     """
 
     def __init__(
@@ -47,16 +56,61 @@ class Subject:
         tolerances: Mapping[torch.dtype, float] | None = None,
         compile_backend: str = "aot_eager",
     ) -> None:
-        self.compile_backend = compile_backend
-        self.config, self.device, self.vary = config, torch.device(device), vary
-        self.tolerances = {**LOW_PRECISION, **(tolerances or {})}
-        self.paradigms = paradigms
-        if undeclared := sorted(set(paradigms or ()) - config.traits.paradigms):
-            declared = ", ".join(sorted(config.traits.paradigms))
-            raise ContractError(f"{config.kind} has no paradigm {str(undeclared[0])!r}; it declares {declared}")
-        self.d_model = d_model if d_model is not None else _width(config)
+        if not isinstance(config, MixerConfig):
+            hint = ", which is a class: call it" if isinstance(config, type) else ""
+            raise ContractError(f"what is checked is the configuration of a mixer, and was given as {config!r}{hint}")
+        self.device, self.vary, self.compile_backend = require_device(device), vary, compile_backend
+        self.given_tolerances = _require_tolerances(tolerances or {})
+        self.tolerances = {**LOW_PRECISION, **self.given_tolerances}
+        self.paradigms = None if paradigms is None else _require_paradigms(paradigms, config)
+        if vary:
+            require_examples(config)
+        if self.paradigms is not None and config.paradigm not in (*self.paradigms, _reference(config)):
+            config = changed(config, {"paradigm": self.paradigms[0]}) or config
+        self.config = config
+        self.d_model = _width(config) if d_model is None else _require_width(d_model, config)
         self._built: dict[Any, SequenceMixer | None] = {}
-        self.config.build(self.d_model, layer_idx=0, n_layers=1)
+
+    def anew(self) -> "Subject":
+        """The same with mixers of its own, which have seen no call."""
+        return Subject(
+            self.config,
+            d_model=self.d_model,
+            device=self.device,
+            paradigms=self.paradigms,
+            vary=self.vary,
+            tolerances=self.given_tolerances,
+            compile_backend=self.compile_backend,
+        )
+
+    # ---- what cases are drawn from
+
+    @property
+    def traits(self) -> Traits:
+        """Those of the mixer, with no other paradigms than those under test and the reference."""
+        declared = self.config.traits
+        if self.paradigms is None:
+            return declared
+        return replace(declared, paradigms=frozenset((*self.paradigms, _reference(self.config))))
+
+    @cached_property
+    def options(self) -> SearchStrategy[dict[str, Any]]:
+        """Changes of the configuration."""
+        return strategy(self.config, vary=self.vary, accepts=self.accepts)
+
+    @cached_property
+    def chunk_sizes(self) -> list[Any]:
+        """Chunk sizes that the mixer takes; none where its configuration has no such field."""
+        return chunk_sizes(self.config, self.accepts)
+
+    def accepts(self, options: dict[str, Any]) -> bool:
+        """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
+        try:
+            return self.mixer(options) is not None
+        except BuildError:  # a case of it shows what is broken
+            return True
+
+    # ---- mixers
 
     def mixer(self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> SequenceMixer | None:
         """The mixer with these options, in evaluation mode; None where they do not go together.
@@ -75,9 +129,11 @@ class Subject:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                mixer = config.build(self.d_model, layer_idx=0, n_layers=1)
+                mixer = build(config, self.d_model)
                 # as a model's builder does: `build` need not initialise
-                mixer.reset_parameters()
+                _reset(mixer)
+        except BuildError:
+            raise
         except SeqmixError:
             if not options:
                 raise
@@ -88,17 +144,138 @@ class Subject:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return mixer.to(self.device, dtype).eval()
 
+    def probe(self) -> None:
+        """Build the mixer and call it once in every paradigm, before anything is checked.
+
+        What is wrong with every call would be said by every check, each in words of its own.
+
+        Raises:
+            ContractError: it cannot be built or called, or what it returns is no output and state.
+        """
+        # one that no check is given: a mixer may remember calls
+        mixer = self._build({}, torch.float64)
+        assert mixer is not None
+        kind, x = mixer.kind, torch.ones(2, 3, self.d_model, dtype=torch.float64, device=self.device)
+        with _refusals(f"{kind}: init_state"):
+            state = mixer.init_state(2)
+        if not isinstance(state, tuple):
+            raise ContractError(
+                f"{kind}: init_state returned a {type(state).__name__}; a state is a NamedTuple of tensors"
+            )
+        for paradigm in sorted(self.traits.paradigms, key=lambda paradigm: paradigm is not mixer.paradigm):
+            with torch.no_grad(), _refusals(f"{kind}: a call in the {paradigm} paradigm"):
+                y, after = mixer(x, paradigm=paradigm, return_state=True)
+            if not y.is_floating_point():
+                raise ContractError(
+                    f"{kind}: the {paradigm} paradigm returned an output of {y.dtype} for an input of {x.dtype}"
+                )
+            if not isinstance(after, tuple):
+                raise ContractError(
+                    f"{kind}: the {paradigm} paradigm has to return a {type(state).__name__} as the final state, where "
+                    f"one is wanted, and returned a {type(after).__name__}"
+                )
+
+
+def build(config: MixerConfig, d_model: int) -> SequenceMixer:
+    """The mixer of a configuration, which may be a stranger's.
+
+    Raises:
+        SeqmixError: the configuration refuses the width.
+        BuildError: it raised something else, or gave no mixer.
+    """
+    try:
+        mixer = config.build(d_model, layer_idx=0, n_layers=1)
+    except SeqmixError:
+        raise
+    except Exception as error:
+        raise BuildError(f"{config.kind}: build {where_raised(error)}") from error
+    if not isinstance(mixer, SequenceMixer):
+        raise BuildError(f"{config.kind}: build returned {mixer!r}, which is no SequenceMixer")
+    if not hasattr(mixer, "traits"):
+        raise BuildError(f"{config.kind}: {type(mixer).__name__}.__init__ has to call super().__init__(config)")
+    return mixer
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """The device, if tensors can be computed with there.
+
+    Raises:
+        SeqmixError: they cannot.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SeqmixError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.device(device).type == "meta":
+        raise SeqmixError("device 'meta' cannot be used here: its tensors have no numbers to check")
+    return torch.device(device)
+
+
+def _reset(mixer: SequenceMixer) -> None:
+    try:
+        mixer.reset_parameters()
+    except SeqmixError:
+        raise
+    except Exception as error:
+        raise BuildError(f"{mixer.kind}: reset_parameters {where_raised(error)}") from error
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """An error of a mixer as one sentence."""
+    try:
+        yield
+    except SeqmixError:  # is one
+        raise
+    except Exception as error:
+        raise ContractError(f"{what} {where_raised(error)}") from error
+
+
+def _reference(config: MixerConfig) -> Paradigm:
+    return Paradigm.RECURRENT if Paradigm.RECURRENT in config.traits.paradigms else config.paradigm
+
+
+def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> tuple[Paradigm, ...]:
+    declared = ", ".join(sorted(config.traits.paradigms))
+    if isinstance(paradigms, str):  # a paradigm is one too
+        raise ContractError(f"paradigms needs a tuple, and was given {str(paradigms)!r}: write ({str(paradigms)!r},)")
+    if not paradigms:
+        raise ContractError(f"paradigms names none, so nothing would be checked; {config.kind} declares {declared}")
+    for paradigm in paradigms:
+        require_paradigm(paradigm, config.traits, config.kind)
+    return tuple(map(Paradigm, paradigms))
+
+
+def _require_tolerances(tolerances: Mapping[torch.dtype, float]) -> dict[torch.dtype, float]:
+    for dtype in tolerances:
+        if dtype not in LOW_PRECISION:
+            allowed = ", ".join(map(str, LOW_PRECISION))
+            raise SeqmixError(f"tolerances has no dtype {dtype!r}; allowed: {allowed}")
+    return dict(tolerances)
+
+
+def _require_width(d_model: int, config: MixerConfig) -> int:
+    if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+        raise SeqmixError(f"d_model needs an integer >= 1, and was given {d_model!r}")
+    build(config, d_model)
+    return d_model
+
 
 def _width(config: MixerConfig) -> int:
-    reasons: list[str] = []
+    errors: list[SeqmixError] = []
     for d_model in D_MODELS:
         try:
-            config.build(d_model, layer_idx=0, n_layers=1)
+            build(config, d_model)
         except SeqmixError as error:
-            reasons.append(str(error))
+            errors.append(error)
+            # an assertion or a failed division of the width may be about it; a wrong name or signature is not
+            if isinstance(error, BuildError) and not isinstance(error.__cause__, (AssertionError, ValueError)):
+                raise
         else:
             return d_model
-    raise ContractError(f"{config.kind} fits none of the widths {', '.join(map(str, D_MODELS))}: {reasons[0]}")
+    reason = str(errors[0]).removeprefix(f"{config.kind}: ")
+    widths = ", ".join(map(str, D_MODELS))
+    raise ContractError(f"{config.kind} fits none of the widths {widths}: {reason}; give one that it fits")
 
 
 class Trial:
@@ -120,13 +297,13 @@ class Trial:
     def paradigms(self) -> list[Paradigm]:
         """The paradigms under test, the configured default first."""
         declared = self.mixer.traits.paradigms
-        chosen = declared & frozenset(self.subject.paradigms or declared)
+        chosen = declared if self.subject.paradigms is None else declared & frozenset(self.subject.paradigms)
         return sorted(chosen, key=lambda p: (p is not self.mixer.paradigm, p))
 
     @property
     def reference(self) -> Paradigm:
         """The paradigm that others are compared with: the recurrent, which is nearest to a definition."""
-        return Paradigm.RECURRENT if Paradigm.RECURRENT in self.mixer.traits.paradigms else self.mixer.paradigm
+        return _reference(self.config)
 
     # ---- tensors
 
@@ -188,7 +365,7 @@ class Trial:
         outputs = [y, *(float_leaves(final_state).values() if keep_state else ())]
         leaves = {"the input": x}
         leaves |= {f"the state's {name}": leaf for name, leaf in float_leaves(state).items()}
-        leaves |= dict(self.mixer.named_parameters())
+        leaves |= {name: p for name, p in self.mixer.named_parameters() if p.requires_grad}  # one may be frozen
         generator = torch.Generator().manual_seed(self.case.seed + 1 + upstream)
         cotangents = []
         for output in outputs:
@@ -196,7 +373,7 @@ class Trial:
             # zeros are the empty slots of a cache: nothing can depend on what they hold
             cotangents.append(noise.to(output.device, output.dtype) * (output.detach() != 0))
         if not any(output.requires_grad for output in outputs):
-            raise AssertionError("neither output nor final state has a gradient")
+            raise CheckFailure("neither output nor final state has a gradient")
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         grads = torch.autograd.grad(
             [o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], materialize_grads=True
@@ -208,8 +385,11 @@ class Trial:
     def rebuilt(self, dtype: torch.dtype | None = None, **options: Any) -> SequenceMixer:
         """The same parameters in a mixer of other options or dtype."""
         config = changed(self.config, options)
-        assert config is not None
-        other = config.build(self.subject.d_model, layer_idx=0, n_layers=1)
+        if config is None:
+            refused = ", ".join(f"{name}={value}" for name, value in options.items())
+            promised = ", which its traits declare" if options.keys() == {"paradigm"} else ""
+            raise CheckFailure(f"the configuration refuses {refused}{promised}")
+        other = build(config, self.subject.d_model)
         other = other.to(self.subject.device, dtype or self.case.dtype).eval()
         other.load_state_dict(self.mixer.state_dict())
         return other

@@ -6,8 +6,9 @@ from typing import Literal
 import pytest
 import torch
 from pydantic import Field, ValidationError
+from torch import nn
 
-from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
+from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
 
 D_MODEL = 12
 BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
@@ -119,7 +120,93 @@ def test_a_default_paradigm_must_be_declared():
         OneWayConfig(paradigm="parallel")
 
 
+def traits(**changes):
+    declared = {"paradigms": frozenset(Paradigm), "state": "constant", "packing": False, "shift_invariant": True}
+    return Traits(**{**declared, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"paradigms": [Paradigm.PARALLEL]}, r"Traits.paradigms needs a frozenset of Paradigm.PARALLEL, .* given \["),
+        ({"paradigms": frozenset()}, "needs a frozenset of Paradigm.PARALLEL"),
+        ({"paradigms": frozenset({"paralel"})}, r"needs a frozenset of Paradigm.PARALLEL, .*'paralel'"),
+        ({"state": "grows"}, "Traits.state needs 'constant' or 'growing', and was given 'grows'; did you mean"),
+        ({"packing": None}, "Traits.packing needs True or False, and was given None"),
+        ({"shift_invariant": 1}, "Traits.shift_invariant needs True or False, and was given 1"),
+    ],
+)
+def test_traits_that_are_none_are_refused(changes, sentence):
+    with pytest.raises(ContractError, match=sentence):
+        traits(**changes)
+
+
+def test_paradigms_may_be_declared_by_name():
+    named = traits(paradigms=frozenset({"parallel", "recurrent"}))
+    assert all(type(paradigm) is Paradigm for paradigm in named.paradigms)
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        (lambda self: self.nope, "one_way: traits raised AttributeError: .*nope"),
+        (lambda self: {"packing": True}, "one_way: traits has to be a Traits\\(...\\), and is {'packing': True}"),
+    ],
+)
+def test_traits_that_cannot_be_had_are_told(broken, sentence):
+    config = type("BrokenConfig", (OneWayConfig,), {"traits": property(broken), "__module__": __name__})
+    with pytest.raises(ValidationError, match=sentence):
+        config()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (lambda y, state: None, "mix has to return \\(output, state\\), and returned a NoneType"),
+        (lambda y, state: y, "returned a Tensor"),
+        (lambda y, state: (y, state, None), "returned a tuple of 3"),
+        (lambda y, state: (None, state), "has to return a tensor as output, and returned a NoneType"),
+        (lambda y, state: (y[..., :6], state), r"the segment's shape \[2, 4, 12\], and returned one of \[2, 4, 6\]"),
+    ],
+)
+def test_a_result_that_is_no_output_and_state_is_refused(mixer, monkeypatch, wrong, sentence):
+    # two rows: a tensor of two could be taken for a pair
+    inner = mixer.mix
+    monkeypatch.setattr(mixer, "mix", lambda *arguments: wrong(*inner(*arguments)))
+    with pytest.raises(ContractError, match=f"^{mixer.kind}: .*{sentence}"):
+        mixer(torch.randn(2, 4, D_MODEL))
+
+
 # ---- what is filled in
+
+
+class Plain(SequenceMixer):
+    """Without parameters."""
+
+    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+        return x, state
+
+    def init_state(self, batch_size, *, max_length=None):
+        return ()
+
+    def reset_parameters(self):
+        pass
+
+    def flops(self, length, paradigm, context=0):
+        return 0
+
+
+def test_without_parameters_buffers_tell_the_device_and_dtype():
+    mixer, x = Plain(OneWayConfig()), torch.randn(2, 3, 4)
+    with pytest.raises(ContractError, match="one_way has neither a parameter nor a buffer of floating-point numbers"):
+        mixer(x)
+    mixer.inner = nn.Module()
+    mixer.inner.register_buffer("positions", torch.arange(3))
+    with pytest.raises(ContractError, match="nothing tells its device and dtype"):
+        _ = mixer.device
+    mixer.inner.register_buffer("one", torch.ones(1))
+    assert (mixer.dtype, mixer.double().dtype, mixer.to("meta").device.type) == (torch.float32, torch.float64, "meta")
+    assert mixer.float().to_empty(device="cpu")(x)[0] is x
 
 
 def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
@@ -160,3 +247,20 @@ class ExampleConfig(OneWayConfig):
 def test_an_example_fills_in_what_is_required_alone():
     assert ExampleConfig.example_fields() == {"width": 4, "depth": 1}
     assert ExampleConfig.example() == ExampleConfig(width=4, depth=1, heads=3)
+
+
+class NamelessConfig(OneWayConfig):
+    kind: Literal["nameless"] = "nameless"
+    name: str
+
+
+class RefusedExampleConfig(OneWayConfig):
+    kind: Literal["refused_example"] = "refused_example"
+    width: int = Field(gt=1, examples=[1])
+
+
+def test_an_example_that_cannot_be_made_is_told():
+    with pytest.raises(ContractError, match="field name is required and has no examples: give name="):
+        NamelessConfig.example()
+    with pytest.raises(ContractError, match=r"field width refuses the first of its own examples: .* than 1"):
+        RefusedExampleConfig.example()

@@ -1,12 +1,16 @@
 """The conformance kit itself: what it reports of a wrong mixer, what it skips, and what it draws."""
 
 import importlib
+import re
+import sys
 import textwrap
 from dataclasses import replace
+from enum import Enum
 from typing import Literal
 
 import pytest
 import torch
+from hypothesis import core, settings
 from pydantic import Field
 
 from seqmix import MIXERS, Paradigm
@@ -18,16 +22,19 @@ from seqmix.mixers.testing import (
     CHECKS,
     Case,
     CheckFailure,
+    Outcome,
     Status,
     check,
     check_mixer,
     checks,
     parametrize_checks,
+    parametrize_kernels,
     reproduce,
 )
 from seqmix.mixers.testing.case import source
-from seqmix.mixers.testing.options import alternatives, changed
-from seqmix.registry import SeqmixError
+from seqmix.mixers.testing.options import alternatives, changed, chunk_sizes
+from seqmix.mixers.testing.outcome import Outcomes
+from seqmix.registry import Config, SeqmixError
 
 FORGETFUL = '''
 """Retention that reads no state token by token."""
@@ -114,26 +121,198 @@ def test_a_case_shrinks_to_the_fewest_tokens_on_which_it_fails(monkeypatch):
     assert (outcome.case.batch_size, outcome.case.start, outcome.case.seed) == (1, "none", 0)
 
 
-def test_an_error_of_the_mixer_is_told_with_its_line(monkeypatch):
-    def broken(*_):
-        raise KeyError("no such weight")
+def mixing(monkeypatch, wrong):
+    """Let retention do something else: `wrong(inner, x, state, paradigm, cu_seqlens, return_state)`."""
+    inner = Retention.mix
+    monkeypatch.setattr(Retention, "mix", lambda self, *given: wrong(lambda *other: inner(self, *other), *given))
 
-    monkeypatch.setattr(Retention, "mix", broken)
+
+def test_an_error_of_the_mixer_is_told_with_its_line(monkeypatch):
+    def broken(inner, x, *rest):
+        if x.shape[1] > 4:
+            raise KeyError("no such weight")
+        return inner(x, *rest)
+
+    mixing(monkeypatch, broken)
     outcome = failure(RetentionConfig(n_heads=2), "paradigms_agree", shrink=False)
-    assert "raised KeyError: 'no such weight'" in outcome.reason
-    assert "test_testing.py:" in outcome.reason
+    assert re.search(r"raised KeyError: 'no such weight' \(.*test_testing.py:\d+, in broken\)", outcome.reason)
+
+
+def test_an_error_inside_torch_is_told_with_the_line_that_called_it(monkeypatch):
+    mixing(monkeypatch, lambda inner, x, *rest: inner(torch.nn.functional.linear(x, x[0, :, :5]), *rest))
+    with pytest.raises(ContractError, match=r"RuntimeError: mat1 and .* \(\S*test_testing.py:\d+, in <lambda>\)"):
+        check_mixer(RetentionConfig(n_heads=2))
 
 
 def test_what_passes_once_and_fails_once_is_told(monkeypatch):
-    def flaky(self, *arguments):
+    def flaky(inner, x, *rest):
         calls.append(1)
-        y, after = original(self, *arguments)
-        return (y + (len(calls) == 3)), after
+        y, after = inner(x, *rest)
+        return y + (len(calls) == 6), after  # three calls were made before any check
 
-    calls, original = [], Retention.mix
-    monkeypatch.setattr(Retention, "mix", flaky)
-    outcome = failure(RetentionConfig(n_heads=2), "the_future_changes_nothing")
+    calls = []
+    mixing(monkeypatch, flaky)
+    outcome = failure(RetentionConfig(n_heads=2), "results_are_deterministic")
     assert "the same case passed once and failed once" in outcome.reason
+    assert "Alone and on a new mixer this case passes: the result depends on earlier calls" in outcome.reason
+    assert not re.search("hypothesis|falsifying|Flaky|strategy", outcome.reason, re.I)
+    assert "checks=[" in outcome.reason
+    assert "reproduce(" not in outcome.reason
+
+
+class Mode(Enum):
+    FORWARDS = "forwards"
+    BACKWARDS = "backwards"
+
+
+class PartConfig(Config):
+    mode: Mode = Field(default=Mode.FORWARDS, strict=False)
+
+
+class ReversingConfig(RetentionConfig):
+    kind: Literal["reversing"] = "reversing"
+    mode: Mode = Field(default=Mode.FORWARDS, strict=False, examples=[Mode.BACKWARDS])
+    part: PartConfig = PartConfig()
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = Retention(self, d_model)
+        inner = mixer.mix
+        if Mode.BACKWARDS in (self.mode, self.part.mode):
+            mixer.mix = lambda x, *rest: (inner(x, *rest)[0].flip(1), inner(x, *rest)[1])
+        return mixer
+
+
+@pytest.mark.parametrize(
+    ("config", "imported"),
+    [
+        (ReversingConfig(n_heads=2), {"ReversingConfig", "Mode"}),
+        (ReversingConfig(n_heads=2, part=PartConfig(mode=Mode.BACKWARDS)), {"ReversingConfig", "PartConfig", "Mode"}),
+    ],
+    ids=["an option", "a nested field"],
+)
+def test_a_snippet_imports_what_it_names(monkeypatch, config, imported):
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[ReversingConfig.__module__])
+    outcome = failure(config, "the_future_changes_nothing", seed=1)
+    _, _, snippet = outcome.reason.partition("To reproduce:\n")
+    assert set(re.findall(rf"from {__name__} import (\w+)", snippet)) == imported
+    with pytest.raises(CheckFailure, match="the output"):
+        exec(textwrap.dedent(snippet), {})
+
+
+def test_a_snippet_has_all_that_was_asked_for(forgetful):
+    asked = {"paradigms": (Paradigm.RECURRENT,), "tolerances": {torch.bfloat16: 0.5}, "d_model": 8}
+    outcome = failure(forgetful, "paradigms_agree", **asked, compile_backend="inductor")
+    *_, call = outcome.reason.splitlines()
+    assert call.endswith(
+        "config, case, d_model=8, paradigms=(Paradigm.RECURRENT,), tolerances={torch.bfloat16: 0.5})"
+    )  # the check compiles nothing
+    assert "    from seqmix import Paradigm\n    import torch\n" in outcome.reason
+
+
+def test_a_class_of_the_script_that_runs_is_imported_from_its_file(forgetful, monkeypatch):
+    monkeypatch.setattr(type(forgetful), "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/folder/my_script.py", raising=False)
+    outcome = failure(forgetful, "paradigms_agree", shrink=False)
+    assert "    from my_script import ForgetfulConfig" in outcome.reason.splitlines()
+
+
+def test_the_cases_of_an_outcome_are_those_until_one_failed(forgetful):
+    tried = []
+    (outcome,) = check_mixer(
+        forgetful, checks=["paradigms_agree"], on_case=lambda check, count: tried.append((check.name, count))
+    ).outcomes
+    assert tried == [("paradigms_agree", count) for count in range(1, len(tried) + 1)]
+    assert outcome.examples < len(tried)
+    (unshrunk,) = check_mixer(forgetful, checks=["paradigms_agree"], shrink=False).outcomes
+    assert unshrunk.examples == outcome.examples
+
+
+def test_output_and_state_without_any_gradient_are_a_failure(monkeypatch):
+    def detached(inner, *given):
+        y, after = inner(*given)
+        return y.detach(), None if after is None else type(after)(*(leaf.detach() for leaf in after))
+
+    mixing(monkeypatch, detached)
+    outcome = failure(RetentionConfig(n_heads=2), "paradigms_agree", shrink=False)
+    assert outcome.reason.splitlines()[1] == "neither output nor final state has a gradient"
+
+
+# ---- what no check could make sense of
+
+SLIPS = {
+    "an error": (lambda inner, *given: 1 / 0, "a call in the chunkwise paradigm raised ZeroDivisionError: .*lambda"),
+    "no pair": (lambda inner, *given: inner(*given)[0], r"mix has to return \(output, state\), and returned a Tensor"),
+    "a width": (
+        lambda inner, *given: (inner(*given)[0][..., :6], None),
+        "mix has to return an output of the segment's shape",
+    ),
+    "no state": (
+        lambda inner, *given: (inner(*given)[0], None),
+        "the chunkwise paradigm has to return a RetentionState as the final state, .* returned a NoneType",
+    ),
+    "integers": (
+        lambda inner, *given: (inner(*given)[0].long(), inner(*given)[1]),
+        "the chunkwise paradigm returned an output of torch.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_what_is_wrong_with_every_call_is_one_sentence(monkeypatch, slip):
+    wrong, sentence = SLIPS[slip]
+    mixing(monkeypatch, wrong)
+    with pytest.raises(ContractError, match=f"^retention: {sentence}"):
+        check_mixer(RetentionConfig(n_heads=2))
+    with pytest.raises(pytest.fail.Exception, match=f"^retention: {sentence}"):
+        bound(RetentionConfig(n_heads=2), "paradigms_agree")()
+
+
+def built(build):
+    """A configuration that builds so."""
+    return type("BuiltConfig", (RetentionConfig,), {"build": build, "__module__": __name__})(n_heads=1)
+
+
+def raises(error):
+    def build(self, d_model, *, layer_idx, n_layers):
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (raises(KeyError("layers")), r"retention: build raised KeyError: 'layers' \(.*test_testing.py:\d+, in build\)"),
+        (
+            raises(ValueError("odd")),
+            "retention fits none of the widths 12, 8, .*: build raised ValueError: odd ",
+        ),
+        (lambda self, d_model, layer_idx: None, "build raised TypeError: .* unexpected keyword argument 'n_layers'"),
+        (lambda self, d_model, *, layer_idx, n_layers: None, "build returned None, which is no SequenceMixer"),
+    ],
+    ids=["an error", "an error at every width", "signature", "no mixer"],
+)
+def test_a_build_that_fails_is_one_sentence(build, sentence):
+    with pytest.raises(ContractError, match=sentence):
+        check_mixer(built(build))
+
+
+def test_an_assertion_about_the_width_leaves_others_to_try():
+    def build(self, d_model, *, layer_idx, n_layers):
+        assert d_model % 16 == 0
+        return Retention(self, d_model)
+
+    assert check_mixer(built(build), checks=["dtypes_are_kept"], examples=1).d_model == 16
+
+
+def test_a_build_that_raises_with_other_options_is_a_failure():
+    def build(self, d_model, *, layer_idx, n_layers):
+        return {"swish": Retention(self, d_model)}[self.gate]
+
+    outcome = failure(built(build), "rows_are_independent", seed=1)
+    assert "build raised KeyError: " in outcome.reason
+    assert outcome.case.options["gate"] != "swish"
 
 
 # ---- expected failures, skips
@@ -171,8 +350,10 @@ def test_a_skip_names_the_trait():
 
 
 def test_without_compiling_no_check_compiles():
-    report = check_mixer(RetentionConfig(n_heads=2), examples=1, compiles=False)
-    assert {o.check.name for o in report.outcomes} == {c.name for c in CHECKS.values() if not c.compiles}
+    compiling = [name for name, check in CHECKS.items() if check.compiles]
+    outcomes = check_mixer(RetentionConfig(n_heads=2), checks=compiling, compiles=False).outcomes
+    assert len(outcomes) == len(compiling) > 0
+    assert {(o.status, o.reason) for o in outcomes} == {(Status.SKIPPED, "it compiles, and compiling was left out")}
 
 
 # ---- what is asked for
@@ -188,6 +369,35 @@ def test_a_check_that_is_none_is_told_the_nearest(argument):
 def test_a_paradigm_that_is_not_declared_is_told():
     with pytest.raises(ContractError, match="one_way has no paradigm 'recurrent'; it declares chunkwise"):
         check_mixer(OneWayConfig(n_heads=2), paradigms=(Paradigm.RECURRENT,))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"paradigms": "recurrent"}, r"paradigms needs a tuple, and was given 'recurrent': write \('recurrent',\)"),
+        ({"paradigms": Paradigm.RECURRENT}, "paradigms needs a tuple, and was given 'recurrent'"),
+        ({"paradigms": ()}, "paradigms names none"),
+        ({"paradigms": ("recurent",)}, "has no paradigm 'recurent'; .* did you mean \"recurrent\""),
+        ({"device": "meta"}, "device 'meta' cannot be used here: its tensors have no numbers"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here: "),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here: "),
+        ({"d_model": 0}, "d_model needs an integer >= 1, and was given 0"),
+        ({"tolerances": {"bfloat16": 1}}, r"tolerances has no dtype 'bfloat16'; allowed: torch.float32, "),
+        ({"examples": 0}, "examples needs an integer >= 1, and was given 0"),
+        ({"examples": -5}, "examples needs an integer >= 1, and was given -5"),
+        ({"checks": []}, "checks names none, so nothing would be checked"),
+        ({"checks": "paradigms_agree"}, r"checks needs a list of names, .*: write \['paradigms_agree'\]"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_wrongly_is_told(options, sentence):
+    with pytest.raises(SeqmixError, match=sentence):
+        check_mixer(RetentionConfig(n_heads=2), **options)
+
+
+def test_a_class_is_no_configuration():
+    with pytest.raises(ContractError, match=r"configuration of a mixer, and was given as .*, which is a class: call"):
+        check_mixer(RetentionConfig)
 
 
 def test_a_width_that_does_not_fit_is_told():
@@ -206,6 +416,21 @@ def test_one_paradigm_alone_is_compared_with_the_reference(forgetful):
     for paradigm in (Paradigm.CHUNKWISE, Paradigm.RECURRENT):
         failure(forgetful, "pieces_equal_the_whole", paradigms=(Paradigm.RECURRENT,), shrink=False)
         failure(forgetful, "paradigms_agree", paradigms=(paradigm,), shrink=False)
+
+
+def test_a_paradigm_that_is_not_asked_for_is_not_tested(monkeypatch):
+    def shifted(inner, x, state, paradigm, *rest):
+        y, after = inner(x, state, paradigm, *rest)
+        return y + (paradigm is Paradigm.CHUNKWISE), after
+
+    mixing(monkeypatch, shifted)
+    # the default is chunkwise
+    for paradigm in ("parallel", "recurrent"):
+        asked = {"paradigms": (paradigm,), "examples": 6}
+        names = ["pieces_equal_the_whole", "the_initial_state_is_nothing_read"]
+        report = check_mixer(RetentionConfig(n_heads=2), checks=names, **asked)
+        assert report.passed, report.failures[0].reason
+    failure(RetentionConfig(n_heads=2), "pieces_equal_the_whole", paradigms=(Paradigm.CHUNKWISE,), shrink=False)
 
 
 def test_cases_are_a_function_of_the_seed():
@@ -273,7 +498,139 @@ def test_pytest_is_told_how_a_check_ended(forgetful):
         bound(OneWayConfig(n_heads=2), "documents_are_sequences")()
 
 
+def ids(mark):
+    return [case.id for case in mark.mark.args[1]]
+
+
+def test_pytest_gets_the_checks_that_are_asked_for():
+    config, names = RetentionConfig(n_heads=2), ["rows_are_independent", "paradigms_agree"]
+    assert ids(parametrize_checks([config], checks=names)) == [f"retention-{name}" for name in reversed(names)]
+    with pytest.raises(SeqmixError, match="there is no check 'row_are_independent'"):
+        parametrize_checks([config], checks=["row_are_independent"])
+    for given in ({"checks": []}, {"expected_failures": {}}):
+        with pytest.raises(SeqmixError, match=f"{next(iter(given))} is given where tests are made of checks"):
+            bound(config, "paradigms_agree")(**given)
+    (kernel_id, *others) = ids(parametrize_kernels(checks=["results_are_deterministic"]))
+    assert all(name.endswith("-results_are_deterministic") for name in (kernel_id, *others))
+
+
+def test_a_check_that_is_left_out_is_skipped():
+    with pytest.raises(pytest.skip.Exception, match="it compiles, and compiling was left out"):
+        bound(RetentionConfig(n_heads=2), "decoding_compiles_once", compiles=False)()
+
+
+@pytest.mark.parametrize(
+    ("expected", "sentence"),
+    [
+        ({"retntion": {}}, "names the kind 'retntion', which is not tested here; tested: .* mean \"retention\""),
+        ({"retention": {"row_are_independent": "?"}}, "there is no check 'row_are_independent'"),
+    ],
+)
+def test_what_is_expected_of_nothing_is_refused(expected, sentence):
+    with pytest.raises(SeqmixError, match=sentence):
+        parametrize_checks([RetentionConfig(n_heads=2)], expected_failures=expected)
+    of_a_kernel = {name.replace("retention", "decay/chunkwise/reference"): value for name, value in expected.items()}
+    with pytest.raises(SeqmixError, match=r"names the kernel 'retntion'|there is no check 'row_are_independent'"):
+        parametrize_kernels(expected_failures=of_a_kernel)
+
+
+@pytest.mark.parametrize("configs", [[], RetentionConfig(n_heads=2), [RetentionConfig]])
+def test_nothing_to_test_is_refused(configs):
+    with pytest.raises(SeqmixError, match=r"parametrize_checks (was given no configuration|needs a list of config)"):
+        parametrize_checks(configs)
+
+
+def test_a_suite_draws_the_same_cases_in_every_run(monkeypatch):
+    def record(**options):
+        seen.update(options)
+        return Outcomes(outcomes=[Outcome(CHECKS["paradigms_agree"], Status.PASSED)])
+
+    def seed():
+        seen.clear()
+        call()
+        return seen["seed"]
+
+    seen = {}
+    call = replace(bound(RetentionConfig(n_heads=2), "paradigms_agree"), run=record)
+    assert seed() == 0
+    monkeypatch.setattr(core, "global_force_seed", 7)
+    assert seed() is None
+    monkeypatch.undo()
+    # a profile of the project's own
+    monkeypatch.setattr(settings, "_current_profile", "nightly")
+    assert seed() is None
+
+
 # ---- what is drawn
+
+
+class ChunksConfig(RetentionConfig):
+    kind: Literal["chunks"] = "chunks"
+    chunk_size: int = Field(default=128, ge=128)
+
+
+class TiledConfig(RetentionConfig):
+    kind: Literal["tiled"] = "tiled"
+    chunk_size: int = Field(default=64, ge=16, multiple_of=16, examples=[32])
+
+
+class ListedConfig(RetentionConfig):
+    kind: Literal["listed"] = "listed"
+    chunk_size: Literal[32, 64] = 64
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(ChunksConfig(n_heads=2), [128]), (TiledConfig(n_heads=2), [64, 32]), (ListedConfig(n_heads=2), [64, 32])],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_chunk_sizes_are_those_that_the_configuration_takes(config, sizes):
+    assert chunk_sizes(config) == sizes
+    names = ["paradigms_agree", "chunk_size_changes_nothing"]
+    report = check_mixer(config, checks=names, examples=3)
+    assert report.passed, report.failures[0].reason
+
+
+def test_chunk_sizes_that_building_refuses_are_not_drawn():
+    def build(self, d_model, *, layer_idx, n_layers):
+        if self.chunk_size % 64:
+            raise ContractError("chunks are whole tiles")
+        return Retention(self, d_model)
+
+    report = check_mixer(built(build), checks=["rows_are_independent"], examples=1, vary=False)
+    assert report.passed, report.failures[0].reason
+
+
+class OneOfThreeConfig(RetentionConfig):
+    kind: Literal["one_of_three"] = "one_of_three"
+    paradigm: Literal[Paradigm.PARALLEL] = Paradigm.PARALLEL
+
+
+def test_a_declared_paradigm_that_the_configuration_refuses_is_told():
+    outcome = failure(OneOfThreeConfig(n_heads=2), "configurations_round_trip")
+    assert outcome.reason.splitlines()[1] == ("the configuration refuses paradigm=chunkwise, which its traits declare")
+
+
+class RefusedConfig(RetentionConfig):
+    kind: Literal["refused"] = "refused"
+    width: int = Field(default=2, examples=["no", 3])
+
+
+def test_an_example_that_its_field_refuses_is_told():
+    with pytest.raises(ContractError, match=r"RefusedConfig: field width refuses 'no', one of its own examples: Input"):
+        check_mixer(RefusedConfig(n_heads=2))
+
+
+def test_a_frozen_parameter_needs_no_gradient(monkeypatch):
+    frozen = Retention.reset_parameters
+
+    def reset(self):
+        frozen(self)
+        next(self.parameters()).requires_grad_(False)
+
+    monkeypatch.setattr(Retention, "reset_parameters", reset)
+    report = check_mixer(RetentionConfig(n_heads=2), compiles=False, examples=1, vary=False)
+    assert report.passed, report.failures[0].reason
 
 
 def test_options_are_the_values_that_annotations_and_examples_name():

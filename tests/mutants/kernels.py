@@ -11,7 +11,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from seqmix.mixers.ops.decay import DecayOutput, decay_chunkwise, decay_parallel
 from seqmix.mixers.ops.decay_chunkwise import chunkwise_op
-from seqmix.mixers.ops.kernels import Kernel, Probe, find, require_floats
+from seqmix.mixers.ops.kernels import Kernel, Probe, reference, require_floats
 from seqmix.mixers.ops.softmax import softmax_parallel
 from seqmix.mixers.paradigm import Paradigm
 from seqmix.mixers.testing import KERNEL_CHECKS, Outcome, Status, check_kernel
@@ -45,8 +45,8 @@ def mutant(op: str, paradigm: Paradigm, check: str, wrong: str, *, says: str, **
     """Register a function as a mutant of the reference; `declared` differs from what the reference declares."""
 
     def register(function: Callable) -> Callable:
-        reference = find(op, paradigm, "reference")
-        kernel = replace(reference, backend=function.__name__, function=function, **declared)
+        wrong_in = {"backend": function.__name__, "function": function, "reference": False, **declared}
+        kernel = replace(reference(op, paradigm), **wrong_in)
         KERNEL_MUTANTS.append(KernelMutant(kernel, check, wrong, says))
         return function
 
@@ -95,7 +95,7 @@ def in_chunks(q, k, v, log_decay, *, initial_state, output_final_state, cu_seqle
     return DecayOutput(torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None)
 
 
-HEALTHY = replace(find("decay", Paradigm.CHUNKWISE, "reference"), backend="healthy", function=in_chunks)
+HEALTHY = replace(reference("decay", Paradigm.CHUNKWISE), backend="healthy", function=in_chunks, reference=False)
 
 
 def _wide(x: Tensor) -> torch.dtype:

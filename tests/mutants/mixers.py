@@ -115,6 +115,29 @@ class RecurrentReadsBeforeItWrites(Specimen):
         return o - (q * k).sum(-1, keepdim=True) * v, z - one, *after
 
 
+@mutant(check="paradigms_agree")
+class LosesTheStateAtABorder(Specimen):
+    """Chunkwise, the state is lost at the border of a block of 64 tokens. After no report: a dozen tokens have no such
+    border."""
+
+    def chunkwise(self, tokens, memory, weight):
+        found = []
+        for block in zip(*(x.split(64, dim=2) for x in tokens), strict=True):
+            kept = 0 if found else 1
+            found.append(super().chunkwise(block, kept * memory, kept * weight))
+        return *(torch.cat(parts, dim=2) for parts in list(zip(*found, strict=True))[:2]), *found[-1][2:]
+
+
+@mutant(check="paradigms_agree")
+class TakesALengthForWholeBlocks(Specimen):
+    """The parallel form takes 129 tokens for blocks of 128, and doubles the last. After fla #1143 and #907: masks of
+    tails."""
+
+    def parallel(self, tokens, memory, weight):
+        o, *rest = super().parallel(tokens, memory, weight)
+        return (torch.cat((o[:, :, :128], 2 * o[:, :, 128:]), dim=2) if o.shape[2] == 129 else o), *rest
+
+
 @mutant(check="pieces_equal_the_whole")
 class CacheCountsSegments(Cached):
     """The cache counts segments, not tokens. After fla #126: the offset of a cache advanced by the number of heads
@@ -163,11 +186,21 @@ class DetachesTheState(Specimen):
 
 @mutant(check="gradients_flow_through_states")
 class CachesWithoutGrad(Cached):
-    """Keys and values are detached as they enter the cache. After fla PRs #636, #1131 and #1181: recurrent kernels
-    without a backward, which nothing declares."""
+    """In decoding, what is in the cache is detached. After fla PRs #636, #1131 and #1181: recurrent kernels without a
+    backward, which nothing declares."""
 
     def extended(self, state, k, v):
-        return super().extended(None if state is None else detach(state), k, v)
+        return super().extended(state if state is None or k.shape[1] > 1 else detach(state), k, v)
+
+
+@mutant(check="gradients_flow_through_states")
+class DetachesTheStateOfLongSegments(Specimen):
+    """The initial state has no gradient where a segment is longer than 12 tokens. After fla PRs #636, #1131 and #1181:
+    kernels without a backward, which nothing declares."""
+
+    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+        given = state if state is None or x.shape[1] <= 12 else detach(state)
+        return super().mix(x, given, paradigm, cu_seqlens, return_state)
 
 
 @mutant(check="steps_equal_the_whole")
@@ -193,11 +226,11 @@ class GivesOutOneStateTwice(Specimen):
 
 @mutant(check="the_future_changes_nothing")
 class MasksTheFutureWithANumber(Specimen):
-    """The mask of the future is -25 in the exponent, so e^-25 of it leaks. After no report: a comparison at 1e-9 lets
+    """The mask of the future is -28 in the exponent, so e^-28 of it leaks. After no report: a comparison at 1e-9 lets
     it pass."""
 
     def decays(self, a):
-        leak = torch.full((a.shape[-1],) * 2, -25.0, device=a.device, dtype=a.dtype).exp().triu(1)
+        leak = torch.full((a.shape[-1],) * 2, -28.0, device=a.device, dtype=a.dtype).exp().triu(1)
         return super().decays(a) + leak
 
 
@@ -218,6 +251,18 @@ class ForgetsTheMask(Cached):
 
     def seen(self, queries, keys, device):
         return torch.ones(queries, keys, dtype=torch.bool, device=device)
+
+
+@mutant(check="the_future_changes_nothing")
+class SeesPastTheEndOfABlock(Specimen):
+    """The last token of the first 16 reads the one after it, in every paradigm. After fla #1143 and #907: masks of
+    tails."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if x.shape[1] > 16:
+            v = torch.cat((v[:, :, :15], v[:, :, 15:16] + 0.1 * v[:, :, 16:17], v[:, :, 16:]), dim=2)
+        return qk, v, a
 
 
 @mutant(check="chunk_size_changes_nothing")
@@ -287,6 +332,18 @@ class FirstRowSpeaksForAll(Specimen):
         return super().positions(state._replace(position=state.position[:1]), x, None)
 
 
+@mutant(check="documents_are_sequences")
+class MovesBordersToBlocks(Specimen):
+    """In rows of more than 32 tokens, documents end where blocks of 16 do. After state-spaces/mamba #180: kernels know
+    blocks and no documents."""
+
+    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+        if cu_seqlens is not None and x.shape[1] > 32:
+            ends = (cu_seqlens[1:-1] + 15) // 16 * 16
+            cu_seqlens = torch.cat((cu_seqlens[:1], ends.clamp(max=x.shape[1]), cu_seqlens[-1:]))
+        return super().mix(x, state, paradigm, cu_seqlens, return_state)
+
+
 @mutant(check="gradients_of_documents_are_those_of_sequences")
 class PackingDetachesTheState(Specimen):
     """Packed, the initial states have no gradient. After NovaSky-AI/SkyRL PR #2056 and fla #837: packing, and gradients
@@ -307,6 +364,15 @@ class StartsAtTheRowsNumber(Specimen):
 
     def init_state(self, batch_size, *, max_length=None):
         return super().init_state(batch_size)._replace(position=torch.arange(batch_size, device=self.device))
+
+
+@mutant(check="rows_are_independent")
+class MixesTheRowsOfLargeBatches(Specimen):
+    """In batches of more than five, every row sees the mean of all. After no report: batches of two or three do not
+    show it."""
+
+    def heads(self, x):
+        return super().heads(x + x.mean(0, keepdim=True) if len(x) > 5 else x)
 
 
 @mutant(check="rows_are_independent")
@@ -357,12 +423,12 @@ class AllocatesWithoutFilling(Specimen):
 
 @mutant(check="rows_of_a_state_can_be_rearranged")
 class TakesEqualStatesForOneSequence(Specimen):
-    """Rows that come with equal states are answered as the first of them, as are beams that part. After fla's
-    tensor_cache: a memo whose key is not all that the result depends on."""
+    """In decoding, rows that come with equal states are answered as the first of them, as are beams that part. After
+    fla's tensor_cache: a memo whose key is not all that the result depends on."""
 
     def mix(self, x, state, paradigm, cu_seqlens, return_state):
         y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
-        if state is None or cu_seqlens is not None:
+        if state is None or cu_seqlens is not None or x.shape[1] > 1:
             return y, after
         memory = state.memory.flatten(1)
         equal = (memory[:, None] == memory).all(-1) & memory.any(-1) | torch.eye(len(x), dtype=torch.bool)
@@ -515,7 +581,35 @@ class ReadsTheStateInTF32(Specimen):
         return super().attend(paradigm, tokens, state._replace(memory=memory))
 
 
+@mutant(check="low_precision_is_near_float64")
+class OverflowsNowAndThen(Specimen):
+    """In float16, the square of a hundred times the input overflows for some tokens, which become NaN. After fla #1187:
+    states in fp16 became NaN."""
+
+    def heads(self, x):
+        return super().heads(x + 0 * (100 * x).square().mean(-1, keepdim=True))
+
+
+@mutant(check="low_precision_is_near_float64")
+class HalvesGradientsInLowPrecision(Specimen):
+    """In bfloat16 and float16 the gradient of the input is half of what it is. After fla #863 and #875: gradients were
+    wrong where outputs were right."""
+
+    def heads(self, x):
+        return super().heads(x if x.itemsize > 2 else (x + x.detach()) / 2)
+
+
 @mutant(check="long_decoding_does_not_drift")
+class RoundsTheStateItReads(Specimen):
+    """A state is float32, and is rounded to the parameters' dtype where it is read. After sgl-project/sglang #38975:
+    rounding a gate to bf16 accumulates in the recurrent state with the context."""
+
+    def before(self, state, rows):
+        memory, weight, position = super().before(state, rows)
+        return SpecimenState(*(leaf.to(self.dtype).to(leaf.dtype) for leaf in (memory, weight)), position)
+
+
+@mutant(check="dtypes_are_kept")
 class RoundsTheStateInPassing(Specimen):
     """A state is float32, and was rounded to the input's dtype. After sgl-project/sglang #38975: rounding a gate to
     bf16 accumulates in the recurrent state with the context."""
@@ -545,6 +639,24 @@ class KeepsItsStateInBf16(Specimen):
         return y, after._replace(memory=after.memory.to(x.dtype))
 
 
+@mutant(check="dtypes_are_kept")
+class StartsAndStaysNarrow(Specimen):
+    """The state has the parameters' dtype from its beginning, as only a cache may. After fla #1187: states in fp16
+    became NaN."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        state = super().init_state(batch_size)
+        return state._replace(memory=state.memory.to(self.dtype))
+
+    def before(self, state, rows):
+        state = super().before(state, rows)
+        return state._replace(memory=state.memory.to(self.state_dtype))
+
+    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+        return y, after._replace(memory=after.memory.to(self.dtype))
+
+
 @mutant(check="autocast_changes_only_precision")
 class AutocastNarrowsTheCache(Cached):
     """A cache that starts under autocast has autocast's dtype. After fla-org/flame #30 and fla #559: confusion of
@@ -572,6 +684,43 @@ class FactorisesDecays(Specimen):
     def decays(self, a):
         passed = a.cumsum(-1)
         return (passed.exp()[..., None] * (-passed).exp()[..., None, :]).tril()
+
+
+@mutant(check="extremes_are_finite")
+class DividesByWhatUnderflows(Specimen):
+    """A vector is divided by its norm and 1e-8, which is 0 in float16. After fla #77, #99 and #122: gradients and
+    outputs of NaN."""
+
+    def unit(self, x):
+        return x / (x.norm(dim=-1, keepdim=True) + torch.tensor(1e-8, dtype=x.dtype, device=x.device))
+
+
+@mutant(check="modes_change_nothing")
+class IgnoresTheStateInTraining(Specimen):
+    """In training mode every segment starts from nothing. After state-spaces/mamba #101 and #1013: states were for
+    inference, and training through them had to be asked for."""
+
+    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+        return super().mix(x, None if self.training else state, paradigm, cu_seqlens, return_state)
+
+
+@mutant(check="modes_change_nothing")
+class IsAnotherWithoutGradients(Specimen):
+    """Where no gradient is wanted, a quicker way scales by a hundredth more. After fla #47: the path of inference
+    forgot the scale."""
+
+    def divide(self, o, z):
+        return super().divide(o, z) * (1 if torch.is_grad_enabled() else 1.01)
+
+
+@mutant(check="results_are_deterministic")
+class RemembersItsLastInput(Specimen):
+    """The last input stays on the module, and with it the graph that made it. After fla #766: the count of tokens seen
+    was kept where it outlived a call."""
+
+    def heads(self, x):
+        self.last = x
+        return super().heads(x)
 
 
 @mutant(check="results_are_deterministic")
@@ -713,14 +862,15 @@ class LoopsOverDocuments(Specimen):
         return torch.cat([at + torch.arange(n) for at, n in zip(state.position, lengths, strict=True) if n])[None]
 
 
+BUFFERS = {"next": 0}
+
+
 @mutant(check="decoding_compiles_once")
 class NumbersItsBuffersInPython(Specimen):
     """Steps take two buffers in turn, told apart by a Python number. After pytorch/torchtitan PR #2823: more than ten
     compilations, as two arguments were numbers and not tensors."""
 
-    buffer = 0
-
     def positions(self, state, x, cu_seqlens):
         if x.shape[1] == 1:
-            self.buffer = 1 - self.buffer
-        return super().positions(state, x, cu_seqlens) + 0 * self.buffer
+            BUFFERS["next"] = 1 - BUFFERS["next"]
+        return super().positions(state, x, cu_seqlens) + 0 * BUFFERS["next"]

@@ -3,11 +3,15 @@
 All but one cast to float32 inside: agreement is to 3e-5.
 """
 
+import ast
 import math
 import re
+import sys
+from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,11 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.linear_attention import LinearAttentionConfig
-from seqmix.mixers.ops.decay import decay
+from seqmix.mixers.ops import decay_fla
+from seqmix.mixers.ops.decay import decay, decay_chunkwise
+from seqmix.mixers.ops.decay_fla import decay_chunkwise_fla
+from seqmix.mixers.ops.kernels import Probe, find
+from seqmix.registry import SeqmixError
 
 # not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
 INSTALLED = getattr(find_spec("fla"), "origin", None) is not None
@@ -155,3 +163,202 @@ def test_linear_attention_with_its_denominator_is_theirs(paradigm):
         output, state = recurrent(q[:, piece], k[:, piece], v[:, piece], None, state, True, normalize=True)
         agree(y[:, piece], layer.out_proj(output.flatten(2)))
     agree(memory, torch.cat((state[0], state[1].permute(0, 2, 3, 1)), dim=-1))
+
+
+# ---- their kernels as a backend: what they are called with; their plain references stand in for them
+
+
+def signature(op, name):
+    """The arguments that one of their functions names, read from its file: importing it needs triton."""
+    path = Path(find_spec("fla").submodule_search_locations[0], "ops", op, "chunk.py")
+    (found,) = (x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef) and x.name == name)
+    return [argument.arg for argument in found.args.args]
+
+
+def by_document(function, q, k, v, gates, *, scale, initial_state, output_final_state, cu_seqlens):
+    """One of their references, which know neither packed documents nor a learned decay a head, on each document."""
+    assert cu_seqlens is None or cu_seqlens.dtype == torch.int64
+    assert initial_state is None or initial_state.dtype == torch.float32
+    borders = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    for n, (start, stop) in enumerate(pairwise(borders)):
+        tokens = (x[:, start:stop] for x in (q, k, v, gates))
+        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
+        state = None if initial_state is None else initial_state[rows]
+        output, final = function(*tokens, scale, state)
+        outputs.append(output)
+        states.append(final)
+    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
+
+
+def chunk_simple_gla(q, k, v, g=None, g_gamma=None, *, reference="recurrent", **options):
+    """Their function of this name."""
+    assert g is None or g_gamma is None
+    assert {"g", "g_gamma", *options} <= set(signature("simple_gla", "chunk_simple_gla"))
+    if g is None:  # it gives no gradient of decays that are fixed a head
+        gates = q.new_zeros(q.shape[2]) if g_gamma is None else g_gamma.detach()
+        g = gates.expand(*q.shape[:3])
+    assert g.dtype == torch.float32 or g_gamma is None
+    if reference == "chunk":
+        function = naive("chunk_simple_gla")
+        return by_document(lambda q, k, v, g, scale, s: function(q, k, v, g, s, True, 64, scale), q, k, v, g, **options)
+    function = naive("recurrent_simple_gla")
+    return by_document(lambda q, k, v, g, scale, s: function(q, k, v, g, scale, s, True), q, k, v, g, **options)
+
+
+def chunk_gla(q, k, v, g, **options):
+    """Their function of this name; its reference has a fixed scale."""
+    assert set(options) <= set(signature("gla", "chunk_gla"))
+    function = naive("recurrent_gla")
+    return by_document(
+        lambda q, k, v, g, scale, s: function(scale * K**0.5 * q, k, v, g, s, True), q, k, v, g, **options
+    )
+
+
+@pytest.fixture
+def standing_in(monkeypatch):
+    """Their modules, with the functions above; and the kernel without its limits."""
+    for name, function in (("simple_gla", chunk_simple_gla), ("gla", chunk_gla)):
+        monkeypatch.setitem(sys.modules, f"fla.ops.{name}", SimpleNamespace(**{function.__name__: function}))
+    tolerances = dict.fromkeys((torch.float64, torch.float32), 1.0)
+    monkeypatch.setattr(decay_fla, "KERNEL", replace(decay_fla.KERNEL, tolerances=tolerances, limits=lambda _: []))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", ["none", "head", "token", "key"])
+def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, standing_in):
+    *segment, state = inputs(shape, batch=1 if packed else B)
+    options = {"scale": 0.3, "output_final_state": True}
+    if packed:  # int32, and an empty document
+        options["cu_seqlens"] = torch.tensor([0, 5, 6, 6, 40, T], dtype=torch.int32)
+        state = torch.randn(5, H, K, V, generator=torch.Generator().manual_seed(2))
+    results = [
+        with_gradients(lambda q, k, v, a, s, f=f: f(q, k, v, a, initial_state=s, **options), (*segment, state))
+        for f in (decay_chunkwise_fla, decay_chunkwise)
+    ]
+    (found, gradients), (expected, exact) = results
+    agree(found, expected)
+    assert [x is None for x in gradients] == [x is None for x in exact]
+    agree([x for x in gradients if x is not None], [x for x in exact if x is not None])
+
+
+@pytest.mark.parametrize("shape", ["none", "head", "token", "key"])
+@torch.no_grad()
+def test_the_backend_returns_a_state_where_it_is_wanted(shape, standing_in):
+    *segment, _ = inputs(shape)
+    output, state = decay_chunkwise_fla(*segment)
+    assert state is None
+    agree(output, decay_chunkwise(*segment).output)
+
+
+@torch.no_grad()
+def test_the_backend_takes_resets_which_their_chunks_do_not(standing_in, monkeypatch):
+    def chunked(*args, **options):
+        return chunk_simple_gla(*args, **options, reference="chunk")
+
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace(chunk_simple_gla=chunked))
+    q, k, v, a, state = inputs("token")
+    a[:, [0, 20, 21]] = -math.inf
+    options = {"initial_state": state, "output_final_state": True}
+    found, expected = (f(q, k, v, a, **options) for f in (decay_chunkwise_fla, decay_chunkwise))
+    assert_close(list(found), list(expected), rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+def test_borders_that_are_written_in_place_are_seen(standing_in, monkeypatch):
+    seen = []
+
+    def function(*args, cu_seqlens, **options):
+        seen.append(cu_seqlens)
+        return chunk_simple_gla(*args, cu_seqlens=cu_seqlens, **options)
+
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace(chunk_simple_gla=function))
+    *segment, _ = inputs("token", batch=1)
+    borders = torch.tensor([0, 5, T])
+    for _ in range(2):  # they keep tables by the identity of the tensor
+        decay_chunkwise_fla(*segment, cu_seqlens=borders)
+    assert seen[0] is not seen[1]
+    assert borders is not seen[0]
+
+
+class Theirs(torch.autograd.Function):
+    """Their reference as one autograd function, which theirs is: inside a custom op nothing else is recorded."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, options):
+        ctx.save_for_backward(q, k, v, g, state)
+        ctx.options = options
+        with torch.no_grad():
+            return chunk_simple_gla(q, k, v, g, initial_state=state, **options)
+
+    @staticmethod
+    def backward(ctx, *above):
+        guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with guard, torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            outputs = chunk_simple_gla(*leaves[:4], initial_state=leaves[4], **ctx.options)
+            given = [(x, d) for x, d in zip(outputs, above, strict=True) if x is not None]
+            return *torch.autograd.grad([x for x, _ in given], leaves, [d for _, d in given]), None
+
+
+def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeypatch):
+    def function(q, k, v, g, *, initial_state, **options):
+        return Theirs.apply(q, k, v, g, initial_state, options)
+
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace(chunk_simple_gla=function))
+    *segment, _ = (x if x is None else x.float() for x in inputs("token", batch=1))
+    state = torch.randn(3, H, K, V, generator=torch.Generator().manual_seed(2))
+    borders = torch.tensor([0, 5, 5, T])
+    compiled = torch.compile(decay_chunkwise_fla, fullgraph=True, backend="aot_eager")
+
+    def run(function):
+        def call(q, k, v, a, s):
+            return function(q, k, v, a, initial_state=s, output_final_state=True, cu_seqlens=borders)
+
+        return with_gradients(call, (*segment, state))
+
+    (found, gradients), (expected, exact) = run(compiled), run(decay_chunkwise)
+    agree(found, expected)
+    agree(gradients, exact)
+    leaves = [x.clone().requires_grad_() for x in (*segment, state)]
+    results = torch.library.opcheck(decay_fla.chunkwise_op, (*leaves, borders, 0.3, True))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_backend_says_what_it_does_not_take(monkeypatch):
+    fla = find("decay", Paradigm.CHUNKWISE, "fla")
+    probe = Probe(device=torch.device("cuda"), dtype=torch.bfloat16, key_width=256, value_width=512, log_decay="H")
+    assert fla.unsupported(probe) == []
+    (reason,) = fla.unsupported(replace(probe, device=torch.device("cpu")))
+    assert reason == "it needs a CUDA device and not cpu"
+    (reason,) = fla.unsupported(replace(probe, dtype=torch.float32))
+    assert "takes bfloat16, float16, not float32" in reason
+    (reason,) = fla.unsupported(replace(probe, value_width=5))
+    assert reason == "its backward pass refuses odd widths, 256 and 5"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert fla.unsupported(probe) == []
+    for accepted in ({"key_width": 128, "value_width": 128}, {"log_decay": "B T H K"}):
+        assert fla.unsupported(replace(probe, needs_grad=True, **accepted)) == []
+    (reason,) = fla.unsupported(replace(probe, needs_grad=True))
+    assert reason == "its backward pass collapses from a width of 256 on a device of compute capability 10.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert fla.unsupported(replace(probe, needs_grad=True)) == []
+    for installed, wrong in (
+        ("3.3.1", False),
+        ("3.4.0", True),
+        ("3.6.0+git1", True),
+        ("3.7.1", False),
+        ("3.9.0", False),
+    ):
+        monkeypatch.setattr(decay_fla, "version", lambda _, installed=installed: installed)
+        decay_fla._is_miscompiled.cache_clear()
+        reasons = fla.unsupported(replace(probe, needs_grad=True, log_decay="B T H"))
+        assert bool(reasons) == wrong, (installed, reasons)
+    decay_fla._is_miscompiled.cache_clear()
+    monkeypatch.setattr(decay_fla, "_installed", lambda name: name != "fla")
+    (reason,) = fla.unsupported(probe)
+    assert reason == "flash-linear-attention is not installed (pip install --no-deps fla-core)"
+    monkeypatch.undo()
+    *segment, _ = inputs("token")
+    with pytest.raises(SeqmixError, match="it needs a CUDA device and not cpu"):
+        decay_chunkwise_fla(*segment)

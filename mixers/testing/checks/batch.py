@@ -9,7 +9,7 @@ from ..check import check
 from ..trial import Trial
 
 
-@check(share=0.25, draw=Draw(tokens=(1, 8), batch_size=(2, 3)))
+@check(share=0.25, draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4))
 def rows_are_independent(trial: Trial) -> None:
     """A sequence gives the same alone as beside others in a batch."""
     x, state = trial.tokens(), trial.state()

@@ -13,6 +13,7 @@ from ..case import Draw
 from ..check import check
 from ..compare import CheckFailure, require
 from ..counting import count_flops
+from ..gradients import learnable
 from ..trial import Trial
 
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
@@ -101,14 +102,13 @@ def every_parameter_is_initialised(trial: Trial) -> None:
 
 @check(share=0.1, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)))
 def every_parameter_learns(trial: Trial) -> None:
-    """Every parameter has a finite gradient that is not zero, in every paradigm."""
-    x = trial.tokens()
-    names = list(dict(trial.mixer.named_parameters()))
-    for paradigm in trial.paradigms:
+    """Every parameter that is not frozen has a finite gradient that is not zero, in every paradigm."""
+    x, parameters = trial.tokens(), learnable(trial.mixer)
+    for paradigm in trial.paradigms if parameters else ():
         y, _ = trial.mixer(x, paradigm=paradigm)
         loss = (trial.randn(*y.shape) * y).sum()
-        gradients = torch.autograd.grad(loss, list(trial.mixer.parameters()), materialize_grads=True)
-        for name, gradient in zip(names, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
             require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")
             require(gradient.any(), f"{paradigm}: {name} has no gradient: nothing depends on it")
 
@@ -117,8 +117,8 @@ def every_parameter_learns(trial: Trial) -> None:
 def flops_are_as_declared(trial: Trial) -> None:
     """`flops` is what a counter counts, with or without a final state (recurrent: up to twice, as outer products are
     elementwise)."""
-    x, state = trial.tokens(), trial.state()
-    context = 0 if state is None else _tokens_read(trial)
+    x, context = trial.tokens(), 0 if trial.case.start == "none" else 1 + trial.case.seed % 7
+    state = trial.mix(trial.tokens(length=context), None)[1] if context else None
     for paradigm in trial.paradigms:
         counted = []
         for wanted in (False, True):
@@ -133,13 +133,6 @@ def flops_are_as_declared(trial: Trial) -> None:
             f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are "
             f"{counted[0]:,} ({counted[1]:,} with a final state)",
         )
-
-
-def _tokens_read(trial: Trial) -> int:
-    """How many tokens `Trial.state` reads: the first number it draws."""
-    generator = torch.Generator().manual_seed(trial.case.seed)
-    torch.randn((1, trial.case.length, trial.subject.d_model), generator=generator, dtype=torch.float64)
-    return int(torch.randint(1, 8, (), generator=generator))
 
 
 def _refused(what: str, call: Callable[[], object], word: str = "") -> None:

@@ -49,6 +49,15 @@ def refused(kernel: Kernel, probe: Probe) -> bool:
     return not taken(kernel, probe)
 
 
+def watched_in_vain(kernel: Kernel) -> str | None:
+    """Why its dispatched ops cannot be seen."""
+    return (
+        f"{kernel.key} calls a higher-order op, which does not run while ops are watched"
+        if kernel.higher_order
+        else None
+    )
+
+
 @kernel_check(share=1.0, asks=without_grad)
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
     """Output and final state are those of the definition: every element, and shape, dtype and kind of state."""
@@ -168,7 +177,7 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
             found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
 
 
-@kernel_check(share=0.04, tokens=FEW)
+@kernel_check(share=0.04, tokens=FEW, passes_over=watched_in_vain)
 def dispatched_ops_pass_opcheck(trial: KernelTrial) -> None:
     """`torch.library.opcheck` has nothing against the custom ops that a call dispatches, forward and backward, with the
     arguments that they get: schemas, fakes, autograd formulas, and compiled with dynamic shapes."""

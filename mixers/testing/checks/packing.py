@@ -10,7 +10,7 @@ from ..case import Draw
 from ..check import check, packing
 from ..trial import Trial
 
-DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), batch_size=(1, 1))
+DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, batch_size=(1, 1))
 
 
 @check(packing, share=0.5, draw=DOCUMENTS)

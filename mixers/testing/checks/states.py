@@ -12,6 +12,7 @@ from ...state import clone, concatenate, from_dict, map_state, select, to_dict
 from ..case import Draw
 from ..check import check
 from ..compare import require
+from ..gradients import learnable
 from ..trial import Trial, as_leaves, float_leaves
 
 
@@ -38,8 +39,8 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
     """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would."""
     x, state, rows = trial.tokens(), trial.state(), trial.case.rows
-    # a row that is taken twice goes on in two ways
-    following = trial.tokens(len(rows), 3)
+    # a row that is taken twice goes on in two ways, by one token as in a search, or by several
+    following = trial.tokens(len(rows), 1 + 2 * (trial.case.seed % 2))
     for paradigm in trial.paradigms:
         _, before = trial.mix(x, state, paradigm=paradigm)
         parts = [select(before, trial.index(row)) for row in rows]
@@ -76,7 +77,9 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
             before, versions = clone(state), [leaf._version for leaf in _leaves(state)]
             y, after = trial.mixer(x, state, paradigm=paradigm, return_state=True)
             total = y.sum() + sum(leaf.sum() for leaf in float_leaves(after).values())
-            torch.autograd.grad(total, list(trial.mixer.parameters()), allow_unused=True)
+            roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
+            if roots and total.requires_grad:
+                torch.autograd.grad(total, roots, allow_unused=True)
             with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as found:
                 found.state("the state", state, before)
             same = [leaf._version for leaf in _leaves(state)] == versions

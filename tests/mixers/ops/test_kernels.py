@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seqmix.mixers.ops.decay import decay_chunkwise
-from seqmix.mixers.ops.kernels import KERNELS, Kernel, Probe, declare, find
+from seqmix.mixers.ops.kernels import KERNELS, Kernel, Probe, declare, find, reference
 from seqmix.mixers.paradigm import Paradigm
 from seqmix.mixers.testing import (
     KERNEL_CHECKS,
@@ -36,9 +36,13 @@ def test_kernels(check, device):
 @pytest.mark.parametrize("paradigm", Paradigm)
 @pytest.mark.parametrize("op", ["decay", "softmax"])
 def test_every_paradigm_has_a_reference(op, paradigm):
-    kernel = find(op, paradigm, "reference")
+    kernel = reference(op, paradigm)
+    assert kernel is find(op, paradigm, {"decay": "reference", "softmax": "sdpa"}[op])
     assert kernel.function.__name__ == f"{op}_{paradigm}"
     assert not kernel.unsupported(PROBE)
+    assert [other.key for other in KERNELS.values() if other.reference and other.key[:2] == kernel.key[:2]] == [
+        kernel.key
+    ]
 
 
 # ---- declarations
@@ -51,7 +55,9 @@ def interpreted_only(probe):
     return ["keys are at most 256 wide"] if probe.key_width > 256 else []
 
 
-TRITON = replace(REFERENCE, backend="stand-in", tolerances={torch.float32: 1e-5}, limits=interpreted_only)
+TRITON = replace(
+    REFERENCE, backend="stand-in", reference=False, tolerances={torch.float32: 1e-5}, limits=interpreted_only
+)
 
 
 def test_reasons_are_those_of_the_dtype_and_of_the_limits(monkeypatch):
@@ -118,7 +124,7 @@ def test_references_refuse_what_they_would_round():
     for op in ("decay", "softmax"):
         arguments = (q, q, q, None) if op == "decay" else (q, q, q)
         with pytest.raises(SeqmixError, match=r"q, k and v must have one dtype of float64, .*; given are int64, int64"):
-            find(op, Paradigm.PARALLEL, "reference").function(*arguments)
+            reference(op, Paradigm.PARALLEL).function(*arguments)
     with pytest.raises(SeqmixError, match="given are float32, float64, float32"):
         decay_chunkwise(q.float(), q.double(), q.float(), None)
 
@@ -132,7 +138,7 @@ def off_by_a_step(q, k, v, log_decay, **options):
     return output.roll(1, 1), state
 
 
-WRONG = replace(REFERENCE, backend="off_by_a_step", function=off_by_a_step)
+WRONG = replace(REFERENCE, backend="off_by_a_step", function=off_by_a_step, reference=False)
 
 
 def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):

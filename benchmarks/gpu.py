@@ -1,0 +1,240 @@
+"""Everything that a GPU is needed for, in one command: conformance, the benchmarks, and the paper's comparisons.
+
+    python -m seqmix.benchmarks.gpu --out DIR
+
+Every part runs in a process of its own with a time limit, and its figures are written when it ends: a crash, or memory
+that runs out, loses nothing else. Parts whose figures lie in DIR already are not run again. DIR/gpu.json and
+DIR/gpu.md are written anew behind each part.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..mixers import MIXERS
+from ..registry import SeqmixError, nearest
+from .command import model_to_measure
+from .measure import Spread
+from .peers import COMPETITORS, Size
+from .report import from_json, markdown, to_json
+from .suite import Report, Row
+
+PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
+GROUPS = {
+    "conformance": "The conformance kit on the GPU",
+    "op": "The op, at the paper's head size",
+    "train": "Training, 200M parameters",
+    "decode": "Decoding, 200M parameters",
+    "prefill": "Reading a prompt, 200M parameters",
+    "paper-train": "The paper's Table 4: training at 1.3B parameters and 8,192 tokens",
+    "paper-train-checkpointed": "The same, layers computed anew in backward",
+    "paper-decode": "The paper's Figure 6: decoding at 6.7B parameters, eight sequences, 8,192 tokens read",
+}
+"""What the parts belong to, in the order of the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process."""
+
+    group: str
+    name: str
+    command: tuple[str, ...]
+    """Arguments of `seqmix`."""
+    skipped: str | None = None
+    """Why it is not started."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it writes a report."""
+        return self.command[0] == "bench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a part."""
+
+    part: Part
+    problem: str | None = None
+    """Why there are no figures, or what failed."""
+    seconds: float = 0.0
+    report: Report | None = None
+
+
+Runner = Callable[[Part, Path], str | None]
+"""Runs a part, whose report goes to the file; what went wrong."""
+
+
+def plan(memory: int) -> Iterator[Part]:
+    """All parts, for a GPU with so many bytes of memory."""
+    for kind in MIXERS.kinds():
+        yield Part(group="conformance", name=kind, command=("check", kind, "--device", "cuda"))
+    common = ("--device", "cuda", "--dtype", "bfloat16", "--limit", "30")
+    lengths = ("--length", "2048", "--length", "8192")
+    longer = (*lengths, "--length", "32768")
+    # a small vocabulary: all are in memory together
+    model = ("retnet-200m", "model.vocab_size=8192")
+    for group, words in (
+        ("op", ("retnet-1.3b", *longer, "--batch", "2")),
+        ("train", (*model, *lengths, "--length", "16384", "--tokens", "16384", "--compile")),
+        ("decode", (*model, *longer, "--batch", "8", "--compile")),
+        ("prefill", (*model, *longer, "--compile")),
+    ):
+        yield Part(group=group, name=group, command=("bench", group, *words, *common))
+    train = ("--length", "8192", "--tokens", "8192", *common)
+    yield from _paper("paper-train", "train", "retnet-1.3b", 16, train, memory)
+    yield from _paper("paper-train-checkpointed", "train", "retnet-1.3b", 16, (*train, "--checkpoint"), memory)
+    yield from _paper("paper-decode", "decode", "retnet-6.7b", 2, (*lengths, "--batch", "8", *common), memory)
+
+
+def _paper(
+    group: str, benchmark: str, preset: str, bytes_each: int, words: Sequence[str], memory: int
+) -> Iterator[Part]:
+    """A part a competitor: two of this size are not in memory together."""
+    size = Size(model_to_measure(preset, ()))
+    needed, gib = size.parameters * bytes_each, 2**30
+    for kind in (kind for kind in COMPETITORS if kind.name != "by-hand"):
+        reason = kind.missing(size, torch.device("cuda"))
+        if reason is None and needed > memory:
+            reason = f"parameters alone take {needed / gib:,.0f} GiB, and the GPU has {memory / gib:,.0f}"
+        names = [kind.name] if benchmark in kind.roles else []
+        names += [f"{kind.name}-compiled"] if benchmark in kind.compiled_roles else []
+        for name in names:
+            command = ("bench", benchmark, preset, "--compile", "--only", name, *words)
+            yield Part(group=group, name=name, command=command, skipped=reason)
+
+
+def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
+    """Run a part; what it prints goes beside its report."""
+    command = [*PROGRAM, *part.command, *(("--json", str(file)) if part.measures else ())]
+    log = file.with_suffix(".txt")
+    try:
+        with log.open("w", encoding="utf-8") as to:
+            done = subprocess.run(command, stdout=to, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:,.0f} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    how = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    return f"{how}: {lines[-1].strip() if lines else 'it printed nothing'} (all of it: {log.name})"
+
+
+def measure(parts: Sequence[Part], out: Path, runner: Runner, told: Callable[[str], None]) -> list[Outcome]:
+    """Run what has not been run, and write what there is behind each part."""
+    folder = out / "parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for index, part in enumerate(parts):
+        file = folder / f"{part.group}--{part.name.replace(':', '-')}.json"
+        began = time.perf_counter()
+        problem = part.skipped
+        if problem is None and not file.exists():
+            told(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
+            problem = runner(part, file)
+            if problem is None and not part.measures:
+                file.write_text("{}\n", encoding="utf-8")  # passed
+        there = part.measures and problem is None and file.exists()
+        report = from_json(file.read_text(encoding="utf-8")) if there else None
+        outcomes.append(Outcome(part=part, problem=problem, seconds=time.perf_counter() - began, report=report))
+        write(outcomes, out)
+    return outcomes
+
+
+def write(outcomes: Sequence[Outcome], out: Path) -> None:
+    """gpu.json and gpu.md."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    values = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "parts": [
+            {
+                "group": outcome.part.group,
+                "name": outcome.part.name,
+                "command": ["seqmix", *outcome.part.command],
+                "problem": outcome.problem,
+                "seconds": outcome.seconds,
+                "report": None if outcome.report is None else json.loads(to_json(outcome.report)),
+            }
+            for outcome in outcomes
+        ],
+    }
+    (out / "gpu.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = [f"# {gpu}, torch {torch.__version__}", ""]
+    for group, title in GROUPS.items():
+        found = [outcome for outcome in outcomes if outcome.part.group == group]
+        if found:
+            text += [f"## {title}", "", *_section(found), ""]
+    (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def _section(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    reports = [outcome.report for outcome in outcomes if outcome.report is not None]
+    if reports:
+        report = combined(reports)
+        yield markdown(report)
+        if len(reports) > 1:
+            yield "- Each ran in a process of its own: ratios are of medians."
+    for outcome in outcomes:
+        if outcome.problem is not None:
+            yield f"- {outcome.part.name}: {outcome.problem}"
+        elif not outcome.part.measures:
+            yield f"- {outcome.part.name}: passed"
+
+
+def combined(reports: Sequence[Report]) -> Report:
+    """One report of several that were measured one after another, with ratios of medians."""
+    if len(reports) == 1:
+        return reports[0]
+    rows: list[Row] = sorted((row for report in reports for row in report.rows), key=lambda row: row.length)
+    first: dict[tuple[str, int], float] = {}
+    for i, row in enumerate(rows):
+        if row.seconds is not None:
+            reference = first.setdefault((row.what, row.length), row.seconds.median)
+            times = (row.seconds.median, row.seconds.low, row.seconds.high)
+            rows[i] = replace(row, ratio=Spread(*(x / reference for x in times)))
+    return replace(reports[0], rows=rows)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The folder that figures are written to.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run these parts alone.", metavar="|".join(GROUPS), show_default=False)
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds a part may take.")] = 600.0,
+) -> None:
+    """Measure all that a GPU is needed for."""
+    for name in only or ():
+        if name not in GROUPS:
+            raise SeqmixError(f"there is no part {name!r}; parts: {', '.join(GROUPS)}{nearest(name, GROUPS)}")
+    if not torch.cuda.is_available():
+        raise SeqmixError("this measures on a GPU, and torch finds none")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SeqmixError(f"nothing can be written to {out}: {error.strerror}") from None
+    memory = torch.cuda.get_device_properties(0).total_memory
+    parts = [part for part in plan(memory) if not only or part.group in only]
+    outcomes = measure(parts, out, lambda part, file: run_process(part, file, seconds=time_limit), typer.echo)
+    for outcome in outcomes:
+        if outcome.problem is not None:
+            typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")
+    typer.echo(f"written: {out / 'gpu.json'} and {out / 'gpu.md'}")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except SeqmixError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)

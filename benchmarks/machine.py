@@ -1,0 +1,140 @@
+"""What the machine can do: the rates that figures are shares of, and the memory that a call takes."""
+
+import ctypes
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import Call
+
+STATUS, CLEAR, MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+
+
+def synchronizer(device: torch.device) -> Callable[[], Any]:
+    """What waits until the device has done what it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions, as a report names them."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or str(device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _meminfo("MemTotal"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Two calls that show what the machine can do, timed in the same rounds as all others."""
+
+    size: int
+    """The product is of two square matrices of this width."""
+    copied: int
+    """Bytes of the buffer that is copied; a copy moves each byte twice."""
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "Rates":
+        """Large enough to be limited by arithmetic, and by memory beyond every cache."""
+        return cls(8192, 2**30) if device.type == "cuda" else cls(2048, 2**28)
+
+    def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+        """The two calls."""
+        a, b, out = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(3))
+        source = torch.zeros(self.copied, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        return {"product": Call(lambda: torch.mm(a, b, out=out)), "copy": Call(lambda: target.copy_(source))}
+
+    @property
+    def flops(self) -> int:
+        """Operations of the product."""
+        return 2 * self.size**3
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the copy reads and writes."""
+        return 2 * self.copied
+
+
+class PeakMemory:
+    """Bytes that a call held at most beyond what was held before it; None where it cannot be told."""
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure what runs inside.
+
+    On a GPU by torch's allocator; on Linux by the peak of the process's resident memory, which the kernel can reset.
+    Memory that was freed is given back before: what is reused would not be counted.
+    """
+    peak = PeakMemory()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    held = _reset_peak()
+    yield peak
+    if held is not None:
+        peak.bytes = max(0, _status("VmHWM") - held)
+
+
+def _reset_peak() -> int | None:
+    """Start a new peak; the resident bytes, or None where the system has no such thing."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library may give memory back by itself
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        CLEAR.write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", STATUS.read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError(f"{STATUS} has no {key}")
+    return int(found[1]) * 1024
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        found = re.search(rf"{key}:\s*(\d+) kB", MEMORY.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be had."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _meminfo("MemAvailable") or sys.maxsize

@@ -1,0 +1,200 @@
+"""The op benchmark: a map over a sequence, without any weights, forward and forward + backward."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mixers import Paradigm
+from ..mixers.ops.decay import decay_chunkwise, decay_parallel
+from ..mixers.ops.kernels import Probe, find
+from ..registry import SeqmixError
+from .measure import Call
+from .peers.base import not_installed
+from .peers.gpt import eager_attention
+from .peers.torchscale import CHUNK, torchscale
+from .suite import Benchmark, Contestant, Entry, Settings, Skip
+
+
+class Shapes:
+    """Heads and widths of the retention that a model has."""
+
+    def __init__(self, settings: Settings) -> None:
+        mixers = [settings.model.blocks[name].mixer for name in settings.model.layers]
+        found: Any = next((mixer for mixer in mixers if mixer.kind == "retention"), None)
+        if found is None:
+            kinds = ", ".join(sorted({mixer.kind for mixer in mixers}))
+            raise SeqmixError(f"bench op times retention, and the model's mixers are {kinds}")
+        d_model = settings.model.d_model
+        self.heads: int = found.n_heads
+        self.keys = round(d_model * found.expand_k) // self.heads
+        self.values = round(d_model * found.expand_v) // self.heads
+        self.chunk: int = found.chunk_size
+
+
+class OpContestant(Contestant):
+    """A function of queries, keys and values [B T H *]."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        widths: tuple[int, int, int],
+        function: Callable[[Tensor, Tensor, Tensor], Tensor],
+        *,
+        backward: bool,
+        reason: str | None = None,
+        base: str | None = None,
+    ) -> None:
+        self.name, self.settings, self.widths, self.function = name, settings, widths, function
+        self.backward, self.reason, self.base = backward, reason, base
+
+    def missing(self) -> str | None:
+        return self.reason
+
+    def rows(self, length: int) -> int:
+        del length
+        return self.settings.batch
+
+    def entry(self, length: int) -> Entry:
+        batch, (heads, keys, values) = self.settings.batch, self.widths
+        generator = torch.Generator().manual_seed(0)
+
+        def random(width: int) -> Tensor:
+            x = torch.randn(batch, length, heads, width, generator=generator)
+            return x.to(self.settings.device, self.settings.dtype)
+
+        # keys as small as a mixer's, which scales them: sums of scores stay in range
+        q, k, v = random(keys), random(keys) * keys**-0.5, random(values)
+        upstream = random(values) if self.backward else None
+        if self.backward:
+            q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+        def run() -> None:
+            with torch.set_grad_enabled(self.backward):
+                output = self.function(q, k, v)
+            if upstream is not None:
+                output.backward(upstream)
+                q.grad = k.grad = v.grad = None
+
+        return Entry(call=Call(run), tokens=batch * length, record=None if self.base else run)
+
+
+class OpBenchmark(Benchmark):
+    """Retention's op in its paradigms, and what stands where it stands in other models."""
+
+    name = "op"
+    title = "A map over a sequence, without weights"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.shapes = Shapes(settings)
+
+    def parts(self) -> dict[str, list[Contestant]]:
+        return {
+            "forward": self._contestants(backward=False),
+            "forward + backward": self._contestants(backward=True),
+        }
+
+    def _contestants(self, *, backward: bool) -> list[Contestant]:
+        s, settings, device = self.shapes, self.settings, self.settings.device
+        log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
+        triton = find("decay", Paradigm.CHUNKWISE, "triton")
+        probe = Probe(
+            device=device,
+            dtype=settings.dtype,
+            key_width=s.keys,
+            value_width=s.values,
+            log_decay="H",
+            needs_grad=backward,
+        )
+        lacks_triton = "; ".join(triton.unsupported(probe)) or None
+        lacks_torchscale = not_installed("torchscale", "torchscale")
+        lacks_fla = "its kernels run on a GPU only" if device.type != "cuda" else not_installed("fla", "fla-core")
+
+        def chunkwise(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+            return lambda q, k, v: function(q, k, v, log_decay, chunk_size=s.chunk).output
+
+        def contestant(name: str, function: Any, *, values: int = s.values, **options: Any) -> Contestant:
+            return OpContestant(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
+
+        return [
+            contestant("chunkwise", chunkwise(decay_chunkwise)),
+            contestant("triton", chunkwise(triton.function), reason=lacks_triton, base="chunkwise"),
+            contestant("parallel", lambda q, k, v: decay_parallel(q, k, v, log_decay).output),
+            contestant("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
+            contestant("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
+            contestant("fla", _fla, reason=lacks_fla, base="chunkwise"),
+            contestant("sdpa", _sdpa, values=s.keys),
+            contestant("eager", _eager, values=s.keys),
+        ]
+
+    def notes(self) -> Iterable[str]:
+        s = self.shapes
+        yield (
+            f"{self.settings.batch} sequence(s), {s.heads} heads, keys {s.keys} and values {s.values} wide, "
+            f"chunks of {s.chunk} (torchscale's: {CHUNK})."
+        )
+        yield (
+            f"sdpa and eager are softmax attention with values {s.keys} wide, as a Transformer of the same width has "
+            "them: not the same function. torchscale's have score normalisers that retention here has outside the op; "
+            "the masks and decays of its parallel mode are formed before, not in the time."
+        )
+        yield (
+            "The share is that of the op's own products timed alone (triton's and fla's: those of chunkwise); squares "
+            "count in full, sdpa's as half of one."
+        )
+
+
+class Theirs:
+    """torchscale's function on given queries, keys and values."""
+
+    def __init__(self, settings: Settings, shapes: Shapes, *, chunkwise: bool) -> None:
+        self.settings, self.shapes, self.chunkwise = settings, shapes, chunkwise
+        self.positions: tuple[int, Any] = (0, None)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Their layout is [B H T *], values [B T D]."""
+        length = q.shape[1]
+        if self.chunkwise and length % min(CHUNK, length):
+            raise Skip(f"takes whole chunks of {CHUNK} tokens")
+        if self.positions[0] != length:
+            self.positions = (length, self._positions(length))
+        layer, decays = self.positions[1]
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if not self.chunkwise:
+            return layer.parallel_forward(q, k, v.flatten(2), decays)
+        # they read heads and chunks off a contiguous layout
+        output = layer.chunk_recurrent_forward(q.contiguous(), k.contiguous(), v.flatten(2), decays)
+        return output.reshape(v.shape)
+
+    def _positions(self, length: int) -> tuple[Any, Any]:
+        s, dtype = self.shapes, self.settings.dtype
+        with torchscale() as theirs:
+            config = theirs.Config(
+                decoder_embed_dim=s.heads * s.keys,
+                decoder_retention_heads=s.heads,
+                recurrent_chunk_size=min(CHUNK, length),
+            )
+            layer = theirs.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
+            positions = theirs.RelPos(config).to(self.settings.device)
+        _, decays = positions(length, chunkwise_recurrent=self.chunkwise)
+        return layer, tuple(x.to(dtype) for x in decays) if self.chunkwise else decays.to(dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return eager_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
+
+    return chunk_retention(q, k, v)[0]

@@ -1,0 +1,24 @@
+"""The models that are compared: ours, the same by hand, and what is installed of other implementations."""
+
+from .base import Competitor, Size
+from .fla import Fla
+from .gpt import GptEager, GptSdpa
+from .llama import Llama, LlamaStatic
+from .ours import ByHand, Seqmix
+from .torchscale import TorchscaleChunkwise, TorchscaleParallel, TorchscaleRecurrent
+
+COMPETITORS: tuple[type[Competitor], ...] = (
+    Seqmix,
+    ByHand,
+    TorchscaleParallel,
+    TorchscaleChunkwise,
+    TorchscaleRecurrent,
+    Llama,
+    LlamaStatic,
+    GptSdpa,
+    GptEager,
+    Fla,
+)
+"""All of them; ratios are to the first that takes part."""
+
+__all__ = ["COMPETITORS", "Competitor", "Seqmix", "Size"]

@@ -1,0 +1,159 @@
+"""A RetNet written out by hand, with the weights of one that was built from a configuration.
+
+Nothing of the framework is left but the functions that compute: no configuration, registry, block, or contract. What
+the framework costs is the difference between the two. A test holds both to the same sequence of operations.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...blocks.ffn.mlp import MlpConfig
+from ...blocks.norm.layernorm import LayerNormConfig
+from ...mixers.heads import head_norm
+from ...mixers.ops.decay import decay_chunkwise, decay_recurrent
+from ...mixers.positions import frequencies, rotate, rotation
+from ...mixers.retention import RetentionConfig, row_scale
+from ...models import LanguageModel, ModelConfig, linear_cross_entropy
+
+LayerState = tuple[Tensor, Tensor]
+"""Memory and position."""
+State = list[LayerState]
+"""Of every layer."""
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """Why a model is not the one that is written here."""
+    plain = not config.tie_embeddings and not config.dropout and isinstance(config.norm, LayerNormConfig)
+    for block in (config.blocks[name] for name in set(config.layers)):
+        mixer, ffn = block.mixer, block.ffn
+        free = {"n_heads", "decay", "gamma", "chunk_size", "norm_eps"}
+        plain = (
+            plain
+            and isinstance(mixer, RetentionConfig)
+            and mixer == RetentionConfig(**{name: getattr(mixer, name) for name in free})
+            and mixer.decay != "none"
+            and isinstance(ffn, MlpConfig)
+            and ffn.activation == "gelu"
+            and isinstance(block.norm, LayerNormConfig)
+            and not block.dropout
+        )
+    what = "retention, an mlp with gelu, layernorm, embeddings that are not tied, no dropout"
+    return None if plain else f"only a RetNet as the paper has it is written by hand: {what}"
+
+
+class HandWrittenLayer(nn.Module):
+    """Retention and two products, each behind a norm."""
+
+    def __init__(self, d_model: int, config: RetentionConfig, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.n_heads, self.chunk_size, self.norm_eps = config.n_heads, config.chunk_size, config.norm_eps
+        self.key_dim, self.value_dim = d_model // config.n_heads, 2 * d_model // config.n_heads
+        self.mixer_norm = nn.LayerNorm(d_model, eps=eps, bias=False)
+        self.in_proj = nn.Linear(d_model, 6 * d_model, bias=False)
+        self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
+        self.ffn_norm = nn.LayerNorm(d_model, eps=eps, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.decay, self.gamma = config.decay, config.gamma
+
+    def forward(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
+        """One layer; the state behind the segment where one came in."""
+        mixed, state = self._retain(self.mixer_norm(x), state, decode=decode)
+        x = x + mixed
+        return x + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))), state
+
+    def init_state(self, batch: int) -> LayerState:
+        """Of nothing read."""
+        weight, shape = self.in_proj.weight, (batch, self.n_heads, self.key_dim, self.value_dim)
+        memory = torch.zeros(shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return memory, torch.zeros(batch, device=weight.device, dtype=torch.int64)
+
+    def _retain(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
+        batch, length, d_model = x.shape
+        memory, offset = (None, None) if state is None else state
+        token = torch.arange(length, device=x.device)
+        positions = token[None] if offset is None else offset[:, None] + token
+        log_decay = torch.log1p(-self._leak(x.device))
+        qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
+        qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
+        qk = rotate(qk, rotation(positions, frequencies(self.key_dim, "retnet", 10000.0, x.device), qk.dtype))
+        q, k = qk.chunk(2, dim=2)
+        q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)
+        v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
+        log_decay = log_decay.to(torch.promote_types(self.in_proj.weight.dtype, torch.float32))
+        options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
+        if decode:
+            output, memory = decay_recurrent(q, k, v, log_decay, **options)
+        else:
+            output, memory = decay_chunkwise(q, k, v, log_decay, **options, chunk_size=self.chunk_size)
+        output = rearrange(head_norm(output, "group", self.norm_eps), "b t h v -> b t (h v)")
+        y = self.out_proj(F.silu(gate) * output)
+        if memory is None or offset is None:
+            return y, None
+        return y, (memory, offset + torch.full((batch,), length, device=x.device, dtype=torch.int64))
+
+    def _leak(self, device: torch.device) -> Tensor:
+        if self.decay == "constant" and self.gamma is not None:
+            return torch.full((self.n_heads,), 1 - self.gamma, device=device, dtype=torch.float64)
+        if self.decay == "log_uniform":
+            return torch.exp2(torch.linspace(-5, -9, self.n_heads, device=device, dtype=torch.float64))
+        return torch.exp2(-5 - torch.arange(self.n_heads, device=device, dtype=torch.float64))
+
+
+class HandWritten(nn.Module):
+    """The whole model."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        config = model.config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList()
+        for name in config.layers:
+            block = config.blocks[name]
+            assert isinstance(block.mixer, RetentionConfig)
+            assert block.ffn is not None
+            hidden = block.ffn.hidden_width(config.d_model)
+            self.layers.append(HandWrittenLayer(config.d_model, block.mixer, hidden, block.norm.eps))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm.eps, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.checkpoint_activations = False
+        self.to(device=model.device, dtype=model.embedding.weight.dtype)
+        with torch.no_grad():
+            for mine, built in zip(self.parameters(), model.parameters(), strict=True):
+                mine.copy_(built)
+
+    def init_state(self, batch: int) -> State:
+        """Of nothing read."""
+        return [layer.init_state(batch) for layer in cast("list[HandWrittenLayer]", list(self.layers))]
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, decode: bool = False, select: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Logits (of the tokens that `select` names), and the state behind the segment where one came in."""
+        x, after = self._hidden(tokens, state, decode=decode)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
+        return self.head(self.norm(x)), after or None
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the tokens' cross-entropies."""
+        x, _ = self._hidden(tokens, None, decode=False)
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+
+    def _hidden(self, tokens: Tensor, state: State | None, *, decode: bool) -> tuple[Tensor, State]:
+        x = self.embedding(tokens)
+        after: State = []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state[i]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, behind = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
+            else:
+                x, behind = layer(x, before, decode=decode)
+            if behind is not None:
+                after.append(behind)
+        return x, after

@@ -1,0 +1,66 @@
+"""flash-linear-attention's RetNet: Triton kernels, for a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Competitor, Size, not_installed
+
+
+class Fla(Competitor):
+    """The whole model, with its own kernels."""
+
+    name = "fla"
+    roles = frozenset({"train", "decode", "prefill"})
+
+    @classmethod
+    def missing(cls, size: Size, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "its kernels run on a GPU only"
+        if size.retention_heads is None:
+            return "its heads are retention's, and the model has none"
+        return not_installed("fla.models", "flash-linear-attention")
+
+    def build(self) -> nn.Module:
+        from fla.models import RetNetConfig, RetNetForCausalLM  # type: ignore[import-not-found]
+
+        c = self.size.config
+        return RetNetForCausalLM(
+            RetNetConfig(
+                vocab_size=c.vocab_size,
+                hidden_size=c.d_model,
+                num_hidden_layers=c.n_layers,
+                num_heads=self.size.retention_heads,
+                expand_k=1,
+                expand_v=2,
+                intermediate_size=self.size.hidden(8, 3),
+                tie_word_embeddings=False,
+            )
+        )
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.module.model.layers)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.module(tokens, use_cache=False).logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        # its own, fused with the product; it shifts the labels by itself
+        labels = torch.cat((tokens[:, :1], targets[:, :-1]), dim=1)
+        return self.module(tokens, labels=labels, use_cache=False).loss
+
+    def read(self, tokens: Tensor) -> Any:
+        return self.module(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    def state_after(self, context: int, batch: int, room: int) -> Any:
+        del room  # the state's size is constant, and so is the cost of a step
+        return self.read(torch.randint(self.size.config.vocab_size, (batch, context), device=self.device))
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.module(tokens[:, None], past_key_values=state, use_cache=True).logits[:, 0], state
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        return [layer["recurrent_state"] for layer in state]

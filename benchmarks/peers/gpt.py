@@ -1,0 +1,134 @@
+"""A plain Transformer of nanoGPT's kind, written here: LayerNorm, causal attention, GELU.
+
+Attention is written out (a square of scores for all pairs of tokens), or torch's fused function. Positions are sines
+added to the embedding: a learned table would grow with the length, and sizes are to be equal.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Competitor
+
+Cache = list[tuple[Tensor, Tensor]]
+"""Keys and values of every layer, [B H S K], allocated once."""
+
+
+class GptBlock(nn.Module):
+    """One layer."""
+
+    def __init__(self, d_model: int, n_heads: int, hidden: int, *, fused: bool) -> None:
+        super().__init__()
+        self.n_heads, self.fused = n_heads, fused
+        self.norm_1, self.norm_2 = nn.LayerNorm(d_model, bias=False), nn.LayerNorm(d_model, bias=False)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
+        self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, read: int = 0) -> Tensor:
+        """One layer; keys and values go to the cache behind the `read` tokens that it holds."""
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_1(x)).chunk(3, -1))
+        if cache is not None:
+            end = read + x.shape[1]
+            cache[0][:, :, read:end], cache[1][:, :, read:end] = k, v
+            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+        attend = F.scaled_dot_product_attention if self.fused else eager_attention
+        # one query sees all keys; a segment starts from nothing
+        x = x + self.out(attend(q, k, v, is_causal=x.shape[1] > 1).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Gpt(nn.Module):
+    """The whole model."""
+
+    def __init__(self, vocab_size: int, d_model: int, n_layers: int, n_heads: int, hidden: int, *, fused: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(GptBlock(d_model, n_heads, hidden, fused=fused) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model, bias=False)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, read: int = 0, *, last: bool = False) -> Tensor:
+        """Logits, of the last token alone if so wanted."""
+        x = self.embedding(tokens)
+        x = x + sines(read, tokens.shape[1], x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], read)
+        return self.head(self.norm(x[:, -1:] if last else x))
+
+
+def sines(start: int, length: int, like: Tensor) -> Tensor:
+    """Sines and cosines of the positions from `start` on, [T D] (arXiv 1706.03762, §3.5)."""
+    position = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
+    half = like.shape[-1] // 2
+    rate = torch.exp(torch.arange(half, device=like.device) * (-math.log(10000.0) / half))
+    angle = position[:, None] * rate
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).to(like.dtype)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """Softmax attention as it is written on paper, [B H T K]: all scores are formed, masked, and kept for backward."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+class GptSdpa(Competitor):
+    """Attention by torch's fused function."""
+
+    name = "gpt-sdpa"
+    roles = frozenset({"train", "decode", "prefill"})
+    compiled_roles = frozenset({"train"})
+    writes_state = False
+    fused: ClassVar[bool] = True
+
+    def build(self) -> nn.Module:
+        c = self.size.config
+        hidden = self.size.hidden(4, 2)
+        return Gpt(c.vocab_size, c.d_model, c.n_layers, self.size.n_heads, hidden, fused=self.fused)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.module.blocks)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.module(tokens)
+
+    def _cache(self, batch: int, capacity: int) -> Cache:
+        c, heads = self.size.config, self.size.n_heads
+        shape = (batch, heads, capacity, c.d_model // heads)
+        return [(self.random(*shape), self.random(*shape)) for _ in range(c.n_layers)]
+
+    def read(self, tokens: Tensor) -> Any:
+        batch, length = tokens.shape
+        cache = self._cache(batch, 2 * length)
+        self.module(tokens, cache, last=True)
+        return cache, length
+
+    def state_after(self, context: int, batch: int, room: int) -> Any:
+        return self._cache(batch, context + room), context
+
+    def renew(self, state: Any, context: int) -> Any:
+        return state[0], context
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        cache, read = state
+        return self.module(tokens[:, None], cache, read)[:, 0], (cache, read + 1)
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        return [leaf for layer in state[0] for leaf in layer]
+
+
+class GptEager(GptSdpa):
+    """Attention written out, as nanoGPT's slow path."""
+
+    name = "gpt-eager"
+    fused = False

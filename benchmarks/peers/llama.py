@@ -1,0 +1,99 @@
+"""transformers' Llama with SDPA."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Competitor, Size, not_installed
+
+
+class Llama(Competitor):
+    """With its default cache, which is copied for every token."""
+
+    name = "llama"
+    roles = frozenset({"train", "decode", "prefill"})
+    compiled_roles = frozenset({"train"})
+    writes_state = False
+
+    @classmethod
+    def missing(cls, size: Size, device: torch.device) -> str | None:
+        del size, device
+        return not_installed("transformers", "transformers")
+
+    def build(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+
+        c, heads = self.size.config, self.size.n_heads
+        self.theirs = LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=self.size.hidden(4, 3),
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=heads,
+            max_position_embeddings=2**20,
+            attn_implementation="sdpa",
+        )
+        model = LlamaForCausalLM(self.theirs)
+        # 5.24 renamed the argument
+        self.word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        return model
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.module.model.layers)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.module(tokens, use_cache=False).logits
+
+    def cache(self, capacity: int) -> Any:
+        """An empty one."""
+        from transformers import DynamicCache  # type: ignore[import-not-found]
+
+        del capacity
+        return DynamicCache(config=self.theirs)
+
+    def read(self, tokens: Tensor) -> Any:
+        cache = self.cache(2 * tokens.shape[1])
+        self._last(tokens, cache)
+        return cache
+
+    def state_after(self, context: int, batch: int, room: int) -> Any:
+        cache, heads = self.cache(context + room), self.size.n_heads
+        shape = (batch, heads, context, self.size.config.d_model // heads)
+        for layer in cache.layers:
+            layer.update(self.random(*shape), self.random(*shape))
+        return cache
+
+    def renew(self, state: Any, context: int) -> Any:
+        for layer in state.layers:
+            layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
+        return state
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._last(tokens[:, None], state), state
+
+    def _last(self, tokens: Tensor, cache: Any) -> Tensor:
+        return self.module(tokens, use_cache=True, logits_to_keep=1, **{self.word: cache}).logits[:, -1]
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        return [leaf for layer in state.layers for leaf in (layer.keys, layer.values)]
+
+
+class LlamaStatic(Llama):
+    """With a cache that is allocated once, and can be compiled."""
+
+    name = "llama-static-cache"
+    roles = compiled_roles = frozenset({"decode"})
+
+    def cache(self, capacity: int) -> Any:
+        from transformers import StaticCache  # type: ignore[import-not-found]
+
+        return StaticCache(config=self.theirs, max_cache_len=capacity)
+
+    def renew(self, state: Any, context: int) -> Any:
+        for layer in state.layers:
+            layer.cumulative_length.fill_(context)
+        return state

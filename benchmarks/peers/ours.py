@@ -1,0 +1,119 @@
+"""Our model, built from its configuration, and the same layers written out by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...mixers import Paradigm
+from ...mixers.state import to_dict
+from ...models import build_model, compile_blocks
+from ...models.decoding import Decoder
+from .base import Competitor, Size, last_of_rows
+from .by_hand import HandWritten, why_not
+
+
+class Seqmix(Competitor):
+    """Ours, as `seqmix train` and `seqmix generate` run it: on a GPU, a step of decoding is captured as one graph."""
+
+    name = "seqmix"
+    roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+
+    def build(self) -> nn.Module:
+        return build_model(self.size.config, device=self.device, dtype=self.dtype)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self.module.blocks
+
+    compiled_steps = False
+
+    def compile(self, role: str) -> None:
+        if role == "decode":
+            self.compiled_steps = True
+        else:
+            compile_blocks(self.module)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.module(tokens).logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.module.loss(tokens, targets) / targets.numel()
+
+    def read(self, tokens: Tensor) -> Any:
+        batch, length = tokens.shape
+        paradigm = self.module.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+        state = self.module.init_state(batch, max_length=2 * length)
+        output = self.module(tokens, state, paradigm=paradigm, return_state=True, select=last_of_rows(tokens))
+        return self._decoder(output.state)
+
+    def state_after(self, context: int, batch: int, room: int) -> Any:
+        decoder = self._decoder(self.module.init_state(batch, max_length=context + room))
+        for leaf in self.tensors(decoder):
+            leaf.fill_(context) if not leaf.is_floating_point() else leaf.normal_()
+        return decoder
+
+    def _decoder(self, state: Any) -> Decoder:
+        return Decoder(self.module, state, compiled=self.compiled_steps)
+
+    def renew(self, state: Any, context: int) -> Any:
+        for leaf in self.tensors(state):
+            if not leaf.is_floating_point():
+                leaf.fill_(context)
+        return state
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return state.step(tokens), state
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        captured = state._captured  # as a graph, whose state has places of its own
+        return list(to_dict(state.state if captured is None else captured.held.state).values())
+
+    def moved(self, state: Any) -> int:
+        layers = zip(self.module.blocks, state.state, strict=True)
+        caches = [layer for block, layer in layers if block.mixer.traits.state == "growing"]
+        return super().moved(state) - sum(x.nbytes for layer in caches for x in to_dict(layer).values())
+
+
+class ByHand(Competitor):
+    """The same layers written out by hand."""
+
+    name = "by-hand"
+    roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+
+    @classmethod
+    def missing(cls, size: Size, device: torch.device) -> str | None:
+        del device
+        return why_not(size.config)
+
+    def build(self) -> nn.Module:
+        return HandWritten(build_model(self.size.config, device=self.device, dtype=self.dtype))
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.module.layers)
+
+    def compile(self, role: str) -> None:
+        for module in [self.module] if role == "decode" else self.layers:
+            module.compile(fullgraph=True)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.module(tokens)[0]
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.module.loss(tokens, targets) / targets.numel()
+
+    def read(self, tokens: Tensor) -> Any:
+        return self.module(tokens, self.module.init_state(len(tokens)), select=last_of_rows(tokens))[1]
+
+    def state_after(self, context: int, batch: int, room: int) -> Any:
+        del room
+        return [(memory.normal_(), position.fill_(context)) for memory, position in self.module.init_state(batch)]
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, after = self.module(tokens[:, None], state, decode=True)
+        return logits[:, 0], after
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        return [leaf for layer in state for leaf in layer]

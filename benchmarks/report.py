@@ -1,0 +1,210 @@
+"""What came out: a table for the terminal, JSON, Markdown, and a plot."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from ..registry import SeqmixError
+from .measure import Spread
+from .suite import Report, Row, as_dict, from_dict
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms": lambda row: _number(row.seconds, 1e3),
+    "from - to": lambda row: _range(row.seconds, 1e3),
+    "ratio": lambda row: _number(row.ratio, digits=2),
+    "ratio from - to": lambda row: _range(row.ratio, digits=2),
+    "tokens/s": lambda row: "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+    "share": lambda row: "" if row.share is None else f"{row.share.median:.0%}",
+    "peak MiB": lambda row: _mib(row.peak_bytes),
+    "state MiB": lambda row: _mib(row.state_bytes),
+    "parameters": lambda row: "" if row.parameters is None else f"{row.parameters:,}",
+}
+"""Columns with figures; one that nobody fills is left out."""
+SPARED = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
+"""Columns that a narrow terminal is spared, in this order."""
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table, and what a reader must know."""
+    endless = console.options.update_width(10_000)
+    tables = [_table(report, SPARED[:spared]) for spared in range(len(SPARED) + 1)]
+    fitting = (table for table in tables if Measurement.get(console, endless, table).maximum <= console.width)
+    table = next(fitting, tables[-1])
+    console.print(f"{report.title}. {conditions(report)}", soft_wrap=True)
+    console.print(table)
+    for line in (*skipped(report), *report.notes):
+        console.print(line, soft_wrap=True)
+
+
+def _table(report: Report, spared: tuple[str, ...]) -> Table:
+    heads, lines = cells(report, spared)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < _names(report) else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(report: Report) -> str:
+    """The same as Markdown."""
+    heads, lines = cells(report)
+    names = _names(report)
+    text = [
+        f"{report.title}. {conditions(report)}",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'|'.join(['---'] * names + ['---:'] * (len(heads) - names))}|",
+        *(f"| {' | '.join(line)} |" for line in lines),
+        "",
+    ]
+    text += [f"- {line}" for line in (*skipped(report), *report.notes)]
+    return "\n".join(text) + "\n"
+
+
+def to_json(report: Report) -> str:
+    """All figures: seconds, bytes, tokens a second, with lowest and highest."""
+    return json.dumps(as_dict(report), indent=2) + "\n"
+
+
+def from_json(text: str) -> Report:
+    """A report that was written."""
+    return from_dict(json.loads(text))
+
+
+def conditions(report: Report) -> str:
+    """One line: the machine, and how it was measured."""
+    machine, settings = report.machine, report.settings
+    where = machine["device"]
+    if where == "cpu":
+        where = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    text = f"{where}, torch {machine['torch']}, {settings['dtype']}; medians of {settings['repeat']}, in turn."
+    if "product_flops_per_second" in machine:
+        text += (
+            f" In the same rounds: product {machine['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+            f"copy {machine['copy_bytes_per_second'] / 1e9:,.1f} GB/s."
+        )
+    return text
+
+
+def cells(report: Report, spared: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
+    """The head of the table and its lines."""
+    used = {
+        name: column
+        for name, column in COLUMNS.items()
+        if name not in spared and any(column(row) for row in report.rows)
+    }
+    heads = ["what", "T", "who"][-_names(report) :] + list(used)
+    lines = []
+    for row in report.rows:
+        figures = [column(row) for column in used.values()]
+        if row.skipped and used:
+            figures[0] = "skipped"
+        lines.append([row.what, f"{row.length:,}", row.name][-_names(report) :] + figures)
+    return heads, lines
+
+
+def _names(report: Report) -> int:
+    """Columns that name a line."""
+    return 3 if len({row.what for row in report.rows}) > 1 else 2
+
+
+def skipped(report: Report) -> list[str]:
+    """Who was skipped and why, a line a reason."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in report.rows:
+        if row.skipped:
+            place = f"{row.what} at {row.length:,}" if _names(report) == 3 else f"{row.length:,}"
+            where.setdefault((row.name, row.skipped), []).append(place)
+    everywhere = len({(row.what, row.length) for row in report.rows})
+    lines = []
+    for (name, reason), places in where.items():
+        at = "" if len(places) == everywhere else f" ({', '.join(places)})"
+        lines.append(f"{name} skipped{at}: {reason}")
+    return lines
+
+
+def _number(spread: Spread | None, scale: float = 1.0, digits: int | None = None) -> str:
+    return "" if spread is None else _text(spread.median * scale, digits)
+
+
+def _range(spread: Spread | None, scale: float = 1.0, digits: int | None = None) -> str:
+    return "" if spread is None else f"{_text(spread.low * scale, digits)} - {_text(spread.high * scale, digits)}"
+
+
+def _text(number: float, digits: int | None) -> str:
+    """Three figures that count."""
+    if digits is None:
+        digits = 3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0
+    return f"{number:,.{digits}f}"
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
+
+
+def plot(report: Report, file: Path) -> None:
+    """Seconds and memory over the length, both axes logarithmic.
+
+    Raises:
+        SeqmixError: matplotlib is not installed, or the file cannot be written.
+    """
+    whats = list(dict.fromkeys(row.what for row in report.rows))
+    figure = _matplotlib().Figure(figsize=(5.5 * (len(whats) + 1), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(whats) + 1, squeeze=False)[0]
+    for panel, what in zip(panels, whats, strict=False):
+        _lines(panel, report, what, lambda row: None if row.seconds is None else row.seconds.median * 1e3)
+        panel.set(title=f"{report.benchmark}: {what}" if what != report.benchmark else what, ylabel="ms")
+        if panel.lines:
+            panel.legend(fontsize="small")
+    memory = "state_bytes" if report.benchmark == "decode" else "peak_bytes"
+    _lines(panels[-1], report, whats[-1], lambda row: (getattr(row, memory) or 0) / 2**20 or None)
+    panels[-1].set(title=memory.replace("_bytes", " memory"), ylabel="MiB")
+    try:
+        figure.savefig(file)
+    except (ValueError, OSError) as error:
+        raise SeqmixError(f"the plot cannot be written to {file}: {str(error).splitlines()[0]}") from None
+
+
+def _matplotlib() -> Any:
+    """The module whose figures are drawn to files and open no window.
+
+    Raises:
+        SeqmixError: it is not installed.
+    """
+    try:
+        from matplotlib import figure
+    except ModuleNotFoundError:
+        raise SeqmixError("--plot needs matplotlib: pip install 'seqmix[plots]'") from None
+    return figure
+
+
+def require_plot(file: Path) -> None:
+    """Refuse a plot that could not be written.
+
+    Raises:
+        SeqmixError: matplotlib is not installed, or writes no files with this ending.
+    """
+    known = _matplotlib().Figure().canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise SeqmixError(f"--plot {file}: the name must end in one of .{', .'.join(sorted(known))}")
+
+
+def _lines(panel: Any, report: Report, what: str, value: Callable[[Row], float | None]) -> None:
+    names = list(dict.fromkeys(row.name for row in report.rows))
+    for name in names:
+        base = name.removesuffix("-compiled")  # a compiled variant has its colour, and a broken line
+        style = {"color": f"C{names.index(base)}"} if base in names else {}
+        found = [row for row in report.rows if row.name == name and row.what == what]
+        points = [(row.length, y) for row in found if (y := value(row)) is not None]
+        if points:
+            line = "-" if name == base else "--"
+            panel.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=name, **style)
+    panel.set(xscale="log", yscale="log", xlabel="tokens")
+    panel.grid(alpha=0.3)

@@ -1,0 +1,723 @@
+# ruff: noqa: RET505  a branch that is decided when a kernel is compiled needs its `else`
+"""The Triton bodies of the decay family: jitted code alone, and the only file here that imports triton.
+
+Notation of decay.py, and of its chunkwise op: a chunk has m <= C tokens, i and j count them from 0, S is the state that
+enters it and dS' the gradient of the state that leaves it. decay_triton.py has the recurrence, the map of the bodies,
+and the configurations that they run in.
+
+The clock of a token is the sum of the log2-decays from its chunk's beginning to the token itself, so what is left of
+token j at token i >= j is exp2(clock_i - clock_j). Such a difference is formed without loss:
+
+    decay fixed a head      clock_i = (i + 1) rate                 the difference of the counts times the rate
+    a decay for each token  clock_i = whole_i + part_i             whole: an integer; part: in [0, 1)
+
+exp2 sees no argument above 0: what a mask leaves out is -inf before it.
+"""
+
+# Jitted functions have no types that pyright could follow.
+# pyright: basic, reportArgumentType=false, reportOptionalOperand=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2_E = tl.constexpr(1.4426950408889634)
+RESET = tl.constexpr(-256.0)
+"""The least log2-decay: exp2 of it is 0 in float32, as exp2 of -inf is, and sums of it are exact."""
+
+
+@triton.jit
+def _dot(x, y, acc):
+    """acc + x y in float32. The interpreter multiplies 16-bit numbers wrongly, so there they are widened."""
+    if INTERPRETED:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit
+def _log2(a):
+    """A natural log-decay as a log2-decay, not below RESET; nan stays nan."""
+    a *= LOG2_E
+    return tl.where(a < RESET, RESET, a)
+
+
+@triton.jit
+def _tile(x, stride, rows, m, columns, WIDTH: tl.constexpr):
+    """The rows below m and the columns below WIDTH of x, zero elsewhere: [rows columns]."""
+    inside = (rows[:, None] < m) & (columns[None, :] < WIDTH)
+    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _chunk(chunk, table, length, chunks_a_row, C: tl.constexpr):
+    """Row of the batch, first token, and number of tokens of a chunk."""
+    if table is None:
+        row = chunk // chunks_a_row
+        start = (chunk % chunks_a_row) * C
+        return row, start, tl.minimum(length - start, C)
+    else:  # of packed documents the table knows, and gives no tokens to the chunks that are over
+        return chunk * 0, tl.load(table + 2 * chunk), tl.load(table + 2 * chunk + 1)
+
+
+@triton.jit
+def _rate(rates, h):
+    """log2 of the head's decay; 0 where decays are not fixed."""
+    if rates is None:
+        return 0.0
+    else:
+        return _log2(tl.load(rates + h))
+
+
+@triton.jit
+def _clock(clocks, plane, at, rows, m):
+    """The clocks of the rows, in two parts; fixed decays count the tokens."""
+    if clocks is None:
+        return (rows + 1).to(tl.float32), (rows * 0).to(tl.float32)
+    else:
+        whole = tl.load(clocks + at + rows, mask=rows < m, other=0.0)
+        return whole, tl.load(clocks + plane + at + rows, mask=rows < m, other=0.0)
+
+
+@triton.jit
+def _last_clock(clocks, plane, at, m):
+    """The clock of the last token: that of the chunk."""
+    if clocks is None:
+        return m.to(tl.float32), 0.0
+    else:
+        return tl.load(clocks + at + m - 1), tl.load(clocks + plane + at + m - 1)
+
+
+@triton.jit
+def _between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
+    """The log2-decay from one clock to a later one."""
+    if TOKEN:
+        return (whole - whole_0) + (part - part_0)
+    else:
+        return (whole - whole_0) * rate
+
+
+VARYING = ["length", "chunks", "chunks_a_row", "plane"]
+"""Sizes that differ from call to call: a kernel is not compiled anew for what they are multiples of."""
+
+# Numbers of tiles are constants by hand: what tl.cdiv makes of constants is none in Triton 3.6.
+
+# ---- the clocks of decays that are given for each token
+
+
+@triton.jit(do_not_specialize=VARYING)
+def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane, C: tl.constexpr):
+    """The clocks of one chunk and head: log_decay [B T H] to [2 B H T]; a program each."""
+    pid = tl.program_id(0).to(tl.int64)
+    h, chunk = pid // chunks, pid % chunks
+    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    rows = tl.arange(0, C)
+    a = tl.load(log_decay + (row * length + start + rows) * heads + h, mask=rows < m, other=0.0)
+    # float64, for these few numbers alone: a clock has to be exact beside 256s that were added to it
+    clock = tl.cumsum(_log2(a.to(tl.float64)), 0)
+    whole = tl.floor(clock)
+    at = clocks + (row * heads + h) * length + start + rows
+    tl.store(at, whole.to(tl.float32), mask=rows < m)
+    tl.store(at + plane, (clock - whole).to(tl.float32), mask=rows < m)
+
+
+# ---- from chunk to chunk
+
+
+@triton.jit(do_not_specialize=VARYING)
+def state_scan(
+    x,
+    w,
+    rates,
+    clocks,
+    initial,
+    states,
+    final,
+    entries,
+    products,
+    borders,
+    firsts,
+    x_row,
+    x_token,
+    x_head,
+    w_row,
+    w_token,
+    w_head,
+    scale,
+    length,
+    heads,
+    chunks_a_row,
+    plane,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_V: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """One tile of the state of one sequence and head, carried over its chunks; a program each.
+
+    Forward: S' = total S + (left x)^T w with x = k, w = v; S is stored for every chunk. In reverse: dS = total dS' +
+    (scale reached x)^T w with x = q, w = do; dS' is stored for every chunk, and <S, dS'> if the entries S are given.
+    """
+    across: tl.constexpr = (V + TILE_V - 1) // TILE_V
+    tiles: tl.constexpr = (K + TILE_K - 1) // TILE_K * across
+    pid = tl.program_id(0).to(tl.int64)
+    tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
+    n, h = sequence // heads, sequence % heads
+    ks = tile // across * TILE_K + tl.arange(0, TILE_K)
+    vs = tile % across * TILE_V + tl.arange(0, TILE_V)
+    inside = (ks[:, None] < K) & (vs[None, :] < V)
+    place = ks[:, None] * V + vs[None, :]
+    rows = tl.arange(0, C)
+    rate = _rate(rates, h)
+
+    if borders is None:
+        row, begin, end = n, n * 0, n * 0 + length
+        first = n * chunks_a_row
+    else:
+        row, begin, end = n * 0, tl.load(borders + n).to(tl.int64), tl.load(borders + n + 1).to(tl.int64)
+        first = tl.load(firsts + n)
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    x_at = x + row * x_row + h * x_head
+    w_at = w + row * w_row + h * w_head
+
+    if initial is None:
+        acc = tl.zeros((TILE_K, TILE_V), tl.float32)
+    else:
+        acc = tl.load(initial + sequence * K * V + place, mask=inside, other=0.0)
+    for step in range(count):
+        number = step
+        if REVERSE:
+            number = count - 1 - step
+        state = ((first + number) * heads + h) * K * V
+        tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=inside)
+        if entries is not None:
+            entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(products + ((first + number) * heads + h) * tiles + tile, tl.sum(entry * acc))
+        start = begin + number.to(tl.int64) * C
+        m = tl.minimum(end - start, C).to(tl.int32)
+        x_tile = tl.trans(_tile(x_at + start * x_token, x_token, rows, m, ks, K))
+        w_tile = _tile(w_at + start * w_token, w_token, rows, m, vs, V)
+        if rates is None and clocks is None:
+            if REVERSE:
+                x_tile = (x_tile.to(tl.float32) * scale).to(x_tile.dtype)
+        else:
+            at = (row * heads + h) * length + start
+            whole, part = _clock(clocks, plane, at, rows, m)
+            whole_m, part_m = _last_clock(clocks, plane, at, m)
+            if REVERSE:
+                factor = scale * tl.exp2(_between(whole, part, 0.0, 0.0, rate, clocks is not None))
+            else:
+                left = _between(whole_m, part_m, whole, part, rate, clocks is not None)
+                factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
+            x_tile = (x_tile.to(tl.float32) * factor[None, :]).to(x_tile.dtype)
+            acc *= tl.exp2(_between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
+        acc = _dot(x_tile, w_tile, acc)
+    if final is not None:
+        tl.store(final + sequence * K * V + place, acc, mask=inside)
+
+
+# ---- inside a chunk
+
+
+@triton.jit
+def _band(
+    x,
+    x_token,
+    y,
+    y_token,
+    z,
+    z_token,
+    state,
+    out,
+    out_token,
+    other,
+    other_token,
+    sums,
+    sums_kind,
+    rates,
+    clocks,
+    plane,
+    at,
+    h,
+    m,
+    scale,
+    outer,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    STATE_INNER: tl.constexpr,
+    STATE_OUTER: tl.constexpr,
+    C: tl.constexpr,
+    TILE_INNER: tl.constexpr,
+    TILE_OUTER: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on, x and y [m INNER], z [m OUTER].
+
+    Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
+    their own on. The reversed scores are a product of their own, as the transpose of a product is miscompiled by some
+    versions of Triton. `sums` gets the rows' products of `other` with out, and with its first term alone.
+    """
+    rows = tl.arange(0, C)
+    columns = outer + tl.arange(0, TILE_OUTER)
+    acc = tl.zeros((C, TILE_OUTER), tl.float32)
+    scores = tl.zeros((C, C), tl.float32)
+    for i in range(0, INNER, TILE_INNER):
+        inner = i + tl.arange(0, TILE_INNER)
+        x_tile = _tile(x, x_token, rows, m, inner, INNER)
+        inside = (inner[:, None] < INNER) & (columns[None, :] < OUTER)
+        place = inner[:, None] * STATE_INNER + columns[None, :] * STATE_OUTER
+        acc = _dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc)
+        scores = _dot(x_tile, tl.trans(_tile(y, y_token, rows, m, inner, INNER)), scores)
+
+    if REVERSE:
+        seen = (rows[:, None] <= rows[None, :]) & (rows[None, :] < m)
+    else:
+        seen = (rows[:, None] >= rows[None, :]) & (rows[:, None] < m)
+    if rates is None and clocks is None:
+        scores = tl.where(seen, scores * scale, 0.0)
+        if not REVERSE:
+            acc *= scale
+    else:
+        rate = _rate(rates, h)
+        whole, part = _clock(clocks, plane, at, rows, m)
+        if REVERSE:
+            whole_m, part_m = _last_clock(clocks, plane, at, m)
+            left = _between(whole_m, part_m, whole, part, rate, clocks is not None)
+            factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
+            pair = _between(whole[None, :], part[None, :], whole[:, None], part[:, None], rate, clocks is not None)
+        else:
+            factor = scale * tl.exp2(_between(whole, part, 0.0, 0.0, rate, clocks is not None))
+            pair = _between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
+        acc *= factor[:, None]
+        scores *= scale * tl.exp2(tl.where(seen, pair, float("-inf")))
+
+    z_tile = _tile(z, z_token, rows, m, columns, OUTER)
+    if sums is not None:
+        other_tile = _tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
+        tl.store(sums + sums_kind + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
+    acc = _dot(scores.to(z_tile.dtype), z_tile, acc)
+    if sums is not None:
+        other_tile = _tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
+        tl.store(sums + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
+    inside = (rows[:, None] < m) & (columns[None, :] < OUTER)
+    tl.store(out + rows[:, None] * out_token + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def band_forward(
+    q,
+    k,
+    v,
+    rates,
+    clocks,
+    states,
+    out,
+    table,
+    q_row,
+    q_token,
+    q_head,
+    k_row,
+    k_token,
+    k_head,
+    v_row,
+    v_token,
+    v_head,
+    scale,
+    length,
+    heads,
+    chunks,
+    chunks_a_row,
+    plane,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TILE_INNER: tl.constexpr,
+    TILE_OUTER: tl.constexpr,
+):
+    """o = scale (reached q) S + A v; a program for every V tile, chunk and head."""
+    tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
+    pid = tl.program_id(0).to(tl.int64)
+    tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
+    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    if m <= 0:
+        return
+    _band(
+        q + row * q_row + start * q_token + h * q_head,
+        q_token,
+        k + row * k_row + start * k_token + h * k_head,
+        k_token,
+        v + row * v_row + start * v_token + h * v_head,
+        v_token,
+        states + (chunk * heads + h) * K * V,
+        out + ((row * length + start) * heads + h) * V,
+        heads * V,
+        None,
+        0,
+        None,
+        0,
+        rates,
+        clocks,
+        plane,
+        (row * heads + h) * length + start,
+        h,
+        m.to(tl.int32),
+        scale,
+        tile * TILE_OUTER,
+        K,
+        V,
+        V,
+        1,
+        C,
+        TILE_INNER,
+        TILE_OUTER,
+        False,
+    )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def band_backward(
+    q,
+    k,
+    v,
+    do,
+    rates,
+    clocks,
+    states,
+    d_states,
+    dq,
+    dk,
+    dv,
+    sums,
+    table,
+    q_row,
+    q_token,
+    q_head,
+    k_row,
+    k_token,
+    k_head,
+    v_row,
+    v_token,
+    v_head,
+    do_row,
+    do_token,
+    do_head,
+    scale,
+    length,
+    heads,
+    chunks,
+    chunks_a_row,
+    plane,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TILE_INNER: tl.constexpr,
+    TILE_OUTER: tl.constexpr,
+):
+    """dq, dk and dv; a program for every role and its tile, chunk and head.
+
+    Roles are next to each other, so that those of a chunk run together and read it from memory once. `sums`
+    [2 2 tiles B H T] gets the rows' q dq and k dk, each in all and through the states alone.
+    """
+    k_tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
+    v_tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
+    roles: tl.constexpr = 2 * k_tiles + v_tiles
+    pid = tl.program_id(0).to(tl.int64)
+    role, chunk, h = (pid % roles).to(tl.int32), pid // roles % chunks, pid // roles // chunks
+    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    if m <= 0:
+        return
+    m, plane = m.to(tl.int32), plane.to(tl.int64)
+    q += row * q_row + start * q_token + h * q_head
+    k += row * k_row + start * k_token + h * k_head
+    v += row * v_row + start * v_token + h * v_head
+    do += row * do_row + start * do_token + h * do_head
+    at = (row * heads + h) * length + start
+    state = (chunk * heads + h) * K * V
+    token = (row * length + start) * heads + h
+    if role < k_tiles:
+        if sums is not None:
+            sums += role * plane + at
+        _band(
+            do,
+            do_token,
+            v,
+            v_token,
+            k,
+            k_token,
+            states + state,
+            dq + token * K,
+            heads * K,
+            q,
+            q_token,
+            sums,
+            k_tiles * plane,
+            rates,
+            clocks,
+            plane,
+            at,
+            h,
+            m,
+            scale,
+            role * TILE_OUTER,
+            V,
+            K,
+            1,
+            V,
+            C,
+            TILE_INNER,
+            TILE_OUTER,
+            False,
+        )
+    elif role < 2 * k_tiles:
+        if sums is not None:
+            sums += (role + k_tiles) * plane + at
+        _band(
+            v,
+            v_token,
+            do,
+            do_token,
+            q,
+            q_token,
+            d_states + state,
+            dk + token * K,
+            heads * K,
+            k,
+            k_token,
+            sums,
+            k_tiles * plane,
+            rates,
+            clocks,
+            plane,
+            at,
+            h,
+            m,
+            scale,
+            (role - k_tiles) * TILE_OUTER,
+            V,
+            K,
+            1,
+            V,
+            C,
+            TILE_INNER,
+            TILE_OUTER,
+            True,
+        )
+    else:
+        _band(
+            k,
+            k_token,
+            q,
+            q_token,
+            do,
+            do_token,
+            d_states + state,
+            dv + token * V,
+            heads * V,
+            None,
+            0,
+            None,
+            0,
+            rates,
+            clocks,
+            plane,
+            at,
+            h,
+            m,
+            scale,
+            (role - 2 * k_tiles) * TILE_OUTER,
+            K,
+            V,
+            V,
+            1,
+            C,
+            TILE_INNER,
+            TILE_OUTER,
+            True,
+        )
+
+
+# ---- the gradient of log-decays
+
+
+@triton.jit
+def _sum_of_tiles(x, size, rows, m, TILES: tl.constexpr, C: tl.constexpr):
+    """x [TILES size] added up over its tiles: [rows]."""
+    total = tl.zeros((C,), tl.float32)
+    for tile in range(TILES):
+        total += tl.load(x + tile * size + rows, mask=rows < m, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=VARYING)
+def token_gradient(
+    log_decay,
+    clocks,
+    sums,
+    products,
+    out,
+    table,
+    length,
+    heads,
+    chunks,
+    chunks_a_row,
+    plane,
+    C: tl.constexpr,
+    TILES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """d log_decay [B T H] of one chunk and head; a program each.
+
+    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>, the last in two parts: what the chunk added to S', which is
+    the k_j dk_j through the states, and what is left of S.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    h, chunk = pid // chunks, pid % chunks
+    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    if m <= 0:
+        return
+    plane = plane.to(tl.int64)
+    rows = tl.arange(0, C)
+    at = (row * heads + h) * length + start
+    kind = TILES * plane
+    through_q = _sum_of_tiles(sums + at, plane, rows, m, TILES, C)
+    through_k = _sum_of_tiles(sums + 2 * kind + at, plane, rows, m, TILES, C)
+    added = tl.sum(_sum_of_tiles(sums + 3 * kind + at, plane, rows, m, TILES, C))
+    kept = 0.0
+    for tile in range(PRODUCTS):
+        kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
+    whole, part = _last_clock(clocks, plane, at, m)
+    gradient = tl.cumsum(through_q - through_k, 0, reverse=True) + added + kept * tl.exp2(whole + part)
+    place = (row * length + start + rows) * heads + h
+    a = tl.load(log_decay + place, mask=rows < m, other=0.0)
+    # nothing passes a reset, so nothing depends on how strong it is
+    gradient = tl.where(a * LOG2_E > RESET, gradient, 0.0)
+    tl.store(out + place, gradient, mask=rows < m)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def head_gradient(
+    q,
+    k,
+    v,
+    do,
+    rates,
+    sums,
+    products,
+    out,
+    table,
+    q_row,
+    q_token,
+    q_head,
+    k_row,
+    k_token,
+    k_head,
+    v_row,
+    v_token,
+    v_head,
+    do_row,
+    do_token,
+    do_head,
+    scale,
+    length,
+    heads,
+    chunks,
+    chunks_a_row,
+    plane,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TILE_INNER: tl.constexpr,
+    TILES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """The part of d log_decay [H] of one chunk and head, to out [chunks H]; a program each.
+
+    Every decay counted as often as it was applied, which adds up terms without cancellation:
+    sum (i - j) A_ij dP_ij + sum (i + 1) q_i dq_i + sum (m - 1 - j) k_j dk_j + m total <S, dS'>, where dq and dk are
+    those through the states.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    h, chunk = pid // chunks, pid % chunks
+    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    if m <= 0:
+        return
+    m, plane = m.to(tl.int32), plane.to(tl.int64)
+    rows = tl.arange(0, C)
+    q += row * q_row + start * q_token + h * q_head
+    k += row * k_row + start * k_token + h * k_head
+    v += row * v_row + start * v_token + h * v_head
+    do += row * do_row + start * do_token + h * do_head
+    scores = tl.zeros((C, C), tl.float32)
+    for i in range(0, K, TILE_INNER):
+        inner = i + tl.arange(0, TILE_INNER)
+        scores = _dot(_tile(q, q_token, rows, m, inner, K), tl.trans(_tile(k, k_token, rows, m, inner, K)), scores)
+    d_scores = tl.zeros((C, C), tl.float32)
+    for i in range(0, V, TILE_INNER):
+        inner = i + tl.arange(0, TILE_INNER)
+        d_scores = _dot(
+            _tile(do, do_token, rows, m, inner, V), tl.trans(_tile(v, v_token, rows, m, inner, V)), d_scores
+        )
+    rate = _rate(rates, h)
+    distance = (rows[:, None] - rows[None, :]).to(tl.float32)
+    decay = tl.exp2(tl.where(distance >= 0, distance * rate, float("-inf")))
+    total = tl.sum(tl.sum(scores * d_scores * (distance * scale * decay), 1))
+
+    at = (row * heads + h) * length + start
+    kind = TILES * plane
+    through_q = _sum_of_tiles(sums + kind + at, plane, rows, m, TILES, C)
+    through_k = _sum_of_tiles(sums + 3 * kind + at, plane, rows, m, TILES, C)
+    total += tl.sum(through_q * (rows + 1) + through_k * (m - 1 - rows))
+    kept = 0.0
+    for tile in range(PRODUCTS):
+        kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
+    tl.store(out + chunk * heads + h, total + kept * m * tl.exp2(m * rate))
+
+
+# ---- one token
+
+
+@triton.jit
+def step(
+    q,
+    k,
+    v,
+    log_decay,
+    state,
+    out,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    decay_row,
+    decay_head,
+    scale,
+    heads,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_V: tl.constexpr,
+):
+    """S = decay S + k v^T in place, and o = scale q S; a program for every V tile, row and head, K in one piece."""
+    tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
+    pid = tl.program_id(0).to(tl.int64)
+    tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
+    n, h = sequence // heads, sequence % heads
+    ks = tl.arange(0, WIDTH)
+    vs = tile * TILE_V + tl.arange(0, TILE_V)
+    query = tl.load(q + n * q_row + h * q_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    key = tl.load(k + n * k_row + h * k_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    value = tl.load(v + n * v_row + h * v_head + vs, mask=vs < V, other=0.0).to(tl.float32)
+    inside = (ks[:, None] < K) & (vs[None, :] < V)
+    place = state + sequence * K * V + ks[:, None] * V + vs[None, :]
+    memory = tl.load(place, mask=inside, other=0.0)
+    if log_decay is not None:
+        memory *= tl.exp2(_log2(tl.load(log_decay + n * decay_row + h * decay_head)))
+    memory += key[:, None] * value[None, :]
+    tl.store(place, memory, mask=inside)
+    output = scale * tl.sum(query[:, None] * memory, 0)
+    tl.store(out + sequence * V + vs, output.to(out.dtype.element_ty), mask=vs < V)

@@ -1,0 +1,160 @@
+"""The framework costs nothing: a model from YAML runs the operations of the same layers written out by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seqmix import load_config
+from seqmix.benchmarks.peers import Size
+from seqmix.benchmarks.peers.by_hand import why_not
+from seqmix.benchmarks.peers.ours import ByHand, Seqmix
+from seqmix.benchmarks.train import make_ready
+
+CPU = torch.device("cpu")
+
+
+class Trace(TorchDispatchMode):
+    """Every tensor operation that runs inside, backward too: its name, and the shapes and dtypes that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.operations.append((str(func), [(tuple(x.shape), x.dtype) for x in given]))
+        return func(*args, **(kwargs or {}))
+
+
+def traced(call):
+    """What a call runs the second time: the first may form tables that are kept."""
+    call()
+    with Trace() as trace:
+        call()
+    return trace.operations
+
+
+@pytest.fixture
+def both(model):
+    def make(config=model, **options):
+        pair = [kind(Size(config), CPU, torch.float32) for kind in (Seqmix, ByHand)]
+        for competitor in pair:
+            make_ready(competitor, **({"compiled": False, "checkpointed": False} | options))
+        return pair
+
+    return make
+
+
+def training(competitor):
+    competitor.module.train()
+    tokens = torch.arange(80).view(2, 40) % 7
+
+    def call():
+        competitor.loss(tokens, tokens).backward()
+        competitor.module.zero_grad()
+
+    return call
+
+
+def decoding(competitor):
+    competitor.module.eval()
+    state = competitor.state_after(5, 3, 10)
+
+    @torch.no_grad()
+    def call():
+        logits, after = competitor.step(torch.ones(3, dtype=torch.int64), state)
+        competitor.step(logits.argmax(-1), after)
+
+    return call
+
+
+def prefilling(competitor):
+    competitor.module.eval()
+    tokens = torch.arange(80).view(2, 40) % 7
+
+    @torch.no_grad()
+    def call():
+        competitor.read(tokens)
+
+    return call
+
+
+@pytest.mark.parametrize("what", [training, decoding, prefilling])
+def test_the_operations_are_the_same(what, both):
+    ours, by_hand = (traced(what(competitor)) for competitor in both())
+    assert ours == by_hand
+    assert len(ours) > 100
+
+
+def test_the_operations_are_the_same_where_layers_are_computed_anew(both):
+    plain = traced(training(both()[0]))
+    ours, by_hand = (traced(training(competitor)) for competitor in both(checkpointed=True))
+    assert ours == by_hand
+    assert len(ours) > len(plain)
+
+
+@pytest.mark.parametrize("decay", ["{decay: log_uniform}", "{decay: constant, gamma: 0.9}"])
+def test_the_operations_are_the_same_for_every_schedule(decay, both):
+    small = ["model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2}"]
+    config = load_config("retnet-tiny", [*small, f"model.blocks.ret.mixer={decay}"]).model
+    ours, by_hand = (traced(training(competitor)) for competitor in both(config))
+    assert ours == by_hand
+
+
+@pytest.mark.parametrize("what", [training, decoding, prefilling])
+@pytest.mark.parametrize("part", ["mixer", "ffn", "mixer_norm"])
+def test_one_more_operation_is_seen(what, part, both):
+    ours, by_hand = both()
+    module = getattr(ours.module.blocks[1], part)
+    forward = module.forward
+    # adds nothing, in one operation
+    module.forward = lambda x, *args, **kwargs: forward(x + 0.0, *args, **kwargs)
+    assert traced(what(ours)) != traced(what(by_hand))
+
+
+def test_another_shape_or_dtype_is_seen():
+    x = torch.ones(4, 6)
+    assert traced(lambda: x @ x.T) != traced(lambda: x.T @ x)
+    assert traced(lambda: x * 2) != traced(lambda: x.double() * 2)
+    assert traced(lambda: F.silu(x)) != traced(lambda: F.gelu(x))
+
+
+def test_the_results_are_the_same_bit_for_bit(both):
+    ours, by_hand = both()
+    tokens = torch.randint(7, (2, 40))
+    assert_close(ours.logits(tokens), by_hand.logits(tokens), rtol=0, atol=0)
+    for competitor in (ours, by_hand):
+        competitor.loss(tokens, tokens).backward()
+    for mine, theirs in zip(ours.module.parameters(), by_hand.module.parameters(), strict=True):
+        assert mine.grad.abs().sum() > 0
+        assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
+    with torch.no_grad():
+        after = [competitor.step(tokens[:, 0], competitor.read(tokens)) for competitor in (ours, by_hand)]
+    assert_close(after[0][0], after[1][0], rtol=0, atol=0)
+    for mine, theirs in zip(ours.tensors(after[0][1]), by_hand.tensors(after[1][1]), strict=True):
+        assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.blocks.ret.mixer={kind: attention, n_heads: 2}",
+        "model.blocks.ret.mixer.gate=none",
+        "model.blocks.ret.mixer.decay=none",
+        "model.blocks.ret.mixer.expand_v=1.0",
+        "model.blocks.ret.mixer.paradigm=parallel",
+        "model.blocks.ret.ffn={kind: swiglu, expansion: 2.0}",
+        "model.blocks.ret.norm={kind: rmsnorm}",
+        "model.blocks.ret.dropout=0.1",
+        "model.dropout=0.1",
+        "model.tie_embeddings=true",
+        "model.norm={kind: rmsnorm}",
+    ],
+)
+def test_other_models_are_not_written_by_hand(change):
+    reason = why_not(load_config("retnet-tiny", [change]).model)
+    assert reason is not None
+    assert "written by hand" in reason

@@ -1,0 +1,110 @@
+"""The command: it writes what it measured, and refuses bad input before it measures anything."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from seqmix.benchmarks import command, machine
+from seqmix.benchmarks.machine import Rates
+
+SMALL = ("retnet-tiny", "model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2, chunk_size: 16}")
+
+
+@pytest.fixture
+def bench(seqmix, monkeypatch):
+    monkeypatch.setattr(machine.Rates, "for_device", lambda device: Rates(32, 2**12))
+    return lambda *arguments: seqmix("bench", *arguments)
+
+
+@pytest.fixture
+def refused_at_once(refused, monkeypatch):
+    def measured(*arguments):
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("seqmix.benchmarks.suite.interleaved", measured)
+    return lambda *arguments: refused("bench", *arguments)
+
+
+@pytest.mark.parametrize("what", ["op", "train", "decode", "prefill"])
+def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
+    done = bench(what, *SMALL, "--length", "32", "--tokens", "64", "--json", "out.json", "--markdown", "out.md")
+    assert done.status == 0, done.err
+    assert "in turn" in done.out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["benchmark"] == what
+    first = report["rows"][0]
+    assert first["skipped"] is None
+    assert first["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    # nobody fails by surprise
+    assert not [row["skipped"] for row in report["rows"] if "failed" in (row["skipped"] or "")]
+    assert "| T | who |" in (tmp_path / "out.md").read_text().replace("| what ", "")
+
+
+def test_changes_alone_change_the_default_model(bench, tmp_path):
+    bench("decode", *SMALL[1:], "--length", "8", "--only", "seqmix", "--json", "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["settings"]["d_model"] == 32
+
+
+def test_dropout_is_left_out_for_all():
+    model = command.model_to_measure("retnet-200m", [])
+    assert model.dropout == 0
+    assert {block.dropout for block in model.blocks.values()} == {0}
+    assert command.model_to_measure(None, []).d_model == 512
+
+
+def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr("seqmix.benchmarks.peers.ours.compile_blocks", lambda model: 1)
+    bench("train", *SMALL, "--length", "32", "--tokens", "32", "--compile", "--checkpoint", "--json", "out.json")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert rows["seqmix-compiled"]["share"] is not None
+    assert {"seqmix", "by-hand", "by-hand-compiled", "gpt-sdpa", "gpt-sdpa-compiled"} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("trian",), "there is no benchmark 'trian'; allowed: op, train, decode, prefill; did you mean \"train\"?"),
+        (("op", "retnet-tyni"), "did you mean"),
+        (("op", *SMALL, "model.d_modle=3"), "d_modle"),
+        (
+            ("op", *SMALL, "--only", "chunkwize"),
+            "nobody is called 'chunkwize'; who takes part: chunkwise, triton, parallel, torchscale-chunkwise, "
+            'torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
+        ),
+        (("train", *SMALL, "--only", "seqmix-compiled"), "nobody is called 'seqmix-compiled'"),
+        (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),
+        (("op", *SMALL, "--length", str(2**30)), "--length is 1,073,741,824; allowed: from 1 to 16,777,216"),
+        (("op", *SMALL, "--repeat", "4"), "--repeat is 4; allowed: from 5 to 10,000"),
+        (("op", *SMALL, "--batch", "0"), "--batch is 0; allowed: from 1 to 1,048,576"),
+        (("train", *SMALL, "--tokens", "-1"), "--tokens is -1; allowed: from 1 to 16,777,216"),
+        (("op", *SMALL, "--limit", "-1"), "--limit is -1.0; allowed: at least 0"),
+        (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
+        (
+            ("op", *SMALL, "--dtype", "float23"),
+            "there is no number format 'float23'; allowed: float32, bfloat16; did you mean \"float32\"?",
+        ),
+        (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
+        (("op", "attention-tiny"), "bench op times retention, and the model's mixers are attention"),
+        (("op", *SMALL, "--json", "no/such/out.json"), "no/such/out.json cannot be written: there is no folder "),
+        (("op", *SMALL, "--markdown", "."), ". cannot be written: it is a folder"),
+        (("op", *SMALL, "--plot", "plot.docx"), "--plot plot.docx: the name must end in one of ."),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, sentence, refused_at_once):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    assert sentence in refused_at_once(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence(refused_at_once):
+    assert refused_at_once("op", *SMALL, "--device", "cuda").startswith("device 'cuda' cannot be used here: ")
+
+
+def test_a_file_that_must_not_be_written_is_told_at_once(refused_at_once, monkeypatch):
+    # whoever runs the tests may be allowed everything
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refused_at_once("op", *SMALL, "--json", "a.json") == "a.json cannot be written: permission denied"

@@ -1,0 +1,187 @@
+"""The command for a GPU: its plan, what it skips, and what it writes; no part is really run."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from seqmix import MIXERS, SeqmixError
+from seqmix.benchmarks import gpu
+from seqmix.benchmarks.command import BENCHMARKS
+from seqmix.benchmarks.gpu import GROUPS, Outcome, Part, combined, measure, plan, run_process
+from seqmix.benchmarks.measure import Spread
+from seqmix.benchmarks.report import to_json
+from seqmix.benchmarks.suite import Report, Row
+
+GIB = 2**30
+MACHINE = {"device": "a GPU", "torch": "2.13"}
+
+
+def report(name, *milliseconds, length=8192):
+    seconds = [Spread(ms / 1e3, ms / 2e3, ms / 5e2) for ms in milliseconds]
+    rows = [
+        Row(what="train", length=length * (i + 1), name=name, tokens=8192, seconds=x, ratio=Spread(1.0, 1.0, 1.0))
+        for i, x in enumerate(seconds)
+    ]
+    settings = {"dtype": "bfloat16", "repeat": 5}
+    return Report(benchmark="train", title="Training", machine=MACHINE, settings=settings, rows=rows)
+
+
+@pytest.fixture
+def parts():
+    return [
+        Part(group="conformance", name="retention", command=("check", "retention")),
+        Part(group="conformance", name="wrong", command=("check", "wrong")),
+        *(Part(group="paper-train", name=name, command=("bench", "train")) for name in ("seqmix", "crashing", "llama")),
+        Part(group="paper-train", name="fla", command=("bench", "train"), skipped="fla is not installed"),
+    ]
+
+
+def stub(part, file):
+    """What a process would leave."""
+    if part.name in ("wrong", "crashing"):
+        return "killed by signal 9: it printed nothing"
+    if part.measures:
+        file.write_text(to_json(report(part.name, {"seqmix": 20.0, "llama": 30.0}[part.name])))
+    return None
+
+
+# ---- the plan
+
+
+def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
+    parts = list(plan(80 * GIB))
+    assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)
+    assert [part.name for part in parts if part.group == "conformance"] == list(MIXERS.kinds())
+    assert {part.group for part in parts} >= set(BENCHMARKS)
+    assert len({(part.group, part.name) for part in parts}) == len(parts)
+    paper = {(part.group, part.name): part.command for part in parts if part.group.startswith("paper")}
+    train = paper["paper-train", "seqmix"]
+    assert train[:3] == ("bench", "train", "retnet-1.3b")
+    assert train[train.index("--length") + 1] == "8192"
+    assert ("paper-train", "llama") in paper
+    assert ("paper-train", "seqmix-compiled") in paper
+    assert "--checkpoint" in paper["paper-train-checkpointed", "seqmix"]
+    decode = paper["paper-decode", "seqmix"]
+    assert decode[:3] == ("bench", "decode", "retnet-6.7b")
+    assert "8192" in decode
+
+
+def test_what_does_not_fit_is_not_started():
+    skipped = {(part.group, part.name): part.skipped for part in plan(16 * GIB)}
+    assert skipped["paper-train", "seqmix"].startswith("parameters alone take ")
+    assert skipped["paper-train", "seqmix"].endswith(" GiB, and the GPU has 16")
+    assert skipped["op", "op"] is None
+    assert {(part.group, part.name): part.skipped for part in plan(80 * GIB)}["paper-train", "seqmix"] is None
+
+
+@pytest.mark.parametrize("memory", [80 * GIB])
+def test_the_commands_of_the_plan_are_understood(memory, refused, monkeypatch):
+    # all but the device is checked first
+    for part in plan(memory):
+        if part.measures and not torch.cuda.is_available():
+            assert refused(*part.command).startswith("device 'cuda' cannot be used here")
+
+
+# ---- parts
+
+
+def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
+    outcomes = measure(parts, tmp_path, stub, lambda text: None)
+    assert [outcome.problem is None for outcome in outcomes] == [True, False, True, False, True, False]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["name"] for part in written["parts"]] == [part.name for part in parts]
+    assert written["parts"][2]["report"]["rows"][0]["seconds"]["median"] == 0.02
+    text = (tmp_path / "gpu.md").read_text()
+    for line in (
+        "- retention: passed",
+        "- wrong: killed by signal 9: it printed nothing",
+        "- crashing: killed by signal 9: it printed nothing",
+        "- fla: fla is not installed",
+    ):
+        assert line in text.splitlines()
+    assert "| 8,192 | llama | 30.0 |" in text
+    assert " 1.50 |" in text
+
+
+def test_figures_are_written_behind_each_part(parts, tmp_path):
+    def runner(part, file):
+        if part.name == "llama":
+            raise KeyboardInterrupt
+        return stub(part, file)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(parts, tmp_path, runner, lambda text: None)
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == 4
+
+
+def test_what_was_measured_is_not_measured_again(parts, tmp_path):
+    measure(parts, tmp_path, stub, lambda text: None)
+    again = []
+
+    def runner(part, file):
+        again.append(part.name)
+        return stub(part, file)
+
+    outcomes = measure(parts, tmp_path, runner, lambda text: None)
+    assert again == ["wrong", "crashing"]
+    assert [outcome.report is None for outcome in outcomes] == [True, True, False, True, False, True]
+
+
+def test_reports_of_several_processes_are_one_with_ratios_of_medians():
+    one = combined([report("seqmix", 20.0, 40.0), report("llama", 30.0, 100.0)])
+    assert [(row.length, row.name, row.ratio.median) for row in one.rows] == [
+        (8192, "seqmix", 1.0),
+        (8192, "llama", pytest.approx(1.5)),
+        (16384, "seqmix", 1.0),
+        (16384, "llama", pytest.approx(2.5)),
+    ]
+    assert one.rows[1].ratio.high == pytest.approx(3.0)
+    assert combined([report("seqmix", 20.0)]).rows[0].ratio.median == 1.0
+
+
+def fake_program(monkeypatch, code):
+    monkeypatch.setattr(gpu, "PROGRAM", (sys.executable, "-c", code))
+    return Part(group="op", name="op", command=("bench", "op"))
+
+
+def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
+    part = fake_program(monkeypatch, "import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:-1])); print(7)")
+    assert run_process(part, tmp_path / "op.json", seconds=60) is None
+    assert (tmp_path / "op.json").read_text() == "bench op --json"
+    assert (tmp_path / "op.txt").read_text() == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("print('error: this is why'); raise SystemExit(2)", "exit status 2: error: this is why (all of it: op.txt)"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9: it printed nothing (all of it: op.txt)"),
+        ("import time; time.sleep(60)", "stopped after 1 s"),
+    ],
+)
+def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path):
+    part = fake_program(monkeypatch, code)
+    assert run_process(part, tmp_path / "op.json", seconds=1) == problem
+
+
+# ---- the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_refuses(tmp_path):
+    with pytest.raises(SeqmixError, match=r"^this measures on a GPU, and torch finds none$"):
+        gpu.main(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_do_not_exist_are_refused(tmp_path):
+    with pytest.raises(SeqmixError, match=r"there is no part 'papertrain'; .*did you mean \"paper-train\""):
+        gpu.main(tmp_path, only=["papertrain"])
+
+
+def test_an_outcome_without_figures_is_told(tmp_path):
+    part = Part(group="op", name="op", command=("bench", "op"))
+    gpu.write([Outcome(part=part, problem="stopped after 600 s")], tmp_path)
+    assert "- op: stopped after 600 s" in (tmp_path / "gpu.md").read_text()

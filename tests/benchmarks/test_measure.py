@@ -1,0 +1,251 @@
+"""Turns, ratios, products and the suite: nothing here depends on how fast anything is."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqmix.benchmarks import suite
+from seqmix.benchmarks.machine import available_memory, peak_memory
+from seqmix.benchmarks.measure import Call, Spread, interleaved, lengthened, ratio, turns
+from seqmix.benchmarks.op import OpBenchmark
+from seqmix.benchmarks.prefill import PrefillBenchmark
+from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
+from seqmix.benchmarks.suite import Contestant, Entry, Forecast, Skip, run
+from seqmix.mixers.ops.decay import decay_chunkwise, decay_flops
+from seqmix.mixers.paradigm import Paradigm
+
+CPU = torch.device("cpu")
+
+
+# ---- turns and ratios
+
+
+def test_calls_take_turns_and_are_prepared_outside_the_time():
+    now, log = [0.0], []
+
+    def call(name, seconds, units=1):
+        def run():
+            log.append(name)
+            now[0] += seconds
+
+        def prepare():
+            log.append(f"prepare {name}")
+            now[0] += 100.0
+
+        return Call(run, prepare, units=units)
+
+    calls = {"a": call("a", 1.0), "b": call("b", 6.0, units=3)}
+    samples = interleaved(calls, repeat=3, clock=lambda: now[0], synchronize=lambda: None)
+    assert samples == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert [name for name in log if " " not in name] == ["a", "b", "b", "a", "a", "b"]
+    assert log[:4] == ["prepare a", "a", "prepare b", "b"]
+
+
+def test_everyone_begins_a_round():
+    assert [round[0] for round in turns("abc", 6)] == list("abcabc")
+    assert all(sorted(round) == list("abc") for round in turns("abc", 6))
+
+
+def test_a_ratio_is_formed_in_each_round():
+    # the machine is ten times slower in the last round; the ratio does not know
+    assert ratio([2.0, 4.0, 30.0], [1.0, 2.0, 10.0]) == Spread(2.0, 2.0, 3.0)
+    with pytest.raises(ValueError, match="longer"):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_the_device_is_waited_for_before_and_behind_each_call():
+    log = []
+    interleaved({"a": Call(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
+    assert log == ["wait", "run", "wait"] * 2
+
+
+def test_a_short_call_is_done_several_times_over():
+    log = []
+    call = Call(lambda: log.append("run"), units=2)
+    longer = lengthened(call, seconds=1e-3)  # of a unit
+    longer.run()
+    assert (len(log), longer.units) == (3, 6)
+    assert lengthened(call, seconds=1.0) is call
+    prepared = Call(call.run, prepare=lambda: None)
+    assert lengthened(prepared, seconds=1e-6) is prepared
+
+
+# ---- products
+
+
+def flops(products):
+    return sum(product.flops * count for product, count in products.items())
+
+
+def test_products_are_counted_forward_and_backward():
+    x, w = torch.randn(3, 5, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    assert flops(recorded(lambda: F.linear(x, w))) == 2 * 15 * 8 * 7
+    assert flops(recorded(lambda: F.linear(x, w).sum().backward())) == 3 * 2 * 15 * 8 * 7
+    assert flops(recorded(lambda: x @ x.transpose(1, 2))) == 2 * 3 * 5 * 8 * 5
+    assert flops(recorded(lambda: torch.addmm(w, w @ w.T, w))) == 2 * 7 * 8 * 7 + 2 * 7 * 7 * 8
+
+
+def test_products_inside_an_op_are_counted():
+    q, k, v = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 12)
+    log_decay = torch.tensor([-0.1, -0.2])
+    counted = flops(recorded(lambda: decay_chunkwise(q, k, v, log_decay, chunk_size=16)))
+    declared = 2 * decay_flops(Paradigm.CHUNKWISE, 64, 8, 12, chunk_size=16)
+    assert counted == declared
+
+
+@pytest.mark.parametrize(("causal", "squares"), [(False, 1.0), (True, 0.5 * 1025 / 1024)])
+def test_attention_is_counted_by_its_scores(causal, squares):
+    q, k, v = (torch.randn(2, 3, 1024, 16, requires_grad=True) for _ in range(3))
+    forward = 2 * 2 * (2 * 3 * 1024 * 1024 * 16) * squares
+
+    def attend():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    assert flops(recorded(attend)) == pytest.approx(forward)
+    assert flops(recorded(lambda: attend().sum().backward())) == pytest.approx(3.5 * forward)
+
+
+def test_large_products_are_timed_in_pieces_of_the_same_work():
+    products = Counter({Product(1, 3 * LONGEST, 64, 4, torch.float32): 2, Product(300, 512, 8, 512, torch.float32): 1})
+    pieces = in_pieces(products)
+    assert flops(pieces) == pytest.approx(flops(products))
+    assert all(max(p.m, p.k, p.n) <= LONGEST and p.batch * p.m * p.n <= LARGEST for p in pieces)
+
+
+def test_a_product_is_timed_as_it_is():
+    product = Product(2, 3, 4, 5, torch.float32)
+    (call,) = timed_alone([product], CPU).values()
+    counted = recorded(call.run)
+    # an `out=` is seen as the product that it is
+    assert set(counted) <= {product}
+    assert call.units == 100
+
+
+def test_no_share_is_told_of_what_cannot_be_seen():
+    @torch.library.custom_op("seqmix::opaque_for_a_test", mutates_args=())
+    def opaque(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    assert recorded(lambda: opaque(torch.ones(2))) is None
+
+
+# ---- memory
+
+
+def test_peak_memory_is_beyond_what_was_held():
+    with peak_memory(CPU) as peak:
+        torch.ones(2**24)
+    if peak.bytes is None:
+        pytest.skip("this system does not tell")
+    assert 2**26 * 0.8 < peak.bytes < 2**26 * 3
+    assert available_memory(CPU) > 0
+
+
+# ---- the suite
+
+
+class Fake(Contestant):
+    def __init__(self, name, *, reason=None, error=None, seconds=0.0):
+        self.name, self.reason, self.error, self.lengths = name, reason, error, []
+
+    def missing(self):
+        return self.reason
+
+    def rows(self, length):
+        return 1
+
+    def entry(self, length):
+        self.lengths.append(length)
+        if self.error is not None and length >= 64:
+            raise self.error
+        return Entry(call=Call(lambda: None), tokens=length)
+
+
+class FakeBenchmark(suite.Benchmark):
+    name = title = "fake"
+
+    def __init__(self, settings, *contestants):
+        super().__init__(settings)
+        self.contestants = contestants
+
+    def parts(self):
+        return {"fake": list(self.contestants)}
+
+
+def test_a_failure_of_one_is_a_row_and_the_others_are_measured(settings):
+    contestants = (
+        Fake("good"),
+        Fake("absent", reason="it is not installed"),
+        Fake("broken", error=RuntimeError("no such thing\nand more")),
+        Fake("refusing", error=Skip("takes whole chunks")),
+        Fake("large", error=torch.OutOfMemoryError("x")),
+    )
+    report = run(FakeBenchmark(settings(lengths=(64, 32)), *contestants))
+    assert [row.length for row in report.rows] == [32] * 5 + [64] * 5
+    assert {row.name: row.skipped for row in report.rows if row.length == 64} == {
+        "good": None,
+        "absent": "it is not installed",
+        "broken": "failed with RuntimeError: no such thing",
+        "refusing": "takes whole chunks",
+        "large": "does not fit into the GPU's memory",
+    }
+    good = next(row for row in report.rows if row.name == "good")
+    assert good.ratio == Spread(1.0, 1.0, 1.0)
+    assert good.tokens_per_second > 0
+
+
+def test_what_was_measured_before_a_stop_is_kept(settings):
+    stopped = Fake("stopped", error=KeyboardInterrupt())
+    report = run(FakeBenchmark(settings(lengths=(32, 64)), stopped))
+    assert [row.length for row in report.rows] == [32]
+    assert report.notes == ("Stopped before the end.",)
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeBenchmark(settings(lengths=(64,)), stopped))
+
+
+def test_what_takes_too_long_is_foretold_from_shorter_lengths(settings):
+    forecast = Forecast(2, settings(limit=10.0))
+    assert forecast.probes("a", 16_384) == [256, 1024, 4096]
+    forecast.add("a", 1024, 0.5, 2.0**20)
+    assert forecast.probes("a", 16_384) == [4096]
+    forecast.require("a", 4096, rows=1)  # 8 s, if it is quadratic
+    with pytest.raises(Skip, match=r"would take about 16 s a call, above the limit of 10 s"):
+        forecast.require("a", 4096, rows=2)
+    forecast.add("a", 2048, 1.0, 2.0**21)
+    forecast.require("a", 16_384, rows=1)  # it is linear
+    forecast.require("unknown", 16_384, rows=1)
+
+
+def test_what_does_not_fit_is_foretold(settings):
+    forecast = Forecast(2, settings(limit=1e9))
+    forecast.add("a", 1024, 1e-6, 2.0**30)
+    with pytest.raises(Skip, match=r"would need about [\d,]+ GiB, and [\d,]+ GiB are free"):
+        forecast.require("a", 2**20, rows=1)
+
+
+def test_only_names_that_take_part(settings):
+    benchmark = FakeBenchmark(settings(only=("b",)), Fake("a"), Fake("b"))
+    assert [row.name for row in run(benchmark).rows] == ["b"]
+
+
+def test_the_op_and_a_model_have_shares_ratios_and_sizes(settings):
+    report = run(OpBenchmark(settings(only=("chunkwise", "eager"))))
+    assert {row.what for row in report.rows} == {"forward", "forward + backward"}
+    assert all(row.share.median > 0 and row.floor > 0 for row in report.rows)
+    assert report.machine["product_flops_per_second"] > 0
+    assert report.machine["copy_bytes_per_second"] > 0
+    prefill = run(PrefillBenchmark(settings(only=("seqmix", "gpt-sdpa"))))
+    assert [row.name for row in prefill.rows] == ["seqmix", "gpt-sdpa"]
+    assert all(row.skipped is None and row.parameters > 0 and row.share.median > 0 for row in prefill.rows)
+
+
+def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
+    class Mover(Fake):
+        def entry(self, length):
+            return Entry(call=Call(lambda: None), tokens=1, moved=1000)
+
+    (row,) = run(FakeBenchmark(settings(), Mover("mover"))).rows
+    assert row.floor > 0
+    assert row.share is not None

@@ -1,0 +1,112 @@
+"""Competitors: as large as ours, and doing what they are timed for."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from seqmix import load_config
+from seqmix.benchmarks.command import model_to_measure
+from seqmix.benchmarks.peers import COMPETITORS, Seqmix, Size
+from seqmix.benchmarks.peers.base import not_installed
+from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
+from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
+from seqmix.benchmarks.train import make_ready
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ON_CPU = [kind for kind in COMPETITORS if kind.name != "fla"]
+DECODING = [kind for kind in ON_CPU if "decode" in kind.roles]
+
+
+def built(kind, config, device=CPU):
+    if reason := kind.missing(Size(config), device):
+        pytest.skip(reason)
+    return kind(Size(config), device, torch.float32)
+
+
+def names(kinds):
+    return [kind.name for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", ON_CPU, ids=names(ON_CPU))
+def test_sizes_are_equal_in_parameters(kind):
+    config = model_to_measure("model.d_model=128", ["model.n_layers=2"])
+    assert built(kind, config).parameters == pytest.approx(Size(config).parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", ["retnet-200m", "retnet-1.3b", "hybrid-tiny", "attention-tiny"])
+def test_sizes_are_equal_for_every_model_of_ours(preset):
+    config = load_config(preset).model
+    assert built(GptSdpa, config, META).parameters == pytest.approx(Size(config).parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
+@torch.no_grad()
+def test_a_step_goes_on_from_what_was_read(kind, model):
+    competitor = built(kind, model)
+    competitor.module.eval()
+    tokens = torch.randint(7, (2, 9))
+    logits, _ = competitor.step(tokens[:, 8], competitor.read(tokens[:, :8]))
+    assert_close(logits, competitor.logits(tokens)[:, -1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
+@torch.no_grad()
+def test_a_random_state_is_that_of_its_context_and_is_renewed(kind, model):
+    competitor = built(kind, model)
+    competitor.module.eval()
+    state, token = competitor.state_after(8, 2, 3), torch.ones(2, dtype=torch.int64)
+    first, after = competitor.step(token, state)
+    competitor.step(token, after)
+    again, _ = competitor.step(token, competitor.renew(state, 8))
+    assert again.shape == first.shape
+    if not competitor.writes_state:
+        assert_close(again, first)
+    weights = 4 * (competitor.parameters - 32 * model.vocab_size)
+    held = sum(x.nbytes for x in competitor.tensors(state))
+    assert competitor.moved(state) == weights + (2 if competitor.writes_state else 1) * held
+
+
+def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
+    competitor = Seqmix(Size(load_config("hybrid-tiny").model), CPU, torch.float32)
+    state = competitor.state_after(100, 1, 3)
+    held = sum(x.nbytes for x in competitor.tensors(state))
+    weights = 4 * (competitor.parameters - 257 * 128)
+    assert weights + held < competitor.moved(state) < weights + 2 * held
+
+
+def test_attention_written_out_is_the_fused_one(model):
+    torch.manual_seed(0)
+    eager, fused = (kind(Size(model), CPU, torch.float32) for kind in (GptEager, GptSdpa))
+    eager.module.load_state_dict(fused.module.state_dict())
+    tokens = torch.randint(7, (2, 33))
+    assert_close(eager.logits(tokens), fused.logits(tokens))
+
+
+def test_modes_of_torchscale_are_its_modes(model):
+    chunkwise = built(TorchscaleChunkwise, model)
+    assert chunkwise.module.chunkwise_recurrent
+    assert chunkwise.logits(torch.ones(1, 9, dtype=torch.int64)).shape == (1, 9, model.vocab_size)
+
+
+@pytest.mark.parametrize("kind", [Seqmix, GptSdpa], ids=["seqmix", "gpt-sdpa"])
+def test_layers_computed_anew_give_the_same_gradients(kind, model):
+    torch.manual_seed(0)
+    plain = kind(Size(model), CPU, torch.float32)
+    anew = kind(Size(model), CPU, torch.float32)
+    anew.module.load_state_dict(plain.module.state_dict())
+    make_ready(anew, compiled=False, checkpointed=True)
+    tokens = torch.randint(7, (2, 20))
+    for competitor in (plain, anew):
+        competitor.module.train()
+        competitor.loss(tokens, tokens).backward()
+    for mine, theirs in zip(plain.module.parameters(), anew.module.parameters(), strict=True):
+        assert_close(mine.grad, theirs.grad)
+
+
+def test_what_is_not_there_says_how_to_get_it():
+    assert not_installed("torch", "torch") is None
+    assert not_installed("nowhere.models", "nowhere-models") == (
+        "nowhere-models is not installed: pip install nowhere-models"
+    )
+    (fla,) = (kind for kind in COMPETITORS if kind.name == "fla")
+    assert fla.missing(Size(load_config("retnet-tiny").model), CPU) == "its kernels run on a GPU only"

@@ -1,0 +1,123 @@
+"""What a report is shown as and written to."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from seqmix import SeqmixError
+from seqmix.benchmarks.measure import Spread
+from seqmix.benchmarks.report import from_json, markdown, plot, require_plot, show, to_json
+from seqmix.benchmarks.suite import Report, Row
+
+MACHINE = {
+    "device": "cpu",
+    "processor": "a processor",
+    "threads": 2,
+    "torch": "2.13",
+    "product_flops_per_second": 2e11,
+    "copy_bytes_per_second": 1.5e10,
+}
+
+
+def row(name, length, milliseconds, **more):
+    seconds = Spread(milliseconds / 1e3, milliseconds / 2e3, milliseconds / 5e2)
+    ratio, share = Spread(milliseconds / 20, 0.5, 2.0), Spread(0.625, 0.5, 0.75)
+    given = {"what": "train", "tokens": 2048, "seconds": seconds, "ratio": ratio, "share": share, "floor": 0.0125}
+    return Row(name=name, length=length, **(given | {"peak_bytes": 3 * 2**20, "parameters": 1234567} | more))
+
+
+@pytest.fixture
+def report():
+    return Report(
+        benchmark="train",
+        title="A training step",
+        machine=MACHINE,
+        settings={"dtype": "float32", "repeat": 5, "interleaved": True},
+        rows=[
+            row("seqmix", 512, 20.0),
+            row("llama", 512, 30.0),
+            Row(what="train", length=512, name="fla", skipped="its kernels run on a GPU only"),
+            row("seqmix", 2048, 80.0),
+            Row(what="train", length=2048, name="llama", skipped="would take about 300 s"),
+            Row(what="train", length=2048, name="fla", skipped="its kernels run on a GPU only"),
+        ],
+        notes=("A note.",),
+    )
+
+
+def shown(report, width):
+    to = io.StringIO()
+    show(report, Console(file=to, width=width, markup=False, highlight=False))
+    return to.getvalue()
+
+
+def test_json_is_read_again(report):
+    assert from_json(to_json(report)) == report
+    first = json.loads(to_json(report))["rows"][0]
+    assert first["tokens_per_second"] == pytest.approx(2048 / 0.020)
+    assert first["seconds"] == {"median": 0.02, "low": 0.01, "high": 0.04}
+
+
+def test_markdown_is_a_table_with_what_was_skipped_and_why(report):
+    lines = markdown(report).splitlines()
+    assert lines[0] == (
+        "A training step. a processor, 2 threads, torch 2.13, float32; medians of 5, in turn. "
+        "In the same rounds: product 200 GFLOP/s, copy 15.0 GB/s."
+    )
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert len({len(cells) for cells in table}) == 1
+    found = dict(zip(table[0], table[3], strict=True))
+    assert found["who"] == "llama"
+    assert found["ms"] == "30.0"
+    assert found["ratio"] == "1.50"
+    assert found["share"] == "62%"
+    assert found["peak MiB"] == "3.0"
+    assert "- llama skipped (2,048): would take about 300 s" in lines
+    assert "- fla skipped: its kernels run on a GPU only" in lines
+    assert "- A note." in lines
+    assert "state MiB" not in table[0]
+
+
+def test_a_narrow_terminal_is_spared_columns_and_never_cut(report):
+    wide, narrow = shown(report, 160), shown(report, 60)
+    assert "parameters" in wide
+    assert "parameters" not in narrow
+    assert all(len(line) <= 60 for line in narrow.splitlines() if "seqmix" in line)
+    for text in (wide, narrow):
+        assert "…" not in text
+        assert "1.50" in text
+        assert "its kernels run on a GPU only" in text
+
+
+def test_several_parts_are_told_apart(report):
+    rows = [*report.rows, row("seqmix", 512, 20.0, what="other")]
+    assert "| what | T | who |" in markdown(Report(**(vars(report) | {"rows": rows})))
+
+
+def test_nothing_but_skipped_rows_is_a_report(report, tmp_path):
+    nothing = Report(**(vars(report) | {"rows": [x for x in report.rows if x.skipped], "machine": MACHINE}))
+    assert "skipped" in shown(nothing, 100)
+    assert from_json(to_json(nothing)) == nothing
+    pytest.importorskip("matplotlib")
+    plot(nothing, tmp_path / "nothing.png")
+
+
+def test_a_plot_is_a_picture(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SeqmixError, match=r"^--plot needs matplotlib: pip install 'seqmix\[plots\]'$"):
+        require_plot(tmp_path / "plot.png")
+
+
+def test_a_plot_has_an_ending_that_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SeqmixError, match=r"the name must end in one of \..*\.png"):
+        require_plot(tmp_path / "plot.docx")
