@@ -243,8 +243,10 @@ def _call(
 
 def _readable(x: Tensor) -> Tensor:
     """x as it lies, if its heads are contiguous and begin at multiples of 16 bytes."""
-    aligned = x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.storage_offset() * x.element_size() % 16 == 0 else x.contiguous()
+    offsets = (x.storage_offset(), *x.stride()[:-1])
+    if x.stride(-1) == 1 and all(offset * x.element_size() % 16 == 0 for offset in offsets):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would leave what begins between two of them
 
 
 def _grouped(call: _Call) -> tuple[Tensor, Tensor, Tensor]:

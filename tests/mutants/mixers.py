@@ -79,7 +79,7 @@ class BackwardLeavesOutFarPairs(Specimen):
 
     def scores(self, q, k):
         scores = super().scores(q, k)
-        far = torch.ones_like(scores, dtype=torch.bool).tril(-7)
+        far = torch.ones_like(scores, dtype=torch.bool).tril(-99)
         return torch.where(far, scores.detach(), scores)
 
 

@@ -1,10 +1,14 @@
 """The conformance kit is itself checked: each wrong mixer fails the check named for it, and the page says so."""
 
+from typing import Literal
+
 import pytest
+import torch
 from mutants.kernels import KERNEL_MUTANTS
 from mutants.mixers import FEW, MUTANTS, fails
-from mutants.specimen import CachedConfig, SpecimenConfig
+from mutants.specimen import CachedConfig, Specimen, SpecimenConfig
 from mutants.table import OVERLAPS, PAGE, generated, of_kernels, of_mixers, read
+from pydantic import Field
 
 from seqmix.mixers.testing import CHECKS, CheckFailure, check_mixer, reproduce
 
@@ -21,6 +25,54 @@ all_mutants = pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTAN
 def test_a_healthy_specimen_passes_every_check(config):
     report = check_mixer(config, examples=FEW)
     assert [outcome.check.name for outcome in report.outcomes] == list(CHECKS)
+    assert {outcome.check.name: outcome.reason for outcome in report.failures} == {}
+
+
+class SixteensConfig(SpecimenConfig):
+    kind: Literal["sixteens"] = "sixteens"
+    chunk_size: int = Field(default=64, ge=16, multiple_of=16)
+
+
+class LargeConfig(SpecimenConfig):
+    kind: Literal["large"] = "large"
+    chunk_size: int = Field(default=128, ge=128)
+
+
+class ListedConfig(SpecimenConfig):
+    kind: Literal["listed"] = "listed"
+    chunk_size: Literal[32, 64] = 64
+
+
+class FrozenConfig(SpecimenConfig):
+    kind: Literal["frozen"] = "frozen"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        mixer.in_proj.requires_grad_(False)
+        return mixer
+
+
+class TabledConfig(SpecimenConfig):
+    kind: Literal["tabled"] = "tabled"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return Tabled(self, d_model)
+
+
+class Tabled(Specimen):
+    """A table is made where one is needed, and again where it is too short."""
+
+    table = None
+
+    def heads(self, x):
+        if self.table is None or len(self.table) < x.shape[1]:
+            self.table = torch.ones(x.shape[1], dtype=torch.float64)
+        return super().heads(x * self.table[: x.shape[1], None].to(x.dtype))
+
+
+@pytest.mark.parametrize("config", [SixteensConfig, LargeConfig, ListedConfig, FrozenConfig, TabledConfig])
+def test_what_is_allowed_passes_every_check(config):
+    report = check_mixer(config(), examples=FEWEST, compiles=False)
     assert {outcome.check.name: outcome.reason for outcome in report.failures} == {}
 
 
