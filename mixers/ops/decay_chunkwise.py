@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
 from .segments import pieces, stretches
 
@@ -429,44 +430,36 @@ def _store_given_gradient(
         _store(out, start, stop, grad)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.chunk_size, _, _ = inputs
-    # the entry states have no gradient, and zeros in its place would be as large as they are
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
+def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
+    """Register the gradient of a chunkwise op, `chunkwise_op` or one of the same arguments and results."""
+
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, ctx.chunk_size, _, _ = inputs
+        # the entry states have no gradient, and zeros in its place would be as large as they are
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[2])
+
+    def gradients(
+        ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, entries = ctx.saved_tensors
+        v, initial_state = inputs[2], inputs[4]
+        if d_output is None:
+            d_output = torch.zeros_like(v)
+        if d_final_state is not None and d_final_state.numel() == 0:
+            d_final_state = None
+        needs_log_decay = ctx.needs_input_grad[3]
+        *d_inputs, d_log_decay, d_initial = backward(
+            d_output, d_final_state, *inputs, entries, ctx.scale, ctx.chunk_size, needs_log_decay
+        )
+        return (
+            *d_inputs,
+            d_log_decay if needs_log_decay else None,
+            None if initial_state is None else d_initial,
+            *(None,) * 5,
+        )
+
+    op.register_autograd(gradients, setup_context=save_for_backward)
 
 
-def _backward(
-    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens, entries = ctx.saved_tensors
-    if d_output is None:
-        d_output = torch.zeros_like(v)
-    if d_final_state is not None and d_final_state.numel() == 0:
-        d_final_state = None
-    needs_log_decay = ctx.needs_input_grad[3]
-    dq, dk, dv, d_log_decay, d_initial = chunkwise_backward_op(
-        d_output,
-        d_final_state,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        entries,
-        ctx.scale,
-        ctx.chunk_size,
-        needs_log_decay,
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        d_log_decay if needs_log_decay else None,
-        None if initial_state is None else d_initial,
-        *(None,) * 5,
-    )
-
-
-chunkwise_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate_by(chunkwise_op, chunkwise_backward_op)

@@ -153,8 +153,7 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_s
         log_decay=names[None if log_decay is None else log_decay.ndim],
         needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated),
     )
-    if reasons := KERNEL.unsupported(probe):
-        raise SeqmixError("; ".join(reasons))
+    KERNEL.require(probe)
 
 
 @torch.library.custom_op("seqmix::decay_chunkwise_fla", mutates_args=())

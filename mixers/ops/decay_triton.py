@@ -40,6 +40,7 @@ from torch import Tensor
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from .decay import DecayOutput, LogDecay, _check, _needs_grad, _refuse_forward_mode
+from .decay_chunkwise import differentiate_by
 from .kernels import Kernel, Probe, declare
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
@@ -186,8 +187,7 @@ def _refuse(q: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         value_width=v.shape[3],
         log_decay=names[None if log_decay is None else log_decay.ndim],
     )
-    if reasons := KERNEL.unsupported(probe):
-        raise SeqmixError("; ".join(reasons))
+    KERNEL.require(probe)
 
 
 # ---- the public functions
@@ -642,47 +642,7 @@ def _allocate_backward(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.chunk_size, _, _ = inputs
-    # the entry states have no gradient, and zeros in its place would be as large as they are
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
-
-
-def _backward(
-    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens, entries = ctx.saved_tensors
-    if d_output is None:
-        d_output = torch.zeros_like(v)
-    if d_final_state is not None and d_final_state.numel() == 0:
-        d_final_state = None
-    needs_log_decay = ctx.needs_input_grad[3]
-    dq, dk, dv, d_log_decay, d_initial = chunkwise_backward_op(
-        d_output,
-        d_final_state,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        entries,
-        ctx.scale,
-        ctx.chunk_size,
-        needs_log_decay,
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        d_log_decay if needs_log_decay else None,
-        None if initial_state is None else d_initial,
-        *(None,) * 5,
-    )
-
-
-chunkwise_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate_by(chunkwise_op, chunkwise_backward_op)
 
 
 @torch.library.custom_op("seqmix::decay_step_triton", mutates_args=("state",))

@@ -103,6 +103,15 @@ class Kernel:
         given, *taken = (str(dtype).removeprefix("torch.") for dtype in (probe.dtype, *self.tolerances))
         return [f"{self.key} takes {', '.join(taken)}, not {given}", *self.limits(probe)]
 
+    def require(self, probe: Probe) -> None:
+        """Refuse what it cannot run.
+
+        Raises:
+            SeqmixError: the reasons.
+        """
+        if reasons := self.unsupported(probe):
+            raise SeqmixError("; ".join(reasons))
+
 
 KERNELS: dict[Key, Kernel] = {}
 """All that were declared: those of an op once its module is imported."""

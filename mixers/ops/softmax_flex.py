@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from .kernels import Kernel, Probe, declare
 from .softmax import TOLERANCES, Cache, _check, _factored, _final_state, _Offer, _offer, _require_range
@@ -105,8 +104,7 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Ca
         value_width=v.shape[3],
         needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated),
     )
-    if reasons := KERNEL.unsupported(probe):
-        raise SeqmixError("; ".join(reasons))
+    KERNEL.require(probe)
 
 
 def _flex(device: torch.device) -> Callable[..., Tensor]:

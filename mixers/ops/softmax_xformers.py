@@ -32,7 +32,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from .decay import _refuse_forward_mode
 from .kernels import Kernel, Probe, declare
@@ -300,8 +299,7 @@ def _refuse(q: Tensor, keys: Tensor, values: Tensor, window: int) -> None:
         window=window > 0,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values)),
     )
-    if reasons := KERNEL.unsupported(probe):
-        raise SeqmixError("; ".join(reasons))
+    KERNEL.require(probe)
 
 
 @torch.library.custom_op("seqmix::softmax_xformers", mutates_args=())
