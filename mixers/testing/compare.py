@@ -20,7 +20,8 @@ of it."""
 
 GRADIENTS = 4
 """Gradients may be off by so many times what outputs may: a backward pass rounds about twice as often, and its sums
-cancel more. The worst of the built-in mixers is a quarter of it."""
+cancel more. The worst of 700 cases of each built-in mixer came to 3.75: linear attention, its denominator almost
+zero."""
 
 
 class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks count them, not an error

@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from hypothesis import core, settings
+from hypothesis.internal.conjecture import providers
 from pydantic import Field
 
 from seqmix import MIXERS, Paradigm
@@ -433,11 +434,9 @@ def test_a_paradigm_that_is_not_asked_for_is_not_tested(monkeypatch):
     failure(RetentionConfig(n_heads=2), "pieces_equal_the_whole", paradigms=(Paradigm.CHUNKWISE,), shrink=False)
 
 
-def test_cases_are_a_function_of_the_seed():
-    def cases(seed):
-        seen.clear()
-        check_mixer(RetentionConfig(n_heads=2), checks=["_records_its_cases"], seed=seed, examples=20)
-        return list(seen)
+@pytest.fixture
+def cases():
+    """The cases that a check is given, by the seed."""
 
     seen = []
 
@@ -446,13 +445,32 @@ def test_cases_are_a_function_of_the_seed():
         """Nothing."""
         seen.append(trial.case)
 
-    try:
-        first = cases(1)
-        assert len(first) == 20
-        assert cases(1) == first
-        assert cases(2) != first
-    finally:
-        del CHECKS["_records_its_cases"]
+    def of(seed, examples=20):
+        seen.clear()
+        check_mixer(RetentionConfig(n_heads=2), checks=["_records_its_cases"], seed=seed, examples=examples)
+        return list(seen)
+
+    yield of
+    del CHECKS["_records_its_cases"]
+
+
+def test_cases_are_a_function_of_the_seed(cases):
+    first = cases(1)
+    assert len(first) == 20
+    assert cases(1) == first
+    assert cases(2) != first
+
+
+def test_what_is_imported_does_not_change_the_cases(cases, tmp_path, monkeypatch):
+    """Hypothesis takes numbers from the source of modules that happen to be there."""
+    first = [cases(seed, examples=100) for seed in range(8)]
+    numbers = ", ".join(str(n) for n in range(101, 2**16, 131))
+    (tmp_path / "full_of_numbers.py").write_text(f"NUMBERS = [{numbers}]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("full_of_numbers")
+    monkeypatch.setattr(providers, "is_local_module_file", lambda path: path.endswith("full_of_numbers.py"))
+    providers.CONSTANTS_CACHE.cache.clear()
+    assert [cases(seed, examples=100) for seed in range(8)] == first
 
 
 def test_a_check_needs_a_promise_and_a_name_of_its_own():
