@@ -4,7 +4,7 @@ Literals and booleans are tried in every value, `X | None` in None too. Of numbe
 sensible: a field's `examples` (pydantic's own) say so, and come before anything else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,19 +33,24 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
     return found
 
 
-def chunk_sizes(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool] | None = None) -> list[Any]:
+def chunk_sizes(
+    config: MixerConfig,
+    accepts: Callable[[dict[str, Any]], bool] | None = None,
+    candidates: Iterable[int] = CHUNK_SIZES,
+) -> list[Any]:
     """Chunk sizes that the configuration takes: a few, those that its field names, and its own.
 
     Args:
         config: what is tested.
         accepts: whether options go together; by default, whether a configuration can be made of them.
+        candidates: the few.
     """
     field = type(config).model_fields.get("chunk_size")
     if field is None:
         return []
     accepts = accepts or (lambda options: changed(config, options) is not None)
     own = vars(config)["chunk_size"]
-    sizes = dict.fromkeys([*CHUNK_SIZES, *(field.examples or []), *_values(field.annotation), own])
+    sizes = dict.fromkeys([*candidates, *(field.examples or []), *_values(field.annotation), own])
     return [size for size in sizes if size == own or accepts({"chunk_size": size})]
 
 

@@ -615,7 +615,8 @@ def test_chunk_sizes_that_building_refuses_are_not_drawn():
             raise ContractError("chunks are whole tiles")
         return Retention(self, d_model)
 
-    report = check_mixer(built(build), checks=["rows_are_independent"], examples=1, vary=False)
+    names = ["rows_are_independent", "chunk_size_changes_nothing"]
+    report = check_mixer(built(build), checks=names, examples=2, vary=False)
     assert report.passed, report.failures[0].reason
 
 

@@ -3,19 +3,17 @@
 f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
 """
 
-from typing import get_args
-
 import torch
 
 from ...state import clone, detach, select
 from ..case import LENGTHS, Draw
 from ..check import check, chunked, recurrent, several_paradigms
 from ..compare import require
-from ..options import changed
+from ..options import chunk_sizes
 from ..trial import Trial
 
-CHUNK_SIZES = tuple(2**n for n in range(12))
-"""Tried where a configuration does not list those that it takes."""
+CANDIDATES = tuple(2**n for n in range(12))
+"""Chunk sizes that a configuration may take; the smallest and the largest are compared."""
 
 EVERY = 70
 """Tokens up to which a segment is cut at every one."""
@@ -136,13 +134,13 @@ def the_future_changes_nothing(trial: Trial) -> None:
 def chunk_size_changes_nothing(trial: Trial) -> None:
     """Output and final state do not depend on chunk_size."""
     x, state, own = trial.tokens(), trial.state(), trial.config.model_dump()["chunk_size"]
-    annotation = type(trial.config).model_fields["chunk_size"].annotation
-    listed = [size for size in get_args(annotation) if isinstance(size, int)]
-    sizes = [size for size in listed or CHUNK_SIZES if size != own]
-    accepted = [size for size in sizes if changed(trial.config, {"chunk_size": size}) is not None]
+    accepted = chunk_sizes(
+        trial.config, lambda size: trial.subject.accepts({**trial.case.options, **size}), candidates=CANDIDATES
+    )
+    others = sorted(size for size in accepted if size != own)
     # small ones have borders in a short segment, and the largest has none in most
     for paradigm in trial.paradigms:
         expected = trial.mix(x, state, paradigm=paradigm)
-        for size in sorted({*accepted[:1], *accepted[-1:]}):
+        for size in sorted({*others[:1], *others[-1:]}):
             actual = trial.mix(x, state, trial.rebuilt(chunk_size=size), paradigm=paradigm)
             trial.compare(f"{paradigm}, chunk_size {size} against {own}", actual, expected)
