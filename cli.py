@@ -337,8 +337,10 @@ def schema() -> None:
 
 
 def _train(config: "RunConfig", run: Path, *, resume: bool = False) -> None:
+    from .training.memory import keep_freed_memory
     from .training.progress import run_with_progress
 
+    keep_freed_memory()
     if not run_with_progress(config, run, resume=resume):
         raise typer.Exit(130)  # what a shell reports of an interrupted command: `train && generate` must not go on
 

@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..models import ModelConfig
 from ..registry import SeqmixError, nearest
 from ..training import load_config
+from ..training.memory import keep_freed_memory
 from .decode import DecodeBenchmark
 from .op import OpBenchmark
 from .prefill import PrefillBenchmark
@@ -88,6 +89,7 @@ def bench_command(
             limit=limit,
         )
     )
+    keep_freed_memory()  # as `seqmix train` does; it is the same for all
     with _progress() as told:
         report = run(benchmark, told)
     # files first: a terminal that has gone away loses nothing

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..mixers import Paradigm
 from ..mixers.state import clone, to_dict
-from .compiling import copy_of
+from .compiling import compile_step
 from .language_model import LanguageModel, ModelState
 
 COMPILED_FROM = 8192
@@ -67,7 +67,7 @@ def advance(
 
 def _compile(model: LanguageModel) -> Advance:
     if model not in _compiled:
-        _compiled[model] = torch.compile(copy_of(advance, "step"), fullgraph=True)
+        _compiled[model] = compile_step(advance, "step")
     return _compiled[model]
 
 

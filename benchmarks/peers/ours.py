@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...mixers import Paradigm
 from ...mixers.state import to_dict
 from ...models import build_model, compile_blocks
+from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from .base import Competitor, Size, last_of_rows
 from .by_hand import HandWritten, why_not
@@ -95,7 +96,10 @@ class ByHand(Competitor):
         return list(self.module.layers)
 
     def compile(self, role: str) -> None:
-        for module in [self.module] if role == "decode" else self.layers:
+        if role == "decode":
+            self.module.compile(fullgraph=True, backend=rows_as_sums)
+            return
+        for module in self.layers:
             module.compile(fullgraph=True)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from seqmix import Paradigm
 from seqmix.models import compile_blocks
+from seqmix.models.compiling import rows_as_sums
 
 KINDS = (
     "retention",
@@ -105,3 +107,23 @@ def test_a_copy_computes_with_its_own_parameters(model_of):
     with torch.no_grad():
         copy.blocks[0].mixer.out_proj.weight.zero_()
     assert not torch.equal(copy(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_of_one_row_is_a_sum_that_a_compiler_fuses(monkeypatch, bias):
+    given = []
+
+    def inductor(graph, inputs):
+        given.append(graph)
+        return graph.forward
+
+    lookup = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda x: inductor if x == "inductor" else lookup(x))
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 7, bias=bias), torch.nn.SiLU(), torch.nn.Linear(7, 3, bias=bias))
+    compiled = torch._dynamo.optimize(rows_as_sums)(layers)
+    row, rows = torch.randn(1, 1, 5), torch.randn(2, 1, 5)
+    with torch.no_grad():
+        assert_close(compiled(row), layers(row))
+        assert_close(compiled(rows), layers(rows))
+    products = [len(graph.graph.find_nodes(op="call_function", target=F.linear)) for graph in given]
+    assert products == [0, 2]

@@ -18,7 +18,7 @@ STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0)
 def plainly_compiled(monkeypatch):
     """The compiler's front end alone: inductor takes seconds for each graph."""
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
     torch._dynamo.reset()
     counters.clear()
     yield
