@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .base import ContractError, MixerConfig, SequenceMixer, Traits
-from .ops.softmax import Cache, GrowingCache, RingCache, empty_cache, softmax, softmax_flops
+from .ops.kernels import Probe
+from .ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, softmax, softmax_flops
 from .paradigm import Paradigm
 from .positions import frequencies, rotate, rotation, token_positions
 
@@ -47,6 +48,8 @@ class AttentionConfig(MixerConfig):
     """Keys that a query sees, its own included; all when null. It bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
     """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
+    backend: Backend = "auto"
+    """Whose kernels compute the parallel paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -129,6 +132,7 @@ class Attention(SequenceMixer[AttentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
+            backend=self.backend,
         )
         if (
             final_state is not None and final_state.keys.dtype != self.dtype
@@ -161,6 +165,16 @@ class Attention(SequenceMixer[AttentionState]):
             window=self.config.window,
             chunk_size=self.config.chunk_size,
             context=context,
+        )
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:  # noqa: D102
+        return "softmax", Probe(
+            device=self.device,
+            dtype=dtype,
+            key_width=self.head_dim,
+            value_width=self.head_dim,
+            log_decay="K" if self.config.positions == "xpos" else None,
+            window=self.config.window is not None,
         )
 
 

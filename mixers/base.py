@@ -11,6 +11,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..registry import Config, Registry, SeqmixError, nearest
+from .ops.backends import choose
+from .ops.kernels import Probe
 from .ops.segments import read_borders
 from .paradigm import Paradigm
 
@@ -163,6 +165,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.kind = config.kind
         self.traits = config.traits
         self.paradigm = config.paradigm
+        self.backend: str = getattr(config, "backend", "auto")
+        """Whose kernels compute it; the references while it is `auto`."""
 
     @final
     def forward(
@@ -245,6 +249,20 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             paradigm: how it is computed.
             context: tokens read before the segment.
         """
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:  # noqa: ARG002
+        """The op whose kernels it calls, and what they are asked where activations have `dtype`; None without a choice."""
+        return None
+
+    def settle_backend(self, dtype: torch.dtype) -> None:
+        """Choose the kernels, for the device of the parameters and activations of `dtype`.
+
+        Raises:
+            SeqmixError: the backend that the configuration names cannot run: its reasons.
+        """
+        if (asked := self.kernels(dtype)) is not None:
+            op, probe = asked
+            self.backend = choose(op, self.backend, probe)
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .base import MixerConfig, SequenceMixer, Traits
 from .heads import HeadNorm, head_norm, head_width
-from .ops.decay import decay, decay_flops
+from .ops.decay import Backend, decay, decay_flops
+from .ops.kernels import Probe
 from .paradigm import Paradigm
 
 
@@ -45,6 +46,8 @@ class LinearAttentionConfig(MixerConfig):
     """Added to the head norm's variance."""
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
+    backend: Backend = "auto"
+    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -125,6 +128,7 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
+            backend=self.backend,
         )
         if self.config.denominator:
             output = (output[..., :-1] / (output[..., -1:] + self.config.eps)).to(narrow)
@@ -141,6 +145,11 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
         return 2 * length * weights + self.config.n_heads * decay_flops(
             paradigm, length, self.key_dim, self._state_width, chunk_size=self.config.chunk_size, context=context
         )
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:  # noqa: D102
+        if self.config.denominator:
+            dtype = torch.promote_types(dtype, torch.float32)
+        return "decay", Probe(device=self.device, dtype=dtype, key_width=self.key_dim, value_width=self._state_width)
 
     @property
     def _state_width(self) -> int:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .base import ContractError, MixerConfig, SequenceMixer, Traits
 from .heads import HeadNorm, head_norm, head_width
-from .ops.decay import decay, decay_flops
+from .ops.decay import Backend, decay, decay_flops
 from .ops.fusion import once
+from .ops.kernels import Probe
 from .paradigm import Paradigm
 from .positions import Schedule, advance, frequencies, rotate, rotation, token_positions
 
@@ -57,6 +58,8 @@ class RetentionConfig(MixerConfig):
     """The paper's second score normaliser, 1/sqrt of the sum of the decays."""
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
+    backend: Backend = "auto"
+    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -154,6 +157,7 @@ class Retention(SequenceMixer[RetentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
+            backend=self.backend,
         )
         output = rearrange(head_norm(output, self.config.head_norm, self.config.norm_eps), "b t h v -> b t (h v)")
         y = self.out_proj(F.silu(gate[0]) * output if gate else output)
@@ -172,6 +176,12 @@ class Retention(SequenceMixer[RetentionState]):
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + self.config.n_heads * decay_flops(
             paradigm, length, self.key_dim, self.value_dim, chunk_size=self.config.chunk_size, context=context
+        )
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:  # noqa: D102
+        log_decay = None if self.config.decay == "none" else "H"
+        return "decay", Probe(
+            device=self.device, dtype=dtype, key_width=self.key_dim, value_width=self.value_dim, log_decay=log_decay
         )
 
     def log_decay(self) -> Float[Tensor, " H"] | None:

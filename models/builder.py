@@ -3,6 +3,7 @@
 import torch
 
 from ..mixers import ContractError
+from ..registry import SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
 
@@ -22,6 +23,7 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    activations: torch.dtype | None = None,
     seed: int = 0,
 ) -> LanguageModel:
     """Build and initialise a model.
@@ -30,10 +32,12 @@ def build_model(
         config: the model.
         device: where its parameters go.
         dtype: the parameters' dtype.
+        activations: that of what is computed, which autocast may narrow; the parameters' when None. The kernels of a
+            layer with a `backend` are chosen for it.
         seed: the parameters are a function of it; the global generator is left as it was.
 
     Raises:
-        SeqmixError: a block does not fit `d_model`.
+        SeqmixError: a block does not fit `d_model`, or a backend that it names cannot run here.
     """
     model = build_meta(config).to(dtype).to_empty(device=device)
     model.tie()  # to_empty gave each module a matrix of its own
@@ -47,6 +51,11 @@ def build_model(
     for name, tensor in _numbers(model).items():
         if tensor.isnan().any():
             raise ContractError(f"{name} was left uninitialised: reset_parameters of its module must set it")
+    for layer, block in zip(config.layers, model.blocks, strict=True):
+        try:
+            block.mixer.settle_backend(activations or dtype)
+        except SeqmixError as error:
+            raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
     return model
 
 

@@ -1,6 +1,6 @@
 """Compiling: a model block by block, and the step of decoding as a whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -36,7 +36,7 @@ def compile_step(step: FunctionType, name: str) -> Callable[..., Any]:
     return torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums)
 
 
-def rows_as_sums(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Inductor, but on a CPU the product of one row and a matrix is a sum of products, which becomes a loop of its own.
 
     Such a product waits for memory, and BLAS reads it on one core, at a third to a half of what that core can; the

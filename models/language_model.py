@@ -151,6 +151,12 @@ class LanguageModel(nn.Module):
         return tuple(next(p for p in (*paradigms, *Paradigm) if p in layer) for layer in declared)
 
     @property
+    def backends(self) -> dict[str, str]:
+        """Whose kernels compute each kind of block whose mixer has a choice."""
+        layers = dict(zip(self.config.layers, self.blocks, strict=True))
+        return {name: block.mixer.backend for name, block in layers.items() if block.mixer.kernels(torch.float32)}
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.embedding.weight.device

@@ -106,7 +106,8 @@ def train(
     corpus = read_corpus(config.data)
     folder = next(reversed(checkpoint.checkpoints(run)), None) if resume else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config.model, device=device, seed=config.seed)
+    precision = _precision(config.training, device)
+    model = build_model(config.model, device=device, activations=precision, seed=config.seed)
     optimizer = build_optimizer(model, config.training)
     start = 0
     if folder is not None:
@@ -114,7 +115,8 @@ def train(
         checkpoint.load_optimizer(folder, model, optimizer)
         start = checkpoint.step_of(folder)
     elif not resume:
-        _claim(run, config)
+        kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
+        _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
     trainer = Trainer(config, run, corpus, model, optimizer)
     trainer.drop_metrics_behind(start)
     yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
@@ -280,12 +282,12 @@ def _require_free(run: Path) -> None:
         raise TrainingError(f"{run} exists and is not an empty folder: write elsewhere with --out DIR")
 
 
-def _claim(run: Path, config: RunConfig) -> None:
-    """Make the run's folder with its configuration; of two runs that start at once, one gets it."""
+def _claim(run: Path, config: RunConfig, comment: str) -> None:
+    """Make the run's folder with its configuration, behind a comment; of two runs that start at once, one gets it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         with (run / CONFIG_FILE).open("x") as file:
-            file.write(dump(config))
+            file.write(comment + dump(config))
     except FileExistsError as error:
         raise TrainingError(f"{run} already holds a run, begun meanwhile: write elsewhere with --out DIR") from error
     except OSError as error:

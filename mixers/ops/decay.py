@@ -14,7 +14,7 @@ stretch, never as the difference of two running sums, which would be inf - inf.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -26,11 +26,15 @@ from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .decay_chunkwise import chunkwise_op
 from .decay_recurrent import one_step, recurrent_op
-from .kernels import Kernel, declare, require_floats
+from .kernels import Kernel, chosen, declare, require_floats
 from .segments import require_borders
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
 """Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head (and key dimension)."""
+
+
+Backend = Literal["auto", "reference", "triton", "fla"]
+"""Whose kernels: `auto` is settled when a model is built; `reference` is torch's own, `triton` this library's."""
 
 
 class DecayOutput(NamedTuple):
@@ -54,15 +58,11 @@ def decay(
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     chunk_size: int = 128,
+    backend: str = "reference",
 ) -> DecayOutput:
-    """The map in any paradigm; arguments and result are those of `decay_chunkwise`."""
+    """The map in any paradigm, by a backend's kernel; arguments and result are those of `decay_chunkwise`."""
     chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
-    function = {
-        Paradigm.PARALLEL: decay_parallel,
-        Paradigm.RECURRENT: decay_recurrent,
-        Paradigm.CHUNKWISE: decay_chunkwise,
-    }[paradigm]
-    return function(
+    return chosen("decay", paradigm, backend).function(
         q,
         k,
         v,
@@ -319,7 +319,14 @@ def _check(
 
 
 def decay_flops(
-    paradigm: Paradigm, length: int, key_width: int, value_width: int, *, chunk_size: int = 128, context: int = 0
+    paradigm: Paradigm,
+    length: int,
+    key_width: int,
+    value_width: int,
+    *,
+    chunk_size: int = 128,
+    context: int = 0,
+    key_decays: bool = False,
 ) -> int:
     """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
 
@@ -330,6 +337,7 @@ def decay_flops(
         value_width: V.
         chunk_size: tokens a chunk.
         context: tokens read before; any adds the product with the initial state.
+        key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
     """
     per_pair, per_state = 2 * (key_width + value_width), 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
@@ -337,11 +345,19 @@ def decay_flops(
     if paradigm is Paradigm.PARALLEL:
         return length * length * per_pair + (length * per_state if context else 0)
     whole, ragged = divmod(length, chunk_size)
-    inside = (whole * chunk_size**2 + ragged**2) * per_pair
+    squares = whole * chunk_size**2 + ragged**2
+    pairs = whole * _halved(chunk_size) + _halved(ragged) if key_decays else squares
+    inside = 2 * (pairs * key_width + squares * value_width)
     # every chunk but the first reads a state, every chunk but the last writes one
     last = ragged or chunk_size
     read = length if context else length - min(length, chunk_size)
     return inside + (read + length - last) * per_state
+
+
+def _halved(tokens: int) -> int:
+    """Pairs of tokens that are formed by halves: those of different tokens, once, of as many as a power of two."""
+    size = 1 << max(tokens - 1, 0).bit_length()
+    return size * (size - 1) // 2
 
 
 # Twice the worst of several thousand cases a function, or, where that is more, what exp makes of exponents that do not

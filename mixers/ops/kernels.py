@@ -166,6 +166,11 @@ def reference(op: str, paradigm: Paradigm) -> Kernel:
     raise SeqmixError(f"no kernel of {op}/{paradigm} was declared as the reference")
 
 
+def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
+    """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not settled."""
+    return KERNELS.get(Key(op, paradigm, backend)) or reference(op, paradigm)
+
+
 def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse dtypes that no reference computes in: a product of integers would be rounded without a word.
 

@@ -17,7 +17,7 @@ Keys are cached without their factor, so no factor ever depends on an absolute p
 """
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import advance, document_of_token
-from .kernels import Kernel, declare, require_floats
+from .kernels import Kernel, chosen, declare, require_floats
+
+
+Backend = Literal["auto", "sdpa", "flex", "xformers"]
+"""Whose kernels: `auto` is settled when a model is built; `sdpa` and `flex` are torch's."""
 
 
 class GrowingCache(NamedTuple):
@@ -220,21 +224,22 @@ def softmax(
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     chunk_size: int = 512,
+    backend: str = "sdpa",
 ) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
-    """The map in the paradigm asked for; the chunk size is read by `softmax_chunkwise` alone, which see."""
-    arguments = {
-        "scale": scale,
-        "window": window,
-        "log_decay": log_decay,
-        "initial_state": initial_state,
-        "output_final_state": output_final_state,
-        "cu_seqlens": cu_seqlens,
-    }
-    if paradigm is Paradigm.PARALLEL:
-        return softmax_parallel(q, k, v, **arguments)
-    if paradigm is Paradigm.RECURRENT:
-        return softmax_recurrent(q, k, v, **arguments)
-    return softmax_chunkwise(q, k, v, **arguments, chunk_size=chunk_size)
+    """The map in the paradigm asked for, by a backend's kernel; the chunk size is read by `softmax_chunkwise` alone."""
+    chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
+    return chosen("softmax", paradigm, backend).function(
+        q,
+        k,
+        v,
+        scale=scale,
+        window=window,
+        log_decay=log_decay,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        **chunks,
+    )
 
 
 def softmax_flops(
