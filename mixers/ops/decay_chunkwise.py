@@ -18,16 +18,15 @@ want it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
 from .segments import pieces, stretches
-
-SUB_CHUNK = 16
-"""Decays a key dimension form all pairs inside sub-chunks of this many tokens: [16 16 K] numbers at a time."""
 
 
 class _Chunk(ABC):
@@ -68,47 +67,58 @@ class _ScalarChunk(_Chunk):
 
 
 class _VectorChunk(_Chunk):
-    """A decay a key dimension, a [B H m K]: pairs inside sub-chunks, factors relative to sub-chunk edges between."""
+    """A decay a key dimension, a [B H m K]: every pair by way of the middle of the smallest block that holds it.
+
+    The chunk, padded to a power of two, is cut into blocks of 2, of 4, .. tokens. Those pairs of a block whose key is
+    in its first half and whose query is in its second are one product, of keys that have decayed to the block's middle
+    and queries that decay from there: no factor is ever above 1.
+    """
 
     def __init__(self, a: Tensor, scale: float) -> None:
         self.scale = scale
-        self.prefix = a.cumsum(2).exp_().mul_(scale)
-        self.suffix = _sum_after(a, 2).exp_()
-        self.total = a.sum(2).exp_()[..., None]
-        self.a = a.flatten(0, 1)
-        self.edges = [(at, min(at + SUB_CHUNK, a.shape[2])) for at in range(0, a.shape[2], SUB_CHUNK)]
+        self.length, self.size = a.shape[2], 1 << (a.shape[2] - 1).bit_length()
+        # from the block's first token up to each token, and from behind each token up to the block's last
+        up_to = a.new_zeros(a.shape[0] * a.shape[1], self.size, a.shape[3])
+        up_to[:, : self.length] = a.flatten(0, 1)
+        behind = torch.zeros_like(up_to)
+        self.levels = []
+        while (half := 1 << len(self.levels)) < self.size:
+            sums, rest = _halves(up_to, half), _halves(behind, half)
+            self.levels.append((sums[:, :, 1].exp().mul_(scale), rest[:, :, 0].exp()))
+            rest[:, :, 0] += sums[:, :, 1, -1:]
+            sums[:, :, 1] += sums[:, :, 0, -1:]
+        self.total = up_to[:, -1, :, None].exp().unflatten(0, a.shape[:2])
+        self.prefix = up_to[:, : self.length].exp().mul_(scale).unflatten(0, a.shape[:2])
+        self.suffix = behind[:, : self.length].exp().unflatten(0, a.shape[:2])
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        scores = q.new_zeros(*q.shape[:2], q.shape[1])
-        for start, stop in self.edges:
-            rows, inner = q[:, start:stop], self._pairs(start, stop)
-            scores[:, start:stop, start:stop] = torch.einsum("gik,gjk,gijk->gij", rows, k[:, start:stop], inner)
-            if start:
-                to_edge, from_edge = self._factors(start, stop)
-                scores[:, start:stop, :start] = (rows * from_edge) @ (k[:, :start] * to_edge).mT
-        return scores
+        scores = q.new_zeros(q.shape[0], self.size, self.size)
+        scores.diagonal(dim1=1, dim2=2)[:, : self.length] = (q * k).sum(2).mul_(self.scale)
+        for half, query, key, _, _ in self._products(q, k):
+            _corners(scores, half).copy_(query @ key.mT)
+        return scores[:, : self.length, : self.length]
 
     def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        for start, stop in self.edges:
-            rows, inner = slice(start, stop), self._pairs(start, stop)
-            d_inner = d_scores[:, rows, rows]
-            dq[:, rows] += torch.einsum("gij,gjk,gijk->gik", d_inner, k[:, rows], inner)
-            dk[:, rows] += torch.einsum("gij,gik,gijk->gjk", d_inner, q[:, rows], inner)
-            if start:
-                to_edge, from_edge = self._factors(start, stop)
-                d_outer = d_scores[:, rows, :start]
-                dq[:, rows] += (d_outer @ (k[:, :start] * to_edge)) * from_edge
-                dk[:, :start] += (d_outer.mT @ (q[:, rows] * from_edge)) * to_edge
-        return dq, dk
+        d_same = d_scores.diagonal(dim1=1, dim2=2)[..., None] * self.scale
+        dq, dk = self._padded(d_same * k), self._padded(d_same * q)
+        d_scores = self._padded(self._padded(d_scores).mT).mT
+        for half, query, key, from_middle, to_middle in self._products(q, k):
+            d_corners = _corners(d_scores, half)
+            _halves(dq, half)[:, :, 1].addcmul_(d_corners @ key, from_middle)
+            _halves(dk, half)[:, :, 0].addcmul_(d_corners.mT @ query, to_middle)
+        return dq[:, : self.length], dk[:, : self.length]
 
-    def _pairs(self, start: int, stop: int) -> Tensor:
-        """scale * D inside one sub-chunk, [G i j K]."""
-        return _pair_sums(self.a[:, start:stop]).exp_().mul_(self.scale)
+    def _products(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Each size of a half, its queries and keys [G n half K] as seen from the middle, and by what they decay."""
+        q, k = self._padded(q), self._padded(k)
+        for from_middle, to_middle in self.levels:
+            half = to_middle.shape[2]
+            query, key = _halves(q, half)[:, :, 1] * from_middle, _halves(k, half)[:, :, 0] * to_middle
+            yield half, query, key, from_middle, to_middle
 
-    def _factors(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Decays from every earlier token to the sub-chunk's edge, and (scaled) from there to each of its rows."""
-        return _sum_after(self.a[:, :start], 1).exp_(), self.a[:, start:stop].cumsum(1).exp_().mul_(self.scale)
+    def _padded(self, x: Tensor) -> Tensor:
+        """Tokens [G m *] as many as a power of two."""
+        return x if self.size == self.length else F.pad(x, (0, 0, 0, self.size - self.length))
 
 
 class _FixedDecays:
@@ -157,6 +167,17 @@ def _decays(
     if log_decay is None or log_decay.ndim == 1:
         return _FixedDecays(log_decay, q.shape[2], min(chunk_size, q.shape[1]), scale, like)
     return _GivenDecays(log_decay, scale, like)
+
+
+def _halves(x: Tensor, half: int) -> Tensor:
+    """Tokens [G m *] as blocks of two halves, [G n 2 half *]; a view."""
+    return x.unflatten(1, (-1, 2, half))
+
+
+def _corners(scores: Tensor, half: int) -> Tensor:
+    """Queries in the second half and keys in the first of every block: [G m m] -> [G n half half]; a view."""
+    blocks = scores.unflatten(2, (-1, 2, half)).unflatten(1, (-1, 2, half))[:, :, 1, :, :, 0]
+    return blocks.diagonal(dim1=1, dim2=3).movedim(3, 1)
 
 
 def _times(count: Tensor, rate: Tensor) -> Tensor:
