@@ -1,0 +1,71 @@
+"""The short causal convolution that many mixers have in front of their recurrence."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .ops.convolution import short_convolution
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution a channel over the last few tokens, then silu (or nothing)."""
+
+    def __init__(
+        self, width: int, kernel_size: int, *, bias: bool = False, activation: Literal["silu", "none"] = "silu"
+    ) -> None:
+        """Set up the parameters.
+
+        Args:
+            width: channels.
+            kernel_size: tokens that a token sees, itself included; at least 1.
+            bias: whether the channels have biases.
+            activation: what the outputs go through.
+        """
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(width, kernel_size))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(kernel_size), as `nn.Conv1d`."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T width"],
+        state: Float[Tensor, "N kernel_size-1 width"] | None,
+        cu_seqlens: Int[Tensor, "N+1"] | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
+        """Convolve one segment.
+
+        Args:
+            x: the segment.
+            state: the last inputs before it, oldest first; None means zeros.
+            cu_seqlens: borders of N documents packed into one row.
+            return_state: whether the state after the segment is wanted: the last inputs, in the parameters' dtype,
+                which under autocast is not that of the segment.
+        """
+        output, final_state = short_convolution(
+            x, self.weight, self.bias, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
+        )
+        if self.activation == "silu":
+            output = F.silu(output)
+        return output, None if final_state is None else final_state.to(self.weight.dtype)
+
+    def init_state(self, batch_size: int) -> Float[Tensor, "B kernel_size-1 width"]:
+        """The state of nothing read: zeros."""
+        width, kernel_size = self.weight.shape
+        return self.weight.new_zeros(batch_size, kernel_size - 1, width)
+
+    def flops(self, length: int) -> int:  # noqa: ARG002
+        """Operations of its matrix products: none, it is elementwise."""
+        return 0

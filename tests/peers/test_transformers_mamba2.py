@@ -1,0 +1,148 @@
+"""Mamba-2 against transformers' (5.24): its layer with its cache, and whole models, on its path in plain torch.
+
+That path computes steps, the recurrence and the norms in float32 whatever the dtype: 1e-5 is agreement.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from seqmix.mixers import Paradigm
+from seqmix.mixers.mamba2 import Mamba2Config as Config
+from seqmix.models.builder import build_model
+from seqmix.models.config import ModelConfig
+
+# not importorskip: it would also skip where transformers is installed and its import fails
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
+
+from transformers import DynamicCache, Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+every_paradigm = pytest.mark.parametrize("paradigm", list(Paradigm))
+D_MODEL, HEAD_DIM, D_STATE, CHUNK, VOCAB, LENGTH = 24, 12, 6, 8, 50, 30
+GROUPS = pytest.mark.parametrize("n_groups", [1, 2, 4])
+
+
+def their_config(n_groups, **fields):
+    return Mamba2Config(
+        hidden_size=D_MODEL,
+        num_heads=2 * D_MODEL // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        state_size=D_STATE,
+        n_groups=n_groups,
+        num_hidden_layers=2,
+        chunk_size=CHUNK,
+        vocab_size=VOCAB,
+        **fields,
+    )
+
+
+def our_config(n_groups, **fields):
+    return Config(head_dim=HEAD_DIM, d_state=D_STATE, n_groups=n_groups, chunk_size=5, **fields)
+
+
+def their_weights(mixer):
+    """Parameters by our names; their convolution's has a dimension of one entry more."""
+    names = {"A_log": mixer.A_log, "D": mixer.D, "dt_bias": mixer.dt_bias, "norm_weight": mixer.norm.weight}
+    names |= {"in_proj.weight": mixer.in_proj.weight, "out_proj.weight": mixer.out_proj.weight}
+    return names | {"convolution.weight": mixer.conv1d.weight, "convolution.bias": mixer.conv1d.bias}
+
+
+def moved(module):
+    """Weights as far from those of initialisation as training takes them: steps of about 1 too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, parameter in module.named_parameters():
+            if name.endswith("dt_bias"):
+                parameter.uniform_(-5, 1)
+    return module.eval()
+
+
+def layers(n_groups, limit=None):
+    """Their layer, its configuration, and ours with the same weights."""
+    torch.manual_seed(0)
+    config = their_config(n_groups, **({} if limit is None else {"time_step_limit": limit}))
+    theirs = moved(Mamba2Mixer(config, layer_idx=0).double())
+    ours = our_config(n_groups, time_step_limit=limit).build(D_MODEL, layer_idx=0, n_layers=1).double()
+    ours.load_state_dict({name: x.squeeze() for name, x in their_weights(theirs).items()})
+    return theirs, config, ours
+
+
+def agree(actual, expected):
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+@GROUPS
+@every_paradigm
+@pytest.mark.parametrize("limit", [None, (0.1, 0.8)])
+def test_a_layers_output_and_gradients_are_theirs(n_groups, limit, paradigm):
+    theirs, _, ours = layers(n_groups, limit)
+    x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
+    our_leaves, their_leaves = ({"x": x.clone().requires_grad_()} for _ in range(2))
+    y, their_y = ours(our_leaves["x"], paradigm=paradigm)[0], theirs(their_leaves["x"])
+    agree(y, their_y)
+    our_leaves, their_leaves = our_leaves | dict(ours.named_parameters()), their_leaves | their_weights(theirs)
+    gradients = torch.autograd.grad(y, list(our_leaves.values()), dy)
+    their_gradients = torch.autograd.grad(their_y, [their_leaves[name] for name in our_leaves], dy)
+    for name, ours, theirs in zip(our_leaves, gradients, their_gradients, strict=True):
+        # where a group's outputs are small, the norm magnifies their rounding: relative to the whole gradient
+        assert (ours - theirs.squeeze()).norm() <= 3e-5 * theirs.norm(), name
+
+
+@GROUPS
+@every_paradigm
+@torch.no_grad()
+def test_a_layer_decodes_after_a_prompt_as_theirs_with_its_cache(n_groups, paradigm):
+    theirs, config, ours = layers(n_groups)
+    x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
+    cache = DynamicCache(config=config)
+    y, state = ours(x[:, :20], paradigm=paradigm, return_state=True)
+    agree(y, theirs(x[:, :20], cache))
+    for t in range(20, LENGTH):
+        y, state = ours.step(x[:, t : t + 1], state)
+        agree(y, theirs(x[:, t : t + 1], cache))
+    agree(state.memory, cache.get_recurrent_state(0, state_idx=0).mT)
+    agree(state.convolution.mT, cache.get_conv_state(0, state_idx=0)[..., -3:])
+
+
+@torch.no_grad()
+def test_their_decoding_forgets_the_limits_of_the_step_size():
+    theirs, config, ours = layers(1, (0.1, 0.8))
+    x, cache = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64), DynamicCache(config=config)
+    whole = theirs(x)
+    agree(ours(x[:, 20:], ours(x[:, :20], return_state=True)[1], paradigm=Paradigm.RECURRENT)[0], whole[:, 20:])
+    theirs(x[:, :20], cache)
+    assert (theirs(x[:, 20:21], cache) - whole[:, 20:21]).abs().max() > 1e-2
+
+
+@every_paradigm
+@torch.no_grad()
+def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm):
+    torch.manual_seed(0)
+    theirs = moved(Mamba2ForCausalLM(their_config(2, residual_in_fp32=False)).double())
+    norm = {"kind": "rmsnorm", "eps": theirs.config.layer_norm_epsilon}
+    blocks = {"mamba": {"mixer": our_config(2).model_dump(), "ffn": None, "norm": norm}}
+    ours = build_model(ModelConfig(d_model=D_MODEL, n_layers=2, vocab_size=VOCAB, blocks=blocks, norm=norm)).double()
+    weights = {
+        "embedding.weight": theirs.backbone.embeddings.weight,
+        "norm.weight": theirs.backbone.norm_f.weight,
+        "head.weight": theirs.lm_head.weight,
+    }
+    for i, layer in enumerate(theirs.backbone.layers):
+        weights |= {f"blocks.{i}.mixer.{name}": x.squeeze() for name, x in their_weights(layer.mixer).items()}
+        weights[f"blocks.{i}.mixer_norm.weight"] = layer.norm.weight
+    ours.load_state_dict(weights)
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    logits = theirs(tokens, use_cache=False).logits
+    agree(ours(tokens, paradigm=paradigm).logits, logits)
+    packed = ours(tokens.reshape(1, -1), paradigm=paradigm, cu_seqlens=torch.tensor([0, LENGTH, 2 * LENGTH]))
+    agree(packed.logits, logits.reshape(1, -1, VOCAB))
+    cache, state = DynamicCache(config=theirs.config), None
+    for piece in [slice(0, 12), slice(12, 20), *(slice(t, t + 1) for t in range(20, LENGTH))]:
+        output, state = ours(tokens[:, piece], state, paradigm=paradigm, return_state=True)
+        agree(output, logits[:, piece])
+        agree(output, theirs(tokens[:, piece], cache=cache).logits)
