@@ -158,8 +158,8 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
     assert "ConvolutionConfig" in seqmix("seqmix schema")[0]
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+def generator(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -168,9 +168,14 @@ def generator() -> ModuleType:
 
 
 def test_the_reference_is_up_to_date():
-    module = generator()
+    module = generator("generate")
     assert module.TARGET.read_text() == module.render(), "run: python docs/generate.py"
     assert module.CONFORMANCE.read_text() == module.render_conformance(), "run: python docs/generate.py"
+
+
+def test_the_page_of_mixers_is_up_to_date():
+    module = generator("mixers")
+    assert module.TARGET.read_text() == module.render(), "run: python docs/mixers.py"
 
 
 def rows(text: str, head: str) -> list[list[str]]:
@@ -192,7 +197,7 @@ def test_the_contract_lists_the_mixers_and_what_they_declare():
     listed = {row[0]: row[1:] for row in rows((ROOT / "docs" / "contract.md").read_text(), "| kind | paradigms |")}
     found = {}
     for kind in (kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")):
-        traits = MIXERS.resolve(kind)(n_heads=1).traits
+        traits = MIXERS.resolve(kind).example().traits
         words = {True: "yes", False: "no"}
         found[kind] = [
             ", ".join(p for p in ("parallel", "recurrent", "chunkwise") if p in traits.paradigms),
