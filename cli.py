@@ -123,7 +123,9 @@ def generate(
     """
     from .models import Sampling, stream_text
     from .training import load_run
+    from .training.memory import keep_freed_memory
 
+    keep_freed_memory()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = stream_text(
         load_run(run),

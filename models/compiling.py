@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import Block
+from ..mixers.ops.fusion import written
 from .language_model import LanguageModel
 
 
@@ -45,15 +46,15 @@ def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[...
     for node in graph.graph.find_nodes(op="call_function", target=F.linear):
         row, *_ = node.args
         example = row.meta.get("example_value") if isinstance(row, torch.fx.Node) else None
-        if example is not None and example.device.type == "cpu" and example.numel() == example.shape[-1]:
+        if example is not None and example.device.type == "cpu" and 1 < example.numel() == example.shape[-1]:
             node.target = _row_product
     graph.recompile()
     return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of one row."""
-    product = (weight * row.reshape(-1)).sum(-1)
+    """F.linear of one row, which is written first: or its norm and activation would be formed for each output."""
+    product = (weight * written(row.reshape(-1), 0)).sum(-1)
     if bias is not None:
         product = product + bias
     return product.reshape(*row.shape[:-1], -1)

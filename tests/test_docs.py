@@ -193,21 +193,6 @@ def test_the_readme_lists_the_presets_and_their_sizes():
     assert listed == found
 
 
-def test_the_contract_lists_the_mixers_and_what_they_declare():
-    listed = {row[0]: row[1:] for row in rows((ROOT / "docs" / "contract.md").read_text(), "| kind | paradigms |")}
-    found = {}
-    for kind in (kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")):
-        traits = MIXERS.resolve(kind).example().traits
-        words = {True: "yes", False: "no"}
-        found[kind] = [
-            ", ".join(p for p in ("parallel", "recurrent", "chunkwise") if p in traits.paradigms),
-            traits.state,
-            words[traits.packing],
-            words[traits.shift_invariant],
-        ]
-    assert listed == found
-
-
 def anchors(page: Path) -> set[str]:
     heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}

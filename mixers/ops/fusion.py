@@ -14,6 +14,9 @@ def once(x: Tensor, dim: int) -> Tensor:
         x: a small tensor, from expensive functions.
         dim: a dimension of more than one entry, or nothing changes.
     """
-    if not torch.compiler.is_compiling() or x.shape[dim] < 2:
-        return x
+    return written(x, dim) if torch.compiler.is_compiling() and x.shape[dim] > 1 else x
+
+
+def written(x: Tensor, dim: int) -> Tensor:
+    """A copy that compiled code writes to memory; `dim` has more than one entry."""
     return torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 1, x.shape[dim] - 1)), dim)

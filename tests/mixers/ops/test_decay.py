@@ -26,7 +26,7 @@ OPS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
 DECAYS = ["none", "head", "token", "key"]
 """log_decay None, [H], [B T H], [B T H K]."""
 INPUTS = ["q", "k", "v", "log_decay", "initial_state"]
-# decays a key dimension are cut into sub-chunks of 16 tokens
+# decays a key dimension are formed by halves of blocks of 2, 4, 8, 16, .. tokens
 LENGTHS = st.integers(1, 9) | st.sampled_from([15, 16, 17, 31, 33, 40, 45])
 CHUNKS = st.integers(1, 10) | st.sampled_from([16, 17, 32, 40, 64])
 
