@@ -1,0 +1,214 @@
+"""Hyena (Poli et al., arXiv 2302.10866, Definition 3.1, sections 3.2 and 3.3): gates and long convolutions, in turn.
+
+    v, x_1 .. x_N = conv(x W_I) by channel, over the last few tokens
+    v   <-  x_n * (h_n conv v + b_n v)      for n = 1 .. N, the order
+    y   =   v W_O
+    h_n(t) = FFN_n(features(t / L)) * (exp(-delta t / L) + shift)       delta: a rate a channel
+    features(s) = s, cos(2 pi k s), -sin(2 pi k s)      for k = 1 .. K      the FFN has sines between its layers
+
+The filters are functions of the distance t in tokens, computed anew in every call. Their scale is L, a field
+(`filter_length`), never the length of the segment. The paper's filters end at L; here they go on: the features turn on,
+s grows, the window falls to its shift. So any length is legal, but what was not trained may be poor. Decoding is a sum
+over all inputs of the long convolutions, which are the state: a token costs what its position says.
+
+Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
+projections and dropout, a k from 0 to K - 1, of which 0 says nothing, an s of t / (L - 1), and rates that are spread
+over all filters instead of over each. As there, the filters have one FFN but for its last layer, and its sines have
+frequencies that all its layers share.
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .base import MixerConfig, SequenceMixer, Traits
+from .ops.convolution import long_convolution
+from .paradigm import Paradigm
+from .positions import advance
+from .short_convolution import ShortConvolution
+
+FAINT = 0.01
+"""What is left of a filter when its window has decayed."""
+
+
+class HyenaConfig(MixerConfig):
+    """Hyena: gates, and convolutions over all tokens whose filters are functions of the distance."""
+
+    kind: Literal["hyena"] = "hyena"
+    order: int = Field(default=2, gt=0, le=16, examples=[1, 3])
+    """Gates, each behind a long convolution."""
+    first_filter: bool = True
+    """Whether there is one before the first gate, as in the paper; the authors' code has none."""
+    conv_size: int = Field(default=3, gt=0, le=64, examples=[1])
+    """Tokens that the short convolution of the projections sees."""
+    filter_length: int = Field(default=1024, gt=0, examples=[5])
+    """L: tokens that the filters are laid out for. There may be more."""
+    n_bands: int = Field(default=16, gt=0, le=2**16, examples=[2, 1])
+    """K: frequencies of the features, of 1 to K turns in L tokens."""
+    filter_width: int = Field(default=64, gt=0, examples=[4])
+    """Width of the FFN of the filters."""
+    filter_depth: int = Field(default=4, ge=2, le=64, examples=[2, 3])
+    """Linear layers of that FFN."""
+    sine_frequency: float = Field(default=1.0, gt=0)
+    """Factor in the sines at the start; each of the FFN's dimensions learns its own. More makes rougher filters, and
+    gradients of the first layers that grow by its powers."""
+    decay_range: tuple[float, float] = Field(default=(0.3, 1.5), strict=False)
+    """Parts of L after which the fastest and the slowest channel's window has fallen to 0.01."""
+    decay_shift: float = Field(default=0.05, ge=0)
+    """Added to the window, which so never closes."""
+    paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
+    """The paradigm of training and evaluation."""
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "HyenaConfig":
+        if self.order == 1 and not self.first_filter:
+            raise ValueError("without the first filter, order 1 has none: it needs an order of at least 2")
+        fast, slow = self.decay_range
+        if not 0 < fast <= slow:
+            raise ValueError(f"decay_range needs 0 < fastest <= slowest, and is {self.decay_range}")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """No chunkwise paradigm, and a state of all that was read; only distances play a part."""
+        return Traits(
+            paradigms=frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT}),
+            state="growing",
+            packing=True,
+            shift_invariant=True,
+        )
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Hyena":  # noqa: ARG002
+        """Build the layer."""
+        return Hyena(self, d_model)
+
+
+class GrowingHyenaState(NamedTuple):
+    """What Hyena keeps of the tokens it has read; it grows by T with every segment, in packed rows too."""
+
+    recent: Float[Tensor, "B W-1 D*(N+1)"]
+    """The last inputs of the short convolution, oldest first."""
+    inputs: Float[Tensor, "B P N D"]
+    """All inputs of every long convolution, oldest first, behind zeros where a row has read fewer than P tokens."""
+
+
+class AllocatedHyenaState(NamedTuple):
+    """The same with room for P tokens from the start."""
+
+    recent: Float[Tensor, "B W-1 D*(N+1)"]
+    inputs: Float[Tensor, "B P N D"]
+    length: Int[Tensor, " B"]
+    """Tokens read."""
+
+
+HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
+
+
+class Hyena(SequenceMixer[HyenaState]):
+    """The layer of `HyenaConfig`."""
+
+    def __init__(self, config: HyenaConfig, d_model: int) -> None:
+        super().__init__(config)
+        self.config = config
+        self.d_model = d_model
+        self.n_filters = config.order - (not config.first_filter)
+        streams, width = (config.order + 1) * d_model, config.filter_width
+        self.in_proj = nn.Linear(d_model, streams, bias=False)
+        self.convolution = ShortConvolution(streams, config.conv_size, bias=True, activation="none")
+        widths = [1 + 2 * config.n_bands, *[width] * (config.filter_depth - 1)]
+        self.filter_layers = nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths)))
+        self.filter_out = nn.Linear(width, self.n_filters * d_model, bias=False)
+        self.frequency = nn.Parameter(torch.empty(width))
+        self.skip = nn.Parameter(torch.empty(self.n_filters, d_model))
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the authors' code: torch's defaults for linear layers and convolutions, normal numbers for b."""
+        for layer in (self.in_proj, self.convolution, *self._filter_layers(), self.filter_out, self.out_proj):
+            layer.reset_parameters()
+        nn.init.constant_(self.frequency, self.config.sine_frequency)
+        nn.init.normal_(self.skip)
+
+    def mix(  # noqa: D102
+        self,
+        x: Float[Tensor, "B T D"],
+        state: HyenaState | None,
+        paradigm: Paradigm,
+        cu_seqlens: Int[Tensor, "N+1"] | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T D"], HyenaState | None]:
+        recent = None if state is None else state.recent
+        streams, recent = self.convolution(self.in_proj(x), recent, cu_seqlens, return_state)
+        v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
+        allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
+        filters = self.filters(room if allocated else room + x.shape[1]).unbind()
+        inputs = []
+        for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
+            if n >= 0:  # below that it is the gate that has no filter
+                v, read = long_convolution(
+                    paradigm,
+                    v,
+                    filters[n],
+                    initial_state=None if state is None else state.inputs[:, :, n],
+                    output_final_state=return_state,
+                    grows=not allocated,
+                    cu_seqlens=cu_seqlens,
+                )
+                inputs.append(read)
+            v = gate * v
+        y = self.out_proj(v.to(streams.dtype))
+        if not return_state:
+            return y, None
+        after = torch.stack(inputs, dim=2)
+        if not isinstance(state, AllocatedHyenaState):
+            return y, GrowingHyenaState(recent, after)
+        length = advance(state.length, x.shape[0], x.shape[1], cu_seqlens, x.device)
+        torch.ops.aten._assert_async.msg(
+            (length <= room).all(),
+            "the state was allocated for fewer tokens than are read: pass a larger max_length to init_state",
+        )
+        return y, AllocatedHyenaState(recent, after, length)
+
+    def filters(self, length: int) -> Float[Tensor, "N D length"]:
+        """h_n at the distances 0 to length - 1, with b_n added at 0; float64.
+
+        Sines of sines make thousands of roundings of one in float32. Besides, autocast leaves float64 alone.
+        """
+        config, exact = self.config, torch.float64
+        s = torch.arange(length, device=self.device, dtype=exact)[:, None] / config.filter_length
+        angles = 2 * math.pi * s * torch.arange(1, config.n_bands + 1, device=self.device, dtype=exact)
+        hidden = torch.cat((s, angles.cos(), -angles.sin()), dim=1)
+        for layer in self._filter_layers():
+            hidden = torch.sin(
+                self.frequency.to(exact) * F.linear(hidden, layer.weight.to(exact), layer.bias.to(exact))
+            )
+        filters = F.linear(hidden, self.filter_out.weight.to(exact)).unflatten(1, (self.n_filters, -1))
+        fast, slow = (-math.log(FAINT) / part for part in config.decay_range)
+        rates = torch.linspace(slow, fast, self.d_model, device=self.device, dtype=exact)
+        window = torch.exp(-s * rates) + config.decay_shift
+        filters = filters * window[:, None] + (s == 0)[:, None] * self.skip.to(exact)
+        return filters.permute(1, 2, 0)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HyenaState:  # noqa: D102
+        recent = self.convolution.init_state(batch_size)
+        sizes = (batch_size, max_length or 0, self.n_filters, self.d_model)
+        inputs = torch.zeros(sizes, device=self.device, dtype=self.state_dtype)
+        if max_length is None:
+            return GrowingHyenaState(recent, inputs)
+        return AllocatedHyenaState(recent, inputs, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: ARG002, D102
+        projections = self.in_proj.weight.numel() + self.out_proj.weight.numel()
+        of_filters = sum(layer.weight.numel() for layer in (*self._filter_layers(), self.filter_out))
+        return 2 * (length * projections + (context + length) * of_filters)
+
+    def _filter_layers(self) -> list[nn.Linear]:
+        """The layers of the filters' FFN, but for the last."""
+        return [layer for layer in self.filter_layers if isinstance(layer, nn.Linear)]
