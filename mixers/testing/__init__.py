@@ -17,7 +17,7 @@ from . import checks
 from .case import Case, Draw
 from .check import CHECKS, Check, check
 from .compare import CheckFailure
-from .families import DecayCase, SoftmaxCase
+from .families import DecayCase, DeltaCase, SoftmaxCase
 from .kernel_case import KernelCase
 from .kernel_check import KERNEL_CHECKS, KernelCheck, KernelTrial, kernel_check
 from .kernels import KernelReport, check_kernel, parametrize_kernels, reproduce_kernel
@@ -33,6 +33,7 @@ __all__ = [
     "Check",
     "CheckFailure",
     "DecayCase",
+    "DeltaCase",
     "Draw",
     "KernelCase",
     "KernelCheck",

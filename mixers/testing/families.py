@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ..ops.kernels import Kernel, Probe
 from ..ops.softmax import GrowingCache, RingCache
 from .compare import require
-from .kernel_case import KernelCase, Layout, Tensors
+from .kernel_case import Exact, KernelCase, Layout, Tensors
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -119,6 +120,106 @@ class DecayCase(KernelCase):
         if "K" not in self.log_decay:
             through = through.sum(-1)
         return gradients | {"log_decay": gradients["log_decay"] + through}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeltaCase(DecayCase):
+    """One call of a kernel of the delta family (ops/delta.py has its notation); keys have norm 1."""
+
+    rate: float = 1.0
+    """The largest beta; the smallest is 0."""
+
+    decays = (None, "H", "B T H")
+    extras = ("beta",)
+    axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Betas, decays and states are wide."""
+        return self.wide if name == "beta" else super().dtype_of(name)
+
+    @classmethod
+    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+        """Heads, decays and rate: a state of small ones remembers everything."""
+        return super().details(draw, probe, lengths, layout) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """q, k, v, log_decay, state, beta."""
+        inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
+        if self.dtype.is_floating_point:  # others are for kernels to refuse
+            inputs["k"].copy_(F.normalize(inputs["k"].double(), dim=-1))
+        beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
+        beta = self.rate * (0.5 + beta).clamp(0, 1)
+        return inputs | {"beta": self.laid_out(beta.to(device, self.wide), dim=0)}
+
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        """Output and final state."""
+        output, state = kernel.function(
+            *(inputs[name] for name in ("q", "k", "v", "beta")),
+            inputs.get("log_decay"),
+            initial_state=inputs.get("state"),
+            **self.arguments(kernel, inputs),
+        )
+        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        return {"output": output} | ({} if state is None else {"state": state})
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
+        return self.replaced(inputs, lambda _, key, decay, state: (-_row(key, decay * state), state))
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """The terms of a token's own sums: added up over tokens, as those of `decay`, they would grow while a state
+        that is replaced does not. Those of gradients do add up."""
+        before: list[Tensor] = []
+
+        def remember(_: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            before.append(state.detach().abs())
+            return -_row(key, decay * state), state
+
+        def exact(t: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return _row(key, decay * before[t]), state + (before[t] - state).detach()
+
+        self.replaced(inputs, remember)
+        return self.replaced(absolute, exact)
+
+    def replaced(
+        self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensors:
+        """The recurrence; `predict` makes of a token's number, its key, its decay and the state before what is added
+        to the value, and the state that decays."""
+        q, k, v, beta = (inputs[name] for name in ("q", "k", "v", "beta"))
+        a = inputs.get("log_decay", beta.new_zeros(self.n_heads))
+        decays = a.expand(*k.shape[:2], -1).exp()[..., None, None]
+        borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
+        states, final = [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+            state = k.new_zeros(self.rows, self.n_heads, self.key_width, self.value_width)
+            if "state" in inputs:
+                state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
+            for t in range(start, stop):
+                predicted, state = predict(t, k[:, t], decays[:, t], state)
+                written = beta[:, t, :, None] * (v[:, t] + predicted)
+                state = torch.addcmul(k[:, t, :, :, None] * written[:, :, None], decays[:, t], state)
+                states.append(state)
+            final.append(state)
+        scale = self.key_width**-0.5 if self.scale is None else self.scale
+        found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        return found | ({"state": torch.cat(final)} if self.final_state else {})
+
+    def cancelled(self, absolute: Tensors, gradients: Tensors) -> Tensors:
+        """Nothing cancels."""
+        del absolute
+        return gradients
+
+    def exact(self) -> Exact:
+        """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
+        found = super().exact()
+        terms = {name: torch.maximum(found.gradients_terms[name], x.abs()) for name, x in found.gradients.items()}
+        return found._replace(gradients_terms=terms)
+
+
+def _row(x: Tensor, state: Tensor) -> Tensor:
+    """x^T S: [B H K], [B H K V] -> [B H V]."""
+    return torch.einsum("bhk,bhkv->bhv", x, state)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -306,5 +407,5 @@ class SoftmaxCase(KernelCase):
         return above if name == "output" else above * (output != 0).to(device)
 
 
-FAMILIES: dict[str, type[KernelCase]] = {"decay": DecayCase, "softmax": SoftmaxCase}
+FAMILIES: dict[str, type[KernelCase]] = {"decay": DecayCase, "delta": DeltaCase, "softmax": SoftmaxCase}
 """Every op that kernels are declared for."""

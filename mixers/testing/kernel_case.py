@@ -82,6 +82,8 @@ class KernelCase(ABC):
     """Kinds of log-decays that the op has."""
     windows: ClassVar[tuple[bool, ...]] = (False,)
     """Whether a call has a window."""
+    extras: ClassVar[tuple[str, ...]] = ()
+    """The inputs with gradients beside queries, keys, values, log-decays and states."""
     axes: ClassVar[Mapping[str, str]]
     """The dimensions of each float tensor; the first of a state are its rows."""
     state: ClassVar[tuple[str, ...]]
@@ -136,7 +138,7 @@ class KernelCase(ABC):
                 lengths = [draw(tokens)] * draw(st.integers(1, 2))
             cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if cut]
             decays, state = ["log_decay"] if probe.log_decay else [], cls.float_state() if probe.initial_state else ()
-            leaves = [*"qkv", *decays, *state]
+            leaves = [*"qkv", *cls.extras, *decays, *state]
             some = st.lists(st.sampled_from(leaves), min_size=1, unique=True)
             common = {
                 **{name: getattr(probe, name) for name in PROBED},

@@ -20,6 +20,7 @@ from ...registry import SeqmixError
 from ..ops import decay as _decay
 from ..ops import decay_fla as _decay_fla
 from ..ops import decay_triton as _decay_triton
+from ..ops import delta as _delta
 from ..ops import softmax as _softmax
 from ..ops import softmax_flex as _softmax_flex
 from ..ops import softmax_xformers as _softmax_xformers
@@ -41,7 +42,7 @@ from .run import EXAMPLES
 from .search import conclude
 from .trial import strict_numerics
 
-DECLARING = (_decay, _decay_fla, _decay_triton, _softmax, _softmax_flex, _softmax_xformers)
+DECLARING = (_decay, _decay_fla, _decay_triton, _delta, _softmax, _softmax_flex, _softmax_xformers)
 """Importing a module declares its kernels."""
 
 

@@ -187,8 +187,8 @@ def test_what_does_not_exist_is_refused():
         SeqmixError, match=r"there is no check 'outputs_are_the_definition'.*outputs_are_the_definitions"
     ):
         check_kernel(REFERENCE, checks=["outputs_are_the_definition"])
-    with pytest.raises(SeqmixError, match="the op delta has no definition to test kernels by; ops that have: decay"):
-        check_kernel(replace(REFERENCE, op="delta"))
+    with pytest.raises(SeqmixError, match="the op hyena has no definition to test kernels by; ops that have: decay"):
+        check_kernel(replace(REFERENCE, op="hyena"))
     with pytest.raises(ValueError, match="there is a check outputs_are_the_definitions already"):
         kernel_check(share=1)(KERNEL_CHECKS["outputs_are_the_definitions"].test)
 
