@@ -75,7 +75,7 @@ def test_many_pieces_are_the_whole(model_of, each_mixer, paradigm):
     model, x = model_of(*each_mixer), tokens(batch_size=2)
     state, logits = None, []
     for piece in x.split([1, 4, 1, 5, 2], dim=1):
-        out = model(piece, state, paradigm=paradigm, return_state=True)
+        out = model(piece, state, paradigm=model.prefer(paradigm), return_state=True)
         state = out.state
         logits.append(out.logits)
     exactly(torch.cat(logits, dim=1), model(x).logits)
@@ -150,7 +150,8 @@ def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, para
     model, lengths = model_of(*each_mixer), [3, 1, 0, 6, 3]
     documents = [tokens(length, seed=seed) for seed, length in enumerate(lengths)]
     borders = torch.tensor([0, *itertools.accumulate(lengths)])
-    packed = model(torch.cat(documents, dim=1), paradigm=paradigm, cu_seqlens=borders, return_state=True)
+    by = model.prefer(paradigm)
+    packed = model(torch.cat(documents, dim=1), paradigm=by, cu_seqlens=borders, return_state=True)
     alone = [model(document, return_state=True) for document in documents if document.shape[1]]
     exactly(packed.logits, torch.cat([out.logits for out in alone], dim=1))
     more = tokens(2, batch_size=5, seed=9)
