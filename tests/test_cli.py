@@ -263,8 +263,8 @@ def test_mixers_lists_every_kind_and_what_it_declares(seqmix):
     assert (done.status, done.err) == (0, "")
     for kind in MIXERS.kinds():
         (line,) = (line for line in done.out.splitlines() if line.strip().startswith(f"{kind} "))
-        for word in ("parallel", "recurrent", "chunkwise"):
-            assert word in line
+        declared = MIXERS.resolve(kind).example().traits.paradigms
+        assert {word for word in ("parallel", "recurrent", "chunkwise") if word in line.split()} == declared
     assert re.search("^ *attention .*growing", done.out, re.M)
     assert re.search("^ *retention .*constant", done.out, re.M)
 
