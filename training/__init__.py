@@ -1,21 +1,23 @@
 """Training on one process: text, optimizer, loop, checkpoints."""
 
 from .checkpoint import CheckpointError
-from .config import PRESETS, DataConfig, RunConfig, TrainingConfig, load_config
+from .config import PRESETS, DataConfig, DatasetConfig, RunConfig, TrainingConfig, load_config
 from .data import Corpus, read_corpus
 from .loop import TrainingError, train
-from .run import load_run, read_config
+from .run import load_run, load_run_tokenizer, read_config
 
 __all__ = [
     "PRESETS",
     "CheckpointError",
     "Corpus",
     "DataConfig",
+    "DatasetConfig",
     "RunConfig",
     "TrainingConfig",
     "TrainingError",
     "load_config",
     "load_run",
+    "load_run_tokenizer",
     "read_config",
     "read_corpus",
     "train",

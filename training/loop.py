@@ -17,7 +17,17 @@ from ..models import IGNORED, LanguageModel, build_model, compile_blocks
 from ..registry import SeqmixError, dump
 from . import checkpoint
 from .config import RunConfig, TrainingConfig
-from .data import Batch, Corpus, evaluation_batches, read_corpus, training_batch
+from .data import (
+    Batch,
+    Corpus,
+    evaluation_batches,
+    most_documents,
+    pack,
+    read_corpus,
+    require_vocabulary,
+    tokenizer_of,
+    training_batch,
+)
 from .optim import build_optimizer, learning_rate
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
@@ -70,7 +80,7 @@ class Evaluated:
 
     step: int
     loss: float
-    """Nats a byte of the validation text."""
+    """Nats a token of the validation text."""
     final: bool
 
 
@@ -103,7 +113,9 @@ def train(
     run = Path(run)
     if not resume:
         _require_free(run)
-    corpus = read_corpus(config.data)
+    # a resumed run reads its own copy of the vocabulary
+    corpus = read_corpus(config.data.model_copy(update={"tokenizer": tokenizer_of(run, config)}))
+    require_vocabulary(config, corpus.tokenizer)
     folder = next(reversed(checkpoint.checkpoints(run)), None) if resume else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(config.training, device)
@@ -117,6 +129,7 @@ def train(
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+        corpus.tokenizer.save(run)
     trainer = Trainer(config, run, corpus, model, optimizer)
     trainer.drop_metrics_behind(start)
     yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
@@ -138,6 +151,11 @@ class Trainer:
         self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
         self.precision = _precision(config.training, model.device)
         model.checkpoint_activations = config.training.checkpoint_activations
+        self.most_documents: int | None = None
+        """Of a sequence, where documents are packed."""
+        if config.data.packing:
+            length, begin = config.data.sequence_length, corpus.tokenizer.begin
+            self.most_documents = max(most_documents(t, length, begin) for t in (corpus.train, corpus.validation))
         if config.training.compile:
             compile_blocks(model)
 
@@ -198,7 +216,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, *, final: bool = False) -> float:
-        """Nats a byte of the validation text; every sequence starts from nothing."""
+        """Nats a token of the validation text; every sequence starts from nothing."""
         settings = self.config.training
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         self.model.eval()
@@ -209,6 +227,7 @@ class Trainer:
             self.config.data.sequence_length,
             settings.batch_size // parts,
             None if limit is None else limit * parts,
+            begin=self.corpus.tokenizer.begin,
         ):
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())
@@ -228,8 +247,16 @@ class Trainer:
         partial.replace(file)
 
     def _batch(self, step: int) -> Batch:
-        length, size = self.config.data.sequence_length, self.config.training.batch_size
-        return self._to_device(training_batch(self.corpus.train, length, size, seed=self.config.seed, step=step))
+        batch = training_batch(
+            self.corpus.train,
+            self.config.data.sequence_length,
+            self.config.training.batch_size,
+            seed=self.config.seed,
+            step=step,
+            order=self.config.data.order,
+            begin=self.corpus.tokenizer.begin,
+        )
+        return self._to_device(batch)
 
     @torch.no_grad()
     def _loss_behind(self, step: int) -> float:
@@ -252,7 +279,10 @@ class Trainer:
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
         device = self.model.device.type
         with torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32):
-            return self.model.loss(batch.inputs, batch.targets)
+            if self.most_documents is None:
+                return self.model.loss(batch.inputs, batch.targets)
+            packed = pack(batch, self.most_documents, self.corpus.tokenizer.begin)
+            return self.model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))

@@ -41,7 +41,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
         console=console,
     )
     task = progress.add_task("train", total=config.training.steps, loss="", speed="")
-    entropy, done = math.inf, 0
+    entropy, bytes_per_token, done = math.inf, 1.0, 0
     recent: deque[float] = deque(maxlen=20)
     try:
         with StopRequest() as stop:
@@ -49,7 +49,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                 done = event.step
                 match event:
                     case Started():
-                        entropy = event.corpus.unigram_entropy
+                        entropy, bytes_per_token = event.corpus.unigram_entropy, event.corpus.bytes_per_token
                         console.print(_start(event, config.training.steps), highlight=False)
                         progress.update(task, completed=done)
                         progress.start()  # not before: what cannot start shows its error and nothing else
@@ -61,7 +61,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                         speed = f"{median(recent):,.0f} tokens/s"
                         progress.update(task, completed=done, loss=f"loss {event.loss:.3f}", speed=speed)
                     case Evaluated():
-                        console.print(_evaluation(event, entropy), highlight=False)
+                        console.print(_evaluation(event, entropy, bytes_per_token), highlight=False)
                     case Saved():
                         pass
     finally:
@@ -114,18 +114,24 @@ def _start(event: Started, steps: int) -> str:
     """What is trained, and on what."""
     corpus = event.corpus
     lines = (
-        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: {corpus.files:,} files, "
-        f"{len(corpus.train):,} tokens to learn, {len(corpus.validation):,} held out ({corpus.split})"
+        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: "
+        f"{corpus.documents:,} documents, {len(corpus.train):,} tokens to learn, "
+        f"{len(corpus.validation):,} held out ({corpus.split})"
     )
     return lines + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
 
-def _evaluation(event: Evaluated, entropy: float) -> str:
-    """One line: nats and bits a byte, and at the end how far below the byte frequencies alone."""
-    line = f"step {event.step}: validation {event.loss:.4f} nats/byte, {event.loss / NATS_PER_BIT:.4f} bits/byte"
+def _evaluation(event: Evaluated, entropy: float, bytes_per_token: float = 1.0) -> str:
+    """One line: nats a token and bits a byte, and at the end how far below the token frequencies alone."""
+    token = "byte" if bytes_per_token == 1 else "token"
+
+    def shown(loss: float) -> str:
+        return f"{loss:.4f} nats/{token}, {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
+
+    line = f"step {event.step}: validation {shown(event.loss)}"
     if event.final:
         line += (
-            f"; byte frequencies alone: {entropy:.4f} nats/byte, {entropy / NATS_PER_BIT:.4f} bits/byte "
+            f"; {token} frequencies alone: {shown(entropy)} "
             f"({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
         )
     return line

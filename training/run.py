@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from ..models import LanguageModel, build_model
+from ..models import LanguageModel, Tokenizer, build_model, load_tokenizer
 from ..registry import load
 from . import checkpoint
 from .config import PRESETS, RunConfig
+from .data import tokenizer_of
 from .loop import CONFIG_FILE
 
 
@@ -34,3 +35,12 @@ def load_run(run: str | Path, *, device: torch.device | str = "cpu") -> Language
     model = build_model(read_config(run).model, device=device)
     checkpoint.load_model(checkpoint.latest(run), model)
     return model.eval()
+
+
+def load_run_tokenizer(run: str | Path) -> Tokenizer:
+    """The tokenizer of a run: its own copy of the vocabulary, or bytes.
+
+    Raises:
+        SeqmixError: the folder is no run, or its vocabulary cannot be read.
+    """
+    return load_tokenizer(tokenizer_of(Path(run), read_config(Path(run))))
