@@ -177,7 +177,7 @@ def stream_text(
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
-            f"text needs a model of {tokenizer.vocab_size} tokens, as many as its tokenizer has, and this one has "
+            f"text needs a model of {tokenizer.vocab_size} tokens ({tokenizer.unit}), and this one has "
             f"{model.config.vocab_size}"
         )
     texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]

@@ -27,6 +27,8 @@ class SubwordTokenizer(Tokenizer):
         SeqmixError: the file is missing or no tokenizer, or the library is not installed.
     """
 
+    unit = "subwords"
+
     def __init__(self, file: Path) -> None:
         library = _library()
         try:

@@ -34,6 +34,8 @@ class TextDecoder(ABC):
 class Tokenizer(ABC):
     """A map of text to tokens and back."""
 
+    unit: str
+    """What a token is, in the plural."""
     identity: str
     """Equal for equal maps: `bytes`, or a hash of the vocabulary's file."""
     vocab_size: int
@@ -80,6 +82,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as tokens 0 to 255; token 256 opens every document."""
 
+    unit = "bytes"
     identity = "bytes"
     vocab_size = 257
     begin = 256

@@ -280,7 +280,7 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
         assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "mixers", "check", "show", "schema"])
+@pytest.mark.parametrize("command", ["train", "generate", "tokenize", "mixers", "check", "show", "schema"])
 def test_every_command_has_help(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")
@@ -295,6 +295,7 @@ def test_options_are_documented(seqmix):
         "generate": ("--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop"),
         "check": ("--device", "--paradigm", "--only", "--examples", "--seed", "--d-model", "--compile", "MIXER"),
         "show": ("--length", "--json"),
+        "tokenize": ("--out", "--tokenizer", "--train-bpe", "SOURCE", "KEY=VALUE"),
     }.items():
         out = seqmix(command, "--help").out
         for option in options:

@@ -23,7 +23,7 @@ BEGIN = 256
 class WideTokenizer(ByteTokenizer):
     """Bytes with large numbers."""
 
-    identity = "wide"
+    identity = unit = "wide"
     begin = 2**17
     vocab_size = begin + 1
 
