@@ -126,7 +126,7 @@ def generate(
     [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
     """
     from .models import Sampling, stream_text
-    from .training import load_run, load_run_tokenizer
+    from .training import load_run
     from .training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -138,7 +138,6 @@ def generate(
         sampling=sampling,
         stop=stop or [],
         compiled=compiled,
-        tokenizer=load_run_tokenizer(run),
     )
     # bytes of a command line that are no text come as surrogates, which no terminal takes
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]

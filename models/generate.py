@@ -18,7 +18,7 @@ from ..mixers.state import concatenate
 from ..registry import SeqmixError
 from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
-from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer
+from .tokenizer import TextDecoder
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
@@ -153,18 +153,16 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     compiled: bool | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts; yield the new piece of each as it comes ("" where there is none).
 
     Args:
-        model: the model; its training mode is the caller's.
+        model: the model, whose `tokenizer` reads and writes; its training mode is the caller's.
         prompts: the texts, not empty.
         max_new_tokens: tokens to generate at most.
         sampling: how they are chosen.
         stop: a text ends before the first of these that appears in it.
         compiled: as in `generate_tokens`.
-        tokenizer: what the model was trained with; bytes when None.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model has fewer tokens than the tokenizer.
@@ -172,7 +170,7 @@ def stream_text(
     for name, texts in (("prompts", prompts), ("stop", stop)):
         if isinstance(texts, str):
             raise SeqmixError(f"{name} is a list of texts: give [{texts[:20]!r}]")
-    tokenizer = tokenizer or ByteTokenizer()
+    tokenizer = model.tokenizer
     if any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:

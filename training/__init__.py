@@ -4,7 +4,7 @@ from .checkpoint import CheckpointError
 from .config import PRESETS, DataConfig, DatasetConfig, RunConfig, TrainingConfig, load_config
 from .data import Corpus, read_corpus
 from .loop import TrainingError, train
-from .run import load_run, load_run_tokenizer, read_config
+from .run import load_run, read_config
 
 __all__ = [
     "PRESETS",
@@ -17,7 +17,6 @@ __all__ = [
     "TrainingError",
     "load_config",
     "load_run",
-    "load_run_tokenizer",
     "read_config",
     "read_corpus",
     "train",

@@ -120,6 +120,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(config.training, device)
     model = build_model(config.model, device=device, activations=precision, seed=config.seed)
+    model.tokenizer = corpus.tokenizer
     optimizer = build_optimizer(model, config.training)
     start = 0
     if folder is not None:

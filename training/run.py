@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import LanguageModel, Tokenizer, build_model, load_tokenizer
+from ..models import LanguageModel, build_model, load_tokenizer
 from ..registry import load
 from . import checkpoint
 from .config import PRESETS, RunConfig
@@ -26,21 +26,15 @@ def read_config(run: Path) -> RunConfig:
 
 
 def load_run(run: str | Path, *, device: torch.device | str = "cpu") -> LanguageModel:
-    """The trained model of a run, from its newest checkpoint, ready to generate.
+    """The trained model of a run, from its newest checkpoint, with the run's tokenizer: ready to generate.
 
     Raises:
-        SeqmixError: the folder is no run, or its checkpoint is missing, damaged or of another model.
+        SeqmixError: the folder is no run, its checkpoint is missing, damaged or of another model, or its vocabulary
+            cannot be read.
     """
     run = Path(run)
-    model = build_model(read_config(run).model, device=device)
+    config = read_config(run)
+    model = build_model(config.model, device=device)
+    model.tokenizer = load_tokenizer(tokenizer_of(run, config))
     checkpoint.load_model(checkpoint.latest(run), model)
     return model.eval()
-
-
-def load_run_tokenizer(run: str | Path) -> Tokenizer:
-    """The tokenizer of a run: its own copy of the vocabulary, or bytes.
-
-    Raises:
-        SeqmixError: the folder is no run, or its vocabulary cannot be read.
-    """
-    return load_tokenizer(tokenizer_of(Path(run), read_config(Path(run))))

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqmix import load_run, train
+from seqmix import Sampling, generate_text, load_run, train
 from seqmix.models import ByteTokenizer
-from seqmix.training import load_run_tokenizer
 from seqmix.training.data import TokenFile
 from seqmix.training.loop import Evaluated, Stepped
 
@@ -134,11 +133,17 @@ def test_a_run_keeps_its_vocabulary_and_generates_with_it(seqmix, bpe):
     assert re.search(r"step 4: validation \d\.\d+ nats/token, \d+\.\d+ bits/byte; token frequencies alone: ", done.out)
     assert Path("run/tokenizer.json").read_bytes() == Path("text.json").read_bytes()
     Path("text.json").unlink()
-    assert load_run_tokenizer("run").vocab_size == 280
-    assert load_run("run").config.vocab_size == 280
-    done = seqmix("generate", "run", "--prompt", "the text", "--max-new-tokens", "5", "--temperature", "0")
+    model, read = load_run("run"), []
+    assert (model.config.vocab_size, model.tokenizer.vocab_size) == (280, 280)
+    model.embedding.register_forward_pre_hook(lambda module, args: read.append(args[0].flatten().tolist()))
+    (text,) = generate_text(model, ["the text"], max_new_tokens=5)
+    assert read[0] == model.tokenizer.encode("the text").tolist()
+    assert max(read[0][1:]) > 256  # no byte
+    greedy = ("--max-new-tokens", "9", "--temperature", "0")
+    done = seqmix("generate", "run", "--prompt", "the text", *greedy)
     assert (done.status, done.err) == (0, "")
-    assert done.out.startswith("the text")
+    (text,) = generate_text(model, ["the text"], max_new_tokens=9, sampling=Sampling(temperature=0))
+    assert done.out == f"the text{text}\n"
 
 
 def test_a_resumed_run_reads_its_own_vocabulary(seqmix, bpe):

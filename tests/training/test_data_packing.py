@@ -78,8 +78,9 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
     assert abs(crossing - expected) > 1e-4  # the documents are not so much alike that the test sees nothing
 
 
-def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path):
-    config = packed_config("training.batch_size=4", "training.accumulate=2")
+@pytest.mark.parametrize("split", ["by_file", "tail"])  # tails are much shorter documents than what is learned
+def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path, split):
+    config = packed_config("training.batch_size=4", "training.accumulate=2", f"data.split={split}")
     model = build_model(config.model)
     trainer = Trainer(config, tmp_path, read_corpus(config.data), model, torch.optim.SGD(model.parameters()))
 
@@ -93,6 +94,18 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path):
     assert trainer.step(3)[0] == pytest.approx(expected, rel=1e-5)
     expected = mean(evaluation_batches(trainer.corpus.validation, LENGTH, 4, None))
     assert trainer.evaluate(final=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_has_the_order_that_is_asked_for(packed_config, tmp_path):
+    seen = []
+    for order in ("epochs", "random_windows"):
+        config = packed_config(f"data.order={order}", "data.packing=false", "training.steps=2")
+        model = build_model(config.model)
+        trainer = Trainer(config, tmp_path, read_corpus(config.data), model, torch.optim.SGD(model.parameters()))
+        model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        trainer.step(1)
+        expected = training_batch(trainer.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
+        assert torch.equal(seen.pop(), expected.inputs)
 
 
 def test_a_packed_run_goes_on_as_the_unbroken_one(packed_config, tmp_path):
@@ -136,6 +149,13 @@ def test_borders_are_the_sequences_and_the_begin_tokens(stream, length, rows, st
     assert packed.cu_seqlens.diff().min() >= 0
     assert torch.equal(packed.inputs, batch.inputs.view(1, -1))
     assert torch.equal(packed.targets, batch.targets.view(1, -1))
+
+
+def test_more_documents_than_the_bound_are_never_left_out():
+    batch = Batch(torch.tensor([[BEGIN, 1, BEGIN, 2]]), torch.tensor([[1, IGNORED, 2, 3]]))
+    assert pack(batch, 2, BEGIN).cu_seqlens.tolist() == [0, 2, 4]
+    with pytest.raises(RuntimeError, match="a sequence has more documents than its stream"):
+        pack(batch, 1, BEGIN)
 
 
 def test_a_mapped_stream_has_the_same_bound():

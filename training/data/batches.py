@@ -98,14 +98,19 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
         batch: B sequences of T tokens.
         most: documents of a sequence at most (`most_documents`).
         begin: the begin token.
+
+    Raises:
+        RuntimeError: a sequence has more documents; on a GPU, in its own time.
     """
     borders = batch.inputs == begin
     borders[:, 0] = True
     length = borders.numel()
     places = torch.arange(length, device=borders.device)
     # no count is asked for, which would wait for the device
-    starts = torch.where(borders.flatten(), places, length).sort().values[: len(borders) * most]
-    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=length)
+    starts = torch.where(borders.flatten(), places, length).sort().values
+    kept = len(borders) * most
+    torch.ops.aten._assert_async.msg((starts[kept:] == length).all(), "a sequence has more documents than its stream")
+    cu_seqlens = torch.nn.functional.pad(starts[:kept], (0, 1), value=length)
     return Packed(batch.inputs.reshape(1, -1), batch.targets.reshape(1, -1), cu_seqlens)
 
 
