@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class TokenDocument(NamedTuple):
     tokens: np.ndarray
 
 
+@runtime_checkable
 class Store(Protocol):
     """Documents one behind another, each opened by a begin token."""
 
