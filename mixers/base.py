@@ -251,7 +251,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:  # noqa: ARG002
-        """The op whose kernels it calls, and what they are asked where activations have `dtype`; None without a choice."""
+        """The op whose kernels it calls, and what they are asked of activations of `dtype`; None without a choice."""
         return None
 
     def settle_backend(self, dtype: torch.dtype) -> None:

@@ -30,7 +30,6 @@ from ..paradigm import Paradigm
 from ..positions import advance, document_of_token
 from .kernels import Kernel, chosen, declare, require_floats
 
-
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
 """Whose kernels: `auto` is settled when a model is built; `sdpa` and `flex` are torch's."""
 

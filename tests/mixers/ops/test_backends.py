@@ -97,7 +97,7 @@ def test_a_trial_finds_what_is_wrong(function, reason):
 
 
 def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
-    with pytest.raises(SeqmixError, match="backend fla cannot run: .*takes bfloat16, float16, not float32.*CUDA"):
+    with pytest.raises(SeqmixError, match=r"backend fla cannot run: .*takes bfloat16, float16, not float32.*CUDA"):
         choose("decay", "fla", PROBE)
     with pytest.raises(SeqmixError, match="decay has no backend 'flex'; there are auto, "):
         choose("decay", "flex", PROBE)
