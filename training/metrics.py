@@ -67,7 +67,7 @@ def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
         if isinstance(value, dict):
             found += _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            found.append((prefix + name, value))
+            found.append((f"{prefix}{name}", value))
     return found
 
 
