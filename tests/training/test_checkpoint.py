@@ -232,16 +232,18 @@ def test_a_failure_to_write_is_one_sentence_and_leaves_the_one_before(config_of,
 
 
 def test_a_checkpoint_appears_with_all_its_files(trained, tmp_path, monkeypatch):
-    seen = []
+    seen, written = [], []
 
     def watch(path):
         seen.append((path.name, len(checkpoints(tmp_path))))
+        written.append(path.stat().st_ino)
 
     monkeypatch.setattr(seqmix.training.checkpoint, "flush", watch)
-    saved(tmp_path, 1, *trained)
+    folder = saved(tmp_path, 1, *trained)
     # all files and the folder are on the disk before it has its name, and then the name
     assert sorted(seen[:-1]) == [(name, 0) for name in (".step-000001.partial", "manifest.json", *FILES)]
     assert seen[-1] == ("checkpoints", 1)
+    assert folder.stat().st_ino in written  # renamed, not copied
 
 
 def test_old_ones_are_dropped_after_the_new_one_is_there(trained, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def test_hooks_are_removed_where_the_call_fails(heads):
 
 def test_compiled_code_is_seen_through(heads):
     heads[1].weight.data.fill_(math.nan)
-    compiled = torch.compile(heads, backend="eager")
+    compiled = torch.compile(heads, backend="eager", fullgraph=True)
     compiled(torch.ones(1, 2))
     assert first_module(heads, lambda: compiled(torch.ones(1, 2))) == "1, whose weight is not finite"
     torch._dynamo.reset()
