@@ -6,7 +6,7 @@ Everything random in a step is a function of (seed, step): a resumed run goes on
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +78,7 @@ def train(
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), trainer:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held(run), trainer:
         trainer.metrics.begin(start)
         checkpoint.drop_unfinished(run)
         record_session(run, config, step=start, device=device, precision=precision)
@@ -431,6 +431,24 @@ def _claim(run: Path, config: RunConfig, comment: str) -> None:
         raise TrainingError(f"{run} already holds a run, begun meanwhile: write elsewhere with --out DIR") from error
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[None]:
+    """Keep other processes from going on with the same run; the system lets go of it however this one ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (run / CONFIG_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:

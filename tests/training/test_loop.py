@@ -378,6 +378,18 @@ def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path,
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_run_is_trained_by_one_at_a_time(config_of, tmp_path):
+    first = train(config_of(), tmp_path / "run")
+    assert [next(first).step for _ in range(5)][-1] == 2
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    message = refusal(config_of(), tmp_path / "run", resume=True)
+    assert message == f"another process trains {tmp_path / 'run'}: stop it first, or wait until it ends"
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")} == before
+    first.close()
+    started, *_ = run_of(config_of(), tmp_path / "run", resume=True)
+    assert started.step == 2
+
+
 def test_an_empty_folder_is_taken(config_of, tmp_path):
     (tmp_path / "run").mkdir()
     assert run_of(config_of("training.steps=2"), tmp_path / "run")
