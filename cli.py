@@ -80,8 +80,10 @@ def train(
 
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
     """
+    from .models import load_tokenizer
     from .registry import SeqmixError
     from .training import load_config, read_config
+    from .training.data import require_vocabulary
 
     if resume is not None:
         if config is not None or overrides or out is not None or dry_run:
@@ -94,6 +96,7 @@ def train(
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     loaded = load_config(config, overrides or [])
     if dry_run:
+        require_vocabulary(loaded, load_tokenizer(loaded.data.tokenizer))
         _show(loaded, None)
         return
     _train(loaded, out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml"))
@@ -106,10 +109,10 @@ def generate(
         typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
     ],
     prompt: Annotated[list[str], typer.Option(help="The text to continue; several are read as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Bytes to generate at most.", min=1)] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most probable bytes.", show_default=False)] = None,
-    top_p: Annotated[float, typer.Option(help="Only the most probable bytes that reach this probability.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most: bytes, by default.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default=False)] = None,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
     checkpoint: Checkpoint = "newest",
@@ -117,14 +120,15 @@ def generate(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the step of a byte: seconds before the first, less time for each. By default where it pays.",
+            help="Compile the step of a token: seconds before the first, less time for each. By default where it pays.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Continue a text with a trained model.
 
-    The prompt is read at once (chunkwise), then every byte costs one recurrent step.
+    The prompt is read at once (chunkwise), then every token costs one recurrent step. The run's
+    own copy of its tokenizer turns text into tokens and back.
 
     [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
     """
@@ -147,7 +151,7 @@ def generate(
     if len(prompt) == 1:
         started = False
         for (piece,) in pieces:
-            # the prompt is shown once the first byte is there: bad input shows nothing but its error
+            # the prompt is shown once the first token is there: bad input shows nothing but its error
             typer.echo(piece if started else texts[0] + piece, nl=False)
             started = True
         typer.echo()
@@ -174,6 +178,41 @@ def export(
 
     step = export_run(run, out, choice=_choice(checkpoint), tell=_tell)
     typer.echo(f"{out} has the weights of step {step}")
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files, JSON lines and folders, and fields of `data` as key=value: text_field=body "
+            'dataset="{path: wikitext, name: wikitext-2-raw-v1}"',
+            metavar="[SOURCE]... [KEY=VALUE]...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The token file that is written: FILE.tokens.", metavar="FILE")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, or a tokenizer.json; with --train-bpe, the one that is written.")
+    ] = "bytes",
+    train_bpe: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn this many byte pairs and bytes from the text first, the begin token counted; written beside "
+            "FILE as FILE.json, unless --tokenizer says where.",
+            metavar="VOCAB",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Tokenize text once, into a file that training maps instead of reading.
+
+    [bold]seqmix tokenize books/ --out books.tokens --train-bpe 8192[/bold]
+
+    [bold]seqmix train retnet-tiny data.paths="\\[books.tokens]" data.tokenizer=books.json model.vocab_size=8192[/bold]
+    """
+    from .training.data.command import tokenize_command
+
+    tokenize_command(sources, out, tokenizer=tokenizer, train_bpe=train_bpe)
 
 
 @app.command()

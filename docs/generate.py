@@ -16,7 +16,7 @@ from seqmix.mixers.ops.kernels import KERNELS
 from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.registry import Config, Registry
-from seqmix.training import DataConfig, RunConfig, TrainingConfig
+from seqmix.training import DataConfig, DatasetConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")
 CONFORMANCE = Path(__file__).with_name("conformance.md")
@@ -33,7 +33,7 @@ given; *null* means that it may be `null`.
 
 def render() -> str:
     """The whole page."""
-    parts = [HEAD, *_sections("Run", RunConfig, DataConfig, TrainingConfig)]
+    parts = [HEAD, *_sections("Run", RunConfig, DataConfig, DatasetConfig, TrainingConfig)]
     parts += _sections("Model", ModelConfig, BlockConfig, PaperInit, NormalInit)
     for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
         parts += _sections(title, *_built_in(registry))

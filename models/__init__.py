@@ -8,10 +8,12 @@ from .decoding import Decoder
 from .generate import Sampling, generate_text, generate_tokens, prefill, sample, stream_text
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
-from .tokenizer import ByteTokenizer
+from .subword import SubwordTokenizer, train_bpe
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED",
+    "TOKENIZER_FILE",
     "ByteTokenizer",
     "Decoder",
     "LanguageModel",
@@ -21,6 +23,9 @@ __all__ = [
     "ModelOutput",
     "ModelState",
     "Sampling",
+    "SubwordTokenizer",
+    "TextDecoder",
+    "Tokenizer",
     "account",
     "build_meta",
     "build_model",
@@ -29,7 +34,9 @@ __all__ = [
     "generate_text",
     "generate_tokens",
     "linear_cross_entropy",
+    "load_tokenizer",
     "prefill",
     "sample",
     "stream_text",
+    "train_bpe",
 ]

@@ -4,7 +4,6 @@ Prompts of different lengths are packed into one row for reading and come out as
 padded, and no result depends on its neighbours.
 """
 
-import codecs
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..mixers.state import concatenate
 from ..registry import SeqmixError
 from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
-from .tokenizer import ByteTokenizer
+from .tokenizer import TextDecoder
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
@@ -158,25 +157,26 @@ def stream_text(
     """Continue texts; yield the new piece of each as it comes ("" where there is none).
 
     Args:
-        model: a model of bytes (`ByteTokenizer`); its training mode is the caller's.
+        model: the model, whose `tokenizer` reads and writes; its training mode is the caller's.
         prompts: the texts, not empty.
-        max_new_tokens: bytes to generate at most.
+        max_new_tokens: tokens to generate at most.
         sampling: how they are chosen.
         stop: a text ends before the first of these that appears in it.
         compiled: as in `generate_tokens`.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one; the model has too few tokens for bytes.
+        SeqmixError: there is no prompt, or an empty one; the model has fewer tokens than the tokenizer.
     """
     for name, texts in (("prompts", prompts), ("stop", stop)):
         if isinstance(texts, str):
             raise SeqmixError(f"{name} is a list of texts: give [{texts[:20]!r}]")
-    tokenizer = ByteTokenizer()
+    tokenizer = model.tokenizer
     if any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
-            f"text needs a model of {tokenizer.vocab_size} tokens (bytes), and this one has {model.config.vocab_size}"
+            f"text needs a model of {tokenizer.vocab_size} tokens ({tokenizer.unit}), and this one has "
+            f"{model.config.vocab_size}"
         )
     texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]
     tokens = generate_tokens(
@@ -195,20 +195,20 @@ def stream_text(
 
 
 class _Text:
-    """One text as it grows: bytes to characters, and nothing of a stop text is let out."""
+    """One text as it grows: tokens to characters, and nothing of a stop text is let out."""
 
-    def __init__(self, decoder: codecs.IncrementalDecoder, stop: tuple[str, ...]) -> None:
+    def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
         self.decoder, self.stop = decoder, tuple(text for text in stop if text)
         self.held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The piece that is certain after one more byte."""
-        return self._release(self.decoder.decode(bytes([token])))
+        """The piece that is certain after one more token."""
+        return self._release(self.decoder.add(token))
 
     def end(self) -> str:
         """What was held back, when no more comes."""
-        piece = self._release(self.decoder.decode(b"", final=True))
+        piece = self._release(self.decoder.end())
         piece, self.held, self.stopped = piece + ("" if self.stopped else self.held), "", True
         return piece
 

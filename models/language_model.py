@@ -13,6 +13,7 @@ from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from .config import ModelConfig, NormalInit
 from .loss import linear_cross_entropy
+from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
 """One opaque state a layer."""
@@ -39,6 +40,8 @@ class LanguageModel(nn.Module):
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tokenizer: Tokenizer = ByteTokenizer()
+        """Of the text that it is of: what generation reads and writes."""
         self.checkpoint_activations = False
         """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
         self.tie()

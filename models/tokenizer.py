@@ -1,19 +1,68 @@
-"""Text as bytes: 256 tokens, and one that opens a document."""
+"""Text as tokens: what a tokenizer is, and the one of bytes, which needs no training and no vocabulary.
+
+The last token of every tokenizer opens a document. It stands for no text, so no text can contain it.
+"""
 
 import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..registry import SeqmixError
 
+TOKENIZER_FILE = "tokenizer.json"
+"""The name of a vocabulary in the folder of a run."""
 
-class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255; token 256 opens every document."""
 
-    vocab_size = 257
-    begin = 256
+class TextDecoder(ABC):
+    """Turns tokens into text as they come; the bytes of a character may come apart."""
+
+    @abstractmethod
+    def add(self, token: int) -> str:
+        """The text that is certain after one more token."""
+
+    @abstractmethod
+    def end(self) -> str:
+        """What was held back, when no more comes."""
+
+
+class Tokenizer(ABC):
+    """A map of text to tokens and back."""
+
+    unit: str
+    """What a token is, in the plural."""
+    identity: str
+    """Equal for equal maps: `bytes`, or a hash of the vocabulary's file."""
+    vocab_size: int
+    """Number of tokens, the begin token among them."""
+    begin: int
+    """The token that opens a document: the last one."""
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest of uint16 and uint32 that holds every token."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    @abstractmethod
+    def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
+        """The tokens of documents, given by name and text, without begin tokens.
+
+        Raises:
+            SeqmixError: a document has no tokens here, by its name.
+        """
+
+    @abstractmethod
+    def decoder(self) -> TextDecoder:
+        """A decoder of one text."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write into a folder what `load_tokenizer` needs to make it again; nothing for bytes."""
 
     def encode(self, text: str) -> Int[Tensor, " T"]:
         """The tokens of a text, opened by the begin token.
@@ -26,8 +75,50 @@ class ByteTokenizer:
             text_bytes = text.encode(errors="surrogateescape")
         except UnicodeEncodeError as error:
             raise SeqmixError(f"the text has no character at {error.start}: {text[error.start]!r}") from error
-        return torch.tensor([self.begin, *text_bytes], dtype=torch.int64)
+        (tokens,) = self.encode_documents([("the text", text_bytes)])
+        return torch.tensor([self.begin, *tokens.tolist()], dtype=torch.int64)
 
-    def decoder(self) -> codecs.IncrementalDecoder:
-        """Turns bytes into text as they come; a character's bytes may come apart."""
-        return codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as tokens 0 to 255; token 256 opens every document."""
+
+    unit = "bytes"
+    identity = "bytes"
+    vocab_size = 257
+    begin = 256
+
+    def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
+        """The bytes."""
+        for _, text in documents:
+            yield np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+
+    def decoder(self) -> TextDecoder:
+        """A decoder of UTF-8; bytes that are no text become U+FFFD."""
+        return _ByteDecoder()
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the map is always the same."""
+
+
+class _ByteDecoder(TextDecoder):
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face.
+
+    Raises:
+        SeqmixError: the file is missing or no tokenizer, or the library that reads it is not installed.
+    """
+    if name == ByteTokenizer.identity:
+        return ByteTokenizer()
+    from .subword import SubwordTokenizer
+
+    return SubwordTokenizer(Path(name))

@@ -300,8 +300,8 @@ def test_mixers_lists_every_kind_and_what_it_declares(seqmix):
     assert (done.status, done.err) == (0, "")
     for kind in MIXERS.kinds():
         (line,) = (line for line in done.out.splitlines() if line.strip().startswith(f"{kind} "))
-        for word in ("parallel", "recurrent", "chunkwise"):
-            assert word in line
+        declared = MIXERS.resolve(kind).example().traits.paradigms
+        assert {word for word in ("parallel", "recurrent", "chunkwise") if word in line.split()} == declared
     assert re.search("^ *attention .*growing", done.out, re.M)
     assert re.search("^ *retention .*constant", done.out, re.M)
 
@@ -317,7 +317,7 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
         assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "export", "mixers", "check", "show", "schema"])
+@pytest.mark.parametrize("command", ["train", "generate", "export", "tokenize", "mixers", "check", "show", "schema"])
 def test_every_command_has_help(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")
@@ -342,6 +342,7 @@ def test_options_are_documented(seqmix):
         "export": ("--out", "--checkpoint", "RUN"),
         "check": ("--device", "--paradigm", "--only", "--examples", "--seed", "--d-model", "--compile", "MIXER"),
         "show": ("--length", "--json"),
+        "tokenize": ("--out", "--tokenizer", "--train-bpe", "SOURCE", "KEY=VALUE"),
     }.items():
         out = seqmix(command, "--help").out
         for option in options:

@@ -1,7 +1,7 @@
 """Training on one process: text, optimizer, loop, checkpoints."""
 
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, DataConfig, RunConfig, TrainingConfig, load_config
+from .config import PRESETS, DataConfig, DatasetConfig, RunConfig, TrainingConfig, load_config
 from .data import Corpus, read_corpus
 from .loop import TrainingError, train
 from .run import export_run, load_run, read_config
@@ -12,6 +12,7 @@ __all__ = [
     "Choice",
     "Corpus",
     "DataConfig",
+    "DatasetConfig",
     "RunConfig",
     "TrainingConfig",
     "TrainingError",

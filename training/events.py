@@ -65,7 +65,7 @@ class Evaluated:
 
     step: int
     loss: float
-    """Nats a byte of the validation text."""
+    """Nats a token of the validation text."""
     final: bool
     by_length: dict[int, float] = field(default_factory=dict)
     """The same at each further length of `training.evaluation_lengths`."""

@@ -21,7 +21,18 @@ from . import checkpoint, snapshot
 from .checkpoint import Best, Found, Manifest
 from .config import RunConfig, TrainingConfig
 from .contiguous import contiguous_windows
-from .data import Batch, Corpus, _cut, evaluation_batches, read_corpus, training_batch
+from .data import (
+    Batch,
+    Corpus,
+    cut,
+    evaluation_batches,
+    most_documents,
+    pack,
+    read_corpus,
+    require_vocabulary,
+    tokenizer_of,
+    training_batch,
+)
 from .diagnosis import first_gradient, first_module
 from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
 from .memory import peak_memory
@@ -65,12 +76,15 @@ def train(
     run = Path(run)
     if not resume:
         _require_free(run)
-    corpus = read_corpus(config.data)
+    # a resumed run reads its own copy of the vocabulary
+    corpus = read_corpus(config.data.model_copy(update={"tokenizer": tokenizer_of(run, config)}))
+    require_vocabulary(config, corpus.tokenizer)
     _require_enough_text(config, corpus)
     found = checkpoint.find(run) if resume and checkpoint.checkpoints(run) else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(config.training, device)
     model = build_model(config.model, device=device, activations=precision, seed=config.seed)
+    model.tokenizer = corpus.tokenizer
     trainer = Trainer(config, run, corpus, model, build_optimizer(model, config.training))
     start = 0
     if found is not None:
@@ -78,6 +92,7 @@ def train(
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+        corpus.tokenizer.save(run)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held(run), trainer:
         trainer.metrics.begin(start)
         checkpoint.drop_unfinished(run)
@@ -105,6 +120,12 @@ class Trainer:
         self.peak = peak_flops(model.device, self.precision)
         # a product has two in backward
         self.flops_per_token = 3 * flops_per_token(model, config.data.sequence_length)
+        self.most_documents: dict[int, int] = {}
+        """Of a sequence, by its length, where documents are packed."""
+        if config.data.packing:
+            for length in (config.data.sequence_length, *settings.evaluation_lengths):
+                streams, begin = (corpus.train, corpus.validation), corpus.tokenizer.begin
+                self.most_documents[length] = max(most_documents(tokens, length, begin) for tokens in streams)
         model.checkpoint_activations = settings.checkpoint_activations
         if settings.compile:
             compile_blocks(model)
@@ -194,7 +215,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, *, final: bool = False, length: int | None = None) -> float:
-        """Nats a byte of the validation text; every sequence starts from nothing.
+        """Nats a token of the validation text; every sequence starts from nothing.
 
         Args:
             final: whether it is the last evaluation, which may have more batches.
@@ -209,7 +230,7 @@ class Trainer:
             limit = max(limit * settings.accumulate * before * trained // (rows * length), 1)
         self.model.eval()
         total, counted = 0.0, 0
-        for batch in evaluation_batches(self.corpus.validation, length, rows, limit):
+        for batch in evaluation_batches(self.corpus.validation, length, rows, limit, begin=self.corpus.tokenizer.begin):
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())
         return total / max(counted, 1)
@@ -274,12 +295,13 @@ class Trainer:
         torch.manual_seed(self.config.seed << 32 | step)
 
     def _batch(self, step: int) -> Batch:
-        length, size = self.config.data.sequence_length, self.config.training.batch_size
-        tokens = self.corpus.train
+        data, size, seed = self.config.data, self.config.training.batch_size, self.config.seed
+        tokens, begin, length = self.corpus.train, self.corpus.tokenizer.begin, data.sequence_length
         if self.config.training.carry_state:
-            windows = contiguous_windows(len(tokens), length, size, seed=self.config.seed, step=step)
-            return self._to_device(_cut(tokens, windows.starts, length))
-        return self._to_device(training_batch(tokens, length, size, seed=self.config.seed, step=step))
+            windows = contiguous_windows(len(tokens), length, size, seed=seed, step=step)
+            return self._to_device(cut(tokens, windows.starts, length, begin))
+        batch = training_batch(tokens, length, size, seed=seed, step=step, order=data.order, begin=begin)
+        return self._to_device(batch)
 
     def _state_before(self, step: int) -> ModelState | None:
         """The state that a step starts from: nothing, or where it is carried, that behind the step before."""
@@ -291,8 +313,12 @@ class Trainer:
         return self.model.init_state(settings.batch_size) if first or self.state is None else self.state
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        most = self.most_documents.get(batch.inputs.shape[1])
         with self._autocast():
-            return self.model.loss(batch.inputs, batch.targets)
+            if most is None:
+                return self.model.loss(batch.inputs, batch.targets)
+            packed = pack(batch, most, self.corpus.tokenizer.begin)
+            return self.model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
 
     def _carried_loss_sum(self, batch: Batch, state: ModelState) -> tuple[torch.Tensor, ModelState]:
         with self._autocast():

@@ -35,14 +35,14 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     console = Console(markup=False, highlight=False)  # paths and names are no markup
     console.soft_wrap = not console.is_terminal  # a line of a file is a line
     shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
-    entropy, done, early = math.inf, 0, False
+    entropy, bytes_per_token, done, early = math.inf, 1.0, 0, False
     try:
         with StopRequest() as stop:
             for event in train(config, run, resume=resume, stop=stop.made):
                 done = event.step
                 match event:
                     case Started():
-                        entropy = event.corpus.unigram_entropy
+                        entropy, bytes_per_token = event.corpus.unigram_entropy, event.corpus.bytes_per_token
                         console.print(_start(event, config.training.steps))
                         shown.start(done)  # not before: what cannot start shows its error and nothing else
                     case Noted():
@@ -52,7 +52,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                     case Stepped():
                         shown.step(event)
                     case Evaluated():
-                        console.print(_evaluation(event, entropy))
+                        console.print(_evaluation(event, entropy, bytes_per_token))
                     case StoppedEarly():
                         early = True
                         console.print(_stopped_early(event))
@@ -187,8 +187,9 @@ def _start(event: Started, steps: int) -> str:
     """What is trained, and on what."""
     corpus = event.corpus
     lines = (
-        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: {corpus.files:,} files, "
-        f"{len(corpus.train):,} tokens to learn, {len(corpus.validation):,} held out ({corpus.split})"
+        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: "
+        f"{corpus.documents:,} documents, {len(corpus.train):,} tokens to learn, "
+        f"{len(corpus.validation):,} held out ({corpus.split})"
     )
     return lines + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
@@ -210,17 +211,22 @@ def _duration(seconds: float) -> str:
 def _stopped_early(event: StoppedEarly) -> str:
     return (
         f"step {event.step}: stopped, for no evaluation has been better than that of step {event.best_step}: "
-        f"{event.best_loss:.4f} nats/byte"
+        f"{event.best_loss:.4f} nats/token"
     )
 
 
-def _evaluation(event: Evaluated, entropy: float) -> str:
-    """One line: nats and bits a byte, and at the end how far below the byte frequencies alone."""
-    line = f"step {event.step}: validation {event.loss:.4f} nats/byte, {event.loss / NATS_PER_BIT:.4f} bits/byte"
+def _evaluation(event: Evaluated, entropy: float, bytes_per_token: float = 1.0) -> str:
+    """One line: nats a token and bits a byte, and at the end how far below the token frequencies alone."""
+    token = "byte" if bytes_per_token == 1 else "token"
+
+    def shown(loss: float) -> str:
+        return f"{loss:.4f} nats/{token}, {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
+
+    line = f"step {event.step}: validation {shown(event.loss)}"
     line += "".join(f", {loss:.4f} at {length} tokens" for length, loss in event.by_length.items())
     if event.final:
         line += (
-            f"; byte frequencies alone: {entropy:.4f} nats/byte, {entropy / NATS_PER_BIT:.4f} bits/byte "
+            f"; {token} frequencies alone: {shown(entropy)} "
             f"({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
         )
     return line

@@ -5,19 +5,21 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
 
-from ..models import LanguageModel, ModelConfig, build_model
+from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, Tokenizer, build_model, load_tokenizer
 from ..registry import load
 from . import checkpoint, snapshot
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
+from .data import tokenizer_of
 from .loop import CONFIG_FILE
 
-EXPORTED_CONFIG = "seqmix.config"
-"""The name under which a file of weights has the run's configuration, as JSON."""
+EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
+"""The names under which a file of weights has the run's configuration and its vocabulary (unless bytes), as JSON."""
 
 
 def read_config(run: Path) -> RunConfig:
@@ -40,7 +42,7 @@ def load_run(
     choice: Choice = "newest",
     tell: Callable[[str], object] = warnings.warn,
 ) -> LanguageModel:
-    """The trained model of a run, or of a file that `export_run` wrote, ready to generate.
+    """The trained model of a run, or of a file that `export_run` wrote, with its tokenizer: ready to generate.
 
     Args:
         run: the run's folder, or the file.
@@ -50,7 +52,8 @@ def load_run(
         tell: called with a sentence for each checkpoint that was passed over.
 
     Raises:
-        SeqmixError: it is no run and no such file, or is missing, damaged or of another model.
+        SeqmixError: it is no run and no such file, or is missing, damaged or of another model, or its vocabulary cannot
+            be read.
     """
     run = Path(run)
     if run.is_file():
@@ -81,6 +84,8 @@ def export_run(
     config = read_config(run)
     model, step = _load_checkpoint(run, config, "cpu", choice, tell)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
+    if (vocabulary := _vocabulary(model.tokenizer)) is not None:
+        metadata[EXPORTED_TOKENIZER] = vocabulary
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +109,7 @@ def _load_checkpoint(
     for note in found.notes:
         tell(note)
     model = build_model(config.model, device=device)
+    model.tokenizer = load_tokenizer(tokenizer_of(run, config))
     snapshot.load_model(found.folder, model)
     return model, found.manifest.step
 
@@ -119,5 +125,17 @@ def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
         reason = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{file} has a configuration that cannot be used: {reason}") from error
     model = build_model(config, device=device)
+    if EXPORTED_TOKENIZER in metadata:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / TOKENIZER_FILE).write_text(metadata[EXPORTED_TOKENIZER], encoding="utf-8")
+            model.tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
     snapshot.fill(file, found, snapshot.parameters_of(model))
     return model.eval()
+
+
+def _vocabulary(tokenizer: Tokenizer) -> str | None:
+    """What a tokenizer writes of itself; None for bytes, which write nothing."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        file = Path(folder) / TOKENIZER_FILE
+        return file.read_text(encoding="utf-8") if file.exists() else None

@@ -28,7 +28,9 @@ def mixer(name: str) -> dict[str, Any]:
     """A mixer with small chunks and two heads (of eight values), whatever else it may be."""
     given = VARIANTS.get(name, {"kind": name})
     fields = MIXERS.resolve(given["kind"]).model_fields
-    return {key: value for key, value in {"n_heads": 2, "head_dim": 8, "chunk_size": 4}.items() if key in fields} | given
+    return {
+        key: value for key, value in {"n_heads": 2, "head_dim": 8, "chunk_size": 4}.items() if key in fields
+    } | given
 
 
 def make_config(*mixers: str, **fields: Any) -> ModelConfig:

@@ -308,7 +308,7 @@ def test_a_value_out_of_its_range_is_one_sentence(fields, sentence):
 
 # ---- text
 
-TEXT_MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=257))
+TEXT_MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=257), tokenizer=ByteTokenizer())
 """All that `stream_text` itself asks of a model."""
 
 

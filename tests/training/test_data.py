@@ -92,7 +92,7 @@ def test_the_tail_of_every_file_is_held_out(folder):
 @pytest.mark.parametrize(("count", "split"), [(1, "tail"), (40, "by_file")])
 def test_auto_is_by_file_where_there_are_files(folder, count, split):
     corpus = read(*sorted(folder.glob("*.txt"))[:count], split="auto", validation_fraction=0.3)
-    assert (corpus.split, corpus.files) == (split, count)
+    assert (corpus.split, corpus.documents) == (split, count)
 
 
 # ---- tokens
@@ -142,14 +142,14 @@ def test_the_glob_chooses_files(folder):
 
 def test_empty_files_are_no_documents(folder):
     (folder / "empty.txt").write_bytes(b"")
-    assert read(folder, split="tail").files == 40
+    assert read(folder, split="tail").documents == 40
 
 
 def test_files_and_folders_go_together(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "more.txt"
     other.write_bytes(b"\xfe" * 30)
     corpus = read(folder, other, split="tail")
-    assert corpus.files == 41
+    assert corpus.documents == 41
     assert files_in(corpus.train) == {*range(40), 0xFE}
     assert corpus.name == f"{folder}, {other}"
 
@@ -162,7 +162,7 @@ def test_a_path_may_start_at_home(folder, monkeypatch):
 def test_without_paths_the_text_is_python_s_own_source():
     corpus = read_corpus(DataConfig())
     assert corpus.name == "the source of Python's standard library"
-    assert corpus.files > 100
+    assert corpus.documents > 100
     assert corpus.split == "by_file"
     assert 0.05 < len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) < 0.2
     text = bytes(corpus.train[corpus.train < BEGIN].astype(np.uint8))
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert error(folder) == f"the corpus {folder} cannot be read: {folder / 'file00.txt'}: Permission denied"
+    assert error(folder) == f"the corpus {folder / 'file00.txt'} cannot be read: Permission denied"
 
 
 def test_a_pattern_in_place_of_a_path_names_the_glob(folder):

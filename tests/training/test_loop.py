@@ -595,6 +595,30 @@ def test_a_growing_state_is_not_carried(config_of):
     assert "model.blocks.attn.mixer (attention) grows with the text" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.packing=true", "data.packing starts every document from nothing, and training.carry_state does not"),
+        ("data.order=epochs", "carry_state reads text in its own order, and data.order epochs is another"),
+    ],
+)
+def test_what_a_carried_state_is_not_for_is_refused(config_of, override, sentence):
+    with pytest.raises(SeqmixError, match=sentence):
+        config_of("training.carry_state=true", override)
+
+
+def test_documents_are_packed_at_every_length(config_of, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * (1 + number % 3))
+    data = (f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "data.split=tail")
+    trainer = trainer_of(config_of(*data, "training.evaluation_lengths=[64]"), tmp_path)
+    assert trainer.most_documents[64] > trainer.most_documents[16] > 1
+    losses = [trainer.evaluate(final=True, length=length) for length in (16, 64)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+    assert all(map(math.isfinite, losses))
+
+
 def test_a_text_too_short_for_lanes_is_refused_before_anything_is_written(config_of, tmp_path):
     message = refusal(config_of(*CARRY, "training.batch_size=200"), tmp_path / "run")
     assert "reads 200 lanes of the training text side by side, which takes 3216 tokens, and it has 2701" in message

@@ -101,7 +101,7 @@ def test_a_run_shows_its_model_its_text_and_how_to_try_it(shown, tmp_path):
     out = shown()
     parameters = re.search(r"^([\d,]+) parameters on (cpu|cuda), torch\.", out)
     assert parameters
-    assert f"{tmp_path / 'text.txt'}: 1 files, 2,701 tokens to learn, 301 held out (tail)" in out
+    assert f"{tmp_path / 'text.txt'}: 1 documents, 2,701 tokens to learn, 301 held out (tail)" in out
     assert len(re.findall(r"^step [246]: validation \d\.\d{4} nats/byte, \d+\.\d{4} bits/byte", out, re.M)) == 3
     assert "byte frequencies alone" in out
     assert f'seqmix generate {tmp_path / "run"} --prompt "def "' in out
@@ -139,5 +139,5 @@ def test_a_run_that_stopped_early_has_ended(config_of, tmp_path, monkeypatch, ca
     monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([end]))
     assert run_with_progress(config_of(), tmp_path / "run")
     out = capsys.readouterr().out
-    assert "step 4: stopped, for no evaluation has been better than that of step 2: 1.2500 nats/byte" in out
+    assert "step 4: stopped, for no evaluation has been better than that of step 2: 1.2500 nats/token" in out
     assert "seqmix generate" in out

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqmix import SeqmixError, build_model, load_run, train
+from seqmix.models import ByteTokenizer
 from seqmix.training import CheckpointError, RunConfig, export_run, read_config
 from seqmix.training.checkpoint import checkpoints
 
@@ -81,6 +83,22 @@ def test_a_file_has_weights_and_configuration(run, tmp_path):
     assert same(weights(model), weights(load_run(run, choice=4)))
     assert model.head.weight is model.embedding.weight
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
+    class Vocabulary(ByteTokenizer):
+        def __init__(self, file: Path) -> None:
+            self.content = file.read_text(encoding="utf-8")
+
+        def save(self, folder: Path) -> None:
+            (folder / "tokenizer.json").write_text(self.content, encoding="utf-8")
+
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("tokenizer: bytes", "tokenizer: own"))
+    (run / "tokenizer.json").write_text('{"of": "the run, ä"}', encoding="utf-8")
+    monkeypatch.setattr("seqmix.training.run.load_tokenizer", lambda name: Vocabulary(Path(name)))
+    export_run(run, tmp_path / "model.safetensors")
+    (run / "tokenizer.json").unlink()
+    assert load_run(tmp_path / "model.safetensors").tokenizer.content == '{"of": "the run, ä"}'
 
 
 def test_how_it_was_trained_may_be_of_another_version(run, tmp_path):

@@ -1,0 +1,137 @@
+"""Subwords: vocabularies of Hugging Face `tokenizers`, read from a tokenizer.json or trained here."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..registry import SeqmixError
+from .tokenizer import TOKENIZER_FILE, TextDecoder, Tokenizer
+
+AT_ONCE = 256
+"""Documents encoded together, on all cores."""
+LEAST_VOCABULARY = 257
+"""Every byte, so that any text has tokens, and the begin token."""
+
+
+class SubwordTokenizer(Tokenizer):
+    """The tokens of a vocabulary, and behind them one that opens every document.
+
+    Special tokens that the vocabulary's own template would add (`[CLS]`, `</s>`) are not added.
+
+    Raises:
+        SeqmixError: the file is missing or no tokenizer, or the library is not installed.
+    """
+
+    unit = "subwords"
+
+    def __init__(self, file: Path) -> None:
+        library = _library()
+        try:
+            content = file.expanduser().read_bytes()
+            self._map = library.Tokenizer.from_buffer(content)
+        except OSError as error:
+            hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
+            raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
+        except Exception as error:  # the library raises this very class for whatever it cannot parse
+            raise SeqmixError(f"the tokenizer {file} is no tokenizer.json: {_first_line(error)}") from error
+        self._map.no_truncation()
+        self._map.no_padding()
+        self._content = content
+        self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        # ids may have holes
+        self.begin = max(self._map.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = self.begin + 1
+
+    def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
+        """The tokens of UTF-8 text.
+
+        Raises:
+            SeqmixError: a document is no UTF-8 text.
+        """
+        texts = (_decoded(name, text) for name, text in documents)
+        while batch := list(islice(texts, AT_ONCE)):
+            for encoding in self._map.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=self.dtype)
+
+    def decoder(self) -> TextDecoder:
+        """A decoder of one text."""
+        return _SubwordDecoder(self._map)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, to the byte the file that was read."""
+        (folder / TOKENIZER_FILE).write_bytes(self._content)
+
+
+class _SubwordDecoder(TextDecoder):
+    def __init__(self, tokenizer: Any) -> None:
+        self._map, self._held = tokenizer, []
+        self._stream = _library("decoders").DecodeStream(skip_special_tokens=False)
+
+    def add(self, token: int) -> str:
+        piece = self._stream.step(self._map, token)
+        self._held = [] if piece is not None else [*self._held, token]
+        return piece or ""
+
+    def end(self) -> str:
+        # the first bytes of a character whose last ones never came
+        return self._map.decode(self._held, skip_special_tokens=False) if self._held else ""
+
+
+def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path) -> SubwordTokenizer:
+    """Learn a vocabulary of byte pairs from documents, and write it.
+
+    Args:
+        documents: names and texts.
+        vocab_size: tokens in all: 256 bytes, pairs, and the begin token. A small text has fewer pairs.
+        file: the tokenizer.json that is written.
+
+    Raises:
+        SeqmixError: the vocabulary is too small for all bytes, a document is no UTF-8 text, the file cannot be
+            written, or the library is not installed.
+    """
+    byte_level = _library("pre_tokenizers").ByteLevel
+    if vocab_size < LEAST_VOCABULARY:
+        raise SeqmixError(
+            f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), "
+            f"and {vocab_size} were asked for"
+        )
+    learner = _library().Tokenizer(_library("models").BPE())
+    learner.pre_tokenizer = byte_level(add_prefix_space=False)
+    learner.decoder = _library("decoders").ByteLevel()
+    trainer = _library("trainers").BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False
+    )
+    learner.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
+    try:
+        file.write_text(learner.to_str(pretty=True), encoding="utf-8")
+    except OSError as error:
+        raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
+    return SubwordTokenizer(file)
+
+
+def _decoded(name: str, text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise SeqmixError(
+            f"{name} is no UTF-8 text: byte 0x{text[error.start]:02x} at {error.start:,}; the tokenizer `bytes` takes "
+            "any bytes"
+        ) from error
+
+
+def _library(module: str = "") -> Any:
+    try:
+        return import_module(f"tokenizers.{module}".rstrip("."))
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise SeqmixError("a tokenizer other than `bytes` needs tokenizers: pip install 'seqmix[data]'") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,56 @@
+"""In which order samples come: a function of (seed, step), with nothing kept between steps."""
+
+import numpy as np
+
+ROUNDS = 6
+"""Of the network; four already mix well."""
+
+
+def random_starts(places: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """A place for each sequence of a step, each drawn by itself, [batch_size]."""
+    return np.random.default_rng([seed, step]).integers(0, places, size=batch_size)
+
+
+def epoch_samples(samples: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """The samples of a step, [batch_size]: each once an epoch, and every epoch in an order of its own.
+
+    Sequence number g = step * batch_size + row is number g % samples of epoch g // samples; a batch may hold the end of
+    one and the start of the next.
+    """
+    epochs, numbers = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), samples)
+    return permuted(numbers, epochs, samples, seed)
+
+
+def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Where each number below `samples` lies in its epoch's order: for every (seed, epoch), a permutation.
+
+    A Feistel network permutes the numbers of 2 b bits, the fewest that hold all samples; whatever leaves the range goes
+    through again until it is back (cycle walking: Black and Rogaway, 2002). A permutation in an array would cost memory
+    in proportion to the text, and be drawn anew in every resumed run.
+
+    Args:
+        numbers: integers from 0 to samples - 1, [N].
+        epochs: the epoch of each, [N].
+        samples: how many there are.
+        seed: another seed, another order.
+    """
+    half = np.uint64(max(1, (max(samples - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = _mixed(_mixed(np.full(len(numbers), seed, dtype=np.uint64)) ^ epochs.astype(np.uint64))
+    found = numbers.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (_mixed(right ^ _mixed(keys[outside] + np.uint64(turn))) & mask)
+        found[outside] = left << half | right
+        outside = found >= samples
+    return found.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit depends on every bit (SplitMix64: Steele, Lea and Flood, 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
