@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from .training import RunConfig
+    from .training import Choice, RunConfig
 
 # torch takes seconds to import: every command imports what it needs, so that --help is quick
 app = typer.Typer(
@@ -31,6 +31,9 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...",
         show_default=False,
     ),
+]
+Checkpoint = Annotated[
+    str, typer.Option(help="Which one: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
 
 
@@ -101,7 +104,10 @@ def train(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
+    ],
     prompt: Annotated[list[str], typer.Option(help="The text to continue; several are read as one batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most: bytes, by default.", min=1)] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
@@ -109,6 +115,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
+    checkpoint: Checkpoint = "newest",
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -132,7 +139,7 @@ def generate(
     keep_freed_memory()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = stream_text(
-        load_run(run),
+        load_run(run, choice=_choice(checkpoint), tell=_tell),
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -153,6 +160,24 @@ def generate(
         texts = [text + piece for text, piece in zip(texts, new, strict=True)]
     for text in texts:
         typer.echo(f"{text}\n{'─' * 40}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE", show_default=False)],
+    checkpoint: Checkpoint = "newest",
+) -> None:
+    """Write a trained model to one safetensors file, with its configuration in the metadata.
+
+    [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
+
+    [bold]seqmix generate retnet-tiny.safetensors --prompt "def "[/bold]
+    """
+    from .training import export_run
+
+    step = export_run(run, out, choice=_choice(checkpoint), tell=_tell)
+    typer.echo(f"{out} has the weights of step {step}")
 
 
 @app.command()
@@ -375,6 +400,23 @@ def schema() -> None:
     from .training import RunConfig
 
     typer.echo(json.dumps(json_schema(RunConfig), indent=2))
+
+
+def _choice(checkpoint: str) -> "Choice":
+    from .registry import SeqmixError, nearest
+
+    if checkpoint == "newest" or checkpoint == "best":
+        return checkpoint
+    if checkpoint.isascii() and checkpoint.isdigit():
+        return int(checkpoint)
+    raise SeqmixError(
+        f"--checkpoint is newest, best or the number of a step, and was given {checkpoint!r}"
+        f"{nearest(checkpoint, ('newest', 'best'))}"
+    )
+
+
+def _tell(note: str) -> None:
+    typer.secho(f"note: {note}", err=True, fg="yellow")
 
 
 def _train(config: "RunConfig", run: Path, *, resume: bool = False) -> None:

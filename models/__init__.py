@@ -1,6 +1,6 @@
 """Language models: configuration, builder, generation, accounting."""
 
-from .accounting import LayerCost, ModelCost, account
+from .accounting import LayerCost, ModelCost, account, flops_per_token
 from .builder import build_meta, build_model
 from .compiling import compile_blocks
 from .config import ModelConfig
@@ -30,6 +30,7 @@ __all__ = [
     "build_meta",
     "build_model",
     "compile_blocks",
+    "flops_per_token",
     "generate_text",
     "generate_tokens",
     "linear_cross_entropy",

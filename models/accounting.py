@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from ..blocks import Block
 from ..mixers.state import nbytes, to_dict
 from .builder import build_meta
 from .config import ModelConfig
@@ -88,24 +89,34 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         parameters=parameters,
         embedding_parameters=embedding,
         parameter_bytes=parameters * dtype.itemsize,
-        flops_per_token=sum(layer.flops_per_token for layer in layers) + 2 * model.head.weight.numel(),
+        flops_per_token=flops_per_token(model, length),
         state_elements=sum(layer.state_elements for layer in layers),
         state_bytes=sum(layer.state_bytes for layer in layers),
         activation_bytes=sum(layer.activation_bytes for layer in layers) + head,
     )
 
 
+def flops_per_token(model: LanguageModel, length: int) -> int:
+    """Operations a token of matrix products, forward, in the layers' default paradigms, output projection included."""
+    return sum(_flops(block, length) for block in model.blocks) + 2 * model.head.weight.numel()
+
+
+def _flops(block: Block, length: int) -> int:
+    """Those of one layer, a token."""
+    flops = block.mixer.flops(length, block.mixer.paradigm) + (block.ffn.flops(length) if block.ffn is not None else 0)
+    return flops // length
+
+
 def _layer(model: LanguageModel, index: int, name: str, length: int, kept: int) -> LayerCost:
     block = model.blocks[index]
     state = block.mixer.init_state(1, max_length=length)
-    flops = block.mixer.flops(length, block.mixer.paradigm) + (block.ffn.flops(length) if block.ffn is not None else 0)
     return LayerCost(
         block=name,
         mixer=block.mixer.kind,
         mixer_parameters=_count(block.mixer),
         ffn_parameters=0 if block.ffn is None else _count(block.ffn),
         parameters=_count(block),
-        flops_per_token=flops // length,
+        flops_per_token=_flops(block, length),
         state_elements=sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point()),
         state_bytes=nbytes(state),
         activation_bytes=kept,

@@ -115,6 +115,19 @@ class LanguageModel(nn.Module):
         x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
         return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
 
+    def loss_and_state(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], state: ModelState
+    ) -> tuple[Float[Tensor, ""], ModelState]:
+        """The loss as above of a segment behind a state, and the state behind it, both with gradients.
+
+        Args:
+            tokens: the segment, [B T], T >= 1.
+            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
+            state: what came before, from an earlier call or `init_state`.
+        """
+        x, after = self._hidden(tokens, state, None, None, True)
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten()), after or ()
+
     def _hidden(
         self,
         tokens: Tensor,

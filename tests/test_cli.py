@@ -87,7 +87,12 @@ def test_train_writes_a_run(seqmix):
     assert "step 4: validation" in done.out
     assert "seqmix generate runs/retnet-tiny" in done.out
     run = Path("runs/retnet-tiny")
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "sessions.jsonl",
+    ]
     assert load_config(run / "config.yaml") == load_config("retnet-tiny", SMALL)
     assert [folder.name for folder in checkpoints(run)] == ["step-000002", "step-000004"]
 
@@ -223,6 +228,38 @@ def test_a_stop_text_ends_the_text(seqmix, run):
     assert done.out == "the " + whole.removeprefix("the ").partition(stop)[0] + "\n"
 
 
+def test_another_checkpoint_may_be_taken(seqmix, run):
+    def text(*options):
+        done = seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "20", *options)
+        assert (done.status, done.err) == (0, "")
+        return done.out
+
+    assert text() == text("--checkpoint", "newest") == text("--checkpoint", "4") == text("--checkpoint", "best")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_generates(seqmix, run):
+    file = checkpoints(run)[-1] / "model.safetensors"
+    file.write_bytes(b"")
+    done = seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "5")
+    assert (done.status, done.err.count("\n")) == (0, 1)
+    assert done.err.startswith(f"note: {file} is damaged: it has 0 bytes")
+    assert done.out.startswith("the ")
+
+
+# ---- export
+
+
+def test_export_writes_one_file_that_generates_the_same(seqmix, run):
+    done = seqmix("export", str(run), "--out", "model.safetensors")
+    assert (done.status, done.out, done.err) == (0, "model.safetensors has the weights of step 4\n", "")
+    texts = [
+        seqmix("generate", source, "--prompt", "the ", "--max-new-tokens", "20")
+        for source in (run, "model.safetensors")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].status == 0
+
+
 # ---- show, mixers, schema, help
 
 
@@ -280,7 +317,7 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
         assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "tokenize", "mixers", "check", "show", "schema"])
+@pytest.mark.parametrize("command", ["train", "generate", "export", "tokenize", "mixers", "check", "show", "schema"])
 def test_every_command_has_help(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")
@@ -292,7 +329,17 @@ def test_every_command_has_help(seqmix, command):
 def test_options_are_documented(seqmix):
     for command, options in {
         "train": ("--out", "--resume", "--dry-run", "CONFIG", "KEY=VALUE"),
-        "generate": ("--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop"),
+        "generate": (
+            "--prompt",
+            "--max-new-tokens",
+            "--temperature",
+            "--top-k",
+            "--top-p",
+            "--seed",
+            "--stop",
+            "--checkpoint",
+        ),
+        "export": ("--out", "--checkpoint", "RUN"),
         "check": ("--device", "--paradigm", "--only", "--examples", "--seed", "--d-model", "--compile", "MIXER"),
         "show": ("--length", "--json"),
         "tokenize": ("--out", "--tokenizer", "--train-bpe", "SOURCE", "KEY=VALUE"),
@@ -395,6 +442,18 @@ def test_a_folder_that_is_no_run_is_one_sentence(refused, command, folder, sente
     assert re.search(sentence, refused(*command, folder))
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("bset", "--checkpoint is newest, best or the number of a step, and was given 'bset'; did you mean \"best\"?"),
+        ("-1", "--checkpoint is newest, best or the number of a step, and was given '-1'"),
+        ("3", "no checkpoint of runs/small is of step 3; there are those of step 2, 4"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_one_sentence(refused, run, given, sentence):
+    assert refused("export", str(run), "--out", "out", "--checkpoint", given) == sentence
+
+
 def test_a_run_is_not_overwritten(refused, run):
     before = (run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()
     sentence = refused("train", "retnet-tiny", *SMALL, "seed=1", "--out", str(run))
@@ -410,7 +469,8 @@ def test_a_folder_of_other_things_is_not_written_to(refused):
 
 @pytest.mark.parametrize("command", [("train", "--resume"), ("generate", "--prompt", "a")], ids=" ".join)
 def test_a_damaged_checkpoint_is_one_sentence(refused, run, command):
-    (checkpoints(run)[-1] / "model.safetensors").write_bytes(b"not a checkpoint")
+    for folder in checkpoints(run):
+        (folder / "model.safetensors").write_bytes(b"not a checkpoint")
     assert "model.safetensors is damaged" in refused(*command, str(run))
 
 

@@ -212,6 +212,8 @@ def test_files_that_are_named_exist(page):
     made = {block.file for block in blocks_of(page)} | {
         "config.yaml",
         "metrics.jsonl",
+        "sessions.jsonl",
+        "manifest.json",
         "seqmix.schema.json",
         "average.py",
     }

@@ -1,165 +1,358 @@
-"""Checkpoints: tensors in safetensors, written whole or not at all. Nothing is ever unpickled.
+"""Checkpoints: folders that are written whole or not at all, and can be verified. Nothing is ever unpickled.
 
-RUN/config.yaml                          the resolved configuration
-RUN/metrics.jsonl                        one line a measurement
 RUN/checkpoints/step-000500/model.safetensors        parameters
 RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's moments
+RUN/checkpoints/step-000500/state.safetensors        what is carried from batch to batch, where something is
+RUN/checkpoints/step-000500/manifest.json            written last: what wrote it, and the others' sizes and checksums
+
+A file is plain safetensors under the parameters' own names, which torch's distributed checkpoint reads as well
+(`HuggingFaceStorageReader`): many processes will be able to go on from what one has written.
 """
 
-import json
+import hashlib
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
-import torch
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models import LanguageModel, ModelConfig
-from ..registry import SeqmixError
+from ..registry import Config, SeqmixError
 
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""The tensors of a checkpoint by part ("model", "optimizer", "state") and name; a part is a file."""
+
+Choice = int | Literal["newest", "best"]
+"""Which checkpoint of a run: that of a step, the newest, or the one of the lowest validation loss."""
 
 
 class CheckpointError(SeqmixError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
-def save(run: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `keep`; the folder appears when it is complete."""
-    folder = run / "checkpoints" / _name(step)
+class Best(Config):
+    """The best evaluation so far, and how long ago it was."""
+
+    loss: float | None = None
+    """Its validation loss; None before the first."""
+    step: int = 0
+    """Behind which step it was."""
+    evaluations_since: int = 0
+    """Evaluations behind it, none of which was better."""
+
+    def after(self, step: int, loss: float) -> "Best":
+        """What it is behind one more evaluation."""
+        if self.loss is None or loss < self.loss:
+            return Best(loss=loss, step=step)
+        return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
+
+
+class WrittenFile(Config):
+    """What a file must be to be intact."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What a checkpoint says of itself."""
+
+    step: int
+    """Steps made."""
+    seqmix: str
+    """Version that wrote it."""
+    torch: str
+    """Version that computed it."""
+    threads: int
+    """Threads that computed it: sums of floating-point numbers depend on their number."""
+    metrics: dict[str, float]
+    """Measured behind this step; `validation_loss` is there if the step was evaluated."""
+    best: Best
+    """Of all evaluations up to this step."""
+    files: dict[str, WrittenFile] = Field(default_factory=dict)
+    """By name."""
+    sha256: str = ""
+    """The checksum of all this, as JSON without it."""
+
+    def sealed(self, files: dict[str, WrittenFile]) -> "Manifest":
+        """The same with its files and its checksum."""
+        whole = self.model_copy(update={"files": files})
+        return whole.model_copy(update={"sha256": whole.checksum})
+
+    @property
+    def checksum(self) -> str:
+        """What `sha256` is to be."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """An intact checkpoint."""
+
+    folder: Path
+    manifest: Manifest
+    notes: tuple[str, ...]
+    """A sentence for each damaged one that was passed over."""
+
+
+# ---- writing
+
+
+class Writer:
+    """Writes checkpoints behind the training: tensors are copied at once, and written by a thread, one at a time.
+
+    Leaving the context waits for the last one. A failure to write is raised by whatever waits next.
+    """
+
+    def __init__(self, run: Path, *, keep: int, keep_best: bool) -> None:
+        self.run, self.keep, self.keep_best = run, keep, keep_best
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Path, Future[None]] | None = None
+
+    def write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
+        """Begin to write a checkpoint, when the one before is done.
+
+        Returns:
+            The folder, which appears when it is complete.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        copies = {part: {name: _copy(x) for name, x in tensors.items()} for part, tensors in parts.items()}
+        folder = _folder(self.run, manifest.step)
+        self._pending = folder, self._thread.submit(self._write, manifest, copies, metadata)
+        return folder
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if one is.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        (folder, done), self._pending = self._pending, None
+        if error := done.exception():
+            raise CheckpointError(f"the checkpoint {folder} could not be written: {error}") from error
+
+    def _write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> None:
+        write(self.run, manifest, parts, metadata)
+        drop_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:  # what already goes wrong is told first
+                raise
+        finally:
+            self._thread.shutdown()
+
+
+def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
+    """Write a checkpoint; its folder appears, with everything on the disk, when it is complete."""
+    folder = _folder(run, manifest.step)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    moments = {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for file, tensors in ((MODEL_FILE, parameters), (OPTIMIZER_FILE, moments)):
-        metadata = {"seqmix.step": str(step), "seqmix.model": model.config.model_dump_json()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / file, metadata)
-        _flush(partial / file)
-    shutil.rmtree(folder, ignore_errors=True)
+    for part, tensors in parts.items():
+        save_file(dict(tensors), partial / file_of(part), metadata)
+    files = {file.name: WrittenFile(bytes=file.stat().st_size, sha256=_sha256(file)) for file in partial.iterdir()}
+    sealed = manifest.sealed(dict(sorted(files.items())))
+    (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n")
+    for path in (*partial.iterdir(), partial):
+        flush(path)
+    _remove(folder)
     partial.rename(folder)
-    _flush(folder.parent)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    flush(folder.parent)
     return folder
 
 
+def drop_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
+    """Remove all checkpoints but the newest `keep` and the best; those behind `step` are of a past that was undone."""
+    kept = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
+    if keep_best:
+        kept += _by_loss(run)[:1]
+    for folder in checkpoints(run):
+        if folder not in kept:
+            _remove(folder)
+
+
+def drop_unfinished(run: Path) -> None:
+    """Remove what a killed process was writing or removing."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder)
+
+
+# ---- reading
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first; whether they are intact, `verify` says."""
     folders = (f for f in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", f.name) and f.is_dir())
     return sorted(folders, key=step_of)
 
 
-def latest(run: Path) -> Path:
-    """The newest checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not (found := checkpoints(run)):
-        raise CheckpointError(f"{run} holds no checkpoint")
-    return found[-1]
-
-
 def step_of(folder: Path) -> int:
-    """The step a checkpoint was written after."""
+    """The step a checkpoint was written behind."""
     return int(folder.name.removeprefix("step-"))
 
 
-def load_model(folder: Path, model: LanguageModel) -> None:
-    """Put a checkpoint's parameters into a model.
+def file_of(part: str) -> str:
+    """The name of the file that holds a part."""
+    return f"{part}.safetensors"
+
+
+def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None) -> Found:
+    """An intact checkpoint: where the newest (or the best) is damaged, the one before it (or the next best).
+
+    Args:
+        run: the run's folder.
+        which: that of a step, the newest, or the best.
+        parts: what must be intact; everything when None.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds other parameters than the model's.
+        CheckpointError: there is none, or none that is intact.
     """
-    file = folder / MODEL_FILE
-    found = _read(file)
-    _require_same_model(file, model.config)
-    _fill(file, found, {name: parameter.data for name, parameter in model.named_parameters()})
+    there = checkpoints(run)
+    if not there:
+        raise CheckpointError(f"{run} holds no checkpoint")
+    candidates = there[::-1] if which == "newest" else _by_loss(run) if which == "best" else []
+    if isinstance(which, int):
+        candidates = [folder for folder in there if step_of(folder) == which]
+    if not candidates:
+        what = "was evaluated" if which == "best" else f"is of step {which}"
+        raise CheckpointError(
+            f"no checkpoint of {run} {what}; there are those of step {', '.join(str(step_of(f)) for f in there)}"
+        )
+    notes: list[str] = []
+    for folder in candidates:
+        try:
+            return Found(folder, verify(folder, parts), tuple(f"{note}; passed over" for note in notes))
+        except CheckpointError as error:
+            notes.append(str(error))
+    raise CheckpointError(notes[0] + (f"; and none of the {len(notes) - 1} others is intact" if notes[1:] else ""))
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments into an optimizer of the model.
+def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are as it says: there, of that size and that checksum.
+
+    Args:
+        folder: the checkpoint.
+        parts: what is verified; everything when None.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to other parameters than the model's.
+        CheckpointError: what is damaged.
     """
-    file = folder / OPTIMIZER_FILE
-    found = _read(file)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    wanted = {
-        f"{key}.{name}": optimizer.state[parameter][key]
-        for name, parameter in model.named_parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
-    _fill(file, found, wanted)
+    manifest = read_manifest(folder)
+    wanted = manifest.files if parts is None else [file_of(part) for part in parts]
+    for name in wanted:
+        file, written = folder / name, manifest.files.get(name)
+        if written is None:
+            raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {name}")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if (size := file.stat().st_size) != written.bytes:
+            raise CheckpointError(f"{file} is damaged: it has {size:,} bytes, and was written with {written.bytes:,}")
+        if _sha256(file) != written.sha256:
+            raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+    return manifest
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another step.
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: it is no manifest") from error
+    if manifest.sha256 != manifest.checksum:
+        raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+    if manifest.step != step_of(folder):
+        raise CheckpointError(f"{file} is damaged: it is of step {manifest.step}")
+    return manifest
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or something else.
+    """
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist")
+        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is no file")
     try:
         with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 not a mapping
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 not a mapping
+            return found, tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
-def _require_same_model(file: Path, config: ModelConfig) -> None:
-    """Two configurations may have parameters of the same shapes, and be different functions of them."""
-    with safe_open(file, "pt") as tensors:
-        written = (tensors.metadata() or {}).get("seqmix.model")
-    try:
-        same = written is None or ModelConfig.model_validate(json.loads(written)) == config
-    except ValueError:
-        same = False
-    if not same:
-        raise CheckpointError(
-            f"{file} was trained with another model than the configuration beside it describes: "
-            "undo what was changed in config.yaml under `model`"
-        )
-
-
-def _fill(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(f"{file} is of another model: it lacks {missing[0]}" + _more(missing))
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{file} is of another model: it has {extra[0]}, which this one has not" + _more(extra))
-    for name, tensor in wanted.items():
-        if tensor.shape != found[name].shape:
-            raise CheckpointError(
-                f"{file} is of another model: its {name} is {list(found[name].shape)}, "
-                f"and {list(tensor.shape)} is needed"
-            )
-    for name, tensor in wanted.items():
-        tensor.copy_(found[name])
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure that the disk has it: a renamed folder must not outlive its contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def _by_loss(run: Path) -> list[Path]:
+    """The checkpoints that were evaluated, the best first; of equal ones, the oldest."""
+    losses: dict[Path, float] = {}
+    for folder in checkpoints(run):
+        try:
+            loss = read_manifest(folder).metrics.get("validation_loss")
+        except CheckpointError:
+            continue
+        if loss is not None:
+            losses[folder] = loss
+    return sorted(losses, key=lambda folder: losses[folder])
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, so that half of one is never taken for one."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.dropped")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in main memory that no later step changes."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

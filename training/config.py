@@ -92,14 +92,21 @@ class TrainingConfig(Config):
     """Parts that a batch is computed in, one after another; changes memory, not the result."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls after the warm-up; `wsd` (warm-up, stable, decay) keeps the peak until the last
+    decay_steps, over which it falls linearly."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """Last steps, over which the learning rate of schedule wsd falls."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The last learning rate over the peak."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` moves the matrices of blocks by Muon, scaled to AdamW's steps, and the rest by AdamW."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's momentum."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """AdamW's decay of matrices; vectors have none."""
+    """Decay of matrices; vectors have none."""
     betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False)
     """AdamW's decay rates of its two moments."""
     clip_norm: float | None = Field(default=2.0, gt=0)
@@ -116,12 +123,23 @@ class TrainingConfig(Config):
     """Batches of an evaluation, spread evenly over the validation text."""
     final_evaluation_batches: int | None = Field(default=None, gt=0)
     """Batches of the last evaluation; null for the whole validation text."""
+    evaluation_lengths: tuple[Annotated[int, Field(gt=0, le=2**31)], ...] = ()
+    """Sequence lengths at which evaluations measure the loss besides data.sequence_length."""
+    patience: int | None = Field(default=None, gt=0)
+    """Evaluations without a better loss after which training ends; null for all steps."""
+    carry_state: bool = False
+    """Whether a step goes on in the text where the one before ended, with its state (truncated backpropagation through
+    time); every mixer needs a state of constant size."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Whether an evaluation that is the best so far is followed by a checkpoint, and that of the best one is kept."""
     log_every: int = Field(default=10, gt=0)
     """Steps between lines of metrics."""
+    tensorboard: bool = False
+    """Whether metrics are written for TensorBoard too, to RUN/tensorboard."""
 
     @field_validator("accumulate")
     @classmethod
@@ -136,6 +154,21 @@ class TrainingConfig(Config):
         if (steps := info.data.get("steps")) is not None and warmup_steps > steps:
             raise ValueError(f"warmup_steps must be at most steps, and {warmup_steps} is above {steps}")
         return warmup_steps
+
+    @model_validator(mode="after")
+    def _wsd_has_a_decay(self) -> Self:
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                "schedule wsd needs decay_steps, the number of its last steps, over which the learning rate falls"
+                if self.schedule == "wsd"
+                else f"decay_steps belongs to schedule wsd, and the schedule is {self.schedule}"
+            )
+        if self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"warmup_steps and decay_steps must fit into steps, and "
+                f"{self.warmup_steps} + {self.decay_steps} is above {self.steps}"
+            )
+        return self
 
     @field_validator("betas")
     @classmethod
@@ -165,6 +198,22 @@ class RunConfig(Config):
                 f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), "
                 f"and model.vocab_size is {self.model.vocab_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _state_can_be_carried(self) -> Self:
+        if self.training.carry_state:
+            if self.data.packing:
+                raise ValueError("data.packing starts every document from nothing, and training.carry_state does not")
+            if self.data.order == "epochs":
+                raise ValueError("training.carry_state reads text in its own order, and data.order epochs is another")
+            for name in dict.fromkeys(self.model.layers):
+                mixer = self.model.blocks[name].mixer
+                if mixer.traits.state == "growing":
+                    raise ValueError(
+                        f"training.carry_state needs mixers whose state has a constant size, and that of "
+                        f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -3,23 +3,28 @@
 Everything random in a step is a function of (seed, step): a resumed run goes on as the unbroken one would have.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 
-from ..models import IGNORED, LanguageModel, build_model, compile_blocks
+from ..mixers.state import concatenate, detach, map_state
+from ..models import IGNORED, LanguageModel, ModelState, build_model, compile_blocks, flops_per_token
 from ..registry import SeqmixError, dump
-from . import checkpoint
+from . import checkpoint, snapshot
+from .checkpoint import Best, Found, Manifest
 from .config import RunConfig, TrainingConfig
+from .contiguous import contiguous_windows
 from .data import (
     Batch,
     Corpus,
+    cut,
     evaluation_batches,
     most_documents,
     pack,
@@ -28,71 +33,29 @@ from .data import (
     tokenizer_of,
     training_batch,
 )
-from .optim import build_optimizer, learning_rate
+from .diagnosis import first_gradient, first_module
+from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
+from .memory import peak_memory
+from .metrics import Metrics
+from .optim import AnyOptimizer, build_optimizer, learning_rate
+from .peaks import peak_flops
+from .session import record_session, seqmix_version
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
 
 
 class TrainingError(SeqmixError):
     """Training cannot start or go on."""
 
 
-@dataclass(frozen=True)
-class Started:
-    """Model and text are there."""
+class StepResult(NamedTuple):
+    """What one optimizer step gives."""
 
-    corpus: Corpus
-    parameters: int
-    device: torch.device
-    precision: torch.dtype
-    step: int
-    """The first step to be made, from 0."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The first step is through, and with it the compiler."""
-
-    step: int
-    seconds: float
-    """What it took beyond a step that follows."""
-    kinds: int
-    """Kinds of blocks that were compiled."""
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """One optimizer step."""
-
-    step: int
-    """Steps made."""
     loss: float
-    """Nats a token of this batch."""
-    learning_rate: float
+    """Nats a token, before the step."""
     gradient_norm: float
-    tokens_per_second: float
-    """Of this step, from its start to its end."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One evaluation."""
-
-    step: int
-    loss: float
-    """Nats a token of the validation text."""
-    final: bool
-
-
-@dataclass(frozen=True)
-class Saved:
-    """One checkpoint."""
-
-    step: int
-    folder: Path
-
-
-Event = Started | Compiled | Stepped | Evaluated | Saved
+    """Before it was clipped."""
+    learning_rate: float
 
 
 def train(
@@ -103,12 +66,12 @@ def train(
     Args:
         config: the run.
         run: its folder; made, and refused where it holds something already, unless resumed.
-        resume: whether to go on from the newest checkpoint in it (from the start, where none was written).
+        resume: whether to go on from the newest intact checkpoint in it (from the start, where none was written).
         stop: asked behind every step; true writes a checkpoint and ends.
 
     Raises:
-        SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, or the loss is no
-            longer finite. Nothing is written before all of these are there.
+        SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, the loss is no
+            longer finite, or a checkpoint cannot be written. Nothing is written before all that is needed is there.
     """
     run = Path(run)
     if not resume:
@@ -116,190 +79,361 @@ def train(
     # a resumed run reads its own copy of the vocabulary
     corpus = read_corpus(config.data.model_copy(update={"tokenizer": tokenizer_of(run, config)}))
     require_vocabulary(config, corpus.tokenizer)
-    folder = next(reversed(checkpoint.checkpoints(run)), None) if resume else None
+    _require_enough_text(config, corpus)
+    found = checkpoint.find(run) if resume and checkpoint.checkpoints(run) else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(config.training, device)
     model = build_model(config.model, device=device, activations=precision, seed=config.seed)
     model.tokenizer = corpus.tokenizer
-    optimizer = build_optimizer(model, config.training)
+    trainer = Trainer(config, run, corpus, model, build_optimizer(model, config.training))
     start = 0
-    if folder is not None:
-        checkpoint.load_model(folder, model)
-        checkpoint.load_optimizer(folder, model, optimizer)
-        start = checkpoint.step_of(folder)
+    if found is not None:
+        start = trainer.restore(found)
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
         corpus.tokenizer.save(run)
-    trainer = Trainer(config, run, corpus, model, optimizer)
-    trainer.drop_metrics_behind(start)
-    yield Started(corpus, sum(p.numel() for p in model.parameters()), device, trainer.precision, start)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held(run), trainer:
+        trainer.metrics.begin(start)
+        checkpoint.drop_unfinished(run)
+        record_session(run, config, step=start, device=device, precision=precision)
+        yield Started(corpus, sum(p.numel() for p in model.parameters()), device, precision, start)
+        for text in () if found is None else (*found.notes, *_differences(found.manifest)):
+            yield Noted(start, text)
         yield from trainer.steps(start, stop)
 
 
 class Trainer:
-    """One run's model, optimizer and text."""
+    """One run's model, optimizer and text; as a context, it waits for the last checkpoint."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        run: Path,
-        corpus: Corpus,
-        model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
+        self, config: RunConfig, run: Path, corpus: Corpus, model: LanguageModel, optimizer: AnyOptimizer
     ) -> None:
         self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
-        self.precision = _precision(config.training, model.device)
-        model.checkpoint_activations = config.training.checkpoint_activations
-        self.most_documents: int | None = None
-        """Of a sequence, where documents are packed."""
+        settings = config.training
+        self.precision = _precision(settings, model.device)
+        self.metrics = Metrics(run, tensorboard=settings.tensorboard)
+        self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
+        self.best = Best()
+        self.state: ModelState | None = None
+        """The state behind the last step, where it is carried."""
+        self.peak = peak_flops(model.device, self.precision)
+        # a product has two in backward
+        self.flops_per_token = 3 * flops_per_token(model, config.data.sequence_length)
+        self.most_documents: dict[int, int] = {}
+        """Of a sequence, by its length, where documents are packed."""
         if config.data.packing:
-            length, begin = config.data.sequence_length, corpus.tokenizer.begin
-            self.most_documents = max(most_documents(t, length, begin) for t in (corpus.train, corpus.validation))
-        if config.training.compile:
+            for length in (config.data.sequence_length, *settings.evaluation_lengths):
+                streams, begin = (corpus.train, corpus.validation), corpus.tokenizer.begin
+                self.most_documents[length] = max(most_documents(tokens, length, begin) for tokens in streams)
+        model.checkpoint_activations = settings.checkpoint_activations
+        if settings.compile:
             compile_blocks(model)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.metrics.close()
+        self.writer.__exit__(kind, error, trace)
+
+    def restore(self, found: Found) -> int:
+        """Go on from a checkpoint: the step that comes next, from 0.
+
+        Raises:
+            CheckpointError: it is of another model, optimizer or batch.
+        """
+        snapshot.load_model(found.folder, self.model)
+        snapshot.load_optimizer(found.folder, self.model, self.optimizer)
+        if self.config.training.carry_state:
+            self.state = snapshot.load_state(found.folder, self.model, self.config.training.batch_size)
+        self.best = found.manifest.best
+        return found.manifest.step
+
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
-        """All steps from `start` on, with evaluations and checkpoints, until asked to stop."""
+        """All steps from `start` on, with evaluations and checkpoints, until asked to stop, or no longer better."""
         settings = self.config.training
         first: float | None = None
+        if self._out_of_patience:
+            yield self._stopped_early(start)
+            return
         for step in range(start, settings.steps):
             began = time.perf_counter()
-            loss, norm, rate = self.step(step)
+            result = self.step(step)
             seconds = time.perf_counter() - began
             done = step + 1
-            self._require_finite(done, "loss", loss)
-            self._require_finite(done, "gradient's norm", norm)
             if settings.compile and first is None:
                 first = seconds
             elif settings.compile and step == start + 1 and first is not None:
                 yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
-            stepped = Stepped(done, loss, rate, norm, self._tokens_per_step / seconds)
-            if done % settings.log_every == 0 or done == settings.steps:
-                self._record(stepped.__dict__)
+            stepped = self._stepped(done, result, seconds)
+            last = done == settings.steps
+            if done % settings.log_every == 0 or last:
+                self.metrics.record(asdict(stepped))
             yield stepped
-            final = done == settings.steps
-            if final or done % settings.evaluate_every == 0:
-                validation_loss = self.evaluate(final=final)
-                self._require_finite(done, "validation loss", validation_loss)
-                self._record({"step": done, "validation_loss": validation_loss, "final": final})
-                yield Evaluated(done, validation_loss, final)
+            measured = {"loss": result.loss}
+            if last or done % settings.evaluate_every == 0:
+                measured["validation_loss"] = yield from self._evaluations(done, last=last)
             stopping = stop()
-            if final or stopping or done % settings.checkpoint_every == 0:
-                # the loss of the step was that of the parameters before it: an update may have ruined them
-                self._require_finite(done, "loss after the update", self._loss_behind(step))
-                yield self.save(done)
-            if stopping:
+            early = self._out_of_patience and not last
+            best = settings.keep_best and self.best.step == done
+            if last or early or stopping or best or done % settings.checkpoint_every == 0:
+                self._require_good(step)
+                yield self.save(done, measured, wait=last or early or stopping)
+            if early:
+                yield self._stopped_early(done)
+            if early or stopping:
                 return
 
-    def step(self, step: int) -> tuple[float, float, float]:
-        """One optimizer step: the loss before it, the gradient's norm and the learning rate."""
+    def step(self, step: int) -> StepResult:
+        """One optimizer step.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the parameters are then what they were.
+        """
         settings = self.config.training
-        torch.manual_seed(self.config.seed << 32 | step)  # dropout
+        self._seed(step)
         rate = learning_rate(step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self._batch(step)
-        counted = (batch.targets != IGNORED).sum().clamp(min=1)
         self.model.train()
-        total = torch.zeros((), device=self.model.device)
-        for inputs, targets in zip(*(part.chunk(settings.accumulate) for part in batch), strict=True):
-            loss = self._loss_sum(Batch(inputs, targets)) / counted
-            loss.backward()
-            total += loss.detach()
-        limit = math.inf if settings.clip_norm is None else settings.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if torch.isfinite(norm):
-            self.optimizer.step()
+        loss, state = self._backward(step)
+        if not math.isfinite(loss):
+            raise self._not_finite(step + 1, "loss", loss, lambda: self._forward(step))
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise self._not_finite(step + 1, "gradient's norm", norm.item(), None)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total.item(), norm.item(), rate
+        self.state = state
+        return StepResult(loss, norm.item(), rate)
 
     @torch.no_grad()
-    def evaluate(self, *, final: bool = False) -> float:
-        """Nats a token of the validation text; every sequence starts from nothing."""
-        settings = self.config.training
+    def evaluate(self, *, final: bool = False, length: int | None = None) -> float:
+        """Nats a token of the validation text; every sequence starts from nothing.
+
+        Args:
+            final: whether it is the last evaluation, which may have more batches.
+            length: tokens of a sequence, those of training when None; batches have as many tokens at any length.
+        """
+        settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
+        length = length or trained
+        rows = settings.batch_size // settings.accumulate  # smaller batches, and as many sequences
+        rows, before = max(rows * trained // length, 1), rows
+        if limit is not None:
+            limit = max(limit * settings.accumulate * before * trained // (rows * length), 1)
         self.model.eval()
         total, counted = 0.0, 0
-        parts = settings.accumulate  # smaller batches, and as many sequences
-        for batch in evaluation_batches(
-            self.corpus.validation,
-            self.config.data.sequence_length,
-            settings.batch_size // parts,
-            None if limit is None else limit * parts,
-            begin=self.corpus.tokenizer.begin,
-        ):
+        for batch in evaluation_batches(self.corpus.validation, length, rows, limit, begin=self.corpus.tokenizer.begin):
             total += self._loss_sum(self._to_device(batch)).item()
             counted += int((batch.targets != IGNORED).sum())
         return total / max(counted, 1)
 
-    def save(self, step: int) -> Saved:
-        """Write a checkpoint behind `step` steps."""
-        keep = self.config.training.keep_checkpoints
-        return Saved(step, checkpoint.save(self.run, step, self.model, self.optimizer, keep))
+    def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
+        """Begin to write a checkpoint behind `step` steps.
 
-    def drop_metrics_behind(self, step: int) -> None:
-        """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
-        file = self.run / METRICS_FILE
-        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
-        partial.replace(file)
-
-    def _batch(self, step: int) -> Batch:
-        batch = training_batch(
-            self.corpus.train,
-            self.config.data.sequence_length,
-            self.config.training.batch_size,
-            seed=self.config.seed,
+        Raises:
+            CheckpointError: it, or the one before, could not be written.
+        """
+        manifest = Manifest(
             step=step,
-            order=self.config.data.order,
-            begin=self.corpus.tokenizer.begin,
+            seqmix=seqmix_version(),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            metrics=metrics,
+            best=self.best,
         )
-        return self._to_device(batch)
+        parts = snapshot.gather(self.model, self.optimizer, self.state)
+        folder = self.writer.write(manifest, parts, snapshot.metadata_of(self.config.model, step))
+        if wait:
+            self.writer.wait()
+        return Saved(step, folder)
+
+    # ---- a step
+
+    def _backward(self, step: int) -> tuple[float, ModelState | None]:
+        """The loss of a step's batch, part by part, with its gradients in the parameters; and the state to carry."""
+        total = torch.zeros((), device=self.model.device)
+        states: list[ModelState] = []
+        for loss, state in self._losses(step):
+            loss.backward()
+            total += loss.detach()
+            if state is not None:
+                states.append(detach(state))
+        return total.item(), concatenate(states) if states else None
+
+    def _losses(self, step: int) -> Iterator[tuple[torch.Tensor, ModelState | None]]:
+        """The share of each part of a step's batch in its loss, and the state behind the part if it is carried."""
+        settings = self.config.training
+        batch, state = self._batch(step), self._state_before(step)
+        counted = (batch.targets != IGNORED).sum().clamp(min=1)
+        rows = settings.batch_size // settings.accumulate
+        for number, part in enumerate(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True)):
+            if state is None:
+                yield self._loss_sum(Batch(*part)) / counted, None
+            else:
+                # a copy: without gradients, a mixer may write where it was
+                before = map_state(lambda leaf, at=number * rows: leaf[at : at + rows].clone(), state)
+                loss, after = self._carried_loss_sum(Batch(*part), before)
+                yield loss / counted, after
 
     @torch.no_grad()
-    def _loss_behind(self, step: int) -> float:
-        """The loss of the first part of a step's batch, with the parameters behind the step."""
-        self.model.eval()
-        part = Batch(*(x.chunk(self.config.training.accumulate)[0] for x in self._batch(step)))
-        return self._loss_sum(part).item()
+    def _forward(self, step: int) -> None:
+        """A step's batch once more, as it was computed."""
+        self._seed(step)
+        for _ in self._losses(step):
+            pass
 
-    def _require_finite(self, step: int, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"step {step}: the {what} is {value:g}; try a lower training.learning_rate; "
-                f"checkpoints of earlier steps, if any, are in {self.run / 'checkpoints'}"
-            )
+    def _seed(self, step: int) -> None:
+        """Draw a step's dropout from its own generator."""
+        torch.manual_seed(self.config.seed << 32 | step)
 
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.config.training.batch_size * self.config.data.sequence_length
+    def _batch(self, step: int) -> Batch:
+        data, size, seed = self.config.data, self.config.training.batch_size, self.config.seed
+        tokens, begin, length = self.corpus.train, self.corpus.tokenizer.begin, data.sequence_length
+        if self.config.training.carry_state:
+            windows = contiguous_windows(len(tokens), length, size, seed=seed, step=step)
+            return self._to_device(cut(tokens, windows.starts, length, begin))
+        batch = training_batch(tokens, length, size, seed=seed, step=step, order=data.order, begin=begin)
+        return self._to_device(batch)
+
+    def _state_before(self, step: int) -> ModelState | None:
+        """The state that a step starts from: nothing, or where it is carried, that behind the step before."""
+        settings = self.config.training
+        if not settings.carry_state:
+            return None
+        tokens, length = len(self.corpus.train), self.config.data.sequence_length
+        first = contiguous_windows(tokens, length, settings.batch_size, seed=self.config.seed, step=step).first
+        return self.model.init_state(settings.batch_size) if first or self.state is None else self.state
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        device = self.model.device.type
-        with torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32):
-            if self.most_documents is None:
+        most = self.most_documents.get(batch.inputs.shape[1])
+        with self._autocast():
+            if most is None:
                 return self.model.loss(batch.inputs, batch.targets)
-            packed = pack(batch, self.most_documents, self.corpus.tokenizer.begin)
+            packed = pack(batch, most, self.corpus.tokenizer.begin)
             return self.model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
+
+    def _carried_loss_sum(self, batch: Batch, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+        with self._autocast():
+            return self.model.loss_and_state(batch.inputs, batch.targets, state)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
-    def _record(self, values: dict[str, Any]) -> None:
-        with (self.run / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(values) + "\n")
+    # ---- what is told
+
+    def _stepped(self, done: int, result: StepResult, seconds: float) -> Stepped:
+        speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
+        return Stepped(
+            done,
+            result.loss,
+            learning_rate=result.learning_rate,
+            gradient_norm=result.gradient_norm,
+            tokens_per_second=speed,
+            mfu=None if self.peak is None else self.flops_per_token * speed / self.peak,
+            memory_bytes=peak_memory(self.model.device),
+        )
+
+    def _evaluations(self, done: int, *, last: bool) -> Generator[Evaluated, None, float]:
+        """The evaluation behind a step, and the final one if training ends with it.
+
+        Returns:
+            The loss that is compared with those of other evaluations: of as many batches, also at the end.
+        """
+        settings = self.config.training
+        loss = final_loss = self._validation_loss(done, final=last)
+        if last and settings.final_evaluation_batches != settings.evaluation_batches:
+            loss = self._validation_loss(done, final=False)
+        self.best = self.best.after(done, loss)
+        if not last:
+            yield self._evaluated(done, loss, final=False)
+            if self._out_of_patience:
+                last, final_loss = True, self._validation_loss(done, final=True)
+        if last:
+            yield self._evaluated(done, final_loss, final=True)
+        return loss
+
+    def _evaluated(self, done: int, loss: float, *, final: bool) -> Evaluated:
+        """An evaluation on record, with the further lengths."""
+        lengths = self.config.training.evaluation_lengths
+        by_length = {length: self._validation_loss(done, final=final, length=length) for length in lengths}
+        values = {"step": done, "validation_loss": loss, "final": final}
+        self.metrics.record(values | ({"validation_loss_by_length": by_length} if by_length else {}))
+        return Evaluated(done, loss, final, by_length)
+
+    def _validation_loss(self, done: int, *, final: bool, length: int | None = None) -> float:
+        loss = self.evaluate(final=final, length=length)
+        if not math.isfinite(loss):
+            raise self._not_finite(done, "validation loss", loss, lambda: self.evaluate(final=final, length=length))
+        return loss
+
+    @property
+    def _out_of_patience(self) -> bool:
+        patience = self.config.training.patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    def _stopped_early(self, done: int) -> StoppedEarly:
+        return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
+
+    @torch.no_grad()
+    def _require_good(self, step: int) -> None:
+        """Refuse to keep parameters (and a state) that an update has ruined: its loss was of those before it."""
+        self.model.eval()
+
+        def forward() -> float:
+            # with a carried state, what comes next is behind it
+            loss, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
+            return loss.item()
+
+        if not math.isfinite(loss := forward()):
+            raise self._not_finite(step + 1, "loss after the update", loss, forward)
+
+    def _not_finite(self, done: int, what: str, value: float, forward: Callable[[], Any] | None) -> TrainingError:
+        """What to say of a value that is not finite, and where that began: forward, else in the gradients there are."""
+        where = None
+        if forward is not None and (module := first_module(self.model, forward)) is not None:
+            where = f"first in the output of {module}"
+        elif forward is None and (name := first_gradient(self.model.named_parameters())) is not None:
+            where = f"first in the gradient of {name}"
+        with suppress(checkpoint.CheckpointError):
+            self.writer.wait()
+        kept = checkpoint.checkpoints(self.run)
+        return TrainingError(
+            f"step {done}: the {what} is {value:g}{f', {where}' if where else ''}; try a lower training.learning_rate; "
+            f"{f'the newest checkpoint is {kept[-1]}' if kept else 'no checkpoint was written yet'}"
+        )
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite if it is none."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-    return step if isinstance(step, int) and line.endswith("\n") else math.inf
+def _differences(manifest: Manifest) -> list[str]:
+    """What makes a resumed run another one, by rounding."""
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    then = {"threads": manifest.threads, "torch": manifest.torch}
+    changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
+    return [f"{', '.join(changed)}: other last bits than an undisturbed run"] if changed else []
+
+
+def _require_enough_text(config: RunConfig, corpus: Corpus) -> None:
+    """Find out before anything is written what would fail later."""
+    settings, n_tokens = config.training, len(corpus.validation)
+    if settings.carry_state:
+        length, size = config.data.sequence_length, settings.batch_size
+        contiguous_windows(len(corpus.train), length, size, seed=config.seed, step=0)
+    for length in settings.evaluation_lengths:
+        if n_tokens <= length:
+            raise TrainingError(
+                f"training.evaluation_lengths has {length}, which takes {length + 1} tokens of validation text, "
+                f"and {corpus.name} has {n_tokens}"
+            )
 
 
 def _require_free(run: Path) -> None:
@@ -323,6 +457,24 @@ def _claim(run: Path, config: RunConfig, comment: str) -> None:
         raise TrainingError(f"{run} already holds a run, begun meanwhile: write elsewhere with --out DIR") from error
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[None]:
+    """Keep other processes from going on with the same run; the system lets go of it however this one ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (run / CONFIG_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:

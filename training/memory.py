@@ -1,7 +1,10 @@
-"""What the process does with memory that is freed."""
+"""The memory of the process: what it has taken, and what it does with what is freed."""
 
 import ctypes
+import sys
 from contextlib import suppress
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """The names of mallopt(3)."""
@@ -18,3 +21,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes taken at most so far: on a GPU by tensors, else by the whole process; None where the system has no word."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

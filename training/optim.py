@@ -1,23 +1,83 @@
 """The optimizer and its learning rate."""
 
 import math
+from collections import ChainMap
+from collections.abc import MutableMapping
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not; every parameter is in one group."""
+class Together:
+    """Several optimizers of different parameters that take their steps together."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> MutableMapping[Tensor, Any]:
+        """What is kept of each parameter."""
+        return ChainMap(*({**optimizer.state} for optimizer in self.optimizers))
+
+    def step(self) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
+    """The optimizer of a model, every parameter in one group; matrices decay, vectors do not.
+
+    `muon` moves the matrices of the blocks' linear maps by Muon, and everything else (embedding, output projection,
+    vectors, convolutions) by AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)), Liu et al.
+    2025, "Muon is scalable for LLM training"), so that both take one learning rate and one decay.
+    """
     parameters = list(model.parameters())
+    matrices = _matrices_of_blocks(model) if config.optimizer == "muon" else []
+    taken = {id(matrix) for matrix in matrices}
+    rest = [p for p in parameters if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
     )
+    # what they would make at the first step: so a checkpoint has it for every parameter, with a gradient or without
+    for parameter in rest:
+        adamw.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    if not matrices:
+        return adamw
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for matrix in matrices:
+        muon.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+    return Together(adamw, muon)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -26,6 +86,16 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    passed = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    left = 1 - passed if config.schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
+    falling = config.steps - config.warmup_steps
+    if config.schedule == "wsd":
+        falling = config.decay_steps or 0
+    passed = max(step - (config.steps - falling), 0) / max(falling, 1)
+    left = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "cosine" else 1 - passed
     return config.learning_rate * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
+
+
+def _matrices_of_blocks(model: nn.Module) -> list[Tensor]:
+    """The weights of the linear maps inside blocks, each once."""
+    blocks = model.get_submodule("blocks")
+    weights = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys(weights))

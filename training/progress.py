@@ -3,7 +3,9 @@
 import math
 import shlex
 import signal
+import time
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from types import FrameType, TracebackType
@@ -12,37 +14,28 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .config import RunConfig
-from .loop import Compiled, Evaluated, Saved, Started, Stepped, train
+from .config import RunConfig, TrainingConfig
+from .events import Compiled, Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
+from .loop import train
 
 NATS_PER_BIT = math.log(2)
+SECONDS_BETWEEN_LINES = 10.0
+"""At least so long, where there is no terminal to draw on."""
 
 
 def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> bool:
     """Train, and show it. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
 
     Returns:
-        Whether all steps are made.
+        Whether training has ended: all steps are made, or further ones would make it no better.
 
     Raises:
         SeqmixError: training cannot start or go on.
     """
-    console = Console(markup=False)  # paths and names are no markup
-    progress = Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    task = progress.add_task("train", total=config.training.steps, loss="", speed="")
-    entropy, bytes_per_token, done = math.inf, 1.0, 0
-    recent: deque[float] = deque(maxlen=20)
+    console = Console(markup=False, highlight=False)  # paths and names are no markup
+    console.soft_wrap = not console.is_terminal  # a line of a file is a line
+    shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
+    entropy, bytes_per_token, done, early = math.inf, 1.0, 0, False
     try:
         with StopRequest() as stop:
             for event in train(config, run, resume=resume, stop=stop.made):
@@ -50,29 +43,109 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                 match event:
                     case Started():
                         entropy, bytes_per_token = event.corpus.unigram_entropy, event.corpus.bytes_per_token
-                        console.print(_start(event, config.training.steps), highlight=False)
-                        progress.update(task, completed=done)
-                        progress.start()  # not before: what cannot start shows its error and nothing else
+                        console.print(_start(event, config.training.steps))
+                        shown.start(done)  # not before: what cannot start shows its error and nothing else
+                    case Noted():
+                        console.print(event.text)
                     case Compiled():
-                        line = f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s"
-                        console.print(line, highlight=False)
+                        console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s")
                     case Stepped():
-                        recent.append(event.tokens_per_second)
-                        speed = f"{median(recent):,.0f} tokens/s"
-                        progress.update(task, completed=done, loss=f"loss {event.loss:.3f}", speed=speed)
+                        shown.step(event)
                     case Evaluated():
-                        console.print(_evaluation(event, entropy, bytes_per_token), highlight=False)
+                        console.print(_evaluation(event, entropy, bytes_per_token))
+                    case StoppedEarly():
+                        early = True
+                        console.print(_stopped_early(event))
                     case Saved():
                         pass
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        shown.stop()
     quoted = shlex.quote(str(run))
-    if done < config.training.steps:
-        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}", highlight=False)
+    if done < config.training.steps and not early:
+        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}")
         return False
-    console.print(f'try it: seqmix generate {quoted} --prompt "def "', highlight=False)
+    console.print(f'try it: seqmix generate {quoted} --prompt "def "')
     return True
+
+
+class Bar:
+    """Steps on a terminal: a bar that moves."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[measured]}"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task("train", total=steps, measured="")
+        self.speeds = Speeds()
+
+    def start(self, done: int) -> None:
+        """Draw it, `done` steps being made."""
+        self.progress.update(self.task, completed=done)
+        self.progress.start()
+
+    def step(self, event: Stepped) -> None:
+        """Move it."""
+        self.progress.update(self.task, completed=event.step, measured=_measured(event, self.speeds.add(event)))
+
+    def stop(self) -> None:
+        """Leave it as it is."""
+        if self.progress.live.is_started:
+            self.progress.stop()
+
+
+class Lines:
+    """Steps in a file or a pipe: a line now and then."""
+
+    def __init__(self, console: Console, settings: TrainingConfig) -> None:
+        self.console, self.settings = console, settings
+        self.speeds = Speeds()
+        self.printed = -math.inf
+        """When the last line was."""
+
+    def start(self, done: int) -> None:
+        """The steps begin."""
+
+    def step(self, event: Stepped) -> None:
+        """Print a line if one is due."""
+        speed, now, steps = self.speeds.add(event), time.monotonic(), self.settings.steps
+        if event.step % self.settings.log_every and event.step < steps:
+            return
+        if now - self.printed >= SECONDS_BETWEEN_LINES or event.step == steps:
+            self.printed = now
+            # the length of a step is in its speed
+            left = (steps - event.step) * self.speeds.seconds
+            self.console.print(f"step {event.step} of {steps}: {_measured(event, speed)}, {_duration(left)} left")
+
+    def stop(self) -> None:
+        """The steps are over."""
+
+
+class Speeds:
+    """What the last steps took."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float]] = deque(maxlen=20)
+        self._before = time.monotonic()
+
+    def add(self, event: Stepped) -> float:
+        """Tokens a second, with those of this step."""
+        now = time.monotonic()
+        self._recent.append((event.tokens_per_second, now - self._before))
+        self._before = now
+        return median(speed for speed, _ in self._recent)
+
+    @property
+    def seconds(self) -> float:
+        """From a step to the next, evaluations aside."""
+        return median(seconds for _, seconds in self._recent)
 
 
 class StopRequest:
@@ -121,6 +194,27 @@ def _start(event: Started, steps: int) -> str:
     return lines + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
 
+def _measured(event: Stepped, speed: float) -> str:
+    """Loss, speed, and what they take."""
+    parts = [f"loss {event.loss:.3f}", f"{speed:,.0f} tokens/s"]
+    if event.mfu is not None:
+        parts.append(f"{event.mfu:.0%} of peak")
+    if event.memory_bytes is not None:
+        parts.append(f"{event.memory_bytes / 2**30:.1f} GiB")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _stopped_early(event: StoppedEarly) -> str:
+    return (
+        f"step {event.step}: stopped, for no evaluation has been better than that of step {event.best_step}: "
+        f"{event.best_loss:.4f} nats/token"
+    )
+
+
 def _evaluation(event: Evaluated, entropy: float, bytes_per_token: float = 1.0) -> str:
     """One line: nats a token and bits a byte, and at the end how far below the token frequencies alone."""
     token = "byte" if bytes_per_token == 1 else "token"
@@ -129,6 +223,7 @@ def _evaluation(event: Evaluated, entropy: float, bytes_per_token: float = 1.0) 
         return f"{loss:.4f} nats/{token}, {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
 
     line = f"step {event.step}: validation {shown(event.loss)}"
+    line += "".join(f", {loss:.4f} at {length} tokens" for length, loss in event.by_length.items())
     if event.final:
         line += (
             f"; {token} frequencies alone: {shown(entropy)} "

@@ -43,7 +43,7 @@ def text(tmp_path_factory):
 
 def tensors(folder):
     """What a checkpoint holds, to the bit."""
-    found = {f"{file.name}: {name}": x for file in folder.iterdir() for name, x in load_file(file).items()}
+    found = {f"{file.name}: {name}": x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     return {name: x.numpy().tobytes() for name, x in found.items()}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from seqmix import RunConfig, SeqmixError, build_model, load_run, train
+from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
+from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training import TrainingError, read_config, read_corpus
-from seqmix.training.checkpoint import checkpoints
+from seqmix.training.checkpoint import Best, checkpoints, find, step_of
 from seqmix.training.data import training_batch
-from seqmix.training.loop import Evaluated, Saved, Started, Stepped, Trainer
+from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
+from seqmix.training.loop import Trainer
 from seqmix.training.optim import learning_rate
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
@@ -39,7 +42,8 @@ def stopped(config: RunConfig, run: Path, kind: type, step: int, **options) -> l
 def metrics(run: Path) -> list[dict]:
     """The lines of a run, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    measured = {"tokens_per_second", "mfu", "memory_bytes"}
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:
@@ -47,7 +51,7 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
     folder = checkpoints(run)[-1]
     tensors = {
         f"{file.name}: {name}": tensor.numpy().tobytes()
-        for file in folder.iterdir()
+        for file in folder.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
     return {"folder": folder.name.encode(), **tensors}
@@ -374,6 +378,18 @@ def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path,
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_run_is_trained_by_one_at_a_time(config_of, tmp_path):
+    first = train(config_of(), tmp_path / "run")
+    assert [next(first).step for _ in range(5)][-1] == 2
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    message = refusal(config_of(), tmp_path / "run", resume=True)
+    assert message == f"another process trains {tmp_path / 'run'}: stop it first, or wait until it ends"
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")} == before
+    first.close()
+    started, *_ = run_of(config_of(), tmp_path / "run", resume=True)
+    assert started.step == 2
+
+
 def test_an_empty_folder_is_taken(config_of, tmp_path):
     (tmp_path / "run").mkdir()
     assert run_of(config_of("training.steps=2"), tmp_path / "run")
@@ -398,7 +414,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatc
     assert "\n" not in message
     assert re.match(rf"step {seen}: the loss.* is (nan|inf)", message)
     assert "training.learning_rate" in message
-    assert str(tmp_path / "run" / "checkpoints") in message
+    assert "first in the output of " in message
+    written = checkpoints(tmp_path / "run")
+    assert (f"the newest checkpoint is {written[-1]}" if written else "no checkpoint was written yet") in message
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
     # what it ruined was not kept
     assert len(checkpoints(tmp_path / "run")) == 3 // every
@@ -418,12 +436,234 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path)
     trainer = trainer_of(config_of(), tmp_path)
     trainer.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
     before = [p.clone() for p in trainer.model.parameters()]
-    loss, norm, _ = trainer.step(0)
-    assert math.isfinite(loss)
-    assert math.isnan(norm)
+    sentence = r"^step 1: the gradient's norm is nan, first in the gradient of head\.weight; "
+    with pytest.raises(TrainingError, match=sentence):
+        trainer.step(0)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    with pytest.raises(TrainingError, match=r"^step 1: the gradient's norm is nan"):
+    with pytest.raises(TrainingError, match=sentence):
         list(trainer.steps(0, lambda: False))
+
+
+def test_a_value_that_is_not_finite_is_named_by_its_module(config_of, tmp_path):
+    trainer = trainer_of(config_of(*DROPOUT, "training.accumulate=2"), tmp_path)
+    with torch.no_grad():
+        trainer.model.blocks[1].mixer.out_proj.weight[3, 3] = math.inf
+    sentence = (
+        r"^step 1: the loss is nan, first in the output of blocks\.1\.mixer\.out_proj, whose weight is not finite; "
+    )
+    with pytest.raises(TrainingError, match=sentence):
+        trainer.step(0)
+
+
+# ---- evaluations
+
+
+def test_further_lengths_are_evaluated_too(config_of, tmp_path):
+    config = config_of("training.evaluation_lengths=[8, 64]", "training.final_evaluation_batches=3")
+    events = run_of(config, tmp_path / "run")
+    evaluated = [event for event in events if isinstance(event, Evaluated)]
+    assert all(list(event.by_length) == [8, 64] for event in evaluated)
+    assert all(len({event.loss, *event.by_length.values()}) == 3 for event in evaluated)
+    lines = [line for line in metrics(tmp_path / "run") if "final" in line]
+    assert [line["validation_loss_by_length"] for line in lines] == [
+        {str(length): loss for length, loss in event.by_length.items()} for event in evaluated
+    ]
+    # and nothing else is changed by it
+    plain = run_of(config_of("training.final_evaluation_batches=3"), tmp_path / "plain")
+    assert [event.loss for event in evaluated] == [event.loss for event in plain if isinstance(event, Evaluated)]
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "plain")
+
+
+def test_an_evaluation_reads_as_many_tokens_at_any_length(config_of, tmp_path):
+    trainer, shapes = trainer_of(config_of(), tmp_path), []
+    trainer.model.embedding.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2])))
+    for length in (None, 8, 64):
+        trainer.evaluate(length=length)
+    assert shapes == [(4, 16)] * 2 + [(8, 8)] * 2 + [(1, 64)] * 2
+
+
+def test_a_length_beyond_the_text_is_refused_before_anything_is_written(config_of, tmp_path):
+    message = refusal(config_of("training.evaluation_lengths=[16, 3000]"), tmp_path / "run")
+    assert message.startswith("training.evaluation_lengths has 3000, which takes 3001 tokens of validation text")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def losses_are(monkeypatch):
+    """Make evaluations give these losses, one after another, and the final one 9."""
+
+    def give(*losses: float) -> None:
+        rest = iter(losses)
+        monkeypatch.setattr(Trainer, "evaluate", lambda self, *, final, length=None: 9.0 if final else next(rest))
+
+    return give
+
+
+EARLY = ("training.patience=2", "training.evaluate_every=1", "training.checkpoint_every=100", "training.steps=9")
+
+
+def test_a_run_that_gets_no_better_stops(config_of, tmp_path, losses_are):
+    losses_are(4, 3, 3.5, 2, 2, 2.5)
+    events = run_of(config_of(*EARLY), tmp_path / "run")
+    assert events[-1] == StoppedEarly(6, best_step=4, best_loss=2)
+    assert [(event.step, event.loss) for event in events if isinstance(event, Evaluated) and event.final] == [(6, 9.0)]
+    # its last step and its best one are there
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == [4, 6]
+    # and it does not go on
+    losses_are()
+    started, end = run_of(config_of(*EARLY), tmp_path / "run", resume=True)
+    assert (started.step, end) == (6, events[-1])
+
+
+def test_patience_outlasts_a_stop(config_of, tmp_path, losses_are):
+    losses_are(4, 3, 3.5, 3.5)
+    whole = run_of(config_of(*EARLY), tmp_path / "whole")
+    losses_are(4, 3, 3.5)
+    stopped(config_of(*EARLY), tmp_path / "run", Stepped, 3)
+    losses_are(3.5)
+    assert run_of(config_of(*EARLY), tmp_path / "run", resume=True)[-1] == whole[-1] == StoppedEarly(4, 2, 3)
+
+
+def test_the_best_step_is_kept_and_found(config_of, tmp_path, losses_are):
+    losses_are(3, 2, 2.5, 2.7)
+    every = ("training.evaluate_every=1", "training.checkpoint_every=1", "training.keep_checkpoints=1")
+    config = config_of(*every, "training.steps=4")
+    run_of(config, tmp_path / "run")
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == [2, 4]
+    assert find(tmp_path / "run", "best").manifest.step == 2
+    assert find(tmp_path / "run").manifest.best == Best(loss=2, step=2, evaluations_since=2)
+    losses_are(3, 2, 2.5, 2.7)
+    run_of(config_of(*every, "training.steps=4", "training.keep_best=false"), tmp_path / "plain")
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "plain")] == [4]
+
+
+# ---- carried state
+
+CARRY = ("training.carry_state=true", "training.evaluate_every=100", "training.keep_best=false")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_carried_state_is_that_of_the_text_before(config_of, tmp_path, accumulate):
+    """The loss of a step is that of reading the lane from its start, in which the steps before are without effect."""
+    config = config_of(*CARRY, "training.learning_rate=1.0e-30", f"training.accumulate={accumulate}")
+    trainer = trainer_of(config, tmp_path)
+    batches = [trainer._batch(step) for step in range(4)]
+    for one, two in pairwise(batches):
+        assert torch.equal(one.targets[:, -1], two.inputs[:, 0])
+    with torch.no_grad():
+        whole = torch.cat([batch.inputs for batch in batches], dim=1)
+        log_probabilities = trainer.model(whole).logits.log_softmax(-1).chunk(4, dim=1)
+    for step, (batch, expected) in enumerate(zip(batches, log_probabilities, strict=True)):
+        loss = trainer.step(step).loss
+        assert loss == pytest.approx(-expected.gather(2, batch.targets[..., None]).mean().item(), rel=1e-5)
+    cold = trainer_of(config, tmp_path)
+    assert cold.step(3).loss != pytest.approx(loss, rel=1e-4)
+
+
+def test_gradients_end_at_the_border_of_a_step(config_of, tmp_path):
+    trainer = trainer_of(config_of(*CARRY), tmp_path)
+    trainer.step(0)
+    assert trainer.state is not None
+    assert not any(leaf.requires_grad for leaf in to_dict(trainer.state).values())
+
+
+def test_a_new_reading_of_the_text_starts_from_nothing(config_of, tmp_path):
+    config = config_of(*CARRY, "training.learning_rate=1.0e-30")
+    trainer = trainer_of(config, tmp_path)
+    per_reading = (2701 - 16) // (4 * 16)
+    for step in range(per_reading + 1):
+        loss = trainer.step(step).loss
+    cold = trainer_of(config, tmp_path)
+    assert loss == pytest.approx(cold.step(per_reading).loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
+def test_a_resumed_run_with_carried_state_is_the_unbroken_one(config_of, tmp_path, preset):
+    window = ["model.blocks.attn.mixer.window=8"] if preset == "hybrid-tiny" else []
+    config = config_of(*CARRY, *DROPOUT, "training.accumulate=2", *window, "model.n_layers=4", preset=preset)
+    run_of(config, tmp_path / "whole")
+    stopped(config, tmp_path / "run", Stepped, 3)
+    run_of(config, tmp_path / "run", resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+    assert any(name.startswith("state.safetensors") for name in checkpoint_bytes(tmp_path / "run"))
+
+
+def test_a_growing_state_is_not_carried(config_of):
+    with pytest.raises(SeqmixError) as raised:
+        config_of("training.carry_state=true", "model.n_layers=4", preset="hybrid-tiny")
+    assert "model.blocks.attn.mixer (attention) grows with the text" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.packing=true", "data.packing starts every document from nothing, and training.carry_state does not"),
+        ("data.order=epochs", "carry_state reads text in its own order, and data.order epochs is another"),
+    ],
+)
+def test_what_a_carried_state_is_not_for_is_refused(config_of, override, sentence):
+    with pytest.raises(SeqmixError, match=sentence):
+        config_of("training.carry_state=true", override)
+
+
+def test_documents_are_packed_at_every_length(config_of, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * (1 + number % 3))
+    data = (f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "data.split=tail")
+    trainer = trainer_of(config_of(*data, "training.evaluation_lengths=[64]"), tmp_path)
+    assert trainer.most_documents[64] > trainer.most_documents[16] > 1
+    losses = [trainer.evaluate(final=True, length=length) for length in (16, 64)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+    assert all(map(math.isfinite, losses))
+
+
+def test_a_text_too_short_for_lanes_is_refused_before_anything_is_written(config_of, tmp_path):
+    message = refusal(config_of(*CARRY, "training.batch_size=200"), tmp_path / "run")
+    assert "reads 200 lanes of the training text side by side, which takes 3216 tokens, and it has 2701" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is told
+
+
+def test_a_resumed_run_says_what_else_computed_it(config_of, tmp_path):
+    stopped(config_of(), tmp_path / "run", Stepped, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        _, note, *_ = run_of(config_of(), tmp_path / "run", resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    expected = f"threads {threads} before and {threads + 1} from here on: other last bits than an undisturbed run"
+    assert note == Noted(1, expected)
+    sessions = [json.loads(line) for line in (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()]
+    assert [(session["step"], session["threads"]) for session in sessions] == [(0, threads), (1, threads + 1)]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config_of, tmp_path):
+    config = config_of(*DROPOUT)
+    run_of(config, tmp_path / "whole")
+    run_of(config_of(*DROPOUT, "training.keep_checkpoints=3"), tmp_path / "run")
+    damaged = checkpoints(tmp_path / "run")[-1] / "optimizer.safetensors"
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    started, note, *_ = run_of(config, tmp_path / "run", resume=True)
+    assert started.step == 4
+    assert note == Noted(4, f"{damaged} is damaged: its checksum is not the one it was written with; passed over")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "whole")
+
+
+def test_utilisation_is_of_the_mixers_own_operations(config_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqmix.training.loop.peak_flops", lambda device, precision: 1e9)
+    events = run_of(config_of(), tmp_path / "run")
+    cost = account(config_of().model, length=16)
+    for event in events:
+        if isinstance(event, Stepped):
+            assert event.mfu == pytest.approx(3 * cost.flops_per_token * event.tokens_per_second / 1e9)
+            assert event.memory_bytes > 2**20
 
 
 # ---- clipping and precision

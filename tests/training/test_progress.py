@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from seqmix.training.loop import Evaluated
-from seqmix.training.progress import StopRequest, _evaluation, run_with_progress
+from seqmix.training.events import Evaluated, Stepped, StoppedEarly
+from seqmix.training.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, _evaluation, run_with_progress
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -49,6 +49,42 @@ def test_the_last_evaluation_stands_beside_the_byte_frequencies(loss, beside):
     assert beside in line
 
 
+def test_further_lengths_stand_beside_the_loss():
+    line = _evaluation(Evaluated(100, 1.3863, final=False, by_length={8: 1.5, 64: 1.25}), entropy=2.0)
+    assert line.endswith("2.0000 bits/byte, 1.5000 at 8 tokens, 1.2500 at 64 tokens")
+
+
+# ---- without a terminal
+
+
+@pytest.fixture
+def lines(config_of, monkeypatch):
+    """Steps that take four seconds each, and what is printed of them."""
+    clock, printed = [0.0], []
+    monkeypatch.setattr("seqmix.training.progress.time.monotonic", lambda: clock[0])
+
+    class Printer:
+        print = staticmethod(printed.append)
+
+    settings = config_of("training.steps=20", "training.log_every=1").training
+    shown = Lines(Printer(), settings)
+    for step in range(1, 21):
+        clock[0] += 4
+        shown.step(Stepped(step, 2.5, 1e-3, 1.0, 1000.0, mfu=0.421 if step > 10 else None, memory_bytes=3 * 2**29))
+    return printed
+
+
+def test_lines_come_now_and_then_and_at_the_end(lines):
+    steps = [int(re.match(r"step (\d+) of 20: ", line)[1]) for line in lines]
+    assert steps == [1, 4, 7, 10, 13, 16, 19, 20]
+    assert 2 * 4 < SECONDS_BETWEEN_LINES < 3 * 4
+
+
+def test_a_line_says_what_is_reached_and_what_it_takes(lines):
+    assert lines[0] == "step 1 of 20: loss 2.500, 1,000 tokens/s, 1.5 GiB, 0:01:16 left"
+    assert lines[4] == "step 13 of 20: loss 2.500, 1,000 tokens/s, 42% of peak, 1.5 GiB, 0:00:28 left"
+
+
 @pytest.fixture
 def shown(config_of, tmp_path, capsys, monkeypatch):
     """Run with progress, and return what it printed, on a wide terminal."""
@@ -82,3 +118,26 @@ def test_a_stopped_run_shows_how_to_go_on(shown, tmp_path, monkeypatch):
     again = shown(resume=True)
     assert "resumed behind step 1" in again
     assert "seqmix generate" in again
+
+
+def test_without_a_terminal_steps_are_lines(shown):
+    out = shown()
+    assert re.search(r"^step 1 of 6: loss \d\.\d{3}, [\d,]+ tokens/s, \d\.\d GiB, 0:0\d:\d\d left$", out, re.M)
+    assert re.search(r"^step 6 of 6: .* 0:00:00 left$", out, re.M)
+    assert "━" not in out
+
+
+def test_on_a_terminal_they_are_a_bar(shown, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown())
+    assert "━" in out
+    assert re.search(r"6/6 .*loss \d\.\d{3}, [\d,]+ tokens/s, \d\.\d GiB elapsed", out)
+
+
+def test_a_run_that_stopped_early_has_ended(config_of, tmp_path, monkeypatch, capsys):
+    end = StoppedEarly(4, best_step=2, best_loss=1.25)
+    monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([end]))
+    assert run_with_progress(config_of(), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "step 4: stopped, for no evaluation has been better than that of step 2: 1.2500 nats/token" in out
+    assert "seqmix generate" in out

@@ -1,6 +1,6 @@
 """What a run learns: documents, their tokens, what is held out of them, and the batches cut from the rest."""
 
-from .batches import Batch, Packed, evaluation_batches, most_documents, pack, training_batch
+from .batches import Batch, Packed, cut, evaluation_batches, most_documents, pack, training_batch
 from .corpus import Corpus, read_corpus, require_vocabulary, tokenizer_of
 from .sources import read_documents
 from .stream import Stream, tokenized
@@ -13,6 +13,7 @@ __all__ = [
     "Packed",
     "Stream",
     "TokenFile",
+    "cut",
     "evaluation_batches",
     "most_documents",
     "pack",

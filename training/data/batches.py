@@ -72,7 +72,7 @@ def training_batch(
         samples = -(-(len(tokens) - 1) // length)
         starts = epoch_samples(samples, batch_size, seed=seed, step=step) * length
     share = batch_size // world_size
-    return _cut(tokens, starts[rank * share : (rank + 1) * share], length, begin)
+    return cut(tokens, starts[rank * share : (rank + 1) * share], length, begin)
 
 
 def evaluation_batches(
@@ -84,7 +84,7 @@ def evaluation_batches(
         starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
     for at in range(0, len(starts), batch_size):
         part = starts[at : at + batch_size]
-        batch = _cut(tokens, np.resize(part, batch_size), length, begin)
+        batch = cut(tokens, np.resize(part, batch_size), length, begin)
         batch.targets[len(part) :] = IGNORED
         yield batch
 
@@ -121,7 +121,8 @@ def most_documents(tokens: Tokens, length: int, begin: int) -> int:
     return min(length, 1 + int(opened.max(initial=0)))
 
 
-def _cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
+def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
+    """The sequences of `length` tokens from these places on; what the stream lacks is padded and not predicted."""
     windows = np.zeros((len(starts), length + 1), dtype=np.int64)
     there = np.zeros(windows.shape, dtype=bool)
     for row, start in enumerate(starts.tolist()):

@@ -1,0 +1,72 @@
+"""What a run was computed with: one line a start in sessions.jsonl, beside the configuration.
+
+Numbers are the same to the bit on the same machine, with the same versions and the same number of threads.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import RunConfig
+
+SESSIONS_FILE = "sessions.jsonl"
+
+
+def record_session(run: Path, config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype) -> None:
+    """Add a line: what goes on with the run from `step` on."""
+    with (run / SESSIONS_FILE).open("a") as file:
+        file.write(json.dumps(describe_session(config, step=step, device=device, precision=precision)) + "\n")
+
+
+def describe_session(config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Versions, commit, seed, threads and machine."""
+    return {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "seqmix": seqmix_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git_commit(Path.cwd()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": str(precision).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def seqmix_version() -> str:
+    """The library's version, which its root holds: asked for late, for the root imports this module."""
+    return import_module((__package__ or "seqmix").partition(".")[0]).__version__
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of a working directory, with a + where tracked files differ from it; None where there is none."""
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
