@@ -10,7 +10,11 @@ and backward, from dS' and do:
 
     dP = scale (do v^T) * D      dq = dP k + scale (do S^T) * p       dk = dP^T q + (v dS'^T) * s
     dv = A^T do + (k * s) dS'    dS = g * dS' + scale (q * p)^T do
-    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>_V       per key dimension; summed over K for a scalar
+    da_l = sum_{j < l <= i} (A * (do v^T))_ij + sum_{i >= l} q_i (scale (do S^T) * p)_i
+         + sum_{j < l} k_j ((v dS'^T) * s)_j + <g * S, dS'>_V        per key dimension; summed over K for a scalar
+
+Every term of da is added to the decays that it went through, and none is taken away again: sums of q dq - k dk are as
+much, but where decays are strong they are all rounding errors.
 
 The forward keeps the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
 is simply shorter: nothing is padded. Inside a chunk batch and heads are one dimension, G = B H, as batched products
@@ -19,7 +23,7 @@ want it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,17 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
 from .segments import pieces, stretches
+
+
+class _Outer(NamedTuple):
+    """What of a chunk's gradients came through the states; None is 0."""
+
+    d_query: Tensor | None
+    """[G m K]."""
+    d_key: Tensor | None
+    """[G m K]."""
+    kept: Tensor | None
+    """<g * S, dS'>_V, [G K]."""
 
 
 class _Chunk(ABC):
@@ -44,8 +59,18 @@ class _Chunk(ABC):
         """A [G m m]."""
 
     @abstractmethod
-    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts of dq and dk that come through A; consumes d_scores."""
+    def scores_backward(
+        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: _Outer | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The parts of dq and dk that come through A, and the whole of da; consumes scores and d_scores.
+
+        Args:
+            q: [G m K].
+            k: [G m K].
+            scores: A.
+            d_scores: its gradient.
+            outer: what comes through the states; None if da is not wanted, which then is None too.
+        """
 
 
 class _ScalarChunk(_Chunk):
@@ -57,13 +82,65 @@ class _ScalarChunk(_Chunk):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self._masked(q @ k.mT)
 
-    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_backward(
+        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: _Outer | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        d_a = None
+        if outer is not None:
+            read = None if outer.d_query is None else torch.linalg.vecdot(q, outer.d_query)
+            left = None if outer.d_key is None else torch.linalg.vecdot(k, outer.d_key)
+            kept = None if outer.kept is None else outer.kept.sum(1)
+            d_a = self._log_decay_gradient(scores.mul_(d_scores), read, left, kept)
         d_products = self._masked(d_scores)
-        return d_products @ k, d_products.mT @ q
+        return d_products @ k, d_products.mT @ q, d_a
+
+    def _log_decay_gradient(
+        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
+    ) -> Tensor:
+        """da [G m].
+
+        Args:
+            pairs: A * (do v^T), [G m m]; consumed.
+            read: what each query read of the entry state, [G m].
+            left: what each key left in the exit state, [G m].
+            kept: what the entry state left there, [G].
+        """
+        # entry [i, l] adds up what token i read of the tokens before l, the entry state first
+        before = pairs.roll(1, 2)
+        before[..., 0] = 0 if read is None else read
+        grad = before.cumsum(2).tril_().sum(1)
+        if left is not None:
+            grad[:, 1:] += left[:, :-1].cumsum(1)
+        if kept is not None:
+            grad += kept[:, None]
+        return grad
 
     def _masked(self, x: Tensor) -> Tensor:
         x.unflatten(0, (-1, self.mask.shape[1])).mul_(self.mask)
         return x
+
+
+class _FixedChunk(_ScalarChunk):
+    """The same decay for all tokens: da [G] is theirs together, every term as often as it was decayed."""
+
+    def __init__(
+        self, mask: Tensor, prefix: Tensor, suffix: Tensor | None, total: Tensor | None, distance: Tensor
+    ) -> None:
+        super().__init__(mask, prefix, suffix, total)
+        self.distance = distance
+
+    def _log_decay_gradient(
+        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
+    ) -> Tensor:
+        m, count = len(self.distance), self.distance[:, 0]
+        grad = pairs.mul_(self.distance).sum((1, 2))
+        if read is not None:
+            grad += read @ (count + 1)
+        if left is not None:
+            grad += left @ (m - 1 - count)
+        if kept is not None:
+            grad += m * kept
+        return grad
 
 
 class _VectorChunk(_Chunk):
@@ -98,20 +175,46 @@ class _VectorChunk(_Chunk):
             _corners(scores, half).copy_(query @ key.mT)
         return scores[:, : self.length, : self.length]
 
-    def scores_backward(self, q: Tensor, k: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_backward(
+        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: _Outer | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        del scores
+        d_sums = None if outer is None else self._sums_gradients(q, k, outer)
         d_same = d_scores.diagonal(dim1=1, dim2=2)[..., None] * self.scale
         dq, dk = self._padded(d_same * k), self._padded(d_same * q)
         d_scores = self._padded(self._padded(d_scores).mT).mT
         for half, query, key, from_middle, to_middle in self._products(q, k):
             d_corners = _corners(d_scores, half)
-            _halves(dq, half)[:, :, 1].addcmul_(d_corners @ key, from_middle)
-            _halves(dk, half)[:, :, 0].addcmul_(d_corners.mT @ query, to_middle)
-        return dq[:, : self.length], dk[:, : self.length]
+            d_query, d_key = d_corners @ key, d_corners.mT @ query
+            _halves(dq, half)[:, :, 1].addcmul_(d_query, from_middle)
+            _halves(dk, half)[:, :, 0].addcmul_(d_key, to_middle)
+            if d_sums is not None:
+                # the sums of a block back to those of its halves, to which the pairs' terms are added
+                sums, rest = (_halves(x, half) for x in d_sums)
+                sums[:, :, 0, -1] += sums[:, :, 1].sum(2)
+                sums[:, :, 1, -1] += rest[:, :, 0].sum(2)
+                sums[:, :, 1].addcmul_(query, d_query)
+                rest[:, :, 0].addcmul_(key, d_key)
+        # blocks of one token: nothing is behind it, and the sum up to it is its own log-decay
+        d_a = None if d_sums is None else d_sums[0][:, : self.length]
+        return dq[:, : self.length], dk[:, : self.length], d_a
+
+    def _sums_gradients(self, q: Tensor, k: Tensor, outer: _Outer) -> tuple[Tensor, Tensor]:
+        """Of the chunk's sums, up to each token and behind it [G m K]: the gradients that come through the states."""
+        up_to, behind = q.new_zeros(2, q.shape[0], self.size, q.shape[2])
+        if outer.d_query is not None:
+            torch.mul(q, outer.d_query, out=up_to[:, : self.length])
+        if outer.d_key is not None:
+            torch.mul(k, outer.d_key, out=behind[:, : self.length])
+        if outer.kept is not None:
+            up_to[:, -1] += outer.kept
+        return up_to, behind
 
     def _products(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """Each size of a half, its queries and keys [G n half K] as seen from the middle, and by what they decay."""
+        """Each size of a half, the largest first, its queries and keys [G n half K] as seen from the middle, and by
+        what they decay."""
         q, k = self._padded(q), self._padded(k)
-        for from_middle, to_middle in self.levels:
+        for from_middle, to_middle in reversed(self.levels):
             half = to_middle.shape[2]
             query, key = _halves(q, half)[:, :, 1] * from_middle, _halves(k, half)[:, :, 0] * to_middle
             yield half, query, key, from_middle, to_middle
@@ -126,14 +229,14 @@ class _FixedDecays:
 
     def __init__(self, log_decay: Tensor | None, heads: int, size: int, scale: float, like: Tensor) -> None:
         token = torch.arange(size, device=like.device, dtype=like.dtype)
-        self.distance = token[:, None] - token
+        self._distance = token[:, None] - token
         self.log_decay = log_decay
         if log_decay is None:
-            self._mask = (self.distance >= 0).to(like.dtype).mul_(scale).expand(1, heads, -1, -1)
+            self._mask = (self._distance >= 0).to(like.dtype).mul_(scale).expand(1, heads, -1, -1)
             self._prefix, self._suffix = like.new_full((1, 1, size, 1), scale), None
             return
         a = log_decay.to(like.dtype)[None, :, None, None]
-        self._mask = _times(self.distance, a).masked_fill_(self.distance < 0, float("-inf")).exp_().mul_(scale)
+        self._mask = _times(self._distance, a).masked_fill_(self._distance < 0, float("-inf")).exp_().mul_(scale)
         self._prefix = _times(token[:, None] + 1, a).exp_().mul_(scale)
         self._suffix = _times(size - 1 - token[:, None], a).exp_()
 
@@ -143,7 +246,8 @@ class _FixedDecays:
         if self._suffix is None or self.log_decay is None:
             return _ScalarChunk(mask, prefix, None, None)
         suffix = self._suffix[:, :, self._suffix.shape[2] - m :]
-        return _ScalarChunk(mask, prefix, suffix, (self.log_decay.to(mask.dtype) * m).exp()[None, :, None, None])
+        total = (self.log_decay.to(mask.dtype) * m).exp()[None, :, None, None]
+        return _FixedChunk(mask, prefix, suffix, total, self._distance[:m, :m])
 
 
 class _GivenDecays:
@@ -341,24 +445,27 @@ def chunkwise_backward_op(
                 scores = chunk.scores(query, key)
                 d_scores = d_out @ value.mT
                 d_value = scores.mT @ d_out
-                within = None
-                if d_fixed is not None and isinstance(decays, _FixedDecays):
-                    within = (scores.mul_(d_scores) * decays.distance[: stop - start, : stop - start]).sum((1, 2))
-                d_query, d_key = chunk.scores_backward(query, key, d_scores)
-                d_query_outer = d_key_outer = kept = None
-                if state is not None:
-                    d_query_outer = _scaled(d_out @ state.mT, chunk.prefix)
-                    d_query += d_query_outer
+                kept = None
+                if needs_log_decay and state is not None and d_state is not None:
+                    kept = (_scaled(state, chunk.total) * d_state).sum(2)
+                outer = _Outer(
+                    None if state is None else _scaled(d_out @ state.mT, chunk.prefix),
+                    None if d_state is None else _scaled(value @ d_state.mT, chunk.suffix),
+                    kept,
+                )
+                d_query, d_key, d_a = chunk.scores_backward(
+                    query, key, scores, d_scores, outer if needs_log_decay else None
+                )
+                if outer.d_query is not None:
+                    d_query += outer.d_query
+                if outer.d_key is not None:
+                    d_key += outer.d_key
                 if d_state is not None:
-                    d_key_outer = _scaled(value @ d_state.mT, chunk.suffix)
-                    d_key += d_key_outer
                     d_value.baddbmm_(_scaled(key, chunk.suffix), d_state)
-                if state is not None and d_state is not None and needs_log_decay:
-                    kept = (_scaled(state, chunk.total) * d_state).sum(2)  # [G K]
-                if d_fixed is not None and within is not None:
-                    d_fixed += _fixed_gradient(within, query, d_query_outer, key, d_key_outer, kept, len(d_fixed))
-                elif needs_log_decay:
-                    _store_given_gradient(d_log_decay, start, stop, query, d_query, key, d_key, d_key_outer, kept)
+                if d_fixed is not None and d_a is not None:
+                    d_fixed += d_a.view(-1, len(d_fixed)).sum(0)
+                elif d_a is not None:
+                    _store(d_log_decay.view(*q.shape[:3], -1), start, stop, d_a.view(*d_a.shape[:2], -1))
                 for out, grad in ((dq, d_query), (dk, d_key), (dv, d_value)):
                     _store(out, start, stop, grad)
                 if entered:
@@ -400,55 +507,6 @@ def _allocate_backward(
         like(log_decay if needs_log_decay else None),
         like(initial_state),
     )
-
-
-def _fixed_gradient(
-    within: Tensor,
-    query: Tensor,
-    d_query_outer: Tensor | None,
-    key: Tensor,
-    d_key_outer: Tensor | None,
-    kept: Tensor | None,
-    heads: int,
-) -> Tensor:
-    """One chunk's part of the gradient of log_decay [H]: every decay counted as often as it was applied.
-
-    A sum of terms without cancellation, where the sum of per-token gradients would lose several digits.
-    """
-    m = query.shape[1]
-    count = torch.arange(m, device=query.device, dtype=query.dtype)
-    total = within
-    if d_query_outer is not None:
-        total = total + (query * d_query_outer).sum(2) @ (count + 1)
-    if d_key_outer is not None:
-        total = total + (key * d_key_outer).sum(2) @ (m - 1 - count)
-    if kept is not None:
-        total = total + m * kept.sum(1)
-    return total.view(-1, heads).sum(0)
-
-
-def _store_given_gradient(
-    out: Tensor,
-    start: int,
-    stop: int,
-    query: Tensor,
-    d_query: Tensor,
-    key: Tensor,
-    d_key: Tensor,
-    d_key_outer: Tensor | None,
-    kept: Tensor | None,
-) -> None:
-    """One chunk of the gradient of log_decay [B T H] or [B T H K]."""
-    grad = (query * d_query).sub_(key * d_key).flip(1).cumsum(1).flip(1)
-    # <S', dS'> in its two parts: what entered the chunk and what the chunk added
-    if d_key_outer is not None:
-        grad += (key * d_key_outer).sum(1, keepdim=True)
-    if kept is not None:
-        grad += kept[:, None]
-    if out.ndim == 3:
-        out[:, start:stop].transpose(1, 2).copy_(grad.sum(2).unflatten(0, (out.shape[0], -1)))
-    else:
-        _store(out, start, stop, grad)
 
 
 def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
