@@ -9,7 +9,8 @@
 The filters are functions of the distance t in tokens, computed anew in every call. Their scale is L, a field
 (`filter_length`), never the length of the segment. The paper's filters end at L; here they go on: the features turn on,
 s grows, the window falls to its shift. So any length is legal, but what was not trained may be poor. Decoding is a sum
-over all inputs of the long convolutions, which are the state: a token costs what its position says.
+over all inputs of the long convolutions, which are the state: a token costs what its position says. In the
+parallel paradigm later tokens reach earlier ones through the rounding of FFTs, and an inf or nan does wholly.
 
 Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
 projections and dropout, a k from 0 to K - 1, of which 0 says nothing, an s of t / (L - 1), and rates that are spread
@@ -47,20 +48,20 @@ class HyenaConfig(MixerConfig):
     """Whether there is one before the first gate, as in the paper; the authors' code has none."""
     conv_size: int = Field(default=3, gt=0, le=64, examples=[1])
     """Tokens that the short convolution of the projections sees."""
-    filter_length: int = Field(default=1024, gt=0, examples=[5])
+    filter_length: int = Field(default=1024, gt=0, le=2**40, examples=[5])
     """L: tokens that the filters are laid out for. There may be more."""
     n_bands: int = Field(default=16, gt=0, le=2**16, examples=[2, 1])
     """K: frequencies of the features, of 1 to K turns in L tokens."""
-    filter_width: int = Field(default=64, gt=0, examples=[4])
+    filter_width: int = Field(default=64, gt=0, le=2**20, examples=[4])
     """Width of the FFN of the filters."""
     filter_depth: int = Field(default=4, ge=2, le=64, examples=[2, 3])
     """Linear layers of that FFN."""
-    sine_frequency: float = Field(default=1.0, gt=0)
+    sine_frequency: float = Field(default=1.0, gt=0, le=1e3)
     """Factor in the sines at the start; each of the FFN's dimensions learns its own. More makes rougher filters, and
     gradients of the first layers that grow by its powers."""
     decay_range: tuple[float, float] = Field(default=(0.3, 1.5), strict=False)
-    """Parts of L after which the fastest and the slowest channel's window has fallen to 0.01."""
-    decay_shift: float = Field(default=0.05, ge=0)
+    """Parts of L after which the fastest and the slowest channel's window has fallen to 0.01; from 1e-6 to 1e6."""
+    decay_shift: float = Field(default=0.05, ge=0, le=10)
     """Added to the window, which so never closes."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""
@@ -70,8 +71,8 @@ class HyenaConfig(MixerConfig):
         if self.order == 1 and not self.first_filter:
             raise ValueError("without the first filter, order 1 has none: it needs an order of at least 2")
         fast, slow = self.decay_range
-        if not 0 < fast <= slow:
-            raise ValueError(f"decay_range needs 0 < fastest <= slowest, and is {self.decay_range}")
+        if not 1e-6 <= fast <= slow <= 1e6:
+            raise ValueError(f"decay_range needs 1e-06 <= fastest <= slowest <= 1e+06, and is {self.decay_range}")
         return self
 
     @property
@@ -148,7 +149,8 @@ class Hyena(SequenceMixer[HyenaState]):
         streams, recent = self.convolution(self.in_proj(x), recent, cu_seqlens, return_state)
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
-        filters = self.filters(room if allocated else room + x.shape[1]).unbind()
+        # what is read into a state that was allocated has to fit; what is only answered need not
+        filters = self.filters(room if allocated and return_state else room + x.shape[1]).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # below that it is the gate that has no filter

@@ -35,8 +35,14 @@ def select(state: S, rows: Tensor) -> S:
 
 
 def concatenate(states: list[S]) -> S:
-    """One batch of states from several batches; their leaves must agree in all but the first dimension."""
-    return _zip_map(torch.cat, tuple(states))
+    """One batch of states from several batches; their leaves must agree in all but the first dimension.
+
+    Raises:
+        ContractError: there are none, or they do not agree.
+    """
+    if not states:
+        raise ContractError("there is no state to concatenate: at least one is needed")
+    return _zip_map(_join, tuple(states))
 
 
 def nbytes(state: tuple[Any, ...]) -> int:
@@ -79,10 +85,24 @@ def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
     return build(like, ())
 
 
+def _join(leaves: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(leaf.shape[1:]) for leaf in leaves})
+    if len(shapes) > 1:
+        found = " and ".join(map(str, shapes))
+        raise ContractError(
+            f"states in one batch differ in their rows alone, and these have leaves of {found} a row: "
+            "let states that grow read equally many tokens, or begin each with init_state of one max_length"
+        )
+    return torch.cat(leaves)
+
+
 def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[Any, ...]) -> Any:
     first = states[0]
     if isinstance(first, Tensor):
         return function(list(states))
+    if any(type(other) is not type(first) or len(other) != len(first) for other in states):
+        kinds = " and ".join(sorted({f"{type(state).__name__} of {len(state)}" for state in states}))
+        raise ContractError(f"states in one batch are of one kind, and these are {kinds}")
     return _like(first, [_zip_map(function, children) for children in zip(*states, strict=True)])
 
 

@@ -40,19 +40,22 @@ class Decoder:
         self._advance = _compile(model) if compiled else advance
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
+        self._fixed_sizes = False
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; those of the step before may be overwritten."""
+        if self._fixed_sizes and self._captured is None:
+            held = Held(partial(self._advance, self.model), tokens, self.state)
+            self._captured, self.state = _Captured(held), held.state
         if self._captured is not None:
             return self._captured.replay(tokens)
         before = self.state
         logits, self.state = self._advance(self.model, tokens, before)
         if self._may_capture:
-            # the first step went the plain way: whether the state grows is known now
-            self._may_capture = _same_sizes(before, self.state)
-            if self._may_capture:
-                self._captured = _Captured(Held(partial(self._advance, self.model), tokens, self.state))
+            # the first step goes the plain way, and shows whether the state grows; after it there may be no room left
+            # for a capture's calls, which a second step is sure to have
+            self._may_capture = self._fixed_sizes = _same_sizes(before, self.state)
         return logits
 
 
@@ -92,25 +95,29 @@ class Held:
                 place.copy_(leaf)
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 
+    def warm_up(self) -> None:
+        """Some calls that leave the state as it was, each from there: it may have room for one token alone."""
+        reached = clone(self.state)
+        for _ in range(3):
+            self()
+            for place, leaf in zip(to_dict(self.state).values(), to_dict(reached).values(), strict=True):
+                place.copy_(leaf)
+
 
 class _Captured:
     """A held step as a CUDA graph."""
 
     def __init__(self, held: Held) -> None:
         self.held = held
-        reached = clone(held.state)
         # compilers and libraries set themselves up in the first calls, which a capture does not allow
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
-                held()
+            held.warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             held()
-        for place, leaf in zip(to_dict(held.state).values(), to_dict(reached).values(), strict=True):
-            place.copy_(leaf)
 
     def replay(self, tokens: Tensor) -> Tensor:
         """One step; the logits' place."""

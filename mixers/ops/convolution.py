@@ -111,7 +111,9 @@ def long_convolution(
 
     In the parallel paradigm by FFT: its time is (P + T) log(P + T) in the number of tokens. In the recurrent one as a
     sum over the inputs kept, a token after the other: its time is P for each. Either way a packed document costs what
-    it would alone. Sums are formed in float32 (float64 for float64 inputs).
+    it would alone. Sums are formed in float32 (float64 for float64 inputs). The FFT's rounding goes by the largest
+    input of a row's channel, later ones included: outputs are independent of later inputs only up to it, and an inf or
+    nan spoils earlier outputs of its channel too. The recurrent paradigm has neither.
 
     Args:
         paradigm: parallel or recurrent.

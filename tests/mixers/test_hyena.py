@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from seqmix import Paradigm, Sampling, build_model, generate_text, load_config
+from seqmix.mixers import ContractError
 from seqmix.mixers.hyena import AllocatedHyenaState, GrowingHyenaState, Hyena, HyenaConfig
+from seqmix.mixers.state import concatenate
 from seqmix.mixers.testing import check_mixer
 
 PARADIGMS = [Paradigm.PARALLEL, Paradigm.RECURRENT]
@@ -131,6 +133,27 @@ def test_the_state_is_as_declared(dtype):
         mixer(tokens(3, dtype=dtype), after, return_state=True)
 
 
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_more_tokens_than_there_is_room_for_are_answered_but_not_kept(paradigm):
+    mixer, x = build(), tokens(9)
+    with torch.no_grad():
+        whole = written_out(mixer, x)
+        exactly(mixer(x, mixer.init_state(2, max_length=4), paradigm=paradigm)[0], whole)
+        _, state = mixer(x[:, :3], mixer.init_state(2, max_length=4), paradigm=paradigm, return_state=True)
+        exactly(mixer(x[:, 3:], state, paradigm=paradigm)[0], whole[:, 3:])
+    # and packed, each behind a state of its own
+    packed, borders = x[:, 3:].reshape(1, 12, D_MODEL), torch.tensor([0, 6, 12])
+    with torch.no_grad():
+        y, _ = mixer(packed, state, paradigm=paradigm, cu_seqlens=borders)
+    exactly(y.view(2, 6, D_MODEL), whole[:, 3:])
+
+
+def test_states_of_different_lengths_are_not_concatenated():
+    states = [build()(tokens(length), return_state=True)[1] for length in (3, 5)]
+    with pytest.raises(ContractError, match=r"\(3, 2, 6\) and \(5, 2, 6\) a row: let states that grow read equally"):
+        concatenate(states)
+
+
 def test_filters_do_not_depend_on_how_many_are_asked_for():
     mixer = build()
     exactly(mixer.filters(5), mixer.filters(40)[..., :5], tolerance=1e-14)
@@ -169,7 +192,12 @@ def test_parameters_start_as_in_the_authors_code():
         ({"order": 0}, "greater than 0"),
         ({"order": 1, "first_filter": False}, "order 1 has none: it needs an order of at least 2"),
         ({"filter_depth": 1}, "greater than or equal to 2"),
-        ({"decay_range": (1.5, 0.3)}, r"0 < fastest <= slowest, and is \(1.5, 0.3\)"),
+        ({"decay_range": (1.5, 0.3)}, r"1e-06 <= fastest <= slowest <= 1e\+06, and is \(1.5, 0.3\)"),
+        ({"decay_range": (1e-320, 1.0)}, "decay_range needs 1e-06 <= fastest"),
+        ({"decay_shift": 1e38}, "less than or equal to 10"),
+        ({"sine_frequency": 1e39}, "less than or equal to 1000"),
+        ({"filter_width": 10**12}, "less than or equal to 1048576"),
+        ({"filter_length": 10**20}, "less than or equal to"),
         ({"filter_len": 3}, 'did you mean "filter_length"'),
     ],
 )

@@ -102,6 +102,23 @@ def test_concatenation_undoes_selection():
     same(concatenate([state]), state)
 
 
+@pytest.mark.parametrize(
+    ("states", "sentence"),
+    [
+        ([], "there is no state to concatenate: at least one is needed"),
+        (
+            [model_state(), (matrix(), Pair(matrix(), torch.zeros(3, 4)), ())],
+            r"leaves of \(1,\) and \(4,\) a row: let states that grow read equally many tokens, or begin each with",
+        ),
+        ([matrix(), Pair(matrix(), torch.zeros(3, 1))], "of one kind, and these are Matrix of 2 and Pair of 2"),
+        ([model_state(), model_state()[:2]], "of one kind, and these are tuple of 2 and tuple of 3"),
+    ],
+)
+def test_states_that_do_not_fit_are_not_concatenated(states, sentence):
+    with pytest.raises(ContractError, match=sentence):
+        concatenate(states)
+
+
 def test_a_clone_shares_nothing():
     state = model_state()
     copy = clone(state)

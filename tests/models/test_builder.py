@@ -136,14 +136,35 @@ def test_a_parameter_that_nobody_initialises_is_named(config_of):
     )
 
 
-@pytest.mark.parametrize("mixer", ["retention", "attention", "linear_attention"])
+@pytest.mark.parametrize("mixer", ["retention", "attention", "linear_attention", "gla"])
 @pytest.mark.parametrize("build", [build_meta, build_model])
 def test_heads_that_do_not_divide_are_refused_in_one_sentence(config_of, mixer, build):
     block = {"mixer": {"kind": mixer, "n_heads": 3}, "ffn": None, "norm": {"kind": "layernorm"}}
-    with pytest.raises(SeqmixError, match="3 heads do not divide") as raised:
+    with pytest.raises(SeqmixError, match=r"3 heads do not divide .*: n_heads = [0-9]+ or [0-9]+ would") as raised:
         build(config_of("retention", blocks={"mine": block}, pattern=None))
     assert "mine" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_a_model_that_does_not_fit_the_memory_is_refused_in_one_sentence(config_of, monkeypatch, error):
+    def fail(self, *, device):
+        raise error
+
+    model = build_meta(config := config_of("retention", tie_embeddings=True))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(nn.Module, "to_empty", fail)
+    with pytest.raises(SeqmixError, match=rf"^the model has {count:,} parameters, whose {8 * count:,} bytes .* on cpu"):
+        build_model(config, dtype=torch.float64)
+
+
+def test_a_device_that_is_not_there_is_not_taken_for_a_lack_of_memory(config_of, monkeypatch):
+    def fail(self, *, device):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(nn.Module, "to_empty", fail)
+    with pytest.raises(RuntimeError, match="no such device"):
+        build_model(config_of("retention"))
 
 
 # ---- tied embeddings

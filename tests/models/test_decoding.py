@@ -26,9 +26,9 @@ def plainly_compiled(monkeypatch):
 
 
 @torch.no_grad()
-def plain(model, state):
+def plain(model, state, steps=None):
     paradigms, logits = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE), []
-    for tokens in STEPS:
+    for tokens in STEPS[:steps]:
         after = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
         state = after.state
         logits.append(after.logits[:, 0])
@@ -81,6 +81,7 @@ class FakeCapture:
 
     def __init__(self, held):
         self.held = held
+        held.warm_up()
         type(self).made += 1
 
     def replay(self, tokens):
@@ -107,13 +108,23 @@ def test_a_held_step_is_the_models_in_places_that_stay(model_of, each_mixer, cap
     _, state = prefill(model, PROMPTS, max_length=20)
     expected = plain(model, clone(state))
     decoder = captured(model, state)
-    logits = [decoder.step(STEPS[0]).clone()]
+    logits = [decoder.step(tokens).clone() for tokens in STEPS[:2]]
     held = decoder._captured.held
     before = places(held.state)
-    logits += [decoder.step(tokens).clone() for tokens in STEPS[1:]]
+    logits += [decoder.step(tokens).clone() for tokens in STEPS[2:]]
     assert_close(torch.stack(logits), expected)
     assert places(held.state) == before
     assert FakeCapture.made == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
+    model = model_of("attention", "hyena", "retention")
+    _, state = prefill(model, PROMPTS, max_length=3 + steps)  # full after the steps, of the longer prompt
+    expected = plain(model, clone(state), steps)
+    decoder = captured(model, state)
+    assert_close(torch.stack([decoder.step(tokens).clone() for tokens in STEPS[:steps]]), expected)
+    assert FakeCapture.made == (steps > 1)
 
 
 def test_a_state_that_grows_is_not_captured(model_of, captured):

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ....registry import SeqmixError
+from ...paradigm import Paradigm
 from ...state import clone, concatenate, from_dict, map_state, select, to_dict
 from ..case import Draw
 from ..check import check
@@ -33,6 +35,25 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
         with torch.no_grad():
             unwanted = trial.mixer(x, paradigm=paradigm)
         trial.compare(f"{paradigm}, return_state=False", unwanted, (nothing[0], None))
+        _more_than_there_is_room_for(trial, paradigm, x)
+
+
+def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
+    """Where no state is wanted, more tokens than one was allocated for give what they always do, or are refused."""
+    batch_size, room = x.shape[:2]
+    more = torch.cat((x, trial.tokens(length=3)), dim=1)
+    whole = trial.mix(more, None, paradigm=paradigm)[0]
+    for read in sorted({0, room // 2}):
+        state = trial.mixer.init_state(batch_size, max_length=room)
+        if read:
+            _, state = trial.mix(more[:, :read], state, paradigm=paradigm)
+        try:
+            with torch.no_grad():
+                y, _ = trial.mixer(more[:, read:], state, paradigm=paradigm)
+        except SeqmixError:
+            continue
+        what = f"{paradigm}, {more.shape[1]} tokens, {read} of them read before, with room for {room} in the state"
+        trial.compare(what, (y, None), (whole[:, read:], None))
 
 
 @check(share=0.2, draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True))
