@@ -8,7 +8,6 @@ xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as
 cache of keys, turned but not shrunk, and values. Differs from the RetNet paper's Transformer baseline: no biases.
 """
 
-from bisect import bisect
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from .heads import divisors, nearest_of
 from .ops.kernels import Probe
 from .ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, softmax, softmax_flops
 from .paradigm import Paradigm
@@ -58,7 +58,7 @@ class AttentionConfig(MixerConfig):
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_kv_heads must divide n_heads = {self.n_heads}, and {self.n_kv_heads} does not: "
-                f"choose one of {_divisors(self.n_heads)}"
+                f"choose one of {divisors(self.n_heads)}"
             )
         if self.positions != "none" and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(
@@ -188,15 +188,10 @@ def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
 def _head_dim(config: AttentionConfig, d_model: int) -> int:
     """d_model / n_heads, or an error that names the nearest numbers of heads that would do."""
     unit = 1 if config.positions == "none" else 2
-    workable = [n for n in _divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
+    workable = [n for n in divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
     if config.n_heads in workable:
         return d_model // config.n_heads
-    at = bisect(workable, config.n_heads)
-    nearest = " or ".join(str(n) for n in workable[max(0, at - 1) : at + 1])
+    nearest = nearest_of(workable, config.n_heads)
     into = "evenly" if unit == 1 else f"into heads of even width, as {config.positions} turns pairs of dimensions"
     advice = f"n_heads = {nearest} would, or set head_dim" if nearest else "set head_dim"
     raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {into}: {advice}")
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -36,7 +36,7 @@ class GatedRetentionConfig(MixerConfig):
     """Width of all queries (and keys) over d_model."""
     expand_v: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
     """Width of all values over d_model."""
-    gate_logit_normalizer: float = Field(default=16.0, gt=0, examples=[1.0])
+    gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
     """tau: the larger, the longer the memory; 16 as in the authors' code."""
     rotation: Literal["rope", "retnet", "none"] = "rope"
     """Angles of the rotation: `rope` as RoFormer's, `retnet` as the RetNet authors' code, or `none`."""

@@ -36,9 +36,9 @@ class GLAConfig(MixerConfig):
     """Width of all queries (and keys) over d_model."""
     expand_v: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
     """Width of all values over d_model."""
-    gate_rank: int = Field(default=16, gt=0, examples=[2])
+    gate_rank: int = Field(default=16, gt=0, le=2**20, examples=[2])
     """Rank of the map from tokens to decays."""
-    gate_logit_normalizer: float = Field(default=16.0, gt=0, examples=[1.0])
+    gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
     """tau: the larger, the longer the memory."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the mean square of a head's output."""

@@ -1,5 +1,7 @@
 """Heads: how wide one is, and the norm of its output."""
 
+import math
+from bisect import bisect
 from typing import Literal
 
 import torch.nn.functional as F
@@ -24,11 +26,47 @@ def head_width(d_model: int, expand: float, n_heads: int, name: str) -> int:
     """The width of one head of `expand * d_model` dimensions.
 
     Raises:
-        ContractError: the heads do not divide it.
+        ContractError: the heads do not divide it; it names the nearest numbers that would do.
     """
-    total = round(d_model * expand)
-    if abs(total - d_model * expand) > 1e-6 * d_model or total % n_heads or not total:
-        raise ContractError(
-            f"{n_heads} heads do not divide {name} * d_model = {expand:g} * {d_model} = {d_model * expand:g} evenly"
-        )
-    return total // n_heads
+    return divided(d_model, expand, name, n_heads, "n_heads", f"{n_heads} heads do")
+
+
+def divided(d_model: int, expand: float, name: str, divisor: int, field: str, subject: str) -> int:
+    """`expand * d_model / divisor`, a whole number.
+
+    Args:
+        d_model: width of the residual stream.
+        expand: what it is multiplied by, the value of the field `name`.
+        name: that field.
+        divisor: what has to divide the product.
+        field: the field that has it.
+        subject: the beginning of the error.
+
+    Raises:
+        ContractError: it is no whole number, or 0; it names the nearest values of a field that would do.
+    """
+    exact = d_model * expand
+    total = round(exact)
+    whole = total > 0 and abs(total - exact) <= 1e-6 * d_model
+    if whole and total % divisor == 0:
+        return total // divisor
+    if whole:
+        advice = f"{field} = {nearest_of(divisors(total), divisor)}"
+    else:
+        below = math.floor(exact / divisor)
+        advice = f"{name} = {' or '.join(f'{n * divisor / d_model:.10g}' for n in (below, below + 1) if n)}"
+    raise ContractError(
+        f"{subject} not divide {name} * d_model = {expand:g} * {d_model} = {exact:g} evenly: {advice} would"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """What divides a positive number, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def nearest_of(workable: list[int], given: int) -> str:
+    """The nearest of the sorted numbers below and above the given one, in words; empty where there are none."""
+    at = bisect(workable, given)
+    return " or ".join(map(str, workable[max(0, at - 1) : at + 1]))

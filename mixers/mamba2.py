@@ -1,6 +1,7 @@
 """Mamba-2 (state space duality; Dao and Gu, arXiv 2405.21060, Eq. 2 and §7).
 
-    z, u, dt = x W_in         u, B, C = silu(conv(u)) by channel        dt = softplus(dt + b) a head
+    z, (u, B, C), dt = x W_in
+    u, B, C = silu(conv((u, B, C))) by channel      dt = softplus(dt + b) a head
     S_t = exp(-dt_t e^{A_log}) S_{t-1} + B_t^T (dt_t u_t)               o_t = C_t S_t + D u_t
     y   = (RMSNorm(o * silu(z)) * w) W_O
 
@@ -11,24 +12,25 @@ step size hold in decoding too.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from .base import ContractError, MixerConfig, SequenceMixer, Traits
 from .gates import gated_norm
+from .heads import divided, divisors, nearest_of
 from .ops.decay import Backend, decay, decay_flops
 from .ops.kernels import Probe
 from .paradigm import Paradigm
 from .short_convolution import ShortConvolution
 
-SMALLEST_STEP = 1e-4
-"""Of the step sizes at the start, as in the authors' code."""
+BOUNDS = {"time_step_range": (1e-6, 1e3), "a_range": (1e-6, 1e6)}
+"""Of what may be given: beyond them float32, or float16 in a step times a value, has no numbers left."""
 
 
 class Mamba2Config(MixerConfig):
@@ -37,20 +39,23 @@ class Mamba2Config(MixerConfig):
     kind: Literal["mamba2"] = "mamba2"
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
     """Width of all values (and the gate) over d_model."""
-    head_dim: int = Field(default=64, gt=0, examples=[6, 12, 24])
+    head_dim: int = Field(default=64, gt=0, le=2**20, examples=[6, 12, 24])
     """Width of a head's values; there are expand * d_model / head_dim heads."""
-    d_state: int = Field(default=128, gt=0, examples=[5, 1])
+    d_state: int = Field(default=128, gt=0, le=2**20, examples=[5, 1])
     """Width of a head's keys B and queries C."""
-    n_groups: int = Field(default=1, gt=0, examples=[2])
+    n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
     """Groups of heads; those of one share B and C, and are normed together."""
     conv_size: int = Field(default=4, ge=2, le=64, examples=[2])
     """Tokens that the short convolution sees."""
     time_step_range: tuple[float, float] = Field(default=(1e-3, 0.1), strict=False)
-    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing)."""
-    time_step_limit: tuple[float, float] | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
-    """Step sizes are clamped to these two; null for no limits."""
+    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
+    1e-6 to 1e3; the authors' code raises those below 1e-4 to that."""
+    time_step_limit: tuple[float, Annotated[float, Field(allow_inf_nan=True)] | None] | None = Field(
+        default=None, strict=False, examples=[(2e-3, 0.1)]
+    )
+    """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
     a_range: tuple[float, float] = Field(default=(1.0, 16.0), strict=False)
-    """Decay rates e^{A_log} at the start lie evenly between these two."""
+    """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
     norm_eps: float = Field(default=1e-5, ge=0)
     """Added to the norm's mean square."""
     chunk_size: int = Field(default=128, gt=0, le=2**20)
@@ -62,17 +67,23 @@ class Mamba2Config(MixerConfig):
 
     @field_validator("time_step_range", "a_range")
     @classmethod
-    def _range_is_positive(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < given[0] <= given[1]:
-            raise ValueError(f"a range needs 0 < lowest <= highest, and is {given}")
+    def _range_is_bounded(cls, given: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        least, most = BOUNDS[info.field_name or ""]
+        if not least <= given[0] <= given[1] <= most:
+            raise ValueError(f"a range needs {least:g} <= lowest <= highest <= {most:g}, and is {given}")
         return given
 
     @field_validator("time_step_limit")
     @classmethod
-    def _limit_is_a_range(cls, given: tuple[float, float] | None) -> tuple[float, float] | None:
-        if given is not None and not 0 <= given[0] < given[1]:
-            raise ValueError(f"limits of the step size need 0 <= lowest < highest, and are {given}")
-        return given
+    def _limit_is_a_range(cls, given: tuple[float, float | None] | None) -> tuple[float, float | None] | None:
+        if given is None:
+            return None
+        low, high = given[0], math.inf if given[1] is None else given[1]
+        if not (0 <= low <= 1e3 and low < high and (high <= 1e3 or high == math.inf)):
+            raise ValueError(
+                f"limits of the step size need 0 <= lowest < highest <= 1000, or .inf for no highest, and are {given}"
+            )
+        return low, None if high == math.inf else high  # JSON has no infinity
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class Mamba2(SequenceMixer[Mamba2State]):
             part.reset_parameters()
         self.out_proj.weight.div_(math.sqrt(self.n_layers))
         low, high = map(math.log, self.config.time_step_range)
-        time_step = torch.empty(self.n_heads, device=self.device).uniform_(low, high).exp().clamp(min=SMALLEST_STEP)
+        time_step = torch.empty(self.n_heads, device=self.device).uniform_(low, high).exp()
         self.dt_bias.copy_(time_step + torch.log(-torch.expm1(-time_step)))  # what softplus makes it of
         self.A_log.copy_(torch.empty(self.n_heads, device=self.device).uniform_(*self.config.a_range).log())
         nn.init.ones_(self.D)
@@ -205,14 +216,11 @@ def _n_heads(config: Mamba2Config, d_model: int) -> int:
     Raises:
         ContractError: it is none, or the groups do not divide it.
     """
-    width = round(config.expand * d_model)
-    if abs(width - config.expand * d_model) > 1e-6 * d_model or width % config.head_dim or not width:
+    subject = f"heads of head_dim = {config.head_dim} do"
+    n_heads = divided(d_model, config.expand, "expand", config.head_dim, "head_dim", subject)
+    if n_heads % config.n_groups:
         raise ContractError(
-            f"heads of head_dim = {config.head_dim} do not divide expand * d_model = {config.expand:g} * {d_model} = "
-            f"{config.expand * d_model:g} evenly"
-        )
-    if (n_heads := width // config.head_dim) % config.n_groups:
-        raise ContractError(
-            f"n_groups = {config.n_groups} does not divide the {n_heads} heads of expand * d_model / head_dim"
+            f"n_groups = {config.n_groups} does not divide the {n_heads} heads of expand * d_model / head_dim: "
+            f"n_groups = {nearest_of(divisors(n_heads), config.n_groups)} would"
         )
     return n_heads

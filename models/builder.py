@@ -37,9 +37,10 @@ def build_model(
         seed: the parameters are a function of it; the global generator is left as it was.
 
     Raises:
-        SeqmixError: a block does not fit `d_model`, or a backend that it names cannot run here.
+        SeqmixError: a block does not fit `d_model`, the memory is too small for the parameters, or a backend that it
+            names cannot run here.
     """
-    model = build_meta(config).to(dtype).to_empty(device=device)
+    model = _allocated(build_meta(config).to(dtype), device)
     model.tie()  # to_empty gave each module a matrix of its own
     with torch.no_grad():
         for tensor in _numbers(model).values():
@@ -57,6 +58,25 @@ def build_model(
         except SeqmixError as error:
             raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
     return model
+
+
+def _allocated(model: LanguageModel, device: torch.device | str) -> LanguageModel:
+    """The model of `build_meta` with memory, whose content is anything.
+
+    Raises:
+        SeqmixError: there is not enough.
+    """
+    parameters = list(model.parameters())  # a tied one once
+    count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+    try:
+        return model.to_empty(device=device)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise  # such as a device that is not there
+        raise SeqmixError(
+            f"the model has {count:,} parameters, whose {size:,} bytes ({size / 2**30:,.1f} GiB) could not be "
+            f"allocated on {device}: `seqmix show` tells which layers have them"
+        ) from None
 
 
 def _numbers(model: LanguageModel) -> dict[str, torch.Tensor]:

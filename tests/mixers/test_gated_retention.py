@@ -112,7 +112,7 @@ def test_decays_and_the_state_are_wide(dtype):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"gate_logit_normalizer": 0.0}, "greater than 0"),
+        ({"gate_logit_normalizer": 0.0}, "greater than or equal to 0.001"),
         ({"rotation": "xpos"}, "'rope', 'retnet' or 'none'"),
         ({"n_heads": 0}, "greater than 0"),
         ({"gamma": 0.9}, "gamma"),

@@ -104,8 +104,9 @@ def test_flops_of_decays_a_key_dimension_are_what_a_counter_counts(length, chunk
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"gate_logit_normalizer": 0.0}, "greater than 0"),
+        ({"gate_logit_normalizer": 0.0}, "greater than or equal to 0.001"),
         ({"gate_rank": 0}, "greater than 0"),
+        ({"gate_rank": 10**20}, "less than or equal to 1048576"),
         ({"n_heads": 0}, "greater than 0"),
         ({"gamma": 0.9}, "gamma"),
     ],
@@ -115,6 +116,20 @@ def test_wrong_fields_are_refused(fields, sentence):
         GLAConfig(**{"n_heads": 2} | fields)
 
 
-def test_heads_that_do_not_fit_the_model_are_refused():
-    with pytest.raises(ContractError, match=r"4 heads do not divide expand_k \* d_model = 0.5 \* 12 = 6 evenly"):
-        GLAConfig(n_heads=4).build(D_MODEL, layer_idx=0, n_layers=1)
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"n_heads": 4}, r"4 heads do not divide expand_k \* d_model = 0.5 \* 12 = 6 evenly: n_heads = 3 or 6 would"),
+        ({"n_heads": 9}, "n_heads = 6 would"),
+        ({"n_heads": 2, "expand_k": 0.7}, "0.7 .* 12 = 8.4 evenly: expand_k = 0.6666666667 or 0.8333333333 would"),
+        ({"n_heads": 2, "expand_v": 1e-9}, "expand_v = 0.1666666667 would"),
+    ],
+)
+def test_heads_that_do_not_fit_the_model_are_refused(fields, sentence):
+    with pytest.raises(ContractError, match=sentence):
+        GLAConfig(**fields).build(D_MODEL, layer_idx=0, n_layers=1)
+
+
+@pytest.mark.parametrize("expand", [0.6666666667, 0.8333333333, 0.1666666667])
+def test_a_width_that_an_error_names_is_taken(expand):
+    GLAConfig(n_heads=2, expand_k=expand).build(D_MODEL, layer_idx=0, n_layers=1)
