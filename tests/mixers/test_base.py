@@ -49,8 +49,8 @@ def test_what_is_not_declared_is_refused(mixer, monkeypatch):
 
 
 def test_a_paradigm_that_is_none_is_told_the_nearest(mixer):
-    with pytest.raises(ContractError, match=r"has no paradigm 'paralel'; it declares .*did you mean \"parallel\""):
-        mixer(torch.randn(1, 4, D_MODEL), paradigm="paralel")
+    with pytest.raises(ContractError, match=r"has no paradigm 'recurent'; it declares .*did you mean \"recurrent\""):
+        mixer(torch.randn(1, 4, D_MODEL), paradigm="recurent")
 
 
 @pytest.mark.parametrize("shape", [(2, 0, D_MODEL), (4, D_MODEL)])

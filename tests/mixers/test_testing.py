@@ -673,8 +673,9 @@ def test_all_options_of_the_built_in_mixers_are_varied(kind):
     """A number without examples would stay as it is."""
     config = MIXERS.resolve(kind).example()
     continuous = {"rope_base", "rotation_base", "norm_eps", "eps", "dropout"}
-    fixed = {"kind", "paradigm", "chunk_size"}
-    assert set(type(config).model_fields) - set(alternatives(config)) <= continuous | fixed
+    of_the_start = {"a_range", "time_step_range", "decay_range", "decay_shift", "sine_frequency"}
+    fixed = {"kind", "paradigm", "chunk_size", "backend"}
+    assert set(type(config).model_fields) - set(alternatives(config)) <= continuous | of_the_start | fixed
 
 
 class DeepConfig(RetentionConfig):

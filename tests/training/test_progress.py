@@ -1,6 +1,5 @@
 """A run on the terminal: stopping it, and what it says."""
 
-import os
 import re
 import signal
 
@@ -14,16 +13,16 @@ from seqmix.training.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, 
 def test_the_first_signal_is_a_request(number):
     with StopRequest() as stop:
         assert not stop.made()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.made()
     assert stop.made()
 
 
 def test_the_second_signal_acts_as_ever():
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert stop.made()
 
 
