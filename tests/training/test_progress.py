@@ -18,6 +18,15 @@ def test_the_first_signal_is_a_request(number):
     assert stop.made()
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, whatever started this process may have said."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_acts_as_ever():
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
