@@ -16,9 +16,9 @@ and backward, from dS' and do:
 Every term of da is added to the decays that it went through, and none is taken away again: sums of q dq - k dk are as
 much, but where decays are strong they are all rounding errors.
 
-The forward keeps the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
-is simply shorter: nothing is padded. Inside a chunk batch and heads are one dimension, G = B H, as batched products
-want it.
+The forward keeps the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
+is inside chunks is formed for a group of n of them at once (chunks.py). A ragged last chunk is simply shorter: nothing
+is padded.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
-from .segments import pieces, stretches
+from .chunks import Group, capacity, cut, groups, most_chunks, operand, store
+from .segments import stretches
 
 
 class _Outer(NamedTuple):
@@ -45,14 +46,25 @@ class _Outer(NamedTuple):
 
 
 class _Chunk(ABC):
-    """The decays of one chunk of m tokens; each factor broadcasts over [B H m K] (`total`: [B H K V])."""
+    """The decays of a group of chunks; each factor broadcasts over [n B H m K] with n B as one dimension."""
 
     prefix: Tensor
     """scale * p."""
     suffix: Tensor | None
     """s; None is 1."""
     total: Tensor | None
-    """g; None is 1."""
+    """g, [n|1 B|1 H K|1 1]; None is 1."""
+
+    def decayed(self, states: Tensor) -> Tensor:
+        """g * S of the group's states [n B H K V]."""
+        return states if self.total is None else states * self.total
+
+    def next_state(self, number: int, state: Tensor, change: Tensor, out: Tensor) -> None:
+        """g * S + change of one chunk of the group into `out`, each [B H K V]."""
+        if self.total is None:
+            torch.add(state, change, out=out)
+        else:
+            torch.addcmul(change, state, self.total[number if len(self.total) > 1 else 0], out=out)
 
     @abstractmethod
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ class _Chunk(ABC):
 
 
 class _ScalarChunk(_Chunk):
-    """One decay for all key dimensions: A is a product with a mask D [B|1 H m m]."""
+    """One decay for all key dimensions: A is a product with a mask D [n B|1 H m m]."""
 
     def __init__(self, mask: Tensor, prefix: Tensor, suffix: Tensor | None, total: Tensor | None) -> None:
         self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
@@ -144,7 +156,7 @@ class _FixedChunk(_ScalarChunk):
 
 
 class _VectorChunk(_Chunk):
-    """A decay a key dimension, a [B H m K]: every pair by way of the middle of the smallest block that holds it.
+    """A decay a key dimension, a [n B H m K]: every pair by way of the middle of the smallest block that holds it.
 
     The chunk, padded to a power of two, is cut into blocks of 2, of 4, .. tokens. Those pairs of a block whose key is
     in its first half and whose query is in its second are one product, of keys that have decayed to the block's middle
@@ -153,10 +165,10 @@ class _VectorChunk(_Chunk):
 
     def __init__(self, a: Tensor, scale: float) -> None:
         self.scale = scale
-        self.length, self.size = a.shape[2], 1 << (a.shape[2] - 1).bit_length()
+        self.length, self.size = a.shape[3], 1 << (a.shape[3] - 1).bit_length()
         # from the block's first token up to each token, and from behind each token up to the block's last
-        up_to = a.new_zeros(a.shape[0] * a.shape[1], self.size, a.shape[3])
-        up_to[:, : self.length] = a.flatten(0, 1)
+        up_to = a.new_zeros(a.shape[:3].numel(), self.size, a.shape[4])
+        up_to[:, : self.length] = a.flatten(0, 2)
         behind = torch.zeros_like(up_to)
         self.levels = []
         while (half := 1 << len(self.levels)) < self.size:
@@ -164,9 +176,9 @@ class _VectorChunk(_Chunk):
             self.levels.append((sums[:, :, 1].exp().mul_(scale), rest[:, :, 0].exp()))
             rest[:, :, 0] += sums[:, :, 1, -1:]
             sums[:, :, 1] += sums[:, :, 0, -1:]
-        self.total = up_to[:, -1, :, None].exp().unflatten(0, a.shape[:2])
-        self.prefix = up_to[:, : self.length].exp().mul_(scale).unflatten(0, a.shape[:2])
-        self.suffix = behind[:, : self.length].exp().unflatten(0, a.shape[:2])
+        self.total = up_to[:, -1, :, None].exp().unflatten(0, a.shape[:3])
+        self.prefix = up_to[:, : self.length].exp().mul_(scale).unflatten(0, (-1, a.shape[2]))
+        self.suffix = behind[:, : self.length].exp().unflatten(0, (-1, a.shape[2]))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         scores = q.new_zeros(q.shape[0], self.size, self.size)
@@ -240,29 +252,30 @@ class _FixedDecays:
         self._prefix = _times(token[:, None] + 1, a).exp_().mul_(scale)
         self._suffix = _times(size - 1 - token[:, None], a).exp_()
 
-    def chunk(self, start: int, stop: int) -> _Chunk:
-        m = stop - start
+    def chunks(self, group: Group) -> _Chunk:
+        m = group.length
         mask, prefix = self._mask[..., :m, :m], self._prefix[:, :, :m]
         if self._suffix is None or self.log_decay is None:
             return _ScalarChunk(mask, prefix, None, None)
         suffix = self._suffix[:, :, self._suffix.shape[2] - m :]
-        total = (self.log_decay.to(mask.dtype) * m).exp()[None, :, None, None]
+        total = (self.log_decay.to(mask.dtype) * m).exp()[None, None, :, None, None]
         return _FixedChunk(mask, prefix, suffix, total, self._distance[:m, :m])
 
 
 class _GivenDecays:
-    """log_decay [B T H] or [B T H K]: formed chunk by chunk."""
+    """log_decay [B T H] or [B T H K]: formed group by group."""
 
     def __init__(self, log_decay: Tensor, scale: float, like: Tensor) -> None:
         self.log_decay, self.scale, self.dtype = log_decay, scale, like.dtype
 
-    def chunk(self, start: int, stop: int) -> _Chunk:
-        a = self.log_decay[:, start:stop].to(self.dtype).transpose(1, 2)
-        if a.ndim == 4:
+    def chunks(self, group: Group) -> _Chunk:
+        a = cut(self.log_decay, group).to(self.dtype)
+        if a.ndim == 5:
             return _VectorChunk(a, self.scale)
-        mask = _pair_sums(a.flatten(0, 1)[..., None])[..., 0].exp_().mul_(self.scale).unflatten(0, a.shape[:2])
-        prefix = a.cumsum(2).exp_().mul_(self.scale)[..., None]
-        return _ScalarChunk(mask, prefix, _sum_after(a, 2).exp_()[..., None], a.sum(2).exp_()[..., None, None])
+        mask = _pair_sums(a.flatten(0, 2)[..., None])[..., 0].exp_().mul_(self.scale).unflatten(0, (-1, a.shape[2]))
+        prefix = a.cumsum(3).exp_().mul_(self.scale).flatten(0, 1)[..., None]
+        suffix = _sum_after(a, 3).exp_().flatten(0, 1)[..., None]
+        return _ScalarChunk(mask, prefix, suffix, a.sum(3).exp_()[..., None, None])
 
 
 def _decays(
@@ -308,19 +321,9 @@ def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else (x.unflatten(0, (-1, factor.shape[1])) * factor).flatten(0, 1)
 
 
-def _operand(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Tokens start to stop - 1 of [B T H D] as [G m D]; a view where the batch is one row."""
-    return x[:, start:stop].transpose(1, 2).to(dtype).flatten(0, 1)
-
-
-def _store(out: Tensor, start: int, stop: int, x: Tensor) -> None:
-    """The inverse of `_operand`."""
-    out[:, start:stop].transpose(1, 2).copy_(x.unflatten(0, (out.shape[0], -1)))
-
-
-def _capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks there can be at most: documents end inside chunks."""
-    return -(-length // chunk_size) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+def _among(x: Tensor, before: int, after: int) -> Tensor:
+    """Products [G' m *] of some of a group's chunks among zeros for the rest, in rows of G."""
+    return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
 
 
 @torch.library.custom_op("seqmix::decay_chunkwise", mutates_args=())
@@ -341,38 +344,47 @@ def chunkwise_op(
     output, final_state, entries = _allocate(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, save_states
     )
+    rows = q.shape[0] * q.shape[2]
+    most = most_chunks(k, v, chunk_size)
+    shape = (q.shape[0], *q.shape[2:], v.shape[3])
     index = 0
     with torch.autocast(q.device.type, enabled=False):
         decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
+        room = entries if save_states else q.new_empty((most + 1, *shape), dtype=wide)
         for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens):
-            state = None if initial_state is None else initial_state[stretch.rows].to(wide).flatten(0, 1)
-            if save_states and stretch.start < stretch.stop:
-                entries[index].zero_() if state is None else entries[index].flatten(0, 1).copy_(state)
-            for start, stop in pieces(stretch, chunk_size):
-                chunk = decays.chunk(start, stop)
-                query, key, value = (_operand(x, start, stop, wide) for x in (q, k, v))
-                tile = chunk.scores(query, key) @ value
-                if state is not None:
-                    tile.baddbmm_(_scaled(query, chunk.prefix), state)
-                _store(output, start, stop, tile)
-                index += 1
-                last = stop == stretch.stop
-                if not last or output_final_state:
-                    # the next chunk's entry state is formed in its place
-                    place = entries[index].flatten(0, 1) if save_states and not last else None
-                    state = _next_state(state, _scaled(key, chunk.suffix), value, chunk.total, place)
-            if output_final_state and state is not None:
-                final_state[stretch.rows].flatten(0, 1).copy_(state)
+            state = None if initial_state is None else initial_state[stretch.rows]
+            for group in groups(stretch, chunk_size, most):
+                first, last = group.start == stretch.start, group.stop == stretch.stop
+                chunks = decays.chunks(group)
+                query, key, value = (operand(x, group, wide) for x in (q, k, v))
+                tile = chunks.scores(query, key) @ value
+                # the states before each chunk and behind the last, each formed in its place
+                at = index if save_states else 0
+                states = [*room[at : at + group.count]]
+                if not last:
+                    states.append(room[at + group.count])
+                elif output_final_state:
+                    states.append(final_state[stretch.rows])
+                if state is None:
+                    states[0].zero_()
+                elif first or not save_states:
+                    states[0].copy_(state)
+                left = slice(0, (len(states) - 1) * rows)
+                changes = (_scaled(key, chunks.suffix)[left].mT @ value[left]).view(-1, *shape)
+                for number, change in enumerate(changes):
+                    chunks.next_state(number, states[number], change, states[number + 1])
+                # nothing is read of a state that is 0
+                read = slice(rows if state is None else 0, None)
+                if read.start < len(tile):
+                    entered = room[at : at + group.count].flatten(0, 2)
+                    tile[read].baddbmm_(_scaled(query, chunks.prefix)[read], entered[read])
+                store(output, group, tile)
+                index, state = index + group.count, states[-1]
+            if output_final_state and state is not None and stretch.start == stretch.stop:
+                final_state[stretch.rows].copy_(state)
     if save_states:
         entries[index:].zero_()  # documents that end in one chunk leave rows over
     return output, final_state, entries
-
-
-def _next_state(state: Tensor | None, key: Tensor, value: Tensor, total: Tensor | None, out: Tensor | None) -> Tensor:
-    """g * S + key^T value, into `out` if given."""
-    if state is None:
-        return torch.bmm(key.mT, value, out=out)
-    return torch.baddbmm(_scaled(state, total), key.mT, value, out=out)
 
 
 @chunkwise_op.register_fake
@@ -392,7 +404,7 @@ def _allocate(
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = (rows, heads, key_width, v.shape[3]) if output_final_state else (0,)
-    chunks = _capacity(length, chunk_size, cu_seqlens)
+    chunks = capacity(length, chunk_size, cu_seqlens)
     entries = (chunks, batch, heads, key_width, v.shape[3]) if save_states else (0,)
     return q.new_empty(v.shape), q.new_zeros(final, dtype=wide), q.new_empty(entries, dtype=wide)
 
@@ -428,55 +440,67 @@ def chunkwise_backward_op(
         chunk_size,
         needs_log_decay,
     )
+    rows = q.shape[0] * q.shape[2]
+    most = most_chunks(k, v, chunk_size)
     d_fixed = torch.zeros_like(d_log_decay, dtype=wide) if needs_log_decay and d_log_decay.ndim == 1 else None
     with torch.autocast(q.device.type, enabled=False):
         decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
-        runs = [(stretch, pieces(stretch, chunk_size)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)]
-        index = sum(len(cuts) for _, cuts in runs)
+        runs = [(stretch, groups(stretch, chunk_size, most)) for stretch in stretches(*q.shape[:2], cu_seqlens)]
+        index = sum(group.count for _, cuts in runs for group in cuts)
+        # of the states before each chunk of a group and behind the last
+        d_states = q.new_empty((most + 1, q.shape[0], *q.shape[2:], v.shape[3]), dtype=wide)
         for stretch, cuts in reversed(runs):
-            # the gradient of the state behind the chunk; None while nothing depends on it
-            d_state = None if d_final_state is None else d_final_state[stretch.rows].to(wide).flatten(0, 1)
-            for start, stop in reversed(cuts):
-                index -= 1
-                chunk = decays.chunk(start, stop)
-                query, key, value, d_out = (_operand(x, start, stop, wide) for x in (q, k, v, d_output))
-                entered = start > stretch.start or initial_state is not None
-                state = entries[index].flatten(0, 1) if entered else None
-                scores = chunk.scores(query, key)
+            # the gradient of the state behind the group; None while nothing depends on it
+            d_state = None if d_final_state is None else d_final_state[stretch.rows]
+            for group in reversed(cuts):
+                n = group.count
+                index -= n
+                chunks = decays.chunks(group)
+                query, key, value, d_out = (operand(x, group, wide) for x in (q, k, v, d_output))
+                states = entries[index : index + n]
+                # chunks that read a state which may be other than 0, and that leave one on which something depends
+                blank = rows if group.start == stretch.start and initial_state is None else 0
+                unread = rows if d_state is None else 0
+                reading, leaving = slice(blank, None), slice(0, n * rows - unread)
+                if d_state is None:
+                    d_states[n].zero_()
+                else:
+                    d_states[n].copy_(d_state)
+                changes = _scaled(query, chunks.prefix)[reading].mT @ d_out[reading]
+                changes = changes.view(-1, *d_states.shape[1:])
+                for number in range(len(changes)):
+                    place = n - 1 - number
+                    chunks.next_state(place, d_states[place + 1], changes[-1 - number], d_states[place])
+                d_exits = d_states[1 : n + 1]
+
+                scores = chunks.scores(query, key)
                 d_scores = d_out @ value.mT
                 d_value = scores.mT @ d_out
-                kept = None
-                if needs_log_decay and state is not None and d_state is not None:
-                    kept = (_scaled(state, chunk.total) * d_state).sum(2)
-                outer = _Outer(
-                    None if state is None else _scaled(d_out @ state.mT, chunk.prefix),
-                    None if d_state is None else _scaled(value @ d_state.mT, chunk.suffix),
-                    kept,
-                )
-                d_query, d_key, d_a = chunk.scores_backward(
-                    query, key, scores, d_scores, outer if needs_log_decay else None
-                )
-                if outer.d_query is not None:
-                    d_query += outer.d_query
-                if outer.d_key is not None:
-                    d_key += outer.d_key
-                if d_state is not None:
-                    d_value.baddbmm_(_scaled(key, chunk.suffix), d_state)
+                d_read = d_left = kept = None
+                if blank < len(query):
+                    d_read = d_out[reading] @ states.flatten(0, 2)[reading].mT
+                    d_read = _scaled(_among(d_read, blank, 0), chunks.prefix)
+                if unread < len(query):
+                    exits = d_exits.flatten(0, 2)[leaving]
+                    d_left = _scaled(_among(value[leaving] @ exits.mT, 0, unread), chunks.suffix)
+                    d_value[leaving].baddbmm_(_scaled(key, chunks.suffix)[leaving], exits)
+                if needs_log_decay and d_read is not None and d_left is not None:
+                    kept = (chunks.decayed(states) * d_exits).sum(4).flatten(0, 2)
+                outer = _Outer(d_read, d_left, kept) if needs_log_decay else None
+                d_query, d_key, d_a = chunks.scores_backward(query, key, scores, d_scores, outer)
+                if d_read is not None:
+                    d_query += d_read
+                if d_left is not None:
+                    d_key += d_left
                 if d_fixed is not None and d_a is not None:
                     d_fixed += d_a.view(-1, len(d_fixed)).sum(0)
                 elif d_a is not None:
-                    _store(d_log_decay.view(*q.shape[:3], -1), start, stop, d_a.view(*d_a.shape[:2], -1))
+                    store(d_log_decay.view(*q.shape[:3], -1), group, d_a.view(*d_a.shape[:2], -1))
                 for out, grad in ((dq, d_query), (dk, d_key), (dv, d_value)):
-                    _store(out, start, stop, grad)
-                if entered:
-                    through = _scaled(query, chunk.prefix).mT
-                    d_state = (
-                        through @ d_out
-                        if d_state is None
-                        else torch.baddbmm(_scaled(d_state, chunk.total), through, d_out)
-                    )
+                    store(out, group, grad)
+                d_state = d_states[0] if len(changes) else None
             if initial_state is not None and d_state is not None:
-                d_initial[stretch.rows].flatten(0, 1).copy_(d_state)
+                d_initial[stretch.rows].copy_(d_state)
     if d_fixed is not None:
         d_log_decay.copy_(d_fixed)
     return dq, dk, dv, d_log_decay, d_initial

@@ -34,8 +34,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .decay_chunkwise import _capacity, _operand, _store, _sum_after
-from .segments import pieces, stretches
+from .chunks import Group, capacity, groups, operand, store
+from .decay_chunkwise import _sum_after
+from .segments import stretches
 
 
 class _Decays(NamedTuple):
@@ -112,9 +113,9 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _beta(beta: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Tokens start to stop - 1 of [B T H] as [G m 1]; what is multiplied with a view would be laid out as it is."""
-    return _operand(beta[..., None], start, stop, dtype).contiguous()
+def _beta(beta: Tensor, chunk: Group, dtype: torch.dtype) -> Tensor:
+    """A chunk's tokens of [B T H] as [G m 1]; what is multiplied with a view would be laid out as it is."""
+    return operand(beta[..., None], chunk, dtype).contiguous()
 
 
 @torch.library.custom_op("seqmix::delta_chunkwise", mutates_args=())
@@ -143,9 +144,9 @@ def chunkwise_op(
             state = None if initial_state is None else initial_state[stretch.rows].to(wide).flatten(0, 1)
             if save_states and stretch.start < stretch.stop:
                 entries[index].zero_() if state is None else entries[index].flatten(0, 1).copy_(state)
-            for start, stop in pieces(stretch, chunk_size):
-                decays, rate = decays_of(start, stop), _beta(beta, start, stop, wide)
-                query, key, value = (_operand(x, start, stop, wide) for x in (q, k, v))
+            for chunk in groups(stretch, chunk_size, 1):
+                decays, rate = decays_of(chunk.start, chunk.stop), _beta(beta, chunk, wide)
+                query, key, value = (operand(x, chunk, wide) for x in (q, k, v))
                 reads, pairs, inverse = _system(query, key, rate, decays)
                 if state is None:
                     written = torch.bmm(inverse, rate * value)
@@ -154,9 +155,9 @@ def chunkwise_op(
                     outer = torch.bmm(reads, state).mul_(decays.read)
                     written = torch.bmm(inverse, rate * (value + _of_keys(outer)))
                     tile = torch.baddbmm(_of_queries(outer), _of_queries(pairs), written)
-                _store(output, start, stop, tile)
+                store(output, chunk, tile)
                 index += 1
-                last = stop == stretch.stop
+                last = chunk.stop == stretch.stop
                 if not last or output_final_state:
                     # the next chunk's entry state is formed in its place
                     place = entries[index].flatten(0, 1) if save_states and not last else None
@@ -193,7 +194,7 @@ def _allocate(
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = (rows, heads, key_width, v.shape[3]) if output_final_state else (0,)
-    chunks = _capacity(length, chunk_size, cu_seqlens)
+    chunks = capacity(length, chunk_size, cu_seqlens)
     entries = (chunks, batch, heads, key_width, v.shape[3]) if save_states else (0,)
     return q.new_empty(v.shape), q.new_zeros(final, dtype=wide), q.new_empty(entries, dtype=wide)
 
@@ -235,16 +236,16 @@ def chunkwise_backward_op(
     d_fixed = q.new_zeros(q.shape[2], dtype=wide)
     with torch.autocast(q.device.type, enabled=False):
         decays_of = _ChunkDecays(log_decay, q.shape[0], min(chunk_size, q.shape[1]), scale, q.new_empty(0, dtype=wide))
-        runs = [(stretch, pieces(stretch, chunk_size)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)]
+        runs = [(stretch, groups(stretch, chunk_size, 1)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)]
         index = sum(len(cuts) for _, cuts in runs)
         for stretch, cuts in reversed(runs):
             # the gradient of the state behind the chunk; None while nothing depends on it
             d_state = None if d_final_state is None else d_final_state[stretch.rows].to(wide).flatten(0, 1)
-            for start, stop in reversed(cuts):
+            for chunk in reversed(cuts):
                 index -= 1
-                decays, rate = decays_of(start, stop), _beta(beta, start, stop, wide)
-                query, key, value, d_out = (_operand(x, start, stop, wide) for x in (q, k, v, d_output))
-                entered = start > stretch.start or initial_state is not None
+                decays, rate = decays_of(chunk.start, chunk.stop), _beta(beta, chunk, wide)
+                query, key, value, d_out = (operand(x, chunk, wide) for x in (q, k, v, d_output))
+                entered = chunk.start > stretch.start or initial_state is not None
                 state = entries[index].flatten(0, 1) if entered else None
                 reads, pairs, inverse = _system(query, key, rate, decays)
                 if state is not None:
@@ -262,8 +263,8 @@ def chunkwise_backward_op(
                 within = d_pairs * pairs if needs_log_decay else None
                 d_pairs.mul_(decays.mask)
                 d_reads, d_key = torch.bmm(d_pairs, key), torch.bmm(d_pairs.mT, reads)
-                _store(dv, start, stop, _of_keys(d_read))
-                _store(d_beta[..., None], start, stop, (error * d_written).sum(2, keepdim=True))
+                store(dv, chunk, _of_keys(d_read))
+                store(d_beta[..., None], chunk, (error * d_written).sum(2, keepdim=True))
                 d_outer = d_key_outer = None
                 if state is not None:
                     d_read = d_read.mul_(decays.read)
@@ -273,8 +274,8 @@ def chunkwise_backward_op(
                     d_key_outer = _times(torch.bmm(written, d_state.mT), decays.suffix)
                     d_key += d_key_outer
                 d_key += _of_keys(d_reads)
-                _store(dq, start, stop, _of_queries(d_reads))
-                _store(dk, start, stop, d_key)
+                store(dq, chunk, _of_queries(d_reads))
+                store(dk, chunk, d_key)
                 if within is not None:
                     d_a = _log_decay_gradient(
                         within,
@@ -284,11 +285,10 @@ def chunkwise_backward_op(
                     if state is not None and d_state is not None:
                         kept = _times(state, decays.total)
                         d_a += torch.linalg.vecdot(kept.flatten(1), d_state.flatten(1))[:, None]
-                    d_a = d_a.unflatten(0, (-1, q.shape[2]))
                     if d_log_decay.ndim == 1:
-                        d_fixed += d_a.sum((0, 2))
+                        d_fixed += d_a.unflatten(0, (-1, q.shape[2])).sum((0, 2))
                     else:
-                        d_log_decay[:, start:stop].transpose(1, 2).copy_(d_a)
+                        store(d_log_decay, chunk, d_a)
                 if entered:
                     d_state = _next_state(d_state, reads, d_read, decays.total, None)
             if initial_state is not None and d_state is not None:

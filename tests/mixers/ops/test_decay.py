@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqmix.mixers.ops import chunks
 from seqmix.mixers.ops.decay import decay, decay_chunkwise, decay_flops, decay_parallel, decay_recurrent
 from seqmix.mixers.ops.decay_chunkwise import chunkwise_backward_op, chunkwise_op
 from seqmix.mixers.ops.decay_recurrent import recurrent_backward_op, recurrent_op
@@ -196,6 +198,8 @@ def test_output_state_and_gradients_are_the_definition(kind, packed, data):
     case = data.draw(cases([kind], [packed]))
     names = data.draw(st.just(INPUTS) | st.lists(st.sampled_from(INPUTS), min_size=1, unique=True), "requires grad")
     wanted = data.draw(st.sampled_from([slice(0, 2), slice(0, 1), slice(1, 2)]), "output, state or both")
+    # chunks one by one, in groups of a few, and all at once
+    elements = data.draw(st.sampled_from([1, 100, 400, chunks.ELEMENTS]), "elements of a group")
     inputs, cotangents = case.inputs(), case.cotangents()[wanted]
     leaves = with_leaves(inputs, names)
     expected = define(case, leaves)
@@ -203,8 +207,9 @@ def test_output_state_and_gradients_are_the_definition(kind, packed, data):
     for paradigm in PARADIGMS:
         leaves = with_leaves(inputs, names)
         versions = [x._version for x in leaves.values()]
-        actual = case.run(paradigm, leaves)
-        actual_gradients = gradients(actual[wanted], cotangents, leaves)
+        with mock.patch.object(chunks, "ELEMENTS", elements):
+            actual = case.run(paradigm, leaves)
+            actual_gradients = gradients(actual[wanted], cotangents, leaves)
         exactly(actual[0], expected[0], f"{paradigm} output")
         exactly(actual[1], expected[1], f"{paradigm} state")
         for name, gradient in actual_gradients.items():

@@ -1,0 +1,69 @@
+"""Tokens as chunks: which are computed at once, and how they lie for it.
+
+A product of few rows costs more to call than to compute. So chunks that do not wait for each other are computed in
+groups, and the chunks of a group, the batch and the heads are one dimension, G = n B H, as batched products want it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .segments import Stretch
+
+ELEMENTS = 2**18
+"""Of a group's keys and values at most, where it is more than one chunk; larger ones no longer fit into a cache."""
+
+
+class Group(NamedTuple):
+    """Chunks of one length, side by side."""
+
+    start: int
+    """The first token."""
+    length: int
+    """Tokens of a chunk, m."""
+    count: int = 1
+    """Chunks, n."""
+
+    @property
+    def stop(self) -> int:
+        """Behind the last token."""
+        return self.start + self.count * self.length
+
+
+def most_chunks(k: Tensor, v: Tensor, chunk_size: int) -> int:
+    """Chunks of a group at most, of keys [B T H K] and values [B T H V]."""
+    batch, length, heads, width = k.shape
+    elements = batch * heads * chunk_size * (width + v.shape[3])
+    return max(min(ELEMENTS // elements, length // chunk_size), 1)
+
+
+def groups(stretch: Stretch, chunk_size: int, most: int) -> list[Group]:
+    """A stretch as groups of at most `most` chunks; the last chunk is by itself if it is ragged."""
+    whole, ragged = divmod(stretch.stop - stretch.start, chunk_size)
+    found = [
+        Group(stretch.start + first * chunk_size, chunk_size, min(most, whole - first))
+        for first in range(0, whole, most)
+    ]
+    return [*found, Group(stretch.stop - ragged, ragged)] if ragged else found
+
+
+def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
+    """Chunks there can be at most: documents end inside chunks."""
+    return -(-length // chunk_size) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+
+
+def cut(x: Tensor, group: Group) -> Tensor:
+    """A group's tokens of [B T H *] as [n B H m *]; a view."""
+    return x[:, group.start : group.stop].unflatten(1, (group.count, group.length)).transpose(0, 1).transpose(2, 3)
+
+
+def operand(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """A group's tokens of [B T H D] as [G m D]; a view of one chunk of one row."""
+    return cut(x, group).to(dtype).flatten(0, 2)
+
+
+def store(out: Tensor, group: Group, x: Tensor) -> None:
+    """The inverse of `operand`."""
+    place = cut(out, group)
+    place.copy_(x.view(place.shape))
