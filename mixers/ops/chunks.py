@@ -22,13 +22,13 @@ class Group(NamedTuple):
     """The first token."""
     length: int
     """Tokens of a chunk, m."""
-    count: int = 1
+    chunks: int = 1
     """Chunks, n."""
 
     @property
     def stop(self) -> int:
         """Behind the last token."""
-        return self.start + self.count * self.length
+        return self.start + self.chunks * self.length
 
 
 def most_chunks(k: Tensor, v: Tensor, chunk_size: int) -> int:
@@ -55,7 +55,7 @@ def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
 
 def cut(x: Tensor, group: Group) -> Tensor:
     """A group's tokens of [B T H *] as [n B H m *]; a view."""
-    return x[:, group.start : group.stop].unflatten(1, (group.count, group.length)).transpose(0, 1).transpose(2, 3)
+    return x[:, group.start : group.stop].unflatten(1, (group.chunks, group.length)).transpose(0, 1).transpose(2, 3)
 
 
 def operand(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:

@@ -360,9 +360,9 @@ def chunkwise_op(
                 tile = chunks.scores(query, key) @ value
                 # the states before each chunk and behind the last, each formed in its place
                 at = index if save_states else 0
-                states = [*room[at : at + group.count]]
+                states = [*room[at : at + group.chunks]]
                 if not last:
-                    states.append(room[at + group.count])
+                    states.append(room[at + group.chunks])
                 elif output_final_state:
                     states.append(final_state[stretch.rows])
                 if state is None:
@@ -376,10 +376,10 @@ def chunkwise_op(
                 # nothing is read of a state that is 0
                 read = slice(rows if state is None else 0, None)
                 if read.start < len(tile):
-                    entered = room[at : at + group.count].flatten(0, 2)
+                    entered = room[at : at + group.chunks].flatten(0, 2)
                     tile[read].baddbmm_(_scaled(query, chunks.prefix)[read], entered[read])
                 store(output, group, tile)
-                index, state = index + group.count, states[-1]
+                index, state = index + group.chunks, states[-1]
             if output_final_state and state is not None and stretch.start == stretch.stop:
                 final_state[stretch.rows].copy_(state)
     if save_states:
@@ -445,15 +445,17 @@ def chunkwise_backward_op(
     d_fixed = torch.zeros_like(d_log_decay, dtype=wide) if needs_log_decay and d_log_decay.ndim == 1 else None
     with torch.autocast(q.device.type, enabled=False):
         decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
-        runs = [(stretch, groups(stretch, chunk_size, most)) for stretch in stretches(*q.shape[:2], cu_seqlens)]
-        index = sum(group.count for _, cuts in runs for group in cuts)
+        runs = [
+            (stretch, groups(stretch, chunk_size, most)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)
+        ]
+        index = sum(group.chunks for _, cuts in runs for group in cuts)
         # of the states before each chunk of a group and behind the last
         d_states = q.new_empty((most + 1, q.shape[0], *q.shape[2:], v.shape[3]), dtype=wide)
         for stretch, cuts in reversed(runs):
             # the gradient of the state behind the group; None while nothing depends on it
             d_state = None if d_final_state is None else d_final_state[stretch.rows]
             for group in reversed(cuts):
-                n = group.count
+                n = group.chunks
                 index -= n
                 chunks = decays.chunks(group)
                 query, key, value, d_out = (operand(x, group, wide) for x in (q, k, v, d_output))
