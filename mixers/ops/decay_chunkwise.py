@@ -370,9 +370,10 @@ def chunkwise_op(
                 elif first or not save_states:
                     states[0].copy_(state)
                 left = slice(0, (len(states) - 1) * rows)
-                changes = (_scaled(key, chunks.suffix)[left].mT @ value[left]).view(-1, *shape)
-                for number, change in enumerate(changes):
-                    chunks.next_state(number, states[number], change, states[number + 1])
+                if left.stop:
+                    changes = (_scaled(key, chunks.suffix)[left].mT @ value[left]).view(-1, *shape)
+                    for number, change in enumerate(changes):
+                        chunks.next_state(number, states[number], change, states[number + 1])
                 # nothing is read of a state that is 0
                 read = slice(rows if state is None else 0, None)
                 if read.start < len(tile):
@@ -468,20 +469,16 @@ def chunkwise_backward_op(
                     d_states[n].zero_()
                 else:
                     d_states[n].copy_(d_state)
-                changes = _scaled(query, chunks.prefix)[reading].mT @ d_out[reading]
-                changes = changes.view(-1, *d_states.shape[1:])
-                for number in range(len(changes)):
-                    place = n - 1 - number
-                    chunks.next_state(place, d_states[place + 1], changes[-1 - number], d_states[place])
-                d_exits = d_states[1 : n + 1]
-
+                d_exits, d_read, d_left, kept = d_states[1 : n + 1], None, None, None
+                if blank < len(query):
+                    through = (_scaled(query, chunks.prefix)[reading].mT @ d_out[reading]).view(-1, *d_states.shape[1:])
+                    for number, change in zip(reversed(range(n)), reversed(through.unbind()), strict=False):
+                        chunks.next_state(number, d_exits[number], change, d_states[number])
+                    d_read = d_out[reading] @ states.flatten(0, 2)[reading].mT
+                    d_read = _scaled(_among(d_read, blank, 0), chunks.prefix)
                 scores = chunks.scores(query, key)
                 d_scores = d_out @ value.mT
                 d_value = scores.mT @ d_out
-                d_read = d_left = kept = None
-                if blank < len(query):
-                    d_read = d_out[reading] @ states.flatten(0, 2)[reading].mT
-                    d_read = _scaled(_among(d_read, blank, 0), chunks.prefix)
                 if unread < len(query):
                     exits = d_exits.flatten(0, 2)[leaving]
                     d_left = _scaled(_among(value[leaving] @ exits.mT, 0, unread), chunks.suffix)
@@ -500,7 +497,7 @@ def chunkwise_backward_op(
                     store(d_log_decay.view(*q.shape[:3], -1), group, d_a.view(*d_a.shape[:2], -1))
                 for out, grad in ((dq, d_query), (dk, d_key), (dv, d_value)):
                     store(out, group, grad)
-                d_state = d_states[0] if len(changes) else None
+                d_state = d_states[0]
             if initial_state is not None and d_state is not None:
                 d_initial[stretch.rows].copy_(d_state)
     if d_fixed is not None:
