@@ -80,10 +80,8 @@ def train(
 
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
     """
-    from .models import load_tokenizer
     from .registry import SeqmixError
     from .training import load_config, read_config
-    from .training.data import require_vocabulary
 
     if resume is not None:
         if config is not None or overrides or out is not None or dry_run:
@@ -96,7 +94,7 @@ def train(
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     loaded = load_config(config, overrides or [])
     if dry_run:
-        require_vocabulary(loaded, load_tokenizer(loaded.data.tokenizer))
+        loaded.data.require_files(loaded)
         _show(loaded, None)
         return
     _train(loaded, out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml"))

@@ -24,6 +24,7 @@ from ..training import RunConfig, load_config
 from ..training.data import evaluation_batches, read_corpus, training_batch
 from ..training.loop import Trainer
 from ..training.optim import build_optimizer, learning_rate
+from ..training.score import Measured
 
 LENGTH, WIDTH, LAYERS, HEADS = 64, 128, 4, 4
 ATTENTION = "{kind: attention, n_heads: 4}"
@@ -110,18 +111,18 @@ class GptTraining:
         loss.item()
 
     @torch.no_grad()
-    def evaluate(self, *, final: bool) -> float:
+    def evaluate(self, *, final: bool) -> Measured:
         """Nats a byte of the whole validation text, whether it is the last evaluation or not."""
         del final
         batches = list(evaluation_batches(self.corpus.validation, LENGTH, self.config.training.batch_size, None))
         counted = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-        return sum(self.loss_sum(*batch).item() for batch in batches) / counted
+        return Measured(sum(self.loss_sum(*batch).item() for batch in batches) / counted)
 
 
 def trainer(config: RunConfig, folder: str) -> Trainer:
     """A model of ours in training."""
     model = build_model(config.model, seed=config.seed)
-    return Trainer(config, Path(folder), read_corpus(config.data), model, build_optimizer(model, config.training))
+    return Trainer(config, Path(folder), config.data.open(config), model, build_optimizer(model, config.training))
 
 
 def main(text: str, steps: int) -> None:
@@ -144,7 +145,7 @@ def main(text: str, steps: int) -> None:
                 for index in range(start, min(start + TURN, contestant.config.training.steps)):
                     contestant.step(index)
                 seconds[name] += time.perf_counter() - began
-        losses = {name: contestant.evaluate(final=True) for name, contestant in contestants.items()}
+        losses = {name: contestant.evaluate(final=True).loss for name, contestant in contestants.items()}
     first = next(iter(seconds.values()))
     print(f"{'model':<34} {'parameters':>10} {'nats/byte':>10} {'seconds':>8} {'ratio':>6}")
     for name, contestant in contestants.items():

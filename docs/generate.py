@@ -16,7 +16,7 @@ from seqmix.mixers.ops.kernels import KERNELS
 from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.registry import Config, Registry
-from seqmix.training import DataConfig, DatasetConfig, RunConfig, TrainingConfig
+from seqmix.training import DATA, DatasetConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")
 CONFORMANCE = Path(__file__).with_name("conformance.md")
@@ -33,7 +33,7 @@ given; *null* means that it may be `null`.
 
 def render() -> str:
     """The whole page."""
-    parts = [HEAD, *_sections("Run", RunConfig, DataConfig, DatasetConfig, TrainingConfig)]
+    parts = [HEAD, *_sections("Run", RunConfig, TrainingConfig), *_sections("Data", *_built_in(DATA), DatasetConfig)]
     parts += _sections("Model", ModelConfig, BlockConfig, PaperInit, NormalInit)
     for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
         parts += _sections(title, *_built_in(registry))
@@ -120,7 +120,7 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{word}`" for word in field["enum"])
     if field["type"] == "array":
-        return "list of two numbers" if "prefixItems" in field else "list of strings"
+        return "list of two numbers" if "prefixItems" in field else f"list of {field['items']['type']}s"
     if field["type"] == "object":
         return f"mapping of names to {_takes(field['additionalProperties'], definitions)}"
     limits = ", ".join(f"{sign} {field[key]:g}" for key, sign in LIMITS.items() if key in field)

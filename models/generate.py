@@ -165,12 +165,15 @@ def stream_text(
         compiled: as in `generate_tokens`.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one; the model has fewer tokens than the tokenizer.
+        SeqmixError: there is no prompt, or an empty one; the model's tokens stand for no text, or are fewer than the
+            tokenizer's.
     """
     for name, texts in (("prompts", prompts), ("stop", stop)):
         if isinstance(texts, str):
             raise SeqmixError(f"{name} is a list of texts: give [{texts[:20]!r}]")
     tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise SeqmixError("the tokens of this model stand for no text, for it has learned a task: there is no prompt")
     if any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:

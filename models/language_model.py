@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from .config import ModelConfig, NormalInit
-from .loss import linear_cross_entropy
+from .loss import IGNORED, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -40,8 +40,8 @@ class LanguageModel(nn.Module):
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.tokenizer: Tokenizer = ByteTokenizer()
-        """Of the text that it is of: what generation reads and writes."""
+        self.tokenizer: Tokenizer | None = ByteTokenizer()
+        """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
         self.checkpoint_activations = False
         """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
         self.tie()
@@ -114,6 +114,21 @@ class LanguageModel(nn.Module):
         """
         x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
         return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+
+    def predictions(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, " M"]]:
+        """The loss as above, and the most probable token at each of the M places that are asked, row by row.
+
+        Nothing is computed of the logits of other places.
+
+        Args:
+            tokens: a segment with nothing before it, [B T], T >= 1.
+            targets: what follows each token; `IGNORED` (-100) where nothing is asked.
+        """
+        x, _ = self._hidden(tokens, None, None, None, False)
+        asked = targets != IGNORED
+        return linear_predictions(self.norm(x[asked]), self.head.weight, targets[asked])
 
     def loss_and_state(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], state: ModelState

@@ -38,6 +38,20 @@ def linear_cross_entropy(
     return torch.stack(losses).sum()
 
 
+def linear_predictions(
+    hidden: Float[Tensor, "M D"], weight: Float[Tensor, "vocab D"], targets: Int[Tensor, " M"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, " M"]]:
+    """The sum of cross-entropies as above, and the most probable token at each place: the first one of several."""
+    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    total, found = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), []
+    for part, target in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = F.linear(part, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = total + F.cross_entropy(logits, target, reduction="sum")
+        found.append(logits.argmax(-1))
+    return total, torch.cat(found)
+
+
 def _direct(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden, weight)

@@ -25,6 +25,11 @@ class Kinds(Protocol):
         """The class that every configuration of the family extends."""
         ...
 
+    @property
+    def default_kind(self) -> str | None:
+        """The kind of a mapping that says none."""
+        ...
+
     def kinds(self) -> list[str]:
         """The kinds that can be had."""
         ...
@@ -74,10 +79,10 @@ def described(kinds: Kinds, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
 def _class_of(value: Any, kinds: Kinds) -> type[Config]:
     if not isinstance(value, Mapping):
         raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
-    if "kind" not in value:
+    kind = value.get("kind", kinds.default_kind)
+    if kind is None and "kind" not in value:
         sentence = f"missing key 'kind'; allowed: {', '.join(kinds.kinds())}"
         raise PydanticCustomError("missing_kind", "{sentence}", {"sentence": sentence})
-    kind = value["kind"]
     if not isinstance(kind, str):
         raise _error_at_kind(kind, "string_type")
     try:

@@ -10,6 +10,7 @@ from .config import Config
 from .errors import ConfigError
 from .explain import explain
 from .overrides import SOURCE, override
+from .registry import Registry
 from .sources import read
 from .tree import Node, Origin
 from .yaml_writer import write
@@ -33,9 +34,10 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
     Raises:
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
     """
-    tree = Node({}, Origin(SOURCE)) if source is None else read(source, presets)
+    kinds = _default_kinds(cls)
+    tree = Node({}, Origin(SOURCE)) if source is None else read(source, presets, kinds)
     for change in overrides:
-        tree = override(tree, change)
+        tree = override(tree, change).with_kinds(kinds)
     try:
         return cls.model_validate(tree.plain())
     except ValidationError as error:
@@ -45,3 +47,13 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
 def dump(config: Config) -> str:
     """YAML text of the whole configuration, keys in the order of its fields, that `load` reads as an equal one."""
     return write(config.model_dump(mode="json"))
+
+
+def _default_kinds(cls: type[Config]) -> dict[str, str]:
+    """The kinds of fields whose mapping need not say one, by the field's name."""
+    return {
+        name: kind
+        for name, field in cls.model_fields.items()
+        for registry in field.metadata
+        if isinstance(registry, Registry) and (kind := registry.default_kind) is not None
+    }

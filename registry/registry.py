@@ -27,7 +27,15 @@ class Registry(Generic[C]):
         mixer: Annotated[MixerConfig, MIXERS]
     """
 
-    def __init__(self, family: str, base: type[C], *, package: str, entry_points: str | None = None) -> None:
+    def __init__(
+        self,
+        family: str,
+        base: type[C],
+        *,
+        package: str,
+        entry_points: str | None = None,
+        default_kind: str | None = None,
+    ) -> None:
         """Open a registry.
 
         Args:
@@ -36,9 +44,11 @@ class Registry(Generic[C]):
             package: full name of the package of the built-in kinds: module `retention` is the kind `retention` if its
                 text says `kind: Literal["retention"]`.
             entry_points: the group in which distributions offer `kind = "module:ConfigClass"`; None for no group.
+            default_kind: the kind of a mapping that says none; None where each must say its own.
         """
         self.family = family
         self.base = base
+        self.default_kind = default_kind
         self._package = package
         self._group = entry_points
         self._registered: dict[str, type[C]] = {}

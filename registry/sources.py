@@ -1,6 +1,7 @@
 """From the name of a preset or a file to one tree: files that extend each other, merged."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ EXTENDS = "extends"
 """The key that names the preset or file of which a file is a difference."""
 
 
-def read(source: str | Path, presets: Path) -> Node:
+def read(source: str | Path, presets: Path, kinds: Mapping[str, str] | None = None) -> Node:
     """The mapping that a source stands for, merged into all that it extends.
 
     Args:
         source: the name of a preset, or a YAML file. A word is a file if it has a suffix .yaml or .yml or a separator,
             or exists as one.
         presets: the folder of the presets, one file `<name>.yaml` each.
+        kinds: what a file's entry that is a mapping is, where it says no `kind`.
 
     Raises:
         ConfigError: a source is unknown, unreadable or no YAML mapping, or files extend each other in a circle.
     """
     path = source if isinstance(source, Path) else _locate(source, Path(), presets, "")
-    return _read(path, presets, (), "")
+    return _read(path, presets, (), "", kinds or {})
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
     return read(source, presets).plain()
 
 
-def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str) -> Node:
+def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, kinds: Mapping[str, str]) -> Node:
     """The tree of a file; `chain` are the files that led here, and `named_at` opens errors about the file as such."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
@@ -42,12 +44,12 @@ def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str) -> 
     extends = entries.pop(EXTENDS, None)
     difference = Node(entries, document.origin)
     if extends is None:
-        return difference
+        return difference.with_kinds(kinds)
     here = f"{extends.origin}: {EXTENDS}: "
     if not isinstance(extends.value, str):
         raise ConfigError(f"{here}needs the name of a preset or a file, and was given {shown(extends.plain())}")
     base = _locate(extends.value, path.parent, presets, here)
-    return _read(base, presets, (*chain, path), here).merge(difference)
+    return _read(base, presets, (*chain, path), here, kinds).merge(difference).with_kinds(kinds)
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:

@@ -56,6 +56,16 @@ class Node:
         merged = {key: base[key].merge(node) if key in base else node for key, node in changes.items()}
         return Node({**base, **merged}, difference.origin)
 
+    def with_kinds(self, kinds: Mapping[str, str]) -> "Node":
+        """This mapping, in which an entry that is a mapping says its kind: where it says none, the one given."""
+        entries = dict(self.entries or {})
+        for key, kind in kinds.items():
+            inner = entries[key].entries if key in entries else None
+            if inner is not None and "kind" not in inner:
+                origin = entries[key].origin
+                entries[key] = Node({"kind": Node(kind, origin), **inner}, origin)
+        return self if self.entries is None else Node(entries, self.origin)
+
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
         """The deepest value on the way along a location, and the keys that lead to it.
 

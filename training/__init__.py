@@ -1,12 +1,14 @@
 """Training on one process: text, optimizer, loop, checkpoints."""
 
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, DataConfig, DatasetConfig, RunConfig, TrainingConfig, load_config
-from .data import Corpus, read_corpus
+from .config import PRESETS, RunConfig, TrainingConfig, load_config
+from .data import DATA, Corpus, DataConfig, Source, read_corpus
+from .data.kinds.text import DatasetConfig, TextConfig
 from .loop import TrainingError, train
 from .run import export_run, load_run, read_config
 
 __all__ = [
+    "DATA",
     "PRESETS",
     "CheckpointError",
     "Choice",
@@ -14,6 +16,8 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "RunConfig",
+    "Source",
+    "TextConfig",
     "TrainingConfig",
     "TrainingError",
     "export_run",

@@ -1,4 +1,4 @@
-"""The configuration of a run: a model, the text it learns, and how."""
+"""The configuration of a run: a model, what it learns, and how."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,79 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ..models import ByteTokenizer, ModelConfig
+from ..models import ModelConfig
 from ..registry import Config, load
+from .data.base import DATA, DataConfig
+from .data.kinds.text import TextConfig
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 """The folder of the presets."""
-
-
-class DatasetConfig(Config):
-    """A data set of Hugging Face `datasets`: each row is a document."""
-
-    path: str = Field(min_length=1)
-    """A folder that `save_to_disk` wrote, or what `load_dataset` takes: a name on the hub, or a folder."""
-    name: str | None = None
-    """The data set's own configuration, where it has several."""
-    split: str = Field(default="train", min_length=1)
-    """Which of the data set's splits is read; what is held out of it is `data.split`'s choice."""
-    streaming: bool = False
-    """Whether rows are fetched as they are read, and nothing is kept on disk."""
-    documents: int | None = Field(default=None, gt=0)
-    """Rows that are read at most, from the first on; null for all."""
-
-
-class DataConfig(Config):
-    """The text, as documents; each is opened by a begin token."""
-
-    paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files and folders: text, JSON lines (.jsonl), or token files (.tokens) that `seqmix tokenize` wrote; null takes
-    the source of Python's own standard library, which every machine has."""
-    dataset: DatasetConfig | None = None
-    """A data set in place of paths."""
-    glob: str = "**/*"
-    """Which files of a folder are read; hidden files never are."""
-    text_field: str | None = Field(default="text", min_length=1)
-    """The field of a JSON line or of a data set's row that holds the text; null reads .jsonl files as plain text."""
-    tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face; a token behind its last one opens documents."""
-    split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
-    """`by_document` holds out whole documents, chosen by a hash of their text, so that a document and its exact copies
-    lie on one side; `by_file` whole files, by a hash of their names; `tail` the end of every document; `auto` is tail
-    where there is one document, by_file where all are text files, else by_document."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the documents or files (or of every document) held out."""
-    sequence_length: int = Field(default=256, gt=0, le=2**31)
-    """Tokens of a sequence."""
-    packing: bool = False
-    """Whether every document of a sequence starts from nothing: no state crosses a border. Needs mixers that declare
-    packing. Otherwise a sequence is read through, and only the prediction of a begin token is left out."""
-    order: Literal["random_windows", "epochs"] = "random_windows"
-    """`random_windows` cuts sequences from random places, anew in every step; `epochs` cuts the text into sequences
-    once and takes each once an epoch, in an order of its own."""
-
-    @field_validator("glob")
-    @classmethod
-    def _glob_is_relative(cls, glob: str) -> str:
-        try:
-            list(Path("/nonexistent").glob(glob))
-        except (ValueError, NotImplementedError, IndexError) as error:
-            raise ValueError(
-                f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is none: {error}"
-            ) from error
-        return glob
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.dataset is None:
-            return self
-        if self.paths is not None:
-            raise ValueError("paths and dataset are two sources: give one of them")
-        if self.text_field is None:
-            raise ValueError("text_field names the field of a dataset's rows that holds the text, and is null")
-        if self.split == "by_file":
-            raise ValueError("split by_file holds out files, and a dataset has none: by_document holds out its rows")
-        return self
 
 
 class TrainingConfig(Config):
@@ -185,46 +119,14 @@ class RunConfig(Config):
     """Parameters, order of the data and dropout are a function of it."""
     model: ModelConfig
     """What is trained."""
-    data: DataConfig = DataConfig()
+    data: Annotated[DataConfig, DATA] = TextConfig()
     """What it learns."""
     training: TrainingConfig
     """How."""
 
     @model_validator(mode="after")
-    def _tokens_fit(self) -> Self:
-        # a vocabulary in a file is not read before training starts: a configuration may be looked at without it
-        if self.data.tokenizer == ByteTokenizer.identity and self.model.vocab_size < ByteTokenizer.vocab_size:
-            raise ValueError(
-                f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), "
-                f"and model.vocab_size is {self.model.vocab_size}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _state_can_be_carried(self) -> Self:
-        if self.training.carry_state:
-            if self.data.packing:
-                raise ValueError("data.packing starts every document from nothing, and training.carry_state does not")
-            if self.data.order == "epochs":
-                raise ValueError("training.carry_state reads text in its own order, and data.order epochs is another")
-            for name in dict.fromkeys(self.model.layers):
-                mixer = self.model.blocks[name].mixer
-                if mixer.traits.state == "growing":
-                    raise ValueError(
-                        f"training.carry_state needs mixers whose state has a constant size, and that of "
-                        f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _packing_is_declared(self) -> Self:
-        for name in dict.fromkeys(self.model.layers) if self.data.packing else ():
-            mixer = self.model.blocks[name].mixer
-            if not mixer.traits.packing:
-                raise ValueError(
-                    f"data.packing needs mixers that declare packing, and {mixer.kind} of model.blocks.{name} does "
-                    "not: set data.packing to false, or take another mixer"
-                )
+    def _data_fits(self) -> Self:
+        self.data.require_fit(self)
         return self
 
 

@@ -6,14 +6,14 @@ from typing import TypeAlias
 
 import torch
 
-from .data import Corpus
+from .data import Source
 
 
 @dataclass(frozen=True)
 class Started:
-    """Model and text are there."""
+    """Model and data are there."""
 
-    corpus: Corpus
+    source: Source
     parameters: int
     device: torch.device
     precision: torch.dtype
@@ -65,10 +65,14 @@ class Evaluated:
 
     step: int
     loss: float
-    """Nats a token of the validation text."""
+    """Nats a token of what is held out."""
     final: bool
     by_length: dict[int, float] = field(default_factory=dict)
     """The same at each further length of `training.evaluation_lengths`."""
+    accuracy: float | None = None
+    """Share of what a task asks that is answered right; None for a text."""
+    accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same for each value of each axis of difficulty."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -20,25 +21,14 @@ from ..registry import SeqmixError, dump
 from . import checkpoint, snapshot
 from .checkpoint import Best, Found, Manifest
 from .config import RunConfig, TrainingConfig
-from .contiguous import contiguous_windows
-from .data import (
-    Batch,
-    Corpus,
-    cut,
-    evaluation_batches,
-    most_documents,
-    pack,
-    read_corpus,
-    require_vocabulary,
-    tokenizer_of,
-    training_batch,
-)
+from .data import Batch, Source
 from .diagnosis import first_gradient, first_module
 from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
 from .memory import peak_memory
 from .metrics import Metrics
 from .optim import AnyOptimizer, build_optimizer, learning_rate
 from .peaks import peak_flops
+from .score import Measured, Score
 from .session import record_session, seqmix_version
 
 CONFIG_FILE = "config.yaml"
@@ -76,40 +66,38 @@ def train(
     run = Path(run)
     if not resume:
         _require_free(run)
-    # a resumed run reads its own copy of the vocabulary
-    corpus = read_corpus(config.data.model_copy(update={"tokenizer": tokenizer_of(run, config)}))
-    require_vocabulary(config, corpus.tokenizer)
-    _require_enough_text(config, corpus)
+    source = config.data.open(config, run)
     found = checkpoint.find(run) if resume and checkpoint.checkpoints(run) else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = _precision(config.training, device)
     model = build_model(config.model, device=device, activations=precision, seed=config.seed)
-    model.tokenizer = corpus.tokenizer
-    trainer = Trainer(config, run, corpus, model, build_optimizer(model, config.training))
+    model.tokenizer = source.tokenizer
+    trainer = Trainer(config, run, source, model, build_optimizer(model, config.training))
     start = 0
     if found is not None:
         start = trainer.restore(found)
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
-        corpus.tokenizer.save(run)
+        if source.tokenizer is not None:
+            source.tokenizer.save(run)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held(run), trainer:
         trainer.metrics.begin(start)
         checkpoint.drop_unfinished(run)
         record_session(run, config, step=start, device=device, precision=precision)
-        yield Started(corpus, sum(p.numel() for p in model.parameters()), device, precision, start)
+        yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start)
         for text in () if found is None else (*found.notes, *_differences(found.manifest)):
             yield Noted(start, text)
         yield from trainer.steps(start, stop)
 
 
 class Trainer:
-    """One run's model, optimizer and text; as a context, it waits for the last checkpoint."""
+    """One run's model, optimizer and data; as a context, it waits for the last checkpoint."""
 
     def __init__(
-        self, config: RunConfig, run: Path, corpus: Corpus, model: LanguageModel, optimizer: AnyOptimizer
+        self, config: RunConfig, run: Path, source: Source, model: LanguageModel, optimizer: AnyOptimizer
     ) -> None:
-        self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
+        self.config, self.run, self.source, self.model, self.optimizer = config, run, source, model, optimizer
         settings = config.training
         self.precision = _precision(settings, model.device)
         self.metrics = Metrics(run, tensorboard=settings.tensorboard)
@@ -120,12 +108,6 @@ class Trainer:
         self.peak = peak_flops(model.device, self.precision)
         # a product has two in backward
         self.flops_per_token = 3 * flops_per_token(model, config.data.sequence_length)
-        self.most_documents: dict[int, int] = {}
-        """Of a sequence, by its length, where documents are packed."""
-        if config.data.packing:
-            for length in (config.data.sequence_length, *settings.evaluation_lengths):
-                streams, begin = (corpus.train, corpus.validation), corpus.tokenizer.begin
-                self.most_documents[length] = max(most_documents(tokens, length, begin) for tokens in streams)
         model.checkpoint_activations = settings.checkpoint_activations
         if settings.compile:
             compile_blocks(model)
@@ -214,8 +196,8 @@ class Trainer:
         return StepResult(loss, norm.item(), rate)
 
     @torch.no_grad()
-    def evaluate(self, *, final: bool = False, length: int | None = None) -> float:
-        """Nats a token of the validation text; every sequence starts from nothing.
+    def evaluate(self, *, final: bool = False, length: int | None = None) -> Measured:
+        """How well the model does on what is held out; every sequence starts from nothing.
 
         Args:
             final: whether it is the last evaluation, which may have more batches.
@@ -229,11 +211,16 @@ class Trainer:
         if limit is not None:
             limit = max(limit * settings.accumulate * before * trained // (rows * length), 1)
         self.model.eval()
-        total, counted = 0.0, 0
-        for batch in evaluation_batches(self.corpus.validation, length, rows, limit, begin=self.corpus.tokenizer.begin):
-            total += self._loss_sum(self._to_device(batch)).item()
-            counted += int((batch.targets != IGNORED).sum())
-        return total / max(counted, 1)
+        score = Score()
+        for batch, slices in self.source.evaluation_batches(rows, limit, length):
+            placed = self._to_device(batch)
+            if slices is None:
+                score.add(self._loss_sum(placed).item(), int((batch.targets != IGNORED).sum()))
+            else:
+                with self._autocast():
+                    loss, predicted = self.model.predictions(*placed)
+                score.add_answers(loss.item(), predicted.cpu(), batch.targets, slices)
+        return score.measured
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Begin to write a checkpoint behind `step` steps.
@@ -295,29 +282,22 @@ class Trainer:
         torch.manual_seed(self.config.seed << 32 | step)
 
     def _batch(self, step: int) -> Batch:
-        data, size, seed = self.config.data, self.config.training.batch_size, self.config.seed
-        tokens, begin, length = self.corpus.train, self.corpus.tokenizer.begin, data.sequence_length
-        if self.config.training.carry_state:
-            windows = contiguous_windows(len(tokens), length, size, seed=seed, step=step)
-            return self._to_device(cut(tokens, windows.starts, length, begin))
-        batch = training_batch(tokens, length, size, seed=seed, step=step, order=data.order, begin=begin)
-        return self._to_device(batch)
+        size, seed = self.config.training.batch_size, self.config.seed
+        return self._to_device(self.source.training_batch(step, size, seed))
 
     def _state_before(self, step: int) -> ModelState | None:
         """The state that a step starts from: nothing, or where it is carried, that behind the step before."""
         settings = self.config.training
         if not settings.carry_state:
             return None
-        tokens, length = len(self.corpus.train), self.config.data.sequence_length
-        first = contiguous_windows(tokens, length, settings.batch_size, seed=self.config.seed, step=step).first
-        return self.model.init_state(settings.batch_size) if first or self.state is None else self.state
+        goes_on = self.source.goes_on(step, settings.batch_size, self.config.seed)
+        return self.state if goes_on and self.state is not None else self.model.init_state(settings.batch_size)
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        most = self.most_documents.get(batch.inputs.shape[1])
+        packed = self.source.packed(batch)
         with self._autocast():
-            if most is None:
+            if packed is None:
                 return self.model.loss(batch.inputs, batch.targets)
-            packed = pack(batch, most, self.corpus.tokenizer.begin)
             return self.model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
 
     def _carried_loss_sum(self, batch: Batch, state: ModelState) -> tuple[torch.Tensor, ModelState]:
@@ -351,31 +331,36 @@ class Trainer:
             The loss that is compared with those of other evaluations: of as many batches, also at the end.
         """
         settings = self.config.training
-        loss = final_loss = self._validation_loss(done, final=last)
+        found = at_end = self._measured(done, final=last)
         if last and settings.final_evaluation_batches != settings.evaluation_batches:
-            loss = self._validation_loss(done, final=False)
-        self.best = self.best.after(done, loss)
+            found = self._measured(done, final=False)
+        self.best = self.best.after(done, found.loss)
         if not last:
-            yield self._evaluated(done, loss, final=False)
+            yield self._evaluated(done, found, final=False)
             if self._out_of_patience:
-                last, final_loss = True, self._validation_loss(done, final=True)
+                last, at_end = True, self._measured(done, final=True)
         if last:
-            yield self._evaluated(done, final_loss, final=True)
-        return loss
+            yield self._evaluated(done, at_end, final=True)
+        return found.loss
 
-    def _evaluated(self, done: int, loss: float, *, final: bool) -> Evaluated:
+    def _evaluated(self, done: int, found: Measured, *, final: bool) -> Evaluated:
         """An evaluation on record, with the further lengths."""
         lengths = self.config.training.evaluation_lengths
-        by_length = {length: self._validation_loss(done, final=final, length=length) for length in lengths}
-        values = {"step": done, "validation_loss": loss, "final": final}
-        self.metrics.record(values | ({"validation_loss_by_length": by_length} if by_length else {}))
-        return Evaluated(done, loss, final, by_length)
+        by_length = {length: self._measured(done, final=final, length=length).loss for length in lengths}
+        values = {"step": done, "validation_loss": found.loss, "final": final}
+        if by_length:
+            values["validation_loss_by_length"] = by_length
+        if found.accuracy is not None:
+            values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
+        self.metrics.record(values)
+        return Evaluated(done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
 
-    def _validation_loss(self, done: int, *, final: bool, length: int | None = None) -> float:
-        loss = self.evaluate(final=final, length=length)
-        if not math.isfinite(loss):
-            raise self._not_finite(done, "validation loss", loss, lambda: self.evaluate(final=final, length=length))
-        return loss
+    def _measured(self, done: int, *, final: bool, length: int | None = None) -> Measured:
+        found = self.evaluate(final=final, length=length)
+        if not math.isfinite(found.loss):
+            forward = partial(self.evaluate, final=final, length=length)
+            raise self._not_finite(done, "validation loss", found.loss, forward)
+        return found
 
     @property
     def _out_of_patience(self) -> bool:
@@ -420,20 +405,6 @@ def _differences(manifest: Manifest) -> list[str]:
     then = {"threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
     return [f"{', '.join(changed)}: other last bits than an undisturbed run"] if changed else []
-
-
-def _require_enough_text(config: RunConfig, corpus: Corpus) -> None:
-    """Find out before anything is written what would fail later."""
-    settings, n_tokens = config.training, len(corpus.validation)
-    if settings.carry_state:
-        length, size = config.data.sequence_length, settings.batch_size
-        contiguous_windows(len(corpus.train), length, size, seed=config.seed, step=0)
-    for length in settings.evaluation_lengths:
-        if n_tokens <= length:
-            raise TrainingError(
-                f"training.evaluation_lengths has {length}, which takes {length + 1} tokens of validation text, "
-                f"and {corpus.name} has {n_tokens}"
-            )
 
 
 def _require_free(run: Path) -> None:

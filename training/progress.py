@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import RunConfig, TrainingConfig
+from .data import Source
 from .events import Compiled, Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from .loop import train
 
@@ -35,14 +36,14 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     console = Console(markup=False, highlight=False)  # paths and names are no markup
     console.soft_wrap = not console.is_terminal  # a line of a file is a line
     shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
-    entropy, bytes_per_token, done, early = math.inf, 1.0, 0, False
+    source, done, early = None, 0, False
     try:
         with StopRequest() as stop:
             for event in train(config, run, resume=resume, stop=stop.made):
                 done = event.step
                 match event:
                     case Started():
-                        entropy, bytes_per_token = event.corpus.unigram_entropy, event.corpus.bytes_per_token
+                        source = event.source
                         console.print(_start(event, config.training.steps))
                         shown.start(done)  # not before: what cannot start shows its error and nothing else
                     case Noted():
@@ -52,7 +53,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                     case Stepped():
                         shown.step(event)
                     case Evaluated():
-                        console.print(_evaluation(event, entropy, bytes_per_token))
+                        console.print(_evaluation(event, source))
                     case StoppedEarly():
                         early = True
                         console.print(_stopped_early(event))
@@ -64,7 +65,8 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     if done < config.training.steps and not early:
         console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}")
         return False
-    console.print(f'try it: seqmix generate {quoted} --prompt "def "')
+    if source is None or source.tokenizer is not None:
+        console.print(f'try it: seqmix generate {quoted} --prompt "def "')
     return True
 
 
@@ -185,13 +187,9 @@ class StopRequest:
 
 def _start(event: Started, steps: int) -> str:
     """What is trained, and on what."""
-    corpus = event.corpus
-    lines = (
-        f"{event.parameters:,} parameters on {event.device}, {event.precision}; {corpus.name}: "
-        f"{corpus.documents:,} documents, {len(corpus.train):,} tokens to learn, "
-        f"{len(corpus.validation):,} held out ({corpus.split})"
-    )
-    return lines + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
+    source = event.source
+    line = f"{event.parameters:,} parameters on {event.device}, {event.precision}; {source.name}: {source.summary}"
+    return line + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
 
 def _measured(event: Stepped, speed: float) -> str:
@@ -215,16 +213,26 @@ def _stopped_early(event: StoppedEarly) -> str:
     )
 
 
-def _evaluation(event: Evaluated, entropy: float, bytes_per_token: float = 1.0) -> str:
-    """One line: nats a token and bits a byte, and at the end how far below the token frequencies alone."""
+def _evaluation(event: Evaluated, source: Source | None) -> str:
+    """One line: nats a token, of text bits a byte, of a task the share of right answers.
+
+    At the end, how far below the frequencies of tokens alone.
+    """
+    bytes_per_token = None if source is None else source.bytes_per_token
+    entropy = None if source is None else source.unigram_entropy
     token = "byte" if bytes_per_token == 1 else "token"
 
     def shown(loss: float) -> str:
-        return f"{loss:.4f} nats/{token}, {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
+        bits = "" if bytes_per_token is None else f", {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
+        return f"{loss:.4f} nats/{token}{bits}"
 
     line = f"step {event.step}: validation {shown(event.loss)}"
     line += "".join(f", {loss:.4f} at {length} tokens" for length, loss in event.by_length.items())
-    if event.final:
+    if event.accuracy is not None:
+        line += f", {event.accuracy:.1%} right"
+        for axis, shares in event.accuracy_by.items():
+            line += f"; {axis} " + ", ".join(f"{value}: {share:.1%}" for value, share in shares.items())
+    if event.final and entropy is not None:
         line += (
             f"; {token} frequencies alone: {shown(entropy)} "
             f"({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"

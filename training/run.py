@@ -15,7 +15,6 @@ from ..registry import load
 from . import checkpoint, snapshot
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
-from .data import tokenizer_of
 from .loop import CONFIG_FILE
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
@@ -84,7 +83,7 @@ def export_run(
     config = read_config(run)
     model, step = _load_checkpoint(run, config, "cpu", choice, tell)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
-    if (vocabulary := _vocabulary(model.tokenizer)) is not None:
+    if model.tokenizer is not None and (vocabulary := _vocabulary(model.tokenizer)) is not None:
         metadata[EXPORTED_TOKENIZER] = vocabulary
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -109,7 +108,7 @@ def _load_checkpoint(
     for note in found.notes:
         tell(note)
     model = build_model(config.model, device=device)
-    model.tokenizer = load_tokenizer(tokenizer_of(run, config))
+    model.tokenizer = config.data.tokenizer_of(run)
     snapshot.load_model(found.folder, model)
     return model, found.manifest.step
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from seqmix import ConfigError, load_config
-from seqmix.training import DataConfig, TrainingConfig
+from seqmix.training import TextConfig, TrainingConfig
 
 TRAINING = {"steps": 10, "batch_size": 4, "learning_rate": 1e-3}
 
@@ -56,7 +56,7 @@ def test_a_warm_up_may_be_the_whole_run():
 )
 def test_data_that_cannot_be_is_refused(fields):
     with pytest.raises(ValidationError, match=next(iter(fields))):
-        DataConfig(**fields)
+        TextConfig(**fields)
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused_in_one_sentence():

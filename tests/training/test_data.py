@@ -9,7 +9,7 @@ import torch
 
 from seqmix import SeqmixError
 from seqmix.models import IGNORED
-from seqmix.training import DataConfig, read_corpus
+from seqmix.training import TextConfig, read_corpus
 from seqmix.training.data import Corpus, evaluation_batches, training_batch
 
 BEGIN = 256
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def read(*paths, **fields) -> Corpus:
-    return read_corpus(DataConfig(**{"paths": tuple(map(str, paths)), "sequence_length": 8} | fields))
+    return read_corpus(TextConfig(**{"paths": tuple(map(str, paths)), "sequence_length": 8} | fields))
 
 
 def error(*paths, **fields) -> str:
@@ -160,7 +160,7 @@ def test_a_path_may_start_at_home(folder, monkeypatch):
 
 
 def test_without_paths_the_text_is_python_s_own_source():
-    corpus = read_corpus(DataConfig())
+    corpus = read_corpus(TextConfig())
     assert corpus.name == "the source of Python's standard library"
     assert corpus.documents > 100
     assert corpus.split == "by_file"

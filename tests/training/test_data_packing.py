@@ -82,7 +82,7 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path, split):
     config = packed_config("training.batch_size=4", "training.accumulate=2", f"data.split={split}")
     model = build_model(config.model)
-    trainer = Trainer(config, tmp_path, read_corpus(config.data), model, torch.optim.SGD(model.parameters()))
+    trainer = Trainer(config, tmp_path, config.data.open(config), model, torch.optim.SGD(model.parameters()))
 
     def mean(batches) -> float:
         pieces = [piece for batch in batches for piece in alone(batch)]
@@ -90,10 +90,10 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path, split):
             total = sum(float(model.loss(piece.inputs, piece.targets)) for piece in pieces)
         return total / sum(int((piece.targets != IGNORED).sum()) for piece in pieces)
 
-    expected = mean([training_batch(trainer.corpus.train, LENGTH, 4, seed=0, step=3)])
+    expected = mean([training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=3)])
     assert trainer.step(3)[0] == pytest.approx(expected, rel=1e-5)
-    expected = mean(evaluation_batches(trainer.corpus.validation, LENGTH, 4, None))
-    assert trainer.evaluate(final=True) == pytest.approx(expected, rel=1e-5)
+    expected = mean(evaluation_batches(trainer.source.corpus.validation, LENGTH, 4, None))
+    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_has_the_order_that_is_asked_for(packed_config, tmp_path):
@@ -101,10 +101,10 @@ def test_a_run_has_the_order_that_is_asked_for(packed_config, tmp_path):
     for order in ("epochs", "random_windows"):
         config = packed_config(f"data.order={order}", "data.packing=false", "training.steps=2")
         model = build_model(config.model)
-        trainer = Trainer(config, tmp_path, read_corpus(config.data), model, torch.optim.SGD(model.parameters()))
+        trainer = Trainer(config, tmp_path, config.data.open(config), model, torch.optim.SGD(model.parameters()))
         model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         trainer.step(1)
-        expected = training_batch(trainer.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
+        expected = training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
         assert torch.equal(seen.pop(), expected.inputs)
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from seqmix import ConfigError, SeqmixError
-from seqmix.training import DataConfig, read_corpus
+from seqmix.training import TextConfig, read_corpus
 from seqmix.training.data import Corpus, read_documents
 
 BEGIN = 256
 
 
-def config(*paths, **fields) -> DataConfig:
+def config(*paths, **fields) -> TextConfig:
     paths = {"paths": tuple(map(str, paths))} if paths else {}
-    return DataConfig(**{"sequence_length": 4} | paths | fields)
+    return TextConfig(**{"sequence_length": 4} | paths | fields)
 
 
 def texts(*paths, **fields) -> list[bytes]:
@@ -178,7 +178,7 @@ def test_the_library_s_own_data_sets_are_read(tmp_path):
 )
 def test_a_data_set_that_does_not_fit_the_rest_is_refused(fields, sentence):
     with pytest.raises((ConfigError, ValueError), match=sentence):
-        DataConfig(dataset={"path": "w"}, **fields)
+        TextConfig(dataset={"path": "w"}, **fields)
 
 
 # ---- splits

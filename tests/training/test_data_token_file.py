@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from seqmix import SeqmixError
 from seqmix.models import ByteTokenizer
-from seqmix.training import DataConfig, read_corpus
+from seqmix.training import TextConfig, read_corpus
 from seqmix.training.data import Stream, TokenFile, evaluation_batches, training_batch, write_token_file
 from seqmix.training.data.sources import Document
 from seqmix.training.data.stream import tokenized
@@ -139,7 +139,7 @@ def test_what_fails_leaves_no_file(tmp_path):
 
 def corpora(folder, file, **fields):
     options = {"sequence_length": 8, "validation_fraction": 0.3} | fields
-    return (read_corpus(DataConfig(paths=(str(path),), **options)) for path in (folder, file))
+    return (read_corpus(TextConfig(paths=(str(path),), **options)) for path in (folder, file))
 
 
 @pytest.mark.parametrize("split", ["by_document", "tail"])
@@ -166,7 +166,7 @@ def test_several_files_are_one_corpus(tmp_path):
     for number, name in enumerate(names):
         write(tmp_path / name, *(bytes([number * 3 + n]) * 20 for n in range(3)))
     options = {"sequence_length": 8, "split": "by_file", "validation_fraction": 0.4}
-    corpus = read_corpus(DataConfig(paths=(str(tmp_path),), **options))
+    corpus = read_corpus(TextConfig(paths=(str(tmp_path),), **options))
     assert corpus.documents == 36
     held, learned = (
         {int(token) // 3 for token in side[:] if token != BEGIN} for side in (corpus.validation, corpus.train)
@@ -200,7 +200,7 @@ def test_a_slice_of_a_stream_is_that_of_its_tokens(lengths, data):
 
 def test_token_files_and_text_are_not_mixed(folder, file):
     with pytest.raises(SeqmixError, match=r"token files and text cannot be read together: .*texts\.tokens is the one"):
-        read_corpus(DataConfig(paths=(str(folder), str(file))))
+        read_corpus(TextConfig(paths=(str(folder), str(file))))
 
 
 # ---- what cannot be used

@@ -14,12 +14,13 @@ from torch.testing import assert_close
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
-from seqmix.training import TrainingError, read_config, read_corpus
+from seqmix.training import TextConfig, TrainingError, read_config
 from seqmix.training.checkpoint import Best, checkpoints, find, step_of
 from seqmix.training.data import training_batch
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from seqmix.training.loop import Trainer
 from seqmix.training.optim import learning_rate
+from seqmix.training.score import Measured
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
 
@@ -59,7 +60,7 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
 
 def trainer_of(config: RunConfig, run: Path, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Trainer:
     model = build_model(config.model, seed=config.seed)
-    return Trainer(config, run, read_corpus(config.data), model, optimizer(model))
+    return Trainer(config, run, config.data.open(config), model, optimizer(model))
 
 
 # ---- a run
@@ -153,7 +154,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(config_of, tmp_path):
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
     config = config_of(f"data.paths=[{tmp_path / 'texts'}]", "data.split=tail", "training.batch_size=16")
     trainer = trainer_of(config, tmp_path)
-    batch = training_batch(trainer.corpus.train, 16, 16, seed=0, step=0)
+    batch = training_batch(trainer.source.corpus.train, 16, 16, seed=0, step=0)
     counted = batch.targets != IGNORED
     assert 0 < (~counted).sum() < counted.sum()
     with torch.no_grad():
@@ -164,7 +165,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(config_of, tmp_path):
 
 def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of, tmp_path):
     trainer = trainer_of(config_of("model.blocks.ret.dropout=0.5"), tmp_path)
-    tokens = torch.from_numpy(trainer.corpus.validation.astype("int64"))
+    tokens = torch.from_numpy(trainer.source.corpus.validation.astype("int64"))
     rows = (len(tokens) - 1) // 16
     assert rows % 4, "the last batch is to be padded"
     inputs, targets = (tokens[at : at + rows * 16].view(rows, 16) for at in (0, 1))
@@ -172,7 +173,7 @@ def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of, tmp
         log_probabilities = trainer.model.eval()(inputs).logits.log_softmax(-1)
     expected = -log_probabilities.gather(2, targets[..., None]).mean().item()
     trainer.model.train()
-    assert trainer.evaluate(final=True) == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_only_the_final_evaluation_may_be_longer(config_of, tmp_path):
@@ -227,7 +228,7 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
     def loss(parts):
         config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.accumulate={parts}")
         trainer = trainer_of(config, tmp_path)
-        batch = training_batch(trainer.corpus.train, 16, 4, seed=0, step=1)
+        batch = training_batch(trainer.source.corpus.train, 16, 4, seed=0, step=1)
         counts = (batch.targets != IGNORED).sum(1)
         assert counts.max() != counts.min()
         return trainer.step(1)[0]
@@ -239,7 +240,7 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
 def test_parts_do_not_change_what_is_evaluated(config_of, tmp_path, final):
     changes = ("training.batch_size=4", "training.evaluation_batches=1", "training.final_evaluation_batches=1")
     whole, parts = (trainer_of(config_of(*changes, f"training.accumulate={n}"), tmp_path) for n in (1, 4))
-    assert parts.evaluate(final=final) == pytest.approx(whole.evaluate(final=final), rel=1e-6)
+    assert parts.evaluate(final=final).loss == pytest.approx(whole.evaluate(final=final).loss, rel=1e-6)
 
 
 # ---- the same run
@@ -367,12 +368,14 @@ def test_a_file_is_no_folder(config_of, tmp_path):
 
 
 def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path, monkeypatch):
-    def slow(data):
+    opened = TextConfig.open
+
+    def slow(data, config, run):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.yaml").write_text("the other's")
-        return read_corpus(data)
+        return opened(data, config, run)
 
-    monkeypatch.setattr("seqmix.training.loop.read_corpus", slow)
+    monkeypatch.setattr(TextConfig, "open", slow)
     assert "already holds a run" in refusal(config_of(), tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_text() == "the other's"
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
@@ -494,7 +497,9 @@ def losses_are(monkeypatch):
 
     def give(*losses: float) -> None:
         rest = iter(losses)
-        monkeypatch.setattr(Trainer, "evaluate", lambda self, *, final, length=None: 9.0 if final else next(rest))
+        monkeypatch.setattr(
+            Trainer, "evaluate", lambda self, *, final, length=None: Measured(9.0 if final else next(rest))
+        )
 
     return give
 
@@ -613,8 +618,8 @@ def test_documents_are_packed_at_every_length(config_of, tmp_path):
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * (1 + number % 3))
     data = (f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "data.split=tail")
     trainer = trainer_of(config_of(*data, "training.evaluation_lengths=[64]"), tmp_path)
-    assert trainer.most_documents[64] > trainer.most_documents[16] > 1
-    losses = [trainer.evaluate(final=True, length=length) for length in (16, 64)]
+    assert trainer.source.most_documents[64] > trainer.source.most_documents[16] > 1
+    losses = [trainer.evaluate(final=True, length=length).loss for length in (16, 64)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
     assert all(map(math.isfinite, losses))
 

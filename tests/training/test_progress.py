@@ -2,6 +2,7 @@
 
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,20 +46,24 @@ def test_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+BYTES = SimpleNamespace(bytes_per_token=1.0, unigram_entropy=2.0)
+"""What is learned: a text."""
+
+
 def test_an_evaluation_is_in_nats_and_bits():
-    line = _evaluation(Evaluated(100, 1.3863, final=False), entropy=2.0)
+    line = _evaluation(Evaluated(100, 1.3863, final=False), BYTES)
     assert line == "step 100: validation 1.3863 nats/byte, 2.0000 bits/byte"
 
 
 @pytest.mark.parametrize(("loss", "beside"), [(1.5, "25% below"), (2.5, "25% above")])
 def test_the_last_evaluation_stands_beside_the_byte_frequencies(loss, beside):
-    line = _evaluation(Evaluated(100, loss, final=True), entropy=2.0)
+    line = _evaluation(Evaluated(100, loss, final=True), BYTES)
     assert "byte frequencies alone: 2.0000 nats/byte, 2.8854 bits/byte" in line
     assert beside in line
 
 
 def test_further_lengths_stand_beside_the_loss():
-    line = _evaluation(Evaluated(100, 1.3863, final=False, by_length={8: 1.5, 64: 1.25}), entropy=2.0)
+    line = _evaluation(Evaluated(100, 1.3863, final=False, by_length={8: 1.5, 64: 1.25}), BYTES)
     assert line.endswith("2.0000 bits/byte, 1.5000 at 8 tokens, 1.2500 at 64 tokens")
 
 

@@ -1,16 +1,21 @@
-"""What a run learns: documents, their tokens, what is held out of them, and the batches cut from the rest."""
+"""What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
 
-from .batches import Batch, Packed, cut, evaluation_batches, most_documents, pack, training_batch
-from .corpus import Corpus, read_corpus, require_vocabulary, tokenizer_of
+from .base import DATA, Batch, DataConfig, Examples, Packed, Source
+from .batches import cut, evaluation_batches, most_documents, pack, training_batch
+from .corpus import Corpus, read_corpus
 from .sources import read_documents
 from .stream import Stream, tokenized
 from .token_file import TOKENS, TokenFile, write_token_file
 
 __all__ = [
+    "DATA",
     "TOKENS",
     "Batch",
     "Corpus",
+    "DataConfig",
+    "Examples",
     "Packed",
+    "Source",
     "Stream",
     "TokenFile",
     "cut",
@@ -19,9 +24,7 @@ __all__ = [
     "pack",
     "read_corpus",
     "read_documents",
-    "require_vocabulary",
     "tokenized",
-    "tokenizer_of",
     "training_batch",
     "write_token_file",
 ]

@@ -4,35 +4,16 @@ A batch is a function of (seed, step) alone, so a resumed run sees what the unbr
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from ...models import IGNORED, ByteTokenizer
-from ...registry import SeqmixError
+from .base import Batch, Packed, share
 from .corpus import Tokens
 from .order import epoch_samples, random_starts
 from .stream import Stream
-
-
-class Batch(NamedTuple):
-    """Tokens, and the token behind each."""
-
-    inputs: Int[Tensor, "B T"]
-    targets: Int[Tensor, "B T"]
-    """`IGNORED` where nothing is to be predicted: behind the last token of a document."""
-
-
-class Packed(NamedTuple):
-    """The sequences of a batch in one row, cut into documents."""
-
-    inputs: Int[Tensor, "1 L"]
-    targets: Int[Tensor, "1 L"]
-    cu_seqlens: Int[Tensor, "N+1"]
-    """Borders of the documents; the last ones may be empty."""
 
 
 def training_batch(
@@ -64,15 +45,13 @@ def training_batch(
     Raises:
         SeqmixError: the ranks do not divide the batch.
     """
-    if batch_size % world_size:
-        raise SeqmixError(f"{world_size} ranks do not divide training.batch_size = {batch_size} into equal shares")
+    rows = share(batch_size, rank, world_size)
     if order == "random_windows":
         starts = random_starts(len(tokens) - length, batch_size, seed=seed, step=step)
     else:
         samples = -(-(len(tokens) - 1) // length)
         starts = epoch_samples(samples, batch_size, seed=seed, step=step) * length
-    share = batch_size // world_size
-    return cut(tokens, starts[rank * share : (rank + 1) * share], length, begin)
+    return cut(tokens, starts[rows], length, begin)
 
 
 def evaluation_batches(

@@ -9,7 +9,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ...models import ByteTokenizer, load_tokenizer
 from ...models import train_bpe as learn
 from ...registry import SeqmixError, load
-from ..config import PRESETS, DataConfig
+from ..config import PRESETS
+from .kinds.text import TextConfig
 from .sources import Document, read_documents
 from .stream import tokenized
 from .token_file import TOKENS, write_token_file
@@ -19,7 +20,7 @@ def tokenize_command(sources: Sequence[str], out: Path, *, tokenizer: str, train
     """Write the token file of some sources, and say what it holds.
 
     Args:
-        sources: paths, and changes of `DataConfig` as key=value.
+        sources: paths, and changes of `TextConfig` as key=value.
         out: the token file.
         tokenizer: `bytes` or a tokenizer.json; where it is trained, the file that is written (`bytes`: beside `out`).
         train_bpe: tokens of a vocabulary that is to be learned; None for none.
@@ -65,13 +66,13 @@ def tokenize_command(sources: Sequence[str], out: Path, *, tokenizer: str, train
     )
 
 
-def _config(sources: Sequence[str]) -> DataConfig:
+def _config(sources: Sequence[str]) -> TextConfig:
     """The paths and changes among the sources."""
-    changes = [source for source in sources if source.partition("=")[0].partition(".")[0] in DataConfig.model_fields]
+    changes = [source for source in sources if source.partition("=")[0].partition(".")[0] in TextConfig.model_fields]
     paths = [source for source in sources if source not in changes]
-    config = load(DataConfig, None, changes, presets=PRESETS)
+    config = load(TextConfig, None, changes, presets=PRESETS)
     if paths:
-        config = DataConfig.model_validate(config.model_dump() | {"paths": [*(config.paths or ()), *paths]})
+        config = TextConfig.model_validate(config.model_dump() | {"paths": [*(config.paths or ()), *paths]})
     if config.paths is None and config.dataset is None:
         raise SeqmixError("tokenize needs a SOURCE: files, folders, or dataset={path: ...}")
     return config

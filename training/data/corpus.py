@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from ...models import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from ...models import ByteTokenizer, Tokenizer
 from ...registry import SeqmixError
-from ..config import DataConfig, RunConfig
+from .kinds.text import TextConfig
 from .sources import JSON_LINES, SourceFile, read_documents, source_files, source_name
 from .stream import Store, Stream, TokenDocument, digest, tokenized
 from .token_file import TOKENS, TokenFile
@@ -47,13 +46,17 @@ class Corpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-def read_corpus(config: DataConfig) -> Corpus:
+def read_corpus(config: TextConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read and split a text. Token files are mapped, and all else is tokenized into memory.
+
+    Args:
+        config: the text.
+        tokenizer: that of the configuration when None.
 
     Raises:
         SeqmixError: a source is missing or cannot be read, nothing is there, or it is too short for a sequence.
     """
-    name, tokenizer = source_name(config), load_tokenizer(config.tokenizer)
+    name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
     files = list(source_files(config))
     mapped = any(file.path.suffix == TOKENS for file in files)
     shelves = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
@@ -87,25 +90,6 @@ def read_corpus(config: DataConfig) -> Corpus:
     return corpus
 
 
-def require_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a model that has fewer tokens than its text.
-
-    Raises:
-        SeqmixError: it has.
-    """
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise SeqmixError(
-            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the begin token among them, and "
-            f"model.vocab_size is {config.model.vocab_size}"
-        )
-
-
-def tokenizer_of(run: Path, config: RunConfig) -> str:
-    """The `data.tokenizer` of a run: the run's own copy, where it has one."""
-    own = run / TOKENIZER_FILE
-    return str(own) if config.data.tokenizer != ByteTokenizer.identity and own.is_file() else config.data.tokenizer
-
-
 class _Held:
     """A store in memory."""
 
@@ -125,7 +109,7 @@ Shelf: TypeAlias = tuple[_Held | TokenFile, np.ndarray]
 """A store, and 64 bits of a hash of the name of each document's file, [N], uint64."""
 
 
-def _held(config: DataConfig, tokenizer: Tokenizer) -> list[Shelf]:
+def _held(config: TextConfig, tokenizer: Tokenizer) -> list[Shelf]:
     """All documents in memory."""
     documents = list(tokenized(read_documents(config), tokenizer))
     if not documents:
@@ -149,7 +133,7 @@ def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
     return found
 
 
-def _are_text(config: DataConfig, files: Sequence[SourceFile]) -> bool:
+def _are_text(config: TextConfig, files: Sequence[SourceFile]) -> bool:
     """Whether every file is a document, so that to hold out files is to hold out documents."""
     lines = config.text_field is not None and any(file.path.suffix == JSON_LINES for file in files)
     return config.dataset is None and not lines and not any(file.path.suffix == TOKENS for file in files)

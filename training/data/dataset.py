@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import SeqmixError
-from ..config import DatasetConfig
+from .kinds.text import DatasetConfig
 from .sources import Document, text_of
 
 SAVED = ("state.json", "dataset_dict.json")

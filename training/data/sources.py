@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...registry import SeqmixError, nearest
-from ..config import DataConfig
+from .kinds.text import TextConfig
 
 JSON_LINES = ".jsonl"
 """The suffix of files with a document a line."""
@@ -31,7 +31,7 @@ class SourceFile(NamedTuple):
     path: Path
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
+def read_documents(config: TextConfig) -> Iterator[Document]:
     """The documents of a configuration, in order, as they are read; those without text are left out.
 
     Raises:
@@ -40,14 +40,14 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     return (document for document in _documents(config) if document.text)
 
 
-def source_name(config: DataConfig) -> str:
+def source_name(config: TextConfig) -> str:
     """What the text is called."""
     if config.dataset is not None:
         return f"{config.dataset.path} ({config.dataset.split})"
     return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
 
 
-def source_files(config: DataConfig) -> Iterator[SourceFile]:
+def source_files(config: TextConfig) -> Iterator[SourceFile]:
     """The files that the paths name, in order.
 
     Raises:
@@ -70,7 +70,7 @@ def source_files(config: DataConfig) -> Iterator[SourceFile]:
             raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
 
 
-def _documents(config: DataConfig) -> Iterator[Document]:
+def _documents(config: TextConfig) -> Iterator[Document]:
     if config.dataset is not None and config.text_field is not None:
         from .dataset import rows
 
