@@ -89,7 +89,7 @@ def bench_command(
             limit=limit,
         )
     )
-    keep_freed_memory()  # as `seqmix train` does; it is the same for all
+    keep_freed_memory()  # as `seqmix train` does; training has it as each one's own program does
     with _progress() as told:
         report = run(benchmark, told)
     # files first: a terminal that has gone away loses nothing

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..training.memory import keep_freed_memory, return_freed_memory
 from .contestants import ModelBenchmark, ModelContestant
 from .measure import Call
 from .peers import Competitor
@@ -59,8 +60,10 @@ class TrainContestant(ModelContestant):
         optimizer = self._optimizer
         assert optimizer is not None
         competitor.module.train()
+        freed_memory = keep_freed_memory if competitor.keeps_freed_memory else return_freed_memory
 
         def run() -> None:
+            freed_memory()
             with torch.autocast(self.settings.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = competitor.loss(inputs, targets)
             loss.backward()
@@ -85,6 +88,10 @@ class TrainBenchmark(ModelBenchmark):
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()
+        yield (
+            "Freed memory stays with the process in the steps of seqmix, as `seqmix train` has it, and goes back to "
+            "the system in those of the others, as in their own programs."
+        )
         yield f"A step has at most {self.settings.tokens:,} tokens, in sequences of T, and one sequence at least."
         if self.settings.checkpoint:
             yield "Layers are computed anew in backward; the products of that count in the floor."

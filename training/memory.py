@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """The names of mallopt(3)."""
 
 
@@ -17,10 +17,19 @@ def keep_freed_memory() -> None:
     which costs a fault: at 8,192 tokens of width 512 that is a seventh of a training step on a CPU. What is held at
     most stays the same.
     """
+    _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> None:
+    """Undo it: what glibc comes to by itself in a process that frees large blocks."""
+    _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
+
+
+def _set(values: dict[int, int]) -> None:
     with suppress(OSError, AttributeError, TypeError):  # another system or C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+        for name, value in values.items():
+            mallopt(name, value)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -68,6 +68,9 @@ class Competitor(ABC):
     writes_state: ClassVar[bool] = True
     """Whether a step writes all of its state, as one of constant size; a cache is only read."""
 
+    keeps_freed_memory: ClassVar[bool] = False
+    """Whether its own program trains with `keep_freed_memory`."""
+
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
         self.size, self.device, self.dtype = size, device, dtype
         # made where it is needed: the largest do not fit twice

@@ -20,6 +20,7 @@ class Seqmix(Competitor):
 
     name = "seqmix"
     roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+    keeps_freed_memory = True
 
     def build(self) -> nn.Module:
         return build_model(self.size.config, device=self.device, dtype=self.dtype)
@@ -82,6 +83,7 @@ class ByHand(Competitor):
 
     name = "by-hand"
     roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+    keeps_freed_memory = True
 
     @classmethod
     def missing(cls, size: Size, device: torch.device) -> str | None:
