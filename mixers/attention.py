@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from .base import ContractError, MixerConfig, SequenceMixer, Traits, require_room
 from .heads import divisors, nearest_of
 from .ops.kernels import Probe
-from .ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, softmax, softmax_flops
+from .ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, moved, softmax, softmax_flops
 from .paradigm import Paradigm
 from .positions import frequencies, rotate, rotation, token_positions
 
@@ -154,6 +154,13 @@ class Attention(SequenceMixer[AttentionState]):
             dtype=self.dtype,
             device=self.device,
         )
+
+    def with_room(self, state: AttentionState, max_length: int | None) -> AttentionState:  # noqa: D102
+        read = int(state.length.max())
+        require_room(read, max_length, self.kind)
+        bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
+        used = min(read, state.keys.shape[1])
+        return moved(state, RingCache if bounds else GrowingCache, min(bounds, default=used))
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()

@@ -236,6 +236,21 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             max_length: tokens that will be read at most; lets a growing state be allocated once.
         """
 
+    def with_room(self, state: S, max_length: int | None) -> S:  # noqa: ARG002
+        """The same state with room for other numbers of tokens: to save it, and to go on from it.
+
+        A mixer whose `init_state` makes use of max_length overrides it; any other state needs no room, as this one.
+
+        Args:
+            state: what was read; not changed, but what is returned may share its memory.
+            max_length: tokens that will have been read at most, those before included; None takes away what is to
+                spare, and gives a state as `init_state` makes it without max_length.
+
+        Raises:
+            ContractError: more than max_length tokens were read already.
+        """
+        return state
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Initialise every parameter as the mixer's paper does."""
@@ -331,6 +346,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 read_borders(cu_seqlens, x.shape[1])
             except SeqmixError as error:
                 raise ContractError(f"{self.kind}: {error}") from None
+
+
+def require_room(length: int, max_length: int | None, kind: str) -> None:
+    """Refuse to make room for fewer tokens than were read."""
+    if max_length is not None and length > max_length:
+        raise ContractError(f"{kind} has read {length} tokens, and was to get room for {max_length} in all")
 
 
 def _traits_of(config: MixerConfig) -> Traits:

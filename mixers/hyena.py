@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import MixerConfig, SequenceMixer, Traits
+from .base import MixerConfig, SequenceMixer, Traits, require_room
 from .ops.convolution import long_convolution
 from .paradigm import Paradigm
 from .positions import advance
@@ -205,6 +205,21 @@ class Hyena(SequenceMixer[HyenaState]):
         if max_length is None:
             return GrowingHyenaState(recent, inputs)
         return AllocatedHyenaState(recent, inputs, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
+
+    def with_room(self, state: HyenaState, max_length: int | None) -> HyenaState:  # noqa: D102
+        held = state.inputs.shape[1]
+        # what grows does not count tokens: zeros before them, in rows that have read fewer, change nothing
+        length = (
+            state.length
+            if isinstance(state, AllocatedHyenaState)
+            else state.inputs.new_full((len(state.inputs),), held, dtype=torch.int64)
+        )
+        read = int(length.max())
+        require_room(read, max_length, self.kind)
+        inputs = state.inputs[:, held - read :]
+        if max_length is None:
+            return GrowingHyenaState(state.recent, inputs)
+        return AllocatedHyenaState(state.recent, F.pad(inputs, (0, 0, 0, 0, max_length - read, 0)), length)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: ARG002, D102
         projections = self.in_proj.weight.numel() + self.out_proj.weight.numel()

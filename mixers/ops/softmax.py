@@ -95,6 +95,19 @@ def empty_cache(
     )
 
 
+def moved(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: int) -> Cache:
+    """The last `capacity` keys and values of a cache, in one of another kind or capacity."""
+    rows, held = cache.keys.shape[:2]
+    sizes = (*cache.keys.shape[2:], cache.values.shape[3])
+    empty = empty_cache(kind, rows, capacity, *sizes, dtype=cache.keys.dtype, device=cache.keys.device)
+    positions = kind.positions(cache.length, capacity)
+    there = (positions >= 0) & (positions >= cache.length[:, None] - held)
+    row, slot = there.nonzero(as_tuple=True)
+    source = cache.slots(positions)[row, slot]
+    empty.keys[row, slot], empty.values[row, slot] = cache.keys[row, source], cache.values[row, source]
+    return empty._replace(length=cache.length)
+
+
 def softmax_parallel(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],

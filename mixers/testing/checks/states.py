@@ -75,7 +75,7 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
 
 @check(share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
 def a_state_survives_the_disk(trial: Trial) -> None:
-    """A state saved as safetensors and loaded goes on bit for bit as it would have."""
+    """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
     x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
     for paradigm in trial.paradigms:
         _, before = trial.mix(x, state, paradigm=paradigm)
@@ -87,6 +87,20 @@ def a_state_survives_the_disk(trial: Trial) -> None:
         expected = trial.mix(following, before, paradigm=paradigm)
         actual = trial.mix(following, loaded, paradigm=paradigm)
         trial.compare(f"{paradigm}, from a loaded state", actual, expected, tolerance=0)
+        _in_other_room(trial, paradigm, x, following)
+
+
+def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tensor) -> None:
+    """A state allocated for some tokens, without the room to spare, and with more of it."""
+    (batch_size, length), more = x.shape[:2], following.shape[1]
+    _, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
+    expected = trial.mix(following, trial.mix(x, None, paradigm=paradigm)[1], paradigm=paradigm)[0]
+    least = trial.mixer.with_room(clone(allocated), None)
+    for room, state in {"the least": least, f"{length + more}": trial.mixer.with_room(least, length + more)}.items():
+        output = trial.mix(following, state, paradigm=paradigm)[0]
+        trial.compare(f"{paradigm}, from a state with room for {room} tokens", (output, None), (expected, None))
+    with trial.differences(f"{paradigm}, a state without room to spare, and given some and none again", 0) as found:
+        found.state("the state", trial.mixer.with_room(trial.mixer.with_room(least, length + more), None), least)
 
 
 @check(share=0.25, draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")))
