@@ -106,8 +106,13 @@ def generate(
         Path,
         typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
     ],
-    prompt: Annotated[list[str], typer.Option(help="The text to continue; several are read as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most: bytes, by default.", min=1)] = 400,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="The text to continue; several are read as one batch.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate at most: bytes, by default; 0 with --save-state only reads.", min=0)
+    ] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default=False)] = None,
     top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
@@ -122,6 +127,23 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on behind the text of this file, with the prompt or without: one text for all prompts, or one for "
+            "each.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write there what was read and generated, for --state to go on from.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Continue a text with a trained model.
 
@@ -129,35 +151,26 @@ def generate(
     own copy of its tokenizer turns text into tokens and back.
 
     [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
-    """
-    from .models import Sampling, stream_text
-    from .training import load_run
-    from .training.memory import keep_freed_memory
 
-    keep_freed_memory()
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = stream_text(
-        load_run(run, choice=_choice(checkpoint), tell=_tell),
-        prompt,
+    [bold]seqmix generate runs/retnet-tiny --prompt "def " --save-state def.state --max-new-tokens 0[/bold]
+
+    [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
+    """
+    from .generating import generate_command
+    from .models import Sampling
+
+    generate_command(
+        run,
+        prompt or [],
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         stop=stop or [],
+        choice=_choice(checkpoint),
         compiled=compiled,
+        state=state,
+        save_state=save_state,
+        tell=_tell,
     )
-    # bytes of a command line that are no text come as surrogates, which no terminal takes
-    texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
-    if len(prompt) == 1:
-        started = False
-        for (piece,) in pieces:
-            # the prompt is shown once the first token is there: bad input shows nothing but its error
-            typer.echo(piece if started else texts[0] + piece, nl=False)
-            started = True
-        typer.echo()
-        return
-    for new in pieces:
-        texts = [text + piece for text, piece in zip(texts, new, strict=True)]
-    for text in texts:
-        typer.echo(f"{text}\n{'─' * 40}")
 
 
 @app.command()

@@ -5,7 +5,8 @@ padded, and no result depends on its neighbours.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.state import concatenate
+from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
-from .decoding import COMPILED_FROM, Decoder
+from .decoding import COMPILED_FROM, Decoder, advance
 from .language_model import LanguageModel, ModelState
-from .tokenizer import TextDecoder
+from .reading import RECENT, Reading, reading_of
+from .tokenizer import TextDecoder, Tokenizer
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
@@ -75,36 +77,51 @@ def sample(
 
 @torch.no_grad()
 def prefill(
-    model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, max_length: int | None = None
+    model: LanguageModel,
+    prompts: Sequence[Int[Tensor, " T"]],
+    *,
+    state: ModelState | None = None,
+    max_length: int | None = None,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
     """Read prompts; the logits of each one's next token, and their states as one batch.
 
     Args:
         model: the model.
         prompts: N prompts of any lengths >= 1.
-        max_length: tokens that a row will hold at most, prompt included; lets caches be allocated once.
+        state: what came before, N rows, which may be written into; None means nothing.
+        max_length: tokens that a row will hold at most, prompt included; lets caches be allocated once. A state that is
+            given has its room already.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise SeqmixError("a prompt has no tokens: give at least one")
+    if state is not None and all(len(prompt) == 1 for prompt in prompts):
+        return advance(model, torch.cat(list(prompts)).to(model.device), state)
     if len(prompts) > 1 and not all(block.mixer.traits.packing for block in model.blocks):
-        alone = [prefill(model, [prompt], max_length=max_length) for prompt in prompts]
+        rows = torch.arange(len(prompts), device=model.device)
+        alone = [
+            prefill(model, [prompt], state=None if state is None else select(state, row), max_length=max_length)
+            for prompt, row in zip(prompts, rows.split(1), strict=True)
+        ]
         return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    before = state
+    if before is None and max_length is not None:
+        before = model.init_state(len(prompts), max_length=max_length)
     # prompts have any length, and blocks may have been compiled for those of training
     with torch.compiler.set_stance("force_eager"):
-        logits, state = model(
+        logits, after = model(
             torch.cat(list(prompts)).to(model.device)[None],
-            None if max_length is None else model.init_state(len(prompts), max_length=max_length),
+            before,
             paradigm=model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL),
             cu_seqlens=borders if len(prompts) > 1 else None,
             return_state=True,
             select=borders[1:] - 1,
         )
-    return logits, state
+    return logits, after
 
 
 @torch.no_grad()
@@ -116,7 +133,9 @@ def generate_tokens(
     sampling: Sampling,
     vocab_size: int | None = None,
     compiled: bool | None = None,
-) -> Iterator[Int[Tensor, " N"]]:
+    behind: Reading | None = None,
+    keep: Callable[[Reading], object] | None = None,
+) -> Generator[Int[Tensor, " N"], None, None]:
     """Yield the next token of every prompt, again and again; stop by not asking for more.
 
     Args:
@@ -126,6 +145,8 @@ def generate_tokens(
         sampling: how they are chosen.
         vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
         compiled: whether the step is compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
+        behind: what was read before the prompts, as `Reading.then` takes them; None means nothing.
+        keep: called with what was read and written, when the last token has been taken or the iterator is closed.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one.
@@ -133,16 +154,62 @@ def generate_tokens(
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    logits, state = prefill(model, prompts, max_length=longest + max_new_tokens)
+    behind, texts = _behind(behind, prompts)
+    logits, state = _prefill_behind(model, texts, behind, more=max_new_tokens)
     if compiled is None:
         compiled = max_new_tokens >= COMPILED_FROM
     decoder = Decoder(model, state, compiled=compiled)
+    written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
         tokens = sample(logits[:, :vocab_size], sampling, generator)
-        yield tokens
-        if left > 1:
+        written.append(tokens)
+        ended = True
+        try:
+            yield tokens
+            ended = left == 1
+        finally:  # one that is not asked for more is closed here
+            if ended and keep is not None:
+                new = torch.stack(written, dim=1).cpu()
+                keep(reading_of(decoder.state, [torch.cat(parts) for parts in zip(texts, new, strict=True)], behind))
+        if not ended:
             logits = decoder.step(tokens)
+
+
+def _behind(
+    behind: Reading | None, prompts: Sequence[Int[Tensor, " T"]]
+) -> tuple[Reading | None, list[Int[Tensor, " T"]]]:
+    """What was read before, a text for each prompt, and what is to be read."""
+    return (None, list(prompts)) if behind is None else behind.then(prompts)
+
+
+def _prefill_behind(
+    model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], behind: Reading | None, *, more: int
+) -> tuple[Float[Tensor, "N vocab"], ModelState]:
+    """`prefill` behind what was read, with room for `more` tokens."""
+    room = max((len(text) for text in texts), default=0) + more
+    if behind is None:
+        return prefill(model, texts, max_length=room)
+    room += int(behind.lengths.max()) - 1
+    return prefill(model, texts, state=behind.room_for(model, room), max_length=room)
+
+
+@torch.no_grad()
+def read(model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, behind: Reading | None = None) -> Reading:
+    """Read prompts and generate nothing: what many continuations may go on from.
+
+    Args:
+        model: the model.
+        prompts: N prompts of at least two tokens, of which the last is read by whatever goes on.
+        behind: what was read before the prompts, as `Reading.then` takes them, which may then have one token.
+
+    Raises:
+        SeqmixError: there is no prompt, or one that is too short.
+    """
+    behind, texts = _behind(behind, prompts)
+    if any(len(text) == 1 for text in texts):
+        raise SeqmixError("a prompt has no token to read: the last one is read by what goes on behind it")
+    _, state = _prefill_behind(model, [text[:-1] for text in texts], behind, more=0)
+    return reading_of(state, texts, behind)
 
 
 def stream_text(
@@ -153,48 +220,95 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     compiled: bool | None = None,
+    behind: Reading | None = None,
+    keep: Callable[[Reading], object] | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts; yield the new piece of each as it comes ("" where there is none).
 
     Args:
         model: the model, whose `tokenizer` reads and writes; its training mode is the caller's.
-        prompts: the texts, not empty.
+        prompts: the texts, not empty unless there is something behind which they stand.
         max_new_tokens: tokens to generate at most.
         sampling: how they are chosen.
         stop: a text ends before the first of these that appears in it.
         compiled: as in `generate_tokens`.
+        behind: what was read before, from `read_text` or `keep`: one text for all prompts, or one for each; with no
+            prompts, it goes on as it stands.
+        keep: called at the end with what was read and written, a stop text included.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model's tokens stand for no text, or are fewer than the
             tokenizer's.
     """
-    for name, texts in (("prompts", prompts), ("stop", stop)):
-        if isinstance(texts, str):
-            raise SeqmixError(f"{name} is a list of texts: give [{texts[:20]!r}]")
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    if isinstance(stop, str):
+        raise SeqmixError(f"stop is a list of texts: give [{stop[:20]!r}]")
+    tokenizer, encoded = _tokenizer(model), _encoded(model, prompts, behind)
+    texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, behind)]
+    tokens = generate_tokens(
+        model,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        vocab_size=tokenizer.begin,
+        compiled=compiled,
+        behind=behind,
+        keep=keep,
+    )
+    with closing(tokens):
+        for step in tokens:
+            yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]
+            if all(text.stopped for text in texts):
+                return
+    yield [text.end() for text in texts]
+
+
+def read_text(model: LanguageModel, prompts: Sequence[str], *, behind: Reading | None = None) -> Reading:
+    """Read texts and generate nothing: `stream_text` goes on behind them, as often as wanted.
+
+    Args:
+        model: the model, whose `tokenizer` reads.
+        prompts: the texts, not empty.
+        behind: as in `stream_text`.
+
+    Raises:
+        SeqmixError: as `stream_text`.
+    """
+    return read(model, _encoded(model, prompts, behind), behind=behind)
+
+
+def _tokenizer(model: LanguageModel) -> Tokenizer:
+    if model.tokenizer is None:
         raise SeqmixError("the tokens of this model stand for no text, for it has learned a task: there is no prompt")
-    if any(not prompt for prompt in prompts):
+    return model.tokenizer
+
+
+def _encoded(model: LanguageModel, prompts: Sequence[str], behind: Reading | None) -> list[Int[Tensor, " T"]]:
+    """The tokens of prompts; a text is opened where nothing is before it."""
+    tokenizer = _tokenizer(model)
+    if isinstance(prompts, str):
+        raise SeqmixError(f"prompts is a list of texts: give [{prompts[:20]!r}]")
+    if behind is None and any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
             f"text needs a model of {tokenizer.vocab_size} tokens ({tokenizer.unit}), and this one has "
             f"{model.config.vocab_size}"
         )
-    texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]
-    tokens = generate_tokens(
-        model,
-        [tokenizer.encode(prompt) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling or Sampling(),
-        vocab_size=tokenizer.begin,
-        compiled=compiled,
-    )
-    for step in tokens:
-        yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]
-        if all(text.stopped for text in texts):
-            return
-    yield [text.end() for text in texts]
+    return [tokenizer.encode(prompt)[0 if behind is None else 1 :] for prompt in prompts]
+
+
+def _decoders(model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], behind: Reading | None) -> list[TextDecoder]:
+    """A decoder for each text, which has seen the last tokens before it: they may be half a character."""
+    tokenizer = _tokenizer(model)
+    if behind is None:
+        return [tokenizer.decoder() for _ in prompts]
+    behind, texts = behind.then(prompts)
+    decoders = [tokenizer.decoder() for _ in texts]
+    for decoder, *parts in zip(decoders, behind.recent[:, :-1], texts, strict=True):
+        for token in torch.cat(parts)[-RECENT:].tolist():
+            if 0 <= token < tokenizer.begin:
+                decoder.add(token)
+    return decoders
 
 
 class _Text:

@@ -176,6 +176,16 @@ class LanguageModel(nn.Module):
         """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""
         return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
+    def with_room(self, state: ModelState, max_length: int | None) -> ModelState:
+        """The same state with room for `max_length` tokens in all, or none to spare where that is None.
+
+        Raises:
+            ContractError: more tokens were read already.
+        """
+        return tuple(
+            block.mixer.with_room(before, max_length) for block, before in zip(self.blocks, state, strict=True)
+        )
+
     def prefer(self, *paradigms: Paradigm) -> tuple[Paradigm, ...]:
         """For each layer, the first of these paradigms that it declares."""
         declared = [block.mixer.traits.paradigms for block in self.blocks]

@@ -133,7 +133,7 @@ FLOORS = [
     {"seqmix.blocks"},
     {"seqmix.models"},
     {"seqmix.training"},
-    {"seqmix.checking", "seqmix.show"},
+    {"seqmix.checking", "seqmix.generating", "seqmix.show"},
     {"seqmix.benchmarks"},
     {"seqmix.cli"},
 ]

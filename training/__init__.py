@@ -6,6 +6,7 @@ from .data import DATA, Corpus, DataConfig, Source, read_corpus
 from .data.kinds.text import DatasetConfig, TextConfig
 from .loop import TrainingError, train
 from .run import export_run, load_run, read_config
+from .saved_state import load_reading, save_reading
 
 __all__ = [
     "DATA",
@@ -22,8 +23,10 @@ __all__ = [
     "TrainingError",
     "export_run",
     "load_config",
+    "load_reading",
     "load_run",
     "read_config",
     "read_corpus",
+    "save_reading",
     "train",
 ]

@@ -98,8 +98,10 @@ def empty_cache(
 def moved(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: int) -> Cache:
     """The last `capacity` keys and values of a cache, in one of another kind or capacity."""
     rows, held = cache.keys.shape[:2]
-    sizes = (*cache.keys.shape[2:], cache.values.shape[3])
-    empty = empty_cache(kind, rows, capacity, *sizes, dtype=cache.keys.dtype, device=cache.keys.device)
+    (n_heads, key_dim), value_dim = cache.keys.shape[2:], cache.values.shape[3]
+    empty = empty_cache(
+        kind, rows, capacity, n_heads, key_dim, value_dim, dtype=cache.keys.dtype, device=cache.keys.device
+    )
     positions = kind.positions(cache.length, capacity)
     there = (positions >= 0) & (positions >= cache.length[:, None] - held)
     row, slot = there.nonzero(as_tuple=True)
