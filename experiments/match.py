@@ -1,0 +1,303 @@
+"""Models of equal cost: one field of a configuration is turned until a model has as many parameters, needs as many
+operations, or keeps as large a state as wanted.
+
+The cost is that of the model built on `meta`, nothing is estimated. It is a step function of most fields (widths are
+whole numbers, heads must divide them), so the search keeps the value that comes nearest.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..mixers.state import nbytes
+from ..models import ModelConfig, build_meta, flops_per_token
+from ..registry import Config, SeqmixError, nearest
+
+Metric = Literal["parameters", "flops", "state"]
+UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs a token", "state": "bytes of state"}
+DOUBLINGS = 20
+"""How often a field is doubled and halved at most, from the value it has."""
+HALVINGS = 20
+HOLES = 64
+"""Neighbours of a whole number that are tried where a model cannot be built with it."""
+
+
+class MatchError(SeqmixError):
+    """No value of the field makes the model cost what is wanted."""
+
+
+class Match(Config):
+    """What is made equal, to what, and by which field."""
+
+    parameters: int | float | str | None = None
+    """A number of parameters; or the name of an entry, a preset or a file, whose model has as many."""
+    flops: int | float | str | None = None
+    """The same for operations a token of matrix products, forward, at data.sequence_length."""
+    state: int | float | str | None = None
+    """The same for bytes of one sequence's state behind data.sequence_length tokens."""
+    knob: str = Field(min_length=1)
+    """The field of the model that is turned, such as blocks.ret.ffn.expansion, n_layers or d_model; `*` stands for
+    every block (blocks.*.ffn.expansion)."""
+    tolerance: float = Field(default=0.01, gt=0, lt=1)
+    """How far from what is wanted the cost may be, as a share of it."""
+
+    @model_validator(mode="after")
+    def _one_metric(self) -> Self:
+        given = [metric for metric in get_args(Metric) if getattr(self, metric) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a match is of one of parameters, flops and state, and this is of {' and '.join(given) or 'none'}"
+            )
+        if not isinstance(self.wanted, str) and self.wanted <= 0:
+            raise ValueError(f"{self.metric} to match must be above 0, and are {self.wanted}")
+        return self
+
+    @property
+    def metric(self) -> Metric:
+        """What is made equal."""
+        return next(metric for metric in get_args(Metric) if getattr(self, metric) is not None)
+
+    @property
+    def wanted(self) -> int | float | str:
+        """How much it is to be, or the name of what has as much."""
+        return getattr(self, self.metric)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model that costs what was wanted."""
+
+    model: ModelConfig
+    knob: str
+    value: int | float
+    metric: Metric
+    cost: int
+    wanted: float
+
+    def __str__(self) -> str:
+        off = f"{100 * (self.cost / self.wanted - 1):+.2g} %" if self.cost != self.wanted else "exact"
+        return f"{self.metric} {self.cost:,} by {self.knob} = {self.value:g} (wanted {self.wanted:,.0f}; {off})"
+
+
+def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
+    """What a model costs.
+
+    Args:
+        model: its configuration; nothing is allocated.
+        metric: parameters; operations a token, forward; or bytes of one sequence's state.
+        length: tokens of a sequence, which operations and a growing state depend on.
+
+    Raises:
+        SeqmixError: the model cannot be built.
+    """
+    built = build_meta(model)
+    if metric == "parameters":
+        return sum(parameter.numel() for parameter in built.parameters())
+    if metric == "flops":
+        return flops_per_token(built, length)
+    return nbytes(built.init_state(1, max_length=length))
+
+
+def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Matched:
+    """The model with the match's field turned until it costs what is wanted.
+
+    Args:
+        model: what is turned.
+        match: by which field, and how far off the cost may be.
+        wanted: parameters, operations a token or bytes.
+        length: tokens of a sequence.
+
+    Raises:
+        ConfigError: there is no such field, or it is no number.
+        MatchError: no value comes near enough; it says which one comes nearest, and how near.
+    """
+    search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
+    search.run()
+    if (best := search.best) is None:
+        raise MatchError(f"{match.knob} cannot be turned: no value of it makes a model; {search.refused}")
+    found = Matched(search.knob.turned(best), match.knob, best, match.metric, search.costs[best] or 0, wanted)
+    if abs(found.cost / wanted - 1) > match.tolerance:
+        raise MatchError(
+            f"no {match.knob} gives {wanted:,.0f} {UNITS[match.metric]} within {100 * match.tolerance:g} %: {best:g} "
+            f"comes nearest, with {found.cost:,} ({100 * (found.cost / wanted - 1):+.1f} %); "
+            "turn another knob, or allow more by tolerance"
+        )
+    return found
+
+
+# ---- the field
+
+
+@dataclass(frozen=True)
+class _Knob:
+    """A number of a model's configuration, in one place or in several."""
+
+    model: ModelConfig
+    places: tuple[tuple[str, ...], ...]
+    whole: bool
+    """Whether it is an integer."""
+    value: int | float | None
+
+    @classmethod
+    def of(cls, model: ModelConfig, path: str) -> "_Knob":
+        """The field at a dotted path, where `*` stands for all keys of a mapping that have it.
+
+        Raises:
+            MatchError: there is none, or it is no number.
+        """
+        found = list(_fields(model, tuple(path.split(".")), ()))
+        problems = [problem for _, _, problem in found if problem]
+        numbers = [(place, owner) for place, owner, problem in found if not problem]
+        if not numbers:
+            raise MatchError(f"knob {path}: {problems[0]}")
+        kinds = {_number_of(owner, place[-1]) for place, owner in numbers}
+        if None in kinds:
+            place = next(".".join(place) for place, owner in numbers if _number_of(owner, place[-1]) is None)
+            raise MatchError(f"knob {path}: {place} is no number that could be turned")
+        values = [getattr(owner, place[-1]) for place, owner in numbers]
+        start = next((value for value in values if value is not None), None)
+        return cls(model, tuple(place for place, _ in numbers), kinds == {int}, start)
+
+    def turned(self, value: int | float) -> ModelConfig:
+        """The model with another value in all places.
+
+        Raises:
+            ValidationError: the configuration allows no such value.
+        """
+        model: Any = self.model
+        for place in self.places:
+            model = _replaced(model, place, value)
+        return model
+
+
+def _replaced(node: Any, place: tuple[str, ...], value: Any) -> Any:
+    """A configuration with another value at a place; what is above it is checked anew, what is beside it stays."""
+    key, rest = place[0], place[1:]
+    old = dict(node) if isinstance(node, Mapping) else {name: getattr(node, name) for name in type(node).model_fields}
+    new = {**old, key: _replaced(old[key], rest, value) if rest else value}
+    return new if isinstance(node, Mapping) else type(node).model_validate(new)
+
+
+def _fields(node: Any, keys: tuple[str, ...], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    """Where a path leads: the place, the configuration that owns the field, and why there is none (else empty)."""
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, Config):
+        names = list(type(node).model_fields)
+    elif isinstance(node, Mapping):
+        names = list(node)
+    else:
+        yield place, node, f"{'.'.join(place)} has no fields"
+        return
+    if key != "*" and key not in names:
+        at = ".".join(place) or "a model"
+        yield place, node, f"{at} has no {key!r}; allowed: {', '.join(names)}{nearest(key, names)}"
+        return
+    for name in names if key == "*" else (key,):
+        if rest:
+            child = node[name] if isinstance(node, Mapping) else getattr(node, name)
+            yield from _fields(child, rest, (*place, name))
+        elif isinstance(node, Config):
+            yield (*place, name), node, ""
+        else:
+            yield (*place, name), node, f"{'.'.join((*place, name))} is no field"
+
+
+def _number_of(owner: Config, name: str) -> type | None:
+    """Whether a field takes whole numbers (int) or all (float); None where it takes none."""
+    annotation = type(owner).model_fields[name].annotation
+    kinds = {annotation, *get_args(annotation)}
+    return float if float in kinds else int if int in kinds else None
+
+
+# ---- the search
+
+
+@dataclass
+class _Search:
+    """Bisection of a cost that rises or falls with the field, between two values on either side of what is wanted."""
+
+    knob: _Knob
+    metric: Metric
+    wanted: float
+    length: int
+    costs: dict[int | float, int | None] = field(default_factory=dict)
+    """What was tried; None where no model can be built."""
+    refused: str = ""
+    """Why the last of those cannot."""
+
+    @property
+    def best(self) -> int | float | None:
+        """Of what was tried, the value whose cost comes nearest."""
+        built = {value: cost for value, cost in self.costs.items() if cost is not None}
+        return min(built, key=lambda value: abs(built[value] - self.wanted)) if built else None
+
+    def run(self) -> None:
+        """Try values until none comes nearer, and of those that cost the same take the shortest to write."""
+        if (bracket := self._bracket()) is not None:
+            self._bisect(*bracket)
+        if not self.knob.whole and (best := self.best) is not None:
+            for digits in range(1, 17):
+                short = float(f"{best:.{digits}g}")
+                if self._cost(short) == self.costs[best]:
+                    # an equal cost that was tried first would be taken
+                    self.costs = {short: self.costs[best]}
+                    return
+
+    def _bracket(self) -> tuple[int | float, int | float] | None:
+        """Two neighbours of a geometric grid around the present value whose costs lie on either side."""
+        start = self.knob.value or 1
+        first = self._near(start, 0, math.inf)
+        if first is None:
+            return None
+        ends = {2.0: first, 0.5: first}
+        for doubling in range(1, DOUBLINGS + 1):
+            for factor, end in list(ends.items()):
+                bounds = (end, math.inf) if factor > 1 else (0, end)
+                value = self._near(start * factor**doubling, *bounds)
+                if value is not None and self._above(value) != self._above(end):
+                    return end, value
+                if value is None or self._off(value) > self._off(end):
+                    del ends[factor]  # it leads away
+                else:
+                    ends[factor] = value
+        return None
+
+    def _bisect(self, one: int | float, other: int | float) -> None:
+        for _ in range(HALVINGS):
+            middle = self._near((one + other) / 2, min(one, other), max(one, other))
+            if middle is None or self._off(middle) == 0:
+                return
+            if self._above(middle) == self._above(one):
+                one = middle
+            else:
+                other = middle
+
+    def _near(self, value: float, low: float, high: float) -> int | float | None:
+        """The value, or where a whole one makes no model its nearest neighbour that does; between two bounds."""
+        if not self.knob.whole:
+            return value if low < value < high and self._cost(value) is not None else None
+        middle = max(1, round(value))
+        for distance in range(HOLES):
+            for number in (middle + distance, middle - distance):
+                if low < number < high and self._cost(number) is not None:
+                    return number
+        return None
+
+    def _cost(self, value: int | float) -> int | None:
+        if value not in self.costs:
+            try:
+                self.costs[value] = cost_of(self.knob.turned(value), self.metric, self.length)
+            except (ValidationError, SeqmixError) as error:
+                self.costs[value] = None
+                self.refused = str(error).splitlines()[-1].strip()
+        return self.costs[value]
+
+    def _above(self, value: int | float) -> bool:
+        return (self._cost(value) or 0) > self.wanted
+
+    def _off(self, value: int | float) -> float:
+        """How far its cost is from what is wanted."""
+        return abs((self._cost(value) or 0) - self.wanted)

@@ -1,0 +1,316 @@
+"""From a study to its runs: every entry's configuration, matched, in every variant, with every rate and seed.
+
+Seeds are outermost, so that a study that is stopped has something of every entry.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..mixers import MIXERS
+from ..registry import ConfigError, SeqmixError
+from ..registry.explain import explain
+from ..registry.sources import read
+from ..registry.tree import Node, Origin
+from ..training import PRESETS, RunConfig
+from .match import Match, Matched, cost_of, solve
+from .study import SAME, Entry, Study, StudyError
+
+Variant = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """An entry in one variant."""
+
+    name: str
+    config: RunConfig
+    """With the study's first seed, and its own learning rate."""
+    matched: Matched | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run."""
+
+    name: str
+    """Of its folder."""
+    entry: str
+    variant: Variant
+    config: RunConfig
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step reads."""
+        return self.config.training.batch_size * self.config.data.sequence_length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a study makes."""
+
+    study: Study
+    entries: tuple[PlannedEntry, ...]
+    """In the first variant."""
+    runs: tuple[PlannedRun, ...]
+    fairness: tuple[str, ...]
+    """What is the same for all, and what is not, a sentence each."""
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return self.study.name or "study"
+
+
+def plan(study: Study, file: Path) -> Plan:
+    """Work out the runs of a study.
+
+    Args:
+        study: what is compared.
+        file: where it was read; presets and files it names lie beside it.
+
+    Raises:
+        SeqmixError: an entry is no configuration, cannot be matched, or would not be compared fairly.
+    """
+    variants = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
+    solved: dict[Any, Matched] = {}
+    planned = [(variant, _Variant(study, file, variant, solved).entries()) for variant in variants]
+    for variant, entries in planned:
+        require_fair(entries, variant)
+    runs = []
+    for seed, (variant, entries), entry in product(study.seeds, planned, range(len(study.names))):
+        config = entries[entry].config
+        for rate in study.learning_rates or (config.training.learning_rate,):
+            runs.append(_run(study, entries[entry], variant, rate, seed))
+    _require_names(runs)
+    entries = planned[0][1]
+    return Plan(study, tuple(entries), tuple(runs), tuple(_fairness(study, entries)))
+
+
+def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed: int) -> PlannedRun:
+    training = entry.config.training.model_copy(update={"learning_rate": rate})
+    config = entry.config.model_copy(update={"training": training, "seed": seed})
+    parts = [f"{path.rpartition('.')[2]}{_slug(value)}" for path, value in variant.items()]
+    if study.learning_rates:
+        parts.append(f"lr{rate:g}")
+    name = "-".join([entry.name, *parts, f"seed{seed}"])
+    return PlannedRun(name, entry.name, variant, config)
+
+
+def _slug(value: object) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_")
+
+
+def _require_names(runs: list[PlannedRun]) -> None:
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        if (other := seen.setdefault(run.name, run)) is not run:
+            raise StudyError(
+                f"two runs would be called {run.name}: {dict(other.variant)} and {dict(run.variant)}; "
+                "values of vary must differ in letters or digits"
+            )
+
+
+# ---- configurations
+
+
+class _Variant:
+    """The entries of one variant."""
+
+    def __init__(self, study: Study, file: Path, variant: Variant, solved: dict[Any, Matched]) -> None:
+        self.study, self.file, self.variant = study, file, variant
+        self.solved = solved
+        """Of other variants too: many have the same models."""
+        own = {"model": study.model, "data": study.data, "training": study.training}
+        self.common = self._node({key: value for key, value in own.items() if value}, "")
+        self.base = read(self._source(study.base), PRESETS)
+        self.read: dict[str, RunConfig] = {}
+        """Entries before they are matched."""
+
+    def entries(self) -> list[PlannedEntry]:
+        """All of them, matched."""
+        for mixer in self.study.mixers:
+            kind = mixer if isinstance(mixer, str) else str(mixer["kind"])
+            name = kind.rpartition(":")[2]
+            self.read[name] = self._config(name, Entry(), mixer)
+        for name, entry in self.study.entries.items():
+            self.read[name] = self._config(name, entry)
+        return [self._matched(name) for name in self.study.names]
+
+    def _config(self, name: str, entry: Entry, mixer: str | Mapping[str, Any] | None = None) -> RunConfig:
+        place = f"entries.{name}" if mixer is None else f"mixers: {name}"
+        tree = self.base
+        if entry.extends is not None:
+            tree = self._with_model_of(entry.extends, tree)
+        tree = tree.merge(self.common)
+        if mixer is not None:
+            tree = self._with_mixer(mixer, tree, place)
+        for key in ("model", "training"):
+            if changes := getattr(entry, key):
+                tree = tree.merge(self._node({key: changes}, place))
+        for path, value in entry.set.items():
+            tree = tree.merge(self._node(_nested(path, value), place))
+        for path, value in self.variant.items():
+            tree = tree.merge(self._node(_nested(path, value), "vary"))
+        tree = tree.merge(self._node({"seed": self.study.seeds[0]}, "seeds"))
+        return _validated(tree)
+
+    def _with_model_of(self, source: str, tree: Node) -> Node:
+        """The tree with another configuration's model, but its own vocabulary."""
+        other = (read(self._source(source), PRESETS).entries or {}).get("model")
+        if other is None or other.entries is None:
+            raise StudyError(f"{source} has no model to extend")
+        before = (tree.entries or {}).get("model")
+        vocabulary = (before.entries or {}).get("vocab_size") if before is not None else None
+        model = {**other.entries, **({} if vocabulary is None else {"vocab_size": vocabulary})}
+        return Node({**(tree.entries or {}), "model": Node(model, other.origin)}, tree.origin)
+
+    def _with_mixer(self, mixer: str | Mapping[str, Any], tree: Node, place: str) -> Node:
+        """The tree with one mixer in all blocks; a kind alone has the heads of the mixer it replaces."""
+        blocks = (((tree.plain().get("model") or {}).get("blocks")) or {}) if tree.entries else {}
+        changes: dict[str, Any] = {}
+        for name, block in blocks.items():
+            before = (block or {}).get("mixer") or {}
+            if isinstance(mixer, str):
+                if before.get("kind") == mixer:
+                    continue
+                heads = before.get("n_heads")
+                has_heads = heads is not None and "n_heads" in MIXERS.resolve(mixer).model_fields
+                changes[name] = {"mixer": {"kind": mixer, **({"n_heads": heads} if has_heads else {})}}
+            else:
+                changes[name] = {"mixer": dict(mixer)}
+        return tree.merge(self._node({"model": {"blocks": changes}}, place))
+
+    def _matched(self, name: str) -> PlannedEntry:
+        config = self.read[name]
+        own = self.study.entries[name].match if name in self.study.entries else None
+        match = own or self.study.match
+        if match is None or match.wanted == name:
+            return PlannedEntry(name, config)
+        length = config.data.sequence_length
+        try:
+            wanted = self._wanted(match, length)
+            key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
+            if key not in self.solved:
+                self.solved[key] = solve(config.model, match, wanted, length=length)
+            matched = self.solved[key]
+        except SeqmixError as error:
+            where = f" where {_told(self.variant)}" if self.variant else ""
+            raise type(error)(f"{self.file}: {name}{where} cannot be matched: {error}") from None
+        return PlannedEntry(name, config.model_copy(update={"model": matched.model}), matched)
+
+    def _wanted(self, match: Match, length: int) -> float:
+        """How much it is to cost."""
+        wanted = match.wanted
+        if not isinstance(wanted, str):
+            return wanted
+        if wanted in self.read:
+            return cost_of(self.read[wanted].model, match.metric, length)
+        try:
+            return cost_of(_validated(read(self._source(wanted), PRESETS)).model, match.metric, length)
+        except ConfigError as error:
+            raise StudyError(f"{wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}") from None
+
+    def _source(self, source: str) -> str | Path:
+        """A preset's name, or a file beside the study."""
+        beside = self.file.parent / source
+        return beside if source.endswith((".yaml", ".yml")) or beside.is_file() else source
+
+    def _node(self, value: Any, place: str) -> Node:
+        return _as_node(value, Origin(f"{self.file}: {place}" if place else str(self.file)))
+
+
+def _validated(tree: Node) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree.plain())
+    except ValidationError as error:
+        raise ConfigError(explain(error, tree)) from None
+
+
+def _as_node(value: Any, origin: Origin) -> Node:
+    if isinstance(value, Mapping):
+        return Node({str(key): _as_node(entry, origin) for key, entry in value.items()}, origin)
+    if isinstance(value, list | tuple):
+        return Node(tuple(_as_node(entry, origin) for entry in value), origin)
+    return Node(value, origin)
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _told(variant: Variant) -> str:
+    return ", ".join(f"{path} is {value}" for path, value in variant.items())
+
+
+# ---- fairness
+
+
+def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
+    """Make sure that all read the same and are judged alike.
+
+    Raises:
+        StudyError: what differs.
+    """
+    first, *others = entries
+    if first.config.training.patience is not None:
+        raise StudyError(
+            f"training.patience is {first.config.training.patience}: entries would stop at different steps and read "
+            "different numbers of tokens; set it to null in the study's training"
+        )
+    for other in others:
+        for place, ours, theirs in _judged(first.config, other.config):
+            if ours != theirs:
+                where = f" where {_told(variant)}" if variant else ""
+                raise StudyError(
+                    f"{first.name} and {other.name} cannot be compared{where}: {place} is {ours!r} and {theirs!r}"
+                )
+
+
+def _judged(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What must be equal: its place, and the two values."""
+    yield "seed", one.seed, other.seed
+    yield "model.vocab_size", one.model.vocab_size, other.model.vocab_size
+    yield "data", one.data, other.data
+    for name in SAME:
+        yield f"training.{name}", getattr(one.training, name), getattr(other.training, name)
+
+
+def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
+    """Sentences for a reader who has to trust the comparison."""
+    config = entries[0].config
+    training, data = config.training, config.data
+    tokens = training.steps * training.batch_size * data.sequence_length
+    vary = f"; in variants by {', '.join(study.vary)}, alike for all" if study.vary else ""
+    yield (
+        f"Of one seed, every entry reads the same batches in the same order: {training.steps:,} steps of "
+        f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in all{vary}."
+    )
+    final = training.final_evaluation_batches
+    batches = "all of the evaluation data" if final is None else f"the same {final} evaluation batches"
+    yield f"At the end every entry is judged by {batches}."
+    costs = {entry.name: cost_of(entry.config.model, "parameters", data.sequence_length) for entry in entries}
+    low, high = min(costs.values()), max(costs.values())
+    spread = f"{low:,}" if low == high else f"from {low:,} to {high:,} ({100 * (high / low - 1):.2g} % apart)"
+    metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
+    matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
+    yield f"Models are {matched}; their parameters are {spread}."
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    if rates:
+        yield f"Each entry has the best of the learning rates {rates}, by its mean final validation loss over the seeds."
+    for name in type(training).model_fields:
+        values = {entry.name: getattr(entry.config.training, name) for entry in entries}
+        if name == "learning_rate" and rates:
+            continue
+        if len({repr(value) for value in values.values()}) > 1:
+            told = ", ".join(f"{entry} {value}" for entry, value in values.items())
+            yield f"training.{name} is an entry's own: {told}."
+
+

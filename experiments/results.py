@@ -1,0 +1,227 @@
+"""What a study found, as values and as results.json.
+
+Figures of a run are those of its folder: what `metrics.jsonl` has, and what follows from it. Operations are those of
+training, three times the forward ones of matrix products; seconds are those of training steps, by the speed of the
+steps that were logged.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import ValidationError, model_validator
+
+from ..registry import Config, SeqmixError
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+AccuracyBy = dict[str, dict[str, float]]
+"""Share of right answers, by the name of a difficulty and its value."""
+
+
+class ResultsError(SeqmixError):
+    """A file is no results of a study."""
+
+
+class Machine(Config):
+    """What computed it."""
+
+    processor: str | None = None
+    threads: int | None = None
+    device: str | None = None
+    torch: str | None = None
+    seqmix: str | None = None
+    commit: str | None = None
+
+
+class EntryResult(Config):
+    """A model of the study, in its first variant."""
+
+    name: str
+    config: str
+    """The resolved model, in YAML."""
+    mixers: tuple[str, ...]
+    """Kinds, in the order of the layers, once each."""
+    matched: str | None = None
+    """What was made equal, by which field; None where nothing was turned."""
+    parameters: int
+    flops_per_token: float
+    """Operations a token of matrix products, forward."""
+    state_bytes: int
+    """Of one sequence, after as many tokens as it has in training."""
+    state_grows: bool
+
+
+class Point(Config):
+    """One logged step of training."""
+
+    step: int
+    tokens: int
+    """Read so far."""
+    flops: float
+    """Of training so far."""
+    seconds: float
+    """Of training steps so far."""
+    loss: float
+    """Nats a token of the step's batch."""
+
+
+class EvaluationPoint(Config):
+    """One evaluation."""
+
+    step: int
+    tokens: int
+    flops: float
+    seconds: float
+    validation_loss: float
+    accuracy: float | None = None
+
+
+class RunResult(Config):
+    """One run."""
+
+    name: str
+    """Of its folder in runs/."""
+    entry: str
+    seed: int
+    learning_rate: float
+    """The peak."""
+    variant: dict[str, Any] = {}
+    """Values by dotted path."""
+    status: Literal["finished", "failed", "missing"]
+    """Missing is a run that has not ended."""
+    error: str | None = None
+    """Why it failed, in one sentence."""
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    """The median of logged steps."""
+    peak_memory_bytes: int | None = None
+    validation_loss: float | None = None
+    """Of the final evaluation, as are accuracies."""
+    accuracy: float | None = None
+    accuracy_by: AccuracyBy = {}
+    validation_loss_by_length: dict[str, float] = {}
+    history: tuple[Point, ...] = ()
+    evaluations: tuple[EvaluationPoint, ...] = ()
+
+
+class Statistic(Config):
+    """A figure over seeds."""
+
+    mean: float
+    spread: float | None = None
+    """The sample's standard deviation; None of one seed."""
+
+
+class SummaryRow(Config):
+    """An entry in a variant, at its best learning rate."""
+
+    entry: str
+    variant: dict[str, Any] = {}
+    learning_rate: float
+    at_edge: Literal["lowest", "highest"] | None = None
+    """Whether the best rate is the last of the grid on one side: one beyond it may be better."""
+    seeds: int
+    """Finished runs."""
+    validation_loss: Statistic
+    accuracy: Statistic | None = None
+    accuracy_by: dict[str, dict[str, Statistic]] = {}
+    validation_loss_by_length: dict[str, Statistic] = {}
+
+
+class TrainSpeedRow(Config):
+    """Training of an entry, timed at one length."""
+
+    entry: str
+    length: int
+    tokens_per_second: float | None = None
+    memory_bytes: float | None = None
+    """Held at most by a step beyond parameters and optimizer."""
+    skipped: str | None = None
+    """Why there are no figures."""
+
+
+class DecodeSpeedRow(Config):
+    """Decoding of an entry, timed behind one context."""
+
+    entry: str
+    context: int
+    seconds: float | None = None
+    """Of a token."""
+    memory_bytes: float | None = None
+    """Held at most by a call beyond parameters and state."""
+    state_bytes: int | None = None
+    skipped: str | None = None
+
+
+class SpeedResult(Config):
+    """What was timed."""
+
+    train: tuple[TrainSpeedRow, ...] = ()
+    decode: tuple[DecodeSpeedRow, ...] = ()
+
+
+class PaperRow(Config):
+    """A figure of a paper beside ours."""
+
+    label: str
+    entry: str
+    theirs: float
+    ours: float | None = None
+
+
+class Results(Config):
+    """All that a study found."""
+
+    format: Literal[1] = FORMAT
+    name: str
+    question: str | None = None
+    created: str
+    """ISO 8601, UTC."""
+    machine: Machine = Machine()
+    x_label: str | None = None
+    """What an axis of difficulty is called, where the study says so."""
+    fairness: tuple[str, ...] = ()
+    """What was the same for all entries, and what was not, a sentence each."""
+    entries: tuple[EntryResult, ...]
+    runs: tuple[RunResult, ...]
+    summary: tuple[SummaryRow, ...] = ()
+    speed: SpeedResult = SpeedResult()
+    paper: tuple[PaperRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _runs_are_of_entries(self) -> Self:
+        names = {entry.name for entry in self.entries}
+        for row in (*self.runs, *self.summary, *self.speed.train, *self.speed.decode, *self.paper):
+            if row.entry not in names:
+                raise ValueError(f"a figure is of {row.entry!r}, which is no entry: {', '.join(sorted(names))}")
+        return self
+
+
+def read_results(path: str | Path) -> Results:
+    """Read results.json, or that of a study's folder.
+
+    Raises:
+        ResultsError: it is not there, or is something else.
+    """
+    path = Path(path)
+    file = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        return Results.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise ResultsError(f"{file} is no results of a study: {place + ': ' if place else ''}{detail['msg']}") from None
+    except ValueError as error:
+        raise ResultsError(f"{file} is no results of a study, for it is no JSON: {error}") from None
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Write results.json; an older one is replaced when the new one is whole."""
+    file = folder / RESULTS_FILE
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return partial.replace(file)

@@ -1,0 +1,77 @@
+"""Over seeds: means, spreads, and each entry's best learning rate."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from .results import RunResult, Statistic, SummaryRow
+
+
+def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
+    """A row an entry and variant, at the rate with the lowest mean final validation loss.
+
+    Of rates at which fewer seeds finished than at another one none is taken: a rate that diverges is no good one.
+
+    Args:
+        runs: all runs of a study.
+        rates: the grid of learning rates, to tell whether the best one lies at its edge.
+    """
+    rows = []
+    for _, group in _grouped(runs):
+        by_rate: dict[float, list[RunResult]] = {}
+        for run in group:
+            if run.status == "finished" and run.validation_loss is not None:
+                by_rate.setdefault(run.learning_rate, []).append(run)
+        if not by_rate:
+            continue
+        most = max(map(len, by_rate.values()))
+        rate = min((rate for rate in by_rate if len(by_rate[rate]) == most), key=lambda rate: _loss(by_rate[rate]))
+        rows.append(_row(by_rate[rate], rate, _edge(rate, rates)))
+    return rows
+
+
+def _grouped(runs: Iterable[RunResult]) -> Iterable[tuple[str, list[RunResult]]]:
+    """Runs by entry and variant, in the order in which these come first."""
+    places: dict[str, int] = {}
+    keyed = [(places.setdefault(f"{run.entry} {sorted(run.variant.items())}", len(places)), run) for run in runs]
+    for key, group in groupby(sorted(keyed, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
+        yield str(key), [run for _, run in group]
+
+
+def _loss(runs: Iterable[RunResult]) -> float:
+    return mean(run.validation_loss for run in runs if run.validation_loss is not None)
+
+
+def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] | None:
+    if len(rates) < 2:
+        return None
+    return "lowest" if rate == min(rates) else "highest" if rate == max(rates) else None
+
+
+def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highest"] | None) -> SummaryRow:
+    accuracies = [run.accuracy for run in runs if run.accuracy is not None]
+    return SummaryRow(
+        entry=runs[0].entry,
+        variant=runs[0].variant,
+        learning_rate=rate,
+        at_edge=edge,
+        seeds=len(runs),
+        validation_loss=statistic([run.validation_loss for run in runs if run.validation_loss is not None]),
+        accuracy=statistic(accuracies) if accuracies else None,
+        accuracy_by={
+            name: _by_key([run.accuracy_by[name] for run in runs if name in run.accuracy_by])
+            for name in runs[0].accuracy_by
+        },
+        validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),
+    )
+
+
+def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Any]:
+    keys = slices[0] if slices else {}
+    return {key: statistic([values[key] for values in slices if key in values]) for key in keys}
+
+
+def statistic(values: Sequence[float]) -> Statistic:
+    """Of at least one value."""
+    return Statistic(mean=mean(values), spread=stdev(values) if len(values) > 1 else None)
