@@ -387,6 +387,47 @@ def bench(
 
 
 @app.command()
+def compare(
+    study: Annotated[
+        str | None,
+        typer.Argument(help="A study's YAML file, or the name of one of --list.", metavar="STUDY", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; studies/NAME by default.", show_default=False)
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once; one a core or GPU by default.", min=1, show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and show it; train nothing.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the studies that come with the package.")] = False,
+) -> None:
+    """Train several models alike and compare them.
+
+    Every run is an ordinary one in the study's folder, and so are results.json, tables and a report. Called again, it
+    goes on where it was stopped. Exits with 1 if runs failed.
+
+    [bold]seqmix compare recall[/bold]
+
+    [bold]seqmix compare study.yaml --dry-run[/bold]
+    """
+    from .registry import SeqmixError
+
+    if list_all:
+        from rich.console import Console
+
+        from .experiments.command import list_studies
+
+        list_studies(Console(markup=False))
+        return
+    if study is None:
+        raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
+    from .experiments.command import compare_command
+
+    if status := compare_command(study, out=out, jobs=jobs, dry_run=dry_run):
+        raise typer.Exit(status)
+
+
+@app.command()
 def show(
     config: Source,
     overrides: Overrides = None,

@@ -294,7 +294,7 @@ def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
         f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in all{vary}."
     )
     final = training.final_evaluation_batches
-    batches = "all of the evaluation data" if final is None else f"the same {final} evaluation batches"
+    batches = "all of the evaluation data" if final is None else f"{final} evaluation batches, the same for all"
     yield f"At the end every entry is judged by {batches}."
     costs = {entry.name: cost_of(entry.config.model, "parameters", data.sequence_length) for entry in entries}
     low, high = min(costs.values()), max(costs.values())

@@ -1,0 +1,129 @@
+"""A study on the terminal: a bar over all runs and a line for each that is being made; plain lines off a terminal."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from .plan import PlannedRun
+
+SECONDS_BETWEEN_LINES = 10.0
+"""At least so long, where there is no terminal to draw on."""
+
+
+class Forecast:
+    """How much of a study is done, and when it will be: runs count by their operations."""
+
+    def __init__(self, weights: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self.weights, self.clock = weights, clock
+        """Operations of each run that is to be made."""
+        self.shares: dict[str, float] = {}
+        self.first: dict[str, float] = {}
+        """Shares that runs had when they began: they were made before."""
+        self.began = clock()
+
+    def move(self, run: str, share: float) -> None:
+        """A share of a run is made."""
+        self.first.setdefault(run, share)
+        self.shares[run] = share
+
+    def begin(self, run: str) -> None:
+        """A run begins; with how much of it already there, its first word will tell."""
+        if len(self.first) == 0:
+            self.began = self.clock()
+
+    @property
+    def share(self) -> float:
+        """Of all work."""
+        total = sum(self.weights.values())
+        return sum(self.weights[run] * share for run, share in self.shares.items()) / total if total else 1.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None where there is none yet."""
+        made = sum(self.weights[run] * (share - self.first[run]) for run, share in self.shares.items())
+        if made <= 0:
+            return None
+        return (1 - self.share) * sum(self.weights.values()) / made * (self.clock() - self.began)
+
+
+class StudyProgress:
+    """Shows it; as a context, draws while it is inside."""
+
+    def __init__(self, console: Console, weights: dict[str, float], total: int) -> None:
+        self.console, self.total, self.left = console, total, len(weights)
+        self.forecast = Forecast(weights)
+        self.tasks: dict[str, TaskID] = {}
+        self.printed = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[told]}"),
+            console=console,
+            refresh_per_second=4,
+        )
+        self.whole = self.bar.add_task(self._count(), total=1.0, told="")
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self.tasks.values():
+            self.bar.remove_task(task)
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a sentence."""
+        self.console.print(text)
+
+    def started(self, run: PlannedRun) -> None:
+        """Give a run a line."""
+        self.forecast.begin(run.name)
+        self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, told="starting")
+        if not self.console.is_terminal:
+            self.console.print(f"{run.name} begins")
+
+    def moved(self, run: PlannedRun, told: dict[str, Any]) -> None:
+        """Move its bar, and that of the whole."""
+        if "step" not in told:
+            return
+        steps, step = run.config.training.steps, told["step"]
+        self.forecast.move(run.name, step / steps)
+        value = f"loss {told['loss']:.3f}" if "loss" in told else f"validation {told['validation_loss']:.4f}"
+        self.bar.update(self.tasks[run.name], completed=step, told=value)
+        self._move_whole()
+        if not self.console.is_terminal and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed, left = time.monotonic(), self._left()
+            self.console.print(f"{self._count()}, {run.name} at step {step} of {steps}, {value}{left and f"; {left}"}")
+
+    def ended(self, run: PlannedRun, problem: str | None) -> None:
+        """Take its line away, and say how it ended."""
+        self.bar.remove_task(self.tasks.pop(run.name))
+        if problem is None:
+            self.forecast.move(run.name, 1.0)
+        else:
+            self.forecast.weights.pop(run.name)
+            self.forecast.shares.pop(run.name, None)
+        self.left -= 1
+        self._move_whole()
+        self.console.print(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
+
+    def _move_whole(self) -> None:
+        self.bar.update(self.whole, completed=self.forecast.share, description=self._count(), told=self._left())
+
+    def _count(self) -> str:
+        return f"{self.total - self.left} of {self.total} runs"
+
+    def _left(self) -> str:
+        seconds = self.forecast.seconds_left
+        return "" if seconds is None else f"about {timedelta(seconds=round(seconds))} left"

@@ -1,0 +1,161 @@
+"""Speed of a study's entries: steps of training over the length, tokens of decoding over the context, in turn.
+
+The benchmarks' own contestants, rounds and figures, with an entry's model in each.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..benchmarks.decode import DecodeBenchmark, DecodeContestant
+from ..benchmarks.machine import Rates
+from ..benchmarks.peers.base import Size
+from ..benchmarks.peers.ours import Seqmix
+from ..benchmarks.suite import Contestant, Report, Row, Settings, run
+from ..benchmarks.suite import Entry as Ready
+from ..benchmarks.train import TrainBenchmark, TrainContestant
+from ..models import ModelConfig
+from ..registry import dump
+from .plan import Plan
+from .results import DecodeSpeedRow, SpeedResult, TrainSpeedRow
+from .study import Speed
+
+SPEED_FILE = "speed.json"
+_RATES = Rates(64, 2**16)
+"""What the machine can do at most is not asked here: as little of it as can be."""
+
+
+class _Training(TrainContestant):
+    def entry(self, length: int) -> Ready:
+        return replace(super().entry(length), record=None)  # its products are not timed alone
+
+
+class _Decoding(DecodeContestant):
+    def entry(self, length: int) -> Ready:
+        return replace(super().entry(length), moved=None)
+
+
+class _OfEntries:
+    """The contestants of a benchmark: a study's entries."""
+
+    models: Mapping[str, ModelConfig]
+    settings: Settings
+    kind: type[TrainContestant | DecodeContestant]
+
+    def _contestants(self) -> Iterator[Contestant]:
+        for name, model in self.models.items():
+            contestant = self.kind(Seqmix, self.settings, Size(model), compiled=False)
+            contestant.name = name
+            yield contestant
+
+
+class _TrainSpeed(_OfEntries, TrainBenchmark):
+    kind = _Training
+
+
+class _DecodeSpeed(_OfEntries, DecodeBenchmark):
+    kind = _Decoding
+
+
+def measure(plan: Plan, folder: Path, told: Callable[[str], None]) -> SpeedResult | None:
+    """Time all entries, unless the folder has what was timed of the same ones; None where the study asks for nothing.
+
+    Raises:
+        KeyboardInterrupt: it was stopped before the end; nothing is kept.
+    """
+    if (speed := plan.study.speed) is None:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {entry.name: entry.config.model for entry in plan.entries}
+    asked = {
+        "speed": speed.model_dump(mode="json"),
+        "device": str(device),
+        "threads": plan.study.threads,
+        "models": {name: dump(model) for name, model in models.items()},
+    }
+    file = folder / SPEED_FILE
+    if (found := _read(file, asked)) is not None:
+        return found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.study.threads)
+    try:
+        found = _measured(speed, models, device, told)
+    finally:
+        torch.set_num_threads(threads)
+    file.write_text(json.dumps({"asked": asked, "found": found.model_dump(mode="json")}, indent=1), encoding="utf-8")
+    return found
+
+
+def _read(file: Path, asked: object) -> SpeedResult | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return SpeedResult.model_validate(values["found"]) if values["asked"] == asked else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _measured(
+    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, told: Callable[[str], None]
+) -> SpeedResult:
+    first = next(iter(models.values()))
+    train: list[TrainSpeedRow] = []
+    decode: list[DecodeSpeedRow] = []
+    if speed.train is not None:
+        settings = Settings(
+            lengths=speed.train.lengths,
+            model=first,
+            device=device,
+            repeat=speed.repeat,
+            tokens=speed.train.tokens,
+            rates=_RATES,
+        )
+        train = [_train_row(row) for row in _report(_TrainSpeed, settings, models, told).rows]
+    if speed.decode is not None:
+        settings = Settings(
+            lengths=speed.decode.contexts,
+            model=first,
+            device=device,
+            repeat=speed.repeat,
+            batch=speed.decode.batch,
+            rates=_RATES,
+        )
+        decode = [_decode_row(row) for row in _report(_DecodeSpeed, settings, models, told).rows]
+    return SpeedResult(train=tuple(train), decode=tuple(decode))
+
+
+def _report(
+    kind: type[_TrainSpeed | _DecodeSpeed],
+    settings: Settings,
+    models: Mapping[str, ModelConfig],
+    told: Callable[[str], None],
+) -> Report:
+    benchmark = kind(settings)
+    benchmark.models = models
+    report = run(benchmark, told)
+    if len(report.rows) < len(models) * len(set(settings.lengths)):
+        raise KeyboardInterrupt  # the rounds ended early
+    return report
+
+
+def _train_row(row: Row) -> TrainSpeedRow:
+    return TrainSpeedRow(
+        entry=row.name,
+        length=row.length,
+        tokens_per_second=row.tokens_per_second,
+        memory_bytes=row.peak_bytes,
+        skipped=row.skipped,
+    )
+
+
+def _decode_row(row: Row) -> DecodeSpeedRow:
+    return DecodeSpeedRow(
+        entry=row.name,
+        context=row.length,
+        seconds=None if row.seconds is None else row.seconds.median,
+        memory_bytes=row.peak_bytes,
+        state_bytes=row.state_bytes,
+        skipped=row.skipped,
+    )

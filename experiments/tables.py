@@ -1,0 +1,150 @@
+"""A study's results as tables: for the terminal, for a page (summary.md), and for other programs (CSV)."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from ..show import si_bytes
+from .results import Results, RunResult, Statistic, SummaryRow
+
+
+def best_first(results: Results) -> list[SummaryRow]:
+    """The summary's rows by variant, in each the lowest loss (where there are accuracies, the highest) first."""
+    order = list(dict.fromkeys(str(row.variant) for row in results.summary))
+
+    def key(row: SummaryRow) -> tuple[int, float, float]:
+        return order.index(str(row.variant)), -(row.accuracy.mean if row.accuracy else 0.0), row.validation_loss.mean
+
+    return sorted(results.summary, key=key)
+
+
+def notes(results: Results) -> Iterator[str]:
+    """What a reader must know beside the figures: rates at the edge of the grid, and runs that failed."""
+    for row in results.summary:
+        if row.at_edge is not None:
+            where = "".join(f" where {path} is {value}" for path, value in row.variant.items())
+            yield (
+                f"{row.entry}{where}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} that was "
+                f"tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
+            )
+    for run in results.runs:
+        if run.status == "failed":
+            yield f"{run.name} failed: {run.error}"
+    missing = [run.name for run in results.runs if run.status == "missing"]
+    if missing:
+        yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}" + (
+            ", ..." if len(missing) > 5 else "."
+        )
+
+
+def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the summary's table."""
+    entries = {entry.name: entry for entry in results.entries}
+    varied = list(dict.fromkeys(path for row in results.summary for path in row.variant))
+    accuracies = any(row.accuracy is not None for row in results.summary)
+    rated = len({run.learning_rate for run in results.runs}) > 1
+    head = ["entry", *(path.rpartition(".")[2] for path in varied)]
+    head += [*(["accuracy"] if accuracies else []), "validation loss", "seeds", *(["learning rate"] if rated else [])]
+    head += ["parameters", "state", "tokens/s"]
+    rows = []
+    for row in best_first(results):
+        entry = entries[row.entry]
+        speeds = [
+            run.tokens_per_second
+            for run in results.runs
+            if (run.entry, run.variant, run.learning_rate) == (row.entry, row.variant, row.learning_rate)
+            and run.tokens_per_second is not None
+        ]
+        cells = [row.entry, *(str(row.variant.get(path, "")) for path in varied)]
+        if accuracies:
+            cells.append("" if row.accuracy is None else _percent(row.accuracy))
+        cells += [_loss(row.validation_loss), str(row.seeds), *([f"{row.learning_rate:g}"] if rated else [])]
+        cells.append(f"{entry.parameters:,}")
+        cells.append(si_bytes(entry.state_bytes) + (", grows" if entry.state_grows else ""))
+        cells.append(f"{sum(speeds) / len(speeds):,.0f}" if speeds else "")
+        rows.append(cells)
+    return head, rows
+
+
+def _loss(value: Statistic) -> str:
+    return f"{value.mean:.4f}" + ("" if value.spread is None else f" ± {value.spread:.4f}")
+
+
+def _percent(value: Statistic) -> str:
+    return f"{100 * value.mean:.1f} %" + ("" if value.spread is None else f" ± {100 * value.spread:.1f}")
+
+
+def show(results: Results, console: Console) -> None:
+    """Print the summary, what was the same for all, and what to know beside it."""
+    head, rows = _cells(results)
+    if rows:
+        table = Table(*head, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
+    for sentence in (*results.fairness, *notes(results)):
+        console.print(sentence, soft_wrap=True)
+
+
+def markdown(results: Results) -> str:
+    """A page: the question, the table, what was the same for all, what was matched."""
+    head, rows = _cells(results)
+    lines = [f"# {results.name}", ""]
+    lines += [results.question, ""] if results.question else []
+    if rows:
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]
+    matched = [f"- {entry.name}: {entry.matched}" for entry in results.entries if entry.matched]
+    lines += ["", "Matched:", "", *matched] if matched else []
+    if results.paper:
+        lines += ["", "| figure | entry | paper | here |", "|---|---|---|---|"]
+        for figure in results.paper:
+            ours = "" if figure.ours is None else f"{figure.ours:.4g}"
+            lines.append(f"| {figure.label} | {figure.entry} | {figure.theirs:g} | {ours} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(results: Results, folder: Path) -> None:
+    """Write runs.csv, summary.csv and summary.md."""
+    _write_csv(folder / "runs.csv", [_run_row(run) for run in results.runs])
+    _write_csv(folder / "summary.csv", [_summary_row(row) for row in results.summary])
+    (folder / "summary.md").write_text(markdown(results), encoding="utf-8")
+
+
+def _run_row(run: RunResult) -> dict[str, Any]:
+    plain = (
+        "name entry seed learning_rate status error seconds tokens_per_second peak_memory_bytes validation_loss accuracy"
+    )
+    row: dict[str, Any] = {name: getattr(run, name) for name in plain.split()}
+    row |= run.variant
+    row |= {f"accuracy.{name}.{key}": share for name, by in run.accuracy_by.items() for key, share in by.items()}
+    return row | {f"validation_loss.{length}": loss for length, loss in run.validation_loss_by_length.items()}
+
+
+def _summary_row(row: SummaryRow) -> dict[str, Any]:
+    values: dict[str, Any] = {"entry": row.entry, **row.variant, "learning_rate": row.learning_rate}
+    values |= {"seeds": row.seeds, **_columns("validation_loss", row.validation_loss)}
+    if row.accuracy is not None:
+        values |= _columns("accuracy", row.accuracy)
+    for name, by in row.accuracy_by.items():
+        for key, value in by.items():
+            values |= _columns(f"accuracy.{name}.{key}", value)
+    for length, value in row.validation_loss_by_length.items():
+        values |= _columns(f"validation_loss.{length}", value)
+    return values
+
+
+def _columns(name: str, value: Statistic) -> dict[str, float | None]:
+    return {name: value.mean, f"{name}.spread": value.spread}
+
+
+def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
