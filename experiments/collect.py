@@ -93,7 +93,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
     lines = _lines(folder) if is_same(run, folder) else []
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
-    final = next((line for line in evaluated if line.get("final")), None)
+    final: dict[str, Any] = next((line for line in evaluated if line.get("final")), {})
     per_token = 3 * flops_per_token(build_meta(run.config.model), run.config.data.sequence_length)
 
     def so_far(step: int) -> dict[str, Any]:
@@ -113,15 +113,15 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
         seed=run.config.seed,
         learning_rate=run.config.training.learning_rate,
         variant=dict(run.variant),
-        status="finished" if final is not None else "failed" if error is not None else "missing",
-        error=error if final is None else None,
+        status="finished" if final else "failed" if error is not None else "missing",
+        error=None if final else error,
         seconds=_seconds(logged, logged[-1]["step"], run.tokens_per_step) if logged else None,
         tokens_per_second=median(speeds) if speeds else None,
         peak_memory_bytes=max(memory, default=None),
-        validation_loss=final and final["validation_loss"],
-        accuracy=final and final.get("accuracy"),
-        accuracy_by=(final and final.get("accuracy_by")) or {},
-        validation_loss_by_length=(final and final.get("validation_loss_by_length")) or {},
+        validation_loss=final.get("validation_loss"),
+        accuracy=final.get("accuracy"),
+        accuracy_by=final.get("accuracy_by", {}),
+        validation_loss_by_length=final.get("validation_loss_by_length", {}),
         history=tuple(Point(**so_far(line["step"]), loss=line["loss"]) for line in logged),
         evaluations=tuple(
             EvaluationPoint(

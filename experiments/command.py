@@ -129,4 +129,3 @@ def _show_plan(planned: Plan, console: Console) -> None:
     work = {entry.name: _work(entry) for entry in planned.entries}
     total = sum(work[run.entry] for run in planned.runs)
     console.print(f"{len(planned.runs)} runs, about {si(total)}FLOP.")
-

@@ -40,7 +40,7 @@ class Match(Config):
     """The same for bytes of one sequence's state behind data.sequence_length tokens."""
     knob: str = Field(min_length=1)
     """The field of the model that is turned, such as blocks.ret.ffn.expansion, n_layers or d_model; `*` stands for
-    every block (blocks.*.ffn.expansion)."""
+    every block that layers are of, and has the field (blocks.*.ffn.expansion)."""
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """How far from what is wanted the cost may be, as a share of it."""
 
@@ -148,7 +148,9 @@ class _Knob:
         Raises:
             MatchError: there is none, or it is no number.
         """
-        found = list(_fields(model, tuple(path.split(".")), ()))
+        # a block that no layer is of costs nothing
+        used = model.model_copy(update={"blocks": {name: model.blocks[name] for name in dict.fromkeys(model.layers)}})
+        found = list(_fields(used, tuple(path.split(".")), ()))
         problems = [problem for _, _, problem in found if problem]
         numbers = [(place, owner) for place, owner, problem in found if not problem]
         if not numbers:
@@ -189,7 +191,7 @@ def _fields(node: Any, keys: tuple[str, ...], place: tuple[str, ...]) -> Iterato
     elif isinstance(node, Mapping):
         names = list(node)
     else:
-        yield place, node, f"{'.'.join(place)} has no fields"
+        yield place, node, f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}"
         return
     if key != "*" and key not in names:
         at = ".".join(place) or "a model"

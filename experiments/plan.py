@@ -304,7 +304,7 @@ def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
     yield f"Models are {matched}; their parameters are {spread}."
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     if rates:
-        yield f"Each entry has the best of the learning rates {rates}, by its mean final validation loss over the seeds."
+        yield f"Each entry has its best of the learning rates {rates}, by mean final validation loss over the seeds."
     for name in type(training).model_fields:
         values = {entry.name: getattr(entry.config.training, name) for entry in entries}
         if name == "learning_rate" and rates:
@@ -312,5 +312,3 @@ def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
         if len({repr(value) for value in values.values()}) > 1:
             told = ", ".join(f"{entry} {value}" for entry, value in values.items())
             yield f"training.{name} is an entry's own: {told}."
-
-

@@ -31,11 +31,6 @@ class Forecast:
         self.first.setdefault(run, share)
         self.shares[run] = share
 
-    def begin(self, run: str) -> None:
-        """A run begins; with how much of it already there, its first word will tell."""
-        if len(self.first) == 0:
-            self.began = self.clock()
-
     @property
     def share(self) -> float:
         """Of all work."""
@@ -88,7 +83,6 @@ class StudyProgress:
 
     def started(self, run: PlannedRun) -> None:
         """Give a run a line."""
-        self.forecast.begin(run.name)
         self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, told="starting")
         if not self.console.is_terminal:
             self.console.print(f"{run.name} begins")
@@ -103,8 +97,9 @@ class StudyProgress:
         self.bar.update(self.tasks[run.name], completed=step, told=value)
         self._move_whole()
         if not self.console.is_terminal and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
-            self.printed, left = time.monotonic(), self._left()
-            self.console.print(f"{self._count()}, {run.name} at step {step} of {steps}, {value}{left and f"; {left}"}")
+            self.printed = time.monotonic()
+            left = f"; {left}" if (left := self._left()) else ""
+            self.console.print(f"{self._count()}, {run.name} at step {step} of {steps}, {value}{left}")
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
         """Take its line away, and say how it ended."""

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..registry import Config, SeqmixError
 
@@ -87,7 +87,7 @@ class RunResult(Config):
     seed: int
     learning_rate: float
     """The peak."""
-    variant: dict[str, Any] = {}
+    variant: dict[str, Any] = Field(default_factory=dict)
     """Values by dotted path."""
     status: Literal["finished", "failed", "missing"]
     """Missing is a run that has not ended."""
@@ -100,8 +100,8 @@ class RunResult(Config):
     validation_loss: float | None = None
     """Of the final evaluation, as are accuracies."""
     accuracy: float | None = None
-    accuracy_by: AccuracyBy = {}
-    validation_loss_by_length: dict[str, float] = {}
+    accuracy_by: AccuracyBy = Field(default_factory=dict)
+    validation_loss_by_length: dict[str, float] = Field(default_factory=dict)
     history: tuple[Point, ...] = ()
     evaluations: tuple[EvaluationPoint, ...] = ()
 
@@ -118,7 +118,7 @@ class SummaryRow(Config):
     """An entry in a variant, at its best learning rate."""
 
     entry: str
-    variant: dict[str, Any] = {}
+    variant: dict[str, Any] = Field(default_factory=dict)
     learning_rate: float
     at_edge: Literal["lowest", "highest"] | None = None
     """Whether the best rate is the last of the grid on one side: one beyond it may be better."""
@@ -126,8 +126,8 @@ class SummaryRow(Config):
     """Finished runs."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
-    accuracy_by: dict[str, dict[str, Statistic]] = {}
-    validation_loss_by_length: dict[str, Statistic] = {}
+    accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
+    validation_loss_by_length: dict[str, Statistic] = Field(default_factory=dict)
 
 
 class TrainSpeedRow(Config):

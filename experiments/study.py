@@ -1,13 +1,13 @@
 """What a study is: models that are trained alike, and what is asked of them; one YAML file.
 
-    question: Which mixers recall?
-    base: retnet-tiny                       # a preset or a file: the model, the text and the training of all
-    mixers: [retention, attention]          # entries by their mixers alone
-    entries:                                # or by any difference of their models
-      hybrid: {extends: hybrid-tiny}
-    match: {parameters: retention, knob: blocks.*.ffn.expansion}
-    seeds: [0, 1, 2]
-    learning_rates: [1.0e-3, 3.0e-3]
+question: Which mixers recall?
+base: retnet-tiny                       # a preset or a file: the model, the text and the training of all
+mixers: [retention, attention]          # entries by their mixers alone
+entries:                                # or by any difference of their models
+  hybrid: {extends: hybrid-tiny}
+match: {parameters: retention, knob: blocks.*.ffn.expansion}
+seeds: [0, 1, 2]
+learning_rates: [1.0e-3, 3.0e-3]
 """
 
 from pathlib import Path
@@ -48,11 +48,11 @@ class Entry(Config):
 
     extends: str | None = None
     """A preset, or a file beside the study, whose model takes the place of the base's; its vocabulary stays."""
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     """Changes of the model, merged as a file's."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Changes of the training that leave alone what is read and how it is judged."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Changes by dotted path, such as model.blocks.ret.mixer.decay."""
     match: Match | None = None
     """The entry's own, in place of the study's."""
@@ -134,16 +134,16 @@ class Study(Config):
     """What it asks, in one sentence."""
     base: str
     """A preset, or a file beside the study: the model, the data and the training that all start from."""
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     """Changes of all models."""
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
     """Changes of the data."""
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Changes of the training."""
     mixers: tuple[Annotated[str, Field(min_length=1)] | dict[str, Any], ...] = ()
     """Entries that are the base with another mixer in all its blocks: kinds (with as many heads as the base, where both
     have heads), or mappings with a kind."""
-    entries: dict[Name, Entry] = {}
+    entries: dict[Name, Entry] = Field(default_factory=dict)
     """Entries by name."""
     match: Match | None = None
     """What is made equal of all entries."""
@@ -152,7 +152,7 @@ class Study(Config):
     learning_rates: tuple[Rate, ...] = ()
     """Peak learning rates that every entry is tried with: its best, by the mean over seeds of the final validation
     loss, is reported. The configuration's own where there are none."""
-    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Values by dotted path, such as data.sequence_length: [512, 1024]; every combination is a variant of the study."""
     threads: int = Field(default=1, gt=0)
     """Threads of a run on a CPU, where the last bits of numbers depend on it."""

@@ -117,10 +117,8 @@ def write_tables(results: Results, folder: Path) -> None:
 
 
 def _run_row(run: RunResult) -> dict[str, Any]:
-    plain = (
-        "name entry seed learning_rate status error seconds tokens_per_second peak_memory_bytes validation_loss accuracy"
-    )
-    row: dict[str, Any] = {name: getattr(run, name) for name in plain.split()}
+    nested = {"variant", "accuracy_by", "validation_loss_by_length", "history", "evaluations"}
+    row: dict[str, Any] = run.model_dump(exclude=nested)
     row |= run.variant
     row |= {f"accuracy.{name}.{key}": share for name, by in run.accuracy_by.items() for key, share in by.items()}
     return row | {f"validation_loss.{length}": loss for length, loss in run.validation_loss_by_length.items()}

@@ -58,13 +58,14 @@ def _train(config: RunConfig, folder: Path, stop: StopRequest) -> int:
             case Evaluated():
                 _tell(step=done, validation_loss=event.loss)
             case Noted():
-                print(f"step {done}: {event.text}", file=sys.stderr)
+                sys.stderr.write(f"step {done}: {event.text}\n")
     return done
 
 
 def _tell(**values: Any) -> None:
     with suppress(OSError):  # nobody listens any more: the checkpoint is still to be written
-        print(json.dumps(values), flush=True)
+        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.flush()
 
 
 def _stop_at_end_of_input() -> None:

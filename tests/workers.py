@@ -44,3 +44,15 @@ def _deadly(function: Callable[..., Any], count: int) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return call
+
+
+def command_in(folder: str, output: str, *arguments: str) -> None:
+    """The `seqmix` command in a process of its own, in a folder, its output in a file."""
+    from seqmix.cli import main
+
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["seqmix", *arguments]
+    main()

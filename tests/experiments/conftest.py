@@ -1,0 +1,46 @@
+"""Small studies."""
+
+import pytest
+
+from seqmix.experiments.plan import plan
+from seqmix.experiments.study import load_study
+
+STUDY = """
+question: Does it run?
+base: retnet-tiny
+model: {d_model: 16, n_layers: 1}
+mixers: [retention, attention]
+match: {parameters: retention, knob: blocks.*.ffn.expansion}
+data: {sequence_length: 16, paths: [text.txt]}
+training: {steps: 30, warmup_steps: 1, batch_size: 2, evaluate_every: 10, evaluation_batches: 1,
+           final_evaluation_batches: 2, checkpoint_every: 5, log_every: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def small():
+    """The text of a small study."""
+    return STUDY
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a study's file and read it: the small one with some lines more."""
+
+    def call(more="", *, study=STUDY):
+        file = tmp_path / "small.yaml"
+        file.write_text(study + more)
+        return file
+
+    return call
+
+
+@pytest.fixture
+def planned(written):
+    """The runs of the small study with some lines more."""
+
+    def call(more="", *, study=STUDY):
+        file = written(more, study=study)
+        return plan(load_study(file), file)
+
+    return call

@@ -1,0 +1,250 @@
+"""`seqmix compare` as it is used: real runs in processes of their own, resumed after a kill, and what is written.
+
+The parent is killed by SIGKILL, which no handler sees: its runs have to see for themselves that it is gone.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import workers
+
+from seqmix.experiments import runner
+from seqmix.experiments.plan import plan
+from seqmix.experiments.results import read_results
+from seqmix.experiments.runner import locked, make_runs
+from seqmix.experiments.study import StudyError, load_study
+from seqmix.training import read_config
+
+BROKEN = "entries: {broken: {training: {learning_rate: 1.0e+30}}}\n"
+SPEED = "speed: {train: {lengths: [16], tokens: 32}, decode: {contexts: [8]}}\n"
+PAPER = "paper: [{label: Perplexity, entry: retention, theirs: 26.05}]\n"
+
+
+class Quiet:
+    """Shown to nobody, and remembered."""
+
+    def __init__(self):
+        self.notes, self.begun, self.problems = [], [], {}
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def started(self, run):
+        self.begun.append(run.name)
+
+    def moved(self, run, told):
+        pass
+
+    def ended(self, run, problem):
+        self.problems[run.name] = problem
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, small):
+    """A study that nothing happens to, with an entry that fails: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
+    (folder / "small.yaml").write_text(small + BROKEN + SPEED + PAPER)
+    status, printed = command(folder, "compare", "small.yaml")
+    return folder, status, printed
+
+
+def command(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run the command in a process of its own; its status and what it printed."""
+    process, output = start(folder, *arguments)
+    process.join(120)
+    return process.exitcode, output.read_text()
+
+
+def start(folder: Path, *arguments: str):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["seqmix.cli", "seqmix.experiments.command", "torch._dynamo"])
+    output = folder / "printed.txt"
+    process = context.Process(target=workers.command_in, args=(str(folder), str(output), *arguments))
+    process.start()
+    return process, output
+
+
+def losses(run: Path) -> list[tuple]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
+
+
+def sessions(run: Path) -> list[int]:
+    """The steps at which a run was begun and gone on with."""
+    return [json.loads(line)["step"] for line in (run / "sessions.jsonl").read_text().splitlines()]
+
+
+def test_a_failure_is_told_and_ends_no_other_run(made):
+    _, status, printed = made
+    assert status == 1
+    assert "broken-seed0 failed: step 2: the loss is nan" in printed
+    assert "retention-seed0 is finished" in printed
+    assert "attention-seed0 is finished" in printed
+    assert "1 of 3 runs failed; try them again with: seqmix compare small.yaml" in printed
+
+
+def test_results(made):
+    folder = made[0] / "studies" / "small"
+    found = read_results(folder)
+    assert found == read_results(folder / "results.json")
+    assert (found.name, found.question) == ("small", "Does it run?")
+    assert found.machine.threads == 1
+    by_name = {entry.name: entry for entry in found.entries}
+    assert by_name["attention"].matched == ("parameters 11,344 by blocks.*.ffn.expansion = 4 (wanted 11,344; exact)")
+    assert by_name["retention"].matched is None
+    assert (by_name["attention"].state_grows, by_name["retention"].state_grows) == (True, False)
+    runs = {run.name: run for run in found.runs}
+    assert {name: run.status for name, run in runs.items()} == {
+        "retention-seed0": "finished",
+        "attention-seed0": "finished",
+        "broken-seed0": "failed",
+    }
+    assert "the loss is nan" in runs["broken-seed0"].error
+    run = runs["retention-seed0"]
+    assert [point.step for point in run.history] == list(range(1, 31))
+    assert [point.step for point in run.evaluations] == [10, 20, 30]
+    assert run.history[-1].tokens == 30 * 2 * 16
+    assert run.history[-1].flops == 3 * by_name["retention"].flops_per_token * 30 * 2 * 16
+    assert run.history[-1].seconds == pytest.approx(run.seconds)
+    assert [(point.step, point.loss, None) for point in run.history] == [
+        line for line in losses(folder / "runs" / run.name) if line[1] is not None
+    ]
+    assert run.validation_loss == run.evaluations[-1].validation_loss
+    summary = {row.entry: row for row in found.summary}
+    assert set(summary) == {"retention", "attention"}
+    assert summary["retention"].validation_loss.mean == run.validation_loss
+    assert summary["retention"].validation_loss.spread is None
+    assert [(row.entry, row.length) for row in found.speed.train] == [(name, 16) for name in by_name]
+    assert all(row.tokens_per_second > 0 for row in found.speed.train)
+    assert all(row.seconds > 0 and row.state_bytes > 0 for row in found.speed.decode)
+    (figure,) = found.paper
+    assert (figure.theirs, round(figure.ours, 6)) == (26.05, round(2.718281828459045**run.validation_loss, 6))
+
+
+def test_tables(made):
+    folder = made[0] / "studies" / "small"
+    rows = list(csv.DictReader((folder / "runs.csv").open()))
+    assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
+    assert [row["entry"] for row in csv.DictReader((folder / "summary.csv").open())] == ["retention", "attention"]
+    page = (folder / "summary.md").read_text()
+    assert "| entry | validation loss | seeds | learning rate | parameters | state | tokens/s |" in page
+    assert "- broken-seed0 failed: step 2: the loss is nan" in page
+    assert "- attention: parameters 11,344 by" in page
+
+
+def test_finished_runs_are_not_made_again(made, monkeypatch):
+    folder, *_ = made
+    before = {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")}
+    assert before
+    monkeypatch.setattr(runner, "PROGRAM", ("false",))  # nothing that begins can work
+    monkeypatch.chdir(folder)
+    planned, shown = plan(load_study(Path("small.yaml")), Path("small.yaml")), Quiet()
+    done = make_runs(planned, Path("studies/small"), jobs=1, shown=shown)
+    assert shown.begun == ["broken-seed0"]
+    assert "exit status 1" in done.failed["broken-seed0"]
+    assert {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")} == before
+
+
+def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
+    folder, *_ = made
+    monkeypatch.chdir(folder)
+    study = load_study(Path("small.yaml"))
+    changed = study.model_copy(update={"training": {**study.training, "warmup_steps": 3}})
+    planned, shown = plan(changed, Path("small.yaml")), Quiet()
+    run = planned.runs[0]
+    place = folder / "studies" / "small" / "runs" / run.name
+    assert not runner.is_left_alone(run, place)
+    runner._clear(run, place, shown)
+    aside = place.with_name("retention-seed0.before-1")
+    try:
+        assert not place.exists()
+        assert read_config(aside).training.warmup_steps == 1
+        assert shown.notes == [
+            f"retention-seed0 has another configuration than before and is made anew; what was there is now {aside}"
+        ]
+    finally:
+        aside.rename(place)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tmp_path, small):
+    (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())
+    (tmp_path / "small.yaml").write_text(small)
+    moments, runs = random.Random(0), tmp_path / "studies" / "small" / "runs"
+    for number, first in ((signal.SIGTERM, "retention-seed0"), (signal.SIGKILL, "attention-seed0")):
+        # past the first checkpoint, and before the end
+        process, output = start(tmp_path, "compare", "small.yaml", "--jobs", "1")
+        wanted, waited = moments.randrange(6, 20), time.monotonic() + 60
+        file = runs / first / "metrics.jsonl"
+        while not file.exists() or file.read_text().count('"loss"') < wanted:
+            assert process.is_alive(), output.read_text()
+            assert time.monotonic() < waited
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        process.join(60)
+        if number == signal.SIGTERM:
+            assert process.exitcode == 130
+            assert (
+                "stopped, with a checkpoint of every run; go on with: seqmix compare small.yaml" in output.read_text()
+            )
+        else:
+            assert process.exitcode == -signal.SIGKILL
+    status, printed = command(tmp_path, "compare", "small.yaml")
+    assert status == 0
+    assert "1 of 2 runs are finished already" in printed or "2 of 2 runs are finished already" in printed
+    for name in ("retention-seed0", "attention-seed0"):
+        assert losses(runs / name) == losses(made[0] / "studies" / "small" / "runs" / name)
+        # nothing was made twice: each time it went on where it had stopped
+        assert sessions(runs / name)[0] == 0
+        assert all(step > 0 for step in sessions(runs / name)[1:])
+
+
+def test_a_study_is_made_by_one_process(tmp_path):
+    says = f"another process .*{os.getpid()}.* makes"
+    with locked(tmp_path, Quiet()), pytest.raises(StudyError, match=says), locked(tmp_path, Quiet()):
+        pass
+    with locked(tmp_path, Quiet()):
+        pass
+
+
+def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(runner, "PATIENCE", 0.1)
+    with (tmp_path / "study.lock").open("w") as file:
+        file.write("999999999\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        shown = Quiet()
+        with pytest.raises(StudyError, match="runs of an earlier process are still writing"), locked(tmp_path, shown):
+            pass
+        assert shown.notes == ["waiting for runs of an earlier process, which write their checkpoints"]
+    with locked(tmp_path, shown):
+        pass
+
+
+def test_commands_on_paper(seqmix, small):
+    Path("small.yaml").write_text(small)
+    done = seqmix("compare", "small.yaml", "--dry-run")
+    assert done.status == 0
+    assert "2 runs, about" in done.out
+    assert not Path("studies").exists()
+    assert seqmix("compare", "--list").status == 0
+
+
+def test_bad_input_is_one_sentence(refused, small):
+    assert refused("compare").startswith("compare needs a STUDY")
+    assert refused("compare", "recal").startswith("there is no study 'recal'")
+    Path("small.yaml").write_text(small.replace("steps: 30", "steps: many"))
+    assert "training.steps: needs an integer" in refused("compare", "small.yaml")
+    Path("file").write_text("")
+    Path("small.yaml").write_text(small)
+    assert refused("compare", "small.yaml", "--out", "file").startswith("a study cannot be written to file")

@@ -1,0 +1,125 @@
+"""Models of equal cost: every mixer, every metric, fields of both types, and what cannot be reached."""
+
+import pytest
+
+from seqmix import MIXERS, SeqmixError, load_config
+from seqmix.benchmarks.families import mixer_kind, single_kind_presets
+from seqmix.experiments.match import Match, MatchError, cost_of, solve
+
+PRESETS = single_kind_presets()
+LENGTH = 64
+
+
+def matched(model, metric, wanted, knob, **options):
+    return solve(model, Match(knob=knob, **{metric: wanted}, **options), wanted, length=LENGTH)
+
+
+def test_there_is_a_preset_of_every_mixer():
+    kinds = {kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
+    assert kinds == {mixer_kind(config) for config in PRESETS.values()}
+
+
+@pytest.mark.parametrize("metric", ["parameters", "flops"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_mixer_is_matched_by_its_network(preset, metric):
+    model = PRESETS[preset].model
+    for factor in (0.9, 1.4):
+        wanted = round(factor * cost_of(model, metric, LENGTH))
+        block = model.blocks[model.layers[0]]
+        if block.ffn is None:
+            with pytest.raises(MatchError, match=r"knob blocks\.\*\.ffn\.expansion: blocks\.mamba\.ffn is null"):
+                matched(model, metric, wanted, "blocks.*.ffn.expansion")
+            found = matched(model, metric, wanted, "blocks.*.mixer.d_state")
+        else:
+            found = matched(model, metric, wanted, "blocks.*.ffn.expansion")
+            assert found.model.blocks[model.layers[0]].ffn.expansion == found.value
+        assert abs(found.cost / wanted - 1) < 0.01
+        assert cost_of(found.model, metric, LENGTH) == found.cost
+        # nothing else has changed
+        assert found.model.model_copy(update={"blocks": model.blocks}) == model
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_mixer_is_matched_by_the_state(preset):
+    model = PRESETS[preset].model
+    # layers are the one field that moves every state alike
+    wanted = 3 * cost_of(model, "state", LENGTH)
+    assert matched(model, "state", wanted, "n_layers").value == 3 * model.n_layers
+
+
+def test_whole_numbers_are_the_nearest_that_make_a_model():
+    model = load_config("retnet-tiny").model
+    # by trying all: two heads of even width divide d_model
+    costs = {}
+    for d_model in range(100, 200):
+        try:
+            costs[d_model] = cost_of(model.model_copy(update={"d_model": d_model}), "parameters", LENGTH)
+        except SeqmixError:
+            continue
+    assert 1 < len(costs) < 60
+    wanted = 1_000_000
+    nearest = min(costs, key=lambda d_model: abs(costs[d_model] - wanted))
+    found = matched(model, "parameters", wanted, "d_model", tolerance=0.1)
+    assert (found.value, found.cost) == (nearest, costs[nearest])
+    assert isinstance(found.value, int)
+
+
+def test_a_field_that_makes_the_state_smaller_is_turned_too():
+    model = load_config("retnet-tiny").model
+    now = cost_of(model, "state", LENGTH)  # d_model^2 / n_heads a layer
+    assert matched(model, "state", now / 4, "blocks.ret.mixer.n_heads").value == 8
+
+
+def test_what_is_told():
+    model = load_config("retnet-tiny").model
+    found = matched(model, "parameters", 1_000_000, "blocks.ret.ffn.expansion")
+    assert str(found) == "parameters 999,808 by blocks.ret.ffn.expansion = 3.12 (wanted 1,000,000; -0.019 %)"
+
+
+def test_a_value_that_is_already_right_stays():
+    model = load_config("retnet-tiny").model
+    now = cost_of(model, "parameters", LENGTH)
+    assert matched(model, "parameters", now, "blocks.ret.ffn.expansion").model == model
+
+
+def test_what_cannot_be_reached_says_how_near_it_came():
+    model = load_config("retnet-tiny").model
+    with pytest.raises(MatchError) as error:
+        matched(model, "parameters", 500_000, "n_layers")
+    assert str(error.value) == (
+        "no n_layers gives 500,000 parameters within 1 %: 2 comes nearest, with 459,648 (-8.1 %); "
+        "turn another knob, or allow more by tolerance"
+    )
+
+
+@pytest.mark.parametrize(
+    ("knob", "said"),
+    [
+        ("blocks.rat.ffn.expansion", "knob blocks.rat.ffn.expansion: blocks has no 'rat'; allowed: ret"),
+        (
+            "blocks.ret.ffn.expandion",
+            "knob blocks.ret.ffn.expandion: blocks.ret.ffn has no 'expandion'; allowed: kind, expansion, multiple_of, "
+            'activation; did you mean "expansion"?',
+        ),
+        ("blocks.ret.mixer.decay", "knob blocks.ret.mixer.decay: blocks.ret.mixer.decay is no number"),
+        ("blocks.ret", "knob blocks.ret: blocks.ret is no field"),
+        ("d_model.x", "knob d_model.x: d_model has no fields"),
+    ],
+)
+def test_a_knob_that_is_none(knob, said):
+    with pytest.raises(MatchError) as error:
+        matched(load_config("retnet-tiny").model, "parameters", 1_000_000, knob)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"knob": "n_layers"}, "and this is of none"),
+        ({"knob": "n_layers", "flops": 1, "state": 1}, "and this is of flops and state"),
+        ({"knob": "n_layers", "flops": 0}, "must be above 0"),
+    ],
+)
+def test_a_match_is_of_one_cost(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Match(**fields)

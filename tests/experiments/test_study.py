@@ -1,0 +1,158 @@
+"""Studies on paper: entries, variants and names of runs; what is the same for all; and what is refused."""
+
+import pytest
+
+from seqmix import SeqmixError, load_config
+from seqmix.experiments import plan as module
+from seqmix.experiments.match import cost_of
+from seqmix.experiments.plan import plan
+from seqmix.experiments.study import SAME, STUDIES, find_study, load_study, shipped
+
+ALONE = "base: retnet-tiny\n"
+
+
+def test_entries_are_the_base_with_other_models(planned):
+    found = planned(
+        """
+entries:
+  hybrid: {extends: hybrid-tiny, model: {pattern: [ret, attn], n_layers: 2}}
+  deep: {model: {n_layers: 2}, match: {flops: attention, knob: d_model, tolerance: 0.5}}
+  open: {set: {model.blocks.ret.mixer.gate: none, training.optimizer: muon}}
+"""
+    )
+    by_name = {entry.name: entry.config for entry in found.entries}
+    assert list(by_name) == ["retention", "attention", "hybrid", "deep", "open"]
+    assert [by_name["attention"].model.blocks["ret"].mixer.kind] == ["attention"]
+    # a kind alone has the heads of the mixer before it
+    assert by_name["attention"].model.blocks["ret"].mixer.n_heads == 2
+    assert by_name["hybrid"].model.layers == ("ret", "attn")
+    assert by_name["open"].model.blocks["ret"].mixer.gate == "none"
+    assert by_name["open"].training.optimizer == "muon"
+    assert {config.data.sequence_length for config in by_name.values()} == {16}
+    retention = cost_of(by_name["retention"].model, "parameters", 16)
+    for name in ("attention", "open"):
+        assert abs(cost_of(by_name[name].model, "parameters", 16) / retention - 1) < 0.01
+
+
+def test_names_of_runs(planned):
+    more = "seeds: [0, 1]\nlearning_rates: [1e-3, 3e-3]\nvary: {data.sequence_length: [8, 16]}\n"
+    runs = planned(more).runs
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 2
+    assert runs[0].name == "retention-sequence_length8-lr0.001-seed0"
+    # something of every entry before the second seed
+    assert {run.entry for run in runs[:8]} == {"retention", "attention"}
+    assert {run.config.seed for run in runs[:8]} == {0}
+    last = runs[-1]
+    assert (last.entry, last.variant) == ("attention", {"data.sequence_length": 16})
+    assert (last.config.seed, last.config.training.learning_rate, last.config.data.sequence_length) == (1, 3e-3, 16)
+
+
+def test_what_is_the_same_is_said(planned):
+    assert planned("learning_rates: [1e-3, 3e-3]\n").fairness == (
+        "Of one seed, every entry reads the same batches in the same order: 30 steps of 2 sequences of 16 tokens, 960 "
+        "tokens in all.",
+        "At the end every entry is judged by 2 evaluation batches, the same for all.",
+        "Models are matched by parameters; their parameters are 11,344.",
+        "Each entry has its best of the learning rates 0.001, 0.003, by mean final validation loss over the seeds.",
+    )
+    own = planned("entries: {muon: {training: {optimizer: muon}}}\n").fairness
+    assert own[-1] == "training.optimizer is an entry's own: retention adamw, attention adamw, muon muon."
+
+
+@pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *SAME])
+def test_what_would_not_be_fair_is_seen(planned, place):
+    one, other = planned().entries
+    config = other.config
+    training = config.training.model_copy(update={place: object()})
+    changed = {
+        "seed": {"seed": 7},
+        "data": {"data": config.data.model_copy(update={"sequence_length": 7})},
+        "vocab_size": {"model": config.model.model_copy(update={"vocab_size": 300})},
+    }.get(place, {"training": training})
+    unfair = module.PlannedEntry(other.name, config.model_copy(update=changed))
+    with pytest.raises(SeqmixError, match=f"retention and attention cannot be compared: .*{place}"):
+        module.require_fair([one, unfair], {})
+    module.require_fair([one, other], {})
+
+
+def test_patience_is_refused(planned, small):
+    with pytest.raises(SeqmixError, match=r"training\.patience is 2: entries would stop at different steps"):
+        planned(study=small.replace("log_every: 1", "log_every: 1, patience: 2"))
+
+
+@pytest.mark.parametrize(
+    ("study", "said"),
+    [
+        ("mixers: [retention]\n", "missing key 'base'"),
+        (ALONE, "nothing is compared: give mixers, entries, or both"),
+        (ALONE + "mixers: [retention]\nsedes: [1]\n", """unknown key 'sedes'; allowed: .*; did you mean "seeds"?"""),
+        (ALONE + "mixers: [retention, {kind: retention}]\n", "retention is there twice: name them under entries"),
+        (ALONE + "mixers: [{n_heads: 2}]\n", "a mixer is a kind or a mapping with one"),
+        (ALONE + "mixers: [retention]\nentries: {retention: {}}\n", "retention is among mixers and entries"),
+        (ALONE + "mixers: [retention]\nseeds: [1, 1]\n", "each value once, and there are [1, 1]"),
+        (ALONE + "entries: {a b: {}}\n", "a string like"),
+        (ALONE + "entries: {a: {set: {data.order: epochs}}}\n", "data.order is neither: change it for the whole study"),
+        (ALONE + "entries: {a: {training: {steps: 3}}}\n", "training.steps decides what is read"),
+        (ALONE + "entries: {a: {set: {training.carry_state: true}}}\n", "training.carry_state decides what is read"),
+        (ALONE + "mixers: [retention]\nvary: {seed: [1]}\n", "seed has its own key in a study: seeds"),
+        (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "a field of model, data or training, and steps is none"),
+        (
+            ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
+            "paper has a figure of 'retenton'; entries: retention; did you mean \"retention\"?",
+        ),
+        # what only a resolved entry tells
+        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
+        (
+            ALONE + "entries: {a: {model: {n_layer: 2}}}\n",
+            "small.yaml: entries.a: model.n_layer: unknown key 'n_layer'; allowed: .*",
+        ),
+        (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "unknown preset 'retnet-tinny'; .*\"retnet-tiny\"?"),
+        (
+            ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n",
+            "small.yaml: vary: data.sequence_lenth: unknown key 'sequence_lenth'",
+        ),
+        (
+            ALONE + "mixers: [retention]\nmatch: {parameters: other, knob: n_layers}\n",
+            "'other' is no entry (retention) and no configuration: unknown preset 'other'",
+        ),
+        (
+            ALONE + "mixers: [retention]\nmatch: {parameters: 1000000, knob: n_layer}\n",
+            "retention cannot be matched: knob n_layer: a model has no 'n_layer'; .*\"n_layers\"?",
+        ),
+        (
+            ALONE + "mixers: [retention]\nvary: {data.paths: [[a/b], [a_b]]}\n",
+            "two runs would be called retention-pathsa_b-seed0",
+        ),
+    ],
+)
+def test_errors(written, study, said):
+    file = written(study=study)
+    with pytest.raises(SeqmixError) as error:
+        plan(load_study(file), file)
+    start, _, end = said.partition(".*")
+    assert start in str(error.value)
+    assert str(error.value).endswith(end.lstrip(", ") if end else "")
+
+
+def test_a_study_is_found(written, tmp_path):
+    assert find_study(str(written())) == tmp_path / "small.yaml"
+    for name in shipped():
+        assert find_study(name) == STUDIES / f"{name}.yaml"
+    with pytest.raises(SeqmixError, match=r"there is no study 'recal'; studies: .*or give a YAML file"):
+        find_study("recal")
+    with pytest.raises(SeqmixError, match=r'no file .*smal\.yaml; did you mean "small"\?'):
+        find_study(str(tmp_path / "smal.yaml"))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_studies_can_be_made(name):
+    found = plan(load_study(STUDIES / f"{name}.yaml"), STUDIES / f"{name}.yaml")
+    assert found.study.question
+    assert found.runs
+
+
+def test_extends_takes_the_model_and_leaves_the_vocabulary(planned):
+    (entry,) = planned(study="base: retnet-tiny\nmodel: {vocab_size: 300}\nentries: {a: {extends: gla-tiny}}\n").entries
+    assert entry.config.model.vocab_size == 300
+    assert entry.config.model.blocks.keys() == load_config("gla-tiny").model.blocks.keys()
+    assert entry.config.training == load_config("retnet-tiny").training
