@@ -514,8 +514,6 @@ def test_what_cannot_be_generated_is_one_sentence(refused, run, options, sentenc
         ["trian"],
         ["train", "retnet-tiny", "--dryrun"],
         ["generate"],
-        ["generate", "runs/small"],
-        ["generate", "runs/small", "--prompt", "a", "--max-new-tokens", "0"],
         ["generate", "runs/small", "--prompt", "a", "--temperature", "warm"],
         ["show"],
         ["show", "retnet-tiny", "--length", "0"],
