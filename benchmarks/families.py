@@ -98,9 +98,10 @@ class Run:
 
 
 def single_kind_presets() -> dict[str, RunConfig]:
-    """The tiny presets whose layers are all of one kind, by name."""
+    """The tiny presets that learn a text and whose layers are all of one kind, by name."""
     presets = {file.stem: load_config(file.stem) for file in sorted(PRESETS.glob("*-tiny.yaml"))}
-    return {name: config for name, config in presets.items() if len(set(config.model.layers)) == 1}
+    texts = {name: config for name, config in presets.items() if config.data.kind == "text"}
+    return {name: config for name, config in texts.items() if len(set(config.model.layers)) == 1}
 
 
 def mixer_kind(config: RunConfig) -> str:

@@ -19,7 +19,7 @@ from seqmix.training.loop import Evaluated, Stepped
 
 GOLDEN = Path(__file__).parent / "data" / "presets.yaml"
 NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-TINY = [name for name in NAMES if name.endswith("-tiny")]
+TINY = [name for name in NAMES if name.endswith("-tiny") and load_config(name).data.kind == "text"]
 
 
 def resolved() -> str:

@@ -1,0 +1,85 @@
+"""Composition of permutations: the word problem of S_n (Merrill et al. 2024, The Illusion of State, arXiv 2404.08819).
+
+From n = 5 on it is complete for NC1: models whose steps all commute, or are of constant depth, do not track its state.
+"""
+
+from functools import cache
+from itertools import permutations
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from ..task import Difficulties, Rows, TaskConfig, blank
+
+
+class PermutationConfig(TaskConfig):
+    """Composition of permutations of n things: behind each (or behind the last) the product of all so far is asked
+    (arXiv 2404.08819).
+
+    A token is one of the n! permutations, in lexicographic order: token 0 changes nothing. The product of x_1 ... x_t
+    is x_t after ... after x_1.
+    """
+
+    field, axis = "lengths", "length"
+    kind: Literal["permutation"] = "permutation"
+    n: int = Field(default=5, ge=2, le=6)
+    """Things that are permuted."""
+    lengths: Difficulties | None = Field(default=None, min_length=1)
+    """Permutations of a sequence, in turn; null for the whole sequence. `evaluate_at` may ask for more."""
+    ask: Literal["every", "last"] = "every"
+    """Whether every permutation is followed by a question, or the last one."""
+
+    @property
+    def n_tokens(self) -> int:
+        """All permutations."""
+        return len(_elements(self.n))
+
+    @property
+    def hardest(self) -> int:
+        """The whole sequence."""
+        return self.sequence_length
+
+    def length_of(self, difficulty: int) -> int:
+        """The length is the difficulty."""
+        return difficulty
+
+    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
+        """Permutations, and their running product by the table of the group."""
+        inputs, targets = blank(rows, length)
+        table = _table(self.n)
+        inputs[:, :difficulty] = rng.integers(len(table), size=(rows, difficulty))
+        product = np.zeros(rows, dtype=np.int64)
+        for place in range(difficulty):
+            product = table[inputs[:, place], product]
+            if self.ask == "every" or place == difficulty - 1:
+                targets[:, place] = product
+        return Rows(inputs, targets)
+
+    def solve(self, tokens: list[int]) -> dict[int, int]:
+        """Move things about, one permutation after another."""
+        elements = _elements(self.n)
+        things, answers = list(range(self.n)), {}
+        for place, token in enumerate(tokens):
+            things = [elements[token][thing] for thing in things]
+            answers[place] = elements.index(tuple(things))
+        return answers
+
+    def name_of(self, token: int) -> str:
+        """Where each thing goes, from 1."""
+        return "".join(str(1 + thing) for thing in _elements(self.n)[token])
+
+
+@cache
+def _elements(n: int) -> list[tuple[int, ...]]:
+    return list(permutations(range(n)))
+
+
+@cache
+def _table(n: int) -> np.ndarray:
+    """The number of a after b, [n! n!]."""
+    elements = np.array(_elements(n))
+    products = elements[np.arange(len(elements))[:, None, None], elements[None]]
+    powers = n ** np.arange(n)[::-1]
+    # lexicographic order is that of the numbers whose digits they are
+    return np.searchsorted(elements @ powers, products @ powers)
