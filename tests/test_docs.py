@@ -28,7 +28,7 @@ TINY = [
     "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
     "model.d_model=32",
 ]
-"""What is added to a command that trains."""
+"""What is added to a command that trains; to one that learns a task, all but the text."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ def seqmix(command: str) -> tuple[str, int]:
     command, _, file = command.partition(" > ")
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train" and "wrong.yaml" not in arguments:
-        arguments += TINY
+        config = (
+            load_config(arguments[1], [change for change in arguments[2:] if "=" in change]) if arguments[1:] else None
+        )
+        arguments += TINY if config is None or config.data.kind == "text" else TINY[1:]
     if arguments[0] == "generate":
         arguments += ["--max-new-tokens", "3"]
     output, status = io.StringIO(), 0
@@ -176,6 +179,13 @@ def test_the_reference_is_up_to_date():
 def test_the_page_of_mixers_is_up_to_date():
     module = generator("mixers")
     assert module.TARGET.read_text() == module.render(), "run: python docs/mixers.py"
+
+
+def test_the_page_of_tasks_and_its_pictures_are_up_to_date():
+    module = generator("tasks")
+    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run: python docs/tasks.py"
+    drawn = {file: file.read_text(encoding="utf-8") for file in module.PICTURES.iterdir()}
+    assert drawn == module.pictures(), "run: python docs/tasks.py"
 
 
 def rows(text: str, head: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ from .batches import cut, evaluation_batches, most_documents, pack, training_bat
 from .corpus import Corpus, read_corpus
 from .sources import read_documents
 from .stream import Stream, tokenized
+from .task import Difficulties, Rows, Task, TaskConfig, blank
 from .token_file import TOKENS, TokenFile, write_token_file
 
 __all__ = [
@@ -13,11 +14,16 @@ __all__ = [
     "Batch",
     "Corpus",
     "DataConfig",
+    "Difficulties",
     "Examples",
     "Packed",
+    "Rows",
     "Source",
     "Stream",
+    "Task",
+    "TaskConfig",
     "TokenFile",
+    "blank",
     "cut",
     "evaluation_batches",
     "most_documents",

@@ -1,0 +1,96 @@
+"""Draw an example of every task, and write what docs/tasks.md says of it: `python docs/tasks.py`.
+
+Pictures are of the generator's own examples: one a task, in docs/tasks/, and small.
+"""
+
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from seqmix.benchmarks.families import fill
+from seqmix.models import IGNORED
+from seqmix.training import DATA
+from seqmix.training.data import Corpus, Task, TaskConfig
+from seqmix.training.data.kinds.passkey import Passkey
+
+TARGET, PICTURES = Path(__file__).with_name("tasks.md"), Path(__file__).with_name("tasks")
+SMALL = {
+    "copying": {"sequence_length": 16, "lengths": (7,)},
+    "induction_heads": {"sequence_length": 18},
+    "mqar": {"sequence_length": 24, "pairs": (4,), "vocab_size": 32},
+    "parity": {"sequence_length": 20},
+    "passkey": {"sequence_length": 132, "depths": (50,)},
+    "permutation": {"sequence_length": 12},
+    "selective_copying": {"sequence_length": 20, "symbols": (5,)},
+}
+"""Fields of the example of each task."""
+HAYSTACK = "Whatever is to be found lies in a text, and the text says nothing of it. " * 9
+WIDTH, HEIGHT, MARGIN = 860, 22, 10
+"""Of a picture's lines, of a cell, and around them, in pixels."""
+PLAIN, ASKED, ANSWER = "#eceff1", "#ffe0b2", "#c8e6c9"
+
+
+def example(kind: str) -> Task:
+    """A task small enough to be drawn."""
+    config = DATA.resolve(kind)(**SMALL.get(kind, {}))
+    if kind != "passkey":
+        return Task(config)
+    text = np.frombuffer(HAYSTACK.encode(), dtype=np.uint8).astype(np.uint16)
+    return Passkey(config, Corpus("a text", 1, "tail", text, text))
+
+
+def tasks() -> dict[str, Task]:
+    """An example of each task of the library."""
+    kinds = [kind for kind in DATA.kinds() if DATA.origin(kind).startswith("seqmix.")]
+    return {kind: example(kind) for kind in kinds if issubclass(DATA.resolve(kind), TaskConfig)}
+
+
+def picture(kind: str, task: Task) -> str:
+    """One example as SVG: the tokens that are read, and under those that ask the answers."""
+    inputs, targets = (part[0].tolist() for part in task.training_batch(0, 1, seed=0))
+    name = task.config.name_of
+    cells, x, y = [], MARGIN, MARGIN
+    for token, target in zip(inputs, targets, strict=True):
+        answer = None if target == IGNORED else name(target)
+        width = max(13, *(7 * len(label) + 6 for label in (name(token), answer or "")))
+        if x + width > WIDTH - MARGIN:
+            x, y = MARGIN, y + 2 * HEIGHT + MARGIN
+        cells += _cell(x, y, width, name(token), PLAIN if answer is None else ASKED)
+        cells += [] if answer is None else _cell(x, y + HEIGHT, width, answer, ANSWER)
+        x += width + 1
+    height = y + 2 * HEIGHT + MARGIN
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+    style = "<style>text{font:12px monospace;text-anchor:middle;fill:#263238}</style>"
+    title = f"<title>An example of {kind}</title>"
+    ground = f'<rect width="{WIDTH}" height="{height}" rx="6" fill="#ffffff"/>'
+    return "\n".join([head, title, style, ground, *cells, "</svg>", ""])
+
+
+def _cell(x: int, y: int, width: int, label: str, color: str) -> list[str]:
+    box = f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT - 1}" rx="3" fill="{color}"/>'
+    return [f'{box}<text x="{x + width / 2:g}" y="{y + 15}">{escape(label)}</text>']
+
+
+def pictures() -> dict[Path, str]:
+    """Every picture by its file."""
+    return {PICTURES / f"{kind}.svg": picture(kind, task) for kind, task in tasks().items()}
+
+
+def render() -> str:
+    """The page, with the part that the code says."""
+    lines = []
+    for kind, task in tasks().items():
+        config = type(task.config)
+        lines += [f"### {kind}", "", " ".join((config.__doc__ or "").split()), ""]
+        lines += [f"![An example of {kind}](tasks/{kind}.svg)", ""]
+        fields = [name for name in config.model_fields if name not in ("kind", "evaluate_at", "evaluation_examples")]
+        lines += [f"Difficulty: `{config.axis}`. Fields: {', '.join(f'`{name}`' for name in fields)}.", ""]
+    return fill(TARGET.read_text(encoding="utf-8"), "tasks", lines[:-1])
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    for file, text in pictures().items():
+        file.write_text(text, encoding="utf-8")
+    TARGET.write_text(render(), encoding="utf-8")
