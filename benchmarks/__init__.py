@@ -6,6 +6,7 @@ op, train, decode, prefill   the four benchmarks; contestants: what the last thr
 peers/                       the models: ours, the same by hand, and a file for each other project
 report, command              table, JSON, Markdown, plot; `seqmix bench`
 gpu                          all that needs a GPU, in one command
-small_budget, families, lengths   scripts of their own: what small models learn in a given time; what every mixer
-                             learns at one small budget; what a token costs in training over the length
+small_budget, lengths        scripts of their own: what small models learn in a given time; what a token costs in
+                             training over the length
+presets                      every mixer at one size
 """

@@ -16,7 +16,7 @@ import typer
 
 from ..models import LanguageModel, build_model
 from ..training.memory import keep_freed_memory
-from .families import single_kind_presets
+from .presets import single_kind_presets
 
 ROUNDS = 3
 

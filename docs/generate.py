@@ -12,6 +12,8 @@ import torch
 
 from seqmix import MIXERS
 from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.experiments.match import Match
+from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
 from seqmix.mixers.ops.kernels import KERNELS
 from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
@@ -37,7 +39,8 @@ def render() -> str:
     parts += _sections("Model", ModelConfig, BlockConfig, PaperInit, NormalInit)
     for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
         parts += _sections(title, *_built_in(registry))
-    return "\n".join(parts)
+    studies = (Study, Entry, Match, Speed, TrainSpeed, DecodeSpeed, PaperFigure)
+    return "\n".join([*parts, *_sections("Studies", *studies)])
 
 
 def render_conformance() -> str:
@@ -95,7 +98,7 @@ def _section(config: type[Config]) -> str:
 
 def _default(config: type[Config], key: str) -> str:
     """A default as YAML has it; a configuration by its kind, or as the mapping of all its defaults."""
-    value = config.model_fields[key].default
+    value = config.model_fields[key].get_default(call_default_factory=True)
     if isinstance(value, Config):
         return f"`{{kind: {value.kind}}}`" if hasattr(value, "kind") else "`{}`"
     if value is None or isinstance(value, bool | tuple):
@@ -105,6 +108,8 @@ def _default(config: type[Config], key: str) -> str:
 
 def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     """What a field takes, in words."""
+    if not field:
+        return ""
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         target = definitions[name]
@@ -120,9 +125,13 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{word}`" for word in field["enum"])
     if field["type"] == "array":
-        return "list of two numbers" if "prefixItems" in field else f"list of {field['items']['type']}s"
+        if "prefixItems" in field:
+            return "list of two numbers"
+        items = field["items"]
+        return f"list of {items['type']}s" if "type" in items else f"list of {_takes(items, definitions) or 'values'}"
     if field["type"] == "object":
-        return f"mapping of names to {_takes(field['additionalProperties'], definitions)}"
+        values = field.get("additionalProperties", True)
+        return "mapping" if values is True else f"mapping of names to {_takes(values, definitions)}"
     limits = ", ".join(f"{sign} {field[key]:g}" for key, sign in LIMITS.items() if key in field)
     return ("`true` or `false`" if field["type"] == "boolean" else f"{field['type']} {limits}").strip()
 

@@ -1,15 +1,20 @@
-"""Write what docs/mixers.md says of the code: `python docs/mixers.py`.
+"""Write what docs/mixers.md says of the code: `python docs/mixers.py [studies/families]`.
 
 Papers, recurrences and formulas are those of each mixer's module docstring: its first paragraph names the paper by its
-arXiv number, indented lines are formulas. The table of what was trained is left as it is (seqmix.benchmarks.families).
+arXiv number, indented lines are formulas. The table of what was trained is that of the study (`seqmix compare
+families`) whose folder is given, and else stays as it is.
 """
 
 import importlib
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
-from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig
-from seqmix.benchmarks.families import fill, mixer_kind, single_kind_presets
+from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig, SeqmixError
+from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
+from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
 
@@ -58,6 +63,51 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
     return lines
 
 
+def trained(results: Results) -> list[str]:
+    """A sentence, and a row an entry; losses by seed, speeds over retention's."""
+    seeds = sorted({run.seed for run in results.runs})
+    losses = [f"loss, seed {seed}" for seed in seeds] + (["mean"] if len(seeds) > 1 else [])
+    heads = ["mixer", "preset", "parameters", *losses, "tokens/s", "state, bytes", "ms a decoded token"]
+    train = {row.entry: row for row in results.speed.train}
+    decode = {row.entry: row for row in results.speed.decode}
+    speeds = {entry.name: (row := train.get(entry.name)) and row.tokens_per_second for entry in results.entries}
+    retention = next((speeds[entry.name] for entry in results.entries if entry.mixers == ("retention",)), None)
+    lines = [
+        "Tokens a second are medians of training steps that the models took in turn, on one thread, in brackets over",
+        "retention's; a decoded token is the median of as many.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for entry in results.entries:
+        own = {run.seed: run.validation_loss for run in results.runs if run.entry == entry.name}
+        found = [loss for loss in own.values() if loss is not None]
+        cells = [f"`{entry.mixers[0]}`", f"`{entry.name}`", f"{entry.parameters:,}"]
+        cells += ["" if (loss := own.get(seed)) is None else f"{loss:.4f}" for seed in seeds]
+        if len(seeds) > 1:
+            cells.append(f"{mean(found):.4f}" if len(found) == len(seeds) else "")
+        speed, token = speeds[entry.name], decode.get(entry.name)
+        ratio = f" ({speed / retention:.2f})" if speed and retention else ""
+        cells += [f"{speed:,.0f}{ratio}" if speed else "", f"{token.state_bytes:,}" if token else ""]
+        cells.append(f"{1e3 * token.seconds:.2f}" if token and token.seconds else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def fill(page: str, name: str, lines: Sequence[str]) -> str:
+    """A page with other lines between `<!-- name: begin -->` and `<!-- name: end -->`.
+
+    Raises:
+        SeqmixError: the page has no such region.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise SeqmixError(f"the page has no region between {begin} and {end}")
+    return "\n".join([before + begin, "", *lines, "", end]) + after
+
+
 def _docstring(kind: str) -> str:
     return importlib.import_module(MIXERS.origin(kind)).__doc__ or ""
 
@@ -91,4 +141,7 @@ def _linked(number: str) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
+    page = render()
+    for folder in sys.argv[1:]:
+        page = fill(page, "trained", trained(read_results(folder)))
+    TARGET.write_text(page, encoding="utf-8")

@@ -110,7 +110,9 @@ def _show_plan(planned: Plan, console: Console) -> None:
     """What would be made."""
     if planned.study.question:
         console.print(planned.study.question)
-    table = Table("entry", "mixers", "parameters", "forward/token", "state", box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in ("entry", "mixers", "parameters", "forward/token", "state"):
+        table.add_column(head, overflow="fold")
     entries = [entry_result(entry) for entry in planned.entries]
     for entry in entries:
         table.add_row(

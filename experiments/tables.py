@@ -83,7 +83,9 @@ def show(results: Results, console: Console) -> None:
     """Print the summary, what was the same for all, and what to know beside it."""
     head, rows = _cells(results)
     if rows:
-        table = Table(*head, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in head:
+            table.add_column(name, overflow="fold")
         for cells in rows:
             table.add_row(*cells)
         console.print(table)

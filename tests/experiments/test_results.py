@@ -1,0 +1,150 @@
+"""Results as values: over seeds, the best learning rate, files that are none, tables, and the page of mixers."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from seqmix import SeqmixError
+from seqmix.experiments.progress import Forecast
+from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
+from seqmix.experiments.summary import summarise
+from seqmix.experiments.tables import best_first, markdown, write_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(entry, loss, *, seed=0, rate=1e-3, accuracy=None, variant=None):
+    return RunResult(
+        name=f"{entry}-{rate}-{seed}-{variant}",
+        entry=entry,
+        seed=seed,
+        learning_rate=rate,
+        variant=variant or {},
+        status="failed" if loss is None else "finished",
+        error="it broke" if loss is None else None,
+        validation_loss=loss,
+        accuracy=accuracy,
+        accuracy_by={} if accuracy is None else {"pairs": {"4": accuracy, "8": accuracy / 2}},
+        tokens_per_second=1000.0,
+    )
+
+
+def results(runs, rates=()):
+    names = dict.fromkeys(run.entry for run in runs)
+    entries = tuple(
+        EntryResult(
+            name=name,
+            config="",
+            mixers=("retention",),
+            parameters=1000,
+            flops_per_token=2000.0,
+            state_bytes=4096,
+            state_grows=False,
+        )
+        for name in names
+    )
+    return Results(name="x", created="", entries=entries, runs=tuple(runs), summary=tuple(summarise(runs, rates)))
+
+
+def test_the_best_rate_is_that_of_the_mean_over_seeds():
+    runs = [
+        *(run("a", loss, seed=seed, rate=1e-3) for seed, loss in enumerate((2.0, 2.2))),
+        *(run("a", loss, seed=seed, rate=3e-3) for seed, loss in enumerate((1.0, 2.8))),
+        *(run("a", loss, seed=seed, rate=1e-2) for seed, loss in enumerate((3.0, 3.2))),
+    ]
+    (row,) = summarise(runs, (1e-3, 3e-3, 1e-2))
+    assert (row.learning_rate, row.at_edge, row.seeds) == (3e-3, None, 2)
+    assert (row.validation_loss.mean, row.validation_loss.spread) == pytest.approx((1.9, 1.2727922))
+    (row,) = summarise(runs[:2] + runs[4:], (1e-3, 1e-2))
+    assert (row.learning_rate, row.at_edge) == (1e-3, "lowest")
+
+
+def test_a_rate_at_which_seeds_fail_is_not_taken():
+    runs = [run("a", 2.0), run("a", 2.0, seed=1), run("a", 1.0, rate=1e-2), run("a", None, rate=1e-2, seed=1)]
+    (row,) = summarise(runs, (1e-3, 1e-2))
+    assert (row.learning_rate, row.seeds) == (1e-3, 2)
+    assert not summarise([run("a", None)])
+
+
+def test_variants_and_accuracies_have_their_own_rows():
+    variants = ({"data.sequence_length": 8}, {"data.sequence_length": 16})
+    runs = [
+        run(entry, 1.0, seed=seed, accuracy=accuracy, variant=variant)
+        for variant, accuracy in zip(variants, (0.5, 1.0), strict=True)
+        for entry in ("a", "b")
+        for seed in (0, 1)
+    ]
+    rows = summarise(runs)
+    assert [(row.entry, row.variant) for row in rows] == [(entry, variant) for variant in variants for entry in "ab"]
+    assert rows[0].accuracy_by["pairs"]["8"].mean == 0.25
+    assert rows[0].accuracy_by["pairs"]["8"].spread == 0.0
+
+
+def test_the_best_comes_first():
+    runs = [run("a", 1.0, accuracy=0.2), run("b", 2.0, accuracy=0.9), run("c", 0.5, accuracy=0.2)]
+    assert [row.entry for row in best_first(results(runs))] == ["b", "c", "a"]
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    found = results([run("a", 1.0, accuracy=0.5), run("b", None)], (1e-3, 3e-3))
+    assert write(found, tmp_path) == tmp_path / "results.json"
+    assert read_results(tmp_path) == read_results(tmp_path / "results.json") == found
+    write_tables(found, tmp_path)
+    assert "accuracy.pairs.4" in (tmp_path / "summary.csv").read_text()
+    page = markdown(found)
+    assert "| a | 50.0 % | 1.0000 | 1 | 1,000 | 4 KiB | 1,000 |" in page
+    assert "- b-0.001-0-None failed: it broke" in page
+    assert "the best learning rate, 0.001, is the lowest that was tried" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is no results of a study, for it is no JSON"),
+        ("{}", "is no results of a study: name: Field required"),
+        ("[]", "is no results of a study: "),
+        (json.dumps({"format": 2}), "is no results of a study: "),
+    ],
+)
+def test_a_file_that_is_no_results(tmp_path, text, said):
+    file = tmp_path / "results.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SeqmixError) as error:
+        read_results(tmp_path)
+    assert str(error.value).startswith(f"{file} {said}")
+
+
+def test_a_figure_of_nobody_is_refused():
+    found = results([run("a", 1.0)]).model_dump(mode="json")
+    found["runs"][0]["entry"] = "b"
+    with pytest.raises(ValueError, match="a figure is of 'b', which is no entry: a"):
+        Results.model_validate(found)
+
+
+def test_time_left_is_of_what_is_left():
+    now = [0.0]
+    forecast = Forecast({"a": 100.0, "b": 300.0}, clock=lambda: now[0])
+    assert forecast.seconds_left is None
+    forecast.move("a", 0.5)  # half of it was made before
+    now[0] = 10.0
+    forecast.move("a", 1.0)
+    assert forecast.share == 0.25
+    assert forecast.seconds_left == pytest.approx(300 / 50 * 10)
+
+
+def test_the_page_of_mixers_takes_a_study():
+    spec = importlib.util.spec_from_file_location("docs_mixers", ROOT / "docs" / "mixers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lines = module.trained(results([run("a", 1.25), run("a", 1.75, seed=1), run("b", 2.0), run("b", None, seed=1)]))
+    assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
+    assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
+    page = module.fill("x\n<!-- trained: begin -->\nold\n<!-- trained: end -->\ny", "trained", lines)
+    assert page.startswith("x\n<!-- trained: begin -->\n\nTokens a second")
+    assert page.endswith("| `b` | 1,000 | 2.0000 |  |  |  |  |  |\n\n<!-- trained: end -->\ny")
+    with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
+        module.fill("# A page", "trained", [])
