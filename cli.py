@@ -174,6 +174,76 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a sequence; may be given several times. By default 1, 2, 4, 8 and 16 times those of "
+            "training, as far as the text goes.",
+            min=1,
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    paradigm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure by this one, and then by others; by default by each that all layers declare, and parallel "
+            "up to 8,192 tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Measure how the same tokens gain from so much text; may be given several times.",
+            min=1,
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    scored: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens at the end that contexts are about; a quarter of the shortest by default.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that are read at each length, about.", min=1)] = 16384,
+    checkpoint: Checkpoint = "newest",
+    device: Annotated[str, typer.Option(help="Where: cpu, cuda, ...")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures.", metavar="FILE", show_default=False)
+    ] = None,
+) -> None:
+    """Measure a trained model at longer texts than it has learned from.
+
+    By length, with the loss by position in the sequence, in every paradigm; or by context: the same tokens behind more
+    and less text.
+
+    [bold]seqmix evaluate runs/retnet-tiny[/bold]
+
+    [bold]seqmix evaluate runs/retnet-tiny --context 64 --context 128 --context 256 --scored 32[/bold]
+    """
+    from .evaluating import evaluate_command
+
+    evaluate_command(
+        run,
+        lengths=length or [],
+        paradigms=paradigm or [],
+        contexts=context or [],
+        scored=scored,
+        tokens=tokens,
+        choice=_choice(checkpoint),
+        device=device,
+        json_file=json_file,
+        tell=_tell,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")],
     out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE", show_default=False)],

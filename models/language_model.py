@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from .config import ModelConfig, NormalInit
-from .loss import IGNORED, linear_cross_entropy, linear_predictions
+from .loss import IGNORED, linear_cross_entropy, linear_predictions, token_losses
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -129,6 +129,23 @@ class LanguageModel(nn.Module):
         x, _ = self._hidden(tokens, None, None, None, False)
         asked = targets != IGNORED
         return linear_predictions(self.norm(x[asked]), self.head.weight, targets[asked])
+
+    @torch.no_grad()
+    def token_losses(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        *,
+        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """The loss as above token by token, 0 where nothing is to be predicted; without gradients.
+
+        Raises:
+            ContractError: a layer does not declare the paradigm or packing.
+        """
+        x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
+        return token_losses(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
 
     def loss_and_state(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], state: ModelState

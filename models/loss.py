@@ -52,8 +52,18 @@ def linear_predictions(
     return total, torch.cat(found)
 
 
-def _direct(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+@torch.no_grad()
+def token_losses(
+    hidden: Float[Tensor, "M D"], weight: Float[Tensor, "vocab D"], targets: Int[Tensor, " M"]
+) -> Float[Tensor, " M"]:
+    """The cross-entropy of each token, in nats, 0 where the target is `IGNORED`; not all logits exist at once."""
+    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([_direct(part, weight, target, "none") for part, target in parts])
+
+
+def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction=reduction)

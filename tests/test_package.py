@@ -133,7 +133,7 @@ FLOORS = [
     {"seqmix.blocks"},
     {"seqmix.models"},
     {"seqmix.training"},
-    {"seqmix.checking", "seqmix.generating", "seqmix.show"},
+    {"seqmix.checking", "seqmix.evaluating", "seqmix.generating", "seqmix.show"},
     {"seqmix.benchmarks"},
     {"seqmix.experiments"},
     {"seqmix.cli"},
