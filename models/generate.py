@@ -149,13 +149,15 @@ def generate_tokens(
         keep: called with what was read and written, when the last token has been taken or the iterator is closed.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one.
+        SeqmixError: there is no prompt, or an empty one, or what the model makes of one is not finite.
     """
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     behind, texts = _behind(behind, prompts)
     logits, state = _prefill_behind(model, texts, behind, more=max_new_tokens)
+    if not logits.isfinite().all():
+        raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
     if compiled is None:
         compiled = max_new_tokens >= COMPILED_FROM
     decoder = Decoder(model, state, compiled=compiled)

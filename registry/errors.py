@@ -9,6 +9,10 @@ from typing import Any
 class SeqmixError(ValueError):
     """Something a user can put right, in one sentence; the commands print it and exit with status 2."""
 
+    def __str__(self) -> str:
+        # names and values are quoted as a file has them, and a terminal would obey some characters
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+
 
 class ConfigError(SeqmixError):
     """A configuration is wrong, or what it names cannot be had."""

@@ -10,6 +10,9 @@ from .errors import ConfigError
 from .tree import Node, Origin, Scalar
 from .yaml_scalars import PLAIN, TAG, Resolvers, ScalarType, resolvers
 
+MOST_VALUES = 100_000
+"""Of a document, where an alias counts as all that it names: a few lines of aliases of aliases stand for billions."""
+
 _SCALARS = {**PLAIN, f"{TAG}str": ScalarType(re.compile(""), str)}
 
 
@@ -55,18 +58,29 @@ class _Builder:
         self._loader = loader
         self._source = source
         self._lines = lines
-        self._built: dict[yaml.Node, Node] = {}
+        self._built: dict[yaml.Node, tuple[Node, int]] = {}
+        """Trees, and the values in each."""
         self._open: set[yaml.Node] = set()
+        self._values = 0
+        """So far."""
 
     def build(self, node: yaml.Node) -> Node:
         """The tree of a node. What an anchor names is built once."""
         if node in self._open:
             raise ConfigError(f"{self._origin(node)}: an alias stands inside of what it names")
-        if node not in self._built:
+        before = self._values
+        if node in self._built:
+            tree, size = self._built[node]
+            self._values += size
+        else:
             self._open.add(node)
-            self._built[node] = Node(self._value(node), self._origin(node))
+            tree = Node(self._value(node), self._origin(node))
             self._open.remove(node)
-        return self._built[node]
+            self._values += 1
+            self._built[node] = tree, self._values - before
+        if self._values > MOST_VALUES:
+            raise ConfigError(f"{self._origin(node)}: a document has at most {MOST_VALUES:,} values, aliases written out")
+        return tree
 
     def _value(self, node: yaml.Node) -> Any:
         if isinstance(node, yaml.MappingNode) and node.tag == f"{TAG}map":

@@ -474,3 +474,11 @@ def test_a_model_of_fewer_tokens_than_bytes_is_one_sentence(model_of):
     with pytest.raises(SeqmixError) as raised:
         generate_text(model_of("retention", vocab_size=100), ["a"])
     assert str(raised.value) == "text needs a model of 257 tokens (bytes), and this one has 100"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_has_diverged_is_one_sentence(model_of, temperature):
+    model = model_of("retention")
+    model.embedding.weight.data[256] = math.nan
+    with pytest.raises(SeqmixError, match=r"^the model gives logits that are not finite"):
+        generate_text(model, ["a"], sampling=Sampling(temperature=temperature))

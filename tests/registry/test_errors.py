@@ -26,3 +26,8 @@ def test_values_are_shown_as_yaml_has_them():
 def test_a_long_value_is_cut():
     assert shown("x" * 200).endswith("...")
     assert len(shown("x" * 200)) == 80
+
+
+def test_an_error_quotes_what_a_terminal_would_obey():
+    assert str(SeqmixError("a key \x1b[31m\u2028, ä")) == r"a key \x1b[31m\u2028, ä"
+    assert str(ConfigError("two\nlines of \udcff")) == "two\nlines of \\udcff"

@@ -180,3 +180,9 @@ def test_a_list_of_scalars_is_written_in_one_line():
 def test_a_shared_value_is_written_out_each_time():
     shared = {"x": 1}
     assert write({"a": shared, "b": shared}) == "a:\n  x: 1\nb:\n  x: 1\n"
+
+
+def test_aliases_of_aliases_are_counted_and_not_written_out():
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 64))]
+    assert error("\n".join(lines)) == "x.yaml:14: a document has at most 100,000 values, aliases written out"
+    assert len(read("\n".join(lines[:10]))["a9"]) == 2
