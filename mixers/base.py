@@ -49,6 +49,10 @@ class Traits:
                 raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
 
 
+WAYS = ("paradigm", "chunk_size", "backend")
+"""Fields of mixers that say how a map is computed, and never what: by the contract, they change its rounding alone."""
+
+
 class MixerConfig(Config, ABC):
     """The configuration of a mixer, and what a plug-in registers.
 

@@ -1,7 +1,7 @@
 """Language models: configuration, builder, generation, accounting."""
 
 from .accounting import LayerCost, ModelCost, account, flops_per_token
-from .builder import build_meta, build_model
+from .builder import build_meta, build_model, is_out_of_memory
 from .compiling import compile_blocks
 from .config import ModelConfig
 from .decoding import Decoder
@@ -35,6 +35,7 @@ __all__ = [
     "flops_per_token",
     "generate_text",
     "generate_tokens",
+    "is_out_of_memory",
     "linear_cross_entropy",
     "load_tokenizer",
     "prefill",

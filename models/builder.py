@@ -60,6 +60,14 @@ def build_model(
     return model
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's and NumPy's, or torch's of some device."""
+    words = ("DefaultCPUAllocator", "out of memory")  # not "memory" alone: an illegal access is something else
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def _allocated(model: LanguageModel, device: torch.device | str) -> LanguageModel:
     """The model of `build_meta` with memory, whose content is anything.
 
@@ -71,7 +79,7 @@ def _allocated(model: LanguageModel, device: torch.device | str) -> LanguageMode
     try:
         return model.to_empty(device=device)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise  # such as a device that is not there
         raise SeqmixError(
             f"the model has {count:,} parameters, whose {size:,} bytes ({size / 2**30:,.1f} GiB) could not be "

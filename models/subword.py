@@ -64,7 +64,11 @@ class SubwordTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, to the byte the file that was read."""
-        (folder / TOKENIZER_FILE).write_bytes(self._content)
+        file = folder / TOKENIZER_FILE
+        try:
+            file.write_bytes(self._content)
+        except OSError as error:
+            raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
 
 
 class _SubwordDecoder(TextDecoder):

@@ -79,7 +79,9 @@ class _Builder:
             self._values += 1
             self._built[node] = tree, self._values - before
         if self._values > MOST_VALUES:
-            raise ConfigError(f"{self._origin(node)}: a document has at most {MOST_VALUES:,} values, aliases written out")
+            raise ConfigError(
+                f"{self._origin(node)}: a document has at most {MOST_VALUES:,} values, aliases written out"
+            )
         return tree
 
     def _value(self, node: yaml.Node) -> Any:

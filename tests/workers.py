@@ -21,6 +21,12 @@ def command(*arguments: str) -> None:
     main()
 
 
+def command_heard(errors: str, *arguments: str) -> None:
+    """The same, with what it says of errors in a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    command(*arguments)
+
+
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
     """The same, which kills itself in the call with that number of a function of the checkpoints' module."""
     import seqmix.training.checkpoint as module

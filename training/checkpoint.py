@@ -79,6 +79,8 @@ class Manifest(Config):
     """Measured behind this step; `validation_loss` is there if the step was evaluated."""
     best: Best
     """Of all evaluations up to this step."""
+    data: str | None = None
+    """A hash of what was learned; None where that is no text, or the checkpoint is of a time before."""
     files: dict[str, WrittenFile] = Field(default_factory=dict)
     """By name."""
     sha256: str = ""
@@ -92,7 +94,8 @@ class Manifest(Config):
     @property
     def checksum(self) -> str:
         """What `sha256` is to be."""
-        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+        exclude = {"sha256", "data"} if self.data is None else {"sha256"}
+        return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,11 @@ class Writer:
             raise CheckpointError(f"the checkpoint {folder} could not be written: {error}") from error
 
     def _write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> None:
-        write(self.run, manifest, parts, metadata)
+        try:
+            write(self.run, manifest, parts, metadata)
+        except Exception:
+            drop_unfinished(self.run)  # half of one would keep a full disk full
+            raise
         drop_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
 
     def __enter__(self) -> Self:

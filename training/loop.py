@@ -17,13 +17,14 @@ import torch
 
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, build_model, compile_blocks, flops_per_token
-from ..registry import SeqmixError, dump
+from ..registry import dump
 from . import checkpoint, snapshot
 from .checkpoint import Best, Found, Manifest
 from .config import RunConfig, TrainingConfig
 from .data import Batch, Source
 from .diagnosis import first_gradient, first_module
 from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
+from .failures import TrainingError, kept, told
 from .memory import peak_memory
 from .metrics import Metrics
 from .optim import AnyOptimizer, build_optimizer, learning_rate
@@ -32,10 +33,6 @@ from .score import Measured, Score
 from .session import record_session, seqmix_version
 
 CONFIG_FILE = "config.yaml"
-
-
-class TrainingError(SeqmixError):
-    """Training cannot start or go on."""
 
 
 class StepResult(NamedTuple):
@@ -73,20 +70,25 @@ def train(
     model = build_model(config.model, device=device, activations=precision, seed=config.seed)
     model.tokenizer = source.tokenizer
     trainer = Trainer(config, run, source, model, build_optimizer(model, config.training))
-    start = 0
+    start, notes = 0, []
     if found is not None:
-        start = trainer.restore(found)
+        start, notes = found.manifest.step, [*found.notes, *trainer.restore(found)]
     elif not resume:
         kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
         _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
         if source.tokenizer is not None:
             source.tokenizer.save(run)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held(run), trainer:
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        told(run, config.training),
+        _held(run),
+        trainer,
+    ):
         trainer.metrics.begin(start)
         checkpoint.drop_unfinished(run)
         record_session(run, config, step=start, device=device, precision=precision)
         yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start)
-        for text in () if found is None else (*found.notes, *_differences(found.manifest)):
+        for text in notes:
             yield Noted(start, text)
         yield from trainer.steps(start, stop)
 
@@ -121,18 +123,21 @@ class Trainer:
         self.metrics.close()
         self.writer.__exit__(kind, error, trace)
 
-    def restore(self, found: Found) -> int:
-        """Go on from a checkpoint: the step that comes next, from 0.
+    def restore(self, found: Found) -> list[str]:
+        """Go on from a checkpoint.
+
+        Returns:
+            What makes the run another one than it would have been, a sentence each.
 
         Raises:
             CheckpointError: it is of another model, optimizer or batch.
         """
-        snapshot.load_model(found.folder, self.model)
+        changed = snapshot.load_model(found.folder, self.model)
         snapshot.load_optimizer(found.folder, self.model, self.optimizer)
         if self.config.training.carry_state:
             self.state = snapshot.load_state(found.folder, self.model, self.config.training.batch_size)
         self.best = found.manifest.best
-        return found.manifest.step
+        return _differences(found.manifest, self.source, changed)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """All steps from `start` on, with evaluations and checkpoints, until asked to stop, or no longer better."""
@@ -235,6 +240,7 @@ class Trainer:
             threads=torch.get_num_threads(),
             metrics=metrics,
             best=self.best,
+            data=self.source.digest,
         )
         parts = snapshot.gather(self.model, self.optimizer, self.state)
         folder = self.writer.write(manifest, parts, snapshot.metadata_of(self.config.model, step))
@@ -392,19 +398,23 @@ class Trainer:
             where = f"first in the gradient of {name}"
         with suppress(checkpoint.CheckpointError):
             self.writer.wait()
-        kept = checkpoint.checkpoints(self.run)
         return TrainingError(
             f"step {done}: the {what} is {value:g}{f', {where}' if where else ''}; try a lower training.learning_rate; "
-            f"{f'the newest checkpoint is {kept[-1]}' if kept else 'no checkpoint was written yet'}"
+            f"{kept(self.run)}"
         )
 
 
-def _differences(manifest: Manifest) -> list[str]:
-    """What makes a resumed run another one, by rounding."""
+def _differences(manifest: Manifest, source: Source, ways: list[str]) -> list[str]:
+    """What makes a resumed run another one: by its data, or by rounding."""
     now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     then = {"threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
-    return [f"{', '.join(changed)}: other last bits than an undisturbed run"] if changed else []
+    notes = [f"{', '.join([*changed, *ways])}: other last bits than an undisturbed run"] if changed or ways else []
+    if manifest.data is not None and manifest.data != source.digest:
+        notes.append(
+            f"{source.name} is not the text that was learned up to step {manifest.step}: from here on another run"
+        )
+    return notes
 
 
 def _require_free(run: Path) -> None:

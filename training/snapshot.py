@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..mixers.base import WAYS
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
 from .checkpoint import CheckpointError, file_of, read_tensors
@@ -43,16 +45,20 @@ def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
     return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
 
 
-def load_model(folder: Path, model: LanguageModel) -> None:
+def load_model(folder: Path, model: LanguageModel) -> list[str]:
     """Put a checkpoint's parameters into a model.
+
+    Returns:
+        How the model is computed otherwise than it was trained, which changes its rounding: a phrase a field.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds other parameters than the model's.
     """
     file = folder / file_of(MODEL)
     found, metadata = read_tensors(file)
-    _require_same_model(file, metadata, model.config)
+    changed = _require_same_model(file, metadata, model.config)
     fill(file, found, parameters_of(model))
+    return changed
 
 
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
@@ -100,18 +106,42 @@ def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         tensor.copy_(found[name])
 
 
-def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> None:
-    """Two configurations may have parameters of the same shapes, and be different functions of them."""
+def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
+    """Two configurations may have parameters of the same shapes, and be different functions of them.
+
+    Returns:
+        What differs in how they are computed, a phrase a field.
+    """
     written = metadata.get("seqmix.model")
+    if written is None:
+        return []
+    what, how = _taken_apart(config)
     try:
-        same = written is None or ModelConfig.model_validate(json.loads(written)) == config
+        what_before, how_before = _taken_apart(ModelConfig.model_validate(json.loads(written)))
     except ValueError:
-        same = False
-    if not same:
+        what_before, how_before = None, {}
+    if what != what_before:
         raise CheckpointError(
-            f"{file} was trained with another model than the configuration beside it describes: "
-            "undo what was changed in config.yaml under `model`"
+            f"{file} was trained with another model than the configuration beside it describes: undo what was changed "
+            f"in config.yaml under `model`, other than {', '.join(WAYS)} of mixers"
         )
+    return [
+        f"{name} {how_before[name]} before and {how[name]} from here on"
+        for name in how
+        if how[name] != how_before[name]
+    ]
+
+
+def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a model is, and how it is computed, the latter by dotted names."""
+    what = config.model_dump(mode="json")
+    how = {
+        f"model.blocks.{name}.mixer.{field}": block["mixer"].pop(field)
+        for name, block in what["blocks"].items()
+        for field in WAYS
+        if field in block["mixer"]
+    }
+    return what, how
 
 
 def _require_same_names(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

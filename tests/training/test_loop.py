@@ -15,7 +15,7 @@ from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training import TextConfig, TrainingError, read_config
-from seqmix.training.checkpoint import Best, checkpoints, find, step_of
+from seqmix.training.checkpoint import Best, checkpoints, find, read_manifest, step_of
 from seqmix.training.data import training_batch
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from seqmix.training.loop import Trainer
@@ -709,3 +709,56 @@ def test_tokens_a_second_are_of_the_step_alone(config_of, tmp_path, monkeypatch)
     monkeypatch.setattr("seqmix.training.loop.time.perf_counter", lambda: float(next(ticks)))
     events = run_of(config_of(), tmp_path / "run")
     assert {event.tokens_per_second for event in events if isinstance(event, Stepped)} == {4 * 16.0}
+
+
+# ---- what makes a resumed run another one
+
+
+def notes(config: RunConfig, run: Path) -> list[str]:
+    """What is noted where a run goes on."""
+    return [event.text for event in run_of(config, run, resume=True) if isinstance(event, Noted)]
+
+
+def test_how_a_mixer_is_computed_may_change_and_is_noted(config_of, tmp_path):
+    run_of(config_of("training.steps=2"), tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    text = file.read_text().replace("chunk_size: 64", "chunk_size: 32").replace("steps: 2\n", "steps: 4\n", 1)
+    file.write_text(text.replace("paradigm: chunkwise", "paradigm: parallel"))
+    mixer = "model.blocks.ret.mixer"
+    assert notes(read_config(tmp_path / "run"), tmp_path / "run") == [
+        f"{mixer}.paradigm chunkwise before and parallel from here on, {mixer}.chunk_size 64 before and 32 from here "
+        "on: other last bits than an undisturbed run"
+    ]
+    assert load_run(tmp_path / "run").blocks[0].mixer.config.chunk_size == 32
+
+
+def test_what_a_mixer_computes_may_not_change(config_of, tmp_path):
+    run_of(config_of(), tmp_path / "run", stop=lambda: True)
+    other = config_of("model.blocks.ret.mixer.gate=none", "model.blocks.ret.mixer.chunk_size=32")
+    with pytest.raises(SeqmixError, match=r"under `model`, other than paradigm, chunk_size, backend of mixers$"):
+        run_of(other, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("change", ["longer", "as long", "the same again", "split otherwise"])
+def test_a_text_that_has_changed_is_noted(config_of, tmp_path, text, change):
+    run_of(config_of(), tmp_path / "run", stop=lambda: True)
+    content, changes = text.read_text(), ()
+    if change == "longer":
+        text.write_text(content + " and more")
+    elif change == "as long":
+        text.write_text(content[:1000] + "?" + content[1001:])
+    elif change == "the same again":
+        text.write_text(content)
+    else:
+        changes = ("data.validation_fraction=0.2",)
+    sentence = f"{text} is not the text that was learned up to step 1: from here on another run"
+    assert notes(config_of(*changes), tmp_path / "run") == ([] if change == "the same again" else [sentence])
+
+
+def test_a_checkpoint_of_a_time_before_says_nothing_of_the_text(config_of, tmp_path, text):
+    run_of(config_of(), tmp_path / "run", stop=lambda: True)
+    file = checkpoints(tmp_path / "run")[-1] / "manifest.json"
+    manifest = read_manifest(file.parent).model_copy(update={"data": None})
+    file.write_text(manifest.model_copy(update={"sha256": manifest.checksum}).model_dump_json(exclude={"data"}))
+    text.write_text(text.read_text() + " and more")
+    assert notes(config_of(), tmp_path / "run") == []

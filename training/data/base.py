@@ -52,6 +52,8 @@ class Source(ABC):
     """What turns its tokens into text and back; None where they stand for none."""
     bytes_per_token: float | None = None
     """Of its text; None where it is none."""
+    digest: str | None = None
+    """Equal for equal data; None where they are a function of the configuration."""
     unigram_entropy: float | None = None
     """Nats a token for a model that knows the frequencies of tokens and nothing else; None where nobody asks."""
 

@@ -1,5 +1,6 @@
 """A text as two streams of tokens, one to learn and one held out."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -33,6 +34,8 @@ class Corpus:
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     bytes_per_token: float = 1.0
     """Of the whole text, begin tokens aside: 1 for bytes."""
+    digest: str | None = None
+    """Equal for texts of the same documents, tokens and split."""
 
     @property
     def unigram_entropy(self) -> float:
@@ -78,6 +81,7 @@ def read_corpus(config: TextConfig, tokenizer: Tokenizer | None = None) -> Corpu
         validation if mapped else validation[:].astype(tokenizer.dtype, copy=False),
         tokenizer,
         sum(store.bytes for store, _ in shelves) / max(total, 1),
+        _digest(tokenizer, shelves, sides),
     )
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) <= config.sequence_length:
@@ -131,6 +135,15 @@ def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
         store = TokenFile(file.path, tokenizer)
         found.append((store, np.full(len(store.ends), digest(file.key.encode()), dtype=np.uint64)))
     return found
+
+
+def _digest(tokenizer: Tokenizer, shelves: Sequence[Shelf], sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """A hash of documents' hashes: nothing is read again."""
+    found = hashlib.sha256(tokenizer.identity.encode())
+    for (store, _), (learned, held_out) in zip(shelves, sides, strict=True):
+        for table in (store.digests, learned, held_out):
+            found.update(table.tobytes())
+    return found.hexdigest()
 
 
 def _are_text(config: TextConfig, files: Sequence[SourceFile]) -> bool:

@@ -31,7 +31,7 @@ class Text(Source):
         self.config, self.corpus, self.carried = config, corpus, carried
         self.name, self.tokenizer, self.vocab_size = corpus.name, corpus.tokenizer, corpus.tokenizer.vocab_size
         self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
-        self.begin = corpus.tokenizer.begin
+        self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
         self.most_documents: dict[int, int] = {}
         """Of a sequence, by its length, where documents are packed."""
         for length in (config.sequence_length, *lengths) if config.packing else ():

@@ -1,0 +1,449 @@
+"""Damaged configurations, data and runs: each is refused in one sentence, or trains; nothing ends in a traceback.
+
+Ten times the cases, 1,820: pytest tests/training/test_damaged.py --hypothesis-profile nightly
+"""
+
+import hashlib
+import json
+import multiprocessing
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import workers
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from seqmix import SeqmixError, load_config, load_run, train
+from seqmix.models import generate_text, load_tokenizer, train_bpe
+from seqmix.registry import dump
+from seqmix.training import export_run, read_config
+from seqmix.training.checkpoint import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
+from seqmix.training.data import read_documents, tokenized, write_token_file
+
+if "forkserver" not in multiprocessing.get_all_start_methods():
+    pytest.skip("needs processes that fork", allow_module_level=True)
+
+
+def cases(share: float) -> settings:
+    """A share of the profile's cases, always the same ones, each within 20 s: what waits for ever is a fault too."""
+    return settings(
+        max_examples=round(share * settings().max_examples),
+        deadline=20_000,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+SMALL = (
+    "model.d_model=16",
+    "model.n_layers=2",
+    "model.dropout=0.1",
+    "data.sequence_length=16",
+    "training.steps=2",
+    "training.batch_size=4",
+    "training.warmup_steps=1",
+    "training.evaluate_every=1",
+    "training.evaluation_batches=2",
+    "training.final_evaluation_batches=3",
+    "training.checkpoint_every=1",
+    "training.log_every=1",
+)
+PRESETS = {
+    "retnet-tiny": (),
+    "hybrid-tiny": ("model.pattern=[ret, attn]",),
+    "mamba2-tiny": (),
+    "hyena-tiny": (),
+    "delta-net-tiny": (),
+    "gla-tiny": (),
+}
+TEXT = "the text of a small run, over and over again. " * 60
+ROOM = 2**31
+"""Bytes that a case may allocate: what needs more is refused by the system, as where memory is short."""
+
+
+@pytest.fixture(autouse=True)
+def _little_memory() -> Iterator[None]:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch) -> None:
+    monkeypatch.setattr("seqmix.training.checkpoint.flush", lambda path: None)
+
+
+@pytest.fixture
+def folder(tmp_path_factory) -> Callable[[], Path]:
+    """Empty folders, one a case."""
+    return lambda: tmp_path_factory.mktemp("case")
+
+
+def refused(action: Callable[[], object]) -> str | None:
+    """The sentence with which an action is refused; None if it goes through. Any other end is a failure."""
+    try:
+        action()
+    except SeqmixError as error:
+        require_sentences(str(error))
+        return str(error)
+    return None
+
+
+def require_sentences(message: str) -> None:
+    lines = message.split("\n")
+    assert len(lines) <= 6
+    for line in lines:
+        assert line.strip()
+        assert line.isprintable(), "a terminal would obey it"
+        assert len(line) < 2000
+        assert "Traceback" not in line
+
+
+# ---- what is done to bytes
+
+A_FEW = st.integers(1, 4)
+
+
+@st.composite
+def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file's content: cut short, flipped, overwritten, repeated, in another encoding, or something else."""
+    for _ in range(draw(A_FEW)):
+        at = draw(st.integers(0, max(len(content) - 1, 0)))
+        match draw(st.sampled_from(["cut", "flip", "insert", "overwrite", "repeat", "empty", "recode"])):
+            case "cut":
+                content = content[:at]
+            case "flip" if content:
+                content = content[:at] + bytes([content[at] ^ 1 << draw(st.integers(0, 7))]) + content[at + 1 :]
+            case "insert":
+                content = content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
+            case "overwrite":
+                junk = draw(st.binary(min_size=1, max_size=9))
+                content = content[:at] + junk + content[at + len(junk) :]
+            case "repeat":
+                content = content[:at] + content[at // 2 :]
+            case "empty":
+                content = b""
+            case "recode":
+                encoding = draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32-be"]))
+                content = content.decode(errors="replace").encode(encoding)
+    return content
+
+
+# ---- configurations
+
+NUMBERS = (0, 1, 2, 3, 7, 64, -1, 2**31 - 1, 2**31, 2**63, 10**30, 0.0, 0.5, 1.0, -0.5, 1e-320, 1e308, 1e999, -1e999)
+WORDS = ("", "8", "true", "null", "retention", "bytes", "auto", "retnet-tiny", "a:B", "../x", "\0", "ä\u2028", "~", "*")
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.sampled_from((*NUMBERS, *WORDS)) | st.just(float("nan")) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every key and item."""
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in entries:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def damage(tree: dict, draw: st.DrawFn) -> None:
+    """Drop, rename, replace, move or wrap one value."""
+    *way, key = draw(st.sampled_from(list(places(tree)) or [("model",)]))
+    holder: Any = tree
+    for part in way:
+        holder = holder[part]
+    what = draw(st.sampled_from(["drop", "rename", "replace", "number", "number", "wrap", "move"]))
+    if what == "drop":
+        del holder[key]
+    elif what == "rename" and isinstance(holder, dict):
+        holder[draw(st.text(max_size=6) | st.just(str(key)[:-1]) | st.just(f"{key}s"))] = holder.pop(key)
+    elif what == "wrap":
+        holder[key] = [holder[key]] if draw(st.booleans()) else {str(key): holder[key]}
+    elif what == "number" and isinstance(holder[key], (int, float)):
+        holder[key] = draw(st.sampled_from(NUMBERS).filter(lambda number: type(number) is type(holder[key])))
+    elif what == "move":
+        tree[draw(st.text(max_size=6))] = holder[key]
+    else:
+        holder[key] = draw(JUNK)
+
+
+TRICKS = (
+    "\n<<: *none\n",
+    "\nmodel: {}\n",
+    "\nseed: &a [*a]\n",
+    "\n---\nseed: 1\n",
+    "\nextends: run.yaml\n",
+    "\nextends: retnet-tiny\n",
+    "\nextends: [1]\n",
+    "\nseed: !!python/object:os.system 1\n",
+    "\n? {a: 1}\n: 2\n",
+    "\n\tseed: 1\n",
+    "\nseed: " + "[" * 3000 + "\n",
+    "\nseed: " + "9" * 5000 + "\n",
+    "".join(f"\nx{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)).replace("*x0", "1"),
+    "\nx: &x {a: &y [1, 1]}\nz: {<<: *x, <<: *x}\n",
+)
+
+
+@st.composite
+def damaged_configs(draw: st.DrawFn, wholes: list[str]) -> bytes:
+    """A YAML file: what is said is changed, and at times how it is written."""
+    text = draw(st.sampled_from(wholes))
+    if draw(st.integers(0, 3)):
+        tree = yaml.safe_load(text)
+        for _ in range(draw(A_FEW)):
+            damage(tree, draw)
+        text = yaml.dump(tree, sort_keys=False, allow_unicode=True)
+    match draw(st.sampled_from(["as it is", "as it is", "trick", "lines", "bytes"])):
+        case "trick":
+            text += draw(st.sampled_from(TRICKS))
+        case "lines":
+            lines = text.splitlines(keepends=True)
+            at = draw(st.integers(0, max(len(lines) - 1, 0)))
+            lines.insert(at, draw(st.sampled_from([*lines, "  x: 1\n", "- 1\n", "x\n", "'\n", "a: b: c\n"])))
+            text = "".join(lines)
+        case "bytes":
+            return draw(damaged_bytes(text.encode()))
+    return text.encode()
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def wholes(text_file) -> list[str]:
+    small = [*SMALL, f"data.paths=[{text_file}]"]
+    return [dump(load_config(preset, [*small, *changes])) for preset, changes in PRESETS.items()]
+
+
+def train_two_steps(file: Path) -> None:
+    steps = 0
+
+    def enough() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps == 2
+
+    for _ in train(load_config(file), file.parent / "run", stop=enough):
+        pass
+
+
+@cases(0.6)
+@given(data=st.data())
+def test_a_damaged_configuration(data, wholes, folder):
+    file = folder() / "run.yaml"
+    file.write_bytes(data.draw(damaged_configs(wholes)))
+    refused(lambda: train_two_steps(file))
+
+
+# ---- data
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, bytes]:
+    """One text in every form that is read."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "a.txt").write_text(TEXT)
+    rows = [{"text": TEXT[at : at + 50], "n": at} for at in range(0, len(TEXT), 50)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config("retnet-tiny", [f"data.paths=[{folder / 'a.jsonl'}]"]).data
+    pytest.importorskip("tokenizers")
+    train_bpe([("a", TEXT.encode())], 300, folder / "t.json")
+    for name, tokenizer in (("a", load_tokenizer("bytes")), ("b", load_tokenizer(folder / "t.json"))):
+        write_token_file(folder / f"{name}.tokens", tokenized(read_documents(config), tokenizer), tokenizer)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def damage_data(here: Path, sources: dict[str, bytes], draw: st.DrawFn) -> list[str]:
+    """Write all sources into a folder, one of them damaged; the changes of a run that reads it."""
+    for name, content in sources.items():
+        (here / name).write_bytes(content)
+    name = draw(st.sampled_from(sorted(sources)))
+    victim = here / name
+    match draw(st.sampled_from(["damage"] * 6 + ["missing", "folder", "link", "empty", "other", "unreadable"])):
+        case "damage":
+            victim.write_bytes(draw(damaged_bytes(sources[name])))
+        case "missing":
+            victim.unlink()
+        case "folder":
+            victim.unlink()
+            victim.mkdir()
+        case "link":
+            victim.unlink()
+            victim.symlink_to(victim)
+        case "empty":
+            victim.write_bytes(b"")
+        case "other":
+            victim.write_bytes(sources[draw(st.sampled_from(sorted(sources)))])
+        case "unreadable":
+            victim.chmod(0)
+    return [
+        "model.vocab_size=400",
+        f"data.paths=[{victim if name != 't.json' else here / 'a.txt'}]",
+        f"data.tokenizer={here / 't.json' if name in ('b.tokens', 't.json') else 'bytes'}",
+        f"data.split={draw(st.sampled_from(['auto', 'tail', 'by_document', 'by_file']))}",
+        f"data.order={draw(st.sampled_from(['random_windows', 'epochs']))}",
+        f"data.packing={draw(st.sampled_from(['true', 'false']))}",
+    ]
+
+
+@cases(0.6)
+@given(data=st.data())
+def test_damaged_data(data, sources, folder):
+    here = folder()
+    config = load_config("retnet-tiny", [*SMALL, *damage_data(here, sources, data.draw)])
+    refused(lambda: list(train(config, here / "run")))
+
+
+# ---- runs and their checkpoints
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(text_file, tmp_path_factory) -> dict[str, Path]:
+    """A run in the middle, the same at its end, one of another width, and one of another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = [*SMALL, f"data.paths=[{text_file}]", f"training.steps={STEPS}", "training.carry_state=true"]
+    for name, changes in (("whole", ()), ("half", ()), ("other", ("model.d_model=32",)), ("twin", ("seed=1",))):
+        asked = iter([name == "half" and step == 1 for step in range(STEPS)])
+        list(train(load_config("retnet-tiny", [*base, *changes]), folder / name, stop=lambda asked=asked: next(asked)))
+    assert len(checkpoints(folder / "half")) == 2
+    return {run.name: run for run in folder.iterdir()}
+
+
+def files_of(run: Path) -> list[str]:
+    return sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file())
+
+
+def seal(folder: Path) -> None:
+    """Make a checkpoint's manifest true to its files."""
+    manifest = read_manifest(folder)
+    contents = {name: (folder / name).read_bytes() for name in manifest.files if (folder / name).is_file()}
+    files = {
+        name: WrittenFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
+    }
+    (folder / MANIFEST_FILE).write_text(manifest.sealed(files).model_dump_json())
+
+
+@st.composite
+def damaged_manifests(draw: st.DrawFn, content: bytes) -> bytes:
+    """A manifest that says something else."""
+    tree = json.loads(content)
+    for _ in range(draw(A_FEW)):
+        damage(tree, draw)
+    return json.dumps(tree).encode("utf-8", "surrogatepass")
+
+
+def damage_run(run: Path, runs: dict[str, Path], draw: st.DrawFn) -> bool:
+    """Damage some files of a run; whether what can still be made of it is the undisturbed run."""
+    names, faithful = files_of(run), True
+    for _ in range(draw(A_FEW)):
+        name = draw(st.sampled_from(names))
+        file, content = run / name, (runs["half"] / name).read_bytes()
+        if file.is_dir():
+            continue
+        faithful &= file.name != "config.yaml"
+        match draw(st.sampled_from(["damage", "damage", "edit", "missing", "folder", "swap", "seal"])):
+            case "damage":
+                file.write_bytes(draw(damaged_bytes(content)))
+            case "edit" if file.name == MANIFEST_FILE:
+                file.write_bytes(draw(damaged_manifests(content)))
+            case "edit" if file.name == "config.yaml":
+                file.write_bytes(draw(damaged_configs([content.decode()])))
+            case "missing":
+                file.unlink(missing_ok=True)
+            case "folder":
+                file.unlink(missing_ok=True)
+                file.mkdir()
+            case "swap":
+                other = runs[draw(st.sampled_from(["other", "twin"]))]
+                file.write_bytes((other / draw(st.sampled_from(files_of(other)))).read_bytes())
+            case "seal" if file.suffix == ".safetensors":
+                file.write_bytes(draw(damaged_bytes(content)))
+                faithful &= refused(lambda folder=file.parent: seal(folder)) is not None
+    return faithful
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_a_damaged_run(data, runs, folder):
+    run = folder() / "run"
+    shutil.copytree(runs["half"], run)
+    faithful = damage_run(run, runs, data.draw)
+    refused(lambda: generate_text(load_run(run, tell=require_sentences), ["a"], max_new_tokens=2))
+    refused(lambda: export_run(run, run.parent / "a.safetensors", tell=require_sentences))
+    refusal = refused(lambda: list(train(read_config(run), run, resume=True)))
+    if faithful and refusal is None:
+        name = Path("checkpoints") / f"step-{STEPS:06d}" / "model.safetensors"
+        ours, theirs = load_file(run / name), load_file(runs["whole"] / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "another run than the undisturbed one"
+
+
+@cases(0.3)
+@given(data=st.data())
+def test_a_damaged_file_of_weights(data, runs, folder):
+    file = folder() / "a.safetensors"
+    export_run(runs["whole"], file)
+    file.write_bytes(data.draw(damaged_bytes(file.read_bytes())))
+    refused(lambda: generate_text(load_run(file), ["a"], max_new_tokens=2))
+
+
+# ---- the command itself
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+    return context
+
+
+@cases(0.02)
+@given(data=st.data())
+def test_a_command_on_damaged_input(data, wholes, sources, runs, folder, processes):
+    here = folder()
+    run, out = here / "run", here / "out"
+    match data.draw(st.sampled_from(["configuration", "data", "run"])):
+        case "configuration":
+            (here / "run.yaml").write_bytes(data.draw(damaged_configs(wholes)))
+            arguments = ["train", here / "run.yaml", "--dry-run"]
+        case "data":
+            arguments = ["train", "retnet-tiny", *SMALL, *damage_data(here, sources, data.draw), "--out", out]
+        case "run":
+            shutil.copytree(runs["half"], run)
+            damage_run(run, runs, data.draw)
+            commands = (
+                ["train", "--resume", run],
+                ["generate", run, "--prompt", "a", "--max-new-tokens", 2],
+                ["export", run, "--out", out],
+            )
+            arguments = data.draw(st.sampled_from(commands))
+    process = processes.Process(
+        target=workers.command_heard, args=(str(here / "errors"), *map(str, arguments)), daemon=True
+    )
+    process.start()
+    process.join(20)
+    assert process.exitcode in (0, 2)
+    heard = (here / "errors").read_text().splitlines()
+    errors = [line for line in heard if not line.startswith("note: ")]
+    assert bool(errors) == (process.exitcode == 2)
+    if errors:
+        assert errors[0].startswith("error: ")
+        require_sentences("\n".join(errors))

@@ -1,0 +1,59 @@
+"""What ends a run in the middle, in one sentence that says what is kept of it and how to go on."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..models import is_out_of_memory
+from ..registry import SeqmixError
+from .checkpoint import checkpoints
+from .config import TrainingConfig
+
+
+class TrainingError(SeqmixError):
+    """Training cannot start or go on."""
+
+
+@contextmanager
+def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
+    """Tell in one sentence what the machine refuses while a run goes on: memory, and its files.
+
+    Args:
+        run: the run's folder.
+        settings: what decides how much memory a step takes.
+
+    Raises:
+        TrainingError: the memory ran out, or a file cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        # an error that a full disk gives in the middle of a file has no name
+        file = error.filename or run
+        raise TrainingError(f"{file} cannot be read or written: {error.strerror or error}; {kept(run)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = [
+            f"lower training.batch_size ({settings.batch_size})",
+            f"raise training.accumulate ({settings.accumulate}), for a batch to be computed in smaller parts",
+            *([] if settings.checkpoint_activations else ["set training.checkpoint_activations to true"]),
+        ]
+        raise TrainingError(
+            f"memory ran out{_asked(error)}: {', '.join(ways[:-1])}, or {ways[-1]}; {kept(run)}"
+        ) from None  # what led here holds on to the tensors that took the memory
+
+
+def kept(run: Path) -> str:
+    """What is there to go on from, as the end of a sentence."""
+    there = checkpoints(run)
+    return f"the newest checkpoint is {there[-1]}" if there else "no checkpoint was written yet"
+
+
+def _asked(error: BaseException) -> str:
+    """How much more was asked for, where the error says so."""
+    found = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+    if found is None:
+        return ""
+    return f" ({found[2] or f'{int(found[1]) / 2**30:.1f} GiB'} more were asked for)"
