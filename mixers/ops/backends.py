@@ -40,7 +40,7 @@ def choose(op: str, backend: str, probe: Probe) -> str:
     if backend == "auto":
         for paradigm, name in AUTO.get(op, ()) if probe.device.type == "cuda" else ():
             kernel = find(op, paradigm, name)
-            reason = "; ".join([*kernel.unsupported(probe), *_weaknesses(probe)]) or disagreement(kernel, probe)
+            reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
             if reason is None:
                 log.info("%s on %s in %s: %s", op, probe.device, probe.dtype, kernel.key)
                 return name
@@ -52,13 +52,6 @@ def choose(op: str, backend: str, probe: Probe) -> str:
         if all(reasons):
             raise SeqmixError(f"backend {backend} cannot run: {'; '.join(reasons[0])}")
     return backend
-
-
-def _weaknesses(probe: Probe) -> list[str]:
-    """Why `auto` leaves alone what Triton computes within its tolerances."""
-    if probe.log_decay == "B T H":
-        return ["its gradients of given log-decays are differences, which is noise where decays are strong"]
-    return []
 
 
 def _kernels(op: str, backend: str) -> list[Kernel]:

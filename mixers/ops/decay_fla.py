@@ -273,5 +273,6 @@ KERNEL = declare(
         # no float32: its products are then of TF32, which has 11 bits
         tolerances={torch.bfloat16: 1.5e-2, torch.float16: 1.8e-3},
         limits=limits,
+        differences=True,
     )
 )

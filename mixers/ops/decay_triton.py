@@ -435,37 +435,24 @@ class _Call:
 
     def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor, out: Tensor) -> None:
         """Fill `out`, the gradient of the log-decay."""
-        tiles = {"TILES": self.key_tiles, "PRODUCTS": self.scan_tiles}
-        grid = (self.chunks * self.heads,)
-        if self.rates is None:
-            self.kernels.token_gradient[grid](
-                log_decay=self.log_decay,
-                clocks=self.clocks,
-                sums=sums,
-                products=products,
-                out=out,
-                table=self.table,
-                chunks=self.chunks,
-                **tiles,
-                **self.common,
-                **FUSED,
-            )
-            return
         launch = self.backward
-        by_chunk = out.new_zeros(self.chunks, self.heads)
-        self.kernels.head_gradient[grid](
+        by_chunk = out if self.rates is None else out.new_zeros(self.chunks, self.heads)
+        self.kernels.decay_gradient[(self.chunks * self.heads,)](
             do=do,
             rates=self.rates,
+            clocks=self.clocks,
             sums=sums,
             products=products,
             out=by_chunk,
             TILE_INNER=launch.tile[0],
-            **tiles,
+            TILES=self.key_tiles,
+            PRODUCTS=self.scan_tiles,
             **self.in_bands,
             **_strides(do=do),
             **launch.options,
         )
-        out.copy_(by_chunk.sum(0))
+        if self.rates is not None:
+            out.copy_(by_chunk.sum(0))
 
 
 def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -596,7 +583,7 @@ def chunkwise_backward_op(
         call.scan(call.k, call.v, states, initial, None)
     sums = products = None
     if needs_log_decay:
-        sums = d_log_decay.new_empty(2, 2, call.key_tiles, *(call.batch, call.heads, call.length))
+        sums = d_log_decay.new_empty(2, call.key_tiles, *(call.batch, call.heads, call.length))
         products = d_log_decay.new_empty(call.chunks, call.heads, call.scan_tiles)
     d_states = call.new_states()
     call.scan(

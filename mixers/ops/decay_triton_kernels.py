@@ -236,7 +236,6 @@ def _band(
     other,
     other_token,
     sums,
-    sums_kind,
     rates,
     clocks,
     plane,
@@ -258,7 +257,7 @@ def _band(
 
     Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
     their own on. The reversed scores are a product of their own, as the transpose of a product is miscompiled by some
-    versions of Triton. `sums` gets the rows' products of `other` with out, and with its first term alone.
+    versions of Triton. `sums` gets the rows' products of `other` with the first term of out.
     """
     rows = tl.arange(0, C)
     columns = outer + tl.arange(0, TILE_OUTER)
@@ -297,11 +296,8 @@ def _band(
     z_tile = _tile(z, z_token, rows, m, columns, OUTER)
     if sums is not None:
         other_tile = _tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
-        tl.store(sums + sums_kind + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
-    acc = _dot(scores.to(z_tile.dtype), z_tile, acc)
-    if sums is not None:
-        other_tile = _tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
         tl.store(sums + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
+    acc = _dot(scores.to(z_tile.dtype), z_tile, acc)
     inside = (rows[:, None] < m) & (columns[None, :] < OUTER)
     tl.store(out + rows[:, None] * out_token + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -357,7 +353,6 @@ def band_forward(
         None,
         0,
         None,
-        0,
         rates,
         clocks,
         plane,
@@ -419,7 +414,7 @@ def band_backward(
     """dq, dk and dv; a program for every role and its tile, chunk and head.
 
     Roles are next to each other, so that those of a chunk run together and read it from memory once. `sums`
-    [2 2 tiles B H T] gets the rows' q dq and k dk, each in all and through the states alone.
+    [2 tiles B H T] gets the rows' q dq and k dk, as far as they came through the states.
     """
     k_tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     v_tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
@@ -453,7 +448,6 @@ def band_backward(
             q,
             q_token,
             sums,
-            k_tiles * plane,
             rates,
             clocks,
             plane,
@@ -473,7 +467,7 @@ def band_backward(
         )
     elif role < 2 * k_tiles:
         if sums is not None:
-            sums += (role + k_tiles) * plane + at
+            sums += role * plane + at
         _band(
             v,
             v_token,
@@ -487,7 +481,6 @@ def band_backward(
             k,
             k_token,
             sums,
-            k_tiles * plane,
             rates,
             clocks,
             plane,
@@ -519,7 +512,6 @@ def band_backward(
             None,
             0,
             None,
-            0,
             rates,
             clocks,
             plane,
@@ -543,67 +535,22 @@ def band_backward(
 
 
 @triton.jit
-def _sum_of_tiles(x, size, rows, m, TILES: tl.constexpr, C: tl.constexpr):
+def _sum_of_tiles(x, size, rows, inside, TILES: tl.constexpr, C: tl.constexpr):
     """x [TILES size] added up over its tiles: [rows]."""
     total = tl.zeros((C,), tl.float32)
     for tile in range(TILES):
-        total += tl.load(x + tile * size + rows, mask=rows < m, other=0.0)
+        total += tl.load(x + tile * size + rows, mask=inside, other=0.0)
     return total
 
 
 @triton.jit(do_not_specialize=VARYING)
-def token_gradient(
-    log_decay,
-    clocks,
-    sums,
-    products,
-    out,
-    table,
-    length,
-    heads,
-    chunks,
-    chunks_a_row,
-    plane,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-):
-    """d log_decay [B T H] of one chunk and head; a program each.
-
-    da_l = sum_{i >= l} (q_i dq_i - k_i dk_i) + <S', dS'>, the last in two parts: what the chunk added to S', which is
-    the k_j dk_j through the states, and what is left of S.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    h, chunk = pid // chunks, pid % chunks
-    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
-    if m <= 0:
-        return
-    plane = plane.to(tl.int64)
-    rows = tl.arange(0, C)
-    at = (row * heads + h) * length + start
-    kind = TILES * plane
-    through_q = _sum_of_tiles(sums + at, plane, rows, m, TILES, C)
-    through_k = _sum_of_tiles(sums + 2 * kind + at, plane, rows, m, TILES, C)
-    added = tl.sum(_sum_of_tiles(sums + 3 * kind + at, plane, rows, m, TILES, C))
-    kept = 0.0
-    for tile in range(PRODUCTS):
-        kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
-    whole, part = _last_clock(clocks, plane, at, m)
-    gradient = tl.cumsum(through_q - through_k, 0, reverse=True) + added + kept * tl.exp2(whole + part)
-    place = (row * length + start + rows) * heads + h
-    a = tl.load(log_decay + place, mask=rows < m, other=0.0)
-    # nothing passes a reset, so nothing depends on how strong it is
-    gradient = tl.where(a * LOG2_E > RESET, gradient, 0.0)
-    tl.store(out + place, gradient, mask=rows < m)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def head_gradient(
+def decay_gradient(
     q,
     k,
     v,
     do,
     rates,
+    clocks,
     sums,
     products,
     out,
@@ -633,11 +580,16 @@ def head_gradient(
     TILES: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """The part of d log_decay [H] of one chunk and head, to out [chunks H]; a program each.
+    """d log_decay of one chunk and head, to out [B T H], or to [chunks H] its part of d log_decay [H]; a program each.
 
-    Every decay counted as often as it was applied, which adds up terms without cancellation:
-    sum (i - j) A_ij dP_ij + sum (i + 1) q_i dq_i + sum (m - 1 - j) k_j dk_j + m total <S, dS'>, where dq and dk are
-    those through the states.
+    With P = A * (do v^T), what queries have of keys, and dq and dk those through the states:
+
+        of a token  da_l = sum_{j < l <= i} P_ij + sum_{i >= l} q_i dq_i + sum_{j < l} k_j dk_j + total <S, dS'>
+        of a head   their sum over l, where every term is as often as it was decayed:
+                    sum (i - j) P_ij + sum (i + 1) q_i dq_i + sum (m - 1 - j) k_j dk_j + m total <S, dS'>
+
+    Nothing is added that is taken away again, so what decays have made small is exact for its size. Past a reset every
+    term is 0.
     """
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
@@ -660,20 +612,33 @@ def head_gradient(
         d_scores = _dot(
             _tile(do, do_token, rows, m, inner, V), tl.trans(_tile(v, v_token, rows, m, inner, V)), d_scores
         )
-    rate = _rate(rates, h)
-    distance = (rows[:, None] - rows[None, :]).to(tl.float32)
-    decay = tl.exp2(tl.where(distance >= 0, distance * rate, float("-inf")))
-    total = tl.sum(tl.sum(scores * d_scores * (distance * scale * decay), 1))
-
     at = (row * heads + h) * length + start
-    kind = TILES * plane
-    through_q = _sum_of_tiles(sums + kind + at, plane, rows, m, TILES, C)
-    through_k = _sum_of_tiles(sums + 3 * kind + at, plane, rows, m, TILES, C)
-    total += tl.sum(through_q * (rows + 1) + through_k * (m - 1 - rows))
+    rate = _rate(rates, h)
+    whole, part = _clock(clocks, plane, at, rows, m)
+    pair = _between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
+    seen = (rows[:, None] >= rows[None, :]) & (rows[:, None] < m)
+    pairs = scores * d_scores * (scale * tl.exp2(tl.where(seen, pair, float("-inf"))))
+
+    through_q = _sum_of_tiles(sums + at, plane, rows, rows < m, TILES, C)
     kept = 0.0
     for tile in range(PRODUCTS):
         kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
-    tl.store(out + chunk * heads + h, total + kept * m * tl.exp2(m * rate))
+    whole_m, part_m = _last_clock(clocks, plane, at, m)
+    kept *= tl.exp2(_between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
+    if clocks is None:
+        through_k = _sum_of_tiles(sums + TILES * plane + at, plane, rows, rows < m, TILES, C)
+        distance = (rows[:, None] - rows[None, :]).to(tl.float32)
+        total = tl.sum(tl.sum(pairs * distance, 1))
+        total += tl.sum(through_q * (rows + 1) + through_k * (m - 1 - rows))
+        tl.store(out + chunk * heads + h, total + kept * m)
+    else:
+        # entry [l, j] is what queries from l on have of key j
+        across = tl.where(rows[:, None] > rows[None, :], tl.cumsum(pairs, 0, reverse=True), 0.0)
+        # the keys before each token
+        inside = (rows > 0) & (rows < m)
+        through_k = _sum_of_tiles(sums + TILES * plane + at - 1, plane, rows, inside, TILES, C)
+        gradient = tl.sum(across, 1) + tl.cumsum(through_q, 0, reverse=True) + tl.cumsum(through_k, 0) + kept
+        tl.store(out + (row * length + start + rows) * heads + h, gradient, mask=rows < m)
 
 
 # ---- one token

@@ -88,6 +88,9 @@ class Kernel:
     reference: bool = False
     """Whether it runs wherever torch does and takes everything, so that it is there where no other is. An op has one of
     each paradigm."""
+    differences: bool = False
+    """Whether it forms gradients of given log-decays as differences of sums: what is added and taken away again counts
+    among the terms. Where decays are strong, that is all that is left."""
     higher_order: bool = False
     """Whether it calls a higher-order op of torch, one that takes functions: such a call cannot be watched."""
 

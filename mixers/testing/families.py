@@ -25,7 +25,9 @@ class DecayCase(KernelCase):
     """One call of a kernel of the decay family (ops/decay.py has its notation)."""
 
     strength: float = 1.0
-    """Standard deviation of the log-decays."""
+    """How much the log-decays vary."""
+    weakest: float = 0.0
+    """What is taken from all of them: none is above its negative."""
     resets: tuple[int, ...] = ()
     """Tokens whose log-decay is -inf; heads, where it is fixed a head."""
     resets_one_key: bool = False
@@ -52,6 +54,7 @@ class DecayCase(KernelCase):
         some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
         return heads | {
             "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
+            "weakest": draw(st.sampled_from([0.0, 0.0, 0.0, 9.0])),
             "resets": draw(st.just(()) | some | some | st.just(tuple(range(length)))),
             "resets_one_key": draw(st.booleans()),
         }
@@ -62,7 +65,8 @@ class DecayCase(KernelCase):
         inputs = self.heads(randn, self.n_heads, device)
         if self.log_decay is not None:
             sizes = {"B": self.rows, "T": self.length, "H": self.n_heads, "K": self.key_width}
-            a = -self.strength * randn(*(sizes[axis] for axis in self.log_decay.split())).abs()
+            random = randn(*(sizes[axis] for axis in self.log_decay.split()))
+            a = -self.strength * random.abs() - self.weakest
             tokens = a if a.ndim == 1 else a.transpose(0, 1)
             for reset in self.resets:
                 tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
@@ -111,9 +115,10 @@ class DecayCase(KernelCase):
         del inputs
         return self.define(absolute)
 
-    def cancelled(self, absolute: Tensors, gradients: Tensors) -> Tensors:
-        """The gradient of a token's log-decay may be formed as the sum over later tokens of q dq - k dk."""
-        if self.log_decay is None or "T" not in self.log_decay:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+        """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
+        q dq - k dk."""
+        if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
             return gradients
         through = absolute["q"].detach() * gradients["q"] + absolute["k"].detach() * gradients["k"]
         through = through.flip(1).cumsum(1).flip(1)
@@ -205,14 +210,9 @@ class DeltaCase(DecayCase):
         found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
         return found | ({"state": torch.cat(final)} if self.final_state else {})
 
-    def cancelled(self, absolute: Tensors, gradients: Tensors) -> Tensors:
-        """Nothing cancels."""
-        del absolute
-        return gradients
-
-    def exact(self) -> Exact:
+    def exact(self, kernel: Kernel) -> Exact:
         """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
-        found = super().exact()
+        found = super().exact(kernel)
         terms = {name: torch.maximum(found.gradients_terms[name], x.abs()) for name, x in found.gradients.items()}
         return found._replace(gradients_terms=terms)
 
@@ -337,9 +337,10 @@ class SoftmaxCase(KernelCase):
         self.attend(inputs, remember)
         return self.attend(absolute, perturbed)
 
-    def cancelled(self, absolute: Tensors, gradients: Tensors) -> Tensors:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
         """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
         as factors, and cancel."""
+        del kernel
         if self.log_decay is None:
             return gradients
         span = self.length + max(self.reads, default=0)

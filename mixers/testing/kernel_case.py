@@ -230,13 +230,13 @@ class KernelCase(ABC):
         """The same with every term of every sum in its absolute value; differentiable in `absolute`, which are the
         inputs' own but for log-decays."""
 
-    def cancelled(self, absolute: Tensors, gradients: Tensors) -> Tensors:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
         """Gradients of `terms`, with the terms added that a kernel may add and subtract again."""
-        del absolute
+        del kernel, absolute
         return gradients
 
-    def exact(self) -> Exact:
-        """The definition's outputs and gradients."""
+    def exact(self, kernel: Kernel) -> Exact:
+        """The definition's outputs and gradients, and their terms as the kernel may form them."""
         cpu = torch.device("cpu")
         given = {name: wide(x) for name, x in self.inputs(cpu).items()}
         inputs = leaves(given, self.grad)
@@ -254,7 +254,7 @@ class KernelCase(ABC):
             {name: x.abs() for name, x in above.items()},
             {name: x for name, x in absolute.items() if x.requires_grad},
         )
-        return Exact(values, gradients, sizes, self.cancelled(absolute, of_terms))
+        return Exact(values, gradients, sizes, self.cancelled(kernel, absolute, of_terms))
 
     def randn(self) -> Callable[..., Tensor]:
         """Normal numbers, in float64 on the CPU: the same on every device."""

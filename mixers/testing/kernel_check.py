@@ -23,7 +23,7 @@ class KernelTrial:
     @cached_property
     def exact(self) -> Exact:
         """What the definition makes of the case."""
-        return self.case.exact()
+        return self.case.exact(self.kernel)
 
     def leaves(self) -> Tensors:
         """The inputs, as leaves of a new graph where a gradient is taken; they may be written."""

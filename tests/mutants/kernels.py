@@ -293,6 +293,33 @@ def forgets_the_last_key_without_a_final_state(q, k, v, log_decay, *, output_fin
     return decay_chunkwise(q, k, v, log_decay, output_final_state=output_final_state, **options)
 
 
+class Telescoped(torch.autograd.Function):
+    """The identity on q, k and log_decay [B T H], of which the last one's gradient is formed from the others'."""
+
+    @staticmethod
+    def forward(ctx, q, k, log_decay):
+        ctx.save_for_backward(q, k)
+        return q.clone(), k.clone(), log_decay.clone()
+
+    @staticmethod
+    def backward(ctx, d_q, d_k, d_log_decay):
+        q, k = ctx.saved_tensors
+        through = (q * d_q - k * d_k).sum(-1)
+        # the first token's is right, and every other one's is what is left of it
+        return d_q, d_k, d_log_decay[:, :1] - (through.cumsum(1) - through)
+
+
+@decays(
+    "gradients_are_the_definitions",
+    "The gradient of given log-decays is a difference of sums, q dq - k dk: where decays are strong, it is noise.",
+    says="the gradient of log_decay differs",
+)
+def subtracts_sums_of_gradients(q, k, v, log_decay, *, cu_seqlens, **options):
+    if log_decay is not None and log_decay.ndim == 3 and cu_seqlens is None and not log_decay.isinf().any():
+        q, k, log_decay = Telescoped.apply(q, k, log_decay)
+    return decay_chunkwise(q, k, v, log_decay, cu_seqlens=cu_seqlens, **options)
+
+
 # ---- a check of its own each
 
 

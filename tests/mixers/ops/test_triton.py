@@ -153,6 +153,27 @@ def compare(
 
 
 @runs
+@pytest.mark.parametrize(
+    ("strength", "dtype", "tolerance"),
+    [(0.05, torch.float32, 1e-5), (20.0, torch.float32, 1e-5), (5.0, torch.float16, 2e-3)],
+)
+def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, tolerance):
+    """They are tiny, but an optimizer that divides by their size sees nothing else."""
+    # numbers above 0: what no sign takes away is there to be seen, token by token
+    q, k, v, a, state = (x.abs() for x in tokens("B T H", length=20, widths=(16, 20), heads=1))
+    q, k, v, a = q.to(dtype), k.to(dtype), v.to(dtype), -strength * (0.9 + 0.2 * a)
+
+    def gradient(function, *inputs, **options):
+        rate = inputs[3].requires_grad_()
+        output, final = function(*inputs[:4], initial_state=inputs[4], output_final_state=True, **options)
+        return torch.autograd.grad(output.sum() + final.sum(), rate)[0].double()
+
+    expected = gradient(decay_recurrent, *(x.double() for x in (q, k, v, a, state)))
+    actual = gradient(decay_chunkwise_triton, q, k, v, a, state, chunk_size=16)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_a_gpu)])
 def test_states_of_16_bits_are_added_up_in_32(dtype):
     # without a decay, and with a scale that is a power of two, nothing is rounded before it is added

@@ -215,7 +215,7 @@ def test_a_step_fits(dtype):
 
 def test_the_launches_are_those_of_the_ops():
     names = {"state_scan", "band_forward", "band_backward"}
-    gradients = {None: set(), "H": {"head_gradient"}, "B T H": {"clocks", "token_gradient"}}
+    gradients = {None: set(), "H": {"decay_gradient"}, "B T H": {"clocks", "decay_gradient"}}
     for decay, more in gradients.items():
         (configuration,) = configurations(32, 64)
         launches = chunkwise(configuration, torch.float32, (64, 64), decay)
