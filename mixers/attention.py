@@ -132,7 +132,7 @@ class Attention(SequenceMixer[AttentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         if (
             final_state is not None and final_state.keys.dtype != self.dtype

@@ -170,7 +170,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.traits = config.traits
         self.paradigm = config.paradigm
         self.backend: str = getattr(config, "backend", "auto")
-        """Whose kernels compute it; the references while it is `auto`."""
+        """Whose kernels are asked for."""
+        self.backends: dict[Paradigm, str] = {}
+        """Whose kernel computes each paradigm, once that is settled."""
 
     @final
     def forward(
@@ -281,7 +283,11 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         if (asked := self.kernels(dtype)) is not None:
             op, probe = asked
-            self.backend = choose(op, self.backend, probe)
+            self.backends = dict(choose(op, self.backend, probe))
+
+    def backend_of(self, paradigm: Paradigm) -> str:
+        """Whose kernel computes a paradigm: the reference where there is none of that name."""
+        return self.backends.get(paradigm, self.backend)
 
     @property
     def device(self) -> torch.device:

@@ -47,7 +47,7 @@ class GatedRetentionConfig(MixerConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
+    """Whose kernels compute the chunkwise paradigm, and steps of decoding; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -125,7 +125,7 @@ class GatedRetention(SequenceMixer[GatedRetentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
         output = gated_norm(output, gate, None, self.config.norm_eps, "norm_first")

@@ -46,7 +46,7 @@ class LightningConfig(MixerConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
+    """Whose kernels compute the chunkwise paradigm, and steps of decoding; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -122,7 +122,7 @@ class Lightning(SequenceMixer[LightningState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         y = self.out_proj(self._gated(rearrange(output, "b t h v -> b t (h v)"), gate))
         return y, None if memory is None else LightningState(memory)

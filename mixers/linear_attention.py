@@ -47,7 +47,7 @@ class LinearAttentionConfig(MixerConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
+    """Whose kernels compute the chunkwise paradigm, and steps of decoding; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -128,7 +128,7 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         if self.config.denominator:
             output = (output[..., :-1] / (output[..., -1:] + self.config.eps)).to(narrow)

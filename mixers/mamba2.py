@@ -61,7 +61,7 @@ class Mamba2Config(MixerConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
+    """Whose kernels compute the chunkwise paradigm, and steps of decoding; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -171,7 +171,7 @@ class Mamba2(SequenceMixer[Mamba2State]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         output, gate = (
             rearrange(part, "b t (g v) -> b t g v", g=config.n_groups)

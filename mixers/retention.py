@@ -59,7 +59,7 @@ class RetentionConfig(MixerConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Tokens a chunk; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the chunkwise paradigm; changes the cost, never the result."""
+    """Whose kernels compute the chunkwise paradigm, and steps of decoding; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -157,7 +157,7 @@ class Retention(SequenceMixer[RetentionState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
-            backend=self.backend,
+            backend=self.backend_of(paradigm),
         )
         output = rearrange(head_norm(output, self.config.head_norm, self.config.norm_eps), "b t h v -> b t (h v)")
         y = self.out_proj(F.silu(gate[0]) * output if gate else output)

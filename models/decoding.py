@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm
+from ..mixers.ops.consumption import consumed
 from ..mixers.state import clone, to_dict
 from .compiling import compile_step
 from .language_model import LanguageModel, ModelState
@@ -44,6 +45,7 @@ class Decoder:
         self._fixed_sizes = False
 
     @torch.no_grad()
+    @consumed()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; those of the step before may be overwritten."""
         if self._fixed_sizes and self._captured is None:
@@ -92,7 +94,7 @@ class Held:
         """One step from what the places hold, into them."""
         logits, after = self._advance(self.tokens, self.state)
         for place, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
-            if place.data_ptr() != leaf.data_ptr():  # caches are written in place already
+            if place.data_ptr() != leaf.data_ptr():  # what could be written in place has been
                 place.copy_(leaf)
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 

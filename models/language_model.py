@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
+from ..mixers.ops.backends import described
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, linear_cross_entropy, linear_predictions, token_losses
 from .tokenizer import ByteTokenizer, Tokenizer
@@ -211,8 +212,9 @@ class LanguageModel(nn.Module):
     @property
     def backends(self) -> dict[str, str]:
         """Whose kernels compute each kind of block whose mixer has a choice."""
-        layers = dict(zip(self.config.layers, self.blocks, strict=True))
-        return {name: block.mixer.backend for name, block in layers.items() if block.mixer.kernels(torch.float32)}
+        mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
+        asked = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}
+        return {name: described(kernels[0], mixers[name].backends) for name, kernels in asked.items() if kernels}
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ first of `AUTO` whose kernel can run and passes a trial on the device itself, el
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from ...registry import SeqmixError, nearest
 from ..paradigm import Paradigm
 from .kernels import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 
-AUTO: Mapping[str, Sequence[tuple[Paradigm, str]]] = {"decay": ((Paradigm.CHUNKWISE, "triton"),)}
+AUTO: Mapping[str, Sequence[tuple[Paradigm, str]]] = {
+    "decay": ((Paradigm.CHUNKWISE, "triton"), (Paradigm.RECURRENT, "triton")),
+}
 """The kernels that `auto` tries on a GPU, by op."""
 
 TRIAL_LENGTH = 259
@@ -25,8 +28,8 @@ log = logging.getLogger("seqmix")
 
 
 @cache  # one trial, and one line of the log, for all layers that ask the same
-def choose(op: str, backend: str, probe: Probe) -> str:
-    """The name of the backend that `backend`, maybe `auto`, means here.
+def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
+    """The name of the backend that computes each paradigm where the configuration says `backend`, maybe `auto`.
 
     Args:
         op: the op's name.
@@ -34,24 +37,41 @@ def choose(op: str, backend: str, probe: Probe) -> str:
         probe: what its kernels will be asked.
 
     Raises:
-        SeqmixError: a named backend has no kernel of this op, or cannot run what it will be asked: its reasons.
+        SeqmixError: a named backend has no kernel of this op, or none that can run what it will be asked: its reasons.
     """
     fallback = reference(op, Paradigm.CHUNKWISE).backend
+    found = dict.fromkeys(Paradigm, fallback)
+    where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto":
         for paradigm, name in AUTO.get(op, ()) if probe.device.type == "cuda" else ():
             kernel = find(op, paradigm, name)
             reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
             if reason is None:
-                log.info("%s on %s in %s: %s", op, probe.device, probe.dtype, kernel.key)
-                return name
-            log.warning("%s on %s in %s: the reference, since %s", op, probe.device, probe.dtype, reason)
+                log.info("%s %s %s: %s", op, paradigm, where, name)
+                found[paradigm] = name
+            else:
+                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, reason)
+    elif backend != fallback:
+        reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels(op, backend)}
+        if all(reasons.values()):
+            raise SeqmixError(f"backend {backend} cannot run: {'; '.join(next(iter(reasons.values())))}")
+        for paradigm, why in reasons.items():
+            if why:
+                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, "; ".join(why))
+            else:
+                found[paradigm] = backend
+    return MappingProxyType(found)
+
+
+def described(op: str, backends: Mapping[Paradigm, str]) -> str:
+    """The backend that was chosen, in few words: with its paradigms where it has kernels of others that cannot run."""
+    fallback = reference(op, Paradigm.CHUNKWISE).backend
+    chosen = {paradigm: name for paradigm, name in backends.items() if name != fallback}
+    if not chosen:
         return fallback
-    if backend != fallback:
-        kernels = _kernels(op, backend)
-        reasons = [kernel.unsupported(probe) for kernel in kernels]
-        if all(reasons):
-            raise SeqmixError(f"backend {backend} cannot run: {'; '.join(reasons[0])}")
-    return backend
+    (name,) = set(chosen.values())
+    every = {kernel.paradigm for kernel in _kernels(op, name)}
+    return name if set(chosen) == every else f"{name} ({', '.join(sorted(chosen))})"
 
 
 def _kernels(op: str, backend: str) -> list[Kernel]:
@@ -75,9 +95,10 @@ def _kernels(op: str, backend: str) -> list[Kernel]:
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     """Run a kernel of the decay family on a few tokens, forward and backward; None if it does what the reference does.
 
-    Far from a proof, which is the conformance kit's; but what a compiler or a driver gets wrong is wrong by far more.
+    A recurrent one reads one token, forward. Far from a proof, which is the conformance kit's; but what a compiler or a
+    driver gets wrong is wrong by far more.
     """
-    tensors = _trial(probe)
+    tensors = _trial(probe, 1 if kernel.paradigm is Paradigm.RECURRENT else TRIAL_LENGTH)
     try:
         results = _results(kernel, tensors)
     except Exception as error:  # whatever a compiler or a driver raises
@@ -91,11 +112,12 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     return None
 
 
-def _trial(probe: Probe) -> dict[str, Tensor]:
-    """Two sequences of two heads of random numbers; every tensor wants its gradient."""
+def _trial(probe: Probe, length: int) -> dict[str, Tensor]:
+    """Two sequences of two heads of random numbers; every tensor wants its gradient, but of one token: that is
+    decoding."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)
-    sizes = {"B": 2, "T": TRIAL_LENGTH, "H": 2, "K": probe.key_width, "V": probe.value_width}
+    sizes = {"B": 2, "T": length, "H": 2, "K": probe.key_width, "V": probe.value_width}
 
     def random(dimensions: str, dtype: torch.dtype) -> Tensor:
         return torch.randn([sizes[name] for name in dimensions.split()], generator=generator).to(probe.device, dtype)
@@ -105,17 +127,19 @@ def _trial(probe: Probe) -> dict[str, Tensor]:
     if probe.log_decay is not None:
         tensors["log_decay"] = -random(probe.log_decay, wide).abs() / 16
     tensors["initial_state"] = random("B H K V", wide)
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    return {name: tensor.requires_grad_(length > 1) for name, tensor in tensors.items()}
 
 
 def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Output, final state and all gradients."""
+    """Output, final state and all gradients that are wanted."""
     q, k, v, initial_state = (tensors[name] for name in ("q", "k", "v", "initial_state"))
     with torch.enable_grad():
         output, state = kernel.function(
             q, k, v, tensors.get("log_decay"), initial_state=initial_state, output_final_state=True
         )
         loss = output.double().square().mean() + state.double().square().mean()
-    gradients = torch.autograd.grad(loss, list(tensors.values()))
-    named = {f"the gradient of {name}": x for name, x in zip(tensors, gradients, strict=True)}
-    return {"output": output.detach(), "final state": state.detach(), **named}
+    results = {"output": output.detach(), "final state": state.detach()}
+    if loss.requires_grad:
+        for name, gradient in zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True):
+            results[f"the gradient of {name}"] = gradient
+    return results

@@ -206,11 +206,16 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation is under way, which a compiler does not see."""
+    return not torch.compiler.is_compiling() and any(
+        x is not None and unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """A custom op has a backward formula alone, and torch would take its tangent for zero."""
-    if torch.compiler.is_compiling():
-        return
-    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+    if _has_tangent(*tensors):
         raise SeqmixError("forward-mode differentiation needs the parallel paradigm: the others differentiate backward")
 
 

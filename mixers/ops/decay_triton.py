@@ -2,8 +2,8 @@
 
     S_t = exp(a_t) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t        (notation of decay.py)
 
-for decays that all key dimensions share: log_decay None, [H] or [B T H]. Tokens are cut into chunks of C. Three bodies
-compute everything (decay_triton_kernels.py):
+for decays that all key dimensions share: log_decay None, [H] or [B T H] (the step takes [B T H K] too). Tokens are cut
+into chunks of C. Three bodies compute everything (decay_triton_kernels.py):
 
     state_scan   walks the chunks with one tile of the state in registers, and stores what enters each chunk
                  backwards, with (q, do) for (k, v), the gradient of what leaves it
@@ -39,7 +39,17 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
-from .decay import DecayOutput, LogDecay, _check, _needs_grad, _refuse_forward_mode
+from .consumption import may_overwrite
+from .decay import (
+    TOLERANCES,
+    DecayOutput,
+    LogDecay,
+    _check,
+    _has_tangent,
+    _needs_grad,
+    _refuse_forward_mode,
+    decay_recurrent,
+)
 from .decay_chunkwise import differentiate_by
 from .kernels import Kernel, Probe, declare
 
@@ -156,17 +166,8 @@ def _kernels() -> Any:
 
 
 def limits(probe: Probe) -> list[str]:
-    """Why the kernels cannot run what they are asked about, beside the dtype."""
-    reasons = []
-    if find_spec("triton") is None:
-        reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
-    if _interpreted():
-        if probe.dtype == torch.bfloat16:
-            reasons.append("bfloat16 is wrong in Triton's interpreter")
-    elif probe.device.type != "cuda":
-        reasons.append(
-            f"it needs a CUDA device and not {probe.device.type}, or TRITON_INTERPRET=1 before triton is imported"
-        )
+    """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
+    reasons = _missing(probe)
     if probe.log_decay == "B T H K":
         reasons.append("a log-decay a key dimension is not taken")
     if probe.key_width > MAX_KEY_WIDTH or probe.value_width > MAX_VALUE_WIDTH:
@@ -177,8 +178,31 @@ def limits(probe: Probe) -> list[str]:
     return reasons
 
 
-def _refuse(q: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    """Refuse what `KERNEL` does not take; here, inside the ops, a compiler does not look."""
+def step_limits(probe: Probe) -> list[str]:
+    """Why the step cannot run what it is asked about, beside the dtype."""
+    reasons = _missing(probe)
+    if probe.key_width > MAX_KEY_WIDTH:
+        reasons.append(f"keys are up to {MAX_KEY_WIDTH} wide, not {probe.key_width}")
+    return reasons
+
+
+def _missing(probe: Probe) -> list[str]:
+    """What is not there that every kernel here needs."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
+    if _interpreted():
+        if probe.dtype == torch.bfloat16:
+            reasons.append("bfloat16 is wrong in Triton's interpreter")
+    elif probe.device.type != "cuda":
+        reasons.append(
+            f"it needs a CUDA device and not {probe.device.type}, or TRITON_INTERPRET=1 before triton is imported"
+        )
+    return reasons
+
+
+def _refuse(kernel: Kernel, q: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+    """Refuse what a kernel does not take; here, inside the ops, a compiler does not look."""
     names = {None: None, 1: "H", 3: "B T H", 4: "B T H K"}
     probe = Probe(
         device=q.device,
@@ -187,7 +211,7 @@ def _refuse(q: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         value_width=v.shape[3],
         log_decay=names[None if log_decay is None else log_decay.ndim],
     )
-    KERNEL.require(probe)
+    kernel.require(probe)
 
 
 # ---- the public functions
@@ -238,11 +262,50 @@ def decay_chunkwise_triton(
     return DecayOutput(output, state if output_final_state else None)
 
 
+def decay_recurrent_triton(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: LogDecay,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "N H K V"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> DecayOutput:
+    """`decay_recurrent` on a GPU; arguments and result are its own.
+
+    One token without gradients is one kernel, which writes the final state over the initial one where that is
+    `consumed`, and over a copy elsewhere. More tokens, documents and gradients are the reference's.
+
+    Raises:
+        SeqmixError: shapes do not fit, or `STEP_KERNEL` does not take this.
+    """
+    checked = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    _refuse(STEP_KERNEL, q, v, log_decay)
+    tensors = (q, k, v, log_decay, initial_state)
+    if q.shape[1] > 1 or cu_seqlens is not None or _needs_grad(*tensors) or _has_tangent(*tensors):
+        return decay_recurrent(
+            *tensors[:4],
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+    state = initial_state
+    if state is None:
+        state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3], dtype=torch.float32)
+    elif not (output_final_state and may_overwrite() and state.dtype == torch.float32 and state.is_contiguous()):
+        state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    output = step_op(q, k, v, None if log_decay is None else log_decay.float(), state, checked)
+    return DecayOutput(output, state if output_final_state else None)
+
+
 def decay_step_triton(
     q: Float[Tensor, "B 1 H K"],
     k: Float[Tensor, "B 1 H K"],
     v: Float[Tensor, "B 1 H V"],
-    log_decay: Float[Tensor, " H"] | Float[Tensor, "B 1 H"] | None,
+    log_decay: LogDecay,
     state: Float[Tensor, "B H K V"],
     *,
     scale: float | None = None,
@@ -258,7 +321,7 @@ def decay_step_triton(
         scale: factor of the output, 1/sqrt(K) by default.
 
     Raises:
-        SeqmixError: shapes do not fit, a gradient is wanted, or `KERNEL` does not take this.
+        SeqmixError: shapes do not fit, a gradient is wanted, or `STEP_KERNEL` does not take this.
     """
     scale = _check(q, k, v, log_decay, scale, state, None)
     if q.shape[1] != 1:
@@ -268,7 +331,7 @@ def decay_step_triton(
     if _needs_grad(q, k, v, log_decay, state):
         raise SeqmixError("a step in place has no gradient: decode under torch.no_grad()")
     _refuse_forward_mode(q, k, v, log_decay, state)
-    return step_op(q, k, v, log_decay, state, scale)
+    return step_op(q, k, v, None if log_decay is None else log_decay.float(), state, scale)
 
 
 # ---- launching
@@ -529,7 +592,7 @@ def _allocate(
     output_final_state: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse(q, v, log_decay)
+    _refuse(KERNEL, q, v, log_decay)
     batch, length, heads, key_width = q.shape
     value_width = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -639,9 +702,12 @@ def step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
     batch, _, heads, key_width = q.shape
     value_width, tile = v.shape[3], STEP.tile[1]
     q, k, v = (_readable(x, 1) for x in (q, k, v))
-    row, head = 0, 0
-    if log_decay is not None:
-        row, head = (0, log_decay.stride(0)) if log_decay.ndim == 1 else (log_decay.stride(0), log_decay.stride(2))
+    row, head, key = 0, 0, 0
+    if log_decay is not None and log_decay.ndim == 1:
+        head = log_decay.stride(0)
+    elif log_decay is not None:
+        row, _, head, *keys = log_decay.stride()
+        key = sum(keys)
     _kernels().step[(-(-value_width // tile) * batch * heads,)](
         q=q,
         k=k,
@@ -657,6 +723,7 @@ def step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
         v_head=v.stride(2),
         decay_row=row,
         decay_head=head,
+        decay_key=key,
         scale=scale,
         heads=heads,
         K=key_width,
@@ -670,7 +737,7 @@ def step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
 
 @step_op.register_fake
 def _allocate_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    _refuse(q, v, log_decay)
+    _refuse(STEP_KERNEL, q, v, log_decay)
     return q.new_empty(v.shape)
 
 
@@ -682,5 +749,16 @@ KERNEL = declare(
         function=decay_chunkwise_triton,
         tolerances={torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.3e-3},
         limits=limits,
+    )
+)
+
+STEP_KERNEL = declare(
+    Kernel(
+        op="decay",
+        paradigm=Paradigm.RECURRENT,
+        backend="triton",
+        function=decay_recurrent_triton,
+        tolerances={dtype: TOLERANCES[dtype] for dtype in KERNEL.tolerances},
+        limits=step_limits,
     )
 )

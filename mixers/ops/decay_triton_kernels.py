@@ -660,6 +660,7 @@ def step(
     v_head,
     decay_row,
     decay_head,
+    decay_key,
     scale,
     heads,
     K: tl.constexpr,
@@ -681,7 +682,9 @@ def step(
     place = state + sequence * K * V + ks[:, None] * V + vs[None, :]
     memory = tl.load(place, mask=inside, other=0.0)
     if log_decay is not None:
-        memory *= tl.exp2(_log2(tl.load(log_decay + n * decay_row + h * decay_head)))
+        # a stride of 0 where all key dimensions share a decay
+        a = tl.load(log_decay + n * decay_row + h * decay_head + ks * decay_key, mask=ks < K, other=0.0)
+        memory *= tl.exp2(_log2(a))[:, None]
     memory += key[:, None] * value[None, :]
     tl.store(place, memory, mask=inside)
     output = scale * tl.sum(query[:, None] * memory, 0)

@@ -1,5 +1,7 @@
 """Decoding token by token: compiled, held in fixed places and captured, it is what plain steps give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,6 +9,9 @@ from torch.testing import assert_close
 
 import seqmix.models.decoding as module
 from seqmix import Paradigm
+from seqmix.mixers.ops.consumption import may_overwrite
+from seqmix.mixers.ops.decay import decay_recurrent
+from seqmix.mixers.ops.kernels import KERNELS, reference
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import Decoder, Sampling, compile_blocks, generate_tokens, prefill
 
@@ -125,6 +130,25 @@ def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
     decoder = captured(model, state)
     assert_close(torch.stack([decoder.step(tokens).clone() for tokens in STEPS[:steps]]), expected)
     assert FakeCapture.made == (steps > 1)
+
+
+def test_a_step_may_write_a_state_in_its_place_and_a_call_of_the_model_may_not(model_of, captured, monkeypatch):
+    allowed = []
+
+    def in_place(*inputs, initial_state, **options):
+        output, state = decay_recurrent(*inputs, initial_state=initial_state, **options)
+        allowed.append(may_overwrite())
+        return output, initial_state.copy_(state) if may_overwrite() else state
+
+    kernel = reference("decay", Paradigm.RECURRENT)
+    monkeypatch.setitem(KERNELS, kernel.key, replace(kernel, function=in_place))
+    model = model_of("retention", "gla")
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = plain(model, clone(state))
+    assert not any(allowed)
+    allowed.clear()
+    assert_close(decoded(captured(model, state)), expected)
+    assert all(allowed)
 
 
 def test_a_state_that_grows_is_not_captured(model_of, captured):

@@ -10,7 +10,7 @@ import seqmix.mixers.ops.backends as module
 import seqmix.mixers.ops.softmax  # noqa: F401 declares its kernels
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
-from seqmix.mixers.ops.backends import choose, disagreement
+from seqmix.mixers.ops.backends import choose, described, disagreement
 from seqmix.mixers.ops.decay import decay_chunkwise
 from seqmix.mixers.ops.kernels import Probe, chosen, find, reference
 from seqmix.registry import SeqmixError
@@ -34,25 +34,39 @@ def trial(monkeypatch):
 
 
 def test_auto_is_the_reference_on_a_cpu():
-    assert choose("decay", "auto", PROBE) == "reference"
-    assert choose("softmax", "auto", PROBE) == "sdpa"
+    assert choose("decay", "auto", PROBE) == dict.fromkeys(Paradigm, "reference")
+    assert choose("softmax", "auto", PROBE) == dict.fromkeys(Paradigm, "sdpa")
 
 
 @pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
-def test_auto_is_the_first_kernel_that_passes_its_trial_and_is_told_once(trial, caplog):
+def test_auto_is_what_passes_its_trial_and_is_told_once(trial, caplog):
     caplog.set_level(logging.INFO, logger="seqmix")
     trial(None)
-    assert [choose("decay", "auto", ON_GPU) for _ in range(3)] == ["triton"] * 3
-    assert caplog.messages == ["decay on cuda in torch.float32: decay/chunkwise/triton"]
+    triton = {Paradigm.PARALLEL: "reference", Paradigm.RECURRENT: "triton", Paradigm.CHUNKWISE: "triton"}
+    assert [choose("decay", "auto", ON_GPU) for _ in range(3)] == [triton] * 3
+    assert caplog.messages == [f"decay {name} on cuda in torch.float32: triton" for name in ("chunkwise", "recurrent")]
+    assert described("decay", triton) == "triton"
+
+
+@pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
+    trial(None)
+    found = choose("decay", backend, replace(ON_GPU, log_decay="B T H K"))
+    assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
+    assert described("decay", found) == "triton (recurrent)"
+    (told,) = caplog.messages
+    assert told.endswith(
+        "chunkwise on cuda in torch.float32: the reference, since a log-decay a key dimension is not taken"
+    )
 
 
 def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
     trial("it was wrong")
-    assert choose("decay", "auto", ON_GPU) == "reference"
-    assert choose("decay", "auto", replace(ON_GPU, log_decay="B T H K")) == "reference"
-    wrong, unable = caplog.messages
-    assert wrong.startswith("decay on cuda in torch.float32: the reference, since ")
-    assert "a log-decay a key dimension is not taken" in unable
+    assert choose("decay", "auto", ON_GPU) == dict.fromkeys(Paradigm, "reference")
+    assert len(caplog.messages) == 2
+    for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
+        assert message.startswith(f"decay {paradigm} on cuda in torch.float32: the reference, since ")
 
 
 @pytest.mark.parametrize("log_decay", [None, "H", "B T H", "B T H K"])
@@ -96,6 +110,17 @@ def test_a_trial_finds_what_is_wrong(function, reason):
     assert found.startswith(f"decay/chunkwise/reference {reason}")
 
 
+def test_a_trial_of_a_step_is_one_token():
+    step, read = reference("decay", Paradigm.RECURRENT), []
+    counted = replace(
+        step, function=lambda q, *rest, **options: read.append(q.shape[1]) or step.function(q, *rest, **options)
+    )
+    assert disagreement(counted, PROBE) is None
+    assert read == [1]
+    doubles = replace(step, function=lambda q, *rest, **options: step.function(2 * q, *rest, **options))
+    assert "output is off by 1.0e+00" in (disagreement(doubles, PROBE) or "")
+
+
 def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
     with pytest.raises(SeqmixError, match=r"backend fla cannot run: .*takes bfloat16, float16, not float32.*CUDA"):
         choose("decay", "fla", PROBE)
@@ -112,9 +137,9 @@ def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
 
 def test_a_model_settles_its_backends_when_it_is_built(monkeypatch):
     asked = []
-    monkeypatch.setattr("seqmix.mixers.base.choose", lambda op, backend, probe: asked.append((op, probe)) or "settled")
+    monkeypatch.setattr("seqmix.mixers.base.choose", lambda op, backend, probe: asked.append((op, probe)) or {})
     model = build_model(load_config("hybrid-tiny").model, activations=torch.bfloat16)
-    assert model.backends == {"ret": "settled", "attn": "settled"}
+    assert model.backends == {"ret": "reference", "attn": "sdpa"}
     assert {op for op, _ in asked} == {"decay", "softmax"}
     assert {(probe.device.type, probe.dtype) for _, probe in asked} == {("cpu", torch.bfloat16)}
 

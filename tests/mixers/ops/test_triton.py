@@ -16,20 +16,25 @@ import pytest
 import torch
 from hypothesis import settings
 
+from seqmix import build_model
 from seqmix.mixers.ops import decay_triton
+from seqmix.mixers.ops.consumption import consumed
 from seqmix.mixers.ops.decay import decay_chunkwise, decay_recurrent
 from seqmix.mixers.ops.decay_triton import (
     INTERPRETED,
     KERNEL,
+    STEP_KERNEL,
     choose,
     chunk_table,
     configurations,
     decay_chunkwise_triton,
+    decay_recurrent_triton,
     decay_step_triton,
 )
 from seqmix.mixers.ops.kernels import Probe, find
 from seqmix.mixers.paradigm import Paradigm
 from seqmix.mixers.testing import parametrize_kernels
+from seqmix.models import Decoder, ModelConfig, prefill
 from seqmix.registry import SeqmixError
 
 PROCESS = "SEQMIX_TEST_PROCESS"
@@ -63,7 +68,7 @@ def test_in_the_interpreter(request):
 
 @runs
 @pytest.mark.conformance
-@parametrize_kernels([KERNEL])
+@parametrize_kernels([KERNEL, STEP_KERNEL])
 def test_kernel(check):
     check(device=DEVICE, examples=settings().max_examples // (1 if NATIVE else 16))
 
@@ -239,30 +244,111 @@ def test_more_elements_than_int32_counts():
 
 # ---- one token
 
+DECAYS = [None, "H", "B T H", "B T H K"]
+
 
 def tokens(decay, length=64, widths=(20, 40), heads=2, batch=2):
     """Inputs of a text, q, k and v as slices of one tensor."""
     sizes = [widths[0], widths[0], widths[1]]
     q, k, v = torch.randn(batch, length, heads, sum(sizes), device=DEVICE).split(sizes, -1)
-    a = {None: None, "H": -torch.rand(heads, device=DEVICE), "B T H": -torch.rand(batch, length, heads, device=DEVICE)}
-    return q, k, v, a[decay], torch.randn(batch, heads, *widths, device=DEVICE)
+    shapes = {"H": (heads,), "B T H": (batch, length, heads), "B T H K": (batch, length, heads, widths[0])}
+    a = None if decay is None else -torch.rand(shapes[decay], device=DEVICE)
+    return q, k, v, a, torch.randn(batch, heads, *widths, device=DEVICE)
 
 
 @runs
-@pytest.mark.parametrize("decay", [None, "H", "B T H"])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_steps_are_the_recurrence(decay):
-    q, k, v, a, state = tokens(decay, length=24 if decay else 12)
-    if decay == "B T H":
-        a[1, 20] = -math.inf
+    q, k, v, a, state = tokens(decay, length=12)
+    if a is not None and a.ndim > 1:
+        a[1, 10] = -math.inf
     wide = [None if x is None else x.double() for x in (q, k, v, a)]
     expected, final = decay_recurrent(*wide, initial_state=state.double(), output_final_state=True)
     where = state.data_ptr()
     for t in range(q.shape[1]):
         token = slice(t, t + 1)
-        output = decay_step_triton(q[:, token], k[:, token], v[:, token], a[:, token] if decay == "B T H" else a, state)
+        output = decay_step_triton(
+            q[:, token], k[:, token], v[:, token], a if decay in (None, "H") else a[:, token], state
+        )
         torch.testing.assert_close(output.double(), expected[:, token], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
     assert state.data_ptr() == where
+
+
+@runs
+@torch.no_grad()
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("initial", [True, False])
+def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, initial):
+    *inputs, state = tokens(decay, length=1)
+    options = {"initial_state": state if initial else None, "output_final_state": True}
+    expected, before = decay_recurrent(*inputs, **options), state.clone()
+    for actual, exact in zip(decay_recurrent_triton(*inputs, **options), expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+    with consumed():
+        torch.testing.assert_close(
+            decay_recurrent_triton(*inputs, **options | {"output_final_state": False}).output, expected.output
+        )
+        assert torch.equal(state, before)
+        output, final = decay_recurrent_triton(*inputs, **options)
+    torch.testing.assert_close(output, expected.output)
+    torch.testing.assert_close(final, expected.final_state)
+    assert (final is state) == initial
+
+
+@runs
+def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(monkeypatch):
+    monkeypatch.setattr(decay_triton, "step_op", None)
+    for length, wanted in ((2, False), (1, True)):
+        q, k, v, a, state = tokens("B T H", length=length)
+        q = q.clone().requires_grad_(wanted)
+        with consumed():
+            found = decay_recurrent_triton(q, k, v, a, initial_state=state, output_final_state=True)
+        for actual, exact in zip(
+            found, decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True), strict=True
+        ):
+            assert torch.equal(actual, exact)
+    borders = torch.tensor([0, 1], device=DEVICE)
+    q, k, v, a, state = tokens("H", length=1, batch=1)
+    assert decay_recurrent_triton(q, k, v, a, initial_state=state, cu_seqlens=borders).output.isfinite().all()
+
+
+@runs
+@pytest.mark.parametrize("kind", ["retention", "linear_attention", "gated_retention", "lightning", "mamba2", "gla"])
+def test_layers_decode_by_the_step(kind, monkeypatch):
+    """Prefill, then tokens one by one from a state in its place: what the references give."""
+
+    def model_of(backend):
+        heads = {"head_dim": 32} if kind == "mamba2" else {"n_heads": 2}
+        mixer, norm = {"kind": kind, "backend": backend, **heads}, {"kind": "rmsnorm"}
+        blocks = {"a": {"mixer": mixer, "ffn": {"kind": "mlp", "expansion": 1.0}, "norm": norm}}
+        settings = {"d_model": 32, "n_layers": 1, "vocab_size": 257, "blocks": blocks, "pattern": ["a"], "norm": norm}
+        return build_model(ModelConfig.model_validate(settings), device=DEVICE).eval()
+
+    models, launched, step_op = [model_of("triton"), model_of("reference")], [], decay_triton.step_op
+    assert models[0].backends == {"a": "triton (recurrent)" if kind == "gla" else "triton"}
+    monkeypatch.setattr(decay_triton, "step_op", lambda *args: launched.append(args[4].data_ptr()) or step_op(*args))
+    prompt, steps = torch.arange(20, device=DEVICE), torch.arange(3, device=DEVICE)[:, None]
+    decoders = [Decoder(model, prefill(model, [prompt])[1]) for model in models]
+    for tokens in steps:
+        torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders))
+    assert len(launched) == 3
+    assert len(set(launched)) == 1
+
+
+@runs
+def test_a_step_compiles_into_one_graph():
+    q, k, v, a, state = tokens("H", length=1)
+    with torch.no_grad(), consumed():  # which compiled code does not look at
+        compiled = torch.compile(decay_recurrent_triton, backend="eager", fullgraph=True)
+        before = state.clone()
+        for actual, expected in zip(
+            compiled(q, k, v, a, initial_state=state, output_final_state=True),
+            decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected)
+    assert torch.equal(state, before)
 
 
 @runs

@@ -125,7 +125,8 @@ def chunkwise(
 def step(dtype: torch.dtype, widths: tuple[int, int], decay: str | None) -> list[Recorded]:
     """What a step launches."""
     heads = 2
-    a = {None: None, "H": torch.zeros(heads), "B T H": torch.zeros(1, 1, heads)}[decay]
+    shapes = {None: None, "H": (heads,), "B T H": (1, 1, heads), "B T H K": (1, 1, heads, widths[0])}
+    a = None if decay is None else torch.zeros(shapes[decay])
     q, k, v = (torch.zeros(1, 1, heads, width, dtype=dtype) for width in (widths[0], *widths))
     recorder = Recorder()
     with (
@@ -210,7 +211,7 @@ def test_the_papers_head_fits(dtype, chunk, decay):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_fits(dtype):
-    assert faults(step(dtype, (256, 512), "B T H")) == []
+    assert faults(step(dtype, (256, 512), "B T H K")) == []
 
 
 def test_the_launches_are_those_of_the_ops():
@@ -254,7 +255,7 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
                     launches = chunkwise(configuration, dtype, widths, decay, learned=learned, packed=packed)
                     which = [decay or "none", "learned" if learned else "", "" if packed else "rows"]
                     yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
-        for decay in (None, "H", "B T H"):
+        for decay in (None, "H", "B T H", "B T H K"):
             yield f"{name} {decay or 'none'}", step(dtype, widths, decay)
 
 
