@@ -498,6 +498,28 @@ def compare(
 
 
 @app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders that `seqmix train` wrote, drawn over each other.", metavar="RUN...")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg or .png.", metavar="FILE")
+    ] = Path("plot.html"),
+) -> None:
+    """Draw what runs have measured: loss over tokens and time, learning rate, gradient norm, throughput, memory.
+
+    Works while they train, too.
+
+    [bold]seqmix plot runs/retnet-tiny[/bold]
+
+    [bold]seqmix plot runs/retnet-tiny runs/attention-tiny --out both.svg[/bold]
+    """
+    from .experiments.plot_command import plot_runs
+
+    typer.echo(f"{plot_runs(runs, out)} is drawn")
+
+
+@app.command()
 def show(
     config: Source,
     overrides: Overrides = None,

@@ -1,0 +1,202 @@
+"""Charts as values: lines over two axes, and where on an axis a value lies. How they are drawn is another matter."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+SI = ("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18)
+UNITS = {
+    "bytes": (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30), ("TiB", 2.0**40)),
+    "seconds": (("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0)),
+    "share": (("%", 0.01),),
+}
+"""Units that an axis is converted to, smallest first; any other has prefixes at its numbers (200k)."""
+DECADES, DOUBLINGS = 20.0, 8.0
+"""The ratio of largest to smallest from which on an axis is logarithmic; and one with chosen values as ticks."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one name, and how sure they are."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    """The lower edge of the band, as many as points, or none."""
+    high: Sequence[float] = ()
+    style: int = 0
+    """Which colour, marker and dash: the same name has the same style in every chart."""
+    faint: bool = False
+    """Whether it stands behind others, as what is measured often and noisily."""
+
+    def finite(self) -> "Line":
+        """The points that can be drawn: with numbers, and not infinite."""
+        kept = [i for i, point in enumerate(zip(self.x, self.y, strict=True)) if all(map(math.isfinite, point))]
+        pick = {name: [getattr(self, name)[i] for i in kept] for name in ("x", "y")}
+        if self.low:
+            pick |= {name: [getattr(self, name)[i] for i in kept] for name in ("low", "high")}
+        return Line(self.name, **pick, style=self.style, faint=self.faint)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is measured."""
+
+    label: str
+    unit: str = ""
+    """bytes, seconds and share (1 is 100 %) are converted to a unit that suits; others stand as they are."""
+    log: bool | None = None
+    """None: where the values span decades."""
+    zero: bool = False
+    """Whether a linear axis begins at zero."""
+    ticks: Sequence[float] = ()
+    """Values that have a tick; none for round numbers."""
+    names: Sequence[str] = ()
+    """Categories, at 0, 1, 2, ...: the axis has no numbers."""
+
+
+LOSS = Axis("loss (nats per token)")
+ACCURACY = Axis("accuracy", unit="share", zero=True, log=False)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure."""
+
+    title: str
+    caption: str
+    """What is seen, in a sentence or two."""
+    x: Axis
+    y: Axis
+    lines: Sequence[Line] = field(default_factory=tuple)
+    joined: bool = True
+    """Whether points are joined by a line."""
+
+    def drawable(self) -> "Chart | None":
+        """The chart without points that are no numbers, and without lines that have none; None if nothing is left."""
+        lines = [kept for line in self.lines if (kept := line.finite()).x]
+        return Chart(self.title, self.caption, self.x, self.y, lines, self.joined) if lines else None
+
+    def scales(self) -> "tuple[Scale, Scale]":
+        """The two axes over all lines."""
+        ys = [v for line in self.lines for values in (line.y, line.low, line.high) for v in values]
+        return resolve(self.x, [v for line in self.lines for v in line.x]), resolve(self.y, ys)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis with its values."""
+
+    low: float
+    high: float
+    log: bool
+    label: str
+    """With the unit."""
+    ticks: Sequence[tuple[float, str]]
+    """Values and their texts, lowest first."""
+    unit: str = ""
+    divisor: float = 1.0
+    """What the unit is of the values."""
+
+    def position(self, value: float) -> float:
+        """Where a value lies: 0 at the axis's low end, 1 at its high end."""
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return (value - low) / (high - low)
+
+    def read(self, value: float) -> str:
+        """A value in words: its tick's text where it has one, and the unit."""
+        exact = [text for tick, text in self.ticks if tick == value]
+        return f"{exact[0] if exact else number(value / self.divisor)} {self.unit}".rstrip()
+
+
+def resolve(axis: Axis, values: Sequence[float]) -> Scale:
+    """The scale of an axis for its values, at least one and all finite."""
+    if axis.names:
+        ticks = [(float(i), name) for i, name in enumerate(axis.names)]
+        return Scale(-0.4, len(axis.names) - 0.6, False, axis.label, ticks)
+    low, high = min(values), max(values)
+    log = low > 0 and (high / low >= (DOUBLINGS if axis.ticks else DECADES) if axis.log is None else axis.log)
+    suffix, divisor = _unit(axis.unit, max(abs(low), abs(high)))
+    if axis.zero and not log:
+        low = min(low, 0.0)
+    # a single value has room around it
+    room = 0.04 * (math.log(high / low) if log else high - low) or (0.2 if log else 0.1 * abs(high) or 1.0)
+    bottom = low * math.exp(-room) if log else 0.0 if low == 0 else low - room
+    top = high * math.exp(room) if log else high + room
+    if axis.ticks:
+        texts = [(v, _exact(v / divisor)) for v in axis.ticks if bottom <= v <= top]
+    else:
+        doubling = log and axis.unit == "bytes"
+        found = (_doublings if doubling else _round_numbers)(bottom / divisor, top / divisor, log=log)
+        texts = [(v * divisor, text) for v, text in found]
+    return Scale(bottom, top, log, f"{axis.label} ({suffix})" if suffix else axis.label, texts, suffix, divisor)
+
+
+def _unit(unit: str, largest: float) -> tuple[str, float]:
+    if unit not in UNITS:
+        return unit, 1.0
+    fitting = [pair for pair in UNITS[unit] if largest >= 0.999 * pair[1]]
+    return fitting[-1] if fitting else UNITS[unit][0]
+
+
+def _doublings(low: float, high: float, *, log: bool, count: int = 6) -> list[tuple[float, str]]:
+    """Powers of two from low to high, as sizes of states are; round numbers where there are too few."""
+    found = [2.0**e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    if len(found) < 2:
+        return _round_numbers(low, high, log=log)
+    return [(v, number(v)) for v in found[:: math.ceil(len(found) / count)]]
+
+
+def _round_numbers(low: float, high: float, *, log: bool, count: int = 5) -> list[tuple[float, str]]:
+    """Round numbers from low to high, about `count` of them, and their texts."""
+    if log:
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
+        if len(decades) >= 3:
+            return [(v, number(v)) for v in decades[:: math.ceil(len(decades) / count)]]
+        for steps in ((1, 3), (1, 2, 5)):
+            found = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
+            if len(found) >= 3:
+                return [(v, number(v)) for v in found]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= 0.999 * rough)
+    found = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    # all texts have the decimals of the step, for numbers close to each other to stay apart
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (f"{step / power:.1f}" == "2.5"))
+    plain = max(map(abs, found), default=0) < 1e4 and decimals <= 5
+    return [(v, f"{v:,.{decimals}f}" if plain else number(v)) for v in found]
+
+
+def number(value: float) -> str:
+    """A number in a few characters, with the prefix of its thousands from 10,000 on: 0.25, 2,000, 200k, 1.5M, 3e-4."""
+    if 0 < abs(value) < 1e-3:
+        digits, _, exponent = f"{value:.1e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    size = abs(value)
+    prefix, unit = [pair for pair in SI if size >= 0.9995 * pair[1] or pair[1] == 1][-1] if size >= 1e4 else SI[0]
+    return f"{value / unit:.3g}{prefix}" if size / unit < 1000 else f"{value / unit:,.0f}{prefix}"
+
+
+def _exact(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:g}"
+
+
+def legend(charts: Iterable[Chart]) -> list[tuple[str, int]]:
+    """Names and styles of all lines of charts, each once, in the order of the styles."""
+    styles = {line.name: line.style for chart in charts for line in chart.lines}
+    return sorted(styles.items(), key=lambda pair: pair[1])
+
+
+def thinned(values: Sequence[float], most: int) -> Iterable[int]:
+    """Indices of the values that a line needs: in each of a few stretches, the first, the lowest and the highest."""
+    if len(values) <= most:
+        return range(len(values))
+    kept = {0, len(values) - 1}
+    edges = [round(i * len(values) / (most // 3)) for i in range(most // 3 + 1)]
+    for first, after in pairwise(edges):
+        stretch = range(first, after)
+        kept |= {first, min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+    return sorted(kept)

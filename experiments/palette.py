@@ -1,0 +1,38 @@
+"""What tells one line from another: a colour for light and one for dark, a marker, and a dash.
+
+The hues are those of Okabe and Ito (2008, "Color Universal Design"), which people with any common colour vision tell
+apart; their lightness is moved until each stands out from the page (3 to 1, WCAG 2.2 criterion 1.4.11).
+"""
+
+INK, MUTED, RULE, PAPER, PANEL = "ink", "muted", "rule", "paper", "panel"
+LIGHT = {INK: "#1b1f24", MUTED: "#5b636e", RULE: "#dfe3e8", PAPER: "#ffffff", PANEL: "#f6f7f9"}
+DARK = {INK: "#e8eaed", MUTED: "#a2a9b3", RULE: "#343a43", PAPER: "#14171b", PANEL: "#1d2127"}
+"""Colours of text, of what is beside it, of lines, and of what is behind."""
+
+LIGHT_LINES = ("#0072b2", "#d55e00", "#008f68", "#c0619a", "#b98100", "#3a9bd4", "#1b1f24", "#8c8300")
+DARK_LINES = ("#3f9fe0", "#ff7f3f", "#16c295", "#e59cc8", "#f0a91e", "#8fd3ff", "#e8eaed", "#f0e442")
+"""Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further lines take them again, dashed."""
+DASHES = ("", "5 3", "2 2.5")
+MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down")
+
+
+def color(style: int) -> int:
+    """The place of a line's colour among eight."""
+    return style % len(LIGHT_LINES)
+
+
+def dash(style: int) -> str:
+    """A line's dashes, as SVG has them; empty for none."""
+    return DASHES[style // len(LIGHT_LINES) % len(DASHES)]
+
+
+def marker(style: int) -> str:
+    """The shape of a line's points."""
+    return MARKERS[style % len(MARKERS)]
+
+
+def variables(dark: bool = False) -> str:
+    """The colours as CSS variables: --ink, --paper, ..., and --line-0 on."""
+    names, lines = (DARK, DARK_LINES) if dark else (LIGHT, LIGHT_LINES)
+    pairs = [*names.items(), *((f"line-{i}", line) for i, line in enumerate(lines))]
+    return "".join(f"--{name}:{value};" for name, value in pairs)

@@ -1,0 +1,285 @@
+"""The report of a study: one page that answers its question, shows how, and says how to do it again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from . import page
+from .chart import UNITS, Chart, number
+from .differences import compared, shown
+from .markup import element
+from .plots import Plots, said
+from .results import EntryResult, Machine, Results, Statistic, SummaryRow
+from .study import shipped
+
+REPORT_FILE = "report.html"
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write the report of a study to `folder`/report.html: one file that needs no other, and no network.
+
+    Raises:
+        SeqmixError: the file cannot be written.
+    """
+    return page.write(render(results), folder / REPORT_FILE)
+
+
+def render(results: Results) -> str:
+    """The report as HTML."""
+    plots = Plots(results)
+    parts = [
+        _head(results, plots),
+        _outcome(results, plots),
+        _figures("How they learnt", plots.curves()),
+        _figures("What speed and memory they take", plots.speed(), _skipped(results)),
+        _paper(results, plots),
+        _fairness(results, plots),
+        _failures(results),
+        _details(results),
+    ]
+    return page.page(f"{results.name}: a study", *(part for part in parts if part is not None))
+
+
+def _head(results: Results, plots: Plots) -> Element:
+    finished = sum(run.status == "finished" for run in results.runs)
+    facts = [
+        f"{_count(len(results.entries), 'entry', 'entries')}, {_count(len(results.runs), 'run')}",
+        results.created[:10],
+        _machine(results.machine),
+        *_versions(results.machine),
+    ]
+    missing = len(results.runs) - finished
+    note = f"{_count(missing, 'run')} of {len(results.runs)} did not finish; reasons are under Failures."
+    return element(
+        "header",
+        element("h1", results.question or results.name),
+        page.paragraph(" · ".join(([results.name] if results.question else []) + facts), "quiet"),
+        page.paragraph(_answer(plots), "lead"),
+        page.paragraph(note, "note") if missing else None,
+    )
+
+
+def _answer(plots: Plots) -> str:
+    """What came out, in a few sentences; where something was varied, at its first and its last value."""
+    if not any(plots.score(row) for row in plots.results.summary):
+        return "No run has finished, so there is nothing to compare."
+    if len(plots.variants) <= 1:
+        return _sentence(plots, plots.ranked())
+    ends = (plots.variants[0], plots.variants[-1])
+    ranked = [[row for row in plots.ranked() if row.variant == variant] for variant in ends]
+    return " ".join(
+        f"At {said(variant)}: {_sentence(plots, rows)}" for variant, rows in zip(ends, ranked, strict=True) if rows
+    )
+
+
+def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
+    """Who is best, who is next, and whether the difference can be chance."""
+    scored = [(row, score) for row in ranked if (score := plots.score(row)) is not None]
+    if not scored:
+        return "no run has finished."
+    what = "an accuracy" if plots.has_accuracy else "a validation loss"
+    best, a = scored[0]
+    text = f"{best.entry} reaches {what} of {measured(a, share=plots.has_accuracy)}"
+    if len(scored) == 1:
+        return f"{text}."
+    second, b = scored[1]
+    text = f"{text}, {second.entry} comes next with {measured(b, share=plots.has_accuracy)}."
+    if min(best.seeds, second.seeds) < 2:
+        return f"{text} With one seed, how much of this is chance is not known."
+    if abs(a.mean - b.mean) <= (a.spread or 0) + (b.spread or 0):
+        return f"{text} The difference is within the spread of the seeds."
+    return text
+
+
+def _outcome(results: Results, plots: Plots) -> Element | None:
+    if not results.summary:
+        return None
+    entries = {entry.name: entry for entry in results.entries}
+    speeds: dict[str, list[float]] = {}
+    for run in results.runs:
+        if run.status == "finished" and run.tokens_per_second is not None:
+            speeds.setdefault(run.entry, []).append(run.tokens_per_second)
+    columns: dict[str, Any] = {
+        "entry": lambda row: page.name(row.entry, plots.styles[row.entry]),
+        "variant": lambda row: said(row.variant),
+        "accuracy": lambda row: measured(row.accuracy, share=True),
+        "validation loss": lambda row: measured(row.validation_loss),
+        "seeds": lambda row: f"{row.seeds}",
+        "learning rate": lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else ""),
+        "parameters": lambda row: f"{entries[row.entry].parameters:,}",
+        "FLOPs/token": lambda row: number(entries[row.entry].flops_per_token),
+        "state": lambda row: _state(entries[row.entry]),
+        "tokens/s": lambda row: number(median(found)) if (found := speeds.get(row.entry)) else "",
+    }
+    cells = {name: [column(row) for row in plots.ranked()] for name, column in columns.items()}
+    used = {name: column for name, column in cells.items() if any(column)}
+    rows = list(zip(*used.values(), strict=True))
+    spread = " ± is the standard deviation over seeds." if any(row.seeds > 1 for row in results.summary) else ""
+    rates = len({run.learning_rate for run in results.runs}) > 1
+    note = f"Best first.{spread}{' Of each entry, the learning rate that did best.' if rates else ''}"
+    charts = plots.outcomes()
+    return page.section(
+        "What came out",
+        page.table(list(used), rows, "Results of all entries, best first", best=True),
+        page.paragraph(f"{note} Loss in nats per token; state is that of one sequence.", "quiet"),
+        element("div", page.legend(charts), page.figures(charts), class_="block") if charts else None,
+    )
+
+
+def _figures(heading: str, charts: list[Chart], *more: Element | None) -> Element | None:
+    return page.section(heading, page.legend(charts), page.figures(charts), *more) if charts else None
+
+
+def _skipped(results: Results) -> Element | None:
+    """What was not timed, and why."""
+    speed = results.speed
+    rows = [(row.entry, f"training at {row.length:,}", row.skipped) for row in speed.train if row.skipped]
+    rows += [(row.entry, f"decoding behind {row.context:,}", row.skipped) for row in speed.decode if row.skipped]
+    return page.table(["entry", "what", "why not"], rows, "What was not timed", words=("why not",)) if rows else None
+
+
+def _paper(results: Results, plots: Plots) -> Element | None:
+    if not results.paper:
+        return None
+    rows = [
+        (row.label, page.name(row.entry, plots.styles.get(row.entry)), number(row.theirs), _number(row.ours))
+        for row in results.paper
+    ]
+    return page.section(
+        "Beside the paper",
+        page.table(
+            ["figure", "entry", "paper", "here"], rows, "The paper's figures beside ours", words=("figure", "entry")
+        ),
+        page.paragraph(
+            "The paper's models and data are larger than those here: what can be compared is the order, and which way "
+            "differences go, not the values.",
+            "quiet",
+        ),
+    )
+
+
+def _fairness(results: Results, plots: Plots) -> Element:
+    same, different = compared({entry.name: entry.config for entry in results.entries})
+    matched = [
+        (page.name(entry.name, plots.styles[entry.name]), entry.matched) for entry in results.entries if entry.matched
+    ]
+    parts: list[Element] = [element("ul", [element("li", text) for text in results.fairness])]
+    if matched:
+        label = "What was made equal"
+        parts.append(page.table(["entry", "made equal"], matched, label, words=("made equal",)))
+    facts = {
+        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in results.runs})),
+        "learning rates": ", ".join(number(rate) for rate in sorted({run.learning_rate for run in results.runs})),
+        "machine": _machine(results.machine),
+    }
+    parts.append(page.facts({name: text for name, text in facts.items() if text}))
+    if different and len(results.entries) > 1:
+        heads = ["field", *(entry.name for entry in results.entries)]
+        rows = [
+            (name, *(shown(values.get(entry.name, "")) for entry in results.entries))
+            for name, values in different.items()
+        ]
+        parts.append(page.folded("What differs between the models", page.table(heads, rows, "Fields that differ")))
+    if same and len(results.entries) > 1:
+        parts.append(
+            page.folded(
+                "What is the same in all models", page.code("\n".join(f"{k}: {shown(v)}" for k, v in same.items()))
+            )
+        )
+    return page.section("What was held equal", *parts)
+
+
+def _failures(results: Results) -> Element | None:
+    failed = [run for run in results.runs if run.status != "finished"]
+    if not failed:
+        return None
+    rows = [
+        (run.name, run.status, run.error or "it has not ended: run the same command again to go on") for run in failed
+    ]
+    return page.section(
+        "Failures", page.table(["run", "status", "reason"], rows, "Runs that failed", words=("reason", "status"))
+    )
+
+
+def _details(results: Results) -> Element:
+    heads = ["run", "status", "seed", "learning rate", "accuracy", "validation loss", "tokens/s", "peak memory", "time"]
+    rows = [
+        (
+            run.name,
+            run.status,
+            str(run.seed),
+            number(run.learning_rate),
+            "" if run.accuracy is None else f"{run.accuracy:.1%}",
+            "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
+            _number(run.tokens_per_second),
+            in_unit(run.peak_memory_bytes, "bytes"),
+            in_unit(run.seconds, "seconds"),
+        )
+        for run in results.runs
+    ]
+    kept = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
+    table = page.table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "All runs")
+    facts = {
+        "created": results.created,
+        "machine": _machine(results.machine),
+        "versions": ", ".join(_versions(results.machine)),
+        "commit": results.machine.commit or "",
+    }
+    return page.section(
+        "To do it again",
+        page.paragraph("All figures are in results.json beside this page; every run's folder has its configuration."),
+        page.code(f"seqmix compare {results.name if results.name in shipped() else f'{results.name}.yaml'}"),
+        page.facts({name: text for name, text in facts.items() if text}),
+        page.folded("All runs", table),
+        *(page.folded(f"Configuration of {entry.name}", page.code(entry.config.rstrip())) for entry in results.entries),
+    )
+
+
+# ---- numbers in words
+
+
+def measured(value: Statistic | None, *, share: bool = False) -> str:
+    """A mean and its spread, in as many digits as one can use."""
+    if value is None:
+        return ""
+    scale, unit, digits = (100, "\N{NO-BREAK SPACE}%", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
+    text = f"{value.mean * scale:.{digits}f}"
+    # a line never breaks within a figure
+    return (
+        f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{value.spread * scale:.{digits}f}{unit}"
+        if value.spread
+        else text + unit
+    )
+
+
+def in_unit(value: float | None, kind: str) -> str:
+    """A number of bytes or seconds in the unit that suits; empty for none."""
+    if value is None:
+        return ""
+    name, size = next((pair for pair in reversed(UNITS[kind]) if value >= pair[1]), UNITS[kind][0])
+    return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else number(value)
+
+
+def _state(entry: EntryResult) -> str:
+    size = in_unit(entry.state_bytes, "bytes")
+    return f"{size}, grows" if size and entry.state_grows else size
+
+
+def _machine(machine: Machine) -> str:
+    parts = [machine.processor, machine.device, _count(machine.threads, "thread") if machine.threads else None]
+    return ", ".join(part for part in parts if part)
+
+
+def _versions(machine: Machine) -> list[str]:
+    named = {"seqmix": machine.seqmix, "torch": machine.torch}
+    return [f"{name} {version}" for name, version in named.items() if version]
+
+
+def _count(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"

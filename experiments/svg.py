@@ -1,0 +1,233 @@
+"""A chart as SVG: text stays text, colours are CSS variables, and a pointer that rests on a point reads its values."""
+
+from collections.abc import Iterable, Sequence
+from xml.etree.ElementTree import Element
+
+from . import palette
+from .chart import Chart, Line, Scale, legend, thinned
+from .markup import element
+
+WIDTH, HEIGHT = 340, 236
+"""Of one chart, in pixels at its natural size: as wide as a phone, so that text is readable there too."""
+TOP, RIGHT, BOTTOM = 26, 14, 38
+FONT, CHARACTER = 11, 6.9
+"""Height of text, and the width of a wide character of it: fonts differ, and a label must not be cut off."""
+MOST_POINTS, MOST_MARKERS, MOST_READ = 240, 12, 40
+"""Points that are drawn of a joined line, up to how many have a marker each, and how many can be read."""
+STYLE = f"""
+svg.chart {{ font: {FONT}px/1.2 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
+svg.chart text {{ fill: var(--muted); }}
+svg.chart .title {{ fill: var(--ink); font-size: 13px; font-weight: 600; }}
+svg.chart .grid {{ stroke: var(--rule); }}
+svg.chart .axis {{ stroke: var(--muted); fill: none; }}
+svg.chart .line {{ stroke: var(--c); fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }}
+svg.chart .faint {{ stroke-width: 1; opacity: .45; }}
+svg.chart .band {{ fill: var(--c); opacity: .16; }}
+svg.chart .whisker {{ stroke: var(--c); stroke-width: 1.4; }}
+svg.chart .marker {{ fill: var(--c); stroke: var(--paper); stroke-width: 1; }}
+svg.chart .reads {{ fill: transparent; }}
+svg.chart .reads:hover {{ fill: var(--c); fill-opacity: .35; }}
+"""
+
+
+def figure(chart: Chart) -> Element:
+    """One chart, its lines unnamed: a legend stands beside it. It has at least one line (`Chart.drawable`)."""
+    x, y = chart.scales()
+    left = round(10 + CHARACTER * max((len(text) for _, text in y.ticks), default=1))
+    frame = _Frame(x, y, left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)
+    return element(
+        "svg",
+        *frame.axes(),
+        *(frame.line(line, chart.joined) for line in sorted(chart.lines, key=lambda line: not line.faint)),
+        class_="chart",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=f"{chart.title}. {spoken(chart)}",
+    )
+
+
+def spoken(chart: Chart) -> str:
+    """A chart in words: its axes, and where each line begins and ends."""
+    x, y = chart.scales()
+    ends = []
+    for line in chart.lines:
+        first, last = (y.read(line.y[i]) for i in (0, -1))
+        course = f"from {first} to {last}" if len(line.y) > 1 else first
+        ends.append(f"{line.name}: {course}")
+    return f"{y.label} over {x.label}. {'; '.join(ends)}."
+
+
+def sample(style: int, *, joined: bool = True) -> Element:
+    """What a legend shows of a style."""
+    stroke = element("path", class_="line", d="M1 6H25", stroke_dasharray=palette.dash(style) or None)
+    return element(
+        "svg",
+        stroke if joined else None,
+        element("path", class_="marker", d=_shape(palette.marker(style), 13, 6)),
+        class_="chart sample",
+        viewBox="0 0 26 12",
+        width="26",
+        height="12",
+        aria_hidden="true",
+        style=_color(style),
+    )
+
+
+def document(charts: Sequence[Chart], columns: int) -> Element:
+    """Charts side by side in one drawing that needs nothing around it, with their titles and one legend.
+
+    Args:
+        charts: what is drawn.
+        columns: charts in a row, at most.
+    """
+    columns = min(columns, len(charts))
+    width, row, gap = columns * (WIDTH + 16), HEIGHT + 44, 8
+    names, bottom = _legend(legend(charts), width)
+    rows = -(-len(charts) // columns)
+    root = element(
+        "svg",
+        element(
+            "style",
+            f"svg {{ {palette.variables()} }} "
+            f"@media (prefers-color-scheme: dark) {{ svg {{ {palette.variables(dark=True)} }} }}" + STYLE,
+        ),
+        element("rect", width="100%", height="100%", fill="var(--paper)"),
+        names,
+        xmlns="http://www.w3.org/2000/svg",
+        class_="chart",
+        viewBox=f"0 0 {width} {bottom + rows * row}",
+        width=width,
+        height=bottom + rows * row,
+    )
+    for i, chart in enumerate(charts):
+        left, top = (i % columns) * (WIDTH + 16) + gap, bottom + (i // columns) * row
+        root.append(element("text", chart.title, class_="title", x=left + 2, y=top + 14))
+        drawn = figure(chart)
+        for name, value in {"x": left, "y": top + 22, "width": WIDTH, "height": HEIGHT}.items():
+            drawn.set(name, str(value))
+        root.append(drawn)
+    return root
+
+
+def _legend(names: Iterable[tuple[str, int]], width: float) -> tuple[Element, float]:
+    """The names in lines of a width, and where they end."""
+    group, x, y = element("g"), 12.0, 18.0
+    for name, style in names:
+        needed = 26 + 6 + CHARACTER * len(name) + 16
+        if x > 12 and x + needed > width:
+            x, y = 12.0, y + 18
+        drawn = sample(style)
+        drawn.set("x", f"{x:g}")
+        drawn.set("y", f"{y - 9:g}")
+        group.extend([drawn, element("text", name, x=x + 32, y=y)])
+        x += needed
+    return group, y + 12
+
+
+class _Frame:
+    """The place of a chart's axes, and what is drawn between them."""
+
+    def __init__(self, x: Scale, y: Scale, left: float, right: float, top: float, bottom: float) -> None:
+        self.scales = x, y
+        self.left, self.right, self.top, self.bottom = left, right, top, bottom
+
+    def across(self, value: float) -> float:
+        return round(self.left + self.scales[0].position(value) * (self.right - self.left), 1)
+
+    def up(self, value: float) -> float:
+        return round(self.bottom - self.scales[1].position(value) * (self.bottom - self.top), 1)
+
+    def axes(self) -> list[Element]:
+        x, y = self.scales
+        drawn = [element("text", y.label, x=2, y=11)]
+        for value, text in y.ticks:
+            at = self.up(value)
+            drawn.append(element("path", class_="grid", d=f"M{self.left} {at}H{self.right}"))
+            drawn.append(element("text", text, x=self.left - 6, y=at + 4, text_anchor="end"))
+        drawn.append(element("path", class_="axis", d=f"M{self.left} {self.bottom}H{self.right}"))
+        free = 0.0  # where the text before ends: one that would touch it is left out
+        for value, text in x.ticks:
+            at, half = self.across(value), len(text) * CHARACTER / 2
+            drawn.append(element("path", class_="axis", d=f"M{at} {self.bottom}v4"))
+            middle = min(max(at, half), WIDTH - half)
+            if middle - half >= free:
+                drawn.append(element("text", text, x=middle, y=self.bottom + 16, text_anchor="middle"))
+                free = middle + half + CHARACTER
+        middle = (self.left + self.right) / 2
+        drawn.append(element("text", x.label, x=middle, y=self.bottom + 33, text_anchor="middle"))
+        return drawn
+
+    def line(self, line: Line, joined: bool) -> Element:
+        """A line with its band or whiskers, its markers, and what a pointer reads."""
+        kept = list(thinned(line.y, MOST_POINTS)) if joined else list(range(len(line.x)))
+        points = [(self.across(line.x[i]), self.up(line.y[i])) for i in kept]
+        drawn: list[Element] = []
+        if line.low and joined and len(kept) > 1:
+            edge = [(self.across(line.x[i]), self.up(line.high[i])) for i in kept]
+            edge += [(self.across(line.x[i]), self.up(line.low[i])) for i in reversed(kept)]
+            drawn.append(element("path", class_="band", d=_path(edge) + "Z"))
+        elif line.low:
+            for i, (across, _) in zip(kept, points, strict=True):
+                ends = f"M{across} {self.up(line.low[i])}V{self.up(line.high[i])}"
+                drawn.append(element("path", class_="whisker", d=ends))
+        if joined and len(points) > 1:
+            kind = "line faint" if line.faint else "line"
+            drawn.append(
+                element("path", class_=kind, d=_path(points), stroke_dasharray=palette.dash(line.style) or None)
+            )
+        if not line.faint:
+            # on long lines a few markers, each line's elsewhere
+            every = 1 if len(points) <= MOST_MARKERS else max(1, len(points) // 5)
+            begin = 0 if every == 1 else (line.style * every) // 5 % every
+            shape = palette.marker(line.style)
+            drawn += [element("path", class_="marker", d=_shape(shape, *point)) for point in points[begin::every]]
+            drawn += self._reads(line, kept, points)
+        return element("g", drawn, style=_color(line.style), data_line=line.name)
+
+    def _reads(self, line: Line, kept: Sequence[int], points: Sequence[tuple[float, float]]) -> list[Element]:
+        every = max(1, len(points) // MOST_READ)
+        found = []
+        for i, (across, up) in list(zip(kept, points, strict=True))[::every]:
+            x, y = self.scales
+            spread = f" ({y.read(line.low[i])} to {y.read(line.high[i])})" if line.low else ""
+            text = element("title", f"{line.name}: {y.read(line.y[i])}{spread} at {x.read(line.x[i])}")
+            found.append(element("circle", text, class_="reads", cx=across, cy=up, r=7))
+        return found
+
+
+def _color(style: int) -> str:
+    return f"--c:var(--line-{palette.color(style)})"
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def _shape(name: str, x: float, y: float, r: float = 3.6) -> str:
+    """The outline of a marker around a point."""
+    if name == "circle":
+        return f"M{x - r:g} {y:g}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z"
+    corners = {
+        "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+        "triangle": ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
+        "down": ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
+        "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+        "cross": tuple(
+            (a / 3, b / 3)
+            for a, b in (
+                (-1, -4),
+                (1, -4),
+                (1, -1),
+                (4, -1),
+                (4, 1),
+                (1, 1),
+                (1, 4),
+                (-1, 4),
+                (-1, 1),
+                (-4, 1),
+                (-4, -1),
+                (-1, -1),
+            )
+        ),
+    }[name]
+    return _path([(round(x + r * a, 1), round(y + r * b, 1)) for a, b in corners]) + "Z"

@@ -1,0 +1,263 @@
+"""Results of studies as they may come out: a recall task, text with speed and a paper's figures, few runs, a sweep."""
+
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+MACHINE = {
+    "processor": "Intel Xeon",
+    "threads": 2,
+    "device": "cpu",
+    "torch": "2.13.0",
+    "seqmix": "0.1.0",
+    "commit": "4f2c1e9",
+}
+MIXERS = {
+    "retention": ("retention", 65536, False, 0.81),
+    "attention": ("attention", 262144, True, 0.99),
+    "linear attention": ("linear_attention", 65536, False, 0.55),
+    "gated DeltaNet": ("gated_delta_net", 131072, False, 0.95),
+    "Mamba-2": ("mamba2", 98304, False, 0.88),
+}
+
+
+def config(kind: str, width: int = 128, expansion: float = 2.0) -> str:
+    return (
+        f"d_model: {width}\nn_layers: 4\nvocab_size: 257\nblocks:\n  main:\n    mixer:\n      kind: {kind}\n"
+        f"      n_heads: 4\n    ffn:\n      kind: mlp\n      expansion: {expansion}\n    norm:\n      kind: layernorm\n"
+        "pattern:\n- main\n"
+    )
+
+
+def entry(name: str, i: int) -> dict[str, Any]:
+    kind, state, grows, _ = MIXERS[name]
+    return {
+        "name": name,
+        "config": config(kind, expansion=2.0 + i / 10),
+        "mixers": [kind],
+        "matched": f"parameters {1_234_000 + 311 * i:,} by blocks.main.ffn.expansion = {2.0 + i / 10} "
+        f"(wanted 1,234,000; +0.0{i} %)",
+        "parameters": 1_234_000 + 311 * i,
+        "flops_per_token": 2.4e6 + 2e5 * i,
+        "state_bytes": state,
+        "state_grows": grows,
+    }
+
+
+def run(
+    name: str,
+    seed: int,
+    rate: float,
+    end: float,
+    *,
+    steps: int = 400,
+    accuracy: float | None = None,
+    speed: float = 41000.0,
+    variant: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A run whose loss falls to `end`."""
+    random = np.random.default_rng([seed, len(name), int(rate * 1e5)])
+    begin = 5.5 if accuracy is None else 4.9
+
+    def at(step: int) -> dict[str, Any]:
+        return {"step": step, "tokens": step * 4096, "flops": step * 4096 * 7.2e6, "seconds": step * 4096 / speed}
+
+    def loss(step: int) -> float:
+        return end + (begin - end) * math.exp(-5 * step / steps) * (1 + 0.03 * random.normal())
+
+    evaluations = [at(step) | {"validation_loss": loss(step)} for step in range(steps // 10, steps + 1, steps // 10)]
+    if accuracy is not None:
+        for point in evaluations:
+            point["accuracy"] = accuracy / (1 + math.exp(-12 * (point["step"] / steps - 0.5)))
+    made: dict[str, Any] = {
+        "name": f"{name}-lr{rate:g}-seed{seed}",
+        "entry": name,
+        "seed": seed,
+        "learning_rate": rate,
+        "variant": variant or {},
+        "status": "finished",
+        "error": None,
+        "seconds": steps * 4096 / speed,
+        "tokens_per_second": speed,
+        "peak_memory_bytes": 900_000_000,
+        "validation_loss": evaluations[-1]["validation_loss"],
+        "history": [at(step) | {"loss": loss(step)} for step in range(10, steps + 1, 10)],
+        "evaluations": evaluations,
+    }
+    if accuracy is not None:
+        by = {
+            str(n): min(1.0, max(0.0, accuracy * (1.25 - 0.12 * i) + 0.02 * random.normal()))
+            for i, n in enumerate((4, 8, 16, 32, 64))
+        }
+        made |= {"accuracy": fmean(by.values()), "accuracy_by": {"pairs": by}}
+    return made
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each entry and variant, the learning rate of the lowest loss."""
+    groups: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for found in runs:
+        if found["status"] == "finished":
+            by_rate = groups.setdefault((found["entry"], repr(found["variant"])), {})
+            by_rate.setdefault(found["learning_rate"], []).append(found)
+    rows = []
+    for by_rate in groups.values():
+        rate, best = min(by_rate.items(), key=lambda pair: fmean(r["validation_loss"] for r in pair[1]))
+        row = {
+            "entry": best[0]["entry"],
+            "variant": best[0]["variant"],
+            "learning_rate": rate,
+            "seeds": len(best),
+            "validation_loss": spread([r["validation_loss"] for r in best]),
+        }
+        if best[0].get("accuracy") is not None:
+            row["accuracy"] = spread([r["accuracy"] for r in best])
+            row["accuracy_by"] = {
+                name: {key: spread([r["accuracy_by"][name][key] for r in best]) for key in slices}
+                for name, slices in best[0]["accuracy_by"].items()
+            }
+        rows.append(row)
+    return rows
+
+
+def study(
+    name: str, question: str | None, entries: list[str], runs: list[dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "name": name,
+        "question": question,
+        "created": "2026-03-02T10:20:30+00:00",
+        "machine": MACHINE,
+        "x_label": None,
+        "entries": [entry(e, i) for i, e in enumerate(entries)],
+        "runs": runs,
+        "summary": summary(runs),
+        "speed": {"train": [], "decode": []},
+        "paper": [],
+    } | more
+
+
+def recall() -> dict[str, Any]:
+    """Five mixers, three seeds, two learning rates, a task with slices of difficulty."""
+    runs = [
+        run(
+            name,
+            seed,
+            rate,
+            0.02 + 2 * (1 - best) * (1.0 if rate == 1e-3 else 1.3),
+            accuracy=best * (1.0 if rate == 1e-3 else 0.9),
+            speed=30000.0 + 4000 * i,
+        )
+        for i, (name, (_, _, _, best)) in enumerate(MIXERS.items())
+        for rate in (3e-4, 1e-3)
+        for seed in range(3)
+    ]
+    return study("recall", "Which mixer recalls the most pairs of key and value?", list(MIXERS), runs)
+
+
+def text() -> dict[str, Any]:
+    """Three mixers on text, with lengths, speed, and what a paper has."""
+    names = ["retention", "attention", "Mamba-2"]
+    runs = []
+    for i, name in enumerate(names):
+        for seed in range(3):
+            made = run(name, seed, 1e-3, 1.6 + 0.05 * i, steps=2000)
+            far = 0.6 if name == "attention" else 0.0
+            made["validation_loss_by_length"] = {
+                str(n): made["validation_loss"] - 0.03 * k + far * max(0, k - 1)
+                for k, n in enumerate((256, 512, 1024, 2048, 4096))
+            }
+            runs.append(made)
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]
+    slow = {"retention": 0.0, "attention": 1.0, "Mamba-2": 0.05}
+    train = [
+        {
+            "entry": n,
+            "length": t,
+            "tokens_per_second": 42000 / (1 + slow[n] * t / 3000),
+            "memory_bytes": 4e8 + 3e4 * t * (1 + slow[n] * t / 8000),
+        }
+        for n in names
+        for t in lengths
+    ]
+    decode = [
+        {
+            "entry": n,
+            "context": t,
+            "seconds": 0.0021 * (1 + slow[n] * t / 2000),
+            "memory_bytes": 1e8 + 2e3 * t * slow[n],
+            "state_bytes": 512 * t if n == "attention" else 65536,
+        }
+        for n in names
+        for t in lengths
+    ]
+    paper = [
+        {"label": "In-domain perplexity", "entry": "retention", "theirs": 26.05, "ours": 4.95},
+        {
+            "label": "Perplexity of the best transformer of the same size",
+            "entry": "attention",
+            "theirs": 27.0,
+            "ours": 5.2,
+        },
+    ]
+    return study(
+        "text",
+        "Does retention reach attention's loss, and at what cost?",
+        names,
+        runs,
+        speed={"train": train, "decode": decode},
+        paper=paper,
+    )
+
+
+def few() -> dict[str, Any]:
+    """One run that finished, one that failed, one that was not run, and no question."""
+    runs = [run("retention", 0, 1e-3, 1.9)]
+    for status, error, seed in (
+        (
+            "failed",
+            "the loss is not finite at step 31: blocks.0.mixer is the first module whose output is not finite",
+            1,
+        ),
+        ("missing", None, 2),
+    ):
+        runs.append(
+            {
+                "name": f"Mamba-2-lr0.001-seed{seed}",
+                "entry": "Mamba-2",
+                "seed": seed,
+                "learning_rate": 1e-3,
+                "variant": {},
+                "status": status,
+                "error": error,
+            }
+        )
+    return study("few", None, ["retention", "Mamba-2"], runs)
+
+
+def varied() -> dict[str, Any]:
+    """Two mixers at four values of one field."""
+    runs = [
+        run(
+            name,
+            seed,
+            1e-3,
+            0.05 + 0.2 * i * (1 + k),
+            accuracy=max(0.1, 0.98 - 0.12 * k * (1 + i)),
+            variant={"data.pairs": pairs},
+        )
+        for i, name in enumerate(("attention", "retention"))
+        for k, pairs in enumerate((8, 16, 32, 64))
+        for seed in range(2)
+    ]
+    return study("varied", "How many pairs does each recall?", ["attention", "retention"], runs, x_label="pairs")
+
+
+STUDIES = {"recall": recall, "text": text, "few": few, "varied": varied}
