@@ -12,6 +12,8 @@ UNITS = {
     "share": (("%", 0.01),),
 }
 """Units that an axis is converted to, smallest first; any other has prefixes at its numbers (200k)."""
+CHARACTERS = 40
+"""How many of them fit below an axis: categories share them."""
 DECADES, DOUBLINGS = 20.0, 8.0
 """The ratio of largest to smallest from which on an axis is logarithmic; and one with chosen values as ticks."""
 
@@ -114,11 +116,13 @@ class Scale:
 def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     """The scale of an axis for its values, at least one and all finite."""
     if axis.names:
-        ticks = [(float(i), name) for i, name in enumerate(axis.names)]
+        room = CHARACTERS // len(axis.names)
+        short = (name if len(name) <= room else f"{name[: room - 1]}…" for name in axis.names)
+        ticks = [(float(i), name) for i, name in enumerate(short)]
         return Scale(-0.4, len(axis.names) - 0.6, False, axis.label, ticks)
     low, high = min(values), max(values)
     log = low > 0 and (high / low >= (DOUBLINGS if axis.ticks else DECADES) if axis.log is None else axis.log)
-    suffix, divisor = _unit(axis.unit, max(abs(low), abs(high)))
+    suffix, divisor = _unit(axis.unit, math.sqrt(low * high) if log else max(abs(low), abs(high)))
     if axis.zero and not log:
         low = min(low, 0.0)
     # a single value has room around it
@@ -134,10 +138,10 @@ def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     return Scale(bottom, top, log, f"{axis.label} ({suffix})" if suffix else axis.label, texts, suffix, divisor)
 
 
-def _unit(unit: str, largest: float) -> tuple[str, float]:
+def _unit(unit: str, size: float) -> tuple[str, float]:
     if unit not in UNITS:
         return unit, 1.0
-    fitting = [pair for pair in UNITS[unit] if largest >= 0.999 * pair[1]]
+    fitting = [pair for pair in UNITS[unit] if size >= 0.999 * pair[1]]
     return fitting[-1] if fitting else UNITS[unit][0]
 
 

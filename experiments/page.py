@@ -1,6 +1,7 @@
 """A page of HTML in one file, without script or network: light and dark, wide and narrow, and on paper."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -185,5 +186,8 @@ def write(text: str, file: Path) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        raise SeqmixError(f"{file} cannot be written: {error.strerror}") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = f"{file.parent} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise SeqmixError(f"{file} cannot be written: {reason}") from error
     return file

@@ -1,7 +1,7 @@
 """What tells one line from another: a colour for light and one for dark, a marker, and a dash.
 
-The hues are those of Okabe and Ito (2008, "Color Universal Design"), which people with any common colour vision tell
-apart; their lightness is moved until each stands out from the page (3 to 1, WCAG 2.2 criterion 1.4.11).
+The colours are those of Okabe and Ito (2008, "Color Universal Design"), made for every common colour vision. On a light
+page some are darker, each until it stands out (3 to 1, WCAG 2.2 criterion 1.4.11) and is still told from all others.
 """
 
 INK, MUTED, RULE, PAPER, PANEL = "ink", "muted", "rule", "paper", "panel"
@@ -9,8 +9,8 @@ LIGHT = {INK: "#1b1f24", MUTED: "#5b636e", RULE: "#dfe3e8", PAPER: "#ffffff", PA
 DARK = {INK: "#e8eaed", MUTED: "#a2a9b3", RULE: "#343a43", PAPER: "#14171b", PANEL: "#1d2127"}
 """Colours of text, of what is beside it, of lines, and of what is behind."""
 
-LIGHT_LINES = ("#0072b2", "#d55e00", "#008f68", "#c0619a", "#b98100", "#3a9bd4", "#1b1f24", "#8c8300")
-DARK_LINES = ("#3f9fe0", "#ff7f3f", "#16c295", "#e59cc8", "#f0a91e", "#8fd3ff", "#e8eaed", "#f0e442")
+LIGHT_LINES = ("#00649c", "#e26400", "#008d66", "#cc79a7", "#805800", "#1e9be2", "#1b1f24", "#444005")
+DARK_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#e8eaed", "#f0e442")
 """Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further lines take them again, dashed."""
 DASHES = ("", "5 3", "2 2.5")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down")

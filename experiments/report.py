@@ -144,7 +144,7 @@ def _paper(results: Results, plots: Plots) -> Element | None:
     if not results.paper:
         return None
     rows = [
-        (row.label, page.name(row.entry, plots.styles.get(row.entry)), number(row.theirs), _number(row.ours))
+        (row.label, page.name(row.entry, plots.styles.get(row.entry)), f"{row.theirs:g}", _like(row.ours, row.theirs))
         for row in results.paper
     ]
     return page.section(
@@ -246,12 +246,10 @@ def measured(value: Statistic | None, *, share: bool = False) -> str:
         return ""
     scale, unit, digits = (100, "\N{NO-BREAK SPACE}%", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
     text = f"{value.mean * scale:.{digits}f}"
-    # a line never breaks within a figure
-    return (
-        f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{value.spread * scale:.{digits}f}{unit}"
-        if value.spread
-        else text + unit
-    )
+    if value.spread is not None:
+        # a line never breaks within a figure
+        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{value.spread * scale:.{digits}f}"
+    return text + unit
 
 
 def in_unit(value: float | None, kind: str) -> str:
@@ -264,6 +262,11 @@ def in_unit(value: float | None, kind: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else number(value)
+
+
+def _like(value: float | None, other: float) -> str:
+    """A figure in as many decimals as another one, at least two."""
+    return "" if value is None else f"{value:.{max(2, len(f'{other:g}'.partition('.')[2]))}f}"
 
 
 def _state(entry: EntryResult) -> str:

@@ -7,9 +7,9 @@ from . import palette
 from .chart import Chart, Line, Scale, legend, thinned
 from .markup import element
 
-WIDTH, HEIGHT = 340, 236
+WIDTH, HEIGHT = 340, 240
 """Of one chart, in pixels at its natural size: as wide as a phone, so that text is readable there too."""
-TOP, RIGHT, BOTTOM = 26, 14, 38
+TOP, RIGHT, BOTTOM = 26, 14, 42
 FONT, CHARACTER = 11, 6.9
 """Height of text, and the width of a wide character of it: fonts differ, and a label must not be cut off."""
 MOST_POINTS, MOST_MARKERS, MOST_READ = 240, 12, 40
@@ -151,10 +151,10 @@ class _Frame:
             drawn.append(element("path", class_="axis", d=f"M{at} {self.bottom}v4"))
             middle = min(max(at, half), WIDTH - half)
             if middle - half >= free:
-                drawn.append(element("text", text, x=middle, y=self.bottom + 16, text_anchor="middle"))
+                drawn.append(element("text", text, x=middle, y=self.bottom + 18, text_anchor="middle"))
                 free = middle + half + CHARACTER
         middle = (self.left + self.right) / 2
-        drawn.append(element("text", x.label, x=middle, y=self.bottom + 33, text_anchor="middle"))
+        drawn.append(element("text", x.label, x=middle, y=self.bottom + 36, text_anchor="middle"))
         return drawn
 
     def line(self, line: Line, joined: bool) -> Element:

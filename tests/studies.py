@@ -122,6 +122,10 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 name: {key: spread([r["accuracy_by"][name][key] for r in best]) for key in slices}
                 for name, slices in best[0]["accuracy_by"].items()
             }
+        if lengths := best[0].get("validation_loss_by_length"):
+            row["validation_loss_by_length"] = {
+                key: spread([r["validation_loss_by_length"][key] for r in best]) for key in lengths
+            }
         rows.append(row)
     return rows
 
@@ -139,6 +143,7 @@ def study(
         "entries": [entry(e, i) for i, e in enumerate(entries)],
         "runs": runs,
         "summary": summary(runs),
+        "fairness": ["Of one seed, every entry reads the same batches in the same order."],
         "speed": {"train": [], "decode": []},
         "paper": [],
     } | more
