@@ -8,12 +8,12 @@ families`) whose folder is given, and else stays as it is.
 import importlib
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig, SeqmixError
+from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
+from seqmix.experiments.pages import fill
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
@@ -92,20 +92,6 @@ def trained(results: Results) -> list[str]:
         cells.append(f"{1e3 * token.seconds:.2f}" if token and token.seconds else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def fill(page: str, name: str, lines: Sequence[str]) -> str:
-    """A page with other lines between `<!-- name: begin -->` and `<!-- name: end -->`.
-
-    Raises:
-        SeqmixError: the page has no such region.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = page.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found and found_end):
-        raise SeqmixError(f"the page has no region between {begin} and {end}")
-    return "\n".join([before + begin, "", *lines, "", end]) + after
 
 
 def _docstring(kind: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmix.benchmarks.families import fill
+from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
 from seqmix.training import DATA
 from seqmix.training.data import Corpus, Task, TaskConfig

@@ -223,6 +223,7 @@ def test_files_that_are_named_exist(page):
         "config.yaml",
         "metrics.jsonl",
         "sessions.jsonl",
+        "results.json",
         "manifest.json",
         "seqmix.schema.json",
         "average.py",

@@ -242,6 +242,7 @@ OPTIONAL = ["matplotlib", "triton", "xformers", "fla", "hypothesis", "transforme
 MAY_IMPORT = {
     "seqmix.mixers.ops.decay_triton_kernels": {"triton"},
     "seqmix.benchmarks.report": {"matplotlib"},
+    "seqmix.experiments.image": {"matplotlib"},
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},
