@@ -168,10 +168,19 @@ def _round_numbers(low: float, high: float, *, log: bool, count: int = 5) -> lis
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= 0.999 * rough)
     found = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    # all texts have the decimals of the step, for numbers close to each other to stay apart
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (f"{step / power:.1f}" == "2.5"))
-    plain = max(map(abs, found), default=0) < 1e4 and decimals <= 5
-    return [(v, f"{v:,.{decimals}f}" if plain else number(v)) for v in found]
+    # all texts have the decimals of the step and the prefix of the largest, for them to be of a kind
+    largest = max(map(abs, found), default=0)
+    prefix, unit = _prefix(largest)
+    decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9) + (f"{step / power:.1f}" == "2.5"))
+    if decimals > 5:
+        return [(v, number(v)) for v in found]
+    return [(v, f"{v / unit:,.{decimals}f}{prefix}" if v else "0") for v in found]
+
+
+def _prefix(size: float) -> tuple[str, float]:
+    """The prefix from 10,000 on, and what it stands for."""
+    fitting = [pair for pair in SI if size >= 0.9995 * pair[1]]
+    return fitting[-1] if size >= 1e4 else SI[0]
 
 
 def number(value: float) -> str:
@@ -179,9 +188,8 @@ def number(value: float) -> str:
     if 0 < abs(value) < 1e-3:
         digits, _, exponent = f"{value:.1e}".partition("e")
         return f"{float(digits):g}e{int(exponent)}"
-    size = abs(value)
-    prefix, unit = [pair for pair in SI if size >= 0.9995 * pair[1] or pair[1] == 1][-1] if size >= 1e4 else SI[0]
-    return f"{value / unit:.3g}{prefix}" if size / unit < 1000 else f"{value / unit:,.0f}{prefix}"
+    prefix, unit = _prefix(abs(value))
+    return f"{value / unit:.3g}{prefix}" if abs(value) / unit < 1000 else f"{value / unit:,.0f}{prefix}"
 
 
 def _exact(value: float) -> str:

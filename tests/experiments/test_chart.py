@@ -25,7 +25,8 @@ def test_a_number_is_short(value, text):
 def test_round_numbers_have_the_decimals_of_their_step():
     assert texts(Axis("loss"), [1.62, 1.73]) == ["1.625", "1.650", "1.675", "1.700", "1.725"]
     assert texts(Axis("loss"), [1.1, 3.9]) == ["1", "2", "3", "4"]
-    assert texts(Axis("tokens"), [0, 1_600_000]) == ["0", "500k", "1M", "1.5M"]
+    assert texts(Axis("tokens"), [0, 1_600_000]) == ["0", "0.5M", "1.0M", "1.5M"]
+    assert texts(Axis("tokens per second"), [0, 12_000]) == ["0", "2.5k", "5.0k", "7.5k", "10.0k"]
 
 
 def test_values_that_span_decades_get_a_logarithmic_axis():
