@@ -224,6 +224,7 @@ def test_files_that_are_named_exist(page):
         "metrics.jsonl",
         "sessions.jsonl",
         "results.json",
+        "summary.md",
         "manifest.json",
         "seqmix.schema.json",
         "average.py",
