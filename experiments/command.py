@@ -18,7 +18,7 @@ from .plan import Plan, PlannedEntry, plan
 from .progress import StudyProgress
 from .results import Results, SpeedResult, write
 from .runner import default_jobs, is_left_alone, locked, make_runs
-from .study import STUDIES, find_study, load_study, shipped
+from .study import STUDIES, StudyError, find_study, load_study, shipped
 from .tables import show, write_tables
 
 STUDY_FOLDER = Path("studies")
@@ -47,6 +47,14 @@ def compare_command(source: str, *, out: Path | None, jobs: int | None, dry_run:
         _show_plan(planned, console)
         return 0
     folder = out or STUDY_FOLDER / planned.name
+    try:
+        return _make(planned, folder, source, out, jobs, console)
+    except OSError as error:
+        raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def _make(planned: Plan, folder: Path, source: str, out: Path | None, jobs: int | None, console: Console) -> int:
+    """Make what is not there, and write what it found; an exit status."""
     work = {entry.name: _work(entry) for entry in planned.entries}
     left = {run.name: work[run.entry] for run in planned.runs if not is_left_alone(run, folder / RUNS / run.name)}
     progress = StudyProgress(console, left, len(planned.runs))

@@ -131,6 +131,7 @@ class _Variant:
         self.base = read(self._source(study.base), PRESETS)
         self.read: dict[str, RunConfig] = {}
         """Entries before they are matched."""
+        self.done: dict[str, PlannedEntry] = {}
 
     def entries(self) -> list[PlannedEntry]:
         """All of them, matched."""
@@ -186,35 +187,45 @@ class _Variant:
                 changes[name] = {"mixer": dict(mixer)}
         return tree.merge(self._node({"model": {"blocks": changes}}, place))
 
-    def _matched(self, name: str) -> PlannedEntry:
+    def _matched(self, name: str, behind: tuple[str, ...] = ()) -> PlannedEntry:
+        """An entry, matched; `behind` are the entries that are to cost as much as it."""
+        if name in behind:
+            raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*behind, name))}")
+        if name not in self.done:
+            self.done[name] = self._turned(name, behind)
+        return self.done[name]
+
+    def _turned(self, name: str, behind: tuple[str, ...]) -> PlannedEntry:
         config = self.read[name]
         own = self.study.entries[name].match if name in self.study.entries else None
         match = own or self.study.match
         if match is None or match.wanted == name:
             return PlannedEntry(name, config)
         length = config.data.sequence_length
+        wanted = self._wanted(match, length, (*behind, name))
+        key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
         try:
-            wanted = self._wanted(match, length)
-            key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
             if key not in self.solved:
                 self.solved[key] = solve(config.model, match, wanted, length=length)
-            matched = self.solved[key]
         except SeqmixError as error:
             where = f" where {_told(self.variant)}" if self.variant else ""
             raise type(error)(f"{self.file}: {name}{where} cannot be matched: {error}") from None
+        matched = self.solved[key]
         return PlannedEntry(name, config.model_copy(update={"model": matched.model}), matched)
 
-    def _wanted(self, match: Match, length: int) -> float:
+    def _wanted(self, match: Match, length: int, behind: tuple[str, ...]) -> float:
         """How much it is to cost."""
         wanted = match.wanted
         if not isinstance(wanted, str):
             return wanted
         if wanted in self.read:
-            return cost_of(self.read[wanted].model, match.metric, length)
+            return cost_of(self._matched(wanted, behind).config.model, match.metric, length)
         try:
             return cost_of(_validated(read(self._source(wanted), PRESETS)).model, match.metric, length)
         except ConfigError as error:
-            raise StudyError(f"{wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}") from None
+            raise StudyError(
+                f"{self.file}: match: {wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}"
+            ) from None
 
     def _source(self, source: str) -> str | Path:
         """A preset's name, or a file beside the study."""

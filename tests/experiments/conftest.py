@@ -12,8 +12,8 @@ model: {d_model: 16, n_layers: 1}
 mixers: [retention, attention]
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
 data: {sequence_length: 16, paths: [text.txt]}
-training: {steps: 30, warmup_steps: 1, batch_size: 2, evaluate_every: 10, evaluation_batches: 1,
-           final_evaluation_batches: 2, checkpoint_every: 5, log_every: 1}
+training: {steps: 120, warmup_steps: 1, batch_size: 2, evaluate_every: 40, evaluation_batches: 1,
+           final_evaluation_batches: 2, checkpoint_every: 20, log_every: 1}
 """
 
 

@@ -19,24 +19,23 @@ def test_there_is_a_preset_of_every_mixer():
     assert kinds == {mixer_kind(config) for config in PRESETS.values()}
 
 
-@pytest.mark.parametrize("metric", ["parameters", "flops"])
+@pytest.mark.parametrize(("metric", "factor"), [("parameters", 1.4), ("flops", 0.9)])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_every_mixer_is_matched_by_its_network(preset, metric):
+def test_every_mixer_is_matched_by_its_network(preset, metric, factor):
     model = PRESETS[preset].model
-    for factor in (0.9, 1.4):
-        wanted = round(factor * cost_of(model, metric, LENGTH))
-        block = model.blocks[model.layers[0]]
-        if block.ffn is None:
-            with pytest.raises(MatchError, match=r"knob blocks\.\*\.ffn\.expansion: blocks\.mamba\.ffn is null"):
-                matched(model, metric, wanted, "blocks.*.ffn.expansion")
-            found = matched(model, metric, wanted, "blocks.*.mixer.d_state")
-        else:
-            found = matched(model, metric, wanted, "blocks.*.ffn.expansion")
-            assert found.model.blocks[model.layers[0]].ffn.expansion == found.value
-        assert abs(found.cost / wanted - 1) < 0.01
-        assert cost_of(found.model, metric, LENGTH) == found.cost
-        # nothing else has changed
-        assert found.model.model_copy(update={"blocks": model.blocks}) == model
+    wanted = round(factor * cost_of(model, metric, LENGTH))
+    block = model.blocks[model.layers[0]]
+    if block.ffn is None:
+        with pytest.raises(MatchError, match=r"knob blocks\.\*\.ffn\.expansion: blocks\.mamba\.ffn is null"):
+            matched(model, metric, wanted, "blocks.*.ffn.expansion")
+        found = matched(model, metric, wanted, "blocks.*.mixer.d_state")
+    else:
+        found = matched(model, metric, wanted, "blocks.*.ffn.expansion")
+        assert found.model.blocks[model.layers[0]].ffn.expansion == found.value
+    assert abs(found.cost / wanted - 1) < 0.01
+    assert cost_of(found.model, metric, LENGTH) == found.cost
+    # nothing else has changed
+    assert found.model.model_copy(update={"blocks": model.blocks}) == model
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -34,6 +34,21 @@ entries:
         assert abs(cost_of(by_name[name].model, "parameters", 16) / retention - 1) < 0.01
 
 
+def test_a_match_is_to_a_model_as_it_is_matched(planned):
+    found = planned(
+        "entries: {deep: {model: {n_layers: 2}, match: {flops: attention, knob: blocks.*.ffn.expansion}}}\n"
+    )
+    attention, deep = (entry for entry in found.entries if entry.name in ("attention", "deep"))
+    assert attention.config.model.blocks["ret"].ffn.expansion == 4.0
+    assert deep.matched.wanted == cost_of(attention.config.model, "flops", 16)
+    with pytest.raises(SeqmixError, match="entries match each other in a circle: a -> b -> a"):
+        planned("""
+entries:
+  a: {match: {flops: b, knob: d_model}}
+  b: {match: {flops: a, knob: d_model}}
+""")
+
+
 def test_names_of_runs(planned):
     more = "seeds: [0, 1]\nlearning_rates: [1e-3, 3e-3]\nvary: {data.sequence_length: [8, 16]}\n"
     runs = planned(more).runs
@@ -49,8 +64,8 @@ def test_names_of_runs(planned):
 
 def test_what_is_the_same_is_said(planned):
     assert planned("learning_rates: [1e-3, 3e-3]\n").fairness == (
-        "Of one seed, every entry reads the same batches in the same order: 30 steps of 2 sequences of 16 tokens, 960 "
-        "tokens in all.",
+        "Of one seed, every entry reads the same batches in the same order: 120 steps of 2 sequences of 16 tokens, "
+        "3,840 tokens in all.",
         "At the end every entry is judged by 2 evaluation batches, the same for all.",
         "Models are matched by parameters; their parameters are 11,344.",
         "Each entry has its best of the learning rates 0.001, 0.003, by mean final validation loss over the seeds.",
