@@ -39,6 +39,9 @@ class Kinds(Protocol):
         ...
 
 
+DEFAULT_KIND = "x-default-kind"
+"""The key of a JSON schema that names the kind of a mapping without one."""
+
 _describing: ContextVar[tuple[Kinds, ...]] = ContextVar("_describing", default=())
 """The families whose JSON schema is being made."""
 
@@ -73,7 +76,8 @@ def described(kinds: Kinds, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
     finally:
         _describing.reset(token)
     by_path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
-    return {**union, "oneOf": [*union["oneOf"], by_path]}
+    default = {} if kinds.default_kind is None else {DEFAULT_KIND: kinds.default_kind}
+    return {**union, **default, "oneOf": [*union["oneOf"], by_path]}
 
 
 def _class_of(value: Any, kinds: Kinds) -> type[Config]:

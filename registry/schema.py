@@ -3,6 +3,7 @@
 from typing import Any
 
 from .config import Config
+from .field import DEFAULT_KIND
 from .sources import EXTENDS
 
 
@@ -17,10 +18,19 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
         _require_only_kind(definition)
     for part in _parts(schema):
         if "discriminator" in part and "oneOf" in part:
-            part["oneOf"].append({"type": "object", "not": {"required": ["kind"]}})
+            part["oneOf"].append(_without_kind(part, schema))
     extends = {"type": "string", "description": "The preset or file of which this file is a difference."}
     schema["properties"] = {EXTENDS: extends, **schema.get("properties", {})}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """A mapping that says no kind: it changes one of any kind, and editors propose the keys of the default one."""
+    mapping: dict[str, Any] = {"type": "object", "not": {"required": ["kind"]}}
+    if (kind := union.get(DEFAULT_KIND)) is not None:
+        definition = schema["$defs"][union["discriminator"]["mapping"][kind].rpartition("/")[2]]
+        mapping["properties"] = {key: value for key, value in definition["properties"].items() if key != "kind"}
+    return mapping
 
 
 def _require_only_kind(definition: dict[str, Any]) -> None:

@@ -122,3 +122,12 @@ def test_kinds_that_hold_kinds_are_described():
 def test_kinds_that_hold_kinds_are_read_and_written():
     data = {"root": {"kind": "branch", "inner": ({"kind": "leaf"}, {"kind": "branch", "inner": ()})}}
     assert Tree.model_validate(data).model_dump() == data
+
+
+def test_a_mapping_without_kind_has_the_keys_of_the_default(family):
+    registry = Registry("shape", family.base, package=family.package, default_kind="square")
+    schema = json_schema(create_model("Run", __base__=Config, shape=(Annotated[family.base, registry], ...)))
+    *_, without = schema["properties"]["shape"]["oneOf"]
+    assert without["not"] == {"required": ["kind"]}
+    assert without["properties"].keys() == {"color", "size"}
+    assert "required" not in without

@@ -18,6 +18,7 @@ from seqmix.training.data.kinds.passkey import Passkey
 from seqmix.training.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.training.events import Evaluated, Stepped
 from seqmix.training.loop import Trainer
+from seqmix.training.score import Score
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {
@@ -381,6 +382,18 @@ def test_a_run_tells_how_much_is_right(tmp_path):
         assert list(line["accuracy_by"]["pairs"]) == ["2", "4"]
         two, four = line["accuracy_by"]["pairs"].values()
         assert line["accuracy"] == pytest.approx((2 * two + 4 * four) / 6)
+
+
+def test_a_score_counts_every_answer_by_what_its_row_is():
+    x = IGNORED
+    score = Score()
+    targets = torch.tensor([[x, 3, 4], [5, x, x], [x, x, x]])
+    slices = {"pairs": ["2", "4", "4"], "depth": ["0", "0", "9"]}
+    score.add_answers(3.0, torch.tensor([3, 0, 5]), targets, slices)
+    score.add_answers(1.0, torch.tensor([6]), torch.tensor([[7, x, x]]), {"pairs": ["4"], "depth": ["9"]})
+    found = score.measured
+    assert (found.loss, found.accuracy) == (1.0, 0.5)
+    assert found.accuracy_by == {"pairs": {"2": 0.5, "4": 0.5}, "depth": {"0": 2 / 3, "9": 0.0}}
 
 
 def test_accuracy_is_that_of_the_most_probable_token(tmp_path):
