@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from seqmix import ConfigError, SeqmixError, build_model, generate_text, load_config, load_run, train
 from seqmix.models import IGNORED
-from seqmix.training import DATA
+from seqmix.registry import read_mapping
+from seqmix.training import DATA, PRESETS
 from seqmix.training.data import Corpus
 from seqmix.training.data.base import share
 from seqmix.training.data.kinds.mqar import MqarConfig
@@ -345,6 +346,13 @@ def test_another_kind_replaces_what_a_text_has(tmp_path):
     (tmp_path / "run.yaml").write_text("extends: base.yaml\ndata: {kind: parity}\n")
     assert load_config(tmp_path / "run.yaml").data == DATA.resolve("parity")()
     assert load_config(tmp_path / "base.yaml", ["data={kind: parity}"]).data == DATA.resolve("parity")()
+    # also where the first of the files has no data
+    whole = read_mapping("retnet-tiny", PRESETS)
+    del whole["data"]
+    (tmp_path / "root.yaml").write_text(json.dumps(whole))
+    (tmp_path / "base2.yaml").write_text("extends: root.yaml\ndata: {paths: [text.txt]}\n")
+    (tmp_path / "run2.yaml").write_text("extends: base2.yaml\ndata: {kind: parity}\n")
+    assert load_config(tmp_path / "run2.yaml").data == DATA.resolve("parity")()
     # and the same kind changes it
     again = load_config(tmp_path / "base.yaml", ["data={kind: text, sequence_length: 8}"]).data
     assert (again.paths, again.sequence_length) == (("text.txt",), 8)
