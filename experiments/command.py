@@ -1,8 +1,6 @@
 """The `compare` command: a study from its file to its results."""
 
 import shlex
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -16,6 +14,7 @@ from .collect import RUNS, collect, entry_result
 from .match import cost_of
 from .plan import Plan, PlannedEntry, plan
 from .progress import StudyProgress
+from .report import write_report
 from .results import Results, SpeedResult, write
 from .runner import default_jobs, is_left_alone, locked, make_runs
 from .study import STUDIES, StudyError, find_study, load_study, shipped
@@ -75,7 +74,7 @@ def _make(planned: Plan, folder: Path, source: str, out: Path | None, jobs: int 
         if done.stopped:
             console.print(f"stopped, with a checkpoint of every run; go on with: {again}")
             return 130
-        console.print(f"{folder} has results.json, the tables and every run")
+        console.print(f"{folder} has report.html, results.json, the tables and every run")
         if done.failed:
             console.print(f"{len(done.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
         return 1 if done.failed else 0
@@ -93,18 +92,8 @@ def _written(planned: Plan, folder: Path, failed: dict[str, str], timed: SpeedRe
     results = collect(planned, folder, failed=failed, speed=timed)
     write(results, folder)
     write_tables(results, folder)
-    if (report := _report()) is not None:
-        report(results, folder)
+    write_report(results, folder)
     return results
-
-
-def _report() -> Callable[[Results, Path], object] | None:
-    """What draws a report."""
-    if find_spec(f"{__package__}.report") is None:
-        return None
-    from .report import write_report
-
-    return write_report
 
 
 def _work(entry: PlannedEntry) -> float:

@@ -35,12 +35,10 @@ entries:
 
 
 def test_a_match_is_to_a_model_as_it_is_matched(planned):
-    found = planned(
-        "entries: {deep: {model: {n_layers: 2}, match: {flops: attention, knob: blocks.*.ffn.expansion}}}\n"
-    )
-    attention, deep = (entry for entry in found.entries if entry.name in ("attention", "deep"))
+    match = "{flops: attention, knob: blocks.*.ffn.expansion}"
+    _, attention, thin = planned(f"entries: {{thin: {{match: {match}}}}}\n").entries
     assert attention.config.model.blocks["ret"].ffn.expansion == 4.0
-    assert deep.matched.wanted == cost_of(attention.config.model, "flops", 16)
+    assert thin.matched.wanted == cost_of(attention.config.model, "flops", 16)
     with pytest.raises(SeqmixError, match="entries match each other in a circle: a -> b -> a"):
         planned("""
 entries:
