@@ -1,6 +1,7 @@
 """The `seqmix` command: thin commands over the library, and one sentence for what goes wrong."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ Checkpoint = Annotated[
 
 def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
-    from .registry import SeqmixError
+    from .registry import ElsewhereError, SeqmixError
 
     # as `python -m` does: a configuration may name classes of modules that lie here (kind: my_mixers:MyConfig)
     sys.path.insert(0, "")
@@ -47,8 +48,11 @@ def main() -> None:
         app(prog_name="seqmix")
     except KeyboardInterrupt:
         sys.exit(130)
+    except ElsewhereError:
+        sys.exit(2)  # another process tells it
     except SeqmixError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
+        if not _told_beside():
+            typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
 
 
@@ -79,16 +83,20 @@ def train(
     [bold]seqmix train retnet-tiny training.steps=200 --out runs/short[/bold]
 
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
+
+    [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context=2[/bold]
     """
     from .registry import SeqmixError
     from .training import load_config, read_config
 
     if resume is not None:
-        if config is not None or overrides or out is not None or dry_run:
+        changes = [*([] if config is None else [config]), *(overrides or [])]
+        if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
             raise SeqmixError(
-                "--resume goes on with the run's own configuration: give it no CONFIG, changes or options"
+                "--resume goes on with the run's own configuration: give it no CONFIG, changes or options, except "
+                "distributed.KEY=VALUE for other processes"
             )
-        _train(read_config(resume), resume, resume=True)
+        _train(read_config(resume, changes), resume, resume=True)
         return
     if config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
@@ -544,6 +552,15 @@ def schema() -> None:
     from .training import RunConfig
 
     typer.echo(json.dumps(json_schema(RunConfig), indent=2))
+
+
+def _told_beside() -> bool:
+    """Whether another process of this machine meets the same error: what is wrong before processes have joined."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    import torch.distributed as dist
+
+    return not dist.is_initialized()
 
 
 def _choice(checkpoint: str) -> "Choice":

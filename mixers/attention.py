@@ -88,6 +88,8 @@ class AttentionConfig(MixerConfig):
 class Attention(SequenceMixer[AttentionState]):
     """The layer of `AttentionConfig`."""
 
+    splits = True
+
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -117,7 +119,8 @@ class Attention(SequenceMixer[AttentionState]):
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.config.positions != "none":
-            positions = token_positions(x.shape[1], None if state is None else state.length, cu_seqlens, x.device)
+            offset, (start, _) = None if state is None else state.length, self.extent(x.shape[1])
+            positions = token_positions(x.shape[1], offset, cu_seqlens, x.device, start)
             theta = frequencies(self.head_dim, "rope", self.config.rope_base, x.device)
             qk = rotate(qk, rotation(positions, theta, qk.dtype))
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
@@ -133,6 +136,7 @@ class Attention(SequenceMixer[AttentionState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         if (
             final_state is not None and final_state.keys.dtype != self.dtype

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..registry import Config, Registry, SeqmixError, nearest
 from .ops.backends import choose
+from .ops.context import Context
 from .ops.kernels import Probe
 from .ops.segments import read_borders
 from .paradigm import Paradigm
@@ -163,6 +164,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     """
 
     traits: Traits
+    splits: ClassVar[bool] = False
+    """Whether `mix` reads `context` itself: x is then this rank's segment, and everything else the whole row's.
+    Otherwise the state goes from rank to rank, each of which waits for the one before."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -173,6 +177,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Whose kernels are asked for."""
         self.backends: dict[Paradigm, str] = {}
         """Whose kernel computes each paradigm, once that is settled."""
+        self.context: Context | None = None
+        """The ranks that share a row of tokens, of which each gives a segment; None where a call gives all tokens."""
 
     @final
     def forward(
@@ -187,7 +193,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Mix one segment.
 
         Args:
-            x: the segment, [B T D], T >= 1.
+            x: the segment, [B T D], T >= 1. With a `context`, this rank's part of it; everything else is the whole's.
             state: what came before, B rows (N rows with `cu_seqlens`); None means nothing.
             paradigm: how to compute it; the configured default when None. It is never guessed from T.
             cu_seqlens: borders of N documents packed into one row (B = 1): document n is tokens
@@ -206,7 +212,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if not isinstance(paradigm, Paradigm):  # its name
             paradigm = Paradigm(paradigm)
         self._require_shapes(x, state, cu_seqlens)
-        result = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        if self.context is None or self.splits:
+            result = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        else:
+            from .hand_over import mix_in_turn
+
+            result = mix_in_turn(self, self.context, x, state, paradigm, cu_seqlens, return_state)
         if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown
             self._require_result(result, x)
         y, final_state = result
@@ -219,6 +230,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             raise ContractError(f"a step mixes one token, and {x.shape[1]} were given: call the mixer itself")
         y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
         return y, state_after
+
+    def extent(self, length: int) -> tuple[int, int]:
+        """Tokens before a segment of `length` tokens in its row, and those of the row: of all ranks of the context."""
+        return (0, length) if self.context is None else (self.context.start(length), self.context.size * length)
 
     @abstractmethod
     def mix(
@@ -353,7 +368,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             )
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would wait
             try:
-                read_borders(cu_seqlens, x.shape[1])
+                read_borders(cu_seqlens, self.extent(x.shape[1])[1])
             except SeqmixError as error:
                 raise ContractError(f"{self.kind}: {error}") from None
 

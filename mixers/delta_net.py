@@ -78,6 +78,8 @@ class DeltaNetState(NamedTuple):
 class DeltaNet(SequenceMixer[DeltaNetState]):
     """The layer of `DeltaNetConfig`."""
 
+    splits = True
+
     def __init__(self, config: DeltaNetConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -115,7 +117,8 @@ class DeltaNet(SequenceMixer[DeltaNetState]):
         if self.convolution is None:
             qkv, recent = F.silu(qkv), self._empty(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         else:
-            qkv, recent = self.convolution(qkv, None if state is None else state.convolution, cu_seqlens, return_state)
+            before = None if state is None else state.convolution
+            qkv, recent = self.convolution(qkv, before, cu_seqlens, return_state, self.context)
         q, k, v = (
             rearrange(part, "b t (h k) -> b t h k", h=self.config.n_heads)
             for part in qkv.split(self.widths[:3], dim=-1)
@@ -132,6 +135,7 @@ class DeltaNet(SequenceMixer[DeltaNetState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
+            context=self.context,
         )
         if self.config.gate == "swish":
             gate = rearrange(gate, "b t (h v) -> b t h v", h=self.config.n_heads)

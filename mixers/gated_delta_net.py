@@ -84,6 +84,8 @@ class GatedDeltaNetState(NamedTuple):
 class GatedDeltaNet(SequenceMixer[GatedDeltaNetState]):
     """The layer of `GatedDeltaNetConfig`."""
 
+    splits = True
+
     def __init__(self, config: GatedDeltaNetConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -128,7 +130,8 @@ class GatedDeltaNet(SequenceMixer[GatedDeltaNetState]):
         if self.convolution is None:
             qkv, recent = F.silu(qkv), self._empty(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         else:
-            qkv, recent = self.convolution(qkv, None if state is None else state.convolution, cu_seqlens, return_state)
+            before = None if state is None else state.convolution
+            qkv, recent = self.convolution(qkv, before, cu_seqlens, return_state, self.context)
         q, k, v, gate = (
             rearrange(part, "b t (h k) -> b t h k", h=self.config.n_heads)
             for part in (*qkv.split(self.widths[:3], dim=-1), gate)
@@ -145,6 +148,7 @@ class GatedDeltaNet(SequenceMixer[GatedDeltaNetState]):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
+            context=self.context,
         )
         output = gated_norm(output, gate, self.norm_weight, self.config.norm_eps, "norm_first")
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))

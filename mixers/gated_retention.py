@@ -77,6 +77,8 @@ class GatedRetentionState(NamedTuple):
 class GatedRetention(SequenceMixer[GatedRetentionState]):
     """The layer of `GatedRetentionConfig`."""
 
+    splits = True
+
     def __init__(self, config: GatedRetentionConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -107,11 +109,11 @@ class GatedRetention(SequenceMixer[GatedRetentionState]):
         return_state: bool,
     ) -> tuple[Float[Tensor, "B T D"], GatedRetentionState | None]:
         batch, length, _ = x.shape
-        offset = None if state is None else state.position
+        offset, (start, total) = None if state is None else state.position, self.extent(length)
         qk, v, gate = self.in_proj(x).split([sum(self.widths[:2]), *self.widths[2:]], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
         if self.config.rotation != "none":
-            positions = token_positions(length, offset, cu_seqlens, x.device)
+            positions = token_positions(length, offset, cu_seqlens, x.device, start)
             theta = frequencies(self.key_dim, self.config.rotation, self.config.rotation_base, x.device)
             qk = rotate(qk, rotation(positions, theta, qk.dtype))
         q, k = qk.chunk(2, dim=2)
@@ -126,13 +128,14 @@ class GatedRetention(SequenceMixer[GatedRetentionState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
         output = gated_norm(output, gate, None, self.config.norm_eps, "norm_first")
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
         if memory is None:
             return y, None
-        return y, GatedRetentionState(memory, advance(offset, batch, length, cu_seqlens, x.device))
+        return y, GatedRetentionState(memory, advance(offset, batch, total, cu_seqlens, x.device))
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> GatedRetentionState:  # noqa: ARG002, D102
         memory = (batch_size, self.config.n_heads, self.key_dim, self.value_dim)

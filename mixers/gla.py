@@ -73,6 +73,8 @@ class GLAState(NamedTuple):
 class GLA(SequenceMixer[GLAState]):
     """The layer of `GLAConfig`."""
 
+    splits = True
+
     def __init__(self, config: GLAConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -118,6 +120,7 @@ class GLA(SequenceMixer[GLAState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         output = gated_norm(output, gate, self.norm_weight, self.config.norm_eps, "norm_first")
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))

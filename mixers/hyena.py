@@ -114,6 +114,8 @@ HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
 class Hyena(SequenceMixer[HyenaState]):
     """The layer of `HyenaConfig`."""
 
+    splits = True
+
     def __init__(self, config: HyenaConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -146,11 +148,12 @@ class Hyena(SequenceMixer[HyenaState]):
         return_state: bool,
     ) -> tuple[Float[Tensor, "B T D"], HyenaState | None]:
         recent = None if state is None else state.recent
-        streams, recent = self.convolution(self.in_proj(x), recent, cu_seqlens, return_state)
+        streams, recent = self.convolution(self.in_proj(x), recent, cu_seqlens, return_state, self.context)
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
+        _, total = self.extent(x.shape[1])
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
         # what is read into a state that was allocated has to fit; what is only answered need not
-        filters = self.filters(room if allocated and return_state else room + x.shape[1]).unbind()
+        filters = self.filters(room if allocated and return_state else room + total).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # below that it is the gate that has no filter
@@ -162,6 +165,7 @@ class Hyena(SequenceMixer[HyenaState]):
                     output_final_state=return_state,
                     grows=not allocated,
                     cu_seqlens=cu_seqlens,
+                    context=self.context,
                 )
                 inputs.append(read)
             v = gate * v
@@ -171,7 +175,7 @@ class Hyena(SequenceMixer[HyenaState]):
         after = torch.stack(inputs, dim=2)
         if not isinstance(state, AllocatedHyenaState):
             return y, GrowingHyenaState(recent, after)
-        length = advance(state.length, x.shape[0], x.shape[1], cu_seqlens, x.device)
+        length = advance(state.length, x.shape[0], total, cu_seqlens, x.device)
         torch.ops.aten._assert_async.msg(
             (length <= room).all(),
             "the state was allocated for fewer tokens than are read: pass a larger max_length to init_state",

@@ -74,6 +74,8 @@ class LightningState(NamedTuple):
 class Lightning(SequenceMixer[LightningState]):
     """The layer of `LightningConfig`."""
 
+    splits = True
+
     def __init__(self, config: LightningConfig, d_model: int, layer_idx: int, n_layers: int) -> None:
         super().__init__(config)
         self.config, self.layer_idx, self.n_layers = config, layer_idx, n_layers
@@ -123,6 +125,7 @@ class Lightning(SequenceMixer[LightningState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         y = self.out_proj(self._gated(rearrange(output, "b t h v -> b t (h v)"), gate))
         return y, None if memory is None else LightningState(memory)

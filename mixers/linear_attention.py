@@ -81,6 +81,8 @@ class LinearAttentionState(NamedTuple):
 class LinearAttention(SequenceMixer[LinearAttentionState]):
     """The layer of `LinearAttentionConfig`."""
 
+    splits = True
+
     def __init__(self, config: LinearAttentionConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -129,6 +131,7 @@ class LinearAttention(SequenceMixer[LinearAttentionState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         if self.config.denominator:
             output = (output[..., :-1] / (output[..., -1:] + self.config.eps)).to(narrow)

@@ -116,6 +116,8 @@ class Mamba2State(NamedTuple):
 class Mamba2(SequenceMixer[Mamba2State]):
     """The layer of `Mamba2Config`; `n_layers` makes the output small at the start, as the authors' models do."""
 
+    splits = True
+
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
         super().__init__(config)
         self.config, self.n_layers = config, n_layers
@@ -156,7 +158,8 @@ class Mamba2(SequenceMixer[Mamba2State]):
     ) -> tuple[Float[Tensor, "B T D"], Mamba2State | None]:
         config = self.config
         gate, mixed, dt = self.in_proj(x).split(self.in_widths, dim=-1)
-        mixed, recent = self.convolution(mixed, None if state is None else state.convolution, cu_seqlens, return_state)
+        before = None if state is None else state.convolution
+        mixed, recent = self.convolution(mixed, before, cu_seqlens, return_state, self.context)
         u, k, q = mixed.split(self.widths, dim=-1)
         u = rearrange(u, "b t (h v) -> b t h v", v=config.head_dim)
         time_step = self._time_step(dt)
@@ -172,6 +175,7 @@ class Mamba2(SequenceMixer[Mamba2State]):
             cu_seqlens=cu_seqlens,
             chunk_size=config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         output, gate = (
             rearrange(part, "b t (g v) -> b t g v", g=config.n_groups)

@@ -17,15 +17,19 @@ from torch import Tensor
 Schedule = Literal["rope", "retnet"]
 
 
-def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int) -> Int[Tensor, " T"]:
-    """The index of the document that each of `length` packed tokens belongs to."""
-    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int, start: int = 0) -> Int[Tensor, " T"]:
+    """The index of the document that each of `length` packed tokens belongs to, from token `start` of the row on."""
+    tokens = torch.arange(start, start + length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     # right=True steps over empty documents: the first border behind the token closes its document
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
 def token_positions(
-    length: int, offset: Int[Tensor, " N"] | None, cu_seqlens: Int[Tensor, "N+1"] | None, device: torch.device
+    length: int,
+    offset: Int[Tensor, " N"] | None,
+    cu_seqlens: Int[Tensor, "N+1"] | None,
+    device: torch.device,
+    start: int = 0,
 ) -> Int[Tensor, "B T"]:
     """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows start at offsets of their own.
 
@@ -34,11 +38,12 @@ def token_positions(
         offset: tokens read before the segment, by row (by document if packed); None means none.
         cu_seqlens: document borders, if packed.
         device: where to put them.
+        start: tokens of the row before them, where the segment is one rank's part of it; the offset is the row's.
     """
-    tokens = torch.arange(length, device=device)
+    tokens = torch.arange(start, start + length, device=device)
     if cu_seqlens is None:
         return tokens[None] if offset is None else offset[:, None] + tokens
-    document = document_of_token(cu_seqlens, length)
+    document = document_of_token(cu_seqlens, length, start)
     positions = tokens - cu_seqlens[document]
     return (positions if offset is None else positions + offset[document])[None]
 

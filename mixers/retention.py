@@ -99,6 +99,8 @@ class RetentionState(NamedTuple):
 class Retention(SequenceMixer[RetentionState]):
     """The layer of `RetentionConfig`."""
 
+    splits = True
+
     def __init__(self, config: RetentionConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -133,8 +135,8 @@ class Retention(SequenceMixer[RetentionState]):
         return_state: bool,
     ) -> tuple[Float[Tensor, "B T D"], RetentionState | None]:
         batch, length, _ = x.shape
-        offset = None if state is None else state.position
-        positions = token_positions(length, offset, cu_seqlens, x.device)
+        offset, (start, total) = None if state is None else state.position, self.extent(length)
+        positions = token_positions(length, offset, cu_seqlens, x.device, start)
         log_decay = self.log_decay()
         qk, v, *gate = self.in_proj(x).split([sum(self.widths[:2]), *self.widths[2:]], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
@@ -158,12 +160,13 @@ class Retention(SequenceMixer[RetentionState]):
             cu_seqlens=cu_seqlens,
             chunk_size=self.config.chunk_size,
             backend=self.backend_of(paradigm),
+            context=self.context,
         )
         output = rearrange(head_norm(output, self.config.head_norm, self.config.norm_eps), "b t h v -> b t (h v)")
         y = self.out_proj(F.silu(gate[0]) * output if gate else output)
         if memory is None:
             return y, None
-        return y, RetentionState(memory, advance(offset, batch, length, cu_seqlens, x.device))
+        return y, RetentionState(memory, advance(offset, batch, total, cu_seqlens, x.device))
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetentionState:  # noqa: ARG002, D102
         memory = (batch_size, self.config.n_heads, self.key_dim, self.value_dim)

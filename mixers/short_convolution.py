@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .ops.context import Context
 from .ops.convolution import short_convolution
 
 
@@ -44,6 +45,7 @@ class ShortConvolution(nn.Module):
         state: Float[Tensor, "N kernel_size-1 width"] | None,
         cu_seqlens: Int[Tensor, "N+1"] | None,
         return_state: bool,
+        context: Context | None = None,
     ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
         """Convolve one segment.
 
@@ -53,9 +55,16 @@ class ShortConvolution(nn.Module):
             cu_seqlens: borders of N documents packed into one row.
             return_state: whether the state after the segment is wanted: the last inputs, in the parameters' dtype,
                 which under autocast is not that of the segment.
+            context: where x is one rank's part of a row; borders and states are the whole row's.
         """
         output, final_state = short_convolution(
-            x, self.weight, self.bias, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
+            x,
+            self.weight,
+            self.bias,
+            initial_state=state,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            context=context,
         )
         if self.activation == "silu":
             output = F.silu(output)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from ..mixers.ops.backends import described
+from ..mixers.ops.context import Context
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, linear_cross_entropy, linear_predictions, token_losses
 from .tokenizer import ByteTokenizer, Tokenizer
@@ -45,12 +47,25 @@ class LanguageModel(nn.Module):
         """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
         self.checkpoint_activations = False
         """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
+        self.context: Context | None = None
+        """The ranks that `share` sequences."""
         self.tie()
 
     def tie(self) -> None:
         """Make the output projection the embedding's matrix, if so configured."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    def share(self, context: Context | None) -> None:
+        """Split every sequence over the ranks of a context, which all call the model with the same whole sequences.
+
+        Each rank then computes its own segment: logits and losses are those of its tokens, states those of the whole.
+        What a rank's gradients are of is the sum of all ranks' losses, and the sum of all ranks' gradients is that of
+        the whole. None undoes it.
+        """
+        self.context = context
+        for block in self.blocks:
+            block.mixer.context = context
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,7 +94,7 @@ class LanguageModel(nn.Module):
         """Logits of the next token after each token of a segment.
 
         Args:
-            tokens: the segment, [B T], T >= 1.
+            tokens: the segment, [B T], T >= 1; whole on each of the ranks that `share` it, whose number divides T.
             state: what came before, from an earlier call or `init_state`; None means nothing.
             paradigm: how every layer computes it, or one a layer; each layer's configured default when None.
             cu_seqlens: borders of documents packed into one row; states then have a row a document.
@@ -87,7 +102,7 @@ class LanguageModel(nn.Module):
             select: indexes into the B * T tokens (row by row): only their logits are computed.
 
         Raises:
-            ContractError: a layer does not declare the paradigm or packing.
+            ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
         """
         x, after = self._hidden(tokens, state, paradigm, cu_seqlens, return_state)
         if select is not None:
@@ -113,8 +128,9 @@ class LanguageModel(nn.Module):
         Raises:
             ContractError: a layer does not declare the paradigm or packing.
         """
+        tokens, cu_seqlens = self._filled(tokens, cu_seqlens)
         x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, self.own_targets(targets).flatten())
 
     def predictions(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
@@ -125,9 +141,12 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: a segment with nothing before it, [B T], T >= 1.
-            targets: what follows each token; `IGNORED` (-100) where nothing is asked.
+            targets: what follows each token; `IGNORED` (-100) where nothing is asked. On ranks that `share` sequences,
+                what comes back is of each one's `own_targets`.
         """
+        tokens, _ = self._filled(tokens, None)
         x, _ = self._hidden(tokens, None, None, None, False)
+        targets = self.own_targets(targets)
         asked = targets != IGNORED
         return linear_predictions(self.norm(x[asked]), self.head.weight, targets[asked])
 
@@ -145,7 +164,9 @@ class LanguageModel(nn.Module):
         Raises:
             ContractError: a layer does not declare the paradigm or packing.
         """
+        tokens, cu_seqlens = self._filled(tokens, cu_seqlens)
         x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
+        targets = self.own_targets(targets)
         return token_losses(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
 
     def loss_and_state(
@@ -159,7 +180,31 @@ class LanguageModel(nn.Module):
             state: what came before, from an earlier call or `init_state`.
         """
         x, after = self._hidden(tokens, state, None, None, True)
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten()), after or ()
+        targets = self.own_targets(targets).flatten()
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets), after or ()
+
+    def own_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
+        """Those of this rank's tokens, where ranks `share` sequences; nothing is asked behind the last token."""
+        lacking = 0 if self.context is None else -targets.shape[1] % self.context.size
+        return self._part(F.pad(targets, (0, lacking), value=IGNORED))
+
+    def _filled(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens in equal segments for all ranks: what comes behind changes nothing before it."""
+        if self.context is None or not (lacking := -tokens.shape[1] % self.context.size):
+            return tokens, cu_seqlens
+        borders = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
+        return F.pad(tokens, (0, lacking)), borders
+
+    def _part(self, tokens: Tensor) -> Tensor:
+        """This rank's segment of sequences, or all of it."""
+        if self.context is None:
+            return tokens
+        if tokens.shape[1] % self.context.size:
+            raise ContractError(
+                f"{self.context.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens have "
+                "none: give a multiple"
+            )
+        return self.context.part(tokens)
 
     def _hidden(
         self,
@@ -173,7 +218,7 @@ class LanguageModel(nn.Module):
         for what, given in (("state", state), ("paradigms", paradigm)):
             if isinstance(given, tuple) and len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embedding(self._part(tokens)))
         states = []
         for i, block in enumerate(self.blocks):
             call = partial(

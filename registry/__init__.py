@@ -1,10 +1,21 @@
 """Configurations: checked values, YAML files that extend each other, and kinds found by name. Knows no torch."""
 
 from .config import Config
-from .errors import ConfigError, SeqmixError, nearest
+from .errors import ConfigError, ElsewhereError, SeqmixError, nearest
 from .loading import dump, load
 from .registry import Registry
 from .schema import json_schema
 from .sources import read_mapping
 
-__all__ = ["Config", "ConfigError", "Registry", "SeqmixError", "dump", "json_schema", "load", "nearest", "read_mapping"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ElsewhereError",
+    "Registry",
+    "SeqmixError",
+    "dump",
+    "json_schema",
+    "load",
+    "nearest",
+    "read_mapping",
+]

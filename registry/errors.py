@@ -14,6 +14,10 @@ class SeqmixError(ValueError):
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
 
 
+class ElsewhereError(SeqmixError):
+    """Another process of the same run has failed and tells why; this one ends without a word."""
+
+
 class ConfigError(SeqmixError):
     """A configuration is wrong, or what it names cannot be had."""
 

@@ -6,7 +6,8 @@ RUN/checkpoints/step-000500/state.safetensors        what is carried from batch 
 RUN/checkpoints/step-000500/manifest.json            written last: what wrote it, and the others' sizes and checksums
 
 A file is plain safetensors under the parameters' own names, which torch's distributed checkpoint reads as well
-(`HuggingFaceStorageReader`): many processes will be able to go on from what one has written.
+(`HuggingFaceStorageReader`). Whatever number of processes trains, the first one gathers and writes whole tensors: so
+a checkpoint does not depend on their number.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..registry import Config, SeqmixError
+from .sharding import whole
 
 MANIFEST_FILE = "manifest.json"
 
@@ -75,6 +77,8 @@ class Manifest(Config):
     """Version that computed it."""
     threads: int
     """Threads that computed it: sums of floating-point numbers depend on their number."""
+    processes: int = 1
+    """Processes that computed it, likewise."""
     metrics: dict[str, float]
     """Measured behind this step; `validation_loss` is there if the step was evaluated."""
     best: Best
@@ -94,8 +98,13 @@ class Manifest(Config):
     @property
     def checksum(self) -> str:
         """What `sha256` is to be."""
-        exclude = {"sha256", "data"} if self.data is None else {"sha256"}
-        return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
+        # what was added since the first format goes unsaid where it says nothing
+        unsaid = {"sha256"}
+        if self.data is None:
+            unsaid.add("data")
+        if self.processes == 1:
+            unsaid.add("processes")
+        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Writer:
         """
         self.wait()
         copies = {part: {name: _copy(x) for name, x in tensors.items()} for part, tensors in parts.items()}
-        folder = _folder(self.run, manifest.step)
+        folder = folder_of(self.run, manifest.step)
         self._pending = folder, self._thread.submit(self._write, manifest, copies, metadata)
         return folder
 
@@ -174,7 +183,7 @@ class Writer:
 
 def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
     """Write a checkpoint; its folder appears, with everything on the disk, when it is complete."""
-    folder = _folder(run, manifest.step)
+    folder = folder_of(run, manifest.step)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -329,7 +338,8 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _folder(run: Path, step: int) -> Path:
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run has the checkpoint behind a step."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -356,8 +366,8 @@ def _remove(folder: Path) -> None:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy in main memory that no later step changes."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """A copy in main memory that no later step changes, of all pieces."""
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _sha256(file: Path) -> str:

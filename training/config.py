@@ -112,6 +112,18 @@ class TrainingConfig(Config):
         return betas
 
 
+class DistributedConfig(Config):
+    """How the processes that `torchrun` starts share the work: data x shard x context of them."""
+
+    data: int = Field(default=1, gt=0)
+    """Copies of the model, each sharded by itself; gradients are added up over them (hybrid sharding)."""
+    shard: int | None = Field(default=None, gt=0)
+    """Processes that parameters, gradients and moments of a copy are sharded over, each with sequences of its own;
+    what data and context leave of all processes when null."""
+    context: int = Field(default=1, gt=0)
+    """Processes that share each sequence, a segment each; parameters are sharded over them too."""
+
+
 class RunConfig(Config):
     """A run."""
 
@@ -123,6 +135,18 @@ class RunConfig(Config):
     """What it learns."""
     training: TrainingConfig
     """How."""
+    distributed: DistributedConfig = DistributedConfig()
+    """By which processes."""
+
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> Self:
+        length, context = self.data.sequence_length, self.distributed.context
+        if self.training.carry_state and length % context:
+            raise ValueError(
+                f"training.carry_state needs segments of one length, and distributed.context = {context} does not "
+                f"divide data.sequence_length = {length}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_fits(self) -> Self:

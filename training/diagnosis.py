@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import own
+
 
 @torch.no_grad()
 def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -21,7 +23,12 @@ def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001 torch's signature
             value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            if (
+                not found
+                and isinstance(value, Tensor)
+                and value.is_floating_point()
+                and not own(value).isfinite().all()
+            ):
                 found.append(name + _own_fault(module))
 
         return hook
@@ -36,11 +43,11 @@ def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
 def first_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """The name of the first parameter, as backward goes, whose gradient is not finite; None if there is none."""
     for name, parameter in reversed(list(parameters)):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not own(parameter.grad).isfinite().all():
             return name
     return None
 
 
 def _own_fault(module: nn.Module) -> str:
-    bad = [name for name, parameter in module.named_parameters(recurse=False) if not parameter.isfinite().all()]
+    bad = [name for name, parameter in module.named_parameters(recurse=False) if not own(parameter).isfinite().all()]
     return f", whose {bad[0]} is not finite" if bad else ""

@@ -19,6 +19,8 @@ class Started:
     precision: torch.dtype
     step: int
     """The first step to be made, from 0."""
+    processes: int = 1
+    """That train it."""
 
 
 @dataclass(frozen=True)

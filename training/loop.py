@@ -1,27 +1,30 @@
-"""The training loop of one process: a generator of events, which whoever shows them consumes.
+"""The training loop: a generator of events, which whoever shows them consumes; on many processes, one on each.
 
-Everything random in a step is a function of (seed, step): a resumed run goes on as the unbroken one would have.
+What processes do together, all do in the same order; the first one alone writes files. Everything random in a step is
+a function of (seed, step), and of the process: a resumed run goes on as the unbroken one would have.
 """
 
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, build_model, compile_blocks, flops_per_token
-from ..registry import dump
+from ..registry import ElsewhereError, SeqmixError, dump
 from . import checkpoint, snapshot
 from .checkpoint import Best, Found, Manifest
 from .config import RunConfig, TrainingConfig
-from .data import Batch, Source
+from .data import Batch, Examples, Source
 from .diagnosis import first_gradient, first_module
 from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
 from .failures import TrainingError, kept, told
@@ -29,8 +32,10 @@ from .memory import peak_memory
 from .metrics import Metrics
 from .optim import AnyOptimizer, build_optimizer, learning_rate
 from .peaks import peak_flops
+from .ranks import ALONE, Group, Ranks, lost
 from .score import Measured, Score
 from .session import record_session, seqmix_version
+from .sharding import shard, take_part, whole
 
 CONFIG_FILE = "config.yaml"
 
@@ -61,33 +66,58 @@ def train(
             longer finite, or a checkpoint cannot be written. Nothing is written before all that is needed is there.
     """
     run = Path(run)
-    if not resume:
-        _require_free(run)
-    source = config.data.open(config, run)
-    found = checkpoint.find(run) if resume and checkpoint.checkpoints(run) else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = _precision(config.training, device)
-    model = build_model(config.model, device=device, activations=precision, seed=config.seed)
-    model.tokenizer = source.tokenizer
-    trainer = Trainer(config, run, source, model, build_optimizer(model, config.training))
+    with Group(config.distributed) as ranks:
+        try:
+            yield from _train(config, run, resume, stop, ranks)
+        except RuntimeError as error:
+            if ranks.size > 1 and lost(error):
+                raise ElsewhereError("another process of the run is gone") from error
+            raise
+
+
+def _train(
+    config: RunConfig, run: Path, resume: bool, stop: Callable[[], bool], ranks: Ranks
+) -> Generator[Event, None, None]:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    precision, written = _precision(config.training, device), None
+    with ranks.together():
+        if not resume and ranks.first:
+            _require_free(run)
+        _require_shares(config, ranks)
+        source = config.data.open(config, run)
+        if resume and ranks.first and checkpoint.checkpoints(run):
+            written = checkpoint.find(run)
+        model = build_model(config.model, device=device, activations=precision, seed=config.seed)
+        model.tokenizer = source.tokenizer
+        _require_shared_mixers(model, ranks)
+    # the first process has read it wholly; the others take its word
+    folder = ranks.gather(None if written is None else str(written.folder))[0]
+    with ranks.together():
+        found = written
+        if folder is not None and not ranks.first:
+            found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
+    shard(model, ranks)
+    trainer = Trainer(config, run, source, model, build_optimizer(model, config.training), ranks)
     start, notes = 0, []
-    if found is not None:
-        start, notes = found.manifest.step, [*found.notes, *trainer.restore(found)]
-    elif not resume:
-        kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
-        _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
-        if source.tokenizer is not None:
-            source.tokenizer.save(run)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        told(run, config.training),
-        _held(run),
-        trainer,
-    ):
-        trainer.metrics.begin(start)
-        checkpoint.drop_unfinished(run)
-        record_session(run, config, step=start, device=device, precision=precision)
-        yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start)
+    with ranks.together():
+        if found is not None:
+            start, notes = found.manifest.step, [*found.notes, *trainer.restore(found)]
+        elif not resume and ranks.first:
+            kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
+            _claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+            if source.tokenizer is not None:
+                source.tokenizer.save(run)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(_held(run))
+                trainer.metrics.begin(start)
+                checkpoint.drop_unfinished(run)
+                record_session(run, config, step=start, device=device, precision=precision, ranks=ranks)
+        held.enter_context(told(run, config.training))
+        held.enter_context(trainer)
+        parameters = sum(p.numel() for p in model.parameters())
+        yield Started(source, parameters, device, precision, start, ranks.size)
         for text in notes:
             yield Noted(start, text)
         yield from trainer.steps(start, stop)
@@ -97,10 +127,18 @@ class Trainer:
     """One run's model, optimizer and data; as a context, it waits for the last checkpoint."""
 
     def __init__(
-        self, config: RunConfig, run: Path, source: Source, model: LanguageModel, optimizer: AnyOptimizer
+        self,
+        config: RunConfig,
+        run: Path,
+        source: Source,
+        model: LanguageModel,
+        optimizer: AnyOptimizer,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run, self.source, self.model, self.optimizer = config, run, source, model, optimizer
-        settings = config.training
+        self.ranks, settings = ranks, config.training
+        self.rows = settings.batch_size // ranks.batch_size
+        """Of a batch, those of this process."""
         self.precision = _precision(settings, model.device)
         self.metrics = Metrics(run, tensorboard=settings.tensorboard)
         self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
@@ -135,9 +173,11 @@ class Trainer:
         changed = snapshot.load_model(found.folder, self.model)
         snapshot.load_optimizer(found.folder, self.model, self.optimizer)
         if self.config.training.carry_state:
-            self.state = snapshot.load_state(found.folder, self.model, self.config.training.batch_size)
+            state = snapshot.load_state(found.folder, self.model, self.config.training.batch_size)
+            first = self.ranks.batch_rank * self.rows
+            self.state = map_state(lambda leaf: leaf[first : first + self.rows].clone(), state)
         self.best = found.manifest.best
-        return _differences(found.manifest, self.source, changed)
+        return _differences(found.manifest, self.source, changed, self.ranks)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """All steps from `start` on, with evaluations and checkpoints, until asked to stop, or no longer better."""
@@ -158,12 +198,12 @@ class Trainer:
             stepped = self._stepped(done, result, seconds)
             last = done == settings.steps
             if done % settings.log_every == 0 or last:
-                self.metrics.record(asdict(stepped))
+                self._record(asdict(stepped))
             yield stepped
             measured = {"loss": result.loss}
             if last or done % settings.evaluate_every == 0:
                 measured["validation_loss"] = yield from self._evaluations(done, last=last)
-            stopping = stop()
+            stopping = self.ranks.any(stop())
             early = self._out_of_patience and not last
             best = settings.keep_best and self.best.step == done
             if last or early or stopping or best or done % settings.checkpoint_every == 0:
@@ -190,7 +230,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._not_finite(step + 1, "loss", loss, lambda: self._forward(step))
         parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if not torch.isfinite(norm):
             raise self._not_finite(step + 1, "gradient's norm", norm.item(), None)
         if settings.clip_norm is not None:
@@ -211,21 +251,22 @@ class Trainer:
         settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
-        rows = settings.batch_size // settings.accumulate  # smaller batches, and as many sequences
-        rows, before = max(rows * trained // length, 1), rows
+        parts = settings.accumulate * self.ranks.batch_size  # smaller batches, and as many sequences
+        rows = before = settings.batch_size // parts
+        rows = max(rows * trained // length, 1)
         if limit is not None:
-            limit = max(limit * settings.accumulate * before * trained // (rows * length), 1)
+            limit = max(limit * parts * before * trained // (rows * length), 1)
         self.model.eval()
         score = Score()
-        for batch, slices in self.source.evaluation_batches(rows, limit, length):
-            placed = self._to_device(batch)
+        for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
+            placed, targets = self._to_device(batch), self.model.own_targets(batch.targets)
             if slices is None:
-                score.add(self._loss_sum(placed).item(), int((batch.targets != IGNORED).sum()))
+                score.add(self._loss_sum(placed).item(), int((targets != IGNORED).sum()))
             else:
                 with self._autocast():
                     loss, predicted = self.model.predictions(*placed)
-                score.add_answers(loss.item(), predicted.cpu(), batch.targets, slices)
-        return score.measured
+                score.add_answers(loss.item(), predicted.cpu(), targets, slices)
+        return Score.merged(self.ranks.gather(score.counts)).measured if self.ranks.size > 1 else score.measured
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Begin to write a checkpoint behind `step` steps.
@@ -238,15 +279,23 @@ class Trainer:
             seqmix=seqmix_version(),
             torch=torch.__version__,
             threads=torch.get_num_threads(),
+            processes=self.ranks.size,
             metrics=metrics,
             best=self.best,
             data=self.source.digest,
         )
-        parts = snapshot.gather(self.model, self.optimizer, self.state)
-        folder = self.writer.write(manifest, parts, snapshot.metadata_of(self.config.model, step))
-        if wait:
+        state = None if self.state is None else map_state(self.ranks.rows, self.state)
+        parts = snapshot.gather(self.model, self.optimizer, state)
+        with self.ranks.together():
             self.writer.wait()
-        return Saved(step, folder)
+        if self.ranks.first:
+            self.writer.write(manifest, parts, snapshot.metadata_of(self.config.model, step))
+        else:
+            take_part(parts)
+        with self.ranks.together():
+            if wait:
+                self.writer.wait()
+        return Saved(step, checkpoint.folder_of(self.run, step))
 
     # ---- a step
 
@@ -255,18 +304,21 @@ class Trainer:
         total = torch.zeros((), device=self.model.device)
         states: list[ModelState] = []
         for loss, state in self._losses(step):
-            loss.backward()
+            # of what processes have, gradients become the mean
+            (loss if self.ranks.size == 1 else loss * self.ranks.size).backward()
             total += loss.detach()
             if state is not None:
                 states.append(detach(state))
-        return total.item(), concatenate(states) if states else None
+        return self.ranks.sum(total).item(), concatenate(states) if states else None
 
     def _losses(self, step: int) -> Iterator[tuple[torch.Tensor, ModelState | None]]:
-        """The share of each part of a step's batch in its loss, and the state behind the part if it is carried."""
+        """The share of each part of this process's batch in a step's loss, and the state behind it if it is carried."""
         settings = self.config.training
         batch, state = self._batch(step), self._state_before(step)
-        counted = (batch.targets != IGNORED).sum().clamp(min=1)
-        rows = settings.batch_size // settings.accumulate
+        counted = (batch.targets != IGNORED).sum()
+        # those that share a sequence have all counted it
+        counted = (self.ranks.sum(counted) // self.ranks.context_size).clamp(min=1)
+        rows = self.rows // settings.accumulate
         for number, part in enumerate(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True)):
             if state is None:
                 yield self._loss_sum(Batch(*part)) / counted, None
@@ -284,12 +336,16 @@ class Trainer:
             pass
 
     def _seed(self, step: int) -> None:
-        """Draw a step's dropout from its own generator."""
-        torch.manual_seed(self.config.seed << 32 | step)
+        """Draw a step's dropout from its own generator, a process's from one of its own."""
+        seed = self.config.seed << 32 | step
+        if not self.ranks.first:
+            seed = int(np.random.SeedSequence([seed, self.ranks.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        torch.manual_seed(seed)
 
     def _batch(self, step: int) -> Batch:
         size, seed = self.config.training.batch_size, self.config.seed
-        return self._to_device(self.source.training_batch(step, size, seed))
+        ranks = self.ranks
+        return self._to_device(self.source.training_batch(step, size, seed, ranks.batch_rank, ranks.batch_size))
 
     def _state_before(self, step: int) -> ModelState | None:
         """The state that a step starts from: nothing, or where it is carried, that behind the step before."""
@@ -297,7 +353,10 @@ class Trainer:
         if not settings.carry_state:
             return None
         goes_on = self.source.goes_on(step, settings.batch_size, self.config.seed)
-        return self.state if goes_on and self.state is not None else self.model.init_state(settings.batch_size)
+        if goes_on and self.state is not None:
+            return self.state
+        # what a mixer makes like its parameters is in pieces where they are
+        return map_state(whole, self.model.init_state(self.rows))
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
         packed = self.source.packed(batch)
@@ -316,7 +375,20 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
+    def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
+        """Of batches, those of this process: one of each round, which is empty where there are no more."""
+        batches, n = iter(batches), self.ranks.batch_size
+        while part := list(islice(batches, n)):
+            batch, slices = part[min(self.ranks.batch_rank, len(part) - 1)]
+            if self.ranks.batch_rank >= len(part):
+                batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
+            yield Examples(batch, slices)
+
     # ---- what is told
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.ranks.first:
+            self.metrics.record(values)
 
     def _stepped(self, done: int, result: StepResult, seconds: float) -> Stepped:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
@@ -326,7 +398,7 @@ class Trainer:
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             tokens_per_second=speed,
-            mfu=None if self.peak is None else self.flops_per_token * speed / self.peak,
+            mfu=None if self.peak is None else self.flops_per_token * speed / (self.peak * self.ranks.size),
             memory_bytes=peak_memory(self.model.device),
         )
 
@@ -358,7 +430,7 @@ class Trainer:
             values["validation_loss_by_length"] = by_length
         if found.accuracy is not None:
             values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
-        self.metrics.record(values)
+        self._record(values)
         return Evaluated(done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
 
     def _measured(self, done: int, *, final: bool, length: int | None = None) -> Measured:
@@ -384,30 +456,33 @@ class Trainer:
         def forward() -> float:
             # with a carried state, what comes next is behind it
             loss, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
-            return loss.item()
+            return self.ranks.sum(loss).item()
 
         if not math.isfinite(loss := forward()):
             raise self._not_finite(step + 1, "loss after the update", loss, forward)
 
-    def _not_finite(self, done: int, what: str, value: float, forward: Callable[[], Any] | None) -> TrainingError:
+    def _not_finite(self, done: int, what: str, value: float, forward: Callable[[], Any] | None) -> SeqmixError:
         """What to say of a value that is not finite, and where that began: forward, else in the gradients there are."""
         where = None
         if forward is not None and (module := first_module(self.model, forward)) is not None:
             where = f"first in the output of {module}"
         elif forward is None and (name := first_gradient(self.model.named_parameters())) is not None:
             where = f"first in the gradient of {name}"
+        # as the first process has it that has anything
+        where = next((place for place in self.ranks.gather(where) if place is not None), None)
         with suppress(checkpoint.CheckpointError):
             self.writer.wait()
-        return TrainingError(
+        error = TrainingError(
             f"step {done}: the {what} is {value:g}{f', {where}' if where else ''}; try a lower training.learning_rate; "
             f"{kept(self.run)}"
         )
+        return self.ranks.alike(error)
 
 
-def _differences(manifest: Manifest, source: Source, ways: list[str]) -> list[str]:
+def _differences(manifest: Manifest, source: Source, ways: list[str], ranks: Ranks) -> list[str]:
     """What makes a resumed run another one: by its data, or by rounding."""
-    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    then = {"threads": manifest.threads, "torch": manifest.torch}
+    now = {"processes": ranks.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
     notes = [f"{', '.join([*changed, *ways])}: other last bits than an undisturbed run"] if changed or ways else []
     if manifest.data is not None and manifest.data != source.digest:
@@ -415,6 +490,29 @@ def _differences(manifest: Manifest, source: Source, ways: list[str]) -> list[st
             f"{source.name} is not the text that was learned up to step {manifest.step}: from here on another run"
         )
     return notes
+
+
+def _require_shares(config: RunConfig, ranks: Ranks) -> None:
+    """Find out whether a batch has equal parts for all processes."""
+    settings, shares = config.training, ranks.batch_size
+    if settings.batch_size % (shares * settings.accumulate):
+        raise TrainingError(
+            f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
+            f"training.accumulate = {settings.accumulate} parts each: it must be a multiple of "
+            f"{shares * settings.accumulate}"
+        )
+
+
+def _require_shared_mixers(model: LanguageModel, ranks: Ranks) -> None:
+    """Find out whether all mixers can share a sequence."""
+    for name, block in zip(model.config.layers, model.blocks, strict=True) if ranks.context is not None else ():
+        mixer = block.mixer
+        if not mixer.splits and mixer.traits.state == "growing":
+            raise TrainingError(
+                f"distributed.context = {ranks.context_size} shares each sequence among processes, and "
+                f"{mixer.kind} of model.blocks.{name} cannot: its state grows with the text, and its `mix` does not "
+                "read `context`; set distributed.context to 1, or take another mixer"
+            )
 
 
 def _require_free(run: Path) -> None:

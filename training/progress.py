@@ -1,6 +1,7 @@
 """A run on the terminal: a progress bar, the evaluations, and how to go on."""
 
 import math
+import os
 import shlex
 import signal
 import time
@@ -33,7 +34,8 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     Raises:
         SeqmixError: training cannot start or go on.
     """
-    console = Console(markup=False, highlight=False)  # paths and names are no markup
+    # paths and names are no markup; of several processes, the first one speaks
+    console = Console(markup=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
     console.soft_wrap = not console.is_terminal  # a line of a file is a line
     shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
     source, done, early = None, 0, False
@@ -188,7 +190,8 @@ class StopRequest:
 def _start(event: Started, steps: int) -> str:
     """What is trained, and on what."""
     source = event.source
-    line = f"{event.parameters:,} parameters on {event.device}, {event.precision}; {source.name}: {source.summary}"
+    where = f"{event.device}" if event.processes == 1 else f"{event.processes} processes ({event.device.type})"
+    line = f"{event.parameters:,} parameters on {where}, {event.precision}; {source.name}: {source.summary}"
     return line + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
 
 

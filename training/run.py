@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +21,8 @@ EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """The names under which a file of weights has the run's configuration and its vocabulary (unless bytes), as JSON."""
 
 
-def read_config(run: Path) -> RunConfig:
-    """The resolved configuration of a run.
+def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration of a run, with changes as "dotted.path=value".
 
     Raises:
         CheckpointError: the folder is no run.
@@ -31,7 +31,7 @@ def read_config(run: Path) -> RunConfig:
     if not (run / CONFIG_FILE).is_file():
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} is no run: it {what}; a run is a folder that `seqmix train` wrote")
-    return load(RunConfig, run / CONFIG_FILE, presets=PRESETS)
+    return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
 
 
 def load_run(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -66,6 +67,26 @@ class Score:
                 count = self._answers.setdefault((axis, value), [0, 0])
                 count[0] += good
                 count[1] += all_
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was counted, as JSON holds it."""
+        answers = [[axis, value, *counts] for (axis, value), counts in self._answers.items()]
+        return {"loss": self._loss, "asked": self._asked, "right": self._right, "answers": answers}
+
+    @classmethod
+    def merged(cls, all_counts: Sequence[Mapping[str, Any]]) -> "Score":
+        """What several have counted of different batches."""
+        score = cls()
+        for counts in all_counts:
+            score.add(counts["loss"], counts["asked"])
+            if counts["right"] is not None:
+                score._right = (score._right or 0) + counts["right"]
+            for axis, value, right, asked in counts["answers"]:
+                count = score._answers.setdefault((axis, value), [0, 0])
+                count[0] += right
+                count[1] += asked
+        return score
 
     @property
     def measured(self) -> Measured:

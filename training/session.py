@@ -16,18 +16,24 @@ from typing import Any
 import torch
 
 from .config import RunConfig
+from .ranks import ALONE, Ranks
 
 SESSIONS_FILE = "sessions.jsonl"
 
 
-def record_session(run: Path, config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype) -> None:
+def record_session(
+    run: Path, config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype, ranks: Ranks = ALONE
+) -> None:
     """Add a line: what goes on with the run from `step` on."""
+    described = describe_session(config, step=step, device=device, precision=precision, ranks=ranks)
     with (run / SESSIONS_FILE).open("a") as file:
-        file.write(json.dumps(describe_session(config, step=step, device=device, precision=precision)) + "\n")
+        file.write(json.dumps(described) + "\n")
 
 
-def describe_session(config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """Versions, commit, seed, threads and machine."""
+def describe_session(
+    config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Versions, commit, seed, threads, processes and machine."""
     return {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,6 +45,8 @@ def describe_session(config: RunConfig, *, step: int, device: torch.device, prec
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "processes": ranks.size,
+        "distributed": {"data": ranks.data, "shard": ranks.shard, "context": ranks.context_size},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),

@@ -13,6 +13,7 @@ from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
 from .checkpoint import CheckpointError, file_of, read_tensors
 from .optim import AnyOptimizer
+from .sharding import assign
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state"
 """The parts of a checkpoint."""
@@ -103,7 +104,7 @@ def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
                 f"and {list(tensor.shape)} is needed"
             )
     for name, tensor in wanted.items():
-        tensor.copy_(found[name])
+        assign(tensor, found[name])
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:

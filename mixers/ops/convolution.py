@@ -21,6 +21,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import document_of_token
+from .context import Context
 from .kernels import FLOATS
 from .segments import Stretch, require_borders, stretches
 
@@ -42,6 +43,7 @@ def short_convolution(
     initial_state: Float[Tensor, "N W-1 D"] | None = None,
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    context: Context | None = None,
 ) -> ConvolutionOutput:
     """A causal convolution a channel over the last W tokens, the token itself included.
 
@@ -57,10 +59,13 @@ def short_convolution(
         output_final_state: whether the last W-1 inputs are wanted, in the dtype of x. Of fewer tokens than that, what
             the initial state still has of them stays.
         cu_seqlens: borders of N documents packed into one row (B = 1); states then have N rows. Empty ones are legal.
+        context: where x is this rank's part of a row; borders and states are the whole row's.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, said in one sentence.
     """
+    if context is not None:
+        return _short_in_context(x, weight, bias, initial_state, output_final_state, cu_seqlens, context)
     _check(x, weight, initial_state, cu_seqlens, short=True)
     (batch, length, width), past = x.shape, weight.shape[1] - 1
     if bias is not None and tuple(bias.shape) != (width,):
@@ -81,6 +86,39 @@ def short_convolution(
     seen = torch.cat((state.flatten(0, 1), x[0])).index_select(0, source)
     output = _shifted_products(seen[None], weight, bias).index_select(1, token)
     return ConvolutionOutput(output, seen[cu_seqlens[1:, None] + place] if output_final_state else None)
+
+
+def _short_in_context(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    context: Context,
+) -> ConvolutionOutput:
+    """The short convolution of one rank's segment, behind the last inputs of the ranks before it."""
+    (batch, length, width), past = x.shape, weight.shape[1] - 1
+    borders = context.borders(cu_seqlens, length)
+    state = x.new_zeros(batch if borders is None else len(borders) - 1, past, width)
+    if initial_state is not None:
+        state = initial_state.to(x.dtype)
+    if past:
+        # of segments shorter than that, several make it up
+        tails = context.gather(x[:, -min(length, past) :])[: context.rank].transpose(0, 1).flatten(1, 2)
+        read = F.pad(tails, (0, 0, past, 0))[:, -past:]
+        start, slot = context.start(length), torch.arange(past, device=x.device)
+        before = state
+        if cu_seqlens is not None:
+            document = context.first_document(cu_seqlens, length)
+            start, before = start - cu_seqlens[document], state.index_select(0, document)
+        left = past - torch.as_tensor(start, device=x.device).clamp(max=past)  # slots that the initial state still has
+        old = before.index_select(1, (slot + past - left).clamp(max=past - 1))
+        state = context.continued(torch.where((slot < left)[:, None], old, read), state, cu_seqlens, length)
+    output, last = short_convolution(
+        x, weight, bias, initial_state=state, output_final_state=output_final_state, cu_seqlens=borders
+    )
+    return ConvolutionOutput(output, None if last is None else context.final(last, cu_seqlens, length))
 
 
 def _shifted_products(seen: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,6 +144,7 @@ def long_convolution(
     output_final_state: bool = False,
     grows: bool = True,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    context: Context | None = None,
 ) -> ConvolutionOutput:
     """A causal convolution a channel over all that was read.
 
@@ -124,11 +163,20 @@ def long_convolution(
         output_final_state: whether the inputs read are wanted, in the dtype of the initial state, or of x without one.
         grows: whether the final state has P + T inputs of each row, packed documents too; otherwise the last P.
         cu_seqlens: borders of N documents packed into one row (B = 1); states then have N rows. Empty ones are legal.
+        context: where x is this rank's part of a row; borders and states are the whole row's. Every rank gathers the
+            row and convolves it up to its own last token.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, said in one sentence; there is no such paradigm; an input has a
             tangent, as there is no forward-mode differentiation.
     """
+    if context is not None:
+        context.borders(cu_seqlens, x.shape[1])
+        row, stop = context.gather_tokens(x), context.start(x.shape[1]) + x.shape[1]
+        borders = None if cu_seqlens is None else cu_seqlens.clamp(max=stop)
+        output, _ = long_convolution(paradigm, row[:, :stop], filters, initial_state=initial_state, cu_seqlens=borders)
+        read = _inputs(row, initial_state, grows, cu_seqlens) if output_final_state else None
+        return ConvolutionOutput(output[:, stop - x.shape[1] :], read)
     _check(x, filters, initial_state, cu_seqlens, short=False)
     if paradigm is Paradigm.CHUNKWISE:
         raise SeqmixError("a long convolution is parallel or recurrent, not chunkwise")

@@ -14,6 +14,7 @@ stretch, never as the difference of two running sums, which would be inf - inf.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import document_of_token
+from .context import Context
 from .decay_chunkwise import chunkwise_op
 from .decay_recurrent import one_step, recurrent_op
 from .kernels import Kernel, chosen, declare, require_floats
@@ -59,20 +61,25 @@ def decay(
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     chunk_size: int = 128,
     backend: str = "reference",
+    context: Context | None = None,
 ) -> DecayOutput:
-    """The map in any paradigm, by a backend's kernel; arguments and result are those of `decay_chunkwise`."""
+    """The map in any paradigm, by a backend's kernel; arguments and result are those of `decay_chunkwise`.
+
+    With a context, tokens are this rank's, borders and states those of the whole row. The map is then computed twice:
+    from no state, for what the segment writes, and from the state that the segments before it leave.
+    """
     chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
-    return chosen("decay", paradigm, backend).function(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        **chunks,
-    )
+    compute = partial(chosen("decay", paradigm, backend).function, k=k, v=v, log_decay=log_decay, scale=scale, **chunks)
+    if context is None:
+        return compute(q, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+    length, borders = q.shape[1], context.borders(cu_seqlens, q.shape[1])
+    _, written = compute(k.detach(), output_final_state=True, cu_seqlens=borders)
+    written = context.last_row(written, cu_seqlens, length)
+    counted = None if cu_seqlens is None else context.last_tokens(cu_seqlens, length)
+    kept = _kept(k, log_decay, counted).to(written.dtype)
+    state = context.entry(kept, written, initial_state, cu_seqlens, length, torch.mul)
+    output, final_state = compute(q, initial_state=state, output_final_state=output_final_state, cu_seqlens=borders)
+    return DecayOutput(output, None if final_state is None else context.final(final_state, cu_seqlens, length))
 
 
 def decay_parallel(
@@ -217,6 +224,17 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """A custom op has a backward formula alone, and torch would take its tangent for zero."""
     if _has_tangent(*tensors):
         raise SeqmixError("forward-mode differentiation needs the parallel paradigm: the others differentiate backward")
+
+
+def _kept(k: Tensor, log_decay: Tensor | None, counted: Tensor | None) -> Tensor:
+    """What a segment leaves of a state, the decays of the counted tokens (all, if None) multiplied: [1|B H 1|K 1]."""
+    if log_decay is None:
+        return k.new_ones(1, k.shape[2], 1, 1)
+    wide = torch.promote_types(log_decay.dtype, torch.float32)
+    a = _per_token(log_decay.to(wide), k.shape[1])
+    if counted is not None:
+        a = torch.where(counted[:, None], a, 0)
+    return a.sum(2)[..., None].exp()
 
 
 def _per_token(a: Tensor, length: int) -> Tensor:

@@ -19,15 +19,18 @@ matrix of weights is the inverse of a triangular one, and costs T^3. The chunkwi
 As in decay.py, a log-decay of -inf is legal and resets the state, and log-decays are added up stretch by stretch.
 """
 
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
+from .context import Context
 from .decay import TOLERANCES, _needs_grad
 from .delta_chunkwise import chunkwise_op
 from .delta_recurrent import one_step, recurrent_op
@@ -60,8 +63,13 @@ def delta(
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     chunk_size: int = 64,
+    context: Context | None = None,
 ) -> DeltaOutput:
     """The map in any paradigm; arguments and result are those of `delta_chunkwise`.
+
+    With a context, tokens are this rank's, borders and states those of the whole row. The map is then computed twice:
+    from the identity beside no state, for what the segment does with a state and writes, and from the state that the
+    segments before it leave.
 
     Raises:
         SeqmixError: there is no such paradigm, or as the paradigm's own function.
@@ -70,18 +78,29 @@ def delta(
     if paradigm not in functions:
         raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has {', '.join(functions)}")
     chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
-    return functions[paradigm](
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        **chunks,
+    compute = partial(functions[paradigm], k=k, beta=beta, log_decay=log_decay, scale=scale, **chunks)
+    if context is None:
+        return compute(
+            q, v=v, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
+        )
+    length, borders = q.shape[1], context.borders(cu_seqlens, q.shape[1])
+    # the map is linear in (state, values): columns of the identity, from which nothing is written, become those of M
+    rows, (heads, width) = len(q) if borders is None else len(borders) - 1, k.shape[2:]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    identity = torch.eye(width, dtype=wide, device=q.device).expand(rows, heads, width, width)
+    _, both = compute(
+        k.detach(),
+        v=F.pad(v, (0, width)),
+        initial_state=F.pad(identity, (v.shape[3], 0)),
+        output_final_state=True,
+        cu_seqlens=borders,
     )
+    written, transition = context.last_row(both, cu_seqlens, length).split([v.shape[3], width], dim=-1)
+    state = context.entry(transition, written, initial_state, cu_seqlens, length, torch.matmul)
+    output, final_state = compute(
+        q, v=v, initial_state=state, output_final_state=output_final_state, cu_seqlens=borders
+    )
+    return DeltaOutput(output, None if final_state is None else context.final(final_state, cu_seqlens, length))
 
 
 def delta_recurrent(

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import advance, document_of_token
+from .context import Context
 from .kernels import Kernel, chosen, declare, require_floats
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
@@ -211,17 +212,7 @@ def softmax_chunkwise(
     length = q.shape[1]
     _require_range(log_decay, min(chunk_size, length), q.dtype)
     offer = _offer(k, v, initial_state, cu_seqlens)
-    saves_memory = length > chunk_size and torch.is_grad_enabled()
-    outputs = []
-    for start in range(0, length, chunk_size):
-        stop = min(start + chunk_size, length)
-        block, read = q[:, start:stop], offer.up_to(start, stop, window)
-        if saves_memory:
-            arguments = (block, start, read, scale, window, log_decay)
-            outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            outputs.append(_attend(block, start, read, scale, window, log_decay))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    output = _attend_in_blocks(q, 0, offer, scale, window, log_decay, chunk_size)
     return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
 
 
@@ -239,8 +230,22 @@ def softmax(
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     chunk_size: int = 512,
     backend: str = "sdpa",
+    context: Context | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
-    """The map in the paradigm asked for, by a backend's kernel; the chunk size is read by `softmax_chunkwise` alone."""
+    """The map in the paradigm asked for, by a backend's kernel; the chunk size is read by `softmax_chunkwise` alone.
+
+    With a context, tokens are this rank's, borders and states those of the whole row. Every rank gathers all keys and
+    values, and SDPA computes it, whatever the backend.
+    """
+    if context is not None:
+        length, start = q.shape[1], context.start(q.shape[1])
+        size = chunk_size if paradigm is Paradigm.CHUNKWISE else length
+        k, v = context.gather_tokens(k), context.gather_tokens(v)
+        scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens, segments=context.size)
+        _require_range(log_decay, min(size, length), q.dtype)
+        offer = _offer(k, v, initial_state, cu_seqlens)
+        output = _attend_in_blocks(q, start, offer, scale, window, log_decay, size)
+        return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
     chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
     return chosen("softmax", paradigm, backend).function(
         q,
@@ -354,6 +359,29 @@ def _places_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens:
     position = cache.positions(cache.length, cache.keys.shape[1])
     start = 0 if cu_seqlens is None else cu_seqlens[:-1, None]
     return torch.where(position >= 0, position - read_before[:, None] + start, length)
+
+
+def _attend_in_blocks(
+    q: Tensor,
+    start: int,
+    offer: _Offer,
+    scale: float,
+    window: int | None,
+    log_decay: Tensor | None,
+    size: int,
+) -> Float[Tensor, "B T H V"]:
+    """Queries at the places start, start + 1, ... read an offer in blocks, whose masks are made anew in backward."""
+    outputs = []
+    for at in range(0, q.shape[1], size):
+        block = q[:, at : at + size]
+        first, last = start + at, start + at + block.shape[1]
+        read = offer.up_to(first, last, window)
+        if q.shape[1] > size and torch.is_grad_enabled():
+            arguments = (block, first, read, scale, window, log_decay)
+            outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(_attend(block, first, read, scale, window, log_decay))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _attend(
@@ -490,10 +518,13 @@ def _check(
     log_decay: Tensor | None,
     cache: Cache | None,
     cu_seqlens: Tensor | None,
+    segments: int = 1,
 ) -> float:
-    """Refuse what does not fit; return the scale."""
+    """Refuse what does not fit; return the scale. Of so many equal segments of the row, q is one."""
     require_floats(q, k, v)
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[1] < 1:
+    shapes = (q.shape, k.shape, v.shape)
+    fit = all(len(shape) == 4 for shape in shapes) and (q.shape[0], q.shape[1] * segments) == k.shape[:2] == v.shape[:2]
+    if not fit or q.shape[1] < 1:
         raise SeqmixError(
             "q must be [B T H K], k [B T G K] and v [B T G V] with T >= 1; "
             f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
@@ -514,7 +545,7 @@ def _check(
         if rows != 1:
             raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {rows}")
         rows = cu_seqlens.shape[0] - 1
-        rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == q.shape[1])
+        rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == k.shape[1])
         _require(rises, "cu_seqlens must rise from 0 to the number of tokens given")
     if cache is not None:
         needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])

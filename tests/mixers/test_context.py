@@ -1,0 +1,102 @@
+"""A sequence over several processes is that of one: outputs, final states, gradients; and what is sent for it."""
+
+import multiprocessing
+
+import pytest
+from ranks import Ranks
+
+from seqmix import MIXERS
+
+if "forkserver" not in multiprocessing.get_all_start_methods():
+    pytest.skip("needs processes that fork", allow_module_level=True)
+
+N = 3
+"""Ranks: there is one with neighbours on both sides."""
+CASES = (
+    {"batch": 2, "length": 7},
+    {"batch": 2, "length": 1, "state": True, "final": True},
+    {"batch": 2, "length": 5, "state": True, "final": True},
+    # over no rank's border, over all, at it, one token, none
+    {"batch": 1, "length": 5, "borders": [0, 3, 15]},
+    {"batch": 1, "length": 5, "borders": [0, 5, 5, 6, 10, 14, 15], "state": True, "final": True},
+    {"batch": 1, "length": 1, "borders": [0, 0, 1, 3, 3], "state": True},
+)
+MIXERS_OF_ALL_OPS = (
+    ("retention", {"n_heads": 2, "chunk_size": 4}),
+    ("retention", {"n_heads": 2, "decay": "none"}),
+    ("linear_attention", {"n_heads": 2, "chunk_size": 4}),
+    ("gated_retention", {"n_heads": 2, "chunk_size": 4}),
+    ("lightning", {"n_heads": 2, "chunk_size": 4}),
+    ("gla", {"n_heads": 2, "chunk_size": 4}),
+    ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
+    ("delta_net", {"n_heads": 2, "chunk_size": 4}),
+    ("gated_delta_net", {"n_heads": 2, "chunk_size": 4, "conv_size": 7}),
+    ("attention", {"n_heads": 2, "n_kv_heads": 1, "chunk_size": 3}),
+    ("attention", {"n_heads": 2, "window": 4, "positions": "xpos", "chunk_size": 3}),
+    ("hyena", {"conv_size": 4}),
+)
+IDS = [" ".join((kind, *(f"{k}={v}" for k, v in fields.items()))) for kind, fields in MIXERS_OF_ALL_OPS]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(N)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS, ids=IDS)
+def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
+    config = MIXERS.resolve(kind).model_validate({"kind": kind, **fields})
+    first, *others = sorted(config.traits.paradigms, key=lambda p: p is not config.paradigm)
+    cases = [{"paradigm": first.value, **case} for case in CASES]
+    cases += [{"paradigm": other.value, **case} for other in others for case in CASES[2:5:2]]
+    ranks("mixer_as_one", kind, fields, cases)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("retention", {"n_heads": 2}),
+        ("mamba2", {"head_dim": 8, "d_state": 4}),
+        ("delta_net", {"n_heads": 2}),
+        ("attention", {"n_heads": 2, "window": 4}),
+    ],
+)
+def test_a_state_handed_from_rank_to_rank_serves_any_mixer(ranks, kind, fields):
+    cases = [{"paradigm": "recurrent", **case} for case in CASES]
+    if kind == "attention":
+        cases = cases[:3]
+    ranks("mixer_as_one", kind, fields, cases, in_turn=True)
+
+
+def test_a_state_that_grows_is_not_handed_on(ranks):
+    with pytest.raises(AssertionError, match="hyena cannot share a sequence with other processes: its state grows"):
+        ranks("mixer_as_one", "hyena", {}, [{"paradigm": "recurrent", **CASES[0]}], in_turn=True)
+
+
+def test_wrong_borders_are_refused(ranks):
+    case = {"paradigm": "chunkwise", "batch": 1, "length": 5, "borders": [0, 5]}
+    with pytest.raises(AssertionError, match="cu_seqlens must rise from 0 to the 15 tokens given"):
+        ranks("mixer_as_one", "retention", {"n_heads": 2}, [case], whole=False)
+
+
+@pytest.mark.parametrize("preset", ["hybrid-tiny", "mamba2-tiny"])
+def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
+    ranks("model_as_one", preset)
+
+
+def bytes_of(ranks, kind, fields, length):
+    """What a rank receives in forward and backward for one layer with d_model 16."""
+    sent = ranks("bytes_received", kind, fields, length)
+    assert len(set(sent)) == 1
+    return sent[0]
+
+
+@pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS, ids=IDS)
+def test_what_is_sent_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
+    short, long = (bytes_of(ranks, kind, fields, length) for length in (16, 64))
+    if kind in ("attention", "hyena"):
+        assert 3 * short < long <= 4 * short
+    else:
+        assert long == short

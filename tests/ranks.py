@@ -1,0 +1,205 @@
+"""Processes that are ranks of a group, over the loopback; what they run in tests stands below, found by name."""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from functools import cache
+from multiprocessing.connection import Connection
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 20
+
+
+class Ranks:
+    """So many processes, which wait for what they are to run."""
+
+    def __init__(self, size: int) -> None:
+        # each starts with torch imported; no process may inherit threads
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+        self.size, self.folder = size, TemporaryDirectory()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = self.context.Pipe()
+            arguments = (rank, size, f"{self.folder.name}/store", theirs, sys.path)
+            self.processes.append(self.context.Process(target=_serve, args=arguments, daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def __call__(self, name: str, *arguments: Any, **named: Any) -> list[Any]:
+        """What each rank returns; a rank's failure is this process's."""
+        for pipe in self.pipes:
+            pipe.send((name, arguments, named))
+        results = [pipe.recv() if pipe.poll(SECONDS) else (None, "it hangs") for pipe in self.pipes]
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
+        assert not errors, "\n".join(errors)
+        return [result for result, _ in results]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    while True:
+        name, arguments, named = pipe.recv()
+        try:
+            pipe.send((globals()[name](*arguments, **named), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+
+
+# ---- what they run
+
+
+@cache
+def context():
+    from seqmix.mixers.ops.context import Context
+
+    return Context.of(dist.group.WORLD)
+
+
+def mixer_as_one(
+    kind: str, fields: dict[str, Any], cases: list[dict[str, Any]], in_turn: bool = False, whole: bool = True
+) -> None:
+    """A mixer over all ranks is the mixer of one: outputs, final states, gradients of inputs, states and parameters."""
+    from seqmix.mixers.hand_over import mix_in_turn
+    from seqmix.mixers.state import detach
+
+    mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
+    mixer.context = None if in_turn else context()
+    for case in cases:
+        paradigm, wanted = case["paradigm"], case.get("final", False)
+        borders = torch.tensor(case["borders"]) if "borders" in case else None
+        x = torch.randn(case["batch"], context().size * case["length"], 16, dtype=torch.float64)
+        rows, state = case["batch"] if borders is None else len(borders) - 1, None
+        if case.get("state"):
+            before = torch.randn(rows, 5, 16, dtype=torch.float64)
+            state = detach(mixer_alone(before, return_state=True)[1])
+
+        def alone(x, s, paradigm=paradigm, borders=borders, wanted=wanted):
+            return mixer_alone(x, s, paradigm=paradigm, cu_seqlens=borders, return_state=wanted)
+
+        def shared(x, s, paradigm=paradigm, borders=borders, wanted=wanted):
+            if in_turn:
+                return mix_in_turn(mixer, context(), x, s, paradigm, borders, wanted)
+            return mixer(x, s, paradigm=paradigm, cu_seqlens=borders, return_state=wanted)
+
+        theirs = _everything(mixer_alone, alone, x, state, 1) if whole else None
+        ours = _everything(mixer, shared, context().part(x), state, context().size)
+        for name, tensor in theirs.items():
+            mine, of_tokens = ours[name], name in ("output", "gradient of x")
+            if name.startswith("gradient of") and not of_tokens:
+                dist.all_reduce(mine)
+            wanted = context().part(tensor) if of_tokens else tensor
+            torch.testing.assert_close(mine, wanted, msg=lambda text, name=name, case=case: f"{case}, {name}: {text}")
+
+
+def _mixer(kind, fields):
+    from seqmix import MIXERS
+
+    torch.manual_seed(0)
+    mixer = MIXERS.resolve(kind).model_validate({"kind": kind, **fields}).build(16, layer_idx=0, n_layers=1).double()
+    mixer.reset_parameters()
+    return mixer
+
+
+def _everything(mixer, call, x, state, counted) -> dict[str, torch.Tensor]:
+    """All that a call gives, and the gradients of a weighted sum of that; final states are counted so many times."""
+    from seqmix.mixers.state import map_state, to_dict
+
+    mixer.zero_grad()
+    x, before = _leaf(x), None if state is None else map_state(_leaf, state)
+    y, after = call(x, before)
+    # weights that are the same for a token whoever has it
+    first = 0 if counted == 1 else context().start(x.shape[1])
+    token = torch.arange(first, first + x.shape[1])[:, None] + torch.arange(16)
+    loss = (y * token.to(y).sin()).sum()
+    found = {"output": y.detach()}
+    for name, leaf in to_dict(after or ()).items():
+        found[f"final {name}"] = leaf.detach()
+        if leaf.is_floating_point():
+            loss = loss + (leaf * torch.arange(leaf.numel()).to(leaf).cos().view_as(leaf)).sum() / counted
+    loss.backward()
+    owed = {"x": x, **dict(mixer.named_parameters()), **({} if before is None else to_dict(before))}
+    for name, leaf in owed.items():
+        if leaf.requires_grad:
+            found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+    return found
+
+
+def _leaf(x):
+    return x.detach().clone().requires_grad_(x.is_floating_point())
+
+
+def model_as_one(preset: str) -> None:
+    """Loss, logits, states and gradients of a model whose sequences lie on all ranks, also if they cannot be equal."""
+    from seqmix import build_model, load_config
+    from seqmix.mixers.state import to_dict
+
+    config = load_config(preset, ["model.d_model=32", "model.n_layers=4"]).model
+    alone, shared = (build_model(config, dtype=torch.float64) for _ in range(2))
+    shared.share(context())
+    cases = ((2, 12, None, False), (2, 13, None, True), (1, 14, torch.tensor([0, 5, 9, 14, 14]), False))
+    for rows, length, borders, checkpointed in cases:
+        alone.checkpoint_activations = shared.checkpoint_activations = checkpointed
+        tokens, targets = torch.randint(256, (2, rows, length), generator=torch.Generator().manual_seed(length))
+        targets[:, 3] = -100
+        losses = []
+        for model in (alone, shared):
+            model.zero_grad()
+            losses.append(model.loss(tokens, targets, cu_seqlens=borders))
+            losses[-1].backward()
+        total = losses[1].detach().clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, losses[0].detach())
+        for (name, theirs), (_, ours) in zip(alone.named_parameters(), shared.named_parameters(), strict=True):
+            dist.all_reduce(ours.grad)
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        first, second = (tokens[:, :6], tokens[:, 6:12])
+        logits, state = alone(first, return_state=True)
+        ours, mine = shared(first, return_state=True)
+        torch.testing.assert_close(ours, context().part(logits))
+        torch.testing.assert_close(to_dict(mine), to_dict(state))
+        torch.testing.assert_close(shared(second, mine).logits, context().part(alone(second, state).logits))
+
+
+def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
+    """What one layer receives from other ranks, forward and backward, for two rows of `length` tokens a rank."""
+    mixer, received = _mixer(kind, fields).float(), 0
+    mixer.context = context()
+
+    def counted(call, of):
+        def count(*tensors, group):
+            nonlocal received
+            received += of(*tensors).nbytes // context().size * (context().size - 1)
+            return call(*tensors, group=group)
+
+        return count
+
+    names = "all_gather_single", "reduce_scatter_single"
+    if not hasattr(dist, names[0]):  # before torch 2.13
+        names = "all_gather_into_tensor", "reduce_scatter_tensor"
+    calls = [getattr(dist, name) for name in names]
+    setattr(dist, names[0], counted(calls[0], lambda whole, own: whole))
+    setattr(dist, names[1], counted(calls[1], lambda own, whole: whole))
+    try:
+        y, _ = mixer(torch.randn(2, length, 16, requires_grad=True))
+        y.sum().backward()
+    finally:
+        for name, call in zip(names, calls, strict=True):
+            setattr(dist, name, call)
+    return received

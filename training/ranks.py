@@ -1,0 +1,188 @@
+"""The processes that train one run together, as `torchrun` starts them; one alone is the same with nobody to ask.
+
+A rank of `shard x data` (a batch rank) reads sequences of its own, which the ranks of its context share: process p has
+the place p % context in them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..mixers.ops.context import Context
+from ..registry import ElsewhereError, SeqmixError
+from .config import DistributedConfig
+
+START = "torchrun --nproc-per-node {processes} -m seqmix train ..."
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process and the others."""
+
+    rank: int = 0
+    """This process, from 0."""
+    size: int = 1
+    """All processes."""
+    data: int = 1
+    shard: int = 1
+    context_size: int = 1
+    """How `size` is laid out: their product."""
+    context: Context | None = None
+    """Those that share this process's sequences; None where it has them for itself."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def batch_size(self) -> int:
+        """Shares that a batch is read in."""
+        return self.data * self.shard
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.context_size
+
+    @cached_property
+    def mesh(self) -> Any:
+        """Over which parameters are sharded: copies of the model in the first dimension, where there are several."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        sizes = {"data": self.data, "shard": self.shard * self.context_size}
+        if self.data == 1:
+            del sizes["data"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, the same on each."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of each process, in order; anything that JSON holds."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)]))
+        longest = max(int(length) for length in lengths)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
+
+    def rows(self, leaf: Tensor) -> Tensor:
+        """The rows of the whole batch, from each batch rank's own."""
+        if self.size == 1:
+            return leaf
+        parts = [torch.empty_like(leaf) for _ in range(self.size)]
+        dist.all_gather(parts, leaf.contiguous())
+        return torch.cat(parts[:: self.context_size])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process cannot do, none does: the first that fails tells why.
+
+        Raises:
+            ElsewhereError: another process has failed, and tells it.
+        """
+        failed: SeqmixError | None = None
+        try:
+            yield
+        except SeqmixError as error:
+            if self.size == 1:
+                raise
+            failed = error
+        if self.size == 1:
+            return
+        reasons = self.gather(None if failed is None else str(failed))
+        if (first := next((r for r, reason in enumerate(reasons) if reason is not None), None)) is None:
+            return
+        if failed is not None and first == self.rank:
+            raise failed
+        raise ElsewhereError(f"process {first} of {self.size} has failed: {reasons[first]}")
+
+    def alike(self, error: SeqmixError) -> SeqmixError:
+        """An error that all processes have: one tells it."""
+        return error if self.first else ElsewhereError(f"process 0 of {self.size} has failed: {error}")
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+class Group:
+    """The process group of a run as a context: made from what torchrun says, or the one there is already."""
+
+    def __init__(self, config: DistributedConfig) -> None:
+        self.config = config
+        self._made = False
+
+    def __enter__(self) -> Ranks:
+        """Join the other processes.
+
+        Raises:
+            SeqmixError: the configured layout is of another number of processes.
+        """
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if dist.is_available() and dist.is_initialized():
+            size, rank = dist.get_world_size(), dist.get_rank()
+        layout = {"data": self.config.data, "shard": _shards(self.config, size), "context_size": self.config.context}
+        if size == 1:
+            return ALONE
+        if not dist.is_initialized():
+            gpu = torch.cuda.is_available()
+            if gpu:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            self._made = True
+        context = None
+        for first in range(0, size, self.config.context) if self.config.context > 1 else ():
+            # every process takes part in making every group
+            group: Any = dist.new_group(list(range(first, first + self.config.context)))
+            if first <= rank < first + self.config.context:
+                context = Context.of(group)
+        return Ranks(rank, size, **layout, context=context)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # after an error, others may be gone, and would be waited for
+        if self._made and error is None:
+            dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is that of a connection to another process, which is gone then."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _shards(config: DistributedConfig, size: int) -> int:
+    """Processes that parameters are sharded over, context aside."""
+    others = config.data * config.context
+    asked = others * (config.shard or 1)
+    if config.shard is None and size % others == 0:
+        return size // others
+    if asked == size:
+        return config.shard or 1
+    layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context}"
+    number = f"a multiple of {others}" if config.shard is None else str(asked)
+    raise SeqmixError(
+        f"distributed lays out data x shard x context = {layout} processes, {number}, and there "
+        f"{'is one' if size == 1 else f'are {size}'}: start as many with "
+        f"`{START.format(processes=asked)}`, or change `distributed`"
+    )

@@ -1,0 +1,78 @@
+"""A model in pieces: fully sharded data parallelism (FSDP2), a block at a time, and its tensors as a whole again.
+
+Parameters are sharded over the mesh's last dimension, copies of the model run over its first (hybrid sharding).
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..models import LanguageModel
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def shard(model: LanguageModel, ranks: Ranks) -> None:
+    """Leave this process its piece of every parameter, and split sequences over its context.
+
+    Blocks are gathered one at a time, forward and backward, in float32: a 16-bit copy would round decays and norms
+    too, which autocast does not. Gradients are the mean over all processes.
+    """
+    if ranks.size == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    # by default it casts what goes in, states too
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    for name in ("loss", "loss_and_state", "predictions", "token_losses"):
+        register_fsdp_forward_method(model, name)
+    model.share(ranks.context)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its pieces, for which every process has to ask; a whole one as it is."""
+    pieces = _pieces(tensor)
+    return tensor if pieces is None else pieces.full_tensor()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    pieces = _pieces(tensor)
+    return tensor if pieces is None else pieces.to_local()
+
+
+@torch.no_grad()
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be in pieces; no process waits for another."""
+    if (pieces := _pieces(tensor)) is None:
+        tensor.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(tensor.device)
+    pieces.to_local().copy_(
+        distribute_tensor(value, pieces.device_mesh, pieces.placements, src_data_rank=None).to_local()
+    )
+
+
+def take_part(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give the first process this one's pieces of a checkpoint's tensors, in the order in which it asks."""
+    for tensors in parts.values():
+        for tensor in tensors.values():
+            whole(tensor)
+
+
+def _pieces(tensor: Tensor) -> "DTensor | None":
+    """The tensor as one in pieces; None if it is whole."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return None  # what is whole needs nothing imported
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
