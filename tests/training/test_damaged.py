@@ -255,7 +255,7 @@ def test_a_damaged_configuration(data, wholes, folder):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, bytes]:
+def sources(tmp_path_factory) -> Path:
     """One text in every form that is read."""
     folder = tmp_path_factory.mktemp("sources")
     (folder / "a.txt").write_text(TEXT)
@@ -266,18 +266,18 @@ def sources(tmp_path_factory) -> dict[str, bytes]:
     train_bpe([("a", TEXT.encode())], 300, folder / "t.json")
     for name, tokenizer in (("a", load_tokenizer("bytes")), ("b", load_tokenizer(folder / "t.json"))):
         write_token_file(folder / f"{name}.tokens", tokenized(read_documents(config), tokenizer), tokenizer)
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return folder
 
 
-def damage_data(here: Path, sources: dict[str, bytes], draw: st.DrawFn) -> list[str]:
-    """Write all sources into a folder, one of them damaged; the changes of a run that reads it."""
-    for name, content in sources.items():
-        (here / name).write_bytes(content)
-    name = draw(st.sampled_from(sorted(sources)))
+def damage_data(here: Path, sources: Path, draw: st.DrawFn) -> list[str]:
+    """Copy all sources into a folder, and damage one of them; the changes of a run that reads it."""
+    shutil.copytree(sources, here, dirs_exist_ok=True)
+    names = files_of(sources)
+    name = draw(st.sampled_from(names))
     victim = here / name
     match draw(st.sampled_from(["damage"] * 6 + ["missing", "folder", "link", "empty", "other", "unreadable"])):
         case "damage":
-            victim.write_bytes(draw(damaged_bytes(sources[name])))
+            victim.write_bytes(draw(damaged_bytes(victim.read_bytes())))
         case "missing":
             victim.unlink()
         case "folder":
@@ -289,7 +289,7 @@ def damage_data(here: Path, sources: dict[str, bytes], draw: st.DrawFn) -> list[
         case "empty":
             victim.write_bytes(b"")
         case "other":
-            victim.write_bytes(sources[draw(st.sampled_from(sorted(sources)))])
+            victim.write_bytes((sources / draw(st.sampled_from(names))).read_bytes())
         case "unreadable":
             victim.chmod(0)
     return [

@@ -257,3 +257,21 @@ def test_other_files_are_no_token_files(tmp_path):
 def test_a_newer_version_is_refused(file):
     file.write_bytes(file.read_bytes().replace(b'"seqmix.tokens": "1"', b'"seqmix.tokens": "2"'))
     assert error(file).startswith(f"{file} is a token file of version 2, and this seqmix reads version 1")
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "what"),
+    [
+        (b'"seqmix.tables"', b'"seqmix.fables"', "it lacks tables"),
+        (b'"digests": {', b'"dogests": {', "it lacks digests"),
+        (b'"seqmix.bytes": "1', b'"seqmix.bytes": "-', "its text has '-"),
+        (b'"I64", "shape": [', b'"U64", "shape": [', "its ends are U64 ["),
+    ],
+)
+def test_a_header_that_says_something_else_is_one_sentence(tmp_path, written, instead, what):
+    path = tmp_path / "a.tokens"
+    write(path, b"a" * 100)
+    content = path.read_bytes()
+    assert content.count(written) == 1
+    path.write_bytes(content.replace(written, instead))
+    assert error(path).startswith(f"{path} is damaged: {what}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import workers
+from hypothesis import settings
 from safetensors.torch import load_file
 
 from seqmix.training.checkpoint import checkpoints, verify
@@ -36,6 +37,8 @@ PRESET = (
     "training.checkpoint_every=3",
     "training.log_every=1",
 )
+COMPILED = (*PRESET, "model.blocks.ret.ffn=null", "training.compile=true")
+"""Without feed-forward networks, for fewer kernels to build."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def text(tmp_path_factory) -> Path:
 def undisturbed(processes, text, tmp_path_factory) -> Path:
     """The run that nothing happens to."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert finished(processes, "train", *PRESET, f"data.paths=[{text}]", "--out", run) == 0
+    assert finished(processes, *arguments_of(run, text)) == 0
     return run
 
 
@@ -71,7 +74,7 @@ def start(processes, *arguments):
 def finished(processes, *arguments) -> int:
     """Run the command to its end; its status."""
     process = start(processes, *arguments)
-    process.join(60)
+    process.join(300)
     return process.exitcode
 
 
@@ -81,11 +84,11 @@ def made(run: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def arguments_of(run: Path, text: Path) -> tuple:
+def arguments_of(run: Path, text: Path, preset: tuple[str, ...] = PRESET) -> tuple:
     """What begins the run, or goes on with it."""
     if (run / "config.yaml").exists():
         return "train", "--resume", run
-    return "train", *PRESET, f"data.paths=[{text}]", "--out", run
+    return "train", *preset, f"data.paths=[{text}]", "--out", run
 
 
 def everything(run: Path) -> dict[str, bytes]:
@@ -111,13 +114,13 @@ def require_undisturbed(run: Path, undisturbed: Path) -> None:
     assert [f.name for f in checkpoints(run)] == [f.name for f in checkpoints(undisturbed)]
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_undisturbed_one(processes, text, undisturbed, tmp_path, kills):
-    moments, run, killed = random.Random(kills), tmp_path / "run", 0
+def kill_again_and_again(processes, run: Path, text: Path, kills: int, preset: tuple[str, ...] = PRESET) -> None:
+    """Kill a run in the middle as often, and let it end."""
+    moments, killed = random.Random(kills), 0
     targets = sorted(moments.randrange(STEPS - 10) for _ in range(kills))
     for target in targets:
-        process = start(processes, *arguments_of(run, text))
-        waited = time.monotonic() + 60
+        process = start(processes, *arguments_of(run, text, preset))
+        waited = time.monotonic() + 300
         while made(run) < target and process.is_alive():
             assert time.monotonic() < waited
             time.sleep(0.001)
@@ -127,6 +130,20 @@ def test_a_run_killed_again_and_again_is_the_undisturbed_one(processes, text, un
         killed += process.exitcode == -signal.SIGKILL
     assert killed == kills
     assert finished(processes, "train", "--resume", run) == 0
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_undisturbed_one(processes, text, undisturbed, tmp_path, kills):
+    kill_again_and_again(processes, tmp_path / "run", text, kills)
+    require_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_killed_again_and_again_is_the_undisturbed_one(processes, text, tmp_path):
+    """Twice; 20 times with --hypothesis-profile nightly: every start compiles, or reads what was compiled."""
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert finished(processes, *arguments_of(undisturbed, text, COMPILED)) == 0
+    kill_again_and_again(processes, run, text, settings().max_examples // 50, COMPILED)
     require_undisturbed(run, undisturbed)
 
 

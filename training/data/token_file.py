@@ -40,6 +40,9 @@ BLOCK = 2**16
 HEADER = 1024
 """Bytes that are left for the header, which is known last and stands first."""
 TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
+KINDS = {"<u2": "U16", "<u4": "U32", "<u8": "U64", "<i8": "I64"}
+"""NumPy's names of types, and those of safetensors."""
+METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
 class TokenFile:
@@ -58,7 +61,7 @@ class TokenFile:
             )
         self.ends, self.digests, self._checks = (np.array(arrays[name]) for name in TABLES)
         tables = [self.ends, self.digests, self._checks]
-        if _check(*(table.tobytes() for table in tables)) != int(metadata["tables"]):
+        if str(_check(*(table.tobytes() for table in tables))) != metadata["tables"]:
             raise SeqmixError(f"{path} is damaged: its table of documents is not what was written")
         self._tokens = arrays["tokens"]
         self._checked = np.zeros(len(self._checks), dtype=bool)
@@ -165,12 +168,18 @@ def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
             "tokenize it again"
         )
-    kinds = {"U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
+    if lacks := METADATA - metadata.keys() | {"tokens", *TABLES} - header.keys():
+        raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
+    if not metadata["bytes"].isdecimal():
+        raise SeqmixError(f"{path} is damaged: its text has {metadata['bytes']!r} bytes")
     arrays = {}
-    for name in ("tokens", *TABLES):
+    for name, kinds in {"tokens": ("<u2", "<u4"), **{name: (kind,) for name, kind in TABLES.items()}}.items():
         entry = header[name]
+        kind = next((kind for kind in kinds if KINDS[kind] == entry["dtype"]), None)
+        if kind is None or len(entry["shape"]) != 1 or not entry["shape"][0]:
+            raise SeqmixError(f"{path} is damaged: its {name} are {entry['dtype']} {entry['shape']}")
         start = 8 + room + entry["data_offsets"][0]
-        arrays[name] = np.memmap(path, kinds[entry["dtype"]], "r", offset=start, shape=tuple(entry["shape"]))
+        arrays[name] = np.memmap(path, kind, "r", offset=start, shape=tuple(entry["shape"]))
     return arrays, metadata
 
 
