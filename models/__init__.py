@@ -5,9 +5,10 @@ from .builder import build_meta, build_model, is_out_of_memory
 from .compiling import compile_blocks
 from .config import ModelConfig
 from .decoding import Decoder
-from .generate import Sampling, generate_text, generate_tokens, prefill, read, read_text, sample, stream_text
+from .generate import Sampling, generate_text, generate_tokens, read, read_text, sample, stream_text
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
+from .prompts import prefill
 from .reading import Reading
 from .subword import SubwordTokenizer, train_bpe
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, load_tokenizer

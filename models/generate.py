@@ -1,8 +1,4 @@
-"""Generation: the prompts are read at once, then every token costs one recurrent step.
-
-Prompts of different lengths are packed into one row for reading and come out as a batch of states, so nothing is
-padded, and no result depends on its neighbours.
-"""
+"""Generation: the prompts are read at once, then every token costs one recurrent step."""
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,11 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..mixers import Paradigm
-from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
-from .decoding import COMPILED_FROM, Decoder, advance
+from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
+from .prompts import prefill
 from .reading import RECENT, Reading, reading_of
 from .tokenizer import TextDecoder, Tokenizer
 
@@ -73,55 +68,6 @@ def sample(
         dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@torch.no_grad()
-def prefill(
-    model: LanguageModel,
-    prompts: Sequence[Int[Tensor, " T"]],
-    *,
-    state: ModelState | None = None,
-    max_length: int | None = None,
-) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """Read prompts; the logits of each one's next token, and their states as one batch.
-
-    Args:
-        model: the model.
-        prompts: N prompts of any lengths >= 1.
-        state: what came before, N rows, which may be written into; None means nothing.
-        max_length: tokens that a row will hold at most, prompt included; lets caches be allocated once. A state that is
-            given has its room already.
-
-    Raises:
-        SeqmixError: there is no prompt, or an empty one.
-    """
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise SeqmixError("a prompt has no tokens: give at least one")
-    if state is not None and all(len(prompt) == 1 for prompt in prompts):
-        return advance(model, torch.cat(list(prompts)).to(model.device), state)
-    if len(prompts) > 1 and not all(block.mixer.traits.packing for block in model.blocks):
-        rows = torch.arange(len(prompts), device=model.device)
-        alone = [
-            prefill(model, [prompt], state=None if state is None else select(state, row), max_length=max_length)
-            for prompt, row in zip(prompts, rows.split(1), strict=True)
-        ]
-        return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    before = state
-    if before is None and max_length is not None:
-        before = model.init_state(len(prompts), max_length=max_length)
-    # prompts have any length, and blocks may have been compiled for those of training
-    with torch.compiler.set_stance("force_eager"):
-        logits, after = model(
-            torch.cat(list(prompts)).to(model.device)[None],
-            before,
-            paradigm=model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL),
-            cu_seqlens=borders if len(prompts) > 1 else None,
-            return_state=True,
-            select=borders[1:] - 1,
-        )
-    return logits, after
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ FLOORS = [
     {"seqmix.checking", "seqmix.evaluating", "seqmix.generating", "seqmix.show"},
     {"seqmix.benchmarks"},
     {"seqmix.experiments"},
-    {"seqmix.cli"},
+    {"seqmix.cli", "seqmix.__main__"},
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
 

@@ -1,0 +1,76 @@
+"""Reading prompts: in segments, and compiled, they are what they are at once."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+import seqmix.models.prompts as module
+from seqmix import MIXERS, SeqmixError
+from seqmix.mixers.state import to_dict
+from seqmix.models import prefill
+
+CONSTANT = [kind for kind in MIXERS.kinds() if MIXERS.resolve(kind).example().traits.state == "constant"]
+PROMPTS = [
+    torch.randint(0, 257, (n,), generator=torch.Generator().manual_seed(n)) for n in (13, 1, 4, 17)
+]  # that end inside segments of 5, at their ends, and span several
+
+
+def states(state):
+    return list(to_dict(state).values())
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["many", "one"])
+def test_segments_are_the_whole(model_of, monkeypatch, kind, prompts):
+    model, lengths = model_of(kind), []
+    logits, state = prefill(model, prompts, max_length=20)
+    monkeypatch.setattr(module, "SEGMENT", 5)
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    found, found_state = prefill(model, prompts, max_length=20)
+    assert_close(found, logits, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(states(found_state), states(state), strict=True):
+        assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    if len(prompts) == 1 or all(block.mixer.traits.packing for block in model.blocks):
+        total = sum(len(prompt) for prompt in prompts)
+        assert lengths == [5] * (total // 5) + [total % 5] * bool(total % 5)
+    assert max(lengths) == 5
+
+
+@pytest.mark.parametrize("kinds", [("attention",), ("retention", "hyena")])
+def test_a_state_that_grows_is_read_at_once(model_of, monkeypatch, kinds):
+    model, lengths = model_of(*kinds), []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(module, "SEGMENT", 5)
+    prefill(model, PROMPTS[:1])
+    assert lengths == [13]
+
+
+@pytest.fixture
+def plainly_compiled(monkeypatch):
+    """The compiler's front end alone: inductor takes seconds for each graph."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("plainly_compiled")
+def test_prompts_of_all_lengths_are_one_graph(model_of):
+    model = model_of("retention", n_layers=1)
+    for length in (9, 30, 64, 17):
+        prompt = torch.randint(0, 257, (length,), generator=torch.Generator().manual_seed(0))
+        logits, state = prefill(model, [prompt], max_length=length + 5)
+        found, found_state = prefill(model, [prompt], max_length=length + 5, compiled=True)
+        assert_close(found, logits)
+        for actual, expected in zip(states(found_state), states(state), strict=True):
+            assert_close(actual, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_state_that_grows_is_not_compiled_for_all_lengths(model_of):
+    with pytest.raises(SeqmixError, match=r"^reading is compiled for all lengths where no state grows"):
+        prefill(model_of("attention"), PROMPTS, compiled=True)
