@@ -1,0 +1,138 @@
+"""The paper's claims, one by one: what is run for each, and what is kept of it."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import torch
+
+from ...mixers import Paradigm
+from ...registry import SeqmixError, nearest
+from ...training import load_run
+from ...training.lengths import by_context, by_length, open_text
+from ..collect import RUNS
+from ..command import STUDY_FOLDER, compare_command
+from ..plan import PlannedRun, plan
+from ..results import RESULTS_FILE
+from ..study import load_study
+
+FOLDER = Path(__file__).parent
+KEPT = FOLDER / "results"
+"""What the page is written from."""
+
+Scale = Literal["cpu", "gpu"]
+STUDIES = ("table5", "table6", "figure5", "table4", "figure6", "figure6-batch8")
+"""Claims that are a study each, a YAML file of that name."""
+TIMED = ("table4", "figure6", "figure6-batch8")
+"""Those in which something is timed: nothing else should run."""
+OF_RUNS = ("table8", "paradigms")
+"""Claims about the runs of figure5."""
+LEARNED = ("table6", "table5", "figure5", *OF_RUNS)
+"""Those in which something is learned."""
+CLAIMS = (*LEARNED, *TIMED)
+
+CONTEXTS = {"cpu": (64, 128, 256), "gpu": (512, 1024, 2048)}
+"""A quarter, a half and the whole of a training sequence; its last sixteenth is scored, as in the paper."""
+TIMES = (1, 4)
+"""Lengths at which paradigms are compared, in sequences of training."""
+
+
+def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell: Callable[[str], object]) -> int:
+    """Measure one claim, or go on with it, and keep what is needed of it.
+
+    Args:
+        claim: one of `CLAIMS`.
+        scale: which files: those for two cores, or the paper's sizes.
+        jobs: runs at once.
+        kept: the folder in which results are kept beside the study's own; None keeps none.
+        tell: called with a line about what is done.
+
+    Returns:
+        An exit status, as `seqmix compare` has them.
+
+    Raises:
+        SeqmixError: there is no such claim, or it cannot be measured.
+    """
+    if claim not in CLAIMS:
+        raise SeqmixError(f"there is no claim {claim!r}; claims: {', '.join(CLAIMS)}{nearest(claim, CLAIMS)}")
+    tell(f"{claim}:")
+    if claim in STUDIES:
+        folder = folder_of(claim, scale)
+        status = compare_command(str(file_of(claim, scale)), out=folder, jobs=jobs, dry_run=False)
+        if status == 0 and kept is not None:
+            values = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            for run in values["runs"]:
+                run.update(history=[], evaluations=[])
+            _keep(kept, claim, values)
+        return status
+    if status := prove("figure5", scale=scale, jobs=jobs, kept=kept, tell=tell):
+        return status
+    values = contexts(scale) if claim == "table8" else paradigms(scale)
+    if kept is not None:
+        _keep(kept, claim, values)
+    return 0
+
+
+def file_of(claim: str, scale: Scale) -> Path:
+    """The study of a claim."""
+    return (FOLDER if scale == "cpu" else FOLDER / "gpu") / f"{claim}.yaml"
+
+
+def folder_of(claim: str, scale: Scale) -> Path:
+    """Where the study of a claim is made: in the working directory, as others."""
+    return STUDY_FOLDER / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
+
+
+def contexts(scale: Scale) -> dict[str, Any]:
+    """Table 8: the loss of a sequence's last tokens behind more and less of it, by model and size, means over seeds."""
+    asked = CONTEXTS[scale]
+    scored = asked[-1] // 16
+    found: dict[tuple[str, Any], list[list[float]]] = {}
+    for run, folder in _runs(scale):
+        source = open_text(run.config, folder, asked)
+        measured = by_context(load_run(folder), source, asked, scored=scored, tokens=2**18)
+        found.setdefault((run.entry, run.config.model.d_model), []).append([context.loss for context in measured])
+    models = [
+        {
+            "entry": entry,
+            "d_model": width,
+            "seeds": len(losses),
+            "losses": [mean(at) for at in zip(*losses, strict=True)],
+        }
+        for (entry, width), losses in found.items()
+    ]
+    return {"contexts": list(asked), "scored": scored, "models": models}
+
+
+def paradigms(scale: Scale) -> dict[str, Any]:
+    """That the paradigms are one function: the largest difference of a token's loss, in float32 and in float64."""
+    rows = []
+    for run, folder in _runs(scale):
+        if run.config.seed != 0 or run.config.model.d_model != 128:
+            continue
+        lengths = [times * run.config.data.sequence_length for times in TIMES]
+        source = open_text(run.config, folder, lengths)
+        for dtype in (torch.float32, torch.float64):
+            model = load_run(folder).to(dtype)
+            for length in by_length(model, source, lengths, paradigms=lambda _: list(Paradigm), tokens=2**13):
+                row = {"entry": run.entry, "dtype": str(dtype).removeprefix("torch."), **asdict(length)}
+                rows.append({key: value for key, value in row.items() if key != "positions"})
+    return {"rows": rows}
+
+
+def _runs(scale: Scale) -> Iterator[tuple[PlannedRun, Path]]:
+    """The runs of figure5, and their folders."""
+    file = file_of("figure5", scale)
+    for run in plan(load_study(file), file).runs:
+        yield run, folder_of("figure5", scale) / RUNS / run.name
+
+
+def _keep(folder: Path, claim: str, values: dict[str, Any]) -> None:
+    """Write what a page needs: no curves, and of the machine what plays a part."""
+    if "machine" in values:
+        values["machine"] = {key: values["machine"].get(key) for key in ("threads", "device", "torch")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{claim}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
