@@ -188,6 +188,12 @@ def test_the_page_of_tasks_and_its_pictures_are_up_to_date():
     assert drawn == module.pictures(), "run: python docs/tasks.py"
 
 
+def test_the_page_of_the_paper_is_up_to_date():
+    module = generator("paper")
+    page = module.TARGET.read_text()
+    assert page == module.render(page), "run: python docs/paper.py"
+
+
 def rows(text: str, head: str) -> list[list[str]]:
     """The rows of the table whose first line starts with `head`."""
     table = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]

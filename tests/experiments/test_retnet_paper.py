@@ -1,0 +1,158 @@
+"""The paper's claims: the studies are what it describes, and what is kept of them is what its page says."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from seqmix import SeqmixError, load_config
+from seqmix.experiments.plan import plan
+from seqmix.experiments.results import read_results
+from seqmix.experiments.retnet_paper import claims
+from seqmix.experiments.study import load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+base: retnet-tiny
+model: {n_layers: 1}
+data: {paths: [text.txt], split: tail, sequence_length: 16}
+training: {steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}
+entries:
+  retnet: {}
+  transformer: {set: {model.blocks.ret.mixer: {kind: attention, n_heads: 2, positions: xpos}}}
+vary: {model.d_model: [128]}
+"""
+
+
+def planned(claim: str, scale: claims.Scale):
+    file = claims.file_of(claim, scale)
+    return plan(load_study(file), file)
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_paper", ROOT / "docs" / "paper.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- studies
+
+
+def test_every_claim_is_a_study_at_both_scales_or_about_the_runs_of_one():
+    names = {file.stem for file in claims.FOLDER.glob("*.yaml")} - {"base"}
+    assert names == set(claims.STUDIES) == {file.stem for file in (claims.FOLDER / "gpu").glob("*.yaml")}
+    assert set(claims.CLAIMS) == {*claims.STUDIES, *claims.OF_RUNS}
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("claim", claims.STUDIES)
+def test_a_study_is_one_that_can_be_made(claim, scale):
+    file = claims.file_of(claim, scale)
+    study = load_study(file)
+    assert study.name == claims.folder_of(claim, scale).name
+    assert study.question
+    assert (study.speed is not None) == (claim in claims.TIMED)
+    if scale == "cpu":
+        assert {entry.config.data.sequence_length for entry in plan(study, file).entries} == {256}
+
+
+def test_the_ablations_are_those_of_the_presets():
+    presets = {
+        "retnet": "",
+        "no-gate": "-no-gate",
+        "no-group-norm": "-no-head-norm",
+        "no-decay": "-no-decay",
+        "single-decay": "-single-decay",
+        "small-heads": "-head-64",
+    }
+    entries = {entry.name: entry.config.model for entry in planned("table6", "gpu").entries}
+    assert entries == {name: load_config(f"retnet-200m{preset}").model for name, preset in presets.items()}
+
+
+def test_the_sizes_are_those_of_the_presets():
+    entries = {entry.name: entry.config.model for entry in planned("figure5", "gpu").entries}
+    for name in ("retnet-1.3b", "retnet-2.7b", "retnet-6.7b", "transformer-1.3b"):
+        assert entries[name] == load_config(name).model
+    for size in ("1.3b", "2.7b", "6.7b"):
+        one, other = (entries[f"{kind}-{size}"] for kind in ("retnet", "transformer"))
+        assert (one.d_model, one.n_layers) == (other.d_model, other.n_layers)
+        assert other.blocks["attn"].mixer.n_heads * 128 == other.d_model
+
+
+# ---- from a study to the page
+
+
+def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a text to be read, and more of it. " * 60)
+    Path("figure5.yaml").write_text(TINY)
+    monkeypatch.setattr(claims, "file_of", lambda claim, scale: tmp_path / "figure5.yaml")
+    monkeypatch.setitem(claims.CONTEXTS, "cpu", (4, 8, 16))
+    told = []
+    for claim in claims.OF_RUNS:
+        assert claims.prove(claim, scale="cpu", jobs=2, kept=tmp_path / "kept", tell=told.append) == 0
+    assert told == ["table8:", "figure5:", "paradigms:", "figure5:"]
+    results = read_results(tmp_path / "kept" / "figure5.json")
+    assert not any(run.history or run.evaluations for run in results.runs)
+    assert results.machine.processor is None
+    rows = json.loads((tmp_path / "kept" / "paradigms.json").read_text())["rows"]
+    assert [(row["entry"], row["dtype"], row["length"]) for row in rows] == [
+        (entry, dtype, length)
+        for entry in ("retnet", "transformer")
+        for dtype in ("float32", "float64")
+        for length in (16, 64)
+    ]
+    assert all(row["difference"] < (1e-3 if row["dtype"] == "float32" else 1e-10) for row in rows)
+    for part in ("figure5", "table8", "paradigms"):
+        assert not page.PARTS[part](tmp_path / "kept")[0].startswith("Not measured")
+
+
+def test_an_unknown_claim_is_one_sentence():
+    with pytest.raises(
+        SeqmixError, match=r"^there is no claim 'tabel6'; claims: table6, .*; did you mean \"table6\"\?$"
+    ):
+        claims.prove("tabel6", scale="cpu", jobs=None, kept=None, tell=print)
+
+
+def kept(folder: Path, losses: dict[str, list[float]]) -> Path:
+    """Kept results of table6 with these final losses, a seed each."""
+    entry = {"config": "", "mixers": ["retention"], "parameters": 1, "flops_per_token": 1.0, "state_bytes": 1}
+    run = {"learning_rate": 0.1, "status": "finished"}
+    values = {
+        "name": "retnet-table6",
+        "created": "",
+        "entries": [entry | {"name": name, "state_grows": False} for name in losses],
+        "runs": [
+            run | {"name": f"{name}-{seed}", "entry": name, "seed": seed, "validation_loss": loss}
+            for name, found in losses.items()
+            for seed, loss in enumerate(found)
+        ],
+    }
+    (folder / "table6.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_verdicts_are_what_the_seeds_say(tmp_path, page):
+    losses = {name: [1.6, 1.7] for name in page.TABLE_6}
+    folder = kept(tmp_path, losses | {"retnet": [1.5, 1.6], "no-gate": [1.4, 1.5], "no-decay": [1.6, 1.5]})
+    lines = page.table6(folder)
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
+    assert [cells[page.NAMES[name]][-1] for name in ("no-gate", "no-decay", "small-heads")] == [
+        "opposite",
+        "seeds disagree",
+        "same",
+    ]
+    assert cells["- swish gate"][2:6] == ["27.84", "+0.066", "1.4500", "-0.1000, -0.1000"]
+    assert lines[-1] == (
+        "3 of 5 rows reproduce in direction; these do not: - swish gate (opposite) and - gamma decay (seeds disagree)."
+    )
+
+
+def test_what_was_not_measured_is_said(tmp_path, page):
+    for part, write in page.PARTS.items():
+        (line,) = write(tmp_path)
+        assert line.startswith(f"Not measured yet: `python -m seqmix.experiments.retnet_paper {part}")
