@@ -20,6 +20,8 @@ import torch
 import typer
 
 from ..mixers import MIXERS
+from ..mixers.ops import decay_fla, decay_triton, delta, softmax_flex, softmax_xformers
+from ..mixers.ops.kernels import KERNELS, Probe
 from ..registry import SeqmixError, nearest
 from .command import model_to_measure
 from .measure import Spread
@@ -28,7 +30,12 @@ from .report import from_json, markdown, to_json
 from .suite import Report, Row
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
+PROVE = (sys.executable, "-m", "seqmix.benchmarks.kernels")
+DECLARING = (decay_fla, decay_triton, delta, softmax_flex, softmax_xformers)
+"""What was imported for the kernels that it declares, and the references that it imports itself."""
+
 GROUPS = {
+    "kernels": "Kernels against the definitions of their ops, on the GPU",
     "conformance": "The conformance kit on the GPU",
     "op": "The op, at the paper's head size",
     "train": "Training, 200M parameters",
@@ -48,7 +55,7 @@ class Part:
     group: str
     name: str
     command: tuple[str, ...]
-    """Arguments of `seqmix`."""
+    """Arguments of `seqmix`; of `PROVE` for kernels."""
     skipped: str | None = None
     """Why it is not started."""
 
@@ -74,7 +81,12 @@ Runner = Callable[[Part, Path], str | None]
 
 
 def plan(memory: int) -> Iterator[Part]:
-    """All parts, for a GPU with so many bytes of memory."""
+    """All parts, for a GPU with so many bytes of memory; first what shows whether figures mean anything."""
+    for key, kernel in KERNELS.items():
+        device = torch.device("cuda")
+        least = Probe(device=device, dtype=torch.bfloat16, key_width=64, value_width=64)
+        reasons = None if kernel.reference else "; ".join(kernel.unsupported(least))
+        yield Part(group="kernels", name=str(key), command=(str(key), "cuda"), skipped=reasons or None)
     for kind in MIXERS.kinds():
         yield Part(group="conformance", name=kind, command=("check", kind, "--device", "cuda"))
     common = ("--device", "cuda", "--dtype", "bfloat16", "--limit", "30")
@@ -114,7 +126,8 @@ def _paper(
 
 def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
     """Run a part; what it prints goes beside its report."""
-    command = [*PROGRAM, *part.command, *(("--json", str(file)) if part.measures else ())]
+    program = PROVE if part.group == "kernels" else PROGRAM
+    command = [*program, *part.command, *(("--json", str(file)) if part.measures else ())]
     log = file.with_suffix(".txt")
     try:
         with log.open("w", encoding="utf-8") as to:
@@ -134,7 +147,7 @@ def measure(parts: Sequence[Part], out: Path, runner: Runner, told: Callable[[st
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for index, part in enumerate(parts):
-        file = folder / f"{part.group}--{part.name.replace(':', '-')}.json"
+        file = folder / f"{part.group}--{part.name.replace(':', '-').replace('/', '-')}.json"
         began = time.perf_counter()
         problem = part.skipped
         if problem is None and not file.exists():
@@ -159,7 +172,7 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
             {
                 "group": outcome.part.group,
                 "name": outcome.part.name,
-                "command": ["seqmix", *outcome.part.command],
+                "command": [*(PROVE[1:] if outcome.part.group == "kernels" else ["seqmix"]), *outcome.part.command],
                 "problem": outcome.problem,
                 "seconds": outcome.seconds,
                 "report": None if outcome.report is None else json.loads(to_json(outcome.report)),

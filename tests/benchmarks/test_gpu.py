@@ -13,6 +13,7 @@ from seqmix.benchmarks.gpu import GROUPS, Outcome, Part, combined, measure, plan
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
 from seqmix.benchmarks.suite import Report, Row
+from seqmix.mixers.ops.kernels import KERNELS
 
 GIB = 2**30
 MACHINE = {"device": "a GPU", "torch": "2.13"}
@@ -56,6 +57,10 @@ def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     assert [part.name for part in parts if part.group == "conformance"] == list(MIXERS.kinds())
     assert {part.group for part in parts} >= set(BENCHMARKS)
     assert len({(part.group, part.name) for part in parts}) == len(parts)
+    kernels = {part.name: part for part in parts if part.group == "kernels"}
+    assert set(kernels) == {str(key) for key in KERNELS}
+    assert kernels["decay/chunkwise/reference"].skipped is None
+    assert kernels["decay/chunkwise/triton"].command == ("decay/chunkwise/triton", "cuda")
     paper = {(part.group, part.name): part.command for part in parts if part.group.startswith("paper")}
     train = paper["paper-train", "seqmix"]
     assert train[:3] == ("bench", "train", "retnet-1.3b")
@@ -151,6 +156,13 @@ def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
     assert run_process(part, tmp_path / "op.json", seconds=60) is None
     assert (tmp_path / "op.json").read_text() == "bench op --json"
     assert (tmp_path / "op.txt").read_text() == "7\n"
+
+
+def test_a_kernel_is_proved_by_a_program_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PROVE", (sys.executable, "-c", "import sys; print(sys.argv[1:])"))
+    part = Part(group="kernels", name="decay/parallel/reference", command=("decay/parallel/reference", "cuda"))
+    assert run_process(part, tmp_path / "x.json", seconds=60) is None
+    assert (tmp_path / "x.txt").read_text() == "['decay/parallel/reference', 'cuda']\n"
 
 
 @pytest.mark.parametrize(
