@@ -247,6 +247,13 @@ def test_selective_copying_draws_its_places_anew(opened):
     assert shares.max() < 0.15  # 4 of 60
 
 
+def test_the_special_token_of_an_induction_head_has_a_symbol_behind_it(opened):
+    task = opened("induction_heads", lengths=(3, 4))
+    inputs, targets = task.training_batch(0, 64, seed=0)
+    assert (inputs == task.config.symbols).sum(1).tolist() == [2] * 64
+    assert targets.max() < task.config.symbols
+
+
 def test_permutations_compose_as_they_are_told(opened):
     config = opened("permutation", n=3).config
     # tokens 1 and 2 of S_3 exchange the last two and the first two things: 0, 2, 1 and 1, 0, 2
