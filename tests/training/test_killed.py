@@ -74,7 +74,7 @@ def start(processes, *arguments):
 def finished(processes, *arguments) -> int:
     """Run the command to its end; its status."""
     process = start(processes, *arguments)
-    process.join(300)
+    process.join(600)
     return process.exitcode
 
 
@@ -120,7 +120,7 @@ def kill_again_and_again(processes, run: Path, text: Path, kills: int, preset: t
     targets = sorted(moments.randrange(STEPS - 10) for _ in range(kills))
     for target in targets:
         process = start(processes, *arguments_of(run, text, preset))
-        waited = time.monotonic() + 300
+        waited = time.monotonic() + 600
         while made(run) < target and process.is_alive():
             assert time.monotonic() < waited
             time.sleep(0.001)
