@@ -1,5 +1,6 @@
 """Decoding token by token: compiled, held in fixed places and captured, it is what plain steps give."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,55 @@ def test_a_step_may_write_a_state_in_its_place_and_a_call_of_the_model_may_not(m
     allowed.clear()
     assert_close(decoded(captured(model, state)), expected)
     assert all(allowed)
+
+
+class Recorded(module.Held):
+    """The last one that was made."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        type(self).latest = self
+
+
+class FakeGraph:
+    """A CUDA graph by its rules: what is called while it captures does not run, and a replay runs it in its places."""
+
+    def replay(self):
+        Recorded.latest()
+
+
+@contextmanager
+def capturing(graph):
+    held = Recorded.latest
+    state, logits = clone(held.state), held.logits.clone()
+    yield
+    for place, leaf in zip(to_dict(held.state).values(), to_dict(state).values(), strict=True):
+        place.copy_(leaf)
+    held.logits.copy_(logits)
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+def test_what_captures_replays_the_model_up_to_the_last_slot(model_of, monkeypatch):
+    for name, fake in {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": capturing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(module, "Held", Recorded)
+    model = model_of("attention", "retention", "hyena")
+    _, state = prefill(model, PROMPTS, max_length=3 + len(STEPS))  # no room for a step more
+    expected = plain(model, clone(state))
+    decoder = Decoder(model, state)
+    decoder._may_capture = True
+    assert_close(decoded(decoder), expected)
+    assert isinstance(decoder._captured.graph, FakeGraph)
 
 
 def test_a_state_that_grows_is_not_captured(model_of, captured):
