@@ -185,8 +185,9 @@ class LanguageModel(nn.Module):
 
     def own_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
         """Those of this rank's tokens, where ranks `share` sequences; nothing is asked behind the last token."""
-        lacking = 0 if self.context is None else -targets.shape[1] % self.context.size
-        return self._part(F.pad(targets, (0, lacking), value=IGNORED))
+        if self.context is None:
+            return targets
+        return self._part(F.pad(targets, (0, -targets.shape[1] % self.context.size), value=IGNORED))
 
     def _filled(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens in equal segments for all ranks: what comes behind changes nothing before it."""

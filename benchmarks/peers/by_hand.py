@@ -76,7 +76,7 @@ class HandWrittenLayer(nn.Module):
     def _retain(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
         batch, length, d_model = x.shape
         memory, offset = (None, None) if state is None else state
-        token = torch.arange(length, device=x.device)
+        token = torch.arange(0, length, device=x.device)
         positions = token[None] if offset is None else offset[:, None] + token
         log_decay = torch.log1p(-self._leak(x.device))
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
