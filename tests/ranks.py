@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 20
+SECONDS = 240
 
 
 class Ranks:
@@ -203,3 +203,65 @@ def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
         for name, call in zip(names, calls, strict=True):
             setattr(dist, name, call)
     return received
+
+
+def train_here(overrides: list[str], run: str, *, resume: bool = False, until: int | None = None, broken: int = -1):
+    """Train as one of all ranks; what was measured, the rows that this rank read, and the error if one ended it.
+
+    Args:
+        overrides: changes to `hybrid-tiny`, made small.
+        run: its folder.
+        resume: whether to go on.
+        until: the last rank asks to stop behind this step.
+        broken: the rank that finds no text.
+    """
+    from seqmix import SeqmixError, load_config, train
+    from seqmix.training.events import Evaluated, Saved, Stepped
+    from seqmix.training.loop import Trainer
+
+    joined = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    config = load_config("hybrid-tiny", [*SMALL, *overrides])
+    if rank == broken:
+        config = load_config("hybrid-tiny", [*SMALL, *overrides, "data.paths=[nowhere.txt]"])
+    found: dict[str, Any] = {"loss": [], "norm": [], "validation": [], "saved": [], "rows": {}, "error": None}
+    read, made = Trainer._batch, [0]
+
+    def batch(self, step):
+        given = read(self, step)
+        found["rows"][step] = [hash(tuple(row)) for row in given.inputs.tolist()]
+        return given
+
+    Trainer._batch = batch
+    try:
+        stop = (lambda: until is not None and made[0] >= until) if rank == size - 1 else (lambda: False)
+        for event in train(config, run, resume=resume, stop=stop):
+            made[0] = event.step
+            match event:
+                case Stepped():
+                    found["loss"].append(event.loss)
+                    found["norm"].append(event.gradient_norm)
+                case Evaluated():
+                    found["validation"].append((event.loss, event.accuracy, event.accuracy_by))
+                case Saved():
+                    found["saved"].append(event.step)
+    except SeqmixError as error:
+        found["error"] = (type(error).__name__, str(error))
+    finally:
+        Trainer._batch = read
+    return found
+
+
+SMALL = (
+    "model.d_model=16",
+    "model.n_layers=4",
+    "data.sequence_length=16",
+    "training.steps=20",
+    "training.batch_size=8",
+    "training.warmup_steps=2",
+    "training.evaluate_every=10",
+    "training.evaluation_batches=2",
+    "training.final_evaluation_batches=null",
+    "training.checkpoint_every=100",
+    "training.log_every=1",
+)

@@ -27,6 +27,19 @@ def command_heard(errors: str, *arguments: str) -> None:
     command(*arguments)
 
 
+def command_of_rank(rank: int, size: int, port: int, *arguments: str) -> None:
+    """The same as one of several processes, as torchrun starts them."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command(*arguments)
+
+
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
     """The same, which kills itself in the call with that number of a function of the checkpoints' module."""
     import seqmix.training.checkpoint as module
