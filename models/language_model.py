@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
@@ -230,7 +230,9 @@ class LanguageModel(nn.Module):
             )
             before = None if state is None else state[i]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, after = checkpoint(call, x, before, use_reentrant=False)
+                # ranks send each other what they do also where one needs nothing more of a block
+                with set_checkpoint_early_stop(self.context is None):
+                    x, after = checkpoint(call, x, before, use_reentrant=False)
             else:
                 x, after = call(x, before)
             states.append(after)

@@ -181,6 +181,11 @@ def test_the_page_of_mixers_is_up_to_date():
     assert module.TARGET.read_text() == module.render(), "run: python docs/mixers.py"
 
 
+def test_the_page_of_scaling_is_up_to_date():
+    module = generator("scaling")
+    assert module.TARGET.read_text() == module.render(), "run: python docs/scaling.py"
+
+
 def test_the_page_of_tasks_and_its_pictures_are_up_to_date():
     module = generator("tasks")
     assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run: python docs/tasks.py"

@@ -78,7 +78,7 @@ def train(
 def _train(
     config: RunConfig, run: Path, resume: bool, stop: Callable[[], bool], ranks: Ranks
 ) -> Generator[Event, None, None]:
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, written = _precision(config.training, device), None
     with ranks.together():
         if not resume and ranks.first:
@@ -89,7 +89,7 @@ def _train(
             written = checkpoint.find(run)
         model = build_model(config.model, device=device, activations=precision, seed=config.seed)
         model.tokenizer = source.tokenizer
-        _require_shared_mixers(model, ranks)
+        _require_shared_mixers(model, config.training, ranks)
     # the first process has read it wholly; the others take its word
     folder = ranks.gather(None if written is None else str(written.folder))[0]
     with ranks.together():
@@ -503,10 +503,15 @@ def _require_shares(config: RunConfig, ranks: Ranks) -> None:
         )
 
 
-def _require_shared_mixers(model: LanguageModel, ranks: Ranks) -> None:
+def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks: Ranks) -> None:
     """Find out whether all mixers can share a sequence."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if ranks.context is not None else ():
         mixer = block.mixer
+        if not mixer.splits and settings.compile:
+            raise TrainingError(
+                f"distributed.context = {ranks.context_size} hands the state of {mixer.kind} (model.blocks.{name}) from "
+                "process to process, which cannot be compiled: set training.compile to false"
+            )
         if not mixer.splits and mixer.traits.state == "growing":
             raise TrainingError(
                 f"distributed.context = {ranks.context_size} shares each sequence among processes, and "

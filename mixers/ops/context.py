@@ -24,11 +24,12 @@ from ..positions import document_of_token
 from .segments import require_borders
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Context:
     """The ranks that share a row of tokens, in their order; each has a segment of the same length."""
 
-    group: "dist.ProcessGroup"
+    name: str
+    """Of the process group: a compiler knows names, and no groups."""
     rank: int
     """This process, from 0: it has the segment of that number."""
     size: int
@@ -37,10 +38,12 @@ class Context:
     @classmethod
     def of(cls, group: "dist.ProcessGroup") -> "Context":
         """That of a process group."""
-        return cls(group, group.rank(), group.size())
+        return cls(group.group_name, group.rank(), group.size())
 
-    def __deepcopy__(self, memo: object) -> "Context":
-        return self  # a process group is one thing, whatever refers to it
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The process group."""
+        return _group(self.name)
 
     def start(self, length: int) -> int:
         """Tokens of the row before this rank's segment of `length` tokens."""
@@ -52,7 +55,7 @@ class Context:
 
     def gather(self, x: Tensor) -> Tensor:
         """A tensor of every rank, one behind another: [..] -> [n ..]. Their shapes must agree."""
-        return gather_op(x, self.size, self.group.group_name)
+        return gather_op(x, self.size, self.name)
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """The whole row from its segments: [B T ..] -> [B n*T ..]."""
