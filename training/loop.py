@@ -509,8 +509,8 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks
         mixer = block.mixer
         if not mixer.splits and settings.compile:
             raise TrainingError(
-                f"distributed.context = {ranks.context_size} hands the state of {mixer.kind} (model.blocks.{name}) from "
-                "process to process, which cannot be compiled: set training.compile to false"
+                f"distributed.context = {ranks.context_size} hands the state of {mixer.kind} (model.blocks.{name}) "
+                "from process to process, which cannot be compiled: set training.compile to false"
             )
         if not mixer.splits and mixer.traits.state == "growing":
             raise TrainingError(
