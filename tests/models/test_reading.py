@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from seqmix import Sampling, SeqmixError, generate_text
 from seqmix.mixers.state import clone, nbytes, to_dict
-from seqmix.models import generate_tokens, read, read_text, stream_text
+from seqmix.models import generate_tokens, prefill, read, read_text, stream_text
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [torch.arange(40, 40 + length) for length in (5, 2, 9)]
@@ -30,6 +30,18 @@ def test_generation_goes_on_as_in_one_go(model_of, each_mixer):
     assert torch.equal(generated(model, [], 7, behind=reading), second)
 
 
+@pytest.mark.parametrize("room", [None, 30])
+def test_logits_behind_a_reading_are_those_of_the_whole_text(model_of, each_mixer, room):
+    model, kept = model_of(*each_mixer), []
+    new = generated(model, PROMPTS, 5, keep=kept.append)
+    (reading,) = kept
+    _, texts = reading.then([torch.tensor([1, 2])])
+    logits, _ = prefill(model, texts, state=reading.room_for(model, room))
+    for prompt, tokens, found in zip(PROMPTS, new, logits, strict=True):
+        whole = torch.cat([prompt, tokens, torch.tensor([1, 2])])
+        assert_close(found, model(whole[None]).logits[0, -1], rtol=1e-9, atol=1e-9)
+
+
 def test_a_prefix_serves_many_continuations(model_of, each_mixer):
     model = model_of(*each_mixer)
     more = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([], dtype=torch.int64)]
@@ -38,6 +50,7 @@ def test_a_prefix_serves_many_continuations(model_of, each_mixer):
     assert torch.equal(generated(model, more, 6, behind=prefix), expected)
     # what came behind a prefix is a prefix again
     further = read(model, [torch.tensor([1])], behind=prefix)
+    assert (prefix.lengths.tolist(), further.lengths.tolist()) == ([9], [10])
     assert torch.equal(generated(model, [torch.tensor([2, 3])], 6, behind=further), expected[:1])
 
 
