@@ -42,10 +42,10 @@ CHANGES = {
 }
 NAMES = {
     "retnet": "RetNet",
-    "no-gate": "- swish gate",
-    "no-group-norm": "- GroupNorm",
-    "no-decay": "- gamma decay",
-    "single-decay": "- multi-scale decay",
+    "no-gate": "no swish gate",
+    "no-group-norm": "no GroupNorm",
+    "no-decay": "no decay (gamma = 1)",
+    "single-decay": "one decay for all heads",
     "small-heads": "head dimension, a quarter",
     "linear-transformer": "Linear Transformer",
     "hyena": "Hyena",
@@ -282,8 +282,8 @@ def _counted(verdicts: Mapping[str, str]) -> str:
     same = [name for name, verdict in rows.items() if verdict == "same"]
     if len(same) == len(rows):
         return f"All {len(rows)} rows reproduce in direction."
-    others = [f"{NAMES[name]} ({verdict})" for name, verdict in rows.items() if verdict != "same"]
-    return f"{len(same)} of {len(rows)} rows reproduce in direction; these do not: {_and(others)}."
+    others = [f"{NAMES[name]} [{verdict}]" for name, verdict in rows.items() if verdict != "same"]
+    return f"{len(same)} of {len(rows)} rows reproduce in direction; the others do not: {_and(others)}."
 
 
 def _ratio(one: float | None, other: float | None) -> float:

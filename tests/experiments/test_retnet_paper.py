@@ -146,9 +146,10 @@ def test_verdicts_are_what_the_seeds_say(tmp_path, page):
         "seeds disagree",
         "same",
     ]
-    assert cells["- swish gate"][2:6] == ["27.84", "+0.066", "1.4500", "-0.1000, -0.1000"]
+    assert cells["no swish gate"][2:6] == ["27.84", "+0.066", "1.4500", "-0.1000, -0.1000"]
     assert lines[-1] == (
-        "3 of 5 rows reproduce in direction; these do not: - swish gate (opposite) and - gamma decay (seeds disagree)."
+        "3 of 5 rows reproduce in direction; the others do not: no swish gate [opposite] and no decay (gamma = 1) "
+        "[seeds disagree]."
     )
 
 
