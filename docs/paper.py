@@ -50,9 +50,7 @@ NAMES = {
     "linear-transformer": "Linear Transformer",
     "hyena": "Hyena",
     "transformer": "Transformer (xPos)",
-    "gated-retention": "gated retention",
     "gla": "GLA",
-    "mamba2": "Mamba-2",
     "gated-delta-net": "Gated DeltaNet",
 }
 """Entries as the paper calls them."""

@@ -93,7 +93,7 @@ def contexts(scale: Scale) -> dict[str, Any]:
     found: dict[tuple[str, Any], list[list[float]]] = {}
     for run, folder in _runs(scale):
         source = open_text(run.config, folder, asked)
-        measured = by_context(load_run(folder), source, asked, scored=scored, tokens=2**18)
+        measured = by_context(load_run(folder), source, asked, scored=scored, tokens=2**16)
         found.setdefault((run.entry, run.config.model.d_model), []).append([context.loss for context in measured])
     models = [
         {
