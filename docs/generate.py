@@ -18,7 +18,7 @@ from seqmix.mixers.ops.kernels import KERNELS
 from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.registry import Config, Registry
-from seqmix.training import DATA, DatasetConfig, RunConfig, TrainingConfig
+from seqmix.training import DATA, DatasetConfig, DistributedConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")
 CONFORMANCE = Path(__file__).with_name("conformance.md")
@@ -35,7 +35,11 @@ given; *null* means that it may be `null`.
 
 def render() -> str:
     """The whole page."""
-    parts = [HEAD, *_sections("Run", RunConfig, TrainingConfig), *_sections("Data", *_built_in(DATA), DatasetConfig)]
+    parts = [
+        HEAD,
+        *_sections("Run", RunConfig, TrainingConfig, DistributedConfig),
+        *_sections("Data", *_built_in(DATA), DatasetConfig),
+    ]
     parts += _sections("Model", ModelConfig, BlockConfig, PaperInit, NormalInit)
     for title, registry in (("Mixers", MIXERS), ("Feed-forward networks", FFNS), ("Norms", NORMS)):
         parts += _sections(title, *_built_in(registry))

@@ -1,7 +1,7 @@
-"""Training on one process: text, optimizer, loop, checkpoints."""
+"""Training, on one process or many: data, optimizer, loop, checkpoints."""
 
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, RunConfig, TrainingConfig, load_config
+from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config
 from .data import DATA, Corpus, DataConfig, Source, read_corpus
 from .data.kinds.text import DatasetConfig, TextConfig
 from .loop import TrainingError, train
@@ -16,6 +16,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "DatasetConfig",
+    "DistributedConfig",
     "RunConfig",
     "Source",
     "TextConfig",

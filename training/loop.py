@@ -35,7 +35,7 @@ from .peaks import peak_flops
 from .ranks import ALONE, Group, Ranks, lost
 from .score import Measured, Score
 from .session import record_session, seqmix_version
-from .sharding import shard, take_part, whole
+from .sharding import settle, shard, take_part, whole
 
 CONFIG_FILE = "config.yaml"
 
@@ -285,6 +285,7 @@ class Trainer:
             data=self.source.digest,
         )
         state = None if self.state is None else map_state(self.ranks.rows, self.state)
+        settle(self.model)
         parts = snapshot.gather(self.model, self.optimizer, state)
         with self.ranks.together():
             self.writer.wait()

@@ -36,6 +36,13 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
     model.share(ranks.context)
 
 
+def settle(model: LanguageModel) -> None:
+    """Make parameters pieces again: after a forward pass without backward, some are gathered still."""
+    for module in model.modules():
+        if (reshard := getattr(module, "reshard", None)) is not None:  # FSDP's, which is imported where it is used
+            reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its pieces, for which every process has to ask; a whole one as it is."""
     pieces = _pieces(tensor)

@@ -83,16 +83,16 @@ def require_same_checkpoint(one, other, **tolerance):
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        ({}, ("training.accumulate=2",)),
+        ({}, ("training.steps=20", "training.evaluate_every=10", "training.accumulate=2")),
         ({"data": 2}, ("training.optimizer=muon",)),
-        ({"context": 2}, ("training.checkpoint_activations=true",)),
+        ({"context": 2}, ("training.steps=20", "training.evaluate_every=10", "training.checkpoint_activations=true")),
         ({"context": 2}, ("data.sequence_length=17", LINEAR)),
-        ({"context": 2}, ("data.packing=true", "model.pattern=[ret, attn]")),
-        ({"context": 2}, (DELTA, "model.pattern=[attn, ret]", "data.packing=true")),
+        ({"context": 2}, ("data.packing=true",)),
+        ({"context": 2}, (DELTA, "data.packing=true")),
         ({}, CARRIED),
         ({"context": 2}, CARRIED),
-        ({}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=20")),
-        ({"context": 2}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=20")),
+        ({}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=6")),
+        ({"context": 2}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=6")),
     ],
     ids=str,
 )
@@ -102,11 +102,12 @@ def test_two_processes_train_as_one(two, text, tmp_path, layout, changes):
     asked = [f"distributed.{key}={value}" for key, value in layout.items()]
     together = two("train_here", [*changes, *asked], str(tmp_path / "run"))
     require_same(together, alone, 1 if "context" in layout else 2)
+    require_same_checkpoint(tmp_path / "run", tmp_path / "alone", rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", [("data=2", "shard=2"), ("data=2", "context=2"), ("shard=2", "context=2")], ids=str)
 def test_four_processes_train_as_one(four, text, tmp_path, layout):
-    changes = [f"data.paths=[{text}]", "training.steps=10"]
+    changes = [f"data.paths=[{text}]"]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
     require_same(together, alone, 2 if "context=2" in layout else 4)
@@ -115,7 +116,7 @@ def test_four_processes_train_as_one(four, text, tmp_path, layout):
 @pytest.mark.parametrize("kind", [(), CARRIED], ids=["", "carried"])
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_run_goes_on_on_another_number_of_processes(two, text, tmp_path, kind, first):
-    changes = [f"data.paths=[{text}]", "training.steps=10", *kind]
+    changes = [f"data.paths=[{text}]", *kind]
 
     def alone(*arguments, **named):
         return [on_ranks.train_here(*arguments, **named)]
@@ -125,25 +126,25 @@ def test_a_run_goes_on_on_another_number_of_processes(two, text, tmp_path, kind,
 
     before, after = (alone, together) if first == 1 else (together, alone)
     undisturbed = on_ranks.train_here(changes, str(tmp_path / "undisturbed"))
-    begun = before(changes, str(tmp_path / "run"), until=4)
+    begun = before(changes, str(tmp_path / "run"), until=2)
     gone_on = after(changes, str(tmp_path / "run"), resume=True)
     losses = begun[0]["loss"] + gone_on[0]["loss"]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(undisturbed["loss"]), rtol=1e-5, atol=1e-5)
     # nothing is lost and nothing read twice
     read = {}
-    for steps, part in ((range(4), begun), (range(4, 10), gone_on)):
+    for steps, part in ((range(2), begun), (range(2, 6), gone_on)):
         read |= {step: [row for found in part for row in found["rows"][step]] for step in steps}
-    assert read == {step: undisturbed["rows"][step] for step in range(10)}
-    require_same_checkpoint(tmp_path / "run", tmp_path / "undisturbed", rtol=1e-3, atol=1e-4)
+    assert read == {step: undisturbed["rows"][step] for step in range(6)}
+    require_same_checkpoint(tmp_path / "run", tmp_path / "undisturbed", rtol=1e-2, atol=1e-3)
 
 
 def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, text, tmp_path):
-    found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), until=3)
-    assert [len(each["loss"]) for each in found] == [3, 3]
-    assert [each["saved"] for each in found] == [[3], [3]]
+    found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), until=2)
+    assert [len(each["loss"]) for each in found] == [2, 2]
+    assert [each["saved"] for each in found] == [[2], [2]]
     (folder,) = checkpoints(tmp_path / "run")
     manifest = verify(folder)
-    assert (manifest.step, manifest.processes) == (3, 2)
+    assert (manifest.step, manifest.processes) == (2, 2)
     session = json.loads((tmp_path / "run" / "sessions.jsonl").read_text())
     assert (session["processes"], session["distributed"]) == (2, {"data": 1, "shard": 2, "context": 1})
 
@@ -245,7 +246,13 @@ def free_port() -> int:
 def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(text, tmp_path):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
-    settings = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.checkpoint_every=3")
+    settings = (
+        "hybrid-tiny",
+        *on_ranks.SMALL,
+        f"data.paths=[{text}]",
+        "training.checkpoint_every=3",
+        "training.steps=20",
+    )
     settings = (*settings, "model.dropout=0.1", *CARRIED, "distributed.context=2")
     undisturbed, run, moments = tmp_path / "undisturbed", tmp_path / "run", random.Random(0)
     assert join(start(processes, free_port(), "train", *settings, "--out", undisturbed)) == [0, 0]
