@@ -9,7 +9,7 @@ from typing import Any
 
 from .chart import ACCURACY, LOSS, Axis, Chart, Line
 from .results import EvaluationPoint, Results, RunResult, Statistic, SummaryRow
-from .summary import statistic
+from .summary import best_first, statistic
 
 VALIDATION, TRAINING = Axis(f"validation {LOSS.label}"), Axis(f"training {LOSS.label}")
 MOST_VARIANTS = 4
@@ -36,14 +36,8 @@ class Plots:
         return row.accuracy if self.has_accuracy else row.validation_loss
 
     def ranked(self) -> list[SummaryRow]:
-        """The summary, best first, variant by variant; what has no figure comes last."""
-        sign = -1 if self.has_accuracy else 1
-
-        def key(row: SummaryRow) -> tuple[int, float]:
-            score = self.score(row)
-            return self.variants.index(row.variant), math.inf if score is None else sign * score.mean
-
-        return sorted(self.results.summary, key=key)
+        """The summary, best first, variant by variant."""
+        return best_first(self.results)
 
     # ---- charts, section by section
 

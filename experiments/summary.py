@@ -5,7 +5,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from .results import RunResult, Statistic, SummaryRow
+from .results import Results, RunResult, Statistic, SummaryRow
 
 
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
@@ -29,6 +29,16 @@ def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[Su
         rate = min((rate for rate in by_rate if len(by_rate[rate]) == most), key=lambda rate: _loss(by_rate[rate]))
         rows.append(_row(by_rate[rate], rate, _edge(rate, rates)))
     return rows
+
+
+def best_first(results: Results) -> list[SummaryRow]:
+    """The summary's rows, variant by variant, in each by accuracy, and by loss where there is none, or the same."""
+    order = list(dict.fromkeys(str(row.variant) for row in results.summary))
+
+    def key(row: SummaryRow) -> tuple[int, float, float]:
+        return order.index(str(row.variant)), -(row.accuracy.mean if row.accuracy else 0.0), row.validation_loss.mean
+
+    return sorted(results.summary, key=key)
 
 
 def _grouped(runs: Iterable[RunResult]) -> Iterable[tuple[str, list[RunResult]]]:

@@ -11,16 +11,7 @@ from rich.table import Table
 
 from ..show import si_bytes
 from .results import Results, RunResult, Statistic, SummaryRow
-
-
-def best_first(results: Results) -> list[SummaryRow]:
-    """The summary's rows by variant, in each the lowest loss (where there are accuracies, the highest) first."""
-    order = list(dict.fromkeys(str(row.variant) for row in results.summary))
-
-    def key(row: SummaryRow) -> tuple[int, float, float]:
-        return order.index(str(row.variant)), -(row.accuracy.mean if row.accuracy else 0.0), row.validation_loss.mean
-
-    return sorted(results.summary, key=key)
+from .summary import best_first
 
 
 def notes(results: Results) -> Iterator[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from seqmix import SeqmixError
+from seqmix.experiments.plots import Plots
 from seqmix.experiments.progress import Forecast
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
-from seqmix.experiments.summary import summarise
-from seqmix.experiments.tables import best_first, markdown, write_tables
+from seqmix.experiments.summary import best_first, summarise
+from seqmix.experiments.tables import markdown, write_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +86,10 @@ def test_variants_and_accuracies_have_their_own_rows():
 def test_the_best_comes_first():
     runs = [run("a", 1.0, accuracy=0.2), run("b", 2.0, accuracy=0.9), run("c", 0.5, accuracy=0.2)]
     assert [row.entry for row in best_first(results(runs))] == ["b", "c", "a"]
+    page = markdown(results(runs))
+    assert page.index("| b |") < page.index("| c |") < page.index("| a |")
+    # the report's order is no other, of equal accuracies too
+    assert [row.entry for row in Plots(results(runs)).ranked()] == ["b", "c", "a"]
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
