@@ -266,3 +266,18 @@ SMALL = (
     "training.checkpoint_every=100",
     "training.log_every=1",
 )
+
+
+def compiled(kind: str, fields: dict[str, Any]) -> None:
+    """A mixer of a context is one graph, which computes the same."""
+    mixer = _mixer(kind, fields)
+    mixer.context = context()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    found = []
+    for call in (mixer, torch.compile(mixer, backend="aot_eager", fullgraph=True)):
+        mixer.zero_grad()
+        own = _leaf(x)
+        y, _ = call(own)
+        y.square().sum().backward()
+        found.append((y.detach(), own.grad, {name: p.grad.clone() for name, p in mixer.named_parameters()}))
+    torch.testing.assert_close(*found)

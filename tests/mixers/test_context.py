@@ -100,3 +100,8 @@ def test_what_is_sent_for_a_constant_state_does_not_grow_with_the_sequence(ranks
         assert 3 * short < long <= 4 * short
     else:
         assert long == short
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "delta_net", "attention"])
+def test_a_mixer_of_a_context_is_one_graph(ranks, kind):
+    ranks("compiled", kind, dict(MIXERS_OF_ALL_OPS)[kind])
