@@ -36,6 +36,10 @@ CLAIMS = (*LEARNED, *TIMED)
 
 CONTEXTS = {"cpu": (64, 128, 256), "gpu": (512, 1024, 2048)}
 """A quarter, a half and the whole of a training sequence; its last sixteenth is scored, as in the paper."""
+SEQUENCES = 256
+"""Sequences of which the last tokens are scored."""
+WIDTH = {"cpu": 128, "gpu": 2048}
+"""Of the models whose paradigms are compared."""
 TIMES = (1, 4)
 """Lengths at which paradigms are compared, in sequences of training."""
 
@@ -93,7 +97,8 @@ def contexts(scale: Scale) -> dict[str, Any]:
     found: dict[tuple[str, Any], list[list[float]]] = {}
     for run, folder in _runs(scale):
         source = open_text(run.config, folder, asked)
-        measured = by_context(load_run(folder), source, asked, scored=scored, tokens=2**16)
+        model = load_run(folder, device=_device())
+        measured = by_context(model, source, asked, scored=scored, tokens=SEQUENCES * asked[-1])
         found.setdefault((run.entry, run.config.model.d_model), []).append([context.loss for context in measured])
     models = [
         {
@@ -111,12 +116,12 @@ def paradigms(scale: Scale) -> dict[str, Any]:
     """That the paradigms are one function: the largest difference of a token's loss, in float32 and in float64."""
     rows = []
     for run, folder in _runs(scale):
-        if run.config.seed != 0 or run.config.model.d_model != 128:
+        if run.config.seed != 0 or run.config.model.d_model != WIDTH[scale]:
             continue
         lengths = [times * run.config.data.sequence_length for times in TIMES]
         source = open_text(run.config, folder, lengths)
         for dtype in (torch.float32, torch.float64):
-            model = load_run(folder).to(dtype)
+            model = load_run(folder, device=_device()).to(dtype)
             for length in by_length(model, source, lengths, paradigms=lambda _: list(Paradigm), tokens=2**13):
                 row = {"entry": run.entry, "dtype": str(dtype).removeprefix("torch."), **asdict(length)}
                 rows.append({key: value for key, value in row.items() if key != "positions"})
@@ -128,6 +133,10 @@ def _runs(scale: Scale) -> Iterator[tuple[PlannedRun, Path]]:
     file = file_of("figure5", scale)
     for run in plan(load_study(file), file).runs:
         yield run, folder_of("figure5", scale) / RUNS / run.name
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _keep(folder: Path, claim: str, values: dict[str, Any]) -> None:
