@@ -310,7 +310,7 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
     done = seqmix("schema")
     schema = json.loads(done.out)
     assert (done.status, done.err) == (0, "")
-    assert {"extends", "seed", "model", "data", "training"} == set(schema["properties"])
+    assert {"extends", "seed", "model", "data", "training", "distributed"} == set(schema["properties"])
     for kind in MIXERS.kinds():
         assert f'"{kind}"' in done.out
     for file in PRESETS.glob("*.yaml"):

@@ -108,13 +108,13 @@ def _train(
             if source.tokenizer is not None:
                 source.tokenizer.save(run)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as held:
+        held.enter_context(told(run, config.training))
         with ranks.together():
             if ranks.first:
                 held.enter_context(_held(run))
                 trainer.metrics.begin(start)
                 checkpoint.drop_unfinished(run)
                 record_session(run, config, step=start, device=device, precision=precision, ranks=ranks)
-        held.enter_context(told(run, config.training))
         held.enter_context(trainer)
         parameters = sum(p.numel() for p in model.parameters())
         yield Started(source, parameters, device, precision, start, ranks.size)

@@ -26,6 +26,7 @@ def test_public_names_are_frozen():
     assert sorted(seqmix.registry.__all__) == [
         "Config",
         "ConfigError",
+        "ElsewhereError",
         "Registry",
         "SeqmixError",
         "dump",
