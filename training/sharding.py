@@ -3,6 +3,7 @@
 Parameters are sharded over the mesh's last dimension, copies of the model run over its first (hybrid sharding).
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # nothing that a model returns is written in place while there are gradients: a state may be a view
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     # by default it casts what goes in, states too
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
