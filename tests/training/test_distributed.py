@@ -55,14 +55,15 @@ def _pool(size):
     pool.close()
 
 
-def require_same(together, alone, batch_ranks):
-    """What all ranks found is what one process finds, to 1e-5, and every sample was read once, in the same order."""
+def require_same(together, alone, batch_ranks, tolerance=1e-5):
+    """What all ranks found is what one process finds, and every sample was read once, in the same order."""
+    close = {"rtol": tolerance, "atol": tolerance}
     assert [found["error"] for found in together] == [None] * len(together)
     first = together[0]
     for name in ("loss", "norm"):
-        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), **close)
     for ours, theirs in zip(first["validation"], alone["validation"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, **close)
     assert first["saved"] == alone["saved"]
     per_rank = len(together) // batch_ranks  # those that share sequences read the same
     for step, rows in alone["rows"].items():
@@ -91,8 +92,8 @@ def require_same_checkpoint(one, other, **tolerance):
         ({"context": 2}, (DELTA, "data.packing=true")),
         ({}, CARRIED),
         ({"context": 2}, CARRIED),
-        ({}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=6")),
-        ({"context": 2}, ("data={kind: mqar, sequence_length: 32}", "training.evaluate_every=6")),
+        ({}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
+        ({"context": 2}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
     ],
     ids=str,
 )
@@ -101,7 +102,9 @@ def test_two_processes_train_as_one(two, text, tmp_path, layout, changes):
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     asked = [f"distributed.{key}={value}" for key, value in layout.items()]
     together = two("train_here", [*changes, *asked], str(tmp_path / "run"))
-    require_same(together, alone, 1 if "context" in layout else 2)
+    # Muon orthogonalises in bfloat16, where the last bits of float32 decide which way a number is rounded
+    tolerance = 1e-3 if "training.optimizer=muon" in changes else 1e-5
+    require_same(together, alone, 1 if "context" in layout else 2, tolerance)
     require_same_checkpoint(tmp_path / "run", tmp_path / "alone", rtol=1e-2, atol=1e-3)
 
 
