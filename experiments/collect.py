@@ -8,13 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..models import build_meta, flops_per_token
 from ..registry import ConfigError
 from ..registry.yaml_writer import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.metrics import METRICS_FILE
 from ..training.session import SESSIONS_FILE
-from .match import cost_of
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import (
     EntryResult,
@@ -61,16 +59,14 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
 
 def entry_result(entry: PlannedEntry) -> EntryResult:
     """What a model is and costs."""
-    model, length = entry.config.model, entry.config.data.sequence_length
+    model = entry.config.model
     mixers = [model.blocks[name].mixer for name in model.layers]
     return EntryResult(
         name=entry.name,
         config=to_yaml(model.model_dump(mode="json")),
         mixers=tuple(dict.fromkeys(mixer.kind for mixer in mixers)),
         matched=None if entry.matched is None else str(entry.matched),
-        parameters=cost_of(model, "parameters", length),
-        flops_per_token=float(cost_of(model, "flops", length)),
-        state_bytes=cost_of(model, "state", length),
+        **entry.cost._asdict(),
         state_grows=any(mixer.traits.state == "growing" for mixer in mixers),
     )
 
@@ -94,7 +90,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
     final: dict[str, Any] = next((line for line in evaluated if line.get("final")), {})
-    per_token = 3 * flops_per_token(build_meta(run.config.model), run.config.data.sequence_length)
+    per_token = 3 * run.cost.flops_per_token
 
     def so_far(step: int) -> dict[str, Any]:
         tokens = step * run.tokens_per_step
@@ -113,6 +109,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
         seed=run.config.seed,
         learning_rate=run.config.training.learning_rate,
         variant=dict(run.variant),
+        **run.cost._asdict(),
         status="finished" if final else "failed" if error is not None else "missing",
         error=None if final else error,
         seconds=_seconds(logged, logged[-1]["step"], run.tokens_per_step) if logged else None,

@@ -11,8 +11,7 @@ from ..show import si, si_bytes
 from ..training.progress import StopRequest
 from . import speed
 from .collect import RUNS, collect, entry_result
-from .match import cost_of
-from .plan import Plan, PlannedEntry, plan
+from .plan import Plan, plan
 from .progress import StudyProgress
 from .report import write_report
 from .results import Results, SpeedResult, write
@@ -54,8 +53,7 @@ def compare_command(source: str, *, out: Path | None, jobs: int | None, dry_run:
 
 def _make(planned: Plan, folder: Path, source: str, out: Path | None, jobs: int | None, console: Console) -> int:
     """Make what is not there, and write what it found; an exit status."""
-    work = {entry.name: _work(entry) for entry in planned.entries}
-    left = {run.name: work[run.entry] for run in planned.runs if not is_left_alone(run, folder / RUNS / run.name)}
+    left = {run.name: run.flops for run in planned.runs if not is_left_alone(run, folder / RUNS / run.name)}
     progress = StudyProgress(console, left, len(planned.runs))
     with locked(folder, progress):
         if finished := len(planned.runs) - len(left):
@@ -96,13 +94,6 @@ def _written(planned: Plan, folder: Path, failed: dict[str, str], timed: SpeedRe
     return results
 
 
-def _work(entry: PlannedEntry) -> float:
-    """Operations that a run of an entry takes, as far as the first variant tells."""
-    config = entry.config
-    tokens = config.training.steps * config.training.batch_size * config.data.sequence_length
-    return 3.0 * tokens * cost_of(config.model, "flops", config.data.sequence_length)
-
-
 def _show_plan(planned: Plan, console: Console) -> None:
     """What would be made."""
     if planned.study.question:
@@ -125,6 +116,5 @@ def _show_plan(planned: Plan, console: Console) -> None:
             console.print(f"{entry.name}: {entry.matched}")
     for sentence in planned.fairness:
         console.print(sentence, soft_wrap=True)
-    work = {entry.name: _work(entry) for entry in planned.entries}
-    total = sum(work[run.entry] for run in planned.runs)
-    console.print(f"{len(planned.runs)} runs, about {si(total)}FLOP.")
+    total = si(sum(run.flops for run in planned.runs))
+    console.print(f"{len(planned.runs)} {'run' if len(planned.runs) == 1 else 'runs'}, about {total}FLOP.")

@@ -8,7 +8,7 @@ whole numbers, heads must divide them), so the search keeps the value that comes
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -80,6 +80,25 @@ class Matched:
     def __str__(self) -> str:
         off = f"{100 * (self.cost / self.wanted - 1):+.2g} %" if self.cost != self.wanted else "exact"
         return f"{self.metric} {self.cost:,} by {self.knob} = {self.value:g} (wanted {self.wanted:,.0f}; {off})"
+
+
+class Cost(NamedTuple):
+    """All that a model costs."""
+
+    parameters: int
+    flops_per_token: int
+    """Operations a token of matrix products, forward, at the training length."""
+    state_bytes: int
+    """Of one sequence, behind as many tokens as it has in training."""
+
+
+def whole_cost(model: ModelConfig, length: int) -> Cost:
+    """What a model costs in all that can be matched; see `cost_of`.
+
+    Raises:
+        SeqmixError: the model cannot be built.
+    """
+    return Cost(*(cost_of(model, metric, length) for metric in get_args(Metric)))
 
 
 def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:

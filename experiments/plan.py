@@ -6,6 +6,7 @@ Seeds are outermost, so that a study that is stopped has something of every entr
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..registry.explain import explain
 from ..registry.sources import read
 from ..registry.tree import Node, Origin
 from ..training import PRESETS, RunConfig
-from .match import Match, Matched, cost_of, solve
+from .match import Cost, Match, Matched, cost_of, solve, whole_cost
 from .study import SAME, Entry, Study, StudyError
 
 Variant = Mapping[str, Any]
@@ -33,6 +34,11 @@ class PlannedEntry:
     """With the study's first seed, and its own learning rate."""
     matched: Matched | None = None
 
+    @cached_property
+    def cost(self) -> Cost:
+        """What its model costs."""
+        return whole_cost(self.config.model, self.config.data.sequence_length)
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -43,11 +49,18 @@ class PlannedRun:
     entry: str
     variant: Variant
     config: RunConfig
+    cost: Cost
+    """What its model costs."""
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that an optimizer step reads."""
         return self.config.training.batch_size * self.config.data.sequence_length
+
+    @property
+    def flops(self) -> float:
+        """Operations of its training, three times the forward ones."""
+        return 3.0 * self.config.training.steps * self.tokens_per_step * self.cost.flops_per_token
 
 
 @dataclass(frozen=True)
@@ -77,19 +90,21 @@ def plan(study: Study, file: Path) -> Plan:
     Raises:
         SeqmixError: an entry is no configuration, cannot be matched, or would not be compared fairly.
     """
-    variants = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
+    varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     solved: dict[Any, Matched] = {}
-    planned = [(variant, _Variant(study, file, variant, solved).entries()) for variant in variants]
+    planned = [(variant, _Variant(study, file, variant, solved).entries()) for variant in varied]
     for variant, entries in planned:
         require_fair(entries, variant)
+        for entry in entries:
+            _require_model(entry, variant, file)
     runs = []
     for seed, (variant, entries), entry in product(study.seeds, planned, range(len(study.names))):
         config = entries[entry].config
         for rate in study.learning_rates or (config.training.learning_rate,):
             runs.append(_run(study, entries[entry], variant, rate, seed))
     _require_names(runs)
-    entries = planned[0][1]
-    return Plan(study, tuple(entries), tuple(runs), tuple(_fairness(study, entries)))
+    variants = [entries for _, entries in planned]
+    return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, variants)))
 
 
 def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed: int) -> PlannedRun:
@@ -99,7 +114,7 @@ def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed:
     if study.learning_rates:
         parts.append(f"lr{rate:g}")
     name = "-".join([entry.name, *parts, f"seed{seed}"])
-    return PlannedRun(name, entry.name, variant, config)
+    return PlannedRun(name, entry.name, variant, config, entry.cost)
 
 
 def _slug(value: object) -> str:
@@ -208,8 +223,7 @@ class _Variant:
             if key not in self.solved:
                 self.solved[key] = solve(config.model, match, wanted, length=length)
         except SeqmixError as error:
-            where = f" where {_told(self.variant)}" if self.variant else ""
-            raise type(error)(f"{self.file}: {name}{where} cannot be matched: {error}") from None
+            raise type(error)(f"{self.file}: {name}{_where(self.variant)} cannot be matched: {error}") from None
         matched = self.solved[key]
         return PlannedEntry(name, config.model_copy(update={"model": matched.model}), matched)
 
@@ -257,8 +271,18 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _told(variant: Variant) -> str:
-    return ", ".join(f"{path} is {value}" for path, value in variant.items())
+def _where(variant: Variant) -> str:
+    """The variant, behind the name of an entry."""
+    told = ", ".join(f"{path} is {value}" for path, value in variant.items())
+    return f" where {told}" if told else ""
+
+
+def _require_model(entry: PlannedEntry, variant: Variant, file: Path) -> None:
+    """Make sure that a model can be built, before anything is trained."""
+    try:
+        _ = entry.cost
+    except SeqmixError as error:
+        raise type(error)(f"{file}: {entry.name}{_where(variant)}: {error}") from None
 
 
 # ---- fairness
@@ -279,9 +303,9 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
     for other in others:
         for place, ours, theirs in _judged(first.config, other.config):
             if ours != theirs:
-                where = f" where {_told(variant)}" if variant else ""
                 raise StudyError(
-                    f"{first.name} and {other.name} cannot be compared{where}: {place} is {ours!r} and {theirs!r}"
+                    f"{first.name} and {other.name} cannot be compared{_where(variant)}: {place} is {ours!r} and "
+                    f"{theirs!r}"
                 )
 
 
@@ -294,8 +318,9 @@ def _judged(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
         yield f"training.{name}", getattr(one.training, name), getattr(other.training, name)
 
 
-def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
+def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]:
     """Sentences for a reader who has to trust the comparison."""
+    entries = variants[0]
     config = entries[0].config
     training, data = config.training, config.data
     tokens = training.steps * training.batch_size * data.sequence_length
@@ -307,9 +332,12 @@ def _fairness(study: Study, entries: list[PlannedEntry]) -> Iterator[str]:
     final = training.final_evaluation_batches
     batches = "all of the evaluation data" if final is None else f"{final} evaluation batches, the same for all"
     yield f"At the end every entry is judged by {batches}."
-    costs = {entry.name: cost_of(entry.config.model, "parameters", data.sequence_length) for entry in entries}
-    low, high = min(costs.values()), max(costs.values())
+    counts = [[entry.cost.parameters for entry in entries] for entries in variants]
+    spreads = list(dict.fromkeys((min(count), max(count)) for count in counts))
+    low, high = max(spreads, key=lambda spread: spread[1] / spread[0])
     spread = f"{low:,}" if low == high else f"from {low:,} to {high:,} ({100 * (high / low - 1):.2g} % apart)"
+    if len(spreads) > 1:
+        spread = f"{100 * (high / low - 1):.2g} % apart in a variant, or less"
     metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
     matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
     yield f"Models are {matched}; their parameters are {spread}."

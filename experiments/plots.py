@@ -164,16 +164,15 @@ class Plots:
         return Chart(f"{self._measured} over {label}", f"Each entry at each value of {label}.", axis, self._axis, lines)
 
     def _states(self) -> Chart | None:
-        entries = {entry.name: entry for entry in self.results.entries}
         rows = self._of_best_variant(self.results.summary)
         if len(rows) < 2:
             return None
         lines = [
-            self._line(row.entry, [(entries[row.entry].state_bytes, score)], y=self._axis)
+            self._line(row.entry, [(self.results.entry_of(row).state_bytes, score)], y=self._axis)
             for row in rows
             if (score := self.score(row)) is not None
         ]
-        growing = [row.entry for row in rows if entries[row.entry].state_grows]
+        growing = [row.entry for row in rows if self.results.entry_of(row).state_grows]
         better = "up" if self.has_accuracy else "down"
         caption = f"What was reached with a state of that size; {better} and to the left is better."
         if growing:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -96,11 +95,6 @@ def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
 def _outcome(results: Results, plots: Plots) -> Element | None:
     if not results.summary:
         return None
-    entries = {entry.name: entry for entry in results.entries}
-    speeds: dict[str, list[float]] = {}
-    for run in results.runs:
-        if run.status == "finished" and run.tokens_per_second is not None:
-            speeds.setdefault(run.entry, []).append(run.tokens_per_second)
     columns: dict[str, Any] = {
         "entry": lambda row: page.name(row.entry, plots.styles[row.entry]),
         "variant": lambda row: said(row.variant),
@@ -108,10 +102,10 @@ def _outcome(results: Results, plots: Plots) -> Element | None:
         "validation loss": lambda row: measured(row.validation_loss),
         "seeds": lambda row: f"{row.seeds}",
         "learning rate": lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else ""),
-        "parameters": lambda row: f"{entries[row.entry].parameters:,}",
-        "FLOPs/token": lambda row: number(entries[row.entry].flops_per_token),
-        "state": lambda row: _state(entries[row.entry]),
-        "tokens/s": lambda row: number(median(found)) if (found := speeds.get(row.entry)) else "",
+        "parameters": lambda row: f"{results.entry_of(row).parameters:,}",
+        "FLOPs/token": lambda row: number(results.entry_of(row).flops_per_token),
+        "state": lambda row: _state(results.entry_of(row)),
+        "tokens/s": lambda row: _number(row.tokens_per_second),
     }
     cells = {name: [column(row) for row in plots.ranked()] for name, column in columns.items()}
     used = {name: column for name, column in cells.items() if any(column)}

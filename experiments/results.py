@@ -89,6 +89,10 @@ class RunResult(Config):
     """The peak."""
     variant: dict[str, Any] = Field(default_factory=dict)
     """Values by dotted path."""
+    parameters: int | None = None
+    flops_per_token: float | None = None
+    """Operations a token of matrix products, forward."""
+    state_bytes: int | None = None
     status: Literal["finished", "failed", "missing"]
     """Missing is a run that has not ended."""
     error: str | None = None
@@ -124,6 +128,12 @@ class SummaryRow(Config):
     """Whether the best rate is the last of the grid on one side: one beyond it may be better."""
     seeds: int
     """Finished runs."""
+    parameters: int | None = None
+    """In this variant, as are operations and state."""
+    flops_per_token: float | None = None
+    state_bytes: int | None = None
+    tokens_per_second: float | None = None
+    """The median over seeds."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
@@ -189,6 +199,12 @@ class Results(Config):
     summary: tuple[SummaryRow, ...] = ()
     speed: SpeedResult = SpeedResult()
     paper: tuple[PaperRow, ...] = ()
+
+    def entry_of(self, row: SummaryRow) -> EntryResult:
+        """The entry of a line of the summary, with what it costs in that variant."""
+        entry = next(entry for entry in self.entries if entry.name == row.entry)
+        costs = {name: getattr(row, name) for name in ("parameters", "flops_per_token", "state_bytes")}
+        return entry.model_copy(update={name: cost for name, cost in costs.items() if cost is not None})
 
     @model_validator(mode="after")
     def _runs_are_of_entries(self) -> Self:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, Literal
 
 from .results import Results, RunResult, Statistic, SummaryRow
@@ -60,6 +60,7 @@ def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] |
 
 
 def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highest"] | None) -> SummaryRow:
+    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
     accuracies = [run.accuracy for run in runs if run.accuracy is not None]
     return SummaryRow(
         entry=runs[0].entry,
@@ -67,6 +68,10 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         learning_rate=rate,
         at_edge=edge,
         seeds=len(runs),
+        parameters=runs[0].parameters,
+        flops_per_token=runs[0].flops_per_token,
+        state_bytes=runs[0].state_bytes,
+        tokens_per_second=median(speeds) if speeds else None,
         validation_loss=statistic([run.validation_loss for run in runs if run.validation_loss is not None]),
         accuracy=statistic(accuracies) if accuracies else None,
         accuracy_by={

@@ -35,7 +35,6 @@ def notes(results: Results) -> Iterator[str]:
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the summary's table."""
-    entries = {entry.name: entry for entry in results.entries}
     varied = list(dict.fromkeys(path for row in results.summary for path in row.variant))
     accuracies = any(row.accuracy is not None for row in results.summary)
     rated = len({run.learning_rate for run in results.runs}) > 1
@@ -44,20 +43,14 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     head += ["parameters", "state", "tokens/s"]
     rows = []
     for row in best_first(results):
-        entry = entries[row.entry]
-        speeds = [
-            run.tokens_per_second
-            for run in results.runs
-            if (run.entry, run.variant, run.learning_rate) == (row.entry, row.variant, row.learning_rate)
-            and run.tokens_per_second is not None
-        ]
+        entry = results.entry_of(row)
         cells = [row.entry, *(str(row.variant.get(path, "")) for path in varied)]
         if accuracies:
             cells.append("" if row.accuracy is None else _percent(row.accuracy))
         cells += [_loss(row.validation_loss), str(row.seeds), *([f"{row.learning_rate:g}"] if rated else [])]
         cells.append(f"{entry.parameters:,}")
         cells.append(si_bytes(entry.state_bytes) + (", grows" if entry.state_grows else ""))
-        cells.append(f"{sum(speeds) / len(speeds):,.0f}" if speeds else "")
+        cells.append("" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
         rows.append(cells)
     return head, rows
 
@@ -119,7 +112,9 @@ def _run_row(run: RunResult) -> dict[str, Any]:
 
 def _summary_row(row: SummaryRow) -> dict[str, Any]:
     values: dict[str, Any] = {"entry": row.entry, **row.variant, "learning_rate": row.learning_rate}
-    values |= {"seeds": row.seeds, **_columns("validation_loss", row.validation_loss)}
+    costs = ("parameters", "flops_per_token", "state_bytes", "tokens_per_second")
+    values |= {"seeds": row.seeds, **{name: getattr(row, name) for name in costs}}
+    values |= _columns("validation_loss", row.validation_loss)
     if row.accuracy is not None:
         values |= _columns("accuracy", row.accuracy)
     for name, by in row.accuracy_by.items():

@@ -114,6 +114,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "variant": best[0]["variant"],
             "learning_rate": rate,
             "seeds": len(best),
+            "tokens_per_second": fmean(r["tokens_per_second"] for r in best),
             "validation_loss": spread([r["validation_loss"] for r in best]),
         }
         if best[0].get("accuracy") is not None:

@@ -9,6 +9,7 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.progress import Forecast
+from seqmix.experiments.report import render
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
@@ -90,6 +91,31 @@ def test_the_best_comes_first():
     assert page.index("| b |") < page.index("| c |") < page.index("| a |")
     # the report's order is no other, of equal accuracies too
     assert [row.entry for row in Plots(results(runs)).ranked()] == ["b", "c", "a"]
+
+
+def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
+    runs = [
+        run("a", loss, seed=seed, rate=rate, variant={"model.d_model": width}).model_copy(
+            update={
+                "parameters": 100 * width,
+                "flops_per_token": 1e9 * width,
+                "state_bytes": 1024 * width,
+                "tokens_per_second": speed,
+            }
+        )
+        for width, rate, loss, speeds in ((8, 1e-3, 2.0, (7000, 7002, 7900)), (16, 1e-3, 1.0, (500, 510, 600)))
+        for seed, speed in enumerate(speeds)
+    ]
+    slow = run("a", 3.0, rate=1e-2, variant={"model.d_model": 8}).model_copy(update={"tokens_per_second": 1.0})
+    found = results([*runs, slow])
+    page = markdown(found)
+    assert "| 8 | 2.0000 ± 0.0000 | 3 | 0.001 | 800 | 8 KiB | 7,002 |" in page
+    assert "| 16 | 1.0000 ± 0.0000 | 3 | 0.001 | 1,600 | 16 KiB | 510 |" in page
+    report = render(found)
+    for cell in ("800", "1,600", "8G", "16G", "8 KiB", "16 KiB", "510"):
+        assert f">{cell}</td>" in report, cell
+    points = {x for chart in Plots(found).outcomes() if chart.title.endswith("state") for x in chart.lines[0].x}
+    assert points <= {16384.0}
 
 
 def test_results_are_read_as_they_were_written(tmp_path):

@@ -9,6 +9,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.study import SAME, STUDIES, find_study, load_study, shipped
 
 ALONE = "base: retnet-tiny\n"
+UNMATCHED = "base: retnet-tiny\nmodel: {n_layers: 1}\n"
 
 
 def test_entries_are_the_base_with_other_models(planned):
@@ -58,6 +59,21 @@ def test_names_of_runs(planned):
     last = runs[-1]
     assert (last.entry, last.variant) == ("attention", {"data.sequence_length": 16})
     assert (last.config.seed, last.config.training.learning_rate, last.config.data.sequence_length) == (1, 3e-3, 16)
+
+
+def test_a_run_costs_what_its_variant_does(planned):
+    found = planned("vary: {model.d_model: [16, 32], data.sequence_length: [8, 16]}\n")
+    for run in found.runs:
+        model, length = run.config.model, run.config.data.sequence_length
+        assert run.cost == tuple(cost_of(model, metric, length) for metric in ("parameters", "flops", "state"))
+        assert run.flops == 3 * 120 * 2 * length * cost_of(model, "flops", length)
+    assert len({run.cost for run in found.runs}) == len(found.runs)
+    assert "Models are matched by parameters; their parameters are 0 % apart in a variant, or less." in found.fairness
+
+
+def test_models_that_cannot_be_built_are_refused_before_anything_is_trained(planned):
+    with pytest.raises(SeqmixError, match=r"small\.yaml: a where model\.d_model is 18: .* 9 wide"):
+        planned("vary: {model.d_model: [16, 18]}\nentries: {a: {match: null}}\n", study=UNMATCHED)
 
 
 def test_what_is_the_same_is_said(planned):
