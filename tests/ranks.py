@@ -111,7 +111,7 @@ def _mixer(kind, fields):
     from seqmix import MIXERS
 
     torch.manual_seed(0)
-    mixer = MIXERS.resolve(kind).model_validate({"kind": kind, **fields}).build(16, layer_idx=0, n_layers=1).double()
+    mixer = MIXERS.resolve(kind)(**fields).build(16, layer_idx=0, n_layers=1).double()
     mixer.reset_parameters()
     return mixer
 
