@@ -30,6 +30,8 @@ from .summary import summarise
 
 RUNS = "runs"
 """The folder of the runs in a study's."""
+LARGEST_EXPONENT = 700.0
+"""Of e, that a number can hold: perplexities of models that diverged are none."""
 
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
@@ -177,5 +179,7 @@ def _beside(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
         ours = row.accuracy and row.accuracy.mean
     elif row is not None:
         loss = row.validation_loss.mean
-        ours = math.exp(loss) if figure.ours == "perplexity" else loss
+        ours = loss
+        if figure.ours == "perplexity":
+            ours = math.exp(loss) if loss < LARGEST_EXPONENT else None
     return PaperRow(label=figure.label, entry=figure.entry, theirs=figure.theirs, ours=ours)

@@ -2,17 +2,20 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from seqmix import SeqmixError
+from seqmix.experiments.collect import collect
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.progress import Forecast
 from seqmix.experiments.report import render
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
+from seqmix.registry.yaml_writer import write as to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +119,21 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
         assert f">{cell}</td>" in report, cell
     points = {x for chart in Plots(found).outcomes() if chart.title.endswith("state") for x in chart.lines[0].x}
     assert points <= {16384.0}
+
+
+@pytest.mark.parametrize(("loss", "ours"), [(1.0, math.e), (1e5, None)])
+def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours):
+    made = planned("paper: [{label: perplexity, entry: retention, theirs: 26.0}]\n")
+    run = made.runs[0]
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 120, "validation_loss": loss, "final": True}) + "\n")
+    found = collect(made, tmp_path, failed={})
+    assert found.runs[0].validation_loss == loss
+    assert found.paper[0].ours == ours
+    write(found, tmp_path)
+    assert read_results(tmp_path) == found
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
