@@ -79,7 +79,7 @@ class Matched:
 
     def __str__(self) -> str:
         off = f"{100 * (self.cost / self.wanted - 1):+.2g} %" if self.cost != self.wanted else "exact"
-        return f"{self.metric} {self.cost:,} by {self.knob} = {self.value:g} (wanted {self.wanted:,.0f}; {off})"
+        return f"{self.metric} {self.cost:,} by {self.knob} = {self.value:.16g} (wanted {self.wanted:,.0f}; {off})"
 
 
 class Cost(NamedTuple):

@@ -112,7 +112,7 @@ def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed:
     config = entry.config.model_copy(update={"training": training, "seed": seed})
     parts = [f"{path.rpartition('.')[2]}{_slug(value)}" for path, value in variant.items()]
     if study.learning_rates:
-        parts.append(f"lr{rate:g}")
+        parts.append(f"lr{rate:.16g}")
     name = "-".join([entry.name, *parts, f"seed{seed}"])
     return PlannedRun(name, entry.name, variant, config, entry.cost)
 
@@ -173,7 +173,8 @@ class _Variant:
             tree = tree.merge(self._node(_nested(path, value), place))
         for path, value in self.variant.items():
             tree = tree.merge(self._node(_nested(path, value), "vary"))
-        tree = tree.merge(self._node({"seed": self.study.seeds[0]}, "seeds"))
+        # last, so that what is wrong with the whole is said of the study
+        tree = tree.merge(self._node({"seed": self.study.seeds[0]}, ""))
         return _validated(tree)
 
     def _with_model_of(self, source: str, tree: Node) -> Node:

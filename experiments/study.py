@@ -10,6 +10,8 @@ seeds: [0, 1, 2]
 learning_rates: [1.0e-3, 3.0e-3]
 """
 
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -70,6 +72,21 @@ class Entry(Config):
         for path in changes:
             _require_its_own(path)
         return changes
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all fields that it changes, dotted."""
+        changes = {"model": self.model, "training": self.training, **self.set}
+        return [path for top, value in changes.items() for path in _leaves(top, value)]
+
+
+def _leaves(path: str, value: Any) -> Iterator[str]:
+    """The paths of what stands in a mapping, however deep."""
+    if not isinstance(value, Mapping):
+        yield path
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{path}.{key}", inner)
 
 
 def _require_its_own(path: str) -> None:
@@ -205,6 +222,26 @@ class Study(Config):
                 raise ValueError(
                     f"paper has a figure of {figure.entry!r}; entries: {', '.join(names)}{nearest(figure.entry, names)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_changed_twice(self) -> Self:
+        rate = "training.learning_rate"
+        own = {"training": self.training, **{f"entries.{name}": entry for name, entry in self.entries.items()}}
+        for place, changes in own.items():
+            paths = changes.paths if isinstance(changes, Entry) else list(_leaves("training", changes))
+            if self.learning_rates and rate in paths:
+                raise ValueError(
+                    f"{place} has a learning rate, and all entries are tried with learning_rates: leave one of them out"
+                )
+        for varied in self.vary:
+            for name, entry in self.entries.items():
+                for path in entry.paths:
+                    if f"{path}.".startswith(f"{varied}.") or f"{varied}.".startswith(f"{path}."):
+                        raise ValueError(f"vary changes {varied} of all entries, and entries.{name} {path} of its own")
+            for match in (self.match, *(entry.match for entry in self.entries.values())):
+                if match is not None and fnmatchcase(varied, f"model.{match.knob}"):
+                    raise ValueError(f"vary changes {varied}, and so does the knob {match.knob} of a match")
         return self
 
     @property

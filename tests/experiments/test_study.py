@@ -76,6 +76,12 @@ def test_models_that_cannot_be_built_are_refused_before_anything_is_trained(plan
         planned("vary: {model.d_model: [16, 18]}\nentries: {a: {match: null}}\n", study=UNMATCHED)
 
 
+def test_rates_that_differ_have_runs_of_different_names(planned):
+    runs = planned("learning_rates: [0.0012345671, 0.0012345672]\n").runs
+    assert runs[0].name == "retention-lr0.0012345671-seed0"
+    assert len(runs) == 4
+
+
 def test_what_is_the_same_is_said(planned):
     assert planned("learning_rates: [1e-3, 3e-3]\n").fairness == (
         "Of one seed, every entry reads the same batches in the same order: 120 steps of 2 sequences of 16 tokens, "
@@ -129,7 +135,33 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
             "paper has a figure of 'retenton'; entries: retention; did you mean \"retention\"?",
         ),
+        # what would be changed twice, once in vain
+        (
+            ALONE + "entries: {a: {training: {learning_rate: 0.5}}}\nlearning_rates: [0.1, 0.2]\n",
+            "entries.a has a learning rate, and all entries are tried with learning_rates: leave one of them out",
+        ),
+        (
+            ALONE + "mixers: [retention]\ntraining: {learning_rate: 0.5}\nlearning_rates: [0.1, 0.2]\n",
+            "training has a learning rate, and all entries are tried with learning_rates: leave one of them out",
+        ),
+        (
+            ALONE + "entries: {a: {set: {model.d_model: 64}}}\nvary: {model.d_model: [16, 32]}\n",
+            "vary changes model.d_model of all entries, and entries.a model.d_model of its own",
+        ),
+        (
+            ALONE + "entries: {a: {model: {blocks: {ret: {mixer: {gate: none}}}}}}\nvary: {model.blocks.ret: [1]}\n",
+            "vary changes model.blocks.ret of all entries, and entries.a model.blocks.ret.mixer.gate of its own",
+        ),
+        (
+            ALONE + "mixers: [retention]\nvary: {model.blocks.ret.ffn.expansion: [1, 2]}\n"
+            "match: {parameters: 100, knob: blocks.*.ffn.expansion}\n",
+            "vary changes model.blocks.ret.ffn.expansion, and so does the knob blocks.*.ffn.expansion of a match",
+        ),
         # what only a resolved entry tells
+        (
+            ALONE + "mixers: [retention]\ndata: {kind: parity}\ntraining: {carry_state: true}\n",
+            "small.yaml: training.carry_state goes on in a text",
+        ),
         (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
         (
             ALONE + "entries: {a: {model: {n_layer: 2}}}\n",
