@@ -144,7 +144,7 @@ def _seconds(logged: Iterable[Mapping[str, Any]], step: int, tokens: int) -> flo
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    """The measurements of a run, but for a last line that was cut short."""
+    """The measurements of a run, but for lines that are damaged or cut short."""
     try:
         text = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -155,9 +155,20 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
+        if _is_measurement(values):
             found.append(values)
     return found
+
+
+def _is_measurement(values: Any) -> bool:
+    """Whether a line has the finite numbers that every step, or every evaluation, writes."""
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return False
+    needed = ("validation_loss",) if "validation_loss" in values else ("loss", "tokens_per_second")
+    numbers = [values.get(name) for name in needed]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+        return False
+    return values.get("tokens_per_second", 1) > 0
 
 
 def _machine(folders: Iterable[Path]) -> Machine:

@@ -75,7 +75,8 @@ def _tokens_per_step(config: Path) -> int | None:
     """From the run's own configuration, in which every field stands; None where it has no such fields."""
     try:
         found = read_mapping(config, PRESETS)
-        return found["training"]["batch_size"] * found["data"]["sequence_length"]
+        tokens = found["training"]["batch_size"] * found["data"]["sequence_length"]
+        return tokens if isinstance(tokens, int) else None  # a text times a number is a text
     except (ConfigError, KeyError, TypeError):
         return None
 

@@ -81,6 +81,12 @@ def test_without_a_configuration_curves_lie_over_steps(tmp_path):
     assert "Loss over time" not in [chart.title for chart in charts]
 
 
+def test_with_a_damaged_configuration_curves_lie_over_steps(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("training: {batch_size: a}\ndata: {sequence_length: 250}\n")
+    assert curve(run, "Loss") == [(1, 4.9), (2, 4.8), (4, 4.6)]
+
+
 def test_names_tell_runs_apart():
     assert names_of([Path("a/x"), Path("b/y")]) == ["x", "y"]
     assert names_of([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqmix import SeqmixError
-from seqmix.experiments.collect import collect
+from seqmix.experiments.collect import collect, run_result
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.progress import Forecast
 from seqmix.experiments.report import render
@@ -134,6 +134,25 @@ def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours
     assert found.paper[0].ours == ours
     write(found, tmp_path)
     assert read_results(tmp_path) == found
+
+
+DAMAGED = (
+    '{"step": 120, "validation_loss": null, "final": true}',
+    '{"step": 120, "validation_loss": NaN, "final": true}',
+    '{"step": 1, "loss": 2.0}',
+    '{"step": 1, "loss": 2.0, "tokens_per_second": 0}',
+    '{"step": 1, "loss": "2.0", "tokens_per_second": "x"}',
+    '{"step": 120, "fin',
+)
+
+
+def test_a_damaged_measurement_is_none(planned, tmp_path):
+    made = planned(study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\ntraining: {batch_size: 1}\n")
+    (tmp_path / "config.yaml").write_text(to_yaml(made.runs[0].config.model_dump(mode="json")))
+    for damage in DAMAGED:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "loss": 3.0, "tokens_per_second": 512.0}}\n{damage}\n')
+        found = run_result(made.runs[0], tmp_path)
+        assert (found.status, found.seconds, [point.step for point in found.history]) == ("missing", 1.0, [2]), damage
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
