@@ -9,6 +9,7 @@ every hundred. After a tenth of the steps nothing may grow: a line through what 
 
 import gc
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ import torch
 import typer
 
 from ..training import load_config, train
-from ..training.events import Evaluated, Started
+from ..training.events import Evaluated, Saved, Started
 from ..training.memory import keep_freed_memory, peak_memory
 
 EVERY = 10
@@ -54,6 +55,8 @@ def measured(steps: int, folder: Path, *, compiled: bool = False) -> Iterator[He
         for event in train(load_config("retnet-tiny", changes), folder / "run"):
             if isinstance(event, Started):
                 gc.freeze()  # what is there already is not looked at again and again
+            while isinstance(event, Saved) and not event.folder.exists():
+                time.sleep(0.01)  # the copies that are written are alive until then
             if isinstance(event, Evaluated) and not event.final:
                 gc.collect()
                 alive = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
