@@ -125,7 +125,7 @@ def figure5(kept: Path) -> list[str]:
         if all(grows)
         else "what it gains on the Transformer does not grow from the smallest to the largest, as the paper has it"
         if not any(grows)
-        else "whether what it gains on the Transformer grows with the size, as the paper has it, the seeds disagree about"
+        else "the seeds disagree on whether what it gains on the Transformer grows with the size, as the paper has it"
     )
     return [*lines, "", f"RetNet has the lower loss {ahead}; {trend}."]
 
