@@ -170,7 +170,7 @@ def paradigms(kept: Path) -> list[str]:
     largest = {kind: max(row["difference"] for row in values["rows"] if row["dtype"] == kind) for kind in EXACT}
     same = all(largest[kind] < bound for kind, bound in EXACT.items())
     says = "They are one function" if same else "They are not one function"
-    told = " and ".join(f"{difference:.0e} nats in {kind}" for kind, difference in largest.items())
+    told = " and ".join(f"{difference:.1e} nats in {kind}" for kind, difference in largest.items())
     return [*lines, "", f"{says}: no token's loss differs by more than {told}."]
 
 
