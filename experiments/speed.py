@@ -6,6 +6,7 @@ The benchmarks' own contestants, rounds and figures, with an entry's model in ea
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,29 +101,15 @@ def _read(file: Path, asked: object) -> SpeedResult | None:
 def _measured(
     speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, told: Callable[[str], None]
 ) -> SpeedResult:
-    first = next(iter(models.values()))
+    settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, rates=_RATES)
     train: list[TrainSpeedRow] = []
     decode: list[DecodeSpeedRow] = []
     if speed.train is not None:
-        settings = Settings(
-            lengths=speed.train.lengths,
-            model=first,
-            device=device,
-            repeat=speed.repeat,
-            tokens=speed.train.tokens,
-            rates=_RATES,
-        )
-        train = [_train_row(row) for row in _report(_TrainSpeed, settings, models, told).rows]
+        asked = settings(lengths=speed.train.lengths, tokens=speed.train.tokens)
+        train = [_train_row(row) for row in _report(_TrainSpeed, asked, models, told).rows]
     if speed.decode is not None:
-        settings = Settings(
-            lengths=speed.decode.contexts,
-            model=first,
-            device=device,
-            repeat=speed.repeat,
-            batch=speed.decode.batch,
-            rates=_RATES,
-        )
-        decode = [_decode_row(row) for row in _report(_DecodeSpeed, settings, models, told).rows]
+        asked = settings(lengths=speed.decode.contexts, batch=speed.decode.batch)
+        decode = [_decode_row(row) for row in _report(_DecodeSpeed, asked, models, told).rows]
     return SpeedResult(train=tuple(train), decode=tuple(decode))
 
 
