@@ -10,9 +10,7 @@ eighths of the steps: theirs cost more, and they need fewer.
 
 import math
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from ..models import IGNORED, build_model
 from ..training import RunConfig, load_config
 from ..training.data import evaluation_batches, read_corpus, training_batch
-from ..training.loop import Trainer
+from ..training.learner import Learner
 from ..training.optim import build_optimizer, learning_rate
 from ..training.score import Measured
 
@@ -119,10 +117,10 @@ class GptTraining:
         return Measured(sum(self.loss_sum(*batch).item() for batch in batches) / counted)
 
 
-def trainer(config: RunConfig, folder: str) -> Trainer:
+def learner(config: RunConfig) -> Learner:
     """A model of ours in training."""
     model = build_model(config.model, seed=config.seed)
-    return Trainer(config, Path(folder), config.data.open(config), model, build_optimizer(model, config.training))
+    return Learner(config, config.data.open(config), model, build_optimizer(model, config.training))
 
 
 def main(text: str, steps: int) -> None:
@@ -130,22 +128,21 @@ def main(text: str, steps: int) -> None:
     fewer = steps * 5 // 8
     whole, shorter = run_config(text, steps, PARALLEL), run_config(text, fewer, PARALLEL)
     swap = (f"model.blocks.ret.mixer={ATTENTION}", "model.blocks.ret.ffn.expansion=4.0")
-    with tempfile.TemporaryDirectory() as folder:
-        contestants: dict[str, GptTraining | Trainer] = {
-            f"GPT of nanoGPT's kind, {steps} steps": GptTraining(whole),
-            f"attention, {steps} steps": trainer(run_config(text, steps, *swap), folder),
-            f"attention, {fewer} steps": trainer(run_config(text, fewer, *swap), folder),
-            f"retention, {steps} steps": trainer(whole, folder),
-            f"retention, {fewer} steps": trainer(shorter, folder),
-        }
-        seconds = dict.fromkeys(contestants, 0.0)
-        for start in track(range(0, steps, TURN), description="training"):
-            for name, contestant in contestants.items():
-                began = time.perf_counter()
-                for index in range(start, min(start + TURN, contestant.config.training.steps)):
-                    contestant.step(index)
-                seconds[name] += time.perf_counter() - began
-        losses = {name: contestant.evaluate(final=True).loss for name, contestant in contestants.items()}
+    contestants: dict[str, GptTraining | Learner] = {
+        f"GPT of nanoGPT's kind, {steps} steps": GptTraining(whole),
+        f"attention, {steps} steps": learner(run_config(text, steps, *swap)),
+        f"attention, {fewer} steps": learner(run_config(text, fewer, *swap)),
+        f"retention, {steps} steps": learner(whole),
+        f"retention, {fewer} steps": learner(shorter),
+    }
+    seconds = dict.fromkeys(contestants, 0.0)
+    for start in track(range(0, steps, TURN), description="training"):
+        for name, contestant in contestants.items():
+            began = time.perf_counter()
+            for index in range(start, min(start + TURN, contestant.config.training.steps)):
+                contestant.step(index)
+            seconds[name] += time.perf_counter() - began
+    losses = {name: contestant.evaluate(final=True).loss for name, contestant in contestants.items()}
     first = next(iter(seconds.values()))
     print(f"{'model':<34} {'parameters':>10} {'nats/byte':>10} {'seconds':>8} {'ratio':>6}")
     for name, contestant in contestants.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..registry import ConfigError, SeqmixError, nearest, read_mapping
 from ..training import PRESETS
-from ..training.loop import CONFIG_FILE
+from ..training.folder import CONFIG_FILE
 from ..training.metrics import METRICS_FILE
 from .chart import ACCURACY, LOSS, Axis, Chart, Line
 

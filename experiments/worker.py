@@ -19,7 +19,7 @@ import torch
 from ..registry import SeqmixError
 from ..training import RunConfig, train
 from ..training.events import Evaluated, Noted, Stepped
-from ..training.loop import CONFIG_FILE
+from ..training.folder import CONFIG_FILE
 from ..training.memory import keep_freed_memory
 from ..training.progress import StopRequest
 

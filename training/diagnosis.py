@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..registry import SeqmixError
 from .sharding import own
+
+
+class NotFiniteError(SeqmixError):
+    """A loss or a gradient is infinite or no number: which, and where that began."""
 
 
 @torch.no_grad()

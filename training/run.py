@@ -15,7 +15,7 @@ from ..registry import load
 from . import checkpoint, snapshot
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
-from .loop import CONFIG_FILE
+from .folder import CONFIG_FILE
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """The names under which a file of weights has the run's configuration and its vocabulary (unless bytes), as JSON."""

@@ -3,7 +3,7 @@
 import torch
 
 from seqmix.benchmarks.memory_flat import ALLOWED, Held, growth, measured, settled
-from seqmix.training.loop import Trainer
+from seqmix.training.learner import Learner
 
 
 def test_nothing_comes_to_stay(tmp_path):
@@ -14,13 +14,13 @@ def test_nothing_comes_to_stay(tmp_path):
 
 
 def test_a_tensor_that_stays_is_seen(tmp_path, monkeypatch):
-    kept, step = [], Trainer.step
+    kept, step = [], Learner.step
 
-    def leaking(self: Trainer, number: int):
+    def leaking(self: Learner, number: int):
         kept.append(torch.zeros(2**16))
         return step(self, number)
 
-    monkeypatch.setattr(Trainer, "step", leaking)
+    monkeypatch.setattr(Learner, "step", leaking)
     held = settled(list(measured(60, tmp_path)))
     assert [each.tensors - held[0].tensors for each in held] == [0, 10, 20, 30, 40]
     assert growth(held) > ALLOWED

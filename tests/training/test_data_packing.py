@@ -14,7 +14,8 @@ from seqmix import ConfigError, build_model, load_config, train
 from seqmix.models import IGNORED
 from seqmix.training import read_corpus
 from seqmix.training.data import Batch, Stream, evaluation_batches, most_documents, pack, training_batch
-from seqmix.training.loop import Evaluated, Stepped, Trainer
+from seqmix.training.events import Evaluated, Stepped
+from seqmix.training.learner import Learner
 
 BEGIN = 256
 LENGTH = 16
@@ -79,10 +80,10 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 
 
 @pytest.mark.parametrize("split", ["by_file", "tail"])  # tails are much shorter documents than what is learned
-def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path, split):
+def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
     config = packed_config("training.batch_size=4", "training.accumulate=2", f"data.split={split}")
     model = build_model(config.model)
-    trainer = Trainer(config, tmp_path, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+    learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
 
     def mean(batches) -> float:
         pieces = [piece for batch in batches for piece in alone(batch)]
@@ -90,21 +91,21 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, tmp_path, split):
             total = sum(float(model.loss(piece.inputs, piece.targets)) for piece in pieces)
         return total / sum(int((piece.targets != IGNORED).sum()) for piece in pieces)
 
-    expected = mean([training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=3)])
-    assert trainer.step(3)[0] == pytest.approx(expected, rel=1e-5)
-    expected = mean(evaluation_batches(trainer.source.corpus.validation, LENGTH, 4, None))
-    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
+    expected = mean([training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=3)])
+    assert learner.step(3)[0] == pytest.approx(expected, rel=1e-5)
+    expected = mean(evaluation_batches(learner.source.corpus.validation, LENGTH, 4, None))
+    assert learner.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_has_the_order_that_is_asked_for(packed_config, tmp_path):
+def test_a_run_has_the_order_that_is_asked_for(packed_config):
     seen = []
     for order in ("epochs", "random_windows"):
         config = packed_config(f"data.order={order}", "data.packing=false", "training.steps=2")
         model = build_model(config.model)
-        trainer = Trainer(config, tmp_path, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+        learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
         model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        trainer.step(1)
-        expected = training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
+        learner.step(1)
+        expected = training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
         assert torch.equal(seen.pop(), expected.inputs)
 
 

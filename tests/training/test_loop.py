@@ -17,10 +17,12 @@ from seqmix.models import IGNORED
 from seqmix.training import TextConfig, TrainingError, read_config
 from seqmix.training.checkpoint import Best, checkpoints, find, read_manifest, step_of
 from seqmix.training.data import training_batch
+from seqmix.training.diagnosis import NotFiniteError
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
-from seqmix.training.loop import Trainer
+from seqmix.training.learner import Learner
 from seqmix.training.optim import learning_rate
 from seqmix.training.score import Measured
+from seqmix.training.trainer import Trainer
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
 
@@ -58,9 +60,9 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
     return {"folder": folder.name.encode(), **tensors}
 
 
-def trainer_of(config: RunConfig, run: Path, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Trainer:
+def learner_of(config: RunConfig, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Learner:
     model = build_model(config.model, seed=config.seed)
-    return Trainer(config, run, config.data.open(config), model, optimizer(model))
+    return Learner(config, config.data.open(config), model, optimizer(model))
 
 
 # ---- a run
@@ -115,11 +117,11 @@ def test_each_step_has_the_learning_rate_of_the_schedule(config_of, tmp_path):
     assert len(set(rates)) == 5  # the warm-up's last is the fall's first
 
 
-def test_the_optimizer_steps_with_that_rate(config_of, tmp_path):
-    trainer = trainer_of(config_of(), tmp_path)
+def test_the_optimizer_steps_with_that_rate(config_of):
+    learner = learner_of(config_of())
     for step in range(3):
-        _, _, rate = trainer.step(step)
-        assert [group["lr"] for group in trainer.optimizer.param_groups] == [rate]
+        _, _, rate = learner.step(step)
+        assert [group["lr"] for group in learner.optimizer.param_groups] == [rate]
 
 
 def test_the_configuration_is_written_resolved(config_of, tmp_path):
@@ -153,44 +155,44 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(config_of, tmp_path):
     for number in range(40):  # short documents: every sequence has a border
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
     config = config_of(f"data.paths=[{tmp_path / 'texts'}]", "data.split=tail", "training.batch_size=16")
-    trainer = trainer_of(config, tmp_path)
-    batch = training_batch(trainer.source.corpus.train, 16, 16, seed=0, step=0)
+    learner = learner_of(config)
+    batch = training_batch(learner.source.corpus.train, 16, 16, seed=0, step=0)
     counted = batch.targets != IGNORED
     assert 0 < (~counted).sum() < counted.sum()
     with torch.no_grad():
-        log_probabilities = trainer.model(batch.inputs).logits.log_softmax(-1)
+        log_probabilities = learner.model(batch.inputs).logits.log_softmax(-1)
     expected = -log_probabilities[counted].gather(1, batch.targets[counted][:, None]).mean()
-    assert trainer.step(0)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert learner.step(0)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of, tmp_path):
-    trainer = trainer_of(config_of("model.blocks.ret.dropout=0.5"), tmp_path)
-    tokens = torch.from_numpy(trainer.source.corpus.validation.astype("int64"))
+def test_the_validation_loss_is_the_mean_over_every_byte_held_out(config_of):
+    learner = learner_of(config_of("model.blocks.ret.dropout=0.5"))
+    tokens = torch.from_numpy(learner.source.corpus.validation.astype("int64"))
     rows = (len(tokens) - 1) // 16
     assert rows % 4, "the last batch is to be padded"
     inputs, targets = (tokens[at : at + rows * 16].view(rows, 16) for at in (0, 1))
     with torch.no_grad():
-        log_probabilities = trainer.model.eval()(inputs).logits.log_softmax(-1)
+        log_probabilities = learner.model.eval()(inputs).logits.log_softmax(-1)
     expected = -log_probabilities.gather(2, targets[..., None]).mean().item()
-    trainer.model.train()
-    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
+    learner.model.train()
+    assert learner.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_final_evaluation_may_be_longer(config_of, tmp_path):
+def test_only_the_final_evaluation_may_be_longer(config_of):
     config = config_of("training.evaluation_batches=2", "training.final_evaluation_batches=3")
-    trainer, batches = trainer_of(config, tmp_path), []
-    trainer.model.embedding.register_forward_hook(lambda *_: batches.append(1))
-    trainer.evaluate()
+    learner, batches = learner_of(config), []
+    learner.model.embedding.register_forward_hook(lambda *_: batches.append(1))
+    learner.evaluate()
     assert len(batches) == 2
-    trainer.evaluate(final=True)
+    learner.evaluate(final=True)
     assert len(batches) == 2 + 3
 
 
-def test_an_evaluation_keeps_no_graph(config_of, tmp_path):
-    trainer = trainer_of(config_of(), tmp_path)
+def test_an_evaluation_keeps_no_graph(config_of):
+    learner = learner_of(config_of())
     seen = []
-    trainer.model.norm.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
-    trainer.evaluate()
+    learner.model.norm.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    learner.evaluate()
     assert not any(seen)
 
 
@@ -198,16 +200,16 @@ def test_an_evaluation_keeps_no_graph(config_of, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
-def test_a_batch_in_parts_is_the_batch(config_of, tmp_path, accumulate):
+def test_a_batch_in_parts_is_the_batch(config_of, accumulate):
     def after_a_step(parts):
         # plain gradient descent: a difference of the gradients shows in proportion
-        trainer = trainer_of(config_of("training.batch_size=8", f"training.accumulate={parts}"), tmp_path)
+        learner = learner_of(config_of("training.batch_size=8", f"training.accumulate={parts}"))
         calls = []
-        trainer.model.embedding.register_forward_hook(lambda *_: calls.append(1))
-        before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-        loss, norm, rate = trainer.step(0)
+        learner.model.embedding.register_forward_hook(lambda *_: calls.append(1))
+        before = {name: p.clone() for name, p in learner.model.named_parameters()}
+        loss, norm, rate = learner.step(0)
         assert len(calls) == parts
-        gradients = {name: (before[name] - p.detach()) / rate for name, p in trainer.model.named_parameters()}
+        gradients = {name: (before[name] - p.detach()) / rate for name, p in learner.model.named_parameters()}
         return loss, norm, gradients
 
     loss, norm, gradients = after_a_step(1)
@@ -227,19 +229,19 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
 
     def loss(parts):
         config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.accumulate={parts}")
-        trainer = trainer_of(config, tmp_path)
-        batch = training_batch(trainer.source.corpus.train, 16, 4, seed=0, step=1)
+        learner = learner_of(config)
+        batch = training_batch(learner.source.corpus.train, 16, 4, seed=0, step=1)
         counts = (batch.targets != IGNORED).sum(1)
         assert counts.max() != counts.min()
-        return trainer.step(1)[0]
+        return learner.step(1)[0]
 
     assert loss(4) == pytest.approx(loss(1), rel=1e-6)
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_parts_do_not_change_what_is_evaluated(config_of, tmp_path, final):
+def test_parts_do_not_change_what_is_evaluated(config_of, final):
     changes = ("training.batch_size=4", "training.evaluation_batches=1", "training.final_evaluation_batches=1")
-    whole, parts = (trainer_of(config_of(*changes, f"training.accumulate={n}"), tmp_path) for n in (1, 4))
+    whole, parts = (learner_of(config_of(*changes, f"training.accumulate={n}")) for n in (1, 4))
     assert parts.evaluate(final=final).loss == pytest.approx(whole.evaluate(final=final).loss, rel=1e-6)
 
 
@@ -258,13 +260,13 @@ def test_the_same_seed_is_the_same_run(config_of, tmp_path):
     assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
 
 
-def test_dropout_is_drawn_anew_in_every_step(config_of, tmp_path):
+def test_dropout_is_drawn_anew_in_every_step(config_of):
     # a rate of 0 in effect: only dropout and data differ between steps, and the data are made the same
-    trainer = trainer_of(config_of("model.dropout=0.5", "training.learning_rate=1.0e-30"), tmp_path)
+    learner = learner_of(config_of("model.dropout=0.5", "training.learning_rate=1.0e-30"))
     masks = []
-    trainer.model.blocks[0].register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
+    learner.model.blocks[0].register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
     for step in (0, 1, 0):
-        trainer.step(step)
+        learner.step(step)
     assert torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0], masks[1])
 
@@ -407,7 +409,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override)
 @pytest.mark.parametrize(("every", "seen"), [(1, 4), (3, 5), (100, 5)])
 def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, seen):
     # the fourth step ruins the parameters
-    monkeypatch.setattr("seqmix.training.loop.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
+    monkeypatch.setattr("seqmix.training.learner.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
     config = config_of(
         "training.evaluate_every=100", "training.keep_checkpoints=9", f"training.checkpoint_every={every}"
     )
@@ -428,34 +430,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatc
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
-    trainer = trainer_of(config_of(), tmp_path)
-    trainer.model.norm.register_forward_hook(lambda norm, args, out: out if trainer.model.training else out * math.nan)
+    learner = learner_of(config_of())
+    learner.model.norm.register_forward_hook(lambda norm, args, out: out if learner.model.training else out * math.nan)
     with pytest.raises(TrainingError, match=r"^step 2: the validation loss is nan"):
-        list(trainer.steps(0, lambda: False))
+        list(Trainer(learner, tmp_path).steps(0, lambda: False))
     assert not checkpoints(tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path):
-    trainer = trainer_of(config_of(), tmp_path)
-    trainer.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
-    before = [p.clone() for p in trainer.model.parameters()]
-    sentence = r"^step 1: the gradient's norm is nan, first in the gradient of head\.weight; "
-    with pytest.raises(TrainingError, match=sentence):
-        trainer.step(0)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    with pytest.raises(TrainingError, match=sentence):
-        list(trainer.steps(0, lambda: False))
+    learner = learner_of(config_of())
+    learner.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [p.clone() for p in learner.model.parameters()]
+    fault = r"the gradient's norm is nan, first in the gradient of head\.weight"
+    with pytest.raises(NotFiniteError, match=f"^{fault}$"):
+        learner.step(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+    with pytest.raises(TrainingError, match=f"^step 1: {fault}; "):
+        list(Trainer(learner, tmp_path).steps(0, lambda: False))
 
 
-def test_a_value_that_is_not_finite_is_named_by_its_module(config_of, tmp_path):
-    trainer = trainer_of(config_of(*DROPOUT, "training.accumulate=2"), tmp_path)
+def test_a_value_that_is_not_finite_is_named_by_its_module(config_of):
+    learner = learner_of(config_of(*DROPOUT, "training.accumulate=2"))
     with torch.no_grad():
-        trainer.model.blocks[1].mixer.out_proj.weight[3, 3] = math.inf
-    sentence = (
-        r"^step 1: the loss is nan, first in the output of blocks\.1\.mixer\.out_proj, whose weight is not finite; "
-    )
-    with pytest.raises(TrainingError, match=sentence):
-        trainer.step(0)
+        learner.model.blocks[1].mixer.out_proj.weight[3, 3] = math.inf
+    fault = r"^the loss is nan, first in the output of blocks\.1\.mixer\.out_proj, whose weight is not finite$"
+    with pytest.raises(NotFiniteError, match=fault):
+        learner.step(0)
 
 
 # ---- evaluations
@@ -477,11 +477,11 @@ def test_further_lengths_are_evaluated_too(config_of, tmp_path):
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(tmp_path / "plain")
 
 
-def test_an_evaluation_reads_as_many_tokens_at_any_length(config_of, tmp_path):
-    trainer, shapes = trainer_of(config_of(), tmp_path), []
-    trainer.model.embedding.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2])))
+def test_an_evaluation_reads_as_many_tokens_at_any_length(config_of):
+    learner, shapes = learner_of(config_of()), []
+    learner.model.embedding.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2])))
     for length in (None, 8, 64):
-        trainer.evaluate(length=length)
+        learner.evaluate(length=length)
     assert shapes == [(4, 16)] * 2 + [(8, 8)] * 2 + [(1, 64)] * 2
 
 
@@ -498,7 +498,7 @@ def losses_are(monkeypatch):
     def give(*losses: float) -> None:
         rest = iter(losses)
         monkeypatch.setattr(
-            Trainer, "evaluate", lambda self, *, final, length=None: Measured(9.0 if final else next(rest))
+            Learner, "evaluate", lambda self, *, final, length=None: Measured(9.0 if final else next(rest))
         )
 
     return give
@@ -548,37 +548,37 @@ CARRY = ("training.carry_state=true", "training.evaluate_every=100", "training.k
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_carried_state_is_that_of_the_text_before(config_of, tmp_path, accumulate):
+def test_a_carried_state_is_that_of_the_text_before(config_of, accumulate):
     """The loss of a step is that of reading the lane from its start, in which the steps before are without effect."""
     config = config_of(*CARRY, "training.learning_rate=1.0e-30", f"training.accumulate={accumulate}")
-    trainer = trainer_of(config, tmp_path)
-    batches = [trainer._batch(step) for step in range(4)]
+    learner = learner_of(config)
+    batches = [learner._batch(step) for step in range(4)]
     for one, two in pairwise(batches):
         assert torch.equal(one.targets[:, -1], two.inputs[:, 0])
     with torch.no_grad():
         whole = torch.cat([batch.inputs for batch in batches], dim=1)
-        log_probabilities = trainer.model(whole).logits.log_softmax(-1).chunk(4, dim=1)
+        log_probabilities = learner.model(whole).logits.log_softmax(-1).chunk(4, dim=1)
     for step, (batch, expected) in enumerate(zip(batches, log_probabilities, strict=True)):
-        loss = trainer.step(step).loss
+        loss = learner.step(step).loss
         assert loss == pytest.approx(-expected.gather(2, batch.targets[..., None]).mean().item(), rel=1e-5)
-    cold = trainer_of(config, tmp_path)
+    cold = learner_of(config)
     assert cold.step(3).loss != pytest.approx(loss, rel=1e-4)
 
 
-def test_gradients_end_at_the_border_of_a_step(config_of, tmp_path):
-    trainer = trainer_of(config_of(*CARRY), tmp_path)
-    trainer.step(0)
-    assert trainer.state is not None
-    assert not any(leaf.requires_grad for leaf in to_dict(trainer.state).values())
+def test_gradients_end_at_the_border_of_a_step(config_of):
+    learner = learner_of(config_of(*CARRY))
+    learner.step(0)
+    assert learner.state is not None
+    assert not any(leaf.requires_grad for leaf in to_dict(learner.state).values())
 
 
-def test_a_new_reading_of_the_text_starts_from_nothing(config_of, tmp_path):
+def test_a_new_reading_of_the_text_starts_from_nothing(config_of):
     config = config_of(*CARRY, "training.learning_rate=1.0e-30")
-    trainer = trainer_of(config, tmp_path)
+    learner = learner_of(config)
     per_reading = (2701 - 16) // (4 * 16)
     for step in range(per_reading + 1):
-        loss = trainer.step(step).loss
-    cold = trainer_of(config, tmp_path)
+        loss = learner.step(step).loss
+    cold = learner_of(config)
     assert loss == pytest.approx(cold.step(per_reading).loss, rel=1e-6)
 
 
@@ -617,9 +617,9 @@ def test_documents_are_packed_at_every_length(config_of, tmp_path):
     for number in range(40):
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * (1 + number % 3))
     data = (f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "data.split=tail")
-    trainer = trainer_of(config_of(*data, "training.evaluation_lengths=[64]"), tmp_path)
-    assert trainer.source.most_documents[64] > trainer.source.most_documents[16] > 1
-    losses = [trainer.evaluate(final=True, length=length).loss for length in (16, 64)]
+    learner = learner_of(config_of(*data, "training.evaluation_lengths=[64]"))
+    assert learner.source.most_documents[64] > learner.source.most_documents[16] > 1
+    losses = [learner.evaluate(final=True, length=length).loss for length in (16, 64)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
     assert all(map(math.isfinite, losses))
 
@@ -662,7 +662,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config_of, tmp
 
 
 def test_utilisation_is_of_the_mixers_own_operations(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("seqmix.training.loop.peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("seqmix.training.trainer.peak_flops", lambda device, precision: 1e9)
     events = run_of(config_of(), tmp_path / "run")
     cost = account(config_of().model, length=16)
     for event in events:
@@ -675,11 +675,11 @@ def test_utilisation_is_of_the_mixers_own_operations(config_of, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("limit", "clipped"), [("1.0e-3", True), ("null", False), ("1.0e+6", False)])
-def test_the_gradient_is_clipped_to_its_norm(config_of, tmp_path, limit, clipped):
-    trainer = trainer_of(config_of(f"training.clip_norm={limit}"), tmp_path)
-    before = [p.clone() for p in trainer.model.parameters()]
-    _, norm, rate = trainer.step(0)
-    moved = sum((a - b).square().sum() for a, b in zip(before, trainer.model.parameters(), strict=True)).sqrt() / rate
+def test_the_gradient_is_clipped_to_its_norm(config_of, limit, clipped):
+    learner = learner_of(config_of(f"training.clip_norm={limit}"))
+    before = [p.clone() for p in learner.model.parameters()]
+    _, norm, rate = learner.step(0)
+    moved = sum((a - b).square().sum() for a, b in zip(before, learner.model.parameters(), strict=True)).sqrt() / rate
     assert norm > 1e-2  # as it was
     assert moved.item() == pytest.approx(1e-3 if clipped else norm, rel=2e-2)
 
@@ -691,14 +691,14 @@ def test_bfloat16_is_autocast_where_asked_for(config_of, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     started, *events = run_of(config_of(f"training.precision={precision}"), tmp_path / "run")
     assert started.precision is dtype
-    trainer = trainer_of(config_of(f"training.precision={precision}"), tmp_path)
+    learner = learner_of(config_of(f"training.precision={precision}"))
     seen = []
-    trainer.model.blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    loss, _, _ = trainer.step(0)
-    trainer.evaluate()
+    learner.model.blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    loss, _, _ = learner.step(0)
+    learner.evaluate()
     assert set(seen) == {dtype}
-    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
-    exact, _, _ = trainer_of(config_of("training.precision=float32"), tmp_path).step(0)
+    assert {parameter.dtype for parameter in learner.model.parameters()} == {torch.float32}
+    exact, _, _ = learner_of(config_of("training.precision=float32")).step(0)
     assert loss == pytest.approx(exact, rel=1e-6 if dtype is torch.float32 else 1e-2)
     assert all(math.isfinite(event.loss) for event in events if isinstance(event, Stepped | Evaluated))
 
@@ -706,7 +706,7 @@ def test_bfloat16_is_autocast_where_asked_for(config_of, tmp_path, monkeypatch, 
 def test_tokens_a_second_are_of_the_step_alone(config_of, tmp_path, monkeypatch):
     # a clock that ticks once a reading: a step is one tick long, whatever else happens between steps
     ticks = iter(range(10**6))
-    monkeypatch.setattr("seqmix.training.loop.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("seqmix.training.trainer.time.perf_counter", lambda: float(next(ticks)))
     events = run_of(config_of(), tmp_path / "run")
     assert {event.tokens_per_second for event in events if isinstance(event, Stepped)} == {4 * 16.0}
 

@@ -18,7 +18,7 @@ from seqmix.training.data.kinds.mqar import MqarConfig
 from seqmix.training.data.kinds.passkey import Passkey
 from seqmix.training.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.training.events import Evaluated, Stepped
-from seqmix.training.loop import Trainer
+from seqmix.training.learner import Learner
 from seqmix.training.score import Score
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
@@ -411,13 +411,13 @@ def test_a_score_counts_every_answer_by_what_its_row_is():
     assert found.accuracy_by == {"pairs": {"2": 0.5, "4": 0.5}, "depth": {"0": 2 / 3, "9": 0.0}}
 
 
-def test_accuracy_is_that_of_the_most_probable_token(tmp_path):
+def test_accuracy_is_that_of_the_most_probable_token():
     config = load_config("mqar-tiny", SMALL)
     model = build_model(config.model, seed=1)
-    trainer = Trainer(config, tmp_path, config.data.open(config), model, torch.optim.SGD(model.parameters()))
-    found = trainer.evaluate(final=True)
+    learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+    found = learner.evaluate(final=True)
     right, asked, loss = {"2": 0, "4": 0}, {"2": 0, "4": 0}, 0.0
-    for batch, slices in trainer.source.evaluation_batches(8, None):
+    for batch, slices in learner.source.evaluation_batches(8, None):
         with torch.no_grad():
             logits = model(batch.inputs).logits
         for row, value in enumerate(slices["pairs"]):
