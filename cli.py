@@ -546,12 +546,15 @@ def show(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    study: Annotated[bool, typer.Option("--study", help="That of a study, which `compare` reads.")] = False,
+) -> None:
     """Print the JSON schema of a configuration, for editors that complete YAML."""
+    from .experiments.study import Study
     from .registry import json_schema
     from .training import RunConfig
 
-    typer.echo(json.dumps(json_schema(RunConfig), indent=2))
+    typer.echo(json.dumps(json_schema(Study if study else RunConfig), indent=2))
 
 
 def _told_beside() -> bool:

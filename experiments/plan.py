@@ -213,8 +213,8 @@ class _Variant:
 
     def _turned(self, name: str, behind: tuple[str, ...]) -> PlannedEntry:
         config = self.read[name]
-        own = self.study.entries[name].match if name in self.study.entries else None
-        match = own or self.study.match
+        own = self.study.entries.get(name)
+        match = own.match if own is not None and "match" in own.model_fields_set else self.study.match
         if match is None or match.wanted == name:
             return PlannedEntry(name, config)
         length = config.data.sequence_length

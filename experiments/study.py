@@ -57,7 +57,7 @@ class Entry(Config):
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes by dotted path, such as model.blocks.ret.mixer.decay."""
     match: Match | None = None
-    """The entry's own, in place of the study's."""
+    """The entry's own, in place of the study's; null for none."""
 
     @field_validator("training")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import nearest, shown
-from .tree import Key, Node, Origin
+from .tree import COMMAND_LINE, Key, Node, Origin
 
 _SHOWN = 5
 """Errors that are told; the rest is counted."""
@@ -43,7 +43,7 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class _Problem:
-    origin: Origin
+    origin: Origin | str
     keys: tuple[Key, ...]
     sentence: str | None = None
     needs: str = ""
@@ -55,6 +55,8 @@ def explain(error: ValidationError, tree: Node) -> str:
     """One line an error, at most five, each with its origin, the keys that lead to it, and a sentence."""
     by_place: dict[tuple[Key, ...], list[_Problem]] = {}
     for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
+            continue  # pydantic counts the items that are right: those that are wrong are told
         problem = _problem(detail, tree)
         by_place.setdefault(problem.keys, []).append(problem)
     lines = [line for problems in by_place.values() for line in _lines(problems)]
@@ -88,7 +90,7 @@ def _problem(detail: ErrorDetails, tree: Node) -> _Problem:
         choices = _quoted(context["expected_tags"])
         return _Problem(node.origin, keys, None, " or ".join(map(repr, choices)), node.plain(), choices)
     if kind in ("value_error", "assertion_error"):
-        return _Problem(node.origin, keys, str(context["error"]))
+        return _Problem(_changed(node), keys, str(context["error"]))
     if kind in ("list_type", "set_type", "frozen_set_type") and isinstance(given, tuple):
         return _Problem(node.origin, keys, "a configuration is frozen: its class must declare tuple[...] here")
     needs = _needs(kind, detail["msg"], context)
@@ -96,6 +98,13 @@ def _problem(detail: ErrorDetails, tree: Node) -> _Problem:
         return _Problem(node.origin, keys, detail["msg"])
     choices = _quoted(context["expected"]) if kind in ("literal_error", "enum") else ()
     return _Problem(node.origin, keys, None, needs, given, choices)
+
+
+def _changed(node: Node) -> Origin | str:
+    """Where a value was written whose parts do not go together: some may be of the command line."""
+    if node.origin.source != COMMAND_LINE and any(part.origin.source == COMMAND_LINE for part in node.parts()):
+        return f"{node.origin}, changed on the {COMMAND_LINE}"
+    return node.origin
 
 
 def _needs(kind: str, message: str, context: dict[str, Any]) -> str | None:

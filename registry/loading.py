@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from .config import Config
 from .errors import ConfigError
 from .explain import explain
-from .overrides import SOURCE, override
+from .overrides import override
 from .registry import Registry
 from .sources import read
-from .tree import Node, Origin
+from .tree import COMMAND_LINE, Node, Origin
 from .yaml_writer import write
 
 C = TypeVar("C", bound=Config)
@@ -35,7 +35,7 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
     """
     kinds = _default_kinds(cls)
-    tree = Node({}, Origin(SOURCE)) if source is None else read(source, presets, kinds)
+    tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, kinds)
     for change in overrides:
         tree = override(tree, change).with_kinds(kinds)
     try:

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 
 from .errors import ConfigError, shown
-from .tree import Node, Origin
+from .tree import COMMAND_LINE, Node, Origin
 from .yaml_reader import parse
-
-SOURCE = "command line"
-"""What errors call the command line."""
 
 
 def override(tree: Node, change: str) -> Node:
@@ -20,12 +17,12 @@ def override(tree: Node, change: str) -> Node:
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{SOURCE}: {change!r} is no change; write dotted.path=value, such as model.n_layers=2")
+        raise ConfigError(f"{COMMAND_LINE}: {change!r} is no change; write dotted.path=value, such as model.n_layers=2")
     try:
-        value = parse(text, SOURCE, lines=False) or Node(None, Origin(SOURCE))
+        value = parse(text, COMMAND_LINE, lines=False) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
-        reason = str(error).removeprefix(f"{SOURCE}: ")
-        raise ConfigError(f"{SOURCE}: {path}: the value {text!r} is no YAML: {reason}") from error
+        reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is no YAML: {reason}") from error
     return tree.merge(_difference(tree, keys, 0, value))
 
 
@@ -35,6 +32,8 @@ def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node)
         return value
     if base is not None and base.entries is None:
         path, parent = ".".join(keys), ".".join(keys[:depth])
-        raise ConfigError(f"{SOURCE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), and not a mapping")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), and not a mapping"
+        )
     inner = base.entries.get(keys[depth]) if base and base.entries else None
     return Node({keys[depth]: _difference(inner, keys, depth + 1, value)}, base.origin if base else value.origin)

@@ -1,11 +1,14 @@
 """A YAML document as a tree in which every value knows where it was written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Scalar = str | int | float | bool | None
 Key = str | int
+
+COMMAND_LINE = "command line"
+"""What errors call the command line."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Origin:
     """Where a value was written."""
 
     source: str
-    """A file, or "command line"."""
+    """A file, or `COMMAND_LINE`."""
     line: int | None = None
     """Counted from 1; None where there are no lines."""
 
@@ -40,6 +43,13 @@ class Node:
         if isinstance(self.value, tuple):
             return [node.plain() for node in self.value]
         return self.value
+
+    def parts(self) -> "Iterator[Node]":
+        """All values inside of it, itself first."""
+        yield self
+        inner = self.value.values() if isinstance(self.value, Mapping) else self.value
+        for node in inner if isinstance(self.value, Mapping | tuple) else ():
+            yield from node.parts()
 
     def merge(self, difference: "Node") -> "Node":
         """This value, changed by a difference.

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from seqmix import MIXERS, load_config
+from seqmix.experiments.study import STUDIES
 from seqmix.training import PRESETS
 from seqmix.training.checkpoint import checkpoints
 
@@ -315,6 +316,15 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
         assert f'"{kind}"' in done.out
     for file in PRESETS.glob("*.yaml"):
         assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
+
+
+def test_the_schema_of_a_study_has_the_keys_of_those_that_are_shipped(seqmix):
+    done = seqmix("schema", "--study")
+    schema = json.loads(done.out)
+    assert (done.status, done.err) == (0, "")
+    for file in STUDIES.glob("*.yaml"):
+        assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
+    assert {"extends", "model", "training", "set", "match"} == set(schema["$defs"]["Entry"]["properties"])
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "export", "tokenize", "mixers", "check", "show", "schema"])

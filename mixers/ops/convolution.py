@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .context import Context
+from .differentiation import refuse_tangents
 from .kernels import FLOATS
 from .segments import Stretch, require_borders, stretches
 
@@ -186,7 +186,7 @@ def long_convolution(
         output = _newest(seen, _reversed(filters, seen)).to(x.dtype)[:, None]
     else:
         if not torch.compiler.is_compiling():
-            _refuse_tangents(x, filters, initial_state)
+            refuse_tangents("a long convolution", x, filters, initial_state)
         output = long_op(x, filters, initial_state, cu_seqlens, paradigm is Paradigm.RECURRENT)
     return ConvolutionOutput(output, _inputs(x, initial_state, grows, cu_seqlens) if output_final_state else None)
 
@@ -332,12 +332,6 @@ def _newest(seen: Tensor, taps: Tensor) -> Tensor:
     """The output of the last token seen, [B D]."""
     met = min(seen.shape[1], taps.shape[0])
     return (seen[:, seen.shape[1] - met :] * taps[taps.shape[0] - met :]).sum(1)
-
-
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """A custom op has a backward formula alone, and torch would take its tangent for zero."""
-    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
-        raise SeqmixError("a long convolution has no forward-mode differentiation, only backward")
 
 
 def _check(x: Tensor, filters: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, *, short: bool) -> None:

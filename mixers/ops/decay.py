@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
@@ -28,12 +27,15 @@ from ..positions import document_of_token
 from .context import Context
 from .decay_chunkwise import chunkwise_op
 from .decay_recurrent import one_step, recurrent_op
+from .differentiation import needs_grad, refuse_tangents
 from .kernels import Kernel, chosen, declare, require_floats
 from .segments import require_borders
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
 """Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head (and key dimension)."""
 
+NO_TANGENTS = "a decay op of more than one token, outside the parallel paradigm,"
+"""What is differentiated backward alone."""
 
 Backend = Literal["auto", "reference", "triton", "fla"]
 """Whose kernels: `auto` is settled when a model is built; `reference` is torch's own, `triton` this library's."""
@@ -147,9 +149,9 @@ def decay_recurrent(
     """
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if q.shape[1] > 1 or cu_seqlens is not None:
-        _refuse_forward_mode(q, k, v, log_decay, initial_state)
+        refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
         output, final_state, _ = recurrent_op(
-            q, k, v, log_decay, initial_state, cu_seqlens, scale, _needs_grad(q, k, v, log_decay, initial_state)
+            q, k, v, log_decay, initial_state, cu_seqlens, scale, needs_grad(q, k, v, log_decay, initial_state)
         )
         return DecayOutput(output, final_state if output_final_state else None)
     # plain operations, which a compiler fuses with what surrounds them
@@ -188,7 +190,7 @@ def decay_chunkwise(
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
-    _refuse_forward_mode(q, k, v, log_decay, initial_state)
+    refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     output, final_state, _ = chunkwise_op(
         q,
         k,
@@ -199,7 +201,7 @@ def decay_chunkwise(
         scale,
         chunk_size,
         output_final_state,
-        _needs_grad(q, k, v, log_decay, initial_state),
+        needs_grad(q, k, v, log_decay, initial_state),
     )
     return DecayOutput(output, final_state if output_final_state else None)
 
@@ -207,23 +209,6 @@ def decay_chunkwise(
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off; it does not know the meta device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation is under way, which a compiler does not see."""
-    return not torch.compiler.is_compiling() and any(
-        x is not None and unpack_dual(x).tangent is not None for x in tensors
-    )
-
-
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """A custom op has a backward formula alone, and torch would take its tangent for zero."""
-    if _has_tangent(*tensors):
-        raise SeqmixError("forward-mode differentiation needs the parallel paradigm: the others differentiate backward")
 
 
 def _kept(k: Tensor, log_decay: Tensor | None, counted: Tensor | None) -> Tensor:

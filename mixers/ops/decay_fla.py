@@ -35,7 +35,8 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
-from .decay import DecayOutput, LogDecay, _check, _refuse_forward_mode
+from .decay import NO_TANGENTS, DecayOutput, LogDecay, _check
+from .differentiation import refuse_tangents
 from .kernels import Kernel, Probe, declare
 
 LOWEST = -256 * math.log(2)
@@ -103,7 +104,7 @@ def decay_chunkwise_fla(
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
-    _refuse_forward_mode(q, k, v, log_decay, initial_state)
+    refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     if log_decay is not None:
         log_decay = log_decay.float().clamp(min=LOWEST)
         if log_decay.ndim == 1 and log_decay.requires_grad:

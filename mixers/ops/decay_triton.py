@@ -41,16 +41,15 @@ from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from .consumption import may_overwrite
 from .decay import (
+    NO_TANGENTS,
     TOLERANCES,
     DecayOutput,
     LogDecay,
     _check,
-    _has_tangent,
-    _needs_grad,
-    _refuse_forward_mode,
     decay_recurrent,
 )
 from .decay_chunkwise import differentiate_by
+from .differentiation import has_tangent, needs_grad, refuse_tangents
 from .kernels import Kernel, Probe, declare
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
@@ -239,7 +238,7 @@ def decay_chunkwise_triton(
     scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
-    _refuse_forward_mode(q, k, v, log_decay, initial_state)
+    refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     key_width, value_width = q.shape[3], v.shape[3]
     more_keys, more_values = -key_width % UNIT, -value_width % UNIT
     if log_decay is not None:
@@ -250,9 +249,9 @@ def decay_chunkwise_triton(
         q, k, v = F.pad(q, (0, more_keys)), F.pad(k, (0, more_keys)), F.pad(v, (0, more_values))
         if initial_state is not None:
             initial_state = F.pad(initial_state, (0, more_values, 0, more_keys))
-    needs_grad = _needs_grad(q, k, v, log_decay, initial_state)
+    backward = needs_grad(q, k, v, log_decay, initial_state)
     output, state, _ = chunkwise_op(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, needs_grad
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, backward
     )
     if more_keys or more_values:
         output = output[..., :value_width]
@@ -284,7 +283,7 @@ def decay_recurrent_triton(
     checked = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     _refuse(STEP_KERNEL, q, v, log_decay)
     tensors = (q, k, v, log_decay, initial_state)
-    if q.shape[1] > 1 or cu_seqlens is not None or _needs_grad(*tensors) or _has_tangent(*tensors):
+    if q.shape[1] > 1 or cu_seqlens is not None or needs_grad(*tensors) or has_tangent(*tensors):
         return decay_recurrent(
             *tensors[:4],
             scale=scale,
@@ -328,9 +327,9 @@ def decay_step_triton(
         raise SeqmixError(f"a step is one token, and given are {q.shape[1]}")
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise SeqmixError("a state that is updated in place must be float32 and contiguous")
-    if _needs_grad(q, k, v, log_decay, state):
+    if needs_grad(q, k, v, log_decay, state):
         raise SeqmixError("a step in place has no gradient: decode under torch.no_grad()")
-    _refuse_forward_mode(q, k, v, log_decay, state)
+    refuse_tangents(NO_TANGENTS, q, k, v, log_decay, state)
     return step_op(q, k, v, None if log_decay is None else log_decay.float(), state, scale)
 
 
@@ -569,7 +568,7 @@ def chunkwise_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and chunk entry states [chunks H K V]; the last two are empty unless kept."""
     output, final_state, entries = _allocate(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, needs_grad
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, backward
     )
     call = _Call(q, k, v, log_decay, cu_seqlens, scale, chunk_size)
     states = entries if entries.numel() else call.new_states()

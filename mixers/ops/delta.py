@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
 from .context import Context
-from .decay import TOLERANCES, _needs_grad
+from .decay import TOLERANCES
 from .delta_chunkwise import chunkwise_op
 from .delta_recurrent import one_step, recurrent_op
+from .differentiation import needs_grad, refuse_tangents
 from .kernels import Kernel, declare, require_floats
 from .segments import require_borders
 
@@ -185,14 +185,13 @@ def unit_norm(x: Float[Tensor, "*batch K"], eps: float = 1e-6) -> Float[Tensor, 
 
 
 def _needs_grad_backward(*tensors: Tensor | None) -> bool:
-    """Whether a custom op keeps states for a backward pass; it has a backward formula alone.
+    """Whether a custom op keeps states for a backward pass.
 
     Raises:
-        SeqmixError: an input has a tangent, and torch would take the output's for zero.
+        SeqmixError: an input has a tangent.
     """
-    if not torch.compiler.is_compiling() and any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
-        raise SeqmixError("the delta rule has no forward-mode differentiation for more than one token, only backward")
-    return _needs_grad(*tensors)
+    refuse_tangents("the delta rule, beyond one token,", *tensors)
+    return needs_grad(*tensors)
 
 
 def _check(

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..paradigm import Paradigm
-from .decay import _refuse_forward_mode
+from .differentiation import refuse_tangents
 from .kernels import Kernel, Probe, declare
 from .softmax import Cache, RingCache, _check, _factored, _final_state, _offer, _require_range
 
@@ -96,7 +96,7 @@ def softmax_parallel_xformers(
     """
     scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     cached = () if initial_state is None else initial_state[:2]
-    _refuse_forward_mode(q, k, v, log_decay, *cached)
+    refuse_tangents("attention by xformers", q, k, v, log_decay, *cached)
     _require_range(log_decay, q.shape[1], q.dtype)
     offer = _offer(k, v, initial_state, cu_seqlens)
     query, keys = _factored(q, 0, offer, log_decay)

@@ -48,6 +48,15 @@ entries:
 """)
 
 
+def test_an_entry_without_a_match_is_as_it_is_written(planned):
+    retention, _, free, bound = planned(
+        "entries: {free: {model: {n_layers: 2}, match: null}, bound: {model: {n_layers: 2}}}\n"
+    ).entries
+    assert free.matched is None
+    assert free.config.model.blocks == retention.config.model.blocks
+    assert bound.matched is not None
+
+
 def test_names_of_runs(planned):
     more = "seeds: [0, 1]\nlearning_rates: [1e-3, 3e-3]\nvary: {data.sequence_length: [8, 16]}\n"
     runs = planned(more).runs

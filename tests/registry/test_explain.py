@@ -94,6 +94,7 @@ def sentence(text: str) -> str:
         ("pair: [1, x]", "pair[1]: needs a number, and was given 'x'"),
         ("pair: 1", "pair: needs a list, and was given 1"),
         ("words: []", "words: needs a length >= 1, and was given []"),
+        ("words: [1]", "words[0]: needs a string, and was given 1"),
         ("words: [a, 1]", "words[1]: needs a string, and was given 1"),
         ("named: [a]", 'named: needs a mapping, and was given ["a"]'),
         ("named: {a: 1}", "named.a: needs a mapping, and was given 1"),

@@ -1,10 +1,10 @@
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from seqmix.registry import Config, ConfigError, Registry, dump, load
 from seqmix.registry.yaml_writer import write
@@ -42,6 +42,22 @@ class Run(Config):
     name: str = "run"
     rate: float = 1e-3
     model: Model
+
+
+class Square(Config):
+    side: int
+    area: int
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.area != self.side**2:
+            raise ValueError(f"{self.area} is not {self.side} * {self.side}")
+        return self
+
+
+class Tiled(Config):
+    name: str = "run"
+    square: Square
 
 
 TINY = """\
@@ -234,6 +250,16 @@ def test_an_error_of_an_override_names_the_command_line(presets):
     assert error(presets, "extends: tiny", "model.n_layers=x") == (
         "command line: model.n_layers: needs an integer, and was given 'x'"
     )
+
+
+def test_parts_that_do_not_go_together_may_be_of_the_command_line(presets):
+    Path("run.yaml").write_text("name: run\nsquare:\n  side: 2\n  area: 4\n")
+    assert load(Tiled, "run.yaml", ["name=other"], presets=presets).square.area == 4
+    with pytest.raises(ConfigError, match=r"^run\.yaml:2, changed on the command line: square: 9 is not 2 \* 2$"):
+        load(Tiled, "run.yaml", ["square.area=9"], presets=presets)
+    Path("run.yaml").write_text("square: {side: 2, area: 5}\n")
+    with pytest.raises(ConfigError, match=r"^run\.yaml:1: square: 5 is not 2 \* 2$"):
+        load(Tiled, "run.yaml", ["name=other"], presets=presets)
 
 
 def test_an_override_of_another_key_leaves_a_missing_key_in_its_file(presets):
