@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .mixers import MIXERS, MixerConfig, Paradigm
 from .registry import ConfigError, SeqmixError, load, nearest, read_mapping
+from .terminal import terminal
 from .training import PRESETS, load_config
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def check_command(
         raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
     configs, vary = mixers_of(source, changes)
     chosen = tuple(map(_paradigm, paradigms)) or None
-    console = Console(markup=False, highlight=False)
+    console = terminal()
     reports = []
     for config in configs:
         heading = f"{source_of(config)} on {device}" + (", and its options" if vary else "")

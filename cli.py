@@ -54,6 +54,14 @@ def main() -> None:
         if not _told_beside():
             typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        from .models import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
+        typer.secho(f"error: memory ran out{reason}: the text, the model or the batch is too large", err=True, fg="red")
+        sys.exit(2)
 
 
 @app.command()
@@ -491,11 +499,10 @@ def compare(
     from .registry import SeqmixError
 
     if list_all:
-        from rich.console import Console
-
         from .experiments.command import list_studies
+        from .terminal import terminal
 
-        list_studies(Console(markup=False))
+        list_studies(terminal())
         return
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")

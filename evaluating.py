@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .mixers import Paradigm
 from .registry import SeqmixError
+from .terminal import terminal
 from .training import Choice, load_run, read_config
 from .training.lengths import (
     TIMES,
@@ -64,7 +65,7 @@ def evaluate_command(
     if wanted and not chosen:
         raise SeqmixError("the layers of this model declare no paradigm in common, so none can be measured by length")
     evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
-    console = Console(markup=False, highlight=False)
+    console = terminal()
     with console.status("the texts are read", spinner="dots") as status:
 
         def measured(length: int) -> Sequence[Paradigm]:

@@ -3,17 +3,17 @@
 from itertools import groupby
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from .mixers import MIXERS, Paradigm
 from .models import LayerCost, ModelCost
+from .terminal import terminal
 from .training import RunConfig
 
 
 def mixer_table() -> None:
     """Print the registered mixers, where plug-ins come from, and the plug-ins that cannot be imported."""
-    console = Console(markup=False)
+    console = terminal()
     table = _table("kind", "paradigms", "state", "packing", "shift-invariant")
     foreign: dict[str, str] = {}
     for kind in MIXERS.kinds():
@@ -63,7 +63,7 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
         si_bytes(cost.state_bytes),
         si_bytes(cost.activation_bytes),
     )
-    console = Console(markup=False)
+    console = terminal()
     console.print(table)
     console.print(
         f"{cost.parameters:,} parameters ({si_bytes(cost.parameter_bytes)}), "

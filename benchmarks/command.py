@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..models import ModelConfig
 from ..registry import SeqmixError, nearest
+from ..terminal import terminal
 from ..training import load_config
 from ..training.memory import keep_freed_memory
 from .decode import DecodeBenchmark
@@ -99,9 +100,7 @@ def bench_command(
         markdown_file.write_text(markdown(report), encoding="utf-8")
     if plot_file is not None:
         plot(report, plot_file)
-    console = Console(markup=False, highlight=False)
-    # a file is as wide as it must be
-    show(report, console if console.is_terminal else Console(markup=False, highlight=False, width=200))
+    show(report, terminal())
 
 
 def model_to_measure(config: str | None, changes: Sequence[str]) -> ModelConfig:

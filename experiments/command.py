@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..show import si, si_bytes
+from ..terminal import terminal
 from ..training.progress import StopRequest
 from . import speed
 from .collect import RUNS, collect, entry_result
@@ -39,8 +40,7 @@ def compare_command(source: str, *, out: Path | None, jobs: int | None, dry_run:
     """
     file = find_study(source)
     planned = plan(load_study(file), file)
-    console = Console(markup=False, highlight=False)
-    console.soft_wrap = not console.is_terminal  # a line of a file is a line
+    console = terminal()
     if dry_run:
         _show_plan(planned, console)
         return 0

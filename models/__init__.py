@@ -2,7 +2,7 @@
 
 from .accounting import LayerCost, ModelCost, account, flops_per_token
 from .builder import build_meta, build_model, is_out_of_memory
-from .compiling import compile_blocks
+from .compiling import CompileError, compile_blocks, compiler_failure
 from .config import ModelConfig
 from .decoding import Decoder
 from .generate import Sampling, generate_text, generate_tokens, read, read_text, sample, stream_text
@@ -17,6 +17,7 @@ __all__ = [
     "IGNORED",
     "TOKENIZER_FILE",
     "ByteTokenizer",
+    "CompileError",
     "Decoder",
     "LanguageModel",
     "LayerCost",
@@ -33,6 +34,7 @@ __all__ = [
     "build_meta",
     "build_model",
     "compile_blocks",
+    "compiler_failure",
     "flops_per_token",
     "generate_text",
     "generate_tokens",

@@ -1,6 +1,8 @@
 """Compiling: a model block by block, and the step of decoding as a whole."""
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -10,7 +12,12 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..mixers.ops.fusion import written
+from ..registry import SeqmixError
 from .language_model import LanguageModel
+
+
+class CompileError(SeqmixError):
+    """What was to be compiled cannot be, as there is no C++ compiler."""
 
 
 def compile_blocks(model: LanguageModel) -> int:
@@ -34,7 +41,34 @@ def compile_blocks(model: LanguageModel) -> int:
 
 def compile_step(step: FunctionType, name: str) -> Callable[..., Any]:
     """Compile a function that reads one token a row, all layers in one graph; `name` is that of its code."""
-    return torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums)
+    return told(torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums))
+
+
+def told(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose compiler fails in one sentence, before anything is computed.
+
+    Raises:
+        CompileError: when it is called; it has failed.
+    """
+
+    @wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if (reason := compiler_failure(error)) is None:
+                raise
+            raise CompileError(f"the compiler has failed ({reason})") from None
+
+    return call
+
+
+def compiler_failure(error: BaseException) -> str | None:
+    """Why a compiler has failed, in a line; None for an error that is something else."""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # imported by whatever compiles
+    if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
+        return None
+    return str(error).strip().partition("\n")[0]
 
 
 def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

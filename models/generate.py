@@ -1,6 +1,7 @@
 """Generation: the prompts are read at once, then every token costs one recurrent step."""
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..registry import SeqmixError
+from .compiling import CompileError
 from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
 from .prompts import prefill
@@ -96,6 +98,7 @@ def generate_tokens(
 
     Raises:
         SeqmixError: there is no prompt, or an empty one, or what the model makes of one is not finite.
+        CompileError: the step was to be compiled, and cannot be; where it is not said whether, that is a warning.
     """
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
@@ -104,9 +107,8 @@ def generate_tokens(
     logits, state = _prefill_behind(model, texts, behind, more=max_new_tokens)
     if not logits.isfinite().all():
         raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
-    if compiled is None:
-        compiled = max_new_tokens >= COMPILED_FROM
-    decoder = Decoder(model, state, compiled=compiled)
+    pays = max_new_tokens >= COMPILED_FROM
+    decoder = Decoder(model, state, compiled=pays if compiled is None else compiled)
     written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
         tokens = sample(logits[:, :vocab_size], sampling, generator)
@@ -120,7 +122,14 @@ def generate_tokens(
                 new = torch.stack(written, dim=1).cpu()
                 keep(reading_of(decoder.state, [torch.cat(parts) for parts in zip(texts, new, strict=True)], behind))
         if not ended:
-            logits = decoder.step(tokens)
+            try:
+                logits = decoder.step(tokens)
+            except CompileError as error:
+                if compiled is not None:
+                    raise
+                warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
+                decoder, compiled = Decoder(model, decoder.state), False
+                logits = decoder.step(tokens)
 
 
 def _behind(

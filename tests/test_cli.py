@@ -261,6 +261,32 @@ def test_export_writes_one_file_that_generates_the_same(seqmix, run):
     assert texts[0].status == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), ""),
+        (MemoryError("Unable to allocate 8 TiB"), " (Unable to allocate 8 TiB)"),
+        (RuntimeError("CUDA out of memory.\nmore"), " (CUDA out of memory.)"),
+    ],
+)
+def test_a_lack_of_memory_is_one_sentence_wherever_it_is(refused, monkeypatch, error, reason):
+    def load(*args):
+        raise error
+
+    monkeypatch.setattr("seqmix.training.load_config", load)
+    said = f"memory ran out{reason}: the text, the model or the batch is too large"
+    assert refused("show", "retnet-tiny") == said
+
+
+def test_an_error_that_is_none_of_ours_is_not_hidden(seqmix, monkeypatch):
+    def load(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("seqmix.training.load_config", load)
+    with pytest.raises(RuntimeError, match="a bug"):
+        seqmix("show", "retnet-tiny")
+
+
 # ---- show, mixers, schema, help
 
 

@@ -15,7 +15,7 @@ from seqmix import account, build_model, load_config, train
 from seqmix.models import build_meta
 from seqmix.registry import dump
 from seqmix.training import PRESETS
-from seqmix.training.loop import Evaluated, Stepped
+from seqmix.training.events import Evaluated, Stepped
 
 GOLDEN = Path(__file__).parent / "data" / "presets.yaml"
 NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))

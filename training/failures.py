@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..models import is_out_of_memory
+from ..models import compiler_failure, is_out_of_memory
 from ..registry import SeqmixError
 from .checkpoint import checkpoints
 from .config import TrainingConfig
@@ -17,14 +17,14 @@ class TrainingError(SeqmixError):
 
 @contextmanager
 def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Tell in one sentence what the machine refuses while a run goes on: memory, and its files.
+    """Tell in one sentence what the machine refuses while a run goes on: memory, a compiler, its files.
 
     Args:
         run: the run's folder.
         settings: what decides how much memory a step takes.
 
     Raises:
-        TrainingError: the memory ran out, or a file cannot be read or written.
+        TrainingError: the memory ran out, blocks cannot be compiled, or a file cannot be read or written.
     """
     try:
         yield
@@ -33,6 +33,10 @@ def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
         file = error.filename or run
         raise TrainingError(f"{file} cannot be read or written: {error.strerror or error}; {kept(run)}") from error
     except (MemoryError, RuntimeError) as error:
+        if (reason := compiler_failure(error)) is not None:
+            raise TrainingError(
+                f"training.compile: the compiler has failed ({reason}): set it to false; {kept(run)}"
+            ) from None
         if not is_out_of_memory(error):
             raise
         ways = [

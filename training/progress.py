@@ -15,6 +15,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..terminal import terminal
 from .config import RunConfig, TrainingConfig
 from .data import Source
 from .events import Compiled, Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
@@ -34,9 +35,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     Raises:
         SeqmixError: training cannot start or go on.
     """
-    # paths and names are no markup; of several processes, the first one speaks
-    console = Console(markup=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    console.soft_wrap = not console.is_terminal  # a line of a file is a line
+    console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
     shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
     source, done, early = None, 0, False
     try:

@@ -14,7 +14,7 @@ from seqmix.mixers.ops.consumption import may_overwrite
 from seqmix.mixers.ops.decay import decay_recurrent
 from seqmix.mixers.ops.kernels import KERNELS, reference
 from seqmix.mixers.state import clone, to_dict
-from seqmix.models import Decoder, Sampling, compile_blocks, generate_tokens, prefill
+from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill
 
 PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
 STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0))
@@ -221,3 +221,28 @@ def test_it_is_compiled_where_it_pays(model_of, monkeypatch, tokens, pays):
     assert counters["stats"]["unique_graphs"] == 0
     assert_close(torch.stack(list(generate_tokens(model, PROMPTS, max_new_tokens=tokens, sampling=greedy))), expected)
     assert counters["stats"]["unique_graphs"] == pays
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A compiler that fails, as inductor does where there is none for C++."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr("seqmix.models.compiling.rows_as_sums", fail)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_tokens_are_generated_uncompiled(model_of, monkeypatch):
+    monkeypatch.setattr("seqmix.models.generate.COMPILED_FROM", 6)
+    model, greedy = model_of("retention", "attention"), Sampling(temperature=0)
+    expected = list(generate_tokens(model, PROMPTS, max_new_tokens=6, sampling=greedy, compiled=False))
+    with pytest.warns(UserWarning, match=r"^the compiler has failed \(.*no working C\+\+.*\): tokens are generated"):
+        found = list(generate_tokens(model, PROMPTS, max_new_tokens=6, sampling=greedy))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    with pytest.raises(CompileError, match=r"^the compiler has failed \(.*no working C\+\+ compiler\)$"):
+        list(generate_tokens(model, PROMPTS, max_new_tokens=6, sampling=greedy, compiled=True))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from seqmix import Sampling, generate_text, load_run, train
 from seqmix.models import ByteTokenizer
 from seqmix.training.data import TokenFile
-from seqmix.training.loop import Evaluated, Stepped
+from seqmix.training.events import Evaluated, Stepped
 
 SMALL = (
     "model.d_model=16",

@@ -84,6 +84,20 @@ def test_what_saves_memory_already_is_not_advised(config_of, tmp_path, monkeypat
     assert "checkpoint_activations" not in str(raised.value)
 
 
+def test_a_compiler_that_fails_is_one_sentence(config_of, tmp_path, monkeypatch):
+    def compiled(model):
+        def fail(graph, inputs):
+            raise RuntimeError("no working C++ compiler")
+
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, backend=fail)
+
+    monkeypatch.setattr("seqmix.training.learner.compile_blocks", compiled)
+    sentence = r"^training\.compile: the compiler has failed \(.*no working C\+\+ compiler\): set it to false; "
+    with pytest.raises(TrainingError, match=sentence):
+        list(train(config_of("training.compile=true"), tmp_path / "run"))
+
+
 def test_other_errors_of_the_machine_are_not_taken_for_a_lack_of_memory():
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("out of memory"))

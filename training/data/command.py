@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...models import ByteTokenizer, load_tokenizer
 from ...models import train_bpe as learn
 from ...registry import SeqmixError, load
+from ...terminal import terminal
 from ..config import PRESETS
 from .kinds.text import TextConfig
 from .sources import Document, read_documents
@@ -40,7 +40,7 @@ def tokenize_command(sources: Sequence[str], out: Path, *, tokenizer: str, train
         )
     if not out.parent.is_dir():
         raise SeqmixError(f"the folder {out.parent} does not exist")
-    console = Console(markup=False, highlight=False)
+    console = terminal()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
