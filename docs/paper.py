@@ -1,4 +1,4 @@
-"""Write the tables and verdicts of docs/paper.md from what was measured: `python docs/paper.py`.
+"""Write the tables, verdicts and pictures of docs/paper.md from what was measured: `python docs/paper.py`.
 
 What was measured is in experiments/retnet_paper/results, one file a claim, which `python -m
 seqmix.experiments.retnet_paper CLAIM` writes. The paper's figures stand here; those it only draws were read off its
@@ -8,15 +8,23 @@ plots by others, and are given as such.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from seqmix.experiments import svg
+from seqmix.experiments.chart import Axis, Chart, Line
+from seqmix.experiments.markup import xml
 from seqmix.experiments.pages import fill
+from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import Results, read_results
 from seqmix.experiments.retnet_paper.claims import KEPT
 
 TARGET = Path(__file__).with_name("paper.md")
+PICTURES = Path(__file__).with_name("paper")
+BATCHES = {1: "one sequence", 8: "eight sequences"}
+"""Of Figure 6."""
 
 TABLE_5 = {"retnet": 26.05, "linear-transformer": 40.24, "hyena": 32.08}
 TABLE_6 = {
@@ -63,6 +71,16 @@ def render(page: str, kept: Path = KEPT) -> str:
     for claim, write in PARTS.items():
         page = fill(page, claim, write(kept))
     return page
+
+
+def pictures(kept: Path = KEPT) -> dict[Path, str]:
+    """The drawing of each claim that the paper draws, by file; of those that were measured."""
+    drawn = {"figure5": _drawn_figure5(kept), "table4": _drawn_table4(kept), "figure6": _drawn_figure6(kept)}
+    return {
+        PICTURES / f"{claim}.svg": xml(svg.document([_named(chart) for chart in charts], 2))
+        for claim, charts in drawn.items()
+        if charts
+    }
 
 
 # ---- what is learned
@@ -127,7 +145,7 @@ def figure5(kept: Path) -> list[str]:
         if not any(grows)
         else "the seeds disagree on whether what it gains on the Transformer grows with the size, as the paper has it"
     )
-    return [*lines, "", f"RetNet has the lower loss {ahead}; {trend}."]
+    return [*lines, "", f"RetNet has the lower loss {ahead}; {trend}.", "", _picture("figure5", "loss over the size")]
 
 
 def table8(kept: Path) -> list[str]:
@@ -193,19 +211,18 @@ def table4(kept: Path) -> list[str]:
         cells += [_mib(ours.memory_bytes), _mib(theirs.memory_bytes), f"{memory:.2f}"]
         lines.append(f"| {length:,} | {' | '.join(cells)} |")
     says = "The direction reproduces" if ratio > 1 else "The direction does not reproduce"
-    return [*lines, "", f"{says}: at the longest, RetNet trains at {ratio:.2f} times the Transformer's speed."]
+    told = f"{says}: at the longest, RetNet trains at {ratio:.2f} times the Transformer's speed."
+    return [*lines, "", told, "", _picture("table4", "training speed and memory over the length")]
 
 
 def figure6(kept: Path) -> list[str]:
     """Decoding over the context, with one sequence and with eight."""
-    found = {batch: _results(kept, name) for batch, name in ((1, "figure6"), (8, "figure6-batch8"))}
-    if any(results is None or not results.speed.decode for results in found.values()):
+    if (found := _decoding(kept)) is None:
         return _missing("figure6 figure6-batch8")
     head = f"| sequences | context | {_pair('ms a token')} | {_pair('weights and state')} |"
     lines, last = [head, "|---|---:" + "|---:" * 6 + "|"], {}
     for batch, results in found.items():
-        assert results is not None
-        weights = {entry.name: 4 * entry.parameters for entry in results.entries}
+        weights = _weights(results)
         rows = {(row.entry, row.context): row for row in results.speed.decode}
         for context in dict.fromkeys(row.context for row in results.speed.decode):
             ours, theirs = rows["retnet", context], rows["transformer", context]
@@ -227,6 +244,8 @@ def figure6(kept: Path) -> list[str]:
         f"{says}. At {context:,} tokens and eight sequences: {size:.1f} times less memory (paper: 3.4), {time:.1f} "
         f"times the throughput and as much less latency (paper: 8.4 and 15.6); with one sequence: {last[1][2]:.1f} "
         f"and {last[1][1]:.1f}.",
+        "",
+        _picture("figure6", "time of a token, and weights with state, over the context"),
     ]
 
 
@@ -242,7 +261,61 @@ PARTS = {
 """What writes each region of the page."""
 
 
+# ---- pictures
+
+
+def _drawn_figure5(kept: Path) -> list[Chart]:
+    results = _results(kept, "figure5")
+    return [] if results is None else [chart for chart in Plots(results).outcomes() if " over " in chart.title]
+
+
+def _drawn_table4(kept: Path) -> list[Chart]:
+    results = _results(kept, "table4")
+    return [] if results is None else Plots(results).speed()
+
+
+def _drawn_figure6(kept: Path) -> list[Chart]:
+    """Time, and weights with state, for one sequence and for eight."""
+    charts = []
+    for batch, results in (_decoding(kept) or {}).items():
+        time = next(chart for chart in Plots(results).speed() if chart.title == "Time of one token")
+        charts.append(replace(time, title=f"{time.title}, {BATCHES[batch]}"))
+        lines = []
+        for style, (entry, weights) in enumerate(_weights(results).items()):
+            rows = [row for row in results.speed.decode if row.entry == entry]
+            sizes = [weights + (row.state_bytes or 0) for row in rows]
+            lines.append(Line(entry, [row.context for row in rows], sizes, style=style))
+        memory = Axis("memory", unit="bytes", zero=True, log=False)
+        charts.append(Chart(f"Weights and state, {BATCHES[batch]}", "", time.x, memory, lines))
+    return charts
+
+
+def _named(chart: Chart) -> Chart:
+    """With the paper's names."""
+    return replace(chart, lines=[replace(line, name=NAMES[line.name]) for line in chart.lines])
+
+
+def _picture(claim: str, shown: str) -> str:
+    return f"![{claim.capitalize()}: {shown}]({PICTURES.name}/{claim}.svg)"
+
+
 # ---- figures
+
+
+def _decoding(kept: Path) -> dict[int, Results] | None:
+    """Figure 6, by the sequences at once; None unless all of it was measured."""
+    found = {}
+    for batch, name in ((1, "figure6"), (8, "figure6-batch8")):
+        results = _results(kept, name)
+        if results is None or not results.speed.decode:
+            return None
+        found[batch] = results
+    return found
+
+
+def _weights(results: Results) -> dict[str, int]:
+    """Bytes of parameters, by entry."""
+    return {entry.name: 4 * entry.parameters for entry in results.entries}
 
 
 def _results(kept: Path, claim: str) -> Results | None:
@@ -320,3 +393,6 @@ def _and(items: Any) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(render(TARGET.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for file, drawing in pictures().items():
+        file.write_text(drawing, encoding="utf-8")

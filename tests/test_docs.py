@@ -197,6 +197,8 @@ def test_the_page_of_the_paper_is_up_to_date():
     module = generator("paper")
     page = module.TARGET.read_text()
     assert page == module.render(page), "run: python docs/paper.py"
+    drawn = {file: file.read_text(encoding="utf-8") for file in module.PICTURES.iterdir()}
+    assert drawn == module.pictures(), "run: python docs/paper.py"
 
 
 def rows(text: str, head: str) -> list[list[str]]:
