@@ -95,6 +95,8 @@ def require_same_checkpoint(one, other, **tolerance):
         ({"context": 2}, CARRIED),
         ({}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
         ({"context": 2}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
+        pytest.param({}, ("training.compile=true",), marks=pytest.mark.slow),
+        pytest.param({"context": 2}, ("training.compile=true",), marks=pytest.mark.slow),
     ],
     ids=str,
 )
