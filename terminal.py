@@ -15,8 +15,6 @@ def terminal(*, quiet: bool = False) -> Console:
         quiet: whether it prints nothing.
     """
     console = Console(markup=False, highlight=False, quiet=quiet)
-    if not console.is_terminal:
-        console.soft_wrap = True  # a line of a file is a line
-        if "COLUMNS" not in os.environ:
-            console = Console(markup=False, highlight=False, quiet=quiet, soft_wrap=True, width=WIDE)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width, console.soft_wrap = WIDE, True  # a line of a file is a line
     return console

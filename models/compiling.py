@@ -68,7 +68,8 @@ def compiler_failure(error: BaseException) -> str | None:
     dynamo = sys.modules.get("torch._dynamo.exc")  # imported by whatever compiles
     if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
         return None
-    return str(error).strip().partition("\n")[0]
+    inner: BaseException = error.inner_exception
+    return f"{type(inner).__name__}: {inner}".partition("\n")[0]
 
 
 def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -568,7 +568,7 @@ def chunkwise_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and chunk entry states [chunks H K V]; the last two are empty unless kept."""
     output, final_state, entries = _allocate(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, backward
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, needs_grad
     )
     call = _Call(q, k, v, log_decay, cu_seqlens, scale, chunk_size)
     states = entries if entries.numel() else call.new_states()

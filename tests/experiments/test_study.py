@@ -49,11 +49,11 @@ entries:
 
 
 def test_an_entry_without_a_match_is_as_it_is_written(planned):
-    retention, _, free, bound = planned(
-        "entries: {free: {model: {n_layers: 2}, match: null}, bound: {model: {n_layers: 2}}}\n"
-    ).entries
+    changed = "set: {model.blocks.ret.mixer.gate: none}"
+    more = f"entries: {{free: {{{changed}, match: null}}, bound: {{{changed}}}}}\n"
+    retention, _, free, bound = planned(more).entries
     assert free.matched is None
-    assert free.config.model.blocks == retention.config.model.blocks
+    assert free.config.model.blocks["ret"].ffn == retention.config.model.blocks["ret"].ffn
     assert bound.matched is not None
 
 

@@ -148,6 +148,7 @@ def test_on_a_terminal_they_are_a_bar(shown, monkeypatch):
 
 
 def test_a_run_that_stopped_early_has_ended(config_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
     end = StoppedEarly(4, best_step=2, best_loss=1.25)
     monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([end]))
     assert run_with_progress(config_of(), tmp_path / "run")
