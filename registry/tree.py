@@ -47,9 +47,9 @@ class Node:
     def parts(self) -> "Iterator[Node]":
         """All values inside of it, itself first."""
         yield self
-        inner = self.value.values() if isinstance(self.value, Mapping) else self.value
-        for node in inner if isinstance(self.value, Mapping | tuple) else ():
-            yield from node.parts()
+        if isinstance(self.value, Mapping | tuple):
+            for node in self.value.values() if isinstance(self.value, Mapping) else self.value:
+                yield from node.parts()
 
     def merge(self, difference: "Node") -> "Node":
         """This value, changed by a difference.
