@@ -63,12 +63,12 @@ def told(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def compiler_failure(error: BaseException) -> str | None:
-    """Why a compiler has failed, in a line; None for an error that is something else."""
+def compiler_failure(error: Any) -> str | None:
+    """Why a compiler has failed, in a line; None for an exception that is something else."""
     dynamo = sys.modules.get("torch._dynamo.exc")  # imported by whatever compiles
     if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
         return None
-    inner: BaseException = error.inner_exception
+    inner = error.inner_exception
     return f"{type(inner).__name__}: {inner}".partition("\n")[0]
 
 
