@@ -218,6 +218,7 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     from seqmix import SeqmixError, load_config, train
     from seqmix.training.events import Evaluated, Saved, Stepped
     from seqmix.training.learner import Learner
+    from seqmix.training.sharding import whole
 
     joined = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
@@ -225,14 +226,20 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     if rank == broken:
         config = load_config("hybrid-tiny", [*SMALL, *overrides, "data.paths=[nowhere.txt]"])
     found: dict[str, Any] = {"loss": [], "norm": [], "validation": [], "saved": [], "rows": {}, "error": None}
-    read, made = Learner._batch, [0]
+    found["gradients"] = []
+    read, backward, made = Learner._batch, Learner._backward, [0]
 
     def batch(self, step):
         given = read(self, step)
         found["rows"][step] = [hash(tuple(row)) for row in given.inputs.tolist()]
         return given
 
-    Learner._batch = batch
+    def differentiated(self, step):
+        given = backward(self, step)
+        found["gradients"].append({name: whole(p.grad).clone() for name, p in self.model.named_parameters()})
+        return given
+
+    Learner._batch, Learner._backward = batch, differentiated
     try:
         stop = (lambda: until is not None and made[0] >= until) if rank == size - 1 else (lambda: False)
         for event in train(config, run, resume=resume, stop=stop):
@@ -248,7 +255,7 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     except SeqmixError as error:
         found["error"] = (type(error).__name__, str(error))
     finally:
-        Learner._batch = read
+        Learner._batch, Learner._backward = read, backward
     return found
 
 

@@ -29,6 +29,8 @@ if "forkserver" not in multiprocessing.get_all_start_methods():
 
 DELTA = "model.blocks.attn.mixer={kind: gated_delta_net, n_heads: 2}"
 LINEAR = "model.blocks.attn.mixer={kind: linear_attention, n_heads: 2}"
+TWENTY = ("training.steps=20", "training.evaluate_every=10")
+PACKED = "data.packing=true"
 CARRIED = ("model.blocks.attn.mixer={kind: delta_net, n_heads: 2}", "training.carry_state=true")
 
 
@@ -48,6 +50,15 @@ def two():
 @pytest.fixture(scope="module")
 def four():
     yield from _pool(4)
+
+
+@pytest.fixture(scope="module")
+def documents(text, tmp_path_factory):
+    """The same words in documents of 3 to 120 tokens."""
+    folder, words, draw = tmp_path_factory.mktemp("documents"), text.read_text().split(), random.Random(1)
+    for number in range(120):
+        (folder / f"{number:03}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(1, 30)))[:120] + ".")
+    return folder
 
 
 def _pool(size):
@@ -70,6 +81,8 @@ def require_same(together, alone, batch_ranks, tolerance=1e-5):
     for step, rows in alone["rows"].items():
         assert [row for found in together[::per_rank] for row in found["rows"][step]] == rows
         assert all(found["rows"] == together[at // per_rank * per_rank]["rows"] for at, found in enumerate(together))
+    for ours, theirs in zip(first["gradients"], alone["gradients"], strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
     for found in together[1:]:
         assert (found["loss"], found["validation"]) == (first["loss"], first["validation"])
 
@@ -85,12 +98,18 @@ def require_same_checkpoint(one, other, **tolerance):
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        ({}, ("training.steps=20", "training.evaluate_every=10", "training.accumulate=2")),
+        ({}, (*TWENTY, "training.accumulate=2")),
+        *(
+            (layout, (*TWENTY, *mixers))
+            for layout in ({"shard": 2}, {"context": 2})
+            for mixers in (("model.pattern=[ret]",), ("model.pattern=[attn]",), ("model.pattern=[attn]", LINEAR))
+        ),
+        ({"shard": 2}, (*TWENTY, PACKED)),
+        ({"context": 2}, (*TWENTY, PACKED)),
         ({"data": 2}, ("training.optimizer=muon",)),
-        ({"context": 2}, ("training.steps=20", "training.evaluate_every=10", "training.checkpoint_activations=true")),
-        ({"context": 2}, ("data.sequence_length=17", LINEAR)),
-        ({"context": 2}, ("data.packing=true",)),
-        ({"context": 2}, (DELTA, "data.packing=true")),
+        ({"context": 2}, (*TWENTY, "training.checkpoint_activations=true")),
+        ({"context": 2}, (*TWENTY, "data.sequence_length=17", LINEAR)),
+        ({"context": 2}, (DELTA, PACKED)),
         ({}, CARRIED),
         ({"context": 2}, CARRIED),
         ({}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
@@ -100,8 +119,9 @@ def require_same_checkpoint(one, other, **tolerance):
     ],
     ids=str,
 )
-def test_two_processes_train_as_one(two, text, tmp_path, layout, changes):
-    changes = [*([] if "mqar" in changes[0] else [f"data.paths=[{text}]"]), *changes]
+def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, changes):
+    read = documents if PACKED in changes else text
+    changes = [*([] if "mqar" in changes[0] else [f"data.paths=[{read}]"]), *changes]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     asked = [f"distributed.{key}={value}" for key, value in layout.items()]
     together = two("train_here", [*changes, *asked], str(tmp_path / "run"))
@@ -111,9 +131,10 @@ def test_two_processes_train_as_one(two, text, tmp_path, layout, changes):
     require_same_checkpoint(tmp_path / "run", tmp_path / "alone", rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("packed", [(), (PACKED,)], ids=["", "packed"])
 @pytest.mark.parametrize("layout", [("data=2", "shard=2"), ("data=2", "context=2"), ("shard=2", "context=2")], ids=str)
-def test_four_processes_train_as_one(four, text, tmp_path, layout):
-    changes = [f"data.paths=[{text}]"]
+def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, packed):
+    changes = [f"data.paths=[{documents if packed else text}]", *TWENTY, *packed]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
     require_same(together, alone, 2 if "context=2" in layout else 4)
