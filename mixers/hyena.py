@@ -212,11 +212,11 @@ class Hyena(SequenceMixer[HyenaState]):
 
     def with_room(self, state: HyenaState, max_length: int | None) -> HyenaState:  # noqa: D102
         held = state.inputs.shape[1]
-        # what grows does not count tokens: zeros before them, in rows that have read fewer, change nothing
+        # what grows does not count tokens, but zeros before them, in rows that have read fewer, are as good as none
         length = (
             state.length
             if isinstance(state, AllocatedHyenaState)
-            else state.inputs.new_full((len(state.inputs),), held, dtype=torch.int64)
+            else (state.inputs.flatten(2).any(-1).cumsum(1) > 0).sum(1)
         )
         read = int(length.max())
         require_room(read, max_length, self.kind)

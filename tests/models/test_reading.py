@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from seqmix import Sampling, SeqmixError, generate_text
 from seqmix.mixers.state import clone, nbytes, to_dict
-from seqmix.models import generate_tokens, prefill, read, read_text, stream_text
+from seqmix.models import Reading, generate_tokens, prefill, read, read_text, stream_text
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [torch.arange(40, 40 + length) for length in (5, 2, 9)]
@@ -67,6 +67,16 @@ def test_each_text_goes_on_with_its_own_prompt_or_all_with_one(model_of):
         generated(model, more[:2], 4, behind=reading)
     with pytest.raises(SeqmixError, match=r"^there is no text 3 among the 3 that were read, counted from 0$"):
         reading.select([3])
+
+
+def test_shorter_texts_go_on_without_the_longest(model_of, each_mixer):
+    model = model_of(*each_mixer)
+    texts = read(model, PROMPTS)
+    # as in a file, whose rows are as long as the longest
+    saved = Reading(texts.room_for(model, None), texts.recent, texts.lengths)
+    for chosen in ([1], [0, 1], [1, 2]):
+        expected = generated(model, [PROMPTS[row] for row in chosen], 3)
+        assert torch.equal(generated(model, [], 3, behind=saved.select(chosen)), expected)
 
 
 def test_a_state_without_room_to_spare_is_as_large_as_what_was_read(model_of):
