@@ -54,6 +54,12 @@ def main() -> None:
         if not _told_beside():
             typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
+    except OSError as error:
+        # what no command has foreseen of a file that was named: a name too long, a folder that may not be looked into
+        if error.filename is None:
+            raise
+        typer.secho(f"error: {error.filename} cannot be used: {error.strerror}", err=True, fg="red")
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         from .models import is_out_of_memory
 

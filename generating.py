@@ -1,5 +1,6 @@
 """The `generate` command: what goes on behind what, and how it is shown."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -85,9 +86,12 @@ def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | No
         raise SeqmixError("--max-new-tokens 0 reads a --prompt for --save-state FILE, and needs both")
     if save_state is None:
         return
-    if not save_state.absolute().parent.is_dir():
+    folder = save_state.absolute().parent
+    if not folder.is_dir():
         raise SeqmixError(f"the folder of --save-state {save_state} does not exist")
-    if save_state.exists() and (state is None or not save_state.samefile(state)):
+    if not os.access(folder, os.W_OK):
+        raise SeqmixError(f"the folder of --save-state {save_state} cannot be written to")
+    if save_state.exists() and not (state is not None and state.exists() and save_state.samefile(state)):
         raise SeqmixError(
             f"{save_state} exists already: give --save-state another name, or the name of --state, to go on in place"
         )

@@ -278,6 +278,14 @@ def test_a_lack_of_memory_is_one_sentence_wherever_it_is(refused, monkeypatch, e
     assert refused("show", "retnet-tiny") == said
 
 
+@pytest.mark.parametrize(
+    "command", ["generate --prompt a", "evaluate", "export --out a", "train --resume", "plot", "compare", "check"]
+)
+def test_a_name_that_no_file_can_have_is_one_sentence(refused, command):
+    said = refused(*command.split(), "a" * 300)
+    assert re.fullmatch(r"a{300}(/config\.yaml)? cannot be used: File name too long", said)
+
+
 def test_an_error_that_is_none_of_ours_is_not_hidden(seqmix, monkeypatch):
     def load(*args):
         raise RuntimeError("a bug")

@@ -1,5 +1,6 @@
 """A reading on disk: whole or not at all, of one model, and good in another process."""
 
+import os
 import subprocess
 import sys
 
@@ -134,6 +135,8 @@ def test_a_prefix_is_read_once(seqmix, run):
     [
         ([], "generate needs a --prompt TEXT to continue, or a --state FILE to go on from"),
         (["--state", "missing"], "missing is missing"),
+        (["--state", "missing", "--save-state", "text.txt"], "text.txt exists already: give --save-state another name"),
+        (["--prompt", "a", "--save-state", "a" * 300], f"{'a' * 300} cannot be used: File name too long"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 reads a --prompt for --save-state FILE, and"),
         (["--prompt", "a", "--save-state", "text.txt"], "text.txt exists already: give --save-state another name"),
         (["--prompt", "a", "--save-state", "no/a"], "the folder of --save-state no/a does not exist"),
@@ -145,3 +148,10 @@ def test_what_cannot_be_done_is_one_sentence(seqmix, run, arguments, message):
     assert done.status == 2
     assert done.err.startswith(f"error: {message}")
     assert done.err.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_anything_is_generated(seqmix, run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda folder, mode: mode != os.W_OK)  # root may write anywhere
+    done = seqmix("generate", run, "--prompt", "a", "--save-state", "a.state")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == "error: the folder of --save-state a.state cannot be written to\n"
