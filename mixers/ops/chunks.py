@@ -50,7 +50,7 @@ def groups(stretch: Stretch, chunk_size: int, most: int) -> list[Group]:
 
 def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
     """Chunks there can be at most: documents end inside chunks."""
-    return -(-length // chunk_size) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+    return -(-length // chunk_size) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def cut(x: Tensor, group: Group) -> Tensor:

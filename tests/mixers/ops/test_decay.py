@@ -545,6 +545,23 @@ def test_data_recompiles_nothing(paradigm):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_the_number_of_documents_recompiles_nothing(paradigm):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(decay, fullgraph=True, backend=counter, dynamic=True)
+    for documents in (6, 7, 8, 9):  # none of which, plus one, is another size: a compiler takes equal ones for one
+        lengths = [1] * (documents - 1) + [25 - documents]
+        case = Case("token", lengths, packed=True, has_state=False)
+        inputs = case.inputs()
+        q, k, v, a = (inputs.get(name) for name in INPUTS[:4])
+        exactly(
+            compiled(paradigm, q, k, v, a, **case.options(paradigm))[0],
+            decay(paradigm, q, k, v, a, **case.options(paradigm))[0],
+        )
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (4, 4), (11, 4), (12, 4), (3, 8)])
 @pytest.mark.parametrize("context", [0, 5])
 @pytest.mark.parametrize("paradigm", PARADIGMS)

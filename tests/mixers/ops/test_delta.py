@@ -270,6 +270,19 @@ def test_data_recompiles_nothing(paradigm):
     assert counter.frame_count == 2
 
 
+@every_paradigm
+def test_the_number_of_documents_recompiles_nothing(paradigm):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(delta, fullgraph=True, backend=counter, dynamic=True)
+    for documents in (6, 7, 8, 9):  # none of which, plus one, is another size: a compiler takes equal ones for one
+        borders = (*range(documents), 24)
+        q, k, v, beta, a = (Case("token", 24, borders).inputs().get(name) for name in INPUTS[:5])
+        options = {"cu_seqlens": torch.tensor(borders), "chunk_size": 4}
+        exactly(compiled(paradigm, q, k, v, beta, a, **options)[0], delta(paradigm, q, k, v, beta, a, **options)[0])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (4, 4), (11, 4), (12, 4), (3, 8)])
 @pytest.mark.parametrize("context", [0, 5])
 @every_paradigm
