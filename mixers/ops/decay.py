@@ -13,7 +13,6 @@ A log-decay of -inf is legal and resets the state: sums of log-decays over a str
 stretch, never as the difference of two running sums, which would be inf - inf.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,9 +25,9 @@ from ..paradigm import Paradigm
 from ..positions import document_of_token
 from .context import Context
 from .decay_chunkwise import chunkwise_op
-from .decay_recurrent import one_step, recurrent_op
+from .decay_recurrent import no_autocast, one_step, recurrent_op
 from .differentiation import needs_grad, refuse_tangents
-from .kernels import Kernel, chosen, declare, require_floats
+from .kernels import Kernel, Probe, chosen, declare, require_floats
 from .segments import require_borders
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
@@ -99,7 +98,7 @@ def decay_parallel(
 
     Arguments and result are those of `decay_chunkwise`.
     """
-    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     length, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
     token = torch.arange(length, device=q.device)
     causal = token[:, None] >= token
@@ -109,7 +108,7 @@ def decay_parallel(
         document = document_of_token(cu_seqlens, length)
         causal = causal & (document[:, None] == document)
     # a product of reduced precision is as good as a kernel's; decays and states are not reduced
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         q, k, v = ((q if scale == 1 else scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         a = None if log_decay is None else _per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
         if log_decay is not None and log_decay.ndim == 1:
@@ -147,7 +146,7 @@ def decay_recurrent(
 
     Arguments and result are those of `decay_chunkwise`.
     """
-    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     if q.shape[1] > 1 or cu_seqlens is not None:
         refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
         output, final_state, _ = recurrent_op(
@@ -187,9 +186,7 @@ def decay_chunkwise(
     Raises:
         SeqmixError: shapes or dtypes do not fit, said in one sentence.
     """
-    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    if chunk_size < 1:
-        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens, chunk_size)
     refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     output, final_state, _ = chunkwise_op(
         q,
@@ -204,11 +201,6 @@ def decay_chunkwise(
         needs_grad(q, k, v, log_decay, initial_state),
     )
     return DecayOutput(output, final_state if output_final_state else None)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off; it does not know the meta device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _kept(k: Tensor, log_decay: Tensor | None, counted: Tensor | None) -> Tensor:
@@ -288,7 +280,7 @@ def _final_state(
     return state
 
 
-def _check(
+def require_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -296,8 +288,16 @@ def _check(
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    chunk_size: int = 1,
 ) -> float:
-    """Refuse shapes and dtypes that do not fit; return the scale."""
+    """Refuse what no kernel of the family takes: shapes and dtypes that do not fit, chunks without tokens.
+
+    Returns:
+        The scale, 1/sqrt(K) where None was given.
+
+    Raises:
+        SeqmixError: what does not fit.
+    """
     require_floats(q, k, v)
     if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3] or q.shape[1] < 1:
         raise SeqmixError(
@@ -323,7 +323,22 @@ def _check(
         raise SeqmixError(
             f"the initial state must be {[rows, heads, key_width, v.shape[3]]}, and is {list(initial_state.shape)}"
         )
+    if chunk_size < 1:
+        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
     return key_width**-0.5 if scale is None else scale
+
+
+def probe_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None) -> Probe:
+    """What a call asks of a kernel."""
+    names = {1: "H", 3: "B T H", 4: "B T H K"}
+    return Probe(
+        device=q.device,
+        dtype=q.dtype,
+        key_width=q.shape[3],
+        value_width=v.shape[3],
+        log_decay=None if log_decay is None else names[log_decay.ndim],
+        needs_grad=needs_grad(q, k, v, log_decay, initial_state),
+    )
 
 
 def decay_flops(

@@ -274,7 +274,7 @@ class _GivenDecays:
             return _VectorChunk(a, self.scale)
         mask = _pair_sums(a.flatten(0, 2)[..., None])[..., 0].exp_().mul_(self.scale).unflatten(0, (-1, a.shape[2]))
         prefix = a.cumsum(3).exp_().mul_(self.scale).flatten(0, 1)[..., None]
-        suffix = _sum_after(a, 3).exp_().flatten(0, 1)[..., None]
+        suffix = sum_after(a, 3).exp_().flatten(0, 1)[..., None]
         return _ScalarChunk(mask, prefix, suffix, a.sum(3).exp_()[..., None, None])
 
 
@@ -302,7 +302,7 @@ def _times(count: Tensor, rate: Tensor) -> Tensor:
     return torch.where(count == 0, 0, count * rate)
 
 
-def _sum_after(a: Tensor, dim: int) -> Tensor:
+def sum_after(a: Tensor, dim: int) -> Tensor:
     """out[j] = a[j+1] + .. + a[last] along `dim`."""
     out = torch.zeros_like(a)
     later = a.narrow(dim, 1, a.shape[dim] - 1)
@@ -533,7 +533,11 @@ def _allocate_backward(
 
 
 def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
-    """Register the gradient of a chunkwise op, `chunkwise_op` or one of the same arguments and results."""
+    """Register the gradient of a chunkwise op, of this family (by any kernel) or the delta family's.
+
+    Its inputs are q, k, v, what else the family has, log_decay, initial_state, cu_seqlens, and the numbers that
+    `chunkwise_op` takes; its results those of that.
+    """
 
     def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.scale, ctx.chunk_size, _, _ = inputs
@@ -545,12 +549,12 @@ def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
         ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *inputs, entries = ctx.saved_tensors
-        v, initial_state = inputs[2], inputs[4]
+        v, initial_state = inputs[2], inputs[-2]
         if d_output is None:
             d_output = torch.zeros_like(v)
         if d_final_state is not None and d_final_state.numel() == 0:
             d_final_state = None
-        needs_log_decay = ctx.needs_input_grad[3]
+        needs_log_decay = ctx.needs_input_grad[len(inputs) - 3]
         *d_inputs, d_log_decay, d_initial = backward(
             d_output, d_final_state, *inputs, entries, ctx.scale, ctx.chunk_size, needs_log_decay
         )

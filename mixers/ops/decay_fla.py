@@ -33,9 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...registry import SeqmixError
 from ..paradigm import Paradigm
-from .decay import NO_TANGENTS, DecayOutput, LogDecay, _check
+from .decay import NO_TANGENTS, DecayOutput, LogDecay, probe_of, require_inputs
 from .differentiation import refuse_tangents
 from .kernels import Kernel, Probe, declare
 
@@ -101,9 +100,7 @@ def decay_chunkwise_fla(
     Raises:
         SeqmixError: shapes do not fit, or `KERNEL` does not take this.
     """
-    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    if chunk_size < 1:
-        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens, chunk_size)
     refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     if log_decay is not None:
         log_decay = log_decay.float().clamp(min=LOWEST)
@@ -127,7 +124,7 @@ def _chunkwise(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state, which is empty unless wanted; with gradients by fla's own autograd function."""
-    _refuse(q, k, v, log_decay, initial_state)
+    KERNEL.require(probe_of(q, k, v, log_decay, initial_state))
     options = {
         "scale": scale,
         "initial_state": initial_state,
@@ -140,21 +137,6 @@ def _chunkwise(
         gates = {} if log_decay is None else {"g_gamma" if log_decay.ndim == 1 else "g": log_decay}
         output, state = import_module("fla.ops.simple_gla").chunk_simple_gla(q, k, v, **gates, **options)
     return output, q.new_empty(0, dtype=torch.float32) if state is None else state
-
-
-def _refuse(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None) -> None:
-    """Refuse what `KERNEL` does not take."""
-    names = {None: None, 1: "H", 3: "B T H", 4: "B T H K"}
-    differentiated = (q, k, v, log_decay, initial_state)
-    probe = Probe(
-        device=q.device,
-        dtype=q.dtype,
-        key_width=q.shape[3],
-        value_width=v.shape[3],
-        log_decay=names[None if log_decay is None else log_decay.ndim],
-        needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated),
-    )
-    KERNEL.require(probe)
 
 
 @torch.library.custom_op("seqmix::decay_chunkwise_fla", mutates_args=())
@@ -184,7 +166,7 @@ def _allocate(
     scale: float,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    _refuse(q, k, v, log_decay, initial_state)
+    KERNEL.require(probe_of(q, k, v, log_decay, initial_state))
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = (rows, *q.shape[2:], v.shape[3]) if output_final_state else (0,)
     return q.new_empty(v.shape), q.new_empty(final, dtype=torch.float32)

@@ -9,11 +9,12 @@ It is a reference: it shares no formula with the chunkwise op. Every BLOCK-th st
 the states between, so memory grows slowly with T.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
 from .fusion import once
 from .segments import pieces, stretches
@@ -22,7 +23,12 @@ BLOCK = 64
 """Tokens between kept states."""
 
 
-def _decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off; it does not know the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
     """exp(a) of one token, broadcasting over the state [B H K V]."""
     if log_decay is None:
         return 1.0
@@ -30,7 +36,8 @@ def _decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tenso
     return a.to(dtype).exp()[(...,) + (None,) * (4 - a.ndim)]
 
 
-def _outer(x: Tensor, y: Tensor) -> Tensor:
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    """[B H K], [B H V] -> [B H K V]."""
     return x[..., :, None] * y[..., None, :]
 
 
@@ -68,7 +75,7 @@ def recurrent_op(
 
 
 def _next_state(state: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, t: int) -> Tensor:
-    return _decay_at(log_decay, t, state.dtype) * state + _outer(k[:, t].to(state.dtype), v[:, t].to(state.dtype))
+    return decay_at(log_decay, t, state.dtype) * state + outer(k[:, t].to(state.dtype), v[:, t].to(state.dtype))
 
 
 @recurrent_op.register_fake
@@ -125,11 +132,11 @@ def recurrent_backward_op(
                     states.append(_next_state(states[-1], k, v, log_decay, t))
                 for t in range(stop - 1, start - 1, -1):
                     query, key, value, d_out = (x[:, t].to(wide) for x in (q, k, v, d_output))
-                    d_state = d_state + scale * _outer(query, d_out)
+                    d_state = d_state + scale * outer(query, d_out)
                     dq[:, t] = scale * torch.einsum("bhv,bhkv->bhk", d_out, states[t + 1 - start])
                     dk[:, t] = torch.einsum("bhkv,bhv->bhk", d_state, value)
                     dv[:, t] = torch.einsum("bhkv,bhk->bhv", d_state, key)
-                    d_state = _decay_at(log_decay, t, wide) * d_state
+                    d_state = decay_at(log_decay, t, wide) * d_state
                     if log_decay is not None:
                         per_key = (states[t - start] * d_state).sum(3)  # [B H K]
                         if log_decay.ndim == 1:
@@ -161,34 +168,37 @@ def _allocate_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), like(log_decay), like(initial_state)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
+def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
+    """Register the gradient of a recurrent op, of this family or the delta family's.
+
+    Its inputs are q, k, v, what else the family has, log_decay, initial_state, cu_seqlens, the scale, and whether
+    states are kept; its results those of `recurrent_op`.
+    """
+
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[2])
+
+    def gradients(
+        ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, kept = ctx.saved_tensors
+        v, log_decay, initial_state = inputs[2], inputs[-3], inputs[-2]
+        if d_output is None:
+            d_output = torch.zeros_like(v)
+        *d_inputs, d_log_decay, d_initial = backward(d_output, d_final_state, *inputs, kept, ctx.scale)
+        return (
+            *d_inputs,
+            None if log_decay is None else d_log_decay,
+            None if initial_state is None else d_initial,
+            *(None,) * 3,
+        )
+
+    op.register_autograd(gradients, setup_context=save_for_backward)
 
 
-def _backward(
-    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, cu_seqlens, kept = ctx.saved_tensors
-    if d_output is None:
-        d_output = torch.zeros_like(v)
-    dq, dk, dv, d_log_decay, d_initial = recurrent_backward_op(
-        d_output, d_final_state, q, k, v, log_decay, initial_state, cu_seqlens, kept, ctx.scale
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        None if log_decay is None else d_log_decay,
-        None if initial_state is None else d_initial,
-        None,
-        None,
-        None,
-    )
-
-
-recurrent_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate_by(recurrent_op, recurrent_backward_op)
 
 
 def one_step(
@@ -196,13 +206,12 @@ def one_step(
 ) -> tuple[Tensor, Tensor]:
     """Output [B 1 H V] and state [B H K V] of one token, in plain operations."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # autocast does not know the meta device
-    with nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
         state = once(key.transpose(2, 3), 2) * value
         if initial_state is not None:
             kept = initial_state.to(wide)
-            decay = _decay_at(log_decay, 0, wide)
+            decay = decay_at(log_decay, 0, wide)
             kept = kept * once(decay, 1) if isinstance(decay, Tensor) else kept
             state = state + kept
         output = once(scale * query, 3) @ state

@@ -39,14 +39,16 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..paradigm import Paradigm
+from .chunks import capacity
 from .consumption import may_overwrite
 from .decay import (
     NO_TANGENTS,
     TOLERANCES,
     DecayOutput,
     LogDecay,
-    _check,
     decay_recurrent,
+    probe_of,
+    require_inputs,
 )
 from .decay_chunkwise import differentiate_by
 from .differentiation import has_tangent, needs_grad, refuse_tangents
@@ -200,19 +202,6 @@ def _missing(probe: Probe) -> list[str]:
     return reasons
 
 
-def _refuse(kernel: Kernel, q: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    """Refuse what a kernel does not take; here, inside the ops, a compiler does not look."""
-    names = {None: None, 1: "H", 3: "B T H", 4: "B T H K"}
-    probe = Probe(
-        device=q.device,
-        dtype=q.dtype,
-        key_width=q.shape[3],
-        value_width=v.shape[3],
-        log_decay=names[None if log_decay is None else log_decay.ndim],
-    )
-    kernel.require(probe)
-
-
 # ---- the public functions
 
 
@@ -235,9 +224,7 @@ def decay_chunkwise_triton(
     Raises:
         SeqmixError: shapes do not fit, or `KERNEL` does not take this.
     """
-    scale = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    if chunk_size < 1:
-        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens, chunk_size)
     refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
     key_width, value_width = q.shape[3], v.shape[3]
     more_keys, more_values = -key_width % UNIT, -value_width % UNIT
@@ -280,9 +267,9 @@ def decay_recurrent_triton(
     Raises:
         SeqmixError: shapes do not fit, or `STEP_KERNEL` does not take this.
     """
-    checked = _check(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    _refuse(STEP_KERNEL, q, v, log_decay)
+    checked = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     tensors = (q, k, v, log_decay, initial_state)
+    STEP_KERNEL.require(probe_of(*tensors))
     if q.shape[1] > 1 or cu_seqlens is not None or needs_grad(*tensors) or has_tangent(*tensors):
         return decay_recurrent(
             *tensors[:4],
@@ -322,7 +309,7 @@ def decay_step_triton(
     Raises:
         SeqmixError: shapes do not fit, a gradient is wanted, or `STEP_KERNEL` does not take this.
     """
-    scale = _check(q, k, v, log_decay, scale, state, None)
+    scale = require_inputs(q, k, v, log_decay, scale, state, None)
     if q.shape[1] != 1:
         raise SeqmixError(f"a step is one token, and given are {q.shape[1]}")
     if state.dtype != torch.float32 or not state.is_contiguous():
@@ -363,7 +350,7 @@ class _Call:
         if cu_seqlens is not None:
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
         self.rows = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.chunks = _capacity(self.batch, self.length, self.chunk, cu_seqlens)
+        self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
         self.common = {
             "length": self.length,
             "heads": self.heads,
@@ -527,16 +514,11 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Te
     borders = cu_seqlens.long()
     firsts = F.pad(((borders.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
     documents = borders.shape[0] - 1
-    number = torch.arange(_capacity(1, length, chunk, cu_seqlens), device=borders.device)
+    number = torch.arange(capacity(length, chunk, cu_seqlens), device=borders.device)
     document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
     start = borders[document] + (number - firsts[document]) * chunk
     tokens = (borders[document + 1] - start).clamp_(0, chunk)
     return firsts, torch.stack((start, tokens), dim=1)
-
-
-def _capacity(batch: int, length: int, chunk: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks there can be at most: documents end inside chunks."""
-    return batch * -(-length // chunk) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def _readable(x: Tensor, chunk: int) -> Tensor:
@@ -591,7 +573,8 @@ def _allocate(
     output_final_state: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse(KERNEL, q, v, log_decay)
+    # here, inside the ops, a compiler does not look
+    KERNEL.require(probe_of(q, k, v, log_decay, initial_state))
     batch, length, heads, key_width = q.shape
     value_width = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -601,7 +584,7 @@ def _allocate(
     # kept where they are no larger than half of q, k and v; elsewhere the backward scans again
     if not needs_grad or 2 * key_width * value_width > chunk * (2 * key_width + value_width):
         return q.new_empty(v.shape), final_state, q.new_empty(0)
-    entries = (_capacity(batch, length, chunk, cu_seqlens), heads, key_width, value_width)
+    entries = (batch * capacity(length, chunk, cu_seqlens), heads, key_width, value_width)
     # packed documents leave chunks over, and an output has to be defined everywhere
     return q.new_empty(v.shape), final_state, q.new_empty(entries) if cu_seqlens is None else q.new_zeros(entries)
 
@@ -736,7 +719,7 @@ def step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Te
 
 @step_op.register_fake
 def _allocate_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    _refuse(STEP_KERNEL, q, v, log_decay)
+    STEP_KERNEL.require(probe_of(q, k, v, log_decay, state))
     return q.new_empty(v.shape)
 
 

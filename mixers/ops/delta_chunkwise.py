@@ -29,13 +29,13 @@ The forward keeps the chunks' entry states only; the backward recomputes the res
 is simply shorter. Inside a chunk batch and heads are one dimension, G = B H, as batched products want it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .chunks import Group, capacity, groups, operand, store
-from .decay_chunkwise import _sum_after
+from .decay_chunkwise import differentiate_by, sum_after
 from .segments import stretches
 
 
@@ -84,7 +84,7 @@ class _ChunkDecays:
         return _Decays(
             mask=(pairs[:, None] * self.signs[:, :m, :m]).flatten(1, 2),
             read=(prefix * self.factor).flatten(1, 2),
-            suffix=_sum_after(a, 1).exp_()[..., None],
+            suffix=sum_after(a, 1).exp_()[..., None],
             total=prefix[:, 0, -1:],
         )
 
@@ -347,32 +347,4 @@ def _log_decay_gradient(within: Tensor, read: Tensor | None, left: Tensor | None
     return grad
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.chunk_size, _, _ = inputs
-    # the entry states have no gradient, and zeros in its place would be as large as they are
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _backward(
-    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *inputs, entries = ctx.saved_tensors
-    v, initial_state = inputs[2], inputs[5]
-    if d_output is None:
-        d_output = torch.zeros_like(v)
-    if d_final_state is not None and d_final_state.numel() == 0:
-        d_final_state = None
-    needs_log_decay = ctx.needs_input_grad[4]
-    *d_inputs, d_log_decay, d_initial = chunkwise_backward_op(
-        d_output, d_final_state, *inputs, entries, ctx.scale, ctx.chunk_size, needs_log_decay
-    )
-    return (
-        *d_inputs,
-        d_log_decay if needs_log_decay else None,
-        None if initial_state is None else d_initial,
-        *(None,) * 5,
-    )
-
-
-chunkwise_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate_by(chunkwise_op, chunkwise_backward_op)

@@ -14,13 +14,10 @@ It is a reference: it shares no formula with the chunkwise op. Every BLOCK-th st
 the states between, so memory grows slowly with T.
 """
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .decay_recurrent import BLOCK, _decay_at, _outer
+from .decay_recurrent import BLOCK, decay_at, differentiate_by, no_autocast, outer
 from .fusion import once
 from .segments import pieces, stretches
 
@@ -36,7 +33,7 @@ def _step(
     """The state behind a token, what the decay left of the one before, and the error of the prediction."""
     decayed = decay * state
     error = value - _read(key, decayed)
-    return decayed + _outer(key, beta * error), decayed, error
+    return decayed + outer(key, beta * error), decayed, error
 
 
 @torch.library.custom_op("seqmix::delta_recurrent", mutates_args=())
@@ -81,7 +78,7 @@ def _token(
         k[:, t].to(dtype),
         v[:, t].to(dtype),
         beta[:, t, :, None].to(dtype),
-        _decay_at(log_decay, t, dtype),
+        decay_at(log_decay, t, dtype),
     )
 
 
@@ -144,14 +141,14 @@ def recurrent_backward_op(
                     state, decayed, error = steps[t - start]
                     key, _, rate, decay = _token(k, v, beta, log_decay, t, wide)
                     d_out = d_output[:, t].to(wide)
-                    d_state = d_state + scale * _outer(q[:, t].to(wide), d_out)
+                    d_state = d_state + scale * outer(q[:, t].to(wide), d_out)
                     written = torch.einsum("bhkv,bhv->bhk", d_state, error)
                     d_error = rate * _read(key, d_state)
                     dq[:, t] = scale * torch.einsum("bhkv,bhv->bhk", state, d_out)
                     dk[:, t] = rate * written - torch.einsum("bhkv,bhv->bhk", decayed, d_error)
                     dv[:, t] = d_error
                     d_beta[:, t] = (key * written).sum(2)
-                    d_state = d_state - _outer(key, d_error)
+                    d_state = d_state - outer(key, d_error)
                     if log_decay is not None:
                         per_head = (decayed * d_state).sum((2, 3))  # [B H]
                         if log_decay.ndim == 1:
@@ -192,29 +189,7 @@ def _allocate_backward(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _backward(
-    ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *inputs, kept = ctx.saved_tensors
-    v, log_decay, initial_state = inputs[2], inputs[4], inputs[5]
-    if d_output is None:
-        d_output = torch.zeros_like(v)
-    *d_inputs, d_log_decay, d_initial = recurrent_backward_op(d_output, d_final_state, *inputs, kept, ctx.scale)
-    return (
-        *d_inputs,
-        None if log_decay is None else d_log_decay,
-        None if initial_state is None else d_initial,
-        *(None,) * 3,
-    )
-
-
-recurrent_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate_by(recurrent_op, recurrent_backward_op)
 
 
 def one_step(
@@ -228,12 +203,11 @@ def one_step(
 ) -> tuple[Tensor, Tensor]:
     """Output [B 1 H V] and state [B H K V] of one token, in plain operations."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # autocast does not know the meta device
-    with nullcontext() if q.device.type == "meta" else torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         query, key, error = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
         decayed = None
         if initial_state is not None:
-            decay = _decay_at(log_decay, 0, wide)
+            decay = decay_at(log_decay, 0, wide)
             decayed = initial_state.to(wide)
             decayed = decayed * once(decay, 1) if isinstance(decay, Tensor) else decayed
             error = error - once(key, 3) @ decayed
