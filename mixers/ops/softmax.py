@@ -128,11 +128,11 @@ def softmax_parallel(
     Without cache, window and packing this is one call of SDPA with its own causal mask. Otherwise the mask is explicit:
     a byte a pair. Arguments and result are those of `softmax_chunkwise`.
     """
-    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
-    _require_range(log_decay, q.shape[1], q.dtype)
-    offer = _offer(k, v, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    require_range(log_decay, q.shape[1], q.dtype)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
     output = _attend(q, 0, offer, scale, window, log_decay)
-    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    return output, final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
 
 
 def softmax_recurrent(
@@ -152,16 +152,16 @@ def softmax_recurrent(
     Where a query could need what the cache has dropped by then (several tokens under a window), and where documents are
     packed, the queries read the old cache and the new tokens. Arguments and result are those of `softmax_chunkwise`.
     """
-    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
-    _require_range(log_decay, q.shape[1], q.dtype)
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    require_range(log_decay, q.shape[1], q.dtype)
     keeps_all = isinstance(initial_state, GrowingCache) or window is None or q.shape[1] == 1
     if initial_state is not None and output_final_state and cu_seqlens is None and keeps_all:
-        final_state = _final_state(k, v, window, initial_state, None)
+        final_state = final_cache(k, v, window, initial_state, None)
         offer = _offer_written(final_state, initial_state.length, k)
         return _attend(q, 0, offer, scale, window, log_decay), final_state
-    offer = _offer(k, v, initial_state, cu_seqlens)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
     output = _attend(q, 0, offer, scale, window, log_decay)
-    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    return output, final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
 
 
 def softmax_chunkwise(
@@ -206,14 +206,14 @@ def softmax_chunkwise(
         RuntimeError: what only tensors know does not fit, raised in the device's own time: the documents' borders, a
             ring that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
     """
-    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
     length = q.shape[1]
-    _require_range(log_decay, min(chunk_size, length), q.dtype)
-    offer = _offer(k, v, initial_state, cu_seqlens)
+    require_range(log_decay, min(chunk_size, length), q.dtype)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
     output = _attend_in_blocks(q, 0, offer, scale, window, log_decay, chunk_size)
-    return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    return output, final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
 
 
 def softmax(
@@ -241,11 +241,11 @@ def softmax(
         length, start = q.shape[1], context.start(q.shape[1])
         size = chunk_size if paradigm is Paradigm.CHUNKWISE else length
         k, v = context.gather_tokens(k), context.gather_tokens(v)
-        scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens, segments=context.size)
-        _require_range(log_decay, min(size, length), q.dtype)
-        offer = _offer(k, v, initial_state, cu_seqlens)
+        scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens, segments=context.size)
+        require_range(log_decay, min(size, length), q.dtype)
+        offer = offer_of(k, v, initial_state, cu_seqlens)
         output = _attend_in_blocks(q, start, offer, scale, window, log_decay, size)
-        return output, _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+        return output, final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
     chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
     return chosen("softmax", paradigm, backend).function(
         q,
@@ -294,7 +294,7 @@ def softmax_flops(
     return 2 * pairs * (key_dim + value_dim)
 
 
-class _Offer(NamedTuple):
+class Offer(NamedTuple):
     """The keys and values that a segment's queries may see: first the cache's, then the segment's own in order."""
 
     keys: Float[Tensor, "B M G K"]
@@ -306,12 +306,12 @@ class _Offer(NamedTuple):
     cached: int
     """How many are the cache's."""
 
-    def up_to(self, start: int, stop: int, window: int | None) -> "_Offer":
+    def up_to(self, start: int, stop: int, window: int | None) -> "Offer":
         """What the queries from start to stop - 1 may see."""
         # a packed document may begin inside the block, so its cache may be needed anywhere
         first = _first_key(start, self.cached, window if self.documents is None else None)
         keys = slice(first, self.cached + stop)
-        return _Offer(
+        return Offer(
             self.keys[:, keys],
             self.values[:, keys],
             self.places[:, keys],
@@ -325,13 +325,13 @@ def _first_key(start: int, cached: int, window: int | None) -> int:
     return 0 if window is None or start < window - 1 else cached + start - window + 1
 
 
-def _offer(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> _Offer:
+def offer_of(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Offer:
     """The old cache and the segment."""
     batch_size, length = k.shape[:2]
     own_places = torch.arange(length, device=k.device)[None]
     own = None if cu_seqlens is None else document_of_token(cu_seqlens, length)
     if cache is None:
-        return _Offer(k, v, own_places, None if own is None else (own, own), 0)
+        return Offer(k, v, own_places, None if own is None else (own, own), 0)
     keys, values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
     places = _places_of_slots(cache, cache.length, length, cu_seqlens)
     documents = None
@@ -339,7 +339,7 @@ def _offer(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None)
         row = torch.arange(keys.shape[0], device=k.device, dtype=own.dtype)[:, None].expand(places.shape)
         documents = (torch.cat((row.flatten(), own)), own)
         keys, values, places = (x.flatten(0, 1)[None] for x in (keys, values, places))
-    return _Offer(
+    return Offer(
         torch.cat((keys, k), dim=1),
         torch.cat((values, v), dim=1),
         torch.cat((places, own_places.expand(batch_size, -1)), dim=1),
@@ -348,10 +348,10 @@ def _offer(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None)
     )
 
 
-def _offer_written(cache: Cache, read_before: Tensor, k: Tensor) -> _Offer:
+def _offer_written(cache: Cache, read_before: Tensor, k: Tensor) -> Offer:
     """A cache that has taken the segment in already."""
     places = _places_of_slots(cache, read_before, k.shape[1], None)
-    return _Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), places, None, cache.keys.shape[1])
+    return Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), places, None, cache.keys.shape[1])
 
 
 def _places_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -364,7 +364,7 @@ def _places_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens:
 def _attend_in_blocks(
     q: Tensor,
     start: int,
-    offer: _Offer,
+    offer: Offer,
     scale: float,
     window: int | None,
     log_decay: Tensor | None,
@@ -385,15 +385,15 @@ def _attend_in_blocks(
 
 
 def _attend(
-    q: Tensor, start: int, offer: _Offer, scale: float, window: int | None, log_decay: Tensor | None
+    q: Tensor, start: int, offer: Offer, scale: float, window: int | None, log_decay: Tensor | None
 ) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read an offer."""
     length, dtype = q.shape[1], q.dtype
     values = offer.values
-    q, keys = _factored(q, start, offer, log_decay)
+    q, keys = factored(q, start, offer, log_decay)
     places = torch.arange(start, start + length, device=q.device)
     plain = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
-    mask = None if plain else _visible(places, offer, window)
+    mask = None if plain else visible_keys(places, offer, window)
     output = scaled_dot_product_attention(
         q.transpose(1, 2),
         keys.transpose(1, 2),
@@ -406,7 +406,7 @@ def _attend(
     return output.transpose(1, 2).to(dtype)
 
 
-def _factored(q: Tensor, start: int, offer: _Offer, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+def factored(q: Tensor, start: int, offer: Offer, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
     """Queries at the places start, start + 1, ... and an offer's keys, each with its factor of the decay."""
     if log_decay is None:
         return q, offer.keys
@@ -425,7 +425,7 @@ def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
     return (x.to(wide) * factor).to(x.dtype)
 
 
-def _visible(places: Tensor, offer: _Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
+def visible_keys(places: Tensor, offer: Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
     """Which keys each query sees."""
     query, key = places[:, None], offer.places[:, None]
     visible = key <= query
@@ -437,7 +437,7 @@ def _visible(places: Tensor, offer: _Offer, window: int | None) -> Bool[Tensor, 
     return visible[:, None]
 
 
-def _final_state(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None) -> Cache:
+def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None) -> Cache:
     """The cache after the segment."""
     batch_size, length = k.shape[:2]
     if cache is None:
@@ -496,7 +496,7 @@ def _require(condition: Tensor, sentence: str) -> None:
     torch.ops.aten._assert_async.msg(condition, sentence)
 
 
-def _require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
+def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
     """Refuse a decay that `length` queries at once would turn into factors outside the dtype's range."""
     if log_decay is None:
         return
@@ -509,7 +509,7 @@ def _require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) ->
     )
 
 
-def _check(
+def require_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -520,7 +520,26 @@ def _check(
     cu_seqlens: Tensor | None,
     segments: int = 1,
 ) -> float:
-    """Refuse what does not fit; return the scale. Of so many equal segments of the row, q is one."""
+    """Refuse what no kernel of the family takes.
+
+    Args:
+        q: queries: one of so many equal `segments` of the row that keys and values are of.
+        k: keys.
+        v: values.
+        scale: factor of the scores; None for 1/sqrt(K).
+        window: keys that a query sees.
+        log_decay: natural log of what a token of distance does.
+        cache: what was read before.
+        cu_seqlens: borders of packed documents.
+        segments: ranks that share the row.
+
+    Returns:
+        The scale.
+
+    Raises:
+        SeqmixError: shapes or dtypes do not fit.
+        RuntimeError: the borders do not, in the device's own time.
+    """
     require_floats(q, k, v)
     shapes = (q.shape, k.shape, v.shape)
     fit = all(len(shape) == 4 for shape in shapes) and (q.shape[0], q.shape[1] * segments) == k.shape[:2] == v.shape[:2]

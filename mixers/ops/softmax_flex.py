@@ -29,8 +29,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..paradigm import Paradigm
+from .differentiation import needs_grad
 from .kernels import Kernel, Probe, declare
-from .softmax import TOLERANCES, Cache, _check, _factored, _final_state, _Offer, _offer, _require_range
+from .softmax import TOLERANCES, Cache, Offer, factored, final_cache, offer_of, require_inputs, require_range
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -77,11 +78,11 @@ def softmax_parallel_flex(
     Raises:
         SeqmixError: shapes do not fit, or `KERNEL` does not take this.
     """
-    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     _refuse(q, k, v, log_decay, initial_state)
-    _require_range(log_decay, q.shape[1], q.dtype)
-    offer = _offer(k, v, initial_state, cu_seqlens)
-    query, keys = _factored(q, 0, offer, log_decay)
+    require_range(log_decay, q.shape[1], q.dtype)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
+    query, keys = factored(q, 0, offer, log_decay)
     output = _flex(q.device)(
         query.transpose(1, 2),
         keys.transpose(1, 2),
@@ -90,19 +91,18 @@ def softmax_parallel_flex(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    state = _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    state = final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
     return output.transpose(1, 2).to(q.dtype), state
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> None:
     """Refuse what `KERNEL` does not take."""
-    differentiated = (q, k, v, log_decay, *(cache[:2] if cache is not None else ()))
     probe = Probe(
         device=q.device,
         dtype=q.dtype,
         key_width=q.shape[3],
         value_width=v.shape[3],
-        needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated),
+        needs_grad=needs_grad(q, k, v, log_decay, *(cache[:2] if cache is not None else ())),
     )
     KERNEL.require(probe)
 
@@ -135,7 +135,7 @@ def _eager(*args: Any, **options: Any) -> Tensor:
 # ---- what is seen
 
 
-def visible(offer: _Offer, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def visible(offer: Offer, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The function of a row, a head, a query and a key (by their indices) that says whether the query sees the key."""
     places, documents = offer.places, offer.documents
     shared = places.shape[0] == 1
@@ -155,7 +155,7 @@ def visible(offer: _Offer, window: int | None) -> Callable[[Tensor, Tensor, Tens
     return mask
 
 
-def block_mask(length: int, offer: _Offer, window: int | None) -> "BlockMask":
+def block_mask(length: int, offer: Offer, window: int | None) -> "BlockMask":
     """What `length` queries see of an offer, as FlexAttention takes it."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -170,7 +170,7 @@ def block_mask(length: int, offer: _Offer, window: int | None) -> "BlockMask":
     )
 
 
-def blocks(length: int, offer: _Offer, window: int | None) -> tuple[Tensor, Tensor]:
+def blocks(length: int, offer: Offer, window: int | None) -> tuple[Tensor, Tensor]:
     """Of each block of queries and of keys: whether some pair may be visible, and whether all are, [_ 1 Q M]."""
     rest = -length % BLOCK
     query = torch.arange(length + rest, device=offer.places.device).clamp(max=length - 1)

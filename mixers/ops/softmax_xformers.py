@@ -33,9 +33,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..paradigm import Paradigm
-from .differentiation import refuse_tangents
+from .differentiation import needs_grad, refuse_tangents
 from .kernels import Kernel, Probe, declare
-from .softmax import Cache, RingCache, _check, _factored, _final_state, _offer, _require_range
+from .softmax import Cache, RingCache, factored, final_cache, offer_of, require_inputs, require_range
 
 FLASH_WIDTH = 256
 """The widest heads of the kernels for 16 bits."""
@@ -94,12 +94,12 @@ def softmax_parallel_xformers(
     Raises:
         SeqmixError: shapes do not fit, or `KERNEL` does not take this.
     """
-    scale = _check(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     cached = () if initial_state is None else initial_state[:2]
     refuse_tangents("attention by xformers", q, k, v, log_decay, *cached)
-    _require_range(log_decay, q.shape[1], q.dtype)
-    offer = _offer(k, v, initial_state, cu_seqlens)
-    query, keys = _factored(q, 0, offer, log_decay)
+    require_range(log_decay, q.shape[1], q.dtype)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
+    query, keys = factored(q, 0, offer, log_decay)
     capacity = 0 if initial_state is None else initial_state.keys.shape[1]
     read = None if initial_state is None else initial_state.length
     arguments = (
@@ -107,7 +107,7 @@ def softmax_parallel_xformers(
         *(isinstance(initial_state, RingCache), window or 0, scale),
     )
     output = attend_op(*arguments) if torch.compiler.is_compiling() else _attend(*arguments)
-    state = _final_state(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    state = final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
     return output, state
 
 
@@ -278,12 +278,12 @@ def _attend(
 ) -> Tensor:
     """Output; with gradients by xformers' own autograd function."""
     _refuse(q, keys, values, window)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))):
+    differentiated = needs_grad(q, keys, values)
+    if not differentiated:
         # xformers looks at the tensors, and not at the mode, to decide whether there will be a backward pass
         q, keys, values = (x.detach() for x in (q, keys, values))
     call = _call(q, keys, values, read, borders, capacity, ring, window, scale)
-    needs_grad = any(x.requires_grad for x in call[:3])
-    grouped = call.q.shape[2] != call.k.shape[2] and not needs_grad
+    grouped = call.q.shape[2] != call.k.shape[2] and not differentiated
     inputs = _grouped(call) if grouped else _repeated(call)
     output = import_module("xformers.ops.fmha").memory_efficient_attention(*inputs, **call.options)
     return output.reshape(*q.shape[:3], values.shape[3])
@@ -297,7 +297,7 @@ def _refuse(q: Tensor, keys: Tensor, values: Tensor, window: int) -> None:
         key_width=q.shape[3],
         value_width=values.shape[3],
         window=window > 0,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values)),
+        needs_grad=needs_grad(q, keys, values),
     )
     KERNEL.require(probe)
 
@@ -314,7 +314,7 @@ def attend_op(
     window: int,
     scale: float,
 ) -> Tensor:
-    """The output [B T H V]; keys and values are those offered, the cache's first. A window of 0 is none."""
+    """The output [B T H V]; keys and values are those offer_of, the cache's first. A window of 0 is none."""
     with torch.no_grad():
         return _attend(q, keys, values, read, borders, capacity, ring, window, scale).contiguous()
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmix.mixers.ops import softmax_flex, softmax_xformers
 from seqmix.mixers.ops.kernels import Probe, find
-from seqmix.mixers.ops.softmax import GrowingCache, RingCache, _offer, _visible, softmax_parallel
+from seqmix.mixers.ops.softmax import GrowingCache, RingCache, offer_of, softmax_parallel, visible_keys
 from seqmix.mixers.ops.softmax_flex import BLOCK, softmax_parallel_flex
 from seqmix.mixers.ops.softmax_xformers import softmax_parallel_xformers
 from seqmix.mixers.paradigm import Paradigm
@@ -71,7 +71,7 @@ def segments(draw, sizes):
 
 def seen(offer, length, window):
     """The mask of the reference, a row of the batch each: [_ T M]."""
-    return _visible(torch.arange(length), offer, window)[:, 0]
+    return visible_keys(torch.arange(length), offer, window)[:, 0]
 
 
 # ---- FlexAttention: masks
@@ -82,7 +82,7 @@ def seen(offer, length, window):
 def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
     options, window = drawn
     (_, k, v), given_ = inputs(**options, width=1)
-    offer = _offer(k, v, given_["initial_state"], given_["cu_seqlens"])
+    offer = offer_of(k, v, given_["initial_state"], given_["cu_seqlens"])
     length, offered = k.shape[1], offer.keys.shape[1]
     dense = seen(offer, length, window)
     mask = softmax_flex.visible(offer, window)
@@ -103,7 +103,7 @@ def test_blocks_without_a_cache_are_those_that_torch_finds_pair_by_pair(window):
     from torch.nn.attention.flex_attention import create_block_mask
 
     (_, k, v), _ = inputs([700], width=1)
-    offer = _offer(k, v, None, None)
+    offer = offer_of(k, v, None, None)
     ours = softmax_flex.block_mask(700, offer, window)
     theirs = create_block_mask(softmax_flex.visible(offer, window), 1, 1, 700, 700, "cpu", BLOCK_SIZE=BLOCK)
     assert_close(ours.to_dense(), theirs.to_dense())
@@ -128,7 +128,7 @@ class Largest(TorchDispatchMode):
 def test_no_mask_is_as_large_as_all_pairs():
     lengths = [1500, 0, 2596]
     (_, k, v), options = inputs(lengths, packed=True, reads=[9, 40, 0], capacity=40, width=1)
-    offer = _offer(k, v, options["initial_state"], options["cu_seqlens"])
+    offer = offer_of(k, v, options["initial_state"], options["cu_seqlens"])
     with Largest() as largest:
         softmax_flex.block_mask(sum(lengths), offer, 100)
     assert largest.elements <= 2 * sum(lengths)
@@ -222,7 +222,7 @@ def test_xformers_masks_are_what_is_seen(drawn):
     options, window = drawn
     (q, k, v), given_ = inputs(**options, width=1)
     cache, borders = given_["initial_state"], given_["cu_seqlens"]
-    offer = _offer(k, v, cache, borders)
+    offer = offer_of(k, v, cache, borders)
     rows, length, offered = q.shape[0], q.shape[1], offer.keys.shape[1]
     found = softmax_xformers.plan(
         rows,
@@ -369,7 +369,7 @@ def test_what_xformers_cannot_load_is_copied():
 @needs_xformers
 def test_the_op_passes_opcheck(standing_in):
     (q, k, v), options = inputs([3, 0, 4], packed=True, reads=[2, 1, 5], capacity=5, grad=True)
-    offer = _offer(k.detach(), v.detach(), options["initial_state"], options["cu_seqlens"])
+    offer = offer_of(k.detach(), v.detach(), options["initial_state"], options["cu_seqlens"])
     keys, values = (x.detach().requires_grad_() for x in (offer.keys, offer.values))
     read, borders = options["initial_state"].length, options["cu_seqlens"]
     arguments = (q, keys, values, read, borders, 5, False, 2, 0.3)
