@@ -89,8 +89,8 @@ def train(
 ) -> None:
     """Train a model.
 
-    Writes its configuration, metrics.jsonl and checkpoints to runs/NAME. With no data.paths the text is the source of
-    Python's own standard library. Ctrl-C stops after the step, with a checkpoint.
+    Writes its configuration, metrics.jsonl and checkpoints to runs/NAME. With no data.paths, it reads the source of
+    Python's standard library. Ctrl-C stops after the step, with a checkpoint.
 
     [bold]seqmix train retnet-tiny[/bold]
 
@@ -107,8 +107,8 @@ def train(
         changes = [*([] if config is None else [config]), *(overrides or [])]
         if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
             raise SeqmixError(
-                "--resume goes on with the run's own configuration: give it no CONFIG, changes or options, except "
-                "distributed.KEY=VALUE for other processes"
+                f"--resume goes on with the run's own configuration, {resume}/config.yaml, which may be edited: give "
+                "it no CONFIG, changes or options, except distributed.KEY=VALUE for other processes"
             )
         _train(read_config(resume, changes), resume, resume=True)
         return

@@ -110,7 +110,7 @@ def _lengths(evaluation: Evaluation) -> Table:
     for found in evaluation.lengths:
         table.add_row(
             f"{found.length:,}",
-            f"{found.length / evaluation.trained_length:g} x",
+            f"{round(found.length / evaluation.trained_length, 3):g} x",
             *(_number(found.losses.get(paradigm)) for paradigm in paradigms),
             f"{found.tokens:,}",
         )

@@ -22,6 +22,8 @@ def override(tree: Node, change: str) -> Node:
         value = parse(text, COMMAND_LINE, lines=False) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
         reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        if (first := text.lstrip()[:1]) in "*&!%@`":  # each has a meaning of its own where a scalar begins
+            reason += f"; a text that begins with {first} is quoted, for the shell too: '{path}=\"{text}\"'"
         raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is no YAML: {reason}") from error
     return tree.merge(_difference(tree, keys, 0, value))
 

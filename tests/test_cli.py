@@ -474,7 +474,8 @@ def test_train_needs_something_to_train(refused):
 
 @pytest.mark.parametrize("extra", [["retnet-tiny"], ["--out", "elsewhere"], ["--dry-run"], ["retnet-tiny", "seed=1"]])
 def test_resume_takes_nothing_else(refused, run, extra):
-    assert "--resume goes on with the run's own configuration" in refused("train", "--resume", str(run), *extra)
+    sentence = refused("train", "--resume", str(run), *extra)
+    assert f"--resume goes on with the run's own configuration, {run}/config.yaml, which may be edited" in sentence
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from hypothesis import core, settings
 from hypothesis.internal.conjecture import providers
 from pydantic import Field
+from torch import nn
 
 from seqmix import MIXERS, Paradigm
 from seqmix.mixers.attention import AttentionConfig
@@ -432,6 +433,22 @@ def test_a_paradigm_that_is_not_asked_for_is_not_tested(monkeypatch):
         report = check_mixer(RetentionConfig(n_heads=2), checks=names, **asked)
         assert report.passed, report.failures[0].reason
     failure(RetentionConfig(n_heads=2), "pieces_equal_the_whole", paradigms=(Paradigm.CHUNKWISE,), shrink=False)
+
+
+class UnfilledConfig(RetentionConfig):
+    """Of memory that only reset_parameters fills."""
+
+    kind: Literal["unfilled"] = "unfilled"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        mixer.out_proj.weight = nn.Parameter(torch.empty_like(mixer.out_proj.weight))
+        return mixer
+
+
+def test_a_mixer_that_is_built_alone_is_initialised():
+    (outcome,) = check_mixer(UnfilledConfig(n_heads=2), checks=["every_parameter_is_initialised"]).outcomes
+    assert "built alone, out_proj.weight is uninitialised: end __init__ with self.reset_parameters()" in outcome.reason
 
 
 @pytest.fixture

@@ -115,6 +115,11 @@ def test_what_is_no_change_is_told_how_to_write_one(change):
             "expected the node content, but found ']'",
         ),
         ("rate={a: 1, a: 2}", "rate: the value '{a: 1, a: 2}' is no YAML: key 'a' is given twice"),
+        (
+            "name=*.py",
+            "name: the value '*.py' is no YAML: column 2: while scanning an alias, expected alphabetic or numeric "
+            "character, but found '.'; a text that begins with * is quoted, for the shell too: 'name=\"*.py\"'",
+        ),
     ],
 )
 def test_a_change_that_cannot_be_made_is_one_sentence(change, sentence):

@@ -76,8 +76,14 @@ def parameters_round_trip(trial: Trial) -> None:
 
 @check(share=0.1, draw=ONCE)
 def every_parameter_is_initialised(trial: Trial) -> None:
-    """Built on meta, then given memory: `reset_parameters` fills every parameter and buffer, from the global generator
-    alone."""
+    """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
+    them, from the global generator alone."""
+    with torch.device(trial.subject.device), torch.random.fork_rng():
+        alone = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
+    for name, tensor in (*alone.named_parameters(), *alone.named_buffers()):
+        # memory that nothing filled is NaN here
+        filled = not tensor.is_floating_point() or tensor.isfinite().all()
+        require(filled, f"built alone, {name} is uninitialised: end __init__ with self.reset_parameters()")
     with torch.device("meta"):
         mixer = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
     mixer = mixer.to_empty(device=trial.subject.device)
