@@ -1,7 +1,9 @@
 """The `seqmix` command: thin commands over the library, and one sentence for what goes wrong."""
 
+import atexit
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +70,9 @@ def main() -> None:
         reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
         typer.secho(f"error: memory ran out{reason}: the text, the model or the batch is too large", err=True, fg="red")
         sys.exit(2)
+    finally:
+        # first of all, as what was registered last: torch's own ends take a while, and a second Ctrl-C is no news
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 @app.command()

@@ -22,7 +22,8 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from ..training.checkpoint import checkpoints
+from ..training.checkpoint import CheckpointError, checkpoints, find
+from ..training.metrics import METRICS_FILE
 from .collect import RUNS, is_finished, is_same
 from .plan import Plan, PlannedRun
 from .study import StudyError
@@ -134,16 +135,30 @@ def visible_gpus() -> list[str]:
 
 def _clear(run: PlannedRun, folder: Path, shown: Shown) -> None:
     """Make room for a run, or leave what it can go on from."""
-    if not folder.exists() or (is_same(run, folder) and checkpoints(folder)):
+    if not folder.exists():
         return
     if not checkpoints(folder):
         shutil.rmtree(folder)  # it was killed before there was anything to keep
+        return
+    if (why := _why_anew(run, folder)) is None:
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     folder.rename(aside)
-    shown.note(f"{run.name} has another configuration than before and is made anew; what was there is now {aside}")
+    shown.note(f"{run.name} {why} and is made anew; what was there is now {aside}")
+
+
+def _why_anew(run: PlannedRun, folder: Path) -> str | None:
+    """Why a run that is not finished cannot go on from its checkpoints; None if it can."""
+    if not is_same(run, folder):
+        return "has another configuration than before"
+    try:
+        step = find(folder).manifest.step
+    except CheckpointError:
+        return "has no checkpoint that is intact"
+    # nothing is left to train, and nothing would be measured
+    return f"lacks measurements in {METRICS_FILE}" if step == run.config.training.steps else None
 
 
 class _Process:

@@ -1,6 +1,7 @@
 """The command: what it does, and that bad input is one sentence and status 2."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -647,3 +648,12 @@ def test_the_installed_command_does_the_same(arguments, status, tmp_path):
     else:
         assert done.stderr == ""
         assert json.loads(done.stdout)["parameters"] > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_a_second_ctrl_c_while_the_interpreter_ends_is_quiet():
+    # what is registered first is called last, as torch's own
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", f"{late}; from seqmix.cli import main; main()", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
         ]
     finally:
         aside.rename(place)
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("metrics.jsonl", "lacks measurements in metrics.jsonl"),
+        ("checkpoints/*/model.safetensors", "has no checkpoint that is intact"),
+    ],
+)
+def test_a_run_that_is_damaged_for_good_is_laid_aside(made, tmp_path, monkeypatch, file, why):
+    monkeypatch.chdir(made[0])
+    run = plan(load_study(Path("small.yaml")), Path("small.yaml")).runs[0]
+    place, shown = shutil.copytree(Path("studies/small/runs", run.name), tmp_path / run.name), Quiet()
+    for damaged in place.glob(file):
+        damaged.write_bytes(b"")
+    (place / "metrics.jsonl").write_bytes(b"")
+    assert not runner.is_left_alone(run, place)
+    runner._clear(run, place, shown)
+    aside = f"{place}.before-1"
+    assert (place.exists(), (Path(aside) / "config.yaml").exists()) == (False, True)
+    assert shown.notes == [f"{run.name} {why} and is made anew; what was there is now {aside}"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
