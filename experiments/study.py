@@ -282,4 +282,6 @@ def load_study(file: Path) -> Study:
         ConfigError: what is wrong, where, and what is allowed.
     """
     study = load(Study, file, presets=STUDIES)
-    return study if study.name is not None else study.model_copy(update={"name": file.stem})
+    # bytes of a name that are no text come as surrogates, which no results can hold
+    stem = file.stem.encode(errors="surrogateescape").decode(errors="replace")
+    return study if study.name is not None else study.model_copy(update={"name": stem})

@@ -469,6 +469,12 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(refused, out):
     assert re.search(f"{out}.*(No such file|Not a directory)", refused("train", "retnet-tiny", *SMALL, "--out", out))
 
 
+def test_a_folder_that_no_weights_can_be_read_from_is_one_sentence(refused):
+    said = refused("train", "retnet-tiny", *SMALL, "--out", "caf\udce9")
+    assert said == "a run cannot be written to 'caf\\udce9': a path must be UTF-8"
+    assert not Path("caf\udce9").exists()
+
+
 def test_train_needs_something_to_train(refused):
     assert "train needs a CONFIG" in refused("train")
 

@@ -15,8 +15,12 @@ def require_free(run: Path) -> None:
     """Find out whether a folder can become a run's.
 
     Raises:
-        TrainingError: there is something in it, or it cannot be looked at.
+        TrainingError: there is something in it, it cannot be looked at, or no weights could be read from there.
     """
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:  # safetensors would write there, and not read
+        raise TrainingError(f"a run cannot be written to {str(run)!a}: a path must be UTF-8") from None
     try:
         taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
     except OSError as error:

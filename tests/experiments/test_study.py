@@ -226,3 +226,9 @@ def test_extends_takes_the_model_and_leaves_the_vocabulary(planned):
     assert entry.config.model.vocab_size == 300
     assert entry.config.model.blocks.keys() == load_config("gla-tiny").model.blocks.keys()
     assert entry.config.training == load_config("retnet-tiny").training
+
+
+def test_a_study_has_the_name_of_its_file_whatever_bytes_that_is(tmp_path):
+    file = tmp_path / "caf\udce9.yaml"
+    file.write_text(f"{UNMATCHED}mixers: [retention]\n")
+    assert load_study(file).name == "caf\ufffd"
