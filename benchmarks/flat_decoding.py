@@ -18,6 +18,7 @@ from ..mixers.state import to_dict
 from ..models import Decoder, build_model
 from .command import model_to_measure
 from .measure import turns
+from .program import run_program
 
 CONTEXTS = (64, 1024, 8192, 65536)
 TOKENS = 64
@@ -67,4 +68,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -26,6 +26,7 @@ from ..registry import SeqmixError, nearest
 from .command import model_to_measure
 from .measure import Spread
 from .peers import COMPETITORS, Size
+from .program import run_program
 from .report import from_json, markdown, to_json
 from .suite import Report, Row
 
@@ -244,10 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    try:
-        app()
-    except SeqmixError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(2)
+    run_program(main)

@@ -3,7 +3,6 @@
 Its conformance checks are run one by one and told as they end. Exit status 1: one failed; 2: it cannot be asked.
 """
 
-import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from ..mixers.ops.kernels import KERNELS, find
 from ..mixers.testing import EXAMPLES, KERNEL_CHECKS, check_kernel
 from ..mixers.testing.outcome import Status
 from ..registry import SeqmixError, nearest
+from .program import run_program
 
 
 def main(
@@ -37,10 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    try:
-        app()
-    except SeqmixError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(2)
+    run_program(main)

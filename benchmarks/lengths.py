@@ -17,6 +17,7 @@ import typer
 from ..models import LanguageModel, build_model
 from ..training.memory import keep_freed_memory
 from .presets import single_kind_presets
+from .program import run_program
 
 ROUNDS = 3
 
@@ -71,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -22,6 +22,7 @@ import typer
 from ..training import load_config, train
 from ..training.events import Evaluated, Saved, Started
 from ..training.memory import keep_freed_memory, peak_memory
+from .program import run_program
 
 EVERY = 10
 """Steps between evaluations."""
@@ -101,4 +102,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -9,11 +9,12 @@ eighths of the steps: theirs cost more, and they need fewer.
 """
 
 import math
-import sys
 import time
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from ..training.data import evaluation_batches, read_corpus, training_batch
 from ..training.learner import Learner
 from ..training.optim import build_optimizer, learning_rate
 from ..training.score import Measured
+from .program import run_program
 
 LENGTH, WIDTH, LAYERS, HEADS = 64, 128, 4, 4
 ATTENTION = "{kind: attention, n_heads: 4}"
@@ -123,7 +125,10 @@ def learner(config: RunConfig) -> Learner:
     return Learner(config, config.data.open(config), model, build_optimizer(model, config.training))
 
 
-def main(text: str, steps: int) -> None:
+def main(
+    text: Annotated[str, typer.Argument(help="A text file.")],
+    steps: Annotated[int, typer.Argument(help="Of the longer trainings.", min=8)] = 2000,
+) -> None:
     """Train all, in turn; print a table."""
     fewer = steps * 5 // 8
     whole, shorter = run_config(text, steps, PARALLEL), run_config(text, fewer, PARALLEL)
@@ -151,4 +156,4 @@ def main(text: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2000)
+    run_program(main)
