@@ -17,7 +17,7 @@ def test_a_tensor_that_stays_is_seen(tmp_path, monkeypatch):
     kept, step = [], Learner.step
 
     def leaking(self: Learner, number: int):
-        kept.append(torch.zeros(2**16))
+        kept.append(torch.ones(2**18))  # more than what tests before this one have freed in small pieces
         return step(self, number)
 
     monkeypatch.setattr(Learner, "step", leaking)
