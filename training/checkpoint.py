@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -327,6 +328,23 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return found, tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which appears when it is complete and on the disk, in place of an older one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        flush(partial)
+        partial.replace(file)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{file} cannot be written: {error}") from error
 
 
 def flush(path: Path) -> None:

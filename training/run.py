@@ -3,12 +3,10 @@
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 
 from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, Tokenizer, build_model, load_tokenizer
 from ..registry import load
@@ -85,18 +83,11 @@ def export_run(
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
     if model.tokenizer is not None and (vocabulary := _vocabulary(model.tokenizer)) is not None:
         metadata[EXPORTED_TOKENIZER] = vocabulary
-    partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in snapshot.parameters_of(model).items()}, partial, metadata
-        )
-        checkpoint.flush(partial)
-        partial.rename(out)
-    except Exception as error:  # safetensors has errors of its own for a full disk
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
+    checkpoint.write_tensors(out, snapshot.parameters_of(model), metadata)
     return step
 
 

@@ -5,18 +5,15 @@ tokens, and in the metadata which model it is of and a checksum. States that gro
 """
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..mixers import ContractError
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, Reading
-from . import checkpoint
-from .checkpoint import CheckpointError, read_tensors
+from .checkpoint import CheckpointError, read_tensors, write_tensors
 from .session import seqmix_version
 
 FORMAT = "1"
@@ -38,7 +35,7 @@ def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> No
     file = Path(file)
     state = map_state(lambda leaf: leaf.detach().cpu(), reading.room_for(model, None))
     tensors = {STATE + name: leaf for name, leaf in to_dict(state).items()}
-    tensors |= {RECENT: reading.recent.contiguous(), LENGTHS: reading.lengths.contiguous()}
+    tensors |= {RECENT: reading.recent, LENGTHS: reading.lengths}
     metadata = {
         "format": "pt",
         "seqmix.version": seqmix_version(),
@@ -46,15 +43,7 @@ def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> No
         MODEL_KEY: model_digest(model),
         CHECKSUM_KEY: _digest(tensors),
     }
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        checkpoint.flush(partial)
-        partial.replace(file)
-    except Exception as error:  # safetensors has errors of its own for a full disk
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{file} cannot be written: {error}") from error
+    write_tensors(file, tensors, metadata)
 
 
 def load_reading(file: str | Path, model: LanguageModel) -> Reading:
