@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from .mixers import Paradigm
 from .registry import SeqmixError
-from .terminal import terminal
+from .terminal import plain_table, terminal
 from .training import Choice, load_run, read_config
 from .training.lengths import (
     TIMES,
@@ -98,7 +97,7 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         console.print(
             f"Nats a token of the last {evaluation.scored:,} tokens of a sequence, behind more and less of it:"
         )
-        table = _table("context", "loss", "tokens scored")
+        table = plain_table("context", "loss", "tokens scored", justify="right")
         for found in evaluation.contexts:
             table.add_row(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}")
         console.print(table)
@@ -106,7 +105,7 @@ def _show(evaluation: Evaluation, console: Console) -> None:
 
 def _lengths(evaluation: Evaluation) -> Table:
     paradigms = list(max((found.losses for found in evaluation.lengths), key=len))
-    table = _table("tokens", "of training", *paradigms, "tokens measured")
+    table = plain_table("tokens", "of training", *paradigms, "tokens measured", justify="right")
     for found in evaluation.lengths:
         table.add_row(
             f"{found.length:,}",
@@ -119,20 +118,13 @@ def _lengths(evaluation: Evaluation) -> Table:
 
 def _positions(evaluation: Evaluation) -> Table:
     """A line for each stretch of positions, a column for each length; by the first paradigm."""
-    table = _table("positions", *(f"{found.length:,}" for found in evaluation.lengths))
+    table = plain_table("positions", *(f"{found.length:,}" for found in evaluation.lengths), justify="right")
     columns = [{place.start: place for place in found.positions} for found in evaluation.lengths]
     for start in sorted({start for column in columns for start in column}):
         places = [column.get(start) for column in columns]
         stop = max(place.stop for place in places if place is not None)
         losses = [None if place is None else next(iter(place.losses.values())) for place in places]
         table.add_row(f"{start:,} to {stop - 1:,}", *map(_number, losses))
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right")
     return table
 
 

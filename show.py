@@ -2,19 +2,16 @@
 
 from itertools import groupby
 
-from rich.box import SIMPLE
-from rich.table import Table
-
 from .mixers import MIXERS, Paradigm
 from .models import LayerCost, ModelCost
-from .terminal import terminal
+from .terminal import plain_table, terminal
 from .training import RunConfig
 
 
 def mixer_table() -> None:
     """Print the registered mixers, where plug-ins come from, and the plug-ins that cannot be imported."""
     console = terminal()
-    table = _table("kind", "paradigms", "state", "packing", "shift-invariant")
+    table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
     foreign: dict[str, str] = {}
     for kind in MIXERS.kinds():
         if not (module := MIXERS.origin(kind)).startswith("seqmix."):
@@ -39,14 +36,9 @@ def mixer_table() -> None:
         console.print(f"plug-in {name} is broken: {reason}", style="red")
 
 
-def _table(*columns: str) -> Table:
-    """A table that fits eighty columns."""
-    return Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-
-
 def cost_table(config: RunConfig, cost: ModelCost) -> None:
     """Print a model's cost; runs of equal layers share a line."""
-    table = _table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
+    table = plain_table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
     for layer, run in groupby(cost.layers):
         count = len(list(run))

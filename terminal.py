@@ -1,8 +1,11 @@
-"""The console that commands print to: a terminal, or a file or a pipe, which is as wide as it must be."""
+"""What commands print to, a terminal or a file or pipe, which is as wide as it must be; and the tables they print."""
 
 import os
+from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 WIDE = 200
 """Columns where there is no terminal, and no COLUMNS says how many: a table is not folded."""
@@ -18,3 +21,16 @@ def terminal(*, quiet: bool = False) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width, console.soft_wrap = WIDE, True  # a line of a file is a line
     return console
+
+
+def plain_table(*columns: str, **options: Any) -> Table:
+    """A table with lines above and below its heads alone, as narrow as its cells.
+
+    Args:
+        columns: the heads.
+        options: those of rich's `add_column`, for all columns.
+    """
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, **options)
+    return table

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from ..registry import SeqmixError
+from ..terminal import plain_table
 from .measure import Spread
 from .suite import Report, Row, as_dict, from_dict
 
@@ -44,7 +44,7 @@ def show(report: Report, console: Console) -> None:
 
 def _table(report: Report, spared: tuple[str, ...]) -> Table:
     heads, lines = cells(report, spared)
-    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table()
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < _names(report) else "right", no_wrap=True)
     for line in lines:

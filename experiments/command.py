@@ -3,12 +3,10 @@
 import shlex
 from pathlib import Path
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from ..show import si, si_bytes
-from ..terminal import terminal
+from ..terminal import plain_table, terminal
 from ..training.progress import StopRequest
 from . import speed
 from .collect import RUNS, collect, entry_result
@@ -80,7 +78,7 @@ def _make(planned: Plan, folder: Path, source: str, out: Path | None, jobs: int 
 
 def list_studies(console: Console) -> None:
     """Print the studies that come with the package."""
-    table = Table("study", "question", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table("study", "question")
     for name in shipped():
         table.add_row(name, load_study(STUDIES / f"{name}.yaml").question or "")
     console.print(table)
@@ -98,9 +96,7 @@ def _show_plan(planned: Plan, console: Console) -> None:
     """What would be made."""
     if planned.study.question:
         console.print(planned.study.question)
-    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in ("entry", "mixers", "parameters", "forward/token", "state"):
-        table.add_column(head, overflow="fold")
+    table = plain_table("entry", "mixers", "parameters", "forward/token", "state", overflow="fold")
     entries = [entry_result(entry) for entry in planned.entries]
     for entry in entries:
         table.add_row(

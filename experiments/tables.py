@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from ..show import si_bytes
+from ..terminal import plain_table
 from .results import Results, RunResult, Statistic, SummaryRow
 from .summary import best_first
 
@@ -67,9 +66,7 @@ def show(results: Results, console: Console) -> None:
     """Print the summary, what was the same for all, and what to know beside it."""
     head, rows = _cells(results)
     if rows:
-        table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-        for name in head:
-            table.add_column(name, overflow="fold")
+        table = plain_table(*head, overflow="fold")
         for cells in rows:
             table.add_row(*cells)
         console.print(table)
