@@ -187,8 +187,7 @@ class Learner:
         torch.manual_seed(seed)
 
     def _batch(self, step: int) -> Batch:
-        size, seed = self.config.training.batch_size, self.config.seed
-        ranks = self.ranks
+        size, seed, ranks = self.config.training.batch_size, self.config.seed, self.ranks
         return self._to_device(self.source.training_batch(step, size, seed, ranks.batch_rank, ranks.batch_size))
 
     def _state_before(self, step: int) -> ModelState | None:

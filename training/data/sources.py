@@ -139,7 +139,6 @@ def _standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
-        if {"site-packages", "dist-packages", "test", "tests", "__pycache__"}.isdisjoint(parts) and not parts[
-            -1
-        ].startswith("_sysconfigdata"):
+        foreign = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}.intersection(parts)
+        if not foreign and not file.name.startswith("_sysconfigdata"):
             yield Document("/".join(parts), str(file), file.read_bytes())

@@ -6,6 +6,7 @@ Training and evaluation draw from generators of different seeds, so that no exam
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -199,6 +200,17 @@ class Task(Source):
 def blank(rows: int, length: int, token: int = 0) -> Rows:
     """Sequences of one token in which nothing is asked."""
     return Rows(np.full((rows, length), token, dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64))
+
+
+def letter(symbol: int, count: int, first: int = 1) -> str:
+    """What a symbol is called: a to z where there are no more of them than letters, else its number.
+
+    Args:
+        symbol: its token.
+        count: symbols there are.
+        first: the token of the first one.
+    """
+    return chr(ord("a") + symbol - first) if count <= len(ascii_lowercase) else str(symbol)
 
 
 def distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> Int64[np.ndarray, "B N"]:

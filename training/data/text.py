@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from ...models import Tokenizer
 from ...registry import SeqmixError
-from ..contiguous import Windows, contiguous_windows
 from .base import Batch, Examples, Packed, Source, share
 from .batches import cut, evaluation_batches, most_documents, pack, training_batch
+from .contiguous import Windows, contiguous_windows
 from .corpus import Corpus, read_corpus
 from .kinds.text import TextConfig
 

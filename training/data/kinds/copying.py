@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank
+from ..task import Difficulties, Rows, TaskConfig, blank, letter
 
 
 class CopyingConfig(TaskConfig):
@@ -54,4 +54,4 @@ class CopyingConfig(TaskConfig):
         """Letters while they last."""
         if token == 0:
             return "·"
-        return "copy" if token > self.symbols else chr(96 + token) if self.symbols <= 26 else str(token)
+        return "copy" if token > self.symbols else letter(token, self.symbols)

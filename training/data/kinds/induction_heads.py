@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank
+from ..task import Difficulties, Rows, TaskConfig, blank, letter
 
 
 class InductionHeadsConfig(TaskConfig):
@@ -59,4 +59,4 @@ class InductionHeadsConfig(TaskConfig):
 
     def name_of(self, token: int) -> str:
         """Letters while they last."""
-        return "!" if token == self.symbols else chr(97 + token) if self.symbols <= 26 else str(token)
+        return "!" if token == self.symbols else letter(token, self.symbols, first=0)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank, distinct
+from ..task import Difficulties, Rows, TaskConfig, blank, distinct, letter
 
 
 class SelectiveCopyingConfig(TaskConfig):
@@ -59,4 +59,4 @@ class SelectiveCopyingConfig(TaskConfig):
         """Letters while they last."""
         if token == 0:
             return "·"
-        return "?" if token > self.alphabet else chr(96 + token) if self.alphabet <= 26 else str(token)
+        return "?" if token > self.alphabet else letter(token, self.alphabet)

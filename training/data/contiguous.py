@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ..registry import SeqmixError
+from ...registry import SeqmixError
 
 
 class Windows(NamedTuple):
