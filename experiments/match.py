@@ -130,8 +130,8 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
         length: tokens of a sequence.
 
     Raises:
-        ConfigError: there is no such field, or it is no number.
-        MatchError: no value comes near enough; it says which one comes nearest, and how near.
+        MatchError: there is no such field, or it is no number; or no value comes near enough, and it says which one
+            comes nearest, and how near.
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
     search.run()

@@ -138,12 +138,10 @@ class Attention(SequenceMixer[AttentionState]):
             backend=self.backend_of(paradigm),
             context=self.context,
         )
-        if (
-            final_state is not None and final_state.keys.dtype != self.dtype
-        ):  # autocast narrowed the keys of a new cache
-            final_state = final_state._replace(
-                keys=final_state.keys.to(self.dtype), values=final_state.values.to(self.dtype)
-            )
+        if final_state is not None:
+            # autocast narrows the keys and values of a new cache
+            keys, values = final_state.keys.to(self.dtype), final_state.values.to(self.dtype)
+            final_state = final_state._replace(keys=keys, values=values)
         return self.out_proj(output.flatten(2)), final_state
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:  # noqa: D102

@@ -215,7 +215,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if self.context is None or self.splits:
             result = self.mix(x, state, paradigm, cu_seqlens, return_state)
         else:
-            from .hand_over import mix_in_turn
+            from .hand_over import mix_in_turn  # it is written in terms of this class
 
             result = mix_in_turn(self, self.context, x, state, paradigm, cu_seqlens, return_state)
         if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown

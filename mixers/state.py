@@ -4,14 +4,12 @@ A model's state is a tuple with one opaque entry a layer, so everything here wor
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import ContractError
-
-S = TypeVar("S", bound="tuple[Any, ...]")
+from .base import ContractError, S
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
@@ -31,7 +29,7 @@ def clone(state: S) -> S:
 
 def select(state: S, rows: Tensor) -> S:
     """The rows (sequences) of a state by index, in that order, repeated if asked: beams, splitting a batch."""
-    return map_state(lambda leaf: leaf.index_select(0, rows), state)
+    return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
 
 
 def concatenate(states: list[S]) -> S:

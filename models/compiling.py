@@ -17,7 +17,7 @@ from .language_model import LanguageModel
 
 
 class CompileError(SeqmixError):
-    """What was to be compiled cannot be, as there is no C++ compiler."""
+    """What was to be compiled cannot be: the compiler has failed, for want of a C++ compiler or otherwise."""
 
 
 def compile_blocks(model: LanguageModel) -> int:

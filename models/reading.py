@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..mixers.state import clone, map_state
+from ..mixers.state import clone, select
 from ..registry import SeqmixError
 from .language_model import LanguageModel, ModelState
 
@@ -39,8 +39,7 @@ class Reading:
             if not 0 <= row < len(self):
                 raise SeqmixError(f"there is no text {row} among the {len(self)} that were read, counted from 0")
         index = torch.tensor(rows, dtype=torch.int64)
-        state = map_state(lambda leaf: leaf.index_select(0, index.to(leaf.device)), self.state)
-        return Reading(state, self.recent[index], self.lengths[index])
+        return Reading(select(self.state, index), self.recent[index], self.lengths[index])
 
     def then(self, prompts: Sequence[Int[Tensor, " T"]]) -> tuple["Reading", list[Int[Tensor, " T+1"]]]:
         """The texts that go on, one for each prompt, and what each is still to read: its last token, and the prompt.

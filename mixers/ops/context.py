@@ -171,7 +171,7 @@ def _(x: Tensor, size: int, group: str) -> Tensor:
 
 
 @torch.library.custom_op("seqmix::reduce_scatter", mutates_args=())
-def scatter_op(x: Tensor, size: int, group: str) -> Tensor:
+def scatter_op(x: Tensor, group: str) -> Tensor:
     """The sum over ranks of this rank's entry, [n ..] -> [..]."""
     own = x.new_empty(x.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -180,7 +180,7 @@ def scatter_op(x: Tensor, size: int, group: str) -> Tensor:
 
 
 @scatter_op.register_fake
-def _(x: Tensor, size: int, group: str) -> Tensor:
+def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty(x.shape[1:])
 
 
@@ -191,11 +191,11 @@ def _group(name: str) -> "dist.ProcessGroup":
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.size, ctx.group = inputs
+    _, _, ctx.group = inputs
 
 
 def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return scatter_op(gradient, ctx.size, ctx.group), None, None
+    return scatter_op(gradient, ctx.group), None, None
 
 
 gather_op.register_autograd(_gather_backward, setup_context=_setup_gather)
