@@ -30,6 +30,7 @@ from ..paradigm import Paradigm
 from ..positions import advance, document_of_token
 from .context import Context
 from .kernels import Kernel, chosen, declare, require_floats
+from .segments import require_borders
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
 """Whose kernels: `auto` is settled when a model is built; `sdpa` and `flex` are torch's."""
@@ -202,9 +203,10 @@ def softmax_chunkwise(
         The output in the dtype of q, and the final state or None.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, said in one sentence.
-        RuntimeError: what only tensors know does not fit, raised in the device's own time: the documents' borders, a
-            ring that would drop keys which later queries see, a decay whose factors would leave the dtype's range.
+        SeqmixError: shapes, dtypes or the documents' borders do not fit, said in one sentence.
+        RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
+            which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
+            the borders too.
     """
     scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
     if chunk_size < 1:
@@ -537,8 +539,7 @@ def require_inputs(
         The scale.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit.
-        RuntimeError: the borders do not, in the device's own time.
+        SeqmixError: shapes, dtypes or borders do not fit.
     """
     require_floats(q, k, v)
     shapes = (q.shape, k.shape, v.shape)
@@ -564,8 +565,7 @@ def require_inputs(
         if rows != 1:
             raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {rows}")
         rows = cu_seqlens.shape[0] - 1
-        rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == k.shape[1])
-        _require(rises, "cu_seqlens must rise from 0 to the number of tokens given")
+        require_borders(cu_seqlens, k.shape[1])
     if cache is not None:
         needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])
         given = ([*x.shape[:1], *x.shape[2:]] for x in cache)
