@@ -57,12 +57,12 @@ def spoken(chart: Chart) -> str:
     return f"{y.label} over {x.label}. {'; '.join(ends)}."
 
 
-def sample(style: int, *, joined: bool = True) -> Element:
+def sample(style: int) -> Element:
     """What a legend shows of a style."""
     stroke = element("path", class_="line", d="M1 6H25", stroke_dasharray=palette.dash(style) or None)
     return element(
         "svg",
-        stroke if joined else None,
+        stroke,
         element("path", class_="marker", d=_shape(palette.marker(style), 13, 6)),
         class_="chart sample",
         viewBox="0 0 26 12",

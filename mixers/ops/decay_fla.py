@@ -26,7 +26,6 @@ import re
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from torch import Tensor
 from ..paradigm import Paradigm
 from .decay import NO_TANGENTS, DecayOutput, LogDecay, probe_of, require_inputs
 from .differentiation import refuse_tangents
-from .kernels import Kernel, Probe, declare
+from .kernels import Kernel, Probe, declare, installed
 
 LOWEST = -256 * math.log(2)
 """The lowest log-decay that is passed on."""
@@ -49,9 +48,9 @@ block, and what is left to it cannot use the matrix instructions."""
 def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
     reasons = []
-    if not _installed("fla"):
+    if not installed("fla"):
         reasons.append("flash-linear-attention is not installed (pip install --no-deps fla-core)")
-    if not _installed("triton"):
+    if not installed("triton"):
         reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"it needs a CUDA device and not {probe.device.type}")
@@ -68,12 +67,6 @@ def limits(probe: Probe) -> list[str]:
                 f"{'.'.join(map(str, capability))}"
             )
     return reasons
-
-
-@cache
-def _installed(name: str) -> bool:
-    # what was uninstalled may leave a folder, which is no package
-    return getattr(find_spec(name), "origin", None) is not None
 
 
 @cache

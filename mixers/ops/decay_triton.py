@@ -29,7 +29,6 @@ This module needs no triton: it is imported where a kernel is launched.
 import os
 from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ from .decay import (
 )
 from .decay_chunkwise import differentiate_by
 from .differentiation import has_tangent, needs_grad, refuse_tangents
-from .kernels import Kernel, Probe, declare
+from .kernels import Kernel, Probe, declare, installed
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
 """The paper's head."""
@@ -190,7 +189,7 @@ def step_limits(probe: Probe) -> list[str]:
 def _missing(probe: Probe) -> list[str]:
     """What is not there that every kernel here needs."""
     reasons = []
-    if find_spec("triton") is None:
+    if not installed("triton"):
         reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
     if _interpreted():
         if probe.dtype == torch.bfloat16:

@@ -18,7 +18,9 @@ signature that all of the family share. It is declared beside its code:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -172,6 +174,13 @@ def reference(op: str, paradigm: Paradigm) -> Kernel:
 def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
     """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not settled."""
     return KERNELS.get(Key(op, paradigm, backend)) or reference(op, paradigm)
+
+
+@cache
+def installed(library: str) -> bool:
+    """Whether a library is there, which is not imported for it."""
+    # what was uninstalled may leave a folder, which is no package
+    return getattr(find_spec(library), "origin", None) is not None
 
 
 def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -22,9 +22,7 @@ xformers is imported where it is called.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -34,7 +32,7 @@ from torch import Tensor
 
 from ..paradigm import Paradigm
 from .differentiation import needs_grad, refuse_tangents
-from .kernels import Kernel, Probe, declare
+from .kernels import Kernel, Probe, declare, installed
 from .softmax import Cache, RingCache, factored, final_cache, offer_of, require_inputs, require_range
 
 FLASH_WIDTH = 256
@@ -44,7 +42,7 @@ FLASH_WIDTH = 256
 def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
     reasons = []
-    if not _installed():
+    if not installed("xformers"):
         reasons.append("xformers is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"it needs a CUDA device and not {probe.device.type}")
@@ -70,11 +68,6 @@ def limits(probe: Probe) -> list[str]:
                 f"and this device has {capability}"
             )
     return reasons
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("xformers") is not None
 
 
 def softmax_parallel_xformers(

@@ -379,7 +379,7 @@ def test_the_op_passes_opcheck(standing_in):
 
 def test_xformers_says_what_it_does_not_take(monkeypatch):
     xformers = find("softmax", Paradigm.PARALLEL, "xformers")
-    monkeypatch.setattr(softmax_xformers, "_installed", lambda: True)
+    monkeypatch.setattr(softmax_xformers, "installed", lambda library: True)
     everything = {"window": True, "packed": True, "initial_state": True, "final_state": True, "needs_grad": True}
     assert xformers.unsupported(replace(PROBE, **everything)) == []
     (reason,) = xformers.unsupported(replace(PROBE, device=CPU))
@@ -395,7 +395,7 @@ def test_xformers_says_what_it_does_not_take(monkeypatch):
         assert xformers.unsupported(replace(other, window=True)) == []
         (reason,) = xformers.unsupported(replace(other, window=True, needs_grad=True))
         assert reason.startswith("under a window there is a backward pass only in 16 bits")
-    monkeypatch.setattr(softmax_xformers, "_installed", lambda: False)
+    monkeypatch.setattr(softmax_xformers, "installed", lambda library: False)
     (reason,) = xformers.unsupported(PROBE)
     assert "xformers is not installed (pip install 'seqmix[gpu]'" in reason
     arguments, options = inputs([5])
