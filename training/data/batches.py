@@ -38,7 +38,7 @@ def training_batch(
         step: the step, from 0.
         order: `random_windows` draws each place; `epochs` cuts the stream into ceil((len - 1) / length) sequences side
             by side and takes each once an epoch; what the last one lacks is padded and not predicted.
-        begin: the begin token.
+        begin: the begin token, that of bytes by default; of another tokenizer it is `tokenizer.begin`.
         rank: which rows are wanted: the ranks' rows, one behind another, are the same batch for any number of ranks.
         world_size: number of ranks.
 
