@@ -91,10 +91,11 @@ def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfi
         return [_example(_class_of(source), changes)], not changes
     presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     if not _is_file(source) and source not in presets:
-        known = [*kinds, *presets]
-        raise SeqmixError(
-            f"there is no mixer kind, preset or file {source!r}; kinds: {', '.join(kinds)}{nearest(source, known)}"
-        )
+        end = nearest(source, [*kinds, *presets]) or "; a mixer of your own is my_module:MyConfig"
+        raise SeqmixError(f"there is no mixer kind, preset or file {source!r}; kinds: {', '.join(kinds)}{end}")
+    if source.endswith(".py"):
+        module = Path(source).stem
+        raise SeqmixError(f"{source} is a module: name its configuration, {module}:MyConfig")
     mapping = read_mapping(source, PRESETS)
     if not mapping:
         raise SeqmixError(f"{source} is empty: a configuration of a run or of a mixer was expected")

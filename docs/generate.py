@@ -136,8 +136,13 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if field["type"] == "object":
         values = field.get("additionalProperties", True)
         return "mapping" if values is True else f"mapping of names to {_takes(values, definitions)}"
-    limits = ", ".join(f"{sign} {field[key]:g}" for key, sign in LIMITS.items() if key in field)
+    limits = ", ".join(f"{sign} {_limit(field[key])}" for key, sign in LIMITS.items() if key in field)
     return ("`true` or `false`" if field["type"] == "boolean" else f"{field['type']} {limits}").strip()
+
+
+def _limit(number: float) -> str:
+    power = round(number).bit_length() - 1
+    return f"2^{power}" if power > 16 and number == 2**power else f"{number:g}"
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ class Registry(Generic[C]):
         found = self._providers().get(kind, [])
         if not found:
             kinds = self.kinds()
-            raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{nearest(kind, kinds)}")
+            end = nearest(kind, kinds) or ", or a class of your own, my_module:MyConfig"
+            raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{end}")
         if len(found) > 1:
             raise ConfigError(self._conflict(kind, [provider.module for provider in found]))
         return found[0]

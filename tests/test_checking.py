@@ -130,6 +130,8 @@ def test_cases_are_a_function_of_the_seed(seqmix):
 BAD_CHECKS = {
     "unknown kind": (["retntion"], "there is no mixer kind, preset or file 'retntion'; .*did you mean \"retention\""),
     "unknown preset": (["retnet-tny"], "there is no mixer kind, preset or file 'retnet-tny'; .* \"retnet-tiny\""),
+    "kind of nothing": (["forgetful"], "no mixer kind.*; a mixer of your own is my_module:MyConfig"),
+    "module": (["forgetful.py"], "forgetful.py is a module: name its configuration, forgetful:MyConfig"),
     "missing file": (["no.yaml"], "no file no.yaml"),
     "no module": (["nothere:Config"], "No module named 'nothere'"),
     "no mixer": (["forgetful:Forgetful"], "forgetful:Forgetful is no subclass of .*MixerConfig"),

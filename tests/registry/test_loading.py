@@ -301,6 +301,14 @@ def test_an_unknown_kind_is_told_in_its_line(presets):
     )
 
 
+def test_an_unknown_kind_that_is_like_none_may_be_a_class(presets):
+    text = "extends: tiny\nmodel:\n  blocks:\n    ret: {\n      kind: mine}"
+    assert error(presets, text) == (
+        "run.yaml:5: model.blocks.ret.kind: unknown mixer kind 'mine'; allowed: attention, retention, or a class of "
+        "your own, my_module:MyConfig"
+    )
+
+
 def test_a_missing_key_is_told_in_the_line_of_its_mapping(presets):
     text = "name: a\nmodel:\n  d_model: 8\n  blocks:\n    ret: {kind: retention}"
     assert error(presets, text) == "run.yaml:5: model.blocks.ret: missing key 'n_heads'"
