@@ -1,4 +1,4 @@
-"""A module of this folder as a program of its own: `python -m seqmix.benchmarks.gpu`."""
+"""A module as a program of its own, beside the command: `python -m seqmix.benchmarks.gpu`."""
 
 import sys
 from collections.abc import Callable

@@ -6,13 +6,12 @@ python -m seqmix.experiments.retnet_paper timed                   all in which s
 python -m seqmix.experiments.retnet_paper table6 --scale gpu      the paper's size, on text of your own
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ...registry import SeqmixError
+from ...benchmarks.program import run_program
 from .claims import CLAIMS, KEPT, LEARNED, TIMED, Scale, prove
 
 GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
@@ -29,14 +28,10 @@ def main(
 ) -> None:
     """Measure claims of the RetNet paper. What was finished is not measured again."""
     kept = keep or (KEPT if scale == "cpu" else None)
-    try:
-        for claim in dict.fromkeys(name for given in claims for name in GROUPS.get(given, (given,))):
-            if status := prove(claim, scale=scale, jobs=jobs, kept=kept, tell=typer.echo):
-                raise typer.Exit(status)
-    except SeqmixError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(2)
+    for claim in dict.fromkeys(name for given in claims for name in GROUPS.get(given, (given,))):
+        if status := prove(claim, scale=scale, jobs=jobs, kept=kept, tell=typer.echo):
+            raise typer.Exit(status)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)
