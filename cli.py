@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -238,7 +239,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens that are read at each length, about.", min=1)] = 16384,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens that are read at each length, about; a batch at least.", min=1)
+    ] = 16384,
     checkpoint: Checkpoint = "newest",
     device: Annotated[str, typer.Option(help="Where: cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -619,3 +622,9 @@ def _show(config: "RunConfig", length: int | None, *, as_json: bool = False) -> 
         typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
     else:
         cost_table(config, cost)
+
+
+for command in app.registered_commands:
+    # the terminal breaks lines: typer would break them where a docstring does, too
+    paragraphs = cleandoc((command.callback and command.callback.__doc__) or "").split("\n\n")
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)

@@ -75,7 +75,8 @@ class ModelBenchmark(Benchmark):
 
     def notes(self) -> Iterable[str]:
         size = Size(self.settings.model)
+        layers = f"{size.config.n_layers} layer{'s' * (size.config.n_layers > 1)}"
         yield (
-            f"{size.config.n_layers} layers of width {size.config.d_model}, vocabulary of {size.config.vocab_size:,}, "
+            f"{layers} of width {size.config.d_model}, vocabulary of {size.config.vocab_size:,}, "
             f"{size.parameters:,} parameters; the others' within 1 %."
         )

@@ -371,6 +371,12 @@ def test_every_command_has_help(seqmix, command):
     assert "[bold]" not in done.out
 
 
+def test_help_breaks_its_lines_by_the_terminal_alone(seqmix, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = seqmix("train", "--help").out
+    assert re.search(r"With no data.paths, .* Ctrl-C stops after the step, with a checkpoint\.", shown)
+
+
 def test_options_are_documented(seqmix):
     for command, options in {
         "train": ("--out", "--resume", "--dry-run", "CONFIG", "KEY=VALUE"),

@@ -128,6 +128,11 @@ def test_a_run_is_evaluated(seqmix, run):
     assert found["contexts"][0]["context"] == 16
 
 
+def test_a_length_is_told_as_a_share_of_that_of_training(seqmix, run):
+    done = seqmix("evaluate", run, "--tokens", "64", "--paradigm", "chunkwise", "--length", "3")
+    assert " 0.188 x" in done.out
+
+
 def test_by_default_it_is_as_long_as_the_text_allows(seqmix, run):
     done = seqmix("evaluate", run, "--tokens", "64", "--paradigm", "chunkwise")
     assert done.status == 0
