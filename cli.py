@@ -47,6 +47,9 @@ def main() -> None:
 
     # as `python -m` does: a configuration may name classes of modules that lie here (kind: my_mixers:MyConfig)
     sys.path.insert(0, "")
+    columns = os.environ.get("COLUMNS", "")
+    if not columns.isdecimal() or int(columns) == 0:  # 0 is said where nobody knows, and nothing would be printed
+        os.environ.pop("COLUMNS", None)
     try:
         app(prog_name="seqmix")
     except KeyboardInterrupt:

@@ -316,6 +316,14 @@ def test_show_fits_eighty_columns(seqmix, monkeypatch):
         assert not any("…" in line for line in lines)
 
 
+@pytest.mark.parametrize("columns", ["0", "many", "-5"])
+def test_columns_that_are_none_are_as_unknown(seqmix, monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS")
+    whole = seqmix("show", "retnet-tiny").out
+    monkeypatch.setenv("COLUMNS", columns)
+    assert seqmix("show", "retnet-tiny").out == whole != ""
+
+
 def test_show_json_is_the_account(seqmix):
     done = seqmix("show", "hybrid-tiny", "--json", "--length", "100")
     cost = json.loads(done.out)

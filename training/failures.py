@@ -35,7 +35,8 @@ def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if (reason := compiler_failure(error)) is not None:
             raise TrainingError(
-                f"training.compile: the compiler has failed ({reason}): set it to false; {kept(run)}"
+                f"training.compile: the compiler has failed ({reason}): set it to false in {run / 'config.yaml'}, "
+                f"and go on with --resume {run}; {kept(run)}"
             ) from None
         if not is_out_of_memory(error):
             raise

@@ -9,7 +9,7 @@ import torch
 
 from seqmix import SeqmixError, train
 from seqmix.models import is_out_of_memory
-from seqmix.training import TrainingError
+from seqmix.training import TrainingError, read_config
 from seqmix.training.checkpoint import checkpoints
 from seqmix.training.events import Evaluated, Saved, Stepped
 from seqmix.training.learner import Learner
@@ -93,9 +93,14 @@ def test_a_compiler_that_fails_is_one_sentence(config_of, tmp_path, monkeypatch)
             block.forward = torch.compile(block.forward, backend=fail)
 
     monkeypatch.setattr("seqmix.training.learner.compile_blocks", compiled)
-    sentence = r"^training\.compile: the compiler has failed \(.*no working C\+\+ compiler\): set it to false; "
-    with pytest.raises(TrainingError, match=sentence):
-        list(train(config_of("training.compile=true"), tmp_path / "run"))
+    run = tmp_path / "run"
+    sentence = r"^training\.compile: the compiler has failed \(.*no working C\+\+ compiler\): set it to false in "
+    with pytest.raises(TrainingError, match=f"{sentence}{run / 'config.yaml'}, and go on with --resume {run}; "):
+        list(train(config_of("training.compile=true"), run))
+    monkeypatch.undo()
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("compile: true", "compile: false"))
+    assert list(train(read_config(run), run, resume=True))[-1] == Saved(6, checkpoints(run)[-1])
 
 
 def test_other_errors_of_the_machine_are_not_taken_for_a_lack_of_memory():
