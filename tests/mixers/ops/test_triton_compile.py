@@ -26,6 +26,7 @@ import torch
 
 from seqmix.mixers.ops import decay_triton
 from seqmix.mixers.ops.decay_triton import Configuration, Launch, configurations
+from seqmix.mixers.ops.kernels import Kernel
 
 triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
 
@@ -113,7 +114,7 @@ def chunkwise(
     with (
         patch.object(decay_triton, "_kernels", lambda: recorder),
         patch.object(decay_triton, "_configuration", lambda *_: configuration),
-        patch.object(decay_triton, "_refuse", lambda *_: None),
+        patch.object(Kernel, "require", lambda *_: None),
     ):
         found = decay_triton.decay_chunkwise_triton(
             q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=borders
@@ -131,7 +132,7 @@ def step(dtype: torch.dtype, widths: tuple[int, int], decay: str | None) -> list
     recorder = Recorder()
     with (
         patch.object(decay_triton, "_kernels", lambda: recorder),
-        patch.object(decay_triton, "_refuse", lambda *_: None),
+        patch.object(Kernel, "require", lambda *_: None),
     ):
         decay_triton.decay_step_triton(q, k, v, a, torch.zeros(1, heads, *widths))
     return recorder.launches
