@@ -355,7 +355,7 @@ def test_the_backend_says_what_it_does_not_take(monkeypatch):
         reasons = fla.unsupported(replace(probe, needs_grad=True, log_decay="B T H"))
         assert bool(reasons) == wrong, (installed, reasons)
     decay_fla._is_miscompiled.cache_clear()
-    monkeypatch.setattr(decay_fla, "_installed", lambda name: name != "fla")
+    monkeypatch.setattr(decay_fla, "installed", lambda name: name != "fla")
     (reason,) = fla.unsupported(probe)
     assert reason == "flash-linear-attention is not installed (pip install --no-deps fla-core)"
     monkeypatch.undo()
