@@ -46,6 +46,8 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                     case Started():
                         source = event.source
                         console.print(_start(event, config.training.steps))
+                        if config.training.compile:
+                            console.print("the first step compiles: seconds to minutes for each kind of block")
                         shown.start(done)  # not before: what cannot start shows its error and nothing else
                     case Noted():
                         console.print(event.text)

@@ -5,8 +5,9 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from seqmix.training.events import Evaluated, Stepped, StoppedEarly
+from seqmix.training.events import Evaluated, Started, Stepped, StoppedEarly
 from seqmix.training.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, _evaluation, run_with_progress
 
 
@@ -145,6 +146,14 @@ def test_on_a_terminal_they_are_a_bar(shown, monkeypatch):
     out = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown())
     assert "━" in out
     assert re.search(r"6/6 .*loss \d\.\d{3}, [\d,]+ tokens/s, \d\.\d GiB elapsed", out)
+
+
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_what_is_waited_for_is_said(config_of, tmp_path, monkeypatch, capsys, compiled):
+    begun = Started(SimpleNamespace(name="text", summary="short", tokenizer=None), 9, torch.device("cpu"), torch.float32, 0)
+    monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([begun]))
+    run_with_progress(config_of(f"training.compile={compiled}"), tmp_path / "run")
+    assert ("the first step compiles" in capsys.readouterr().out) == (compiled == "true")
 
 
 def test_a_run_that_stopped_early_has_ended(config_of, tmp_path, monkeypatch, capsys):
