@@ -150,7 +150,8 @@ def test_on_a_terminal_they_are_a_bar(shown, monkeypatch):
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_what_is_waited_for_is_said(config_of, tmp_path, monkeypatch, capsys, compiled):
-    begun = Started(SimpleNamespace(name="text", summary="short", tokenizer=None), 9, torch.device("cpu"), torch.float32, 0)
+    source = SimpleNamespace(name="text", summary="short", tokenizer=None)
+    begun = Started(source, 9, torch.device("cpu"), torch.float32, 0)
     monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([begun]))
     run_with_progress(config_of(f"training.compile={compiled}"), tmp_path / "run")
     assert ("the first step compiles" in capsys.readouterr().out) == (compiled == "true")
