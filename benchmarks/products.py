@@ -7,6 +7,7 @@ the floor that a figure's share is of.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS  # no public way leads to the function that an op was made of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.linear import onednn_linear
 from .measure import Call
 
 LONGEST = 4096
@@ -32,6 +34,8 @@ class Product(NamedTuple):
     k: int
     n: int
     dtype: torch.dtype
+    turned: tuple[bool, bool] | None = None
+    """Of a product that oneDNN does (models/linear.py), whether each operand lies column by column; None of torch's."""
 
     @property
     def flops(self) -> int:
@@ -74,6 +78,10 @@ class Recorder(TorchDispatchMode):
         elif name.startswith("_scaled_dot_product") and "math" not in name:
             names = [argument.name for argument in func._schema.arguments]
             self._count_attention({**dict(zip(names, args, strict=False)), **kwargs}, backward="backward" in name)
+        elif name == "_linear_pointwise":
+            x, weight = args[0].flatten(0, -2), args[1]
+            turned = not x.is_contiguous(), not weight.is_contiguous()
+            self.products[Product(1, *x.shape, len(weight), x.dtype, turned)] += 1
         return func(*args, **kwargs)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
@@ -121,7 +129,7 @@ def in_pieces(products: Counter[Product]) -> dict[Product, float]:
     for product, count in products.items():
         m, k, n = (min(x, LONGEST) for x in (product.m, product.k, product.n))
         batch = min(product.batch, max(1, LARGEST // max(m * k, k * n, m * n)))
-        small = Product(batch, m, k, n, product.dtype)
+        small = product._replace(batch=batch, m=m, k=k, n=n)
         pieces[small] = pieces.get(small, 0.0) + count * product.flops / small.flops
     return pieces
 
@@ -130,22 +138,32 @@ def timed_alone(products: Iterable[Product], device: torch.device) -> dict[Produ
     """A call for each product, which does it once, or several times if it is short."""
     calls = {}
     for product in products:
-        batch, m, k, n, dtype = product
-        a = torch.randn(batch, m, k, device=device).to(dtype)
-        b = torch.randn(batch, k, n, device=device).to(dtype)
-        out = torch.empty(batch, m, n, device=device, dtype=dtype)
         times = min(100, max(1, math.ceil(1e8 / product.flops)))
-        calls[product] = Call(_repeated(a, b, out, times), units=times)
+        once = _by_onednn(product) if product.turned else _by_torch(product, device)
+        calls[product] = Call(_repeated(once, times), units=times)
     return calls
 
 
-def _repeated(a: Tensor, b: Tensor, out: Tensor, times: int) -> Callable[[], None]:
-    if a.shape[0] == 1:
-        a, b, out = a[0], b[0], out[0]
-    multiply = torch.mm if a.ndim == 2 else torch.bmm
+def _by_torch(product: Product, device: torch.device) -> Callable[[], Any]:
+    batch, m, k, n, dtype, _ = product
+    a = torch.randn(batch, m, k, device=device).to(dtype)
+    b = torch.randn(batch, k, n, device=device).to(dtype)
+    out = torch.empty(batch, m, n, device=device, dtype=dtype)
+    if batch == 1:
+        return partial(torch.mm, a[0], b[0], out=out[0])
+    return partial(torch.bmm, a, b, out=out)
 
+
+def _by_onednn(product: Product) -> Callable[[], Any]:
+    _, m, k, n, dtype, turned = product
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    operands = [x.T.contiguous().T if turn else x for x, turn in zip((a, b), turned or (), strict=True)]
+    return partial(onednn_linear, *operands)
+
+
+def _repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(times):
-            multiply(a, b, out=out)
+            once()
 
     return run

@@ -72,7 +72,8 @@ class TrainContestant(ModelContestant):
             optimizer.zero_grad(set_to_none=True)
 
         return Entry(
-            call=Call(run),
+            # the memory that a step finds on a CPU is what the step before has left, which is to be its own
+            call=Call(run, run) if self.settings.device.type == "cpu" else Call(run),
             tokens=batch * length,
             parameters=competitor.parameters,
             record=None if self.compiled else run,
@@ -90,7 +91,8 @@ class TrainBenchmark(ModelBenchmark):
         yield from super().notes()
         yield (
             "Freed memory stays with the process in the steps of seqmix, as `seqmix train` has it, and goes back to "
-            "the system in those of the others, as in their own programs."
+            "the system in those of the others, as in their own programs. On a CPU every timed step follows one of the "
+            "same model that is not timed, as in training."
         )
         yield f"A step has at most {self.settings.tokens:,} tokens, in sequences of T, and one sequence at least."
         if self.settings.checkpoint:

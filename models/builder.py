@@ -6,6 +6,7 @@ from ..mixers import ContractError
 from ..registry import SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
+from .linear import use_quickest
 
 
 def build_meta(config: ModelConfig) -> LanguageModel:
@@ -57,6 +58,7 @@ def build_model(
             block.mixer.settle_backend(activations or dtype)
         except SeqmixError as error:
             raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
+    use_quickest(model)
     return model
 
 

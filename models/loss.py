@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .linear import linear
+
 IGNORED = -100
 """The target of a token after which nothing is to be predicted."""
 LOGITS_AT_ONCE = 2**24
@@ -45,7 +47,7 @@ def linear_predictions(
     size = max(1, LOGITS_AT_ONCE // weight.shape[0])
     total, found = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = F.linear(part, weight)
+        logits = linear(part, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = total + F.cross_entropy(logits, target, reduction="sum")
         found.append(logits.argmax(-1))
@@ -64,6 +66,6 @@ def token_losses(
 
 def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, weight)
+        logits = linear(hidden, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction=reduction)

@@ -19,6 +19,7 @@ from ...mixers.ops.decay import decay_chunkwise, decay_recurrent
 from ...mixers.positions import frequencies, rotate, rotation
 from ...mixers.retention import RetentionConfig, row_scale
 from ...models import LanguageModel, ModelConfig, linear_cross_entropy
+from ...models.linear import use_quickest
 
 LayerState = tuple[Tensor, Tensor]
 """Memory and position."""
@@ -126,6 +127,7 @@ class HandWritten(nn.Module):
         with torch.no_grad():
             for mine, built in zip(self.parameters(), model.parameters(), strict=True):
                 mine.copy_(built)
+        use_quickest(self)
 
     def init_state(self, batch: int) -> State:
         """Of nothing read."""

@@ -1,0 +1,223 @@
+"""Linear layers by oneDNN: the same results and gradients, wherever the products are not torch's own."""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqmix.models import build_model
+from seqmix.models import linear as module
+from seqmix.models.linear import Linear, linear, onednn_linear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+
+
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch):
+    # every product is large enough, on every machine
+    monkeypatch.setattr(module, "LEAST", 0)
+    monkeypatch.setattr(module, "is_quicker", lambda: True)
+
+
+class Calls(TorchDispatchMode):
+    """Products that oneDNN is asked for inside, by their names' own op."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.seqmix.linear.default
+        return func(*args, **(kwargs or {}))
+
+
+def asked(call):
+    with Calls() as calls:
+        call()
+    return calls.count
+
+
+def random(*shape, seed=0, **options):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.to(options.pop("dtype", torch.float32)).requires_grad_(options.pop("requires_grad", True))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "column by column": lambda x: x.mT.contiguous().mT,
+    "a part": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    width=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    layouts=st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))),
+    bias=st.booleans(),
+)
+def test_results_and_gradients_are_those_of_torch(rows, width, outputs, layouts, bias):
+    x, weight = random(*rows, width), random(outputs, width, seed=1)
+    added = random(outputs, seed=2) if bias else None
+    given = [tensor for tensor in (x, weight, added) if tensor is not None]
+    with torch.no_grad():
+        for tensor in given:
+            tensor.mul_(2).round_()  # sums of small integers are exact in any order
+    operands = [LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, (x, weight), strict=True)]
+    upstream = random(*rows, outputs, seed=3, requires_grad=False).mul(2).round()
+    results = []
+    for function in (linear, F.linear):
+        output = function(*operands, added)
+        results.append((output, *torch.autograd.grad(output, given, upstream, retain_graph=True)))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=0)
+    assert results[0][0].is_contiguous()
+
+
+def test_the_op_is_a_good_one():
+    for x in (random(2, 5, 8), random(5, 8), random(8, 5).detach().T):
+        torch.library.opcheck(onednn_linear, (x, random(3, 8, seed=1)))
+
+
+def test_gradients_have_gradients():
+    x, weight = random(5, 8), random(3, 8, seed=1)
+    results = []
+    for function in (linear, F.linear):
+        first = torch.autograd.grad(function(x, weight).exp().sum(), (x, weight), create_graph=True)
+        results.append(torch.autograd.grad(sum(part.square().sum() for part in first), (x, weight)))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 2)])
+def test_batches_of_calls_are_one(in_dims):
+    x = random(*((4, 5, 8), (5, 4, 8), (5, 8))[in_dims[0] if in_dims[0] is not None else 2], requires_grad=False)
+    weight = random(*{None: (3, 8), 0: (4, 3, 8), 2: (3, 8, 4)}[in_dims[1]], seed=1, requires_grad=False)
+    ours, theirs = (torch.vmap(function, in_dims)(x, weight) for function in (linear, F.linear))
+    assert_close(ours, theirs)
+
+
+def test_operations_are_counted():
+    counts = []
+    for function in (linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(random(2, 5, 8), random(3, 8)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 10 * 8 * 3
+
+
+class Quantised(torch.Tensor):
+    """A tensor with a linear of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return "its own" if func is F.linear else super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_what_is_not_for_onednn_stays_with_torch():
+    x, weight = random(5, 8), random(3, 8, seed=1)
+    assert asked(lambda: linear(x, weight)) == 1
+    for dtype in (torch.float64, torch.bfloat16):
+        assert asked(lambda dtype=dtype: linear(x.to(dtype), weight.to(dtype))) == 0
+    with torch.autocast("cpu"):
+        assert asked(lambda: linear(x, weight)) == 0
+        assert linear(x, weight).dtype is torch.bfloat16
+    assert linear(x, weight.detach().as_subclass(Quantised)) == "its own"
+    assert linear(x.to("meta"), weight.to("meta")).shape == (5, 3)
+    with forward_ad.dual_level():
+        output = linear(forward_ad.make_dual(x, torch.ones_like(x)), weight)
+        assert_close(forward_ad.unpack_dual(output).tangent, torch.ones_like(x) @ weight.T)
+
+
+def test_small_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(module, "LEAST", 5 * 8 * 3)
+    assert asked(lambda: linear(random(5, 8), random(3, 8))) == 1
+    assert asked(lambda: linear(random(4, 8), random(3, 8))) == 0
+
+
+def test_a_switch_of_torch_turns_it_off(monkeypatch):
+    asked_of = []
+
+    def product(*args):
+        asked_of.append(args)
+        return F.linear(*args[:2])
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    x, weight = random(5, 8), random(3, 8, seed=1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_close(linear(x, weight), F.linear(x, weight))
+    assert not asked_of
+    linear(x, weight)
+    assert len(asked_of) == 1
+
+
+@pytest.mark.parametrize("quicker", [False, True])
+def test_models_are_built_with_the_quickest_layers(config_of, monkeypatch, quicker):
+    monkeypatch.setattr(module, "is_quicker", lambda: quicker)
+    built = build_model(config_of("retention", "mamba2"))
+    layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) > 4
+    assert all(type(layer) is (Linear if quicker else nn.Linear) for layer in layers)
+    assert str(built).count("Linear(") == len(layers)
+
+
+def test_models_stay_what_they_are(config_of):
+    built = build_model(config_of("retention", "mamba2"))
+    tokens = torch.arange(12).view(2, 6)
+    logits = built(tokens).logits
+    for copy in (deepcopy(built), pickle.loads(pickle.dumps(built))):
+        assert_close(copy(tokens).logits, logits, rtol=0, atol=0)
+        assert copy.state_dict().keys() == built.state_dict().keys()
+
+
+def test_a_model_has_the_losses_and_gradients_of_torch(config_of, monkeypatch):
+    tokens = torch.arange(24).view(2, 12)
+    results = []
+    for quicker in (True, False):
+        monkeypatch.setattr(module, "is_quicker", lambda quicker=quicker: quicker)
+        monkeypatch.setattr(module, "LEAST", 0 if quicker else 2**62)
+        built = build_model(config_of("retention", "mamba2"))
+
+        def step(built=built):
+            loss = built.loss(tokens, tokens)
+            loss.backward()
+            results.append((loss, *(p.grad for p in built.parameters())))
+
+        products = asked(step)
+        # forward, and of both operands backward
+        assert products == (3 * sum(isinstance(m, nn.Linear) for m in built.modules()) if quicker else 0)
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_one_graph_serves_every_number_of_tokens():
+    layer = nn.Sequential(Linear(8, 6), nn.SiLU(), Linear(6, 4, bias=False))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for length in (3, 5, 600):
+        assert_close(compiled(random(2, length, 8)), layer(random(2, length, 8)))
+    assert len(graphs) == 1
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("seqmix.linear" in target for target in targets) == 2
+    # a step of decoding has products of its own: models/compiling.py
+    compiled(random(2, 1, 8))
+    assert len(graphs) == 2
+    assert not any("seqmix.linear" in str(node.target) for node in graphs[1].graph.nodes)
+    torch._dynamo.reset()
