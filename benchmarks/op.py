@@ -47,8 +47,10 @@ class OpContestant(Contestant):
         backward: bool,
         reason: str | None = None,
         base: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.name, self.settings, self.widths, self.function = name, settings, widths, function
+        self.dtype = dtype or settings.dtype
         self.backward, self.reason, self.base = backward, reason, base
 
     def missing(self) -> str | None:
@@ -64,7 +66,7 @@ class OpContestant(Contestant):
 
         def random(width: int) -> Tensor:
             x = torch.randn(batch, length, heads, width, generator=generator)
-            return x.to(self.settings.device, self.settings.dtype)
+            return x.to(self.settings.device, self.dtype)
 
         # keys as small as a mixer's, which scales them: sums of scores stay in range
         q, k, v = random(keys), random(keys) * keys**-0.5, random(values)
@@ -120,8 +122,10 @@ class OpBenchmark(Benchmark):
         def contestant(name: str, function: Any, *, values: int = s.values, **options: Any) -> Contestant:
             return OpContestant(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
 
+        also = [torch.bfloat16] if settings.dtype == torch.float32 else []
         return [
             contestant("chunkwise", chunkwise(decay_chunkwise)),
+            *(contestant("chunkwise-bfloat16", chunkwise(decay_chunkwise), dtype=dtype) for dtype in also),
             contestant("triton", chunkwise(triton.function), reason=lacks_triton, base="chunkwise"),
             contestant("parallel", lambda q, k, v: decay_parallel(q, k, v, log_decay).output),
             contestant("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
