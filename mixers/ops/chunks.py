@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .segments import Stretch
 
-ELEMENTS = 2**18
+ELEMENTS = 3 * 2**17
 """Of a group's keys and values at most, where it is more than one chunk; larger ones no longer fit into a cache."""
 
 
@@ -55,7 +55,14 @@ def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
 
 def cut(x: Tensor, group: Group) -> Tensor:
     """A group's tokens of [B T H *] as [n B H m *]; a view."""
-    return x[:, group.start : group.stop].unflatten(1, (group.chunks, group.length)).transpose(0, 1).transpose(2, 3)
+    batch, _, heads, *rest = x.shape
+    row, token, head, *inner = x.stride()
+    # one operation: a step of a long loop is often as short as the call of an operation
+    return x.as_strided(
+        (group.chunks, batch, heads, group.length, *rest),
+        (group.length * token, row, head, token, *inner),
+        x.storage_offset() + group.start * token,
+    )
 
 
 def operand(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:

@@ -92,7 +92,7 @@ class _ScalarChunk(_Chunk):
         self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self._masked(q @ k.mT)
+        return self._masked(torch.bmm(q, k.mT))
 
     def scores_backward(
         self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: _Outer | None
@@ -104,7 +104,7 @@ class _ScalarChunk(_Chunk):
             kept = None if outer.kept is None else outer.kept.sum(1)
             d_a = self._log_decay_gradient(scores.mul_(d_scores), read, left, kept)
         d_products = self._masked(d_scores)
-        return d_products @ k, d_products.mT @ q, d_a
+        return torch.bmm(d_products, k), torch.bmm(d_products.mT, q), d_a
 
     def _log_decay_gradient(
         self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
@@ -128,7 +128,7 @@ class _ScalarChunk(_Chunk):
         return grad
 
     def _masked(self, x: Tensor) -> Tensor:
-        x.unflatten(0, (-1, self.mask.shape[1])).mul_(self.mask)
+        x.view(-1, *self.mask.shape[1:]).mul_(self.mask)
         return x
 
 
@@ -243,6 +243,7 @@ class _FixedDecays:
         token = torch.arange(size, device=like.device, dtype=like.dtype)
         self._distance = token[:, None] - token
         self.log_decay = log_decay
+        self._formed: dict[int, _Chunk] = {}
         if log_decay is None:
             self._mask = (self._distance >= 0).to(like.dtype).mul_(scale).expand(1, heads, -1, -1)
             self._prefix, self._suffix = like.new_full((1, 1, size, 1), scale), None
@@ -253,7 +254,11 @@ class _FixedDecays:
         self._suffix = _times(size - 1 - token[:, None], a).exp_()
 
     def chunks(self, group: Group) -> _Chunk:
-        m = group.length
+        if group.length not in self._formed:
+            self._formed[group.length] = self._chunks(group.length)
+        return self._formed[group.length]
+
+    def _chunks(self, m: int) -> _Chunk:
         mask, prefix = self._mask[..., :m, :m], self._prefix[:, :, :m]
         if self._suffix is None or self.log_decay is None:
             return _ScalarChunk(mask, prefix, None, None)
@@ -318,7 +323,7 @@ def _pair_sums(a: Tensor) -> Tensor:
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     """x [G * *] times a factor that broadcasts over [B H * *]."""
-    return x if factor is None else (x.unflatten(0, (-1, factor.shape[1])) * factor).flatten(0, 1)
+    return x if factor is None else (x.view(-1, factor.shape[1], *x.shape[1:]) * factor).flatten(0, 1)
 
 
 def _among(x: Tensor, before: int, after: int) -> Tensor:
@@ -357,7 +362,7 @@ def chunkwise_op(
                 first, last = group.start == stretch.start, group.stop == stretch.stop
                 chunks = decays.chunks(group)
                 query, key, value = (operand(x, group, wide) for x in (q, k, v))
-                tile = chunks.scores(query, key) @ value
+                tile = torch.bmm(chunks.scores(query, key), value)
                 # the states before each chunk and behind the last, each formed in its place
                 at = index if save_states else 0
                 states = [*room[at : at + group.chunks]]
@@ -371,7 +376,7 @@ def chunkwise_op(
                     states[0].copy_(state)
                 left = slice(0, (len(states) - 1) * rows)
                 if left.stop:
-                    changes = (_scaled(key, chunks.suffix)[left].mT @ value[left]).view(-1, *shape)
+                    changes = torch.bmm(_scaled(key, chunks.suffix)[left].mT, value[left]).view(-1, *shape)
                     for number, change in enumerate(changes):
                         chunks.next_state(number, states[number], change, states[number + 1])
                 # nothing is read of a state that is 0
@@ -471,17 +476,18 @@ def chunkwise_backward_op(
                     d_states[n].copy_(d_state)
                 d_exits, d_read, d_left, kept = d_states[1 : n + 1], None, None, None
                 if blank < len(query):
-                    through = (_scaled(query, chunks.prefix)[reading].mT @ d_out[reading]).view(-1, *d_states.shape[1:])
-                    for number, change in zip(reversed(range(n)), reversed(through.unbind()), strict=False):
+                    through = torch.bmm(_scaled(query, chunks.prefix)[reading].mT, d_out[reading])
+                    changes = through.view(-1, *d_states.shape[1:]).unbind()
+                    for number, change in zip(reversed(range(n)), reversed(changes), strict=False):
                         chunks.next_state(number, d_exits[number], change, d_states[number])
-                    d_read = d_out[reading] @ states.flatten(0, 2)[reading].mT
+                    d_read = torch.bmm(d_out[reading], states.flatten(0, 2)[reading].mT)
                     d_read = _scaled(_among(d_read, blank, 0), chunks.prefix)
                 scores = chunks.scores(query, key)
-                d_scores = d_out @ value.mT
-                d_value = scores.mT @ d_out
+                d_scores = torch.bmm(d_out, value.mT)
+                d_value = torch.bmm(scores.mT, d_out)
                 if unread < len(query):
                     exits = d_exits.flatten(0, 2)[leaving]
-                    d_left = _scaled(_among(value[leaving] @ exits.mT, 0, unread), chunks.suffix)
+                    d_left = _scaled(_among(torch.bmm(value[leaving], exits.mT), 0, unread), chunks.suffix)
                     d_value[leaving].baddbmm_(_scaled(key, chunks.suffix)[leaving], exits)
                 if needs_log_decay and d_read is not None and d_left is not None:
                     kept = (chunks.decayed(states) * d_exits).sum(4).flatten(0, 2)

@@ -71,8 +71,8 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "model.d_modle=3"), "d_modle"),
         (
             ("op", *SMALL, "--only", "chunkwize"),
-            "nobody is called 'chunkwize'; who takes part: chunkwise, triton, parallel, torchscale-chunkwise, "
-            'torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
+            "nobody is called 'chunkwize'; who takes part: chunkwise, chunkwise-bfloat16, triton, parallel, "
+            'torchscale-chunkwise, torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
         ),
         (("train", *SMALL, "--only", "seqmix-compiled"), "nobody is called 'seqmix-compiled'"),
         (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),
