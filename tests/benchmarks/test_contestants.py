@@ -1,0 +1,51 @@
+"""What a timed call does, and what it finds before it."""
+
+import pytest
+import torch
+
+from seqmix.benchmarks.decode import STEPS, DecodeBenchmark
+from seqmix.benchmarks.op import OpBenchmark
+from seqmix.benchmarks.peers import Seqmix
+from seqmix.benchmarks.train import TrainBenchmark
+
+
+def contestant(benchmark, name):
+    return next(c for found in benchmark.parts().values() for c in found if c.name == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_has_bfloat16_inputs_beside_float32(settings, dtype):
+    names = {c.name: c for c in OpBenchmark(settings(dtype=dtype)).parts()["forward + backward"]}
+    assert ("chunkwise-bfloat16" in names) == (dtype == torch.float32)
+    if dtype == torch.float32:
+        seen = []
+        for name in ("chunkwise", "chunkwise-bfloat16"):
+            names[name].function = lambda q, k, v: seen.append((q.dtype, k.dtype, v.dtype)) or v * 1
+            names[name].entry(32).call.run()
+        assert seen == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
+
+
+def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
+    steps, step = [], Seqmix.step
+
+    def counted(self, tokens, state):
+        # positions are the only whole numbers of a state
+        steps.append({leaf.item() for leaf in self.tensors(state) if not leaf.is_floating_point()})
+        return step(self, tokens, state)
+
+    monkeypatch.setattr(Seqmix, "step", counted)
+    call = contestant(DecodeBenchmark(settings()), "seqmix").entry(32).call
+    call.prepare()
+    assert steps == [{32 + i} for i in range(STEPS)]
+    call.run()
+    assert steps[STEPS:] == steps[:STEPS]
+
+
+def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monkeypatch):
+    losses, loss = [], Seqmix.loss
+    monkeypatch.setattr(Seqmix, "loss", lambda self, *tokens: losses.append(1) or loss(self, *tokens))
+    call = contestant(TrainBenchmark(settings()), "seqmix").entry(32).call
+    call.prepare()
+    assert len(losses) == 1
+    call.run()
+    assert len(losses) == 2
