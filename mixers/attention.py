@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .base import ContractError, MixerConfig, SequenceMixer, Traits, require_room
 from .heads import divisors, nearest_of
+from .ops.cache import Cache, GrowingCache, RingCache, empty_cache, moved
 from .ops.kernels import Probe
-from .ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, moved, softmax, softmax_flops
+from .ops.softmax import Backend, softmax, softmax_flops
 from .paradigm import Paradigm
 from .positions import frequencies, rotate, rotation, token_positions
 

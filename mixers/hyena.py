@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .base import MixerConfig, SequenceMixer, Traits, require_room
 from .ops.convolution import long_convolution
+from .ops.segments import require_async
 from .paradigm import Paradigm
 from .positions import advance
 from .short_convolution import ShortConvolution
@@ -176,7 +177,7 @@ class Hyena(SequenceMixer[HyenaState]):
         if not isinstance(state, AllocatedHyenaState):
             return y, GrowingHyenaState(recent, after)
         length = advance(state.length, x.shape[0], total, cu_seqlens, x.device)
-        torch.ops.aten._assert_async.msg(
+        require_async(
             (length <= room).all(),
             "the state was allocated for fewer tokens than are read: pass a larger max_length to init_state",
         )

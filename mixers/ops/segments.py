@@ -51,8 +51,15 @@ def require_borders(cu_seqlens: Tensor, length: int) -> None:
         read_borders(cu_seqlens, length)
         return
     rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length)
-    # no number in the sentence: a size in a string would recompile for every length
-    torch.ops.aten._assert_async.msg(rises, "cu_seqlens must rise from 0 to the number of tokens given")
+    require_async(rises, "cu_seqlens must rise from 0 to the number of tokens given")
+
+
+def require_async(condition: Tensor, sentence: str) -> None:
+    """Refuse what only tensors know, without waiting for the device: it raises when it gets there.
+
+    The sentence names no sizes: a size in a string would make a compiler start anew for every one.
+    """
+    torch.ops.aten._assert_async.msg(condition, sentence)
 
 
 def pieces(stretch: Stretch, size: int) -> list[tuple[int, int]]:

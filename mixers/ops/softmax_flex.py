@@ -29,9 +29,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..paradigm import Paradigm
+from .cache import Cache, Offer, final_cache, offer_of
 from .differentiation import needs_grad
 from .kernels import Kernel, Probe, declare
-from .softmax import TOLERANCES, Cache, Offer, factored, final_cache, offer_of, require_inputs, require_range
+from .softmax import TOLERANCES, factored, require_inputs, require_range
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -31,9 +31,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..paradigm import Paradigm
+from .cache import Cache, RingCache, final_cache, offer_of
 from .differentiation import needs_grad, refuse_tangents
 from .kernels import Kernel, Probe, declare, installed
-from .softmax import Cache, RingCache, factored, final_cache, offer_of, require_inputs, require_range
+from .softmax import factored, require_inputs, require_range
 
 FLASH_WIDTH = 256
 """The widest heads of the kernels for 16 bits."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..ops.cache import GrowingCache, RingCache
 from ..ops.kernels import Kernel, Probe
-from ..ops.softmax import GrowingCache, RingCache
 from .compare import require
 from .kernel_case import Exact, KernelCase, Layout, Tensors
 

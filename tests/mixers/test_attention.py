@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers.attention import Attention, AttentionConfig
 from seqmix.mixers.base import ContractError
-from seqmix.mixers.ops.softmax import GrowingCache, RingCache
+from seqmix.mixers.ops.cache import GrowingCache, RingCache
 from seqmix.mixers.paradigm import Paradigm
 
 PARADIGMS = list(Paradigm)

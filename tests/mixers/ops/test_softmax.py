@@ -14,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqmix.mixers.ops.cache import GrowingCache, RingCache, empty_cache
 from seqmix.mixers.ops.softmax import (
-    GrowingCache,
-    RingCache,
-    empty_cache,
     softmax,
     softmax_chunkwise,
     softmax_flops,

@@ -18,8 +18,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmix.mixers.ops import softmax_flex, softmax_xformers
+from seqmix.mixers.ops.cache import GrowingCache, RingCache, offer_of
 from seqmix.mixers.ops.kernels import Probe, find
-from seqmix.mixers.ops.softmax import GrowingCache, RingCache, offer_of, softmax_parallel, visible_keys
+from seqmix.mixers.ops.softmax import softmax_parallel, visible_keys
 from seqmix.mixers.ops.softmax_flex import BLOCK, softmax_parallel_flex
 from seqmix.mixers.ops.softmax_xformers import softmax_parallel_xformers
 from seqmix.mixers.paradigm import Paradigm
