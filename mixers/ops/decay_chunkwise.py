@@ -360,12 +360,10 @@ def chunkwise_op(
             state = None if initial_state is None else initial_state[stretch.rows]
             for group in groups(stretch, chunk_size, most):
                 first, last = group.start == stretch.start, group.stop == stretch.stop
-                chunks = decays.chunks(group)
-                query, key, value = (operand(x, group, wide) for x in (q, k, v))
-                tile = torch.bmm(chunks.scores(query, key), value)
                 # the states before each chunk and behind the last, each formed in its place
                 at = index if save_states else 0
-                states = [*room[at : at + group.chunks]]
+                entered = room[at : at + group.chunks]
+                states = [*entered]
                 if not last:
                     states.append(room[at + group.chunks])
                 elif output_final_state:
@@ -374,16 +372,10 @@ def chunkwise_op(
                     states[0].zero_()
                 elif first or not save_states:
                     states[0].copy_(state)
-                left = slice(0, (len(states) - 1) * rows)
-                if left.stop:
-                    changes = torch.bmm(_scaled(key, chunks.suffix)[left].mT, value[left]).view(-1, *shape)
-                    for number, change in enumerate(changes):
-                        chunks.next_state(number, states[number], change, states[number + 1])
+                query, key, value = (operand(x, group, wide) for x in (q, k, v))
                 # nothing is read of a state that is 0
-                read = slice(rows if state is None else 0, None)
-                if read.start < len(tile):
-                    entered = room[at : at + group.chunks].flatten(0, 2)
-                    tile[read].baddbmm_(_scaled(query, chunks.prefix)[read], entered[read])
+                reading = slice(rows if state is None else 0, None)
+                tile = _group_forward(decays.chunks(group), query, key, value, entered, states, reading)
                 store(output, group, tile)
                 index, state = index + group.chunks, states[-1]
             if output_final_state and state is not None and stretch.start == stretch.stop:
@@ -391,6 +383,37 @@ def chunkwise_op(
     if save_states:
         entries[index:].zero_()  # documents that end in one chunk leave rows over
     return output, final_state, entries
+
+
+def _group_forward(
+    chunks: _Chunk,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    entered: Tensor,
+    states: list[Tensor],
+    reading: slice,
+) -> Tensor:
+    """The output [G m V] of a group's G chunks.
+
+    Args:
+        chunks: their decays.
+        query: [G m K].
+        key: [G m K].
+        value: [G m V].
+        entered: the states before each chunk, [n B H K V].
+        states: the same one by one, and the one behind the last if it is wanted; all but the first are written.
+        reading: those of G that read a state which may be other than 0.
+    """
+    tile = torch.bmm(chunks.scores(query, key), value)
+    left = (len(states) - 1) * entered[0].shape[:2].numel()
+    if left:
+        changes = torch.bmm(_scaled(key, chunks.suffix)[:left].mT, value[:left]).view(-1, *entered.shape[1:])
+        for number, change in enumerate(changes):
+            chunks.next_state(number, states[number], change, states[number + 1])
+    if reading.start < tile.shape[0]:
+        tile[reading].baddbmm_(_scaled(query, chunks.prefix)[reading], entered.flatten(0, 2)[reading])
+    return tile
 
 
 @chunkwise_op.register_fake
@@ -461,42 +484,28 @@ def chunkwise_backward_op(
             # the gradient of the state behind the group; None while nothing depends on it
             d_state = None if d_final_state is None else d_final_state[stretch.rows]
             for group in reversed(cuts):
-                n = group.chunks
-                index -= n
-                chunks = decays.chunks(group)
-                query, key, value, d_out = (operand(x, group, wide) for x in (q, k, v, d_output))
-                states = entries[index : index + n]
+                index -= group.chunks
                 # chunks that read a state which may be other than 0, and that leave one on which something depends
                 blank = rows if group.start == stretch.start and initial_state is None else 0
                 unread = rows if d_state is None else 0
-                reading, leaving = slice(blank, None), slice(0, n * rows - unread)
+                behind = d_states[: group.chunks + 1]
                 if d_state is None:
-                    d_states[n].zero_()
+                    behind[-1].zero_()
                 else:
-                    d_states[n].copy_(d_state)
-                d_exits, d_read, d_left, kept = d_states[1 : n + 1], None, None, None
-                if blank < len(query):
-                    through = torch.bmm(_scaled(query, chunks.prefix)[reading].mT, d_out[reading])
-                    changes = through.view(-1, *d_states.shape[1:]).unbind()
-                    for number, change in zip(reversed(range(n)), reversed(changes), strict=False):
-                        chunks.next_state(number, d_exits[number], change, d_states[number])
-                    d_read = torch.bmm(d_out[reading], states.flatten(0, 2)[reading].mT)
-                    d_read = _scaled(_among(d_read, blank, 0), chunks.prefix)
-                scores = chunks.scores(query, key)
-                d_scores = torch.bmm(d_out, value.mT)
-                d_value = torch.bmm(scores.mT, d_out)
-                if unread < len(query):
-                    exits = d_exits.flatten(0, 2)[leaving]
-                    d_left = _scaled(_among(torch.bmm(value[leaving], exits.mT), 0, unread), chunks.suffix)
-                    d_value[leaving].baddbmm_(_scaled(key, chunks.suffix)[leaving], exits)
-                if needs_log_decay and d_read is not None and d_left is not None:
-                    kept = (chunks.decayed(states) * d_exits).sum(4).flatten(0, 2)
-                outer = _Outer(d_read, d_left, kept) if needs_log_decay else None
-                d_query, d_key, d_a = chunks.scores_backward(query, key, scores, d_scores, outer)
-                if d_read is not None:
-                    d_query += d_read
-                if d_left is not None:
-                    d_key += d_left
+                    behind[-1].copy_(d_state)
+                query, key, value, d_out = (operand(x, group, wide) for x in (q, k, v, d_output))
+                d_query, d_key, d_value, d_a = _group_backward(
+                    decays.chunks(group),
+                    query,
+                    key,
+                    value,
+                    d_out,
+                    entries[index : index + group.chunks],
+                    behind,
+                    reading=slice(blank, None),
+                    leaving=slice(0, group.chunks * rows - unread),
+                    needs_log_decay=needs_log_decay,
+                )
                 if d_fixed is not None and d_a is not None:
                     d_fixed += d_a.view(-1, len(d_fixed)).sum(0)
                 elif d_a is not None:
@@ -509,6 +518,60 @@ def chunkwise_backward_op(
     if d_fixed is not None:
         d_log_decay.copy_(d_fixed)
     return dq, dk, dv, d_log_decay, d_initial
+
+
+def _group_backward(
+    chunks: _Chunk,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    states: Tensor,
+    d_states: Tensor,
+    *,
+    reading: slice,
+    leaving: slice,
+    needs_log_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and da (if it is wanted) of a group's G chunks.
+
+    Args:
+        chunks: their decays.
+        query: [G m K].
+        key: [G m K].
+        value: [G m V].
+        d_out: [G m V].
+        states: before each chunk, [n B H K V].
+        d_states: gradients of these, which are written, and of the one behind the last, which is given: [n+1 B H K V].
+        reading: those of G that read a state which may be other than 0, the last ones.
+        leaving: those that leave a state on which something depends, the first ones.
+        needs_log_decay: whether da is wanted.
+    """
+    total, before, after = query.shape[0], reading.start, query.shape[0] - leaving.stop
+    d_exits, d_read, d_left, kept = d_states[1:], None, None, None
+    if before < total:
+        changes = torch.bmm(_scaled(query, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *states.shape[1:])
+        numbers = range(states.shape[0])[-changes.shape[0] :]
+        for number, change in zip(reversed(numbers), reversed(changes.unbind()), strict=True):
+            chunks.next_state(number, d_exits[number], change, d_states[number])
+        d_read = torch.bmm(d_out[reading], states.flatten(0, 2)[reading].mT)
+        d_read = _scaled(_among(d_read, before, 0), chunks.prefix)
+    scores = chunks.scores(query, key)
+    d_scores = torch.bmm(d_out, value.mT)
+    d_value = torch.bmm(scores.mT, d_out)
+    if after < total:
+        exits = d_exits.flatten(0, 2)[leaving]
+        d_left = _scaled(_among(torch.bmm(value[leaving], exits.mT), 0, after), chunks.suffix)
+        d_value[leaving].baddbmm_(_scaled(key, chunks.suffix)[leaving], exits)
+    if needs_log_decay and d_read is not None and d_left is not None:
+        kept = (chunks.decayed(states) * d_exits).sum(4).flatten(0, 2)
+    outer = _Outer(d_read, d_left, kept) if needs_log_decay else None
+    d_query, d_key, d_a = chunks.scores_backward(query, key, scores, d_scores, outer)
+    if d_read is not None:
+        d_query += d_read
+    if d_left is not None:
+        d_key += d_left
+    return d_query, d_key, d_value, d_a
 
 
 @chunkwise_backward_op.register_fake
