@@ -321,8 +321,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     def _tensor(self) -> Tensor:
         """What tells the device and dtype that the mixer computes with."""
-        for parameter in self.parameters():
-            return parameter
+        for module in self.modules():  # parameters() takes several times as long, and this is asked for every token
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    return parameter
         for buffer in self.buffers():
             if buffer.is_floating_point():  # integers are indices or positions
                 return buffer

@@ -74,17 +74,14 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
 class Rotation(NamedTuple):
     """What `rotate` needs of a segment's positions, for all heads."""
 
-    cos: Float[Tensor, "_ T 1 K"]
-    """Cosines, each twice: once for each dimension of the pair."""
-    sin: Float[Tensor, "_ T 1 K"]
-    """Sines, the first of each pair negated."""
+    cos: Float[Tensor, "_ T 1 K/2"]
+    sin: Float[Tensor, "_ T 1 K/2"]
 
 
 def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype) -> Rotation:
     """Cosine and sine of every token's angles."""
     angles = (positions[..., None].to(torch.float64) * theta)[:, :, None]
-    cos, sin = angles.cos(), angles.sin()
-    return Rotation(*(torch.stack(pair, dim=-1).flatten(-2).to(dtype) for pair in ((cos, cos), (-sin, sin))))
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"]:
@@ -92,9 +89,9 @@ def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"
     pairs = x.unflatten(-1, (-1, 2))
     # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
-        turn = torch.complex(by.cos[..., 0::2], by.sin[..., 1::2])
-        return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
-    return torch.addcmul(x * by.cos, pairs.flip(-1).flatten(-2), by.sin)
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*by)).flatten(-2)
+    cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
+    return torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
 
 
 def _is_complex_view(x: Tensor) -> bool:

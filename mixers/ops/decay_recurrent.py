@@ -24,8 +24,9 @@ BLOCK = 64
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off; it does not know the meta device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Autocast off, where it is on; it does not know the meta device."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
@@ -208,11 +209,13 @@ def one_step(
     wide = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):
         query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
-        state = once(key.transpose(2, 3), 2) * value
-        if initial_state is not None:
-            kept = initial_state.to(wide)
-            decay = decay_at(log_decay, 0, wide)
+        column = once(key.transpose(2, 3), 2)
+        if initial_state is None:
+            state = column * value
+        else:
+            kept, decay = initial_state.to(wide), decay_at(log_decay, 0, wide)
             kept = kept * once(decay, 1) if isinstance(decay, Tensor) else kept
-            state = state + kept
+            # one pass over the state less than a product and a sum
+            state = torch.addcmul(kept, column, value)
         output = once(scale * query, 3) @ state
     return output.to(q.dtype).transpose(1, 2), state

@@ -75,8 +75,7 @@ def test_angles_are_exact_far_out(position):
     # the angle is a rational number, and float64 rounds it once
     angles = [float(Fraction(position) * Fraction(x) % TURN) for x in theta.tolist()]
     tolerance = 1e-15 + position * 2**-52
-    cos = [math.cos(angle) for angle in angles for _ in range(2)]
-    sin = [sign * math.sin(angle) for angle in angles for sign in (-1, 1)]
+    cos, sin = ([function(angle) for angle in angles] for function in (math.cos, math.sin))
     assert_close(by.cos.flatten(), torch.tensor(cos, dtype=torch.float64), rtol=0, atol=tolerance)
     assert_close(by.sin.flatten(), torch.tensor(sin, dtype=torch.float64), rtol=0, atol=tolerance)
 
