@@ -348,15 +348,15 @@ class _Round:
             raise Skip(f"failed with {type(error).__name__}: {first}") from error
 
     def _warm(self, contestant: Contestant, length: int) -> tuple[Entry, int | None]:
-        """Make an entry and run it twice: once to be warm, and once to see its memory and remember its time."""
+        """Make an entry, run it to be warm, and once more to see its memory and remember its time."""
         device, rows = self.settings.device, contestant.rows(length)
         self.forecast.require(contestant.base or contestant.name, length, rows)
         entry = contestant.entry(length)
         entry.call.prepare()
         entry.call.run()
+        entry.call.prepare()  # whose memory is not the call's
         with peak_memory(device) as peak:
-            once = Call(entry.call.run, entry.call.prepare)
-            (seconds,) = interleaved({"": once}, repeat=1, synchronize=synchronizer(device))[""]
+            (seconds,) = interleaved({"": Call(entry.call.run)}, repeat=1, synchronize=synchronizer(device))[""]
         self.forecast.add(contestant.name, length, seconds / rows, (peak.bytes or 0) / rows)
         return replace(entry, call=lengthened(entry.call, seconds)), peak.bytes
 

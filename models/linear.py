@@ -4,7 +4,6 @@ torch leaves such products to MKL, which has AVX-512 for Intel's processors alon
 for every processor. Both add up in float32, in another order.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ class Linear(nn.Linear):
 
 def use_quickest(model: nn.Module) -> None:
     """Give every plain linear layer of a model the quickest product of this machine; the rest of it stays."""
-    if is_quicker():
+    if QUICKER:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear
 
 
-@cache
-def is_quicker() -> bool:
-    """Whether oneDNN is the quicker one here: with AVX-512, but not Intel's."""
+def _is_quicker() -> bool:
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if not (avx512 and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
@@ -46,12 +43,16 @@ def is_quicker() -> bool:
         return False
 
 
+QUICKER = _is_quicker()
+"""Whether oneDNN is the quicker one here: with AVX-512, but not Intel's."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x [* K], weight [N K] and bias [N]: by oneDNN, if it is a large product in float32 on a CPU.
 
     `torch.backends.mkldnn.enabled = False` leaves all of them to torch.
     """
-    if not _is_for_onednn(x, weight):
+    if not (QUICKER and _is_for_onednn(x, weight)):
         return F.linear(x, weight, bias)
     product = onednn_linear(x, weight)
     return product if bias is None else product + bias
@@ -62,20 +63,25 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
-    if torch.is_autocast_enabled("cpu") or has_tangent(x, weight):
+    if torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():
         # how many tokens there are may be a symbol, on whose size no graph is to depend; a single one is never
-        return x.ndim > 1 and x.shape[-2] != 1
-    return x.numel() * weight.shape[0] >= LEAST
+        return x.ndim > 1 and x.shape[-2] != 1 and not has_tangent(x, weight)
+    # what torch.func transforms has tangents and batches that cannot be asked for
+    if torch._C._are_functorch_transforms_active() or has_tangent(x, weight) or not torch.backends.mkldnn.enabled:
+        return False
+    return x.ndim > 1 and x.numel() * weight.shape[0] >= LEAST
 
 
 @torch.library.custom_op("seqmix::linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of x [* K] and weight [N K], whatever their strides; a small product is torch's."""
+    """x weight^T of x [* K] and weight [N K]; a small product is torch's."""
     if x.numel() * weight.shape[0] < LEAST or not torch.backends.mkldnn.enabled:
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight).contiguous()
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # oneDNN takes no rows that overlap
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -92,13 +98,15 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad
-    d_x = onednn_linear(grad, weight.T) if wants_x else None
+    # a tangent that came in behind this layer is in the gradient alone
+    multiply = F.linear if has_tangent(grad, x, weight) else onednn_linear
+    d_x = multiply(grad, weight.T) if wants_x else None
     if not wants_weight:
         return d_x, None
     # the first operand is copied to lie row by row, which should be the smaller one
     rows, columns = grad.flatten(0, -2).T, x.flatten(0, -2).T
     swapped = len(columns) < len(rows)
-    return d_x, onednn_linear(columns, rows).T if swapped else onednn_linear(rows, columns)
+    return d_x, multiply(columns, rows).T if swapped else multiply(rows, columns)
 
 
 onednn_linear.register_autograd(_gradients, setup_context=_save)

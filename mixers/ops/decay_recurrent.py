@@ -208,8 +208,9 @@ def one_step(
     """Output [B 1 H V] and state [B H K V] of one token, in plain operations."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):
-        query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # [B H 1 *]
-        column = once(key.transpose(2, 3), 2)
+        query, key, value = (x.squeeze(1).to(wide) for x in (q, k, v))  # [B H *]
+        # not transposed: an axis of one would keep its stride, which the state would take over
+        column, value = once(key[..., None], 2), value[:, :, None]
         if initial_state is None:
             state = column * value
         else:
@@ -217,5 +218,5 @@ def one_step(
             kept = kept * once(decay, 1) if isinstance(decay, Tensor) else kept
             # one pass over the state less than a product and a sum
             state = torch.addcmul(kept, column, value)
-        output = once(scale * query, 3) @ state
+        output = once(scale * query[:, :, None], 3) @ state
     return output.to(q.dtype).transpose(1, 2), state

@@ -1,9 +1,15 @@
 """What a timed call does, and what it finds before it."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 
+from seqmix.benchmarks import suite
 from seqmix.benchmarks.decode import STEPS, DecodeBenchmark
+from seqmix.benchmarks.machine import PeakMemory
+from seqmix.benchmarks.measure import Call
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.peers import Seqmix
 from seqmix.benchmarks.train import TrainBenchmark
@@ -49,3 +55,21 @@ def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monke
     assert len(losses) == 1
     call.run()
     assert len(losses) == 2
+
+
+def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
+    held, inside = [], []
+
+    @contextmanager
+    def watched(device):
+        inside.append(True)
+        yield PeakMemory()
+        inside.clear()
+
+    monkeypatch.setattr(suite, "peak_memory", watched)
+    found = contestant(TrainBenchmark(settings()), "seqmix")
+    entry = found.entry(32)
+    call = Call(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
+    monkeypatch.setattr(found, "entry", lambda length: replace(entry, call=call))
+    suite._Round(settings(), settings().rates, "train", 32, suite.Forecast(1, settings()), str)._warm(found, 32)
+    assert held == [("prepare", False), ("run", False), ("prepare", False), ("run", True)]

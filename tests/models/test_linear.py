@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def _any_size(monkeypatch):
     # every product is large enough, on every machine
     monkeypatch.setattr(module, "LEAST", 0)
-    monkeypatch.setattr(module, "is_quicker", lambda: True)
+    monkeypatch.setattr(module, "QUICKER", True)
 
 
 class Calls(TorchDispatchMode):
@@ -100,11 +100,64 @@ def test_gradients_have_gradients():
         assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def of_torch(monkeypatch, function):
+    """What a function gives by oneDNN's products, and by torch's."""
+    results = []
+    for quicker in (True, False):
+        monkeypatch.setattr(module, "QUICKER", quicker)
+        results.append(function())
+    return results
+
+
+def test_functions_transform_as_those_of_torch(monkeypatch):
+    x, weight = random(5, 8, requires_grad=False), random(3, 8, seed=1, requires_grad=False)
+
+    def loss(weight, x):
+        return linear(x, weight).exp().sum()
+
+    transformed = {
+        "hessian": lambda: torch.func.hessian(loss)(weight, x[:2]),
+        "jvp of grad": lambda: torch.func.jvp(lambda w: torch.func.grad(loss)(w, x), (weight,), (weight,)),
+        "grads of rows": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(weight, x[:, None]),
+        "jvp of vmap": lambda: torch.func.jvp(torch.vmap(lambda row: linear(row[None], weight)), (x,), (x,)),
+    }
+    for function in transformed.values():
+        assert_close(*of_torch(monkeypatch, function))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_tangent_behind_a_layer_reaches_its_gradient(monkeypatch, create_graph):
+    x, first, last = random(5, 8, requires_grad=False), random(6, 8, seed=1), random(3, 6, seed=2)
+
+    def gradient():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(last, torch.ones_like(last))
+            loss = linear(linear(x, first).tanh(), dual).exp().sum()
+            (grad,) = torch.autograd.grad(loss, first, create_graph=create_graph)
+            return forward_ad.unpack_dual(grad).tangent.detach()
+
+    assert_close(*of_torch(monkeypatch, gradient))
+
+
+def test_operands_may_overlap():
+    rows = torch.arange(12.0).unfold(0, 8, 2)
+    weight = random(3, 8, requires_grad=False)
+    assert_close(onednn_linear(weight, rows), weight @ rows.T)
+    weight.requires_grad_()
+    onednn_linear(rows, weight).sum().backward()
+    assert_close(weight.grad, rows.sum(0).expand(3, 8))
+
+
+def test_a_vector_is_a_row(monkeypatch):
+    x, weight = random(8), random(3, 8, seed=1)
+    assert_close(*of_torch(monkeypatch, lambda: torch.autograd.grad(linear(x, weight).exp().sum(), (x, weight))))
+
+
 @pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 2)])
 def test_batches_of_calls_are_one(in_dims):
     x = random(*((4, 5, 8), (5, 4, 8), (5, 8))[in_dims[0] if in_dims[0] is not None else 2], requires_grad=False)
     weight = random(*{None: (3, 8), 0: (4, 3, 8), 2: (3, 8, 4)}[in_dims[1]], seed=1, requires_grad=False)
-    ours, theirs = (torch.vmap(function, in_dims)(x, weight) for function in (linear, F.linear))
+    ours, theirs = (torch.vmap(function, in_dims)(x, weight) for function in (onednn_linear, F.linear))
     assert_close(ours, theirs)
 
 
@@ -164,7 +217,7 @@ def test_a_switch_of_torch_turns_it_off(monkeypatch):
 
 @pytest.mark.parametrize("quicker", [False, True])
 def test_models_are_built_with_the_quickest_layers(config_of, monkeypatch, quicker):
-    monkeypatch.setattr(module, "is_quicker", lambda: quicker)
+    monkeypatch.setattr(module, "QUICKER", quicker)
     built = build_model(config_of("retention", "mamba2"))
     layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) > 4
@@ -179,14 +232,14 @@ def test_models_stay_what_they_are(config_of):
     for copy in (deepcopy(built), pickle.loads(pickle.dumps(built))):
         assert_close(copy(tokens).logits, logits, rtol=0, atol=0)
         assert copy.state_dict().keys() == built.state_dict().keys()
+        assert [type(m) for m in copy.modules()] == [type(m) for m in built.modules()]
 
 
 def test_a_model_has_the_losses_and_gradients_of_torch(config_of, monkeypatch):
     tokens = torch.arange(24).view(2, 12)
     results = []
     for quicker in (True, False):
-        monkeypatch.setattr(module, "is_quicker", lambda quicker=quicker: quicker)
-        monkeypatch.setattr(module, "LEAST", 0 if quicker else 2**62)
+        monkeypatch.setattr(module, "QUICKER", quicker)
         built = build_model(config_of("retention", "mamba2"))
 
         def step(built=built):

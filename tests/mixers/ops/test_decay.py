@@ -704,3 +704,14 @@ def test_wrong_borders_are_refused_in_compiled_code_too(borders):
     function = torch.compile(decay_parallel, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
         function(q, k, v, None, cu_seqlens=torch.tensor(borders))
+
+
+@pytest.mark.parametrize("widths", [(1, 6), (4, 6), (4, 1), (1, 1)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_state_of_a_step_lies_as_the_one_before(heads, widths):
+    """A compiled step takes another layout for another input, even of an axis of one."""
+    q, k, v = (torch.randn(2, 1, heads, width) for width in (widths[0], *widths))
+    state = torch.randn(2, heads, *widths)
+    for log_decay in (None, torch.full((heads,), -0.1), torch.full((2, 1, heads), -0.1)):
+        _, after = decay_recurrent(q, k, v, log_decay, initial_state=state, output_final_state=True)
+        assert after.stride() == state.stride()
