@@ -207,4 +207,7 @@ def _lines(panel: Any, report: Report, what: str, value: Callable[[Row], float |
             line = "-" if name == base else "--"
             panel.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=name, **style)
     panel.set(xscale="log", yscale="log", xlabel="tokens")
+    lengths = sorted({row.length for row in report.rows})
+    panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    panel.set_xticks([], minor=True)
     panel.grid(alpha=0.3)
