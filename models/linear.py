@@ -4,13 +4,13 @@ torch leaves such products to MKL, which has AVX-512 for Intel's processors alon
 for every processor. Both add up in float32, in another order.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from ..mixers.ops.differentiation import has_tangent
 
@@ -28,6 +28,7 @@ class Linear(nn.Linear):
 def use_quickest(model: nn.Module) -> None:
     """Give every plain linear layer of a model the quickest product of this machine; the rest of it stays."""
     if QUICKER:
+        _make_countable()
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear
@@ -120,6 +121,13 @@ def _batched(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weigh
     return torch.einsum("b...k, bnk -> b...n", x, weight.movedim(in_dims[1], 0)), 0
 
 
-@register_flop_formula(torch.ops.seqmix.linear)
 def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight[0]
+
+
+@cache
+def _make_countable() -> None:
+    """Tell torch's counter of operations what the op has; it imports Triton, which an import of ours does not."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.seqmix.linear)(_flops)
