@@ -5,15 +5,7 @@ mixers, feed-forward networks and norms into a language model.
 """
 
 from .mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from .models import (
-    LanguageModel,
-    ModelConfig,
-    Sampling,
-    account,
-    build_model,
-    generate_text,
-    stream_text,
-)
+from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
 from .registry import ConfigError, SeqmixError
 from .training import RunConfig, load_config, load_run, train
 

@@ -187,7 +187,7 @@ def generate(
 
     [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
     """
-    from .generating import generate_command
+    from .commands.generate import generate_command
     from .models import Sampling
 
     generate_command(
@@ -260,7 +260,7 @@ def evaluate(
 
     [bold]seqmix evaluate runs/retnet-tiny --context 64 --context 128 --context 256 --scored 32[/bold]
     """
-    from .evaluating import evaluate_command
+    from .commands.evaluate import evaluate_command
 
     evaluate_command(
         run,
@@ -324,7 +324,7 @@ def tokenize(
 
     [bold]seqmix train retnet-tiny data.paths="\\[books.tokens]" data.tokenizer=books.json model.vocab_size=8192[/bold]
     """
-    from .training.data.command import tokenize_command
+    from .commands.tokenize import tokenize_command
 
     tokenize_command(sources, out, tokenizer=tokenizer, train_bpe=train_bpe)
 
@@ -332,7 +332,7 @@ def tokenize(
 @app.command()
 def mixers() -> None:
     """List the registered mixers and what they declare."""
-    from .show import mixer_table
+    from .commands.show import mixer_table
 
     mixer_table()
 
@@ -383,7 +383,7 @@ def check(
 
     [bold]seqmix check my_mixers:MyConfig --only paradigms_agree --examples 1000[/bold]
     """
-    from .checking import check_command
+    from .commands.check import check_command
 
     passed = check_command(
         source,
@@ -467,7 +467,7 @@ def bench(
 
     [bold]seqmix bench decode hybrid-tiny --context 1024 --json decode.json[/bold]
     """
-    from .benchmarks.command import bench_command
+    from .commands.bench import bench_command
 
     bench_command(
         what,
@@ -516,14 +516,14 @@ def compare(
     from .registry import SeqmixError
 
     if list_all:
-        from .experiments.command import list_studies
-        from .terminal import terminal
+        from .commands.compare import list_studies
+        from .commands.console import terminal
 
         list_studies(terminal())
         return
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
-    from .experiments.command import compare_command
+    from .commands.compare import compare_command
 
     if status := compare_command(study, out=out, jobs=jobs, dry_run=dry_run):
         raise typer.Exit(status)
@@ -546,7 +546,7 @@ def plot(
 
     [bold]seqmix plot runs/retnet-tiny runs/attention-tiny --out both.svg[/bold]
     """
-    from .experiments.plot_command import plot_runs
+    from .commands.plot import plot_runs
 
     typer.echo(f"{plot_runs(runs, out)} is drawn")
 
@@ -608,8 +608,8 @@ def _tell(note: str) -> None:
 
 
 def _train(config: "RunConfig", run: Path, *, resume: bool = False) -> None:
+    from .commands.progress import run_with_progress
     from .training.memory import keep_freed_memory
-    from .training.progress import run_with_progress
 
     keep_freed_memory()
     if not run_with_progress(config, run, resume=resume):
@@ -617,8 +617,8 @@ def _train(config: "RunConfig", run: Path, *, resume: bool = False) -> None:
 
 
 def _show(config: "RunConfig", length: int | None, *, as_json: bool = False) -> None:
+    from .commands.show import cost_table
     from .models import account
-    from .show import cost_table
 
     cost = account(config.model, length=length or config.data.sequence_length)
     if as_json:

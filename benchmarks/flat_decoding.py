@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 import typer
 
+from ..commands.bench import model_to_measure
 from ..mixers.state import to_dict
 from ..models import Decoder, build_model
-from .command import model_to_measure
 from .measure import turns
 from .program import run_program
 

@@ -19,11 +19,15 @@ from typing import Annotated
 import torch
 import typer
 
+from ..commands.bench import model_to_measure
 from ..mixers import MIXERS
-from ..mixers.ops import decay_fla, decay_triton, delta, softmax_flex, softmax_xformers
-from ..mixers.ops.kernels import KERNELS, Probe
+from ..ops.decay import fla as decay_fla
+from ..ops.decay import triton as decay_triton
+from ..ops.delta import api as delta
+from ..ops.kernels import KERNELS, Probe
+from ..ops.softmax import flex as softmax_flex
+from ..ops.softmax import xformers as softmax_xformers
 from ..registry import SeqmixError, nearest
-from .command import model_to_measure
 from .measure import Spread
 from .peers import COMPETITORS, Size
 from .program import run_program

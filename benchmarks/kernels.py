@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ..mixers import Paradigm
-from ..mixers.ops.kernels import KERNELS, find
-from ..mixers.testing import EXAMPLES, KERNEL_CHECKS, check_kernel
-from ..mixers.testing.outcome import Status
+from ..ops.kernels import KERNELS, find
 from ..registry import SeqmixError, nearest
+from ..testing import EXAMPLES, KERNEL_CHECKS, check_kernel
+from ..testing.outcome import Status
 from .program import run_program
 
 

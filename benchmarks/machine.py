@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.linear import QUICKER, onednn_linear
+from ..models.onednn_linear import QUICKER, onednn_linear
 from .measure import Call
 
 STATUS, CLEAR, MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.ops.decay import decay_chunkwise, decay_parallel
-from ..mixers.ops.kernels import Probe, find
+from ..ops.decay.api import decay_chunkwise, decay_parallel
+from ..ops.kernels import Probe, find
 from ..registry import SeqmixError
 from .measure import Call
-from .peers.base import not_installed
 from .peers.gpt import eager_attention
+from .peers.peer import not_installed
 from .peers.torchscale import CHUNK, torchscale
 from .suite import Benchmark, Contestant, Entry, Settings, Skip
 

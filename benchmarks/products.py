@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS  # no public way leads to the function that an op was made of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..models.linear import onednn_linear
+from ..models.onednn_linear import onednn_linear
 from .measure import Call
 
 LONGEST = 4096

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..commands.console import plain_table
 from ..registry import SeqmixError
-from ..terminal import plain_table
 from .measure import Spread
 from .suite import Report, Row, as_dict, from_dict
 

@@ -18,12 +18,12 @@ import typer
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..data import evaluation_batches, read_corpus, training_batch
 from ..models import IGNORED, build_model
 from ..training import RunConfig, load_config
-from ..training.data import evaluation_batches, read_corpus, training_batch
-from ..training.learner import Learner
+from ..training.metrics import Measured
 from ..training.optim import build_optimizer, learning_rate
-from ..training.score import Measured
+from ..training.trainer import Learner
 from .program import run_program
 
 LENGTH, WIDTH, LAYERS, HEADS = 64, 128, 4, 4

@@ -14,10 +14,10 @@ from seqmix import MIXERS
 from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.experiments.match import Match
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
-from seqmix.mixers.ops.kernels import KERNELS
-from seqmix.mixers.testing import CHECKS, KERNEL_CHECKS
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
+from seqmix.ops.kernels import KERNELS
 from seqmix.registry import Config, Registry
+from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import DATA, DatasetConfig, DistributedConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")

@@ -17,9 +17,9 @@ from torch import Tensor
 from seqmix import account, load_config
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.pages import fill
-from seqmix.mixers.ops.context import Context
 from seqmix.models.accounting import ModelCost
 from seqmix.models.builder import build_meta
+from seqmix.ops.context_parallel import Context
 
 TARGET = Path(__file__).with_name("scaling.md")
 PRESET, LENGTH = "retnet-6.7b", 2048

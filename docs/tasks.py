@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from seqmix.data import Corpus, Task, TaskConfig
+from seqmix.data.kinds.passkey import Passkey
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
 from seqmix.training import DATA
-from seqmix.training.data import Corpus, Task, TaskConfig
-from seqmix.training.data.kinds.passkey import Passkey
 
 TARGET, PICTURES = Path(__file__).with_name("tasks.md"), Path(__file__).with_name("tasks")
 SMALL = {

@@ -11,20 +11,10 @@ from typing import Any
 from ..registry import ConfigError
 from ..registry.yaml_writer import write as to_yaml
 from ..training import CheckpointError, read_config
-from ..training.metrics import METRICS_FILE
-from ..training.session import SESSIONS_FILE
+from ..training.logging import METRICS_FILE
+from ..training.provenance import SESSIONS_FILE
 from .plan import Plan, PlannedEntry, PlannedRun
-from .results import (
-    EntryResult,
-    EvaluationPoint,
-    Machine,
-    PaperRow,
-    Point,
-    Results,
-    RunResult,
-    SpeedResult,
-    SummaryRow,
-)
+from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
 from .summary import summarise
 

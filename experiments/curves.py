@@ -8,8 +8,8 @@ from typing import Any
 
 from ..registry import ConfigError, SeqmixError, nearest, read_mapping
 from ..training import PRESETS
-from ..training.folder import CONFIG_FILE
-from ..training.metrics import METRICS_FILE
+from ..training.logging import METRICS_FILE
+from ..training.run_dir import CONFIG_FILE
 from .chart import ACCURACY, LOSS, Axis, Chart, Line
 
 Measurement = dict[str, Any]

@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 import torch
 
 from ..training.checkpoint import CheckpointError, checkpoints, find
-from ..training.metrics import METRICS_FILE
+from ..training.logging import METRICS_FILE
 from .collect import RUNS, is_finished, is_same
 from .plan import Plan, PlannedRun
 from .study import StudyError

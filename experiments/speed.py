@@ -13,8 +13,8 @@ import torch
 
 from ..benchmarks.decode import DecodeBenchmark, DecodeContestant
 from ..benchmarks.machine import Rates
-from ..benchmarks.peers.base import Size
 from ..benchmarks.peers.ours import Seqmix
+from ..benchmarks.peers.peer import Size
 from ..benchmarks.suite import Contestant, Report, Row, Settings, run
 from ..benchmarks.suite import Entry as Ready
 from ..benchmarks.train import TrainBenchmark, TrainContestant

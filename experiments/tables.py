@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..show import si_bytes
-from ..terminal import plain_table
+from ..commands.console import plain_table
+from ..commands.show import si_bytes
 from .results import Results, RunResult, Statistic, SummaryRow
 from .summary import best_first
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from ..commands.progress import StopRequest
 from ..registry import SeqmixError
 from ..training import RunConfig, train
 from ..training.events import Evaluated, Noted, Stepped
-from ..training.folder import CONFIG_FILE
 from ..training.memory import keep_freed_memory
-from ..training.progress import StopRequest
+from ..training.run_dir import CONFIG_FILE
 
 FINISHED, FAILED, STOPPED = 0, 2, 130
 """Exit statuses."""

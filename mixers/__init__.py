@@ -3,7 +3,7 @@
 A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`.
 """
 
-from .base import MIXERS, ContractError, MixerConfig, SequenceMixer, Traits
-from .paradigm import Paradigm
+from ..ops.paradigm import Paradigm
+from .contract import MIXERS, ContractError, MixerConfig, SequenceMixer, Traits
 
 __all__ = ["MIXERS", "ContractError", "MixerConfig", "Paradigm", "SequenceMixer", "Traits"]

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import ContractError, MixerConfig, SequenceMixer, Traits, require_room
+from ..ops.kernels import Probe
+from ..ops.paradigm import Paradigm
+from ..ops.softmax.api import Backend, softmax, softmax_flops
+from ..ops.softmax.cache import Cache, GrowingCache, RingCache, empty_cache, moved
+from .contract import ContractError, MixerConfig, SequenceMixer, Traits, require_room
 from .heads import divisors, nearest_of
-from .ops.cache import Cache, GrowingCache, RingCache, empty_cache, moved
-from .ops.kernels import Probe
-from .ops.softmax import Backend, softmax, softmax_flops
-from .paradigm import Paradigm
 from .positions import frequencies, rotate, rotation, token_positions
 
 AttentionState = Cache

@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import MixerConfig, SequenceMixer, Traits
+from ..ops.delta.api import delta, delta_flops, unit_norm
+from ..ops.paradigm import Paradigm
+from .contract import MixerConfig, SequenceMixer, Traits
 from .gates import gated_norm
 from .heads import head_width
-from .ops.delta import delta, delta_flops, unit_norm
-from .paradigm import Paradigm
 from .short_convolution import ShortConvolution
 
 TIME_STEPS = (1e-3, 0.1)

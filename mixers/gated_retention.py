@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from ..ops.decay.api import Backend, decay, decay_flops
+from ..ops.kernels import Probe
+from ..ops.paradigm import Paradigm
+from .contract import ContractError, MixerConfig, SequenceMixer, Traits
 from .gates import gated_norm
 from .heads import head_width
-from .ops.decay import Backend, decay, decay_flops
-from .ops.kernels import Probe
-from .paradigm import Paradigm
 from .positions import advance, frequencies, rotate, rotation, token_positions
 
 

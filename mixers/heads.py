@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import ContractError
+from .contract import ContractError
 
 HeadNorm = Literal["group", "rms", "none"]
 """`group`: mean and variance over a head's values, one group a head; `rms`: root mean square alone; without weights."""

@@ -28,10 +28,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import MixerConfig, SequenceMixer, Traits, require_room
-from .ops.convolution import long_convolution
-from .ops.segments import require_async
-from .paradigm import Paradigm
+from ..ops.convolution.api import long_convolution
+from ..ops.packing import require_async
+from ..ops.paradigm import Paradigm
+from .contract import MixerConfig, SequenceMixer, Traits, require_room
 from .positions import advance
 from .short_convolution import ShortConvolution
 

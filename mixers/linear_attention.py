@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import MixerConfig, SequenceMixer, Traits
+from ..ops.decay.api import Backend, decay, decay_flops
+from ..ops.kernels import Probe
+from ..ops.paradigm import Paradigm
+from .contract import MixerConfig, SequenceMixer, Traits
 from .heads import HeadNorm, head_norm, head_width
-from .ops.decay import Backend, decay, decay_flops
-from .ops.kernels import Probe
-from .paradigm import Paradigm
 
 
 class LinearAttentionConfig(MixerConfig):

@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from ..ops.decay.api import Backend, decay, decay_flops
+from ..ops.kernels import Probe
+from ..ops.paradigm import Paradigm
+from .contract import ContractError, MixerConfig, SequenceMixer, Traits
 from .gates import gated_norm
 from .heads import divided, divisors, nearest_of
-from .ops.decay import Backend, decay, decay_flops
-from .ops.kernels import Probe
-from .paradigm import Paradigm
 from .short_convolution import ShortConvolution
 
 BOUNDS = {"time_step_range": (1e-6, 1e3), "a_range": (1e-6, 1e6)}

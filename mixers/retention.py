@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .base import ContractError, MixerConfig, SequenceMixer, Traits
+from ..ops.decay.api import Backend, decay, decay_flops
+from ..ops.kernels import Probe
+from ..ops.materialize import once
+from ..ops.paradigm import Paradigm
+from .contract import ContractError, MixerConfig, SequenceMixer, Traits
 from .heads import HeadNorm, head_norm, head_width
-from .ops.decay import Backend, decay, decay_flops
-from .ops.fusion import once
-from .ops.kernels import Probe
-from .paradigm import Paradigm
 from .positions import Schedule, advance, frequencies, rotate, rotation, token_positions
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ops.context import Context
-from .ops.convolution import short_convolution
+from ..ops.context_parallel import Context
+from ..ops.convolution.api import short_convolution
 
 
 class ShortConvolution(nn.Module):

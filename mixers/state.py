@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ContractError, S
+from .contract import ContractError, S
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:

@@ -8,8 +8,8 @@ from .decoding import Decoder
 from .generate import Sampling, generate_text, generate_tokens, read, read_text, sample, stream_text
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
+from .prompt_cache import Reading
 from .prompts import prefill
-from .reading import Reading
 from .subword import SubwordTokenizer, train_bpe
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, load_tokenizer
 

@@ -6,7 +6,7 @@ from ..mixers import ContractError
 from ..registry import SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
-from .linear import use_quickest
+from .onednn_linear import use_quickest
 
 
 def build_meta(config: ModelConfig) -> LanguageModel:

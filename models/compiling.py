@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import Block
-from ..mixers.ops.fusion import written
+from ..ops.materialize import written
 from ..registry import SeqmixError
 from .language_model import LanguageModel
 

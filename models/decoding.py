@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.ops.consumption import consumed
 from ..mixers.state import clone, to_dict
+from ..ops.donation import consumed
 from .compiling import compile_step
 from .language_model import LanguageModel, ModelState
 

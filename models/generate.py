@@ -15,8 +15,8 @@ from ..registry import SeqmixError
 from .compiling import CompileError
 from .decoding import COMPILED_FROM, Decoder
 from .language_model import LanguageModel, ModelState
+from .prompt_cache import RECENT, Reading, reading_of
 from .prompts import prefill
-from .reading import RECENT, Reading, reading_of
 from .tokenizer import TextDecoder, Tokenizer
 
 LEAST_TEMPERATURE = 1e-3

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
-from ..mixers.ops.backends import described
-from ..mixers.ops.context import Context
+from ..ops.backends import described
+from ..ops.context_parallel import Context
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, linear_cross_entropy, linear_predictions, token_losses
 from .tokenizer import ByteTokenizer, Tokenizer

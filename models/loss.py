@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .linear import linear
+from .onednn_linear import linear
 
 IGNORED = -100
 """The target of a token after which nothing is to be predicted."""

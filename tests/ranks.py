@@ -21,7 +21,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         # each starts with torch imported; no process may inherit threads
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+        self.context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
         self.size, self.folder = size, TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
@@ -66,7 +66,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) 
 
 @cache
 def context():
-    from seqmix.mixers.ops.context import Context
+    from seqmix.ops.context_parallel import Context
 
     return Context.of(dist.group.WORLD)
 
@@ -75,7 +75,7 @@ def mixer_as_one(
     kind: str, fields: dict[str, Any], cases: list[dict[str, Any]], in_turn: bool = False, whole: bool = True
 ) -> None:
     """A mixer over all ranks is the mixer of one: outputs, final states, gradients of inputs, states and parameters."""
-    from seqmix.mixers.hand_over import mix_in_turn
+    from seqmix.mixers.context_parallel import mix_in_turn
     from seqmix.mixers.state import detach
 
     mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
@@ -217,8 +217,8 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     """
     from seqmix import SeqmixError, load_config, train
     from seqmix.training.events import Evaluated, Saved, Stepped
-    from seqmix.training.learner import Learner
     from seqmix.training.sharding import whole
+    from seqmix.training.trainer import Learner
 
     joined = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.mixers.testing import CHECKS
+from seqmix.testing import CHECKS
 
 QUICK = ("--only", "paradigms_agree", "--examples", "4")
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_checked_is_one_sentence(refused, case):
 
 
 def test_without_hypothesis_check_says_what_to_install(refused, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("seqmix.mixers.testing")]:
+    for name in [name for name in sys.modules if name.startswith("seqmix.testing")]:
         monkeypatch.delitem(sys.modules, name)
     # as where it is not installed
     monkeypatch.setitem(sys.modules, "hypothesis", None)

@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 
 from seqmix import MIXERS, account, cli, load_config
-from seqmix.mixers.testing import check_mixer
+from seqmix.testing import check_mixer
 from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.mixers.testing import check_mixer
+from seqmix.testing import check_mixer
 
 SOURCE = Path(__file__).parents[1] / "examples" / "plugin" / "seqmix_mingru" / "__init__.py"
 MODULE = "mingru_of_the_test"

@@ -125,17 +125,17 @@ def test_every_public_name_exists(package):
 # ---- floors
 
 FLOORS = [
-    {"seqmix.registry", "seqmix.terminal"},
-    {"seqmix.mixers.paradigm", "seqmix.mixers.positions"},
-    {"seqmix.mixers.ops"},
+    {"seqmix.registry"},
+    {"seqmix.ops"},
     {"seqmix.mixers"},
-    {"seqmix.mixers.testing"},
+    {"seqmix.testing"},
     {"seqmix.blocks"},
     {"seqmix.models"},
+    {"seqmix.data"},
     {"seqmix.training"},
-    {"seqmix.checking", "seqmix.evaluating", "seqmix.generating", "seqmix.show"},
     {"seqmix.benchmarks"},
     {"seqmix.experiments"},
+    {"seqmix.commands"},
     {"seqmix.cli", "seqmix.__main__"},
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
@@ -190,9 +190,9 @@ def test_a_floor_imports_only_floors_below_it(module):
 def test_the_check_of_floors_sees_every_way_to_import(tmp_path):
     file = tmp_path / "decay.py"
     file.write_text("from ..base import x\nfrom ... import models\ndef f():\n    from ...training.loop import train\n")
-    found = dict(imports("seqmix.mixers.ops.decay", file))
-    assert found == {"seqmix.mixers.base": 1, "seqmix.models": 2, "seqmix.training.loop": 4}
-    assert floor_of("seqmix.mixers.ops.decay") < floor_of("seqmix.mixers.base") < floor_of("seqmix.training.loop")
+    found = dict(imports("seqmix.ops.decay.api", file))
+    assert found == {"seqmix.mixers.contract": 1, "seqmix.models": 2, "seqmix.training.run": 4}
+    assert floor_of("seqmix.ops.decay.api") < floor_of("seqmix.mixers.contract") < floor_of("seqmix.training.run")
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
@@ -206,7 +206,7 @@ def test_the_library_imports_itself_relatively(module):
             assert not within(node.module, "seqmix")
 
 
-@pytest.mark.parametrize("module", sorted(name for name in modules() if within(name, "seqmix.mixers.ops")))
+@pytest.mark.parametrize("module", sorted(name for name in modules() if within(name, "seqmix.ops")))
 def test_an_op_knows_no_module(module):
     file = modules()[module]
     for imported, line in imports(module, file):
@@ -240,7 +240,7 @@ def test_nothing_is_unpickled():
 
 OPTIONAL = ["matplotlib", "triton", "xformers", "fla", "hypothesis", "transformers", "datasets", "tokenizers", "pytest"]
 MAY_IMPORT = {
-    "seqmix.mixers.ops.decay_triton_kernels": {"triton"},
+    "seqmix.ops.decay.triton_kernels": {"triton"},
     "seqmix.benchmarks.report": {"matplotlib"},
     "seqmix.experiments.image": {"matplotlib"},
     "seqmix.benchmarks.op": {"fla"},
@@ -316,7 +316,7 @@ def test_required_libraries_are_declared():
         for imported, line in imports(name, file):
             top = imported.partition(".")[0]
             if top != "seqmix" and top not in sys.stdlib_module_names:
-                allowed = declared | test if within(name, "seqmix.mixers.testing") else declared
+                allowed = declared | test if within(name, "seqmix.testing") else declared
                 allowed = allowed | MAY_IMPORT.get(name, set())
                 assert distribution.get(top, top) in allowed, f"{name}:{line} imports {top}"
 

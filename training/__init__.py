@@ -1,12 +1,12 @@
 """Training, on one process or many: data, optimizer, loop, checkpoints."""
 
+from ..data import DATA, Corpus, DataConfig, Source, read_corpus
+from ..data.kinds.text import DatasetConfig, TextConfig
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config
-from .data import DATA, Corpus, DataConfig, Source, read_corpus
-from .data.kinds.text import DatasetConfig, TextConfig
-from .loop import TrainingError, train
-from .run import export_run, load_run, read_config
-from .saved_state import load_reading, save_reading
+from .run import TrainingError, train
+from .saved_prompt_cache import load_reading, save_reading
+from .saved_run import export_run, load_run, read_config
 
 __all__ = [
     "DATA",

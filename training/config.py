@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ..data.kinds.text import TextConfig
+from ..data.source import DATA, DataConfig
 from ..models import ModelConfig
 from ..registry import Config, load
-from .data.base import DATA, DataConfig
-from .data.kinds.text import TextConfig
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 """The folder of the presets."""

@@ -1,80 +1,98 @@
-"""The measurements of a run: one JSON line each in metrics.jsonl, and TensorBoard's files where wanted."""
+"""What an evaluation finds: nats a token, and of a task the share of answers that are right."""
 
-import json
-import math
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..registry import SeqmixError
+from jaxtyping import Int
+from torch import Tensor
 
-METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
-
-
-class Metrics:
-    """Where a run's measurements go."""
-
-    def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
-        self.file = run / METRICS_FILE
-        self._folder = run / TENSORBOARD_FOLDER if tensorboard else None
-        self._board: Any = None
-        if tensorboard:
-            require_tensorboard()
-
-    def begin(self, step: int) -> None:
-        """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
-        lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
-        partial = self.file.with_name(f".{self.file.name}.partial")
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
-        partial.replace(self.file)
-        if self._folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
-
-    def record(self, values: dict[str, Any]) -> None:
-        """Add a measurement, numbers by name; `step` is one of them."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        if self._board is not None:
-            for name, value in _scalars(values):
-                self._board.add_scalar(name, value, values["step"])
-
-    def close(self) -> None:
-        """Write what is held back."""
-        if self._board is not None:
-            self._board.close()
+from ..models import IGNORED
 
 
-def require_tensorboard() -> None:
-    """Make sure that TensorBoard is there.
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation's result."""
 
-    Raises:
-        SeqmixError: it is not installed.
-    """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise SeqmixError(
-            "training.tensorboard needs the package tensorboard, which is not installed: "
-            "pip install 'seqmix[tensorboard]'"
-        ) from error
+    loss: float
+    """Nats a token that was to be predicted."""
+    accuracy: float | None = None
+    """Share of these tokens whose most probable one was right; None where it is not measured."""
+    accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same for each value of each axis of difficulty."""
 
 
-def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a measurement by path, truth values aside."""
-    found = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            found.append((f"{prefix}{name}", value))
-    return found
+class Score:
+    """Counts batch by batch."""
 
+    def __init__(self) -> None:
+        self._loss, self._asked = 0.0, 0
+        self._answers: dict[tuple[str, str], list[int]] = {}
+        """Right answers and all, by axis and value."""
+        self._right: int | None = None
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite if it is none."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-    return step if isinstance(step, int) and line.endswith("\n") else math.inf
+    def add(self, loss: float, asked: int) -> None:
+        """Count a batch by its summed loss.
+
+        Args:
+            loss: nats, summed.
+            asked: tokens that were to be predicted.
+        """
+        self._loss += loss
+        self._asked += asked
+
+    def add_answers(
+        self,
+        loss: float,
+        predicted: Int[Tensor, " M"],
+        targets: Int[Tensor, "B T"],
+        slices: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Count a batch by its answers too.
+
+        Args:
+            loss: nats, summed.
+            predicted: the most probable token at each place that is asked, row by row.
+            targets: the right ones, `IGNORED` where nothing is asked.
+            slices: for every axis of difficulty the value of each row.
+        """
+        asked = targets != IGNORED
+        right = asked.clone()
+        right[asked] = predicted == targets[asked]
+        self.add(loss, len(predicted))
+        self._right = (self._right or 0) + int(right.sum())
+        counts = list(zip(right.sum(1).tolist(), asked.sum(1).tolist(), strict=True))
+        for axis, values in slices.items():
+            for value, (good, all_) in zip(values, counts, strict=True):
+                count = self._answers.setdefault((axis, value), [0, 0])
+                count[0] += good
+                count[1] += all_
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was counted, as JSON holds it."""
+        answers = [[axis, value, *counts] for (axis, value), counts in self._answers.items()]
+        return {"loss": self._loss, "asked": self._asked, "right": self._right, "answers": answers}
+
+    @classmethod
+    def merged(cls, all_counts: Sequence[Mapping[str, Any]]) -> "Score":
+        """What several have counted of different batches."""
+        score = cls()
+        for counts in all_counts:
+            score.add(counts["loss"], counts["asked"])
+            if counts["right"] is not None:
+                score._right = (score._right or 0) + counts["right"]
+            for axis, value, right, asked in counts["answers"]:
+                count = score._answers.setdefault((axis, value), [0, 0])
+                count[0] += right
+                count[1] += asked
+        return score
+
+    @property
+    def measured(self) -> Measured:
+        """What was found so far."""
+        asked = max(self._asked, 1)
+        by: dict[str, dict[str, float]] = {}
+        for (axis, value), (right, all_) in self._answers.items():
+            by.setdefault(axis, {})[value] = right / max(all_, 1)
+        return Measured(self._loss / asked, None if self._right is None else self._right / asked, by)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..mixers.ops.context import Context
+from ..ops.context_parallel import Context
 from ..registry import ElsewhereError, SeqmixError
 from .config import DistributedConfig
 

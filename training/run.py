@@ -1,131 +1,126 @@
-"""A finished or stopped run on disk, read back; and its weights as one file to give away."""
+"""`train`: a run from its configuration, new or resumed, on one process or many; a generator of events.
 
-import json
-import warnings
-from collections.abc import Callable, Sequence
+Whoever shows them consumes it. What takes part is put together here; `trainer.py` is its course, `learner.py` a step.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
-from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, Tokenizer, build_model, load_tokenizer
-from ..registry import load
-from . import checkpoint, snapshot
-from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, RunConfig
-from .folder import CONFIG_FILE
-
-EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
-"""The names under which a file of weights has the run's configuration and its vocabulary (unless bytes), as JSON."""
-
-
-def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """The resolved configuration of a run, with changes as "dotted.path=value".
-
-    Raises:
-        CheckpointError: the folder is no run.
-        ConfigError: its configuration cannot be used any more.
-    """
-    if not (run / CONFIG_FILE).is_file():
-        what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
-        raise CheckpointError(f"{run} is no run: it {what}; a run is a folder that `seqmix train` wrote")
-    return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
+from ..models import LanguageModel, build_model
+from ..registry import ElsewhereError
+from . import checkpoint
+from .checkpoint import Found
+from .config import RunConfig, TrainingConfig
+from .course import Trainer
+from .errors import TrainingError, told
+from .events import Event, Noted, Started
+from .optim import build_optimizer
+from .provenance import record_session
+from .ranks import Group, Ranks, lost
+from .run_dir import claim, held, require_free
+from .sharding import shard
+from .trainer import Learner, precision_of
 
 
-def load_run(
-    run: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    choice: Choice = "newest",
-    tell: Callable[[str], object] = warnings.warn,
-) -> LanguageModel:
-    """The trained model of a run, or of a file that `export_run` wrote, with its tokenizer: ready to generate.
+def train(
+    config: RunConfig, run: str | Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Event]:
+    """Train a model, event by event: it trains as it is iterated.
 
     Args:
-        run: the run's folder, or the file.
-        device: where the model goes.
-        choice: which of a run's checkpoints: the newest, the best, or that of a step. Where its parameters are damaged,
-            it is the one before it.
-        tell: called with a sentence for each checkpoint that was passed over.
+        config: the run.
+        run: its folder; made, and refused where it holds something already, unless resumed.
+        resume: whether to go on from the newest intact checkpoint in it (from the start, where none was written).
+        stop: asked behind every step; true writes a checkpoint and ends.
 
     Raises:
-        SeqmixError: it is no run and no such file, or is missing, damaged or of another model, or its vocabulary cannot
-            be read.
+        SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, the loss is no
+            longer finite, or a checkpoint cannot be written. Nothing is written before all that is needed is there.
     """
     run = Path(run)
-    if run.is_file():
-        return _load_file(run, device)
-    model, _ = _load_checkpoint(run, read_config(run), device, choice, tell)
-    return model.eval()
+    with Group(config.distributed) as ranks:
+        try:
+            yield from _train(config, run, resume, stop, ranks)
+        except RuntimeError as error:
+            if ranks.size > 1 and lost(error):
+                raise ElsewhereError("another process of the run is gone") from error
+            raise
 
 
-def export_run(
-    run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
-) -> int:
-    """Write the weights of a run to one safetensors file, with its configuration in the metadata.
-
-    Args:
-        run: the run's folder.
-        out: the file, which must not exist.
-        choice: which checkpoint, as in `load_run`.
-        tell: as in `load_run`.
-
-    Returns:
-        The step of the checkpoint.
-
-    Raises:
-        SeqmixError: it is no run, its checkpoints are missing or damaged, or the file cannot be written.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out} exists already: give --out the name of a new file")
-    config = read_config(run)
-    model, step = _load_checkpoint(run, config, "cpu", choice, tell)
-    metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
-    if model.tokenizer is not None and (vocabulary := _vocabulary(model.tokenizer)) is not None:
-        metadata[EXPORTED_TOKENIZER] = vocabulary
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
-    checkpoint.write_tensors(out, snapshot.parameters_of(model), metadata)
-    return step
-
-
-def _load_checkpoint(
-    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
-) -> tuple[LanguageModel, int]:
-    # nothing else is needed: damaged moments are no reason to pass over good parameters
-    found = checkpoint.find(run, choice, parts=(snapshot.MODEL,))
-    for note in found.notes:
-        tell(note)
-    model = build_model(config.model, device=device)
-    model.tokenizer = config.data.tokenizer_of(run)
-    snapshot.load_model(found.folder, model)
-    return model, found.manifest.step
-
-
-def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
-    found, metadata = checkpoint.read_tensors(file)
-    try:
-        # only the model's part: how it was trained may be of another version
-        config = ModelConfig.model_validate(json.loads(metadata[EXPORTED_CONFIG])["model"])
-    except KeyError as error:
-        raise CheckpointError(f"{file} has weights and no configuration: it needs a file of `seqmix export`") from error
-    except (ValueError, TypeError) as error:
-        reason = "; ".join(str(error).splitlines())
-        raise CheckpointError(f"{file} has a configuration that cannot be used: {reason}") from error
-    model = build_model(config, device=device)
-    if EXPORTED_TOKENIZER in metadata:
-        with TemporaryDirectory() as folder:
-            (Path(folder) / TOKENIZER_FILE).write_text(metadata[EXPORTED_TOKENIZER], encoding="utf-8")
-            model.tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
-    snapshot.fill(file, found, snapshot.parameters_of(model))
-    return model.eval()
+def _train(
+    config: RunConfig, run: Path, resume: bool, stop: Callable[[], bool], ranks: Ranks
+) -> Generator[Event, None, None]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, written = precision_of(config.training, device), None
+    with ranks.together():
+        if not resume and ranks.first:
+            require_free(run)
+        _require_shares(config, ranks)
+        source = config.data.open(config, run)
+        if resume and ranks.first and checkpoint.checkpoints(run):
+            written = checkpoint.find(run)
+        model = build_model(config.model, device=device, activations=precision, seed=config.seed)
+        model.tokenizer = source.tokenizer
+        _require_shared_mixers(model, config.training, ranks)
+    # the first process has read it wholly; the others take its word
+    folder = ranks.gather(None if written is None else str(written.folder))[0]
+    with ranks.together():
+        found = written
+        if folder is not None and not ranks.first:
+            found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
+    shard(model, ranks)
+    trainer = Trainer(Learner(config, source, model, build_optimizer(model, config.training), ranks), run)
+    start, notes = 0, []
+    with ranks.together():
+        if found is not None:
+            start, notes = found.manifest.step, [*found.notes, *trainer.restore(found)]
+        elif not resume and ranks.first:
+            kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
+            claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+            if source.tokenizer is not None:
+                source.tokenizer.save(run)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
+        stack.enter_context(told(run, config.training))
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(held(run))
+                trainer.metrics.begin(start)
+                checkpoint.drop_unfinished(run)
+                record_session(run, config, step=start, device=device, precision=precision, ranks=ranks)
+        stack.enter_context(trainer)
+        parameters = sum(p.numel() for p in model.parameters())
+        yield Started(source, parameters, device, precision, start, ranks.size)
+        for text in notes:
+            yield Noted(start, text)
+        yield from trainer.steps(start, stop)
 
 
-def _vocabulary(tokenizer: Tokenizer) -> str | None:
-    """What a tokenizer writes of itself; None for bytes, which write nothing."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        file = Path(folder) / TOKENIZER_FILE
-        return file.read_text(encoding="utf-8") if file.exists() else None
+def _require_shares(config: RunConfig, ranks: Ranks) -> None:
+    """Find out whether a batch has equal parts for all processes."""
+    settings, shares = config.training, ranks.batch_size
+    if settings.batch_size % (shares * settings.accumulate):
+        raise TrainingError(
+            f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
+            f"training.accumulate = {settings.accumulate} parts each: it must be a multiple of "
+            f"{shares * settings.accumulate}"
+        )
+
+
+def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks: Ranks) -> None:
+    """Find out whether all mixers can share a sequence."""
+    for name, block in zip(model.config.layers, model.blocks, strict=True) if ranks.context is not None else ():
+        mixer = block.mixer
+        if not mixer.splits and settings.compile:
+            raise TrainingError(
+                f"distributed.context = {ranks.context_size} hands the state of {mixer.kind} (model.blocks.{name}) "
+                "from process to process, which cannot be compiled: set training.compile to false"
+            )
+        if not mixer.splits and mixer.traits.state == "growing":
+            raise TrainingError(
+                f"distributed.context = {ranks.context_size} shares each sequence among processes, and "
+                f"{mixer.kind} of model.blocks.{name} cannot: its state grows with the text, and its `mix` does not "
+                "read `context`; set distributed.context to 1, or take another mixer"
+            )

@@ -1,10 +1,10 @@
 """The models that are compared: ours, the same by hand, and what is installed of other implementations."""
 
-from .base import Competitor, Size
 from .fla import Fla
 from .gpt import GptEager, GptSdpa
 from .llama import Llama, LlamaStatic
 from .ours import ByHand, Seqmix
+from .peer import Competitor, Size
 from .torchscale import TorchscaleChunkwise, TorchscaleParallel, TorchscaleRecurrent
 
 COMPETITORS: tuple[type[Competitor], ...] = (

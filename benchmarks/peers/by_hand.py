@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from ...blocks.ffn.mlp import MlpConfig
 from ...blocks.norm.layernorm import LayerNormConfig
 from ...mixers.heads import head_norm
-from ...mixers.ops.decay import decay_chunkwise, decay_recurrent
 from ...mixers.positions import frequencies, rotate, rotation
 from ...mixers.retention import RetentionConfig, row_scale
 from ...models import LanguageModel, ModelConfig, linear_cross_entropy
-from ...models.linear import use_quickest
+from ...models.onednn_linear import use_quickest
+from ...ops.decay.api import decay_chunkwise, decay_recurrent
 
 LayerState = tuple[Tensor, Tensor]
 """Memory and position."""

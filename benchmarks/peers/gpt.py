@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Competitor
+from .peer import Competitor
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of every layer, [B H S K], allocated once."""

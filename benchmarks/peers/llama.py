@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Competitor, Size, not_installed
+from .peer import Competitor, Size, not_installed
 
 
 class Llama(Competitor):

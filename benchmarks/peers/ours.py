@@ -12,8 +12,8 @@ from ...models import build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prompts import compile_reading
-from .base import Competitor, Size, last_of_rows
 from .by_hand import HandWritten, why_not
+from .peer import Competitor, Size, last_of_rows
 
 
 class Seqmix(Competitor):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Competitor, Size, not_installed
+from .peer import Competitor, Size, not_installed
 
 CHUNK = 128
 """Tokens a chunk of its chunkwise mode; its default of 512 is slower on a CPU."""

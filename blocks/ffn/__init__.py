@@ -1,5 +1,5 @@
 """Feed-forward networks: what one is, and one file a kind."""
 
-from .base import FFNS, FeedForward, FfnConfig
+from .feed_forward import FFNS, FeedForward, FfnConfig
 
 __all__ = ["FFNS", "FeedForward", "FfnConfig"]

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Activation, FeedForward, FfnConfig, activate
+from .feed_forward import Activation, FeedForward, FfnConfig, activate
 
 
 class SwigluConfig(FfnConfig):

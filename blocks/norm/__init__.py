@@ -1,5 +1,5 @@
 """Norms of the residual stream: what one is, and one file a kind."""
 
-from .base import NORMS, Norm, NormConfig
+from .norm import NORMS, Norm, NormConfig
 
 __all__ = ["NORMS", "Norm", "NormConfig"]

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from .base import NormConfig
+from .norm import NormConfig
 
 
 class LayerNormConfig(NormConfig):

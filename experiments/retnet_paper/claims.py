@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
+from ...commands.compare import STUDY_FOLDER, compare_command
 from ...mixers import Paradigm
 from ...registry import SeqmixError, nearest
 from ...training import load_run
-from ...training.lengths import by_context, by_length, open_text
+from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
-from ..command import STUDY_FOLDER, compare_command
 from ..plan import PlannedRun, plan
 from ..results import RESULTS_FILE
 from ..study import load_study

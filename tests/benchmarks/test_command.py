@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-from seqmix.benchmarks import command, machine
+from seqmix.benchmarks import machine
 from seqmix.benchmarks.machine import Rates
+from seqmix.commands import bench as command
 
 SMALL = ("retnet-tiny", "model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2, chunk_size: 16}")
 

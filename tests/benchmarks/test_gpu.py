@@ -8,12 +8,12 @@ import torch
 
 from seqmix import MIXERS, SeqmixError
 from seqmix.benchmarks import gpu
-from seqmix.benchmarks.command import BENCHMARKS
 from seqmix.benchmarks.gpu import GROUPS, Outcome, Part, combined, measure, plan, run_process
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
 from seqmix.benchmarks.suite import Report, Row
-from seqmix.mixers.ops.kernels import KERNELS
+from seqmix.commands.bench import BENCHMARKS
+from seqmix.ops.kernels import KERNELS
 
 GIB = 2**30
 MACHINE = {"device": "a GPU", "torch": "2.13"}

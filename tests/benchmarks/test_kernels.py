@@ -7,8 +7,8 @@ import typer
 
 from seqmix import Paradigm, SeqmixError
 from seqmix.benchmarks.kernels import main
-from seqmix.mixers.ops.kernels import KERNELS, Key, reference
-from seqmix.mixers.testing import KERNEL_CHECKS
+from seqmix.ops.kernels import KERNELS, Key, reference
+from seqmix.testing import KERNEL_CHECKS
 
 STEP = Key("decay", Paradigm.RECURRENT, "reference")
 

@@ -13,8 +13,8 @@ from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.prefill import PrefillBenchmark
 from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
 from seqmix.benchmarks.suite import Contestant, Entry, Forecast, Skip, run
-from seqmix.mixers.ops.decay import decay_chunkwise, decay_flops
-from seqmix.mixers.paradigm import Paradigm
+from seqmix.ops.decay.api import decay_chunkwise, decay_flops
+from seqmix.ops.paradigm import Paradigm
 
 CPU = torch.device("cpu")
 

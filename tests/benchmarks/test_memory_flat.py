@@ -3,7 +3,7 @@
 import torch
 
 from seqmix.benchmarks.memory_flat import ALLOWED, Held, growth, measured, settled
-from seqmix.training.learner import Learner
+from seqmix.training.trainer import Learner
 
 
 def test_nothing_comes_to_stay(tmp_path):

@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from seqmix import load_config
-from seqmix.benchmarks.command import model_to_measure
 from seqmix.benchmarks.peers import COMPETITORS, Seqmix, Size
-from seqmix.benchmarks.peers.base import not_installed
 from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
+from seqmix.benchmarks.peers.peer import not_installed
 from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
 from seqmix.benchmarks.train import make_ready
+from seqmix.commands.bench import model_to_measure
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ON_CPU = [kind for kind in COMPETITORS if kind.name != "fla"]

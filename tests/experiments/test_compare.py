@@ -66,7 +66,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
 
 def start(folder: Path, *arguments: str):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seqmix.cli", "seqmix.experiments.command", "torch._dynamo"])
+    context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.compare", "torch._dynamo"])
     output = folder / "printed.txt"
     process = context.Process(target=workers.command_in, args=(str(folder), str(output), *arguments))
     process.start()

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from seqmix.commands.plot import names_of
 from seqmix.experiments.curves import charts_of, read_curves
-from seqmix.experiments.plot_command import names_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 

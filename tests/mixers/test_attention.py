@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers.attention import Attention, AttentionConfig
-from seqmix.mixers.base import ContractError
-from seqmix.mixers.ops.cache import GrowingCache, RingCache
-from seqmix.mixers.paradigm import Paradigm
+from seqmix.mixers.contract import ContractError
+from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.softmax.cache import GrowingCache, RingCache
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 24

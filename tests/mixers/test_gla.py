@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.gla import GLA, GLAConfig
-from seqmix.mixers.ops.decay import decay_chunkwise, decay_flops
-from seqmix.mixers.testing.counting import count_flops
+from seqmix.ops.decay.api import decay_chunkwise, decay_flops
+from seqmix.testing.counting import count_flops
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 12

@@ -15,7 +15,7 @@ from seqmix import Paradigm, Sampling, build_model, generate_text, load_config
 from seqmix.mixers import ContractError
 from seqmix.mixers.hyena import AllocatedHyenaState, GrowingHyenaState, Hyena, HyenaConfig
 from seqmix.mixers.state import concatenate
-from seqmix.mixers.testing import check_mixer
+from seqmix.testing import check_mixer
 
 PARADIGMS = [Paradigm.PARALLEL, Paradigm.RECURRENT]
 D_MODEL = 6

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.linear_attention import LinearAttention, LinearAttentionConfig
-from seqmix.mixers.ops.decay import decay_flops
+from seqmix.ops.decay.api import decay_flops
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 12

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.mamba2 import Mamba2Config
-from seqmix.mixers.ops.decay import decay_flops
+from seqmix.ops.decay.api import decay_flops
 
 PARADIGMS = list(Paradigm)
 every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)

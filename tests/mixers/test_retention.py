@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.heads import head_norm, head_width
-from seqmix.mixers.ops.decay import decay_flops
 from seqmix.mixers.retention import Retention, RetentionConfig, row_scale
+from seqmix.ops.decay.api import decay_flops
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 12

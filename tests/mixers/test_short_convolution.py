@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS
-from seqmix.mixers.ops.convolution import short_convolution
 from seqmix.mixers.short_convolution import ShortConvolution
+from seqmix.ops.convolution.api import short_convolution
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from seqmix import MIXERS, SeqmixError, account, build_model, load_config
 from seqmix.mixers.state import nbytes, to_dict
-from seqmix.mixers.testing.counting import count_flops
+from seqmix.testing.counting import count_flops
 
 LENGTH = 24
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]

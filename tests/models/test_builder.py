@@ -9,7 +9,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seqmix import ContractError, MixerConfig, Paradigm, SeqmixError, SequenceMixer, Traits, build_model
+from seqmix import (
+    ContractError,
+    MixerConfig,
+    Paradigm,
+    SeqmixError,
+    SequenceMixer,
+    Traits,
+    build_model,
+)
 from seqmix.blocks import BlockConfig
 from seqmix.models import build_meta
 

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 import seqmix.models.decoding as module
 from seqmix import Paradigm
-from seqmix.mixers.ops.consumption import may_overwrite
-from seqmix.mixers.ops.decay import decay_recurrent
-from seqmix.mixers.ops.kernels import KERNELS, reference
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill
+from seqmix.ops.decay.api import decay_recurrent
+from seqmix.ops.donation import may_overwrite
+from seqmix.ops.kernels import KERNELS, reference
 
 PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
 STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqmix import ContractError, Paradigm, Traits
-from seqmix.mixers.ops.cache import GrowingCache
 from seqmix.mixers.retention import RetentionState
 from seqmix.mixers.state import clone, select, to_dict
+from seqmix.ops.softmax.cache import GrowingCache
 
 HYBRID = ("retention", "attention", "linear_attention")
 LENGTH = 13

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.models import build_model
-from seqmix.models import linear as module
-from seqmix.models.linear import Linear, linear, onednn_linear, use_quickest
+from seqmix.models import onednn_linear as module
+from seqmix.models.onednn_linear import Linear, linear, onednn_linear, use_quickest
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 

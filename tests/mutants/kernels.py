@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from seqmix.mixers.ops.decay import DecayOutput, decay_chunkwise, decay_parallel
-from seqmix.mixers.ops.decay_chunkwise import chunkwise_op
-from seqmix.mixers.ops.kernels import Kernel, Probe, reference, require_floats
-from seqmix.mixers.ops.softmax import softmax_parallel
-from seqmix.mixers.paradigm import Paradigm
-from seqmix.mixers.testing import KERNEL_CHECKS, Outcome, Status, check_kernel
+from seqmix.ops.decay.api import DecayOutput, decay_chunkwise, decay_parallel
+from seqmix.ops.decay.chunkwise import chunkwise_op
+from seqmix.ops.kernels import Kernel, Probe, reference, require_floats
+from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.softmax.api import softmax_parallel
+from seqmix.testing import KERNEL_CHECKS, Outcome, Status, check_kernel
 
 FEW = 40
 """Examples asked for of the checks that a mutant is not made for."""

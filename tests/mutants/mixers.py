@@ -14,7 +14,7 @@ from torch import nn
 
 from seqmix import MixerConfig, Paradigm, SequenceMixer
 from seqmix.mixers.state import detach, select
-from seqmix.mixers.testing import CHECKS, EXAMPLES, Outcome, check_mixer
+from seqmix.testing import CHECKS, EXAMPLES, Outcome, check_mixer
 
 from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState
 

@@ -1,4 +1,4 @@
-"""Write the tables of mutants into docs/conformance.md, from running all checks: `python tests/mutants/table.py`.
+"""Write the tables of mutants into docs/conformance.md: `python tests/mutants/table.py`.
 
 It takes minutes. The tests read the tables back and hold them against the mutants.
 """
@@ -14,7 +14,7 @@ from mutants.kernels import KERNEL_MUTANTS
 from mutants.kernels import caught as caught_kernel
 from mutants.mixers import FEW, MUTANTS, caught
 
-from seqmix.mixers.testing import CHECKS, EXAMPLES, KERNEL_CHECKS
+from seqmix.testing import CHECKS, EXAMPLES, KERNEL_CHECKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"

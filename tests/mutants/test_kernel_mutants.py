@@ -3,7 +3,7 @@
 import pytest
 from mutants.kernels import HEALTHY, KERNEL_MUTANTS, caught, own_outcome
 
-from seqmix.mixers.testing import KERNEL_CHECKS, Status, check_kernel
+from seqmix.testing import KERNEL_CHECKS, Status, check_kernel
 
 ALONE = {
     "outputs_are_the_definitions": "forgets_the_scale_in_inference",

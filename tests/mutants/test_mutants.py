@@ -11,7 +11,7 @@ from mutants.specimen import CachedConfig, Specimen, SpecimenConfig
 from mutants.table import OVERLAPS, PAGE, generated, of_kernels, of_mixers, read
 from pydantic import Field
 
-from seqmix.mixers.testing import CHECKS, CheckFailure, check_mixer, reproduce
+from seqmix.testing import CHECKS, CheckFailure, check_mixer, reproduce
 
 TABLES = generated(PAGE.read_text())
 WRONG_MIXERS = {row.name: row for row in read("Wrong mixers", TABLES)}

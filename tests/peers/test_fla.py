@@ -20,10 +20,10 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.linear_attention import LinearAttentionConfig
-from seqmix.mixers.ops import decay_fla
-from seqmix.mixers.ops.decay import decay, decay_chunkwise
-from seqmix.mixers.ops.decay_fla import decay_chunkwise_fla
-from seqmix.mixers.ops.kernels import Probe, find
+from seqmix.ops.decay import fla as decay_fla
+from seqmix.ops.decay.api import decay, decay_chunkwise
+from seqmix.ops.decay.fla import decay_chunkwise_fla
+from seqmix.ops.kernels import Probe, find
 from seqmix.registry import SeqmixError
 
 # not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder

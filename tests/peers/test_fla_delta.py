@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
-from seqmix.mixers.ops.delta import delta
+from seqmix.ops.delta.api import delta
 
 # not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
 needs_fla = pytest.mark.skipif(

@@ -26,7 +26,7 @@ from seqmix.training.checkpoint import (
     write,
 )
 from seqmix.training.optim import build_optimizer
-from seqmix.training.snapshot import gather, load_model, load_optimizer, load_state, metadata_of
+from seqmix.training.train_state import gather, load_model, load_optimizer, load_state, metadata_of
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 

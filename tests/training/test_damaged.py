@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from seqmix import SeqmixError, load_config, load_run, train
+from seqmix.data import read_documents, tokenized, write_token_file
 from seqmix.models import generate_text, load_tokenizer, train_bpe
 from seqmix.registry import dump
 from seqmix.training import export_run, read_config
 from seqmix.training.checkpoint import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
-from seqmix.training.data import read_documents, tokenized, write_token_file
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("needs processes that fork", allow_module_level=True)
@@ -411,7 +411,7 @@ def test_a_damaged_file_of_weights(data, runs, folder):
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+    context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
     return context
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from seqmix import SeqmixError
+from seqmix.data import Corpus, evaluation_batches, training_batch
 from seqmix.models import IGNORED
 from seqmix.training import TextConfig, read_corpus
-from seqmix.training.data import Corpus, evaluation_batches, training_batch
 
 BEGIN = 256
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from seqmix import Sampling, generate_text, load_run, train
+from seqmix.data import TokenFile
 from seqmix.models import ByteTokenizer
-from seqmix.training.data import TokenFile
 from seqmix.training.events import Evaluated, Stepped
 
 SMALL = (

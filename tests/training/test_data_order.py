@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqmix import SeqmixError
+from seqmix.data import training_batch
+from seqmix.data.order import permuted
 from seqmix.models import IGNORED
-from seqmix.training.data import training_batch
-from seqmix.training.data.order import permuted
 
 STREAM = np.arange(1000, 1000 + 33 * 8 + 3, dtype=np.uint32)  # 34 samples of 8, the last of 2 targets
 SAMPLES = 34

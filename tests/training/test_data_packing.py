@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from seqmix import ConfigError, build_model, load_config, train
+from seqmix.data import Batch, Stream, evaluation_batches, most_documents, pack, training_batch
 from seqmix.models import IGNORED
 from seqmix.training import read_corpus
-from seqmix.training.data import Batch, Stream, evaluation_batches, most_documents, pack, training_batch
 from seqmix.training.events import Evaluated, Stepped
-from seqmix.training.learner import Learner
+from seqmix.training.trainer import Learner
 
 BEGIN = 256
 LENGTH = 16

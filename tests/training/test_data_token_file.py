@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from seqmix import SeqmixError
+from seqmix.data import Stream, TokenFile, evaluation_batches, training_batch, write_token_file
+from seqmix.data.files import Document
+from seqmix.data.stream import tokenized
+from seqmix.data.token_file import BLOCK, HEADER
 from seqmix.models import ByteTokenizer
 from seqmix.training import TextConfig, read_corpus
-from seqmix.training.data import Stream, TokenFile, evaluation_batches, training_batch, write_token_file
-from seqmix.training.data.sources import Document
-from seqmix.training.data.stream import tokenized
-from seqmix.training.data.token_file import BLOCK, HEADER
 
 BEGIN = 256
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqmix.training.diagnosis import first_gradient, first_module
+from seqmix.training.nonfinite import first_gradient, first_module
 
 
 class Root(nn.Module):

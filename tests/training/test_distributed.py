@@ -21,8 +21,8 @@ from seqmix import load_config
 from seqmix.registry import ElsewhereError, SeqmixError
 from seqmix.training.checkpoint import checkpoints, verify
 from seqmix.training.config import DistributedConfig
+from seqmix.training.metrics import Score
 from seqmix.training.ranks import Group
-from seqmix.training.score import Score
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("needs processes that fork", allow_module_level=True)
@@ -273,7 +273,7 @@ def free_port() -> int:
 def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(text, tmp_path):
     """Three times; 20 times with --hypothesis-profile nightly."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+    processes.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
     changes = (
         "hybrid-tiny",
         *on_ranks.SMALL,

@@ -12,7 +12,7 @@ from seqmix.models import is_out_of_memory
 from seqmix.training import TrainingError, read_config
 from seqmix.training.checkpoint import checkpoints
 from seqmix.training.events import Evaluated, Saved, Stepped
-from seqmix.training.learner import Learner
+from seqmix.training.trainer import Learner
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -92,7 +92,7 @@ def test_a_compiler_that_fails_is_one_sentence(config_of, tmp_path, monkeypatch)
         for block in model.blocks:
             block.forward = torch.compile(block.forward, backend=fail)
 
-    monkeypatch.setattr("seqmix.training.learner.compile_blocks", compiled)
+    monkeypatch.setattr("seqmix.training.trainer.compile_blocks", compiled)
     run = tmp_path / "run"
     sentence = r"^training\.compile: the compiler has failed \(.*no working C\+\+ compiler\): set it to false in "
     with pytest.raises(TrainingError, match=f"{sentence}{run / 'config.yaml'}, and go on with --resume {run}; "):

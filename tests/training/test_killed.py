@@ -46,7 +46,7 @@ def processes():
     """Processes that start with everything imported."""
     context = multiprocessing.get_context("forkserver")
     # torch imports its compiler when a model is built without memory
-    context.set_forkserver_preload(["seqmix.cli", "seqmix.training.progress", "torch._dynamo"])
+    context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
     return context
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from seqmix import Paradigm, SeqmixError, build_model, train
 from seqmix.models import IGNORED
-from seqmix.training.lengths import by_context, by_length, common_paradigms, open_text
+from seqmix.training.length_eval import by_context, by_length, common_paradigms, open_text
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
+from seqmix.data import training_batch
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training import TextConfig, TrainingError, read_config
 from seqmix.training.checkpoint import Best, checkpoints, find, read_manifest, step_of
-from seqmix.training.data import training_batch
-from seqmix.training.diagnosis import NotFiniteError
+from seqmix.training.course import Trainer
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
-from seqmix.training.learner import Learner
+from seqmix.training.metrics import Measured
+from seqmix.training.nonfinite import NotFiniteError
 from seqmix.training.optim import learning_rate
-from seqmix.training.score import Measured
-from seqmix.training.trainer import Trainer
+from seqmix.training.trainer import Learner
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
 
@@ -409,7 +409,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override)
 @pytest.mark.parametrize(("every", "seen"), [(1, 4), (3, 5), (100, 5)])
 def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, seen):
     # the fourth step ruins the parameters
-    monkeypatch.setattr("seqmix.training.learner.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
+    monkeypatch.setattr("seqmix.training.trainer.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
     config = config_of(
         "training.evaluate_every=100", "training.keep_checkpoints=9", f"training.checkpoint_every={every}"
     )
@@ -662,7 +662,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config_of, tmp
 
 
 def test_utilisation_is_of_the_mixers_own_operations(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("seqmix.training.trainer.peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("seqmix.training.course.peak_flops", lambda device, precision: 1e9)
     events = run_of(config_of(), tmp_path / "run")
     cost = account(config_of().model, length=16)
     for event in events:
@@ -706,7 +706,7 @@ def test_bfloat16_is_autocast_where_asked_for(config_of, tmp_path, monkeypatch, 
 def test_tokens_a_second_are_of_the_step_alone(config_of, tmp_path, monkeypatch):
     # a clock that ticks once a reading: a step is one tick long, whatever else happens between steps
     ticks = iter(range(10**6))
-    monkeypatch.setattr("seqmix.training.trainer.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("seqmix.training.course.time.perf_counter", lambda: float(next(ticks)))
     events = run_of(config_of(), tmp_path / "run")
     assert {event.tokens_per_second for event in events if isinstance(event, Stepped)} == {4 * 16.0}
 

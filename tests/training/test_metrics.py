@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from seqmix import SeqmixError, train
-from seqmix.training.metrics import Metrics
+from seqmix.training.logging import Metrics
 
 
 def lines(run) -> list[dict]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqmix.training.peaks import PEAKS, peak_flops, peak_of
+from seqmix.training.peak_flops import PEAKS, peak_flops, peak_of
 
 DEVICES = {
     "NVIDIA H100 80GB HBM3": 989,

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, _evaluation, run_with_progress
 from seqmix.training.events import Evaluated, Started, Stepped, StoppedEarly
-from seqmix.training.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, _evaluation, run_with_progress
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -75,7 +75,7 @@ def test_further_lengths_stand_beside_the_loss():
 def lines(config_of, monkeypatch):
     """Steps that take four seconds each, and what is printed of them."""
     clock, printed = [0.0], []
-    monkeypatch.setattr("seqmix.training.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("seqmix.commands.progress.time.monotonic", lambda: clock[0])
 
     class Printer:
         print = staticmethod(printed.append)
@@ -152,7 +152,7 @@ def test_on_a_terminal_they_are_a_bar(shown, monkeypatch):
 def test_what_is_waited_for_is_said(config_of, tmp_path, monkeypatch, capsys, compiled):
     source = SimpleNamespace(name="text", summary="short", tokenizer=None)
     begun = Started(source, 9, torch.device("cpu"), torch.float32, 0)
-    monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([begun]))
+    monkeypatch.setattr("seqmix.commands.progress.train", lambda *args, **options: iter([begun]))
     run_with_progress(config_of(f"training.compile={compiled}"), tmp_path / "run")
     assert ("the first step compiles" in capsys.readouterr().out) == (compiled == "true")
 
@@ -160,7 +160,7 @@ def test_what_is_waited_for_is_said(config_of, tmp_path, monkeypatch, capsys, co
 def test_a_run_that_stopped_early_has_ended(config_of, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     end = StoppedEarly(4, best_step=2, best_loss=1.25)
-    monkeypatch.setattr("seqmix.training.progress.train", lambda *args, **options: iter([end]))
+    monkeypatch.setattr("seqmix.commands.progress.train", lambda *args, **options: iter([end]))
     assert run_with_progress(config_of(), tmp_path / "run")
     out = capsys.readouterr().out
     assert "step 4: stopped, for no evaluation has been better than that of step 2: 1.2500 nats/token" in out

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import seqmix
-from seqmix.training.session import git_commit, record_session
+from seqmix.training.provenance import git_commit, record_session
 
 
 def test_a_session_is_a_line(config_of, tmp_path):

@@ -8,18 +8,26 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from seqmix import ConfigError, SeqmixError, build_model, generate_text, load_config, load_run, train
+from seqmix import (
+    ConfigError,
+    SeqmixError,
+    build_model,
+    generate_text,
+    load_config,
+    load_run,
+    train,
+)
+from seqmix.data import Corpus
+from seqmix.data.kinds.mqar import MqarConfig
+from seqmix.data.kinds.passkey import Passkey
+from seqmix.data.source import share
+from seqmix.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.models import IGNORED
 from seqmix.registry import read_mapping
 from seqmix.training import DATA, PRESETS
-from seqmix.training.data import Corpus
-from seqmix.training.data.base import share
-from seqmix.training.data.kinds.mqar import MqarConfig
-from seqmix.training.data.kinds.passkey import Passkey
-from seqmix.training.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.training.events import Evaluated, Stepped
-from seqmix.training.learner import Learner
-from seqmix.training.score import Score
+from seqmix.training.metrics import Score
+from seqmix.training.trainer import Learner
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {

@@ -5,7 +5,7 @@ import torch
 from seqmix_mingru import MinGRUConfig, MinGRUState
 from torch.testing import assert_close
 
-from seqmix.mixers.testing import parametrize_checks
+from seqmix.testing import parametrize_checks
 
 
 @parametrize_checks([MinGRUConfig()])

@@ -1,0 +1,64 @@
+"""`seqmix plot`: the curves of runs in one file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..experiments import image, page, svg
+from ..experiments.curves import charts_of, read_curves
+from ..experiments.markup import element, xml
+from ..registry import SeqmixError, nearest
+
+ENDINGS = (".html", ".svg", ".png")
+COLUMNS = 2
+"""Charts in a row of a drawing."""
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> Path:
+    """Draw the curves of runs into one file, over each other.
+
+    Args:
+        runs: folders that `seqmix train` wrote.
+        out: a file that ends in .html (a page), .svg or .png (needs matplotlib). One that exists is written anew.
+
+    Raises:
+        SeqmixError: a folder is no run or has measured nothing, or the file has another ending or cannot be written.
+    """
+    ending = out.suffix.lower()
+    if ending not in ENDINGS:
+        raise SeqmixError(f"--out {out}: the name must end in one of {', '.join(ENDINGS)}{nearest(ending, ENDINGS)}")
+    if ending == ".png":
+        image.require_matplotlib()
+    found = [read_curves(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
+    charts = charts_of(found)
+    if not charts:
+        raise SeqmixError(
+            f"{', '.join(map(str, runs))}: no measurement is a finite number, so there is nothing to draw"
+        )
+    if ending == ".png":
+        return image.write(charts, out, COLUMNS)
+    if ending == ".svg":
+        return page.write(xml(svg.document(charts, COLUMNS)), out)
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
+    text = page.page(
+        title,
+        element("header", element("h1", title), page.paragraph(f"{made}.", "quiet")),
+        page.section("Curves", page.legend(charts), page.figures(charts)),
+    )
+    return page.write(text, out)
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart.
+
+    Raises:
+        SeqmixError: a run is given twice.
+    """
+    paths = [run.resolve() for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise SeqmixError(f"{runs[i]} is given twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]

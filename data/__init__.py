@@ -1,0 +1,36 @@
+"""What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
+
+from .batches import cut, evaluation_batches, most_documents, pack, training_batch
+from .corpus import Corpus, read_corpus
+from .files import read_documents
+from .source import DATA, Batch, DataConfig, Examples, Packed, Source
+from .stream import Stream, tokenized
+from .task import Difficulties, Rows, Task, TaskConfig, blank
+from .token_file import TOKENS, TokenFile, write_token_file
+
+__all__ = [
+    "DATA",
+    "TOKENS",
+    "Batch",
+    "Corpus",
+    "DataConfig",
+    "Difficulties",
+    "Examples",
+    "Packed",
+    "Rows",
+    "Source",
+    "Stream",
+    "Task",
+    "TaskConfig",
+    "TokenFile",
+    "blank",
+    "cut",
+    "evaluation_batches",
+    "most_documents",
+    "pack",
+    "read_corpus",
+    "read_documents",
+    "tokenized",
+    "training_batch",
+    "write_token_file",
+]

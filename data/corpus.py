@@ -1,0 +1,173 @@
+"""A text as two streams of tokens, one to learn and one held out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from ..models import ByteTokenizer, Tokenizer
+from ..registry import SeqmixError
+from .files import JSON_LINES, SourceFile, read_documents, source_files, source_name
+from .kinds.text import TextConfig
+from .stream import Store, Stream, TokenDocument, digest, tokenized
+from .token_file import TOKENS, TokenFile
+
+Tokens: TypeAlias = np.ndarray | Stream
+"""A stream of tokens, in memory or not: it has a length and slices, which are arrays."""
+COUNTED = 2**24
+"""Tokens whose frequencies are counted at most."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text, split."""
+
+    name: str
+    documents: int
+    split: str
+    train: Tokens
+    """To be learned."""
+    validation: Tokens
+    """Held out."""
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
+    bytes_per_token: float = 1.0
+    """Of the whole text, begin tokens aside: 1 for bytes."""
+    digest: str | None = None
+    """Equal for texts of the same documents, tokens and split."""
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats a token of the validation text for a model that knows its token frequencies and nothing else.
+
+        They are counted in its first `COUNTED` tokens.
+        """
+        begin = self.tokenizer.begin
+        counts = np.bincount(self.validation[:COUNTED], minlength=begin)[:begin]
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def read_corpus(config: TextConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Read and split a text. Token files are mapped, and all else is tokenized into memory.
+
+    Args:
+        config: the text.
+        tokenizer: that of the configuration when None.
+
+    Raises:
+        SeqmixError: a source is missing or cannot be read, nothing is there, or it is too short for a sequence.
+    """
+    name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
+    files = list(source_files(config))
+    mapped = any(file.path.suffix == TOKENS for file in files)
+    shelves = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
+    count = sum(len(store.ends) for store, _ in shelves)
+    split = config.split
+    if split == "auto":
+        split = "tail" if count == 1 else "by_file" if _are_text(config, files) else "by_document"
+    sides = [_sides(store, split, names, config.validation_fraction) for store, names in shelves]
+    train, validation = (
+        Stream([(store, side[held_out]) for (store, _), side in zip(shelves, sides, strict=True)], tokenizer.begin)
+        for held_out in (0, 1)
+    )
+    total = sum(int(store.ends[-1]) for store, _ in shelves) - count
+    corpus = Corpus(
+        name,
+        count,
+        split,
+        train if mapped else train[:].astype(tokenizer.dtype, copy=False),
+        validation if mapped else validation[:].astype(tokenizer.dtype, copy=False),
+        tokenizer,
+        sum(store.bytes for store, _ in shelves) / max(total, 1),
+        _digest(tokenizer, shelves, sides),
+    )
+    for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(tokens) <= config.sequence_length:
+            raise SeqmixError(
+                f"the {part} text of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
+                f"{config.sequence_length + 1}: lower data.sequence_length, give more text, or split otherwise "
+                f"(data.split is {split}: by_document holds out whole documents, by_file whole files, tail the end of "
+                "each document)"
+            )
+    return corpus
+
+
+class _Held:
+    """A store in memory."""
+
+    def __init__(self, documents: Sequence[TokenDocument], tokenizer: Tokenizer) -> None:
+        begin = np.array([tokenizer.begin], dtype=tokenizer.dtype)
+        self._tokens = np.concatenate([part for document in documents for part in (begin, document.tokens)])
+        self.ends = np.cumsum([len(document.tokens) + 1 for document in documents], dtype=np.int64)
+        self.digests = np.array([document.digest for document in documents], dtype=np.uint64)
+        self.bytes = sum(document.size for document in documents)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1, a copy."""
+        return self._tokens[start:stop].copy()
+
+
+Shelf: TypeAlias = tuple[_Held | TokenFile, np.ndarray]
+"""A store, and 64 bits of a hash of the name of each document's file, [N], uint64."""
+
+
+def _held(config: TextConfig, tokenizer: Tokenizer) -> list[Shelf]:
+    """All documents in memory."""
+    documents = list(tokenized(read_documents(config), tokenizer))
+    if not documents:
+        raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
+    names = np.array([digest(document.file.encode()) for document in documents], dtype=np.uint64)
+    return [(_Held(documents, tokenizer), names)]
+
+
+def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
+    """Token files, which must be all there is."""
+    found: list[Shelf] = []
+    for file in files:
+        if file.path.suffix != TOKENS:
+            other = next(file.path for file in files if file.path.suffix == TOKENS)
+            raise SeqmixError(
+                f"token files and text cannot be read together: {other} is the one and {file.path} the other: "
+                "tokenize the text too, or choose files by data.glob"
+            )
+        store = TokenFile(file.path, tokenizer)
+        found.append((store, np.full(len(store.ends), digest(file.key.encode()), dtype=np.uint64)))
+    return found
+
+
+def _digest(tokenizer: Tokenizer, shelves: Sequence[Shelf], sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """A hash of documents' hashes: nothing is read again."""
+    found = hashlib.sha256(tokenizer.identity.encode())
+    for (store, _), (learned, held_out) in zip(shelves, sides, strict=True):
+        for table in (store.digests, learned, held_out):
+            found.update(table.tobytes())
+    return found.hexdigest()
+
+
+def _are_text(config: TextConfig, files: Sequence[SourceFile]) -> bool:
+    """Whether every file is a document, so that to hold out files is to hold out documents."""
+    lines = config.text_field is not None and any(file.path.suffix == JSON_LINES for file in files)
+    return config.dataset is None and not lines and not any(file.path.suffix == TOKENS for file in files)
+
+
+def _sides(
+    store: Store, split: Literal["by_document", "by_file", "tail"], names: np.ndarray, fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces of a store to learn and those held out, each [N 2].
+
+    Args:
+        store: the documents.
+        split: how.
+        names: hashes of the names of the documents' files, [N], uint64.
+        fraction: share to hold out.
+    """
+    starts = np.concatenate(([0], store.ends[:-1]))
+    if split == "tail":
+        # a document of n tokens stands behind a begin token; the token before the cut gives its place to another one
+        cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
+        return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
+    shares = (store.digests if split == "by_document" else names) / 2.0**64
+    pieces, held_out = np.stack((starts, store.ends), axis=1), shares < fraction
+    return pieces[~held_out], pieces[held_out]

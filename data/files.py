@@ -1,0 +1,144 @@
+"""Where documents come from: text files, JSON lines, data sets, and Python's own standard library."""
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..registry import SeqmixError, nearest
+from .kinds.text import TextConfig
+
+JSON_LINES = ".jsonl"
+"""The suffix of files with a document a line."""
+
+
+class Document(NamedTuple):
+    """A text, and where it is from."""
+
+    file: str
+    """Its file's name, relative to the folder that was given; that of its data set."""
+    name: str
+    """What errors call it."""
+    text: bytes
+
+
+class SourceFile(NamedTuple):
+    """A file that is to be read."""
+
+    key: str
+    """Its name, relative to the folder that was given."""
+    path: Path
+
+
+def read_documents(config: TextConfig) -> Iterator[Document]:
+    """The documents of a configuration, in order, as they are read; those without text are left out.
+
+    Raises:
+        SeqmixError: a path is missing or cannot be read, a JSON line or row has no text, or the data set cannot be had.
+    """
+    return (document for document in _documents(config) if document.text)
+
+
+def source_name(config: TextConfig) -> str:
+    """What the text is called."""
+    if config.dataset is not None:
+        return f"{config.dataset.path} ({config.dataset.split})"
+    return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
+
+
+def source_files(config: TextConfig) -> Iterator[SourceFile]:
+    """The files that the paths name, in order.
+
+    Raises:
+        SeqmixError: a path is missing or cannot be read.
+    """
+    for given in config.paths or ():
+        try:
+            path = Path(given).expanduser()
+            if not path.exists():
+                hint = "; data.glob chooses files inside a folder" if "*" in given else ""
+                raise SeqmixError(f"the corpus {given} does not exist{hint}")
+            files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
+            for file in files:
+                key = file.name if file == path else file.relative_to(path).as_posix()
+                if file == path or not any(part.startswith(".") for part in Path(key).parts):
+                    yield SourceFile(key, file)
+        except OSError as error:
+            raise SeqmixError(f"the corpus {given} cannot be read: {error.filename}: {error.strerror}") from error
+        except RuntimeError as error:
+            raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
+
+
+def _documents(config: TextConfig) -> Iterator[Document]:
+    if config.dataset is not None and config.text_field is not None:
+        from .dataset import rows
+
+        yield from rows(config.dataset, config.text_field)
+    elif config.paths is None:
+        yield from _standard_library()
+    else:
+        for key, path in source_files(config):
+            if path.suffix == JSON_LINES and config.text_field is not None:
+                yield from _json_lines(key, path, config.text_field)
+            else:
+                yield Document(key, str(path), _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
+
+
+def _json_lines(key: str, path: Path, field: str) -> Iterator[Document]:
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    name = f"{path}:{number}"
+                    yield Document(key, name, text_of(_mapping(name, line), field, name))
+    except OSError as error:
+        raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
+
+
+def _mapping(name: str, line: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
+        what = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise SeqmixError(f"{name}: the line is no JSON: {what}") from error
+    if not isinstance(value, dict):
+        raise SeqmixError(f"{name}: a line holds a mapping with a text, and this one a {type(value).__name__}")
+    return value
+
+
+def text_of(row: dict[str, object], field: str, name: str) -> bytes:
+    """The text of a row.
+
+    Raises:
+        SeqmixError: the row lacks the field, or holds no text there.
+    """
+    if field not in row:
+        fields = ", ".join(row) or "none"
+        raise SeqmixError(
+            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; data.text_field names it"
+        )
+    text = row[field]
+    if not isinstance(text, str):
+        raise SeqmixError(f"{name}: the field {field!r} holds no text but a {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise SeqmixError(f"{name}: the text has no character at {error.start}: {text[error.start]!r}") from error
+
+
+def _standard_library() -> Iterator[Document]:
+    """Python's own modules, without tests, installed packages and files made for one machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        foreign = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}.intersection(parts)
+        if not foreign and not file.name.startswith("_sysconfigdata"):
+            yield Document("/".join(parts), str(file), file.read_bytes())

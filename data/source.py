@@ -1,0 +1,166 @@
+"""What every kind of data is: a configuration that opens a source, and a source of batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
+
+from ..models import Tokenizer
+from ..registry import Config, Registry, SeqmixError
+
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
+
+
+class Batch(NamedTuple):
+    """Tokens, and what is to be predicted behind each."""
+
+    inputs: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    """`IGNORED` where nothing is: behind the last token of a document, or where a task asks nothing."""
+
+
+class Packed(NamedTuple):
+    """The sequences of a batch in one row, cut into documents."""
+
+    inputs: Int[Tensor, "1 L"]
+    targets: Int[Tensor, "1 L"]
+    cu_seqlens: Int[Tensor, "N+1"]
+    """Borders of the documents; the last ones may be empty."""
+
+
+class Examples(NamedTuple):
+    """A batch of what is held out."""
+
+    batch: Batch
+    slices: Mapping[str, Sequence[str]] | None = None
+    """For every axis of difficulty the value of each row, by which accuracy is told; None where it is not measured."""
+
+
+class Source(ABC):
+    """What a run learns, opened. A batch is a function of (seed, step) alone."""
+
+    name: str
+    """What it is called."""
+    vocab_size: int
+    """Tokens there are."""
+    tokenizer: Tokenizer | None = None
+    """What turns its tokens into text and back; None where they stand for none."""
+    bytes_per_token: float | None = None
+    """Of its text; None where it is none."""
+    digest: str | None = None
+    """Equal for equal data; None where they are a function of the configuration."""
+    unigram_entropy: float | None = None
+    """Nats a token for a model that knows the frequencies of tokens and nothing else; None where nobody asks."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """What it holds, for the terminal."""
+
+    @abstractmethod
+    def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The sequences of one step, or one rank's share of them.
+
+        Args:
+            step: the step, from 0.
+            batch_size: sequences of a step, over all ranks.
+            seed: another seed, other sequences.
+            rank: which rows are wanted; those of all ranks, one behind another, do not depend on their number.
+            world_size: number of ranks.
+
+        Raises:
+            SeqmixError: the ranks do not divide the batch.
+        """
+
+    @abstractmethod
+    def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
+        """What is held out, the same in every run.
+
+        Args:
+            batch_size: rows of a batch.
+            limit: batches, spread evenly; None for all there is.
+            length: tokens of a sequence; those of training when None.
+        """
+
+    def goes_on(self, step: int, batch_size: int, seed: int) -> bool:  # noqa: ARG002
+        """Whether the sequences of a step go on where those of the step before ended."""
+        return False
+
+    def packed(self, batch: Batch) -> Packed | None:  # noqa: ARG002
+        """A batch cut into documents that start from nothing; None where every row is read through."""
+        return None
+
+
+class DataConfig(Config, ABC):
+    """What a run learns: the configuration of one kind of data, and what a plug-in registers.
+
+    A subclass declares `kind: Literal["its_name"]` and opens its source.
+    """
+
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
+    sequence_length: int = Field(default=256, gt=0, le=2**31)
+    """Tokens of a sequence."""
+
+    @abstractmethod
+    def open(self, config: "RunConfig", run: Path | None = None) -> Source:
+        """The source of a run's batches.
+
+        Args:
+            config: the run, of which this is the data.
+            run: its folder, which may have a copy of a vocabulary.
+
+        Raises:
+            SeqmixError: it cannot be had, or does not fit the run.
+        """
+
+    def require_fit(self, config: "RunConfig") -> None:
+        """Refuse a run that cannot have this data, as far as can be told without opening it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        training = config.training
+        if training.carry_state:
+            raise ValueError(f"training.carry_state goes on in a text, and data.kind is {self.kind}")
+        if training.evaluation_lengths:
+            raise ValueError(f"training.evaluation_lengths are those of a text, and data.kind is {self.kind}")
+
+    def require_files(self, config: "RunConfig") -> None:
+        """Refuse what only a look into small files can tell: what `open` would refuse, without reading the data.
+
+        Raises:
+            SeqmixError: a file cannot be read, or does not fit the run.
+        """
+
+    def tokenizer_of(self, run: Path | None = None) -> Tokenizer | None:  # noqa: ARG002
+        """What turns tokens into text and back; None where they stand for none.
+
+        Args:
+            run: a run's folder, whose own copy of a vocabulary is taken where there is one.
+
+        Raises:
+            SeqmixError: a vocabulary cannot be read.
+        """
+        return None
+
+
+DATA = Registry("data", DataConfig, package="seqmix.data.kinds", entry_points="seqmix.data", default_kind="text")
+"""All kinds of data: the files of `kinds`, plug-ins (entry points `seqmix.data`), and what a program registers."""
+
+
+def share(rows: int, rank: int, world_size: int) -> slice:
+    """The rows of one rank.
+
+    Raises:
+        SeqmixError: the ranks do not divide the batch.
+    """
+    if rows % world_size:
+        raise SeqmixError(f"{world_size} ranks do not divide training.batch_size = {rows} into equal shares")
+    each = rows // world_size
+    return slice(rank * each, (rank + 1) * each)

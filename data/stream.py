@@ -1,0 +1,91 @@
+"""Documents as tokens, kept in memory or in mapped files, and some of them end to end as one stream."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..models import Tokenizer
+from .files import Document
+
+
+class TokenDocument(NamedTuple):
+    """A document as tokens, without the begin token."""
+
+    file: str
+    digest: int
+    """64 bits of a hash of its text."""
+    size: int
+    """Bytes of its text."""
+    tokens: np.ndarray
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Documents one behind another, each opened by a begin token."""
+
+    ends: np.ndarray
+    """Where each document ends, [N], int64."""
+    digests: np.ndarray
+    """64 bits of a hash of each document's text, [N], uint64."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1."""
+        ...
+
+
+class Stream:
+    """Pieces of stores end to end. The first token of every piece reads as the begin token.
+
+    A slice of it is an array; nothing else of it is in memory.
+
+    Args:
+        parts: stores, and the pieces of each: where they start and stop, [N 2].
+        begin: the begin token.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Store, np.ndarray]], begin: int) -> None:
+        self._stores = [store for store, _ in parts]
+        self._pieces = np.concatenate([pieces for _, pieces in parts])
+        self._store_of = np.repeat(np.arange(len(parts)), [len(pieces) for _, pieces in parts])
+        self._ends = np.diff(self._pieces).ravel().cumsum()
+        self._begin = begin
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where the documents start, [N]."""
+        return np.concatenate(([0], self._ends[:-1])) if len(self._ends) else self._ends
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        found = []
+        at = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            opened, end = self._pieces[at].tolist()
+            length = end - opened
+            skipped = start - (int(self._ends[at]) - length)
+            taken = min(length - skipped, stop - start)
+            tokens = self._stores[self._store_of[at]].read(opened + skipped, opened + skipped + taken)
+            if not skipped:
+                tokens[0] = self._begin
+            found.append(tokens)
+            start, at = start + taken, at + 1
+        return np.concatenate(found) if found else np.array([], dtype=np.uint16)
+
+
+def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
+    """The documents as tokens, in order."""
+    texts, encoded = tee(documents)
+    named = ((document.name, document.text) for document in encoded)
+    for document, tokens in zip(texts, tokenizer.encode_documents(named), strict=True):
+        yield TokenDocument(document.file, digest(document.text), len(document.text), tokens)
+
+
+def digest(text: bytes) -> int:
+    """64 bits that depend on the text alone."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

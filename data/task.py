@@ -1,0 +1,221 @@
+"""Tasks: sequences made by a program, whose right answers are known, graded by difficulty.
+
+Training and evaluation draw from generators of different seeds, so that no example of the one is made for the other.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from pydantic import Field, model_validator
+
+from ..models import IGNORED
+from .source import Batch, DataConfig, Examples, Source, share
+
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
+
+TRAINING, EVALUATION = 1, 2
+"""First words of the seeds of both sides."""
+TOGETHER = 64
+"""Examples of an evaluation that are made at once: number i of a difficulty is the same however many are asked."""
+
+Difficulties = tuple[Annotated[int, Field(ge=0, le=2**20)], ...]
+
+
+class Rows(NamedTuple):
+    """Examples of one difficulty."""
+
+    inputs: Int64[np.ndarray, "B T"]
+    targets: Int64[np.ndarray, "B T"]
+    """`IGNORED` where nothing is asked."""
+
+
+class TaskConfig(DataConfig):
+    """A task. A subclass says what its difficulty is, makes examples, and solves them."""
+
+    field: ClassVar[str]
+    """The field that lists the difficulties of training; null is the hardest that fits into a sequence."""
+    axis: ClassVar[str]
+    """What an evaluation calls a difficulty."""
+    sequence_length: int = Field(default=64, gt=0, le=2**20)
+    """Tokens of a training sequence."""
+    evaluate_at: Difficulties | None = Field(default=None, min_length=1)
+    """Difficulties that evaluations measure, in sequences that are as long as they need; null for those of training."""
+    evaluation_examples: int = Field(default=1024, gt=0)
+    """Examples of a whole evaluation, over all difficulties."""
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Tokens that a model needs: 0 to n_tokens - 1."""
+
+    @property
+    @abstractmethod
+    def hardest(self) -> int:
+        """The largest difficulty that fits into a training sequence; 0 where none does."""
+
+    @abstractmethod
+    def length_of(self, difficulty: int) -> int:
+        """The fewest tokens of a sequence of a difficulty."""
+
+    @abstractmethod
+    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
+        """Examples, all of one difficulty.
+
+        Args:
+            rng: where all that is random comes from.
+            rows: how many.
+            difficulty: how hard they are.
+            length: tokens of a sequence, as many as the difficulty needs, or more.
+        """
+
+    @abstractmethod
+    def solve(self, tokens: list[int]) -> dict[int, int]:
+        """The right answers of one example, found by a plain program that reads it: a token by the place it is behind.
+
+        It may answer more than is asked.
+        """
+
+    def require(self, difficulty: int) -> None:
+        """Refuse a difficulty that the task does not have.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if difficulty < 1:
+            raise ValueError(f"{self.axis} must be 1 or more, and is {difficulty}")
+
+    def name_of(self, token: int) -> str:
+        """What a token is called in pictures."""
+        return str(token)
+
+    @property
+    def difficulties(self) -> tuple[int, ...]:
+        """Those of training."""
+        return getattr(self, self.field) or (self.hardest,)
+
+    def open(self, config: "RunConfig", run: Path | None = None) -> Source:  # noqa: ARG002
+        """A task is made as it is learned."""
+        return Task(self)
+
+    def require_fit(self, config: "RunConfig") -> None:
+        """Refuse what only text has, and a model that lacks tokens."""
+        super().require_fit(config)
+        if config.model.vocab_size < self.n_tokens:
+            raise ValueError(
+                f"data.kind {self.kind} has {self.n_tokens} tokens as it is configured, and model.vocab_size is "
+                f"{config.model.vocab_size}"
+            )
+
+    @model_validator(mode="after")
+    def _difficulties_fit(self) -> Self:
+        given: tuple[int, ...] | None = getattr(self, self.field)
+        if given is None and self.hardest < 1:
+            raise ValueError(f"sequence_length {self.sequence_length} is too short for an example of {self.kind}")
+        for name, values in ((self.field, given), ("evaluate_at", self.evaluate_at)):
+            for value in values or ():
+                self.require(value)
+            if values is not None and len(set(values)) < len(values):
+                raise ValueError(f"{name} has a difficulty twice: {list(values)}")
+        for value in self.difficulties:
+            if (needed := self.length_of(value)) > self.sequence_length:
+                fits = f", or take {self.axis} {self.hardest} at most" if 0 < self.hardest < value else ""
+                raise ValueError(
+                    f"an example of {self.kind} with {self.axis} {value} takes {needed} tokens, and sequence_length is "
+                    f"{self.sequence_length}: raise it{fits}"
+                )
+        return self
+
+
+class Task(Source):
+    """A task, made as it is learned."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config, self.name, self.vocab_size = config, f"the task {config.kind}", config.n_tokens
+
+    @property
+    def summary(self) -> str:
+        """How hard it is."""
+        config = self.config
+        measured = config.evaluate_at or config.difficulties
+        return (
+            f"{config.axis} {', '.join(map(str, config.difficulties))} in {config.sequence_length:,} tokens, "
+            f"measured at {', '.join(map(str, measured))}"
+        )
+
+    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, held_out: bool) -> Rows:  # noqa: ARG002
+        """Examples of one difficulty; a task that reads a text takes another part of it for those held out."""
+        return self.config.make(rng, rows, difficulty, length)
+
+    def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The examples of one step, difficulties in turn."""
+        wanted = share(batch_size, rank, world_size)
+        rng, length = np.random.default_rng([TRAINING, seed, step]), self.config.sequence_length
+        inputs = np.empty((batch_size, length), dtype=np.int64)
+        targets = np.empty_like(inputs)
+        difficulties = self.config.difficulties
+        turn = (step * batch_size + np.arange(batch_size)) % len(difficulties)
+        for number, difficulty in enumerate(difficulties):
+            (rows,) = np.nonzero(turn == number)
+            inputs[rows], targets[rows] = self.make(rng, len(rows), difficulty, length, held_out=False)
+        return Batch(torch.from_numpy(inputs[wanted]), torch.from_numpy(targets[wanted]))
+
+    def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
+        """The same examples in every run, as many of each difficulty."""
+        config, trained = self.config, length or self.config.sequence_length
+        difficulties = config.evaluate_at or config.difficulties
+        wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
+        each = -(-wanted // len(difficulties))
+        by_width: dict[int, list[int]] = {}
+        for difficulty in difficulties:
+            by_width.setdefault(max(trained, config.length_of(difficulty)), []).append(difficulty)
+        for width, group in by_width.items():
+            made = [self._held_out(each, difficulty, width) for difficulty in group]
+            inputs, targets = (np.concatenate(side) for side in zip(*made, strict=True))
+            names = np.repeat([str(difficulty) for difficulty in group], each)
+            size = max(batch_size * trained // width, 1)
+            for at in range(0, len(inputs), size):
+                # the last batch is as large as the others: a compiled model knows no other
+                rows = np.resize(np.arange(at, min(at + size, len(inputs))), size)
+                batch = Batch(torch.from_numpy(inputs[rows]), torch.from_numpy(targets[rows]))
+                batch.targets[len(inputs) - at :] = IGNORED
+                yield Examples(batch, {config.axis: names[rows].tolist()})
+
+    def _held_out(self, count: int, difficulty: int, length: int) -> Rows:
+        """The first examples of a difficulty."""
+        parts = []
+        for part in range(-(-count // TOGETHER)):
+            rng = np.random.default_rng([EVALUATION, difficulty, part])
+            parts.append(self.make(rng, TOGETHER, difficulty, length, held_out=True))
+        inputs, targets = (np.concatenate(side)[:count] for side in zip(*parts, strict=True))
+        return Rows(inputs, targets)
+
+
+def blank(rows: int, length: int, token: int = 0) -> Rows:
+    """Sequences of one token in which nothing is asked."""
+    return Rows(np.full((rows, length), token, dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64))
+
+
+def letter(symbol: int, count: int, first: int = 1) -> str:
+    """What a symbol is called: a to z where there are no more of them than letters, else its number.
+
+    Args:
+        symbol: its token.
+        count: symbols there are.
+        first: the token of the first one.
+    """
+    return chr(ord("a") + symbol - first) if count <= len(ascii_lowercase) else str(symbol)
+
+
+def distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> Int64[np.ndarray, "B N"]:
+    """`count` different numbers below `choices` in each row, in any order."""
+    drawn = rng.random((rows, choices))
+    fewest = np.argpartition(drawn, min(count, choices - 1), axis=1)[:, :count]
+    order = np.take_along_axis(drawn, fewest, axis=1).argsort(axis=1)
+    return np.take_along_axis(fewest, order, axis=1)

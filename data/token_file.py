@@ -1,0 +1,195 @@
+"""Token files: documents as tokens on disk, opened by memory map.
+
+A token file is a safetensors file. Its tensors:
+
+tokens   uint16 or uint32 [L]   all documents, each opened by the begin token
+ends     int64 [N]              where each document ends
+digests  uint64 [N]             the first 8 bytes of the SHA-256 of each document's text, big-endian
+checks   uint32 [ceil(L / B)]   CRC-32 of every block of B = 65,536 tokens
+
+Its metadata, as strings:
+
+seqmix.tokens      the version of this format, 1
+seqmix.tokenizer   `bytes`, or sha256: and the hash of the tokenizer.json
+seqmix.begin       the begin token
+seqmix.bytes       bytes of all texts
+seqmix.tables      CRC-32 of ends, digests and checks, one behind another
+
+Ends, digests and checks are read when the file is opened; a block of tokens is checked when it is first read.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..models import Tokenizer
+from ..registry import SeqmixError
+from .stream import TokenDocument
+
+TOKENS = ".tokens"
+"""The suffix of token files."""
+VERSION = "1"
+BLOCK = 2**16
+"""Tokens that are checked together."""
+HEADER = 1024
+"""Bytes that are left for the header, which is known last and stands first."""
+TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
+KINDS = {"<u2": "U16", "<u4": "U32", "<u8": "U64", "<i8": "I64"}
+"""NumPy's names of types, and those of safetensors."""
+METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
+
+
+class TokenFile:
+    """A token file, opened.
+
+    Raises:
+        SeqmixError: the file is missing, truncated, damaged, no token file, or of another tokenizer.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.path = path
+        arrays, metadata = _open(path)
+        if (made := metadata["tokenizer"]) != tokenizer.identity:
+            raise SeqmixError(
+                f"{path} was tokenized with {_shown(made)}, and data.tokenizer is {_shown(tokenizer.identity)}"
+            )
+        self.ends, self.digests, self._checks = (np.array(arrays[name]) for name in TABLES)
+        tables = [self.ends, self.digests, self._checks]
+        if str(_check(*(table.tobytes() for table in tables))) != metadata["tables"]:
+            raise SeqmixError(f"{path} is damaged: its table of documents is not what was written")
+        self._tokens = arrays["tokens"]
+        self._checked = np.zeros(len(self._checks), dtype=bool)
+        self.bytes = int(metadata["bytes"])
+        """Of all texts."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1, a copy.
+
+        Raises:
+            SeqmixError: a block that is read for the first time is damaged.
+        """
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            if not self._checked[block]:
+                self._check_block(block)
+        return np.array(self._tokens[start:stop])
+
+    def _check_block(self, block: int) -> None:
+        if crc32(self._tokens[block * BLOCK : (block + 1) * BLOCK].tobytes()) != self._checks[block]:
+            raise SeqmixError(
+                f"{self.path} is damaged: tokens from {block * BLOCK:,} on are not what was written; tokenize it again"
+            )
+        self._checked[block] = True
+
+
+def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> TokenFile:
+    """Write documents as they come; the file appears when it is complete.
+
+    Raises:
+        SeqmixError: the file cannot be written, or there is no document.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
+    ends, digests, checks = array("q"), array("Q"), array("I")
+    size = total = 0
+    try:
+        with partial.open("wb") as file:
+            file.write(bytes(HEADER))
+            pending = bytearray()
+
+            def flush(length: int) -> None:
+                checks.append(crc32(pending[:length]))
+                file.write(pending[:length])
+                del pending[:length]
+
+            for document in documents:
+                pending += np.array([tokenizer.begin], dtype=dtype).tobytes()
+                pending += document.tokens.astype(dtype).tobytes()
+                total += len(document.tokens) + 1
+                ends.append(total)
+                digests.append(document.digest)
+                size += document.size
+                while len(pending) >= BLOCK * dtype.itemsize:
+                    flush(BLOCK * dtype.itemsize)
+            if pending:
+                flush(len(pending))
+            if not ends:
+                raise SeqmixError("there is no text to tokenize")
+            columns = zip((ends, digests, checks), TABLES.values(), strict=True)
+            tables = [np.array(column, dtype=kind).tobytes() for column, kind in columns]
+            for table in tables:
+                file.write(table)
+            lengths = [total * dtype.itemsize, *map(len, tables)]
+            shapes = [total, len(ends), len(digests), len(checks)]
+            metadata = {"tokens": VERSION, "tokenizer": tokenizer.identity, "begin": tokenizer.begin, "bytes": size}
+            file.seek(0)
+            file.write(_header(dtype.itemsize, lengths, shapes, metadata | {"tables": _check(*tables)}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise SeqmixError(f"the token file cannot be written to {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return TokenFile(path, tokenizer)
+
+
+def _header(width: int, lengths: list[int], shapes: list[int], metadata: Mapping[str, object]) -> bytes:
+    """A safetensors header of `HEADER` bytes with its own length; spaces fill it."""
+    kinds = ["U16" if width == 2 else "U32", "I64", "U64", "U32"]
+    ends = np.cumsum([0, *lengths]).tolist()
+    entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
+    for name, kind, shape, start, end in zip(("tokens", *TABLES), kinds, shapes, ends[:-1], ends[1:], strict=True):
+        entries[name] = {"dtype": kind, "shape": [shape], "data_offsets": [start, end]}
+    return (HEADER - 8).to_bytes(8, "little") + json.dumps(entries).encode().ljust(HEADER - 8)
+
+
+def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The mapped tensors of a token file, and its metadata."""
+    try:
+        with safe_open(path, "np") as tensors:  # checks the header, and that the file is as long as it says
+            metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
+        with path.open("rb") as file:
+            room = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(room))
+    except (SafetensorError, ValueError) as error:
+        raise SeqmixError(f"{path} is damaged, truncated, or no token file: {error}") from error
+    except OSError as error:
+        raise SeqmixError(f"the token file {path} cannot be read: {error.strerror or error}") from error
+    if "tokens" not in metadata:
+        raise SeqmixError(f"{path} is no token file: `seqmix tokenize` writes one")
+    if metadata["tokens"] != VERSION:
+        raise SeqmixError(
+            f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
+            "tokenize it again"
+        )
+    if lacks := METADATA - metadata.keys() | {"tokens", *TABLES} - header.keys():
+        raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
+    if not metadata["bytes"].isdecimal():
+        raise SeqmixError(f"{path} is damaged: its text has {metadata['bytes']!r} bytes")
+    arrays = {}
+    for name, kinds in {"tokens": ("<u2", "<u4"), **{name: (kind,) for name, kind in TABLES.items()}}.items():
+        entry = header[name]
+        kind = next((kind for kind in kinds if KINDS[kind] == entry["dtype"]), None)
+        if kind is None or len(entry["shape"]) != 1 or not entry["shape"][0]:
+            raise SeqmixError(f"{path} is damaged: its {name} are {entry['dtype']} {entry['shape']}")
+        start = 8 + room + entry["data_offsets"][0]
+        arrays[name] = np.memmap(path, kind, "r", offset=start, shape=tuple(entry["shape"]))
+    return arrays, metadata
+
+
+def _check(*tables: bytes) -> int:
+    check = 0
+    for table in tables:
+        check = crc32(table, check)
+    return check
+
+
+def _shown(identity: str) -> str:
+    """A tokenizer's identity, short enough to be read."""
+    return identity if len(identity) < 24 else f"the vocabulary {identity[:19]}..."

@@ -1,0 +1,408 @@
+"""The contract: what a sequence mixer is, what it declares, and how a plug-in registers one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, ValidationError, field_validator, model_validator
+from torch import Tensor, nn
+
+from ..ops.backends import choose
+from ..ops.context_parallel import Context
+from ..ops.kernels import Probe
+from ..ops.packing import read_borders
+from ..ops.paradigm import Paradigm
+from ..registry import Config, Registry, SeqmixError, nearest
+
+
+class ContractError(SeqmixError):
+    """A mixer was asked for something it does not declare; it refuses instead of computing something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a mixer declares about itself; every line is checked by tests."""
+
+    paradigms: frozenset[Paradigm]
+    """The paradigms it has. All of them compute the same map."""
+    state: Literal["constant", "growing"]
+    """How the state's size depends on the number of tokens read."""
+    packing: bool
+    """Whether it honours `cu_seqlens` (several documents in one row)."""
+    shift_invariant: bool
+    """Whether the output is independent of absolute position."""
+
+    def __post_init__(self) -> None:
+        names = self.paradigms
+        allowed = ", ".join(f"Paradigm.{paradigm.name}" for paradigm in Paradigm)
+        if not isinstance(names, (frozenset, set)) or not names or not set(names) <= set(Paradigm):
+            raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
+        # a name is equal to its paradigm, but is not printed as one; and a set could change
+        object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
+        if self.state not in ("constant", "growing"):
+            hint = nearest(str(self.state), ("constant", "growing"))
+            raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
+        for name in ("packing", "shift_invariant"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
+
+
+WAYS = ("paradigm", "chunk_size", "backend")
+"""Fields of mixers that say how a map is computed, and never what: by the contract, they change its rounding alone."""
+
+
+class MixerConfig(Config, ABC):
+    """The configuration of a mixer, and what a plug-in registers.
+
+    A subclass declares `kind: Literal["its_name"]`, gives the paradigm it uses by default, and builds its module.
+    It never holds the sizes of its parent: `d_model` and the layer's index arrive at `build`.
+    """
+
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
+    paradigm: Paradigm = Field(strict=False)
+    """The paradigm used when a call names none: that of training and evaluation."""
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What a mixer of this configuration declares."""
+
+    @abstractmethod
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "SequenceMixer[Any]":
+        """Build the module.
+
+        Args:
+            d_model: width of the residual stream.
+            layer_idx: index of the layer, from 0.
+            n_layers: number of layers of the model.
+
+        Raises:
+            SeqmixError: the configuration does not fit `d_model`, in one sentence.
+        """
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small configuration of this kind, for tables and checks.
+
+        Required fields have the first of their `examples` (pydantic's own: `Field(gt=0, examples=[2])`), or 1.
+
+        Raises:
+            ContractError: a field refuses its own example; or has none, and is no number.
+        """
+        fields = cls.example_fields()
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise ContractError(cls.example_error(error, fields) or str(error)) from error
+
+    @classmethod
+    def example_fields(cls) -> dict[str, Any]:
+        """The fields that `example` gives."""
+        required = {name: field for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: field.examples[0] if field.examples else 1 for name, field in required.items()}
+
+    @classmethod
+    def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
+        """What is wrong with the class where an example of it is refused; None where it is not the class.
+
+        Args:
+            error: what making the example raised.
+            fields: the fields that `example_fields` gave.
+            alone: whether nobody gave others.
+        """
+        for detail in error.errors(include_url=False):
+            place, reason = detail["loc"], detail["msg"].removeprefix("Value error, ")
+            if not place and alone:  # of the whole: the traits, or a rule of the class about several fields
+                return f"{cls.__name__}: {reason}"
+            if not place or (name := place[0]) not in fields:
+                continue
+            if cls.model_fields[str(name)].examples:
+                return f"{cls.__name__}: field {name} refuses the first of its own examples: {reason}"
+            return (
+                f"{cls.__name__}: field {name} is required and has no examples: give {name}=..., "
+                "or declare Field(examples=[...])"
+            )
+        return None
+
+    @field_validator("paradigm", mode="before")
+    @classmethod
+    def _paradigm_by_name(cls, value: Any) -> Any:
+        # YAML has names; a subclass that declares the field anew need not know that enums are strict
+        return Paradigm(value) if isinstance(value, str) and value in list(Paradigm) else value
+
+    @model_validator(mode="after")
+    def _default_paradigm_is_declared(self) -> "MixerConfig":
+        require_paradigm(self.paradigm, _traits_of(self), self.kind)
+        return self
+
+
+MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="seqmix.mixers")
+"""All mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and what a program registers."""
+
+S = TypeVar("S", bound=tuple[Any, ...])
+
+
+class SequenceMixer(nn.Module, ABC, Generic[S]):
+    """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
+
+    The state summarises everything before the segment; None means nothing before. Paradigms are algorithms, not
+    semantics: for every segment, every state and every declared paradigm, output, final state and gradients agree up
+    to rounding, and mixing a segment at once equals mixing its pieces in order:
+
+        f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
+
+    A mixer that cannot keep this for some input refuses that input with an error that says why. The contract is
+    stated for evaluation, and for training without dropout.
+
+    A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
+    written in place; without, a growing state may be (the caller treats it as consumed, and clones what it needs
+    again). Positions live in the state, as an integer tensor [B].
+    """
+
+    traits: Traits
+    splits: ClassVar[bool] = False
+    """Whether `mix` reads `context` itself: x is then this rank's segment, and everything else the whole row's.
+    Otherwise the state goes from rank to rank, each of which waits for the one before."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.kind = config.kind
+        self.traits = config.traits
+        self.paradigm = config.paradigm
+        self.backend: str = getattr(config, "backend", "auto")
+        """Whose kernels are asked for."""
+        self.backends: dict[Paradigm, str] = {}
+        """Whose kernel computes each paradigm, once that is settled."""
+        self.context: Context | None = None
+        """The ranks that share a row of tokens, of which each gives a segment; None where a call gives all tokens."""
+
+    @final
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: S | None = None,
+        *,
+        paradigm: Paradigm | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+        return_state: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+        """Mix one segment.
+
+        Args:
+            x: the segment, [B T D], T >= 1. With a `context`, this rank's part of it; everything else is the whole's.
+            state: what came before, B rows (N rows with `cu_seqlens`); None means nothing.
+            paradigm: how to compute it; the configured default when None. It is never guessed from T.
+            cu_seqlens: borders of N documents packed into one row (B = 1): document n is tokens
+                cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are legal.
+            return_state: whether the final state is wanted.
+
+        Returns:
+            The output [B T D], and the final state (None unless wanted).
+
+        Raises:
+            ContractError: the mixer does not declare the paradigm or packing, the dtypes or shapes do not fit, or its
+                own `mix` returns something else than an output of the segment's shape and a state.
+        """
+        paradigm = self.paradigm if paradigm is None else paradigm
+        require_paradigm(paradigm, self.traits, self.kind)
+        if not isinstance(paradigm, Paradigm):  # its name
+            paradigm = Paradigm(paradigm)
+        self._require_shapes(x, state, cu_seqlens)
+        if self.context is None or self.splits:
+            result = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        else:
+            from .context_parallel import mix_in_turn  # it is written in terms of this class
+
+            result = mix_in_turn(self, self.context, x, state, paradigm, cu_seqlens, return_state)
+        if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown
+            self._require_result(result, x)
+        y, final_state = result
+        return y, final_state if return_state else None
+
+    @final
+    def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
+        """Mix one token in the recurrent paradigm: decoding."""
+        if x.shape[1] != 1:
+            raise ContractError(f"a step mixes one token, and {x.shape[1]} were given: call the mixer itself")
+        y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
+        return y, state_after
+
+    def extent(self, length: int) -> tuple[int, int]:
+        """Tokens before a segment of `length` tokens in its row, and those of the row: of all ranks of the context."""
+        return (0, length) if self.context is None else (self.context.start(length), self.context.size * length)
+
+    @abstractmethod
+    def mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: S | None,
+        paradigm: Paradigm,
+        cu_seqlens: Int[Tensor, "N+1"] | None,
+        return_state: bool,
+    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+        """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
+        """The state of nothing read, on the parameters' device.
+
+        Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
+
+        Args:
+            batch_size: rows of the state.
+            max_length: tokens that will be read at most; lets a growing state be allocated once.
+        """
+
+    def with_room(self, state: S, max_length: int | None) -> S:  # noqa: ARG002
+        """The same state with room for other numbers of tokens: to save it, and to go on from it.
+
+        A mixer whose `init_state` makes use of max_length overrides it; any other state needs no room, as this one.
+
+        Args:
+            state: what was read; not changed, but what is returned may share its memory.
+            max_length: tokens that will have been read at most, those before included; None takes away what is to
+                spare, and gives a state as `init_state` makes it without max_length.
+
+        Raises:
+            ContractError: more than max_length tokens were read already.
+        """
+        return state
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise every parameter as the mixer's paper does."""
+
+    @abstractmethod
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        """Floating-point operations of the matrix products of one forward pass over one sequence.
+
+        Args:
+            length: tokens of the segment.
+            paradigm: how it is computed.
+            context: tokens read before the segment.
+        """
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:  # noqa: ARG002
+        """The op whose kernels it calls, and what they are asked of activations of `dtype`; None without a choice."""
+        return None
+
+    def settle_backend(self, dtype: torch.dtype) -> None:
+        """Choose the kernels, for the device of the parameters and activations of `dtype`.
+
+        Raises:
+            SeqmixError: the backend that the configuration names cannot run: its reasons.
+        """
+        if (asked := self.kernels(dtype)) is not None:
+            op, probe = asked
+            self.backends = dict(choose(op, self.backend, probe))
+
+    def backend_of(self, paradigm: Paradigm) -> str:
+        """Whose kernel computes a paradigm: the reference where there is none of that name."""
+        return self.backends.get(paradigm, self.backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, or the buffers of a mixer without parameters."""
+        return self._tensor().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, or that of the buffers of a mixer without parameters."""
+        return self._tensor().dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of recurrent state: float32, or float64 under float64 parameters."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _tensor(self) -> Tensor:
+        """What tells the device and dtype that the mixer computes with."""
+        for module in self.modules():  # parameters() takes several times as long, and this is asked for every token
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    return parameter
+        for buffer in self.buffers():
+            if buffer.is_floating_point():  # integers are indices or positions
+                return buffer
+        raise ContractError(
+            f"{self.kind} has neither a parameter nor a buffer of floating-point numbers, so nothing tells its device "
+            'and dtype: register one, as self.register_buffer("one", torch.ones(1))'
+        )
+
+    def _require_result(self, result: Any, x: Tensor) -> None:
+        if not isinstance(result, tuple) or len(result) != 2:
+            length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+            raise ContractError(
+                f"{self.kind}: mix has to return (output, state), and returned a {type(result).__name__}{length}"
+            )
+        y = result[0]
+        if not isinstance(y, Tensor):
+            raise ContractError(f"{self.kind}: mix has to return a tensor as output, and returned a {type(y).__name__}")
+        if y.shape != x.shape:
+            raise ContractError(
+                f"{self.kind}: mix has to return an output of the segment's shape {list(x.shape)}, and returned one of "
+                f"{list(y.shape)}"
+            )
+
+    def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[1] < 1:
+            raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
+        if not x.is_floating_point() or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ContractError(
+                f"{self.kind} has parameters of {self.dtype} and was given {x.dtype}: convert the one or the other, "
+                "or use torch.autocast"
+            )
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state and isinstance(state[0], Tensor) and (given := state[0].shape[0]) != rows:
+            raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")
+        if cu_seqlens is None:
+            return
+        if not self.traits.packing:
+            raise ContractError(f"{self.kind} does not declare packing: pass its documents one by one, not cu_seqlens")
+        if x.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ContractError(
+                "packed documents are one row of tokens with integer borders [N+1]; "
+                f"{self.kind} was given a batch of {x.shape[0]} and borders {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would wait
+            try:
+                read_borders(cu_seqlens, self.extent(x.shape[1])[1])
+            except SeqmixError as error:
+                raise ContractError(f"{self.kind}: {error}") from None
+
+
+def require_room(length: int, max_length: int | None, kind: str) -> None:
+    """Refuse to make room for fewer tokens than were read."""
+    if max_length is not None and length > max_length:
+        raise ContractError(f"{kind} has read {length} tokens, and was to get room for {max_length} in all")
+
+
+def _traits_of(config: MixerConfig) -> Traits:
+    """The traits of a configuration, which may be a stranger's.
+
+    Raises:
+        ContractError: they are no `Traits`, or computing them raised.
+    """
+    try:
+        traits = config.traits
+    except SeqmixError:
+        raise
+    except Exception as error:
+        raise ContractError(f"{config.kind}: traits raised {type(error).__name__}: {error}") from error
+    if not isinstance(traits, Traits):
+        raise ContractError(f"{config.kind}: traits has to be a Traits(...), and is {traits!r}")
+    return traits
+
+
+def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
+    """Refuse a paradigm that a mixer does not declare."""
+    if paradigm not in traits.paradigms:
+        allowed = sorted(str(p) for p in traits.paradigms)
+        raise ContractError(
+            f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}"
+            f"{nearest(str(paradigm), allowed)}"
+        )

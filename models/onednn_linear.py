@@ -1,0 +1,133 @@
+"""Linear layers whose float32 products oneDNN does, on a CPU where torch's own take twice as long.
+
+torch leaves such products to MKL, which has AVX-512 for Intel's processors alone. oneDNN, which is in torch too, has it
+for every processor. Both add up in float32, in another order.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.autograd import has_tangent
+
+LEAST = 2**22
+"""Multiplications of a product from which on the way to oneDNN pays."""
+
+
+class Linear(nn.Linear):
+    """A linear layer by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        return linear(input, self.weight, self.bias)
+
+
+def use_quickest(model: nn.Module) -> None:
+    """Give every plain linear layer of a model the quickest product of this machine; the rest of it stays."""
+    if QUICKER:
+        _make_countable()
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear
+
+
+def _is_quicker() -> bool:
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not (avx512 and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+
+
+QUICKER = _is_quicker()
+"""Whether oneDNN is the quicker one here: with AVX-512, but not Intel's."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x [* K], weight [N K] and bias [N]: by oneDNN, if it is a large product in float32 on a CPU.
+
+    `torch.backends.mkldnn.enabled = False` leaves all of them to torch.
+    """
+    if not (QUICKER and _is_for_onednn(x, weight)):
+        return F.linear(x, weight, bias)
+    product = onednn_linear(x, weight)
+    return product if bias is None else product + bias
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    # subclasses, such as distributed or quantised tensors, have a linear of their own
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        # how many tokens there are may be a symbol, on whose size no graph is to depend; a single one is never
+        return x.ndim > 1 and x.shape[-2] != 1 and not has_tangent(x, weight)
+    # what torch.func transforms has tangents and batches that cannot be asked for
+    if torch._C._are_functorch_transforms_active() or has_tangent(x, weight) or not torch.backends.mkldnn.enabled:
+        return False
+    return x.ndim > 1 and x.numel() * weight.shape[0] >= LEAST
+
+
+@torch.library.custom_op("seqmix::linear", mutates_args=(), device_types="cpu")
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of x [* K] and weight [N K]; a small product is torch's."""
+    if x.numel() * weight.shape[0] < LEAST or not torch.backends.mkldnn.enabled:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, weight).contiguous()
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # oneDNN takes no rows that overlap
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@onednn_linear.register_fake
+def _shaped(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight = ctx.needs_input_grad
+    # a tangent that came in behind this layer is in the gradient alone
+    multiply = F.linear if has_tangent(grad, x, weight) else onednn_linear
+    d_x = multiply(grad, weight.T) if wants_x else None
+    if not wants_weight:
+        return d_x, None
+    # the first operand is copied to lie row by row, which should be the smaller one
+    rows, columns = grad.flatten(0, -2).T, x.flatten(0, -2).T
+    swapped = len(columns) < len(rows)
+    return d_x, multiply(columns, rows).T if swapped else multiply(rows, columns)
+
+
+onednn_linear.register_autograd(_gradients, setup_context=_save)
+
+
+@onednn_linear.register_vmap
+def _batched(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    if in_dims[1] is None:
+        return onednn_linear(x, weight), 0
+    return torch.einsum("b...k, bnk -> b...n", x, weight.movedim(in_dims[1], 0)), 0
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight[0]
+
+
+@cache
+def _make_countable() -> None:
+    """Tell torch's counter of operations what the op has; it imports Triton, which an import of ours does not."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.seqmix.linear)(_flops)

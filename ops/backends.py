@@ -1,0 +1,145 @@
+"""Which backend computes a layer: settled once, when a model is built, for its device and its activations' dtype.
+
+A name means that backend wherever it has a kernel, and the reference in the paradigms it has none for. `auto` is the
+first of `AUTO` whose kernel can run and passes a trial on the device itself, else the reference.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..registry import SeqmixError, nearest
+from .kernels import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
+from .paradigm import Paradigm
+
+AUTO: Mapping[str, Sequence[tuple[Paradigm, str]]] = {
+    "decay": ((Paradigm.CHUNKWISE, "triton"), (Paradigm.RECURRENT, "triton")),
+}
+"""The kernels that `auto` tries on a GPU, by op."""
+
+TRIAL_LENGTH = 259
+"""Tokens of a trial: whole chunks, and a ragged one."""
+
+log = logging.getLogger("seqmix")
+
+
+@cache  # one trial, and one line of the log, for all layers that ask the same
+def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
+    """The name of the backend that computes each paradigm where the configuration says `backend`, maybe `auto`.
+
+    Args:
+        op: the op's name.
+        backend: what the configuration says.
+        probe: what its kernels will be asked.
+
+    Raises:
+        SeqmixError: a named backend has no kernel of this op, or none that can run what it will be asked: its reasons.
+    """
+    fallback = reference(op, Paradigm.CHUNKWISE).backend
+    found = dict.fromkeys(Paradigm, fallback)
+    where = f"on {probe.device} in {probe.dtype}"
+    if backend == "auto":
+        for paradigm, name in AUTO.get(op, ()) if probe.device.type == "cuda" else ():
+            kernel = find(op, paradigm, name)
+            reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
+            if reason is None:
+                log.info("%s %s %s: %s", op, paradigm, where, name)
+                found[paradigm] = name
+            else:
+                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, reason)
+    elif backend != fallback:
+        reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels(op, backend)}
+        if all(reasons.values()):
+            raise SeqmixError(f"backend {backend} cannot run: {'; '.join(next(iter(reasons.values())))}")
+        for paradigm, why in reasons.items():
+            if why:
+                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, "; ".join(why))
+            else:
+                found[paradigm] = backend
+    return MappingProxyType(found)
+
+
+def described(op: str, backends: Mapping[Paradigm, str]) -> str:
+    """The backend that was chosen, in few words: with its paradigms where it has kernels of others that cannot run."""
+    fallback = reference(op, Paradigm.CHUNKWISE).backend
+    chosen = {paradigm: name for paradigm, name in backends.items() if name != fallback}
+    if not chosen:
+        return fallback
+    (name,) = set(chosen.values())
+    every = {kernel.paradigm for kernel in _kernels(op, name)}
+    return name if set(chosen) == every else f"{name} ({', '.join(sorted(chosen))})"
+
+
+def _kernels(op: str, backend: str) -> list[Kernel]:
+    """All kernels of a backend, of which there is one at least.
+
+    Raises:
+        SeqmixError: there is none.
+    """
+    for paradigm in Paradigm if backend in ON_DEMAND else ():
+        try:
+            find(op, paradigm, backend)
+        except SeqmixError:
+            continue
+    found = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
+    if not found:
+        known = sorted({"auto", *ON_DEMAND, *(key.backend for key in KERNELS if key.op == op)})
+        raise SeqmixError(f"{op} has no backend {backend!r}; there are {', '.join(known)}{nearest(backend, known)}")
+    return found
+
+
+def disagreement(kernel: Kernel, probe: Probe) -> str | None:
+    """Run a kernel of the decay family on a few tokens, forward and backward; None if it does what the reference does.
+
+    A recurrent one reads one token, forward. Far from a proof, which is the conformance kit's; but what a compiler or a
+    driver gets wrong is wrong by far more.
+    """
+    tensors = _trial(probe, 1 if kernel.paradigm is Paradigm.RECURRENT else TRIAL_LENGTH)
+    try:
+        results = _results(kernel, tensors)
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{kernel.key} failed in a trial: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
+    expected = _results(reference(kernel.op, kernel.paradigm), tensors)
+    for name, result in results.items():
+        exact = expected[name].double()
+        error = float((result.double() - exact).norm() / exact.norm())
+        if not error <= 10 * kernel.tolerances[probe.dtype]:
+            return f"{kernel.key} was wrong in a trial: {name} is off by {error:.1e} of its norm"
+    return None
+
+
+def _trial(probe: Probe, length: int) -> dict[str, Tensor]:
+    """Two sequences of two heads of random numbers; every tensor wants its gradient, but of one token: that is
+    decoding."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(probe.dtype, torch.float32)
+    sizes = {"B": 2, "T": length, "H": 2, "K": probe.key_width, "V": probe.value_width}
+
+    def random(dimensions: str, dtype: torch.dtype) -> Tensor:
+        return torch.randn([sizes[name] for name in dimensions.split()], generator=generator).to(probe.device, dtype)
+
+    tensors = {"q": "B T H K", "k": "B T H K", "v": "B T H V"}
+    tensors = {name: random(dimensions, probe.dtype) for name, dimensions in tensors.items()}
+    if probe.log_decay is not None:
+        tensors["log_decay"] = -random(probe.log_decay, wide).abs() / 16
+    tensors["initial_state"] = random("B H K V", wide)
+    return {name: tensor.requires_grad_(length > 1) for name, tensor in tensors.items()}
+
+
+def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output, final state and all gradients that are wanted."""
+    q, k, v, initial_state = (tensors[name] for name in ("q", "k", "v", "initial_state"))
+    with torch.enable_grad():
+        output, state = kernel.function(
+            q, k, v, tensors.get("log_decay"), initial_state=initial_state, output_final_state=True
+        )
+        loss = output.double().square().mean() + state.double().square().mean()
+    results = {"output": output.detach(), "final state": state.detach()}
+    if loss.requires_grad:
+        for name, gradient in zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True):
+            results[f"the gradient of {name}"] = gradient
+    return results

@@ -1,0 +1,1 @@
+"""The decay family: linear attention, retention, Mamba-2, gated linear attention."""

@@ -1,0 +1,1 @@
+"""The delta family: DeltaNet and Gated DeltaNet."""

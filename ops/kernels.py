@@ -1,0 +1,194 @@
+"""Kernels: the functions that compute an op, each declared with what it takes and how exact it is.
+
+An op is a family of recurrences; a kernel is one function that computes it, by one paradigm and one backend, with the
+signature that all of the family share. It is declared beside its code:
+
+    declare(
+        Kernel(
+            op="decay",
+            paradigm=Paradigm.CHUNKWISE,
+            backend="reference",
+            function=decay_chunkwise,
+            tolerances={torch.float64: 1e-9, torch.float32: 3e-6},
+        )
+    )
+
+`seqmix.testing.check_kernel` proves what a kernel declares against the definition of its op.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..registry import SeqmixError, nearest
+from .paradigm import Paradigm
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that references compute in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a kernel is asked about: all that is known of its calls when a model is built, in the words of its op."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of queries, keys and values."""
+    key_width: int
+    value_width: int
+    log_decay: str | None = None
+    """The dimensions of the log-decays, as the op's signature names them ("B T H"); None where there are none."""
+    window: bool = False
+    """Whether queries see a limited number of keys."""
+    packed: bool = False
+    """Whether documents are packed (`cu_seqlens`)."""
+    initial_state: bool = False
+    final_state: bool = False
+    """Whether the state after the last token is wanted."""
+    needs_grad: bool = False
+
+
+class Key(NamedTuple):
+    """What a kernel is found by."""
+
+    op: str
+    paradigm: Paradigm
+    backend: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+def takes_everything(probe: Probe) -> list[str]:
+    """The limits of a kernel that has none."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kernel:
+    """One way to compute an op."""
+
+    op: str
+    """The family: "decay", "softmax"."""
+    paradigm: Paradigm
+    backend: str
+    """Whose code it is: "reference" and "sdpa" are torch's own, "triton" this library's."""
+    function: Callable[..., Any]
+    """It has the signature of its family's functions of this paradigm; what it cannot compute it refuses."""
+    tolerances: Mapping[torch.dtype, float]
+    """The dtypes it takes. Of outputs, final states and gradients, every element lies within this of the definition in
+    float64 on the same numbers, relative to the sum of the absolute values of the terms that the element adds up, and
+    the mean of that over its head. What is smaller than the dtype's smallest normal number may be lost."""
+    limits: Callable[[Probe], list[str]] = takes_everything
+    """Why it cannot run what it is asked about, beside the dtype: device, widths, features. No reason means it can."""
+    reference: bool = False
+    """Whether it runs wherever torch does and takes everything, so that it is there where no other is. An op has one of
+    each paradigm."""
+    differences: bool = False
+    """Whether it forms gradients of given log-decays as differences of sums: what is added and taken away again counts
+    among the terms. Where decays are strong, that is all that is left."""
+    higher_order: bool = False
+    """Whether it calls a higher-order op of torch, one that takes functions: such a call cannot be watched."""
+
+    @property
+    def key(self) -> Key:
+        """What it is found by."""
+        return Key(self.op, self.paradigm, self.backend)
+
+    def unsupported(self, probe: Probe) -> list[str]:
+        """The reasons why it cannot run what it is asked about; none if it can."""
+        if probe.dtype in self.tolerances:
+            return self.limits(probe)
+        given, *taken = (str(dtype).removeprefix("torch.") for dtype in (probe.dtype, *self.tolerances))
+        return [f"{self.key} takes {', '.join(taken)}, not {given}", *self.limits(probe)]
+
+    def require(self, probe: Probe) -> None:
+        """Refuse what it cannot run.
+
+        Raises:
+            SeqmixError: the reasons.
+        """
+        if reasons := self.unsupported(probe):
+            raise SeqmixError("; ".join(reasons))
+
+
+KERNELS: dict[Key, Kernel] = {}
+"""All that were declared: those of an op once its module is imported."""
+
+ON_DEMAND: Mapping[str, Sequence[str]] = {
+    "triton": ("decay.triton",),
+    "fla": ("decay.fla",),
+    "flex": ("softmax.flex",),
+    "xformers": ("softmax.xformers",),
+}
+"""Modules of this package that declare the kernels of a backend, imported when one of the backend's is looked for."""
+
+
+def declare(kernel: Kernel) -> Kernel:
+    """Make a kernel known.
+
+    Raises:
+        SeqmixError: there is one of its op, paradigm and backend.
+    """
+    if kernel.key in KERNELS:
+        known = KERNELS[kernel.key].function
+        raise SeqmixError(f"there is a kernel {kernel.key} already: {known.__module__}.{known.__qualname__}")
+    KERNELS[kernel.key] = kernel
+    return kernel
+
+
+def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
+    """The kernel that was declared.
+
+    Raises:
+        SeqmixError: there is none; the nearest match is named.
+    """
+    key = Key(op, paradigm, backend)
+    if key not in KERNELS:
+        for module in ON_DEMAND.get(backend, ()):
+            import_module(f".{module}", __package__)
+    if key not in KERNELS:
+        known = [str(other) for other in KERNELS]
+        raise SeqmixError(f"there is no kernel {key}{nearest(str(key), known)}")
+    return KERNELS[key]
+
+
+def reference(op: str, paradigm: Paradigm) -> Kernel:
+    """The kernel of a paradigm that runs everywhere; the op's module has been imported.
+
+    Raises:
+        SeqmixError: none was declared.
+    """
+    for kernel in KERNELS.values():
+        if kernel.reference and (kernel.op, kernel.paradigm) == (op, paradigm):
+            return kernel
+    raise SeqmixError(f"no kernel of {op}/{paradigm} was declared as the reference")
+
+
+def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
+    """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not settled."""
+    return KERNELS.get(Key(op, paradigm, backend)) or reference(op, paradigm)
+
+
+@cache
+def installed(library: str) -> bool:
+    """Whether a library is there, which is not imported for it."""
+    # what was uninstalled may leave a folder, which is no package
+    return getattr(find_spec(library), "origin", None) is not None
+
+
+def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse dtypes that no reference computes in: a product of integers would be rounded without a word.
+
+    Raises:
+        SeqmixError: the three are not of one dtype, or it is none of float64, float32, bfloat16 and float16.
+    """
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
+        taken, given = ([str(d).removeprefix("torch.") for d in ds] for ds in (FLOATS, (q.dtype, k.dtype, v.dtype)))
+        raise SeqmixError(f"q, k and v must have one dtype of {', '.join(taken)}; given are {', '.join(given)}")

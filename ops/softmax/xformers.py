@@ -1,0 +1,395 @@
+"""Softmax attention through xformers' memory-efficient attention (notation of softmax.py).
+
+    segment                        xformers' mask
+    alone                          LowerTriangularMask
+    with as long a past a row      LowerTriangularFromBottomRightMask
+      either, under a window       LowerTriangularFromBottomRightLocalAttentionMask
+    packed documents               BlockDiagonalCausalMask
+      under a window               BlockDiagonalCausalLocalAttentionMask
+    rows or documents that differ  BlockDiagonalCausalFromBottomRightMask
+      in their past; with window   BlockDiagonalCausalLocalAttentionFromBottomRightMask
+
+The masks know lengths and no positions: the last query sees the last key. So the slots of a cache that are filled are
+first gathered in the order of their positions, which also puts a ring in order and leaves out what no query sees.
+Lengths are numbers of the host in these masks: with packed documents or a cache a call waits for the device, to read
+them.
+
+A call to xformers is its own autograd function, which a compiler does not take in. Compiled code therefore has one
+custom op, whose backward pass computes the forward again: what xformers keeps between the two, the logarithms of the
+softmax's sums, has a shape that depends on the kernel that it chooses, and that no fake could tell.
+
+xformers is imported where it is called.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..autograd import needs_grad, refuse_tangents
+from ..kernels import Kernel, Probe, declare, installed
+from ..paradigm import Paradigm
+from .api import factored, require_inputs, require_range
+from .cache import Cache, RingCache, final_cache, offer_of
+
+FLASH_WIDTH = 256
+"""The widest heads of the kernels for 16 bits."""
+
+
+def limits(probe: Probe) -> list[str]:
+    """Why it cannot run what it is asked about, beside the dtype."""
+    reasons = []
+    if not installed("xformers"):
+        reasons.append("xformers is not installed (pip install 'seqmix[gpu]', on Linux)")
+    if probe.device.type != "cuda":
+        reasons.append(f"it needs a CUDA device and not {probe.device.type}")
+    multiple = 4 if probe.dtype == torch.float32 else 8  # of 16 bytes
+    if probe.key_width % multiple or probe.value_width % multiple:
+        reasons.append(
+            f"in this dtype widths are multiples of {multiple}, not {probe.key_width} and {probe.value_width}"
+        )
+    # there are two families of kernels, and this is what the first takes; the second takes float32 and other widths
+    first = probe.dtype != torch.float32 and probe.key_width == probe.value_width <= FLASH_WIDTH
+    if not first and probe.window and probe.needs_grad:
+        reasons.append(
+            "under a window there is a backward pass only in 16 bits, "
+            f"with keys and values of one width up to {FLASH_WIDTH}"
+        )
+    if probe.device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(probe.device)
+        if first and capability < (8, 0):
+            reasons.append(f"its kernels for 16 bits need compute capability 8.0, and this device has {capability}")
+        if not first and capability > (9, 0):
+            reasons.append(
+                "float32, and keys and values of two widths, end with compute capability 9.0, "
+                f"and this device has {capability}"
+            )
+    return reasons
+
+
+def softmax_parallel_xformers(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    log_decay: Float[Tensor, " K"] | None = None,
+    initial_state: Cache | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    """`softmax_parallel` by xformers; arguments and result are those of `softmax_chunkwise`.
+
+    Raises:
+        SeqmixError: shapes do not fit, or `KERNEL` does not take this.
+    """
+    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
+    cached = () if initial_state is None else initial_state[:2]
+    refuse_tangents("attention by xformers", q, k, v, log_decay, *cached)
+    require_range(log_decay, q.shape[1], q.dtype)
+    offer = offer_of(k, v, initial_state, cu_seqlens)
+    query, keys = factored(q, 0, offer, log_decay)
+    capacity = 0 if initial_state is None else initial_state.keys.shape[1]
+    read = None if initial_state is None else initial_state.length
+    arguments = (
+        *(query, keys, offer.values, read, cu_seqlens, capacity),
+        *(isinstance(initial_state, RingCache), window or 0, scale),
+    )
+    output = attend_op(*arguments) if torch.compiler.is_compiling() else _attend(*arguments)
+    state = final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
+    return output, state
+
+
+# ---- masks
+
+
+def bias(
+    queries: Sequence[int], keys: Sequence[int], window: int | None, *, apart: bool, device: torch.device | None = None
+) -> Any:
+    """xformers' mask.
+
+    Args:
+        queries: of each row or document.
+        keys: that each has, its own tokens the last; no fewer.
+        window: keys that a query sees, its own included.
+        apart: whether they lie behind one another in one row, and not in a batch of rows with the same numbers.
+        device: of the queries.
+    """
+    masks = import_module("xformers.ops.fmha.attn_bias")
+    if window is not None and window >= max(keys):
+        window = None
+    alone = list(queries) == list(keys)
+    if apart:
+        blocks = masks.BlockDiagonalMask.from_seqlens(list(queries), list(keys), device=device)
+        if window is None:
+            return blocks.make_causal() if alone else blocks.make_causal_from_bottomright()
+        if alone:
+            return blocks.make_local_attention(window)
+        return blocks.make_local_attention_from_bottomright(window)
+    if window is not None:
+        return masks.LowerTriangularFromBottomRightLocalAttentionMask(window)
+    return masks.LowerTriangularMask() if alone else masks.LowerTriangularFromBottomRightMask()
+
+
+class Plan(NamedTuple):
+    """How a segment and what came before it become rows or blocks."""
+
+    queries: list[int]
+    """Of each row or document."""
+    keys: list[int]
+    """That each has."""
+    apart: bool
+    """Whether they lie behind one another in one row."""
+    chosen: Tensor | None
+    """Which of all keys offered they are, on the host; None where they are those of the segment as it is."""
+
+
+def plan(
+    rows: int,
+    length: int,
+    read: Sequence[int] | None,
+    borders: Sequence[int] | None,
+    *,
+    capacity: int = 0,
+    ring: bool = False,
+    window: int | None = None,
+) -> Plan:
+    """How it is done; documents without tokens are left out.
+
+    Args:
+        rows: B, of the batch.
+        length: T, of a row.
+        read: tokens that each row or document has read before; None without a cache.
+        borders: of packed documents.
+        capacity: S, slots of the cache, which are offered before a row's own tokens; a packed row's come before all.
+        ring: whether position p is in slot p mod S, and not right-aligned.
+        window: keys that a query sees, its own included.
+    """
+    spans = [(0, length)] * rows if borders is None else list(pairwise(borders))
+    spans = [(row, start, stop) for row, (start, stop) in enumerate(spans) if start < stop]
+    queries = [stop - start for _, start, stop in spans]
+    if read is None:
+        return Plan(queries, queries, borders is not None, None)
+    keys, chosen = [], []
+    offered = capacity + length  # of one row of a batch
+    for (row, start, stop), tokens in zip(spans, queries, strict=True):
+        last = read[row]
+        kept = min(last, capacity if window is None else min(capacity, window - 1))
+        slots = torch.arange(last - kept, last)
+        slots = slots % capacity if ring else slots - last + capacity
+        if borders is None:
+            chosen += [row * offered + slots, row * offered + capacity + torch.arange(tokens)]
+        else:
+            chosen += [row * capacity + slots, len(read) * capacity + torch.arange(start, stop)]
+        keys.append(kept + tokens)
+    return Plan(queries, keys, borders is not None or len(set(keys)) > 1, torch.cat(chosen))
+
+
+class _Call(NamedTuple):
+    """What xformers is given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+    chosen: Tensor | None
+    """Which of the keys offered these are; None where they are all, in order."""
+
+
+def _call(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor | None,
+    borders: Tensor | None,
+    capacity: int,
+    ring: bool,
+    window: int,
+    scale: float,
+) -> _Call:
+    """Queries [. . H K], and keys and values in order [. . G .]."""
+    rows, length, n_heads, width = q.shape
+    found = plan(
+        rows,
+        length,
+        None if read is None else read.tolist(),
+        None if borders is None else borders.tolist(),
+        capacity=capacity,
+        ring=ring,
+        window=window or None,
+    )
+    chosen = None if found.chosen is None else found.chosen.to(q.device)
+    if chosen is not None:
+        keys, values = (x.flatten(0, 1).index_select(0, chosen) for x in (keys, values))
+        keys, values = (x.unflatten(0, (1 if found.apart else rows, -1)) for x in (keys, values))
+    if found.apart:
+        q = q.reshape(1, rows * length, n_heads, width)
+    mask = bias(found.queries, found.keys, window or None, apart=found.apart, device=q.device)
+    options = {"attn_bias": mask, "scale": scale}
+    return _Call(_readable(q), _readable(keys), _readable(values), options, chosen)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as it lies, if its heads are contiguous and begin at multiples of 16 bytes."""
+    offsets = (x.storage_offset(), *x.stride()[:-1])
+    if x.stride(-1) == 1 and all(offset * x.element_size() % 16 == 0 for offset in offsets):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would leave what begins between two of them
+
+
+def _grouped(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """[B M G H/G .]: each key head serves several queries, and is not copied."""
+    n_kv_heads, several = call.k.shape[2], call.q.shape[2] // call.k.shape[2]
+    k, v = (x[:, :, :, None].expand(-1, -1, -1, several, -1) for x in (call.k, call.v))
+    return call.q.unflatten(2, (n_kv_heads, several)), k, v
+
+
+def _repeated(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """[B M H .]: the backward kernels take no groups, so key heads are copied."""
+    several = call.q.shape[2] // call.k.shape[2]
+    k, v = (x if several == 1 else x.repeat_interleave(several, dim=2) for x in (call.k, call.v))
+    return call.q, k, v
+
+
+# ---- as it is called
+
+
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor | None,
+    borders: Tensor | None,
+    capacity: int,
+    ring: bool,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Output; with gradients by xformers' own autograd function."""
+    _refuse(q, keys, values, window)
+    differentiated = needs_grad(q, keys, values)
+    if not differentiated:
+        # xformers looks at the tensors, and not at the mode, to decide whether there will be a backward pass
+        q, keys, values = (x.detach() for x in (q, keys, values))
+    call = _call(q, keys, values, read, borders, capacity, ring, window, scale)
+    grouped = call.q.shape[2] != call.k.shape[2] and not differentiated
+    inputs = _grouped(call) if grouped else _repeated(call)
+    output = import_module("xformers.ops.fmha").memory_efficient_attention(*inputs, **call.options)
+    return output.reshape(*q.shape[:3], values.shape[3])
+
+
+def _refuse(q: Tensor, keys: Tensor, values: Tensor, window: int) -> None:
+    """Refuse what `KERNEL` does not take."""
+    probe = Probe(
+        device=q.device,
+        dtype=q.dtype,
+        key_width=q.shape[3],
+        value_width=values.shape[3],
+        window=window > 0,
+        needs_grad=needs_grad(q, keys, values),
+    )
+    KERNEL.require(probe)
+
+
+@torch.library.custom_op("seqmix::softmax_xformers", mutates_args=())
+def attend_op(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor | None,
+    borders: Tensor | None,
+    capacity: int,
+    ring: bool,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The output [B T H V]; keys and values are those offer_of, the cache's first. A window of 0 is none."""
+    with torch.no_grad():
+        return _attend(q, keys, values, read, borders, capacity, ring, window, scale).contiguous()
+
+
+@attend_op.register_fake
+def _allocate(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor | None,
+    borders: Tensor | None,
+    capacity: int,
+    ring: bool,
+    window: int,
+    scale: float,
+) -> Tensor:
+    _refuse(q, keys, values, window)
+    return q.new_empty(*q.shape[:3], values.shape[3])
+
+
+@torch.library.custom_op("seqmix::softmax_xformers_backward", mutates_args=())
+def attend_backward_op(
+    d_output: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    read: Tensor | None,
+    borders: Tensor | None,
+    capacity: int,
+    ring: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dkeys, dvalues; the forward is computed again."""
+    fmha = import_module("xformers.ops.fmha")
+    q, keys, values = (x.detach() for x in (q, keys, values))
+    call = _call(q, keys, values, read, borders, capacity, ring, window, scale)
+    inputs = _repeated(call)
+    output, sums = fmha.memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
+    above = _readable(d_output.reshape(output.shape))
+    dq, dk, dv = fmha.memory_efficient_attention_backward(above, output, sums, *inputs, **call.options)
+    several = call.q.shape[2] // call.k.shape[2]
+
+    def of_offered(gradient: Tensor, x: Tensor) -> Tensor:
+        flat = gradient.unflatten(2, (-1, several)).sum(3).flatten(0, 1)
+        if call.chosen is not None:  # what was not read has no gradient
+            flat = flat.new_zeros(x.shape).flatten(0, 1).index_copy(0, call.chosen, flat)
+        return flat.reshape(x.shape).contiguous()
+
+    return dq.reshape(q.shape).contiguous(), of_offered(dk, keys), of_offered(dv, values)
+
+
+@attend_backward_op.register_fake
+def _allocate_backward(
+    d_output: Tensor, q: Tensor, keys: Tensor, values: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    *tensors, ctx.capacity, ctx.ring, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = attend_backward_op(d_output, *ctx.saved_tensors, ctx.capacity, ctx.ring, ctx.window, ctx.scale)
+    return (*gradients, *(None,) * 6)
+
+
+attend_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+KERNEL = declare(
+    Kernel(
+        op="softmax",
+        paradigm=Paradigm.PARALLEL,
+        backend="xformers",
+        function=softmax_parallel_xformers,
+        # those of SDPA; in float32 a fused softmax rounds its running sums once a block
+        tolerances={torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.3e-3},
+        limits=limits,
+    )
+)

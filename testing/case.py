@@ -1,0 +1,160 @@
+"""One case of a check: everything that was drawn, in a form that shrinks and can be written down."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import Any, Literal
+
+import torch
+from hypothesis import strategies as st
+
+from ..mixers.contract import Traits
+from ..ops.paradigm import Paradigm
+from ..registry import Config
+
+Start = Literal["none", "initial", "read", "moved"]
+"""What comes before the segment: None; the state of nothing read; a state that has read a few tokens; such a state with
+every float in it moved, so that it is no state that any short text leads to."""
+
+STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
+
+LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
+"""Tokens around the borders of blocks: tiles and chunks hold a power of two, mostly. The first cross a border, and are
+what a failure shrinks to."""
+
+CROWD = 9
+"""Rows of a large batch: above a small power of two, up to which rows may be handled another way."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a check runs on. Tensors are functions of `seed`, so a smaller case is a simpler one."""
+
+    lengths: tuple[int, ...] = (1,)
+    """Tokens of each piece, or of each packed document (which may be empty)."""
+    batch_size: int = 1
+    """Sequences."""
+    start: Start = "none"
+    """What comes before."""
+    paradigms: tuple[Paradigm, ...] = ()
+    """A paradigm a piece, where pieces have their own."""
+    rows: tuple[int, ...] = ()
+    """Rows of a state, in the order they are taken."""
+    seed: int = 0
+    """All tensors are functions of it."""
+    dtype: torch.dtype = torch.float64
+    """Of parameters and inputs."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the configuration that differ from the one under test."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return sum(self.lengths)
+
+    def __repr__(self) -> str:
+        """As Python; only what differs from the defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return f"Case({_arguments({k: v for k, v in values.items() if v != getattr(_DEFAULT, k)})})"
+
+
+_DEFAULT = Case()
+
+
+def source(value: Any) -> str:
+    """A value as Python that makes it; of a configuration, the fields that are not the default."""
+    if isinstance(value, Config):
+        given = {name: getattr(value, name) for name in type(value).model_fields}
+        defaults = {name: field.default for name, field in type(value).model_fields.items()}
+        return f"{type(value).__name__}({_arguments({k: v for k, v in given.items() if v != defaults[k]})})"
+    if isinstance(value, Enum):  # a paradigm, or one of a stranger's
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(source, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {source(item)}" for name, item in value.items()) + "}"
+    return repr(value)
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={source(value)}" for name, value in values.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What a check wants drawn; the defaults are one segment from any state."""
+
+    pieces: tuple[int, int] = (1, 1)
+    """How many pieces or documents, at least and at most."""
+    tokens: tuple[int, int] = (1, 11)
+    """Tokens of each, at least and at most, but for the long ones."""
+    long: int = 0
+    """One piece in so many, on average, has one of `LENGTHS` instead; 0 is none."""
+    longest: int = max(LENGTHS)
+    """The longest of them."""
+    batch_size: tuple[int, int] = (1, 3)
+    """Sequences, at least and at most, but for the large ones."""
+    crowded: int = 0
+    """One batch in so many, on average, has `CROWD` rows instead; 0 is none."""
+    starts: tuple[Start, ...] = STARTS
+    """What may come before."""
+    paradigms: bool = False
+    """Whether every piece has a paradigm of its own."""
+    rows: bool = False
+    """Whether rows of the state are chosen."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    """Of parameters and inputs."""
+
+    def surely(self, traits: Traits) -> list[Case]:
+        """What is not left to chance: long segments in every paradigm, a large batch, each dtype."""
+        usual = Case(
+            lengths=(self.tokens[1],) * self.pieces[0], batch_size=self.batch_size[0], start=self.starts[-1], seed=1
+        )
+        found = []
+        if self.long and self.pieces[1] == 1:
+            found += [replace(usual, lengths=(length,)) for length in (65, 130) if length <= self.longest]
+        if self.long and self.pieces[1] > 1:
+            found += [replace(usual, lengths=(17, 65))]
+        if self.crowded:
+            found += [replace(usual, batch_size=CROWD)]
+        if len(self.dtypes) > 1:
+            found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
+        if not self.paradigms:
+            return found
+        return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
+
+    def cases(self, traits: Traits, options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Case]:
+        """The strategy."""
+        paradigm = st.sampled_from(sorted(traits.paradigms))
+        long = [length for length in LENGTHS if length <= self.longest]
+        tokens = _sometimes(self.long, long, self.tokens)
+        rows = _sometimes(self.crowded, [CROWD], self.batch_size)
+
+        @st.composite
+        def case(draw: Callable[..., Any]) -> Case:
+            lengths = draw(st.lists(tokens, min_size=self.pieces[0], max_size=self.pieces[1]).filter(sum))
+            batch_size = draw(rows)
+            return Case(
+                lengths=tuple(lengths),
+                batch_size=batch_size,
+                start=draw(st.sampled_from(self.starts)),
+                paradigms=tuple(draw(paradigm) for _ in lengths) if self.paradigms else (),
+                rows=tuple(draw(st.lists(st.integers(0, batch_size - 1), min_size=1, max_size=4))) if self.rows else (),
+                seed=draw(st.integers(0, 2**16)),
+                dtype=draw(st.sampled_from(self.dtypes)),
+                options=draw(options),
+            )
+
+        return case()
+
+
+def _sometimes(one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> st.SearchStrategy[int]:
+    """One of the rare one time in so many, never if that is 0; else at least and at most the usual.
+
+    One list, and not one of two strategies: so a rare one shrinks to any usual one, and not only to the smallest.
+    """
+    numbers = range(usual[0], usual[1] + 1)
+    if not one_in:
+        return st.integers(*usual)
+    times = max(1, round((one_in - 1) * len(rare) / len(numbers)))
+    return st.sampled_from([*(number for number in numbers for _ in range(times)), *rare])

@@ -1,0 +1,49 @@
+"""Rows of a batch are sequences of their own, and a tensor's strides are nobody's business."""
+
+import torch
+from torch import Tensor
+
+from ...mixers.state import map_state, select
+from ..case import Draw
+from ..check import check
+from ..trial import Trial
+
+
+@check(share=0.25, draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4))
+def rows_are_independent(trial: Trial) -> None:
+    """A sequence gives the same alone as beside others in a batch."""
+    x, state = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+        y, states = trial.mix(x, state, paradigm=paradigm)
+        for n in range(len(x)):
+            row = trial.index(n)
+            alone = trial.mix(x[row], None if state is None else select(state, row), paradigm=paradigm)
+            trial.compare(f"{paradigm}, row {n} of {len(x)} against it alone", (y[row], select(states, row)), alone)
+
+
+@check(share=0.15, draw=Draw(tokens=(1, 8), batch_size=(1, 3)))
+def strides_change_nothing(trial: Trial) -> None:
+    """Inputs, states and gradients from above that are not contiguous give what contiguous ones give."""
+    x, state = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+
+        def run(x, state, paradigm=paradigm):
+            return trial.mixer(x, state, paradigm=paradigm, return_state=True)
+
+        def strided(x, state, run=run):
+            y, after = run(_strided(x), None if state is None else map_state(_strided, state))
+            # the gradient of a strided view is strided
+            return _strided(y), map_state(_strided, after)
+
+        expected, after = trial.differentiate(run, x, state)
+        actual, strided_after = trial.differentiate(strided, x, state)
+        with trial.differences(f"{paradigm}, strided inputs against contiguous ones") as found:
+            found.tensors(actual, expected)
+            found.state("the final state", strided_after, after)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same numbers with other strides: the last dimension is not the innermost."""
+    if x.ndim < 2:
+        return torch.stack((x, x), dim=-1)[..., 0]
+    return torch.stack((x, x), dim=-1).transpose(-3, -2).contiguous().transpose(-3, -2)[..., 0]

@@ -1,0 +1,153 @@
+"""What a mixer says of itself is so: refusals, round trips, initialisation, cost."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import yaml
+
+from ...mixers.contract import ContractError
+from ...mixers.state import clone
+from ...ops.paradigm import Paradigm
+from ..case import Draw
+from ..check import check
+from ..compare import CheckFailure, require
+from ..counting import count_flops
+from ..gradients import learnable
+from ..trial import Trial
+
+ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
+
+
+@check(share=0.12, draw=ONCE)
+def what_is_not_declared_is_refused(trial: Trial) -> None:
+    """A paradigm, packing, dtype, shape or state that does not fit is refused by a ContractError, never computed."""
+    mixer, x = trial.mixer, trial.tokens()
+    borders = torch.tensor([0, 4, 8], device=x.device)
+    for paradigm in sorted(set(Paradigm) - mixer.traits.paradigms):
+        _refused(f"the undeclared paradigm {paradigm}", lambda p=paradigm: mixer(x, paradigm=p), str(paradigm))
+    if Paradigm.RECURRENT not in mixer.traits.paradigms:
+        _refused("a step without the recurrent paradigm", lambda: mixer.step(x[:, :1], mixer.init_state(2)))
+    _refused("a paradigm that does not exist", lambda: mixer(x, paradigm="paralel"), "paralel")
+    packed = x.reshape(1, 8, -1)
+    if mixer.traits.packing:
+        for wrong in ([0, 4], [1, 8], [0, 5, 3, 8]):
+            borders = torch.tensor(wrong, device=x.device)
+            # elsewhere, looking at the borders would wait for the device
+            if x.device.type == "cpu":
+                _refused(f"cu_seqlens {wrong} for 8 tokens", lambda b=borders: mixer(packed, cu_seqlens=b))
+        _refused("packed documents in a batch of two", lambda: mixer(x, cu_seqlens=torch.tensor([0, 4])))
+    else:
+        _refused("packed documents, which it does not declare", lambda: mixer(packed, cu_seqlens=borders), "packing")
+    _refused("integer tokens", lambda: mixer(x.long()), "int64")
+    _refused("float32 tokens for float64 parameters", lambda: mixer(x.float()), "float32")
+    _refused("an empty segment", lambda: mixer(x[:, :0]))
+    _refused("tokens without a batch", lambda: mixer(x[0]))
+    _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3)), "3")
+
+
+@check(share=0.12, draw=ONCE)
+def configurations_round_trip(trial: Trial) -> None:
+    """A configuration survives YAML; the mixer has its kind, traits and, at any length, its default paradigm."""
+    config, mixer, x = trial.config, trial.mixer, trial.tokens()
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    require(type(config).model_validate(yaml.safe_load(text)) == config, f"YAML gives another configuration: {text}")
+    for name in ("kind", "traits", "paradigm"):
+        require(getattr(mixer, name) == getattr(config, name), f"the mixer's {name} is not its configuration's")
+    for paradigm in trial.paradigms:
+        other = trial.rebuilt(paradigm=paradigm)
+        require(other.paradigm is paradigm, f"paradigm: {paradigm} builds a mixer of {other.paradigm}")
+        for length in (1, 4):
+            given, unsaid = (trial.mix(x[:, :length], None, other, **p) for p in ({"paradigm": paradigm}, {}))
+            trial.compare(f"the default paradigm against {paradigm} at {length} tokens", unsaid, given, tolerance=0)
+
+
+@check(share=0.1, draw=ONCE)
+def parameters_round_trip(trial: Trial) -> None:
+    """A state_dict holds everything: loaded into a new mixer it gives the same bits."""
+    x = trial.tokens()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        other = trial.rebuilt()
+    for paradigm in trial.paradigms:
+        expected = trial.mix(x, None, paradigm=paradigm)
+        trial.compare(f"{paradigm}, loaded parameters", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
+
+
+@check(share=0.1, draw=ONCE)
+def every_parameter_is_initialised(trial: Trial) -> None:
+    """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
+    them, from the global generator alone."""
+    with torch.device(trial.subject.device), torch.random.fork_rng():
+        alone = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
+    for name, tensor in (*alone.named_parameters(), *alone.named_buffers()):
+        # memory that nothing filled is NaN here
+        filled = not tensor.is_floating_point() or tensor.isfinite().all()
+        require(filled, f"built alone, {name} is uninitialised: end __init__ with self.reset_parameters()")
+    with torch.device("meta"):
+        mixer = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
+    mixer = mixer.to_empty(device=trial.subject.device)
+    filled = []
+    for seed in (0, 0, 1):
+        with torch.no_grad(), torch.random.fork_rng():
+            for tensor in (*mixer.parameters(), *mixer.buffers()):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+            torch.manual_seed(seed)
+            mixer.reset_parameters()
+        filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
+        for name, tensor in (*mixer.named_parameters(), *mixer.named_buffers()):
+            finite = not tensor.is_floating_point() or tensor.isfinite().all()
+            require(finite, f"reset_parameters leaves {name} uninitialised")
+    with trial.differences("reset_parameters with the same seed", 0) as found:
+        for name, tensor in filled[0].items():
+            found.tensor(name, filled[1][name], tensor)
+    moved = any(not torch.equal(filled[0][name], filled[2][name]) for name in filled[0])
+    require(moved or not filled[0], "reset_parameters gives the same parameters whatever the seed")
+
+
+@check(share=0.1, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)))
+def every_parameter_learns(trial: Trial) -> None:
+    """Every parameter that is not frozen has a finite gradient that is not zero, in every paradigm."""
+    x, parameters = trial.tokens(), learnable(trial.mixer)
+    for paradigm in trial.paradigms if parameters else ():
+        y, _ = trial.mixer(x, paradigm=paradigm)
+        loss = (trial.randn(*y.shape) * y).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")
+            require(gradient.any(), f"{paradigm}: {name} has no gradient: nothing depends on it")
+
+
+@check(share=0.2, draw=Draw(tokens=(1, 20), batch_size=(1, 1), starts=("none", "read")))
+def flops_are_as_declared(trial: Trial) -> None:
+    """`flops` is what a counter counts, with or without a final state (recurrent: up to twice, as outer products are
+    elementwise)."""
+    x, context = trial.tokens(), 0 if trial.case.start == "none" else 1 + trial.case.seed % 7
+    state = trial.mix(trial.tokens(length=context), None)[1] if context else None
+    for paradigm in trial.paradigms:
+        counted = []
+        for wanted in (False, True):
+            given = None if state is None else clone(state)
+            with torch.no_grad():
+                call = partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)
+                counted.append(count_flops(call))
+        declared = trial.mixer.flops(trial.case.length, paradigm, context)
+        slack = 2 if paradigm is Paradigm.RECURRENT else 1
+        require(
+            min(counted) <= declared <= slack * max(counted),
+            f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are "
+            f"{counted[0]:,} ({counted[1]:,} with a final state)",
+        )
+
+
+def _refused(what: str, call: Callable[[], object], word: str = "") -> None:
+    try:
+        call()
+    except ContractError as error:
+        require(word in str(error), f"{what}: the refusal does not name {word!r}: {error}")
+    except Exception as error:
+        text = f"{what} raised {type(error).__name__} instead of ContractError: {error}"
+        raise CheckFailure(text.splitlines()[0]) from error
+    else:
+        raise CheckFailure(f"{what} was computed, not refused")

@@ -1,0 +1,314 @@
+"""Low precision, autocast, extremes, and that a result is a function of its arguments."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from ...mixers.contract import SequenceMixer
+from ...mixers.state import from_dict, map_state, to_dict
+from ..case import Draw
+from ..check import check
+from ..compare import FEW, GRADIENTS, near, near_norm, require
+from ..gradients import learnable, noise_from_above, results_and_gradients
+from ..options import changed
+from ..trial import Trial, float_leaves
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+"""Values that are compared as they are."""
+
+STEPS = 160
+"""Tokens decoded one by one: a state that is rounded at every token drifts."""
+
+
+@check(share=0.2, draw=Draw(pieces=(2, 3), tokens=(12, 30), batch_size=(2, 2), starts=("none", "read"), dtypes=LOW))
+def low_precision_is_near_float64(trial: Trial) -> None:
+    """In float32, bfloat16 and float16, output, final state and gradients are finite and near float64 on the same
+    rounded numbers, with a state carried along."""
+    exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
+    x, state = trial.tokens(), trial.state()
+    whole = partial(exact, paradigm=trial.reference, return_state=True)
+    _, after = trial.mix(x.double(), _wide(state), exact, paradigm=trial.reference)
+    above = noise_from_above(trial.case.seed, trial.case.dtype, float_leaves(after))
+    expected, exact_gradients = results_and_gradients(exact, whole, x.double(), _wide(state), above)
+    numbers = torch.cat([gradient.flatten() for gradient in exact_gradients.values()])
+    # a gradient may be zero but for rounding, as that of a key's bias under a softmax is
+    floor = 0.1 * numbers.square().mean().sqrt().item()
+    for paradigm in trial.paradigms:
+
+        def in_pieces(x, state, paradigm=paradigm):
+            outputs = []
+            for piece in x.split(trial.case.lengths, dim=1):
+                y, state = trial.mixer(piece, state, paradigm=paradigm, return_state=True)
+                outputs.append(y)
+            return torch.cat(outputs, dim=1), state
+
+        what = f"{paradigm} in {trial.case.dtype}"
+        results, gradients = results_and_gradients(trial.mixer, in_pieces, x, state, above)
+        near("the output", what, results.pop("the output"), expected["the output"], tolerance)
+        for name, result in results.items():
+            near_norm(name, what, result, expected[name], tolerance)
+        for name, gradient in gradients.items():
+            near_norm(name, what, gradient, exact_gradients[name], GRADIENTS * tolerance, floor=floor)
+
+
+@check(share=0.1, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
+def long_decoding_does_not_drift(trial: Trial) -> None:
+    """The state is wide: after many segments of one token, low precision is as near float64 as after one segment."""
+    exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
+    x = trial.tokens()
+    expected, _ = trial.mix(x.double(), None, exact)
+    outputs, state = [], trial.mixer.init_state(1, max_length=STEPS)
+    with torch.no_grad():
+        for t in range(STEPS):
+            y, state = trial.mixer(x[:, t : t + 1], state, paradigm=trial.reference, return_state=True)
+            outputs.append(y)
+    y, last = torch.cat(outputs, dim=1), STEPS // 4
+    what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}"
+    near("the output", what, y[:, -last:], expected[:, -last:], tolerance)
+
+
+@check(share=0.15, draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)))
+def dtypes_are_kept(trial: Trial) -> None:
+    """Output has the input's dtype, and a state's leaves those of init_state: float32 at least, and not rounded to
+    less, but for leaves whose numbers are only copied once they are there (a cache), which may have the parameters'."""
+    mixer, x, state = trial.mixer, trial.tokens(), trial.state()
+    initial = to_dict(mixer.init_state(trial.case.batch_size))
+    for name, leaf in initial.items():
+        allowed = (mixer.state_dtype, mixer.dtype, torch.int64)
+        require(leaf.dtype in allowed, f"init_state: {name} is {leaf.dtype}; positions are int64, floats {allowed[:2]}")
+    narrow = [name for name, leaf in initial.items() if leaf.is_floating_point() and leaf.dtype != mixer.state_dtype]
+    for name in narrow:
+        sentence = f"the state's {name} is {initial[name].dtype}, and is computed from what it was before a token"
+        require(_is_copied(trial, name), f"{sentence}, so it is at least {mixer.state_dtype}")
+    for paradigm in trial.paradigms:
+        y, after = trial.mix(x, state, paradigm=paradigm)
+        require(y.dtype == x.dtype, f"{paradigm}: the output is {y.dtype}, and the input is {x.dtype}")
+        require(y.shape == x.shape, f"{paradigm}: the output is {list(y.shape)}, and the input is {list(x.shape)}")
+        for name, leaf in to_dict(after).items():
+            wanted = initial[name].dtype
+            require(leaf.dtype == wanted, f"{paradigm}: the state's {name} is {leaf.dtype}, and init_state's {wanted}")
+            if leaf.dtype == torch.float32 and _is_coarse(leaf):
+                rounded = not _is_coarse(_exact_leaf(trial, x, state, name)) and not _is_copied(trial, name)
+                sentence = f"{paradigm}: the state's {name} is float32, and all its numbers fit in 16 bits"
+                require(not rounded, f"{sentence}: they were rounded")
+
+
+def _is_copied(trial: Trial, leaf: str) -> bool:
+    """Whether what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers.
+
+    That tells a cache, whose rounding stays what it was, from a sum, whose rounding adds up. In float64, where two
+    numbers are not equal by rounding.
+    """
+    exact = trial.rebuilt(torch.float64)
+    _, before = trial.mix(trial.tokens(2, 4).double(), None, exact)
+    leaves = to_dict(before)
+    moved = from_dict(before, leaves | {leaf: leaves[leaf] * trial.like(leaves[leaf]).exp()})
+    token = trial.tokens(2, 1).double()
+    after, otherwise = (to_dict(trial.mix(token, state, exact)[1])[leaf] for state in (before, moved))
+    return bool(torch.isin(after[after != otherwise], leaves[leaf]).all())
+
+
+def _exact_leaf(trial: Trial, x: Tensor, state: Any, leaf: str) -> Tensor:
+    """What float64 makes of the same, rounded to float32 at the end."""
+    _, after = trial.mix(x.double(), _wide(state), trial.rebuilt(torch.float64))
+    return to_dict(after)[leaf].to(torch.float32)
+
+
+def _is_coarse(leaf: Tensor) -> bool:
+    """Whether the float32 numbers have the 10 bits of float16 or TF32, or the 7 of bfloat16; of a few, no telling."""
+    numbers = leaf[(leaf != 0) & leaf.isfinite()]
+    return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
+
+
+@check(
+    share=0.15,
+    draw=Draw(tokens=(24, 40), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,)),
+)
+def autocast_changes_only_precision(trial: Trial) -> None:
+    """Under autocast to bfloat16 the output is near float64, gradients are finite, and a state's leaves keep their
+    dtypes."""
+    tolerance, device = trial.subject.tolerances[torch.bfloat16], trial.subject.device.type
+    x, state = trial.tokens(), trial.state()
+    exact = trial.rebuilt(torch.float64)
+    expected, _ = trial.mix(x.double(), _wide(state), exact, paradigm=trial.reference)
+    initial = to_dict(trial.mixer.init_state(trial.case.batch_size))
+    for paradigm in trial.paradigms:
+        with torch.autocast(device, torch.bfloat16):
+            y, after = trial.mixer(x, state, paradigm=paradigm, return_state=True)
+        near("the output", f"{paradigm} under autocast", y, expected, tolerance)
+        for name, leaf in to_dict(after).items():
+            wanted = initial[name].dtype
+            require(
+                leaf.dtype == wanted, f"{paradigm} under autocast: the state's {name} is {leaf.dtype}, not {wanted}"
+            )
+        parameters = learnable(trial.mixer)
+        loss = y.float().square().sum()
+        if not loss.requires_grad or not parameters:
+            continue
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            require(gradient.isfinite().all(), f"{paradigm} under autocast: the gradient of {name} is not finite")
+
+
+@check(share=0.15, draw=Draw(tokens=(1, 300), batch_size=(1, 1), dtypes=LOW))
+def extremes_are_finite(trial: Trial) -> None:
+    """Long segments and long runs of zeros, in 16 bits too, and inputs of a thousand (so extreme gates and decays), but
+    in float16, give finite results and gradients."""
+    x, half = trial.tokens(), trial.case.length // 2
+    inputs = {
+        "normal inputs": x,
+        "zeros": torch.zeros_like(x),
+        "zeros before the second half": torch.cat((torch.zeros_like(x[:, :half]), x[:, half:]), dim=1),
+        "zeros after the first half": torch.cat((x[:, :half], torch.zeros_like(x[:, half:])), dim=1),
+    }
+    if trial.case.dtype != torch.float16:  # whose largest number is 65,504
+        inputs["inputs of a thousand"] = 1000 * x
+    state = trial.state(len(inputs))
+    for paradigm in trial.paradigms:
+        results, after = trial.differentiate(
+            lambda x, state, paradigm=paradigm: trial.mixer(x, state, paradigm=paradigm, return_state=True),
+            torch.cat(list(inputs.values())),
+            state,
+        )
+        results |= {f"the final state's {name}": leaf for name, leaf in float_leaves(after).items()}
+        of_parameters = {f"the gradient of {name}" for name, _ in trial.mixer.named_parameters()}
+        for name, tensor in results.items():
+            parts = {", ".join(inputs): tensor}
+            if name not in of_parameters:
+                parts = dict(zip(inputs, tensor, strict=True))
+            for what, part in parts.items():
+                require(part.isfinite().all(), f"{paradigm} in {trial.case.dtype}, {what}: {name} is not finite")
+
+
+@check(share=0.15, draw=Draw(tokens=(1, 9)))
+def modes_change_nothing(trial: Trial) -> None:
+    """Training mode, with dropout set to 0, and grad mode switched off give what evaluation with gradients gives."""
+    x, state = trial.tokens(), trial.state()
+    drops = [name for name, value in trial.config if "dropout" in name and isinstance(value, float) and value]
+    if drops and changed(trial.config, none := dict.fromkeys(drops, 0.0)) is not None:
+        trial.mixer = trial.rebuilt(**none)
+    for paradigm in trial.paradigms:
+
+        def run(x, state, paradigm=paradigm):
+            return trial.mixer(x, state, paradigm=paradigm, return_state=True)
+
+        expected, after = trial.differentiate(run, x, state)
+        after = map_state(Tensor.detach, after)
+        without = trial.mix(x, state, paradigm=paradigm)
+        trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
+        with _training(trial.mixer):
+            trained, trained_after = trial.differentiate(run, x, state)
+        with trial.differences(f"{paradigm}, in training mode against evaluation") as found:
+            found.tensors(trained, expected)
+            found.state("the final state", map_state(Tensor.detach, trained_after), after)
+
+
+@contextmanager
+def _training(mixer: SequenceMixer[Any]) -> Iterator[None]:
+    """Training mode without dropout."""
+    dropouts = {module: module.p for module in mixer.modules() if isinstance(module, _DropoutNd)}
+    mixer.train()
+    for module in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        mixer.eval()
+        for module, p in dropouts.items():
+            module.p = p
+
+
+@check(share=0.12, draw=Draw(tokens=(1, 9)))
+def results_are_deterministic(trial: Trial) -> None:
+    """Twice the same arguments give the same bits, forward and backward; no random number is drawn, and no parameter,
+    buffer or attribute of a module holds anything of a call."""
+    x, state, other = trial.tokens(), trial.state(), trial.tokens()
+    before = torch.random.get_rng_state()
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(trial.mixer).items()}
+
+    def run(x, paradigm):
+        return trial.differentiate(
+            lambda x, state: trial.mixer(x, state, paradigm=paradigm, return_state=True), x, state
+        )
+
+    for paradigm in trial.paradigms:
+        first, after = run(x, paradigm)
+        # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
+        held = _held(trial.mixer)
+        run(other, paradigm)
+        found_later = _held(trial.mixer)
+        second, again = run(x, paradigm)
+        with trial.differences(f"{paradigm}, a second call against the first", 0) as found:
+            found.tensors(second, first)
+            found.state("the final state", again, after)
+        for name in sorted(held.keys() | found_later.keys()):
+            same = _same(held.get(name), found_later.get(name))
+            sentence = f"{paradigm}: {name} is another after a call on other tokens, as many as before"
+            require(same, f"{sentence}: what a call leaves behind is its result alone")
+    require(torch.equal(before, torch.random.get_rng_state()), "mixing drew numbers from the global generator")
+    with trial.differences("parameters and buffers after mixing against before", 0) as found:
+        for name, tensor in _tensors(trial.mixer).items():
+            found.tensor(name, tensor.detach(), kept[name])
+
+
+def _tensors(mixer):
+    return dict(mixer.named_parameters()) | dict(mixer.named_buffers())
+
+
+def _held(mixer: SequenceMixer[Any]) -> dict[str, object]:
+    """What the attributes of a mixer's modules hold, by name: tensors, numbers and strings, in containers and in plain
+    objects too."""
+    found: dict[str, object] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value.detach().clone()
+        elif isinstance(value, torch.Generator):
+            found[name] = value.get_state()
+        elif isinstance(value, PLAIN):
+            found[name] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            children = _children(value)
+            found[f"the length of {name}"] = len(children)
+            for child, held in children.items():
+                visit(f"{name}{child}", held)
+
+    visit("the mixer", mixer)
+    return found
+
+
+def _children(value: object) -> dict[str, object]:
+    """What an object holds."""
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": held for key, held in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return {f"[{index}]": held for index, held in enumerate(value)}
+    if isinstance(value, Set):
+        return {f" has {key!r}": True for key in value}
+    if isinstance(value, type | ModuleType | FunctionType):
+        return {}
+    return {f".{name}": held for name, held in getattr(value, "__dict__", {}).items()}
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and (one == other or repr(one) == repr(other) == "nan")
+
+
+def _wide(state):
+    """A state with the dtypes that the float64 mixer's states have."""
+    if state is None:
+        return None
+    return map_state(lambda leaf: leaf.to(torch.float64) if leaf.is_floating_point() else leaf, state)

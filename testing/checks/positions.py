@@ -1,0 +1,77 @@
+"""Absolute position: where it matters, and that late positions are as good as early ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.contract import SequenceMixer
+from ...mixers.state import map_state, to_dict
+from ..case import Draw
+from ..check import check
+from ..compare import EXACT, near, require
+from ..trial import Trial
+
+READ = 64
+"""Tokens that count as read in the earlier of two positions: a window's cache is full (of zeros) then."""
+
+
+@check(share=0.12, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)))
+def position_matters_only_where_declared(trial: Trial) -> None:
+    """Where shift invariance is declared, the same tokens give the same after 64, a million and 2^31 others; elsewhere
+    they do not."""
+    x, borders = trial.tokens(), torch.tensor([0, 4, 9], device=trial.subject.device)
+    declared = trial.mixer.traits.shift_invariant
+    for paradigm in trial.paradigms:
+        early = _outputs(trial, x, borders, READ, paradigm)
+
+        def change(start, paradigm=paradigm, early=early):
+            return (_outputs(trial, x, borders, start, paradigm) - early).abs().max().item()
+
+        if not declared:
+            # a normaliser over the prefix may be all but constant after a few dozen tokens
+            moves = max(change(0), change(1000)) > EXACT
+            require(moves, f"{paradigm}: traits.shift_invariant is False, and no shift changes anything")
+            continue
+        # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
+        for start, allowed in ((1000, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
+            off = change(start)
+            sentence = (
+                f"{paradigm}: traits.shift_invariant is True, and {start - READ:,} tokens later the same tokens give"
+            )
+            require(off <= allowed, f"{sentence} an output that is {off:.1e} off")
+
+
+@check(
+    share=0.15,
+    draw=Draw(tokens=(24, 40), batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16)),
+)
+def late_positions_are_exact(trial: Trial) -> None:
+    """After a million tokens float32 and bfloat16 are as near float64 as at the start."""
+    exact = trial.rebuilt(torch.float64)
+    x, tolerance = trial.tokens(), trial.subject.tolerances[trial.case.dtype]
+    for start in (10**6, 2**31 - 2):
+        expected, _ = trial.mix(x.double(), _late(exact, len(x), start), exact, paradigm=trial.reference)
+        for paradigm in trial.paradigms:
+            y, after = trial.mix(x, _late(trial.mixer, len(x), start), paradigm=paradigm)
+            near("the output", f"{paradigm}, {trial.case.dtype} at position {start:,}", y, expected, tolerance)
+            for name, leaf in to_dict(after).items():
+                if not leaf.is_floating_point():
+                    sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
+                    require((leaf >= start).all(), f"{sentence}; positions are int64")
+
+
+def _late(mixer: SequenceMixer, rows: int, start: int) -> Any:
+    """The state of nothing read, at a later position."""
+    return map_state(lambda leaf: leaf if leaf.is_floating_point() else leaf + start, mixer.init_state(rows))
+
+
+def _outputs(trial: Trial, x: Tensor, borders: Tensor, start: int, paradigm: Any) -> Tensor:
+    """In two pieces, and packed where that is declared."""
+    state = _late(trial.mixer, len(x), start)
+    y1, between = trial.mix(x[:, :5], state, paradigm=paradigm)
+    y2, _ = trial.mix(x[:, 5:], between, paradigm=paradigm)
+    outputs = [y1, y2]
+    if trial.mixer.traits.packing:
+        outputs.append(trial.mix(x[:1], state, paradigm=paradigm, cu_seqlens=borders)[0])
+    return torch.cat([y.flatten() for y in outputs])

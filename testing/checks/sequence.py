@@ -1,0 +1,146 @@
+"""The two equations of the contract, and causality.
+
+f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
+"""
+
+import torch
+
+from ...mixers.state import clone, detach, select
+from ..case import LENGTHS, Draw
+from ..check import check, chunked, recurrent, several_paradigms
+from ..compare import require
+from ..options import chunk_sizes
+from ..trial import Trial
+
+CANDIDATES = tuple(2**n for n in range(12))
+"""Chunk sizes that a configuration may take; the smallest and the largest are compared."""
+
+EVERY = 70
+"""Tokens up to which a segment is cut at every one."""
+
+
+@check(several_paradigms, share=1, draw=Draw(tokens=(1, 11), long=8))
+def paradigms_agree(trial: Trial) -> None:
+    """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
+    lengths around the borders of blocks of up to 128 tokens too."""
+    x, state = trial.tokens(), trial.state()
+
+    def run(paradigm):
+        return trial.differentiate(
+            lambda x, state: trial.mixer(x, state, paradigm=paradigm, return_state=True), x, state
+        )
+
+    expected, expected_state = run(trial.reference)
+    # where the reference alone is asked for, it is compared with all others
+    others = {*trial.paradigms} - {trial.reference} or trial.mixer.traits.paradigms - {trial.reference}
+    for paradigm in sorted(others):
+        actual, actual_state = run(paradigm)
+        with trial.differences(f"{paradigm} against {trial.reference}") as found:
+            found.tensors(actual, expected)
+            found.state("the final state", actual_state, expected_state)
+        # of a long segment every border counts: an output depends on no later token, so the whole's are those of a part
+        for length in (length for length in LENGTHS if length < trial.case.length):
+            with trial.differences(f"{paradigm} on {length} tokens against {trial.reference} on more") as found:
+                given = None if state is None else clone(state)
+                part, _ = trial.mixer(x[:, :length], given, paradigm=paradigm, return_state=True)
+                found.tensor("the output", part.detach(), expected["the output"][:, :length], "BTD")
+
+
+@check(share=0.75, draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True))
+def pieces_equal_the_whole(trial: Trial) -> None:
+    """A segment at once equals its pieces in order, each in any paradigm, from any state."""
+    x, state = trial.tokens(), trial.state()
+    whole = trial.mix(x, state, paradigm=trial.reference)
+    outputs, after = [], state
+    for piece, paradigm in zip(x.split(trial.case.lengths, dim=1), trial.case.paradigms, strict=True):
+        y, after = trial.mix(piece, after, paradigm=paradigm)
+        outputs.append(y)
+    trial.compare("pieces against the whole", (torch.cat(outputs, dim=1), after), whole)
+
+
+@check(share=0.25, draw=Draw(pieces=(2, 3), tokens=(1, 5), long=7, longest=65, batch_size=(1, 2), paradigms=True))
+def gradients_flow_through_states(trial: Trial) -> None:
+    """Backpropagation through a chain of states equals that through the whole, and a detached state ends it."""
+    x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
+
+    def in_pieces(x, state):
+        outputs = []
+        for piece, paradigm in zip(x.split(lengths, dim=1), trial.case.paradigms, strict=True):
+            y, state = trial.mixer(piece, state, paradigm=paradigm, return_state=True)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    def whole(x, state):
+        return trial.mixer(x, state, paradigm=trial.reference, return_state=True)
+
+    with trial.differences("backpropagation through pieces against the whole") as found:
+        found.tensors(trial.differentiate(in_pieces, x, state)[0], trial.differentiate(whole, x, state)[0])
+
+    # truncated: the last piece, from the state that the first ones left
+    last = trial.case.paradigms[-1]
+    head, tail = x.split([trial.case.length - lengths[-1], lengths[-1]], dim=1)
+
+    def truncated(x, given):
+        _, between = trial.mixer(head, given, return_state=True)
+        return trial.mixer(x, detach(between), paradigm=last, return_state=True)
+
+    _, between = trial.mix(head, state)
+
+    def alone(x, _):
+        return trial.mixer(x, between, paradigm=last, return_state=True)
+
+    with trial.differences("truncated backpropagation against the last piece alone") as found:
+        found.tensors(trial.differentiate(truncated, tail, state)[0], trial.differentiate(alone, tail, state)[0])
+
+
+@check(recurrent, share=0.2, draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2)))
+def steps_equal_the_whole(trial: Trial) -> None:
+    """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""
+    x, state = trial.tokens(), trial.state()
+    # None is no state to step from
+    given = trial.mixer.init_state(trial.case.batch_size) if state is None else clone(state)
+    outputs = []
+    with torch.no_grad():
+        for t in range(trial.case.length):
+            y, given = trial.mixer.step(x[:, t : t + 1], given)
+            outputs.append(y)
+    for paradigm in trial.paradigms:
+        whole = trial.mix(x, state, paradigm=paradigm)
+        trial.compare(f"steps against {paradigm}", (torch.cat(outputs, dim=1), given), whole)
+
+
+@check(share=0.2, draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2)))
+def the_future_changes_nothing(trial: Trial) -> None:
+    """The output at a token depends on no later token, and does depend on the token itself."""
+    x, state, other = trial.tokens(), trial.state(), trial.tokens()
+    # of every token but the first, and of a long segment around the borders of blocks
+    cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
+    copies = trial.index(*range(len(x))).repeat(len(cuts))
+    given = None if state is None else select(state, copies)
+    for paradigm in trial.paradigms:
+        later = torch.arange(trial.case.length, device=x.device) >= torch.tensor(cuts, device=x.device)[:, None]
+        mixed = torch.where(later[:, None, :, None], other, x).flatten(0, 1)
+        # batches of one size: another number of rows may be rounded in another way
+        y, _ = trial.mix(x[copies], given, paradigm=paradigm)
+        y_other, _ = trial.mix(mixed, given, paradigm=paradigm)
+        for cut, as_given, changed_later in zip(cuts, y.split(len(x)), y_other.split(len(x)), strict=True):
+            with trial.differences(f"{paradigm}, other tokens from step {cut} on", 1e-12) as found:
+                found.tensor("the output before them", changed_later[:, :cut], as_given[:, :cut], "BTD")
+            reads = (as_given[:, cut] != changed_later[:, cut]).any()
+            require(reads, f"{paradigm}: the output at step {cut} ignores the token there")
+
+
+@check(chunked, share=0.25, draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)))
+def chunk_size_changes_nothing(trial: Trial) -> None:
+    """Output and final state do not depend on chunk_size."""
+    x, state, own = trial.tokens(), trial.state(), trial.config.model_dump()["chunk_size"]
+    accepted = chunk_sizes(
+        trial.config, lambda size: trial.subject.accepts({**trial.case.options, **size}), candidates=CANDIDATES
+    )
+    others = sorted(size for size in accepted if size != own)
+    # small ones have borders in a short segment, and the largest has none in most
+    for paradigm in trial.paradigms:
+        expected = trial.mix(x, state, paradigm=paradigm)
+        for size in sorted({*others[:1], *others[-1:]}):
+            actual = trial.mix(x, state, trial.rebuilt(chunk_size=size), paradigm=paradigm)
+            trial.compare(f"{paradigm}, chunk_size {size} against {own}", actual, expected)

@@ -1,0 +1,181 @@
+"""A state is a value: it can be saved, batched, split, reordered and used again."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...mixers.state import clone, concatenate, from_dict, map_state, select, to_dict
+from ...ops.paradigm import Paradigm
+from ...registry import SeqmixError
+from ..case import Draw
+from ..check import check
+from ..compare import require
+from ..gradients import learnable
+from ..trial import Trial, as_leaves, float_leaves
+
+
+@check(share=0.15, draw=Draw(tokens=(1, 8), starts=("none",)))
+def the_initial_state_is_nothing_read(trial: Trial) -> None:
+    """No state, `init_state` and a state allocated for `max_length` tokens are the same beginning."""
+    x, following = trial.tokens(), trial.tokens(length=1)
+    batch_size, length = trial.case.batch_size, trial.case.length
+    for paradigm in trial.paradigms:
+        nothing = trial.mix(x, None, paradigm=paradigm)
+        initial = trial.mix(x, trial.mixer.init_state(batch_size), paradigm=paradigm)
+        trial.compare(f"{paradigm}, init_state() against no state", initial, nothing)
+        y, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
+        with trial.differences(f"{paradigm}, init_state(max_length={length + 1}) against no state") as found:
+            found.tensor("the output", y, nothing[0], "BTD")
+            later = trial.mix(following, nothing[1], paradigm=paradigm)[0]
+            found.tensor("the output later", trial.mix(following, allocated, paradigm=paradigm)[0], later, "BTD")
+        with torch.no_grad():
+            unwanted = trial.mixer(x, paradigm=paradigm)
+        trial.compare(f"{paradigm}, return_state=False", unwanted, (nothing[0], None))
+        _more_than_there_is_room_for(trial, paradigm, x)
+
+
+def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
+    """Where no state is wanted, more tokens than one was allocated for give what they always do, or are refused."""
+    batch_size, room = x.shape[:2]
+    more = torch.cat((x, trial.tokens(length=3)), dim=1)
+    whole = trial.mix(more, None, paradigm=paradigm)[0]
+    for read in sorted({0, room // 2}):
+        state = trial.mixer.init_state(batch_size, max_length=room)
+        if read:
+            _, state = trial.mix(more[:, :read], state, paradigm=paradigm)
+        try:
+            with torch.no_grad():
+                y, _ = trial.mixer(more[:, read:], state, paradigm=paradigm)
+        except SeqmixError:
+            continue
+        what = f"{paradigm}, {more.shape[1]} tokens, {read} of them read before, with room for {room} in the state"
+        trial.compare(what, (y, None), (whole[:, read:], None))
+
+
+@check(share=0.2, draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True))
+def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
+    """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would."""
+    x, state, rows = trial.tokens(), trial.state(), trial.case.rows
+    # a row that is taken twice goes on in two ways, by one token as in a search, or by several
+    following = trial.tokens(len(rows), 1 + 2 * (trial.case.seed % 2))
+    for paradigm in trial.paradigms:
+        _, before = trial.mix(x, state, paradigm=paradigm)
+        parts = [select(before, trial.index(row)) for row in rows]
+        alone = [trial.mix(y, part, paradigm=paradigm) for y, part in zip(following.split(1), parts, strict=True)]
+        expected = (torch.cat([y for y, _ in alone]), concatenate([after for _, after in alone]))
+        chosen = trial.mix(following, select(before, trial.index(*rows)), paradigm=paradigm)
+        trial.compare(f"{paradigm}, rows {list(rows)} of a state", chosen, expected)
+        joined = trial.mix(following, concatenate(parts), paradigm=paradigm)
+        trial.compare(f"{paradigm}, rows {list(rows)} split and joined", joined, expected)
+
+
+@check(share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
+def a_state_survives_the_disk(trial: Trial) -> None:
+    """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
+    x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
+    for paradigm in trial.paradigms:
+        _, before = trial.mix(x, state, paradigm=paradigm)
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "state.safetensors"
+            save_file(to_dict(before), file)
+            leaves = load_file(file, str(trial.subject.device))
+        loaded = from_dict(trial.mixer.init_state(trial.case.batch_size), leaves)
+        expected = trial.mix(following, before, paradigm=paradigm)
+        actual = trial.mix(following, loaded, paradigm=paradigm)
+        trial.compare(f"{paradigm}, from a loaded state", actual, expected, tolerance=0)
+        _in_other_room(trial, paradigm, x, following)
+
+
+def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tensor) -> None:
+    """A state allocated for some tokens, without the room to spare, and with more of it."""
+    (batch_size, length), more = x.shape[:2], following.shape[1]
+    _, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
+    expected = trial.mix(following, trial.mix(x, None, paradigm=paradigm)[1], paradigm=paradigm)[0]
+    least = trial.mixer.with_room(clone(allocated), None)
+    for room, state in {"the least": least, f"{length + more}": trial.mixer.with_room(least, length + more)}.items():
+        output = trial.mix(following, state, paradigm=paradigm)[0]
+        trial.compare(f"{paradigm}, from a state with room for {room} tokens", (output, None), (expected, None))
+    with trial.differences(f"{paradigm}, a state without room to spare, and given some and none again", 0) as found:
+        found.state("the state", trial.mixer.with_room(trial.mixer.with_room(least, length + more), None), least)
+
+
+@check(share=0.25, draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")))
+def a_state_is_never_written_under_grad(trial: Trial) -> None:
+    """Under autograd a state given keeps its values; without, a clone of it gives the same again."""
+    x, given = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+        for state in (given, as_leaves(given)):
+            before, versions = clone(state), [leaf._version for leaf in _leaves(state)]
+            y, after = trial.mixer(x, state, paradigm=paradigm, return_state=True)
+            total = y.sum() + sum(leaf.sum() for leaf in float_leaves(after).values())
+            roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
+            if roots and total.requires_grad:
+                torch.autograd.grad(total, roots, allow_unused=True)
+            with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as found:
+                found.state("the state", state, before)
+            same = [leaf._version for leaf in _leaves(state)] == versions
+            require(same, f"{paradigm}: a state was written in place, if only with its own values")
+        # consumed or not, its clone is as good as it was
+        first, second = (trial.mix(x, given, paradigm=paradigm) for _ in range(2))
+        trial.compare(f"{paradigm}, the second of two clones of a state", second, first, tolerance=0)
+
+
+@check(share=0.12, draw=Draw(tokens=(1, 6), batch_size=(2, 5)))
+def a_state_is_tensors_batch_first(trial: Trial) -> None:
+    """A state is a NamedTuple of tensors, a row a sequence, on the parameters' device; no Python numbers."""
+    rows = trial.case.batch_size
+    states = {"init_state": trial.mixer.init_state(rows)}
+    x, state = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+        states[str(paradigm)] = trial.mix(x, state, paradigm=paradigm)[1]
+    for source, found in states.items():
+        require(_is_state(found), f"{source} gives {type(found).__name__}, not a (nested) NamedTuple of tensors")
+        require(bool(to_dict(found)), f"{source} gives a state without tensors")
+        for name, leaf in to_dict(found).items():
+            shape = list(leaf.shape)
+            require(
+                leaf.ndim > 0 and shape[0] == rows,
+                f"{source}: {name} is {shape}, and {rows} sequences need {rows} rows",
+            )
+            require(leaf.device.type == trial.subject.device.type, f"{source}: {name} is on {leaf.device}")
+    names = {source: list(to_dict(found)) for source, found in states.items()}
+    for source, leaves in names.items():
+        require(leaves == names["init_state"], f"{source} has the leaves {leaves}, init_state {names['init_state']}")
+
+
+@check(share=0.1, draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)))
+def a_state_has_the_declared_size(trial: Trial) -> None:
+    """A constant state never grows; a growing one does."""
+    for paradigm in trial.paradigms:
+        sizes, state = [], None
+        for length in (16, 16, 32):
+            _, state = trial.mix(trial.tokens(length=length), state, paradigm=paradigm)
+            sizes.append(_memory(state))
+        grows = sizes[0] < sizes[1] < sizes[2]
+        constant = len({_memory(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
+        text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32 and 64 tokens"
+        declared = trial.mixer.traits.state
+        require(constant if declared == "constant" else grows, f"{text}, and traits.state is {declared}")
+
+
+def _memory(state: Any) -> int:
+    """Bytes that a state keeps alive: a view holds all that it is a view of."""
+    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in _leaves(state)}
+    return sum(storages.values())
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_state(lambda leaf: found.append(leaf) or leaf, state)
+    return found
+
+
+def _is_state(state: object) -> bool:
+    if isinstance(state, Tensor):
+        return True
+    named = isinstance(state, tuple) and hasattr(state, "_fields")
+    return named and all(_is_state(child) for child in state)  # type: ignore[union-attr]

@@ -1,0 +1,412 @@
+"""The op families as kernels are tested on them: what a case of each holds, and its definition in float64.
+
+Notation: B batch, T tokens, H heads, G key heads, K key width, V value width, N rows of a state, S slots of a cache.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ..ops.kernels import Kernel, Probe
+from ..ops.softmax.cache import GrowingCache, RingCache
+from .compare import require
+from .kernel_case import Exact, KernelCase, Layout, Tensors
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DecayCase(KernelCase):
+    """One call of a kernel of the decay family (ops/decay.py has its notation)."""
+
+    strength: float = 1.0
+    """How much the log-decays vary."""
+    weakest: float = 0.0
+    """What is taken from all of them: none is above its negative."""
+    resets: tuple[int, ...] = ()
+    """Tokens whose log-decay is -inf; heads, where it is fixed a head."""
+    resets_one_key: bool = False
+    """Whether a reset is one of the first key dimension alone."""
+
+    decays = (None, "H", "B T H", "B T H K")
+    axes: ClassVar[Mapping[str, str]] = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV", "state": "NHKV"}
+    state = ("state",)
+    adds_up = True
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Decays and states are wide."""
+        return self.wide if name in ("log_decay", "state") else self.dtype
+
+    @classmethod
+    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+        """Heads and decays."""
+        del layout
+        heads = {"n_heads": draw(st.integers(1, 3))}
+        if probe.log_decay is None:
+            return heads
+        length = sum(lengths) if probe.packed else lengths[0]
+        # of decays a head one alone, or there would be nothing left
+        some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
+        return heads | {
+            "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
+            "weakest": draw(st.sampled_from([0.0, 0.0, 0.0, 9.0])),
+            "resets": draw(st.just(()) | some | some | st.just(tuple(range(length)))),
+            "resets_one_key": draw(st.booleans()),
+        }
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """q, k, v, log_decay, state."""
+        randn = self.randn()
+        inputs = self.heads(randn, self.n_heads, device)
+        if self.log_decay is not None:
+            sizes = {"B": self.rows, "T": self.length, "H": self.n_heads, "K": self.key_width}
+            random = randn(*(sizes[axis] for axis in self.log_decay.split()))
+            a = -self.strength * random.abs() - self.weakest
+            tokens = a if a.ndim == 1 else a.transpose(0, 1)
+            for reset in self.resets:
+                tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
+            inputs["log_decay"] = self.laid_out(a.to(device, self.wide), dim=0)
+        if self.initial_state:
+            state = randn(len(self.lengths), self.n_heads, self.key_width, self.value_width)
+            inputs["state"] = self.laid_out(state.to(device, self.wide), dim=0)
+        return inputs
+
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        """Output and final state."""
+        output, state = kernel.function(
+            *(inputs[name] for name in "qkv"),
+            inputs.get("log_decay"),
+            initial_state=inputs.get("state"),
+            **self.arguments(kernel, inputs),
+        )
+        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        return {"output": output} | ({} if state is None else {"state": state})
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
+        q, k, v = (inputs[name] for name in "qkv")
+        written = k[..., :, None] * v[..., None, :]  # [B T H K V]
+        decays = None
+        if "log_decay" in inputs:
+            a = inputs["log_decay"]
+            a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
+            decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
+        borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
+        states, final = [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+            state = written.new_zeros(self.rows, *written.shape[2:])
+            if "state" in inputs:
+                state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
+            for t in range(start, stop):
+                state = state + written[:, t] if decays is None else torch.addcmul(written[:, t], decays[t], state)
+                states.append(state)
+            final.append(state)
+        scale = self.key_width**-0.5 if self.scale is None else self.scale
+        found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        return found | ({"state": torch.cat(final)} if self.final_state else {})
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """Every term is a product of inputs and decays."""
+        del inputs
+        return self.define(absolute)
+
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+        """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
+        q dq - k dk."""
+        if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
+            return gradients
+        through = absolute["q"].detach() * gradients["q"] + absolute["k"].detach() * gradients["k"]
+        through = through.flip(1).cumsum(1).flip(1)
+        if "K" not in self.log_decay:
+            through = through.sum(-1)
+        return gradients | {"log_decay": gradients["log_decay"] + through}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeltaCase(DecayCase):
+    """One call of a kernel of the delta family (ops/delta.py has its notation); keys have norm 1."""
+
+    rate: float = 1.0
+    """The largest beta; the smallest is 0."""
+
+    decays = (None, "H", "B T H")
+    extras = ("beta",)
+    axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Betas, decays and states are wide."""
+        return self.wide if name == "beta" else super().dtype_of(name)
+
+    @classmethod
+    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+        """Heads, decays and rate: a state of small ones remembers everything."""
+        return super().details(draw, probe, lengths, layout) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """q, k, v, log_decay, state, beta."""
+        inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
+        if self.dtype.is_floating_point:  # others are for kernels to refuse
+            inputs["k"].copy_(F.normalize(inputs["k"].double(), dim=-1))
+        beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
+        beta = self.rate * (0.5 + beta).clamp(0, 1)
+        return inputs | {"beta": self.laid_out(beta.to(device, self.wide), dim=0)}
+
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        """Output and final state."""
+        output, state = kernel.function(
+            *(inputs[name] for name in ("q", "k", "v", "beta")),
+            inputs.get("log_decay"),
+            initial_state=inputs.get("state"),
+            **self.arguments(kernel, inputs),
+        )
+        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        return {"output": output} | ({} if state is None else {"state": state})
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
+        return self.replaced(inputs, lambda _, key, decay, state: (-_row(key, decay * state), state))
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """The terms of a token's own sums: added up over tokens, as those of `decay`, they would grow while a state
+        that is replaced does not. Those of gradients do add up."""
+        before: list[Tensor] = []
+
+        def remember(_: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            before.append(state.detach().abs())
+            return -_row(key, decay * state), state
+
+        def exact(t: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return _row(key, decay * before[t]), state + (before[t] - state).detach()
+
+        self.replaced(inputs, remember)
+        return self.replaced(absolute, exact)
+
+    def replaced(
+        self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensors:
+        """The recurrence; `predict` makes of a token's number, its key, its decay and the state before what is added
+        to the value, and the state that decays."""
+        q, k, v, beta = (inputs[name] for name in ("q", "k", "v", "beta"))
+        a = inputs.get("log_decay", beta.new_zeros(self.n_heads))
+        decays = a.expand(*k.shape[:2], -1).exp()[..., None, None]
+        borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
+        states, final = [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+            state = k.new_zeros(self.rows, self.n_heads, self.key_width, self.value_width)
+            if "state" in inputs:
+                state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
+            for t in range(start, stop):
+                predicted, state = predict(t, k[:, t], decays[:, t], state)
+                written = beta[:, t, :, None] * (v[:, t] + predicted)
+                state = torch.addcmul(k[:, t, :, :, None] * written[:, :, None], decays[:, t], state)
+                states.append(state)
+            final.append(state)
+        scale = self.key_width**-0.5 if self.scale is None else self.scale
+        found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        return found | ({"state": torch.cat(final)} if self.final_state else {})
+
+    def exact(self, kernel: Kernel) -> Exact:
+        """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
+        found = super().exact(kernel)
+        terms = {name: torch.maximum(found.gradients_terms[name], x.abs()) for name, x in found.gradients.items()}
+        return found._replace(gradients_terms=terms)
+
+
+def _row(x: Tensor, state: Tensor) -> Tensor:
+    """x^T S: [B H K], [B H K V] -> [B H V]."""
+    return torch.einsum("bhk,bhkv->bhv", x, state)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SoftmaxCase(KernelCase):
+    """One call of a kernel of the softmax family (ops/softmax.py has its notation)."""
+
+    n_kv_heads: int = 1
+    window: int | None = None
+    cache: Literal["growing", "ring"] = "growing"
+    """The kind of the initial state."""
+    reads: tuple[int, ...] = ()
+    """Tokens that each row or document has read."""
+    capacity: int = 0
+    """Slots of the initial state."""
+
+    decays = (None, "K")
+    windows = (False, True)
+    axes: ClassVar[Mapping[str, str]] = {
+        "output": "BTHV",
+        "q": "BTHK",
+        "k": "BTHK",
+        "v": "BTHV",
+        "keys": "NSHK",
+        "values": "NSHV",
+    }
+    state = ("keys", "values", "length")
+    adds_up = False
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """A cache is as narrow as the keys."""
+        return {"length": torch.int64, "log_decay": self.wide}.get(name, self.dtype)
+
+    @classmethod
+    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+        """Heads, window and cache."""
+        n_kv_heads = draw(st.integers(1, 2))
+        window = draw(st.integers(1, 9) | st.sampled_from([16, 40])) if probe.window else None
+        found: dict[str, Any] = {
+            "n_heads": n_kv_heads * draw(st.integers(1, 2)),
+            "n_kv_heads": n_kv_heads,
+            "window": window,
+        }
+        if not probe.initial_state:
+            return found
+        reads = [draw(st.integers(0, 9)) for _ in lengths]
+        if layout == "expanded":
+            reads = reads[:1] * len(reads)
+        cache, capacity = draw(st.sampled_from(["growing", "ring"])), max(reads)
+        if cache == "ring":
+            longest = max(a + b for a, b in zip(lengths, reads, strict=True))
+            capacity = longest if window is None else min(window, longest)
+        capacity += draw(st.integers(0, 3))
+        return found | {"cache": cache, "reads": tuple(reads), "capacity": max(capacity, int(cache == "ring"))}
+
+    def probe(self, device: torch.device) -> Probe:
+        """What this case asks of a kernel."""
+        return replace(super().probe(device), window=self.window is not None)
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """A cache, without grad, where a final one is wanted."""
+        return ("keys", "values") if self.initial_state and self.final_state and not self.grad else ()
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """q, k, v, log_decay, keys, values, length."""
+        randn = self.randn()
+        inputs = self.heads(randn, self.n_kv_heads, device)
+        if self.log_decay is not None:
+            # far from where the factors of one block of queries leave the dtype's range
+            inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide) / self.length
+        if self.initial_state:
+            for name, width in (("keys", self.key_width), ("values", self.value_width)):
+                x = torch.zeros(len(self.lengths), self.capacity, self.n_kv_heads, width, dtype=torch.float64)
+                for n, read in enumerate(self.reads):
+                    slots, _ = self.slots(read, self.cache, self.capacity)
+                    x[n, slots] = randn(len(slots), self.n_kv_heads, width)
+                inputs[name] = self.laid_out(x.to(device, self.dtype), dim=0)
+            inputs["length"] = torch.tensor(self.reads, device=device)
+        return inputs
+
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        """Output and final cache."""
+        kind = GrowingCache if self.cache == "growing" else RingCache
+        output, state = kernel.function(
+            *(inputs[name] for name in "qkv"),
+            window=self.window,
+            log_decay=inputs.get("log_decay"),
+            initial_state=kind(*(inputs[name] for name in self.state)) if self.initial_state else None,
+            **self.arguments(kernel, inputs),
+        )
+        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        if state is None:
+            return {"output": output}
+        wanted = GrowingCache if self.final_cache[0] == "growing" else RingCache
+        require(isinstance(state, wanted), f"the final state is a {type(state).__name__}, not a {wanted.__name__}")
+        return {"output": output, **dict(zip(self.state, state, strict=True))}
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """o_n = sum_m softmax_m(scale sum_d q_nd k_md exp(a_d (n - m))) v_m over the keys that n sees, densely."""
+        return self.attend(inputs, lambda _, scores, seen: scores.masked_fill(~seen, -math.inf).softmax(-1))
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """An error of a score moves its own weight by as much, relatively, and all weights by its weight's share."""
+        exact: list[Tensor] = []
+
+        def remember(_: int, scores: Tensor, seen: Tensor) -> Tensor:
+            exact.append(scores.masked_fill(~seen, -math.inf).softmax(-1))
+            return exact[-1]
+
+        def perturbed(n: int, scores: Tensor, _: Tensor) -> Tensor:
+            error = 1 + scores + (exact[n] * scores).sum(-1, keepdim=True)
+            # itself, and the factor of its own gradient
+            return exact[n] * error.detach() * (1 + error - error.detach())
+
+        self.attend(inputs, remember)
+        return self.attend(absolute, perturbed)
+
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+        """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
+        as factors, and cancel."""
+        del kernel
+        if self.log_decay is None:
+            return gradients
+        span = self.length + max(self.reads, default=0)
+        through = span * (absolute["q"].detach() * gradients["q"]).sum((0, 1, 2))
+        return gradients | {"log_decay": gradients["log_decay"] + through}
+
+    def attend(self, inputs: Tensors, weigh: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
+        """Output and final cache; `weigh` makes weights of a row's number, its scores [H n m] and what is seen."""
+        scale = self.key_width**-0.5 if self.scale is None else self.scale
+        segment = [self.sequences(inputs[name]) for name in "qkv"]
+        outputs, keys, values, lengths = [], [], [], []
+        for n, (q, *own) in enumerate(zip(*segment, strict=True)):
+            (k, v), read, first = own, 0, 0
+            if self.initial_state:
+                read = self.reads[n]
+                slots, first = self.slots(read, self.cache, self.capacity)
+                past = inputs["keys"][n, slots], inputs["values"][n, slots]
+                k, v = (torch.cat(pair) for pair in zip(past, own, strict=True))
+            end = read + len(q)
+            distance = torch.arange(read, end)[:, None] - torch.arange(first, end)
+            seen = (distance >= 0) & (distance < (self.window or math.inf))
+            wide_k, wide_v = (x.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for x in (k, v))
+            decay = q.new_ones(1, 1, self.key_width)
+            if "log_decay" in inputs:
+                decay = (distance.clamp(min=0)[..., None] * inputs["log_decay"]).exp()
+            scores = scale * torch.einsum("nhd,mhd,nmd->hnm", q, wide_k, decay.expand(*distance.shape, -1))
+            outputs.append(torch.einsum("hnm,mhd->nhd", weigh(n, scores, seen), wide_v))
+            # the final cache: its slots are filled with the last tokens
+            slots, start = self.slots(end, *self.final_cache)
+            for leaf, tokens in ((keys, k), (values, v)):
+                empty = tokens.new_zeros(self.final_cache[1], *tokens.shape[1:])
+                leaf.append(empty.index_put((slots,), tokens[start - first :]))
+            lengths.append(end)
+        found = {"output": self.segment(outputs)}
+        if self.final_state:
+            found |= {"keys": torch.stack(keys), "values": torch.stack(values), "length": torch.tensor(lengths)}
+        return found
+
+    def continued(self, before: KernelCase) -> Self:
+        """The same call from the final cache of the one before."""
+        assert isinstance(before, SoftmaxCase)
+        kind, capacity = before.final_cache
+        return replace(self, initial_state=True, cache=kind, capacity=capacity)
+
+    @property
+    def final_cache(self) -> tuple[Literal["growing", "ring"], int]:
+        """Kind and capacity of the final state."""
+        if not self.initial_state and self.window is not None:
+            return "ring", self.window
+        if self.initial_state and self.cache == "ring":
+            return "ring", self.capacity
+        return "growing", self.capacity + self.length
+
+    @staticmethod
+    def slots(read: int, cache: str, capacity: int) -> tuple[Tensor, int]:
+        """The slots that are filled after so many tokens, in the order of their positions, and the first position."""
+        if cache == "growing":  # right-aligned
+            return torch.arange(capacity - read, capacity), 0
+        first = max(0, read - capacity)
+        return torch.arange(first, read) % capacity, first
+
+    def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
+        """Nothing depends on the empty slots of a cache, which are zero."""
+        above = super().cotangent(name, output, device)
+        return above if name == "output" else above * (output != 0).to(device)
+
+
+FAMILIES: dict[str, type[KernelCase]] = {"decay": DecayCase, "delta": DeltaCase, "softmax": SoftmaxCase}
+"""Every op that kernels are declared for."""

@@ -1,0 +1,353 @@
+"""A case of a kernel check: one call in a form that shrinks and can be written down, and its definition.
+
+Tensors are functions of the case's seed and go by name. Those of a state have one name before and after: `state` is the
+initial one among inputs, the final one among outputs. Each op family has its kind of case, in families.py.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ..ops.kernels import Kernel, Probe
+from ..ops.paradigm import Paradigm
+from .case import source
+
+Tensors = dict[str, Tensor]
+
+Layout = Literal["contiguous", "fused", "expanded"]
+"""How tensors lie in memory: fused means queries, keys and values as slices of one projection, the others transposed;
+expanded means rows of a state, and gradients from above, as one number repeated."""
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.complex64)
+"""The last two are for kernels to refuse."""
+
+WIDTHS = ((1, 1), (1, 2), (3, 1), (2, 3), (5, 8), (16, 16), (20, 24))
+"""Key and value widths."""
+
+# around the sizes of tiles
+LENGTHS = st.integers(1, 9) | st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 70])
+CHUNK_SIZES = st.integers(1, 10) | st.sampled_from([16, 17, 32, 40, 64])
+
+PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")
+"""What a case and a probe both hold."""
+
+
+class Exact(NamedTuple):
+    """What the definition makes of a case, in float64; each `_terms` are the sums of the absolute values of terms."""
+
+    outputs: Tensors
+    gradients: Tensors
+    outputs_terms: Tensors
+    gradients_terms: Tensors
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KernelCase(ABC):
+    """One call of a kernel."""
+
+    dtype: torch.dtype = torch.float64
+    """Of queries, keys and values."""
+    lengths: tuple[int, ...] = (1,)
+    """Tokens of each row of the batch, all the same; or of each packed document, which may be empty."""
+    packed: bool = False
+    n_heads: int = 1
+    key_width: int = 1
+    value_width: int = 1
+    log_decay: str | None = None
+    """Its dimensions; None where there is none."""
+    initial_state: bool = False
+    final_state: bool = False
+    """Whether one is wanted."""
+    grad: tuple[str, ...] = ()
+    """Inputs that a gradient is taken of; without any, grad mode is off."""
+    upstream: Literal["both", "output", "state"] = "both"
+    """What has a gradient from above: the output, the final state, or both."""
+    layout: Layout = "contiguous"
+    scale: float | None = None
+    chunk_size: int = 4
+    border_dtype: torch.dtype = torch.int64
+    """Of the borders of packed documents."""
+    cuts: tuple[int, ...] = ()
+    """Tokens of each row or document before the cut, where a check cuts them."""
+    seed: int = 0
+
+    decays: ClassVar[tuple[str | None, ...]]
+    """Kinds of log-decays that the op has."""
+    windows: ClassVar[tuple[bool, ...]] = (False,)
+    """Whether a call has a window."""
+    extras: ClassVar[tuple[str, ...]] = ()
+    """The inputs with gradients beside queries, keys, values, log-decays and states."""
+    axes: ClassVar[Mapping[str, str]]
+    """The dimensions of each float tensor; the first of a state are its rows."""
+    state: ClassVar[tuple[str, ...]]
+    """The leaves of a state."""
+    adds_up: ClassVar[bool]
+    """Whether a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
+
+    # ---- what is drawn
+
+    @classmethod
+    def probes(cls, device: torch.device) -> Iterator[Probe]:
+        """Everything that a kernel of the op can be asked to run, the simplest first."""
+        flags = itertools.product((False, True), repeat=4)
+        asked = itertools.product(DTYPES, WIDTHS, cls.decays, cls.windows, flags)
+        for dtype, (key_width, value_width), log_decay, window, (packed, before, after, needs_grad) in asked:
+            if needs_grad and dtype == torch.int64:
+                continue
+            yield Probe(
+                device=device,
+                dtype=dtype,
+                key_width=key_width,
+                value_width=value_width,
+                log_decay=log_decay,
+                window=window,
+                packed=packed,
+                initial_state=before,
+                final_state=after,
+                needs_grad=needs_grad,
+            )
+
+    @classmethod
+    def cases(
+        cls, probes: Sequence[Probe], *, tokens: st.SearchStrategy[int] = LENGTHS, cut: bool = False
+    ) -> st.SearchStrategy[Self]:
+        """Cases of what is probed.
+
+        Args:
+            probes: what may be asked.
+            tokens: lengths of rows and documents.
+            cut: whether rows and documents are cut.
+        """
+
+        carried = [probe for probe in probes if probe.initial_state and probe.final_state] or probes
+
+        @st.composite
+        def case(draw: Callable[..., Any]) -> Self:
+            # every other case has both states: most of what is wrong is wrong there
+            probe = draw(st.sampled_from(probes) | st.sampled_from(carried))
+            if probe.packed:
+                lengths = draw(st.lists(st.just(0) | tokens, min_size=1, max_size=4).filter(sum))
+            else:
+                lengths = [draw(tokens)] * draw(st.integers(1, 2))
+            cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if cut]
+            decays, state = ["log_decay"] if probe.log_decay else [], cls.float_state() if probe.initial_state else ()
+            leaves = [*"qkv", *cls.extras, *decays, *state]
+            some = st.lists(st.sampled_from(leaves), min_size=1, unique=True)
+            common = {
+                **{name: getattr(probe, name) for name in PROBED},
+                "lengths": tuple(lengths),
+                "grad": tuple(draw(st.just(leaves) | some)) if probe.needs_grad else (),
+                "upstream": draw(st.sampled_from(["both", "output", "state"])) if probe.final_state else "both",
+                "layout": draw(st.sampled_from(["contiguous", "fused", "expanded"])),
+                "scale": draw(st.sampled_from([None, 0.7])),
+                "chunk_size": draw(CHUNK_SIZES),
+                "border_dtype": draw(st.sampled_from([torch.int64, torch.int32])),
+                "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
+                "seed": draw(st.integers(0, 2**16)),
+            }
+            return cls(**common, **cls.details(draw, probe, lengths, common["layout"]))
+
+        return case()
+
+    @classmethod
+    @abstractmethod
+    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+        """What cases of this op hold beside what all do."""
+
+    def __repr__(self) -> str:
+        """As Python; only what differs from the defaults."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={source(value)}' for name, value in shown.items())})"
+
+    def probe(self, device: torch.device) -> Probe:
+        """What this case asks of a kernel."""
+        return Probe(device=device, needs_grad=bool(self.grad), **{name: getattr(self, name) for name in PROBED})
+
+    # ---- sizes
+
+    @classmethod
+    def float_state(cls) -> tuple[str, ...]:
+        """The leaves of a state that have gradients."""
+        return tuple(name for name in cls.state if name in cls.axes)
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """The outputs that have a gradient from above."""
+        state = self.float_state() if self.final_state else ()
+        return {"both": ("output", *state), "output": ("output",), "state": state}[self.upstream]
+
+    @property
+    def length(self) -> int:
+        """T, the tokens of one row of the input."""
+        return sum(self.lengths) if self.packed else self.lengths[0]
+
+    @property
+    def rows(self) -> int:
+        """B, rows of the input."""
+        return 1 if self.packed else len(self.lengths)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of decays and recurrent states."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @abstractmethod
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that an input has (and its gradient), and that an output must have."""
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """The inputs that may be written: none, but for states that grow, without grad."""
+        return ()
+
+    def axes_of(self, name: str) -> str:
+        """The dimensions of an input or output."""
+        return (self.log_decay or "").replace(" ", "") if name == "log_decay" else self.axes.get(name, "N")
+
+    # ---- tensors
+
+    @abstractmethod
+    def inputs(self, device: torch.device) -> Tensors:
+        """The tensors of the call; those that are None are left out."""
+
+    @abstractmethod
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        """What the kernel makes of them: `output`, and the leaves of the final state if it is wanted."""
+
+    @abstractmethod
+    def define(self, inputs: Tensors) -> Tensors:
+        """The same by the definition, from inputs in float64."""
+
+    @abstractmethod
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """The same with every term of every sum in its absolute value; differentiable in `absolute`, which are the
+        inputs' own but for log-decays."""
+
+    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+        """Gradients of `terms`, with the terms added that a kernel may add and subtract again."""
+        del kernel, absolute
+        return gradients
+
+    def exact(self, kernel: Kernel) -> Exact:
+        """The definition's outputs and gradients, and their terms as the kernel may form them."""
+        cpu = torch.device("cpu")
+        given = {name: wide(x) for name, x in self.inputs(cpu).items()}
+        inputs = leaves(given, self.grad)
+        absolute = {name: x if name == "log_decay" else x.abs() for name, x in given.items()}
+        absolute = leaves(absolute, [name for name in given if given[name].is_floating_point()] if self.grad else [])
+        outputs, terms = self.define(inputs), self.terms(given, absolute)
+        values = {name: x.detach() for name, x in outputs.items()}
+        sizes = {name: x.detach() for name, x in terms.items()}
+        if not self.grad:
+            return Exact(values, {}, sizes, {})
+        above = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
+        gradients = differentiate(outputs, above, {name: inputs[name] for name in self.grad})
+        of_terms = differentiate(
+            terms,
+            {name: x.abs() for name, x in above.items()},
+            {name: x for name, x in absolute.items() if x.requires_grad},
+        )
+        return Exact(values, gradients, sizes, self.cancelled(kernel, absolute, of_terms))
+
+    def randn(self) -> Callable[..., Tensor]:
+        """Normal numbers, in float64 on the CPU: the same on every device."""
+        return partial(torch.randn, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+
+    def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
+        """The gradient from above of an output."""
+        generator = torch.Generator().manual_seed(self.seed + 1 + len(name))
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        return self.laid_out(noise.to(device, self.dtype_of(name)), dim=-1)
+
+    def laid_out(self, x: Tensor, dim: int) -> Tensor:
+        """A tensor in the case's layout; the dimension is that along which it may be one number repeated."""
+        if self.layout == "contiguous":
+            return x.contiguous()
+        if self.layout == "expanded":
+            return x.narrow(dim, 0, 1).contiguous().expand_as(x)
+        return x.repeat_interleave(2)[::2] if x.ndim == 1 else x.mT.contiguous().mT
+
+    def heads(self, randn: Callable[..., Tensor], n_kv_heads: int, device: torch.device) -> Tensors:
+        """Queries, keys and values. Their mean is 1: sums grow with T, as they must to show what is lost on the way."""
+        heads, widths = (self.n_heads, n_kv_heads, n_kv_heads), (self.key_width, self.key_width, self.value_width)
+        sizes = [n * width for n, width in zip(heads, widths, strict=True)]
+        parts = (1 + randn(self.rows, self.length, sum(sizes))).to(device, self.dtype).split(sizes, dim=-1)
+        split = zip("qkv", parts, heads, strict=True)
+        found = {name: part.unflatten(-1, (n, -1)) for name, part, n in split}
+        return found if self.layout == "fused" else {name: x.contiguous() for name, x in found.items()}
+
+    def arguments(self, kernel: Kernel, inputs: Tensors) -> dict[str, Any]:
+        """The options that all ops have."""
+        like = {"device": inputs["q"].device, "dtype": self.border_dtype}
+        return {
+            "scale": self.scale,
+            "output_final_state": self.final_state,
+            "cu_seqlens": torch.tensor([0, *itertools.accumulate(self.lengths)], **like) if self.packed else None,
+            **({"chunk_size": self.chunk_size} if kernel.paradigm is Paradigm.CHUNKWISE else {}),
+        }
+
+    # ---- rows and documents
+
+    def sequences(self, x: Tensor) -> list[Tensor]:
+        """A segment's tensor [B T ...] as one tensor [t ...] a row or document."""
+        return list(x[0].split(self.lengths)) if self.packed else list(x)
+
+    def segment(self, sequences: Sequence[Tensor]) -> Tensor:
+        """The inverse of `sequences`."""
+        return torch.cat(list(sequences))[None] if self.packed else torch.stack(list(sequences))
+
+    def parts(self, inputs: Tensors, pieces: Sequence[tuple[int, ...]]) -> "list[tuple[Self, Tensors]]":
+        """Consecutive pieces as calls of their own, each with its per-token inputs; all but the last want a state.
+
+        Args:
+            inputs: of the whole.
+            pieces: each piece's tokens of every row or document.
+        """
+        per_token = [name for name in inputs if self.axes_of(name)[:2] == "BT"]
+        rest = {name: self.sequences(inputs[name]) for name in per_token}
+        parts = []
+        for lengths in pieces:
+            last = replace(self, lengths=lengths, cuts=())
+            part = replace(last, final_state=True) if len(parts) < len(pieces) - 1 else last
+            tokens = {
+                name: part.segment([x[:n] for x, n in zip(xs, lengths, strict=True)]) for name, xs in rest.items()
+            }
+            rest = {name: [x[n:] for x, n in zip(xs, lengths, strict=True)] for name, xs in rest.items()}
+            parts.append((part, tokens))
+        return parts
+
+    def continued(self, before: "KernelCase") -> Self:
+        """The same call from the final state of the one before."""
+        del before
+        return replace(self, initial_state=True)
+
+
+def leaves(tensors: Tensors, names: Collection[str]) -> Tensors:
+    """The tensors as a graph's leaves, those named with grad."""
+    return {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
+
+
+def differentiate(outputs: Tensors, cotangents: Tensors, inputs: Tensors) -> Tensors:
+    """Gradients by name of the input; zero where nothing depends on it."""
+    roots = [name for name in cotangents if outputs[name].requires_grad]
+    if not roots:
+        return {name: torch.zeros_like(x) for name, x in inputs.items()}
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in roots],
+        list(inputs.values()),
+        [cotangents[name] for name in roots],
+        materialize_grads=True,
+    )
+    return dict(zip(inputs, gradients, strict=True))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, if it is a float."""
+    return x.to(torch.float64) if x.is_floating_point() else x

@@ -1,0 +1,117 @@
+"""The options of a configuration that a check varies.
+
+Literals and booleans are tried in every value, `X | None` in None too. Of numbers there is no telling which are
+sensible: a field's `examples` (pydantic's own) say so, and come before anything else.
+"""
+
+from collections.abc import Callable, Iterable
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from ..mixers.contract import ContractError, MixerConfig
+from ..registry import SeqmixError
+
+FIXED = {"kind", "paradigm", "chunk_size", "backend"}
+"""Not options: how a map is computed, which has checks of its own."""
+
+CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
+"""Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
+
+
+def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
+    """Values to try for each field, beside the one it has."""
+    found: dict[str, list[Any]] = {}
+    for name, field in type(config).model_fields.items():
+        if name in FIXED:
+            continue
+        values = [*(field.examples or []), *_values(field.annotation)]
+        if values := [value for value in values if value != getattr(config, name)]:
+            found[name] = values
+    return found
+
+
+def chunk_sizes(
+    config: MixerConfig,
+    accepts: Callable[[dict[str, Any]], bool] | None = None,
+    candidates: Iterable[int] = CHUNK_SIZES,
+) -> list[Any]:
+    """Chunk sizes that the configuration takes: a few, those that its field names, and its own.
+
+    Args:
+        config: what is tested.
+        accepts: whether options go together; by default, whether a configuration can be made of them.
+        candidates: the few.
+    """
+    field = type(config).model_fields.get("chunk_size")
+    if field is None:
+        return []
+    accepts = accepts or (lambda options: changed(config, options) is not None)
+    own = vars(config)["chunk_size"]
+    sizes = dict.fromkeys([*candidates, *(field.examples or []), *_values(field.annotation), own])
+    return [size for size in sizes if size == own or accepts({"chunk_size": size})]
+
+
+def strategy(
+    config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
+) -> st.SearchStrategy[dict[str, Any]]:
+    """Changes of the configuration: any few fields, and a chunk size small enough for short segments.
+
+    A shrunk case changes nothing but the chunk size.
+    """
+    sizes = chunk_sizes(config, accepts)
+    chunks = {"chunk_size": st.sampled_from(sizes)} if sizes else {}
+    fields = {name: st.sampled_from(values) for name, values in alternatives(config).items()} if vary else {}
+    unchanged = st.fixed_dictionaries(chunks)
+    return st.one_of(unchanged, st.fixed_dictionaries(chunks, optional=fields)) if fields else unchanged
+
+
+def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
+    """The configuration with other options; None where they do not go together."""
+    if not options:
+        return config
+    try:
+        return type(config).model_validate({**config.model_dump(), **options})
+    except (ValidationError, SeqmixError):
+        return None
+
+
+def require_examples(config: MixerConfig) -> None:
+    """Refuse a field whose own example it refuses: the value would never be tried, and nobody would know.
+
+    Raises:
+        ContractError: there is one.
+    """
+    for name, field in type(config).model_fields.items():
+        for value in field.examples or []:
+            if reason := _refusal(config, name, value):
+                raise ContractError(
+                    f"{type(config).__name__}: field {name} refuses {value!r}, one of its own examples: {reason}"
+                )
+
+
+def _refusal(config: MixerConfig, name: str, value: Any) -> str | None:
+    """Why a field refuses a value, whatever the other fields are; None where it does not."""
+    try:
+        type(config).model_validate({**config.model_dump(), name: value})
+    except ValidationError as error:
+        # an error without a place is a rule about several fields: with others the value may do
+        return next((detail["msg"] for detail in error.errors() if detail["loc"][:1] == (name,)), None)
+    except SeqmixError:
+        return None
+    return None
+
+
+def _values(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return list(get_args(annotation))
+    if origin in (Union, UnionType):
+        return [value for option in get_args(annotation) for value in _values(option)]
+    if annotation is bool:
+        return [False, True]
+    if annotation is NoneType:
+        return [None]
+    return []

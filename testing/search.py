@@ -1,0 +1,222 @@
+"""Looking for the smallest case on which a check raises, and what is told of it."""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Generic, NamedTuple, TypeVar, cast
+
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as with_seed
+from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
+from hypothesis.internal.conjecture.providers import HypothesisProvider
+from hypothesis.strategies import SearchStrategy
+
+from .compare import CheckFailure
+from .outcome import Outcome, Promise, Status
+
+K = TypeVar("K", bound=Promise)
+C = TypeVar("C")
+
+ALONE = "Alone and on a new mixer this case passes: the result depends on earlier calls, or on chance."
+FLAKY = "the same case passed once and failed once: the result is not a function of its arguments. When it failed:"
+
+
+class Found(NamedTuple, Generic[C]):
+    """What a search found."""
+
+    error: Exception | None
+    """Of the smallest case; None if nothing raised."""
+    case: C | None
+    """The smallest case on which it raised."""
+    examples: int
+    """Cases run until one raised, that one included; neither those that are not possible nor those of shrinking."""
+
+
+def conclude(
+    check: K,
+    attempt: Callable[[C], None],
+    cases: SearchStrategy[C],
+    explain: Callable[[C], Iterable[str]],
+    *,
+    subject: str,
+    examples: int,
+    seed: int | None,
+    shrink: bool,
+    expected: str | None,
+    surely: Iterable[C] = (),
+    again: Callable[[C], None] | None = None,
+    rerun: Iterable[str] = (),
+    on_case: Callable[[int], None] | None = None,
+) -> Outcome[K, C]:
+    """Run a check.
+
+    Args:
+        check: what is promised.
+        attempt: raises where a case breaks the promise.
+        cases: what is drawn from.
+        explain: lines of a report about the smallest case.
+        subject: what is checked, as a report names it.
+        examples: cases at most.
+        seed: of the cases; None lets hypothesis draw anew (or use its own seed).
+        shrink: whether the smallest counterexample is searched for.
+        expected: the reason why the check is known to fail.
+        surely: cases that are run as well, after those drawn.
+        again: `attempt` on a subject that has seen no other case; by default `attempt` itself.
+        rerun: lines of a report instead of `explain`'s where the smallest case does not fail on its own.
+        on_case: called with the number of cases tried, after each.
+    """
+    started = time.perf_counter()
+    with _one_thread():
+        error, case, count = search(
+            attempt, cases, examples=examples, seed=seed, shrink=shrink, surely=surely, on_case=on_case
+        )
+        alone = case is None or expected is not None or _raises(again or attempt, case)
+    seconds = time.perf_counter() - started
+    if error is None:
+        if expected is not None:
+            text = f"{check.name} passed, and was expected to fail: {expected}"
+            return Outcome(check, Status.FAILED, text, count, seconds)
+        return Outcome(check, Status.PASSED, "", count, seconds)
+    if expected is not None:
+        return Outcome(check, Status.EXPECTED_FAILURE, expected, count, seconds, case)
+    lines = [f"{subject} fails {check.name}: {check.promise}", *_told(error).splitlines()]
+    if case is not None:
+        lines += explain(case) if alone else [f"The smallest case: {case!r}", ALONE, *rerun]
+    return Outcome(check, Status.FAILED, "\n".join(lines), count, seconds, case)
+
+
+def search(
+    attempt: Callable[[C], None],
+    cases: SearchStrategy[C],
+    *,
+    examples: int,
+    seed: int | None,
+    shrink: bool,
+    surely: Iterable[C] = (),
+    on_case: Callable[[int], None] | None = None,
+) -> Found[C]:
+    """Try cases until one raises, then smaller ones.
+
+    Args:
+        attempt: raises where something is wrong.
+        cases: what is drawn from.
+        examples: cases at most, before one raises.
+        seed: of the cases; None lets hypothesis draw anew (or use its own seed).
+        shrink: whether smaller cases are tried.
+        surely: cases that are tried where none of those drawn raises: a small one is found first.
+        on_case: called with the number of cases tried, after each.
+    """
+    tried = passed = 0
+    failed: list[tuple[C, Exception]] = []
+
+    def once(case: C) -> None:
+        nonlocal tried, passed
+        tried += 1
+        try:
+            attempt(case)
+        except UnsatisfiedAssumption:  # not a case
+            raise
+        except Exception as error:
+            failed.append((case, error))
+            raise
+        finally:
+            if on_case is not None:
+                on_case(tried)
+        if not failed:
+            passed += 1
+
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=cast("Collection[HealthCheck]", list(HealthCheck)),
+        verbosity=Verbosity.quiet,
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    @given(case=cases)
+    def run(case: C) -> None:
+        once(case)
+
+    try:
+        with _from_the_seed_alone():
+            (run if seed is None else with_seed(seed)(run))()
+        for case in surely:
+            with suppress(UnsatisfiedAssumption):
+                once(case)
+    except Unsatisfiable:
+        text = f"none of the {tried} cases drawn can be run: the configuration refuses the options of every one"
+        return Found(CheckFailure(text), None, 0)
+    except Flaky:  # with what hypothesis says of it, which is for authors of strategies
+        if not failed:
+            raise
+        case, error = failed[-1]
+        return Found(CheckFailure(f"{FLAKY}\n{_told(error)}"), case, passed + 1)
+    except Exception as error:
+        # the last failure that hypothesis runs is the smallest
+        return Found(error, failed[-1][0] if failed else None, passed + bool(failed))
+    return Found(None, None, passed)
+
+
+def _raises(attempt: Callable[[C], None], case: C) -> bool:
+    try:
+        attempt(case)
+    except Exception:
+        return True
+    return False
+
+
+@contextmanager
+def _from_the_seed_alone() -> Iterator[None]:
+    """Hypothesis mixes in numbers that it reads from the source of whatever modules are imported: with the same seed,
+    another test that ran before, or a plug-in, would make other cases. It has no setting for that."""
+    drawn = "_maybe_draw_constant"
+    if not hasattr(HypothesisProvider, drawn):  # it is not public: a test says if it has gone
+        yield
+        return
+    original = getattr(HypothesisProvider, drawn)
+    setattr(HypothesisProvider, drawn, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(HypothesisProvider, drawn, original)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of a case are small: threads would cost more than they save, and a multiple of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckFailure) else where_raised(error)
+
+
+def where_raised(error: Exception) -> str:
+    """An exception that is not a check's own, and the line to look at.
+
+    That is the last one of the mixer's author: what he calls (torch, the ops of seqmix) raises where he cannot help it,
+    and so does what calls him. For what has no such line, the last of seqmix below the kit, as of a built-in mixer.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    own = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a module that it makes up
+    own = [i for i in own if modules[i].partition(".")[0] not in _NOT_THE_AUTHORS]
+    ours = [i for i, name in enumerate(modules) if name.startswith("seqmix.") and not name.startswith(_THE_KIT)]
+    frame, line = frames[(own or ours or [-1])[-1]]
+    text = str(error).strip().splitlines() or [""]
+    code = frame.f_code
+    return f"raised {type(error).__name__}: {text[0]} ({code.co_filename}:{line}, in {code.co_name})"
+
+
+_NOT_THE_AUTHORS = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
+_THE_KIT = (__name__.rpartition(".")[0], "seqmix.mixers.contract")

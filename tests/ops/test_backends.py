@@ -1,0 +1,164 @@
+"""Backends: which one a name means, and when `auto` leaves the reference."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+import seqmix.ops.backends as module
+import seqmix.ops.softmax.api  # noqa: F401 declares its kernels
+from seqmix import build_model, load_config
+from seqmix.mixers import Paradigm
+from seqmix.ops.backends import choose, described, disagreement
+from seqmix.ops.decay.api import decay_chunkwise
+from seqmix.ops.kernels import Probe, chosen, find, reference
+from seqmix.registry import SeqmixError
+
+PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=8, value_width=4, log_decay="H")
+ON_GPU = replace(PROBE, device=torch.device("cuda"))
+CHUNKWISE = reference("decay", Paradigm.CHUNKWISE)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered():
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Say how the trial of a kernel ends."""
+    return lambda reason: monkeypatch.setattr(module, "disagreement", lambda kernel, probe: reason)
+
+
+def test_auto_is_the_reference_on_a_cpu():
+    assert choose("decay", "auto", PROBE) == dict.fromkeys(Paradigm, "reference")
+    assert choose("softmax", "auto", PROBE) == dict.fromkeys(Paradigm, "sdpa")
+
+
+@pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
+def test_auto_is_what_passes_its_trial_and_is_told_once(trial, caplog):
+    caplog.set_level(logging.INFO, logger="seqmix")
+    trial(None)
+    triton = {Paradigm.PARALLEL: "reference", Paradigm.RECURRENT: "triton", Paradigm.CHUNKWISE: "triton"}
+    assert [choose("decay", "auto", ON_GPU) for _ in range(3)] == [triton] * 3
+    assert caplog.messages == [f"decay {name} on cuda in torch.float32: triton" for name in ("chunkwise", "recurrent")]
+    assert described("decay", triton) == "triton"
+
+
+@pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
+    trial(None)
+    found = choose("decay", backend, replace(ON_GPU, log_decay="B T H K"))
+    assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
+    assert described("decay", found) == "triton (recurrent)"
+    (told,) = caplog.messages
+    assert told.endswith(
+        "chunkwise on cuda in torch.float32: the reference, since a log-decay a key dimension is not taken"
+    )
+
+
+def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
+    trial("it was wrong")
+    assert choose("decay", "auto", ON_GPU) == dict.fromkeys(Paradigm, "reference")
+    assert len(caplog.messages) == 2
+    for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
+        assert message.startswith(f"decay {paradigm} on cuda in torch.float32: the reference, since ")
+
+
+@pytest.mark.parametrize("log_decay", [None, "H", "B T H", "B T H K"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_passes_what_is_right(log_decay, dtype):
+    assert disagreement(CHUNKWISE, replace(PROBE, log_decay=log_decay, dtype=dtype)) is None
+
+
+def late(q, k, v, log_decay, **options):
+    """Queries read the state before them."""
+    output, state = decay_chunkwise(q, k, v, log_decay, **options)
+    return output.roll(1, 1), state
+
+
+def forgets_the_state_s_gradient(q, k, v, log_decay, *, initial_state, **options):
+    return decay_chunkwise(q, k, v, log_decay, initial_state=initial_state.detach() + 0 * initial_state, **options)
+
+
+def half_a_chunk(q, k, v, log_decay, **options):
+    """The last, ragged chunk is left out of the state."""
+    output, _ = decay_chunkwise(q, k, v, log_decay, **options)
+    return output, decay_chunkwise(q[:, :256], k[:, :256], v[:, :256], log_decay, **options).final_state
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("no code for this device\nand a trace")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (late, "was wrong in a trial: output is off by 1.4e"),
+        (forgets_the_state_s_gradient, "was wrong in a trial: the gradient of initial_state is off by 1.0e"),
+        (half_a_chunk, "was wrong in a trial: final state is off by"),
+        (broken, "failed in a trial: RuntimeError: no code for this device"),
+    ],
+)
+def test_a_trial_finds_what_is_wrong(function, reason):
+    found = disagreement(replace(CHUNKWISE, function=function), PROBE)
+    assert found is not None
+    assert found.startswith(f"decay/chunkwise/reference {reason}")
+
+
+def test_a_trial_of_a_step_is_one_token():
+    step, read = reference("decay", Paradigm.RECURRENT), []
+    counted = replace(
+        step, function=lambda q, *rest, **options: read.append(q.shape[1]) or step.function(q, *rest, **options)
+    )
+    assert disagreement(counted, PROBE) is None
+    assert read == [1]
+    doubles = replace(step, function=lambda q, *rest, **options: step.function(2 * q, *rest, **options))
+    assert "output is off by 1.0e+00" in (disagreement(doubles, PROBE) or "")
+
+
+def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
+    with pytest.raises(SeqmixError, match=r"backend fla cannot run: .*takes bfloat16, float16, not float32.*CUDA"):
+        choose("decay", "fla", PROBE)
+    with pytest.raises(SeqmixError, match="decay has no backend 'flex'; there are auto, "):
+        choose("decay", "flex", PROBE)
+
+
+def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
+    assert chosen("softmax", Paradigm.PARALLEL, "auto") is reference("softmax", Paradigm.PARALLEL)
+    flex = find("softmax", Paradigm.PARALLEL, "flex")
+    assert chosen("softmax", Paradigm.PARALLEL, "flex") is flex
+    assert chosen("softmax", Paradigm.RECURRENT, "flex") is reference("softmax", Paradigm.RECURRENT)
+
+
+def test_a_model_settles_its_backends_when_it_is_built(monkeypatch):
+    asked = []
+    monkeypatch.setattr("seqmix.mixers.contract.choose", lambda op, backend, probe: asked.append((op, probe)) or {})
+    model = build_model(load_config("hybrid-tiny").model, activations=torch.bfloat16)
+    assert model.backends == {"ret": "reference", "attn": "sdpa"}
+    assert {op for op, _ in asked} == {"decay", "softmax"}
+    assert {(probe.device.type, probe.dtype) for _, probe in asked} == {("cpu", torch.bfloat16)}
+
+
+def test_a_model_says_which_block_names_a_backend_that_cannot_run():
+    config = load_config("retnet-tiny", ["model.blocks.ret.mixer.backend=fla"])
+    with pytest.raises(SeqmixError, match=r"model\.blocks\.ret\.mixer: backend fla cannot run: "):
+        build_model(config.model)
+
+
+@torch.no_grad()
+def test_the_layer_calls_the_backend_that_was_settled(monkeypatch):
+    attention = load_config("attention-tiny", ["model.blocks.attn.mixer.backend=flex"]).model
+    plain = load_config("attention-tiny").model
+    tokens = torch.arange(20)[None]
+    model = build_model(attention).eval()
+    called = []
+    flex = find("softmax", Paradigm.PARALLEL, "flex")
+    counted = replace(flex, function=lambda *args, **options: called.append(1) or flex.function(*args, **options))
+    monkeypatch.setitem(module.KERNELS, flex.key, counted)
+    torch.testing.assert_close(model(tokens).logits, build_model(plain).eval()(tokens).logits)
+    assert len(called) == 4

@@ -1,0 +1,47 @@
+"""What should be formed once is formed once: seen in the code that inductor writes for a CPU."""
+
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from seqmix.ops.materialize import once
+
+
+def loops_around(source: str, call: str) -> int:
+    """The most loops that an appearance of a call stands in."""
+    deepest, scopes = 0, []
+    for match in re.finditer(r"for\s*\(int64_t|[{}]|" + re.escape(call), source):
+        found = match.group()
+        if found == "{":
+            scopes.append("block")
+        elif found == "}":
+            scopes.pop()
+            while scopes and scopes[-1] == "loop":
+                scopes.pop()
+        elif found == call:
+            deepest = max(deepest, scopes.count("loop"))
+        else:
+            scopes.append("loop")
+    return deepest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "loops"), [(once, 1), (lambda x, dim: x, 2)], ids=["once", "as it is"])
+def test_a_decay_is_not_formed_for_every_entry_of_a_state(form, loops):
+    torch._dynamo.reset()
+
+    def step(state):
+        leak = torch.exp2(-5 - torch.arange(4, dtype=torch.float64))
+        return state * form(torch.log1p(-leak).float().exp(), 0)[:, None, None]
+
+    _, sources = run_and_get_code(torch.compile(step, fullgraph=True), torch.randn(4, 8, 16))
+    source = "\n".join(sources)
+    kernels = source[: source.rindex("''')")]  # what follows is Python
+    assert loops_around(kernels, "log1p") == loops
+
+
+def test_outside_a_compiler_it_is_the_tensor_itself():
+    x = torch.rand(4)
+    assert once(x, 0) is x

@@ -1,0 +1,204 @@
+"""Every declared kernel keeps what it declares, wherever it can run; and what declarations and reports say."""
+
+import os
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+
+from seqmix.ops.decay.api import decay_chunkwise
+from seqmix.ops.kernels import KERNELS, Kernel, Probe, declare, find, reference
+from seqmix.ops.paradigm import Paradigm
+from seqmix.registry import SeqmixError
+from seqmix.testing import (
+    KERNEL_CHECKS,
+    CheckFailure,
+    DecayCase,
+    Status,
+    check_kernel,
+    kernel_check,
+    parametrize_kernels,
+    reproduce_kernel,
+)
+from seqmix.testing.outcome import Bound
+
+REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
+PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=16, value_width=16)
+
+
+@pytest.mark.conformance
+@parametrize_kernels()
+def test_kernels(check, device):
+    check(device=device)
+
+
+@pytest.mark.parametrize("paradigm", Paradigm)
+@pytest.mark.parametrize("op", ["decay", "softmax"])
+def test_every_paradigm_has_a_reference(op, paradigm):
+    kernel = reference(op, paradigm)
+    assert kernel is find(op, paradigm, {"decay": "reference", "softmax": "sdpa"}[op])
+    assert kernel.function.__name__ == f"{op}_{paradigm}"
+    assert not kernel.unsupported(PROBE)
+    assert [other.key for other in KERNELS.values() if other.reference and other.key[:2] == kernel.key[:2]] == [
+        kernel.key
+    ]
+
+
+# ---- declarations
+
+
+def interpreted_only(probe):
+    """The limits of a kernel that is written in Triton."""
+    if probe.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["on a CPU Triton only runs in its interpreter: set TRITON_INTERPRET=1 before it is imported"]
+    return ["keys are at most 256 wide"] if probe.key_width > 256 else []
+
+
+TRITON = replace(
+    REFERENCE, backend="stand-in", reference=False, tolerances={torch.float32: 1e-5}, limits=interpreted_only
+)
+
+
+def test_reasons_are_those_of_the_dtype_and_of_the_limits(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (reason,) = TRITON.unsupported(PROBE)
+    assert "TRITON_INTERPRET=1" in reason
+    dtype, reason = TRITON.unsupported(replace(PROBE, dtype=torch.bfloat16))
+    assert dtype == "decay/chunkwise/stand-in takes float32, not bfloat16"
+    assert "TRITON_INTERPRET=1" in reason
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert TRITON.unsupported(PROBE) == []
+    assert TRITON.unsupported(replace(PROBE, key_width=512)) == ["keys are at most 256 wide"]
+    assert TRITON.unsupported(replace(PROBE, device=torch.device("cuda"))) == []
+
+
+def test_a_kernel_that_cannot_run_here_is_skipped_with_its_own_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    called = []
+    kernel = replace(TRITON, function=lambda *_, **__: called.append(1))
+    outcomes = check_kernel(kernel).outcomes
+    assert {outcome.status for outcome in outcomes} == {Status.SKIPPED}
+    assert all("TRITON_INTERPRET=1" in outcome.reason for outcome in outcomes)
+    assert not called
+    mark = parametrize_kernels([kernel]).mark
+    with pytest.raises(pytest.skip.Exception, match="TRITON_INTERPRET=1"):
+        mark.args[1][0].values[0]()
+
+
+def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dtypes = set()
+
+    def function(q, *args, **options):
+        dtypes.add(q.dtype)
+        if q.dtype != torch.float32:
+            raise SeqmixError("float32 only")
+        return decay_chunkwise(q, *args, **options)
+
+    report = check_kernel(replace(TRITON, function=function), checks=["outputs_are_the_definitions"], examples=20)
+    assert report.passed
+    assert dtypes == {torch.float32}
+    names = ["what_is_not_taken_is_refused", "a_carried_state_does_not_drift"]
+    refused, drift = check_kernel(replace(TRITON, function=function), checks=names, examples=20).outcomes[::-1]
+    assert refused.status is Status.PASSED
+    assert dtypes > {torch.float32}
+    assert drift.status is Status.SKIPPED
+    assert "declares nothing that this asks for" in drift.reason
+
+
+def test_a_kernel_is_declared_once_and_found(monkeypatch):
+    monkeypatch.setattr("seqmix.ops.kernels.KERNELS", dict(KERNELS))
+    assert declare(TRITON) is TRITON
+    assert find("decay", Paradigm.CHUNKWISE, "stand-in") is TRITON
+    with pytest.raises(SeqmixError, match=r"there is a kernel decay/chunkwise/stand-in already: seqmix.ops.decay.api"):
+        declare(TRITON)
+    with pytest.raises(SeqmixError, match=r"there is no kernel decay/chunkwise/referense.*decay/chunkwise/reference"):
+        find("decay", Paradigm.CHUNKWISE, "referense")
+
+
+def test_references_refuse_what_they_would_round():
+    q = torch.ones(1, 2, 1, 1, dtype=torch.int64)
+    for op in ("decay", "softmax"):
+        arguments = (q, q, q, None) if op == "decay" else (q, q, q)
+        with pytest.raises(SeqmixError, match=r"q, k and v must have one dtype of float64, .*; given are int64, int64"):
+            reference(op, Paradigm.PARALLEL).function(*arguments)
+    with pytest.raises(SeqmixError, match="given are float32, float64, float32"):
+        decay_chunkwise(q.float(), q.double(), q.float(), None)
+
+
+# ---- reports
+
+
+def off_by_a_step(q, k, v, log_decay, **options):
+    """A kernel whose queries read the state before them."""
+    output, state = decay_chunkwise(q, k, v, log_decay, **options)
+    return output.roll(1, 1), state
+
+
+WRONG = replace(REFERENCE, backend="off_by_a_step", function=off_by_a_step, reference=False)
+
+
+def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
+    monkeypatch.setitem(KERNELS, WRONG.key, WRONG)
+    (outcome,) = check_kernel(WRONG, checks=["outputs_are_the_definitions"]).outcomes
+    assert outcome.status is Status.FAILED
+    first, what, where, *rest = outcome.reason.splitlines()
+    assert first.startswith("the kernel decay/chunkwise/off_by_a_step fails outputs_are_the_definitions: Output and")
+    assert what == "against the definition:"
+    assert where.startswith("  the output differs in 2 of 2 elements in head 0 of 1, by up to ")
+    assert ", first at step 0, head 0, row 0, V 0: " in where
+    assert outcome.case == DecayCase(lengths=(2,), chunk_size=1)
+    snippet = textwrap.dedent("\n".join(rest[rest.index("To reproduce:") + 1 :]))
+    with pytest.raises(CheckFailure, match="the output differs in 2 of 2"):
+        exec(snippet)
+
+
+def test_a_case_is_shown_as_python():
+    case = DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, border_dtype=torch.int32)
+    shown = "DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, border_dtype=torch.int32)"
+    assert repr(case) == shown
+    assert eval(shown) == case
+
+
+def test_one_case_can_be_run():
+    reproduce_kernel("gradients_are_the_definitions", REFERENCE, DecayCase(lengths=(3,), grad=("q", "k")))
+    with pytest.raises(CheckFailure, match="the gradient of v differs in"):
+        reproduce_kernel("gradients_are_the_definitions", WRONG, DecayCase(lengths=(3,), grad=("v",)))
+
+
+def test_a_failure_may_be_expected():
+    name = "outputs_are_the_definitions"
+    (outcome,) = check_kernel(WRONG, checks=[name], expected_failures={name: "steps"}).outcomes
+    assert (outcome.status, outcome.reason) == (Status.EXPECTED_FAILURE, "steps")
+    (outcome,) = check_kernel(REFERENCE, checks=[name], examples=10, expected_failures={name: "steps"}).outcomes
+    assert outcome.status is Status.FAILED
+    assert "passed, and was expected to fail: steps" in outcome.reason
+    mark = parametrize_kernels([WRONG], expected_failures={str(WRONG.key): {name: "steps"}}).mark
+    bound: Bound = mark.args[1][list(KERNEL_CHECKS).index(name)].values[0]
+    with pytest.raises(pytest.xfail.Exception, match="steps"):
+        bound()
+
+
+def test_what_does_not_exist_is_refused():
+    with pytest.raises(
+        SeqmixError, match=r"there is no check 'outputs_are_the_definition'.*outputs_are_the_definitions"
+    ):
+        check_kernel(REFERENCE, checks=["outputs_are_the_definition"])
+    with pytest.raises(SeqmixError, match="the op hyena has no definition to test kernels by; ops that have: decay"):
+        check_kernel(replace(REFERENCE, op="hyena"))
+    with pytest.raises(ValueError, match="there is a check outputs_are_the_definitions already"):
+        kernel_check(share=1)(KERNEL_CHECKS["outputs_are_the_definitions"].test)
+
+
+def test_every_declared_kernel_and_check_is_a_test():
+    mark = parametrize_kernels().mark
+    names = [case.id for case in mark.args[1]]
+    assert len(names) == len(KERNELS) * len(KERNEL_CHECKS)
+    assert "decay/chunkwise/reference-gradients_are_the_definitions" in names
+
+
+def test_the_declared_tolerances_are_the_dtypes_taken():
+    for kernel in KERNELS.values():
+        assert isinstance(kernel, Kernel)
+        assert all(0 < tolerance < 0.1 for tolerance in kernel.tolerances.values())

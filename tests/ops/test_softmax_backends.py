@@ -1,0 +1,434 @@
+"""Softmax attention by FlexAttention and by xformers: the masks they are given, and the whole kernels where those run.
+
+xformers' kernels need a GPU. Elsewhere dense attention by its own masks stands in for them, so that all of the way to
+them and back is tested.
+"""
+
+import math
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqmix.ops.kernels import Probe, find
+from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.softmax import flex as softmax_flex
+from seqmix.ops.softmax import xformers as softmax_xformers
+from seqmix.ops.softmax.api import softmax_parallel, visible_keys
+from seqmix.ops.softmax.cache import GrowingCache, RingCache, offer_of
+from seqmix.ops.softmax.flex import BLOCK, softmax_parallel_flex
+from seqmix.ops.softmax.xformers import softmax_parallel_xformers
+from seqmix.registry import SeqmixError
+from seqmix.testing import Status, check_kernel
+
+needs_xformers = pytest.mark.skipif(find_spec("xformers") is None, reason="needs pip install --no-deps xformers")
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PROBE = Probe(device=CUDA, dtype=torch.bfloat16, key_width=64, value_width=64)
+
+
+def inputs(lengths, *, packed=False, reads=None, ring=False, capacity=0, width=16, grad=False, seed=0):
+    """q, k, v (4 heads, 2 of keys) and the options of a call."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*sizes):
+        return torch.randn(*sizes, generator=generator).requires_grad_(grad)
+
+    rows, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    q, k, v = (randn(rows, length, heads, width) for heads in (4, 2, 2))
+    cache = None
+    if reads is not None:
+        leaves = (randn(len(lengths), capacity, 2, width) for _ in range(2))
+        cache = (RingCache if ring else GrowingCache)(*leaves, torch.tensor(reads))
+    borders = torch.tensor([0, *accumulate(lengths)]) if packed else None
+    return (q, k, v), {"initial_state": cache, "cu_seqlens": borders}
+
+
+@st.composite
+def segments(draw, sizes):
+    """What `inputs` takes, and a window."""
+    packed = draw(st.booleans())
+    some = st.lists(st.just(0) | sizes, min_size=1, max_size=4).filter(sum)
+    lengths = draw(some if packed else sizes.map(lambda n: [n] * 3))
+    window = draw(st.none() | st.just(1) | st.integers(1, 2 * max(lengths)))
+    found = {"lengths": lengths, "packed": packed}
+    if draw(st.booleans()):
+        reads = draw(st.lists(st.integers(0, 9) | sizes, min_size=len(lengths), max_size=len(lengths)))
+        reads = draw(st.sampled_from([reads, [max(reads)] * len(reads)]))
+        ring = draw(st.booleans())
+        # a ring keeps what its window needs, or everything
+        capacity = max(reads) + draw(st.integers(0, 3))
+        if ring and window is not None:
+            capacity = window + draw(st.integers(0, 3))
+        found |= {"reads": reads, "ring": ring, "capacity": max(1, capacity)}
+    return found, window
+
+
+def seen(offer, length, window):
+    """The mask of the reference, a row of the batch each: [_ T M]."""
+    return visible_keys(torch.arange(length), offer, window)[:, 0]
+
+
+# ---- FlexAttention: masks
+
+
+@given(segments(st.integers(1, 9) | st.integers(100, 300)))
+@settings(max_examples=60, deadline=None)
+def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
+    options, window = drawn
+    (_, k, v), given_ = inputs(**options, width=1)
+    offer = offer_of(k, v, given_["initial_state"], given_["cu_seqlens"])
+    length, offered = k.shape[1], offer.keys.shape[1]
+    dense = seen(offer, length, window)
+    mask = softmax_flex.visible(offer, window)
+    row, query, key = (torch.arange(n) for n in (dense.shape[0], length, offered))
+    assert_close(mask(row[:, None, None], torch.tensor(0), query[:, None], key).expand_as(dense), dense)
+
+    some, every = (x[:, 0] for x in softmax_flex.blocks(length, offer, window))
+    whole = torch.zeros(dense.shape[0], some.shape[1] * BLOCK, some.shape[2] * BLOCK, dtype=torch.bool)
+    whole[:, :length, :offered] = dense
+    by_block = whole.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
+    assert not (by_block.any(4).any(2) & ~some).any()
+    assert not (every & ~by_block.all(4).all(2)).any()
+    assert not (every & ~some).any()
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+def test_blocks_without_a_cache_are_those_that_torch_finds_pair_by_pair(window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (_, k, v), _ = inputs([700], width=1)
+    offer = offer_of(k, v, None, None)
+    ours = softmax_flex.block_mask(700, offer, window)
+    theirs = create_block_mask(softmax_flex.visible(offer, window), 1, 1, 700, 700, "cpu", BLOCK_SIZE=BLOCK)
+    assert_close(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+def test_no_mask_is_as_large_as_all_pairs():
+    lengths = [1500, 0, 2596]
+    (_, k, v), options = inputs(lengths, packed=True, reads=[9, 40, 0], capacity=40, width=1)
+    offer = offer_of(k, v, options["initial_state"], options["cu_seqlens"])
+    with Largest() as largest:
+        softmax_flex.block_mask(sum(lengths), offer, 100)
+    assert largest.elements <= 2 * sum(lengths)
+
+
+# ---- FlexAttention: compiled
+
+CALLS = {
+    "alone": ({"lengths": [150, 150]}, None),
+    "window": ({"lengths": [150, 150]}, 20),
+    "packed": ({"lengths": [70, 0, 150], "packed": True}, 30),
+    "grown": ({"lengths": [40, 40], "reads": [130, 7], "capacity": 130}, None),
+    "ring": ({"lengths": [40, 40], "reads": [200, 7], "capacity": 30, "ring": True}, 30),
+    "grown documents": ({"lengths": [3, 0, 40], "packed": True, "reads": [5, 4, 130], "capacity": 130}, 50),
+}
+LOG_DECAY = -torch.rand(16, generator=torch.Generator().manual_seed(3)) / 200
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+@pytest.mark.parametrize("call", ["alone", "packed", "ring", "grown documents"])
+@torch.no_grad()
+def test_flex_traces_into_one_graph(call):
+    torch.compiler.reset()
+    options, window = CALLS[call]
+    arguments, options = inputs(**options)
+    options |= {"window": window, "log_decay": LOG_DECAY, "output_final_state": True}
+    compiled = torch.compile(softmax_parallel_flex, fullgraph=True, backend="aot_eager")
+    # a ring is written where it lies
+    results = [function(*arguments, **(options | copied(options))) for function in (compiled, softmax_parallel)]
+    assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def copied(options):
+    """The initial state apart."""
+    cache = options["initial_state"]
+    return {"initial_state": None if cache is None else type(cache)(*(x.clone() for x in cache))}
+
+
+@torch.no_grad()
+def test_the_compiled_kernel_visits_all_it_should():
+    torch.compiler.reset()
+    arguments, options = inputs([300], width=16)
+    compiled = torch.compile(softmax_parallel_flex, fullgraph=True)
+    # blocks that are passed over, seen in part, and not whole
+    found, expected = (f(*arguments, **options, window=40)[0] for f in (compiled, softmax_parallel))
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flex_says_what_it_does_not_take():
+    flex = find("softmax", Paradigm.PARALLEL, "flex")
+    assert flex.unsupported(PROBE) == []
+    assert flex.unsupported(replace(PROBE, needs_grad=True, window=True, packed=True)) == []
+    on_cpu = replace(PROBE, device=CPU, key_width=1)
+    assert flex.unsupported(on_cpu) == []
+    (reason,) = flex.unsupported(replace(on_cpu, needs_grad=True))
+    assert reason == "FlexAttention has no backward pass on a CPU"
+    (reason,) = flex.unsupported(replace(PROBE, dtype=torch.float64))
+    assert reason == "its kernels for GPUs do not take float64"
+    (reason,) = flex.unsupported(replace(PROBE, value_width=8))
+    assert reason == "on a GPU keys and values are at least 16 wide, not 64 and 8"
+    (reason,) = flex.unsupported(replace(PROBE, device=torch.device("mps")))
+    assert "CUDA devices and CPUs, and not mps" in reason
+    arguments, options = inputs([5], grad=True)
+    with pytest.raises(SeqmixError, match="no backward pass on a CPU"):
+        softmax_parallel_flex(*arguments, **options)
+
+
+def test_flex_on_a_cpu_is_without_backward_in_torch_too():
+    # where this passes no longer, a limit can go
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        flex_attention(q, q, q)
+
+
+def test_a_higher_order_op_is_not_watched():
+    flex = find("softmax", Paradigm.PARALLEL, "flex")
+    (outcome,) = check_kernel(flex, checks=["dispatched_ops_pass_opcheck"]).outcomes
+    assert outcome.status is Status.SKIPPED
+    assert "softmax/parallel/flex calls a higher-order op" in outcome.reason
+
+
+# ---- xformers: masks
+
+
+@needs_xformers
+@given(segments(st.integers(1, 12)))
+@settings(max_examples=200, deadline=None)
+def test_xformers_masks_are_what_is_seen(drawn):
+    options, window = drawn
+    (q, k, v), given_ = inputs(**options, width=1)
+    cache, borders = given_["initial_state"], given_["cu_seqlens"]
+    offer = offer_of(k, v, cache, borders)
+    rows, length, offered = q.shape[0], q.shape[1], offer.keys.shape[1]
+    found = softmax_xformers.plan(
+        rows,
+        length,
+        None if cache is None else cache.length.tolist(),
+        None if borders is None else borders.tolist(),
+        capacity=options.get("capacity", 0),
+        ring=options.get("ring", False),
+        window=window,
+    )
+    mask = softmax_xformers.bias(found.queries, found.keys, window, apart=found.apart, device=CPU)
+    assert 0 not in found.queries
+    # every query of the batch against every key offered to it
+    expected = torch.block_diag(*seen(offer, length, window).expand(rows, -1, -1)).bool()
+    shape = (sum(found.queries), sum(found.keys)) if found.apart else (length, found.keys[0])
+    dense = mask.materialize(shape) > -math.inf
+    if not found.apart:
+        dense = torch.block_diag(*dense.expand(rows, -1, -1)).bool()
+    chosen = torch.arange(rows * offered) if found.chosen is None else found.chosen
+    actual = torch.zeros_like(expected).index_copy(1, chosen, dense)
+    assert_close(actual, expected)
+
+
+@needs_xformers
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "apart", "name"),
+    [
+        ([4, 4], [4, 4], None, False, "LowerTriangularMask"),
+        ([4, 4], [4, 4], 9, False, "LowerTriangularMask"),
+        ([4, 4], [7, 7], None, False, "LowerTriangularFromBottomRightMask"),
+        ([4, 4], [7, 7], 2, False, "LowerTriangularFromBottomRightLocalAttentionMask"),
+        ([4, 3], [4, 3], None, True, "BlockDiagonalCausalMask"),
+        ([4, 3], [4, 3], 1, True, "BlockDiagonalCausalLocalAttentionMask"),
+        ([4, 3], [7, 9], None, True, "BlockDiagonalCausalFromBottomRightMask"),
+        ([4, 3], [7, 9], 2, True, "BlockDiagonalCausalLocalAttentionFromBottomRightMask"),
+    ],
+)
+def test_each_segment_has_its_mask(queries, keys, window, apart, name):
+    assert type(softmax_xformers.bias(queries, keys, window, apart=apart, device=CPU)).__name__ == name
+
+
+def test_only_what_a_query_can_see_is_gathered():
+    found = softmax_xformers.plan(2, 1, [9, 2], None, capacity=9, window=4)
+    assert found.keys == [4, 3]
+    assert found.apart
+    assert found.chosen.tolist() == [6, 7, 8, 9, 17, 18, 19]
+    ring = softmax_xformers.plan(1, 2, [9], None, capacity=4, ring=True, window=4)
+    assert ring.chosen.tolist() == [2, 3, 0, 4, 5]  # positions 6, 7, 8, and its own
+
+
+# ---- xformers: the whole kernel, with dense attention in the place of its kernels
+
+
+def _dense(q, k, v, attn_bias, scale):
+    """Attention [B M H .] or [B M G H .] by a mask of xformers', and what its kernels ask of strides."""
+    for x in (q, k, v):
+        assert x.stride(-1) == 1
+        assert all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    groups = q.shape[2:-1]
+    q, k, v = (x.flatten(2, -2).transpose(1, 2).float() for x in (q, k, v))
+    assert q.shape[1] == k.shape[1] == v.shape[1]
+    scores = scale * q @ k.mT + attn_bias.materialize((q.shape[2], k.shape[2]))
+    return (scores.softmax(-1) @ v).transpose(1, 2).unflatten(2, groups)
+
+
+def _attention(q, k, v, *, attn_bias, scale):
+    grouped = q.ndim == 5
+    assert not (grouped and any(x.requires_grad for x in (q, k, v))), "the backward kernels take no groups"
+    assert q.shape[0] == k.shape[0]
+    return _dense(q, k, v, attn_bias, scale).to(q.dtype)
+
+
+def _forward(q, k, v, *, attn_bias, scale):
+    assert q.ndim == 4
+    return _attention(q, k, v, attn_bias=attn_bias, scale=scale), q.new_empty(3, 1)
+
+
+def _backward(above, output, sums, q, k, v, *, attn_bias, scale):
+    assert above.shape == output.shape == (*q.shape[:3], v.shape[3])
+    assert sums.shape == (3, 1)
+    # inside a custom op autograd is off, and has to be let in again
+    guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with guard, torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(_dense(*leaves, attn_bias, scale).to(q.dtype), leaves, above)
+
+
+def _reasons_here(probe):
+    """The limits without the device, and without what the stand-in can do more."""
+    real = softmax_xformers.limits(replace(probe, needs_grad=False))
+    return [reason for reason in real if "CUDA device" not in reason]
+
+
+@pytest.fixture
+def standing_in(monkeypatch):
+    """The kernel, with dense attention for xformers' own."""
+    fmha = import_module("xformers.ops.fmha")
+    monkeypatch.setattr(fmha, "memory_efficient_attention", _attention)
+    monkeypatch.setattr(fmha, "memory_efficient_attention_forward_requires_grad", _forward)
+    monkeypatch.setattr(fmha, "memory_efficient_attention_backward", _backward)
+    kernel = replace(softmax_xformers.KERNEL, limits=_reasons_here)
+    monkeypatch.setattr(softmax_xformers, "KERNEL", kernel)
+    return kernel
+
+
+@needs_xformers
+def test_the_whole_kernel_but_for_xformers_own_is_the_definition(standing_in):
+    checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
+    checks += ["inputs_are_left_alone", "what_is_not_taken_is_refused", "tangents_are_right_or_refused"]
+    report = check_kernel(standing_in, checks=checks, examples=60, shrink=False)
+    assert [outcome.status for outcome in report.outcomes] == [Status.PASSED] * len(checks), report
+
+
+@needs_xformers
+@every_call
+def test_xformers_compiles_into_one_graph_with_gradients(call, standing_in):
+    torch.compiler.reset()
+    options, window = CALLS[call]
+    arguments, options = inputs(**options, grad=True)
+    options |= {"window": window, "log_decay": LOG_DECAY.clone().requires_grad_()}
+    cache = options["initial_state"]
+    leaves = [*arguments, options["log_decay"], *(() if cache is None else cache[:2])]
+    results = []
+    for function in (torch.compile(softmax_parallel_xformers, fullgraph=True, backend="aot_eager"), softmax_parallel):
+        output, _ = function(*arguments, **options)
+        above = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        results.append((output.detach(), *torch.autograd.grad(output, leaves, above)))
+    for found, expected in zip(*results, strict=True):
+        # the gradient of a decay adds up distances of hundreds of tokens, most of which cancel
+        assert_close(found, expected, rtol=0, atol=3e-5 * expected.abs().max().clamp(min=1).item())
+
+
+def test_what_xformers_cannot_load_is_copied():
+    readable = softmax_xformers._readable
+    x = torch.zeros(2, 3, 4, 8)
+    for given_ in (x, x[:, 1:], x[:, :, :1].expand(-1, -1, 4, -1)):
+        assert readable(given_) is given_
+    odd = torch.zeros(2, 3, 4, 9)
+    for given_ in (x.mT, odd[..., :8], torch.zeros(193)[1:].view(2, 3, 4, 8)):
+        assert readable(given_).is_contiguous()
+        assert readable(given_) is not given_
+
+
+@needs_xformers
+def test_the_op_passes_opcheck(standing_in):
+    (q, k, v), options = inputs([3, 0, 4], packed=True, reads=[2, 1, 5], capacity=5, grad=True)
+    offer = offer_of(k.detach(), v.detach(), options["initial_state"], options["cu_seqlens"])
+    keys, values = (x.detach().requires_grad_() for x in (offer.keys, offer.values))
+    read, borders = options["initial_state"].length, options["cu_seqlens"]
+    arguments = (q, keys, values, read, borders, 5, False, 2, 0.3)
+    results = torch.library.opcheck(softmax_xformers.attend_op, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_xformers_says_what_it_does_not_take(monkeypatch):
+    xformers = find("softmax", Paradigm.PARALLEL, "xformers")
+    monkeypatch.setattr(softmax_xformers, "installed", lambda library: True)
+    everything = {"window": True, "packed": True, "initial_state": True, "final_state": True, "needs_grad": True}
+    assert xformers.unsupported(replace(PROBE, **everything)) == []
+    (reason,) = xformers.unsupported(replace(PROBE, device=CPU))
+    assert reason == "it needs a CUDA device and not cpu"
+    (reason,) = xformers.unsupported(replace(PROBE, dtype=torch.float64))
+    assert "takes float32, bfloat16, float16, not float64" in reason
+    (reason,) = xformers.unsupported(replace(PROBE, key_width=20))
+    assert "widths are multiples of 8, not 20 and 64" in reason
+    single = replace(PROBE, dtype=torch.float32, key_width=20)
+    assert xformers.unsupported(single) == []
+    assert xformers.unsupported(replace(single, needs_grad=True)) == []
+    for other in (single, replace(PROBE, value_width=128)):
+        assert xformers.unsupported(replace(other, window=True)) == []
+        (reason,) = xformers.unsupported(replace(other, window=True, needs_grad=True))
+        assert reason.startswith("under a window there is a backward pass only in 16 bits")
+    monkeypatch.setattr(softmax_xformers, "installed", lambda library: False)
+    (reason,) = xformers.unsupported(PROBE)
+    assert "xformers is not installed (pip install 'seqmix[gpu]'" in reason
+    arguments, options = inputs([5])
+    with pytest.raises(SeqmixError, match="it needs a CUDA device and not cpu"):
+        softmax_parallel_xformers(*arguments, **options)
+
+
+@needs_xformers
+def test_the_limits_are_those_of_xformers_kernels():
+    from xformers.ops.fmha import attn_bias, cutlass, flash
+
+    local = (
+        attn_bias.LowerTriangularFromBottomRightLocalAttentionMask,
+        attn_bias.BlockDiagonalCausalLocalAttentionFromBottomRightMask,
+    )
+    plain = (
+        attn_bias.LowerTriangularMask,
+        attn_bias.LowerTriangularFromBottomRightMask,
+        attn_bias.BlockDiagonalCausalMask,
+        attn_bias.BlockDiagonalCausalFromBottomRightMask,
+    )
+    for mask in (*plain, *local, attn_bias.BlockDiagonalCausalLocalAttentionMask):
+        assert all(mask in op.SUPPORTED_ATTN_BIAS_TYPES for op in (flash.FwOp, flash.BwOp, cutlass.FwOp))
+    # the second family has no backward under a window that reaches back before the segment
+    assert all(mask in cutlass.BwOp.SUPPORTED_ATTN_BIAS_TYPES for mask in plain)
+    assert not any(mask in cutlass.BwOp.SUPPORTED_ATTN_BIAS_TYPES for mask in local)
+    assert flash.FwOp.SUPPORTED_MAX_K == softmax_xformers.FLASH_WIDTH
+    assert flash.FwOp.CUDA_MINIMUM_COMPUTE_CAPABILITY == (8, 0)
+    assert cutlass.FwOp.CUDA_MAXIMUM_COMPUTE_CAPABILITY == (9, 0)
+    assert not flash.FwOp.SUPPORTS_DIFFERENT_VALUE_EMBED
+    assert flash.FwOp.SUPPORTS_BMGHK
+    assert cutlass.FwOp.SUPPORTS_BMGHK
+    assert not flash.BwOp.SUPPORTS_BMGHK
+    assert not cutlass.BwOp.SUPPORTS_BMGHK

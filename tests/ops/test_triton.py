@@ -1,0 +1,487 @@
+"""The Triton kernels of the decay family: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter has to be chosen before triton is first imported, so there the tests run in a process of their own,
+which `test_in_the_interpreter` starts. It computes some hundred programs a second: sizes are small, and examples few.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import settings
+
+from seqmix import build_model
+from seqmix.models import Decoder, ModelConfig, prefill
+from seqmix.ops.decay import triton as decay_triton
+from seqmix.ops.decay.api import decay_chunkwise, decay_recurrent
+from seqmix.ops.decay.triton import (
+    INTERPRETED,
+    KERNEL,
+    STEP_KERNEL,
+    choose,
+    chunk_table,
+    configurations,
+    decay_chunkwise_triton,
+    decay_recurrent_triton,
+    decay_step_triton,
+)
+from seqmix.ops.donation import consumed
+from seqmix.ops.kernels import Probe, find
+from seqmix.ops.paradigm import Paradigm
+from seqmix.registry import SeqmixError
+from seqmix.testing import parametrize_kernels
+
+PROCESS = "SEQMIX_TEST_PROCESS"
+NATIVE = torch.cuda.is_available()
+INTERPRETS = os.environ.get(PROCESS) == "interpreter"
+DEVICE = "cuda" if NATIVE else "cpu"
+
+runs = pytest.mark.skipif(not (NATIVE or INTERPRETS), reason="in the interpreter's process: test_in_the_interpreter")
+on_a_gpu = pytest.mark.skipif(not NATIVE, reason="needs a GPU")
+
+
+@pytest.mark.skipif(NATIVE or INTERPRETS, reason="here the tests run themselves")
+def test_in_the_interpreter(request):
+    pytest.importorskip("triton")
+    profile = request.config.getoption("--hypothesis-profile")
+    options = ["-q", "-p", "no:cacheprovider", *(["--hypothesis-profile", profile] if profile else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", PROCESS: "interpreter"},
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# ---- the kit, and cases that it does not draw
+
+
+@runs
+@pytest.mark.conformance
+@parametrize_kernels([KERNEL, STEP_KERNEL])
+def test_kernel(check):
+    check(device=DEVICE, examples=settings().max_examples // (1 if NATIVE else 16))
+
+
+CASES = {
+    "a token": {"lengths": [1]},
+    "a chunk": {"lengths": [16], "heads": 2, "chunk_size": 16},
+    "a chunk and a token": {"lengths": [17], "chunk_size": 16},
+    "many tiles": {"lengths": [18], "widths": (48, 80), "chunk_size": 16},
+    "more keys than values": {"lengths": [33], "widths": (80, 16), "chunk_size": 32},
+    "documents": {"lengths": [0, 17, 1, 0, 20, 0], "packed": True, "chunk_size": 16},
+    "documents of one token": {"lengths": [1, 1, 1], "packed": True, "heads": 2},
+    "rows": {"lengths": [18, 18], "heads": 2, "widths": (20, 24), "chunk_size": 16},
+}
+
+
+@runs
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("decay", [None, "H", "B T H"])
+def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
+    compare(decay=decay, **CASES[case])
+
+
+@on_a_gpu
+@pytest.mark.parametrize("widths", [(64, 64), (64, 128), (100, 100), (128, 128), (192, 384), (256, 512)])
+@pytest.mark.parametrize("decay", [None, "H", "B T H"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("chunk_size", [64, 128])
+def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size):
+    options = {"widths": widths, "decay": decay, "dtype": dtype, "tolerance": tolerance, "chunk_size": chunk_size}
+    for length in (1, 127, 128, 129, 300):
+        compare(lengths=[length, length], heads=2, **options)
+    compare(lengths=[130, 0, 1, 200], packed=True, **options)
+
+
+def compare(
+    *, lengths, decay, heads=1, widths=(16, 16), packed=False, chunk_size=128, dtype=torch.float32, tolerance=2e-6
+):
+    """Against the recurrence in float64, by the norm of each tensor.
+
+    The gradient of a decay fixed a head is one number, of which thousands of terms with both signs may leave almost
+    nothing: its error is relative to the sum of their absolute values.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batch, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    key_width, value_width = widths
+    parts = (
+        randn(batch, length, heads, 2 * key_width + value_width)
+        .to(dtype)
+        .split([key_width, key_width, value_width], -1)
+    )
+    a = {None: None, "H": -randn(heads).abs(), "B T H": -randn(batch, length, heads).abs()}[decay]
+    state = randn(len(lengths), heads, key_width, value_width).float()
+    inputs = [*parts, state]
+    above = [randn(batch, length, heads, value_width).to(dtype).double(), randn(*state.shape).float().double()]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None
+
+    def differentiate(function, inputs, above, *, wide, device, **options):
+        given = [x.to(device, torch.float64 if wide else x.dtype) for x in inputs]
+        rate = None if a is None else a.float().to(device, torch.float64 if wide else torch.float32)
+        leaves = [x.requires_grad_() for x in (*given, rate) if x is not None]
+        output, final = function(
+            *given[:3],
+            rate,
+            initial_state=given[3],
+            output_final_state=True,
+            cu_seqlens=None if borders is None else borders.to(device),
+            **options,
+        )
+        loss = (output.double() * above[0].to(device)).sum() + (final.double() * above[1].to(device)).sum()
+        return output.detach(), final.detach(), *torch.autograd.grad(loss, leaves)
+
+    definition = partial(differentiate, decay_recurrent, wide=True, device="cpu")
+    exact = definition(inputs, above)
+    sizes = [x.norm() for x in exact]
+    if decay == "H":
+        sizes[-1] = definition([x.abs() for x in inputs], [x.abs() for x in above])[-1].norm()
+    found = differentiate(decay_chunkwise_triton, inputs, above, wide=False, device=DEVICE, chunk_size=chunk_size)
+    names = ("output", "final state", "dq", "dk", "dv", "d initial state", "d log-decay")
+    for name, actual, expected, size in zip(names, found, exact, sizes, strict=False):
+        error = (actual.cpu().double() - expected).norm() / size
+        assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+@runs
+@pytest.mark.parametrize(
+    ("strength", "dtype", "tolerance"),
+    [(0.05, torch.float32, 1e-5), (20.0, torch.float32, 1e-5), (5.0, torch.float16, 2e-3)],
+)
+def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, tolerance):
+    """They are tiny, but an optimizer that divides by their size sees nothing else."""
+    # numbers above 0: what no sign takes away is there to be seen, token by token
+    q, k, v, a, state = (x.abs() for x in tokens("B T H", length=20, widths=(16, 20), heads=1))
+    q, k, v, a = q.to(dtype), k.to(dtype), v.to(dtype), -strength * (0.9 + 0.2 * a)
+
+    def gradient(function, *inputs, **options):
+        rate = inputs[3].requires_grad_()
+        output, final = function(*inputs[:4], initial_state=inputs[4], output_final_state=True, **options)
+        return torch.autograd.grad(output.sum() + final.sum(), rate)[0].double()
+
+    expected = gradient(decay_recurrent, *(x.double() for x in (q, k, v, a, state)))
+    actual = gradient(decay_chunkwise_triton, q, k, v, a, state, chunk_size=16)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_a_gpu)])
+def test_states_of_16_bits_are_added_up_in_32(dtype):
+    # without a decay, and with a scale that is a power of two, nothing is rounded before it is added
+    q, k, v = (1 + torch.randn(1, 8 * 16, 1, 16).to(DEVICE, dtype) for _ in range(3))
+    initial = torch.randn(1, 1, 16, 16, device=DEVICE).requires_grad_()
+    output, final = decay_chunkwise_triton(
+        q, k, v, None, initial_state=initial, output_final_state=True, scale=0.25, chunk_size=16
+    )
+    (gradient,) = torch.autograd.grad((output * v).sum() + final.sum(), initial)
+    exact = initial + torch.einsum("bthk,bthv->bhkv", k.double(), v.double())
+    exact_gradient = 1 + torch.einsum("bthk,bthv->bhkv", 0.25 * q.double(), v.double())
+    torch.testing.assert_close(final.double(), exact, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-6, atol=1e-5)
+
+
+@runs
+def test_resets_leak_nothing():
+    q, k, v = (torch.randn(1, 40, 1, 16, device=DEVICE) for _ in range(3))
+    a, resets = torch.full((1, 40, 1), -0.1, device=DEVICE), [0, 5, 16, 39]
+    a[:, resets] = -math.inf
+    forgotten = k.clone()
+    forgotten[:, :16] = 1e6
+    outputs = [decay_chunkwise_triton(q, x, v, a, chunk_size=16).output[:, 16:] for x in (k, forgotten)]
+    assert torch.equal(*outputs)
+    (gradient,) = torch.autograd.grad(decay_chunkwise_triton(q, k, v, a.requires_grad_()).output.sum(), a)
+    assert gradient.isfinite().all()
+    assert not gradient[:, resets].any()
+
+
+@runs
+def test_a_decay_that_is_not_a_number_is_seen():
+    q, k, v = (torch.ones(1, 4, 1, 16, device=DEVICE) for _ in range(3))
+    a = torch.tensor([-1.0, -1.0, math.nan, -1.0], device=DEVICE).view(1, 4, 1)
+    output = decay_chunkwise_triton(q, k, v, a).output
+    assert output[:, :2].isfinite().all()
+    assert output[:, 2:].isnan().all()
+
+
+@runs
+def test_it_is_one_graph():
+    def forward(q, k, v, a):
+        return decay_chunkwise_triton(q, k, v, a, output_final_state=True)
+
+    q, k, v = (torch.randn(1, 5, 2, 16, device=DEVICE) for _ in range(3))
+    a = torch.tensor([-0.1, -0.2], device=DEVICE)
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    for actual, expected in zip(compiled(q, k, v, a), forward(q, k, v, a), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@on_a_gpu
+def test_more_elements_than_int32_counts():
+    q, k = (torch.randn(1, 2**17, 4, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(1, 2**17, 40, 512, device=DEVICE, dtype=torch.bfloat16)
+    q, k = (x.repeat(1, 1, 10, 1) for x in (q, k))
+    assert v.numel() > 2**31
+    a, cut = torch.full((40,), -0.01, device=DEVICE), 2**17 - 1000
+    whole = decay_chunkwise_triton(q, k, v, a).output[:, cut:].clone()
+    _, state = decay_chunkwise_triton(q[:, :cut], k[:, :cut], v[:, :cut], a, output_final_state=True)
+    rest = decay_chunkwise_triton(q[:, cut:], k[:, cut:], v[:, cut:], a, initial_state=state).output
+    torch.testing.assert_close(whole, rest, rtol=3e-2, atol=3e-2)
+
+
+# ---- one token
+
+DECAYS = [None, "H", "B T H", "B T H K"]
+
+
+def tokens(decay, length=64, widths=(20, 40), heads=2, batch=2):
+    """Inputs of a text, q, k and v as slices of one tensor."""
+    sizes = [widths[0], widths[0], widths[1]]
+    q, k, v = torch.randn(batch, length, heads, sum(sizes), device=DEVICE).split(sizes, -1)
+    shapes = {"H": (heads,), "B T H": (batch, length, heads), "B T H K": (batch, length, heads, widths[0])}
+    a = None if decay is None else -torch.rand(shapes[decay], device=DEVICE)
+    return q, k, v, a, torch.randn(batch, heads, *widths, device=DEVICE)
+
+
+@runs
+@pytest.mark.parametrize("decay", DECAYS)
+def test_steps_are_the_recurrence(decay):
+    q, k, v, a, state = tokens(decay, length=12)
+    if a is not None and a.ndim > 1:
+        a[1, 10] = -math.inf
+    wide = [None if x is None else x.double() for x in (q, k, v, a)]
+    expected, final = decay_recurrent(*wide, initial_state=state.double(), output_final_state=True)
+    where = state.data_ptr()
+    for t in range(q.shape[1]):
+        token = slice(t, t + 1)
+        output = decay_step_triton(
+            q[:, token], k[:, token], v[:, token], a if decay in (None, "H") else a[:, token], state
+        )
+        torch.testing.assert_close(output.double(), expected[:, token], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
+    assert state.data_ptr() == where
+
+
+@runs
+@torch.no_grad()
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("initial", [True, False])
+def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, initial):
+    *inputs, state = tokens(decay, length=1)
+    options = {"initial_state": state if initial else None, "output_final_state": True}
+    expected, before = decay_recurrent(*inputs, **options), state.clone()
+    for actual, exact in zip(decay_recurrent_triton(*inputs, **options), expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+    with consumed():
+        torch.testing.assert_close(
+            decay_recurrent_triton(*inputs, **options | {"output_final_state": False}).output, expected.output
+        )
+        assert torch.equal(state, before)
+        output, final = decay_recurrent_triton(*inputs, **options)
+    torch.testing.assert_close(output, expected.output)
+    torch.testing.assert_close(final, expected.final_state)
+    assert (final is state) == initial
+
+
+@runs
+def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(monkeypatch):
+    monkeypatch.setattr(decay_triton, "step_op", None)
+    for length, wanted in ((2, False), (1, True)):
+        q, k, v, a, state = tokens("B T H", length=length)
+        q = q.clone().requires_grad_(wanted)
+        with consumed():
+            found = decay_recurrent_triton(q, k, v, a, initial_state=state, output_final_state=True)
+        for actual, exact in zip(
+            found, decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True), strict=True
+        ):
+            assert torch.equal(actual, exact)
+    borders = torch.tensor([0, 1], device=DEVICE)
+    q, k, v, a, state = tokens("H", length=1, batch=1)
+    assert decay_recurrent_triton(q, k, v, a, initial_state=state, cu_seqlens=borders).output.isfinite().all()
+
+
+@runs
+@pytest.mark.parametrize("kind", ["retention", "linear_attention", "gated_retention", "lightning", "mamba2", "gla"])
+def test_layers_decode_by_the_step(kind, monkeypatch):
+    """Prefill, then tokens one by one from a state in its place: what the references give."""
+
+    def model_of(backend):
+        heads = {"head_dim": 32} if kind == "mamba2" else {"n_heads": 2}
+        mixer, norm = {"kind": kind, "backend": backend, **heads}, {"kind": "rmsnorm"}
+        blocks = {"a": {"mixer": mixer, "ffn": {"kind": "mlp", "expansion": 1.0}, "norm": norm}}
+        settings = {"d_model": 32, "n_layers": 1, "vocab_size": 257, "blocks": blocks, "pattern": ["a"], "norm": norm}
+        return build_model(ModelConfig.model_validate(settings), device=DEVICE).eval()
+
+    models, launched, step_op = [model_of("triton"), model_of("reference")], [], decay_triton.step_op
+    assert models[0].backends == {"a": "triton (recurrent)" if kind == "gla" else "triton"}
+    monkeypatch.setattr(decay_triton, "step_op", lambda *args: launched.append(args[4].data_ptr()) or step_op(*args))
+    prompt, steps = torch.arange(20, device=DEVICE), torch.arange(3, device=DEVICE)[:, None]
+    decoders = [Decoder(model, prefill(model, [prompt])[1]) for model in models]
+    for tokens in steps:
+        torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders))
+    assert len(launched) == 3
+    assert len(set(launched)) == 1
+
+
+@runs
+def test_a_step_compiles_into_one_graph():
+    q, k, v, a, state = tokens("H", length=1)
+    with torch.no_grad(), consumed():  # which compiled code does not look at
+        compiled = torch.compile(decay_recurrent_triton, backend="eager", fullgraph=True)
+        before = state.clone()
+        for actual, expected in zip(
+            compiled(q, k, v, a, initial_state=state, output_final_state=True),
+            decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected)
+    assert torch.equal(state, before)
+
+
+@runs
+def test_a_step_passes_opcheck():
+    q, k, v, a, state = tokens("H", length=1, widths=(16, 32))
+    torch.library.opcheck(decay_triton.step_op, (q, k, v, a, state, 0.3))
+
+
+@runs
+def test_what_a_step_cannot_do_is_refused():
+    q, k, v, a, state = tokens("H", length=2)
+    with pytest.raises(SeqmixError, match="a step is one token, and given are 2"):
+        decay_step_triton(q, k, v, a, state)
+    q, k, v = (x[:, :1] for x in (q, k, v))
+    for wrong in (state.double(), state.mT.contiguous().mT):
+        with pytest.raises(SeqmixError, match="must be float32 and contiguous"):
+            decay_step_triton(q, k, v, a, wrong)
+    with pytest.raises(SeqmixError, match="has no gradient"):
+        decay_step_triton(q.clone().requires_grad_(), k, v, a, state)
+    with pytest.raises(SeqmixError, match="not float64"):
+        decay_step_triton(q.double(), k.double(), v.double(), a, state)
+
+
+@on_a_gpu
+def test_a_step_can_be_captured():
+    q, k, v, a, state = tokens("H")
+    eager, static = state.clone(), [x[:, :1].clone() for x in (q, k, v)]
+    decay_step_triton(*static, a, state.clone())  # compiled before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = decay_step_triton(*static, a, state)
+    where = state.data_ptr()
+    for t in range(64):
+        for buffer, x in zip(static, (q, k, v), strict=True):
+            buffer.copy_(x[:, t : t + 1])
+        graph.replay()
+        expected = decay_step_triton(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], a, eager)
+        assert torch.equal(output, expected)
+    assert torch.equal(state, eager)
+    assert state.data_ptr() == where
+
+
+# ---- what is declared; needs no triton
+
+
+PROBE = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=16, value_width=16)
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """As if triton were there, and compiled."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(decay_triton, "installed", lambda library: True)
+    return monkeypatch
+
+
+@pytest.mark.skipif(INTERPRETS, reason="takes a process of its own: once is enough")
+def test_it_is_found_and_triton_is_not_imported():
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not there
+import torch
+from seqmix.ops.kernels import Probe, find
+from seqmix.ops.paradigm import Paradigm
+kernel = find("decay", Paradigm.CHUNKWISE, "triton")
+probe = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=1, value_width=1)
+print("; ".join(kernel.unsupported(probe)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "triton is not installed (pip install 'seqmix[gpu]', on Linux)\n"
+    assert find("decay", Paradigm.CHUNKWISE, "triton") is KERNEL
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"device": torch.device("cpu")}, "it needs a CUDA device and not cpu, or TRITON_INTERPRET=1 before triton is"),
+        ({"dtype": torch.float64}, "decay/chunkwise/triton takes float32, bfloat16, float16, not float64"),
+        ({"log_decay": "B T H K"}, "a log-decay a key dimension is not taken"),
+        ({"key_width": 257}, "keys are up to 256 wide and values up to 512, not 257 and 16"),
+        ({"value_width": 513}, "not 16 and 513"),
+    ],
+)
+def test_reasons(native, asked, reason):
+    for dtype, log_decay in itertools.product((torch.bfloat16, torch.float16, torch.float32), (None, "H", "B T H")):
+        assert not KERNEL.unsupported(
+            replace(PROBE, dtype=dtype, log_decay=log_decay, key_width=256, value_width=512, needs_grad=True)
+        )
+    (found,) = KERNEL.unsupported(replace(PROBE, **asked))
+    assert reason in found
+
+
+def test_bfloat16_is_refused_in_the_interpreter(native):
+    native.setenv("TRITON_INTERPRET", "1")
+    assert not KERNEL.unsupported(replace(PROBE, device=torch.device("cpu")))
+    assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
+
+
+def test_chunk_size_picks_the_chunk():
+    table = configurations(16, 512)
+    assert [choose(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [64, 64, 64, 64, 128, 128]
+    for table in (INTERPRETED, *(configurations(bits, width) for bits in (16, 32) for width in (16, 64, 65, 512))):
+        chunks = [configuration.chunk for configuration in table]
+        assert chunks == sorted(chunks, reverse=True)
+
+
+def test_the_table_of_chunks():
+    borders = torch.tensor([0, 0, 5, 5, 9, 10, 10], dtype=torch.int32)
+    firsts, table = chunk_table(borders, 10, 4)
+    assert firsts.tolist() == [0, 0, 2, 2, 3, 4, 4]
+    assert [(start, m) for start, m in table.tolist() if m] == [(0, 4), (4, 1), (5, 4), (9, 1)]
+    assert table[:4, 1].all()
+    assert table.shape == (3 + 6, 2)
+
+
+def test_offsets_inside_a_chunk_fit_32_bits():
+    far = torch.empty_strided((1, 4, 1, 16), (1, 2**28, 16, 1), device="meta")
+    assert decay_triton._readable(far, 4) is far
+    farther = torch.empty_strided((1, 8, 1, 16), (1, 2**28, 16, 1), device="meta")
+    assert decay_triton._readable(farther, 4) is farther
+    assert decay_triton._readable(farther, 8).stride() == (128, 16, 16, 1)
+    # a stride is that of nothing where there is one token, and a copy keeps it
+    single = farther[:, :1]
+    assert decay_triton._readable(single, 8) is single
+    assert decay_triton._readable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1
+
+
+def test_it_refuses_as_the_reference_does():
+    q = torch.zeros(1, 3, 1, 4)
+    for function in (decay_chunkwise, decay_chunkwise_triton):
+        with pytest.raises(SeqmixError, match="chunk_size must be at least 1, and is 0"):
+            function(q, q, q, None, chunk_size=0)
+        with pytest.raises(SeqmixError, match="log_decay must be None"):
+            function(q, q, q, torch.zeros(2))

@@ -1,0 +1,285 @@
+"""The decay family's Triton kernels, compiled for Hopper (sm_90) on any machine: what each configuration needs.
+
+Triton has its own assembler, so a configuration that spills registers, exceeds a block's shared memory or misses the
+tensor cores is seen without a GPU. What is compiled are the launches of real calls: the calls are made on the CPU, and
+what they would launch is recorded.
+
+The tests compile the paper's head; this file as a program compiles the whole table, and prints what everything needs:
+
+    python tests/ops/test_triton_compile.py [WORDS OF A NAME]
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from seqmix.ops.decay import triton as decay_triton
+from seqmix.ops.decay.triton import Configuration, Launch, configurations
+from seqmix.ops.kernels import Kernel
+
+triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing can be compiled"
+)
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes that a block can have on sm_90."""
+HEADS = ((64, 64), (128, 128), (256, 512))
+"""Key and value widths: one that each row of the table is for, and the widest."""
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Recorded(NamedTuple):
+    """One launch: a jitted function and its arguments."""
+
+    function: Any
+    arguments: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the launcher."""
+        parameters = {parameter.name for parameter in self.function.params}
+        return {name: value for name, value in self.arguments.items() if name not in parameters}
+
+    def source(self) -> Any:
+        """As Triton specialises it: None, 1 and `constexpr` are constants, multiples of 16 are known as such."""
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int], Any] = {}
+        attributes: dict[tuple[int], list[list[object]]] = {}
+        for i, parameter in enumerate(self.function.params):
+            value = self.arguments[parameter.name]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name], aligned = POINTERS[value.dtype], True
+            elif isinstance(value, float):
+                signature[parameter.name], aligned = "fp32", False
+            else:
+                signature[parameter.name], aligned = "i32", special and value % 16 == 0
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return triton.compiler.ASTSource(fn=self.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+class Recorder:
+    """In place of the module of jitted functions: keeps what would be launched."""
+
+    def __init__(self) -> None:
+        self.kernels = decay_triton._kernels()
+        self.launches: list[Recorded] = []
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.kernels, name)
+        record = lambda **arguments: self.launches.append(Recorded(function, arguments))  # noqa: E731
+        return type("Launcher", (), {"__getitem__": lambda self, grid: record})()
+
+
+def chunkwise(
+    configuration: Configuration,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    decay: str | None,
+    *,
+    learned: bool = True,
+    packed: bool = True,
+) -> list[Recorded]:
+    """What forward and backward launch, with an initial and a final state that have gradients."""
+    length, heads = 2 * configuration.chunk, 2
+    shapes = {None: None, "H": (heads,), "B T H": (1, length, heads)}
+    a = None if decay is None else torch.zeros(shapes[decay], requires_grad=learned)
+    q, k, v = (torch.zeros(1, length, heads, width, dtype=dtype).requires_grad_() for width in (widths[0], *widths))
+    borders = torch.tensor([0, length // 2, length]) if packed else None
+    state = torch.zeros(2 if packed else 1, heads, *widths, requires_grad=True)
+    recorder = Recorder()
+    with (
+        patch.object(decay_triton, "_kernels", lambda: recorder),
+        patch.object(decay_triton, "_configuration", lambda *_: configuration),
+        patch.object(Kernel, "require", lambda *_: None),
+    ):
+        found = decay_triton.decay_chunkwise_triton(
+            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=borders
+        )
+        torch.autograd.backward([found.output, found.final_state], [v.detach(), state.detach()])
+    return recorder.launches
+
+
+def step(dtype: torch.dtype, widths: tuple[int, int], decay: str | None) -> list[Recorded]:
+    """What a step launches."""
+    heads = 2
+    shapes = {None: None, "H": (heads,), "B T H": (1, 1, heads), "B T H K": (1, 1, heads, widths[0])}
+    a = None if decay is None else torch.zeros(shapes[decay])
+    q, k, v = (torch.zeros(1, 1, heads, width, dtype=dtype) for width in (widths[0], *widths))
+    recorder = Recorder()
+    with (
+        patch.object(decay_triton, "_kernels", lambda: recorder),
+        patch.object(Kernel, "require", lambda *_: None),
+    ):
+        decay_triton.decay_step_triton(q, k, v, a, torch.zeros(1, heads, *widths))
+    return recorder.launches
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int
+    """A thread."""
+    spilled: int
+    """Bytes a thread, of the stack or of local memory: registers that did not suffice."""
+    shared: int
+    """Bytes a block."""
+    tensor_cores: int
+    """Warpgroup products in the code."""
+    old_tensor_cores: int
+    """Products of the instructions of earlier GPUs, at half the speed."""
+
+    def faults(self, recorded: Recorded) -> list[str]:
+        """What is wrong with it."""
+        threads = 32 * recorded.options.get("num_warps", 4)
+        products = "TILE_INNER" in recorded.arguments or "REVERSE" in recorded.arguments
+        narrow = recorded.arguments.get("x", recorded.arguments.get("q")) if products else None
+        faults = []
+        if self.spilled:
+            faults.append(f"spills {self.spilled} bytes a thread")
+        if self.shared > SHARED_LIMIT:
+            faults.append(f"takes {self.shared} bytes of shared memory, of {SHARED_LIMIT}")
+        if self.registers * threads > 65536:
+            faults.append(f"takes {self.registers} registers for each of {threads} threads")
+        if narrow is not None and narrow.element_size() == 2 and (self.old_tensor_cores or not self.tensor_cores):
+            faults.append("misses the tensor cores of sm_90")
+        return faults
+
+
+def compile_for_hopper(recorded: Recorded) -> Needs:
+    """Compile one launch for sm_90."""
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    binary = triton.compile(recorded.source(), target=target, options=recorded.options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Needs(
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=binary.metadata.shared,
+        tensor_cores=binary.asm["ptx"].count("wgmma.mma_async"),
+        old_tensor_cores=binary.asm["ptx"].count("mma.sync.aligned"),
+    )
+
+
+def faults(launches: list[Recorded]) -> list[str]:
+    """Everything that is wrong with the launches, each with the name of its kernel."""
+    return [
+        f"{recorded.function.__name__} {fault}"
+        for recorded in launches
+        for fault in compile_for_hopper(recorded).faults(recorded)
+    ]
+
+
+# ---- the tests: the paper's head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["H", "B T H"])
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 128), (torch.float32, 32)])
+def test_the_papers_head_fits(dtype, chunk, decay):
+    configuration, *_ = configurations(8 * dtype.itemsize, 512)
+    assert configuration.chunk == chunk
+    assert faults(chunkwise(configuration, dtype, (256, 512), decay)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_fits(dtype):
+    assert faults(step(dtype, (256, 512), "B T H K")) == []
+
+
+def test_the_launches_are_those_of_the_ops():
+    names = {"state_scan", "band_forward", "band_backward"}
+    gradients = {None: set(), "H": {"decay_gradient"}, "B T H": {"clocks", "decay_gradient"}}
+    for decay, more in gradients.items():
+        (configuration,) = configurations(32, 64)
+        launches = chunkwise(configuration, torch.float32, (64, 64), decay)
+        assert {recorded.function.__name__ for recorded in launches} == names | more
+    assert [recorded.function.__name__ for recorded in step(torch.float32, (64, 64), None)] == ["step"]
+
+
+def test_what_does_not_fit_is_seen():
+    (table, *_), dtype = configurations(16, 512), torch.bfloat16
+    scan = table._replace(scan=Launch((64, 128), 8, 6), chunk=128)
+    found = faults([x for x in chunkwise(scan, dtype, (256, 512), None) if x.function.__name__ == "state_scan"][:1])
+    assert len(found) == 1
+    assert "bytes of shared memory, of 232448" in found[0]
+    narrow = table._replace(forward=Launch((64, 128), 4, 3))
+    found = faults([x for x in chunkwise(narrow, dtype, (256, 512), "H") if x.function.__name__ == "band_forward"])
+    assert len(found) == 1
+    assert "band_forward spills" in found[0]
+
+
+# ---- the whole table
+
+
+def everything() -> Iterator[tuple[str, list[Recorded]]]:
+    """All launches of the table, by name."""
+    decays = [(None, False), *itertools.product(("H", "B T H"), (False, True))]
+    for dtype, widths in itertools.product((torch.bfloat16, torch.float16, torch.float32), HEADS):
+        kind, widest = str(dtype).removeprefix("torch."), widths == HEADS[-1]
+        # float16 has the row of bfloat16 and differs in one instruction: its widest head stands for all
+        if dtype == torch.float16 and not widest:
+            continue
+        name = f"{kind} {widths[0]}x{widths[1]}"
+        for configuration in configurations(8 * dtype.itemsize, max(widths)):
+            for decay, learned in decays[-1:] if dtype == torch.float16 else decays:
+                # documents take more of a kernel than rows do: rows are compiled once
+                for packed in (True, False) if dtype == torch.bfloat16 and widest and decay == "H" else (True,):
+                    launches = chunkwise(configuration, dtype, widths, decay, learned=learned, packed=packed)
+                    which = [decay or "none", "learned" if learned else "", "" if packed else "rows"]
+                    yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
+        for decay in (None, "H", "B T H", "B T H K"):
+            yield f"{name} {decay or 'none'}", step(dtype, widths, decay)
+
+
+def main(words: list[str]) -> int:
+    """Compile the whole table, or of it what has all the words in its name; the number of what does not fit."""
+    start, seen, wrong = time.perf_counter(), set(), 0
+    print(f"Triton {triton.__version__}, sm_90; registers a thread, bytes of shared memory, warpgroup products")
+    for name, launches in everything():
+        for recorded in launches if all(word in name.split() for word in words) else []:
+            source = recorded.source()
+            same = str((recorded.function.__name__, source.signature, source.constants, source.attrs, recorded.options))
+            if same in seen:
+                continue
+            seen.add(same)
+            needs = compile_for_hopper(recorded)
+            found = needs.faults(recorded)
+            wrong += bool(found)
+            kernel = recorded.function.__name__ + (" reversed" if recorded.arguments.get("REVERSE") else "")
+            figures = f"{needs.registers:>4} {needs.shared:>7} {needs.tensor_cores:>3}"
+            print(f"{name:<45} {kernel:<20} {figures}  {'; '.join(found)}".rstrip(), flush=True)
+    print(f"{len(seen)} kernels in {time.perf_counter() - start:.0f} s, {wrong} that do not fit")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))

@@ -1,0 +1,212 @@
+"""A trained model on texts of other lengths than it has learned from.
+
+Two questions with two answers. By length: how does the loss go on behind as many tokens as a training sequence had,
+where every sequence starts from nothing? By context: how much do the same tokens gain from more text before them?
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data import Batch
+from ..data.text import Text
+from ..mixers import Paradigm
+from ..models import IGNORED, LanguageModel
+from ..registry import SeqmixError, nearest
+from .config import RunConfig
+
+TIMES = (1, 2, 4, 8, 16)
+"""Lengths that are measured, in sequences of training."""
+AT_ONCE = 4096
+"""Tokens of a batch, at least one sequence."""
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Nats a token at the positions start to stop - 1 of a sequence."""
+
+    start: int
+    stop: int
+    tokens: int
+    """Measured."""
+    losses: dict[Paradigm, float]
+
+
+@dataclass(frozen=True)
+class LengthLoss:
+    """Nats a token of sequences of one length."""
+
+    length: int
+    tokens: int
+    """Measured."""
+    losses: dict[Paradigm, float]
+    positions: tuple[PositionLoss, ...]
+    difference: float
+    """The largest difference of one token's loss between two paradigms; 0 with one."""
+
+
+@dataclass(frozen=True)
+class ContextLoss:
+    """Nats a token of the last tokens of sequences that are cut to one length from the left."""
+
+    context: int
+    """Tokens from the first one read to the last one scored."""
+    tokens: int
+    """Measured."""
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured of a run."""
+
+    trained_length: int
+    lengths: list[LengthLoss] = field(default_factory=list)
+    contexts: list[ContextLoss] = field(default_factory=list)
+    scored: int = 0
+    """Tokens at the end of a sequence that `contexts` are about."""
+
+
+def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
+    """The text of a run, for sequences of these lengths.
+
+    Raises:
+        SeqmixError: the run is of something else, or what it holds out is too short.
+    """
+    if config.data.kind != "text":
+        raise SeqmixError(f"evaluate takes a run on text to other lengths, and this one learned {config.data.kind}")
+    # other lengths than those of training, whose own are not asked for here
+    training = config.training.model_copy(update={"carry_state": False, "evaluation_lengths": ()})
+    source = config.data.open(config.model_copy(update={"training": training}), run)
+    assert isinstance(source, Text)
+    held_out = len(source.corpus.validation)
+    for length in lengths:
+        if length >= held_out:
+            raise SeqmixError(
+                f"a sequence of {length:,} tokens and its last target need {length + 1:,} tokens of text held out, "
+                f"and {source.name} has {held_out:,}"
+            )
+    return Text(source.config, source.corpus, lengths=tuple(lengths))
+
+
+def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:
+    """The paradigms that all layers declare, the configured one first where it is one."""
+    declared = [block.mixer.traits.paradigms for block in model.blocks]
+    configured = {block.mixer.paradigm for block in model.blocks}
+    return tuple(sorted(frozenset(Paradigm).intersection(*declared), key=lambda p: (p not in configured, p)))
+
+
+def by_length(
+    model: LanguageModel,
+    source: Text,
+    lengths: Sequence[int],
+    *,
+    paradigms: Callable[[int], Sequence[Paradigm]],
+    tokens: int,
+) -> Iterator[LengthLoss]:
+    """Measure the loss at each length, by each paradigm, on the same text: that of the longest sequences.
+
+    Args:
+        model: the model, in evaluation mode.
+        source: the text, opened for these lengths.
+        lengths: tokens of a sequence. Of a text that is no multiple of one, the end is left out there.
+        paradigms: how sequences of a length are computed; the first is what the others are compared with.
+        tokens: tokens that are read at each length, about; at least one batch.
+
+    Raises:
+        ContractError: a layer does not declare a paradigm.
+    """
+    longest = max(lengths, default=1)
+    rows = max(1, AT_ONCE // longest)
+    for length in lengths:
+        chosen = paradigms(length)
+        counted, difference = torch.zeros(length, dtype=torch.int64), 0.0
+        sums = {paradigm: torch.zeros(length, dtype=torch.float64) for paradigm in chosen}
+        for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
+            batch = Batch(*(part[:, : longest // length * length].reshape(-1, length) for part in example.batch))
+            found = {paradigm: _losses(model, source, batch, paradigm) for paradigm in chosen}
+            for paradigm, losses in found.items():
+                sums[paradigm] += losses.double().sum(0).cpu()
+                difference = max(difference, (losses - found[chosen[0]]).abs().max().item())
+            counted += (batch.targets != IGNORED).sum(0)
+        yield LengthLoss(
+            length,
+            int(counted.sum()),
+            _means(sums, counted, slice(None)),
+            tuple(
+                PositionLoss(start, stop, int(counted[start:stop].sum()), _means(sums, counted, slice(start, stop)))
+                for start, stop in _bins(length, source.config.sequence_length)
+            ),
+            difference,
+        )
+
+
+def by_context(
+    model: LanguageModel, source: Text, contexts: Sequence[int], *, scored: int, tokens: int
+) -> Iterator[ContextLoss]:
+    """Measure the loss of the same tokens behind more and less text, in the configured paradigm.
+
+    Sequences have as many tokens as the longest context; of each, the last `scored` tokens count, and what is further
+    away than the context is not read.
+
+    Args:
+        model: the model, in evaluation mode.
+        source: the text, opened for the contexts.
+        contexts: tokens that are read, the scored ones included.
+        scored: tokens at the end of a sequence.
+        tokens: tokens of the longest sequences that are read, about; at least one batch.
+
+    Raises:
+        SeqmixError: a context is shorter than what is scored.
+    """
+    if scored < 1 or min(contexts) < scored:
+        raise SeqmixError(f"the last {scored} tokens of a context are scored, and one has {min(contexts)}")
+    longest = max(contexts)
+    rows = max(1, AT_ONCE // longest)
+    for context in contexts:
+        total, counted = 0.0, 0
+        for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
+            inputs, targets = (part[:, longest - context :] for part in example.batch)
+            total += _losses(model, source, Batch(inputs, targets), None)[:, -scored:].double().sum().item()
+            counted += int((targets[:, -scored:] != IGNORED).sum())
+        yield ContextLoss(context, counted, total / max(counted, 1))
+
+
+def require_paradigm_name(name: str, allowed: Sequence[Paradigm]) -> Paradigm:
+    """The paradigm of a name.
+
+    Raises:
+        SeqmixError: not all layers declare it.
+    """
+    if name not in allowed:
+        names = ", ".join(allowed) or "none"
+        raise SeqmixError(f"no paradigm {name!r} is declared by all layers; by all: {names}{nearest(name, allowed)}")
+    return Paradigm(name)
+
+
+def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm | None) -> Float[Tensor, "B T"]:
+    """The loss of each token; documents start from nothing where the run packs them."""
+    batch = Batch(*(part.to(model.device) for part in batch))
+    if (packed := source.packed(batch)) is None:
+        return model.token_losses(batch.inputs, batch.targets, paradigm=paradigm)
+    losses = model.token_losses(packed.inputs, packed.targets, paradigm=paradigm, cu_seqlens=packed.cu_seqlens)
+    return losses.view(batch.inputs.shape)
+
+
+def _bins(length: int, trained: int) -> list[tuple[int, int]]:
+    """Stretches of positions that double: to a quarter of a training sequence, to a half, to the whole, to two, ..."""
+    edges = [0]
+    edge = max(trained // 4, 1)
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return list(zip(edges, [*edges[1:], length], strict=True))
+
+
+def _means(sums: dict[Paradigm, Tensor], counted: Tensor, where: slice) -> dict[Paradigm, float]:
+    count = max(int(counted[where].sum()), 1)
+    return {paradigm: total[where].sum().item() / count for paradigm, total in sums.items()}

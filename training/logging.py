@@ -1,0 +1,80 @@
+"""The measurements of a run: one JSON line each in metrics.jsonl, and TensorBoard's files where wanted."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..registry import SeqmixError
+
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+
+
+class Metrics:
+    """Where a run's measurements go."""
+
+    def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
+        self.file = run / METRICS_FILE
+        self._folder = run / TENSORBOARD_FOLDER if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            require_tensorboard()
+
+    def begin(self, step: int) -> None:
+        """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
+        lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
+        partial.replace(self.file)
+        if self._folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add a measurement, numbers by name; `step` is one of them."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in _scalars(values):
+                self._board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Write what is held back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def require_tensorboard() -> None:
+    """Make sure that TensorBoard is there.
+
+    Raises:
+        SeqmixError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise SeqmixError(
+            "training.tensorboard needs the package tensorboard, which is not installed: "
+            "pip install 'seqmix[tensorboard]'"
+        ) from error
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of a measurement by path, truth values aside."""
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+    return step if isinstance(step, int) and line.endswith("\n") else math.inf

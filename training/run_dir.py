@@ -1,0 +1,69 @@
+"""A run's folder: made by one process, and held by it until it ends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..registry import dump
+from .config import RunConfig
+from .errors import TrainingError
+
+CONFIG_FILE = "config.yaml"
+
+
+def require_free(run: Path) -> None:
+    """Find out whether a folder can become a run's.
+
+    Raises:
+        TrainingError: there is something in it, it cannot be looked at, or no weights could be read from there.
+    """
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:  # safetensors would write there, and not read
+        raise TrainingError(f"a run cannot be written to {str(run)!a}: a path must be UTF-8") from None
+    try:
+        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    except OSError as error:
+        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+    if taken and (run / CONFIG_FILE).exists():
+        raise TrainingError(f"{run} already holds a run: go on with --resume {run}, or write elsewhere with --out DIR")
+    if taken:
+        raise TrainingError(f"{run} exists and is not an empty folder: write elsewhere with --out DIR")
+
+
+def claim(run: Path, config: RunConfig, comment: str) -> None:
+    """Make a run's folder with its configuration, behind a comment; of two runs that start at once, one gets it.
+
+    Raises:
+        TrainingError: another one has got it, or it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / CONFIG_FILE).open("x") as file:
+            file.write(comment + dump(config))
+    except FileExistsError as error:
+        raise TrainingError(f"{run} already holds a run, begun meanwhile: write elsewhere with --out DIR") from error
+    except OSError as error:
+        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from going on with the same run; the system lets go of it however this one ends.
+
+    Raises:
+        TrainingError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (run / CONFIG_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends") from error
+        except OSError:  # a file system without locks
+            pass
+        yield

@@ -1,0 +1,91 @@
+"""What a model has read, as a file: generation goes on from it later, in another process or on another machine.
+
+A file is safetensors: the leaves of the state under their names ("state.0.memory"), the last tokens and the numbers of
+tokens, and in the metadata which model it is of and a checksum. States that grow are as large as what was read.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..mixers import ContractError
+from ..mixers.state import from_dict, map_state, to_dict
+from ..models import LanguageModel, Reading
+from .checkpoint import CheckpointError, read_tensors, write_tensors
+from .provenance import seqmix_version
+
+FORMAT = "1"
+FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.reading", "seqmix.model", "seqmix.sha256"
+STATE, RECENT, LENGTHS = "state.", "recent", "lengths"
+
+
+def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> None:
+    """Write what a model has read; a file that is there is replaced when the new one is whole.
+
+    Args:
+        reading: from `read_text`, `read`, or the `keep` of a generation.
+        model: the model that has read it.
+        file: where it goes.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    file = Path(file)
+    state = map_state(lambda leaf: leaf.detach().cpu(), reading.room_for(model, None))
+    tensors = {STATE + name: leaf for name, leaf in to_dict(state).items()}
+    tensors |= {RECENT: reading.recent, LENGTHS: reading.lengths}
+    metadata = {
+        "format": "pt",
+        "seqmix.version": seqmix_version(),
+        FORMAT_KEY: FORMAT,
+        MODEL_KEY: model_digest(model),
+        CHECKSUM_KEY: _digest(tensors),
+    }
+    write_tensors(file, tensors, metadata)
+
+
+def load_reading(file: str | Path, model: LanguageModel) -> Reading:
+    """What a model has read, from a file of `save_reading`, on the model's device.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, something else, or of another model.
+    """
+    file = Path(file)
+    tensors, metadata = read_tensors(file)
+    if FORMAT_KEY not in metadata:
+        raise CheckpointError(f"{file} holds no state of a text: it needs a file of `seqmix generate --save-state`")
+    if metadata[FORMAT_KEY] != FORMAT:
+        raise CheckpointError(
+            f"{file} is of format {metadata[FORMAT_KEY]}, and this version of seqmix reads format {FORMAT}"
+        )
+    if metadata.get(CHECKSUM_KEY) != _digest(tensors):
+        raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+    if metadata.get(MODEL_KEY) != model_digest(model):
+        raise CheckpointError(
+            f"{file} is of another model: a state means something only to the weights and the configuration of its own"
+        )
+    try:
+        recent, lengths = tensors.pop(RECENT), tensors.pop(LENGTHS)
+        leaves = {name.removeprefix(STATE): leaf.to(model.device) for name, leaf in tensors.items()}
+        state = from_dict(model.init_state(len(lengths)), leaves)
+    except (KeyError, ContractError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    return Reading(state, recent, lengths)
+
+
+def model_digest(model: LanguageModel) -> str:
+    """What tells models apart: a hash of the configuration and the weights."""
+    config = hashlib.sha256(model.config.model_dump_json().encode()).hexdigest()
+    return hashlib.sha256((config + _digest(model.state_dict())).encode()).hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,156 @@
+"""Everything that a run needs to go on, as named tensors: parameters, moments, and the state it carries."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..mixers.contract import WAYS
+from ..mixers.state import from_dict, map_state, to_dict
+from ..models import LanguageModel, ModelConfig, ModelState
+from .checkpoint import CheckpointError, file_of, read_tensors
+from .optim import AnyOptimizer
+from .sharding import assign
+
+MODEL, OPTIMIZER, STATE = "model", "optimizer", "state"
+"""The parts of a checkpoint."""
+
+
+def gather(model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a run by part and name; they are the run's own, so copy what must not change."""
+    parts = {MODEL: parameters_of(model), OPTIMIZER: moments_of(model, optimizer)}
+    if state is not None:
+        parts[STATE] = to_dict(state)
+    return parts
+
+
+def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
+    """The parameters by name, a tied one once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps, as "exp_avg.blocks.0.mixer.out_proj.weight"."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
+    """What a file says of the model whose numbers it holds."""
+    return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
+
+
+def load_model(folder: Path, model: LanguageModel) -> list[str]:
+    """Put a checkpoint's parameters into a model.
+
+    Returns:
+        How the model is computed otherwise than it was trained, which changes its rounding: a phrase a field.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds other parameters than the model's.
+    """
+    file = folder / file_of(MODEL)
+    found, metadata = read_tensors(file)
+    changed = _require_same_model(file, metadata, model.config)
+    fill(file, found, parameters_of(model))
+    return changed
+
+
+def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
+    """Put a checkpoint's moments into an optimizer of the model.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or belongs to other parameters or another optimizer.
+    """
+    file = folder / file_of(OPTIMIZER)
+    found, _ = read_tensors(file)
+    fill(file, found, moments_of(model, optimizer))
+
+
+def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelState:
+    """The state that a checkpoint carries, on the model's device.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its state is of another model or batch.
+    """
+    file = folder / file_of(STATE)
+    found, _ = read_tensors(file)
+    like = model.init_state(batch_size)
+    needed = to_dict(like)
+    _require_same_names(file, found, needed)
+    if any(len(leaf) != batch_size for leaf in found.values()):
+        raise CheckpointError(f"{file} carries the state of a batch of another size than training.batch_size")
+    return map_state(lambda leaf: leaf.to(model.device), from_dict(like, found))
+
+
+@torch.no_grad()
+def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, all or none.
+
+    Raises:
+        CheckpointError: a name is missing or superfluous, or a shape differs.
+    """
+    _require_same_names(file, found, wanted)
+    for name, tensor in wanted.items():
+        if tensor.shape != found[name].shape:
+            raise CheckpointError(
+                f"{file} is of another model: its {name} is {list(found[name].shape)}, "
+                f"and {list(tensor.shape)} is needed"
+            )
+    for name, tensor in wanted.items():
+        assign(tensor, found[name])
+
+
+def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
+    """Two configurations may have parameters of the same shapes, and be different functions of them.
+
+    Returns:
+        What differs in how they are computed, a phrase a field.
+    """
+    written = metadata.get("seqmix.model")
+    if written is None:
+        return []
+    what, how = _taken_apart(config)
+    try:
+        what_before, how_before = _taken_apart(ModelConfig.model_validate(json.loads(written)))
+    except ValueError:
+        what_before, how_before = None, {}
+    if what != what_before:
+        raise CheckpointError(
+            f"{file} was trained with another model than the configuration beside it describes: undo what was changed "
+            f"in config.yaml under `model`, other than {', '.join(WAYS)} of mixers"
+        )
+    return [
+        f"{name} {how_before[name]} before and {how[name]} from here on"
+        for name in how
+        if how[name] != how_before[name]
+    ]
+
+
+def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a model is, and how it is computed, the latter by dotted names."""
+    what = config.model_dump(mode="json")
+    how = {
+        f"model.blocks.{name}.mixer.{field}": block["mixer"].pop(field)
+        for name, block in what["blocks"].items()
+        for field in WAYS
+        if field in block["mixer"]
+    }
+    return what, how
+
+
+def _require_same_names(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(f"{file} is of another model: it lacks {missing[0]}" + _more(missing))
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise CheckpointError(f"{file} is of another model: it has {extra[0]}, which this one has not" + _more(extra))
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
