@@ -1,0 +1,42 @@
+"""The kit stays importable from where it was, for one minor version."""
+
+import importlib
+import sys
+import warnings
+
+import pytest
+
+import seqmix
+import seqmix.testing
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a process that has not imported it."""
+    monkeypatch.delitem(sys.modules, "seqmix.mixers.testing", raising=False)
+    yield
+    sys.modules.pop("seqmix.mixers.testing", None)
+    vars(seqmix.mixers).pop("testing", None)
+
+
+def test_the_former_place_gives_the_kit_and_warns_once(fresh):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        from seqmix.mixers.testing import CHECKS, parametrize_checks
+        from seqmix.mixers.testing import check_mixer as again
+    assert (CHECKS, parametrize_checks) == (seqmix.testing.CHECKS, seqmix.testing.parametrize_checks)
+    assert again is seqmix.testing.check_mixer
+    (warning,) = told
+    assert warning.category is DeprecationWarning
+    assert warning.filename == __file__
+    assert "seqmix.testing" in str(warning.message)
+
+
+def test_a_name_that_the_kit_lacks_is_an_import_error(fresh):
+    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="no_such_check"):
+        importlib.import_module("seqmix.mixers.testing")
+        from seqmix.mixers.testing import no_such_check  # noqa: F401
+
+
+def test_it_is_no_mixer():
+    assert "testing" not in seqmix.MIXERS.kinds()
