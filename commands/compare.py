@@ -1,22 +1,19 @@
-"""The `compare` command: a study from its file to its results."""
+"""The `compare` command: a study from its file to its results, and what the terminal shows of it."""
 
 import shlex
 from pathlib import Path
 
 from rich.console import Console
 
-from ..experiments import speed
-from ..experiments.collect import RUNS, collect, entry_result
+from ..experiments.collect import entry_result
 from ..experiments.plan import Plan, plan
-from ..experiments.progress import StudyProgress
-from ..experiments.report import write_report
-from ..experiments.results import Results, SpeedResult, write
-from ..experiments.runner import default_jobs, is_left_alone, locked, make_runs
-from ..experiments.study import STUDIES, StudyError, find_study, load_study, shipped
-from ..experiments.tables import show, write_tables
+from ..experiments.results import Results
+from ..experiments.runner import run_study
+from ..experiments.study import STUDIES, find_study, load_study, shipped
+from ..experiments.tables import cells, notes
 from .console import plain_table, terminal
-from .progress import StopRequest
 from .show import si, si_bytes
+from .study_progress import StudyProgress
 
 STUDY_FOLDER = Path("studies")
 
@@ -43,37 +40,17 @@ def compare_command(source: str, *, out: Path | None, jobs: int | None, dry_run:
         _show_plan(planned, console)
         return 0
     folder = out or STUDY_FOLDER / planned.name
-    try:
-        return _make(planned, folder, source, out, jobs, console)
-    except OSError as error:
-        raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
-
-
-def _make(planned: Plan, folder: Path, source: str, out: Path | None, jobs: int | None, console: Console) -> int:
-    """Make what is not there, and write what it found; an exit status."""
-    left = {run.name: run.flops for run in planned.runs if not is_left_alone(run, folder / RUNS / run.name)}
-    progress = StudyProgress(console, left, len(planned.runs))
-    with locked(folder, progress):
-        if finished := len(planned.runs) - len(left):
-            console.print(f"{finished} of {len(planned.runs)} runs are finished already")
-        with StopRequest() as stop, progress:
-            done = make_runs(
-                planned, folder, jobs=jobs or default_jobs(planned.study.threads), shown=progress, stop=stop.made
-            )
-        results = _written(planned, folder, done.failed, None)
-        if not done.stopped and planned.study.speed is not None:
-            with console.status("timing") as status:
-                timed = speed.measure(planned, folder, lambda text: status.update(f"timing {text}"))
-            results = _written(planned, folder, done.failed, timed)
-        show(results, console)
-        again = f"seqmix compare {shlex.quote(source)}" + (f" --out {shlex.quote(str(out))}" if out else "")
-        if done.stopped:
-            console.print(f"stopped, with a checkpoint of every run; go on with: {again}")
-            return 130
-        console.print(f"{folder} has report.html, results.json, the tables and every run")
-        if done.failed:
-            console.print(f"{len(done.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
-        return 1 if done.failed else 0
+    with StudyProgress(console) as progress:
+        results, outcome = run_study(planned, folder, jobs=jobs, observer=progress)
+    show(results, console)
+    again = f"seqmix compare {shlex.quote(source)}" + (f" --out {shlex.quote(str(out))}" if out else "")
+    if outcome.stopped:
+        console.print(f"stopped, with a checkpoint of every run; go on with: {again}")
+        return 130
+    console.print(f"{folder} has report.html, results.json, the tables and every run")
+    if outcome.failed:
+        console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
+    return 1 if outcome.failed else 0
 
 
 def list_studies(console: Console) -> None:
@@ -84,12 +61,16 @@ def list_studies(console: Console) -> None:
     console.print(table)
 
 
-def _written(planned: Plan, folder: Path, failed: dict[str, str], timed: SpeedResult | None) -> Results:
-    results = collect(planned, folder, failed=failed, speed=timed)
-    write(results, folder)
-    write_tables(results, folder)
-    write_report(results, folder)
-    return results
+def show(results: Results, console: Console) -> None:
+    """Print the summary, what was the same for all, and what to know beside it."""
+    head, rows = cells(results)
+    if rows:
+        table = plain_table(*head, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for sentence in (*results.fairness, *notes(results)):
+        console.print(sentence, soft_wrap=True)
 
 
 def _show_plan(planned: Plan, console: Console) -> None:

@@ -3,14 +3,11 @@
 import math
 import os
 import shlex
-import signal
 import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from types import FrameType, TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..data import Source
 from ..training.config import RunConfig, TrainingConfig
 from ..training.events import Compiled, Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
+from ..training.interrupt import StopRequest
 from ..training.run import train
 from .console import terminal
 
@@ -151,41 +149,6 @@ class Speeds:
     def seconds(self) -> float:
         """From a step to the next, evaluations aside."""
         return median(seconds for _, seconds in self._recent)
-
-
-class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop asks for; the next one acts as ever."""
-
-    # SIGHUP is a closed terminal; not every system has it
-    SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
-    )
-
-    def __init__(self) -> None:
-        self._made = False
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-
-    def made(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._made
-
-    def __enter__(self) -> Self:
-        for number in self.SIGNALS:
-            signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._made = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _start(event: Started, steps: int) -> str:

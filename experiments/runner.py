@@ -1,8 +1,8 @@
-"""The runs of a study, several at once, each in a process of its own.
+"""The runs of a study, several at once, each in a process of its own; and the whole, from its runs to its report.
 
-What is finished is not made again, what was stopped or killed goes on from its checkpoint. Processes stop with a
-checkpoint where the pipe to them ends: when a stop is asked for, and when this process dies. They hold the study's lock
-with it, so that no second process begins while one of them still writes.
+Finished runs are skipped, stopped or killed ones resume from their checkpoint. Processes stop with a checkpoint where
+the pipe to them ends: when a stop is asked for, and when this process dies. They hold the study's lock with it, so that
+no second process begins while one of them still writes.
 """
 
 import json
@@ -11,44 +11,54 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import IO, Any, Protocol
+from typing import Any
 
 import torch
 
 from ..training.checkpoint import CheckpointError, checkpoints, find
+from ..training.interrupt import StopRequest
 from ..training.logging import METRICS_FILE
-from .collect import RUNS, is_finished, is_same
+from . import lock, results, speed
+from .collect import RUNS, collect, is_finished, is_same
 from .plan import Plan, PlannedRun
+from .report import write_report
+from .results import Results, SpeedResult
 from .study import StudyError
+from .tables import write_tables
 from .worker import FINISHED, STOPPED
 
 PROGRAM = (sys.executable, "-c", f"from {__package__}.worker import main; main()")
-LOCK, LOGS = "study.lock", "logs"
-PATIENCE = 60.0
-"""Seconds that runs of a study whose process has died are waited for: each makes a step and writes a checkpoint."""
+LOGS = "logs"
+Message = dict[str, Any]
+"""What a run says of itself: a step and its loss, an evaluation, or why it failed."""
 
 
-class Shown(Protocol):
-    """Who is told how it goes."""
+class Observer:
+    """Follows a study; here in silence."""
 
     def note(self, text: str) -> None:
         """Something that whoever started it should know."""
 
-    def started(self, run: PlannedRun) -> None:
-        """A run begins, or goes on."""
+    def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
+        """These runs, of so many, are not finished."""
 
-    def moved(self, run: PlannedRun, told: dict[str, Any]) -> None:
+    def started(self, run: PlannedRun) -> None:
+        """A run begins, or resumes."""
+
+    def moved(self, run: PlannedRun, message: Message) -> None:
         """A run has made steps."""
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
         """A run is finished, or has failed."""
+
+    def timing(self, what: str) -> None:
+        """The runs are over, and this is timed."""
 
 
 @dataclass
@@ -58,51 +68,87 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     """Why runs failed, by name."""
     stopped: bool = False
-    """Whether a stop was asked for before all were made."""
+    """Whether a stop was asked for before all runs were finished."""
+
+
+def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, Outcome]:
+    """Run a study, or resume it, and write its results, tables and report.
+
+    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint.
+
+    Args:
+        plan: its runs.
+        folder: where everything is written.
+        jobs: runs at once; None for `default_jobs`.
+        observer: follows it.
+
+    Raises:
+        StudyError: another process runs it, or the folder cannot be written.
+    """
+    try:
+        with lock.locked(folder, observer.note):
+            jobs = jobs or default_jobs(plan.study.threads)
+            with StopRequest() as stop:
+                outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.made)
+            found = _write(plan, folder, outcome.failed)
+            if not outcome.stopped and plan.study.speed is not None:
+                found = _write(plan, folder, outcome.failed, speed.measure(plan, folder, observer.timing))
+            return found, outcome
+    except OSError as error:
+        raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:
+    found = collect(plan, folder, failed=failed, speed=timed)
+    results.write(found, folder)
+    write_tables(found, folder)
+    write_report(found, folder)
+    return found
 
 
 def make_runs(
-    plan: Plan, folder: Path, *, jobs: int, shown: Shown, stop: Callable[[], bool] = lambda: False
+    plan: Plan, folder: Path, *, jobs: int, observer: Observer, stop: Callable[[], bool] = lambda: False
 ) -> Outcome:
-    """Make the runs that are not finished.
+    """Train the runs that are not finished; the caller holds the folder's lock.
 
     Args:
-        plan: what is made.
-        folder: where; the caller holds its lock.
-        jobs: runs at once; on GPUs, each has one, in turn.
-        shown: told how it goes.
+        plan: the study.
+        folder: where.
+        jobs: runs at once; each has one of the GPUs, if there are any.
+        observer: follows it.
         stop: asked now and then; true lets running ones stop with a checkpoint, and begins no other.
     """
-    waiting = [run for run in plan.runs if not is_left_alone(run, folder / RUNS / run.name)]
-    outcome, told = Outcome(), Queue[tuple["_Process", dict[str, Any] | None]]()
+    waiting = [run for run in plan.runs if not is_done(run, folder / RUNS / run.name)]
+    observer.begin(waiting, len(plan.runs))
+    outcome, messages = Outcome(), Queue[tuple["_Process", Message | None]]()
     slots, running = list(range(jobs)), set["_Process"]()
     gpus = visible_gpus()
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
-            if not outcome.stopped and (waiting or running) and stop():
+            if not outcome.stopped and stop():
                 outcome.stopped, waiting = True, []
                 for process in running:
                     process.ask_to_stop()
             while waiting and slots:
                 run, slot = waiting.pop(0), slots.pop(0)
-                _clear(run, folder / RUNS / run.name, shown)
+                _clear(run, folder / RUNS / run.name, observer)
                 gpu = gpus[slot % len(gpus)] if gpus else None
-                running.add(_Process(run, folder, plan.study.threads, slot, gpu, told))
-                shown.started(run)
+                running.add(_Process(run, folder, plan.study.threads, slot, gpu, messages))
+                observer.started(run)
             try:
-                process, message = told.get(timeout=0.2)
+                process, message = messages.get(timeout=0.2)
             except Empty:
                 continue
             if message is not None:
                 process.last = message
-                shown.moved(process.run, message)
+                observer.moved(process.run, message)
                 continue
             running.remove(process)
             slots.insert(0, process.slot)
             problem = process.problem()
             if problem is None or not outcome.stopped:
-                shown.ended(process.run, problem)
+                observer.ended(process.run, problem)
             if problem is not None and not (outcome.stopped and process.code == STOPPED):
                 outcome.failed[process.run.name] = problem
     finally:
@@ -113,13 +159,13 @@ def make_runs(
     return outcome
 
 
-def is_left_alone(run: PlannedRun, folder: Path) -> bool:
-    """Whether nothing is to be done for a run."""
+def is_done(run: PlannedRun, folder: Path) -> bool:
+    """Whether a folder has the whole of this run."""
     return is_same(run, folder) and is_finished(run, folder)
 
 
 def default_jobs(threads: int) -> int:
-    """A run a GPU; where there is none, a run for as many cores as it has threads."""
+    """A run per GPU; without one, a run for as many cores as it has threads."""
     if gpus := visible_gpus():
         return len(gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,8 +179,8 @@ def visible_gpus() -> list[str]:
     return given.split(",")[:count] if given else [str(index) for index in range(count)]
 
 
-def _clear(run: PlannedRun, folder: Path, shown: Shown) -> None:
-    """Make room for a run, or leave what it can go on from."""
+def _clear(run: PlannedRun, folder: Path, observer: Observer) -> None:
+    """Make room for a run, or leave what it can resume from."""
     if not folder.exists():
         return
     if not checkpoints(folder):
@@ -146,11 +192,11 @@ def _clear(run: PlannedRun, folder: Path, shown: Shown) -> None:
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     folder.rename(aside)
-    shown.note(f"{run.name} {why} and is made anew; what was there is now {aside}")
+    observer.note(f"{run.name} {why} and is made anew; what was there is now {aside}")
 
 
 def _why_anew(run: PlannedRun, folder: Path) -> str | None:
-    """Why a run that is not finished cannot go on from its checkpoints; None if it can."""
+    """Why a run that is not finished cannot resume from its checkpoints; None if it can."""
     if not is_same(run, folder):
         return "has another configuration than before"
     try:
@@ -171,11 +217,11 @@ class _Process:
         threads: int,
         slot: int,
         gpu: str | None,
-        told: "Queue[tuple[_Process, dict[str, Any] | None]]",
+        messages: "Queue[tuple[_Process, Message | None]]",
     ) -> None:
-        self.run, self.slot = run, slot
+        self.run, self.slot, self.messages = run, slot, messages
         self.log = folder / LOGS / f"{run.name}.txt"
-        self.last: dict[str, Any] = {}
+        self.last: Message = {}
         number = str(threads)
         environment = os.environ | {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "OMP_WAIT_POLICY": "passive"}
         if gpu is not None:
@@ -189,7 +235,7 @@ class _Process:
                 text=True,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is ours to hand on
-                pass_fds=_held_locks,
+                pass_fds=lock.held,
             )
         asked = {
             "config": run.config.model_dump(mode="json"),
@@ -200,7 +246,7 @@ class _Process:
         with suppress(OSError):  # it has died already, and its log says why
             self.popen.stdin.write(json.dumps(asked) + "\n")
             self.popen.stdin.flush()
-        Thread(target=self._listen, args=(told,), daemon=True).start()
+        Thread(target=self._listen, daemon=True).start()
 
     @property
     def code(self) -> int:
@@ -208,7 +254,7 @@ class _Process:
         return self.popen.returncode
 
     def ask_to_stop(self) -> None:
-        """Behind its step, with a checkpoint."""
+        """After its step, with a checkpoint."""
         if self.popen.stdin is not None:
             with suppress(OSError):
                 self.popen.stdin.close()
@@ -219,91 +265,23 @@ class _Process:
             return None
         if "failed" in self.last:
             return str(self.last["failed"])
+        again = "begin the study again to go on with it"
         if self.code == STOPPED:
-            return "it was stopped by a signal; begin the study again to go on with it"
+            return f"it was stopped by a signal; {again}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
             hint = ", as where memory runs out" if name == "SIGKILL" else ""
-            return f"it was killed by {name}{hint}; begin the study again to go on with it"
+            return f"it was killed by {name}{hint}; {again}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
         return f"{last} (exit status {self.code}; {self.log} has more)"
 
-    def _listen(self, told: "Queue[tuple[_Process, dict[str, Any] | None]]") -> None:
+    def _listen(self) -> None:
         for line in self.popen.stdout or ():
             with suppress(ValueError):
-                told.put((self, json.loads(line)))
+                self.messages.put((self, json.loads(line)))
         self.popen.wait()
         if self.popen.stdout is not None:
             self.popen.stdout.close()
         self.ask_to_stop()
-        told.put((self, None))
-
-
-# ---- the lock
-
-_held_locks: list[int] = []
-"""File descriptors that processes inherit: a lock lives as long as one of them."""
-
-
-@contextmanager
-def locked(folder: Path, shown: Shown) -> Iterator[None]:
-    """Keep other processes from making the same study.
-
-    Raises:
-        StudyError: one does, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise StudyError(f"a study cannot be written to {folder}: {error.strerror}") from None
-    with file:
-        _lock(file, folder, shown)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        _held_locks.append(file.fileno())
-        try:
-            yield
-        finally:
-            _held_locks.remove(file.fileno())
-
-
-def _lock(file: IO[str], folder: Path, shown: Shown) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    began = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            file.seek(0)
-            if (owner := file.read().strip()) and _lives(owner):
-                raise StudyError(
-                    f"another process (number {owner}) makes the study in {folder}: stop it first, or wait until it "
-                    "ends"
-                ) from None
-            if time.monotonic() - began > PATIENCE:
-                raise StudyError(
-                    f"runs of an earlier process are still writing to {folder}: wait until they end"
-                ) from None
-            if time.monotonic() - began < 1:
-                shown.note("waiting for runs of an earlier process, which write their checkpoints")
-                time.sleep(1)
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return
-
-
-def _lives(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        self.messages.put((self, None))

@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from ..commands.console import plain_table
-from ..commands.show import si_bytes
+from .report import in_unit
 from .results import Results, RunResult, Statistic, SummaryRow
 from .summary import best_first
 
@@ -32,7 +29,7 @@ def notes(results: Results) -> Iterator[str]:
         )
 
 
-def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
+def cells(results: Results) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the summary's table."""
     varied = list(dict.fromkeys(path for row in results.summary for path in row.variant))
     accuracies = any(row.accuracy is not None for row in results.summary)
@@ -43,14 +40,14 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in best_first(results):
         entry = results.entry_of(row)
-        cells = [row.entry, *(str(row.variant.get(path, "")) for path in varied)]
+        found = [row.entry, *(str(row.variant.get(path, "")) for path in varied)]
         if accuracies:
-            cells.append("" if row.accuracy is None else _percent(row.accuracy))
-        cells += [_loss(row.validation_loss), str(row.seeds), *([f"{row.learning_rate:g}"] if rated else [])]
-        cells.append(f"{entry.parameters:,}")
-        cells.append(si_bytes(entry.state_bytes) + (", grows" if entry.state_grows else ""))
-        cells.append("" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
-        rows.append(cells)
+            found.append("" if row.accuracy is None else _percent(row.accuracy))
+        found += [_loss(row.validation_loss), str(row.seeds), *([f"{row.learning_rate:g}"] if rated else [])]
+        found.append(f"{entry.parameters:,}")
+        found.append(in_unit(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else ""))
+        found.append("" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
+        rows.append(found)
     return head, rows
 
 
@@ -62,21 +59,9 @@ def _percent(value: Statistic) -> str:
     return f"{100 * value.mean:.1f} %" + ("" if value.spread is None else f" ± {100 * value.spread:.1f}")
 
 
-def show(results: Results, console: Console) -> None:
-    """Print the summary, what was the same for all, and what to know beside it."""
-    head, rows = _cells(results)
-    if rows:
-        table = plain_table(*head, overflow="fold")
-        for cells in rows:
-            table.add_row(*cells)
-        console.print(table)
-    for sentence in (*results.fairness, *notes(results)):
-        console.print(sentence, soft_wrap=True)
-
-
 def markdown(results: Results) -> str:
     """A page: the question, the table, what was the same for all, what was matched."""
-    head, rows = _cells(results)
+    head, rows = cells(results)
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
     if rows:

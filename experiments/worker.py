@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ..commands.progress import StopRequest
 from ..registry import SeqmixError
 from ..training import RunConfig, train
 from ..training.events import Evaluated, Noted, Stepped
+from ..training.interrupt import StopRequest
 from ..training.memory import keep_freed_memory
 from ..training.run_dir import CONFIG_FILE
 

@@ -1,7 +1,7 @@
 """The paper's claims, one by one: what is run for each, and what is kept of it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from ...commands.compare import STUDY_FOLDER, compare_command
 from ...mixers import Paradigm
 from ...registry import SeqmixError, nearest
 from ...training import load_run
@@ -17,7 +16,9 @@ from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
 from ..plan import PlannedRun, plan
 from ..results import RESULTS_FILE
+from ..runner import Observer, run_study
 from ..study import load_study
+from ..worker import STOPPED
 
 FOLDER = Path(__file__).parent
 KEPT = FOLDER / "results"
@@ -55,7 +56,7 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
         tell: called with a line about what is done.
 
     Returns:
-        An exit status, as `seqmix compare` has them.
+        An exit status: 0, 1 if runs failed, 130 if it was stopped.
 
     Raises:
         SeqmixError: there is no such claim, or it cannot be measured.
@@ -64,8 +65,10 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
         raise SeqmixError(f"there is no claim {claim!r}; claims: {', '.join(CLAIMS)}{nearest(claim, CLAIMS)}")
     tell(f"{claim}:")
     if claim in STUDIES:
-        folder = folder_of(claim, scale)
-        status = compare_command(str(file_of(claim, scale)), out=folder, jobs=jobs, dry_run=False)
+        file, folder = file_of(claim, scale), folder_of(claim, scale)
+        _, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=_Told(tell))
+        status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
+        tell("stopped; the same command resumes it" if outcome.stopped else f"{folder} has report.html and every run")
         if status == 0 and kept is not None:
             values = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
             for run in values["runs"]:
@@ -80,6 +83,25 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     return 0
 
 
+class _Told(Observer):
+    """Says in lines how a study goes."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self.tell = tell
+
+    def note(self, text: str) -> None:
+        self.tell(text)
+
+    def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
+        self.tell(f"{total - len(runs)} of {total} runs are finished already")
+
+    def started(self, run: PlannedRun) -> None:
+        self.tell(f"{run.name} begins")
+
+    def ended(self, run: PlannedRun, problem: str | None) -> None:
+        self.tell(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
+
+
 def file_of(claim: str, scale: Scale) -> Path:
     """The study of a claim."""
     return (FOLDER if scale == "cpu" else FOLDER / "gpu") / f"{claim}.yaml"
@@ -87,7 +109,7 @@ def file_of(claim: str, scale: Scale) -> Path:
 
 def folder_of(claim: str, scale: Scale) -> Path:
     """Where the study of a claim is made: in the working directory, as others."""
-    return STUDY_FOLDER / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
+    return Path("studies") / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
 
 
 def contexts(scale: Scale) -> dict[str, Any]:

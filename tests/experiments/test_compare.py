@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import workers
 
-from seqmix.experiments import runner
+from seqmix.experiments import lock, runner
+from seqmix.experiments.lock import locked
 from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
-from seqmix.experiments.runner import locked, make_runs
+from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
 from seqmix.training import read_config
 
@@ -28,7 +29,7 @@ SPEED = "speed: {train: {lengths: [16], tokens: 32}, decode: {contexts: [8]}}\n"
 PAPER = "paper: [{label: Perplexity, entry: retention, theirs: 26.05}]\n"
 
 
-class Quiet:
+class Quiet(Observer):
     """Shown to nobody, and remembered."""
 
     def __init__(self):
@@ -39,9 +40,6 @@ class Quiet:
 
     def started(self, run):
         self.begun.append(run.name)
-
-    def moved(self, run, told):
-        pass
 
     def ended(self, run, problem):
         self.problems[run.name] = problem
@@ -148,7 +146,7 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
     monkeypatch.setattr(runner, "PROGRAM", ("false",))  # nothing that begins can work
     monkeypatch.chdir(folder)
     planned, shown = plan(load_study(Path("small.yaml")), Path("small.yaml")), Quiet()
-    done = make_runs(planned, Path("studies/small"), jobs=1, shown=shown)
+    done = make_runs(planned, Path("studies/small"), jobs=1, observer=shown)
     assert shown.begun == ["broken-seed0"]
     assert "exit status 1" in done.failed["broken-seed0"]
     assert {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")} == before
@@ -162,7 +160,7 @@ def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
     planned, shown = plan(changed, Path("small.yaml")), Quiet()
     run = planned.runs[0]
     place = folder / "studies" / "small" / "runs" / run.name
-    assert not runner.is_left_alone(run, place)
+    assert not runner.is_done(run, place)
     runner._clear(run, place, shown)
     aside = place.with_name("retention-seed0.before-1")
     try:
@@ -189,7 +187,7 @@ def test_a_run_that_is_damaged_for_good_is_laid_aside(made, tmp_path, monkeypatc
     for damaged in place.glob(file):
         damaged.write_bytes(b"")
     (place / "metrics.jsonl").write_bytes(b"")
-    assert not runner.is_left_alone(run, place)
+    assert not runner.is_done(run, place)
     runner._clear(run, place, shown)
     aside = f"{place}.before-1"
     assert (place.exists(), (Path(aside) / "config.yaml").exists()) == (False, True)
@@ -217,7 +215,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
             assert [run.status for run in read_results(folder).runs] == ["missing", "missing"]
         else:
             assert process.exitcode == -signal.SIGKILL
-        with locked(folder, Quiet()):  # its runs have ended
+        with locked(folder, print):  # its runs have ended
             assert wanted < losses(file.parent)[-1][0] < 120
     status, printed = command(tmp_path, "compare", "small.yaml")
     assert status == 0
@@ -231,25 +229,28 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
 
 def test_a_study_is_made_by_one_process(tmp_path):
     says = f"another process .*{os.getpid()}.* makes"
-    with locked(tmp_path, Quiet()), pytest.raises(StudyError, match=says), locked(tmp_path, Quiet()):
+    with locked(tmp_path, print), pytest.raises(StudyError, match=says), locked(tmp_path, print):
         pass
-    with locked(tmp_path, Quiet()):
+    with locked(tmp_path, print):
         pass
 
 
 def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr(runner, "PATIENCE", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
     with (tmp_path / "study.lock").open("w") as file:
         file.write("999999999\n")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         shown = Quiet()
-        with pytest.raises(StudyError, match="runs of an earlier process are still writing"), locked(tmp_path, shown):
+        with (
+            pytest.raises(StudyError, match="runs of an earlier process are still writing"),
+            locked(tmp_path, shown.note),
+        ):
             pass
         assert shown.notes == ["waiting for runs of an earlier process, which write their checkpoints"]
-    with locked(tmp_path, shown):
+    with locked(tmp_path, shown.note):
         pass
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from seqmix import SeqmixError
+from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
 from seqmix.experiments.plots import Plots
-from seqmix.experiments.progress import Forecast
 from seqmix.experiments.report import render
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.summary import best_first, summarise

@@ -95,7 +95,7 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
     told = []
     for claim in claims.OF_RUNS:
         assert claims.prove(claim, scale="cpu", jobs=2, kept=tmp_path / "kept", tell=told.append) == 0
-    assert told == ["table8:", "figure5:", "paradigms:", "figure5:"]
+    assert [line for line in told if line.endswith(":")] == ["table8:", "figure5:", "paradigms:", "figure5:"]
     results = read_results(tmp_path / "kept" / "figure5.json")
     assert not any(run.history or run.evaluations for run in results.runs)
     assert results.machine.processor is None

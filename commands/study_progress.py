@@ -1,15 +1,16 @@
 """A study on the terminal: a bar over all runs and a line for each that is being made; plain lines off a terminal."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from .plan import PlannedRun
+from ..experiments.plan import PlannedRun
+from ..experiments.runner import Message, Observer
 
 SECONDS_BETWEEN_LINES = 10.0
 """At least so long, where there is no terminal to draw on."""
@@ -46,55 +47,64 @@ class Forecast:
         return (1 - self.share) * sum(self.weights.values()) / made * (self.clock() - self.began)
 
 
-class StudyProgress:
-    """Shows it; as a context, draws while it is inside."""
+class StudyProgress(Observer):
+    """Shows it; as a context, leaves nothing on the screen that moves."""
 
-    def __init__(self, console: Console, weights: dict[str, float], total: int) -> None:
-        self.console, self.total, self.left = console, total, len(weights)
-        self.forecast = Forecast(weights)
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.forecast = Forecast({})
+        self.left, self.total = 0, 0
+        """Runs that are not finished, and all."""
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[value]}"),
             console=console,
             refresh_per_second=4,
         )
-        self.whole = self.bar.add_task(self._count(), total=1.0, told="")
+        self.whole = self.bar.add_task("", total=1.0, value="")
+        self.status = console.status("timing")
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self.tasks.values():
-            self.bar.remove_task(task)
-        if self.bar.live.is_started:
-            self.bar.stop()
+        self._stop_bar()
+        self.status.stop()
 
     def note(self, text: str) -> None:
         """Print a sentence."""
         self.console.print(text)
 
+    def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
+        """Draw a bar over all runs."""
+        self.forecast = Forecast({run.name: run.flops for run in runs})
+        self.left, self.total = len(runs), total
+        if self.left < total:
+            self.console.print(f"{total - self.left} of {total} runs are finished already")
+        self._move_whole()
+        if self.console.is_terminal:
+            self.bar.start()
+
     def started(self, run: PlannedRun) -> None:
         """Give a run a line."""
-        self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, told="starting")
+        self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, value="starting")
         if not self.console.is_terminal:
             self.console.print(f"{run.name} begins")
 
-    def moved(self, run: PlannedRun, told: dict[str, Any]) -> None:
+    def moved(self, run: PlannedRun, message: Message) -> None:
         """Move its bar, and that of the whole."""
-        if "step" not in told:
+        if "step" not in message:
             return
-        steps, step = run.config.training.steps, told["step"]
+        steps, step = run.config.training.steps, message["step"]
         self.forecast.move(run.name, step / steps)
-        value = f"loss {told['loss']:.3f}" if "loss" in told else f"validation {told['validation_loss']:.4f}"
-        self.bar.update(self.tasks[run.name], completed=step, told=value)
+        value = f"loss {message['loss']:.3f}" if "loss" in message else f"validation {message['validation_loss']:.4f}"
+        self.bar.update(self.tasks[run.name], completed=step, value=value)
         self._move_whole()
         if not self.console.is_terminal and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
             self.printed = time.monotonic()
@@ -113,8 +123,21 @@ class StudyProgress:
         self._move_whole()
         self.console.print(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
 
+    def timing(self, what: str) -> None:
+        """Say what is timed in place of the bars."""
+        self._stop_bar()
+        self.status.start()
+        self.status.update(f"timing {what}")
+
+    def _stop_bar(self) -> None:
+        for task in self.tasks.values():
+            self.bar.remove_task(task)
+        self.tasks = {}
+        if self.bar.live.is_started:
+            self.bar.stop()
+
     def _move_whole(self) -> None:
-        self.bar.update(self.whole, completed=self.forecast.share, description=self._count(), told=self._left())
+        self.bar.update(self.whole, completed=self.forecast.share, description=self._count(), value=self._left())
 
     def _count(self) -> str:
         return f"{self.total - self.left} of {self.total} runs"

@@ -1,0 +1,40 @@
+"""Ctrl-C and signals that end a process, as a request to stop after the step with a checkpoint."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class StopRequest:
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop asks for; the next one acts as ever."""
+
+    # SIGHUP is a closed terminal; not every system has it
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+    )
+
+    def __init__(self) -> None:
+        self._made = False
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
+    def made(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._made
+
+    def __enter__(self) -> Self:
+        for number in self.SIGNALS:
+            signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._made = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
