@@ -188,11 +188,22 @@ def test_a_floor_imports_only_floors_below_it(module):
 
 
 def test_the_check_of_floors_sees_every_way_to_import(tmp_path):
-    file = tmp_path / "decay.py"
-    file.write_text("from ..base import x\nfrom ... import models\ndef f():\n    from ...training.loop import train\n")
+    file = tmp_path / "api.py"
+    file.write_text(
+        "from ..packing import x\nfrom ... import models\ndef f():\n    from ...mixers.contract import SequenceMixer\n"
+        "if TYPE_CHECKING:\n    from seqmix.training.run import train\nimport seqmix.cli as cli\n"
+    )
     found = dict(imports("seqmix.ops.decay.api", file))
-    assert found == {"seqmix.mixers.contract": 1, "seqmix.models": 2, "seqmix.training.run": 4}
-    assert floor_of("seqmix.ops.decay.api") < floor_of("seqmix.mixers.contract") < floor_of("seqmix.training.run")
+    assert found == {
+        "seqmix.ops.packing": 1,
+        "seqmix.models": 2,
+        "seqmix.mixers.contract": 4,
+        "seqmix.training.run": 6,
+        "seqmix.cli": 7,
+    }
+    assert floor_of("seqmix.ops.decay.api") == floor_of("seqmix.ops.packing")
+    ground_up = ["seqmix.ops.packing", "seqmix.mixers.contract", "seqmix.models", "seqmix.training.run", "seqmix.cli"]
+    assert sorted(found, key=floor_of) == ground_up
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
@@ -249,6 +260,8 @@ MAY_IMPORT = {
     "seqmix.benchmarks.peers.torchscale": {"torchscale"},
 }
 """Modules that need an optional library, and are imported where it is used."""
+IMPORTED_AS = {"pyyaml": "yaml", "ruamel.yaml": "ruamel"}
+"""Distributions whose package has another name."""
 LATE = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
@@ -258,11 +271,21 @@ LATE = [
     "pandas",
 ]
 
-PROBE = """
+AS_NEEDED = ["cli", "commands", "experiments", "benchmarks", "testing"]
+"""Rooms that a program which imports the library may do without."""
+
+
+def distributions(entries: list[str]) -> set[str]:
+    """Names of what a list of dependencies asks for."""
+    return {entry.partition(">")[0].lower() for entry in entries}
+
+
+REQUIRED = distributions(PROJECT["project"]["dependencies"])
+PROBE = f"""
 import json, sys, time
 def seconds():  # of this process's own work: what else the machine does plays no part
     return time.process_time()
-import numpy, einops, jaxtyping, pydantic, yaml, rich, safetensors
+import {", ".join(sorted(IMPORTED_AS.get(name, name) for name in REQUIRED - {"torch", "typer"}))}
 began = seconds()
 import torch
 between, before = seconds(), set(sys.modules)
@@ -304,21 +327,28 @@ def test_mixers_are_imported_when_they_are_asked_for(probes):
     built_in = [name for name in built_in if name in modules()]
     assert len(built_in) >= 3
     assert not set(built_in) & set(new)
-    assert "seqmix.cli" not in new
     assert "typer" not in new
 
 
+def test_rooms_that_are_not_asked_for_are_not_imported(probes):
+    for room in AS_NEEDED:
+        assert not [name for name in probes[0][2] if within(name, f"seqmix.{room}")], room
+
+
 def test_required_libraries_are_declared():
-    required, optional = PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"]["test"]
-    declared, test = ({entry.partition(">")[0].lower() for entry in entries} for entries in (required, optional))
-    distribution = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    test = distributions(PROJECT["project"]["optional-dependencies"]["test"])
+    allowed = {IMPORTED_AS.get(name, name) for name in REQUIRED} | {"pydantic_core"}
     for name, file in modules().items():
+        here = allowed | MAY_IMPORT.get(name, set()) | (test if within(name, "seqmix.testing") else set())
         for imported, line in imports(name, file):
             top = imported.partition(".")[0]
-            if top != "seqmix" and top not in sys.stdlib_module_names:
-                allowed = declared | test if within(name, "seqmix.testing") else declared
-                allowed = allowed | MAY_IMPORT.get(name, set())
-                assert distribution.get(top, top) in allowed, f"{name}:{line} imports {top}"
+            assert top in {"seqmix", *sys.stdlib_module_names, *here}, f"{name}:{line} imports {top}"
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_a_module_that_may_import_an_optional_library_does(module):
+    imported = {name.partition(".")[0] for name, _ in imports(module, modules()[module])}
+    assert MAY_IMPORT[module] <= imported
 
 
 # ---- tests
