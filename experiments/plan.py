@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ..mixers import MIXERS
 from ..registry import ConfigError, SeqmixError
+from ..registry.change import change
 from ..registry.explain import explain
 from ..registry.sources import read
 from ..registry.tree import Node, Origin
@@ -143,7 +144,7 @@ class _Variant:
         """Of other variants too: many have the same models."""
         own = {"model": study.model, "data": study.data, "training": study.training}
         self.common = self._node({key: value for key, value in own.items() if value}, "")
-        self.base = read(self._source(study.base), PRESETS)
+        self.base = read(self._source(study.base), PRESETS, RunConfig)
         self.read: dict[str, RunConfig] = {}
         """Entries before they are matched."""
         self.done: dict[str, PlannedEntry] = {}
@@ -163,23 +164,23 @@ class _Variant:
         tree = self.base
         if entry.extends is not None:
             tree = self._with_model_of(entry.extends, tree)
-        tree = tree.merge(self.common)
+        tree = change(tree, self.common, RunConfig)
         if mixer is not None:
             tree = self._with_mixer(mixer, tree, place)
         for key in ("model", "training"):
             if changes := getattr(entry, key):
-                tree = tree.merge(self._node({key: changes}, place))
+                tree = change(tree, self._node({key: changes}, place), RunConfig)
         for path, value in entry.set.items():
-            tree = tree.merge(self._node(_nested(path, value), place))
+            tree = change(tree, self._node(_nested(path, value), place), RunConfig)
         for path, value in self.variant.items():
-            tree = tree.merge(self._node(_nested(path, value), "vary"))
+            tree = change(tree, self._node(_nested(path, value), "vary"), RunConfig)
         # last, so that what is wrong with the whole is said of the study
-        tree = tree.merge(self._node({"seed": self.study.seeds[0]}, ""))
+        tree = change(tree, self._node({"seed": self.study.seeds[0]}, ""), RunConfig)
         return _validated(tree)
 
     def _with_model_of(self, source: str, tree: Node) -> Node:
         """The tree with another configuration's model, but its own vocabulary."""
-        other = (read(self._source(source), PRESETS).entries or {}).get("model")
+        other = (read(self._source(source), PRESETS, RunConfig).entries or {}).get("model")
         if other is None or other.entries is None:
             raise StudyError(f"{source} has no model to extend")
         before = (tree.entries or {}).get("model")
@@ -201,7 +202,7 @@ class _Variant:
                 changes[name] = {"mixer": {"kind": mixer, **({"n_heads": heads} if has_heads else {})}}
             else:
                 changes[name] = {"mixer": dict(mixer)}
-        return tree.merge(self._node({"model": {"blocks": changes}}, place))
+        return change(tree, self._node({"model": {"blocks": changes}}, place), RunConfig)
 
     def _matched(self, name: str, behind: tuple[str, ...] = ()) -> PlannedEntry:
         """An entry, matched; `behind` are the entries that are to cost as much as it."""
@@ -236,7 +237,7 @@ class _Variant:
         if wanted in self.read:
             return cost_of(self._matched(wanted, behind).config.model, match.metric, length)
         try:
-            return cost_of(_validated(read(self._source(wanted), PRESETS)).model, match.metric, length)
+            return cost_of(_validated(read(self._source(wanted), PRESETS, RunConfig)).model, match.metric, length)
         except ConfigError as error:
             raise StudyError(
                 f"{self.file}: match: {wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}"

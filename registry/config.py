@@ -1,7 +1,8 @@
 """The base of every configuration."""
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -26,6 +27,9 @@ class Config(BaseModel):
         allow_inf_nan=False,  # no size, rate or probability is infinite
     )
 
+    deprecated_names: ClassVar[Mapping[str, str]] = {}
+    """Old names of fields, each with today's: taken for one minor version, with a warning."""
+
     @model_validator(mode="before")
     @classmethod
     def _read_mapping(cls, value: Any) -> Any:
@@ -33,19 +37,36 @@ class Config(BaseModel):
         if not isinstance(value, Mapping):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
-        unknown = [
-            InitErrorDetails(type=_unknown_key(key, allowed), loc=(str(key),), input=entry)
-            for key, entry in value.items()
-            if key not in allowed
-        ]
-        if unknown:
-            raise ValidationError.from_exception_data(cls.__name__, unknown)
-        return {key: _without_lists(entry) for key, entry in value.items()}
+        entries: dict[str, Any] = {}
+        refused: list[InitErrorDetails] = []
+        for key, entry in value.items():
+            name = cls.deprecated_names.get(key, key)
+            if name not in allowed:
+                refused.append(
+                    _refused(
+                        key, entry, f"unknown key {key!r}; allowed: {', '.join(allowed)}{nearest(str(key), allowed)}"
+                    )
+                )
+            elif name != key and name in value:
+                refused.append(
+                    _refused(key, entry, f"{key!r} is the deprecated name of {name!r}, and both are given: remove it")
+                )
+            elif name != key:
+                warnings.warn(deprecation(key, name), FutureWarning, stacklevel=3)
+            entries[name] = _without_lists(entry)
+        if refused:
+            raise ValidationError.from_exception_data(cls.__name__, refused)
+        return entries
 
 
-def _unknown_key(key: object, allowed: list[str]) -> PydanticCustomError:
-    sentence = f"unknown key {key!r}; allowed: {', '.join(allowed)}{nearest(str(key), allowed)}"
-    return PydanticCustomError("unknown_key", "{sentence}", {"sentence": sentence})
+def deprecation(old: str, new: str) -> str:
+    """What is said of a field under its deprecated name."""
+    return f"{old} is deprecated: it is {new} now, and the next minor version takes that name only"
+
+
+def _refused(key: object, entry: Any, sentence: str) -> InitErrorDetails:
+    error = PydanticCustomError("refused_key", "{sentence}", {"sentence": sentence})
+    return InitErrorDetails(type=error, loc=(str(key),), input=entry)
 
 
 def _without_lists(value: Any) -> Any:

@@ -10,7 +10,6 @@ from .config import Config
 from .errors import ConfigError
 from .explain import explain
 from .overrides import override
-from .registry import Registry
 from .sources import read
 from .tree import COMMAND_LINE, Node, Origin
 from .yaml_writer import write
@@ -34,10 +33,9 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
     Raises:
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
     """
-    kinds = _default_kinds(cls)
-    tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, kinds)
+    tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for change in overrides:
-        tree = override(tree, change).with_kinds(kinds)
+        tree = override(tree, change, cls)
     try:
         return cls.model_validate(tree.plain())
     except ValidationError as error:
@@ -47,13 +45,3 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
 def dump(config: Config) -> str:
     """YAML text of the whole configuration, keys in the order of its fields, that `load` reads as an equal one."""
     return write(config.model_dump(mode="json"))
-
-
-def _default_kinds(cls: type[Config]) -> dict[str, str]:
-    """The kinds of fields whose mapping need not say one, by the field's name."""
-    return {
-        name: kind
-        for name, field in cls.model_fields.items()
-        for registry in field.metadata
-        if isinstance(registry, Registry) and (kind := registry.default_kind) is not None
-    }

@@ -2,22 +2,26 @@
 
 from collections.abc import Sequence
 
+from .change import change
+from .config import Config
 from .errors import ConfigError, shown
 from .tree import COMMAND_LINE, Node, Origin
 from .yaml_reader import parse
 
 
-def override(tree: Node, change: str) -> Node:
-    """Apply one change to a tree, as a file would that holds nothing else and extends it.
+def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
+    """Apply one change to the tree of a class's configuration, as a file would that holds nothing else and extends it.
 
     Raises:
         ConfigError: the change is not `dotted.path=value`, its value is no YAML, or its path leads through a value that
             is no mapping.
     """
-    path, equals, text = change.partition("=")
+    path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{COMMAND_LINE}: {change!r} is no change; write dotted.path=value, such as model.n_layers=2")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {assignment!r} is no change; write dotted.path=value, such as model.n_layers=2"
+        )
     try:
         value = parse(text, COMMAND_LINE, lines=False) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
@@ -25,7 +29,7 @@ def override(tree: Node, change: str) -> Node:
         if (first := text.lstrip()[:1]) in "*&!%@`":  # each has a meaning of its own where a scalar begins
             reason += f"; a text that begins with {first} is quoted, for the shell too: '{path}=\"{text}\"'"
         raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is no YAML: {reason}") from error
-    return tree.merge(_difference(tree, keys, 0, value))
+    return change(tree, _difference(tree, keys, 0, value), cls)
 
 
 def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:

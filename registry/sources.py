@@ -1,10 +1,11 @@
 """From the name of a preset or a file to one tree: files that extend each other, merged."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .change import change
+from .config import Config
 from .errors import ConfigError, nearest, shown
 from .tree import Node, Origin
 from .yaml_reader import parse
@@ -13,20 +14,20 @@ EXTENDS = "extends"
 """The key that names the preset or file of which a file is a difference."""
 
 
-def read(source: str | Path, presets: Path, kinds: Mapping[str, str] | None = None) -> Node:
+def read(source: str | Path, presets: Path, cls: type[Config] = Config) -> Node:
     """The mapping that a source stands for, merged into all that it extends.
 
     Args:
         source: the name of a preset, or a YAML file. A word is a file if it has a suffix .yaml or .yml or a separator,
             or exists as one.
         presets: the folder of the presets, one file `<name>.yaml` each.
-        kinds: what a file's entry that is a mapping is, where it says no `kind`.
+        cls: the class of the configuration, whose deprecated names and default kinds are then put right; or any.
 
     Raises:
         ConfigError: a source is unknown, unreadable or no YAML mapping, or files extend each other in a circle.
     """
     path = source if isinstance(source, Path) else _locate(source, Path(), presets, "")
-    return _read(path, presets, (), "", kinds or {})
+    return _read(path, presets, (), "", cls)
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
     return read(source, presets).plain()
 
 
-def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, kinds: Mapping[str, str]) -> Node:
+def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config]) -> Node:
     """The tree of a file; `chain` are the files that led here, and `named_at` opens errors about the file as such."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
@@ -44,12 +45,12 @@ def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, kin
     extends = entries.pop(EXTENDS, None)
     difference = Node(entries, document.origin)
     if extends is None:
-        return difference.with_kinds(kinds)
+        return change(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
     if not isinstance(extends.value, str):
         raise ConfigError(f"{here}needs the name of a preset or a file, and was given {shown(extends.plain())}")
     base = _locate(extends.value, path.parent, presets, here)
-    return _read(base, presets, (*chain, path), here, kinds).merge(difference).with_kinds(kinds)
+    return change(_read(base, presets, (*chain, path), here, cls), difference, cls)
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:

@@ -66,16 +66,6 @@ class Node:
         merged = {key: base[key].merge(node) if key in base else node for key, node in changes.items()}
         return Node({**base, **merged}, difference.origin)
 
-    def with_kinds(self, kinds: Mapping[str, str]) -> "Node":
-        """This mapping, in which an entry that is a mapping says its kind: where it says none, the one given."""
-        entries = dict(self.entries or {})
-        for key, kind in kinds.items():
-            inner = entries[key].entries if key in entries else None
-            if inner is not None and "kind" not in inner:
-                origin = entries[key].origin
-                entries[key] = Node({"kind": Node(kind, origin), **inner}, origin)
-        return self if self.entries is None else Node(entries, self.origin)
-
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
         """The deepest value on the way along a location, and the keys that lead to it.
 
@@ -84,12 +74,13 @@ class Node:
         keys: tuple[Key, ...] = ()
         node = self
         for part in location:
-            child = node._child(part)
+            child = node.child(part)
             if child is not None:
                 keys, node = (*keys, part), child
         return keys, node
 
-    def _child(self, key: Key) -> "Node | None":
+    def child(self, key: Key) -> "Node | None":
+        """The entry of a mapping or the item of a list; None where there is none."""
         if isinstance(self.value, Mapping):
             return self.value.get(key) if isinstance(key, str) else None
         if isinstance(self.value, tuple):

@@ -1,0 +1,82 @@
+"""A document becomes a change of a configuration: deprecated names of fields become today's, and kinds are said."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from .config import Config, deprecation
+from .errors import ConfigError
+from .registry import Registry
+from .tree import Node, Origin
+
+_warned: dict[str, dict[Any, Any]] = {}
+"""What `warnings` remembers of each source, to show a warning once."""
+
+
+def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
+    """Merge a document into the tree that it changes, both of a class's configuration.
+
+    A field's deprecated name changes what today's name has, and a warning names its line. A mapping that says no `kind`
+    where there is none to change has the default kind.
+    """
+    document = _renewed(document, cls, base, "")
+    return document if base is None else base.merge(document)
+
+
+def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
+    if node.entries is None:
+        return node
+    entries: dict[str, Node] = {}
+    for key, entry in node.entries.items():
+        name = cls.deprecated_names.get(key, key)
+        if name != key and name in node.entries:
+            name = key  # both are given, which the class refuses
+        if name != key:
+            _warn(deprecation(path + key, path + name), entry.origin)
+        field = cls.model_fields.get(name)
+        annotation = None if field is None else field.rebuild_annotation()
+        entries[name] = _renewed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
+    return Node(entries, node.origin)
+
+
+def _renewed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
+    """The value of a field, as its annotation tells which classes are in it."""
+    parts = list(_parts(annotation))
+    for part in parts:
+        if isinstance(part, Registry):
+            return _with_kind(node, part, base, path)
+        if get_origin(part) is dict and node.entries is not None:
+            _, inner = get_args(part)
+            entries = {
+                key: _renewed_entry(entry, inner, base and base.child(key), f"{path}{key}.")
+                for key, entry in node.entries.items()
+            }
+            return Node(entries, node.origin)
+    classes = [part for part in parts if isinstance(part, type) and issubclass(part, Config)]
+    return _renewed(node, classes[0], base, path) if len(classes) == 1 else node
+
+
+def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
+    if node.entries is None:
+        return node
+    kind = node.child("kind") or (base and base.child("kind"))
+    if kind is None and registry.default_kind is not None:
+        kind = Node(registry.default_kind, node.origin)
+        node = Node({"kind": kind, **node.entries}, node.origin)
+    try:
+        cls = registry.resolve(kind.value) if kind and isinstance(kind.value, str) else Config
+    except ConfigError:  # validation tells it
+        cls = Config
+    return _renewed(node, cls, base, path)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation, and all that stands inside of it."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _warn(sentence: str, origin: Origin) -> None:
+    registry = _warned.setdefault(origin.source, {})
+    warnings.warn_explicit(sentence, FutureWarning, origin.source, origin.line or 1, registry=registry)
