@@ -125,7 +125,7 @@ def train(
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     loaded = load_config(config, overrides or [])
     if dry_run:
-        loaded.data.require_files(loaded)
+        loaded.data.require_files(loaded.model.vocab_size)
         _show(loaded, None)
         return
     _train(loaded, out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml"))

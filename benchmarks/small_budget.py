@@ -122,7 +122,7 @@ class GptTraining:
 def learner(config: RunConfig) -> Learner:
     """A model of ours in training."""
     model = build_model(config.model, seed=config.seed)
-    return Learner(config, config.data.open(config), model, build_optimizer(model, config.training))
+    return Learner(config, config.open_data(), model, build_optimizer(model, config.training))
 
 
 def main(

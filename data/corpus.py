@@ -9,8 +9,8 @@ import numpy as np
 
 from ..models import ByteTokenizer, Tokenizer
 from ..registry import SeqmixError
+from .corpus_config import CorpusConfig
 from .files import JSON_LINES, SourceFile, read_documents, source_files, source_name
-from .kinds.text import TextConfig
 from .stream import Store, Stream, TokenDocument, digest, tokenized
 from .token_file import TOKENS, TokenFile
 
@@ -49,7 +49,7 @@ class Corpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-def read_corpus(config: TextConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read and split a text. Token files are mapped, and all else is tokenized into memory.
 
     Args:
@@ -113,7 +113,7 @@ Shelf: TypeAlias = tuple[_Held | TokenFile, np.ndarray]
 """A store, and 64 bits of a hash of the name of each document's file, [N], uint64."""
 
 
-def _held(config: TextConfig, tokenizer: Tokenizer) -> list[Shelf]:
+def _held(config: CorpusConfig, tokenizer: Tokenizer) -> list[Shelf]:
     """All documents in memory."""
     documents = list(tokenized(read_documents(config), tokenizer))
     if not documents:
@@ -146,7 +146,7 @@ def _digest(tokenizer: Tokenizer, shelves: Sequence[Shelf], sides: Sequence[tupl
     return found.hexdigest()
 
 
-def _are_text(config: TextConfig, files: Sequence[SourceFile]) -> bool:
+def _are_text(config: CorpusConfig, files: Sequence[SourceFile]) -> bool:
     """Whether every file is a document, so that to hold out files is to hold out documents."""
     lines = config.text_field is not None and any(file.path.suffix == JSON_LINES for file in files)
     return config.dataset is None and not lines and not any(file.path.suffix == TOKENS for file in files)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..registry import SeqmixError
-from .files import Document, text_of
-from .kinds.text import DatasetConfig
+from .corpus_config import DatasetConfig
 
 SAVED = ("state.json", "dataset_dict.json")
 """What `save_to_disk` leaves in a folder of one split, and of several."""
 
 
-def rows(config: DatasetConfig, field: str) -> Iterator[Document]:
-    """The rows of a data set as documents.
+def rows(config: DatasetConfig) -> Iterator[dict[str, object]]:
+    """The rows of a data set, in order.
 
     Raises:
-        SeqmixError: the library is not installed, the data set cannot be had, or a row has no text.
+        SeqmixError: the library is not installed, or the data set cannot be had.
     """
     try:
         datasets = import_module("datasets")
@@ -27,10 +26,7 @@ def rows(config: DatasetConfig, field: str) -> Iterator[Document]:
             raise
         raise SeqmixError("data.dataset needs datasets: pip install 'seqmix[data]'") from None
     try:
-        dataset = _load(datasets, config)
-        for number, row in enumerate(islice(dataset, config.documents)):
-            name = f"{config.path} ({config.split}), row {number}"
-            yield Document(config.path, name, text_of(row, field, name))
+        yield from islice(_load(datasets, config), config.documents)
     except SeqmixError:
         raise
     except Exception as error:  # the library lets through whatever its file systems, formats and network raise

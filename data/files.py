@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..registry import SeqmixError, nearest
-from .kinds.text import TextConfig
+from .corpus_config import CorpusConfig
+from .dataset import rows
 
 JSON_LINES = ".jsonl"
 """The suffix of files with a document a line."""
@@ -31,7 +32,7 @@ class SourceFile(NamedTuple):
     path: Path
 
 
-def read_documents(config: TextConfig) -> Iterator[Document]:
+def read_documents(config: CorpusConfig) -> Iterator[Document]:
     """The documents of a configuration, in order, as they are read; those without text are left out.
 
     Raises:
@@ -40,14 +41,14 @@ def read_documents(config: TextConfig) -> Iterator[Document]:
     return (document for document in _documents(config) if document.text)
 
 
-def source_name(config: TextConfig) -> str:
+def source_name(config: CorpusConfig) -> str:
     """What the text is called."""
     if config.dataset is not None:
         return f"{config.dataset.path} ({config.dataset.split})"
     return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
 
 
-def source_files(config: TextConfig) -> Iterator[SourceFile]:
+def source_files(config: CorpusConfig) -> Iterator[SourceFile]:
     """The files that the paths name, in order.
 
     Raises:
@@ -70,11 +71,11 @@ def source_files(config: TextConfig) -> Iterator[SourceFile]:
             raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
 
 
-def _documents(config: TextConfig) -> Iterator[Document]:
+def _documents(config: CorpusConfig) -> Iterator[Document]:
     if config.dataset is not None and config.text_field is not None:
-        from .dataset import rows
-
-        yield from rows(config.dataset, config.text_field)
+        for number, row in enumerate(rows(config.dataset)):
+            name = f"{source_name(config)}, row {number}"
+            yield Document(config.dataset.path, name, text_of(row, config.text_field, name))
     elif config.paths is None:
         yield from _standard_library()
     else:

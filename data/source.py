@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Int
 from pydantic import Field
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from ..models import Tokenizer
 from ..registry import Config, Registry, SeqmixError
-
-if TYPE_CHECKING:
-    from ..training.config import RunConfig
 
 
 class Batch(NamedTuple):
@@ -91,6 +88,22 @@ class Source(ABC):
         """Whether the sequences of a step go on where those of the step before ended."""
         return False
 
+    def contiguous(self, batch_size: int) -> "Source":  # noqa: ARG002
+        """The same, where a step goes on where the one before ended.
+
+        Raises:
+            SeqmixError: it is no text, or too short for so many rows.
+        """
+        raise SeqmixError(f"training.carry_state goes on in a text, and {self.name} is none")
+
+    def require_evaluation_length(self, length: int) -> None:  # noqa: ARG002
+        """Refuse to be evaluated in sequences of another length.
+
+        Raises:
+            SeqmixError: it is no text, or its validation split is too short.
+        """
+        raise SeqmixError(f"training.evaluation_lengths are those of a text, and {self.name} is none")
+
     def packed(self, batch: Batch) -> Packed | None:  # noqa: ARG002
         """A batch cut into documents that start from nothing; None where every row is read through."""
         return None
@@ -102,40 +115,37 @@ class DataConfig(Config, ABC):
     A subclass declares `kind: Literal["its_name"]` and opens its source.
     """
 
+    is_text: ClassVar[bool] = False
+    """Whether sequences may have any length, and a step may go on where the one before ended."""
     kind: Any
     """The name it is registered under: a `Literal` in every subclass."""
     sequence_length: int = Field(default=256, gt=0, le=2**31)
     """Tokens of a sequence."""
 
     @abstractmethod
-    def open(self, config: "RunConfig", run: Path | None = None) -> Source:
-        """The source of a run's batches.
+    def open(self, vocab_size: int, run: Path | None = None) -> Source:
+        """The source of batches.
 
         Args:
-            config: the run, of which this is the data.
-            run: its folder, which may have a copy of a vocabulary.
+            vocab_size: tokens that the model has.
+            run: the run's folder, which may have a copy of a vocabulary.
 
         Raises:
-            SeqmixError: it cannot be had, or does not fit the run.
+            SeqmixError: it cannot be had, or needs more tokens.
         """
 
-    def require_fit(self, config: "RunConfig") -> None:
-        """Refuse a run that cannot have this data, as far as can be told without opening it.
+    def require_fit(self, vocab_size: int) -> None:
+        """Refuse a model that has too few tokens, as far as can be told without opening the data.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it has.
         """
-        training = config.training
-        if training.carry_state:
-            raise ValueError(f"training.carry_state goes on in a text, and data.kind is {self.kind}")
-        if training.evaluation_lengths:
-            raise ValueError(f"training.evaluation_lengths are those of a text, and data.kind is {self.kind}")
 
-    def require_files(self, config: "RunConfig") -> None:
+    def require_files(self, vocab_size: int) -> None:
         """Refuse what only a look into small files can tell: what `open` would refuse, without reading the data.
 
         Raises:
-            SeqmixError: a file cannot be read, or does not fit the run.
+            SeqmixError: a file cannot be read, or needs more tokens than the model has.
         """
 
     def tokenizer_of(self, run: Path | None = None) -> Tokenizer | None:  # noqa: ARG002

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from pydantic import Field, model_validator
 
 from ..models import IGNORED
 from .source import Batch, DataConfig, Examples, Source, share
-
-if TYPE_CHECKING:
-    from ..training.config import RunConfig
 
 TRAINING, EVALUATION = 1, 2
 """First words of the seeds of both sides."""
@@ -100,17 +97,16 @@ class TaskConfig(DataConfig):
         """Those of training."""
         return getattr(self, self.field) or (self.hardest,)
 
-    def open(self, config: "RunConfig", run: Path | None = None) -> Source:  # noqa: ARG002
+    def open(self, vocab_size: int, run: Path | None = None) -> Source:  # noqa: ARG002
         """A task is made as it is learned."""
         return Task(self)
 
-    def require_fit(self, config: "RunConfig") -> None:
-        """Refuse what only text has, and a model that lacks tokens."""
-        super().require_fit(config)
-        if config.model.vocab_size < self.n_tokens:
+    def require_fit(self, vocab_size: int) -> None:
+        """Refuse a model that lacks tokens."""
+        if vocab_size < self.n_tokens:
             raise ValueError(
                 f"data.kind {self.kind} has {self.n_tokens} tokens as it is configured, and model.vocab_size is "
-                f"{config.model.vocab_size}"
+                f"{vocab_size}"
             )
 
     @model_validator(mode="after")

@@ -10,8 +10,8 @@ from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
 from .prompt_cache import Reading
 from .prompts import prefill
-from .subword import SubwordTokenizer, train_bpe
-from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, load_tokenizer
+from .subword import SubwordTokenizer, load_tokenizer, train_bpe
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 
 __all__ = [
     "IGNORED",

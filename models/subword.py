@@ -1,4 +1,4 @@
-"""Subwords: vocabularies of Hugging Face `tokenizers`, read from a tokenizer.json or trained here."""
+"""Subwords: vocabularies of Hugging Face `tokenizers`, read from a tokenizer.json or trained; tokenizers by name."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import SeqmixError
-from .tokenizer import TOKENIZER_FILE, TextDecoder, Tokenizer
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 
 AT_ONCE = 256
 """Documents encoded together, on all cores."""
@@ -84,6 +84,17 @@ class _SubwordDecoder(TextDecoder):
     def end(self) -> str:
         # the first bytes of a character whose last ones never came
         return self._map.decode(self._held, skip_special_tokens=False) if self._held else ""
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face.
+
+    Raises:
+        SeqmixError: the file is missing or no tokenizer, or the library that reads it is not installed.
+    """
+    if name == ByteTokenizer.identity:
+        return ByteTokenizer()
+    return SubwordTokenizer(Path(name))
 
 
 def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path) -> SubwordTokenizer:

@@ -109,16 +109,3 @@ class _ByteDecoder(TextDecoder):
 
     def end(self) -> str:
         return self._decoder.decode(b"", final=True)
-
-
-def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face.
-
-    Raises:
-        SeqmixError: the file is missing or no tokenizer, or the library that reads it is not installed.
-    """
-    if name == ByteTokenizer.identity:
-        return ByteTokenizer()
-    from .subword import SubwordTokenizer
-
-    return SubwordTokenizer(Path(name))

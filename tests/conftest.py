@@ -1,13 +1,16 @@
-"""Where conformance is checked (on the CPU, and on a GPU where there is one; `--device` chooses), and the command."""
+"""Where conformance is checked (the CPU, and a GPU where there is one; `--device` chooses), the command, small runs."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from seqmix import RunConfig, load_config
 from seqmix.cli import main
 
 # tensors are small here: threads would wait for each other, much of the time on a busy machine
@@ -82,3 +85,39 @@ def refused(seqmix):
         return lines[0].removeprefix("error: ")
 
     return call
+
+
+SMALL = (
+    "model.d_model=16",
+    "model.n_layers=2",
+    "data.sequence_length=16",
+    "training.steps=6",
+    "training.batch_size=4",
+    "training.warmup_steps=2",
+    "training.evaluate_every=2",
+    "training.evaluation_batches=2",
+    "training.final_evaluation_batches=null",
+    "training.checkpoint_every=2",
+    "training.log_every=1",
+)
+"""A preset made so small that a run takes a fraction of a second."""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of 3000 bytes."""
+    words = np.array(["the", "mixer", "reads", "a", "token", "and", "writes", "its", "state"])
+    chosen = words[np.random.default_rng(0).integers(len(words), size=1000)]
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(chosen)[:3000])
+    return file
+
+
+@pytest.fixture
+def config_of(text: Path) -> Callable[..., RunConfig]:
+    """A small run with changes, of a preset's blocks."""
+
+    def make(*overrides: str, preset: str = "retnet-tiny") -> RunConfig:
+        return load_config(preset, [*SMALL, f"data.paths=[{text}]", *overrides])
+
+    return make

@@ -1,7 +1,8 @@
 """Training, on one process or many: data, optimizer, loop, checkpoints."""
 
 from ..data import DATA, Corpus, DataConfig, Source, read_corpus
-from ..data.kinds.text import DatasetConfig, TextConfig
+from ..data.corpus_config import DatasetConfig
+from ..data.kinds.text import TextConfig
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config
 from .run import TrainingError, train

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..data.kinds.text import TextConfig
-from ..data.source import DATA, DataConfig
+from ..data.source import DATA, DataConfig, Source
 from ..models import ModelConfig
 from ..registry import Config, load
 
@@ -150,8 +150,48 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _data_fits(self) -> Self:
-        self.data.require_fit(self)
+        self.data.require_fit(self.model.vocab_size)
+        if not self.data.is_text:
+            if self.training.carry_state:
+                raise ValueError(f"training.carry_state goes on in a text, and data.kind is {self.data.kind}")
+            if self.training.evaluation_lengths:
+                raise ValueError(f"training.evaluation_lengths are those of a text, and data.kind is {self.data.kind}")
         return self
+
+    @model_validator(mode="after")
+    def _mixers_fit_the_text(self) -> Self:
+        carried, packed = self.training.carry_state, isinstance(self.data, TextConfig) and self.data.packing
+        if carried and packed:
+            raise ValueError("data.packing starts every document from nothing, and training.carry_state does not")
+        if carried and isinstance(self.data, TextConfig) and self.data.order == "epochs":
+            raise ValueError("training.carry_state reads text in its own order, and data.order epochs is another")
+        for name in dict.fromkeys(self.model.layers):
+            mixer = self.model.blocks[name].mixer
+            if carried and mixer.traits.state == "growing":
+                raise ValueError(
+                    f"training.carry_state needs mixers whose state has a constant size, and that of "
+                    f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text"
+                )
+            if packed and not mixer.traits.packing:
+                raise ValueError(
+                    f"data.packing needs mixers that declare packing, and {mixer.kind} of model.blocks.{name} does "
+                    "not: set data.packing to false, or take another mixer"
+                )
+        return self
+
+    def open_data(self, run: Path | None = None) -> Source:
+        """The source of batches, fit for what training asks of it.
+
+        Args:
+            run: the run's folder, whose own copy of a vocabulary is taken where there is one.
+
+        Raises:
+            SeqmixError: the data cannot be had, or are too short.
+        """
+        source = self.data.open(self.model.vocab_size, run)
+        for length in self.training.evaluation_lengths:
+            source.require_evaluation_length(length)
+        return source.contiguous(self.training.batch_size) if self.training.carry_state else source
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data import Batch
-from ..data.text import Text
+from ..data.kinds.text import Text
 from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
 from ..registry import SeqmixError, nearest
@@ -79,9 +79,7 @@ def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
     """
     if config.data.kind != "text":
         raise SeqmixError(f"evaluate takes a run on text to other lengths, and this one learned {config.data.kind}")
-    # other lengths than those of training, whose own are not asked for here
-    training = config.training.model_copy(update={"carry_state": False, "evaluation_lengths": ()})
-    source = config.data.open(config.model_copy(update={"training": training}), run)
+    source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
     held_out = len(source.corpus.validation)
     for length in lengths:
@@ -90,7 +88,7 @@ def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
                 f"a sequence of {length:,} tokens and its last target need {length + 1:,} tokens of text held out, "
                 f"and {source.name} has {held_out:,}"
             )
-    return Text(source.config, source.corpus, lengths=tuple(lengths))
+    return source
 
 
 def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:

@@ -59,7 +59,7 @@ def _train(
         if not resume and ranks.first:
             require_free(run)
         _require_shares(config, ranks)
-        source = config.data.open(config, run)
+        source = config.open_data(run)
         if resume and ranks.first and checkpoint.checkpoints(run):
             written = checkpoint.find(run)
         model = build_model(config.model, device=device, activations=precision, seed=config.seed)

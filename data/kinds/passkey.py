@@ -2,18 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from ...models import ByteTokenizer, Tokenizer
+from ..corpus import Corpus, read_corpus
 from ..source import Source
 from ..task import Difficulties, Rows, Task, TaskConfig, blank
-
-if TYPE_CHECKING:
-    from ...training.config import RunConfig
-    from ..corpus import Corpus
+from .text import TextConfig
 
 NEEDLE, QUESTION = b"\nThe pass key is %s. Remember it.\n", b"\nWhat is the pass key? The pass key is "
 
@@ -55,11 +53,8 @@ class PasskeyConfig(TaskConfig):
         if difficulty > 100:
             raise ValueError(f"depth is a percentage, from 0 to 100, and is {difficulty}")
 
-    def open(self, config: "RunConfig", run: Path | None = None) -> Source:  # noqa: ARG002
+    def open(self, vocab_size: int, run: Path | None = None) -> Source:  # noqa: ARG002
         """Read the text."""
-        from ..corpus import read_corpus
-        from .text import TextConfig
-
         return Passkey(self, read_corpus(TextConfig(paths=self.paths, sequence_length=self.sequence_length)))
 
     def tokenizer_of(self, run: Path | None = None) -> Tokenizer:  # noqa: ARG002
@@ -88,7 +83,7 @@ class Passkey(Task):
 
     config: PasskeyConfig
 
-    def __init__(self, config: PasskeyConfig, corpus: "Corpus") -> None:
+    def __init__(self, config: PasskeyConfig, corpus: Corpus) -> None:
         super().__init__(config)
         self.corpus, self.tokenizer = corpus, corpus.tokenizer
 

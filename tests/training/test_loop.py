@@ -62,7 +62,7 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
 
 def learner_of(config: RunConfig, optimizer=lambda model: torch.optim.SGD(model.parameters())) -> Learner:
     model = build_model(config.model, seed=config.seed)
-    return Learner(config, config.data.open(config), model, optimizer(model))
+    return Learner(config, config.open_data(), model, optimizer(model))
 
 
 # ---- a run
@@ -372,10 +372,10 @@ def test_a_file_is_no_folder(config_of, tmp_path):
 def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path, monkeypatch):
     opened = TextConfig.open
 
-    def slow(data, config, run):
+    def slow(data, vocab_size, run):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.yaml").write_text("the other's")
-        return opened(data, config, run)
+        return opened(data, vocab_size, run)
 
     monkeypatch.setattr(TextConfig, "open", slow)
     assert "already holds a run" in refusal(config_of(), tmp_path / "run")
@@ -618,7 +618,7 @@ def test_documents_are_packed_at_every_length(config_of, tmp_path):
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * (1 + number % 3))
     data = (f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "data.split=tail")
     learner = learner_of(config_of(*data, "training.evaluation_lengths=[64]"))
-    assert learner.source.most_documents[64] > learner.source.most_documents[16] > 1
+    assert learner.source.most_documents(64) > learner.source.most_documents(16) > 1
     losses = [learner.evaluate(final=True, length=length).loss for length in (16, 64)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
     assert all(map(math.isfinite, losses))

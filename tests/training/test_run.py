@@ -95,8 +95,8 @@ def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("tokenizer: bytes", "tokenizer: own"))
     (run / "tokenizer.json").write_text('{"of": "the run, ä"}', encoding="utf-8")
-    for module in ("run", "data.kinds.text"):
-        monkeypatch.setattr(f"seqmix.training.{module}.load_tokenizer", lambda name: Vocabulary(Path(name)))
+    for module in ("training.saved_run", "data.corpus_config"):
+        monkeypatch.setattr(f"seqmix.{module}.load_tokenizer", lambda name: Vocabulary(Path(name)))
     export_run(run, tmp_path / "model.safetensors")
     (run / "tokenizer.json").unlink()
     assert load_run(tmp_path / "model.safetensors").tokenizer.content == '{"of": "the run, ä"}'

@@ -83,7 +83,7 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
     config = packed_config("training.batch_size=4", "training.accumulate=2", f"data.split={split}")
     model = build_model(config.model)
-    learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+    learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
 
     def mean(batches) -> float:
         pieces = [piece for batch in batches for piece in alone(batch)]
@@ -102,7 +102,7 @@ def test_a_run_has_the_order_that_is_asked_for(packed_config):
     for order in ("epochs", "random_windows"):
         config = packed_config(f"data.order={order}", "data.packing=false", "training.steps=2")
         model = build_model(config.model)
-        learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+        learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
         model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         learner.step(1)
         expected = training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)

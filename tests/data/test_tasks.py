@@ -50,7 +50,7 @@ def opened():
     def call(kind: str, **fields) -> Task:
         config = DATA.resolve(kind)(**fields)
         if config not in made:
-            made[config] = config.open(None)
+            made[config] = config.open(2**20)
         return made[config]
 
     return call
@@ -422,7 +422,7 @@ def test_a_score_counts_every_answer_by_what_its_row_is():
 def test_accuracy_is_that_of_the_most_probable_token():
     config = load_config("mqar-tiny", SMALL)
     model = build_model(config.model, seed=1)
-    learner = Learner(config, config.data.open(config), model, torch.optim.SGD(model.parameters()))
+    learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
     found = learner.evaluate(final=True)
     right, asked, loss = {"2": 0, "4": 0}, {"2": 0, "4": 0}, 0.0
     for batch, slices in learner.source.evaluation_batches(8, None):
