@@ -67,8 +67,8 @@ def advance(
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
     """One token a row, in plain operations."""
     paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
-    logits, after = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
-    return logits[:, 0], after
+    output = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
+    return output.logits[:, 0], output.state
 
 
 def _compile(model: LanguageModel) -> Advance:

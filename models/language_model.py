@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
 from ..ops.context_parallel import Context
 from .config import ModelConfig, NormalInit
-from .loss import IGNORED, linear_cross_entropy, linear_predictions, token_losses
+from .loss import IGNORED, Reduction, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -25,10 +25,14 @@ ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
 class ModelOutput(NamedTuple):
     """What a model returns."""
 
-    logits: Float[Tensor, "..."]
-    """[B T vocab], or [M vocab] where `select` named M tokens."""
-    state: ModelState | None
-    """The state behind the last token; None unless wanted."""
+    logits: Float[Tensor, "..."] | None
+    """[B T vocab]; [M vocab] where `select` names M tokens; None where `targets` are given and no `select`."""
+    loss: Float[Tensor, "..."] | None = None
+    """The cross-entropy in nats, reduced as asked; None without `targets`."""
+    state: ModelState | None = None
+    """The state after the last token; None unless `return_state`."""
+    predictions: Int[Tensor, " P"] | None = None
+    """The most probable token at each of the P places with a target, row by row; None unless `return_predictions`."""
 
 
 class LanguageModel(nn.Module):
@@ -86,115 +90,88 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, "B T"],
         state: ModelState | None = None,
         *,
+        targets: Int[Tensor, "B T"] | None = None,
+        reduction: Reduction = "mean",
         paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
+        return_predictions: bool = False,
         select: Int[Tensor, " M"] | None = None,
     ) -> ModelOutput:
-        """Logits of the next token after each token of a segment.
+        """Logits of the next token after each token of a segment, or with `targets` their loss.
+
+        The loss and the predictions are computed without all logits in memory at once.
 
         Args:
-            tokens: the segment, [B T], T >= 1; whole on each of the ranks that `share` it, whose number divides T.
+            tokens: the segment, [B T], T >= 1; whole on each of the ranks that `share` it.
             state: what came before, from an earlier call or `init_state`; None means nothing.
-            paradigm: how every layer computes it, or one a layer; each layer's configured default when None.
-            cu_seqlens: borders of documents packed into one row; states then have a row a document.
-            return_state: whether the state behind the segment is wanted.
-            select: indexes into the B * T tokens (row by row): only their logits are computed.
+            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
+            reduction: of the loss, as in F.cross_entropy: "mean" over the targets (0 if there are none), "sum", or
+                "none" for one loss per token, [B T], 0 where nothing is to be predicted.
+            paradigm: how every layer computes it, or one per layer; each layer's configured default when None.
+            cu_seqlens: boundaries of documents packed into one row; states then have one row per document.
+            return_state: whether the state after the segment is wanted.
+            return_predictions: whether the most probable tokens at the places with a target are wanted.
+            select: indices into the B * T tokens (row by row): only their logits are computed.
+
+        On ranks that `share` sequences, what comes back is of each rank's own tokens (`own_targets`), and the mean is
+        over the targets of all: the ranks' losses add up to the whole sequence's. Their number divides T, unless there
+        are targets and no state is wanted: then the end is padded.
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
         """
-        x, after = self._hidden(tokens, state, paradigm, cu_seqlens, return_state)
-        if select is not None:
-            x = x.flatten(0, 1)[select]
-        return ModelOutput(self.head(self.norm(x)), after)
+        states = (None,) * len(self.blocks) if state is None else state
+        paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
+        for what, given in (("state", states), ("paradigms", paradigms)):
+            if len(given) != len(self.blocks):
+                raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
+        if targets is not None and not return_state:
+            tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
+        x, after = self.dropout(self.embedding(self._part(tokens))), []
+        for block, before, how in zip(self.blocks, states, paradigms, strict=True):
+            call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # ranks send each other what they do also where one needs nothing more of a block
+                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.context is None)
+            x, final = call(x, before)
+            after.append(final)
+        logits = loss = predictions = None
+        if targets is None or select is not None:
+            logits = self.head(self.norm(x if select is None else x.flatten(0, 1)[select]))
+        if targets is not None:
+            loss, predictions = self._loss(x, targets, reduction, return_predictions)
+        return ModelOutput(logits, loss, tuple(after) if return_state else None, predictions)
 
-    def loss(
-        self,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
-        *,
-        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
-        cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """The sum of the tokens' cross-entropies, in nats, without all logits in memory at once.
-
-        Args:
-            tokens: a segment with nothing before it, [B T], T >= 1.
-            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
-            paradigm: as in `forward`.
-            cu_seqlens: as in `forward`.
-
-        Raises:
-            ContractError: a layer does not declare the paradigm or packing.
-        """
-        tokens, cu_seqlens = self._filled(tokens, cu_seqlens)
-        x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, self.own_targets(targets).flatten())
-
-    def predictions(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, ""], Int[Tensor, " M"]]:
-        """The loss as above, and the most probable token at each of the M places that are asked, row by row.
-
-        Nothing is computed of the logits of other places.
-
-        Args:
-            tokens: a segment with nothing before it, [B T], T >= 1.
-            targets: what follows each token; `IGNORED` (-100) where nothing is asked. On ranks that `share` sequences,
-                what comes back is of each one's `own_targets`.
-        """
-        tokens, _ = self._filled(tokens, None)
-        x, _ = self._hidden(tokens, None, None, None, False)
-        targets = self.own_targets(targets)
-        asked = targets != IGNORED
-        return linear_predictions(self.norm(x[asked]), self.head.weight, targets[asked])
-
-    @torch.no_grad()
-    def token_losses(
-        self,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
-        *,
-        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
-        cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    ) -> Float[Tensor, "B T"]:
-        """The loss as above token by token, 0 where nothing is to be predicted; without gradients.
-
-        Raises:
-            ContractError: a layer does not declare the paradigm or packing.
-        """
-        tokens, cu_seqlens = self._filled(tokens, cu_seqlens)
-        x, _ = self._hidden(tokens, None, paradigm, cu_seqlens, False)
-        targets = self.own_targets(targets)
-        return token_losses(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
-
-    def loss_and_state(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], state: ModelState
-    ) -> tuple[Float[Tensor, ""], ModelState]:
-        """The loss as above of a segment behind a state, and the state behind it, both with gradients.
-
-        Args:
-            tokens: the segment, [B T], T >= 1.
-            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
-            state: what came before, from an earlier call or `init_state`.
-        """
-        x, after = self._hidden(tokens, state, None, None, True)
-        targets = self.own_targets(targets).flatten()
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets), after or ()
+    def _loss(
+        self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of the residual stream after the last block, and the predictions."""
+        own, predictions = self.own_targets(targets), None
+        reduce = "none" if reduction == "none" else "sum"
+        if return_predictions:  # nothing is computed at the other places
+            asked = own != IGNORED
+            found, predictions = linear_predictions(self.norm(x[asked]), self.head.weight, own[asked], reduce)
+            loss = found.new_zeros(own.shape).masked_scatter(asked, found) if reduction == "none" else found
+        else:
+            loss = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, own.flatten(), reduce)
+            loss = loss.view(own.shape) if reduction == "none" else loss
+        if reduction == "mean":
+            loss = loss / (targets != IGNORED).sum().clamp(min=1)
+        return loss, predictions
 
     def own_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
-        """Those of this rank's tokens, where ranks `share` sequences; nothing is asked behind the last token."""
+        """Those of this rank's tokens, where ranks `share` sequences; nothing is asked after the last token."""
         if self.context is None:
             return targets
         return self._part(F.pad(targets, (0, -targets.shape[1] % self.context.size), value=IGNORED))
 
-    def _filled(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens in equal segments for all ranks: what comes behind changes nothing before it."""
+    def _padded(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens in equal segments for all ranks: what comes after changes nothing before it."""
         if self.context is None or not (lacking := -tokens.shape[1] % self.context.size):
             return tokens, cu_seqlens
-        borders = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
-        return F.pad(tokens, (0, lacking)), borders
+        boundaries = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
+        return F.pad(tokens, (0, lacking)), boundaries
 
     def _part(self, tokens: Tensor) -> Tensor:
         """This rank's segment of sequences, or all of it."""
@@ -206,37 +183,6 @@ class LanguageModel(nn.Module):
                 "none: give a multiple"
             )
         return self.context.part(tokens)
-
-    def _hidden(
-        self,
-        tokens: Tensor,
-        state: ModelState | None,
-        paradigm: Paradigm | tuple[Paradigm, ...] | None,
-        cu_seqlens: Tensor | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
-        """The residual stream behind the last block, and the state."""
-        for what, given in (("state", state), ("paradigms", paradigm)):
-            if isinstance(given, tuple) and len(given) != len(self.blocks):
-                raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
-        x = self.dropout(self.embedding(self._part(tokens)))
-        states = []
-        for i, block in enumerate(self.blocks):
-            call = partial(
-                block,
-                paradigm=paradigm[i] if isinstance(paradigm, tuple) else paradigm,
-                cu_seqlens=cu_seqlens,
-                return_state=return_state,
-            )
-            before = None if state is None else state[i]
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                # ranks send each other what they do also where one needs nothing more of a block
-                with set_checkpoint_early_stop(self.context is None):
-                    x, after = checkpoint(call, x, before, use_reentrant=False)
-            else:
-                x, after = call(x, before)
-            states.append(after)
-        return x, tuple(states) if return_state else None
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
         """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""

@@ -101,8 +101,8 @@ def _read(
 ) -> tuple[Tensor, ModelState | None]:
     """One segment: the logits of the tokens that are selected, and the state behind it."""
     paradigms = model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-    logits, after = model(tokens, state, paradigm=paradigms, cu_seqlens=cu_seqlens, return_state=True, select=wanted)
-    return logits, after
+    output = model(tokens, state, paradigm=paradigms, cu_seqlens=cu_seqlens, return_state=True, select=wanted)
+    return output.logits, output.state
 
 
 def compile_reading(model: LanguageModel) -> Read:

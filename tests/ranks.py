@@ -160,7 +160,7 @@ def model_as_one(preset: str) -> None:
         losses = []
         for model in (alone, shared):
             model.zero_grad()
-            losses.append(model.loss(tokens, targets, cu_seqlens=borders))
+            losses.append(model(tokens, targets=targets, reduction="sum", cu_seqlens=borders).loss)
             losses[-1].backward()
         total = losses[1].detach().clone()
         dist.all_reduce(total)
@@ -170,11 +170,11 @@ def model_as_one(preset: str) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
     with torch.no_grad():
         first, second = (tokens[:, :6], tokens[:, 6:12])
-        logits, state = alone(first, return_state=True)
-        ours, mine = shared(first, return_state=True)
-        torch.testing.assert_close(ours, context().part(logits))
-        torch.testing.assert_close(to_dict(mine), to_dict(state))
-        torch.testing.assert_close(shared(second, mine).logits, context().part(alone(second, state).logits))
+        whole = alone(first, return_state=True)
+        ours = shared(first, return_state=True)
+        torch.testing.assert_close(ours.logits, context().part(whole.logits))
+        torch.testing.assert_close(to_dict(ours.state), to_dict(whole.state))
+        torch.testing.assert_close(shared(second, ours.state).logits, context().part(alone(second, whole.state).logits))
 
 
 def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:

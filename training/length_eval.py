@@ -186,13 +186,14 @@ def require_paradigm_name(name: str, allowed: Sequence[Paradigm]) -> Paradigm:
     return Paradigm(name)
 
 
+@torch.no_grad()
 def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm | None) -> Float[Tensor, "B T"]:
     """The loss of each token; documents start from nothing where the run packs them."""
     batch = Batch(*(part.to(model.device) for part in batch))
     if (packed := source.packed(batch)) is None:
-        return model.token_losses(batch.inputs, batch.targets, paradigm=paradigm)
-    losses = model.token_losses(packed.inputs, packed.targets, paradigm=paradigm, cu_seqlens=packed.cu_seqlens)
-    return losses.view(batch.inputs.shape)
+        return model(batch.inputs, targets=batch.targets, reduction="none", paradigm=paradigm).loss
+    options = {"paradigm": paradigm, "cu_seqlens": packed.cu_seqlens}
+    return model(packed.inputs, targets=packed.targets, reduction="none", **options).loss.view(batch.inputs.shape)
 
 
 def _bins(length: int, trained: int) -> list[tuple[int, int]]:

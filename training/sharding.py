@@ -25,7 +25,7 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # nothing that a model returns is written in place while there are gradients: a state may be a view
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -34,8 +34,6 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
-    for name in ("loss", "loss_and_state", "predictions", "token_losses"):
-        register_fsdp_forward_method(model, name)
     model.share(ranks.context)
 
 

@@ -128,8 +128,8 @@ class Learner:
                 score.add(self._loss_sum(placed).item(), int((targets != IGNORED).sum()))
             else:
                 with self._autocast():
-                    loss, predicted = self.model.predictions(*placed)
-                score.add_answers(loss.item(), predicted.cpu(), targets, slices)
+                    output = self.model(placed.inputs, targets=placed.targets, reduction="sum", return_predictions=True)
+                score.add_answers(output.loss.item(), output.predictions.cpu(), targets, slices)
         return Score.merged(self.ranks.gather(score.counts)).measured if self.ranks.size > 1 else score.measured
 
     def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
@@ -205,12 +205,14 @@ class Learner:
         packed = self.source.packed(batch)
         with self._autocast():
             if packed is None:
-                return self.model.loss(batch.inputs, batch.targets)
-            return self.model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
+                return self.model(batch.inputs, targets=batch.targets, reduction="sum").loss
+            found = self.model(packed.inputs, targets=packed.targets, reduction="sum", cu_seqlens=packed.cu_seqlens)
+            return found.loss
 
     def _carried_loss_sum(self, batch: Batch, state: ModelState) -> tuple[torch.Tensor, ModelState]:
         with self._autocast():
-            return self.model.loss_and_state(batch.inputs, batch.targets, state)
+            found = self.model(batch.inputs, state, targets=batch.targets, reduction="sum", return_state=True)
+            return found.loss, found.state
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=self.precision, enabled=self.precision != torch.float32)

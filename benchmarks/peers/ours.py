@@ -44,7 +44,7 @@ class Seqmix(Competitor):
         return self.module(tokens).logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.module.loss(tokens, targets) / targets.numel()
+        return self.module(tokens, targets=targets).loss
 
     def read(self, tokens: Tensor) -> Any:
         batch, length = tokens.shape

@@ -51,6 +51,10 @@ def alone(batch: Batch) -> list[Batch]:
     return found
 
 
+def loss_sum(model, inputs, targets):
+    return model(inputs, targets=targets, reduction="sum").loss
+
+
 def gradients(model, loss) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
@@ -68,14 +72,14 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
     pieces = alone(batch)
     assert len(pieces) > 6 + 2
     packed = pack(batch, most_documents(corpus.train, LENGTH, BEGIN), BEGIN)
-    loss = model.loss(packed.inputs, packed.targets, cu_seqlens=packed.cu_seqlens)
-    expected = sum(model.loss(piece.inputs, piece.targets) for piece in pieces)
+    loss = model(packed.inputs, targets=packed.targets, reduction="sum", cu_seqlens=packed.cu_seqlens).loss
+    expected = sum(loss_sum(model, *piece) for piece in pieces)
     assert_close(loss, expected, rtol=1e-9, atol=0)
     found, wanted = gradients(model, loss), gradients(model, expected)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    crossing = model.loss(*batch)
+    crossing = loss_sum(model, *batch)
     assert abs(crossing - expected) > 1e-4  # the documents are not so much alike that the test sees nothing
 
 
@@ -88,7 +92,7 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
     def mean(batches) -> float:
         pieces = [piece for batch in batches for piece in alone(batch)]
         with torch.no_grad():
-            total = sum(float(model.loss(piece.inputs, piece.targets)) for piece in pieces)
+            total = sum(float(loss_sum(model, *piece)) for piece in pieces)
         return total / sum(int((piece.targets != IGNORED).sum()) for piece in pieces)
 
     expected = mean([training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=3)])

@@ -48,7 +48,7 @@ def run(model, batch_size=2, length=8):
     for seed in range(3):
         tokens = torch.randint(0, 257, (batch_size, length), generator=torch.Generator().manual_seed(seed))
         model.train()
-        loss = model.loss(tokens, tokens)
+        loss = model(tokens, targets=tokens, reduction="sum").loss
         loss.backward()
         results.append(loss.detach())
         model.eval()
@@ -56,7 +56,7 @@ def run(model, batch_size=2, length=8):
             results.append(model(tokens).logits)
             state = model.init_state(batch_size, max_length=4)
             for step in range(4):
-                logits, state = model(
+                logits, _, state, _ = model(
                     tokens[:, step : step + 1], state, paradigm=model.prefer(Paradigm.RECURRENT), return_state=True
                 )
                 results.append(logits)

@@ -161,7 +161,7 @@ def decoded(model, length, at):
         for step in range(1, length + 1):
             token = logits.argmax(-1, keepdim=True) if logits.ndim == 2 else logits[:, -1].argmax(-1, keepdim=True)
             with Work() as counted:
-                logits, state = model(token, state, paradigm=Paradigm.RECURRENT, return_state=True)
+                logits, _, state, _ = model(token, state, paradigm=Paradigm.RECURRENT, return_state=True)
             if step in at:
                 work[step] = (counted.operations, counted.elements)
             sizes.append(nbytes(state))

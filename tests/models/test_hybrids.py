@@ -55,16 +55,13 @@ def losses(run):
 @torch.no_grad()
 def continued(model, prompt, steps, *, again):
     """The greedy continuation and its logits: token by token, or the whole text read again for every token."""
-    logits, state = model(prompt[None], return_state=True)
+    output = model(prompt[None], return_state=True)
     text, seen = prompt[None], []
     for _ in range(steps):
-        seen.append(logits[0, -1])
-        token = logits[:, -1:].argmax(-1)
+        seen.append(output.logits[0, -1])
+        token = output.logits[:, -1:].argmax(-1)
         text = torch.cat((text, token), dim=1)
-        if again:
-            logits, _ = model(text)
-        else:
-            logits, state = model(token, state, paradigm=Paradigm.RECURRENT, return_state=True)
+        output = model(text) if again else model(token, output.state, paradigm=Paradigm.RECURRENT, return_state=True)
     return text[0, len(prompt) :], torch.stack(seen)
 
 

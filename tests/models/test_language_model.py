@@ -223,7 +223,7 @@ def of_a_step(model, *, seed=0):
     torch.manual_seed(seed)
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model.loss(tokens(64, 2), tokens(64, 2, seed=2))
+        loss = model(tokens(64, 2), targets=tokens(64, 2, seed=2), reduction="sum").loss
     size = sum(kept.values())
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, size

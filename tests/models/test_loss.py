@@ -106,13 +106,59 @@ def test_nothing_to_predict_is_a_loss_of_zero():
     assert not d_weight.any()
 
 
-def test_a_models_loss_is_that_of_its_logits(model_of):
-    model = model_of("retention", "attention")
-    x = torch.randint(0, 257, (2, 13))
-    targets = torch.randint(0, 257, (2, 13))
+@pytest.mark.usefixtures("in_parts")
+def test_the_losses_of_tokens_add_up():
+    hidden, weight, targets = data()
+    losses = linear_cross_entropy(hidden, weight, targets, "none")
+    assert losses.shape == targets.shape
+    assert not losses[targets == IGNORED].any()
+    actual, expected = losses.sum(), linear_cross_entropy(hidden, weight, targets)
+    for one, other in zip(
+        with_gradients(actual, hidden, weight), with_gradients(expected, hidden, weight), strict=True
+    ):
+        assert_close(one, other)
+
+
+@pytest.fixture
+def asked():
+    x, targets = torch.randint(0, 257, (2, 2, 13), generator=torch.Generator().manual_seed(0))
     targets[0, 3] = IGNORED
+    return x, targets
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_models_loss_is_that_of_its_logits(model_of, asked, reduction):
+    model, (x, targets) = model_of("retention", "attention"), asked
     borders = torch.tensor([0, 5, 13])
-    for batch, options in ((slice(None), {}), (slice(0, 1), {"cu_seqlens": borders, "paradigm": "parallel"})):
-        logits = model(x[batch], **options).logits.flatten(0, 1)
-        expected = F.cross_entropy(logits, targets[batch].flatten(), ignore_index=IGNORED, reduction="sum")
-        assert_close(model.loss(x[batch], targets[batch], **options), expected)
+    for rows, options in ((slice(None), {}), (slice(0, 1), {"cu_seqlens": borders, "paradigm": "parallel"})):
+        logits = model(x[rows], **options).logits.flatten(0, 1)
+        expected = F.cross_entropy(logits, targets[rows].flatten(), ignore_index=IGNORED, reduction=reduction)
+        output = model(x[rows], targets=targets[rows], reduction=reduction, **options)
+        assert_close(output.loss, expected.view(output.loss.shape))
+        assert output.logits is None
+        assert output.loss.shape == (x[rows].shape if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_predictions_are_the_most_probable_tokens_where_something_is_asked(model_of, asked, reduction):
+    model, (x, targets) = model_of("retention", "attention"), asked
+    output = model(x, targets=targets, reduction=reduction, return_predictions=True)
+    assert_close(output.predictions, model(x).logits.argmax(-1)[targets != IGNORED])
+    assert_close(output.loss, model(x, targets=targets, reduction=reduction).loss)
+    assert model(x, targets=targets).predictions is None
+
+
+def test_loss_logits_and_state_are_had_of_one_call(model_of, asked):
+    model, (x, targets) = model_of("retention", "attention"), asked
+    whole = model(x, targets=targets, reduction="none").loss
+    first = model(x[:, :5], targets=targets[:, :5], reduction="none", return_state=True, select=torch.tensor([2, 7]))
+    second = model(x[:, 5:], first.state, targets=targets[:, 5:], reduction="none")
+    assert_close(torch.cat((first.loss, second.loss), 1), whole)
+    assert_close(first.logits, model(x).logits[[0, 1], [2, 2]])
+
+
+def test_a_mean_over_nothing_is_zero(model_of, asked):
+    model, (x, targets) = model_of("retention"), asked
+    output = model(x, targets=targets.fill_(IGNORED), return_predictions=True)
+    assert output.loss == 0
+    assert len(output.predictions) == 0

@@ -64,13 +64,9 @@ def test_a_paradigm_that_computes_something_else_is_seen(opened):
 def test_all_lengths_read_the_same_text(opened):
     model, text = opened()
     seen = {}
-    hidden = model._hidden
-
-    def reading(tokens, *rest):
-        seen.setdefault(tokens.shape[1], []).append(tokens.flatten())
-        return hidden(tokens, *rest)
-
-    model._hidden = reading
+    model.register_forward_pre_hook(
+        lambda module, args: seen.setdefault(args[0].shape[1], []).append(args[0].flatten())
+    )
     list(by_length(model, text, [16, 24, 64], paradigms=lambda _: [Paradigm.CHUNKWISE], tokens=128))
     texts = {length: torch.cat(parts) for length, parts in seen.items()}
     assert torch.equal(texts[16], texts[64])
