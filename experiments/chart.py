@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 SI = ("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18)
@@ -36,10 +36,8 @@ class Line:
     def finite(self) -> "Line":
         """The points that can be drawn: with numbers, and not infinite."""
         kept = [i for i, point in enumerate(zip(self.x, self.y, strict=True)) if all(map(math.isfinite, point))]
-        pick = {name: [getattr(self, name)[i] for i in kept] for name in ("x", "y")}
-        if self.low:
-            pick |= {name: [getattr(self, name)[i] for i in kept] for name in ("low", "high")}
-        return Line(self.name, **pick, style=self.style, faint=self.faint)
+        parts = ("x", "y", "low", "high") if self.low else ("x", "y")
+        return replace(self, **{name: [getattr(self, name)[i] for i in kept] for name in parts})
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,6 @@ class Chart:
     lines: Sequence[Line] = field(default_factory=tuple)
     joined: bool = True
     """Whether points are joined by a line."""
-
-    def drawable(self) -> "Chart | None":
-        """The chart without points that are no numbers, and without lines that have none; None if nothing is left."""
-        lines = [kept for line in self.lines if (kept := line.finite()).x]
-        return Chart(self.title, self.caption, self.x, self.y, lines, self.joined) if lines else None
 
     def scales(self) -> "tuple[Scale, Scale]":
         """The two axes over all lines."""
@@ -194,6 +187,15 @@ def number(value: float) -> str:
 
 def _exact(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else f"{value:g}"
+
+
+def drawable(charts: Iterable[Chart]) -> list[Chart]:
+    """Charts without points that are no numbers, and without lines and charts that have no other."""
+    found = []
+    for chart in charts:
+        if lines := [kept for line in chart.lines if (kept := line.finite()).x]:
+            found.append(replace(chart, lines=lines))
+    return found
 
 
 def legend(charts: Iterable[Chart]) -> list[tuple[str, int]]:

@@ -11,8 +11,8 @@ from typing import Any
 from ..registry import ConfigError
 from ..registry.yaml_writer import write as to_yaml
 from ..training import CheckpointError, read_config
-from ..training.logging import METRICS_FILE
 from ..training.provenance import SESSIONS_FILE
+from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
@@ -65,7 +65,7 @@ def entry_result(entry: PlannedEntry) -> EntryResult:
 
 def is_finished(run: PlannedRun, folder: Path) -> bool:
     """Whether a folder has the whole of a run."""
-    return any(line.get("final") and line["step"] == run.config.training.steps for line in _lines(folder))
+    return any(line.get("final") and line["step"] == run.config.training.steps for line in _measurements(folder))
 
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
@@ -78,23 +78,18 @@ def is_same(run: PlannedRun, folder: Path) -> bool:
 
 def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> RunResult:
     """What a run's folder tells; `error` is why it failed."""
-    lines = _lines(folder) if is_same(run, folder) else []
+    lines = _measurements(folder) if is_same(run, folder) else []
+    add_time(lines, run.tokens_per_step)
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
-    final: dict[str, Any] = next((line for line in evaluated if line.get("final")), {})
-    per_token = 3 * run.cost.flops_per_token
+    final: Measurement = next((line for line in evaluated if line.get("final")), {})
+    per_token = 3.0 * run.cost.flops_per_token
 
-    def so_far(step: int) -> dict[str, Any]:
-        tokens = step * run.tokens_per_step
-        return {
-            "step": step,
-            "tokens": tokens,
-            "flops": float(per_token * tokens),
-            "seconds": _seconds(logged, step, run.tokens_per_step),
-        }
+    def fields(line: Measurement, *names: str) -> dict[str, Any]:
+        found = {name: line.get(name) for name in ("step", "tokens", "seconds", *names)}
+        return found | {"flops": per_token * line["tokens"]}
 
     memory = [line["memory_bytes"] for line in logged if line.get("memory_bytes") is not None]
-    speeds = [line["tokens_per_second"] for line in logged]
     return RunResult(
         name=run.name,
         entry=run.entry,
@@ -104,61 +99,32 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
         **run.cost._asdict(),
         status="finished" if final else "failed" if error is not None else "missing",
         error=None if final else error,
-        seconds=_seconds(logged, logged[-1]["step"], run.tokens_per_step) if logged else None,
-        tokens_per_second=median(speeds) if speeds else None,
+        seconds=logged[-1]["seconds"] if logged else None,
+        tokens_per_second=median(line["tokens_per_second"] for line in logged) if logged else None,
         peak_memory_bytes=max(memory, default=None),
         validation_loss=final.get("validation_loss"),
         accuracy=final.get("accuracy"),
         accuracy_by=final.get("accuracy_by", {}),
         validation_loss_by_length=final.get("validation_loss_by_length", {}),
-        history=tuple(Point(**so_far(line["step"]), loss=line["loss"]) for line in logged),
-        evaluations=tuple(
-            EvaluationPoint(
-                **so_far(line["step"]), validation_loss=line["validation_loss"], accuracy=line.get("accuracy")
-            )
-            for line in evaluated
-        ),
+        history=tuple(Point(**fields(line, "loss")) for line in logged),
+        evaluations=tuple(EvaluationPoint(**fields(line, "validation_loss", "accuracy")) for line in evaluated),
     )
 
 
-def _seconds(logged: Iterable[Mapping[str, Any]], step: int, tokens: int) -> float:
-    """Of the first steps, each as quick as the next one that was logged."""
-    seconds, before, speed = 0.0, 0, None
-    for line in logged:
-        here, speed = min(line["step"], step), line["tokens_per_second"]
-        seconds += (here - before) * tokens / speed
-        before = here
-        if here == step:
-            break
-    return seconds + ((step - before) * tokens / speed if speed else 0.0)
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    """The measurements of a run, but for lines that are damaged or cut short."""
+def _measurements(folder: Path) -> list[Measurement]:
+    """Lines with the finite numbers that every step, or every evaluation, writes."""
     try:
-        text = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+        return [line for line in read_measurements(folder) if _is_whole(line)]
     except OSError:
         return []
-    found = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if _is_measurement(values):
-            found.append(values)
-    return found
 
 
-def _is_measurement(values: Any) -> bool:
-    """Whether a line has the finite numbers that every step, or every evaluation, writes."""
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return False
-    needed = ("validation_loss",) if "validation_loss" in values else ("loss", "tokens_per_second")
-    numbers = [values.get(name) for name in needed]
+def _is_whole(line: Measurement) -> bool:
+    needed = ("validation_loss",) if "validation_loss" in line else ("loss", "tokens_per_second")
+    numbers = [line.get(name) for name in needed]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
         return False
-    return values.get("tokens_per_second", 1) > 0
+    return line.get("tokens_per_second", 1) > 0
 
 
 def _machine(folders: Iterable[Path]) -> Machine:
@@ -176,11 +142,9 @@ def _beside(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
     """A paper's figure and ours, of the first variant."""
     row = next((row for row in summary if row.entry == figure.entry), None)
     ours = None
-    if row is not None and figure.ours == "accuracy":
-        ours = row.accuracy and row.accuracy.mean
-    elif row is not None:
-        loss = row.validation_loss.mean
-        ours = loss
-        if figure.ours == "perplexity":
-            ours = math.exp(loss) if loss < LARGEST_EXPONENT else None
+    if row is not None:
+        found = row.accuracy if figure.ours == "accuracy" else row.validation_loss
+        ours = found and found.mean
+        if ours is not None and figure.ours == "perplexity":
+            ours = math.exp(ours) if ours < LARGEST_EXPONENT else None
     return PaperRow(label=figure.label, entry=figure.entry, theirs=figure.theirs, ours=ours)

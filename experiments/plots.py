@@ -2,18 +2,23 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from .chart import ACCURACY, LOSS, Axis, Chart, Line
-from .results import EvaluationPoint, Results, RunResult, Statistic, SummaryRow
+from .chart import ACCURACY, LOSS, Axis, Chart, Line, drawable
+from .results import Results, RunResult, Statistic, SummaryRow
 from .summary import best_first, statistic
 
 VALIDATION, TRAINING = Axis(f"validation {LOSS.label}"), Axis(f"training {LOSS.label}")
+MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
+"""The axis of each field of a point."""
 MOST_VARIANTS = 4
 """Variants whose curves are drawn, a chart each; of more, the ends are compared."""
+
+Point = tuple[float, float, float, float]
+"""x, y, and the lowest and the highest y of its band."""
 
 
 class Plots:
@@ -27,9 +32,12 @@ class Plots:
         self.results = results
         self.styles = {entry.name: i for i, entry in enumerate(results.entries)}
         self.variants = _distinct(row.variant for row in results.summary)
-        self.evaluated = all(len(run.evaluations) > 1 for run in results.runs if run.status == "finished")
-        """Whether curves are those of evaluations: runs with one at the end have those of training."""
+        evaluated = all(len(run.evaluations) > 1 for run in results.runs if run.status == "finished")
+        self.course = "validation_loss" if evaluated else "loss"
+        """What curves show: of runs with one evaluation at the end, the training loss."""
         self.has_accuracy = any(row.accuracy is not None for row in results.summary)
+        self.axis, self.measured = (ACCURACY, "Accuracy") if self.has_accuracy else (VALIDATION, "Validation loss")
+        """What the study compares by."""
 
     def score(self, row: SummaryRow) -> Statistic | None:
         """What a study compares by: accuracy of tasks, validation loss of text."""
@@ -43,35 +51,38 @@ class Plots:
 
     def curves(self) -> list[Chart]:
         """How training went."""
-        found: list[Chart | None] = []
-        if len(self.variants) <= 1:
-            found += [
-                self._curve("Loss over tokens", Axis("tokens"), lambda e: e.tokens),
-                self._curve("Loss over computation", Axis("training FLOPs"), lambda e: e.flops),
-                self._curve("Loss over time", Axis("time", unit="seconds"), lambda e: e.seconds),
-                self._curve("Accuracy over tokens", Axis("tokens"), lambda e: e.tokens, accuracy=True),
+        tokens = partial(self._curve, "Loss over tokens", Axis("tokens"), "tokens", self.course)
+        if 1 < len(self.variants) <= MOST_VARIANTS:
+            return drawable(tokens(variant) for variant in self.variants)
+        if self.variants[1:]:
+            return []
+        return drawable(
+            [
+                tokens(),
+                self._curve("Loss over computation", Axis("training FLOPs"), "flops", self.course),
+                self._curve("Loss over time", Axis("time", unit="seconds"), "seconds", self.course),
+                self._curve("Accuracy over tokens", Axis("tokens"), "tokens", "accuracy"),
             ]
-        elif len(self.variants) <= MOST_VARIANTS:
-            for variant in self.variants:
-                found.append(self._curve("Loss over tokens", Axis("tokens"), lambda e: e.tokens, variant=variant))
-        return _drawable(found)
+        )
 
     def outcomes(self) -> list[Chart]:
         """What came out: by difficulty, by length, by what was varied, over the state and the learning rate."""
         names = dict.fromkeys(name for row in self.results.summary for name in row.accuracy_by)
         found = [self._difficulty(name) for name in names]
-        return _drawable([*found, self._lengths(), self._variants(), self._states(), self._learning_rates()])
+        return drawable([*found, self._lengths(), *self._variants(), *self._states(), *self._learning_rates()])
 
     def speed(self) -> list[Chart]:
         """What training and decoding cost."""
         speed = self.results.speed
         long = Axis("tokens of a sequence", ticks=sorted({row.length for row in speed.train}))
         read = Axis("tokens read before", ticks=sorted({row.context for row in speed.decode}))
-        train = partial(self._cost, speed.train, "length", long)
-        decode = partial(self._cost, speed.decode, "context", read)
+        train, decode = (
+            partial(self._cost, speed.train, "length", long),
+            partial(self._cost, speed.decode, "context", read),
+        )
         rate, memory = Axis("tokens per second", zero=True), Axis("peak memory", unit="bytes", zero=True)
         time, state = Axis("time per token", unit="seconds", zero=True), Axis("state", unit="bytes")
-        return _drawable(
+        return drawable(
             [
                 train("Training speed", "tokens_per_second", rate, "Of training steps. Higher is faster."),
                 train("Memory of training", "memory_bytes", memory, "Beyond parameters and optimizer, in a step."),
@@ -83,210 +94,171 @@ class Plots:
 
     # ---- one chart each
 
-    def _curve(
-        self,
-        title: str,
-        x: Axis,
-        place: Callable[[Any], float | None],
-        *,
-        accuracy: bool = False,
-        variant: Mapping[str, Any] | None = None,
-    ) -> Chart:
-        lines = []
-        many = False
+    def _curve(self, title: str, x: Axis, over: str, measure: str, variant: Mapping[str, Any] | None = None) -> Chart:
+        """The mean over seeds of a measure, and the lowest and highest of them."""
+        points, many = {}, False
         for row in self.results.summary:
-            runs = self._runs(row)
-            if (variant is not None and row.variant != variant) or not runs:
-                continue
-            many |= len(runs) > 1
-            lines.append(self._mean_line(row.entry, runs, place, accuracy=accuracy))
+            runs = self._runs(row) if variant is None or row.variant == variant else []
+            if runs:
+                points[row.entry] = list(_mean_course(runs, over, measure))
+                many |= len(runs) > 1
+        y = MEASURED[measure]
         band = ": mean of the seeds, in a band from the lowest to the highest of them." if many else "."
-        y = ACCURACY if accuracy else VALIDATION if self.evaluated else TRAINING
         caption = f"{y.label.partition(' (')[0].capitalize()} as training went on{band}"
-        return Chart(title if variant is None else f"{title}: {said(variant)}", caption, x, y, lines)
+        return self._chart(
+            title if variant is None else f"{title}: {said(variant)}", caption, x, y, points, banded=many
+        )
 
     def _difficulty(self, name: str) -> Chart:
-        rows = [row for row in self.results.summary if name in row.accuracy_by]
-        keys = list(dict.fromkeys(key for row in rows for key in row.accuracy_by[name]))
-        numeric = all(_is_number(key) for key in keys)
-        keys = sorted(keys, key=float) if numeric else keys
-        place = {key: float(key) if numeric else float(i) for i, key in enumerate(keys)}
-        lines = []
-        for row in self._of_best_variant(rows):
-            slices = row.accuracy_by[name]
-            points = [(place[key], slices[key]) for key in keys if key in slices]
-            lines.append(self._line(row.entry, points, y=ACCURACY))
+        rows = self._of_best_variant(row for row in self.results.summary if name in row.accuracy_by)
+        keys = dict.fromkeys(key for row in self.results.summary for key in row.accuracy_by.get(name, ()))
         said_name = name.replace("_", " ")
-        label = self.results.x_label or said_name
-        axis = Axis(label, ticks=[place[key] for key in keys]) if numeric else Axis(label, names=keys)
-        return Chart(
-            f"Accuracy by {said_name}",
-            "The share of asked tokens that are right, at each difficulty; harder is to the right."
-            if numeric
-            else "The share of asked tokens that are right, in each slice.",
-            axis,
-            ACCURACY,
-            lines,
-        )
+        axis, place = _axis_of(self.results.x_label or said_name, keys)
+        points = {
+            row.entry: sorted(
+                _spread(place[repr(key)], value, ACCURACY) for key, value in row.accuracy_by[name].items()
+            )
+            for row in rows
+        }
+        caption = "The share of asked tokens that are right, "
+        caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
+        return self._chart(f"Accuracy by {said_name}", caption, axis, ACCURACY, points)
 
     def _lengths(self) -> Chart:
-        lines = []
-        rows = self._of_best_variant(self.results.summary)
-        for row in rows:
-            points = sorted((float(length), loss) for length, loss in row.validation_loss_by_length.items())
-            lines.append(self._line(row.entry, points, y=VALIDATION))
-        lengths = {float(length) for row in rows for length in row.validation_loss_by_length}
-        return Chart(
-            "Loss over length",
+        points = {
+            row.entry: sorted(
+                _spread(float(length), loss, VALIDATION) for length, loss in row.validation_loss_by_length.items()
+            )
+            for row in self._of_best_variant(self.results.summary)
+        }
+        caption = (
             "Validation loss at sequences of each length: flat or falling is a model that works beyond what it was "
-            "trained on.",
-            Axis("tokens of a sequence", ticks=sorted(lengths)),
-            VALIDATION,
-            lines,
+            "trained on."
         )
+        axis = Axis("tokens of a sequence", ticks=sorted({point[0] for found in points.values() for point in found}))
+        return self._chart("Loss over length", caption, axis, VALIDATION, points)
 
-    def _variants(self) -> Chart | None:
+    def _variants(self) -> Iterator[Chart]:
         """The score over what was varied, if that is one field."""
         keys = {key for variant in self.variants for key in variant}
         if len(self.variants) < 2 or len(keys) != 1:
-            return None
+            return
         (key,) = keys
-        values = list(dict.fromkeys(variant.get(key) for variant in self.variants))
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         label = said_key(key)
-        axis = Axis(label, ticks=sorted(values)) if numeric else Axis(label, names=[str(value) for value in values])
-        place = {repr(value): value if numeric else float(i) for i, value in enumerate(values)}
-        lines = []
-        for entry in self.styles:
-            rows = [row for row in self.results.summary if row.entry == entry]
-            points = [(place[repr(row.variant[key])], score) for row in rows if (score := self.score(row)) is not None]
-            lines.append(self._line(entry, sorted(points, key=lambda point: point[0]), y=self._axis))
-        return Chart(f"{self._measured} over {label}", f"Each entry at each value of {label}.", axis, self._axis, lines)
+        axis, place = _axis_of(label, [variant.get(key) for variant in self.variants])
+        points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
+        for row in self.results.summary:
+            points[row.entry] += self._scored(place[repr(row.variant[key])], row)
+        points = {entry: sorted(found) for entry, found in points.items()}
+        caption = f"Each entry at each value of {label}."
+        yield self._chart(f"{self.measured} over {label}", caption, axis, self.axis, points)
 
-    def _states(self) -> Chart | None:
+    def _states(self) -> Iterator[Chart]:
         rows = self._of_best_variant(self.results.summary)
         if len(rows) < 2:
-            return None
-        lines = [
-            self._line(row.entry, [(self.results.entry_of(row).state_bytes, score)], y=self._axis)
-            for row in rows
-            if (score := self.score(row)) is not None
-        ]
-        growing = [row.entry for row in rows if self.results.entry_of(row).state_grows]
+            return
+        entries = {row.entry: self.results.entry_of(row) for row in rows}
         better = "up" if self.has_accuracy else "down"
         caption = f"What was reached with a state of that size; {better} and to the left is better."
-        if growing:
+        if growing := [name for name, entry in entries.items() if entry.state_grows]:
             caption += (
                 f" The state of {' and '.join(growing)} grows with the text: its size is that at the trained length."
             )
+        points = {row.entry: self._scored(entries[row.entry].state_bytes, row) for row in rows}
         axis = Axis("state of one sequence", unit="bytes", log=True)
-        return Chart(f"{self._measured} and state", caption, axis, self._axis, lines, joined=False)
+        yield self._chart(f"{self.measured} and state", caption, axis, self.axis, points, joined=False)
 
-    def _learning_rates(self) -> Chart | None:
-        rates = _distinct(run.learning_rate for run in self.results.runs)
+    def _learning_rates(self) -> Iterator[Chart]:
+        rates = sorted({run.learning_rate for run in self.results.runs})
         if len(rates) < 2:
-            return None
-        lines = []
+            return
+        points: dict[str, list[Point]] = {}
         for row in self._of_best_variant(self.results.summary):
-            runs = [run for run in self.results.runs if (run.entry, run.variant) == (row.entry, row.variant)]
-            points = []
-            for rate in sorted(rates):
-                ends = [end for run in runs if run.learning_rate == rate and (end := self._end(run)) is not None]
-                if ends:
-                    points.append((rate, statistic(ends)))
-            lines.append(self._line(row.entry, points, y=self._axis))
-        return Chart(
-            f"{self._measured} over learning rate",
-            "The end of every run. An entry whose best is at the edge may be better beyond it.",
-            Axis("learning rate", log=True, ticks=sorted(rates)),
-            self._axis,
-            lines,
-        )
+            ends: dict[float, list[float]] = {rate: [] for rate in rates}
+            for run in self.results.runs:
+                end = run.accuracy if self.has_accuracy else run.validation_loss
+                if (run.entry, run.variant) == (row.entry, row.variant) and end is not None:
+                    ends[run.learning_rate].append(end)
+            points[row.entry] = [_spread(rate, statistic(found), self.axis) for rate, found in ends.items() if found]
+        caption = "The end of every run. An entry whose best is at the edge may be better beyond it."
+        axis = Axis("learning rate", log=True, ticks=rates)
+        yield self._chart(f"{self.measured} over learning rate", caption, axis, self.axis, points)
 
     def _cost(self, rows: Sequence[Any], over: str, x: Axis, title: str, measure: str, y: Axis, caption: str) -> Chart:
-        lines = []
-        for entry, style in self.styles.items():
-            found = [(getattr(row, over), getattr(row, measure)) for row in rows if row.entry == entry]
-            points = sorted(point for point in found if point[1] is not None)
-            lines.append(Line(entry, [x for x, _ in points], [y for _, y in points], style=style))
-        return Chart(title, caption, x, y, lines)
+        points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
+        for row in rows:
+            if (value := getattr(row, measure)) is not None:
+                points[row.entry].append((getattr(row, over), value, value, value))
+        return self._chart(title, caption, x, y, {entry: sorted(found) for entry, found in points.items()})
 
     # ---- what they share
 
-    @property
-    def _measured(self) -> str:
-        return "Accuracy" if self.has_accuracy else "Validation loss"
+    def _chart(
+        self,
+        title: str,
+        caption: str,
+        x: Axis,
+        y: Axis,
+        points: Mapping[str, Sequence[Point]],
+        *,
+        joined: bool = True,
+        banded: bool = False,
+    ) -> Chart:
+        lines = []
+        for entry, found in points.items():
+            parts = 4 if banded or any(low < high for *_, low, high in found) else 2
+            columns = list(zip(*found, strict=True)) or [(), ()]
+            lines.append(Line(entry, *map(list, columns[:parts]), style=self.styles[entry]))
+        return Chart(title, caption, x, y, lines, joined)
 
-    @property
-    def _axis(self) -> Axis:
-        return ACCURACY if self.has_accuracy else VALIDATION
-
-    def _end(self, run: RunResult) -> float | None:
-        return run.accuracy if self.has_accuracy else run.validation_loss
+    def _scored(self, x: float, row: SummaryRow) -> list[Point]:
+        return [] if (score := self.score(row)) is None else [_spread(x, score, self.axis)]
 
     def _runs(self, row: SummaryRow) -> list[RunResult]:
         """The finished runs that a line of the summary sums up."""
         chosen = (row.entry, row.variant, row.learning_rate)
-        return [
-            run
-            for run in self.results.runs
-            if run.status == "finished" and (run.entry, run.variant, run.learning_rate) == chosen
-        ]
+        found = [run for run in self.results.runs if (run.entry, run.variant, run.learning_rate) == chosen]
+        return [run for run in found if run.status == "finished"]
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
         """One line an entry: that of the variant in which it did best."""
         sign = -1 if self.has_accuracy else 1
-        scored = [(sign * score.mean, i, row) for i, row in enumerate(rows) if (score := self.score(row)) is not None]
+        scored = [(sign * score.mean, row) for row in rows if (score := self.score(row)) is not None]
         found: dict[str, SummaryRow] = {}
-        for _, _, row in sorted(scored, key=lambda item: item[:2]):
+        for _, row in sorted(scored, key=lambda pair: pair[0]):
             found.setdefault(row.entry, row)
         return [found[name] for name in self.styles if name in found]
 
-    def _line(self, entry: str, points: Sequence[tuple[float, Statistic]], *, y: Axis) -> Line:
-        spread = any(value.spread for _, value in points)
-        # no accuracy is above 1, whatever its deviation
-        most = 1.0 if y is ACCURACY else math.inf
-        return Line(
-            entry,
-            [float(x) for x, _ in points],
-            [value.mean for _, value in points],
-            [max(value.mean - (value.spread or 0), 0.0) for _, value in points] if spread else (),
-            [min(value.mean + (value.spread or 0), most) for _, value in points] if spread else (),
-            style=self.styles[entry],
-        )
 
-    def _mean_line(
-        self, entry: str, runs: Sequence[RunResult], place: Callable[[Any], float | None], *, accuracy: bool
-    ) -> Line:
-        """The mean over seeds at each evaluation, and the lowest and highest of them."""
-        points: dict[int, list[tuple[float, float]]] = {}
-        for run in runs:
-            for step, x, y in self._course(run, place, accuracy=accuracy):
-                points.setdefault(step, []).append((x, y))
+def _mean_course(runs: Sequence[RunResult], over: str, measure: str) -> Iterator[Point]:
+    """Means at each evaluation that all runs have, or at each logged step, and the lowest and highest of them."""
+    steps: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        for point in run.history if measure == "loss" else run.evaluations:
+            if (y := getattr(point, measure)) is not None:
+                steps.setdefault(point.step, []).append((getattr(point, over), y))
+    for _, found in sorted(steps.items()):
         # a mean of other runs than those beside it would make a step in the line
-        kept = [points[step] for step in sorted(points) if len(points[step]) == len(runs)]
-        values = [[y for _, y in found] for found in kept]
-        banded = len(runs) > 1
-        return Line(
-            entry,
-            [fmean(x for x, _ in found) for found in kept],
-            [fmean(found) for found in values],
-            [min(found) for found in values] if banded else (),
-            [max(found) for found in values] if banded else (),
-            style=self.styles[entry],
-        )
+        if len(found) == len(runs):
+            ys = [y for _, y in found]
+            yield fmean(x for x, _ in found), fmean(ys), min(ys), max(ys)
 
-    def _course(
-        self, run: RunResult, place: Callable[[Any], float | None], *, accuracy: bool
-    ) -> Iterator[tuple[int, float, float]]:
-        """Step, place and value of each evaluation; of each logged step where runs are evaluated once."""
-        for point in run.evaluations if accuracy or self.evaluated else run.history:
-            if isinstance(point, EvaluationPoint):
-                y = point.accuracy if accuracy else point.validation_loss
-            else:
-                y = point.loss
-            if (x := place(point)) is not None and y is not None:
-                yield point.step, x, y
+
+def _spread(x: float, value: Statistic, y: Axis) -> Point:
+    """A mean and its deviation; no accuracy is above 1, and none below 0."""
+    spread = value.spread or 0.0
+    return x, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, 1.0 if y is ACCURACY else math.inf)
+
+
+def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float]]:
+    """An axis for values, and where each lies, by its `repr`: numbers in their place, others in their order."""
+    values = _distinct(values)
+    if all(map(_is_number, values)):
+        place = {repr(value): float(value) for value in values}
+        return Axis(label, ticks=sorted(place.values())), place
+    return Axis(label, names=[str(value) for value in values]), {
+        repr(value): float(i) for i, value in enumerate(values)
+    }
 
 
 def said(variant: Mapping[str, Any]) -> str:
@@ -299,17 +271,13 @@ def said_key(key: str) -> str:
     return key.rpartition(".")[2].replace("_", " ")
 
 
-def _drawable(charts: Iterable[Chart | None]) -> list[Chart]:
-    return [kept for chart in charts if chart is not None and (kept := chart.drawable()) is not None]
-
-
 def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value, sort_keys=True): value for value in values}.values())
 
 
-def _is_number(text: str) -> bool:
+def _is_number(value: Any) -> bool:
     try:
-        float(text)
-    except ValueError:
+        float(value)
+    except (TypeError, ValueError):
         return False
-    return True
+    return not isinstance(value, bool)

@@ -31,7 +31,7 @@ svg.chart .reads:hover {{ fill: var(--c); fill-opacity: .35; }}
 
 
 def figure(chart: Chart) -> Element:
-    """One chart, its lines unnamed: a legend stands beside it. It has at least one line (`Chart.drawable`)."""
+    """One chart, its lines unnamed: a legend stands beside it. It has at least one line (`drawable`)."""
     x, y = chart.scales()
     left = round(10 + CHARACTER * max((len(text) for _, text in y.ticks), default=1))
     frame = _Frame(x, y, left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from seqmix.experiments.chart import ACCURACY, Axis, Chart, Line, legend, number, resolve, thinned
+from seqmix.experiments.chart import ACCURACY, Axis, Chart, Line, drawable, legend, number, resolve, thinned
 
 
 def texts(axis: Axis, values: list[float]) -> list[str]:
@@ -88,11 +88,10 @@ def test_an_axis_may_begin_at_zero():
 def test_points_that_are_no_numbers_are_left_out():
     line = Line("a", [1, 2, 3, math.inf], [4.0, math.nan, 6.0, 7.0], [3.0, 0.0, 5.0, 0.0], [5.0, 0.0, 7.0, 0.0])
     nothing = Line("b", [1], [math.nan])
-    chart = Chart("t", "c", Axis("x"), Axis("y"), [line, nothing]).drawable()
-    assert chart is not None
+    (chart,) = drawable([Chart("t", "c", Axis("x"), Axis("y"), [line, nothing])])
     (kept,) = chart.lines
     assert (kept.x, kept.y, kept.low, kept.high) == ([1, 3], [4.0, 6.0], [3.0, 5.0], [5.0, 7.0])
-    assert Chart("t", "c", Axis("x"), Axis("y"), [nothing]).drawable() is None
+    assert drawable([Chart("t", "c", Axis("x"), Axis("y"), [nothing])]) == []
 
 
 def test_a_thinned_line_keeps_its_extremes():
