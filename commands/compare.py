@@ -10,9 +10,9 @@ from ..experiments.plan import Plan, plan
 from ..experiments.results import Results
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
-from ..experiments.tables import cells, notes
+from ..experiments.tables import notes, state_size, summary_table
 from .console import plain_table, terminal
-from .show import si, si_bytes
+from .show import si
 from .study_progress import StudyProgress
 
 STUDY_FOLDER = Path("studies")
@@ -63,7 +63,7 @@ def list_studies(console: Console) -> None:
 
 def show(results: Results, console: Console) -> None:
     """Print the summary, what was the same for all, and what to know beside it."""
-    head, rows = cells(results)
+    head, rows = summary_table(results)
     if rows:
         table = plain_table(*head, overflow="fold")
         for row in rows:
@@ -85,7 +85,7 @@ def _show_plan(planned: Plan, console: Console) -> None:
             ", ".join(entry.mixers),
             f"{entry.parameters:,}",
             f"{si(entry.flops_per_token)}FLOP",
-            si_bytes(entry.state_bytes) + (", grows" if entry.state_grows else ""),
+            state_size(entry),
         )
     console.print(table)
     for entry in entries:

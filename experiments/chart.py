@@ -185,6 +185,14 @@ def number(value: float) -> str:
     return f"{value / unit:.3g}{prefix}" if abs(value) / unit < 1000 else f"{value / unit:,.0f}{prefix}"
 
 
+def quantity(value: float | None, unit: str) -> str:
+    """A number of bytes or seconds in the unit that suits; empty for none."""
+    if value is None:
+        return ""
+    name, size = _unit(unit, value)
+    return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"
+
+
 def _exact(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else f"{value:g}"
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
 from . import page
-from .chart import UNITS, Chart, number
+from .chart import Chart, number, quantity
 from .differences import compared, shown
 from .markup import element
 from .plots import Plots, said
-from .results import EntryResult, Machine, Results, Statistic, SummaryRow
+from .results import Machine, Results, RunResult, Statistic, SummaryRow
 from .study import shipped
+from .tables import Columns, filled, state_size
 
 REPORT_FILE = "report.html"
 
@@ -95,28 +95,25 @@ def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
 def _outcome(results: Results, plots: Plots) -> Element | None:
     if not results.summary:
         return None
-    columns: dict[str, Any] = {
-        "entry": lambda row: page.name(row.entry, plots.styles[row.entry]),
-        "variant": lambda row: said(row.variant),
-        "accuracy": lambda row: measured(row.accuracy, share=True),
-        "validation loss": lambda row: measured(row.validation_loss),
-        "seeds": lambda row: f"{row.seeds}",
-        "learning rate": lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else ""),
-        "parameters": lambda row: f"{results.entry_of(row).parameters:,}",
-        "FLOPs/token": lambda row: number(results.entry_of(row).flops_per_token),
-        "state": lambda row: _state(results.entry_of(row)),
-        "tokens/s": lambda row: _number(row.tokens_per_second),
-    }
-    cells = {name: [column(row) for row in plots.ranked()] for name, column in columns.items()}
-    used = {name: column for name, column in cells.items() if any(column)}
-    rows = list(zip(*used.values(), strict=True))
+    columns: Columns[SummaryRow] = [
+        ("entry", lambda row: page.name(row.entry, plots.styles[row.entry])),
+        ("variant", lambda row: said(row.variant)),
+        ("accuracy", lambda row: measured(row.accuracy, share=True)),
+        ("validation loss", lambda row: measured(row.validation_loss)),
+        ("seeds", lambda row: f"{row.seeds}"),
+        ("learning rate", lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else "")),
+        ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
+        ("FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
+        ("state", lambda row: state_size(results.entry_of(row))),
+        ("tokens/s", lambda row: _number(row.tokens_per_second)),
+    ]
     spread = " ± is the standard deviation over seeds." if any(row.seeds > 1 for row in results.summary) else ""
     rates = len({run.learning_rate for run in results.runs}) > 1
     note = f"Best first.{spread}{' Of each entry, the learning rate that did best.' if rates else ''}"
     charts = plots.outcomes()
     return page.section(
         "What came out",
-        page.table(list(used), rows, "Results of all entries, best first", best=True),
+        page.table(*filled(plots.ranked(), columns), "Results of all entries, best first", best=True),
         page.paragraph(f"{note} Loss in nats per token; state is that of one sequence.", "quiet"),
         element("div", page.legend(charts), page.figures(charts), class_="block") if charts else None,
     )
@@ -198,23 +195,17 @@ def _failures(results: Results) -> Element | None:
 
 
 def _details(results: Results) -> Element:
-    heads = ["run", "status", "seed", "learning rate", "accuracy", "validation loss", "tokens/s", "peak memory", "time"]
-    rows = [
-        (
-            run.name,
-            run.status,
-            str(run.seed),
-            number(run.learning_rate),
-            "" if run.accuracy is None else f"{run.accuracy:.1%}",
-            "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
-            _number(run.tokens_per_second),
-            in_unit(run.peak_memory_bytes, "bytes"),
-            in_unit(run.seconds, "seconds"),
-        )
-        for run in results.runs
+    columns: Columns[RunResult] = [
+        ("run", lambda run: run.name),
+        ("status", lambda run: run.status),
+        ("seed", lambda run: str(run.seed)),
+        ("learning rate", lambda run: number(run.learning_rate)),
+        ("accuracy", lambda run: "" if run.accuracy is None else f"{run.accuracy:.1%}"),
+        ("validation loss", lambda run: "" if run.validation_loss is None else f"{run.validation_loss:.4f}"),
+        ("tokens/s", lambda run: _number(run.tokens_per_second)),
+        ("peak memory", lambda run: quantity(run.peak_memory_bytes, "bytes")),
+        ("time", lambda run: quantity(run.seconds, "seconds")),
     ]
-    kept = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
-    table = page.table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "All runs")
     facts = {
         "created": results.created,
         "machine": _machine(results.machine),
@@ -226,7 +217,7 @@ def _details(results: Results) -> Element:
         page.paragraph("All figures are in results.json beside this page; every run's folder has its configuration."),
         page.code(f"seqmix compare {results.name if results.name in shipped() else f'{results.name}.yaml'}"),
         page.facts({name: text for name, text in facts.items() if text}),
-        page.folded("All runs", table),
+        page.folded("All runs", page.table(*filled(results.runs, columns), "All runs")),
         *(page.folded(f"Configuration of {entry.name}", page.code(entry.config.rstrip())) for entry in results.entries),
     )
 
@@ -246,14 +237,6 @@ def measured(value: Statistic | None, *, share: bool = False) -> str:
     return text + unit
 
 
-def in_unit(value: float | None, kind: str) -> str:
-    """A number of bytes or seconds in the unit that suits; empty for none."""
-    if value is None:
-        return ""
-    name, size = next((pair for pair in reversed(UNITS[kind]) if value >= pair[1]), UNITS[kind][0])
-    return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else number(value)
 
@@ -261,11 +244,6 @@ def _number(value: float | None) -> str:
 def _like(value: float | None, other: float) -> str:
     """A figure in as many decimals as another one, at least two."""
     return "" if value is None else f"{value:.{max(2, len(f'{other:g}'.partition('.')[2]))}f}"
-
-
-def _state(entry: EntryResult) -> str:
-    size = in_unit(entry.state_bytes, "bytes")
-    return f"{size}, grows" if size and entry.state_grows else size
 
 
 def _machine(machine: Machine) -> str:

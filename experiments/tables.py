@@ -1,12 +1,12 @@
 """A study's results as tables: for the terminal, for a page (summary.md), and for other programs (CSV)."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from .report import in_unit
-from .results import Results, RunResult, Statistic, SummaryRow
+from .chart import quantity
+from .results import EntryResult, Results, RunResult, Statistic, SummaryRow
 from .summary import best_first
 
 
@@ -29,26 +29,39 @@ def notes(results: Results) -> Iterator[str]:
         )
 
 
-def cells(results: Results) -> tuple[list[str], list[list[str]]]:
+Row = TypeVar("Row")
+Columns: TypeAlias = Sequence[tuple[str, Callable[[Row], Any]]]
+"""Heads, and what stands below each in a row."""
+
+
+def filled(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The heads and rows of a table, without columns that are empty."""
+    found = [(head, [cell(row) for row in rows]) for head, cell in columns]
+    used = [(head, cells) for head, cells in found if any(cells)]
+    return [head for head, _ in used], list(zip(*(cells for _, cells in used), strict=True))
+
+
+def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """The head and the rows of the summary's table."""
-    varied = list(dict.fromkeys(path for row in results.summary for path in row.variant))
-    accuracies = any(row.accuracy is not None for row in results.summary)
+    varied = dict.fromkeys(path for row in results.summary for path in row.variant)
     rated = len({run.learning_rate for run in results.runs}) > 1
-    head = ["entry", *(path.rpartition(".")[2] for path in varied)]
-    head += [*(["accuracy"] if accuracies else []), "validation loss", "seeds", *(["learning rate"] if rated else [])]
-    head += ["parameters", "state", "tokens/s"]
-    rows = []
-    for row in best_first(results):
-        entry = results.entry_of(row)
-        found = [row.entry, *(str(row.variant.get(path, "")) for path in varied)]
-        if accuracies:
-            found.append("" if row.accuracy is None else _percent(row.accuracy))
-        found += [_loss(row.validation_loss), str(row.seeds), *([f"{row.learning_rate:g}"] if rated else [])]
-        found.append(f"{entry.parameters:,}")
-        found.append(in_unit(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else ""))
-        found.append("" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
-        rows.append(found)
-    return head, rows
+    columns: Columns[SummaryRow] = [
+        ("entry", lambda row: row.entry),
+        *((path.rpartition(".")[2], lambda row, path=path: str(row.variant.get(path, ""))) for path in varied),
+        ("accuracy", lambda row: "" if row.accuracy is None else _percent(row.accuracy)),
+        ("validation loss", lambda row: _loss(row.validation_loss)),
+        ("seeds", lambda row: str(row.seeds)),
+        ("learning rate", lambda row: f"{row.learning_rate:g}" if rated else ""),
+        ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
+        ("state", lambda row: state_size(results.entry_of(row))),
+        ("tokens/s", lambda row: "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"),
+    ]
+    return filled(best_first(results), columns)
+
+
+def state_size(entry: EntryResult) -> str:
+    """The bytes of an entry's state, and whether they grow."""
+    return quantity(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else "")
 
 
 def _loss(value: Statistic) -> str:
@@ -61,20 +74,25 @@ def _percent(value: Statistic) -> str:
 
 def markdown(results: Results) -> str:
     """A page: the question, the table, what was the same for all, what was matched."""
-    head, rows = cells(results)
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
-    if rows:
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [*markdown_table(*summary_table(results)), ""] if results.summary else []
     lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]
     matched = [f"- {entry.name}: {entry.matched}" for entry in results.entries if entry.matched]
     lines += ["", "Matched:", "", *matched] if matched else []
     if results.paper:
-        lines += ["", "| figure | entry | paper | here |", "|---|---|---|---|"]
-        for figure in results.paper:
-            ours = "" if figure.ours is None else f"{figure.ours:.4g}"
-            lines.append(f"| {figure.label} | {figure.entry} | {figure.theirs:g} | {ours} |")
+        figures = [
+            (figure.label, figure.entry, f"{figure.theirs:g}", "" if figure.ours is None else f"{figure.ours:.4g}")
+            for figure in results.paper
+        ]
+        lines += ["", *markdown_table(["figure", "entry", "paper", "here"], figures)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def write_tables(results: Results, folder: Path) -> None:
