@@ -1,6 +1,7 @@
 """Write what the documentation says of the code: `python docs/generate.py`.
 
-That is docs/reference.md, the fields of every configuration, and the tables of docs/conformance.md but the mutants'.
+That is docs/reference.md, the fields of every configuration; the tables of docs/conformance.md but the mutants'; and
+the README's table of presets.
 """
 
 import json
@@ -10,18 +11,20 @@ from typing import Any
 
 import torch
 
-from seqmix import MIXERS
+from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.experiments.match import Match
+from seqmix.experiments.pages import fill
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.kernels import KERNELS
 from seqmix.registry import Config, Registry
 from seqmix.testing import CHECKS, KERNEL_CHECKS
-from seqmix.training import DATA, DatasetConfig, DistributedConfig, RunConfig, TrainingConfig
+from seqmix.training import DATA, PRESETS, DatasetConfig, DistributedConfig, RunConfig, TrainingConfig
 
 TARGET = Path(__file__).with_name("reference.md")
 CONFORMANCE = Path(__file__).with_name("conformance.md")
+README = Path(__file__).parents[1] / "README.md"
 
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -55,12 +58,19 @@ def render_conformance() -> str:
         checks.append(f"| `{check.name}` | {check.promise} | {needs} |")
     kernel_checks = ["| check | promise |", "|---|---|"]
     kernel_checks += [f"| `{check.name}` | {check.promise} |" for check in KERNEL_CHECKS.values()]
-    page = CONFORMANCE.read_text()
-    for name, lines in (("checks", checks), ("kernel checks", kernel_checks), ("kernels", _kernels())):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = page.partition(begin)
-        page = "\n".join([before + begin, "", *lines, "", end]) + rest.partition(end)[2]
-    return page
+    page = fill(CONFORMANCE.read_text(), "checks", checks)
+    return fill(fill(page, "kernel checks", kernel_checks), "kernels", _kernels())
+
+
+def render_readme() -> str:
+    """The README, with the table of presets: sizes, and the first line of each file. The small ones come first."""
+    lines = ["| preset | layers | d_model | parameters | what it is |", "|---" * 5 + "|"]
+    for file in sorted(PRESETS.glob("*.yaml"), key=lambda file: (not file.stem.endswith("-tiny"), file.stem)):
+        model = load_config(file.stem).model
+        size = f"{account(model, length=64).body_parameters:,}"
+        what = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
+        lines.append(f"| `{file.stem}` | {model.n_layers} | {model.d_model} | {size} | {what} |")
+    return fill(README.read_text(encoding="utf-8"), "presets", lines)
 
 
 def _kernels() -> list[str]:
@@ -148,3 +158,4 @@ def _limit(number: float) -> str:
 if __name__ == "__main__":
     TARGET.write_text(render())
     CONFORMANCE.write_text(render_conformance())
+    README.write_text(render_readme(), encoding="utf-8")

@@ -174,6 +174,7 @@ def test_the_reference_is_up_to_date():
     module = generator("generate")
     assert module.TARGET.read_text() == module.render(), "run: python docs/generate.py"
     assert module.CONFORMANCE.read_text() == module.render_conformance(), "run: python docs/generate.py"
+    assert module.README.read_text(encoding="utf-8") == module.render_readme(), "run: python docs/generate.py"
 
 
 def test_the_page_of_mixers_is_up_to_date():
