@@ -107,7 +107,7 @@ def train(
 
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
 
-    [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context=2[/bold]
+    [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context_parallel=2[/bold]
     """
     from .registry import SeqmixError
     from .training import load_config, read_config

@@ -15,8 +15,8 @@ from .suite import Entry
 
 def make_ready(competitor: Competitor, *, compiled: bool, checkpointed: bool) -> None:
     """Compile a model, or let backward compute its layers anew: ours as `seqmix train` does, others layer by layer."""
-    if checkpointed and hasattr(competitor.module, "checkpoint_activations"):
-        competitor.module.checkpoint_activations = True
+    if checkpointed and hasattr(competitor.module, "activation_checkpointing"):
+        competitor.module.activation_checkpointing = True
     elif checkpointed:
         for layer in competitor.layers:
             layer.forward = _anew(layer.forward)

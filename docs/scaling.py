@@ -51,7 +51,7 @@ LAYOUTS = (Layout(1, 8, 4), Layout(8, 8, 4), Layout(1, 64, 4))
 
 
 def parts(layout: Layout) -> int:
-    """Parts of a step (`training.accumulate`)."""
+    """Parts of a step (`training.grad_accum_steps`)."""
     return TOKENS // (layout.gpus * layout.sequences * LENGTH)
 
 
@@ -124,7 +124,15 @@ def _context_table() -> list[str]:
 def _estimates() -> list[str]:
     model = load_config(PRESET).model
     cost, narrow = account(model, length=LENGTH), account(model, length=LENGTH, dtype=torch.bfloat16)
-    heads = ("GPUs", "`distributed`", "`accumulate`", "memory", "received a part", "computing a step", "sending a step")
+    heads = (
+        "GPUs",
+        "`distributed`",
+        "`grad_accum_steps`",
+        "memory",
+        "received a part",
+        "computing a step",
+        "sending a step",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for layout in LAYOUTS:
         pieces, copies = traffic(cost, layout)

@@ -31,7 +31,7 @@ def mix_in_turn(
     if mixer.traits.state == "growing":
         raise ContractError(
             f"{mixer.kind} cannot share a sequence with other processes: its state grows with the tokens read, and its "
-            "`mix` does not read `context`; set distributed.context to 1, or take another mixer"
+            "`mix` does not read `context`; set distributed.context_parallel to 1, or take another mixer"
         )
     length, borders = x.shape[1], context.borders(cu_seqlens, x.shape[1])
     before = mixer.init_state(x.shape[0] if borders is None else len(borders) - 1) if state is None else state

@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
         """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
-        self.checkpoint_activations = False
+        self.activation_checkpointing = False
         """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
         self.context: Context | None = None
         """The ranks that `share` sequences."""
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
         x, after = self.dropout(self.embedding(self._part(tokens))), []
         for block, before, how in zip(self.blocks, states, paradigms, strict=True):
             call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 # ranks send each other what they do also where one needs nothing more of a block
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.context is None)
             x, final = call(x, before)

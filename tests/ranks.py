@@ -154,7 +154,7 @@ def model_as_one(preset: str) -> None:
     shared.share(context())
     cases = ((2, 12, None, False), (2, 13, None, True), (1, 14, torch.tensor([0, 5, 9, 14, 14]), False))
     for rows, length, borders, checkpointed in cases:
-        alone.checkpoint_activations = shared.checkpoint_activations = checkpointed
+        alone.activation_checkpointing = shared.activation_checkpointing = checkpointed
         tokens, targets = torch.randint(256, (2, rows, length), generator=torch.Generator().manual_seed(length))
         targets[:, 3] = -100
         losses = []

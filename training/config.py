@@ -18,12 +18,15 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs"
 class TrainingConfig(Config):
     """How a model is trained."""
 
+    deprecated_names = {"accumulate": "grad_accum_steps", "checkpoint_activations": "activation_checkpointing"}  # noqa: RUF012
+
     steps: int = Field(gt=0)
     """Optimizer steps."""
     batch_size: int = Field(gt=0)
     """Sequences an optimizer step."""
-    accumulate: int = Field(default=1, gt=0)
-    """Parts that a batch is computed in, one after another; changes memory, not the result."""
+    grad_accum_steps: int = Field(default=1, gt=0)
+    """Micro-batches that a batch is computed in, one after another (gradient accumulation); changes memory, not the
+    result."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -49,8 +52,9 @@ class TrainingConfig(Config):
     """`bfloat16` is autocast (parameters stay float32); `auto` takes it on a CUDA device that has it."""
     compile: bool = False
     """Whether each kind of block is compiled (fullgraph)."""
-    checkpoint_activations: bool = False
-    """Whether backward computes each block anew: a third more work, and memory for the blocks' inputs only."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass recomputes the activations of each block: a third more work, and memory for the blocks'
+    inputs only."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations."""
     evaluation_batches: int = Field(default=16, gt=0)
@@ -75,12 +79,12 @@ class TrainingConfig(Config):
     tensorboard: bool = False
     """Whether metrics are written for TensorBoard too, to RUN/tensorboard."""
 
-    @field_validator("accumulate")
+    @field_validator("grad_accum_steps")
     @classmethod
-    def _accumulate_divides(cls, accumulate: int, info: ValidationInfo) -> int:
-        if (batch_size := info.data.get("batch_size")) is not None and batch_size % accumulate:
-            raise ValueError(f"accumulate must divide batch_size, and {accumulate} does not divide {batch_size}")
-        return accumulate
+    def _micro_batches_are_equal(cls, steps: int, info: ValidationInfo) -> int:
+        if (batch_size := info.data.get("batch_size")) is not None and batch_size % steps:
+            raise ValueError(f"grad_accum_steps must divide batch_size, and {steps} does not divide {batch_size}")
+        return steps
 
     @field_validator("warmup_steps")
     @classmethod
@@ -113,14 +117,16 @@ class TrainingConfig(Config):
 
 
 class DistributedConfig(Config):
-    """How the processes that `torchrun` starts share the work: data x shard x context of them."""
+    """How the processes that `torchrun` starts share the work: data x shard x context_parallel of them."""
+
+    deprecated_names = {"context": "context_parallel"}  # noqa: RUF012
 
     data: int = Field(default=1, gt=0)
     """Copies of the model, each sharded by itself; gradients are added up over them (hybrid sharding)."""
     shard: int | None = Field(default=None, gt=0)
     """Processes that parameters, gradients and moments of a copy are sharded over, each with sequences of its own;
-    what data and context leave of all processes when null."""
-    context: int = Field(default=1, gt=0)
+    what data and context_parallel leave of all processes when null."""
+    context_parallel: int = Field(default=1, gt=0)
     """Processes that share each sequence, a segment each; parameters are sharded over them too."""
 
 
@@ -140,11 +146,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _sequences_can_be_shared(self) -> Self:
-        length, context = self.data.sequence_length, self.distributed.context
-        if self.training.carry_state and length % context:
+        length, processes = self.data.sequence_length, self.distributed.context_parallel
+        if self.training.carry_state and length % processes:
             raise ValueError(
-                f"training.carry_state needs segments of one length, and distributed.context = {context} does not "
-                f"divide data.sequence_length = {length}"
+                f"training.carry_state needs segments of one length, and distributed.context_parallel = {processes} does "
+                f"not divide data.sequence_length = {length}"
             )
         return self
 

@@ -42,8 +42,8 @@ def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
             raise
         ways = [
             f"lower training.batch_size ({settings.batch_size})",
-            f"raise training.accumulate ({settings.accumulate}), for a batch to be computed in smaller parts",
-            *([] if settings.checkpoint_activations else ["set training.checkpoint_activations to true"]),
+            f"raise training.grad_accum_steps ({settings.grad_accum_steps}), for smaller micro-batches",
+            *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
         raise TrainingError(
             f"memory ran out{_asked(error)}: {', '.join(ways[:-1])}, or {ways[-1]}; {kept(run)}"

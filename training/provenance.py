@@ -46,7 +46,7 @@ def describe_session(
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": ranks.size,
-        "distributed": {"data": ranks.data, "shard": ranks.shard, "context": ranks.context_size},
+        "distributed": {"data": ranks.data, "shard": ranks.shard, "context_parallel": ranks.context_size},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),

@@ -143,7 +143,11 @@ class Group:
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if dist.is_available() and dist.is_initialized():
             size, rank = dist.get_world_size(), dist.get_rank()
-        layout = {"data": self.config.data, "shard": _shards(self.config, size), "context_size": self.config.context}
+        layout = {
+            "data": self.config.data,
+            "shard": _shards(self.config, size),
+            "context_size": self.config.context_parallel,
+        }
         if size == 1:
             return ALONE
         if not dist.is_initialized():
@@ -153,10 +157,10 @@ class Group:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
             self._made = True
         context = None
-        for first in range(0, size, self.config.context) if self.config.context > 1 else ():
+        for first in range(0, size, self.config.context_parallel) if self.config.context_parallel > 1 else ():
             # every process takes part in making every group
-            group: Any = dist.new_group(list(range(first, first + self.config.context)))
-            if first <= rank < first + self.config.context:
+            group: Any = dist.new_group(list(range(first, first + self.config.context_parallel)))
+            if first <= rank < first + self.config.context_parallel:
                 context = Context.of(group)
         return Ranks(rank, size, **layout, context=context)
 
@@ -173,16 +177,16 @@ def lost(error: BaseException) -> bool:
 
 def _shards(config: DistributedConfig, size: int) -> int:
     """Processes that parameters are sharded over, context aside."""
-    others = config.data * config.context
+    others = config.data * config.context_parallel
     asked = others * (config.shard or 1)
     if config.shard is None and size % others == 0:
         return size // others
     if asked == size:
         return config.shard or 1
-    layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context}"
+    layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context_parallel}"
     number = f"a multiple of {others}" if config.shard is None else str(asked)
     raise SeqmixError(
-        f"distributed lays out data x shard x context = {layout} processes, {number}, and there "
+        f"distributed lays out data x shard x context_parallel = {layout} processes, {number}, and there "
         f"{'is one' if size == 1 else f'are {size}'}: start as many with "
         f"`{START.format(processes=asked)}`, or change `distributed`"
     )

@@ -101,11 +101,11 @@ def _train(
 def _require_shares(config: RunConfig, ranks: Ranks) -> None:
     """Find out whether a batch has equal parts for all processes."""
     settings, shares = config.training, ranks.batch_size
-    if settings.batch_size % (shares * settings.accumulate):
+    if settings.batch_size % (shares * settings.grad_accum_steps):
         raise TrainingError(
             f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
-            f"training.accumulate = {settings.accumulate} parts each: it must be a multiple of "
-            f"{shares * settings.accumulate}"
+            f"training.grad_accum_steps = {settings.grad_accum_steps} parts each: it must be a multiple of "
+            f"{shares * settings.grad_accum_steps}"
         )
 
 
@@ -115,12 +115,12 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks
         mixer = block.mixer
         if not mixer.splits and settings.compile:
             raise TrainingError(
-                f"distributed.context = {ranks.context_size} hands the state of {mixer.kind} (model.blocks.{name}) "
-                "from process to process, which cannot be compiled: set training.compile to false"
+                f"distributed.context_parallel = {ranks.context_size} hands the state of {mixer.kind} "
+                f"(model.blocks.{name}) from process to process, which cannot be compiled: set training.compile to false"
             )
         if not mixer.splits and mixer.traits.state == "growing":
             raise TrainingError(
-                f"distributed.context = {ranks.context_size} shares each sequence among processes, and "
+                f"distributed.context_parallel = {ranks.context_size} shares each sequence among processes, and "
                 f"{mixer.kind} of model.blocks.{name} cannot: its state grows with the text, and its `mix` does not "
-                "read `context`; set distributed.context to 1, or take another mixer"
+                "read `context`; set distributed.context_parallel to 1, or take another mixer"
             )

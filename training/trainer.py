@@ -46,7 +46,7 @@ class Learner:
         self.precision = precision_of(settings, model.device)
         self.state: ModelState | None = None
         """The state behind the last step, where it is carried: this process's rows."""
-        model.checkpoint_activations = settings.checkpoint_activations
+        model.activation_checkpointing = settings.activation_checkpointing
         if settings.compile:
             compile_blocks(model)
 
@@ -115,7 +115,7 @@ class Learner:
         settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
-        parts = settings.accumulate * self.ranks.batch_size  # smaller batches, and as many sequences
+        parts = settings.grad_accum_steps * self.ranks.batch_size  # smaller batches, and as many sequences
         rows = before = settings.batch_size // parts
         rows = max(rows * trained // length, 1)
         if limit is not None:
@@ -162,8 +162,8 @@ class Learner:
         counted = (batch.targets != IGNORED).sum()
         # those that share a sequence have all counted it
         counted = (self.ranks.sum(counted) // self.ranks.context_size).clamp(min=1)
-        rows = self.rows // settings.accumulate
-        for number, part in enumerate(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True)):
+        rows = self.rows // settings.grad_accum_steps
+        for number, part in enumerate(zip(*(x.chunk(settings.grad_accum_steps) for x in batch), strict=True)):
             if state is None:
                 yield self._loss_sum(Batch(*part)) / counted, None
             else:

@@ -122,7 +122,7 @@ class HandWritten(nn.Module):
             self.layers.append(HandWrittenLayer(config.d_model, block.mixer, hidden, block.norm.eps))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm.eps, bias=False)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.checkpoint_activations = False
+        self.activation_checkpointing = False
         self.to(device=model.device, dtype=model.embedding.weight.dtype)
         with torch.no_grad():
             for mine, built in zip(self.parameters(), model.parameters(), strict=True):
@@ -152,7 +152,7 @@ class HandWritten(nn.Module):
         after: State = []
         for i, layer in enumerate(self.layers):
             before = None if state is None else state[i]
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x, behind = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
             else:
                 x, behind = layer(x, before, decode=decode)

@@ -85,7 +85,7 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 
 @pytest.mark.parametrize("split", ["by_file", "tail"])  # tails are much shorter documents than what is learned
 def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
-    config = packed_config("training.batch_size=4", "training.accumulate=2", f"data.split={split}")
+    config = packed_config("training.batch_size=4", "training.grad_accum_steps=2", f"data.split={split}")
     model = build_model(config.model)
     learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
 

@@ -239,7 +239,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_changes_nothing(model_of, 
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True, backend="aot_eager")
-    model.checkpoint_activations = True
+    model.activation_checkpointing = True
     again, same, fewer = of_a_step(model)
     exactly(again, loss)
     for name, gradient in gradients.items():

@@ -12,7 +12,7 @@ TRAINING = {"steps": 10, "batch_size": 4, "learning_rate": 1e-3}
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"accumulate": 3}, "accumulate must divide batch_size, and 3 does not divide 4"),
+        ({"grad_accum_steps": 3}, "grad_accum_steps must divide batch_size, and 3 does not divide 4"),
         ({"warmup_steps": 11}, "warmup_steps must be at most steps, and 11 is above 10"),
         ({"betas": (0.9, 1.0)}, "betas must be in [0, 1), and are (0.9, 1.0)"),
         ({"betas": (-0.1, 0.9)}, "betas must be in [0, 1), and are (-0.1, 0.9)"),

@@ -98,24 +98,24 @@ def require_same_checkpoint(one, other, **tolerance):
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        ({}, (*TWENTY, "training.accumulate=2")),
+        ({}, (*TWENTY, "training.grad_accum_steps=2")),
         *(
             (layout, (*TWENTY, *mixers))
-            for layout in ({"shard": 2}, {"context": 2})
+            for layout in ({"shard": 2}, {"context_parallel": 2})
             for mixers in (("model.pattern=[ret]",), ("model.pattern=[attn]",), ("model.pattern=[attn]", LINEAR))
         ),
         ({"shard": 2}, (*TWENTY, PACKED)),
-        ({"context": 2}, (*TWENTY, PACKED)),
+        ({"context_parallel": 2}, (*TWENTY, PACKED)),
         ({"data": 2}, ("training.optimizer=muon",)),
-        ({"context": 2}, (*TWENTY, "training.checkpoint_activations=true")),
-        ({"context": 2}, (*TWENTY, "data.sequence_length=17", LINEAR)),
-        ({"context": 2}, (DELTA, PACKED)),
+        ({"context_parallel": 2}, (*TWENTY, "training.activation_checkpointing=true")),
+        ({"context_parallel": 2}, (*TWENTY, "data.sequence_length=17", LINEAR)),
+        ({"context_parallel": 2}, (DELTA, PACKED)),
         ({}, CARRIED),
-        ({"context": 2}, CARRIED),
+        ({"context_parallel": 2}, CARRIED),
         ({}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
-        ({"context": 2}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
+        ({"context_parallel": 2}, ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")),
         pytest.param({}, ("training.compile=true",), marks=pytest.mark.slow),
-        pytest.param({"context": 2}, ("training.compile=true",), marks=pytest.mark.slow),
+        pytest.param({"context_parallel": 2}, ("training.compile=true",), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, chan
     together = two("train_here", [*changes, *asked], str(tmp_path / "run"))
     # Muon orthogonalises in bfloat16, where the last bits of float32 decide which way a number is rounded
     tolerance = 1e-3 if "training.optimizer=muon" in changes else 1e-5
-    require_same(together, alone, 1 if "context" in layout else 2, tolerance)
+    require_same(together, alone, 1 if "context_parallel" in layout else 2, tolerance)
     require_same_checkpoint(tmp_path / "run", tmp_path / "alone", rtol=1e-2, atol=1e-3)
 
 
@@ -173,7 +173,7 @@ def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, te
     manifest = verify(folder)
     assert (manifest.step, manifest.processes) == (2, 2)
     session = json.loads((tmp_path / "run" / "sessions.jsonl").read_text())
-    assert (session["processes"], session["distributed"]) == (2, {"data": 1, "shard": 2, "context": 1})
+    assert (session["processes"], session["distributed"]) == (2, {"data": 1, "shard": 2, "context_parallel": 1})
 
 
 @pytest.mark.parametrize("broken", [0, 1])
@@ -199,18 +199,18 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_sentence(two, text, tmp_pat
     [
         (
             ["distributed.shard=4"],
-            "distributed lays out data x shard x context = 1 x 4 x 1 processes, 4, and there are 2: start as many with "
+            "distributed lays out data x shard x context_parallel = 1 x 4 x 1 processes, 4, and there are 2: start as many with "
             "`torchrun --nproc-per-node 4 -m seqmix train ...`, or change `distributed`",
         ),
         (
-            ["distributed.context=3"],
-            "distributed lays out data x shard x context = 1 x any x 3 processes, a multiple of 3, and there are 2: "
+            ["distributed.context_parallel=3"],
+            "distributed lays out data x shard x context_parallel = 1 x any x 3 processes, a multiple of 3, and there are 2: "
             "start as many with `torchrun --nproc-per-node 3 -m seqmix train ...`, or change `distributed`",
         ),
         (
-            ["training.batch_size=6", "training.accumulate=2"],
-            "training.batch_size = 6 is read by 2 processes (data x shard) in training.accumulate = 2 parts each: it "
-            "must be a multiple of 4",
+            ["training.batch_size=6", "training.grad_accum_steps=2"],
+            "training.batch_size = 6 is read by 2 processes (data x shard) in training.grad_accum_steps = 2 parts each: "
+            "it must be a multiple of 4",
         ),
     ],
 )
@@ -226,8 +226,10 @@ def test_a_layout_of_several_processes_needs_them():
 
 
 def test_segments_of_a_carried_state_are_of_one_length():
-    changes = (*CARRIED, "data.sequence_length=15", "distributed.context=2")
-    with pytest.raises(SeqmixError, match=r"distributed.context = 2 does not divide data.sequence_length = 15"):
+    changes = (*CARRIED, "data.sequence_length=15", "distributed.context_parallel=2")
+    with pytest.raises(
+        SeqmixError, match=r"distributed.context_parallel = 2 does not divide data.sequence_length = 15"
+    ):
         load_config("hybrid-tiny", changes)
 
 
@@ -241,7 +243,7 @@ def test_what_processes_count_adds_up():
 
 
 def test_other_processes_are_all_that_a_resumed_run_may_change(refused, tmp_path):
-    sentence = refused("train", "--resume", tmp_path, "distributed.context=1", "training.steps=3")
+    sentence = refused("train", "--resume", tmp_path, "distributed.context_parallel=1", "training.steps=3")
     assert sentence.endswith("except distributed.KEY=VALUE for other processes")
 
 
@@ -281,7 +283,7 @@ def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(text, t
         "training.checkpoint_every=3",
         "training.steps=20",
     )
-    changes = (*changes, "model.dropout=0.1", *CARRIED, "distributed.context=2")
+    changes = (*changes, "model.dropout=0.1", *CARRIED, "distributed.context_parallel=2")
     undisturbed, run, moments = tmp_path / "undisturbed", tmp_path / "run", random.Random(0)
     assert join(start(processes, free_port(), "train", *changes, "--out", undisturbed)) == [0, 0]
     for target in (2, 9, 14) if settings().max_examples < 1000 else (*range(1, 19), 17, 18):

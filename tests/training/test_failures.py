@@ -55,11 +55,11 @@ def failure(error: Exception):
     ],
 )
 def test_a_lack_of_memory_names_what_takes_less_and_what_is_kept(config_of, tmp_path, monkeypatch, error, asked):
-    config, run = config_of("training.accumulate=2"), tmp_path / "run"
+    config, run = config_of("training.grad_accum_steps=2"), tmp_path / "run"
     message = failing(config, run, Stepped, 3, lambda: monkeypatch.setattr(Learner, "_backward", failure(error)))
     assert message == (
-        f"memory ran out{asked}: lower training.batch_size (4), raise training.accumulate (2), for a batch to be "
-        "computed in smaller parts, or set training.checkpoint_activations to true; "
+        f"memory ran out{asked}: lower training.batch_size (4), raise training.grad_accum_steps (2), for smaller "
+        "micro-batches, or set training.activation_checkpointing to true; "
         f"the newest checkpoint is {run / 'checkpoints' / 'step-000002'}"
     )
     monkeypatch.undo()
@@ -80,8 +80,8 @@ def test_a_step_that_really_takes_too_much_memory_is_one_sentence(config_of, tmp
 def test_what_saves_memory_already_is_not_advised(config_of, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, "_backward", failure(MemoryError()))
     with pytest.raises(TrainingError) as raised:
-        list(train(config_of("training.checkpoint_activations=true"), tmp_path / "run"))
-    assert "checkpoint_activations" not in str(raised.value)
+        list(train(config_of("training.activation_checkpointing=true"), tmp_path / "run"))
+    assert "activation_checkpointing" not in str(raised.value)
 
 
 def test_a_compiler_that_fails_is_one_sentence(config_of, tmp_path, monkeypatch):

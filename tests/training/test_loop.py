@@ -203,7 +203,7 @@ def test_an_evaluation_keeps_no_graph(config_of):
 def test_a_batch_in_parts_is_the_batch(config_of, accumulate):
     def after_a_step(parts):
         # plain gradient descent: a difference of the gradients shows in proportion
-        learner = learner_of(config_of("training.batch_size=8", f"training.accumulate={parts}"))
+        learner = learner_of(config_of("training.batch_size=8", f"training.grad_accum_steps={parts}"))
         calls = []
         learner.model.embedding.register_forward_hook(lambda *_: calls.append(1))
         before = {name: p.clone() for name, p in learner.model.named_parameters()}
@@ -228,7 +228,7 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
     paths = ", ".join(str(tmp_path / name) for name in ("one", *(f"short{n}" for n in range(60))))
 
     def loss(parts):
-        config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.accumulate={parts}")
+        config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.grad_accum_steps={parts}")
         learner = learner_of(config)
         batch = training_batch(learner.source.corpus.train, 16, 4, seed=0, step=1)
         counts = (batch.targets != IGNORED).sum(1)
@@ -241,7 +241,7 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
 @pytest.mark.parametrize("final", [False, True])
 def test_parts_do_not_change_what_is_evaluated(config_of, final):
     changes = ("training.batch_size=4", "training.evaluation_batches=1", "training.final_evaluation_batches=1")
-    whole, parts = (learner_of(config_of(*changes, f"training.accumulate={n}")) for n in (1, 4))
+    whole, parts = (learner_of(config_of(*changes, f"training.grad_accum_steps={n}")) for n in (1, 4))
     assert parts.evaluate(final=final).loss == pytest.approx(whole.evaluate(final=final).loss, rel=1e-6)
 
 
@@ -450,7 +450,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(config_of, tmp_path)
 
 
 def test_a_value_that_is_not_finite_is_named_by_its_module(config_of):
-    learner = learner_of(config_of(*DROPOUT, "training.accumulate=2"))
+    learner = learner_of(config_of(*DROPOUT, "training.grad_accum_steps=2"))
     with torch.no_grad():
         learner.model.blocks[1].mixer.out_proj.weight[3, 3] = math.inf
     fault = r"^the loss is nan, first in the output of blocks\.1\.mixer\.out_proj, whose weight is not finite$"
@@ -550,7 +550,7 @@ CARRY = ("training.carry_state=true", "training.evaluate_every=100", "training.k
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_carried_state_is_that_of_the_text_before(config_of, accumulate):
     """The loss of a step is that of reading the lane from its start, in which the steps before are without effect."""
-    config = config_of(*CARRY, "training.learning_rate=1.0e-30", f"training.accumulate={accumulate}")
+    config = config_of(*CARRY, "training.learning_rate=1.0e-30", f"training.grad_accum_steps={accumulate}")
     learner = learner_of(config)
     batches = [learner._batch(step) for step in range(4)]
     for one, two in pairwise(batches):
@@ -585,7 +585,7 @@ def test_a_new_reading_of_the_text_starts_from_nothing(config_of):
 @pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
 def test_a_resumed_run_with_carried_state_is_the_unbroken_one(config_of, tmp_path, preset):
     window = ["model.blocks.attn.mixer.window=8"] if preset == "hybrid-tiny" else []
-    config = config_of(*CARRY, *DROPOUT, "training.accumulate=2", *window, "model.n_layers=4", preset=preset)
+    config = config_of(*CARRY, *DROPOUT, "training.grad_accum_steps=2", *window, "model.n_layers=4", preset=preset)
     run_of(config, tmp_path / "whole")
     stopped(config, tmp_path / "run", Stepped, 3)
     run_of(config, tmp_path / "run", resume=True)
