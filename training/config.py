@@ -149,8 +149,8 @@ class RunConfig(Config):
         length, processes = self.data.sequence_length, self.distributed.context_parallel
         if self.training.carry_state and length % processes:
             raise ValueError(
-                f"training.carry_state needs segments of one length, and distributed.context_parallel = {processes} does "
-                f"not divide data.sequence_length = {length}"
+                f"training.carry_state needs segments of one length, and distributed.context_parallel = {processes} "
+                f"does not divide data.sequence_length = {length}"
             )
         return self
 

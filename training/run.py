@@ -116,7 +116,8 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks
         if not mixer.splits and settings.compile:
             raise TrainingError(
                 f"distributed.context_parallel = {ranks.context_size} hands the state of {mixer.kind} "
-                f"(model.blocks.{name}) from process to process, which cannot be compiled: set training.compile to false"
+                f"(model.blocks.{name}) from process to process, which cannot be compiled: set "
+                "training.compile to false"
             )
         if not mixer.splits and mixer.traits.state == "growing":
             raise TrainingError(

@@ -199,18 +199,18 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_sentence(two, text, tmp_pat
     [
         (
             ["distributed.shard=4"],
-            "distributed lays out data x shard x context_parallel = 1 x 4 x 1 processes, 4, and there are 2: start as many with "
-            "`torchrun --nproc-per-node 4 -m seqmix train ...`, or change `distributed`",
+            "distributed lays out data x shard x context_parallel = 1 x 4 x 1 processes, 4, and there are 2: start as "
+            "many with `torchrun --nproc-per-node 4 -m seqmix train ...`, or change `distributed`",
         ),
         (
             ["distributed.context_parallel=3"],
-            "distributed lays out data x shard x context_parallel = 1 x any x 3 processes, a multiple of 3, and there are 2: "
-            "start as many with `torchrun --nproc-per-node 3 -m seqmix train ...`, or change `distributed`",
+            "distributed lays out data x shard x context_parallel = 1 x any x 3 processes, a multiple of 3, and there are "
+            "2: start as many with `torchrun --nproc-per-node 3 -m seqmix train ...`, or change `distributed`",
         ),
         (
             ["training.batch_size=6", "training.grad_accum_steps=2"],
-            "training.batch_size = 6 is read by 2 processes (data x shard) in training.grad_accum_steps = 2 parts each: "
-            "it must be a multiple of 4",
+            "training.batch_size = 6 is read by 2 processes (data x shard) in training.grad_accum_steps = 2 parts "
+            "each: it must be a multiple of 4",
         ),
     ],
 )
