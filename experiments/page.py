@@ -14,62 +14,7 @@ STYLE = f"""
 :root {{ color-scheme: light dark; {palette.variables()} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {palette.variables(dark=True)} }} }}
 @media print {{ :root {{ color-scheme: light; {palette.variables()} }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
-main {{ max-width: 1120px; margin: 0 auto; padding: 40px 16px 64px; }}
-h1 {{ font-size: 28px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01em; }}
-h2 {{ font-size: 19px; line-height: 1.3; margin: 0 0 12px; }}
-h3 {{ font-size: 15px; line-height: 1.35; margin: 0; }}
-p {{ margin: 0 0 12px; max-width: 760px; }}
-section {{ margin-top: 44px; }}
-ul {{ margin: 0 0 12px; padding-left: 20px; max-width: 760px; }}
-a {{ color: inherit; }}
-.lead {{ font-size: 19px; line-height: 1.45; margin: 16px 0; }}
-.quiet {{ color: var(--muted); font-size: 13px; }}
-.figures {{ display: grid; gap: 8px 28px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }}
-figure {{ margin: 0; display: grid; grid-row: span 3; grid-template-rows: subgrid; gap: 8px; align-content: start;
-  break-inside: avoid; }}
-figure svg {{ width: 100%; height: auto; display: block; overflow: visible; }}
-figcaption {{ margin-bottom: 24px; color: var(--muted); font-size: 13px; line-height: 1.45; }}
-.legend {{ display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; margin: 0 0 20px; padding: 0;
-  max-width: none;
-  font-size: 13px; }}
-.legend li, .name {{ display: inline-flex; align-items: center; gap: 8px; }}
-.sample {{ flex: none; }}
-.scroll {{ overflow-x: auto; margin: 0 0 12px; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: 7px 0 7px 20px; border-bottom: 1px solid var(--rule); white-space: nowrap; }}
-td.text, th.text {{ text-align: left; white-space: normal; min-width: 12ch; }}
-thead th {{ color: var(--muted); font-weight: 500; font-size: 13px; vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: var(--paper); }}
-tbody th {{ font-weight: 500; }}
-tr.best td, tr.best th {{ font-weight: 650; }}
-details {{ border-top: 1px solid var(--rule); }}
-details:last-of-type {{ border-bottom: 1px solid var(--rule); }}
-summary {{ cursor: pointer; padding: 9px 0; font-weight: 500; }}
-pre {{ background: var(--panel); padding: 12px 14px; margin: 0 0 14px; border-radius: 6px; overflow-x: auto;
-  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
-.facts {{ display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0 0 12px; font-size: 14px; }}
-.facts dt {{ color: var(--muted); }}
-.facts dd {{ margin: 0; min-width: 0; }}
-.note {{ background: var(--panel); border-left: 3px solid var(--line-1); padding: 10px 14px; max-width: none; }}
-@media (max-width: 520px) {{
-  main {{ padding: 24px 14px 48px; }} h1 {{ font-size: 24px; }} .lead {{ font-size: 17px; }}
-  .facts {{ grid-template-columns: 1fr; gap: 0; }} .facts dd {{ margin-bottom: 6px; }}
-  .cards thead {{ display: none; }}
-  .cards :is(table, tbody, tr, th, td) {{ display: block; padding: 0; border: 0; text-align: left;
-    white-space: normal; }}
-  .cards tr {{ border-bottom: 1px solid var(--rule); padding: 8px 0; }}
-  .cards td:empty {{ display: none; }}
-  .cards td::before {{ content: attr(data-head) ": "; color: var(--muted); }}
-}}
-@media print {{
-  main {{ max-width: none; padding: 0; }} section {{ margin-top: 24px; }} .scroll {{ overflow: visible; }}
-  .figures {{ grid-template-columns: repeat(2, 1fr); }} details::details-content {{ content-visibility: visible; }}
-}}
-"""
+{Path(__file__).with_name("page.css").read_text(encoding="utf-8")}"""
 
 
 def page(title: str, *body: Child) -> str:

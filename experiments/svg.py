@@ -1,6 +1,7 @@
 """A chart as SVG: text stays text, colours are CSS variables, and a pointer that rests on a point reads its values."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from . import palette
@@ -10,31 +11,25 @@ from .markup import element
 WIDTH, HEIGHT = 340, 240
 """Of one chart, in pixels at its natural size: as wide as a phone, so that text is readable there too."""
 TOP, RIGHT, BOTTOM = 26, 14, 42
-FONT, CHARACTER = 11, 6.9
-"""Height of text, and the width of a wide character of it: fonts differ, and a label must not be cut off."""
+CHARACTER = 6.9
+"""The width of a wide character: fonts differ, and a label must not be cut off."""
 MOST_POINTS, MOST_MARKERS, MOST_READ = 240, 12, 40
 """Points that are drawn of a joined line, up to how many have a marker each, and how many can be read."""
-STYLE = f"""
-svg.chart {{ font: {FONT}px/1.2 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
-svg.chart text {{ fill: var(--muted); }}
-svg.chart .title {{ fill: var(--ink); font-size: 13px; font-weight: 600; }}
-svg.chart .grid {{ stroke: var(--rule); }}
-svg.chart .axis {{ stroke: var(--muted); fill: none; }}
-svg.chart .line {{ stroke: var(--c); fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }}
-svg.chart .faint {{ stroke-width: 1; opacity: .45; }}
-svg.chart .band {{ fill: var(--c); opacity: .16; }}
-svg.chart .whisker {{ stroke: var(--c); stroke-width: 1.4; }}
-svg.chart .marker {{ fill: var(--c); stroke: var(--paper); stroke-width: 1; }}
-svg.chart .reads {{ fill: transparent; }}
-svg.chart .reads:hover {{ fill: var(--c); fill-opacity: .35; }}
-"""
+MARKERS = {
+    "circle": "m-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0z",
+    "square": "m-3.2-3.2h6.4v6.4h-6.4z",
+    "triangle": "m0-4.3l4.1 7.5h-8.2z",
+    "down": "m0 4.3l4.1-7.5h-8.2z",
+    "diamond": "m0-4.7l4.7 4.7-4.7 4.7-4.7-4.7z",
+    "cross": "m-1.2-4.8h2.4v3.6h3.6v2.4h-3.6v3.6h-2.4v-3.6h-3.6v-2.4h3.6z",
+}
+"""Their outlines around a point."""
+STYLE = "\n" + Path(__file__).with_name("chart.css").read_text(encoding="utf-8")
 
 
 def figure(chart: Chart) -> Element:
     """One chart, its lines unnamed: a legend stands beside it. It has at least one line (`drawable`)."""
-    x, y = chart.scales()
-    left = round(10 + CHARACTER * max((len(text) for _, text in y.ticks), default=1))
-    frame = _Frame(x, y, left, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)
+    frame = _Frame(*chart.scales())
     return element(
         "svg",
         *frame.axes(),
@@ -63,7 +58,7 @@ def sample(style: int) -> Element:
     return element(
         "svg",
         stroke,
-        element("path", class_="marker", d=_shape(palette.marker(style), 13, 6)),
+        _marker(style, 13, 6),
         class_="chart sample",
         viewBox="0 0 26 12",
         width="26",
@@ -103,8 +98,7 @@ def document(charts: Sequence[Chart], columns: int) -> Element:
         left, top = (i % columns) * (WIDTH + 16) + gap, bottom + (i // columns) * row
         root.append(element("text", chart.title, class_="title", x=left + 2, y=top + 14))
         drawn = figure(chart)
-        for name, value in {"x": left, "y": top + 22, "width": WIDTH, "height": HEIGHT}.items():
-            drawn.set(name, str(value))
+        drawn.attrib |= {"x": f"{left}", "y": f"{top + 22}", "width": f"{WIDTH}", "height": f"{HEIGHT}"}
         root.append(drawn)
     return root
 
@@ -117,8 +111,7 @@ def _legend(names: Iterable[tuple[str, int]], width: float) -> tuple[Element, fl
         if x > 12 and x + needed > width:
             x, y = 12.0, y + 18
         drawn = sample(style)
-        drawn.set("x", f"{x:g}")
-        drawn.set("y", f"{y - 9:g}")
+        drawn.attrib |= {"x": f"{x:g}", "y": f"{y - 9:g}"}
         group.extend([drawn, element("text", name, x=x + 32, y=y)])
         x += needed
     return group, y + 12
@@ -127,15 +120,16 @@ def _legend(names: Iterable[tuple[str, int]], width: float) -> tuple[Element, fl
 class _Frame:
     """The place of a chart's axes, and what is drawn between them."""
 
-    def __init__(self, x: Scale, y: Scale, left: float, right: float, top: float, bottom: float) -> None:
+    def __init__(self, x: Scale, y: Scale) -> None:
         self.scales = x, y
-        self.left, self.right, self.top, self.bottom = left, right, top, bottom
+        self.left = round(10 + CHARACTER * max((len(text) for _, text in y.ticks), default=1))
+        self.right, self.bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def across(self, value: float) -> float:
         return round(self.left + self.scales[0].position(value) * (self.right - self.left), 1)
 
     def up(self, value: float) -> float:
-        return round(self.bottom - self.scales[1].position(value) * (self.bottom - self.top), 1)
+        return round(self.bottom - self.scales[1].position(value) * (self.bottom - TOP), 1)
 
     def axes(self) -> list[Element]:
         x, y = self.scales
@@ -163,8 +157,8 @@ class _Frame:
         points = [(self.across(line.x[i]), self.up(line.y[i])) for i in kept]
         drawn: list[Element] = []
         if line.low and joined and len(kept) > 1:
-            edge = [(self.across(line.x[i]), self.up(line.high[i])) for i in kept]
-            edge += [(self.across(line.x[i]), self.up(line.low[i])) for i in reversed(kept)]
+            there, back = ((line.high, kept), (line.low, kept[::-1]))
+            edge = [(self.across(line.x[i]), self.up(ys[i])) for ys, order in (there, back) for i in order]
             drawn.append(element("path", class_="band", d=_path(edge) + "Z"))
         elif line.low:
             for i, (across, _) in zip(kept, points, strict=True):
@@ -179,20 +173,22 @@ class _Frame:
             # on long lines a few markers, each line's elsewhere
             every = 1 if len(points) <= MOST_MARKERS else max(1, len(points) // 5)
             begin = 0 if every == 1 else (line.style * every) // 5 % every
-            shape = palette.marker(line.style)
-            drawn += [element("path", class_="marker", d=_shape(shape, *point)) for point in points[begin::every]]
+            drawn += [_marker(line.style, *point) for point in points[begin::every]]
             drawn += self._reads(line, kept, points)
         return element("g", drawn, style=_color(line.style), data_line=line.name)
 
     def _reads(self, line: Line, kept: Sequence[int], points: Sequence[tuple[float, float]]) -> list[Element]:
         every = max(1, len(points) // MOST_READ)
-        found = []
+        (x, y), found = self.scales, []
         for i, (across, up) in list(zip(kept, points, strict=True))[::every]:
-            x, y = self.scales
             spread = f" ({y.read(line.low[i])} to {y.read(line.high[i])})" if line.low else ""
             text = element("title", f"{line.name}: {y.read(line.y[i])}{spread} at {x.read(line.x[i])}")
             found.append(element("circle", text, class_="reads", cx=across, cy=up, r=7))
         return found
+
+
+def _marker(style: int, x: float, y: float) -> Element:
+    return element("path", class_="marker", d=f"M{x:g} {y:g}{MARKERS[palette.marker(style)]}")
 
 
 def _color(style: int) -> str:
@@ -201,33 +197,3 @@ def _color(style: int) -> str:
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
-
-
-def _shape(name: str, x: float, y: float, r: float = 3.6) -> str:
-    """The outline of a marker around a point."""
-    if name == "circle":
-        return f"M{x - r:g} {y:g}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z"
-    corners = {
-        "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
-        "triangle": ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
-        "down": ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
-        "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
-        "cross": tuple(
-            (a / 3, b / 3)
-            for a, b in (
-                (-1, -4),
-                (1, -4),
-                (1, -1),
-                (4, -1),
-                (4, 1),
-                (1, 1),
-                (1, 4),
-                (-1, 4),
-                (-1, 1),
-                (-4, 1),
-                (-4, -1),
-                (-1, -1),
-            )
-        ),
-    }[name]
-    return _path([(round(x + r * a, 1), round(y + r * b, 1)) for a, b in corners]) + "Z"
