@@ -4,10 +4,14 @@ A sequence mixer is a causal map (x, state) -> (y, state'); `SequenceMixer` stat
 mixers, feed-forward networks and norms into a language model.
 """
 
-from .mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
-from .registry import ConfigError, SeqmixError
-from .training import RunConfig, load_config, load_run, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
+    from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
+    from .registry import ConfigError, SeqmixError
+    from .training import RunConfig, load_config, load_run, train
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,23 @@ __all__ = [
     "stream_text",
     "train",
 ]
+
+_ROOMS = ("registry", "mixers", "models", "training")
+"""Where the names above live, from the ground up: one that is found is imported with what it imports itself."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a room, imported when it is asked for: the command answers --help without torch."""
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name in __all__:
+        for room in _ROOMS:
+            module = import_module(f".{room}", __name__)
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -108,7 +108,9 @@ def plan(memory: int) -> Iterator[Part]:
         yield Part(group=group, name=group, command=("bench", group, *words, *common))
     train = ("--length", "8192", "--tokens", "8192", *common)
     yield from _paper("paper-train", "train", "retnet-1.3b", 16, train, memory)
-    yield from _paper("paper-train-checkpointed", "train", "retnet-1.3b", 16, (*train, "--checkpoint"), memory)
+    yield from _paper(
+        "paper-train-checkpointed", "train", "retnet-1.3b", 16, (*train, "--activation-checkpointing"), memory
+    )
     yield from _paper("paper-decode", "decode", "retnet-6.7b", 2, (*lengths, "--batch", "8", *common), memory)
 
 

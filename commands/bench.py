@@ -1,11 +1,12 @@
-"""The `bench` command: what is to be measured, progress while it is, and where the figures go."""
+"""`seqmix bench`: what is to be measured, progress while it is, and where the figures go."""
 
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -16,10 +17,11 @@ from ..benchmarks.report import markdown, plot, require_plot, show, to_json
 from ..benchmarks.suite import Benchmark, Settings, run
 from ..benchmarks.train import TrainBenchmark
 from ..models import ModelConfig
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError
 from ..training import load_config
 from ..training.memory import keep_freed_memory
 from .console import terminal
+from .options import Device, JsonFile, Overrides, require_device, require_name, require_writable
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (OpBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
@@ -36,55 +38,91 @@ MODEL = (
 """The model where no configuration is given, about 20M parameters: how it differs from retnet-tiny."""
 
 
-def bench_command(
-    what: str,
-    config: str | None,
-    changes: Sequence[str],
-    *,
-    lengths: Sequence[int],
-    device: str,
-    dtype: str,
-    repeat: int,
-    only: Sequence[str],
-    compiled: bool,
-    checkpoint: bool,
-    tokens: int,
-    batch: int,
-    limit: float,
-    json_file: Path | None,
-    markdown_file: Path | None,
-    plot_file: Path | None,
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="op (a map over a sequence), train (a training step), decode (a token), prefill (a prompt).",
+            metavar="op|train|decode|prefill",
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="A preset or a YAML file: the model; a RetNet of 20M parameters by default.",
+            metavar="[CONFIG]",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            "--context",
+            help="Tokens of a sequence; for decode, tokens read before. May be given several times.",
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16; train computes by autocast, with float32 parameters.")
+    ] = "float32",
+    repeat: Annotated[int, typer.Option(help="Rounds, in each of which all run once; at least 5.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this one; all by default.", metavar="NAME", show_default=False),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Add compiled variants of those that have one.")] = False,
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option("--activation-checkpointing", help="train: recompute activations in backward, for less memory."),
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="train: tokens of a step at most, in whole sequences.")] = 2048,
+    batch: Annotated[int, typer.Option(help="op, decode, prefill: sequences at once.")] = 1,
+    limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
+    json_file: JsonFile = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE", show_default=False)
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw time and memory: .png, .svg, .pdf.", metavar="FILE", show_default=False),
+    ] = None,
 ) -> None:
-    """Measure, print a table, and write files.
+    """Measure speed and memory beside what is installed of other implementations.
 
-    Raises:
-        SeqmixError: there is no such benchmark, contestant, device or number format, a number is out of range, or a
-            file cannot be written; all of it before anything is measured.
+    All models have as many parameters, run warm, and take turns in one run. Ratios are to the first; shares are of
+    what the machine can do at most, measured in the same rounds. What cannot run is shown with its reason.
+
+    [bold]seqmix bench op --length 2048 --length 8192[/bold]
+
+    [bold]seqmix bench train --length 512 --only seqmix --only llama[/bold]
+
+    [bold]seqmix bench decode hybrid-tiny --context 1024 --json decode.json[/bold]
     """
-    _require_name("benchmark", what, BENCHMARKS)
-    _require_name("number format", dtype, DTYPES)
-    for length in lengths:
-        _require_range("--length", length, 1, LONGEST)
+    require_name("benchmark", what, BENCHMARKS)
+    require_name("number format", dtype, DTYPES)
+    for each in length or []:
+        _require_range("--length", each, 1, LONGEST)
     _require_range("--repeat", repeat, 5, 10_000)
     _require_range("--tokens", tokens, 1, LONGEST)
     _require_range("--batch", batch, 1, 2**20)
     _require_range("--limit", limit, 0, float("inf"))
-    _require_device(device)
     if plot_file is not None:
         require_plot(plot_file)
-    for file in (json_file, markdown_file, plot_file):
-        if file is not None:
-            _require_writable(file)
+    require_writable(json_file, markdown_file, plot_file)
     benchmark = BENCHMARKS[what](
         Settings(
-            lengths=tuple(dict.fromkeys(lengths)) or LENGTHS[what],
-            model=model_to_measure(config, changes),
-            device=torch.device(device),
+            lengths=tuple(dict.fromkeys(length or LENGTHS[what])),
+            model=model_to_measure(config, overrides or []),
+            device=require_device(device),
             dtype=DTYPES[dtype],
             repeat=repeat,
-            only=tuple(only),
+            only=tuple(only or []),
             compile=compiled,
-            checkpoint=checkpoint,
+            checkpoint=activation_checkpointing,
             tokens=tokens,
             batch=batch,
             limit=limit,
@@ -113,32 +151,10 @@ def model_to_measure(config: str | None, changes: Sequence[str]) -> ModelConfig:
     return model.model_copy(update={"dropout": 0.0, "blocks": blocks})
 
 
-def _require_name(kind: str, name: str, allowed: Collection[str]) -> None:
-    if name not in allowed:
-        raise SeqmixError(f"there is no {kind} {name!r}; allowed: {', '.join(allowed)}{nearest(name, allowed)}")
-
-
 def _require_range(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
         raise SeqmixError(f"{option} is {value:,}; allowed: {limits}")
-
-
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SeqmixError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def _require_writable(file: Path) -> None:
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise SeqmixError(f"{file} cannot be written: there is no folder {folder}")
-    if file.is_dir():
-        raise SeqmixError(f"{file} cannot be written: it is a folder")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise SeqmixError(f"{file} cannot be written: permission denied")
 
 
 @contextmanager

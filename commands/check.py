@@ -1,12 +1,13 @@
-"""The `check` command: what is to be checked, and how the conformance kit's outcomes are shown."""
+"""`seqmix check`: what is to be checked, and how the conformance kit's outcomes are shown."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 from rich.box import SIMPLE
@@ -15,31 +16,63 @@ from rich.status import Status as Progress
 from rich.table import Table
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
+from ..ops.kernels import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping
 from ..training import PRESETS, load_config
 from .console import terminal
+from .options import require_name
 
 if TYPE_CHECKING:
     from ..testing import Check, Outcome, Report
 
 
-def check_command(
-    source: str,
-    changes: Sequence[str],
-    *,
-    device: str,
-    paradigms: Sequence[str],
-    only: Sequence[str],
-    examples: int,
-    seed: int,
-    d_model: int | None,
-    compile_backend: str | None,
-    shrink: bool,
-) -> bool:
-    """Check every mixer that `source` names and print the outcomes; whether all passed.
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A mixer kind (retention), a dotted path (my_mixers:MyConfig), a preset, or a YAML file of a run or "
+            "of one mixer; or a kernel (decay/chunkwise/triton).",
+            metavar="MIXER",
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes as key=value, the value in YAML.", metavar="[KEY=VALUE]...", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it is checked: cpu, cuda, ...")] = "cpu",
+    paradigm: Annotated[
+        list[str] | None,
+        typer.Option(help="Check this paradigm (against the reference); all by default.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this check; all by default.", metavar="CHECK", show_default=False)
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Cases of the largest check; others take a share.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="The cases are a function of it.")] = 0,
+    d_model: Annotated[
+        int | None,
+        typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16, show_default=False),
+    ] = None,
+    compile_with: Annotated[
+        Literal["aot_eager", "inductor", "none"],
+        typer.Option("--compile", help="What the checks that compile use; none skips them."),
+    ] = "aot_eager",
+    shrink: Annotated[
+        bool,
+        typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers."),
+    ] = True,
+) -> None:
+    """Test that a mixer or a kernel keeps the contract, or show the smallest case in which it does not.
 
-    Raises:
-        SeqmixError: there is no such mixer, check, paradigm or device, or hypothesis is not installed.
+    A kind is checked in all its options, a configuration as it stands. Exits with 1 if a check fails.
+
+    [bold]seqmix check retention[/bold]
+
+    [bold]seqmix check attention window=4 --device cuda[/bold]
+
+    [bold]seqmix check my_mixers:MyConfig --only paradigms_agree --examples 1000[/bold]
+
+    [bold]seqmix check decay/chunkwise/triton --device cuda[/bold]
     """
     try:
         from ..testing import CHECKS, check_mixer
@@ -48,11 +81,17 @@ def check_command(
         if error.name != "hypothesis":
             raise
         raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[test]'") from None
-    if left_out := [name for name in only if name in CHECKS and CHECKS[name].compiles and compile_backend is None]:
-        raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
-    configs, vary = mixers_of(source, changes)
-    chosen = tuple(map(_paradigm, paradigms)) or None
     console = terminal()
+    if (kernel := kernel_of(source)) is not None:
+        mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model}
+        if given := [name for name, value in mixers_alone.items() if value]:
+            raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
+        _check_kernel(kernel, console, only=only, device=device, examples=examples, seed=seed, shrink=shrink)
+        return
+    if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
+        raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
+    configs, vary = mixers_of(source, changes or [])
+    chosen = tuple(map(_paradigm, paradigm or [])) or None
     reports = []
     for config in configs:
         heading = f"{source_of(config)} on {device}" + (", and its options" if vary else "")
@@ -66,15 +105,44 @@ def check_command(
                 examples=examples,
                 seed=seed,
                 vary=vary,
-                compiles=compile_backend is not None,
-                compile_backend=compile_backend or "aot_eager",
+                compiles=compile_with != "none",
+                compile_backend="aot_eager" if compile_with == "none" else compile_with,
                 shrink=shrink,
                 on_outcome=_Lines(console, heading),
                 on_case=progress,
             )
         reports.append(report)
     _summary(console, reports)
-    return all(report.passed for report in reports)
+    if not all(report.passed for report in reports):
+        raise typer.Exit(1)
+
+
+def kernel_of(source: str) -> Kernel | None:
+    """The kernel that is called op/paradigm/backend; None where no kernel is meant.
+
+    Raises:
+        SeqmixError: one is meant that does not exist.
+    """
+    if source.count("/") != 2 or Path(source).exists() or source.endswith((".yaml", ".yml")):
+        return None
+    kernels = all_kernels()
+    if source.partition("/")[0] in {kernel.op for kernel in kernels.values()}:
+        require_name("kernel", source, kernels)
+    return kernels.get(source)
+
+
+def _check_kernel(kernel: Kernel, console: Console, *, only: list[str] | None, **options: Any) -> None:
+    """Run a kernel's checks one by one, each told as it ends."""
+    from ..testing import KERNEL_CHECKS, check_kernel
+    from ..testing.outcome import chosen_names
+
+    outcomes = []
+    for name in chosen_names(only or None, KERNEL_CHECKS):
+        outcomes += check_kernel(kernel, checks=[name], **options).outcomes
+        _line(console, outcomes[-1])
+    if failed := [outcome.check.name for outcome in outcomes if outcome.status == "failed"]:
+        console.print(f"{kernel.key} fails {', '.join(failed)}", style="red", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfig], bool]:
@@ -140,10 +208,7 @@ def _is_file(source: str) -> bool:
 
 
 def _paradigm(name: str) -> Paradigm:
-    if name not in list(Paradigm):
-        raise SeqmixError(
-            f"there is no paradigm {name!r}; allowed: {', '.join(Paradigm)}{nearest(name, list(Paradigm))}"
-        )
+    require_name("paradigm", name, list(Paradigm))
     return Paradigm(name)
 
 

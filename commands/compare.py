@@ -1,8 +1,10 @@
-"""The `compare` command: a study from its file to its results, and what the terminal shows of it."""
+"""`seqmix compare`: a study from its file to its results, and what the terminal shows of it."""
 
 import shlex
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from ..experiments.collect import entry_result
@@ -11,6 +13,7 @@ from ..experiments.results import Results
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import notes, state_size, summary_table
+from ..registry import SeqmixError
 from .console import plain_table, terminal
 from .show import si
 from .study_progress import StudyProgress
@@ -18,43 +21,55 @@ from .study_progress import StudyProgress
 STUDY_FOLDER = Path("studies")
 
 
-def compare_command(source: str, *, out: Path | None, jobs: int | None, dry_run: bool) -> int:
-    """Make a study, or go on with it, and write what it found.
+def compare(
+    study: Annotated[
+        str | None,
+        typer.Argument(help="A study's YAML file, or the name of one of --list.", metavar="STUDY", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; studies/NAME by default.", show_default=False)
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once; one a core or GPU by default.", min=1, show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and show it; train nothing.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the studies that come with the package.")] = False,
+) -> None:
+    """Train several models under identical conditions and compare them.
 
-    Args:
-        source: the name of a study that comes with the package, or a YAML file.
-        out: its folder; studies/NAME by default.
-        jobs: runs at once.
-        dry_run: whether it is only checked and shown.
+    Every run is an ordinary one in the study's folder, and so are results.json, tables and a report. Called again, it
+    goes on where it was stopped. Exits with 1 if runs failed.
 
-    Returns:
-        An exit status: 0, 1 if runs failed, 130 if it was stopped.
+    [bold]seqmix compare recall[/bold]
 
-    Raises:
-        SeqmixError: the study cannot be made; nothing is written then.
+    [bold]seqmix compare study.yaml --dry-run[/bold]
     """
-    file = find_study(source)
-    planned = plan(load_study(file), file)
     console = terminal()
+    if list_all:
+        _list_studies(console)
+        return
+    if study is None:
+        raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
+    file = find_study(study)
+    planned = plan(load_study(file), file)
     if dry_run:
         _show_plan(planned, console)
-        return 0
+        return
     folder = out or STUDY_FOLDER / planned.name
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress)
     show(results, console)
-    again = f"seqmix compare {shlex.quote(source)}" + (f" --out {shlex.quote(str(out))}" if out else "")
+    again = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
         console.print(f"stopped, with a checkpoint of every run; go on with: {again}")
-        return 130
+        raise typer.Exit(130)
     console.print(f"{folder} has report.html, results.json, the tables and every run")
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
-    return 1 if outcome.failed else 0
+        raise typer.Exit(1)
 
 
-def list_studies(console: Console) -> None:
-    """Print the studies that come with the package."""
+def _list_studies(console: Console) -> None:
     table = plain_table("study", "question")
     for name in shipped():
         table.add_row(name, load_study(STUDIES / f"{name}.yaml").question or "")

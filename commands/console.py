@@ -1,8 +1,9 @@
-"""What commands print to, a terminal or a file or pipe, which is as wide as it must be; and the tables they print."""
+"""What commands print to: a terminal, or a file or pipe, which is as wide as it must be; tables and notes."""
 
 import os
 from typing import Any
 
+import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -34,3 +35,8 @@ def plain_table(*columns: str, **options: Any) -> Table:
     for column in columns:
         table.add_column(column, **options)
     return table
+
+
+def note(text: str) -> None:
+    """Say something beside what is printed, on standard error."""
+    typer.secho(f"note: {text}", err=True, fg="yellow")

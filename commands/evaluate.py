@@ -1,17 +1,17 @@
-"""The `evaluate` command: a run on texts of other lengths, as tables and JSON."""
+"""`seqmix evaluate`: a run on texts of other lengths, as tables and JSON."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..mixers import Paradigm
 from ..registry import SeqmixError
-from ..training import Choice, load_run, read_config
+from ..training import load_run, read_config
 from ..training.length_eval import (
     TIMES,
     Evaluation,
@@ -21,47 +21,82 @@ from ..training.length_eval import (
     open_text,
     require_paradigm_name,
 )
-from .console import plain_table, terminal
+from .console import note, plain_table, terminal
+from .options import Checkpoint, Device, JsonFile, Run, checkpoint_choice, require_device, require_writable
 
 LARGEST_PARALLEL = 8192
 """Tokens of a sequence up to which the quadratic paradigm is measured unasked."""
-DIGITS = 4
 
 
-def evaluate_command(
-    run: Path,
-    *,
-    lengths: Sequence[int],
-    paradigms: Sequence[str],
-    contexts: Sequence[int],
-    scored: int | None,
-    tokens: int,
-    choice: Choice,
-    device: str,
-    json_file: Path | None,
-    tell: Callable[[str], object],
+def evaluate(
+    run: Run,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a sequence; may be given several times. By default 1, 2, 4, 8 and 16 times those of "
+            "training, as far as the text goes.",
+            min=1,
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    paradigm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure by this one, and then by others; by default by each that all layers declare, and parallel "
+            "up to 8,192 tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Measure how the same tokens gain from so much text; may be given several times.",
+            min=1,
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    scored: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens at the end that contexts are about; a quarter of the shortest by default.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens that are read at each length, about; a batch at least.", min=1)
+    ] = 16384,
+    checkpoint: Checkpoint = "newest",
+    device: Device = "cpu",
+    json_file: JsonFile = None,
 ) -> None:
-    """Measure a run at lengths and contexts, and print what was found.
+    """Measure a trained model at longer texts than it has learned from.
 
-    Raises:
-        SeqmixError: the run, its text, a length, a paradigm or the device cannot be used.
+    By length, with the loss by position in the sequence, in every paradigm; or by context: the same tokens after more
+    and less text.
+
+    [bold]seqmix evaluate runs/retnet-tiny[/bold]
+
+    [bold]seqmix evaluate runs/retnet-tiny --context 64 --context 128 --context 256 --scored 32[/bold]
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise SeqmixError(f"the folder of --json {json_file} does not exist")
+    require_writable(json_file)
     config = read_config(run)
     trained = config.data.sequence_length
-    wanted = sorted(set(lengths)) or ([] if contexts else [times * trained for times in TIMES])
-    source = open_text(config, run, [*lengths, *contexts])
-    if not lengths:  # as far as the text goes
+    contexts = sorted(set(context or []))
+    lengths = sorted(set(length or [])) or ([] if contexts else [times * trained for times in TIMES])
+    source = open_text(config, run, [*(length or []), *contexts])
+    if not length:  # as far as the text goes
         held_out = len(source.corpus.validation)
-        if (left_out := [length for length in wanted if length >= held_out]) and len(left_out) < len(wanted):
-            tell(f"{source.name} holds out {held_out:,} tokens: nothing is measured at {_list(left_out)}")
-        wanted = [length for length in wanted if length < held_out]
-        source = open_text(config, run, [*wanted, *contexts])
-    model = load_run(run, device=_device(device), choice=choice, tell=tell)
+        if (left_out := [each for each in lengths if each >= held_out]) and len(left_out) < len(lengths):
+            note(f"{source.name} holds out {held_out:,} tokens: nothing is measured at {_list(left_out)}")
+        lengths = [each for each in lengths if each < held_out]
+        source = open_text(config, run, [*lengths, *contexts])
+    model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
     declared = common_paradigms(model)
-    chosen = [require_paradigm_name(name, declared) for name in paradigms] or list(declared)
-    if wanted and not chosen:
+    chosen = [require_paradigm_name(name, declared) for name in paradigm or []] or list(declared)
+    if lengths and not chosen:
         raise SeqmixError("the layers of this model declare no paradigm in common, so none can be measured by length")
     evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
     console = terminal()
@@ -69,13 +104,13 @@ def evaluate_command(
 
         def measured(length: int) -> Sequence[Paradigm]:
             status.update(f"{length:,} tokens by {_list(chosen)}")
-            quick = [paradigm for paradigm in chosen if paradigm != Paradigm.PARALLEL]
-            return chosen if paradigms or length <= LARGEST_PARALLEL or not quick else quick
+            quick = [each for each in chosen if each != Paradigm.PARALLEL]
+            return chosen if paradigm or length <= LARGEST_PARALLEL or not quick else quick
 
-        evaluation.lengths.extend(by_length(model, source, wanted, paradigms=measured, tokens=tokens))
+        evaluation.lengths.extend(by_length(model, source, lengths, paradigms=measured, tokens=tokens))
         if contexts:
-            status.update(f"contexts of {_list(sorted(set(contexts)))} tokens")
-            found = by_context(model, source, sorted(set(contexts)), scored=evaluation.scored, tokens=tokens)
+            status.update(f"contexts of {_list(contexts)} tokens")
+            found = by_context(model, source, contexts, scored=evaluation.scored, tokens=tokens)
             evaluation.contexts.extend(found)
     _show(evaluation, console)
     if json_file is not None:
@@ -95,7 +130,7 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         console.print(_positions(evaluation))
     if evaluation.contexts:
         console.print(
-            f"Nats a token of the last {evaluation.scored:,} tokens of a sequence, behind more and less of it:"
+            f"Nats a token of the last {evaluation.scored:,} tokens of a sequence, after more and less of it:"
         )
         table = plain_table("context", "loss", "tokens scored", justify="right")
         for found in evaluation.contexts:
@@ -129,18 +164,9 @@ def _positions(evaluation: Evaluation) -> Table:
 
 
 def _number(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.{DIGITS}f}"
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def _list(items: Iterable[object]) -> str:
     *first, last = (f"{item:,}" if isinstance(item, int) else str(item) for item in items)
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SeqmixError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
-    return device

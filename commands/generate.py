@@ -1,38 +1,78 @@
-"""The `generate` command: what goes on behind what, and how it is shown."""
+"""`seqmix generate`: texts that a trained model continues, and states to go on from."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from ..models import LanguageModel, Reading, Sampling, read_text, stream_text
 from ..registry import SeqmixError
-from ..training import Choice, load_reading, load_run, save_reading
+from ..training import load_reading, load_run, save_reading
 from ..training.memory import keep_freed_memory
+from .console import note
+from .options import Checkpoint, checkpoint_choice, require_writable
 
 
-def generate_command(
-    run: Path,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
-    choice: Choice,
-    compiled: bool | None,
-    state: Path | None,
-    save_state: Path | None,
-    tell: Callable[[str], object],
+def generate(
+    run: Annotated[
+        Path,
+        typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="The text to continue; several are read as one batch.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate at most: bytes, by default; 0 with --save-state only reads.", min=0)
+    ] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default=False)] = None,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
+    checkpoint: Checkpoint = "newest",
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the step of a token: seconds before the first, less time for each. By default where it pays.",
+            show_default=False,
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on after the text of this file, with the prompt or without: one text for all prompts, or one for "
+            "each.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write there what was read and generated, for --state to go on from.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Continue texts and print them; read a state from a file and write one where that is wanted.
+    """Continue a text with a trained model.
 
-    Raises:
-        SeqmixError: the run, an option, or a file cannot be used; nothing is generated before all is there.
+    The prompt is read at once (chunkwise), then every token costs one recurrent step. The run's
+    own copy of its tokenizer turns text into tokens and back.
+
+    [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
+
+    [bold]seqmix generate runs/retnet-tiny --prompt "def " --save-state def.state --max-new-tokens 0[/bold]
+
+    [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
     """
+    prompts = prompt or []
     _require_sense(prompts, max_new_tokens, state, save_state)
     keep_freed_memory()
-    model = load_run(run, choice=choice, tell=tell)
+    model = load_run(run, choice=checkpoint_choice(checkpoint), tell=note)
     behind = None if state is None else load_reading(state, model)
     if max_new_tokens == 0 and save_state is not None:
         _save(read_text(model, prompts, behind=behind), model, save_state)
@@ -42,8 +82,8 @@ def generate_command(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        stop=stop or [],
         compiled=compiled,
         behind=behind,
         keep=kept.append,
@@ -75,7 +115,7 @@ def _show(texts: list[str], pieces: Iterable[list[str]]) -> None:
 def _save(reading: Reading, model: LanguageModel, file: Path) -> None:
     save_reading(reading, model, file)
     tokens = " and ".join(f"{length:,}" for length in reading.lengths.tolist())
-    typer.secho(f"note: {file} has the state behind {tokens} tokens", err=True, fg="yellow")
+    note(f"{file} has the state behind {tokens} tokens")
 
 
 def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:
@@ -86,11 +126,7 @@ def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | No
         raise SeqmixError("--max-new-tokens 0 reads a --prompt for --save-state FILE, and needs both")
     if save_state is None:
         return
-    folder = save_state.absolute().parent
-    if not folder.is_dir():
-        raise SeqmixError(f"the folder of --save-state {save_state} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise SeqmixError(f"the folder of --save-state {save_state} cannot be written to")
+    require_writable(save_state)
     if save_state.exists() and not (state is not None and state.exists() and save_state.samefile(state)):
         raise SeqmixError(
             f"{save_state} exists already: give --save-state another name, or the name of --state, to go on in place"

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ..experiments import image, page, svg
 from ..experiments.curves import charts_of, read_curves
@@ -13,15 +16,21 @@ COLUMNS = 2
 """Charts in a row of a drawing."""
 
 
-def plot_runs(runs: Sequence[Path], out: Path) -> Path:
-    """Draw the curves of runs into one file, over each other.
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders that `seqmix train` wrote, drawn over each other.", metavar="RUN...")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg or .png.", metavar="FILE")
+    ] = Path("plot.html"),
+) -> None:
+    """Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.
 
-    Args:
-        runs: folders that `seqmix train` wrote.
-        out: a file that ends in .html (a page), .svg or .png (needs matplotlib). One that exists is written anew.
+    Works while they train, too.
 
-    Raises:
-        SeqmixError: a folder is no run or has measured nothing, or the file has another ending or cannot be written.
+    [bold]seqmix plot runs/retnet-tiny[/bold]
+
+    [bold]seqmix plot runs/retnet-tiny runs/attention-tiny --out both.svg[/bold]
     """
     ending = out.suffix.lower()
     if ending not in ENDINGS:
@@ -35,17 +44,16 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
             f"{', '.join(map(str, runs))}: no measurement is a finite number, so there is nothing to draw"
         )
     if ending == ".png":
-        return image.write(charts, out, COLUMNS)
-    if ending == ".svg":
-        return page.write(xml(svg.document(charts, COLUMNS)), out)
-    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
-    text = page.page(
-        title,
-        element("header", element("h1", title), page.paragraph(f"{made}.", "quiet")),
-        page.section("Curves", page.legend(charts), page.figures(charts)),
-    )
-    return page.write(text, out)
+        image.write(charts, out, COLUMNS)
+    elif ending == ".svg":
+        page.write(xml(svg.document(charts, COLUMNS)), out)
+    else:
+        title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+        made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
+        header = element("header", element("h1", title), page.paragraph(f"{made}.", "quiet"))
+        curves = page.section("Curves", page.legend(charts), page.figures(charts))
+        page.write(page.page(title, header, curves), out)
+    typer.echo(f"{out} is drawn")
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

@@ -1,61 +1,49 @@
-"""Tables for the terminal: what mixers declare, what a model costs."""
+"""`seqmix show`: what a model costs."""
 
+import json
+from dataclasses import asdict
 from itertools import groupby
+from typing import Annotated
 
-from ..mixers import MIXERS, Paradigm
-from ..models import LayerCost, ModelCost
-from ..training import RunConfig
+import typer
+
+from ..models import LayerCost, ModelCost, account
+from ..training import RunConfig, load_config
 from .console import plain_table, terminal
+from .options import Overrides
 
 
-def mixer_table() -> None:
-    """Print the registered mixers, where plug-ins come from, and the plug-ins that cannot be imported."""
+def show(
+    config: Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a sequence; data.sequence_length by default.", min=1, max=2**31, show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a model costs, by layer, without allocating it: parameters, operations, state, activations."""
+    print_cost(load_config(config, overrides or []), length, as_json=as_json)
+
+
+def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = False) -> None:
+    """Print the cost of a configuration's model for sequences of `length` tokens, the run's own by default."""
+    cost = account(config.model, length=length or config.data.sequence_length)
+    if as_json:
+        typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
+        return
     console = terminal()
-    table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
-    foreign: dict[str, str] = {}
-    for kind in MIXERS.kinds():
-        if not (module := MIXERS.origin(kind)).startswith("seqmix."):
-            foreign[kind] = module
-        try:
-            traits = MIXERS.resolve(kind).example().traits
-        except ValueError as error:
-            table.add_row(kind, f"not known without a configuration: {error}")
-            continue
-        table.add_row(
-            kind,
-            " ".join(p for p in Paradigm if p in traits.paradigms),
-            traits.state,
-            "yes" if traits.packing else "no",
-            "yes" if traits.shift_invariant else "no",
-        )
-    console.print(table)
-    console.print("These are the default configurations; options can change them (a window bounds attention's state).")
-    for kind, module in foreign.items():
-        console.print(f"{kind} comes from {module}")
-    for name, reason in MIXERS.broken().items():
-        console.print(f"plug-in {name} is broken: {reason}", style="red")
-
-
-def cost_table(config: RunConfig, cost: ModelCost) -> None:
-    """Print a model's cost; runs of equal layers share a line."""
     table = plain_table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
-    for layer, run in groupby(cost.layers):
+    for layer, run in groupby(cost.layers):  # equal layers share a line
         count = len(list(run))
         name = f"{index}" if count == 1 else f"{index}-{index + count - 1}"
-        table.add_row(name, layer.block, layer.mixer, *_layer_cells(layer))
+        table.add_row(name, layer.block, layer.mixer, *_cells(layer))
         index += count
     table.add_section()
-    table.add_row(
-        "all",
-        "",
-        "",
-        f"{cost.parameters:,}",
-        f"{si(cost.flops_per_token)}FLOP",
-        si_bytes(cost.state_bytes),
-        si_bytes(cost.activation_bytes),
-    )
-    console = terminal()
+    table.add_row("all", "", "", *_cells(cost))
     console.print(table)
     console.print(
         f"{cost.parameters:,} parameters ({si_bytes(cost.parameter_bytes)}), "
@@ -73,12 +61,12 @@ def cost_table(config: RunConfig, cost: ModelCost) -> None:
     )
 
 
-def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
+def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:
     return (
-        f"{layer.parameters:,}",
-        f"{si(layer.flops_per_token)}FLOP",
-        si_bytes(layer.state_bytes),
-        si_bytes(layer.activation_bytes),
+        f"{cost.parameters:,}",
+        f"{si(cost.flops_per_token)}FLOP",
+        si_bytes(cost.state_bytes),
+        si_bytes(cost.activation_bytes),
     )
 
 

@@ -1,8 +1,10 @@
-"""The `tokenize` command: a vocabulary where one is wanted, and a token file."""
+"""`seqmix tokenize`: a vocabulary where one is wanted, and a token file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..data.files import Document, read_documents
@@ -16,17 +18,34 @@ from ..training.config import PRESETS
 from .console import terminal
 
 
-def tokenize_command(sources: Sequence[str], out: Path, *, tokenizer: str, train_bpe: int | None) -> None:
-    """Write the token file of some sources, and say what it holds.
+def tokenize(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files, JSON lines and folders, and fields of `data` as key=value: text_field=body "
+            'dataset="{path: wikitext, name: wikitext-2-raw-v1}"',
+            metavar="[SOURCE]... [KEY=VALUE]...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The token file that is written: FILE.tokens.", metavar="FILE")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, or a tokenizer.json; with --train-bpe, the one that is written.")
+    ] = "bytes",
+    train_bpe: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn this many byte pairs and bytes from the text first, the begin token counted; written beside "
+            "FILE as FILE.json, unless --tokenizer says where.",
+            metavar="VOCAB",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Tokenize text once, into a file that training maps instead of reading.
 
-    Args:
-        sources: paths, and changes of `TextConfig` as key=value.
-        out: the token file.
-        tokenizer: `bytes` or a tokenizer.json; where it is trained, the file that is written (`bytes`: beside `out`).
-        train_bpe: tokens of a vocabulary that is to be learned; None for none.
+    [bold]seqmix tokenize books/ --out books.tokens --train-bpe 8192[/bold]
 
-    Raises:
-        SeqmixError: a source, the tokenizer or a file cannot be used; nothing is overwritten.
+    [bold]seqmix train retnet-tiny data.paths="\\[books.tokens]" data.tokenizer=books.json model.vocab_size=8192[/bold]
     """
     config = _config(sources)
     vocabulary = Path(tokenizer) if tokenizer != ByteTokenizer.identity else out.with_suffix(".json")

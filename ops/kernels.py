@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +143,14 @@ def declare(kernel: Kernel) -> Kernel:
         raise SeqmixError(f"there is a kernel {kernel.key} already: {known.__module__}.{known.__qualname__}")
     KERNELS[kernel.key] = kernel
     return kernel
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel by its name, those that are imported on demand too."""
+    families = [f"{file.parent.name}.api" for file in sorted(Path(__file__).parent.glob("*/api.py"))]
+    for module in (*families, *chain.from_iterable(ON_DEMAND.values())):
+        import_module(f".{module}", __package__)
+    return {str(key): kernel for key, kernel in KERNELS.items()}
 
 
 def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:

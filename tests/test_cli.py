@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from seqmix import MIXERS, load_config
+from seqmix.cli import COMMANDS, imported
 from seqmix.experiments.study import STUDIES
 from seqmix.training import PRESETS
 from seqmix.training.checkpoint import checkpoints
@@ -274,7 +275,7 @@ def test_a_lack_of_memory_is_one_sentence_wherever_it_is(refused, monkeypatch, e
     def load(*args):
         raise error
 
-    monkeypatch.setattr("seqmix.training.load_config", load)
+    monkeypatch.setattr("seqmix.commands.show.load_config", load)
     said = f"memory ran out{reason}: the text, the model or the batch is too large"
     assert refused("show", "retnet-tiny") == said
 
@@ -291,7 +292,7 @@ def test_an_error_that_is_none_of_ours_is_not_hidden(seqmix, monkeypatch):
     def load(*args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("seqmix.training.load_config", load)
+    monkeypatch.setattr("seqmix.commands.show.load_config", load)
     with pytest.raises(RuntimeError, match="a bug"):
         seqmix("show", "retnet-tiny")
 
@@ -370,7 +371,29 @@ def test_the_schema_of_a_study_has_the_keys_of_those_that_are_shipped(seqmix):
     assert {"extends", "model", "training", "set", "match"} == set(schema["$defs"]["Entry"]["properties"])
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "export", "tokenize", "mixers", "check", "show", "schema"])
+@pytest.mark.parametrize("arguments", [["--help"], [], ["trian"]], ids=str)
+def test_help_and_a_wrong_command_import_no_torch(arguments):
+    program = "import sys; from seqmix.cli import main\ntry: main()\nfinally: print('MODULES', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    loaded = set(done.stdout.partition("MODULES")[2].split())
+    assert "typer" in loaded
+    assert not {"torch", "numpy", "yaml", "seqmix.registry"} & loaded
+    assert "pydantic" not in loaded or arguments == ["trian"]  # which typer itself has for what is given
+
+
+def test_a_wrong_command_is_told_the_nearest(seqmix):
+    done = seqmix("trian")
+    assert done.status == 2
+    assert re.search("No such command 'trian'. Did you mean 'train'", done.err)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_line_of_a_command_begins_its_help(command):
+    assert imported(command).help.partition("\n")[0] == COMMANDS[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")

@@ -289,7 +289,7 @@ import {", ".join(sorted(IMPORTED_AS.get(name, name) for name in REQUIRED - {"to
 began = seconds()
 import torch
 between, before = seconds(), set(sys.modules)
-import seqmix
+from seqmix import *
 ended, new = seconds(), sorted(set(sys.modules) - before)
 print("PROBE", json.dumps([between - began, ended - between, new]))
 """

@@ -58,7 +58,18 @@ def test_dropout_is_left_out_for_all():
 def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     monkeypatch.setattr("seqmix.benchmarks.peers.ours.compile_blocks", lambda model: 1)
-    bench("train", *SMALL, "--length", "32", "--tokens", "32", "--compile", "--checkpoint", "--json", "out.json")
+    bench(
+        "train",
+        *SMALL,
+        "--length",
+        "32",
+        "--tokens",
+        "32",
+        "--compile",
+        "--activation-checkpointing",
+        "--json",
+        "out.json",
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert rows["seqmix-compiled"]["share"] is not None
     assert {"seqmix", "by-hand", "by-hand-compiled", "gpt-sdpa", "gpt-sdpa-compiled"} <= set(rows)

@@ -67,7 +67,7 @@ def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     assert train[train.index("--length") + 1] == "8192"
     assert ("paper-train", "llama") in paper
     assert ("paper-train", "seqmix-compiled") in paper
-    assert "--checkpoint" in paper["paper-train-checkpointed", "seqmix"]
+    assert "--activation-checkpointing" in paper["paper-train-checkpointed", "seqmix"]
     decode = paper["paper-decode", "seqmix"]
     assert decode[:3] == ("bench", "decode", "retnet-6.7b")
     assert "8192" in decode

@@ -155,8 +155,8 @@ def test_by_default_it_is_as_long_as_the_text_allows(seqmix, run):
         (["--length", "999999"], "a sequence of 999,999 tokens and its last target need 1,000,000 tokens of text"),
         (["--paradigm", "recurent"], "no paradigm 'recurent' is declared by all layers; by all: chunkwise, parallel"),
         (["--context", "16", "--scored", "17"], "the last 17 tokens of a context are scored, and one has 16"),
-        (["--device", "nowhere"], "--device nowhere is not there"),
-        (["--json", "no/x.json"], "the folder of --json no/x.json does not exist"),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used here: "),
+        (["--json", "no/x.json"], "no/x.json cannot be written: there is no folder "),
         (["--checkpoint", "99"], "no checkpoint of"),
     ],
 )

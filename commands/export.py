@@ -1,0 +1,25 @@
+"""`seqmix export`: a trained model as one file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..training import export_run
+from .console import note
+from .options import Checkpoint, Run, checkpoint_choice
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE", show_default=False)],
+    checkpoint: Checkpoint = "newest",
+) -> None:
+    """Write a trained model to one safetensors file, with its configuration in the metadata.
+
+    [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
+
+    [bold]seqmix generate retnet-tiny.safetensors --prompt "def "[/bold]
+    """
+    step = export_run(run, out, choice=checkpoint_choice(checkpoint), tell=note)
+    typer.echo(f"{out} has the weights of step {step}")

@@ -1,0 +1,35 @@
+"""`seqmix mixers`: what is registered, and what it declares."""
+
+from ..mixers import MIXERS, Paradigm
+from .console import plain_table, terminal
+
+
+def mixers() -> None:
+    """List the registered mixers and what they declare.
+
+    Where plug-ins come from is told, and which of them cannot be imported.
+    """
+    console = terminal()
+    table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
+    foreign: dict[str, str] = {}
+    for kind in MIXERS.kinds():
+        if not (module := MIXERS.origin(kind)).startswith("seqmix."):
+            foreign[kind] = module
+        try:
+            traits = MIXERS.resolve(kind).example().traits
+        except ValueError as error:
+            table.add_row(kind, f"not known without a configuration: {error}")
+            continue
+        table.add_row(
+            kind,
+            " ".join(p for p in Paradigm if p in traits.paradigms),
+            traits.state,
+            "yes" if traits.packing else "no",
+            "yes" if traits.shift_invariant else "no",
+        )
+    console.print(table)
+    console.print("These are the default configurations; options can change them (a window bounds attention's state).")
+    for kind, module in foreign.items():
+        console.print(f"{kind} comes from {module}")
+    for name, reason in MIXERS.broken().items():
+        console.print(f"plug-in {name} is broken: {reason}", style="red")

@@ -1,0 +1,64 @@
+"""`seqmix train`: a new run, or one that goes on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..registry import SeqmixError
+from ..training import load_config, read_config
+from ..training.memory import keep_freed_memory
+from .options import Overrides
+from .progress import run_with_progress
+from .show import print_cost
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder the run is written to; runs/NAME by default.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")
+    ] = False,
+) -> None:
+    """Train a model.
+
+    Writes its configuration, metrics.jsonl and checkpoints to runs/NAME. With no data.paths, it reads the source of
+    Python's standard library. Ctrl-C stops after the step, with a checkpoint.
+
+    [bold]seqmix train retnet-tiny[/bold]
+
+    [bold]seqmix train retnet-tiny training.steps=200 --out runs/short[/bold]
+
+    [bold]seqmix train --resume runs/retnet-tiny[/bold]
+
+    [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context_parallel=2[/bold]
+    """
+    if resume is not None:
+        changes = [*([] if config is None else [config]), *(overrides or [])]
+        if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
+            raise SeqmixError(
+                f"--resume goes on with the run's own configuration, {resume}/config.yaml, which may be edited: give "
+                "it no CONFIG, changes or options, except distributed.KEY=VALUE for other processes"
+            )
+        loaded, run = read_config(resume, changes), resume
+    elif config is None:
+        raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
+    else:
+        loaded = load_config(config, overrides or [])
+        run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+    if dry_run:
+        loaded.data.require_files(loaded.model.vocab_size)
+        print_cost(loaded)
+        return
+    keep_freed_memory()
+    if not run_with_progress(loaded, run, resume=resume is not None):
+        raise typer.Exit(130)  # what a shell reports of an interrupted command: `train && generate` must not go on
