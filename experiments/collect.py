@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ..registry import ConfigError
-from ..registry.yaml_writer import write as to_yaml
+from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.provenance import SESSIONS_FILE
 from .measurements import Measurement, add_time, read_measurements

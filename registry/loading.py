@@ -12,7 +12,7 @@ from .explain import explain
 from .overrides import override
 from .sources import read
 from .tree import COMMAND_LINE, Node, Origin
-from .yaml_writer import write
+from .yaml import write
 
 C = TypeVar("C", bound=Config)
 

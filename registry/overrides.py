@@ -6,7 +6,7 @@ from .change import change
 from .config import Config
 from .errors import ConfigError, shown
 from .tree import COMMAND_LINE, Node, Origin
-from .yaml_reader import parse
+from .yaml import parse
 
 
 def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
@@ -23,7 +23,7 @@ def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
             f"{COMMAND_LINE}: {assignment!r} is no change; write dotted.path=value, such as model.n_layers=2"
         )
     try:
-        value = parse(text, COMMAND_LINE, lines=False) or Node(None, Origin(COMMAND_LINE))
+        value = parse(text, COMMAND_LINE) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
         reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
         if (first := text.lstrip()[:1]) in "*&!%@`":  # each has a meaning of its own where a scalar begins

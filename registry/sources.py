@@ -8,7 +8,7 @@ from .change import change
 from .config import Config
 from .errors import ConfigError, nearest, shown
 from .tree import Node, Origin
-from .yaml_reader import parse
+from .yaml import parse
 
 EXTENDS = "extends"
 """The key that names the preset or file of which a file is a difference."""

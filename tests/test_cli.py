@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from seqmix import MIXERS, load_config
 from seqmix.cli import COMMANDS, imported
 from seqmix.experiments.study import STUDIES
+from seqmix.registry.yaml import parse
 from seqmix.training import PRESETS
 from seqmix.training.checkpoint import checkpoints
 
@@ -359,7 +359,9 @@ def test_schema_is_json_that_knows_the_kinds_and_the_presets_fit_it(seqmix):
     for kind in MIXERS.kinds():
         assert f'"{kind}"' in done.out
     for file in PRESETS.glob("*.yaml"):
-        assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
+        document = parse(file.read_text(), file.name)
+        assert document is not None
+        assert document.plain().keys() <= schema["properties"].keys()
 
 
 def test_the_schema_of_a_study_has_the_keys_of_those_that_are_shipped(seqmix):
@@ -367,7 +369,9 @@ def test_the_schema_of_a_study_has_the_keys_of_those_that_are_shipped(seqmix):
     schema = json.loads(done.out)
     assert (done.status, done.err) == (0, "")
     for file in STUDIES.glob("*.yaml"):
-        assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
+        document = parse(file.read_text(), file.name)
+        assert document is not None
+        assert document.plain().keys() <= schema["properties"].keys()
     assert {"extends", "model", "training", "set", "match"} == set(schema["$defs"]["Entry"]["properties"])
 
 

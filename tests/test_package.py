@@ -260,7 +260,7 @@ MAY_IMPORT = {
     "seqmix.benchmarks.peers.torchscale": {"torchscale"},
 }
 """Modules that need an optional library, and are imported where it is used."""
-IMPORTED_AS = {"pyyaml": "yaml", "ruamel.yaml": "ruamel"}
+IMPORTED_AS = {"ruamel.yaml": "ruamel"}
 """Distributions whose package has another name."""
 LATE = [
     "torch.distributed.fsdp",

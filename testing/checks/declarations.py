@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import yaml
 
 from ...mixers.contract import ContractError
 from ...mixers.state import clone
 from ...ops.paradigm import Paradigm
+from ...registry import dump
+from ...registry.yaml import parse
 from ..case import Draw
 from ..check import check
 from ..compare import CheckFailure, require
@@ -50,8 +51,10 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
 def configurations_round_trip(trial: Trial) -> None:
     """A configuration survives YAML; the mixer has its kind, traits and, at any length, its default paradigm."""
     config, mixer, x = trial.config, trial.mixer, trial.tokens()
-    text = yaml.safe_dump(config.model_dump(mode="json"))
-    require(type(config).model_validate(yaml.safe_load(text)) == config, f"YAML gives another configuration: {text}")
+    text = dump(config)
+    read = parse(text, "YAML")
+    same = read is not None and type(config).model_validate(read.plain()) == config
+    require(same, f"YAML gives another configuration: {text}")
     for name in ("kind", "traits", "paradigm"):
         require(getattr(mixer, name) == getattr(config, name), f"the mixer's {name} is not its configuration's")
     for paradigm in trial.paradigms:

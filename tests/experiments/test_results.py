@@ -15,7 +15,7 @@ from seqmix.experiments.report import render
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
-from seqmix.registry.yaml_writer import write as to_yaml
+from seqmix.registry.yaml import write as to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

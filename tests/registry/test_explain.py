@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from seqmix.registry import Config, SeqmixError
 from seqmix.registry.explain import explain
-from seqmix.registry.yaml_reader import parse
+from seqmix.registry.yaml import parse
 
 
 class Mode(StrEnum):

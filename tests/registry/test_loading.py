@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from seqmix.registry import Config, ConfigError, Registry, dump, load
-from seqmix.registry.yaml_writer import write
+from seqmix.registry.yaml import write
 
 
 class MixerConfig(Config):

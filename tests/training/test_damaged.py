@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import workers
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from seqmix import SeqmixError, load_config, load_run, train
 from seqmix.data import read_documents, tokenized, write_token_file
 from seqmix.models import generate_text, load_tokenizer, train_bpe
 from seqmix.registry import dump
+from seqmix.registry.yaml import parse, write
 from seqmix.training import export_run, read_config
 from seqmix.training.checkpoint import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
 
@@ -201,10 +201,12 @@ def damaged_configs(draw: st.DrawFn, wholes: list[str]) -> bytes:
     """A YAML file: what is said is changed, and at times how it is written."""
     text = draw(st.sampled_from(wholes))
     if draw(st.integers(0, 3)):
-        tree = yaml.safe_load(text)
+        document = parse(text, "run.yaml")
+        assert document is not None
+        tree = document.plain()
         for _ in range(draw(A_FEW)):
             damage(tree, draw)
-        text = yaml.dump(tree, sort_keys=False, allow_unicode=True)
+        text = write(tree)
     match draw(st.sampled_from(["as it is", "as it is", "trick", "lines", "bytes"])):
         case "trick":
             text += draw(st.sampled_from(TRICKS))

@@ -1,0 +1,166 @@
+"""YAML text to a tree of values that know their lines, and values to YAML text.
+
+It is YAML 1.2, by ruamel.yaml: only `true` and `false` are booleans, `010` is ten, and `1e-3` is a number. Keys and
+dates are strings.
+"""
+
+import math
+from dataclasses import replace
+from io import StringIO
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
+
+from .errors import ConfigError
+from .tree import COMMAND_LINE, Node, Origin
+
+MOST_VALUES = 100_000
+"""Of a document, where an alias counts as all that it names: a few lines of aliases of aliases stand for billions."""
+
+_TAG = "tag:yaml.org,2002:"
+_CONVERTED = ("null", "bool", "int", "float")
+_STRINGS = ("str", "timestamp", "value", "merge")
+"""A date, `=` and `<<` are strings where they are values."""
+
+
+def parse(text: str, source: str) -> Node | None:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        source: what errors call it; they name lines too, where it is not `COMMAND_LINE`.
+
+    Returns:
+        The tree, or None where there is no document.
+
+    Raises:
+        ConfigError: the text is no YAML, gives a key twice, or holds what a configuration has no use for, such as tags.
+    """
+    loader = YAML(typ="safe", pure=True)
+    try:
+        root = loader.compose(text)
+        return None if root is None else _Builder(loader.constructor, source).build(root)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{_origin(source, mark)}: column {mark.column + 1}" if mark else source
+        raise ConfigError(f"{place}: {', '.join(filter(None, (error.context, error.problem)))}") from error
+    except ReaderError as error:
+        character = f"character {error.position + 1} (#x{error.character:04x})"
+        raise ConfigError(f"{source}: {character} is not allowed in YAML") from error
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
+
+
+def write(value: Any, *, in_one_line: bool = False) -> str:
+    """The YAML text of dicts, lists and scalars, keys in their order, that `parse` reads as the same values."""
+    dumper = YAML(typ="safe", pure=True)
+    dumper.Representer = _Representer
+    dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    dumper.default_flow_style = in_one_line
+    dumper.width = math.inf if in_one_line else 100  # pyright: ignore[reportAttributeAccessIssue]
+    stream = StringIO()
+    dumper.dump(value, stream)
+    return stream.getvalue()
+
+
+class _Builder:
+    """Turns ruamel's nodes into ours."""
+
+    def __init__(self, constructor: Any, source: str) -> None:
+        self._constructor = constructor
+        self._source = source
+        self._values = 0
+        """So far."""
+        self._built: dict[Any, tuple[Node, int] | None] = {}
+        """Trees, and the values in each; None for those that are not finished."""
+
+    def build(self, node: Any) -> Node:
+        """The tree of a node. What an anchor names is built once."""
+        before = self._values
+        if node not in self._built:
+            self._built[node] = None
+            self._values += 1
+            tree = Node(self._value(node), _origin(self._source, node.start_mark))
+            self._built[node] = tree, self._values - before
+        elif (built := self._built[node]) is not None:
+            tree, size = built
+            self._values += size
+        else:
+            raise self._error(node, "an alias stands inside of what it names")
+        if self._values > MOST_VALUES:
+            raise self._error(node, f"a document has at most {MOST_VALUES:,} values, aliases written out")
+        return tree
+
+    def _value(self, node: Any) -> Any:
+        tag = node.tag.removeprefix(_TAG)
+        if isinstance(node, MappingNode) and tag == "map":
+            return self._mapping(node)
+        if isinstance(node, SequenceNode) and tag == "seq":
+            return tuple(self.build(item) for item in node.value)
+        if isinstance(node, ScalarNode) and tag in _STRINGS:
+            return node.value
+        if not isinstance(node, ScalarNode) or tag not in _CONVERTED:
+            tag = node.tag.replace(_TAG, "!!")
+            raise self._error(node, f"the tag {tag} is not allowed; a configuration needs none")
+        try:
+            return self._constructor.construct_object(node)
+        except (ValueError, LookupError) as error:
+            digits = len(node.value)  # Python refuses to read thousands of them
+            sentence = f"a number of {digits} digits is too long" if digits > 1000 else f"{node.value!r} is no {tag}"
+            raise self._error(node, sentence) from error
+
+    def _mapping(self, node: Any) -> dict[str, Node]:
+        first: dict[str, Any] = {}
+        for key, _ in node.value:
+            if (word := self._key(key)) in first:
+                line = _origin(self._source, first[word].start_mark).line
+                raise self._error(key, f"key {word!r} is given twice" + (f", first in line {line}" if line else ""))
+            first[word] = key
+        self._constructor.flatten_mapping(node)  # puts what `<<` merges before the node's own entries
+        return {
+            self._key(key): replace(self.build(value), origin=_origin(self._source, key.start_mark))
+            for key, value in node.value
+        }
+
+    def _key(self, node: Any) -> str:
+        if isinstance(node, ScalarNode):
+            return node.value
+        raise self._error(node, "a key must be a word, not a list or a mapping")
+
+    def _error(self, node: Any, sentence: str) -> ConfigError:
+        return ConfigError(f"{_origin(self._source, node.start_mark)}: {sentence}")
+
+
+def _origin(source: str, mark: Any) -> Origin:
+    return Origin(source, None if source == COMMAND_LINE else mark.line + 1)
+
+
+class _Representer(SafeRepresenter):
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 every value is written out where it stands
+        return True
+
+
+def _represent_list(representer: _Representer, items: list[Any]) -> SequenceNode:
+    in_one_line = not any(isinstance(item, list | dict) for item in items)
+    return representer.represent_sequence(f"{_TAG}seq", items, flow_style=in_one_line or None)
+
+
+def _represent_float(representer: _Representer, value: float) -> ScalarNode:
+    node = representer.represent_float(value)
+    if "." not in node.value:
+        node.value = node.value.replace("e", ".0e")  # for readers of YAML 1.1, to which 1e-06 is a string
+    return node
+
+
+def _represent_string(representer: _Representer, text: str) -> ScalarNode:
+    # in every style but the one with escapes, some line breaks (U+0085, U+2028) are read as spaces
+    return representer.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
+
+
+_Representer.add_representer(list, _represent_list)
+_Representer.add_representer(float, _represent_float)
+_Representer.add_representer(str, _represent_string)
