@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.onednn_linear import QUICKER, onednn_linear
+from ..models.onednn_linear import USE_ONEDNN, onednn_linear
 from .measure import Call
 
 STATUS, CLEAR, MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
@@ -65,7 +65,7 @@ class Rates:
         a, b, out = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(3))
         source = torch.zeros(self.copied, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        onednn = device.type == "cpu" and dtype == torch.float32 and QUICKER
+        onednn = device.type == "cpu" and dtype == torch.float32 and USE_ONEDNN
         product = Call(lambda: onednn_linear(a, b)) if onednn else Call(lambda: torch.mm(a, b, out=out))
         return {"product": product, "copy": Call(lambda: target.copy_(source))}
 

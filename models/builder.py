@@ -6,7 +6,7 @@ from ..mixers import ContractError
 from ..registry import SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
-from .onednn_linear import use_quickest
+from .onednn_linear import use_onednn_linear
 
 
 def build_meta(config: ModelConfig) -> LanguageModel:
@@ -58,7 +58,7 @@ def build_model(
             block.mixer.settle_backend(activations or dtype)
         except SeqmixError as error:
             raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
-    use_quickest(model)
+    use_onednn_linear(model)
     return model
 
 

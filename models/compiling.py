@@ -41,10 +41,10 @@ def compile_blocks(model: LanguageModel) -> int:
 
 def compile_step(step: FunctionType, name: str) -> Callable[..., Any]:
     """Compile a function that reads one token a row, all layers in one graph; `name` is that of its code."""
-    return told(torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums))
+    return explain_errors(torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums))
 
 
-def told(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def explain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled function whose compiler fails in one sentence, before anything is computed.
 
     Raises:

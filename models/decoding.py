@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..mixers import Paradigm
 from ..mixers.state import clone, to_dict
-from ..ops.donation import consumed
+from ..ops.donation import donate_state
 from .compiling import compile_step
 from .language_model import LanguageModel, ModelState
 
@@ -45,7 +45,7 @@ class Decoder:
         self._fixed_sizes = False
 
     @torch.no_grad()
-    @consumed()
+    @donate_state()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; those of the step before may be overwritten."""
         if self._fixed_sizes and self._captured is None:

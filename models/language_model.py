@@ -50,9 +50,9 @@ class LanguageModel(nn.Module):
         self.tokenizer: Tokenizer | None = ByteTokenizer()
         """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
         self.activation_checkpointing = False
-        """Whether backward computes each block anew, so that only the inputs of blocks are kept for it."""
-        self.context: Context | None = None
-        """The ranks that `share` sequences."""
+        """Whether the backward pass recomputes each block, so that only the inputs of blocks are kept for it."""
+        self.cp_group: Context | None = None
+        """The ranks that share sequences (context parallelism), by `set_cp_group`."""
         self.tie()
 
     def tie(self) -> None:
@@ -60,16 +60,16 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def share(self, context: Context | None) -> None:
-        """Split every sequence over the ranks of a context, which all call the model with the same whole sequences.
+    def set_cp_group(self, cp_group: Context | None) -> None:
+        """Split every sequence over the ranks of a group, which all call the model with the same whole sequences.
 
         Each rank then computes its own segment: logits and losses are those of its tokens, states those of the whole.
         What a rank's gradients are of is the sum of all ranks' losses, and the sum of all ranks' gradients is that of
         the whole. None undoes it.
         """
-        self.context = context
+        self.cp_group = cp_group
         for block in self.blocks:
-            block.mixer.context = context
+            block.mixer.context = cp_group
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
         The loss and the predictions are computed without all logits in memory at once.
 
         Args:
-            tokens: the segment, [B T], T >= 1; whole on each of the ranks that `share` it.
+            tokens: the segment, [B T], T >= 1; whole on each of the ranks that share it.
             state: what came before, from an earlier call or `init_state`; None means nothing.
             targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
             reduction: of the loss, as in F.cross_entropy: "mean" over the targets (0 if there are none), "sum", or
@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
             return_predictions: whether the most probable tokens at the places with a target are wanted.
             select: indices into the B * T tokens (row by row): only their logits are computed.
 
-        On ranks that `share` sequences, what comes back is of each rank's own tokens (`own_targets`), and the mean is
+        On the ranks of a `cp_group`, what comes back is of each rank's own tokens (`local_targets`), and the mean is
         over the targets of all: the ranks' losses add up to the whole sequence's. Their number divides T, unless there
         are targets and no state is wanted: then the end is padded.
 
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
             call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # ranks send each other what they do also where one needs nothing more of a block
-                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.context is None)
+                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None)
             x, final = call(x, before)
             after.append(final)
         logits = loss = predictions = None
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of the residual stream after the last block, and the predictions."""
-        own, predictions = self.own_targets(targets), None
+        own, predictions = self.local_targets(targets), None
         reduce = "none" if reduction == "none" else "sum"
         if return_predictions:  # nothing is computed at the other places
             asked = own != IGNORED
@@ -160,36 +160,36 @@ class LanguageModel(nn.Module):
             loss = loss / (targets != IGNORED).sum().clamp(min=1)
         return loss, predictions
 
-    def own_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
-        """Those of this rank's tokens, where ranks `share` sequences; nothing is asked after the last token."""
-        if self.context is None:
+    def local_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
+        """Those of this rank's tokens, where ranks share sequences; nothing is asked after the last token."""
+        if self.cp_group is None:
             return targets
-        return self._part(F.pad(targets, (0, -targets.shape[1] % self.context.size), value=IGNORED))
+        return self._part(F.pad(targets, (0, -targets.shape[1] % self.cp_group.size), value=IGNORED))
 
     def _padded(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens in equal segments for all ranks: what comes after changes nothing before it."""
-        if self.context is None or not (lacking := -tokens.shape[1] % self.context.size):
+        if self.cp_group is None or not (lacking := -tokens.shape[1] % self.cp_group.size):
             return tokens, cu_seqlens
         boundaries = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
         return F.pad(tokens, (0, lacking)), boundaries
 
     def _part(self, tokens: Tensor) -> Tensor:
         """This rank's segment of sequences, or all of it."""
-        if self.context is None:
+        if self.cp_group is None:
             return tokens
-        if tokens.shape[1] % self.context.size:
+        if tokens.shape[1] % self.cp_group.size:
             raise ContractError(
-                f"{self.context.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens have "
+                f"{self.cp_group.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens have "
                 "none: give a multiple"
             )
-        return self.context.part(tokens)
+        return self.cp_group.part(tokens)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
         """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""
         return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
-    def with_room(self, state: ModelState, max_length: int | None) -> ModelState:
-        """The same state with room for `max_length` tokens in all, or none to spare where that is None.
+    def resize_state(self, state: ModelState, max_length: int | None) -> ModelState:
+        """The same state with room for `max_length` tokens in all, or with no room to spare where that is None.
 
         Raises:
             ContractError: more tokens were read already.

@@ -25,9 +25,9 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def use_quickest(model: nn.Module) -> None:
+def use_onednn_linear(model: nn.Module) -> None:
     """Give every plain linear layer of a model the quickest product of this machine; the rest of it stays."""
-    if QUICKER:
+    if USE_ONEDNN:
         _make_countable()
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -44,7 +44,7 @@ def _is_quicker() -> bool:
         return False
 
 
-QUICKER = _is_quicker()
+USE_ONEDNN = _is_quicker()
 """Whether oneDNN is the quicker one here: with AVX-512, but not Intel's."""
 
 
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     `torch.backends.mkldnn.enabled = False` leaves all of them to torch.
     """
-    if not (QUICKER and _is_for_onednn(x, weight)):
+    if not (USE_ONEDNN and _is_for_onednn(x, weight)):
         return F.linear(x, weight, bias)
     product = onednn_linear(x, weight)
     return product if bias is None else product + bias

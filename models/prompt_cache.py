@@ -64,7 +64,7 @@ class Reading:
     def room_for(self, model: LanguageModel, max_length: int | None) -> ModelState:
         """A copy of the state with room for `max_length` tokens in all, or none to spare where that is None."""
         # decoding may write into a state, and a mixer that has no use for room returns the one it was given
-        return clone(model.with_room(self.state, max_length))
+        return clone(model.resize_state(self.state, max_length))
 
 
 def reading_of(state: ModelState, tokens: Sequence[Int[Tensor, " T"]], behind: Reading | None = None) -> Reading:

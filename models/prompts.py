@@ -16,7 +16,7 @@ from torch import Tensor
 from ..mixers import Paradigm
 from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
-from .compiling import copy_of, told
+from .compiling import copy_of, explain_errors
 from .decoding import advance
 from .language_model import LanguageModel, ModelState
 
@@ -109,5 +109,5 @@ def compile_reading(model: LanguageModel) -> Read:
     """What reads a segment as one graph of all layers, for any T: the model, tokens [B T], a state, borders, and which
     tokens' logits are wanted."""
     if model not in _compiled:
-        _compiled[model] = told(torch.compile(copy_of(_read, "read"), fullgraph=True, dynamic=True))
+        _compiled[model] = explain_errors(torch.compile(copy_of(_read, "read"), fullgraph=True, dynamic=True))
     return _compiled[model]

@@ -15,7 +15,7 @@ _permission = _Permission()
 
 
 @contextmanager
-def consumed() -> Iterator[None]:
+def donate_state() -> Iterator[None]:
     """In here, in this thread, whoever is given a state may write the next one in its place.
 
     Without gradients only; and not in compiled code, which never looks.

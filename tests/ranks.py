@@ -151,7 +151,7 @@ def model_as_one(preset: str) -> None:
 
     config = load_config(preset, ["model.d_model=32", "model.n_layers=4"]).model
     alone, shared = (build_model(config, dtype=torch.float64) for _ in range(2))
-    shared.share(context())
+    shared.set_cp_group(context())
     cases = ((2, 12, None, False), (2, 13, None, True), (1, 14, torch.tensor([0, 5, 9, 14, 14]), False))
     for rows, length, borders, checkpointed in cases:
         alone.activation_checkpointing = shared.activation_checkpointing = checkpointed

@@ -34,7 +34,7 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
-    model.share(ranks.context)
+    model.set_cp_group(ranks.context)
 
 
 def settle(model: LanguageModel) -> None:

@@ -123,7 +123,7 @@ class Learner:
         self.model.eval()
         score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
-            placed, targets = self._to_device(batch), self.model.own_targets(batch.targets)
+            placed, targets = self._to_device(batch), self.model.local_targets(batch.targets)
             if slices is None:
                 score.add(self._loss_sum(placed).item(), int((targets != IGNORED).sum()))
             else:

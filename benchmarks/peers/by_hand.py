@@ -18,7 +18,7 @@ from ...mixers.heads import head_norm
 from ...mixers.positions import frequencies, rotate, rotation
 from ...mixers.retention import RetentionConfig, row_scale
 from ...models import LanguageModel, ModelConfig, linear_cross_entropy
-from ...models.onednn_linear import use_quickest
+from ...models.onednn_linear import use_onednn_linear
 from ...ops.decay.api import decay_chunkwise, decay_recurrent
 
 LayerState = tuple[Tensor, Tensor]
@@ -127,7 +127,7 @@ class HandWritten(nn.Module):
         with torch.no_grad():
             for mine, built in zip(self.parameters(), model.parameters(), strict=True):
                 mine.copy_(built)
-        use_quickest(self)
+        use_onednn_linear(self)
 
     def init_state(self, batch: int) -> State:
         """Of nothing read."""

@@ -253,7 +253,7 @@ def decay_recurrent_triton(
     """`decay_recurrent` on a GPU; arguments and result are its own.
 
     One token without gradients is one kernel, which writes the final state over the initial one where that is
-    `consumed`, and over a copy elsewhere. More tokens, documents and gradients are the reference's.
+    donated (`donate_state`), and over a copy elsewhere. More tokens, documents and gradients are the reference's.
 
     Raises:
         SeqmixError: shapes do not fit, or `STEP_KERNEL` does not take this.

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.models import build_model
 from seqmix.models import onednn_linear as module
-from seqmix.models.onednn_linear import Linear, linear, onednn_linear, use_quickest
+from seqmix.models.onednn_linear import Linear, linear, onednn_linear, use_onednn_linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def _any_size(monkeypatch):
     # every product is large enough, on every machine
     monkeypatch.setattr(module, "LEAST", 0)
-    monkeypatch.setattr(module, "QUICKER", True)
+    monkeypatch.setattr(module, "USE_ONEDNN", True)
 
 
 class Calls(TorchDispatchMode):
@@ -104,7 +104,7 @@ def of_torch(monkeypatch, function):
     """What a function gives by oneDNN's products, and by torch's."""
     results = []
     for quicker in (True, False):
-        monkeypatch.setattr(module, "QUICKER", quicker)
+        monkeypatch.setattr(module, "USE_ONEDNN", quicker)
         results.append(function())
     return results
 
@@ -162,7 +162,7 @@ def test_batches_of_calls_are_one(in_dims):
 
 
 def test_operations_are_counted():
-    use_quickest(nn.Linear(8, 3))  # as any model that has such layers
+    use_onednn_linear(nn.Linear(8, 3))  # as any model that has such layers
     counts = []
     for function in (linear, F.linear):
         with FlopCounterMode(display=False) as counter:
@@ -218,7 +218,7 @@ def test_a_switch_of_torch_turns_it_off(monkeypatch):
 
 @pytest.mark.parametrize("quicker", [False, True])
 def test_models_are_built_with_the_quickest_layers(config_of, monkeypatch, quicker):
-    monkeypatch.setattr(module, "QUICKER", quicker)
+    monkeypatch.setattr(module, "USE_ONEDNN", quicker)
     built = build_model(config_of("retention", "mamba2"))
     layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) > 4
@@ -240,7 +240,7 @@ def test_a_model_has_the_losses_and_gradients_of_torch(config_of, monkeypatch):
     tokens = torch.arange(24).view(2, 12)
     results = []
     for quicker in (True, False):
-        monkeypatch.setattr(module, "QUICKER", quicker)
+        monkeypatch.setattr(module, "USE_ONEDNN", quicker)
         built = build_model(config_of("retention", "mamba2"))
 
         def step(built=built):

@@ -31,7 +31,7 @@ from seqmix.ops.decay.triton import (
     decay_recurrent_triton,
     decay_step_triton,
 )
-from seqmix.ops.donation import consumed
+from seqmix.ops.donation import donate_state
 from seqmix.ops.kernels import Probe, find
 from seqmix.ops.paradigm import Paradigm
 from seqmix.registry import SeqmixError
@@ -285,7 +285,7 @@ def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, 
     expected, before = decay_recurrent(*inputs, **options), state.clone()
     for actual, exact in zip(decay_recurrent_triton(*inputs, **options), expected, strict=True):
         torch.testing.assert_close(actual, exact)
-    with consumed():
+    with donate_state():
         torch.testing.assert_close(
             decay_recurrent_triton(*inputs, **options | {"output_final_state": False}).output, expected.output
         )
@@ -302,7 +302,7 @@ def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(
     for length, wanted in ((2, False), (1, True)):
         q, k, v, a, state = tokens("B T H", length=length)
         q = q.clone().requires_grad_(wanted)
-        with consumed():
+        with donate_state():
             found = decay_recurrent_triton(q, k, v, a, initial_state=state, output_final_state=True)
         for actual, exact in zip(
             found, decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True), strict=True
@@ -339,7 +339,7 @@ def test_layers_decode_by_the_step(kind, monkeypatch):
 @runs
 def test_a_step_compiles_into_one_graph():
     q, k, v, a, state = tokens("H", length=1)
-    with torch.no_grad(), consumed():  # which compiled code does not look at
+    with torch.no_grad(), donate_state():  # which compiled code does not look at
         compiled = torch.compile(decay_recurrent_triton, backend="eager", fullgraph=True)
         before = state.clone()
         for actual, expected in zip(
