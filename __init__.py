@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
+    from .mixers import MIXERS, Call, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
     from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
     from .registry import ConfigError, SeqmixError
     from .training import RunConfig, load_config, load_run, train
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIXERS",
+    "Call",
     "ConfigError",
     "ContractError",
     "LanguageModel",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..ops.decay.api import decay_chunkwise, decay_parallel
+from ..ops.decay import decay_recurrence
 from ..ops.kernels import Probe, find
 from ..registry import SeqmixError
 from .measure import Call
@@ -116,18 +116,19 @@ class OpBenchmark(Benchmark):
         lacks_torchscale = not_installed("torchscale", "torchscale")
         lacks_fla = "its kernels run on a GPU only" if device.type != "cuda" else not_installed("fla", "fla-core")
 
-        def chunkwise(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-            return lambda q, k, v: function(q, k, v, log_decay, chunk_size=s.chunk).output
+        def op(paradigm: Paradigm, backend: str = "reference") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+            options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
+            return lambda q, k, v: decay_recurrence(q, k, v, log_decay, **options).output
 
         def contestant(name: str, function: Any, *, values: int = s.values, **options: Any) -> Contestant:
             return OpContestant(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
 
         also = [torch.bfloat16] if settings.dtype == torch.float32 else []
         return [
-            contestant("chunkwise", chunkwise(decay_chunkwise)),
-            *(contestant("chunkwise-bfloat16", chunkwise(decay_chunkwise), dtype=dtype) for dtype in also),
-            contestant("triton", chunkwise(triton.function), reason=lacks_triton, base="chunkwise"),
-            contestant("parallel", lambda q, k, v: decay_parallel(q, k, v, log_decay).output),
+            contestant("chunkwise", op(Paradigm.CHUNKWISE)),
+            *(contestant("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=dtype) for dtype in also),
+            contestant("triton", op(Paradigm.CHUNKWISE, "triton"), reason=lacks_triton, base="chunkwise"),
+            contestant("parallel", op(Paradigm.PARALLEL)),
             contestant("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
             contestant("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
             contestant("fla", _fla, reason=lacks_fla, base="chunkwise"),

@@ -19,7 +19,7 @@ from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.pages import fill
 from seqmix.models.accounting import ModelCost
 from seqmix.models.builder import build_meta
-from seqmix.ops.context_parallel import Context
+from seqmix.ops.context_parallel import ContextParallel
 
 TARGET = Path(__file__).with_name("scaling.md")
 PRESET, LENGTH = "retnet-6.7b", 2048
@@ -93,7 +93,7 @@ def received(preset: str, tokens: int, ranks: int) -> int:
     """Bytes that the first layer of a preset receives for a sequence of so many tokens, forward and backward."""
     mixer = build_meta(load_config(preset).model).blocks[0].mixer
     with _counting(ranks) as counted:
-        mixer.context = Context("", rank=ranks - 1, size=ranks)
+        mixer.cp_group = ContextParallel("", rank=ranks - 1, size=ranks)
         mixer(torch.empty(1, tokens // ranks, load_config(preset).model.d_model, device="meta"))
     return sum(counted)
 
@@ -103,11 +103,11 @@ def _counting(ranks: int) -> Iterator[list[int]]:
     """Count what is gathered, and what of it comes back as gradients, in place of sending it."""
     counted: list[int] = []
 
-    def gather(_: Context, x: Tensor) -> Tensor:
+    def gather(_: ContextParallel, x: Tensor) -> Tensor:
         counted.append((1 + x.is_floating_point()) * (ranks - 1) * x.nbytes)
         return x.expand(ranks, *x.shape)
 
-    with mock.patch.object(Context, "gather", gather):
+    with mock.patch.object(ContextParallel, "gather", gather):
         yield counted
 
 

@@ -1,9 +1,11 @@
-"""Sequence mixers: the contract, and one file a mixer.
+"""Sequence mixers: the contract, and one file per mixer.
 
-A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`.
+A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`; parts/ is what they share.
 """
 
+from ..ops.call import Call
 from ..ops.paradigm import Paradigm
-from .contract import MIXERS, ContractError, MixerConfig, SequenceMixer, Traits
+from .contract import MIXERS, MixerConfig, SequenceMixer
+from .traits import ContractError, Traits
 
-__all__ = ["MIXERS", "ContractError", "MixerConfig", "Paradigm", "SequenceMixer", "Traits"]
+__all__ = ["MIXERS", "Call", "ContractError", "MixerConfig", "Paradigm", "SequenceMixer", "Traits"]

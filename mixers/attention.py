@@ -11,17 +11,17 @@ cache of keys, turned but not shrunk, and values. Differs from the RetNet paper'
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..ops.call import Call
 from ..ops.kernels import Probe
 from ..ops.paradigm import Paradigm
-from ..ops.softmax.api import Backend, softmax, softmax_flops
-from ..ops.softmax.cache import Cache, GrowingCache, RingCache, empty_cache, moved
-from .contract import ContractError, MixerConfig, SequenceMixer, Traits, require_room
-from .heads import divisors, nearest_of
-from .positions import frequencies, rotate, rotation, token_positions
+from ..ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, moved, softmax, softmax_flops
+from .contract import MixerConfig, SequenceMixer, require_room
+from .parts import divisors, nearest_of, rotated
+from .traits import ContractError, Traits
 
 AttentionState = Cache
 """Keys and values read: a ring under a window or where the number of tokens was given, else a growing cache."""
@@ -48,9 +48,9 @@ class AttentionConfig(MixerConfig):
     window: int | None = Field(default=None, gt=0, examples=[4, 1])
     """Keys that a query sees, its own included; all when null. It bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
-    """Queries a block in the chunkwise paradigm; changes the cost, never the result."""
+    """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
     backend: Backend = "auto"
-    """Whose kernels compute the parallel paradigm; changes the cost, never the result."""
+    """The kernel backend of the parallel paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -77,19 +77,14 @@ class AttentionConfig(MixerConfig):
             shift_invariant=True,
         )
 
-    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":  # noqa: ARG002
-        """Build the layer.
-
-        Raises:
-            ContractError: no head_dim is given and the heads do not divide d_model, or into heads of odd width.
-        """
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":
         return Attention(self, d_model)
 
 
 class Attention(SequenceMixer[AttentionState]):
     """The layer of `AttentionConfig`."""
 
-    splits = True
+    supports_context_parallel = True
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__(config)
@@ -109,43 +104,22 @@ class Attention(SequenceMixer[AttentionState]):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(  # noqa: D102
-        self,
-        x: Float[Tensor, "B T D"],
-        state: AttentionState | None,
-        paradigm: Paradigm,
-        cu_seqlens: Int[Tensor, "N+1"] | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.config.positions != "none":
-            offset, (start, _) = None if state is None else state.length, self.extent(x.shape[1])
-            positions = token_positions(x.shape[1], offset, cu_seqlens, x.device, start)
-            theta = frequencies(self.head_dim, "rope", self.config.rope_base, x.device)
-            qk = rotate(qk, rotation(positions, theta, qk.dtype))
+            positions = call.positions(x, None if call.state is None else call.state.length)
+            qk = rotated(qk, positions, "rope", self.config.rope_base)
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
-        output, final_state = softmax(
-            paradigm,
-            q,
-            k,
-            v,
-            window=self.config.window,
-            log_decay=xpos_log_decay(self.head_dim, x.device) if self.config.positions == "xpos" else None,
-            initial_state=state,
-            output_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            chunk_size=self.config.chunk_size,
-            backend=self.backend_of(paradigm),
-            context=self.context,
-        )
+        log_decay = xpos_log_decay(self.head_dim, x.device) if self.config.positions == "xpos" else None
+        output, final_state = softmax(q, k, v, call, window=self.config.window, log_decay=log_decay)
         if final_state is not None:
             # autocast narrows the keys and values of a new cache
             keys, values = final_state.keys.to(self.dtype), final_state.values.to(self.dtype)
             final_state = final_state._replace(keys=keys, values=values)
         return self.out_proj(output.flatten(2)), final_state
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:  # noqa: D102
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
         return empty_cache(
             RingCache if bounds else GrowingCache,
@@ -158,14 +132,14 @@ class Attention(SequenceMixer[AttentionState]):
             device=self.device,
         )
 
-    def with_room(self, state: AttentionState, max_length: int | None) -> AttentionState:  # noqa: D102
+    def resize_state(self, state: AttentionState, max_length: int | None) -> AttentionState:
         read = int(state.length.max())
         require_room(read, max_length, self.kind)
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
         used = min(read, state.keys.shape[1])
         return moved(state, RingCache if bounds else GrowingCache, min(bounds, default=used))
 
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: D102
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + self.n_heads * softmax_flops(
             paradigm,
@@ -177,7 +151,7 @@ class Attention(SequenceMixer[AttentionState]):
             context=context,
         )
 
-    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:  # noqa: D102
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:
         return "softmax", Probe(
             device=self.device,
             dtype=dtype,

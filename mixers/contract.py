@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
+from typing import Any, ClassVar, Generic, Self, final
 
 import torch
 from jaxtyping import Float, Int
@@ -11,46 +10,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..ops.backends import choose
-from ..ops.context_parallel import Context
+from ..ops.call import Call
+from ..ops.context_parallel import ContextParallel
 from ..ops.kernels import Probe
-from ..ops.packing import read_borders
+from ..ops.packing import Documents
 from ..ops.paradigm import Paradigm
-from ..registry import Config, Registry, SeqmixError, nearest
+from ..registry import Config, Registry, SeqmixError
+from .context_parallel import mix_in_turn
+from .state import S
+from .traits import ContractError, Traits, require_paradigm
 
-
-class ContractError(SeqmixError):
-    """A mixer was asked for something it does not declare; it refuses instead of computing something else."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traits:
-    """What a mixer declares about itself; every line is checked by tests."""
-
-    paradigms: frozenset[Paradigm]
-    """The paradigms it has. All of them compute the same map."""
-    state: Literal["constant", "growing"]
-    """How the state's size depends on the number of tokens read."""
-    packing: bool
-    """Whether it honours `cu_seqlens` (several documents in one row)."""
-    shift_invariant: bool
-    """Whether the output is independent of absolute position."""
-
-    def __post_init__(self) -> None:
-        names = self.paradigms
-        allowed = ", ".join(f"Paradigm.{paradigm.name}" for paradigm in Paradigm)
-        if not isinstance(names, (frozenset, set)) or not names or not set(names) <= set(Paradigm):
-            raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
-        # a name is equal to its paradigm, but is not printed as one; and a set could change
-        object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
-        if self.state not in ("constant", "growing"):
-            hint = nearest(str(self.state), ("constant", "growing"))
-            raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
-        for name in ("packing", "shift_invariant"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
-
-
-WAYS = ("paradigm", "chunk_size", "backend")
+IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
 """Fields of mixers that say how a map is computed, and never what: by the contract, they change its rounding alone."""
 
 
@@ -143,8 +113,6 @@ class MixerConfig(Config, ABC):
 MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="seqmix.mixers")
 """All mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and what a program registers."""
 
-S = TypeVar("S", bound=tuple[Any, ...])
-
 
 class SequenceMixer(nn.Module, ABC, Generic[S]):
     """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
@@ -164,8 +132,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     """
 
     traits: Traits
-    splits: ClassVar[bool] = False
-    """Whether `mix` reads `context` itself: x is then this rank's segment, and everything else the whole row's.
+    supports_context_parallel: ClassVar[bool] = False
+    """Whether `mix` reads `call.cp_group` itself: x is then this rank's segment, and everything else the whole row's.
     Otherwise the state goes from rank to rank, each of which waits for the one before."""
 
     def __init__(self, config: MixerConfig) -> None:
@@ -173,12 +141,13 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.kind = config.kind
         self.traits = config.traits
         self.paradigm = config.paradigm
+        self.chunk_size: int = getattr(config, "chunk_size", 128)
         self.backend: str = getattr(config, "backend", "auto")
-        """Whose kernels are asked for."""
+        """The kernel backend that is asked for."""
         self.backends: dict[Paradigm, str] = {}
-        """Whose kernel computes each paradigm, once that is settled."""
-        self.context: Context | None = None
-        """The ranks that share a row of tokens, of which each gives a segment; None where a call gives all tokens."""
+        """The backend of each paradigm, once it is resolved."""
+        self.cp_group: ContextParallel | None = None
+        """The processes that share a row of tokens, one segment each; None where a call gives all tokens."""
 
     @final
     def forward(
@@ -193,10 +162,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Mix one segment.
 
         Args:
-            x: the segment, [B T D], T >= 1. With a `context`, this rank's part of it; everything else is the whole's.
+            x: the segment, [B T D], T >= 1. With a `cp_group`, this rank's part of it; all else is the whole row's.
             state: what came before, B rows (N rows with `cu_seqlens`); None means nothing.
             paradigm: how to compute it; the configured default when None. It is never guessed from T.
-            cu_seqlens: borders of N documents packed into one row (B = 1): document n is tokens
+            cu_seqlens: boundaries of N documents packed into one row (B = 1): document n is tokens
                 cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are legal.
             return_state: whether the final state is wanted.
 
@@ -212,12 +181,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if not isinstance(paradigm, Paradigm):  # its name
             paradigm = Paradigm(paradigm)
         self._require_shapes(x, state, cu_seqlens)
-        if self.context is None or self.splits:
-            result = self.mix(x, state, paradigm, cu_seqlens, return_state)
+        documents, backend = self._documents(x, cu_seqlens), self.backend_of(paradigm)
+        call = Call(paradigm, state, documents, return_state, self.chunk_size, backend, self.cp_group)
+        if self.cp_group is None or self.supports_context_parallel:
+            result = self.mix(x, call)
         else:
-            from .context_parallel import mix_in_turn  # it is written in terms of this class
-
-            result = mix_in_turn(self, self.context, x, state, paradigm, cu_seqlens, return_state)
+            result = mix_in_turn(self, x, call)
         if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown
             self._require_result(result, x)
         y, final_state = result
@@ -231,19 +200,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
         return y, state_after
 
-    def extent(self, length: int) -> tuple[int, int]:
-        """Tokens before a segment of `length` tokens in its row, and those of the row: of all ranks of the context."""
-        return (0, length) if self.context is None else (self.context.start(length), self.context.size * length)
-
     @abstractmethod
-    def mix(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: S | None,
-        paradigm: Paradigm,
-        cu_seqlens: Int[Tensor, "N+1"] | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], S | None]:
         """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted."""
 
     @abstractmethod
@@ -257,7 +215,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             max_length: tokens that will be read at most; lets a growing state be allocated once.
         """
 
-    def with_room(self, state: S, max_length: int | None) -> S:  # noqa: ARG002
+    def resize_state(self, state: S, max_length: int | None) -> S:
         """The same state with room for other numbers of tokens: to save it, and to go on from it.
 
         A mixer whose `init_state` makes use of max_length overrides it; any other state needs no room, as this one.
@@ -286,11 +244,11 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             context: tokens read before the segment.
         """
 
-    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:  # noqa: ARG002
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
         """The op whose kernels it calls, and what they are asked of activations of `dtype`; None without a choice."""
         return None
 
-    def settle_backend(self, dtype: torch.dtype) -> None:
+    def resolve_backend(self, dtype: torch.dtype) -> None:
         """Choose the kernels, for the device of the parameters and activations of `dtype`.
 
         Raises:
@@ -301,7 +259,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             self.backends = dict(choose(op, self.backend, probe))
 
     def backend_of(self, paradigm: Paradigm) -> str:
-        """Whose kernel computes a paradigm: the reference where there is none of that name."""
+        """The backend of a paradigm: the one asked for until it is resolved."""
         return self.backends.get(paradigm, self.backend)
 
     @property
@@ -365,14 +323,18 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             raise ContractError(f"{self.kind} does not declare packing: pass its documents one by one, not cu_seqlens")
         if x.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ContractError(
-                "packed documents are one row of tokens with integer borders [N+1]; "
-                f"{self.kind} was given a batch of {x.shape[0]} and borders {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+                "packed documents are one row of tokens with integer boundaries [N+1]; "
+                f"{self.kind} was given a batch of {x.shape[0]} and boundaries {list(cu_seqlens.shape)} "
+                f"{cu_seqlens.dtype}"
             )
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would wait
-            try:
-                read_borders(cu_seqlens, self.extent(x.shape[1])[1])
-            except SeqmixError as error:
-                raise ContractError(f"{self.kind}: {error}") from None
+
+    def _documents(self, x: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
+        length, size = x.shape[1], 1 if self.cp_group is None else self.cp_group.size
+        start = 0 if self.cp_group is None else self.cp_group.start(length)
+        try:
+            return Documents.of(cu_seqlens, length, start, size * length)
+        except SeqmixError as error:
+            raise ContractError(f"{self.kind}: {error}") from None
 
 
 def require_room(length: int, max_length: int | None, kind: str) -> None:
@@ -396,13 +358,3 @@ def _traits_of(config: MixerConfig) -> Traits:
     if not isinstance(traits, Traits):
         raise ContractError(f"{config.kind}: traits has to be a Traits(...), and is {traits!r}")
     return traits
-
-
-def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
-    """Refuse a paradigm that a mixer does not declare."""
-    if paradigm not in traits.paradigms:
-        allowed = sorted(str(p) for p in traits.paradigms)
-        raise ContractError(
-            f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}"
-            f"{nearest(str(paradigm), allowed)}"
-        )

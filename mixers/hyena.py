@@ -28,12 +28,13 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.convolution.api import long_convolution
+from ..ops.call import Call
+from ..ops.convolution import convolve_long
 from ..ops.packing import require_async
 from ..ops.paradigm import Paradigm
-from .contract import MixerConfig, SequenceMixer, Traits, require_room
-from .positions import advance
-from .short_convolution import ShortConvolution
+from .contract import MixerConfig, SequenceMixer, require_room
+from .parts import ShortConvolution
+from .traits import Traits
 
 FAINT = 0.01
 """What is left of a filter when its window has decayed."""
@@ -47,7 +48,7 @@ class HyenaConfig(MixerConfig):
     """Gates, each behind a long convolution."""
     first_filter: bool = True
     """Whether there is one before the first gate, as in the paper; the authors' code has none."""
-    conv_size: int = Field(default=3, gt=0, le=64, examples=[1])
+    short_conv: int = Field(default=3, gt=0, le=64, examples=[1])
     """Tokens that the short convolution of the projections sees."""
     filter_length: int = Field(default=1024, gt=0, le=2**40, examples=[5])
     """L: tokens that the filters are laid out for. There may be more."""
@@ -86,8 +87,7 @@ class HyenaConfig(MixerConfig):
             shift_invariant=True,
         )
 
-    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Hyena":  # noqa: ARG002
-        """Build the layer."""
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Hyena":
         return Hyena(self, d_model)
 
 
@@ -115,7 +115,7 @@ HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
 class Hyena(SequenceMixer[HyenaState]):
     """The layer of `HyenaConfig`."""
 
-    splits = True
+    supports_context_parallel = True
 
     def __init__(self, config: HyenaConfig, d_model: int) -> None:
         super().__init__(config)
@@ -124,7 +124,7 @@ class Hyena(SequenceMixer[HyenaState]):
         self.n_filters = config.order - (not config.first_filter)
         streams, width = (config.order + 1) * d_model, config.filter_width
         self.in_proj = nn.Linear(d_model, streams, bias=False)
-        self.convolution = ShortConvolution(streams, config.conv_size, bias=True, activation="none")
+        self.convolution = ShortConvolution(streams, config.short_conv, bias=True, activation="none")
         widths = [1 + 2 * config.n_bands, *[width] * (config.filter_depth - 1)]
         self.filter_layers = nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths)))
         self.filter_out = nn.Linear(width, self.n_filters * d_model, bias=False)
@@ -140,48 +140,32 @@ class Hyena(SequenceMixer[HyenaState]):
         nn.init.constant_(self.frequency, self.config.sine_frequency)
         nn.init.normal_(self.skip)
 
-    def mix(  # noqa: D102
-        self,
-        x: Float[Tensor, "B T D"],
-        state: HyenaState | None,
-        paradigm: Paradigm,
-        cu_seqlens: Int[Tensor, "N+1"] | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "B T D"], HyenaState | None]:
-        recent = None if state is None else state.recent
-        streams, recent = self.convolution(self.in_proj(x), recent, cu_seqlens, return_state, self.context)
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], HyenaState | None]:
+        state, length = call.state, x.shape[1] * (1 if call.cp_group is None else call.cp_group.size)
+        streams, recent = self.convolution(self.in_proj(x), call.enter("recent"))
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
-        _, total = self.extent(x.shape[1])
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
         # what is read into a state that was allocated has to fit; what is only answered need not
-        filters = self.filters(room if allocated and return_state else room + total).unbind()
+        filters = self.filters(room if allocated and call.return_state else room + length).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # below that it is the gate that has no filter
-                v, read = long_convolution(
-                    paradigm,
-                    v,
-                    filters[n],
-                    initial_state=None if state is None else state.inputs[:, :, n],
-                    output_final_state=return_state,
-                    grows=not allocated,
-                    cu_seqlens=cu_seqlens,
-                    context=self.context,
-                )
+                before = None if state is None else state.inputs[:, :, n]
+                v, read = convolve_long(v, filters[n], call._replace(state=before), grows=not allocated)
                 inputs.append(read)
             v = gate * v
         y = self.out_proj(v.to(streams.dtype))
-        if not return_state:
+        if not call.return_state:
             return y, None
         after = torch.stack(inputs, dim=2)
         if not isinstance(state, AllocatedHyenaState):
             return y, GrowingHyenaState(recent, after)
-        length = advance(state.length, x.shape[0], total, cu_seqlens, x.device)
+        read = call.advance(x, state.length)
         require_async(
-            (length <= room).all(),
+            (read <= room).all(),
             "the state was allocated for fewer tokens than are read: pass a larger max_length to init_state",
         )
-        return y, AllocatedHyenaState(recent, after, length)
+        return y, AllocatedHyenaState(recent, after, read)
 
     def filters(self, length: int) -> Float[Tensor, "N D length"]:
         """h_n at the distances 0 to length - 1, with b_n added at 0; float64.
@@ -203,7 +187,7 @@ class Hyena(SequenceMixer[HyenaState]):
         filters = filters * window[:, None] + (s == 0)[:, None] * self.skip.to(exact)
         return filters.permute(1, 2, 0)
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HyenaState:  # noqa: D102
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HyenaState:
         recent = self.convolution.init_state(batch_size)
         sizes = (batch_size, max_length or 0, self.n_filters, self.d_model)
         inputs = torch.zeros(sizes, device=self.device, dtype=self.state_dtype)
@@ -211,7 +195,7 @@ class Hyena(SequenceMixer[HyenaState]):
             return GrowingHyenaState(recent, inputs)
         return AllocatedHyenaState(recent, inputs, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
 
-    def with_room(self, state: HyenaState, max_length: int | None) -> HyenaState:  # noqa: D102
+    def resize_state(self, state: HyenaState, max_length: int | None) -> HyenaState:
         held = state.inputs.shape[1]
         # what grows does not count tokens, but zeros before them, in rows that have read fewer, are as good as none
         length = (
@@ -226,7 +210,7 @@ class Hyena(SequenceMixer[HyenaState]):
             return GrowingHyenaState(state.recent, inputs)
         return AllocatedHyenaState(state.recent, F.pad(inputs, (0, 0, 0, 0, max_length - read, 0)), length)
 
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:  # noqa: ARG002, D102
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         projections = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         of_filters = sum(layer.weight.numel() for layer in (*self._filter_layers(), self.filter_out))
         return 2 * (length * projections + (context + length) * of_filters)

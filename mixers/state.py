@@ -4,12 +4,15 @@ A model's state is a tuple with one opaque entry a layer, so everything here wor
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .contract import ContractError, S
+from .traits import ContractError
+
+S = TypeVar("S", bound=tuple[Any, ...])
+"""The type of a mixer's state."""
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:

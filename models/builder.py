@@ -55,7 +55,7 @@ def build_model(
             raise ContractError(f"{name} was left uninitialised: reset_parameters of its module must set it")
     for layer, block in zip(config.layers, model.blocks, strict=True):
         try:
-            block.mixer.settle_backend(activations or dtype)
+            block.mixer.resolve_backend(activations or dtype)
         except SeqmixError as error:
             raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
     use_onednn_linear(model)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks import Block
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
-from ..ops.context_parallel import Context
+from ..ops.context_parallel import ContextParallel
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
         """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
         self.activation_checkpointing = False
         """Whether the backward pass recomputes each block, so that only the inputs of blocks are kept for it."""
-        self.cp_group: Context | None = None
+        self.cp_group: ContextParallel | None = None
         """The ranks that share sequences (context parallelism), by `set_cp_group`."""
         self.tie()
 
@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def set_cp_group(self, cp_group: Context | None) -> None:
+    def set_cp_group(self, cp_group: ContextParallel | None) -> None:
         """Split every sequence over the ranks of a group, which all call the model with the same whole sequences.
 
         Each rank then computes its own segment: logits and losses are those of its tokens, states those of the whole.
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         """
         self.cp_group = cp_group
         for block in self.blocks:
-            block.mixer.context = cp_group
+            block.mixer.cp_group = cp_group
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
             ContractError: more tokens were read already.
         """
         return tuple(
-            block.mixer.with_room(before, max_length) for block, before in zip(self.blocks, state, strict=True)
+            block.mixer.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True)
         )
 
     def prefer(self, *paradigms: Paradigm) -> tuple[Paradigm, ...]:

@@ -1,4 +1,4 @@
-"""Which backend computes a layer: settled once, when a model is built, for its device and its activations' dtype.
+"""Which backend computes a layer: resolved once, when a model is built, for its device and its activations' dtype.
 
 A name means that backend wherever it has a kernel, and the reference in the paradigms it has none for. `auto` is the
 first of `AUTO` whose kernel can run and passes a trial on the device itself, else the reference.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..registry import SeqmixError, nearest
 from .kernels import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 from .paradigm import Paradigm
+from .recurrence import Recurrence
 
 AUTO: Mapping[str, Sequence[tuple[Paradigm, str]]] = {
     "decay": ((Paradigm.CHUNKWISE, "triton"), (Paradigm.RECURRENT, "triton")),
@@ -132,11 +133,16 @@ def _trial(probe: Probe, length: int) -> dict[str, Tensor]:
 
 def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Output, final state and all gradients that are wanted."""
-    q, k, v, initial_state = (tensors[name] for name in ("q", "k", "v", "initial_state"))
+    call = Recurrence(
+        **{"log_decay": None, "beta": None, **tensors},
+        cu_seqlens=None,
+        boundaries=None,
+        scale=tensors["q"].shape[3] ** -0.5,
+        chunk_size=128,
+        output_final_state=True,
+    )
     with torch.enable_grad():
-        output, state = kernel.function(
-            q, k, v, tensors.get("log_decay"), initial_state=initial_state, output_final_state=True
-        )
+        output, state = kernel.function(call)
         loss = output.double().square().mean() + state.double().square().mean()
     results = {"output": output.detach(), "final state": state.detach()}
     if loss.requires_grad:

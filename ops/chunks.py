@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Behind the last token."""
+        """After the last token."""
         return self.start + self.chunks * self.length
 
 
@@ -74,3 +74,11 @@ def store(out: Tensor, group: Group, x: Tensor) -> None:
     """The inverse of `operand`."""
     place = cut(out, group)
     place.copy_(x.view(place.shape))
+
+
+def sum_after(a: Tensor, dim: int) -> Tensor:
+    """out[j] = a[j+1] + .. + a[last] along `dim`."""
+    out = torch.zeros_like(a)
+    later = a.narrow(dim, 1, a.shape[dim] - 1)
+    out.narrow(dim, 0, a.shape[dim] - 1).copy_(later.flip(dim).cumsum(dim).flip(dim))
+    return out

@@ -1,42 +1,42 @@
-"""Context parallelism: the tokens of one sequence, or of one packed row, lie on several ranks in equal segments.
+"""Context parallelism: the tokens of one sequence, or of one packed row, lie on several processes in equal segments.
 
-Notation: n ranks, T tokens a rank; rank r has the tokens r T to (r+1) T - 1 of n T. An op with a context takes the
-rank's own tokens, borders and initial states of the whole row, and returns the outputs of the rank's own tokens and the
-final state of the whole row. How segments compose is a family's own:
+Notation: n processes, T tokens each; rank r has the tokens r T to (r+1) T - 1 of n T. An op with a context-parallel
+group takes the rank's own tokens, documents and initial states of the whole row, and returns the outputs of the rank's
+own tokens and the final state of the whole row. How segments compose is a family's own:
 
     decay, delta    S_r = M_r S_{r-1} + U_r      every rank gathers all (M, U): one state each, whatever T
     short conv      the last W-1 inputs of the ranks before
     softmax         every rank gathers all keys and values
     long conv       every rank gathers all inputs
 
-Every rank's graph uses every gathered tensor: backward sums up over ranks what each is owed, and waits for all of them.
+Every rank's graph uses every gathered tensor: backward sums over ranks what each is owed, and waits for all of them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..mixers.positions import document_of_token
-from .packing import require_borders
+from .autograd import Gradients, Op
+from .packing import Documents, document_of_token
 
 
 @dataclass(frozen=True)
-class Context:
-    """The ranks that share a row of tokens, in their order; each has a segment of the same length."""
+class ContextParallel:
+    """The processes that share a row of tokens, in their order; each has a segment of the same length."""
 
     name: str
     """Of the process group: a compiler knows names, and no groups."""
     rank: int
     """This process, from 0: it has the segment of that number."""
     size: int
-    """Ranks."""
+    """Processes."""
 
     @classmethod
-    def of(cls, group: "dist.ProcessGroup") -> "Context":
+    def of(cls, group: "dist.ProcessGroup") -> "ContextParallel":
         """That of a process group."""
         return cls(group.group_name, group.rank(), group.size())
 
@@ -54,59 +54,52 @@ class Context:
         return row.chunk(self.size, dim=1)[self.rank]
 
     def gather(self, x: Tensor) -> Tensor:
-        """A tensor of every rank, one behind another: [..] -> [n ..]. Their shapes must agree."""
-        return gather_op(x, self.size, self.name)
+        """A tensor of every rank, stacked: [..] -> [n ..]. Their shapes must agree."""
+        return GATHER(_Gather(x, self.size, self.name))[0]
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """The whole row from its segments: [B T ..] -> [B n*T ..]."""
         return self.gather(x).transpose(0, 1).flatten(1, 2)
 
-    # ---- packed documents, whose borders are those of the whole row
+    # ---- packed documents, whose boundaries are those of the whole row
 
-    def borders(self, cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-        """The documents' borders inside this rank's segment, from 0 to `length`; those of other ranks are empty.
-
-        Raises:
-            SeqmixError: they are no borders of the whole row.
-        """
-        if cu_seqlens is None:
+    def local(self, documents: Documents | None, length: int) -> Documents | None:
+        """The documents inside this rank's segment, whose boundaries go from 0 to `length`; others are empty."""
+        if documents is None:
             return None
-        require_borders(cu_seqlens, self.size * length)
-        return (cu_seqlens - self.start(length)).clamp(0, length)
+        start, boundaries = self.start(length), documents.boundaries
+        if boundaries is not None:
+            boundaries = tuple(min(max(boundary - start, 0), length) for boundary in boundaries)
+        return Documents((documents.cu_seqlens - start).clamp(0, length), documents.of_token, boundaries)
 
-    def first_document(self, cu_seqlens: Tensor, length: int) -> Tensor:
-        """The document of this segment's first token, [1]."""
-        return document_of_token(cu_seqlens, 1, self.start(length))
+    def whole(self, documents: Documents | None, length: int) -> Documents | None:
+        """The documents of all tokens of the row, and not of this rank's segment of `length` alone."""
+        if documents is None:
+            return None
+        return documents._replace(of_token=document_of_token(documents.cu_seqlens, self.size * length))
 
-    def last_documents(self, cu_seqlens: Tensor, length: int) -> Tensor:
+    def last_documents(self, documents: Documents, length: int) -> Tensor:
         """The document of the last token of each rank, [n]."""
-        return document_of_token(cu_seqlens, self.size * length)[length - 1 :: length]
+        return document_of_token(documents.cu_seqlens, self.size * length)[length - 1 :: length]
 
-    def last_tokens(self, cu_seqlens: Tensor, length: int) -> Tensor:
-        """Which of this segment's tokens are of the document that it leaves unfinished, [T]."""
-        document = document_of_token(cu_seqlens, length, self.start(length))
-        return document == document[-1]
-
-    def last_row(self, rows: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+    def last_row(self, rows: Tensor, documents: Documents | None) -> Tensor:
         """Of rows for documents, that of the one which this segment leaves unfinished, [1 ..]; else all rows."""
-        if cu_seqlens is None:
-            return rows
-        return rows.index_select(0, self.last_documents(cu_seqlens, length)[self.rank : self.rank + 1])
+        return rows if documents is None else rows.index_select(0, documents.of_token[-1:])
 
-    def continued(self, row: Tensor, rows: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-        """Rows for documents, with `row` for the one that this segment goes on with; else `row` itself."""
-        if cu_seqlens is None:
+    def continued(self, row: Tensor, rows: Tensor, documents: Documents | None) -> Tensor:
+        """Rows for documents, with `row` for the one that this segment continues; else `row` itself."""
+        if documents is None:
             return row
         document = torch.arange(len(rows), device=rows.device).view(-1, *[1] * (rows.ndim - 1))
-        return torch.where(document == self.first_document(cu_seqlens, length), row, rows)
+        return torch.where(document == documents.of_token[:1], row, rows)
 
-    def behind(self, row: Tensor, rows: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-        """The same where `row` is behind the rank before, whose last document may end at this segment's start."""
-        if cu_seqlens is None:
+    def after(self, row: Tensor, rows: Tensor, documents: Documents | None, length: int) -> Tensor:
+        """The same where `row` is what the rank before left, whose last document may end at this segment's start."""
+        if documents is None:
             return row
-        document, last = self.first_document(cu_seqlens, length), self.last_documents(cu_seqlens, length)
-        own = rows.index_select(0, document)
-        return self.continued(torch.where(last[self.rank - 1] == document, row, own), rows, cu_seqlens, length)
+        own, last = documents.of_token[:1], self.last_documents(documents, length)
+        row = torch.where(last[self.rank - 1] == own, row, rows.index_select(0, own))
+        return self.continued(row, rows, documents)
 
     # ---- states
 
@@ -115,73 +108,73 @@ class Context:
         transition: Tensor,
         written: Tensor,
         initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
+        documents: Documents | None,
         length: int,
         apply: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The state in front of this rank's segment, of a recurrence whose segments are S -> M S + U.
+        """The state before this rank's segment, of a recurrence whose segments are S -> M S + U.
 
         Args:
             transition: M of this segment; of packed documents, that of the one it leaves unfinished (one row).
-            written: U, likewise: the state behind the segment from none before it.
-            initial_state: in front of the whole row (a row a document); None means zero.
-            cu_seqlens: borders of the whole row.
+            written: U, likewise: the state after the segment from none before it.
+            initial_state: before the whole row (one row per document); None means zero.
+            documents: of the whole row.
             length: tokens of a segment.
             apply: M S.
         """
         transitions, states = self.gather(transition), self.gather(written)
         used = torch.arange(self.size, device=written.device) < self.rank
-        if cu_seqlens is None:
+        if documents is None:
             state = rows = torch.zeros_like(written) if initial_state is None else initial_state.to(written.dtype)
         else:
-            own = self.first_document(cu_seqlens, length)
-            used = used & (self.last_documents(cu_seqlens, length) == own)
-            shape = (len(cu_seqlens) - 1, *written.shape[1:])
+            own = documents.of_token[:1]
+            used = used & (self.last_documents(documents, length) == own)
+            shape = (documents.count, *written.shape[1:])
             rows = written.new_zeros(shape) if initial_state is None else initial_state.to(written.dtype)
             state = rows.index_select(0, own)
         for i in range(self.size):
             state = torch.where(used[i], apply(transitions[i], state) + states[i], state)
-        return self.continued(state, rows, cu_seqlens, length)
+        return self.continued(state, rows, documents)
 
-    def final(self, state: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-        """The state behind the whole row, from those behind each rank's segment: of each row, its last rank's."""
+    def final(self, state: Tensor, documents: Documents | None, length: int) -> Tensor:
+        """The state after the whole row, from those after each rank's segment: of each row, its last rank's."""
         states = self.gather(state)
-        if cu_seqlens is None:
+        if documents is None:
             return states[-1]
         # a document without tokens is on no rank, and has its initial state on all of them
-        rank = ((cu_seqlens[1:] - 1) // length).clamp(min=0)
+        rank = ((documents.cu_seqlens[1:] - 1) // length).clamp(min=0)
         return states[rank, torch.arange(len(rank), device=rank.device)]
 
 
-@torch.library.custom_op("seqmix::all_gather", mutates_args=())
-def gather_op(x: Tensor, size: int, group: str) -> Tensor:
+class _Gather(NamedTuple):
+    x: Tensor
+    size: int
+    group: str
+
+
+def _empty(call: _Gather) -> tuple[Tensor]:
+    return (call.x.new_empty(call.size, *call.x.shape),)
+
+
+def _gather(call: _Gather) -> tuple[Tensor]:
     """A tensor of each of the group's `size` ranks, [..] -> [n ..].
 
     Torch's own differentiable collective hands an unfinished tensor to custom ops, which read it.
     """
-    whole = x.new_empty(size, *x.shape)
+    (whole,) = _empty(call)
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    gather(whole.view(-1), x.reshape(-1), group=_group(group))
-    return whole
+    gather(whole.view(-1), call.x.reshape(-1), group=_group(call.group))
+    return (whole,)
 
 
-@gather_op.register_fake
-def _(x: Tensor, size: int, group: str) -> Tensor:
-    return x.new_empty(size, *x.shape)
-
-
-@torch.library.custom_op("seqmix::reduce_scatter", mutates_args=())
-def scatter_op(x: Tensor, group: str) -> Tensor:
+def _reduce_scatter(call: _Gather, gradients: Gradients) -> dict[str, Tensor]:
     """The sum over ranks of this rank's entry, [n ..] -> [..]."""
-    own = x.new_empty(x.shape[1:])
+    (d_whole,) = gradients.outputs
+    assert d_whole is not None
+    own = d_whole.new_empty(d_whole.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    scatter(own.view(-1), x.reshape(-1), group=_group(group))
-    return own
-
-
-@scatter_op.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape[1:])
+    scatter(own.view(-1), d_whole.reshape(-1), group=_group(call.group))
+    return {"x": own}
 
 
 def _group(name: str) -> "dist.ProcessGroup":
@@ -190,12 +183,4 @@ def _group(name: str) -> "dist.ProcessGroup":
     return resolve(name)
 
 
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, ctx.group = inputs
-
-
-def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return scatter_op(gradient, ctx.group), None, None
-
-
-gather_op.register_autograd(_gather_backward, setup_context=_setup_gather)
+GATHER = Op("all_gather", _Gather, fake=_empty, forward=_gather, backward=_reduce_scatter, outputs=1)

@@ -1,7 +1,7 @@
 """Kernels: the functions that compute an op, each declared with what it takes and how exact it is.
 
-An op is a family of recurrences; a kernel is one function that computes it, by one paradigm and one backend, with the
-signature that all of the family share. It is declared beside its code:
+An op is a family of recurrences; a kernel is one function that computes it, by one paradigm and one backend, from one
+value that describes the call. It is declared beside its code:
 
     declare(
         Kernel(
@@ -13,7 +13,7 @@ signature that all of the family share. It is declared beside its code:
         )
     )
 
-`seqmix.testing.check_kernel` proves what a kernel declares against the definition of its op.
+`seqmix.testing.check_kernel` tests what a kernel declares against the definition of its op.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..registry import SeqmixError, nearest
 from .paradigm import Paradigm
@@ -67,7 +66,7 @@ class Key(NamedTuple):
         return "/".join(self)
 
 
-def takes_everything(probe: Probe) -> list[str]:
+def takes_everything(probe: Probe) -> list[str]:  # noqa: ARG001
     """The limits of a kernel that has none."""
     return []
 
@@ -82,7 +81,8 @@ class Kernel:
     backend: str
     """Whose code it is: "reference" and "sdpa" are torch's own, "triton" this library's."""
     function: Callable[..., Any]
-    """It has the signature of its family's functions of this paradigm; what it cannot compute it refuses."""
+    """Of one value that describes the call (`Recurrence`, `Attention`), (output, final state or None); what it cannot
+    compute it refuses."""
     tolerances: Mapping[torch.dtype, float]
     """The dtypes it takes. Of outputs, final states and gradients, every element lies within this of the definition in
     float64 on the same numbers, relative to the sum of the absolute values of the terms that the element adds up, and
@@ -153,6 +153,18 @@ def all_kernels() -> dict[str, Kernel]:
     return {str(key): kernel for key, kernel in KERNELS.items()}
 
 
+def declare_references(
+    op: str,
+    functions: Mapping[Paradigm, tuple[Callable[..., Any], Mapping[torch.dtype, float]]],
+    backend: str = "reference",
+) -> None:
+    """Make the kernels known that run wherever torch does: of each paradigm the function and its tolerances."""
+    for paradigm, (function, tolerances) in functions.items():
+        declare(
+            Kernel(op=op, paradigm=paradigm, backend=backend, function=function, tolerances=tolerances, reference=True)
+        )
+
+
 def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
     """The kernel that was declared.
 
@@ -191,14 +203,3 @@ def installed(library: str) -> bool:
     """Whether a library is there, which is not imported for it."""
     # what was uninstalled may leave a folder, which is no package
     return getattr(find_spec(library), "origin", None) is not None
-
-
-def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse dtypes that no reference computes in: a product of integers would be rounded without a word.
-
-    Raises:
-        SeqmixError: the three are not of one dtype, or it is none of float64, float32, bfloat16 and float16.
-    """
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
-        taken, given = ([str(d).removeprefix("torch.") for d in ds] for ds in (FLOATS, (q.dtype, k.dtype, v.dtype)))
-        raise SeqmixError(f"q, k and v must have one dtype of {', '.join(taken)}; given are {', '.join(given)}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def once(x: Tensor, dim: int) -> Tensor:
+def materialize(x: Tensor, dim: int) -> Tensor:
     """x itself; compiled code forms it once, and not anew for every number that is computed from it.
 
     Inductor inlines what is elementwise into each place that reads it, however often that is: the logarithm of a decay

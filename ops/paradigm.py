@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from ..registry import SeqmixError, nearest
+
 
 class Paradigm(StrEnum):
     """How a sequence map is computed, never what it computes."""
@@ -12,3 +14,17 @@ class Paradigm(StrEnum):
     """Token by token through the state."""
     CHUNKWISE = "chunkwise"
     """Parallel inside chunks, recurrent between them; linear in the segment's length for constant states."""
+
+    @classmethod
+    def named(cls, name: "Paradigm | str") -> "Paradigm":
+        """The paradigm of a name.
+
+        Raises:
+            SeqmixError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise SeqmixError(
+                f"there is no paradigm {name!r}; paradigms: {', '.join(cls)}{nearest(name, cls)}"
+            ) from None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from hypothesis import strategies as st
 
-from ..mixers.contract import Traits
+from ..mixers.traits import Traits
 from ..ops.paradigm import Paradigm
 from ..registry import Config
 

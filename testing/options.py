@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ..mixers.contract import ContractError, MixerConfig
+from ..mixers.contract import MixerConfig
+from ..mixers.traits import ContractError
 from ..registry import SeqmixError
 
 FIXED = {"kind", "paradigm", "chunk_size", "backend"}

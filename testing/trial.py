@@ -11,8 +11,9 @@ from hypothesis import reject
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from ..mixers.contract import ContractError, MixerConfig, SequenceMixer, Traits, require_paradigm
+from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import clone, map_state, to_dict
+from ..mixers.traits import ContractError, Traits, require_paradigm
 from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .case import Case, Start

@@ -66,9 +66,9 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) 
 
 @cache
 def context():
-    from seqmix.ops.context_parallel import Context
+    from seqmix.ops.context_parallel import ContextParallel
 
-    return Context.of(dist.group.WORLD)
+    return ContextParallel.of(dist.group.WORLD)
 
 
 def mixer_as_one(
@@ -79,7 +79,7 @@ def mixer_as_one(
     from seqmix.mixers.state import detach
 
     mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
-    mixer.context = None if in_turn else context()
+    mixer.cp_group = None if in_turn else context()
     for case in cases:
         paradigm, wanted = case["paradigm"], case.get("final", False)
         borders = torch.tensor(case["borders"]) if "borders" in case else None
@@ -180,7 +180,7 @@ def model_as_one(preset: str) -> None:
 def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
     """What one layer receives from other ranks, forward and backward, for two rows of `length` tokens a rank."""
     mixer, received = _mixer(kind, fields).float(), 0
-    mixer.context = context()
+    mixer.cp_group = context()
 
     def counted(call, of):
         def count(*tensors, group):
@@ -278,7 +278,7 @@ SMALL = (
 def compiled(kind: str, fields: dict[str, Any]) -> None:
     """A mixer of a context is one graph, which computes the same."""
     mixer = _mixer(kind, fields)
-    mixer.context = context()
+    mixer.cp_group = context()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     found = []
     for call in (mixer, torch.compile(mixer, backend="aot_eager", fullgraph=True)):

@@ -90,6 +90,7 @@ def test_tests_are_no_packages():
 
 PUBLIC = [
     "MIXERS",
+    "Call",
     "ConfigError",
     "ContractError",
     "LanguageModel",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.context_parallel import Context
+from ..ops.context_parallel import ContextParallel
 from ..registry import ElsewhereError, SeqmixError
 from .config import DistributedConfig
 
@@ -35,7 +35,7 @@ class Ranks:
     shard: int = 1
     context_size: int = 1
     """How `size` is laid out: their product."""
-    context: Context | None = None
+    context: ContextParallel | None = None
     """Those that share this process's sequences; None where it has them for itself."""
 
     @property
@@ -161,7 +161,7 @@ class Group:
             # every process takes part in making every group
             group: Any = dist.new_group(list(range(first, first + self.config.context_parallel)))
             if first <= rank < first + self.config.context_parallel:
-                context = Context.of(group)
+                context = ContextParallel.of(group)
         return Ranks(rank, size, **layout, context=context)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

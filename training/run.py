@@ -113,13 +113,13 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks
     """Find out whether all mixers can share a sequence."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if ranks.context is not None else ():
         mixer = block.mixer
-        if not mixer.splits and settings.compile:
+        if not mixer.supports_context_parallel and settings.compile:
             raise TrainingError(
                 f"distributed.context_parallel = {ranks.context_size} hands the state of {mixer.kind} "
                 f"(model.blocks.{name}) from process to process, which cannot be compiled: set "
                 "training.compile to false"
             )
-        if not mixer.splits and mixer.traits.state == "growing":
+        if not mixer.supports_context_parallel and mixer.traits.state == "growing":
             raise TrainingError(
                 f"distributed.context_parallel = {ranks.context_size} shares each sequence among processes, and "
                 f"{mixer.kind} of model.blocks.{name} cannot: its state grows with the text, and its `mix` does not "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixers.contract import WAYS
+from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
 from .checkpoint import CheckpointError, file_of, read_tensors
@@ -124,7 +124,7 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
     if what != what_before:
         raise CheckpointError(
             f"{file} was trained with another model than the configuration beside it describes: undo what was changed "
-            f"in config.yaml under `model`, other than {', '.join(WAYS)} of mixers"
+            f"in config.yaml under `model`, other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
         )
     return [
         f"{name} {how_before[name]} before and {how[name]} from here on"
@@ -139,7 +139,7 @@ def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     how = {
         f"model.blocks.{name}.mixer.{field}": block["mixer"].pop(field)
         for name, block in what["blocks"].items()
-        for field in WAYS
+        for field in IMPLEMENTATION_FIELDS
         if field in block["mixer"]
     }
     return what, how

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...blocks.ffn.mlp import MlpConfig
 from ...blocks.norm.layernorm import LayerNormConfig
-from ...mixers.heads import head_norm
-from ...mixers.positions import frequencies, rotate, rotation
+from ...mixers.parts import rotated
 from ...mixers.retention import RetentionConfig, row_scale
 from ...models import LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
@@ -82,7 +81,7 @@ class HandWrittenLayer(nn.Module):
         log_decay = torch.log1p(-self._leak(x.device))
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
-        qk = rotate(qk, rotation(positions, frequencies(self.key_dim, "retnet", 10000.0, x.device), qk.dtype))
+        qk = rotated(qk, positions, "retnet", 10000.0)
         q, k = qk.chunk(2, dim=2)
         q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
@@ -92,7 +91,7 @@ class HandWrittenLayer(nn.Module):
             output, memory = decay_recurrent(q, k, v, log_decay, **options)
         else:
             output, memory = decay_chunkwise(q, k, v, log_decay, **options, chunk_size=self.chunk_size)
-        output = rearrange(head_norm(output, "group", self.norm_eps), "b t h v -> b t (h v)")
+        output = rearrange(F.layer_norm(output, output.shape[-1:], eps=self.norm_eps), "b t h v -> b t (h v)")
         y = self.out_proj(F.silu(gate) * output)
         if memory is None or offset is None:
             return y, None

@@ -23,15 +23,15 @@ is padded.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef  # torch.library does not export what its decorator returns
 
-from ..chunks import Group, capacity, cut, groups, most_chunks, operand, store
-from ..packing import stretches
+from ..chunks import Group, cut, most_chunks, sum_after
+from ..chunkwise import Borders, Chunks, Tokens, chunkwise_kernel
+from ..recurrence import Recurrence
 
 
 class _Outer(NamedTuple):
@@ -283,14 +283,6 @@ class _GivenDecays:
         return _ScalarChunk(mask, prefix, suffix, a.sum(3).exp_()[..., None, None])
 
 
-def _decays(
-    log_decay: Tensor | None, q: Tensor, scale: float, chunk_size: int, like: Tensor
-) -> "_FixedDecays | _GivenDecays":
-    if log_decay is None or log_decay.ndim == 1:
-        return _FixedDecays(log_decay, q.shape[2], min(chunk_size, q.shape[1]), scale, like)
-    return _GivenDecays(log_decay, scale, like)
-
-
 def _halves(x: Tensor, half: int) -> Tensor:
     """Tokens [G m *] as blocks of two halves, [G n 2 half *]; a view."""
     return x.unflatten(1, (-1, 2, half))
@@ -305,14 +297,6 @@ def _corners(scores: Tensor, half: int) -> Tensor:
 def _times(count: Tensor, rate: Tensor) -> Tensor:
     """count * rate, where zero times -inf is zero."""
     return torch.where(count == 0, 0, count * rate)
-
-
-def sum_after(a: Tensor, dim: int) -> Tensor:
-    """out[j] = a[j+1] + .. + a[last] along `dim`."""
-    out = torch.zeros_like(a)
-    later = a.narrow(dim, 1, a.shape[dim] - 1)
-    out.narrow(dim, 0, a.shape[dim] - 1).copy_(later.flip(dim).cumsum(dim).flip(dim))
-    return out
 
 
 def _pair_sums(a: Tensor) -> Tensor:
@@ -331,310 +315,61 @@ def _among(x: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
 
 
-@torch.library.custom_op("seqmix::decay_chunkwise", mutates_args=())
-def chunkwise_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    output_final_state: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    output, final_state, entries = _allocate(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, save_states
-    )
-    rows = q.shape[0] * q.shape[2]
-    most = most_chunks(k, v, chunk_size)
-    shape = (q.shape[0], *q.shape[2:], v.shape[3])
-    index = 0
-    with torch.autocast(q.device.type, enabled=False):
-        decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
-        room = entries if save_states else q.new_empty((most + 1, *shape), dtype=wide)
-        for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens):
-            state = None if initial_state is None else initial_state[stretch.rows]
-            for group in groups(stretch, chunk_size, most):
-                first, last = group.start == stretch.start, group.stop == stretch.stop
-                # the states before each chunk and behind the last, each formed in its place
-                at = index if save_states else 0
-                entered = room[at : at + group.chunks]
-                states = [*entered]
-                if not last:
-                    states.append(room[at + group.chunks])
-                elif output_final_state:
-                    states.append(final_state[stretch.rows])
-                if state is None:
-                    states[0].zero_()
-                elif first or not save_states:
-                    states[0].copy_(state)
-                query, key, value = (operand(x, group, wide) for x in (q, k, v))
-                # nothing is read of a state that is 0
-                reading = slice(rows if state is None else 0, None)
-                tile = _group_forward(decays.chunks(group), query, key, value, entered, states, reading)
-                store(output, group, tile)
-                index, state = index + group.chunks, states[-1]
-            if output_final_state and state is not None and stretch.start == stretch.stop:
-                final_state[stretch.rows].copy_(state)
-    if save_states:
-        entries[index:].zero_()  # documents that end in one chunk leave rows over
-    return output, final_state, entries
+class _DecayChunks(Chunks):
+    def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
+        self.most, self.needs_log_decay = most_chunks(x.k, x.v, x.chunk_size), needs_log_decay
+        like = x.q.new_empty(0, dtype=x.wide)
+        if x.log_decay is None or x.log_decay.ndim == 1:
+            size = min(x.chunk_size, x.q.shape[1])
+            self.decays = _FixedDecays(x.log_decay, x.q.shape[2], size, x.scale, like)
+        else:
+            self.decays = _GivenDecays(x.log_decay, x.scale, like)
+
+    def forward(self, group: Group, x: Tokens, states: Borders, exits: list[Tensor]) -> Tensor:
+        chunks, entries = self.decays.chunks(group), states.entries
+        tile = torch.bmm(chunks.scores(x.q, x.k), x.v)
+        left = len(exits) * entries[0].shape[:2].numel()
+        if left:
+            changes = torch.bmm(_scaled(x.k, chunks.suffix)[:left].mT, x.v[:left]).view(-1, *entries.shape[1:])
+            state = entries[0]
+            for number, (change, place) in enumerate(zip(changes, exits, strict=True)):
+                chunks.next_state(number, state, change, place)
+                state = place
+        if states.reading.start < tile.shape[0]:
+            query = _scaled(x.q, chunks.prefix)[states.reading]
+            tile[states.reading].baddbmm_(query, entries.flatten(0, 2)[states.reading])
+        return tile
+
+    def backward(
+        self, group: Group, x: Tokens, d_out: Tensor, states: Borders, d_states: Tensor, leaving: slice
+    ) -> dict[str, Tensor]:
+        chunks, entries, reading = self.decays.chunks(group), states.entries, states.reading
+        total, before, after = x.q.shape[0], reading.start, x.q.shape[0] - leaving.stop
+        d_exits, d_read, d_left, kept = d_states[1:], None, None, None
+        if before < total:
+            changes = torch.bmm(_scaled(x.q, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *entries.shape[1:])
+            numbers = range(entries.shape[0])[-changes.shape[0] :]
+            for number, change in zip(reversed(numbers), reversed(changes.unbind()), strict=True):
+                chunks.next_state(number, d_exits[number], change, d_states[number])
+            d_read = torch.bmm(d_out[reading], entries.flatten(0, 2)[reading].mT)
+            d_read = _scaled(_among(d_read, before, 0), chunks.prefix)
+        scores = chunks.scores(x.q, x.k)
+        d_scores = torch.bmm(d_out, x.v.mT)
+        d_value = torch.bmm(scores.mT, d_out)
+        if after < total:
+            exits = d_exits.flatten(0, 2)[leaving]
+            d_left = _scaled(_among(torch.bmm(x.v[leaving], exits.mT), 0, after), chunks.suffix)
+            d_value[leaving].baddbmm_(_scaled(x.k, chunks.suffix)[leaving], exits)
+        if self.needs_log_decay and d_read is not None and d_left is not None:
+            kept = (chunks.decayed(entries) * d_exits).sum(4).flatten(0, 2)
+        outer = _Outer(d_read, d_left, kept) if self.needs_log_decay else None
+        d_query, d_key, d_a = chunks.scores_backward(x.q, x.k, scores, d_scores, outer)
+        if d_read is not None:
+            d_query += d_read
+        if d_left is not None:
+            d_key += d_left
+        found = {"q": d_query, "k": d_key, "v": d_value}
+        return found if d_a is None else found | {"log_decay": d_a}
 
 
-def _group_forward(
-    chunks: _Chunk,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    entered: Tensor,
-    states: list[Tensor],
-    reading: slice,
-) -> Tensor:
-    """The output [G m V] of a group's G chunks.
-
-    Args:
-        chunks: their decays.
-        query: [G m K].
-        key: [G m K].
-        value: [G m V].
-        entered: the states before each chunk, [n B H K V].
-        states: the same one by one, and the one behind the last if it is wanted; all but the first are written.
-        reading: those of G that read a state which may be other than 0.
-    """
-    tile = torch.bmm(chunks.scores(query, key), value)
-    left = (len(states) - 1) * entered[0].shape[:2].numel()
-    if left:
-        changes = torch.bmm(_scaled(key, chunks.suffix)[:left].mT, value[:left]).view(-1, *entered.shape[1:])
-        for number, change in enumerate(changes):
-            chunks.next_state(number, states[number], change, states[number + 1])
-    if reading.start < tile.shape[0]:
-        tile[reading].baddbmm_(_scaled(query, chunks.prefix)[reading], entered.flatten(0, 2)[reading])
-    return tile
-
-
-@chunkwise_op.register_fake
-def _allocate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    output_final_state: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, heads, key_width = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (rows, heads, key_width, v.shape[3]) if output_final_state else (0,)
-    chunks = capacity(length, chunk_size, cu_seqlens)
-    entries = (chunks, batch, heads, key_width, v.shape[3]) if save_states else (0,)
-    return q.new_empty(v.shape), q.new_zeros(final, dtype=wide), q.new_empty(entries, dtype=wide)
-
-
-@torch.library.custom_op("seqmix::decay_chunkwise_backward", mutates_args=())
-def chunkwise_backward_op(
-    d_output: Tensor,
-    d_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entries: Tensor,
-    scale: float,
-    chunk_size: int,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, d log_decay and d initial state; the last two are empty where there is nothing to differentiate."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv, d_log_decay, d_initial = _allocate_backward(
-        d_output,
-        d_final_state,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        entries,
-        scale,
-        chunk_size,
-        needs_log_decay,
-    )
-    rows = q.shape[0] * q.shape[2]
-    most = most_chunks(k, v, chunk_size)
-    d_fixed = torch.zeros_like(d_log_decay, dtype=wide) if needs_log_decay and d_log_decay.ndim == 1 else None
-    with torch.autocast(q.device.type, enabled=False):
-        decays = _decays(log_decay, q, scale, chunk_size, q.new_empty(0, dtype=wide))
-        runs = [
-            (stretch, groups(stretch, chunk_size, most)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)
-        ]
-        index = sum(group.chunks for _, cuts in runs for group in cuts)
-        # of the states before each chunk of a group and behind the last
-        d_states = q.new_empty((most + 1, q.shape[0], *q.shape[2:], v.shape[3]), dtype=wide)
-        for stretch, cuts in reversed(runs):
-            # the gradient of the state behind the group; None while nothing depends on it
-            d_state = None if d_final_state is None else d_final_state[stretch.rows]
-            for group in reversed(cuts):
-                index -= group.chunks
-                # chunks that read a state which may be other than 0, and that leave one on which something depends
-                blank = rows if group.start == stretch.start and initial_state is None else 0
-                unread = rows if d_state is None else 0
-                behind = d_states[: group.chunks + 1]
-                if d_state is None:
-                    behind[-1].zero_()
-                else:
-                    behind[-1].copy_(d_state)
-                query, key, value, d_out = (operand(x, group, wide) for x in (q, k, v, d_output))
-                d_query, d_key, d_value, d_a = _group_backward(
-                    decays.chunks(group),
-                    query,
-                    key,
-                    value,
-                    d_out,
-                    entries[index : index + group.chunks],
-                    behind,
-                    reading=slice(blank, None),
-                    leaving=slice(0, group.chunks * rows - unread),
-                    needs_log_decay=needs_log_decay,
-                )
-                if d_fixed is not None and d_a is not None:
-                    d_fixed += d_a.view(-1, len(d_fixed)).sum(0)
-                elif d_a is not None:
-                    store(d_log_decay.view(*q.shape[:3], -1), group, d_a.view(*d_a.shape[:2], -1))
-                for out, grad in ((dq, d_query), (dk, d_key), (dv, d_value)):
-                    store(out, group, grad)
-                d_state = d_states[0]
-            if initial_state is not None and d_state is not None:
-                d_initial[stretch.rows].copy_(d_state)
-    if d_fixed is not None:
-        d_log_decay.copy_(d_fixed)
-    return dq, dk, dv, d_log_decay, d_initial
-
-
-def _group_backward(
-    chunks: _Chunk,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    d_out: Tensor,
-    states: Tensor,
-    d_states: Tensor,
-    *,
-    reading: slice,
-    leaving: slice,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and da (if it is wanted) of a group's G chunks.
-
-    Args:
-        chunks: their decays.
-        query: [G m K].
-        key: [G m K].
-        value: [G m V].
-        d_out: [G m V].
-        states: before each chunk, [n B H K V].
-        d_states: gradients of these, which are written, and of the one behind the last, which is given: [n+1 B H K V].
-        reading: those of G that read a state which may be other than 0, the last ones.
-        leaving: those that leave a state on which something depends, the first ones.
-        needs_log_decay: whether da is wanted.
-    """
-    total, before, after = query.shape[0], reading.start, query.shape[0] - leaving.stop
-    d_exits, d_read, d_left, kept = d_states[1:], None, None, None
-    if before < total:
-        changes = torch.bmm(_scaled(query, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *states.shape[1:])
-        numbers = range(states.shape[0])[-changes.shape[0] :]
-        for number, change in zip(reversed(numbers), reversed(changes.unbind()), strict=True):
-            chunks.next_state(number, d_exits[number], change, d_states[number])
-        d_read = torch.bmm(d_out[reading], states.flatten(0, 2)[reading].mT)
-        d_read = _scaled(_among(d_read, before, 0), chunks.prefix)
-    scores = chunks.scores(query, key)
-    d_scores = torch.bmm(d_out, value.mT)
-    d_value = torch.bmm(scores.mT, d_out)
-    if after < total:
-        exits = d_exits.flatten(0, 2)[leaving]
-        d_left = _scaled(_among(torch.bmm(value[leaving], exits.mT), 0, after), chunks.suffix)
-        d_value[leaving].baddbmm_(_scaled(key, chunks.suffix)[leaving], exits)
-    if needs_log_decay and d_read is not None and d_left is not None:
-        kept = (chunks.decayed(states) * d_exits).sum(4).flatten(0, 2)
-    outer = _Outer(d_read, d_left, kept) if needs_log_decay else None
-    d_query, d_key, d_a = chunks.scores_backward(query, key, scores, d_scores, outer)
-    if d_read is not None:
-        d_query += d_read
-    if d_left is not None:
-        d_key += d_left
-    return d_query, d_key, d_value, d_a
-
-
-@chunkwise_backward_op.register_fake
-def _allocate_backward(
-    d_output: Tensor,
-    d_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entries: Tensor,
-    scale: float,
-    chunk_size: int,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0) if x is None else x.new_zeros(x.shape)
-
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        like(log_decay if needs_log_decay else None),
-        like(initial_state),
-    )
-
-
-def differentiate_by(op: CustomOpDef, backward: CustomOpDef) -> None:
-    """Register the gradient of a chunkwise op, of this family (by any kernel) or the delta family's.
-
-    Its inputs are q, k, v, what else the family has, log_decay, initial_state, cu_seqlens, and the numbers that
-    `chunkwise_op` takes; its results those of that.
-    """
-
-    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, ctx.chunk_size, _, _ = inputs
-        # the entry states have no gradient, and zeros in its place would be as large as they are
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[2])
-
-    def gradients(
-        ctx: Any, d_output: Tensor | None, d_final_state: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, entries = ctx.saved_tensors
-        v, initial_state = inputs[2], inputs[-2]
-        if d_output is None:
-            d_output = torch.zeros_like(v)
-        if d_final_state is not None and d_final_state.numel() == 0:
-            d_final_state = None
-        needs_log_decay = ctx.needs_input_grad[len(inputs) - 3]
-        *d_inputs, d_log_decay, d_initial = backward(
-            d_output, d_final_state, *inputs, entries, ctx.scale, ctx.chunk_size, needs_log_decay
-        )
-        return (
-            *d_inputs,
-            d_log_decay if needs_log_decay else None,
-            None if initial_state is None else d_initial,
-            *(None,) * 5,
-        )
-
-    op.register_autograd(gradients, setup_context=save_for_backward)
-
-
-differentiate_by(chunkwise_op, chunkwise_backward_op)
+decay_chunkwise = chunkwise_kernel("decay_chunkwise", _DecayChunks)

@@ -26,16 +26,14 @@ import re
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..autograd import refuse_tangents
+from ..autograd import Gradients, Op
 from ..kernels import Kernel, Probe, declare, installed
 from ..paradigm import Paradigm
-from .api import NO_TANGENTS, DecayOutput, LogDecay, probe_of, require_inputs
+from ..recurrence import Recurrence, RecurrenceOutput
 
 LOWEST = -256 * math.log(2)
 """The lowest log-decay that is passed on."""
@@ -76,169 +74,66 @@ def _is_miscompiled() -> bool:
     return (3, 4, 0) <= release < (3, 7, 1)
 
 
-def decay_chunkwise_fla(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    log_decay: LogDecay,
-    *,
-    scale: float | None = None,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    chunk_size: int = 64,
-) -> DecayOutput:
-    """`decay_chunkwise` by fla; arguments and result are its own.
+def decay_chunkwise_fla(x: Recurrence) -> RecurrenceOutput:
+    """The chunkwise paradigm by fla.
 
     Raises:
-        SeqmixError: shapes do not fit, or `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not take this.
     """
-    scale = require_inputs(q, k, v, log_decay, scale, initial_state, cu_seqlens, chunk_size)
-    refuse_tangents(NO_TANGENTS, q, k, v, log_decay, initial_state)
+    log_decay = x.log_decay
     if log_decay is not None:
         log_decay = log_decay.float().clamp(min=LOWEST)
         if log_decay.ndim == 1 and log_decay.requires_grad:
-            log_decay = log_decay.expand(*q.shape[:3])
-    if initial_state is not None:
-        initial_state = initial_state.float()
-    call = chunkwise_op if torch.compiler.is_compiling() else _chunkwise
-    output, state = call(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state)
-    return DecayOutput(output, state if output_final_state else None)
+            log_decay = log_decay.expand(*x.q.shape[:3])
+    x = x._replace(log_decay=log_decay, initial_state=None if x.initial_state is None else x.initial_state.float())
+    output, state = OP(x) if torch.compiler.is_compiling() else _chunkwise(OP.checked(x))
+    return RecurrenceOutput(output, state if x.output_final_state else None)
 
 
-def _chunkwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+def _chunkwise(x: Recurrence) -> tuple[Tensor, Tensor]:
     """Output and final state, which is empty unless wanted; with gradients by fla's own autograd function."""
-    KERNEL.require(probe_of(q, k, v, log_decay, initial_state))
+    KERNEL.require(x.probe())
     options = {
-        "scale": scale,
-        "initial_state": initial_state,
-        "output_final_state": output_final_state,
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(torch.int64, copy=True),
+        "scale": x.scale,
+        "initial_state": x.initial_state,
+        "output_final_state": x.output_final_state,
+        "cu_seqlens": None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64, copy=True),
     }
-    if log_decay is not None and log_decay.ndim == 4:
-        output, state = import_module("fla.ops.gla").chunk_gla(q, k, v, log_decay, **options)
+    if x.log_decay is not None and x.log_decay.ndim == 4:
+        output, state = import_module("fla.ops.gla").chunk_gla(x.q, x.k, x.v, x.log_decay, **options)
     else:
-        gates = {} if log_decay is None else {"g_gamma" if log_decay.ndim == 1 else "g": log_decay}
-        output, state = import_module("fla.ops.simple_gla").chunk_simple_gla(q, k, v, **gates, **options)
-    return output, q.new_empty(0, dtype=torch.float32) if state is None else state
+        gates = {} if x.log_decay is None else {"g_gamma" if x.log_decay.ndim == 1 else "g": x.log_decay}
+        output, state = import_module("fla.ops.simple_gla").chunk_simple_gla(x.q, x.k, x.v, **gates, **options)
+    return output, x.q.new_empty(0, dtype=torch.float32) if state is None else state
 
 
-@torch.library.custom_op("seqmix::decay_chunkwise_fla", mutates_args=())
-def chunkwise_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_chunkwise`."""
+def _allocate(x: Recurrence) -> tuple[Tensor, Tensor]:
+    KERNEL.require(x.probe())
+    final = (x.rows, *x.matrix) if x.output_final_state else (0,)
+    return x.q.new_empty(x.v.shape), x.q.new_empty(final, dtype=torch.float32)
+
+
+def _forward(x: Recurrence) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        return _chunkwise(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state)
+        return _chunkwise(x)
 
 
-@chunkwise_op.register_fake
-def _allocate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    KERNEL.require(probe_of(q, k, v, log_decay, initial_state))
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (rows, *q.shape[2:], v.shape[3]) if output_final_state else (0,)
-    return q.new_empty(v.shape), q.new_empty(final, dtype=torch.float32)
-
-
-@torch.library.custom_op("seqmix::decay_chunkwise_fla_backward", mutates_args=())
-def chunkwise_backward_op(
-    d_output: Tensor,
-    d_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, d log_decay and d initial state; the last two are empty where there is nothing to differentiate."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    leaves = [q, k, v]
-    if log_decay is not None:
-        log_decay = log_decay.detach().requires_grad_(needs_log_decay)
-        leaves += [log_decay] if needs_log_decay else []
-    if initial_state is not None:
-        initial_state = initial_state.detach().requires_grad_()
-        leaves.append(initial_state)
+def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
+    """The gradients; the forward is computed again."""
+    leaves = {
+        name: getattr(x, name).detach().requires_grad_()
+        for name in ("q", "k", "v", "log_decay", "initial_state")
+        if name in gradients.wanted
+    }
     with torch.enable_grad():
         # fla's own function is the whole graph: inside an op no other is recorded
-        output, state = _chunkwise(q, k, v, log_decay, initial_state, cu_seqlens, scale, d_state.numel() > 0)
-        outputs, above = ([output, state], [d_output, d_state]) if d_state.numel() else ([output], [d_output])
-        found = torch.autograd.grad(outputs, leaves, above)
-    dq, dk, dv, *rest = (gradient.to(x.dtype).contiguous() for gradient, x in zip(found, leaves, strict=True))
-    nothing = d_output.new_empty(0)
-    d_log_decay = rest.pop(0) if needs_log_decay else nothing
-    return dq, dk, dv, d_log_decay, rest.pop() if rest else nothing
+        outputs = _chunkwise(x._replace(**leaves))
+        owed = [(y, d) for y, d in zip(outputs, gradients.outputs, strict=True) if d is not None and d.numel()]
+        found = torch.autograd.grad([y for y, _ in owed], list(leaves.values()), [d for _, d in owed])
+    return dict(zip(leaves, found, strict=True))
 
 
-@chunkwise_backward_op.register_fake
-def _allocate_backward(
-    d_output: Tensor,
-    d_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return d_output.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return like(q), like(k), like(v), like(log_decay if needs_log_decay else None), like(initial_state)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    del output
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-    needs_log_decay = ctx.needs_input_grad[3]
-    *gradients, d_log_decay, d_initial = chunkwise_backward_op(
-        d_output, d_state, *ctx.saved_tensors, ctx.scale, needs_log_decay
-    )
-    has_state = ctx.saved_tensors[4] is not None
-    return (
-        *gradients,
-        d_log_decay if needs_log_decay else None,
-        d_initial if has_state else None,
-        *(None,) * 3,
-    )
-
-
-chunkwise_op.register_autograd(_backward, setup_context=_save_for_backward)
-
+OP = Op("decay_chunkwise_fla", Recurrence, fake=_allocate, forward=_forward, backward=_backward, outputs=2)
 
 KERNEL = declare(
     Kernel(

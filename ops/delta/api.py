@@ -19,8 +19,7 @@ matrix of weights is the inverse of a triangular one, and costs T^3. The chunkwi
 As in decay.py, a log-decay of -inf is legal and resets the state, and log-decays are added up stretch by stretch.
 """
 
-from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,121 +27,58 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..autograd import needs_grad, refuse_tangents
-from ..context_parallel import Context
+from ..call import Call
 from ..decay.api import TOLERANCES
-from ..kernels import Kernel, declare, require_floats
-from ..packing import require_borders
+from ..kernels import declare_references
 from ..paradigm import Paradigm
-from .chunkwise import chunkwise_op
-from .recurrent import one_step, recurrent_op
+from ..recurrence import Family, Recurrence, RecurrenceOutput, Run, recur
+from .chunkwise import delta_chunkwise
+from .recurrent import delta_recurrent
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | None
-"""Natural logarithm of the decay, <= 0: fixed a head, or given for every token and head."""
-
-
-class DeltaOutput(NamedTuple):
-    """What a delta map returns."""
-
-    output: Float[Tensor, "B T H V"]
-    """In the dtype of the queries."""
-    final_state: Float[Tensor, "N H K V"] | None
-    """float32 (float64 for float64 inputs); None unless wanted."""
+"""Natural logarithm of the decay, <= 0: fixed per head, or given for every token and head."""
 
 
 def delta(
-    paradigm: Paradigm,
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
     log_decay: LogDecay,
+    call: Call,
     *,
     scale: float | None = None,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    chunk_size: int = 64,
-    context: Context | None = None,
-) -> DeltaOutput:
-    """The map in any paradigm; arguments and result are those of `delta_chunkwise`.
-
-    With a context, tokens are this rank's, borders and states those of the whole row. The map is then computed twice:
-    from the identity beside no state, for what the segment does with a state and writes, and from the state that the
-    segments before it leave.
+) -> RecurrenceOutput:
+    """The map as a call says, whose state is [N H K V]: what mixers use. The tensors are those of `delta_rule`.
 
     Raises:
-        SeqmixError: there is no such paradigm, or as the paradigm's own function.
+        SeqmixError: there is no such paradigm, or shapes or dtypes do not fit.
     """
-    functions = {Paradigm.RECURRENT: delta_recurrent, Paradigm.CHUNKWISE: delta_chunkwise}
-    if paradigm not in functions:
-        raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has {', '.join(functions)}")
-    chunks = {"chunk_size": chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
-    compute = partial(functions[paradigm], k=k, beta=beta, log_decay=log_decay, scale=scale, **chunks)
-    if context is None:
-        return compute(
-            q, v=v, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
-        )
-    length, borders = q.shape[1], context.borders(cu_seqlens, q.shape[1])
-    # the map is linear in (state, values): columns of the identity, from which nothing is written, become those of M
-    rows, (heads, width) = len(q) if borders is None else len(borders) - 1, k.shape[2:]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    identity = torch.eye(width, dtype=wide, device=q.device).expand(rows, heads, width, width)
-    _, both = compute(
-        k.detach(),
-        v=F.pad(v, (0, width)),
-        initial_state=F.pad(identity, (v.shape[3], 0)),
-        output_final_state=True,
-        cu_seqlens=borders,
+    _require_paradigm(call.paradigm)
+    return recur(
+        "delta", q, k, v, call, log_decay=log_decay, beta=beta, scale=scale, segment=_segment, apply=torch.matmul
     )
-    written, transition = context.last_row(both, cu_seqlens, length).split([v.shape[3], width], dim=-1)
-    state = context.entry(transition, written, initial_state, cu_seqlens, length, torch.matmul)
-    output, final_state = compute(
-        q, v=v, initial_state=state, output_final_state=output_final_state, cu_seqlens=borders
-    )
-    return DeltaOutput(output, None if final_state is None else context.final(final_state, cu_seqlens, length))
 
 
-def delta_recurrent(
+def delta_rule(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
     beta: Float[Tensor, "B T H"],
-    log_decay: LogDecay,
+    log_decay: LogDecay = None,
     *,
     scale: float | None = None,
     initial_state: Float[Tensor, "N H K V"] | None = None,
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
-) -> DeltaOutput:
-    """Token by token, by the definition. One token costs the same at every position: decoding.
-
-    Arguments and result are those of `delta_chunkwise`.
-    """
-    scale = _check(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
-    if q.shape[1] > 1 or cu_seqlens is not None:
-        needs_grad = _needs_grad_backward(q, k, v, beta, log_decay, initial_state)
-        output, final_state, _ = recurrent_op(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, needs_grad)
-        return DeltaOutput(output, final_state if output_final_state else None)
-    # plain operations, which a compiler fuses with what surrounds them
-    output, state = one_step(q, k, v, beta, log_decay, scale, initial_state)
-    return DeltaOutput(output, state if output_final_state else None)
-
-
-def delta_chunkwise(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    beta: Float[Tensor, "B T H"],
-    log_decay: LogDecay,
-    *,
-    scale: float | None = None,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
     chunk_size: int = 64,
-) -> DeltaOutput:
-    """Parallel inside chunks, recurrent between them. Linear in T, in time and memory, forward and backward.
+    backend: str = "reference",
+) -> RecurrenceOutput:
+    """The same for those who call an op by itself, in the words of fla and flash-attn.
+
+    Chunkwise it is linear in T, in time and memory, forward and backward; recurrent, one token costs the same at every
+    position.
 
     Args:
         q: queries.
@@ -153,29 +89,36 @@ def delta_chunkwise(
         scale: factor of the output, 1/sqrt(K) by default.
         initial_state: state before the first token; it decays before the first token is predicted. None means zero.
         output_final_state: whether the state after the last token is wanted.
-        cu_seqlens: borders of N documents packed into one row (B = 1); states then have N rows.
-        chunk_size: tokens a chunk; changes the cost, never the result.
+        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows.
+        paradigm: how it is computed, chunkwise or recurrent.
+        chunk_size: tokens per chunk; changes the cost, never the result.
+        backend: the kernel backend.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, said in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
     """
-    scale = _check(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
-    if chunk_size < 1:
-        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
-    output, final_state, _ = chunkwise_op(
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        scale,
-        chunk_size,
-        output_final_state,
-        _needs_grad_backward(q, k, v, beta, log_decay, initial_state),
+    call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
+    return delta(q, k, v, beta, log_decay, call, scale=scale)
+
+
+def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+    """What a segment multiplies a state with, [B H K K], and what it writes: of the document it leaves unfinished.
+
+    The map is linear in (state, values): columns of the identity, from which nothing is written, become those of M.
+    """
+    assert call.cp_group is not None
+    (heads, key_width, value_width), rows = x.matrix, x.rows
+    identity = torch.eye(key_width, dtype=x.wide, device=x.q.device).expand(rows, heads, key_width, key_width)
+    x = x._replace(
+        q=x.k.detach(),
+        v=F.pad(x.v, (0, key_width)),
+        initial_state=F.pad(identity, (value_width, 0)),
+        output_final_state=True,
     )
-    return DeltaOutput(output, final_state if output_final_state else None)
+    _, both = kernel(x)
+    assert both is not None
+    written, transition = call.cp_group.last_row(both, call.documents).split([value_width, key_width], dim=-1)
+    return transition, written
 
 
 def unit_norm(x: Float[Tensor, "*batch K"], eps: float = 1e-6) -> Float[Tensor, "*batch K"]:
@@ -184,52 +127,12 @@ def unit_norm(x: Float[Tensor, "*batch K"], eps: float = 1e-6) -> Float[Tensor, 
     return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
-def _needs_grad_backward(*tensors: Tensor | None) -> bool:
-    """Whether a custom op keeps states for a backward pass.
-
-    Raises:
-        SeqmixError: an input has a tangent.
-    """
-    refuse_tangents("the delta rule, beyond one token,", *tensors)
-    return needs_grad(*tensors)
+PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    scale: float | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> float:
-    """Refuse shapes and dtypes that do not fit; return the scale."""
-    require_floats(q, k, v)
-    if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != q.shape[:3] or q.shape[1] < 1:
-        raise SeqmixError(
-            "q and k must be [B T H K] and v [B T H V] with T >= 1; "
-            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    batch, length, heads, key_width = q.shape
-    if tuple(beta.shape) != (batch, length, heads) or not beta.is_floating_point():
-        raise SeqmixError(
-            f"beta must be floats [B T H] with B, T, H = {batch}, {length}, {heads}; "
-            f"given is {list(beta.shape)} of {str(beta.dtype).removeprefix('torch.')}"
-        )
-    if log_decay is not None and tuple(log_decay.shape) not in ((heads,), (batch, length, heads)):
-        raise SeqmixError(
-            f"log_decay must be None, [H] or [B T H] with B, T, H = {batch}, {length}, {heads}; "
-            f"given is {list(log_decay.shape)}"
-        )
-    if cu_seqlens is not None and batch != 1:
-        raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {batch}")
-    if cu_seqlens is not None:
-        require_borders(cu_seqlens, length)
-    state = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, key_width, v.shape[3])
-    if initial_state is not None and tuple(initial_state.shape) != state:
-        raise SeqmixError(f"the initial state must be {list(state)}, and is {list(initial_state.shape)}")
-    return key_width**-0.5 if scale is None else scale
+def _require_paradigm(paradigm: Paradigm) -> None:
+    if paradigm not in PARADIGMS:
+        raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has {', '.join(sorted(PARADIGMS))}")
 
 
 def delta_flops(
@@ -254,8 +157,7 @@ def delta_flops(
     if paradigm is Paradigm.RECURRENT:
         # prediction, write and query; the first token of all has nothing to predict from
         return (3 * length - (not context)) * per_state
-    if paradigm is not Paradigm.CHUNKWISE:
-        raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has recurrent, chunkwise")
+    _require_paradigm(paradigm)
     whole, ragged = divmod(length, chunk_size)
     # queries and keys each meet the keys; T and the queries' weights each meet the values
     inside = (whole * chunk_size**2 + ragged**2) * 4 * (key_width + value_width)
@@ -265,25 +167,16 @@ def delta_flops(
     return inside + (2 * read + length - last) * per_state
 
 
-# Twice the worst of several thousand cases a function, or what exp makes of large exponents, as in decay.py. In float32
-# chunks lose most where every key is the same and beta is 2: each transition is a reflection, and nothing dies away.
-declare(
-    Kernel(
-        op="delta",
-        paradigm=Paradigm.RECURRENT,
-        backend="reference",
-        function=delta_recurrent,
-        tolerances=TOLERANCES,
-        reference=True,
-    )
+# Twice the worst of several thousand cases a function, or what exp makes of large exponents, as in decay/api.py. In
+# float32 chunks lose most where every key is the same and beta is 2: each transition is a reflection, and nothing
+# dies away.
+declare_references(
+    "delta",
+    {
+        Paradigm.RECURRENT: (delta_recurrent, TOLERANCES),
+        Paradigm.CHUNKWISE: (delta_chunkwise, TOLERANCES | {torch.float32: 2e-5}),
+    },
 )
-declare(
-    Kernel(
-        op="delta",
-        paradigm=Paradigm.CHUNKWISE,
-        backend="reference",
-        function=delta_chunkwise,
-        tolerances=TOLERANCES | {torch.float32: 2e-5},
-        reference=True,
-    )
-)
+
+DELTA = Family("delta", PARADIGMS, delta_flops)
+"""What mixers know of the family."""

@@ -34,9 +34,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Group, capacity, groups, operand, store
-from ..decay.chunkwise import differentiate_by, sum_after
-from ..packing import stretches
+from ..chunks import Group, sum_after
+from ..chunkwise import Borders, Chunks, Tokens, chunkwise_kernel
+from ..recurrence import Recurrence
 
 
 class _Decays(NamedTuple):
@@ -113,220 +113,6 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _beta(beta: Tensor, chunk: Group, dtype: torch.dtype) -> Tensor:
-    """A chunk's tokens of [B T H] as [G m 1]; what is multiplied with a view would be laid out as it is."""
-    return operand(beta[..., None], chunk, dtype).contiguous()
-
-
-@torch.library.custom_op("seqmix::delta_chunkwise", mutates_args=())
-def chunkwise_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    output_final_state: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    output, final_state, entries = _allocate(
-        q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, chunk_size, output_final_state, save_states
-    )
-    index = 0
-    with torch.autocast(q.device.type, enabled=False):
-        decays_of = _ChunkDecays(log_decay, q.shape[0], min(chunk_size, q.shape[1]), scale, q.new_empty(0, dtype=wide))
-        for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens):
-            state = None if initial_state is None else initial_state[stretch.rows].to(wide).flatten(0, 1)
-            if save_states and stretch.start < stretch.stop:
-                entries[index].zero_() if state is None else entries[index].flatten(0, 1).copy_(state)
-            for chunk in groups(stretch, chunk_size, 1):
-                decays, rate = decays_of(chunk.start, chunk.stop), _beta(beta, chunk, wide)
-                query, key, value = (operand(x, chunk, wide) for x in (q, k, v))
-                reads, pairs, inverse = _system(query, key, rate, decays)
-                if state is None:
-                    written = torch.bmm(inverse, rate * value)
-                    tile = torch.bmm(_of_queries(pairs), written)
-                else:
-                    outer = torch.bmm(reads, state).mul_(decays.read)
-                    written = torch.bmm(inverse, rate * (value + _of_keys(outer)))
-                    tile = torch.baddbmm(_of_queries(outer), _of_queries(pairs), written)
-                store(output, chunk, tile)
-                index += 1
-                last = chunk.stop == stretch.stop
-                if not last or output_final_state:
-                    # the next chunk's entry state is formed in its place
-                    place = entries[index].flatten(0, 1) if save_states and not last else None
-                    state = _next_state(state, _times(key, decays.suffix), written, decays.total, place)
-            if output_final_state and state is not None:
-                final_state[stretch.rows].flatten(0, 1).copy_(state)
-    if save_states:
-        entries[index:].zero_()  # documents that end in one chunk leave rows over
-    return output, final_state, entries
-
-
-def _next_state(state: Tensor | None, key: Tensor, written: Tensor, total: Tensor | None, out: Tensor | None) -> Tensor:
-    """g * S + key^T U, into `out` if given."""
-    if state is None:
-        return torch.bmm(key.mT, written, out=out)
-    return torch.baddbmm(_times(state, total), key.mT, written, out=out)
-
-
-@chunkwise_op.register_fake
-def _allocate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    output_final_state: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, heads, key_width = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (rows, heads, key_width, v.shape[3]) if output_final_state else (0,)
-    chunks = capacity(length, chunk_size, cu_seqlens)
-    entries = (chunks, batch, heads, key_width, v.shape[3]) if save_states else (0,)
-    return q.new_empty(v.shape), q.new_zeros(final, dtype=wide), q.new_empty(entries, dtype=wide)
-
-
-@torch.library.custom_op("seqmix::delta_chunkwise_backward", mutates_args=())
-def chunkwise_backward_op(
-    d_output: Tensor,
-    d_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entries: Tensor,
-    scale: float,
-    chunk_size: int,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, d beta, d log_decay and d initial state; the last two are empty where there is nothing to
-    differentiate."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv, d_beta, d_log_decay, d_initial = _allocate_backward(
-        d_output,
-        d_final_state,
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        entries,
-        scale,
-        chunk_size,
-        needs_log_decay,
-    )
-    d_fixed = q.new_zeros(q.shape[2], dtype=wide)
-    with torch.autocast(q.device.type, enabled=False):
-        decays_of = _ChunkDecays(log_decay, q.shape[0], min(chunk_size, q.shape[1]), scale, q.new_empty(0, dtype=wide))
-        runs = [(stretch, groups(stretch, chunk_size, 1)) for stretch in stretches(q.shape[0], q.shape[1], cu_seqlens)]
-        index = sum(len(cuts) for _, cuts in runs)
-        for stretch, cuts in reversed(runs):
-            # the gradient of the state behind the chunk; None while nothing depends on it
-            d_state = None if d_final_state is None else d_final_state[stretch.rows].to(wide).flatten(0, 1)
-            for chunk in reversed(cuts):
-                index -= 1
-                decays, rate = decays_of(chunk.start, chunk.stop), _beta(beta, chunk, wide)
-                query, key, value, d_out = (operand(x, chunk, wide) for x in (q, k, v, d_output))
-                entered = chunk.start > stretch.start or initial_state is not None
-                state = entries[index].flatten(0, 1) if entered else None
-                reads, pairs, inverse = _system(query, key, rate, decays)
-                if state is not None:
-                    value = torch.addcmul(value, torch.bmm(key, state), _of_keys(decays.read))
-                written = torch.bmm(inverse, rate * value)
-                error = torch.baddbmm(value, _of_keys(pairs), written)
-
-                scaled_key = _times(key, decays.suffix)
-                d_written = torch.bmm(_of_queries(pairs).mT, d_out)
-                if d_state is not None:
-                    d_written.baddbmm_(scaled_key, d_state)
-                d_written = torch.bmm(inverse.mT, d_written)
-                d_read = torch.cat((d_out, rate * d_written), dim=1)
-                d_pairs = torch.bmm(d_read, written.mT)
-                within = d_pairs * pairs if needs_log_decay else None
-                d_pairs.mul_(decays.mask)
-                d_reads, d_key = torch.bmm(d_pairs, key), torch.bmm(d_pairs.mT, reads)
-                store(dv, chunk, _of_keys(d_read))
-                store(d_beta[..., None], chunk, (error * d_written).sum(2, keepdim=True))
-                d_outer = d_key_outer = None
-                if state is not None:
-                    d_read = d_read.mul_(decays.read)
-                    d_outer = torch.bmm(d_read, state.mT)
-                    d_reads += d_outer
-                if d_state is not None:
-                    d_key_outer = _times(torch.bmm(written, d_state.mT), decays.suffix)
-                    d_key += d_key_outer
-                d_key += _of_keys(d_reads)
-                store(dq, chunk, _of_queries(d_reads))
-                store(dk, chunk, d_key)
-                if within is not None:
-                    d_a = _log_decay_gradient(
-                        within,
-                        None if d_outer is None else torch.linalg.vecdot(reads, d_outer),
-                        None if d_key_outer is None else torch.linalg.vecdot(key, d_key_outer),
-                    )
-                    if state is not None and d_state is not None:
-                        kept = _times(state, decays.total)
-                        d_a += torch.linalg.vecdot(kept.flatten(1), d_state.flatten(1))[:, None]
-                    if d_log_decay.ndim == 1:
-                        d_fixed += d_a.unflatten(0, (-1, q.shape[2])).sum((0, 2))
-                    else:
-                        store(d_log_decay, chunk, d_a)
-                if entered:
-                    d_state = _next_state(d_state, reads, d_read, decays.total, None)
-            if initial_state is not None and d_state is not None:
-                d_initial[stretch.rows].flatten(0, 1).copy_(d_state)
-    if needs_log_decay and d_log_decay.ndim == 1:
-        d_log_decay.copy_(d_fixed)
-    return dq, dk, dv, d_beta, d_log_decay, d_initial
-
-
-@chunkwise_backward_op.register_fake
-def _allocate_backward(
-    d_output: Tensor,
-    d_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    entries: Tensor,
-    scale: float,
-    chunk_size: int,
-    needs_log_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0) if x is None else x.new_zeros(x.shape)
-
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        beta.new_empty(beta.shape),
-        like(log_decay if needs_log_decay else None),
-        like(initial_state),
-    )
-
-
 def _log_decay_gradient(within: Tensor, read: Tensor | None, left: Tensor | None) -> Tensor:
     """One chunk of da, but for what the entry state left in the exit state.
 
@@ -347,4 +133,86 @@ def _log_decay_gradient(within: Tensor, read: Tensor | None, left: Tensor | None
     return grad
 
 
-differentiate_by(chunkwise_op, chunkwise_backward_op)
+class _DeltaChunks(Chunks):
+    most = 1
+
+    def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
+        self.needs_log_decay, self.fixed = needs_log_decay, x.log_decay is not None and x.log_decay.ndim == 1
+        like = x.q.new_empty(0, dtype=x.wide)
+        self.decays = _ChunkDecays(x.log_decay, x.q.shape[0], min(x.chunk_size, x.q.shape[1]), x.scale, like)
+
+    def forward(self, group: Group, x: Tokens, states: Borders, exits: list[Tensor]) -> Tensor:
+        assert x.beta is not None
+        decays, state = self.decays(group.start, group.stop), self._entered(x, states)
+        reads, pairs, inverse = _system(x.q, x.k, x.beta, decays)
+        if state is None:
+            written = torch.bmm(inverse, x.beta * x.v)
+            tile = torch.bmm(_of_queries(pairs), written)
+        else:
+            outer = torch.bmm(reads, state).mul_(decays.read)
+            written = torch.bmm(inverse, x.beta * (x.v + _of_keys(outer)))
+            tile = torch.baddbmm(_of_queries(outer), _of_queries(pairs), written)
+        if exits:
+            _next_state(state, _times(x.k, decays.suffix), written, decays.total, exits[0])
+        return tile
+
+    def backward(
+        self, group: Group, x: Tokens, d_out: Tensor, states: Borders, d_states: Tensor, leaving: slice
+    ) -> dict[str, Tensor]:
+        assert x.beta is not None
+        decays, state = self.decays(group.start, group.stop), self._entered(x, states)
+        d_state = d_states[1].flatten(0, 1) if leaving.stop else None
+        reads, pairs, inverse = _system(x.q, x.k, x.beta, decays)
+        value = x.v if state is None else torch.addcmul(x.v, torch.bmm(x.k, state), _of_keys(decays.read))
+        written = torch.bmm(inverse, x.beta * value)
+        error = torch.baddbmm(value, _of_keys(pairs), written)
+
+        d_written = torch.bmm(_of_queries(pairs).mT, d_out)
+        if d_state is not None:
+            d_written.baddbmm_(_times(x.k, decays.suffix), d_state)
+        d_written = torch.bmm(inverse.mT, d_written)
+        d_read = torch.cat((d_out, x.beta * d_written), dim=1)
+        d_pairs = torch.bmm(d_read, written.mT)
+        within = d_pairs * pairs if self.needs_log_decay else None
+        d_pairs.mul_(decays.mask)
+        d_reads, d_key = torch.bmm(d_pairs, x.k), torch.bmm(d_pairs.mT, reads)
+        d_value, d_outer, d_key_outer = _of_keys(d_read), None, None
+        if state is not None:
+            d_read = d_read * decays.read
+            d_outer = torch.bmm(d_read, state.mT)
+            d_reads += d_outer
+        if d_state is not None:
+            d_key_outer = _times(torch.bmm(written, d_state.mT), decays.suffix)
+            d_key += d_key_outer
+        d_key += _of_keys(d_reads)
+        found = {"q": _of_queries(d_reads), "k": d_key, "v": d_value}
+        found["beta"] = (error * d_written).sum(2, keepdim=True)
+        if within is not None:
+            d_a = _log_decay_gradient(
+                within,
+                None if d_outer is None else torch.linalg.vecdot(reads, d_outer),
+                None if d_key_outer is None else torch.linalg.vecdot(x.k, d_key_outer),
+            )
+            if state is not None and d_state is not None:
+                kept = _times(state, decays.total)
+                d_a += torch.linalg.vecdot(kept.flatten(1), d_state.flatten(1))[:, None]
+            found["log_decay"] = d_a.sum(1) if self.fixed else d_a
+        if state is not None:
+            _next_state(d_state, reads, d_read, decays.total, d_states[0].flatten(0, 1))
+        return found
+
+    def _entered(self, x: Tokens, states: Borders) -> Tensor | None:
+        """The state before the chunk, [G K V]; None where it is 0."""
+        return None if states.reading.start == x.q.shape[0] else states.entries[0].flatten(0, 1)
+
+
+def _next_state(state: Tensor | None, key: Tensor, written: Tensor, total: Tensor | None, out: Tensor) -> None:
+    """g * S + key^T U into `out`."""
+    out = out.view(key.shape[0], key.shape[2], written.shape[2])
+    if state is None:
+        torch.bmm(key.mT, written, out=out)
+    else:
+        torch.baddbmm(_times(state, total), key.mT, written, out=out)
+
+
+delta_chunkwise = chunkwise_kernel("delta_chunkwise", _DeltaChunks)

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...mixers.positions import advance, document_of_token
 from ...registry import SeqmixError
-from ..packing import require_async
+from ..packing import Documents, advance, require_async
 
 
 class GrowingCache(NamedTuple):
@@ -122,25 +121,25 @@ def first_key(start: int, cached: int, window: int | None) -> int:
     return 0 if window is None or start < window - 1 else cached + start - window + 1
 
 
-def offer_of(k: Tensor, v: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Offer:
+def offer_of(k: Tensor, v: Tensor, cache: Cache | None, documents: Documents | None) -> Offer:
     """The old cache and the segment."""
     batch_size, length = k.shape[:2]
     own_places = torch.arange(length, device=k.device)[None]
-    own = None if cu_seqlens is None else document_of_token(cu_seqlens, length)
+    own = None if documents is None else documents.of_token
     if cache is None:
         return Offer(k, v, own_places, None if own is None else (own, own), 0)
     keys, values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
-    places = _places_of_slots(cache, cache.length, length, cu_seqlens)
-    documents = None
+    places = _places_of_slots(cache, cache.length, length, documents)
+    pairs = None
     if own is not None:
         row = torch.arange(keys.shape[0], device=k.device, dtype=own.dtype)[:, None].expand(places.shape)
-        documents = (torch.cat((row.flatten(), own)), own)
+        pairs = (torch.cat((row.flatten(), own)), own)
         keys, values, places = (x.flatten(0, 1)[None] for x in (keys, values, places))
     return Offer(
         torch.cat((keys, k), dim=1),
         torch.cat((values, v), dim=1),
         torch.cat((places, own_places.expand(batch_size, -1)), dim=1),
-        documents,
+        pairs,
         keys.shape[1],
     )
 
@@ -151,33 +150,33 @@ def offer_written(cache: Cache, read_before: Tensor, k: Tensor) -> Offer:
     return Offer(cache.keys.to(k.dtype), cache.values.to(k.dtype), places, None, cache.keys.shape[1])
 
 
-def _places_of_slots(cache: Cache, read_before: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
+def _places_of_slots(cache: Cache, read_before: Tensor, length: int, documents: Documents | None) -> Tensor:
     """Places of a cache's slots counted from a segment's first token, [N S]; `length` where a slot is empty."""
     position = cache.positions(cache.length, cache.keys.shape[1])
-    start = 0 if cu_seqlens is None else cu_seqlens[:-1, None]
+    start = 0 if documents is None else documents.cu_seqlens[:-1, None]
     return torch.where(position >= 0, position - read_before[:, None] + start, length)
 
 
-def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, cu_seqlens: Tensor | None) -> Cache:
+def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, documents: Documents | None) -> Cache:
     """The cache after the segment."""
     batch_size, length = k.shape[:2]
     if cache is None:
-        rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        rows = batch_size if documents is None else documents.count
         sizes = (k.shape[2], k.shape[3], v.shape[3])
         if window is None:
             cache = empty_cache(GrowingCache, rows, 0, *sizes, dtype=k.dtype, device=k.device)
         else:
             cache = empty_cache(RingCache, rows, window, *sizes, dtype=k.dtype, device=k.device)
     k, v = k.to(cache.keys.dtype), v.to(cache.values.dtype)
-    read = advance(cache.length, batch_size, length, cu_seqlens, k.device)
+    read = advance(cache.length, batch_size, length, documents, k.device)
     capacity = cache.keys.shape[1]
     if isinstance(cache, RingCache) and (window is None or window > capacity):
         require_async(
             (read <= capacity).all(),
             "the cache was allocated for fewer tokens than are read: pass a larger max_length to init_state",
         )
-    if cu_seqlens is not None:
-        return _with_documents(cache, k, v, read, cu_seqlens)
+    if documents is not None:
+        return _with_documents(cache, k, v, read, documents.cu_seqlens)
     if isinstance(cache, GrowingCache):
         return GrowingCache(torch.cat((cache.keys, k), dim=1), torch.cat((cache.values, v), dim=1), read)
     kept = min(length, capacity)

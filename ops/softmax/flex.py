@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..autograd import needs_grad
 from ..kernels import Kernel, Probe, declare
 from ..paradigm import Paradigm
-from .api import TOLERANCES, factored, require_inputs, require_range
-from .cache import Cache, Offer, final_cache, offer_of
+from .api import TOLERANCES
+from .cache import Offer
+from .call import Attention, AttentionOutput, factored, require_range
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -60,52 +59,25 @@ def limits(probe: Probe) -> list[str]:
     return reasons
 
 
-def softmax_parallel_flex(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    log_decay: Float[Tensor, " K"] | None = None,
-    initial_state: Cache | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
-    """`softmax_parallel` by FlexAttention: what it sees is known block by block, and never stored pair by pair.
-
-    Arguments and result are those of `softmax_chunkwise`.
+def softmax_parallel_flex(x: Attention) -> AttentionOutput:
+    """The parallel paradigm by FlexAttention: what it sees is known block by block, and never stored pair by pair.
 
     Raises:
-        SeqmixError: shapes do not fit, or `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not take this.
     """
-    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
-    _refuse(q, k, v, log_decay, initial_state)
-    require_range(log_decay, q.shape[1], q.dtype)
-    offer = offer_of(k, v, initial_state, cu_seqlens)
-    query, keys = factored(q, 0, offer, log_decay)
-    output = _flex(q.device)(
+    KERNEL.require(x.probe())
+    require_range(x.log_decay, x.q.shape[1], x.q.dtype)
+    offer = x.offer()
+    query, keys = factored(x.q, 0, offer, x.log_decay)
+    output = _flex(x.q.device)(
         query.transpose(1, 2),
         keys.transpose(1, 2),
         offer.values.transpose(1, 2),
-        block_mask=block_mask(q.shape[1], offer, window),
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        block_mask=block_mask(x.q.shape[1], offer, x.window),
+        scale=x.scale,
+        enable_gqa=x.q.shape[2] != x.k.shape[2],
     )
-    state = final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
-    return output.transpose(1, 2).to(q.dtype), state
-
-
-def _refuse(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> None:
-    """Refuse what `KERNEL` does not take."""
-    probe = Probe(
-        device=q.device,
-        dtype=q.dtype,
-        key_width=q.shape[3],
-        value_width=v.shape[3],
-        needs_grad=needs_grad(q, k, v, log_decay, *(cache[:2] if cache is not None else ())),
-    )
-    KERNEL.require(probe)
+    return output.transpose(1, 2).to(x.q.dtype), x.final()
 
 
 def _flex(device: torch.device) -> Callable[..., Tensor]:

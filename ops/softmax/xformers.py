@@ -27,14 +27,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..autograd import needs_grad, refuse_tangents
+from ..autograd import Gradients, Op, needs_grad
 from ..kernels import Kernel, Probe, declare, installed
 from ..paradigm import Paradigm
-from .api import factored, require_inputs, require_range
-from .cache import Cache, RingCache, final_cache, offer_of
+from .cache import RingCache
+from .call import Attention, AttentionOutput, factored, require_range
 
 FLASH_WIDTH = 256
 """The widest heads of the kernels for 16 bits."""
@@ -71,38 +70,45 @@ def limits(probe: Probe) -> list[str]:
     return reasons
 
 
-def softmax_parallel_xformers(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    log_decay: Float[Tensor, " K"] | None = None,
-    initial_state: Cache | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
-    """`softmax_parallel` by xformers; arguments and result are those of `softmax_chunkwise`.
+class _Inputs(NamedTuple):
+    """What the op is given; keys and values are those offered, the cache's first."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    read: Tensor | None
+    """Tokens that each row or document has read before; None without a cache."""
+    cu_seqlens: Tensor | None
+    boundaries: Sequence[int] | None
+    capacity: int
+    """Slots of the cache."""
+    ring: bool
+    window: int
+    """0 is none."""
+    scale: float
+
+
+def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
+    """The parallel paradigm by xformers.
 
     Raises:
-        SeqmixError: shapes do not fit, or `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not take this.
     """
-    scale = require_inputs(q, k, v, scale, window, log_decay, initial_state, cu_seqlens)
-    cached = () if initial_state is None else initial_state[:2]
-    refuse_tangents("attention by xformers", q, k, v, log_decay, *cached)
-    require_range(log_decay, q.shape[1], q.dtype)
-    offer = offer_of(k, v, initial_state, cu_seqlens)
-    query, keys = factored(q, 0, offer, log_decay)
-    capacity = 0 if initial_state is None else initial_state.keys.shape[1]
-    read = None if initial_state is None else initial_state.length
-    arguments = (
-        *(query, keys, offer.values, read, cu_seqlens, capacity),
-        *(isinstance(initial_state, RingCache), window or 0, scale),
+    require_range(x.log_decay, x.q.shape[1], x.q.dtype)
+    offer = x.offer()
+    query, keys = factored(x.q, 0, offer, x.log_decay)
+    inputs = _Inputs(
+        *(query, keys, offer.values),
+        None if x.cache is None else x.cache.length,
+        None if x.documents is None else x.documents.cu_seqlens,
+        None if x.documents is None else x.documents.boundaries,
+        0 if x.cache is None else x.cache.keys.shape[1],
+        isinstance(x.cache, RingCache),
+        x.window or 0,
+        x.scale,
     )
-    output = attend_op(*arguments) if torch.compiler.is_compiling() else _attend(*arguments)
-    state = final_cache(k, v, window, initial_state, cu_seqlens) if output_final_state else None
-    return output, state
+    (output,) = OP(inputs) if torch.compiler.is_compiling() else _attend(OP.checked(inputs))
+    return output, x.final()
 
 
 # ---- masks
@@ -201,36 +207,30 @@ class _Call(NamedTuple):
     """Which of the keys offered these are; None where they are all, in order."""
 
 
-def _call(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor | None,
-    borders: Tensor | None,
-    capacity: int,
-    ring: bool,
-    window: int,
-    scale: float,
-) -> _Call:
+def _call(x: _Inputs) -> _Call:
     """Queries [. . H K], and keys and values in order [. . G .]."""
-    rows, length, n_heads, width = q.shape
+    rows, length, n_heads, width = x.q.shape
+    boundaries = x.boundaries
+    if boundaries is None and x.cu_seqlens is not None:
+        boundaries = x.cu_seqlens.tolist()
     found = plan(
         rows,
         length,
-        None if read is None else read.tolist(),
-        None if borders is None else borders.tolist(),
-        capacity=capacity,
-        ring=ring,
-        window=window or None,
+        None if x.read is None else x.read.tolist(),
+        boundaries,
+        capacity=x.capacity,
+        ring=x.ring,
+        window=x.window or None,
     )
+    q, keys, values = x.q, x.keys, x.values
     chosen = None if found.chosen is None else found.chosen.to(q.device)
     if chosen is not None:
-        keys, values = (x.flatten(0, 1).index_select(0, chosen) for x in (keys, values))
-        keys, values = (x.unflatten(0, (1 if found.apart else rows, -1)) for x in (keys, values))
+        keys, values = (y.flatten(0, 1).index_select(0, chosen) for y in (keys, values))
+        keys, values = (y.unflatten(0, (1 if found.apart else rows, -1)) for y in (keys, values))
     if found.apart:
         q = q.reshape(1, rows * length, n_heads, width)
-    mask = bias(found.queries, found.keys, window or None, apart=found.apart, device=q.device)
-    options = {"attn_bias": mask, "scale": scale}
+    mask = bias(found.queries, found.keys, x.window or None, apart=found.apart, device=q.device)
+    options = {"attn_bias": mask, "scale": x.scale}
     return _Call(_readable(q), _readable(keys), _readable(values), options, chosen)
 
 
@@ -259,128 +259,65 @@ def _repeated(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
 # ---- as it is called
 
 
-def _attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor | None,
-    borders: Tensor | None,
-    capacity: int,
-    ring: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
+def _attend(x: _Inputs) -> tuple[Tensor]:
     """Output; with gradients by xformers' own autograd function."""
-    _refuse(q, keys, values, window)
-    differentiated = needs_grad(q, keys, values)
+    _refuse(x)
+    differentiated = needs_grad(x.q, x.keys, x.values)
     if not differentiated:
         # xformers looks at the tensors, and not at the mode, to decide whether there will be a backward pass
-        q, keys, values = (x.detach() for x in (q, keys, values))
-    call = _call(q, keys, values, read, borders, capacity, ring, window, scale)
+        x = x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach())
+    call = _call(x)
     grouped = call.q.shape[2] != call.k.shape[2] and not differentiated
     inputs = _grouped(call) if grouped else _repeated(call)
     output = import_module("xformers.ops.fmha").memory_efficient_attention(*inputs, **call.options)
-    return output.reshape(*q.shape[:3], values.shape[3])
+    return (output.reshape(*x.q.shape[:3], x.values.shape[3]),)
 
 
-def _refuse(q: Tensor, keys: Tensor, values: Tensor, window: int) -> None:
+def _refuse(x: _Inputs) -> None:
     """Refuse what `KERNEL` does not take."""
     probe = Probe(
-        device=q.device,
-        dtype=q.dtype,
-        key_width=q.shape[3],
-        value_width=values.shape[3],
-        window=window > 0,
-        needs_grad=needs_grad(q, keys, values),
+        device=x.q.device,
+        dtype=x.q.dtype,
+        key_width=x.q.shape[3],
+        value_width=x.values.shape[3],
+        window=x.window > 0,
+        needs_grad=needs_grad(x.q, x.keys, x.values),
     )
     KERNEL.require(probe)
 
 
-@torch.library.custom_op("seqmix::softmax_xformers", mutates_args=())
-def attend_op(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor | None,
-    borders: Tensor | None,
-    capacity: int,
-    ring: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """The output [B T H V]; keys and values are those offer_of, the cache's first. A window of 0 is none."""
+def _allocate(x: _Inputs) -> tuple[Tensor]:
+    _refuse(x)
+    return (x.q.new_empty(*x.q.shape[:3], x.values.shape[3]),)
+
+
+def _forward(x: _Inputs) -> tuple[Tensor]:
     with torch.no_grad():
-        return _attend(q, keys, values, read, borders, capacity, ring, window, scale).contiguous()
+        return (_attend(x)[0].contiguous(),)
 
 
-@attend_op.register_fake
-def _allocate(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor | None,
-    borders: Tensor | None,
-    capacity: int,
-    ring: bool,
-    window: int,
-    scale: float,
-) -> Tensor:
-    _refuse(q, keys, values, window)
-    return q.new_empty(*q.shape[:3], values.shape[3])
-
-
-@torch.library.custom_op("seqmix::softmax_xformers_backward", mutates_args=())
-def attend_backward_op(
-    d_output: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    read: Tensor | None,
-    borders: Tensor | None,
-    capacity: int,
-    ring: bool,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dkeys, dvalues; the forward is computed again."""
+def _backward(x: _Inputs, gradients: Gradients) -> dict[str, Tensor]:
+    """The forward is computed again."""
     fmha = import_module("xformers.ops.fmha")
-    q, keys, values = (x.detach() for x in (q, keys, values))
-    call = _call(q, keys, values, read, borders, capacity, ring, window, scale)
+    (d_output,) = gradients.outputs
+    assert d_output is not None
+    call = _call(x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach()))
     inputs = _repeated(call)
     output, sums = fmha.memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
     above = _readable(d_output.reshape(output.shape))
     dq, dk, dv = fmha.memory_efficient_attention_backward(above, output, sums, *inputs, **call.options)
     several = call.q.shape[2] // call.k.shape[2]
 
-    def of_offered(gradient: Tensor, x: Tensor) -> Tensor:
+    def of_offered(gradient: Tensor, given: Tensor) -> Tensor:
         flat = gradient.unflatten(2, (-1, several)).sum(3).flatten(0, 1)
         if call.chosen is not None:  # what was not read has no gradient
-            flat = flat.new_zeros(x.shape).flatten(0, 1).index_copy(0, call.chosen, flat)
-        return flat.reshape(x.shape).contiguous()
+            flat = flat.new_zeros(given.shape).flatten(0, 1).index_copy(0, call.chosen, flat)
+        return flat.reshape(given.shape)
 
-    return dq.reshape(q.shape).contiguous(), of_offered(dk, keys), of_offered(dv, values)
-
-
-@attend_backward_op.register_fake
-def _allocate_backward(
-    d_output: Tensor, q: Tensor, keys: Tensor, values: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
+    return {"q": dq.reshape(x.q.shape), "keys": of_offered(dk, x.keys), "values": of_offered(dv, x.values)}
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    *tensors, ctx.capacity, ctx.ring, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = attend_backward_op(d_output, *ctx.saved_tensors, ctx.capacity, ctx.ring, ctx.window, ctx.scale)
-    return (*gradients, *(None,) * 6)
-
-
-attend_op.register_autograd(_backward, setup_context=_save_for_backward)
-
+OP = Op("softmax_xformers", _Inputs, fake=_allocate, forward=_forward, backward=_backward, outputs=1)
 
 KERNEL = declare(
     Kernel(

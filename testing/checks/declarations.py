@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from ...mixers.contract import ContractError
 from ...mixers.state import clone
+from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
 from ...registry import dump
 from ...registry.yaml import parse

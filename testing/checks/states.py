@@ -95,12 +95,12 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
     (batch_size, length), more = x.shape[:2], following.shape[1]
     _, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
     expected = trial.mix(following, trial.mix(x, None, paradigm=paradigm)[1], paradigm=paradigm)[0]
-    least = trial.mixer.with_room(clone(allocated), None)
-    for room, state in {"the least": least, f"{length + more}": trial.mixer.with_room(least, length + more)}.items():
+    least = trial.mixer.resize_state(clone(allocated), None)
+    for room, state in {"the least": least, f"{length + more}": trial.mixer.resize_state(least, length + more)}.items():
         output = trial.mix(following, state, paradigm=paradigm)[0]
         trial.compare(f"{paradigm}, from a state with room for {room} tokens", (output, None), (expected, None))
     with trial.differences(f"{paradigm}, a state without room to spare, and given some and none again", 0) as found:
-        found.state("the state", trial.mixer.with_room(trial.mixer.with_room(least, length + more), None), least)
+        found.state("the state", trial.mixer.resize_state(trial.mixer.resize_state(least, length + more), None), least)
 
 
 @check(share=0.25, draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")))

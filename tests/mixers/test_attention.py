@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers.attention import Attention, AttentionConfig
-from seqmix.mixers.contract import ContractError
+from seqmix.mixers.traits import ContractError
 from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.softmax.cache import GrowingCache, RingCache
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from seqmix.mixers.positions import advance, document_of_token, frequencies, rotate, rotation, token_positions
+from seqmix.mixers.parts.rotary import advance, document_of_token, frequencies, rotate, rotation, token_positions
 
 CPU = torch.device("cpu")
 TURN = Fraction("6.28318530717958647692528676655900576839433879875021164194988918461563281257")

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.mixers.positions import advance, document_of_token, token_positions
+from seqmix.mixers.parts.rotary import advance, document_of_token, token_positions
 
 
 class SpecimenConfig(MixerConfig):

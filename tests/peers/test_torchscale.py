@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
-from seqmix.mixers.positions import frequencies
+from seqmix.mixers.parts.rotary import frequencies
 from seqmix.mixers.retention import RetentionConfig, row_scale
 
 # not importorskip: it would also skip where torchscale is installed and its import fails

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
-from seqmix.mixers.positions import frequencies, rotation
+from seqmix.mixers.parts.rotary import frequencies, rotation
 from seqmix.models.builder import build_model
 from seqmix.models.config import ModelConfig
 

@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from seqmix import MixerConfig, Paradigm, SequenceMixer, Traits
+from seqmix import Call, MixerConfig, Paradigm, SequenceMixer, Traits
 
 __all__ = ["MinGRU", "MinGRUConfig", "MinGRUState"]
 
@@ -71,28 +71,19 @@ class MinGRU(SequenceMixer[MinGRUState]):
         """The projections: the recurrence has no matrix product."""
         return 2 * length * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
 
-    def mix(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: MinGRUState | None,
-        paradigm: Paradigm,
-        cu_seqlens: Int[Tensor, "N+1"] | None,
-        return_state: bool,  # noqa: ARG002 the state costs nothing
-    ) -> tuple[Float[Tensor, "B T D"], MinGRUState | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MinGRUState | None]:
         """h_t = keep_t * h_{t-1} + new_t, by a scan or token by token."""
         projected = self.in_proj(x)
         gate, candidate = projected.to(self.state_dtype).chunk(2, dim=-1)
         keep, new = (-gate).sigmoid(), gate.sigmoid() * candidate  # 1 - z as such would round to 0 too early
-        run = _parallel if paradigm is Paradigm.PARALLEL else _recurrent
-        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        before = (self.init_state(rows) if state is None else state).hidden
-        if cu_seqlens is None:
+        run = _parallel if call.paradigm is Paradigm.PARALLEL else _recurrent
+        before = (self.init_state(call.rows(x.shape[0])) if call.state is None else call.state).hidden
+        if call.documents is None:
             hidden = run(keep, new, before)
             after = hidden[:, -1].clone()  # a view would keep all of `hidden` alive
         else:
-            token = torch.arange(x.shape[1], device=x.device, dtype=cu_seqlens.dtype)
-            document = torch.bucketize(token, cu_seqlens[1:], right=True)  # passes over empty ones
-            first = (token == cu_seqlens[document])[:, None]
+            cu_seqlens, document = call.documents.cu_seqlens, call.documents.of_token
+            first = (torch.arange(x.shape[1], device=x.device) == cu_seqlens[document])[:, None]
             # a first token keeps nothing of the row; what it keeps of its document's own state counts as new
             new = torch.where(first, new + keep * before[document], new)
             hidden = run(keep.masked_fill(first, 0), new, torch.zeros_like(before[:1]))

@@ -5,15 +5,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..ops.context_parallel import Context
-from ..ops.convolution.api import short_convolution
+from ...ops.call import Call
+from ...ops.convolution import convolve_short
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution a channel over the last few tokens, then silu (or nothing)."""
+    """A causal convolution per channel over the last few tokens, then silu (or nothing)."""
 
     def __init__(
         self, width: int, kernel_size: int, *, bias: bool = False, activation: Literal["silu", "none"] = "silu"
@@ -40,32 +40,16 @@ class ShortConvolution(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self,
-        x: Float[Tensor, "B T width"],
-        state: Float[Tensor, "N kernel_size-1 width"] | None,
-        cu_seqlens: Int[Tensor, "N+1"] | None,
-        return_state: bool,
-        context: Context | None = None,
+        self, x: Float[Tensor, "B T width"], call: Call
     ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
         """Convolve one segment.
 
         Args:
             x: the segment.
-            state: the last inputs before it, oldest first; None means zeros.
-            cu_seqlens: borders of N documents packed into one row.
-            return_state: whether the state after the segment is wanted: the last inputs, in the parameters' dtype,
-                which under autocast is not that of the segment.
-            context: where x is one rank's part of a row; borders and states are the whole row's.
+            call: how; its state is the last inputs before the segment, oldest first. The state after the segment has
+                the parameters' dtype, which under autocast is not that of the segment.
         """
-        output, final_state = short_convolution(
-            x,
-            self.weight,
-            self.bias,
-            initial_state=state,
-            output_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            context=context,
-        )
+        output, final_state = convolve_short(x, self.weight, self.bias, call)
         if self.activation == "silu":
             output = F.silu(output)
         return output, None if final_state is None else final_state.to(self.weight.dtype)
@@ -74,7 +58,3 @@ class ShortConvolution(nn.Module):
         """The state of nothing read: zeros."""
         width, kernel_size = self.weight.shape
         return self.weight.new_zeros(batch_size, kernel_size - 1, width)
-
-    def flops(self, length: int) -> int:  # noqa: ARG002
-        """Operations of its matrix products: none, it is elementwise."""
-        return 0

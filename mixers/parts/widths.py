@@ -1,25 +1,9 @@
-"""Heads: how wide one is, and the norm of its output."""
+"""How wide one head is."""
 
 import math
 from bisect import bisect
-from typing import Literal
 
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
-
-from .contract import ContractError
-
-HeadNorm = Literal["group", "rms", "none"]
-"""`group`: mean and variance over a head's values, one group a head; `rms`: root mean square alone; without weights."""
-
-
-def head_norm(x: Float[Tensor, "B T H V"], kind: HeadNorm, eps: float) -> Float[Tensor, "B T H V"]:
-    """Normalise each head's values. Statistics never cross tokens or heads (nn.GroupNorm would pool over tokens)."""
-    if kind == "none":
-        return x
-    width = (x.shape[-1],)
-    return F.layer_norm(x, width, eps=eps) if kind == "group" else F.rms_norm(x, width, eps=eps)
+from ..traits import ContractError
 
 
 def head_width(d_model: int, expand: float, n_heads: int, name: str) -> int:

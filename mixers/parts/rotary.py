@@ -1,7 +1,6 @@
-"""Positions of tokens, and what is computed from them: rotations and their angles.
+"""Rotary positions: queries and keys turn by angles that grow with the position.
 
-A position is the number of tokens that a sequence (or a packed document) holds before the token. Angles are computed
-in float64 and then cast: a float32 angle is off by 2e-2 at position 1e6.
+Angles are computed in float64 and then cast: a float32 angle is off by 2e-2 at position 1e6.
 
     frequencies:  rope    theta_j = base ** (-j / (K/2)),        j = 0 .. K/2-1     (RoFormer, arXiv 2104.09864)
                   retnet  theta_j = base ** (-j / (K/2 - 1))                        (the RetNet authors' code)
@@ -17,58 +16,17 @@ from torch import Tensor
 Schedule = Literal["rope", "retnet"]
 
 
-def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int, start: int = 0) -> Int[Tensor, " T"]:
-    """The index of the document that each of `length` packed tokens belongs to, from token `start` of the row on."""
-    tokens = torch.arange(start, start + length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # right=True steps over empty documents: the first border behind the token closes its document
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-
-
-def token_positions(
-    length: int,
-    offset: Int[Tensor, " N"] | None,
-    cu_seqlens: Int[Tensor, "N+1"] | None,
-    device: torch.device,
-    start: int = 0,
-) -> Int[Tensor, "B T"]:
-    """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows start at offsets of their own.
-
-    Args:
-        length: tokens in the segment.
-        offset: tokens read before the segment, by row (by document if packed); None means none.
-        cu_seqlens: document borders, if packed.
-        device: where to put them.
-        start: tokens of the row before them, where the segment is one rank's part of it; the offset is the row's.
-    """
-    tokens = torch.arange(start, start + length, device=device)
-    if cu_seqlens is None:
-        return tokens[None] if offset is None else offset[:, None] + tokens
-    document = document_of_token(cu_seqlens, length, start)
-    positions = tokens - cu_seqlens[document]
-    return (positions if offset is None else positions + offset[document])[None]
-
-
-def advance(
-    offset: Int[Tensor, " N"] | None,
-    batch_size: int,
-    length: int,
-    cu_seqlens: Int[Tensor, "N+1"] | None,
-    device: torch.device,
-) -> Int[Tensor, " N"]:
-    """Tokens read after a segment of `length` tokens, by row (by document if packed)."""
-    if cu_seqlens is None:
-        read = torch.full((batch_size,), length, device=device, dtype=torch.int64)
-    else:
-        read = cu_seqlens.diff().to(torch.int64)
-    return read if offset is None else offset + read
-
-
 def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
     """Angles a token, in radians, float64, one for each pair of a head's dimensions."""
     pairs = head_dim // 2
     # the authors' schedule includes both ends of the exponent's range
     steps = pairs if schedule == "rope" else max(pairs - 1, 1)
     return base ** -(torch.arange(pairs, device=device, dtype=torch.float64) / steps)
+
+
+def rotated(x: Float[Tensor, "B T H K"], positions: Int[Tensor, "_ T"], schedule: Schedule, base: float) -> Tensor:
+    """Heads turned by the angles of their positions."""
+    return rotate(x, rotation(positions, frequencies(x.shape[-1], schedule, base, x.device), x.dtype))
 
 
 class Rotation(NamedTuple):

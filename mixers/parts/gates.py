@@ -1,0 +1,80 @@
+"""Gates: maps of low rank that gates are made of, and the norm of an output that a gate weighs."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """A linear map by way of a narrow layer: x W1 W2, plus a bias if wanted.
+
+    Args:
+        width_in: width of x.
+        rank: width between the two matrices.
+        width_out: width of the result.
+        bias: whether the result has a bias; it starts at 0.
+    """
+
+    def __init__(self, width_in: int, rank: int, width_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width_in, rank, bias=False)
+        self.up = nn.Linear(rank, width_out, bias=bias)
+        self.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
+        """The map of the last dimension."""
+        return self.up(self.down(x))
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices, and no bias."""
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.xavier_uniform_(self.up.weight)
+        if self.up.bias is not None:
+            nn.init.zeros_(self.up.bias)
+
+
+HeadNorm = Literal["group", "rms", "none"]
+"""`group`: mean and variance over the last dimension, one group per head; `rms`: root mean square alone."""
+Gate = Literal["swish", "sigmoid", "none"]
+"""What the output gate goes through."""
+
+
+class GatedNorm(nn.Module):
+    """norm(x) * weight * act(gate) over the last dimension, formed in float32 (or float64) and returned in it.
+
+    A product of x and the gate can leave the range of float16, and its square sooner. Statistics never cross tokens
+    (nn.GroupNorm would pool over them).
+
+    Args:
+        width: of the last dimension.
+        norm: which one.
+        gate: what the gate goes through.
+        affine: whether the norm has weights.
+        eps: added to the variance or the mean square.
+    """
+
+    def __init__(self, width: int, norm: HeadNorm, gate: Gate, *, affine: bool, eps: float) -> None:
+        super().__init__()
+        self.norm, self.gate, self.eps = norm, gate, eps
+        self.weight = nn.Parameter(torch.empty(width)) if affine and norm != "none" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*batch D"], gate: Float[Tensor, "*batch D"] | None) -> Tensor:
+        """The map; no gate where there is none."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, weight = x.to(wide), None if self.weight is None else self.weight.to(wide)
+        if self.norm == "group":
+            y = F.layer_norm(y, y.shape[-1:], weight, eps=self.eps)
+        elif self.norm == "rms":
+            y = F.rms_norm(y, y.shape[-1:], weight, self.eps)
+        if gate is None or self.gate == "none":
+            return y
+        return y * (F.silu(gate.to(wide)) if self.gate == "swish" else gate.to(wide).sigmoid())

@@ -1,0 +1,174 @@
+"""Queries, keys, values and an output gate by head, in front of and behind a recurrence:
+
+q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, with whatever else a mixer projects
+q, k, v    = conv(q, k, v)                      by channel, if there is a short convolution; silu after it
+q, k       = norm(q), norm(k), turned by their positions
+o          = the recurrence of q, k, v          the mixer's own equations
+y          = (norm(o) * act(g)) W_O             per head
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...ops.call import Call
+from ...ops.delta import unit_norm
+from ..traits import ContractError
+from .gates import Gate, GatedNorm, HeadNorm
+from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
+from .rotary import Schedule, rotated
+from .short_convolution import ShortConvolution
+from .widths import head_width
+
+Heads = Annotated[int, Field(gt=0, examples=[2, 1, 3], description="Heads.")]
+KeyExpansion = Annotated[
+    float, Field(gt=0, le=1000, examples=[0.5, 1.0], description="Width of all queries (and keys) over d_model.")
+]
+ValueExpansion = Annotated[
+    float, Field(gt=0, le=1000, examples=[1.0, 2.0], description="Width of all values (and the gate) over d_model.")
+]
+QKNorm = Annotated[
+    Literal["l2", "rms", "none"],
+    Field(description="The norm of a head's queries and keys: `l2` to length 1, `rms` to sqrt(K), or `none`."),
+]
+Rotation = Annotated[
+    Schedule | Literal["none"],
+    Field(
+        description="Angles by which queries and keys turn: `rope` as RoFormer's, `retnet` as the RetNet authors', or "
+        "`none`."
+    ),
+]
+OutputGate = Annotated[Gate, Field(description="The output gate.")]
+OutputNorm = Annotated[HeadNorm, Field(description="The norm of each head's output.")]
+Affine = Annotated[bool, Field(description="Whether the output's norm has weights, the same for all heads.")]
+
+
+class QKVConfig(MatrixStateConfig):
+    """Fields of every mixer with queries, keys and values by head; a mixer gives its own defaults."""
+
+    n_heads: Heads
+    expand_k: KeyExpansion = 1.0
+    expand_v: ValueExpansion = 1.0
+    short_conv: ShortConv = None
+    qk_norm: QKNorm = "none"
+    rotation: Rotation = "none"
+    rotation_base: float = Field(default=10000.0, gt=1)
+    """The base of the angles."""
+    gate: OutputGate = "swish"
+    head_norm: OutputNorm = "rms"
+    norm_affine: Affine = False
+
+
+class QKV(NamedTuple):
+    """What is projected of a segment."""
+
+    q: Float[Tensor, "B T H K"]
+    k: Float[Tensor, "B T H K"]
+    v: Float[Tensor, "B T H V"]
+    gate: Float[Tensor, "B T H V"] | None
+    more: dict[str, Tensor]
+    """What else the mixer projects, by name."""
+    positions: Int[Tensor, "_ T"] | None
+    """Of the tokens; None where nothing asks for them."""
+    recent: Float[Tensor, "N W-1 C"] | None
+    """The last inputs of the short convolution."""
+    dtype: torch.dtype
+    """Of the projections; the op's inputs may be wider."""
+
+
+class QKVMixer(MatrixStateMixer):
+    """The layer around a recurrence; a subclass writes `mix` from `project`, its op and `finish`.
+
+    Args:
+        config: the mixer's configuration.
+        d_model: width of the residual stream.
+        more: widths of further projections by name, which `project` returns in `QKV.more`.
+
+    Raises:
+        ContractError: the heads do not divide the widths, or a rotation gets heads of odd width.
+    """
+
+    gains: ClassVar[tuple[float, float]] = (2**-2.5, 2**-1)
+    """Of the Xavier-uniform start of what is projected and of the output; these are the RetNet authors'."""
+    silu: ClassVar[bool] = False
+    """Whether queries, keys and values go through silu without a short convolution, too."""
+
+    def __init__(self, config: Any, d_model: int, **more: int) -> None:
+        super().__init__(config)
+        self.config, self.n_heads = config, config.n_heads
+        self.key_dim = head_width(d_model, config.expand_k, config.n_heads, "expand_k")
+        self.value_dim = head_width(d_model, config.expand_v, config.n_heads, "expand_v")
+        if config.rotation != "none" and self.key_dim % 2:
+            raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
+        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        gate = {} if config.gate == "none" else {"gate": values}
+        self.widths = {"q": keys, "k": keys, "v": values, **gate, **more}
+        self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
+        self.convolution = ShortConvolution(2 * keys + values, config.short_conv) if config.short_conv else None
+        self.norm = self.output_norm(self.value_dim)
+        self.out_proj = nn.Linear(values, d_model, bias=False)
+
+    def output_norm(self, width: int) -> GatedNorm:
+        """The norm of the output over `width` dimensions, and its gate."""
+        config = self.config
+        return GatedNorm(width, config.head_norm, config.gate, affine=config.norm_affine, eps=config.norm_eps)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with the class's gains; filters as `nn.Conv1d`, norm weights of 1."""
+        for projection in self.in_proj.weight.split(list(self.widths.values())):
+            nn.init.xavier_uniform_(projection, gain=self.gains[0])
+        if self.convolution is not None:
+            self.convolution.reset_parameters()
+        self.reset_decay()
+        self.norm.reset_parameters()
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=self.gains[1])
+
+    def reset_decay(self) -> None:
+        """Initialise the parameters that a subclass adds."""
+
+    def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
+        """Everything in front of the recurrence."""
+        q, k, v, *rest = self.widths.values()
+        qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
+        more = dict(zip(list(self.widths)[3:], others, strict=True))
+        qkv, recent = self.convolve(qkv, call)
+        if self.silu and self.convolution is None:
+            qkv = F.silu(qkv)
+        qk, v = qkv.split([q + k, v], dim=-1)
+        qk, v = qk.unflatten(-1, (2 * self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1))
+        positions = None
+        if self.counts_positions:
+            positions = call.positions(x, None if call.state is None else call.state.position)
+        qk = self.features(qk, positions)
+        q, k = qk.to(self.op_dtype(qk.dtype)).chunk(2, dim=2)
+        gate = more.pop("gate", None)
+        gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))
+        return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, qkv.dtype)
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the positions of the tokens are asked for."""
+        return self.config.rotation != "none"
+
+    def features(
+        self, qk: Float[Tensor, "B T 2H K"], positions: Int[Tensor, "_ T"] | None
+    ) -> Float[Tensor, "B T 2H K"]:
+        """What queries and keys become before the recurrence: normed and turned."""
+        if self.config.qk_norm == "l2":
+            qk = unit_norm(qk)
+        elif self.config.qk_norm == "rms":
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=self.config.norm_eps)
+        if self.config.rotation == "none" or positions is None:
+            return qk
+        return rotated(qk, positions, self.config.rotation, self.config.rotation_base)
+
+    def finish(
+        self, x: Tensor, o: Float[Tensor, "B T H V"], memory: Tensor | None, projected: QKV, call: Call
+    ) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
+        """Everything behind the recurrence, and the state."""
+        y = self.out_proj(self.norm(o, projected.gate).to(projected.dtype).flatten(2))
+        return y, self.state_after(x, memory, projected.recent, call)

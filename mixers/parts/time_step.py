@@ -1,0 +1,61 @@
+"""Decays from step sizes (Mamba-2, arXiv 2405.21060): a_t = exp(-e^{A_log} dt_t) with dt_t = softplus(x_t + b)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import AfterValidator
+from torch import Tensor, nn
+
+
+class TimeStepDecay(nn.Module):
+    """The step sizes and log-decays of heads, each with a rate e^{A_log} and a bias b.
+
+    Args:
+        n_heads: heads.
+        rates: e^{A_log} at the start lies evenly between these two.
+        steps: softplus(b) at the start lies between these two, evenly in its logarithm.
+        limit: step sizes are clamped to these two (None: no highest); None for no limits.
+    """
+
+    def __init__(
+        self,
+        n_heads: int,
+        rates: tuple[float, float] = (0.0, 16.0),
+        steps: tuple[float, float] = (1e-3, 0.1),
+        limit: tuple[float, float | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.rates, self.steps, self.limit = rates, steps, limit
+        self.A_log = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Rates and biases in their ranges."""
+        uniform = torch.rand(2, *self.A_log.shape, device=self.A_log.device)
+        low, high = self.rates
+        self.A_log.copy_((high - (high - low) * uniform[0]).log())  # from above a lowest rate of 0
+        low, high = map(math.log, self.steps)
+        step = (low + (high - low) * uniform[1]).exp()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # what softplus makes it of
+
+    def forward(self, dt: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
+        """Step sizes and log-decays, float32 or float64: 16 bits cannot tell 0.999 from 1."""
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if self.limit is not None:
+            step = step.clamp(*self.limit)
+        return step, -step * self.A_log.to(wide).exp()
+
+
+def in_range(least: float, most: float) -> AfterValidator:
+    """The check of a field of two numbers in order: beyond these bounds float32 or float16 has no numbers left."""
+
+    def check(given: tuple[float, float]) -> tuple[float, float]:
+        if not least <= given[0] <= given[1] <= most:
+            raise ValueError(f"a range needs {least:g} <= lowest <= highest <= {most:g}, and is {given}")
+        return given
+
+    return AfterValidator(check)

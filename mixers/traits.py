@@ -1,0 +1,49 @@
+"""What a mixer declares about itself, and the error of a call that it does not declare."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..ops.paradigm import Paradigm
+from ..registry import SeqmixError, nearest
+
+
+class ContractError(SeqmixError):
+    """A mixer was asked for something it does not declare; it refuses instead of computing something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a mixer declares about itself; every line is checked by tests."""
+
+    paradigms: frozenset[Paradigm]
+    """The paradigms it has. All of them compute the same map."""
+    state: Literal["constant", "growing"]
+    """How the state's size depends on the number of tokens read."""
+    packing: bool
+    """Whether it honours `cu_seqlens` (several documents in one row)."""
+    shift_invariant: bool
+    """Whether the output is independent of absolute position."""
+
+    def __post_init__(self) -> None:
+        names = self.paradigms
+        allowed = ", ".join(f"Paradigm.{paradigm.name}" for paradigm in Paradigm)
+        if not isinstance(names, (frozenset, set)) or not names or not set(names) <= set(Paradigm):
+            raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
+        # a name is equal to its paradigm, but is not printed as one; and a set could change
+        object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
+        if self.state not in ("constant", "growing"):
+            hint = nearest(str(self.state), ("constant", "growing"))
+            raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
+        for name in ("packing", "shift_invariant"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
+
+
+def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
+    """Refuse a paradigm that a mixer does not declare."""
+    if paradigm not in traits.paradigms:
+        allowed = sorted(str(p) for p in traits.paradigms)
+        raise ContractError(
+            f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}"
+            f"{nearest(str(paradigm), allowed)}"
+        )

@@ -1,0 +1,71 @@
+"""One value describes a call: everything that travels beside the tensors of a segment, from a mixer to its op."""
+
+from typing import Any, NamedTuple, Self
+
+from jaxtyping import Int
+from torch import Tensor
+
+from .context_parallel import ContextParallel
+from .packing import Documents, advance, token_positions
+from .paradigm import Paradigm
+
+
+class Call(NamedTuple):
+    """How one segment is mixed. `SequenceMixer.forward` makes it, once; nobody changes it."""
+
+    paradigm: Paradigm
+    state: Any = None
+    """What came before the segment: a mixer's state, or the leaf of it that an op reads; None means nothing."""
+    documents: Documents | None = None
+    """Those of a packed row."""
+    return_state: bool = False
+    """Whether the state after the segment is wanted."""
+    chunk_size: int = 128
+    """Tokens per chunk of the chunkwise paradigm; changes the cost, never the result."""
+    backend: str = "reference"
+    """The kernel backend; changes the cost, never the result."""
+    cp_group: ContextParallel | None = None
+    """The processes that share the row of tokens, one segment each; documents and state are those of the whole row."""
+
+    @classmethod
+    def of(
+        cls,
+        paradigm: Paradigm | str,
+        length: int,
+        initial_state: Any = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        chunk_size: int = 128,
+        backend: str = "reference",
+    ) -> "Call":
+        """The call of an op on `length` tokens, in the words of fla and flash-attn.
+
+        Raises:
+            SeqmixError: there is no such paradigm; the boundaries do not rise from 0 to `length`.
+        """
+        documents = Documents.of(cu_seqlens, length)
+        return cls(Paradigm.named(paradigm), initial_state, documents, output_final_state, chunk_size, backend)
+
+    def enter(self, leaf: str) -> Self:
+        """The call of an op that reads one leaf of the mixer's state."""
+        return self if self.state is None else self._replace(state=getattr(self.state, leaf))
+
+    @property
+    def cu_seqlens(self) -> Int[Tensor, "N+1"] | None:
+        """The documents' boundaries."""
+        return None if self.documents is None else self.documents.cu_seqlens
+
+    def rows(self, batch_size: int) -> int:
+        """Rows of a state: of the batch, or one per document."""
+        return batch_size if self.documents is None else self.documents.count
+
+    def positions(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, "_ T"]:
+        """The positions of the tokens of x [B T ..] after `offset` tokens of each row or document (None: none)."""
+        length = x.shape[1]
+        start = 0 if self.cp_group is None else self.cp_group.start(length)
+        return token_positions(length, offset, self.documents, x.device, start)
+
+    def advance(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, " N"]:
+        """Tokens read once x [B T ..] is read, by row or document."""
+        size = 1 if self.cp_group is None else self.cp_group.size
+        return advance(offset, x.shape[0], size * x.shape[1], self.documents, x.device)

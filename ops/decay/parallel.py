@@ -1,0 +1,109 @@
+"""The decay family, all tokens at once: o = (q k^T * D) v + (what is left of the initial state). Quadratic in T."""
+
+import torch
+from torch import Tensor
+
+from ..packing import document_of_token
+from ..recurrence import Recurrence, RecurrenceOutput
+from ..recurrent import no_autocast
+
+
+def decay_parallel(x: Recurrence) -> RecurrenceOutput:
+    """Plain operations, which are differentiable in every way (notation of api.py)."""
+    q, k, v, log_decay, initial_state, cu_seqlens = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens
+    length, wide = q.shape[1], x.wide
+    token = torch.arange(length, device=q.device)
+    causal = token[:, None] >= token
+    if cu_seqlens is None:
+        document = torch.zeros_like(token)
+    else:
+        document = document_of_token(cu_seqlens, length)
+        causal = causal & (document[:, None] == document)
+    # a product of reduced precision is as good as a kernel's; decays and states are not reduced
+    with no_autocast(q.device):
+        q, k, v = ((q if x.scale == 1 else x.scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        a = None if log_decay is None else per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
+        if log_decay is not None and log_decay.ndim == 1:
+            decay = _fixed_decay(log_decay.to(wide), token[:, None] - token, causal)
+            scores = ((q @ k.transpose(2, 3)) * decay).to(v.dtype)
+        else:
+            scores = _pair_scores(q, k, a, causal).to(v.dtype)
+        output = (scores @ v).to(wide)
+        if initial_state is not None:
+            query = q.to(wide) if a is None else q.to(wide) * _sum_where(causal, a).exp()
+            state = initial_state.to(wide)
+            if cu_seqlens is None:
+                output = output + query @ state
+            else:
+                by_document = _one_hot(document, cu_seqlens, wide)
+                output = output + torch.einsum("nt,bhtk,nhkv->bhtv", by_document, query, state)
+        final_state = None
+        if x.output_final_state:
+            final_state = _final_state(k.to(wide), v.to(wide), a, initial_state, document, cu_seqlens, causal)
+    return RecurrenceOutput(output.to(q.dtype).transpose(1, 2), final_state)
+
+
+def per_token(a: Tensor, length: int) -> Tensor:
+    """A log-decay of any shape as [1|B H T 1|K]."""
+    if a.ndim == 1:
+        return a[None, :, None, None].expand(1, -1, length, 1)
+    return (a if a.ndim == 4 else a[..., None]).transpose(1, 2)
+
+
+def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
+    """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
+    return torch.where(mask[..., None], a[..., None, :, :], 0).sum(-2)
+
+
+def _fixed_decay(log_decay: Tensor, distance: Tensor, causal: Tensor) -> Tensor:
+    """D_ij = gamma^(i - j) where j is seen by i, else 0: [H T T]."""
+    exponent = torch.where(distance == 0, 0, distance * log_decay[:, None, None])  # 0 * -inf is nan
+    return exponent.masked_fill(~causal, float("-inf")).exp()
+
+
+def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tensor:
+    """q_i k_j^T times the decay from j to i: [B H T T]."""
+    if a is None:
+        return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
+    length = causal.shape[0]
+    later = torch.ones(length, length, dtype=torch.bool, device=a.device).tril(-1)
+    # entry [i, j] adds a[l] for j < l <= i
+    stretch = torch.where(later[..., None], a[..., None, :], 0).cumsum(-3)
+    decay = stretch.masked_fill(~causal[..., None], float("-inf")).exp()  # [1|B H T T 1|K]
+    if decay.shape[-1] == 1:
+        return (q @ k.transpose(2, 3)) * decay[..., 0]
+    return torch.einsum("bhik,bhjk,bhijk->bhij", q.to(decay.dtype), k.to(decay.dtype), decay)
+
+
+def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N T], one where a token belongs to a document."""
+    return (torch.arange(len(cu_seqlens) - 1, device=document.device)[:, None] == document).to(dtype)
+
+
+def _final_state(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    initial_state: Tensor | None,
+    document: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: Tensor,
+) -> Tensor:
+    if a is not None:
+        after = causal.T & ~torch.eye(len(document), dtype=torch.bool, device=k.device)
+        k = k * _sum_where(after, a).exp()
+    if cu_seqlens is None:
+        state = k.transpose(2, 3) @ v
+        if initial_state is not None:
+            kept = initial_state.to(k.dtype)
+            state = state + (kept if a is None else kept * a.sum(2)[..., None].exp())
+        return state
+    by_document = _one_hot(document, cu_seqlens, k.dtype)
+    state = torch.einsum("nt,bhtk,bhtv->nhkv", by_document, k, v)
+    if initial_state is not None:
+        kept = initial_state.to(k.dtype)
+        if a is not None:
+            total = _sum_where(by_document.bool(), a)[0].transpose(0, 1)  # [N H 1|K]
+            kept = kept * total[..., None].exp()
+        state = state + kept
+    return state

@@ -1,0 +1,321 @@
+"""How the Triton kernels of the decay family are launched: tables of configurations, and one call of the bodies.
+
+The notation and what each body computes stand in triton.py. This module needs no triton: it is imported where a kernel
+is launched.
+"""
+
+import os
+from functools import cached_property
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..chunks import capacity
+from ..recurrence import Recurrence
+
+MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
+"""The paper's head."""
+
+FUSED = {"enable_fp_fusion": True}
+"""A product and a sum are one instruction; said, since Triton's default is about to change."""
+
+
+class Launch(NamedTuple):
+    """How one body runs."""
+
+    tile: tuple[int, int]
+    """Of a scan, keys and values of a state's tile; of a band, inner widths a step and columns of the result."""
+    warps: int
+    stages: int
+    """Steps of a loop whose loads are in flight at once."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the launcher."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
+
+
+class Configuration(NamedTuple):
+    """How the chunkwise bodies run for one kind of input."""
+
+    chunk: int
+    """C, tokens."""
+    scan: Launch
+    forward: Launch
+    backward: Launch
+    decay_backward: Launch
+    """The backward band where decays are given for each token, or a log-decay has a gradient: clocks and the sums that
+    the gradient needs take registers."""
+
+
+def configurations(bits: int, width: int) -> tuple[Configuration, ...]:
+    """The table for GPUs; the largest chunk first.
+
+    Args:
+        bits: of an element of q, k and v.
+        width: of keys or values, whichever is wider.
+    """
+    if bits == 32:
+        return (
+            Configuration(
+                chunk=32,
+                scan=Launch((64, 64), 8, 3),
+                forward=Launch((32, 64), 8, 2),
+                backward=Launch((32, 32), 4, 2),
+                decay_backward=Launch((32, 32), 4, 2),
+            ),
+        )
+    outer = 64 if width <= 64 else 128
+    return (
+        Configuration(
+            chunk=128,
+            scan=Launch((64, outer), 8, 3),
+            forward=Launch((64, outer), 8, 3),
+            backward=Launch((64, outer), 8, 3),
+            decay_backward=Launch((64, 64), 8, 3),
+        ),
+        Configuration(
+            chunk=64,
+            scan=Launch((64, outer), 4, 3),
+            forward=Launch((64, outer), 4, 3),
+            backward=Launch((64, outer), 4, 3),
+            decay_backward=Launch((64, outer), 4, 3),
+        ),
+    )
+
+
+_SMALL = Launch((16, 32), 1, 1)
+INTERPRETED = tuple(Configuration(chunk, _SMALL, _SMALL, _SMALL, _SMALL) for chunk in (32, 16))
+"""The table for the interpreter: small, so that short inputs have several of everything."""
+
+STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
+"""One token: the tile holds all keys."""
+
+
+def choose(table: tuple[Configuration, ...], chunk_size: int) -> Configuration:
+    """The largest chunk that is not larger than asked for, or else the smallest there is."""
+    return next((found for found in table if found.chunk <= chunk_size), table[-1])
+
+
+def configuration_of(x: Recurrence) -> Configuration:
+    """The configuration that a call runs with, on its device."""
+    if interpreted():
+        return choose(INTERPRETED, x.chunk_size)
+    table = configurations(8 * x.q.element_size(), max(x.q.shape[3], x.v.shape[3]))
+    if torch.cuda.get_device_capability(x.q.device) != (9, 0):
+        # the large ones are known to fit Hopper, and the smallest fits what has less shared memory
+        return table[-1]
+    return choose(table, x.chunk_size)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels() -> Any:
+    """The jitted functions; imports triton."""
+    return import_module(f"{__package__}.triton_kernels")
+
+
+class Launcher:
+    """One call of the chunkwise op: what its bodies have in common, and how each is launched."""
+
+    def __init__(self, x: Recurrence, needs_log_decay: bool = False) -> None:
+        log_decay, cu_seqlens = x.log_decay, x.cu_seqlens
+        self.kernels = kernels()
+        self.configuration = configuration_of(x)
+        self.chunk = self.configuration.chunk
+        full = needs_log_decay or (log_decay is not None and log_decay.ndim == 3)
+        self.backward = self.configuration.decay_backward if full else self.configuration.backward
+        self.q, self.k, self.v = (readable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
+        self.batch, self.length, self.heads, self.key_width = x.q.shape
+        self.value_width = x.v.shape[3]
+        self.log_decay = None if log_decay is None else log_decay.contiguous()
+        self.borders, self.firsts, self.table = cu_seqlens, None, None
+        if cu_seqlens is not None:
+            self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
+        self.rows = x.rows
+        self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
+        self.common = {
+            "length": self.length,
+            "heads": self.heads,
+            "chunks_a_row": -(-self.length // self.chunk),
+            "plane": self.batch * self.heads * self.length,
+            "C": self.chunk,
+        }
+        self.in_bands = self.common | {
+            "table": self.table,
+            "chunks": self.chunks,
+            "scale": x.scale,
+            "K": self.key_width,
+            "V": self.value_width,
+            **{"q": self.q, "k": self.k, "v": self.v},
+            **strides(q=self.q, k=self.k, v=self.v),
+        }
+        self.scale = x.scale
+
+    @property
+    def rates(self) -> Tensor | None:
+        """Decays fixed a head."""
+        return self.log_decay if self.log_decay is not None and self.log_decay.ndim == 1 else None
+
+    @cached_property
+    def clocks(self) -> Tensor | None:
+        """Of decays that are given for each token: [2 B H T]."""
+        if self.log_decay is None or self.log_decay.ndim == 1:
+            return None
+        clocks = self.log_decay.new_empty(2, self.batch, self.heads, self.length)
+        self.kernels.clocks[(self.chunks * self.heads,)](
+            log_decay=self.log_decay, clocks=clocks, table=self.table, chunks=self.chunks, **self.common, **FUSED
+        )
+        return clocks
+
+    def new_states(self) -> Tensor:
+        """Room for a state a chunk, as narrow as the inputs."""
+        return self.q.new_empty(self.chunks, self.heads, self.key_width, self.value_width)
+
+    @property
+    def scan_tiles(self) -> int:
+        """Tiles of a state as the scan has them."""
+        tile_k, tile_v = self.configuration.scan.tile
+        return -(-self.key_width // tile_k) * -(-self.value_width // tile_v)
+
+    def scan(
+        self,
+        x: Tensor,
+        w: Tensor,
+        states: Tensor,
+        initial: Tensor | None,
+        final: Tensor | None,
+        *,
+        reverse: bool = False,
+        entries: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> None:
+        """Fill `states`, and `final` if it is wanted."""
+        launch = self.configuration.scan
+        self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
+            x=x,
+            w=w,
+            rates=self.rates,
+            clocks=self.clocks,
+            initial=initial,
+            states=states,
+            final=final,
+            entries=entries,
+            products=products,
+            borders=self.borders,
+            firsts=self.firsts,
+            scale=self.scale,
+            K=self.key_width,
+            V=self.value_width,
+            TILE_K=launch.tile[0],
+            TILE_V=launch.tile[1],
+            REVERSE=reverse,
+            **strides(x=x, w=w),
+            **self.common,
+            **launch.options,
+        )
+
+    def forward_band(self, states: Tensor, output: Tensor) -> None:
+        """Fill `output`."""
+        launch = self.configuration.forward
+        tiles = -(-self.value_width // launch.tile[1])
+        self.kernels.band_forward[(tiles * self.chunks * self.heads,)](
+            rates=self.rates,
+            clocks=self.clocks,
+            states=states,
+            out=output,
+            TILE_INNER=launch.tile[0],
+            TILE_OUTER=launch.tile[1],
+            **self.in_bands,
+            **launch.options,
+        )
+
+    @property
+    def key_tiles(self) -> int:
+        """Tiles of dq and dk."""
+        return -(-self.key_width // self.backward.tile[1])
+
+    def backward_band(
+        self,
+        do: Tensor,
+        states: Tensor,
+        d_states: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        """Fill dq, dk, dv, and `sums` if they are wanted."""
+        launch = self.backward
+        roles = 2 * self.key_tiles - (-self.value_width // launch.tile[1])
+        self.kernels.band_backward[(roles * self.chunks * self.heads,)](
+            do=do,
+            rates=self.rates,
+            clocks=self.clocks,
+            states=states,
+            d_states=d_states,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            sums=sums,
+            TILE_INNER=launch.tile[0],
+            TILE_OUTER=launch.tile[1],
+            **self.in_bands,
+            **strides(do=do),
+            **launch.options,
+        )
+
+    def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor, out: Tensor) -> None:
+        """Fill `out`, the gradient of the log-decay."""
+        launch = self.backward
+        by_chunk = out if self.rates is None else out.new_zeros(self.chunks, self.heads)
+        self.kernels.decay_gradient[(self.chunks * self.heads,)](
+            do=do,
+            rates=self.rates,
+            clocks=self.clocks,
+            sums=sums,
+            products=products,
+            out=by_chunk,
+            TILE_INNER=launch.tile[0],
+            TILES=self.key_tiles,
+            PRODUCTS=self.scan_tiles,
+            **self.in_bands,
+            **strides(do=do),
+            **launch.options,
+        )
+        if self.rates is not None:
+            out.copy_(by_chunk.sum(0))
+
+
+def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """How packed documents are cut; nothing waits for the device.
+
+    Returns:
+        each document's first chunk [N + 1], and each chunk's first token and number of tokens [chunks 2], which is 0
+        for those that are over: there is room for as many as there can be.
+    """
+    borders = cu_seqlens.long()
+    firsts = F.pad(((borders.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
+    documents = borders.shape[0] - 1
+    number = torch.arange(capacity(length, chunk, cu_seqlens), device=borders.device)
+    document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
+    start = borders[document] + (number - firsts[document]) * chunk
+    tokens = (borders[document + 1] - start).clamp_(0, chunk)
+    return firsts, torch.stack((start, tokens), dim=1)
+
+
+def readable(x: Tensor, chunk: int) -> Tensor:
+    """x [B T H D] as it lies, if its rows are contiguous and a chunk's offsets fit 32 bits."""
+    return x if x.stride(3) == 1 and min(chunk, x.shape[1]) * x.stride(1) < 2**31 else x.contiguous()
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """As the jitted functions name them."""
+    axes = ("row", "token", "head")
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}

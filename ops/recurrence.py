@@ -1,0 +1,220 @@
+"""A recurrence with a matrix state per head: one call of it, and what all families of them share.
+
+Notation: B batch, T tokens, H heads, K key width, V value width, N rows of the state (packed documents, or the batch).
+
+    S_t = A_t S_{t-1} + (what k_t and v_t write)        state  [H K V]
+    o_t = scale * q_t S_t                               the query reads the updated state
+
+A family says what A_t is and what is written; the engines of recurrent.py and chunkwise.py do the rest, and autograd.py
+makes ops of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..registry import SeqmixError
+from .autograd import needs_grad
+from .call import Call
+from .kernels import FLOATS, Probe, chosen
+from .packing import Stretch, stretches
+from .paradigm import Paradigm
+
+
+class Recurrence(NamedTuple):
+    """One call of a recurrence: what a kernel of any family takes."""
+
+    q: Tensor
+    """[B T H K]."""
+    k: Tensor
+    """[B T H K]."""
+    v: Tensor
+    """[B T H V]."""
+    log_decay: Tensor | None
+    """Natural logarithm of the decay, <= 0: None, [H], [B T H] or [B T H K]."""
+    beta: Tensor | None
+    """[B T H]: how much of the prediction's error is written, in the delta family."""
+    initial_state: Tensor | None
+    """[N H K V]; None means zero."""
+    cu_seqlens: Tensor | None
+    """[N+1]: boundaries of packed documents (B = 1)."""
+    boundaries: Sequence[int] | None
+    """The same as numbers, where they are known."""
+    scale: float
+    chunk_size: int
+    output_final_state: bool
+    needs_grad: bool = False
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of states and sums: float32, or float64 of float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """The shape [H K V] of one row's state."""
+        return (self.q.shape[2], self.q.shape[3], self.v.shape[3])
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The runs of tokens that depend on each other; inside an op only."""
+        return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
+
+    def new_state(self, *leading: int) -> Tensor:
+        """Empty room for states, [.. H K V]."""
+        return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)
+
+    def probe(self) -> Probe:
+        """What this call asks of a kernel."""
+        names = {1: "H", 3: "B T H", 4: "B T H K"}
+        return Probe(
+            device=self.q.device,
+            dtype=self.q.dtype,
+            key_width=self.q.shape[3],
+            value_width=self.v.shape[3],
+            log_decay=None if self.log_decay is None else names[self.log_decay.ndim],
+            needs_grad=needs_grad(self.q, self.k, self.v, self.log_decay, self.beta, self.initial_state),
+        )
+
+
+class RecurrenceOutput(NamedTuple):
+    """What a recurrence returns."""
+
+    output: Float[Tensor, "B T H V"]
+    """In the dtype of the queries."""
+    final_state: Float[Tensor, "N H K V"] | None
+    """float32 (float64 of float64 inputs); None unless wanted."""
+
+
+Run: TypeAlias = Callable[[Recurrence], RecurrenceOutput]
+"""A kernel's function."""
+
+
+class Family(NamedTuple):
+    """What a mixer knows of a family of recurrences."""
+
+    name: str
+    """That its kernels are declared under."""
+    paradigms: frozenset[Paradigm]
+    flops: Callable[..., int]
+    """Operations of one head's matrix products, forward, of (paradigm, length, key_width, value_width)."""
+
+
+def recur(
+    family: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    *,
+    log_decay: Tensor | None,
+    beta: Tensor | None = None,
+    scale: float | None,
+    segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]]",
+    apply: Callable[[Tensor, Tensor], Tensor],
+) -> RecurrenceOutput:
+    """The map by the kernel that a call names, over one process's tokens or over those of a context-parallel group.
+
+    In a group the map is computed twice: once for what the segment does with any state, and then from the state that
+    the segments before it leave.
+
+    Args:
+        family: the family's name.
+        q: [B T H K].
+        k: [B T H K].
+        v: [B T H V].
+        call: how; its state is [N H K V].
+        log_decay: as in `Recurrence`.
+        beta: as in `Recurrence`.
+        scale: of the output; 1/sqrt(K) when None.
+        segment: of a call and the kernel, M and U of S -> M S + U, what the segment makes of a state.
+        apply: M S.
+
+    Raises:
+        SeqmixError: shapes or dtypes do not fit, or the kernel does not take them, in one sentence.
+    """
+    kernel = chosen(family, call.paradigm, call.backend).function
+    cp, documents = call.cp_group, call.documents
+    local = documents if cp is None else cp.local(documents, q.shape[1])
+    x = Recurrence(
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        call.state,
+        None if local is None else local.cu_seqlens,
+        None if local is None else local.boundaries,
+        k.shape[-1] ** -0.5 if scale is None else scale,
+        call.chunk_size,
+        call.return_state,
+    )
+    require_recurrence(x)
+    if cp is None:
+        return kernel(x)
+    transition, written = segment(x, kernel, call)
+    state = cp.entry(transition, written, call.state, documents, q.shape[1], apply)
+    output, final_state = kernel(x._replace(initial_state=state))
+    return RecurrenceOutput(output, None if final_state is None else cp.final(final_state, documents, q.shape[1]))
+
+
+def require_recurrence(x: Recurrence) -> None:
+    """Refuse what no kernel takes: shapes and dtypes that do not fit, chunks without tokens.
+
+    Raises:
+        SeqmixError: what does not fit.
+    """
+    require_floats(x.q, x.k, x.v)
+    shapes = f"given are {list(x.q.shape)}, {list(x.k.shape)}, {list(x.v.shape)}"
+    if x.q.ndim != 4 or x.q.shape != x.k.shape or x.v.shape[:3] != x.q.shape[:3] or x.q.shape[1] < 1:
+        raise SeqmixError(f"q and k must be [B T H K] and v [B T H V] with T >= 1; {shapes}")
+    batch, length, heads, key_width = x.q.shape
+    if x.beta is not None and (tuple(x.beta.shape) != (batch, length, heads) or not x.beta.is_floating_point()):
+        raise SeqmixError(
+            f"beta must be floats [B T H] with B, T, H = {batch}, {length}, {heads}; "
+            f"given is {list(x.beta.shape)} of {str(x.beta.dtype).removeprefix('torch.')}"
+        )
+    allowed = {"[H]": (heads,), "[B T H]": (batch, length, heads), "[B T H K]": (batch, length, heads, key_width)}
+    if x.beta is not None:
+        del allowed["[B T H K]"]
+    if x.log_decay is not None and tuple(x.log_decay.shape) not in allowed.values():
+        raise SeqmixError(
+            f"log_decay must be None, {', '.join(allowed)} with B, T, H, K = {batch}, {length}, {heads}, {key_width}; "
+            f"given is {list(x.log_decay.shape)}"
+        )
+    require_packing(x.q, x.cu_seqlens)
+    state = (x.rows, *x.matrix)
+    if x.initial_state is not None and tuple(x.initial_state.shape) != state:
+        raise SeqmixError(f"the initial state must be {list(state)}, and is {list(x.initial_state.shape)}")
+    require_chunk_size(x.chunk_size)
+
+
+def require_packing(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse packed documents in a batch of several rows."""
+    if cu_seqlens is not None and x.shape[0] != 1:
+        raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {x.shape[0]}")
+
+
+def require_chunk_size(chunk_size: int) -> None:
+    """Refuse chunks without tokens."""
+    if chunk_size < 1:
+        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+
+
+def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse dtypes that no reference computes in: a product of integers would be rounded without a word.
+
+    Raises:
+        SeqmixError: the three are not of one dtype, or it is none of float64, float32, bfloat16 and float16.
+    """
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
+        taken, given = ([str(d).removeprefix("torch.") for d in ds] for ds in (FLOATS, (q.dtype, k.dtype, v.dtype)))
+        raise SeqmixError(f"q, k and v must have one dtype of {', '.join(taken)}; given are {', '.join(given)}")

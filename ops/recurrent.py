@@ -1,0 +1,169 @@
+"""The recurrent paradigm of any family for more than one token: the definition, token by token, with its own backward.
+
+Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_t^+ what of it comes from later tokens:
+
+    S_t = write(S_{t-1})                    o_t = scale q_t S_t
+    dS_t = dS_t^+ + scale q_t^T do_t        dq_t = scale do_t S_t^T
+    dS_{t-1}^+ and the other gradients = write_backward(dS_t)
+
+It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state is kept; the backward pass
+recomputes the states between, so memory grows slowly with T.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .autograd import Gradients, Op
+from .packing import Stretch
+from .recurrence import Recurrence, RecurrenceOutput, Run
+
+BLOCK = 64
+"""Tokens between kept states."""
+
+
+class TokenRule(ABC):
+    """What a family's state becomes at one token, [B H K V]."""
+
+    @abstractmethod
+    def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
+        """Output [B 1 H V] and state of one token, in plain operations, which a compiler fuses."""
+
+    @abstractmethod
+    def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
+        """S_t of S_{t-1}."""
+
+    @abstractmethod
+    def write_backward(
+        self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
+    ) -> Tensor:
+        """What token t owes S_{t-1}; fills or adds its gradients of k, v, beta and log_decay.
+
+        Args:
+            x: the call.
+            t: the token.
+            state: S_{t-1}.
+            d_state: dS_t.
+            out: gradients of inputs by name, of the inputs' shapes; that of log_decay wide.
+        """
+
+
+def recurrent_kernel(name: str, rule: TokenRule) -> Run:
+    """The reference kernel of a family: an op `name`, and plain operations for one token, which is decoding."""
+    op = Op(
+        name,
+        Recurrence,
+        fake=_allocate,
+        forward=lambda x: _forward(x, rule),
+        backward=lambda x, gradients: _backward(x, gradients, rule),
+        saves=1,
+    )
+
+    def compute(x: Recurrence) -> RecurrenceOutput:
+        """Token by token, by the definition; one token costs the same at every position."""
+        output, state, *_ = rule.step(x) if x.q.shape[1] == 1 and x.cu_seqlens is None else op(x)
+        return RecurrenceOutput(output, state if x.output_final_state else None)
+
+    return compute
+
+
+def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state [N H K V] and the kept states [blocks B H K V], which are empty unless wanted."""
+    documents = 0 if x.cu_seqlens is None else x.rows
+    blocks = -(-x.q.shape[1] // BLOCK) + documents
+    kept = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
+    return x.q.new_empty(x.v.shape), x.new_state(x.rows).zero_(), kept
+
+
+def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
+    output, final_state, kept = _allocate(x)
+    index = 0
+    for stretch in x.stretches:
+        state = final_state[stretch.rows]
+        if x.initial_state is not None:
+            state = x.initial_state[stretch.rows].to(x.wide)
+        for start, stop in _blocks(stretch):
+            if x.needs_grad:
+                kept[index] = state
+                index += 1
+            for t in range(start, stop):
+                state = rule.write(x, t, state)
+                output[:, t] = x.scale * read(x.q[:, t].to(x.wide), state)
+        final_state[stretch.rows] = state
+    if x.needs_grad:
+        kept[index:].zero_()  # documents that end in one block leave rows over
+    return output, final_state, kept
+
+
+def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str, Tensor]:
+    (d_output, d_final_state), (kept,) = gradients.outputs, gradients.saved
+    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "initial_state": x.initial_state}
+    out = {name: torch.zeros_like(tensor) for name, tensor in given.items() if tensor is not None}
+    if x.log_decay is not None:
+        out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)
+    d_output = torch.zeros_like(x.v) if d_output is None else d_output
+    runs = [(stretch, _blocks(stretch)) for stretch in x.stretches]
+    index = sum(len(blocks) for _, blocks in runs)
+    for stretch, blocks in reversed(runs):
+        d_state = x.new_state(x.q.shape[0] if x.cu_seqlens is None else 1).zero_()
+        if d_final_state is not None:
+            d_state = d_final_state[stretch.rows].to(x.wide)
+        for start, stop in reversed(blocks):
+            index -= 1
+            states = [kept[index]]
+            for t in range(start, stop):
+                states.append(rule.write(x, t, states[-1]))
+            for t in range(stop - 1, start - 1, -1):
+                d_out = d_output[:, t].to(x.wide)
+                d_state = d_state + x.scale * outer(x.q[:, t].to(x.wide), d_out)
+                out["q"][:, t] = x.scale * torch.einsum("bhv,bhkv->bhk", d_out, states[t + 1 - start])
+                d_state = rule.write_backward(x, t, states[t - start], d_state, out)
+        if x.initial_state is not None:
+            out["initial_state"][stretch.rows] = d_state
+    return out
+
+
+def _blocks(stretch: Stretch) -> list[tuple[int, int]]:
+    """A stretch in blocks of BLOCK tokens, the last one ragged."""
+    return [(at, min(at + BLOCK, stretch.stop)) for at in range(stretch.start, stretch.stop, BLOCK)]
+
+
+# ---- one token
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, where it is on; it does not know the meta device."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
+    """exp(a) of one token, broadcasting over the state [B H K V]."""
+    if log_decay is None:
+        return 1.0
+    a = log_decay[None] if log_decay.ndim == 1 else log_decay[:, token]  # [B|1 H] or [B H K]
+    return a.to(dtype).exp()[(...,) + (None,) * (4 - a.ndim)]
+
+
+def add_decay_gradient(out: Mapping[str, Tensor], t: int, per_key: Tensor) -> None:
+    """Add da_t [B H K], per key dimension, to the gradient of a log-decay of any shape."""
+    if "log_decay" not in out:
+        return
+    d_log_decay = out["log_decay"]
+    if d_log_decay.ndim == 1:
+        d_log_decay += per_key.sum((0, 2))
+    else:
+        d_log_decay[:, t] = per_key if d_log_decay.ndim == 4 else per_key.sum(2)
+
+
+def read(x: Tensor, state: Tensor) -> Tensor:
+    """x^T S of one token: [B H K], [B H K V] -> [B H V]."""
+    return torch.einsum("bhk,bhkv->bhv", x, state)
+
+
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    """[B H K], [B H V] -> [B H K V]."""
+    return x[..., :, None] * y[..., None, :]
