@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..ops.kernels import Kernel, Probe
+from ..ops.packing import Documents
+from ..ops.recurrence import Recurrence, require_recurrence
 from ..ops.softmax.cache import GrowingCache, RingCache
+from ..ops.softmax.call import Attention, require_attention
 from .compare import require
 from .kernel_case import Exact, KernelCase, Layout, Tensors
 
@@ -78,12 +81,17 @@ class DecayCase(KernelCase):
 
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
         """Output and final state."""
-        output, state = kernel.function(
-            *(inputs[name] for name in "qkv"),
-            inputs.get("log_decay"),
+        call = Recurrence(
+            **{name: inputs.get(name) for name in ("q", "k", "v", "log_decay", "beta")},
             initial_state=inputs.get("state"),
-            **self.arguments(kernel, inputs),
+            cu_seqlens=self.cu_seqlens(inputs),
+            boundaries=None,
+            scale=self.key_width**-0.5 if self.scale is None else self.scale,
+            chunk_size=self.chunk_size,
+            output_final_state=self.final_state,
         )
+        require_recurrence(call)
+        output, state = kernel.function(call)
         require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
         return {"output": output} | ({} if state is None else {"state": state})
 
@@ -155,17 +163,6 @@ class DeltaCase(DecayCase):
         beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
         beta = self.rate * (0.5 + beta).clamp(0, 1)
         return inputs | {"beta": self.laid_out(beta.to(device, self.wide), dim=0)}
-
-    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
-        """Output and final state."""
-        output, state = kernel.function(
-            *(inputs[name] for name in ("q", "k", "v", "beta")),
-            inputs.get("log_decay"),
-            initial_state=inputs.get("state"),
-            **self.arguments(kernel, inputs),
-        )
-        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
-        return {"output": output} | ({} if state is None else {"state": state})
 
     def define(self, inputs: Tensors) -> Tensors:
         """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
@@ -303,13 +300,18 @@ class SoftmaxCase(KernelCase):
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
         """Output and final cache."""
         kind = GrowingCache if self.cache == "growing" else RingCache
-        output, state = kernel.function(
+        call = Attention(
             *(inputs[name] for name in "qkv"),
+            scale=self.key_width**-0.5 if self.scale is None else self.scale,
             window=self.window,
             log_decay=inputs.get("log_decay"),
-            initial_state=kind(*(inputs[name] for name in self.state)) if self.initial_state else None,
-            **self.arguments(kernel, inputs),
+            cache=kind(*(inputs[name] for name in self.state)) if self.initial_state else None,
+            documents=Documents.of(self.cu_seqlens(inputs), self.length),
+            output_final_state=self.final_state,
+            chunk_size=self.chunk_size,
         )
+        require_attention(call)
+        output, state = kernel.function(call)
         require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
         if state is None:
             return {"output": output}

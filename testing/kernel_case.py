@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..ops.kernels import Kernel, Probe
-from ..ops.paradigm import Paradigm
 from .case import source
 
 Tensors = dict[str, Tensor]
@@ -283,15 +282,13 @@ class KernelCase(ABC):
         found = {name: part.unflatten(-1, (n, -1)) for name, part, n in split}
         return found if self.layout == "fused" else {name: x.contiguous() for name, x in found.items()}
 
-    def arguments(self, kernel: Kernel, inputs: Tensors) -> dict[str, Any]:
-        """The options that all ops have."""
-        like = {"device": inputs["q"].device, "dtype": self.border_dtype}
-        return {
-            "scale": self.scale,
-            "output_final_state": self.final_state,
-            "cu_seqlens": torch.tensor([0, *itertools.accumulate(self.lengths)], **like) if self.packed else None,
-            **({"chunk_size": self.chunk_size} if kernel.paradigm is Paradigm.CHUNKWISE else {}),
-        }
+    def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
+        """The boundaries of packed documents."""
+        if not self.packed:
+            return None
+        return torch.tensor(
+            [0, *itertools.accumulate(self.lengths)], device=inputs["q"].device, dtype=self.border_dtype
+        )
 
     # ---- rows and documents
 

@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ...blocks.ffn.mlp import MlpConfig
 from ...blocks.norm.layernorm import LayerNormConfig
+from ...mixers import Paradigm
 from ...mixers.parts import rotated
 from ...mixers.retention import RetentionConfig, row_scale
 from ...models import LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
-from ...ops.decay.api import decay_chunkwise, decay_recurrent
+from ...ops.decay import decay_recurrence
 
 LayerState = tuple[Tensor, Tensor]
 """Memory and position."""
@@ -87,10 +88,8 @@ class HandWrittenLayer(nn.Module):
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
         log_decay = log_decay.to(torch.promote_types(self.in_proj.weight.dtype, torch.float32))
         options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
-        if decode:
-            output, memory = decay_recurrent(q, k, v, log_decay, **options)
-        else:
-            output, memory = decay_chunkwise(q, k, v, log_decay, **options, chunk_size=self.chunk_size)
+        paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
+        output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)
         output = rearrange(F.layer_norm(output, output.shape[-1:], eps=self.norm_eps), "b t h v -> b t (h v)")
         y = self.out_proj(F.silu(gate) * output)
         if memory is None or offset is None:
