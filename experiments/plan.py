@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..registry.sources import read
 from ..registry.tree import Node, Origin
 from ..training import PRESETS, RunConfig
 from .match import Cost, Match, Matched, cost_of, solve, whole_cost
-from .study import SAME, Entry, Study, StudyError
+from .study import SAME, Entry, Study, StudyError, kind_of
 
 Variant = Mapping[str, Any]
 
@@ -97,7 +98,10 @@ def plan(study: Study, file: Path) -> Plan:
     for variant, entries in planned:
         require_fair(entries, variant)
         for entry in entries:
-            _require_model(entry, variant, file)
+            try:
+                _ = entry.cost  # can be built
+            except SeqmixError as error:
+                raise type(error)(f"{file}: {entry.name}{_where(variant)}: {error}") from None
     runs = []
     for seed, (variant, entries), entry in product(study.seeds, planned, range(len(study.names))):
         config = entries[entry].config
@@ -111,15 +115,12 @@ def plan(study: Study, file: Path) -> Plan:
 def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed: int) -> PlannedRun:
     training = entry.config.training.model_copy(update={"learning_rate": rate})
     config = entry.config.model_copy(update={"training": training, "seed": seed})
-    parts = [f"{path.rpartition('.')[2]}{_slug(value)}" for path, value in variant.items()]
+    slugs = {path: re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_") for path, value in variant.items()}
+    parts = [f"{path.rpartition('.')[2]}{slug}" for path, slug in slugs.items()]
     if study.learning_rates:
         parts.append(f"lr{rate:.16g}")
     name = "-".join([entry.name, *parts, f"seed{seed}"])
     return PlannedRun(name, entry.name, variant, config, entry.cost)
-
-
-def _slug(value: object) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_")
 
 
 def _require_names(runs: list[PlannedRun]) -> None:
@@ -142,67 +143,48 @@ class _Variant:
         self.study, self.file, self.variant = study, file, variant
         self.solved = solved
         """Of other variants too: many have the same models."""
-        own = {"model": study.model, "data": study.data, "training": study.training}
-        self.common = self._node({key: value for key, value in own.items() if value}, "")
-        self.base = read(self._source(study.base), PRESETS, RunConfig)
         self.read: dict[str, RunConfig] = {}
         """Entries before they are matched."""
         self.done: dict[str, PlannedEntry] = {}
 
     def entries(self) -> list[PlannedEntry]:
         """All of them, matched."""
+        base = self._tree(self.study.base)
         for mixer in self.study.mixers:
-            kind = mixer if isinstance(mixer, str) else str(mixer["kind"])
-            name = kind.rpartition(":")[2]
-            self.read[name] = self._config(name, Entry(), mixer)
+            name = kind_of(mixer).rpartition(":")[2]
+            self.read[name] = self._config(base, f"mixers: {name}", Entry(), mixer)
         for name, entry in self.study.entries.items():
-            self.read[name] = self._config(name, entry)
+            self.read[name] = self._config(base, f"entries.{name}", entry)
         return [self._matched(name) for name in self.study.names]
 
-    def _config(self, name: str, entry: Entry, mixer: str | Mapping[str, Any] | None = None) -> RunConfig:
-        place = f"entries.{name}" if mixer is None else f"mixers: {name}"
-        tree = self.base
+    def _config(self, tree: Node, place: str, entry: Entry, mixer: str | Mapping[str, Any] | None = None) -> RunConfig:
         if entry.extends is not None:
             tree = self._with_model_of(entry.extends, tree)
-        tree = change(tree, self.common, RunConfig)
+        tree = self._changed(tree, "", {key: getattr(self.study, key) for key in ("model", "data", "training")})
         if mixer is not None:
-            tree = self._with_mixer(mixer, tree, place)
-        for key in ("model", "training"):
-            if changes := getattr(entry, key):
-                tree = change(tree, self._node({key: changes}, place), RunConfig)
+            tree = self._changed(tree, place, {"model": {"blocks": _with_mixer(mixer, tree)}})
+        tree = self._changed(tree, place, {"model": entry.model, "training": entry.training})
         for path, value in entry.set.items():
-            tree = change(tree, self._node(_nested(path, value), place), RunConfig)
+            tree = self._changed(tree, place, _nested(path, value))
         for path, value in self.variant.items():
-            tree = change(tree, self._node(_nested(path, value), "vary"), RunConfig)
+            tree = self._changed(tree, "vary", _nested(path, value))
         # last, so that what is wrong with the whole is said of the study
-        tree = change(tree, self._node({"seed": self.study.seeds[0]}, ""), RunConfig)
-        return _validated(tree)
+        return _validated(self._changed(tree, "", {"seed": self.study.seeds[0]}))
+
+    def _changed(self, tree: Node, place: str, changes: Mapping[str, Any]) -> Node:
+        """The tree with changes that stand at a place of the study."""
+        given = {key: value for key, value in changes.items() if value != {}}
+        origin = Origin(f"{self.file}: {place}" if place else str(self.file))
+        return change(tree, _as_node(given, origin), RunConfig) if given else tree
 
     def _with_model_of(self, source: str, tree: Node) -> Node:
         """The tree with another configuration's model, but its own vocabulary."""
-        other = (read(self._source(source), PRESETS, RunConfig).entries or {}).get("model")
+        other, before = self._tree(source).child("model"), tree.child("model")
         if other is None or other.entries is None:
             raise StudyError(f"{source} has no model to extend")
-        before = (tree.entries or {}).get("model")
-        vocabulary = (before.entries or {}).get("vocab_size") if before is not None else None
+        vocabulary = before and before.child("vocab_size")
         model = {**other.entries, **({} if vocabulary is None else {"vocab_size": vocabulary})}
         return Node({**(tree.entries or {}), "model": Node(model, other.origin)}, tree.origin)
-
-    def _with_mixer(self, mixer: str | Mapping[str, Any], tree: Node, place: str) -> Node:
-        """The tree with one mixer in all blocks; a kind alone has the heads of the mixer it replaces."""
-        blocks = (((tree.plain().get("model") or {}).get("blocks")) or {}) if tree.entries else {}
-        changes: dict[str, Any] = {}
-        for name, block in blocks.items():
-            before = (block or {}).get("mixer") or {}
-            if isinstance(mixer, str):
-                if before.get("kind") == mixer:
-                    continue
-                heads = before.get("n_heads")
-                has_heads = heads is not None and "n_heads" in MIXERS.resolve(mixer).model_fields
-                changes[name] = {"mixer": {"kind": mixer, **({"n_heads": heads} if has_heads else {})}}
-            else:
-                changes[name] = {"mixer": dict(mixer)}
-        return change(tree, self._node({"model": {"blocks": changes}}, place), RunConfig)
 
     def _matched(self, name: str, behind: tuple[str, ...] = ()) -> PlannedEntry:
         """An entry, matched; `behind` are the entries that are to cost as much as it."""
@@ -237,19 +219,31 @@ class _Variant:
         if wanted in self.read:
             return cost_of(self._matched(wanted, behind).config.model, match.metric, length)
         try:
-            return cost_of(_validated(read(self._source(wanted), PRESETS, RunConfig)).model, match.metric, length)
+            return cost_of(_validated(self._tree(wanted)).model, match.metric, length)
         except ConfigError as error:
             raise StudyError(
                 f"{self.file}: match: {wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}"
             ) from None
 
-    def _source(self, source: str) -> str | Path:
-        """A preset's name, or a file beside the study."""
+    def _tree(self, source: str) -> Node:
+        """What a preset says, or a file beside the study."""
         beside = self.file.parent / source
-        return beside if source.endswith((".yaml", ".yml")) or beside.is_file() else source
+        is_file = source.endswith((".yaml", ".yml")) or beside.is_file()
+        return read(beside if is_file else source, PRESETS, RunConfig)
 
-    def _node(self, value: Any, place: str) -> Node:
-        return _as_node(value, Origin(f"{self.file}: {place}" if place else str(self.file)))
+
+def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
+    """All blocks of a tree with one mixer; a kind alone has the heads of the mixer it replaces."""
+    changes: dict[str, Any] = {}
+    for name, block in ((tree.plain().get("model") or {}).get("blocks") or {}).items():
+        before = (block or {}).get("mixer") or {}
+        if not isinstance(mixer, str):
+            changes[name] = {"mixer": dict(mixer)}
+        elif before.get("kind") != mixer:
+            heads = before.get("n_heads")
+            has_heads = heads is not None and "n_heads" in MIXERS.resolve(mixer).model_fields
+            changes[name] = {"mixer": {"kind": mixer, **({"n_heads": heads} if has_heads else {})}}
+    return changes
 
 
 def _validated(tree: Node) -> RunConfig:
@@ -279,14 +273,6 @@ def _where(variant: Variant) -> str:
     return f" where {told}" if told else ""
 
 
-def _require_model(entry: PlannedEntry, variant: Variant, file: Path) -> None:
-    """Make sure that a model can be built, before anything is trained."""
-    try:
-        _ = entry.cost
-    except SeqmixError as error:
-        raise type(error)(f"{file}: {entry.name}{_where(variant)}: {error}") from None
-
-
 # ---- fairness
 
 
@@ -302,22 +288,14 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
             f"training.patience is {first.config.training.patience}: entries would stop at different steps and read "
             "different numbers of tokens; set it to null in the study's training"
         )
-    for other in others:
-        for place, ours, theirs in _judged(first.config, other.config):
-            if ours != theirs:
+    for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in SAME)):
+        field = attrgetter(place)
+        for other in others:
+            if (ours := field(first.config)) != (theirs := field(other.config)):
                 raise StudyError(
                     f"{first.name} and {other.name} cannot be compared{_where(variant)}: {place} is {ours!r} and "
                     f"{theirs!r}"
                 )
-
-
-def _judged(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """What must be equal: its place, and the two values."""
-    yield "seed", one.seed, other.seed
-    yield "model.vocab_size", one.model.vocab_size, other.model.vocab_size
-    yield "data", one.data, other.data
-    for name in SAME:
-        yield f"training.{name}", getattr(one.training, name), getattr(other.training, name)
 
 
 def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]:

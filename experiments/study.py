@@ -247,8 +247,12 @@ class Study(Config):
     @property
     def names(self) -> list[str]:
         """Of all entries."""
-        kinds = [mixer if isinstance(mixer, str) else str(mixer["kind"]) for mixer in self.mixers]
-        return [*(kind.rpartition(":")[2] for kind in kinds), *self.entries]
+        return [*(kind_of(mixer).rpartition(":")[2] for mixer in self.mixers), *self.entries]
+
+
+def kind_of(mixer: str | Mapping[str, Any]) -> str:
+    """The kind of one of a study's mixers."""
+    return mixer if isinstance(mixer, str) else str(mixer["kind"])
 
 
 def find_study(source: str) -> Path:
