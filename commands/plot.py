@@ -8,6 +8,7 @@ import typer
 
 from ..experiments import image, page, svg
 from ..experiments.curves import charts_of, read_curves
+from ..experiments.files import write_text
 from ..experiments.markup import element, xml
 from ..registry import SeqmixError, nearest
 
@@ -46,13 +47,13 @@ def plot(
     if ending == ".png":
         image.write(charts, out, COLUMNS)
     elif ending == ".svg":
-        page.write(xml(svg.document(charts, COLUMNS)), out)
+        write_text(xml(svg.document(charts, COLUMNS)), out)
     else:
         title = found[0].name if len(found) == 1 else f"{len(found)} runs"
         made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
         header = element("header", element("h1", title), page.paragraph(f"{made}.", "quiet"))
         curves = page.section("Curves", page.legend(charts), page.figures(charts))
-        page.write(page.page(title, header, curves), out)
+        write_text(page.page(title, header, curves), out)
     typer.echo(f"{out} is drawn")
 
 

@@ -1,11 +1,9 @@
 """A page of HTML in one file, without script or network: light and dark, wide and narrow, and on paper."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from ..registry import SeqmixError
 from . import chart, palette, svg
 from .chart import Chart
 from .markup import Child, element, html
@@ -117,22 +115,3 @@ def facts(pairs: dict[str, str]) -> Element:
 def code(text: str) -> Element:
     """Text as it is, in a box."""
     return element("pre", element("code", text))
-
-
-def write(text: str, file: Path) -> Path:
-    """Put a page or drawing into its file, whole or not at all.
-
-    Raises:
-        SeqmixError: the file cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = f"{file.parent} is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise SeqmixError(f"{file} cannot be written: {reason}") from error
-    return file

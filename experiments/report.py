@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element
 from . import page
 from .chart import Chart, number, quantity
 from .differences import compared, shown
+from .files import write_text
 from .markup import element
 from .plots import Plots, said
 from .results import Machine, Results, RunResult, Statistic, SummaryRow
@@ -22,7 +23,7 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         SeqmixError: the file cannot be written.
     """
-    return page.write(render(results), folder / REPORT_FILE)
+    return write_text(render(results), folder / REPORT_FILE)
 
 
 def render(results: Results) -> str:

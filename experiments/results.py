@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ..registry import Config, SeqmixError
+from .files import write_text
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -53,9 +54,7 @@ class EntryResult(Config):
     state_grows: bool
 
 
-class Point(Config):
-    """One logged step of training."""
-
+class _Moment(Config):
     step: int
     tokens: int
     """Read so far."""
@@ -63,17 +62,18 @@ class Point(Config):
     """Of training so far."""
     seconds: float
     """Of training steps so far."""
+
+
+class Point(_Moment):
+    """One logged step of training."""
+
     loss: float
     """Nats a token of the step's batch."""
 
 
-class EvaluationPoint(Config):
+class EvaluationPoint(_Moment):
     """One evaluation."""
 
-    step: int
-    tokens: int
-    flops: float
-    seconds: float
     validation_loss: float
     accuracy: float | None = None
 
@@ -237,7 +237,4 @@ def read_results(path: str | Path) -> Results:
 
 def write(results: Results, folder: Path) -> Path:
     """Write results.json; an older one is replaced when the new one is whole."""
-    file = folder / RESULTS_FILE
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return partial.replace(file)
+    return write_text(results.model_dump_json(indent=1) + "\n", folder / RESULTS_FILE)

@@ -1,7 +1,6 @@
 """Over seeds: means, spreads, and each entry's best learning rate."""
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from statistics import mean, median, stdev
 from typing import Any, Literal
 
@@ -17,14 +16,13 @@ def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[Su
         runs: all runs of a study.
         rates: the grid of learning rates, to tell whether the best one lies at its edge.
     """
+    groups: dict[str, dict[float, list[RunResult]]] = {}
+    for run in runs:
+        by_rate = groups.setdefault(f"{run.entry} {sorted(run.variant.items())}", {})
+        if run.status == "finished" and run.validation_loss is not None:
+            by_rate.setdefault(run.learning_rate, []).append(run)
     rows = []
-    for _, group in _grouped(runs):
-        by_rate: dict[float, list[RunResult]] = {}
-        for run in group:
-            if run.status == "finished" and run.validation_loss is not None:
-                by_rate.setdefault(run.learning_rate, []).append(run)
-        if not by_rate:
-            continue
+    for by_rate in filter(None, groups.values()):
         most = max(map(len, by_rate.values()))
         rate = min((rate for rate in by_rate if len(by_rate[rate]) == most), key=lambda rate: _loss(by_rate[rate]))
         rows.append(_row(by_rate[rate], rate, _edge(rate, rates)))
@@ -39,14 +37,6 @@ def best_first(results: Results) -> list[SummaryRow]:
         return order.index(str(row.variant)), -(row.accuracy.mean if row.accuracy else 0.0), row.validation_loss.mean
 
     return sorted(results.summary, key=key)
-
-
-def _grouped(runs: Iterable[RunResult]) -> Iterable[tuple[str, list[RunResult]]]:
-    """Runs by entry and variant, in the order in which these come first."""
-    places: dict[str, int] = {}
-    keyed = [(places.setdefault(f"{run.entry} {sorted(run.variant.items())}", len(places)), run) for run in runs]
-    for key, group in groupby(sorted(keyed, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
-        yield str(key), [run for _, run in group]
 
 
 def _loss(runs: Iterable[RunResult]) -> float:

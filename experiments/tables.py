@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .chart import quantity
-from .results import EntryResult, Results, RunResult, Statistic, SummaryRow
+from .results import EntryResult, Results, Statistic, SummaryRow
 from .summary import best_first
 
 
@@ -97,40 +97,23 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[s
 
 def write_tables(results: Results, folder: Path) -> None:
     """Write runs.csv, summary.csv and summary.md."""
-    _write_csv(folder / "runs.csv", [_run_row(run) for run in results.runs])
-    _write_csv(folder / "summary.csv", [_summary_row(row) for row in results.summary])
+    for name, values in (("runs.csv", results.runs), ("summary.csv", results.summary)):
+        rows = [dict(_cells(value.model_dump(exclude={"history", "evaluations", "at_edge"}))) for value in values]
+        with (folder / name).open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, list(dict.fromkeys(column for row in rows for column in row)))
+            writer.writeheader()
+            writer.writerows(rows)
     (folder / "summary.md").write_text(markdown(results), encoding="utf-8")
 
 
-def _run_row(run: RunResult) -> dict[str, Any]:
-    nested = {"variant", "accuracy_by", "validation_loss_by_length", "history", "evaluations"}
-    row: dict[str, Any] = run.model_dump(exclude=nested)
-    row |= run.variant
-    row |= {f"accuracy.{name}.{key}": share for name, by in run.accuracy_by.items() for key, share in by.items()}
-    return row | {f"validation_loss.{length}": loss for length, loss in run.validation_loss_by_length.items()}
+COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy", "validation_loss_by_length": "validation_loss"}
+"""What fields are called in a column's name."""
 
 
-def _summary_row(row: SummaryRow) -> dict[str, Any]:
-    values: dict[str, Any] = {"entry": row.entry, **row.variant, "learning_rate": row.learning_rate}
-    costs = ("parameters", "flops_per_token", "state_bytes", "tokens_per_second")
-    values |= {"seeds": row.seeds, **{name: getattr(row, name) for name in costs}}
-    values |= _columns("validation_loss", row.validation_loss)
-    if row.accuracy is not None:
-        values |= _columns("accuracy", row.accuracy)
-    for name, by in row.accuracy_by.items():
-        for key, value in by.items():
-            values |= _columns(f"accuracy.{name}.{key}", value)
-    for length, value in row.validation_loss_by_length.items():
-        values |= _columns(f"validation_loss.{length}", value)
-    return values
-
-
-def _columns(name: str, value: Statistic) -> dict[str, float | None]:
-    return {name: value.mean, f"{name}.spread": value.spread}
-
-
-def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+def _cells(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values inside of a value, each with its path."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _cells(inner, ".".join(filter(None, (name, COLUMNS.get(key, key)))))
