@@ -24,12 +24,12 @@ def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
 
 
 def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
-    if node.entries is None:
-        return node
+    """A mapping of a class's fields; `base` is what it changes, and `path` leads to it."""
     entries: dict[str, Node] = {}
-    for key, entry in node.entries.items():
+    given = node.entries or {}
+    for key, entry in given.items():
         name = cls.deprecated_names.get(key, key)
-        if name != key and name in node.entries:
+        if name != key and name in given:
             name = key  # both are given, which the class refuses
         if name != key:
             _warn(deprecation(path + key, path + name), entry.origin)
@@ -40,29 +40,29 @@ def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
 
 
 def _renewed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
-    """The value of a field, as its annotation tells which classes are in it."""
+    """The value of a field, whose annotation tells the classes in it."""
+    if node.entries is None:
+        return node
     parts = list(_parts(annotation))
     for part in parts:
         if isinstance(part, Registry):
             return _with_kind(node, part, base, path)
-        if get_origin(part) is dict and node.entries is not None:
-            _, inner = get_args(part)
-            entries = {
-                key: _renewed_entry(entry, inner, base and base.child(key), f"{path}{key}.")
+        if get_origin(part) is dict:
+            value = get_args(part)[1]
+            inner = {
+                key: _renewed_entry(entry, value, base and base.child(key), f"{path}{key}.")
                 for key, entry in node.entries.items()
             }
-            return Node(entries, node.origin)
+            return Node(inner, node.origin)
     classes = [part for part in parts if isinstance(part, type) and issubclass(part, Config)]
     return _renewed(node, classes[0], base, path) if len(classes) == 1 else node
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
-    if node.entries is None:
-        return node
     kind = node.child("kind") or (base and base.child("kind"))
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)
-        node = Node({"kind": kind, **node.entries}, node.origin)
+        node = Node({"kind": kind, **(node.entries or {})}, node.origin)
     try:
         cls = registry.resolve(kind.value) if kind and isinstance(kind.value, str) else Config
     except ConfigError:  # validation tells it
@@ -78,5 +78,5 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _warn(sentence: str, origin: Origin) -> None:
-    registry = _warned.setdefault(origin.source, {})
-    warnings.warn_explicit(sentence, FutureWarning, origin.source, origin.line or 1, registry=registry)
+    shown = _warned.setdefault(origin.source, {})
+    warnings.warn_explicit(sentence, FutureWarning, origin.source, origin.line or 1, registry=shown)

@@ -38,24 +38,23 @@ class Config(BaseModel):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
         entries: dict[str, Any] = {}
-        refused: list[InitErrorDetails] = []
+        refused: dict[str, str] = {}
         for key, entry in value.items():
             name = cls.deprecated_names.get(key, key)
             if name not in allowed:
-                refused.append(
-                    _refused(
-                        key, entry, f"unknown key {key!r}; allowed: {', '.join(allowed)}{nearest(str(key), allowed)}"
-                    )
-                )
+                hint = nearest(str(key), allowed)
+                refused[str(key)] = f"unknown key {key!r}; allowed: {', '.join(allowed)}{hint}"
             elif name != key and name in value:
-                refused.append(
-                    _refused(key, entry, f"{key!r} is the deprecated name of {name!r}, and both are given: remove it")
-                )
+                refused[key] = f"{key!r} is the deprecated name of {name!r}, and both are given: remove it"
             elif name != key:
                 warnings.warn(deprecation(key, name), FutureWarning, stacklevel=3)
             entries[name] = _without_lists(entry)
         if refused:
-            raise ValidationError.from_exception_data(cls.__name__, refused)
+            errors = [
+                InitErrorDetails(type=sentence_error("refused_key", sentence), loc=(key,), input=value)
+                for key, sentence in refused.items()
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, errors)
         return entries
 
 
@@ -64,9 +63,9 @@ def deprecation(old: str, new: str) -> str:
     return f"{old} is deprecated: it is {new} now, and the next minor version takes that name only"
 
 
-def _refused(key: object, entry: Any, sentence: str) -> InitErrorDetails:
-    error = PydanticCustomError("refused_key", "{sentence}", {"sentence": sentence})
-    return InitErrorDetails(type=error, loc=(str(key),), input=entry)
+def sentence_error(kind: str, sentence: str) -> PydanticCustomError:
+    """An error of pydantic's that says a sentence, in which braces are only braces."""
+    return PydanticCustomError(kind, "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
 
 
 def _without_lists(value: Any) -> Any:

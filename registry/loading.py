@@ -1,18 +1,18 @@
 """Loading a configuration from a preset or file with overrides, and writing it down again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from .change import change
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .explain import explain
-from .overrides import override
 from .sources import read
 from .tree import COMMAND_LINE, Node, Origin
-from .yaml import write
+from .yaml import parse, write
 
 C = TypeVar("C", bound=Config)
 
@@ -34,8 +34,8 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
     """
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
-    for change in overrides:
-        tree = override(tree, change, cls)
+    for assignment in overrides:
+        tree = override(tree, assignment, cls)
     try:
         return cls.model_validate(tree.plain())
     except ValidationError as error:
@@ -45,3 +45,38 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
 def dump(config: Config) -> str:
     """YAML text of the whole configuration, keys in the order of its fields, that `load` reads as an equal one."""
     return write(config.model_dump(mode="json"))
+
+
+def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
+    """Apply one change, `dotted.path=value`, to the tree of a class's configuration.
+
+    Raises:
+        ConfigError: it is no such change, its value is no YAML, or its path leads through a value that is no mapping.
+    """
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"{COMMAND_LINE}: {assignment!r} is no change; write dotted.path=value, such as model.n_layers=2"
+        )
+    try:
+        value = parse(text, COMMAND_LINE) or Node(None, Origin(COMMAND_LINE))
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        if (first := text.lstrip()[:1]) in "*&!%@`":  # each has a meaning of its own where a scalar begins
+            reason += f"; a text that begins with {first} is quoted, for the shell too: '{path}=\"{text}\"'"
+        raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is no YAML: {reason}") from error
+    return change(tree, _difference(tree, keys, 0, value), cls)
+
+
+def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:
+    """The mapping that holds `value` at `keys`. Mappings on the way keep the place where a file wrote them."""
+    if depth == len(keys):
+        return value
+    if base is not None and base.entries is None:
+        path, parent = ".".join(keys), ".".join(keys[:depth])
+        raise ConfigError(
+            f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), and not a mapping"
+        )
+    inner = _difference(base and base.child(keys[depth]), keys, depth + 1, value)
+    return Node({keys[depth]: inner}, base.origin if base else value.origin)

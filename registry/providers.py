@@ -5,8 +5,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,40 +13,52 @@ from pydantic import BaseModel
 
 from .errors import ConfigError, nearest
 
-
-@dataclass(frozen=True)
-class Provider:
-    """A module that provides a kind."""
-
-    module: str
-    """Its full name."""
-    load: Callable[[], Any]
-    """Imports the module and returns what it provides, unchecked; passes on whatever the import raises."""
+Provider = type | str
+"""What provides a kind: a class of the program, a path to one, `my_package.my_module:MyConfig`, or a module alone."""
 
 
-def files(package: str, base: type[BaseModel]) -> dict[str, Provider]:
+def files(package: str) -> Iterator[tuple[str, Provider]]:
     """The modules of a package whose text says `kind: Literal["<the module's own name>"]`, by that name."""
     spec = importlib.util.find_spec(package)
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return {
-        file.stem: _file(f"{package}.{file.stem}", base)
-        for folder in folders
-        for file in Path(folder).glob("*.py")
-        if f'kind: Literal["{file.stem}"]' in file.read_text(encoding="utf-8")
-    }
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        for file in Path(folder).glob("*.py"):
+            if f'kind: Literal["{file.stem}"]' in file.read_text(encoding="utf-8"):
+                yield file.stem, f"{package}.{file.stem}"
 
 
-def entry_points(group: str) -> dict[str, list[Provider]]:
+def entry_points(group: str | None) -> Iterator[tuple[str, Provider]]:
     """What installed distributions offer in a group, by name; several may use the same name."""
-    found: dict[str, list[Provider]] = {}
-    for point in importlib.metadata.entry_points(group=group):
-        found.setdefault(point.name, []).append(dotted(point.value))
-    return found
+    for point in importlib.metadata.entry_points(group=group) if group else ():
+        yield point.name, point.value
 
 
-def dotted(path: str) -> Provider:
-    """What a path like `my_package.my_module:MyConfig` names."""
-    return Provider(path.partition(":")[0], lambda: _attribute(path))
+def module_of(provider: Provider) -> str:
+    """The full name of a provider's module."""
+    return provider.partition(":")[0] if isinstance(provider, str) else provider.__module__
+
+
+def load(provider: Provider, base: type[BaseModel]) -> Any:
+    """What a provider provides, imported and unchecked; passes on whatever the import raises.
+
+    Raises:
+        ConfigError: it is no path, or the module lacks what it promises.
+    """
+    if not isinstance(provider, str):
+        return provider
+    module, colon, name = provider.partition(":")
+    if colon and not (module and name):
+        raise ConfigError(f"{provider!r} is no path like my_package.my_module:MyConfig")
+    imported = importlib.import_module(module)
+    if colon:
+        try:
+            return operator.attrgetter(name)(imported)
+        except AttributeError:
+            raise ConfigError(f"module {module} has no {name}{nearest(name, vars(imported))}") from None
+    kind = module.rpartition(".")[2]
+    for value in vars(imported).values():
+        if isinstance(value, type) and issubclass(value, base) and _word(value) == kind:
+            return value
+    raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
 
 
 def path_of(config: type) -> str:
@@ -81,29 +92,7 @@ def require_config(candidate: object, base: type[BaseModel]) -> None:
     kind_of(candidate)
 
 
-def _file(module: str, base: type[BaseModel]) -> Provider:
-    def load() -> Any:
-        kind = module.rpartition(".")[2]
-        for value in vars(importlib.import_module(module)).values():
-            if isinstance(value, type) and issubclass(value, base) and _word(value) == kind:
-                return value
-        raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
-
-    return Provider(module, load)
-
-
 def _word(config: type[BaseModel]) -> str | None:
     field = config.model_fields.get("kind")
     words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return words[0] if len(words) == 1 and isinstance(words[0], str) else None
-
-
-def _attribute(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ConfigError(f"{path!r} is no path like my_package.my_module:MyConfig")
-    imported = importlib.import_module(module)
-    try:
-        return operator.attrgetter(name)(imported)
-    except AttributeError:
-        raise ConfigError(f"module {module} has no {name}{nearest(name, vars(imported))}") from None

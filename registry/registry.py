@@ -1,18 +1,25 @@
 """A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
 
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, cast
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunctionWrapHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from .config import Config
+from .config import Config, sentence_error
 from .errors import ConfigError, nearest
-from .field import checked, described
-from .providers import Provider, dotted, entry_points, files, kind_of, path_of, require_config
+from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_config
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
+
+DEFAULT_KIND = "x-default-kind"
+"""The key of a JSON schema that names the kind of a mapping without one."""
+
+_describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
+"""The families whose JSON schema is being made."""
 
 
 class Registry(Generic[C]):
@@ -65,11 +72,10 @@ class Registry(Generic[C]):
         kind, added = kind_of(config), cast(type[C], config)
         before = self._registered.get(kind, added)
         if path_of(before) != path_of(added):
-            raise ConfigError(self._conflict(kind, [path_of(before), path_of(added)]))
-        others = (provider.module for provider in self._providers().get(kind, []))
-        modules = list(dict.fromkeys([*others, added.__module__]))
+            raise self._conflict(kind, [path_of(before), path_of(added)])
+        modules = dict.fromkeys([*self._providers().get(kind, ()), added.__module__])
         if len(modules) > 1:
-            raise ConfigError(self._conflict(kind, modules))
+            raise self._conflict(kind, modules)
         self._registered[kind] = added
         return config
 
@@ -84,7 +90,7 @@ class Registry(Generic[C]):
     def broken(self) -> dict[str, str]:
         """The plug-ins that cannot be had, by kind, each with its reason: its import fails, or its kind is taken."""
         reasons = {}
-        for kind in self._plug_ins():
+        for kind, _ in entry_points(self._group):
             try:
                 self.resolve(kind)
             except ConfigError as error:
@@ -97,7 +103,7 @@ class Registry(Generic[C]):
         Raises:
             ConfigError: nothing provides the kind, or several modules do.
         """
-        return self._provider(kind).module
+        return module_of(self._provider(kind))
 
     def resolve(self, kind: str) -> type[C]:
         """The configuration class of a kind, or of a dotted path `my_package.my_module:MyConfig`.
@@ -107,54 +113,98 @@ class Registry(Generic[C]):
         """
         provider = self._provider(kind)
         try:
-            config = provider.load()
+            config = load(provider, self.base)
             require_config(config, self.base)
             if ":" not in kind and kind_of(config) != kind:
                 raise ConfigError(f"{path_of(config)} says kind {kind_of(config)!r}")
         except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
-            source = f"{self.family} kind {kind!r} of module {provider.module}"
-            raise ConfigError(f"{source} cannot be loaded: {_reason(error)}") from error
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
+            source = f"{self.family} kind {kind!r} of module {module_of(provider)}"
+            raise ConfigError(f"{source} cannot be loaded: {reason}") from error
         return config
 
     def _provider(self, kind: str) -> Provider:
         if ":" in kind:
-            return dotted(kind)
-        found = self._providers().get(kind, [])
+            return kind
+        found = self._providers().get(kind, {})
         if not found:
             kinds = self.kinds()
             end = nearest(kind, kinds) or ", or a class of your own, my_module:MyConfig"
             raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{end}")
         if len(found) > 1:
-            raise ConfigError(self._conflict(kind, [provider.module for provider in found]))
-        return found[0]
+            raise self._conflict(kind, found)
+        return next(iter(found.values()))
 
-    def _providers(self) -> dict[str, list[Provider]]:
-        """Who provides each kind. A module counts once, in whatever ways it offers the kind."""
+    def _providers(self) -> dict[str, dict[str, Provider]]:
+        """Who provides each kind, by module: it counts once, in whatever ways it offers the kind."""
         found: dict[str, dict[str, Provider]] = {}
-        for kind, config in self._registered.items():
-            found.setdefault(kind, {})[config.__module__] = Provider(config.__module__, lambda config=config: config)
-        for kind, provider in files(self._package, self.base).items():
-            found.setdefault(kind, {}).setdefault(provider.module, provider)
-        for kind, providers in self._plug_ins().items():
-            for provider in providers:
-                found.setdefault(kind, {}).setdefault(provider.module, provider)
-        return {kind: list(by_module.values()) for kind, by_module in found.items()}
+        for kind, provider in (*self._registered.items(), *files(self._package), *entry_points(self._group)):
+            found.setdefault(kind, {}).setdefault(module_of(provider), provider)
+        return found
 
-    def _plug_ins(self) -> dict[str, list[Provider]]:
-        return entry_points(self._group) if self._group else {}
+    def _conflict(self, kind: str, providers: Iterable[str]) -> ConfigError:
+        names = " and by ".join(providers)
+        return ConfigError(f"{self.family} kind {kind!r} is provided by {names}: rename or remove all but one")
 
-    def _conflict(self, kind: str, providers: list[str]) -> str:
-        return f"{self.family} kind {kind!r} is provided by {' and by '.join(providers)}: rename or remove all but one"
+    # ---- the annotation of a field
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return checked(self)
+        # any_schema: with the fields of the value's own class, not of the base
+        fields = core_schema.any_schema()
+        serialization = core_schema.wrap_serializer_function_ser_schema(self._serialized, schema=fields)
+        return core_schema.with_info_plain_validator_function(self._validated, serialization=serialization)
+
+    def _validated(self, value: Any, info: core_schema.ValidationInfo) -> Config:
+        """An instance as it is, and a mapping by its kind.
+
+        The union of a family's kinds is formed here, not when a class is made: pydantic's own unions cannot grow.
+        """
+        if isinstance(value, self.base):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
+        kind = value.get("kind", self.default_kind)
+        if kind is None and "kind" not in value:
+            raise sentence_error("missing_kind", f"missing key 'kind'; allowed: {', '.join(self.kinds())}")
+        if not isinstance(kind, str):
+            raise _error_at_kind(kind, "string_type")
+        try:
+            config = self.resolve(kind)
+        except ConfigError as error:
+            raise _error_at_kind(kind, "value_error", error=error) from error
+        return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
+
+    def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All fields, and the kind whatever a caller leaves out: a path where that leads to another class."""
+        config, kind = type(value), kind_of(type(value))
+        try:
+            known = self.resolve(kind) is config
+        except ConfigError:
+            known = False
+        return {**handler(value), "kind": kind if known else path_of(config)}
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return described(self, handler)
+        """One of all kinds, told apart by `kind`, or anything of a dotted path."""
+        configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
+        outer = _describing.get()
+        if self in outer:  # a kind that holds kinds of its own family: they are being described already
+            configs = {kind: core_schema.definition_reference_schema(_ref(config)) for kind, config in configs.items()}
+        token = _describing.set((*outer, self))
+        try:
+            union = handler(core_schema.tagged_union_schema(dict(configs), discriminator="kind"))
+        finally:
+            _describing.reset(token)
+        by_path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+        default = {} if self.default_kind is None else {DEFAULT_KIND: self.default_kind}
+        return {**union, **default, "oneOf": [*union["oneOf"], by_path]}
 
 
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _error_at_kind(kind: Any, error_type: str, **context: Any) -> ValidationError:
+    details = InitErrorDetails(type=error_type, loc=("kind",), input=kind, ctx=context)
+    return ValidationError.from_exception_data("kind", [details])
+
+
+def _ref(config: Any) -> str:
+    """The name under which a configuration's core schema is defined."""
+    schema = config["schema"] if config["type"] == "definitions" else config
+    return schema["schema_ref"] if schema["type"] == "definition-ref" else schema["ref"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .config import Config
-from .field import DEFAULT_KIND
+from .registry import DEFAULT_KIND
 from .sources import EXTENDS
 
 

@@ -57,14 +57,16 @@ class Node:
         Mappings merge key by key. All else is replaced: scalars, null, lists, and a mapping whose `kind` changes, since
         the keys of one kind mean nothing to another.
         """
-        base, changes = self.entries, difference.entries
-        if base is None or changes is None:
+        if self.entries is None or difference.entries is None:
             return difference
-        if _kind_changes(base, changes):
+        kind, new_kind = self.child("kind"), difference.child("kind")
+        if kind is not None and new_kind is not None and kind.plain() != new_kind.plain():
             # it is missing what its new kind needs because of whoever changed the kind
-            return Node(changes, changes["kind"].origin)
-        merged = {key: base[key].merge(node) if key in base else node for key, node in changes.items()}
-        return Node({**base, **merged}, difference.origin)
+            return Node(difference.entries, new_kind.origin)
+        merged = {
+            key: before.merge(node) if (before := self.child(key)) else node for key, node in difference.entries.items()
+        }
+        return Node({**self.entries, **merged}, difference.origin)
 
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
         """The deepest value on the way along a location, and the keys that lead to it.
@@ -83,10 +85,6 @@ class Node:
         """The entry of a mapping or the item of a list; None where there is none."""
         if isinstance(self.value, Mapping):
             return self.value.get(key) if isinstance(key, str) else None
-        if isinstance(self.value, tuple):
-            return self.value[key] if isinstance(key, int) and key < len(self.value) else None
+        if isinstance(self.value, tuple) and isinstance(key, int) and key < len(self.value):
+            return self.value[key]
         return None
-
-
-def _kind_changes(base: Mapping[str, Node], changes: Mapping[str, Node]) -> bool:
-    return "kind" in base and "kind" in changes and base["kind"].plain() != changes["kind"].plain()

@@ -60,6 +60,7 @@ def write(value: Any, *, in_one_line: bool = False) -> str:
     dumper = YAML(typ="safe", pure=True)
     dumper.Representer = _Representer
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    dumper.brace_single_entry_mapping_in_flow_sequence = True
     dumper.default_flow_style = in_one_line
     dumper.width = math.inf if in_one_line else 100  # pyright: ignore[reportAttributeAccessIssue]
     stream = StringIO()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqmix.registry import ConfigError
-from seqmix.registry.overrides import override
+from seqmix.registry.loading import override
 from seqmix.registry.tree import Node
 from seqmix.registry.yaml import parse, write
 
