@@ -8,7 +8,8 @@ import torch
 import torch._dynamo.testing
 from torch.testing import assert_close
 
-from seqmix.ops.convolution.api import _fast_size, long_convolution, short_convolution
+from seqmix.ops.convolution import long_convolution, short_convolution
+from seqmix.ops.convolution.long import _fast_size
 from seqmix.ops.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 
@@ -146,14 +147,16 @@ def long_of_one(x, filters, past, grows):
 @pytest.mark.parametrize(("length", "reach"), [(1, 1), (1, 7), (5, 1), (5, 4), (5, 20), (9, 9), (16, 15)])
 def test_long_is_the_definition(paradigm, grows, past, length, reach):
     leaves = x, filters, state = [randn(*s).requires_grad_() for s in ((3, length, D), (D, reach), (3, past, D))]
-    results = long_convolution(paradigm, x, filters, initial_state=state, output_final_state=True, grows=grows)
+    results = long_convolution(
+        x, filters, initial_state=state, output_final_state=True, paradigm=paradigm, grows=grows
+    )
     rows = [long_of_one(part, filters, before, grows) for part, before in zip(x, state, strict=True)]
     expected = [torch.stack(part) for part in zip(*rows, strict=True)]
     exactly(list(results), expected)
     exactly(gradients(results, leaves), gradients(expected, leaves))
-    nothing = long_convolution(paradigm, x, filters)
+    nothing = long_convolution(x, filters, paradigm=paradigm)
     assert nothing.final_state is None
-    exactly(nothing.output, long_convolution(paradigm, x, filters, initial_state=state * 0).output)
+    exactly(nothing.output, long_convolution(x, filters, initial_state=state * 0, paradigm=paradigm).output)
 
 
 @both
@@ -165,7 +168,7 @@ def test_long_of_documents_is_that_of_each_alone(paradigm, grows, past, dtype, l
     borders, length, rows = torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype), sum(lengths), len(lengths)
     leaves = x, filters, state = [randn(*s).requires_grad_() for s in ((1, length, D), (D, 9), (rows, past, D))]
     options = {"initial_state": state, "output_final_state": True, "grows": grows, "cu_seqlens": borders}
-    results = long_convolution(paradigm, x, filters, **options)
+    results = long_convolution(x, filters, paradigm=paradigm, **options)
     documents = [long_of_one(*row, grows) for row in zip(x[0].split(lengths), [filters] * rows, state, strict=True)]
     outputs, states = zip(*documents, strict=True)
     # every row gets room for all tokens
@@ -182,14 +185,17 @@ def test_long_sums_are_wide_and_dtypes_are_kept(paradigm, dtype):
     x, filters, state = randn(2, 50, D).to(dtype), randn(D, 60), randn(2, 9, D).float()
     for length in (1, 50):
         results = long_convolution(
-            paradigm, x[:, :length], filters.float(), initial_state=state, output_final_state=True
+            x[:, :length], filters.float(), initial_state=state, output_final_state=True, paradigm=paradigm
         )
         assert (results.output.dtype, results.final_state.dtype) == (dtype, torch.float32)
-        wide = long_convolution(paradigm, x[:, :length].double(), filters, initial_state=state.double()).output
+        wide = long_convolution(
+            x[:, :length].double(), filters, initial_state=state.double(), paradigm=paradigm
+        ).output
         assert_close(results.output, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     # of ones and minus ones, the sums on the way do not fit into float16
     large = torch.full((1, 8, D), 30000.0, dtype=dtype)
-    y = long_convolution(paradigm, large, torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]]).expand(D, -1))
+    filters = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]]).expand(D, -1)
+    y = long_convolution(large, filters, paradigm=paradigm)
     assert_close(y.output[:, -1], 0 * large[:, -1], rtol=0, atol=0.1)
 
 
@@ -199,7 +205,7 @@ def test_long_sums_are_wide_and_dtypes_are_kept(paradigm, dtype):
 def test_long_compiles_once(paradigm, packed, grows):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    function = partial(long_convolution, paradigm, output_final_state=True, grows=grows)
+    function = partial(long_convolution, paradigm=paradigm, output_final_state=True, grows=grows)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for length in (9, 5, 17, 100):
         borders, rows = (torch.tensor([0, 2, 2, length]), 3) if packed else (None, 2)
@@ -216,9 +222,10 @@ def test_long_op_is_well_formed():
         x, filters, state = (
             randn(*s).requires_grad_() for s in ((1, 7, D), (D, 6), (1 if borders is None else 3, 4, D))
         )
-        for direct in (False, True):
-            for past in (None, state):
-                torch.library.opcheck(torch.ops.seqmix.long_convolution.default, (x, filters, past, borders, direct))
+        known = [None] if borders is None else [None, borders.tolist()]
+        for direct, past, boundaries in itertools.product((False, True), (None, state), known):
+            arguments = (x, filters, past, borders, boundaries, direct)
+            torch.library.opcheck(torch.ops.seqmix.long_convolution.default, arguments)
 
 
 @pytest.mark.parametrize(("at_least", "size"), [(1, 1), (2, 2), (7, 8), (9, 9), (17, 18), (4095, 4096), (4097, 4608)])
@@ -247,4 +254,4 @@ def test_long_refuses_what_does_not_fit(change, sentence):
 def test_long_refuses_tangents(paradigm):
     x = randn(2, 3, D)
     with pytest.raises(SeqmixError, match="no forward-mode differentiation"):
-        torch.func.jvp(lambda x: long_convolution(paradigm, x, randn(D, 4)).output, (x,), (x,))
+        torch.func.jvp(lambda x: long_convolution(x, randn(D, 4), paradigm=paradigm).output, (x,), (x,))

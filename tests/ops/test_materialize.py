@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from seqmix.ops.materialize import once
+from seqmix.ops.materialize import materialize
 
 
 def loops_around(source: str, call: str) -> int:
@@ -28,7 +28,7 @@ def loops_around(source: str, call: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "loops"), [(once, 1), (lambda x, dim: x, 2)], ids=["once", "as it is"])
+@pytest.mark.parametrize(("form", "loops"), [(materialize, 1), (lambda x, dim: x, 2)], ids=["materialized", "as it is"])
 def test_a_decay_is_not_formed_for_every_entry_of_a_state(form, loops):
     torch._dynamo.reset()
 
@@ -44,4 +44,4 @@ def test_a_decay_is_not_formed_for_every_entry_of_a_state(form, loops):
 
 def test_outside_a_compiler_it_is_the_tensor_itself():
     x = torch.rand(4)
-    assert once(x, 0) is x
+    assert materialize(x, 0) is x
