@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 from .config import Config, deprecation
 from .errors import ConfigError
 from .registry import Registry
-from .tree import Node, Origin
+from .tree import Node
 
 _warned: dict[str, dict[Any, Any]] = {}
 """What `warnings` remembers of each source, to show a warning once."""
@@ -30,9 +30,11 @@ def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
     for key, entry in given.items():
         name = cls.deprecated_names.get(key, key)
         if name != key and name in given:
-            name = key  # both are given, which the class refuses
-        if name != key:
-            _warn(deprecation(path + key, path + name), entry.origin)
+            name = key  # the class refuses both
+        elif name != key:
+            shown = _warned.setdefault(entry.origin.source, {})
+            source, line = entry.origin.source, entry.origin.line or 1
+            warnings.warn_explicit(deprecation(path + key, path + name), FutureWarning, source, line, registry=shown)
         field = cls.model_fields.get(name)
         annotation = None if field is None else field.rebuild_annotation()
         entries[name] = _renewed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
@@ -75,8 +77,3 @@ def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
-
-
-def _warn(sentence: str, origin: Origin) -> None:
-    shown = _warned.setdefault(origin.source, {})
-    warnings.warn_explicit(sentence, FutureWarning, origin.source, origin.line or 1, registry=shown)

@@ -41,9 +41,8 @@ def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls
         circle = " -> ".join(_name(file) for file in (*chain, path))
         raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
     document = _document(path, named_at)
-    entries = dict(document.entries or {})
-    extends = entries.pop(EXTENDS, None)
-    difference = Node(entries, document.origin)
+    extends = document.child(EXTENDS)
+    difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
     if extends is None:
         return change(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
@@ -64,6 +63,7 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
 
 
 def _document(path: Path, named_at: str) -> Node:
+    """The mapping that a file holds."""
     name = _name(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -77,9 +77,7 @@ def _document(path: Path, named_at: str) -> Node:
         raise ConfigError(f"{name}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text") from error
     except OSError as error:
         raise ConfigError(f"{named_at}{name} cannot be read: {error.strerror}") from error
-    document = parse(text, name)
-    if document is None:
-        return Node({}, Origin(name, 1))
+    document = parse(text, name) or Node({}, Origin(name, 1))
     if document.entries is None:
         given = shown(document.plain())
         raise ConfigError(f"{document.origin}: a configuration is a mapping of keys to values, not {given}")
