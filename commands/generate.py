@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..models import LanguageModel, Reading, Sampling, read_text, stream_text
+from ..models import LanguageModel, PromptCache, Sampling, cache_text, stream_text
 from ..registry import SeqmixError
-from ..training import load_reading, load_run, save_reading
+from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.memory import keep_freed_memory
 from .console import note
 from .options import Checkpoint, checkpoint_choice, require_writable
@@ -73,11 +73,11 @@ def generate(
     _require_sense(prompts, max_new_tokens, state, save_state)
     keep_freed_memory()
     model = load_run(run, choice=checkpoint_choice(checkpoint), tell=note)
-    behind = None if state is None else load_reading(state, model)
+    after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
-        _save(read_text(model, prompts, behind=behind), model, save_state)
+        _save(cache_text(model, prompts, after=after), model, save_state)
         return
-    kept: list[Reading] = []
+    kept: list[PromptCache] = []
     pieces = stream_text(
         model,
         prompts,
@@ -85,13 +85,13 @@ def generate(
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         stop=stop or [],
         compiled=compiled,
-        behind=behind,
-        keep=kept.append,
+        after=after,
+        on_end=kept.append,
     )
     # bytes of a command line that are no text come as surrogates, which no terminal takes
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
     # one prompt may be for several texts, and a text may go on without
-    _show((texts or [""]) * len(behind) if behind is not None and len(texts) < 2 else texts, pieces)
+    _show((texts or [""]) * len(after) if after is not None and len(texts) < 2 else texts, pieces)
     if save_state is not None:
         _save(kept[0], model, save_state)
 
@@ -112,10 +112,10 @@ def _show(texts: list[str], pieces: Iterable[list[str]]) -> None:
         typer.echo(f"{text}\n{'─' * 40}")
 
 
-def _save(reading: Reading, model: LanguageModel, file: Path) -> None:
-    save_reading(reading, model, file)
-    tokens = " and ".join(f"{length:,}" for length in reading.lengths.tolist())
-    note(f"{file} has the state behind {tokens} tokens")
+def _save(cache: PromptCache, model: LanguageModel, file: Path) -> None:
+    save_prompt_cache(cache, model, file)
+    tokens = " and ".join(f"{length:,}" for length in cache.lengths.tolist())
+    note(f"{file} has the state after {tokens} tokens")
 
 
 def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:

@@ -5,11 +5,11 @@ from .builder import build_meta, build_model, is_out_of_memory
 from .compiling import CompileError, compile_blocks, compiler_failure
 from .config import ModelConfig
 from .decoding import Decoder
-from .generate import Sampling, generate_text, generate_tokens, read, read_text, sample, stream_text
+from .generate import Sampling, cache_text, generate_text, generate_tokens, sample, stream_text
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
-from .prompt_cache import Reading
-from .prompts import prefill
+from .prefill import prefill
+from .prompt_cache import PromptCache, cache_tokens
 from .subword import SubwordTokenizer, load_tokenizer, train_bpe
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 
@@ -25,7 +25,7 @@ __all__ = [
     "ModelCost",
     "ModelOutput",
     "ModelState",
-    "Reading",
+    "PromptCache",
     "Sampling",
     "SubwordTokenizer",
     "TextDecoder",
@@ -33,6 +33,8 @@ __all__ = [
     "account",
     "build_meta",
     "build_model",
+    "cache_text",
+    "cache_tokens",
     "compile_blocks",
     "compiler_failure",
     "flops_per_token",
@@ -42,8 +44,6 @@ __all__ = [
     "linear_cross_entropy",
     "load_tokenizer",
     "prefill",
-    "read",
-    "read_text",
     "sample",
     "stream_text",
     "train_bpe",

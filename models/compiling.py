@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from ..blocks import Block
 from ..ops.materialize import written
 from ..registry import SeqmixError
 from .language_model import LanguageModel
+
+_compiled: WeakKeyDictionary[LanguageModel, dict[FunctionType, Callable[..., Any]]] = WeakKeyDictionary()
+"""What `compiled_for` has compiled of each model."""
 
 
 class CompileError(SeqmixError):
@@ -39,9 +43,13 @@ def compile_blocks(model: LanguageModel) -> int:
     return len(kinds)
 
 
-def compile_step(step: FunctionType, name: str) -> Callable[..., Any]:
-    """Compile a function that reads one token a row, all layers in one graph; `name` is that of its code."""
-    return explain_errors(torch.compile(copy_of(step, name), fullgraph=True, backend=rows_as_sums))
+def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -> Callable[..., Any]:
+    """A function of the model, all layers in one graph, compiled with options of torch.compile when first asked for."""
+    functions = _compiled.setdefault(model, {})
+    if function not in functions:
+        compiled = torch.compile(copy_of(function, function.__name__), fullgraph=True, **options)
+        functions[function] = explain_errors(compiled)
+    return functions[function]
 
 
 def explain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -12,21 +10,16 @@ from torch import Tensor
 from ..mixers import Paradigm
 from ..mixers.state import clone, to_dict
 from ..ops.donation import donate_state
-from .compiling import compile_step
+from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
 COMPILED_FROM = 4096
 """Tokens from which on compiling pays on a CPU: it costs about two seconds a layer, and saves some 1.4 ms a token and
 layer at width 512, less where layers are narrow."""
 
-Advance: TypeAlias = Callable[[LanguageModel, Tensor, ModelState], tuple[Tensor, ModelState]]
-
-_compiled: WeakKeyDictionary[LanguageModel, Advance] = WeakKeyDictionary()
-"""The compiled step of each model: decoders of a model share it."""
-
 
 class Decoder:
-    """A model behind some tokens; every step reads one more of each row.
+    """A model after some tokens; every step reads one more of each row.
 
     On a CUDA device a step is captured as one graph, if its state has a fixed size: the tokens, the state and the
     logits then have fixed places, and a step is a single launch.
@@ -39,7 +32,7 @@ class Decoder:
 
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
         self.model, self.state = model, state
-        self._advance = _compile(model) if compiled else advance
+        self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
         self._fixed_sizes = False
@@ -49,12 +42,12 @@ class Decoder:
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; those of the step before may be overwritten."""
         if self._fixed_sizes and self._captured is None:
-            held = Held(partial(self._advance, self.model), tokens, self.state)
+            held = Held(partial(self._step, self.model), tokens, self.state)
             self._captured, self.state = _Captured(held), held.state
         if self._captured is not None:
             return self._captured.replay(tokens)
         before = self.state
-        logits, self.state = self._advance(self.model, tokens, before)
+        logits, self.state = self._step(self.model, tokens, before)
         if self._may_capture:
             # the first step goes the plain way, and shows whether the state grows; after it there may be no room left
             # for a capture's calls, which a second step is sure to have
@@ -62,7 +55,7 @@ class Decoder:
         return logits
 
 
-def advance(
+def decode_step(
     model: LanguageModel, tokens: Int[Tensor, " N"], state: ModelState
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
     """One token a row, in plain operations."""
@@ -71,28 +64,22 @@ def advance(
     return output.logits[:, 0], output.state
 
 
-def _compile(model: LanguageModel) -> Advance:
-    if model not in _compiled:
-        _compiled[model] = compile_step(advance, "step")
-    return _compiled[model]
-
-
 class Held:
     """A step whose tokens, state and logits have fixed places."""
 
     def __init__(
         self,
-        advance: Callable[[Tensor, ModelState], tuple[Tensor, ModelState]],
+        step: Callable[[Tensor, ModelState], tuple[Tensor, ModelState]],
         tokens: Tensor,
         state: ModelState,
     ) -> None:
-        self._advance = advance
+        self._step = step
         self.tokens, self.state = tokens.clone(), clone(state)
         self.logits: Tensor | None = None
 
     def __call__(self) -> None:
         """One step from what the places hold, into them."""
-        logits, after = self._advance(self.tokens, self.state)
+        logits, after = self._step(self.tokens, self.state)
         for place, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
             if place.data_ptr() != leaf.data_ptr():  # what could be written in place has been
                 place.copy_(leaf)

@@ -1,4 +1,4 @@
-"""Generation: the prompts are read at once, then every token costs one recurrent step."""
+"""Generation: the prompts are prefilled at once, then every token costs one recurrent step of decoding."""
 
 import math
 import warnings
@@ -14,9 +14,8 @@ from torch import Tensor
 from ..registry import SeqmixError
 from .compiling import CompileError
 from .decoding import COMPILED_FROM, Decoder
-from .language_model import LanguageModel, ModelState
-from .prompt_cache import RECENT, Reading, reading_of
-from .prompts import prefill
+from .language_model import LanguageModel
+from .prompt_cache import RECENT, PromptCache, cache_tokens
 from .tokenizer import TextDecoder, Tokenizer
 
 LEAST_TEMPERATURE = 1e-3
@@ -81,8 +80,8 @@ def generate_tokens(
     sampling: Sampling,
     vocab_size: int | None = None,
     compiled: bool | None = None,
-    behind: Reading | None = None,
-    keep: Callable[[Reading], object] | None = None,
+    after: PromptCache | None = None,
+    on_end: Callable[[PromptCache], object] | None = None,
 ) -> Generator[Int[Tensor, " N"], None, None]:
     """Yield the next token of every prompt, again and again; stop by not asking for more.
 
@@ -93,8 +92,8 @@ def generate_tokens(
         sampling: how they are chosen.
         vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
         compiled: whether the step is compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
-        behind: what was read before the prompts, as `Reading.then` takes them; None means nothing.
-        keep: called with what was read and written, when the last token has been taken or the iterator is closed.
+        after: what was read before the prompts, as `PromptCache.broadcast` takes them; None means nothing.
+        on_end: called with what was read and written, when the last token has been taken or the iterator is closed.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one, or what the model makes of one is not finite.
@@ -103,70 +102,33 @@ def generate_tokens(
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    behind, texts = _behind(behind, prompts)
-    logits, state = _prefill_behind(model, texts, behind, more=max_new_tokens)
+    before = PromptCache.empty(max(len(prompts), 1)) if after is None else after
+    before, texts = before.broadcast(prompts)
+    logits, state = before.prefill(model, texts, more=max_new_tokens)
     if not logits.isfinite().all():
         raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
     pays = max_new_tokens >= COMPILED_FROM
     decoder = Decoder(model, state, compiled=pays if compiled is None else compiled)
     written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
-        tokens = sample(logits[:, :vocab_size], sampling, generator)
-        written.append(tokens)
-        ended = True
+        written.append(sample(logits[:, :vocab_size], sampling, generator))
         try:
-            yield tokens
-            ended = left == 1
-        finally:  # one that is not asked for more is closed here
-            if ended and keep is not None:
-                new = torch.stack(written, dim=1).cpu()
-                keep(reading_of(decoder.state, [torch.cat(parts) for parts in zip(texts, new, strict=True)], behind))
-        if not ended:
-            try:
-                logits = decoder.step(tokens)
-            except CompileError as error:
-                if compiled is not None:
-                    raise
-                warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
-                decoder, compiled = Decoder(model, decoder.state), False
-                logits = decoder.step(tokens)
-
-
-def _behind(
-    behind: Reading | None, prompts: Sequence[Int[Tensor, " T"]]
-) -> tuple[Reading | None, list[Int[Tensor, " T"]]]:
-    """What was read before, a text for each prompt, and what is to be read."""
-    return (None, list(prompts)) if behind is None else behind.then(prompts)
-
-
-def _prefill_behind(
-    model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], behind: Reading | None, *, more: int
-) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """`prefill` behind what was read, with room for `more` tokens."""
-    room = max((len(text) for text in texts), default=0) + more
-    if behind is None:
-        return prefill(model, texts, max_length=room)
-    room += int(behind.lengths.max()) - 1
-    return prefill(model, texts, state=behind.room_for(model, room), max_length=room)
-
-
-@torch.no_grad()
-def read(model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, behind: Reading | None = None) -> Reading:
-    """Read prompts and generate nothing: what many continuations may go on from.
-
-    Args:
-        model: the model.
-        prompts: N prompts of at least two tokens, of which the last is read by whatever goes on.
-        behind: what was read before the prompts, as `Reading.then` takes them, which may then have one token.
-
-    Raises:
-        SeqmixError: there is no prompt, or one that is too short.
-    """
-    behind, texts = _behind(behind, prompts)
-    if any(len(text) == 1 for text in texts):
-        raise SeqmixError("a prompt has no token to read: the last one is read by what goes on behind it")
-    _, state = _prefill_behind(model, [text[:-1] for text in texts], behind, more=0)
-    return reading_of(state, texts, behind)
+            yield written[-1]
+        except GeneratorExit:  # closed, by whoever asks for no more
+            break
+        if left == 1:
+            break
+        try:
+            logits = decoder.step(written[-1])
+        except CompileError as error:
+            if compiled is not None:
+                raise
+            warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
+            decoder, compiled = Decoder(model, decoder.state), False
+            logits = decoder.step(written[-1])
+    if on_end is not None:
+        new = torch.stack(written, dim=1).cpu()
+        on_end(before.extend(decoder.state, [torch.cat(parts) for parts in zip(texts, new, strict=True)]))
 
 
 def stream_text(
@@ -177,21 +139,21 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     compiled: bool | None = None,
-    behind: Reading | None = None,
-    keep: Callable[[Reading], object] | None = None,
+    after: PromptCache | None = None,
+    on_end: Callable[[PromptCache], object] | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts; yield the new piece of each as it comes ("" where there is none).
 
     Args:
         model: the model, whose `tokenizer` reads and writes; its training mode is the caller's.
-        prompts: the texts, not empty unless there is something behind which they stand.
+        prompts: the texts, not empty unless there is something that they come after.
         max_new_tokens: tokens to generate at most.
         sampling: how they are chosen.
         stop: a text ends before the first of these that appears in it.
         compiled: as in `generate_tokens`.
-        behind: what was read before, from `read_text` or `keep`: one text for all prompts, or one for each; with no
+        after: what was read before, from `cache_text` or `on_end`: one text for all prompts, or one for each; with no
             prompts, it goes on as it stands.
-        keep: called at the end with what was read and written, a stop text included.
+        on_end: called at the end with what was read and written, a stop text included.
 
     Raises:
         SeqmixError: there is no prompt, or an empty one; the model's tokens stand for no text, or are fewer than the
@@ -199,8 +161,8 @@ def stream_text(
     """
     if isinstance(stop, str):
         raise SeqmixError(f"stop is a list of texts: give [{stop[:20]!r}]")
-    tokenizer, encoded = _tokenizer(model), _encoded(model, prompts, behind)
-    texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, behind)]
+    tokenizer, encoded = _tokenizer(model), _encoded(model, prompts, after)
+    texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, after)]
     tokens = generate_tokens(
         model,
         encoded,
@@ -208,8 +170,8 @@ def stream_text(
         sampling=sampling or Sampling(),
         vocab_size=tokenizer.begin,
         compiled=compiled,
-        behind=behind,
-        keep=keep,
+        after=after,
+        on_end=on_end,
     )
     with closing(tokens):
         for step in tokens:
@@ -219,18 +181,18 @@ def stream_text(
     yield [text.end() for text in texts]
 
 
-def read_text(model: LanguageModel, prompts: Sequence[str], *, behind: Reading | None = None) -> Reading:
-    """Read texts and generate nothing: `stream_text` goes on behind them, as often as wanted.
+def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCache | None = None) -> PromptCache:
+    """Read texts and generate nothing: `stream_text` goes on after them, as often as wanted.
 
     Args:
         model: the model, whose `tokenizer` reads.
         prompts: the texts, not empty.
-        behind: as in `stream_text`.
+        after: as in `stream_text`.
 
     Raises:
         SeqmixError: as `stream_text`.
     """
-    return read(model, _encoded(model, prompts, behind), behind=behind)
+    return cache_tokens(model, _encoded(model, prompts, after), after=after)
 
 
 def _tokenizer(model: LanguageModel) -> Tokenizer:
@@ -239,29 +201,31 @@ def _tokenizer(model: LanguageModel) -> Tokenizer:
     return model.tokenizer
 
 
-def _encoded(model: LanguageModel, prompts: Sequence[str], behind: Reading | None) -> list[Int[Tensor, " T"]]:
+def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | None) -> list[Int[Tensor, " T"]]:
     """The tokens of prompts; a text is opened where nothing is before it."""
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str):
         raise SeqmixError(f"prompts is a list of texts: give [{prompts[:20]!r}]")
-    if behind is None and any(not prompt for prompt in prompts):
+    if after is None and any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: give at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
             f"text needs a model of {tokenizer.vocab_size} tokens ({tokenizer.unit}), and this one has "
             f"{model.config.vocab_size}"
         )
-    return [tokenizer.encode(prompt)[0 if behind is None else 1 :] for prompt in prompts]
+    return [tokenizer.encode(prompt)[0 if after is None else 1 :] for prompt in prompts]
 
 
-def _decoders(model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], behind: Reading | None) -> list[TextDecoder]:
+def _decoders(
+    model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], after: PromptCache | None
+) -> list[TextDecoder]:
     """A decoder for each text, which has seen the last tokens before it: they may be half a character."""
     tokenizer = _tokenizer(model)
-    if behind is None:
+    if after is None:
         return [tokenizer.decoder() for _ in prompts]
-    behind, texts = behind.then(prompts)
+    before, texts = after.broadcast(prompts)
     decoders = [tokenizer.decoder() for _ in texts]
-    for decoder, *parts in zip(decoders, behind.recent[:, :-1], texts, strict=True):
+    for decoder, *parts in zip(decoders, before.recent[:, :-1], texts, strict=True):
         for token in torch.cat(parts)[-RECENT:].tolist():
             if 0 <= token < tokenizer.begin:
                 decoder.add(token)

@@ -1,35 +1,41 @@
-"""What a model has read: the state behind some texts, from which any number of continuations can go on."""
+"""The prompt cache: the state after some texts, from which any number of continuations can go on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers.state import clone, select
 from ..registry import SeqmixError
 from .language_model import LanguageModel, ModelState
+from .prefill import prefill
 
 RECENT = 16
 """Last tokens that are kept: the bytes of a character may come apart, and its last ones mean nothing alone."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptCache:
     """N texts, as far as a model has read them. It is a value: whatever goes on from it leaves it as it is."""
 
-    state: ModelState
-    """The state behind all tokens of each text but its last one, which is still to be read."""
+    state: ModelState | None
+    """The state after all tokens of each text but its last one, which is still to be read; None of nothing."""
     recent: Int[Tensor, "N R"]
     """The last tokens of each text, on the CPU; -1 before the first."""
     lengths: Int[Tensor, " N"]
     """Tokens of each text, on the CPU."""
 
+    @classmethod
+    def empty(cls, count: int) -> "PromptCache":
+        """That of texts which have not begun."""
+        return cls(None, torch.full((count, RECENT), -1), torch.zeros(count, dtype=torch.int64))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def select(self, rows: Sequence[int]) -> "Reading":
+    def select(self, rows: Sequence[int]) -> "PromptCache":
         """The texts of these numbers, in that order, repeated if asked.
 
         Raises:
@@ -39,9 +45,10 @@ class Reading:
             if not 0 <= row < len(self):
                 raise SeqmixError(f"there is no text {row} among the {len(self)} that were read, counted from 0")
         index = torch.tensor(rows, dtype=torch.int64)
-        return Reading(select(self.state, index), self.recent[index], self.lengths[index])
+        state = None if self.state is None else select(self.state, index)
+        return PromptCache(state, self.recent[index], self.lengths[index])
 
-    def then(self, prompts: Sequence[Int[Tensor, " T"]]) -> tuple["Reading", list[Int[Tensor, " T+1"]]]:
+    def broadcast(self, prompts: Sequence[Int[Tensor, " T"]]) -> tuple["PromptCache", list[Int[Tensor, " T+1"]]]:
         """The texts that go on, one for each prompt, and what each is still to read: its last token, and the prompt.
 
         Args:
@@ -58,24 +65,50 @@ class Reading:
             )
         count = max(len(self), len(given))
         given = given * (count // len(given))
-        reading = self if len(self) == count else self.select([0] * count)
-        return reading, [torch.cat((last[-1:], new.cpu())) for last, new in zip(reading.recent, given, strict=True)]
+        cache = self if len(self) == count else self.select([0] * count)
+        last = [recent[-1:][recent[-1:] >= 0] for recent in cache.recent]
+        return cache, [torch.cat((token, new.cpu())) for token, new in zip(last, given, strict=True)]
 
-    def room_for(self, model: LanguageModel, max_length: int | None) -> ModelState:
-        """A copy of the state with room for `max_length` tokens in all, or none to spare where that is None."""
+    def prefill(
+        self, model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], *, more: int
+    ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
+        """Read texts of `broadcast`: the logits of each one's next token, and a state with room for `more` tokens."""
+        room = max(map(len, texts), default=0) + more + max(int(self.lengths.max()) - 1, 0)
+        state = None if self.state is None else self.resized_state(model, room)
+        return prefill(model, texts, state=state, max_length=room)
+
+    def extend(self, state: ModelState, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
+        """The cache of texts as `broadcast` gives them, from the state after all their tokens but the last."""
+        parts = zip(self.recent[:, :-1], texts, strict=True)
+        recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])
+        lengths = (self.lengths - 1).clamp(min=0) + torch.tensor([len(new) for new in texts])
+        return PromptCache(state, recent, lengths)
+
+    def resized_state(self, model: LanguageModel, max_length: int | None) -> ModelState:
+        """A copy of the state with room for `max_length` tokens in all, or no room to spare where that is None."""
+        if self.state is None:
+            return model.init_state(len(self), max_length=max_length)
         # decoding may write into a state, and a mixer that has no use for room returns the one it was given
         return clone(model.resize_state(self.state, max_length))
 
 
-def reading_of(state: ModelState, tokens: Sequence[Int[Tensor, " T"]], behind: Reading | None = None) -> Reading:
-    """The reading of some texts, from the state behind all their tokens but the last, and the tokens.
+@torch.no_grad()
+def cache_tokens(
+    model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, after: PromptCache | None = None
+) -> PromptCache:
+    """Read prompts and generate nothing: what many continuations may go on from.
 
     Args:
-        state: the state, N rows.
-        tokens: of each text, at least one; behind a reading they begin with its last one, as `Reading.then` gives them.
-        behind: what was read before, N texts; None means nothing.
+        model: the model.
+        prompts: N prompts of at least two tokens, of which the last is read by whatever goes on.
+        after: what was read before the prompts, as `PromptCache.broadcast` takes them, which may then have one token.
+
+    Raises:
+        SeqmixError: there is no prompt, or one that is too short.
     """
-    before = torch.full((len(tokens), RECENT), -1) if behind is None else behind.recent[:, :-1]
-    recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in zip(before, tokens, strict=True)])
-    lengths = torch.tensor([len(new) for new in tokens]) + (0 if behind is None else behind.lengths - 1)
-    return Reading(state, recent, lengths)
+    before = PromptCache.empty(max(len(prompts), 1)) if after is None else after
+    before, texts = before.broadcast(prompts)
+    if any(len(text) == 1 for text in texts):
+        raise SeqmixError("a prompt has no token to read: the last one is read by what goes on after it")
+    _, state = before.prefill(model, [text[:-1] for text in texts], more=0)
+    return before.extend(state, texts)

@@ -6,7 +6,7 @@ from ..data.kinds.text import TextConfig
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config
 from .run import TrainingError, train
-from .saved_prompt_cache import load_reading, save_reading
+from .saved_prompt_cache import load_prompt_cache, save_prompt_cache
 from .saved_run import export_run, load_run, read_config
 
 __all__ = [
@@ -25,10 +25,10 @@ __all__ = [
     "TrainingError",
     "export_run",
     "load_config",
-    "load_reading",
+    "load_prompt_cache",
     "load_run",
     "read_config",
     "read_corpus",
-    "save_reading",
+    "save_prompt_cache",
     "train",
 ]

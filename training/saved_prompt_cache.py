@@ -1,4 +1,4 @@
-"""What a model has read, as a file: generation goes on from it later, in another process or on another machine.
+"""A prompt cache as a file: generation goes on from it later, in another process or on another machine.
 
 A file is safetensors: the leaves of the state under their names ("state.0.memory"), the last tokens and the numbers of
 tokens, and in the metadata which model it is of and a checksum. States that grow are as large as what was read.
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from ..mixers import ContractError
 from ..mixers.state import from_dict, map_state, to_dict
-from ..models import LanguageModel, Reading
+from ..models import LanguageModel, PromptCache
 from .checkpoint import CheckpointError, read_tensors, write_tensors
 from .provenance import seqmix_version
 
 FORMAT = "1"
-FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.reading", "seqmix.model", "seqmix.sha256"
+FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.prompt_cache", "seqmix.model", "seqmix.sha256"
 STATE, RECENT, LENGTHS = "state.", "recent", "lengths"
 
 
-def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> None:
+def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path) -> None:
     """Write what a model has read; a file that is there is replaced when the new one is whole.
 
     Args:
-        reading: from `read_text`, `read`, or the `keep` of a generation.
+        cache: from `cache_text`, `cache_tokens`, or the `on_end` of a generation.
         model: the model that has read it.
         file: where it goes.
 
@@ -33,9 +33,9 @@ def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> No
         CheckpointError: it cannot be written.
     """
     file = Path(file)
-    state = map_state(lambda leaf: leaf.detach().cpu(), reading.room_for(model, None))
+    state = map_state(lambda leaf: leaf.detach().cpu(), cache.resized_state(model, None))
     tensors = {STATE + name: leaf for name, leaf in to_dict(state).items()}
-    tensors |= {RECENT: reading.recent, LENGTHS: reading.lengths}
+    tensors |= {RECENT: cache.recent, LENGTHS: cache.lengths}
     metadata = {
         "format": "pt",
         "seqmix.version": seqmix_version(),
@@ -46,8 +46,8 @@ def save_reading(reading: Reading, model: LanguageModel, file: str | Path) -> No
     write_tensors(file, tensors, metadata)
 
 
-def load_reading(file: str | Path, model: LanguageModel) -> Reading:
-    """What a model has read, from a file of `save_reading`, on the model's device.
+def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
+    """What a model has read, from a file of `save_prompt_cache`, on the model's device.
 
     Raises:
         CheckpointError: the file is missing, damaged, something else, or of another model.
@@ -72,7 +72,7 @@ def load_reading(file: str | Path, model: LanguageModel) -> Reading:
         state = from_dict(model.init_state(len(lengths)), leaves)
     except (KeyError, ContractError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-    return Reading(state, recent, lengths)
+    return PromptCache(state, recent, lengths)
 
 
 def model_digest(model: LanguageModel) -> str:

@@ -11,7 +11,7 @@ from ...mixers.state import to_dict
 from ...models import build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
-from ...models.prompts import compile_reading
+from ...models.prefill import compiled_prefill
 from .by_hand import HandWritten, why_not
 from .peer import Competitor, Size, last_of_rows
 
@@ -30,13 +30,13 @@ class Seqmix(Competitor):
     def layers(self) -> Sequence[nn.Module]:
         return self.module.blocks
 
-    compiled_steps = compiled_reading = False
+    compiled_steps = compiled_prefills = False
 
     def compile(self, role: str) -> None:
         if role == "decode":
             self.compiled_steps = True
         elif role == "prefill" and all(block.mixer.traits.state == "constant" for block in self.module.blocks):
-            self.compiled_reading = True
+            self.compiled_prefills = True
         else:
             compile_blocks(self.module)
 
@@ -49,8 +49,8 @@ class Seqmix(Competitor):
     def read(self, tokens: Tensor) -> Any:
         batch, length = tokens.shape
         state = self.module.init_state(batch, max_length=2 * length)
-        if self.compiled_reading:
-            _, after = compile_reading(self.module)(self.module, tokens, state, None, last_of_rows(tokens))
+        if self.compiled_prefills:
+            _, after = compiled_prefill(self.module)(self.module, tokens, state, None, last_of_rows(tokens))
             return self._decoder(after)
         paradigm = self.module.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
         output = self.module(tokens, state, paradigm=paradigm, return_state=True, select=last_of_rows(tokens))

@@ -230,7 +230,7 @@ def no_compiler(monkeypatch):
     def fail(graph, inputs):
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr("seqmix.models.compiling.rows_as_sums", fail)
+    monkeypatch.setattr("seqmix.models.decoding.rows_as_sums", fail)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,15 +1,17 @@
-"""Reading prompts: in segments, and compiled, they are what they are at once."""
+"""Prefill: in segments, and compiled, it is what it is at once."""
+
+import sys
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-import seqmix.models.prompts as module
 from seqmix import MIXERS, SeqmixError
 from seqmix.mixers.state import to_dict
 from seqmix.models import prefill
 
+module = sys.modules[prefill.__module__]
 CONSTANT = [kind for kind in MIXERS.kinds() if MIXERS.resolve(kind).example().traits.state == "constant"]
 PROMPTS = [
     torch.randint(0, 257, (n,), generator=torch.Generator().manual_seed(n)) for n in (13, 1, 4, 17)
@@ -72,5 +74,5 @@ def test_prompts_of_all_lengths_are_one_graph(model_of):
 
 
 def test_a_state_that_grows_is_not_compiled_for_all_lengths(model_of):
-    with pytest.raises(SeqmixError, match=r"^reading is compiled for all lengths where no state grows"):
+    with pytest.raises(SeqmixError, match=r"^prefill is compiled for all lengths where no state grows"):
         prefill(model_of("attention"), PROMPTS, compiled=True)

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from seqmix import Sampling, SeqmixError, generate_text
 from seqmix.mixers.state import clone, nbytes, to_dict
-from seqmix.models import Reading, generate_tokens, prefill, read, read_text, stream_text
+from seqmix.models import PromptCache, cache_text, cache_tokens, generate_tokens, prefill, stream_text
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [torch.arange(40, 40 + length) for length in (5, 2, 9)]
@@ -21,22 +21,22 @@ def generated(model, prompts, count, **options):
 def test_generation_goes_on_as_in_one_go(model_of, each_mixer):
     model, kept = model_of(*each_mixer), []
     whole = generated(model, PROMPTS, 12)
-    first = generated(model, PROMPTS, 5, keep=kept.append)
-    (reading,) = kept
-    second = generated(model, [], 7, behind=reading)
+    first = generated(model, PROMPTS, 5, on_end=kept.append)
+    (cache,) = kept
+    second = generated(model, [], 7, after=cache)
     assert torch.equal(torch.cat([first, second], dim=1), whole)
-    assert reading.lengths.tolist() == [10, 7, 14]
+    assert cache.lengths.tolist() == [10, 7, 14]
     # it is a value: the same again
-    assert torch.equal(generated(model, [], 7, behind=reading), second)
+    assert torch.equal(generated(model, [], 7, after=cache), second)
 
 
 @pytest.mark.parametrize("room", [None, 30])
-def test_logits_behind_a_reading_are_those_of_the_whole_text(model_of, each_mixer, room):
+def test_logits_after_a_cache_are_those_of_the_whole_text(model_of, each_mixer, room):
     model, kept = model_of(*each_mixer), []
-    new = generated(model, PROMPTS, 5, keep=kept.append)
-    (reading,) = kept
-    _, texts = reading.then([torch.tensor([1, 2])])
-    logits, _ = prefill(model, texts, state=reading.room_for(model, room))
+    new = generated(model, PROMPTS, 5, on_end=kept.append)
+    (cache,) = kept
+    _, texts = cache.broadcast([torch.tensor([1, 2])])
+    logits, _ = prefill(model, texts, state=cache.resized_state(model, room))
     for prompt, tokens, found in zip(PROMPTS, new, logits, strict=True):
         whole = torch.cat([prompt, tokens, torch.tensor([1, 2])])
         assert_close(found, model(whole[None]).logits[0, -1], rtol=1e-9, atol=1e-9)
@@ -45,56 +45,56 @@ def test_logits_behind_a_reading_are_those_of_the_whole_text(model_of, each_mixe
 def test_a_prefix_serves_many_continuations(model_of, each_mixer):
     model = model_of(*each_mixer)
     more = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([], dtype=torch.int64)]
-    prefix = read(model, PROMPTS[2:])
+    prefix = cache_tokens(model, PROMPTS[2:])
     expected = torch.cat([generated(model, [torch.cat([PROMPTS[2], new])], 6) for new in more])
-    assert torch.equal(generated(model, more, 6, behind=prefix), expected)
-    # what came behind a prefix is a prefix again
-    further = read(model, [torch.tensor([1])], behind=prefix)
+    assert torch.equal(generated(model, more, 6, after=prefix), expected)
+    # what came after a prefix is a prefix again
+    further = cache_tokens(model, [torch.tensor([1])], after=prefix)
     assert (prefix.lengths.tolist(), further.lengths.tolist()) == ([9], [10])
-    assert torch.equal(generated(model, [torch.tensor([2, 3])], 6, behind=further), expected[:1])
+    assert torch.equal(generated(model, [torch.tensor([2, 3])], 6, after=further), expected[:1])
 
 
 def test_each_text_goes_on_with_its_own_prompt_or_all_with_one(model_of):
     model = model_of("retention", "attention", "hyena")
-    reading, more = read(model, PROMPTS), [torch.tensor([7]), torch.tensor([8, 9]), torch.tensor([1])]
+    cache, more = cache_tokens(model, PROMPTS), [torch.tensor([7]), torch.tensor([8, 9]), torch.tensor([1])]
     expected = [generated(model, [torch.cat(parts)], 4) for parts in zip(PROMPTS, more, strict=True)]
-    assert torch.equal(generated(model, more, 4, behind=reading), torch.cat(expected))
+    assert torch.equal(generated(model, more, 4, after=cache), torch.cat(expected))
     one = [generated(model, [torch.cat([prompt, more[1]])], 4) for prompt in PROMPTS]
-    assert torch.equal(generated(model, more[1:2], 4, behind=reading), torch.cat(one))
-    chosen = reading.select([2, 0, 2])
-    assert torch.equal(generated(model, more[1:2], 4, behind=chosen), torch.cat([one[2], one[0], one[2]]))
+    assert torch.equal(generated(model, more[1:2], 4, after=cache), torch.cat(one))
+    chosen = cache.select([2, 0, 2])
+    assert torch.equal(generated(model, more[1:2], 4, after=chosen), torch.cat([one[2], one[0], one[2]]))
     with pytest.raises(SeqmixError, match=r"^3 texts were read, and 2 prompts given: give one for each text"):
-        generated(model, more[:2], 4, behind=reading)
+        generated(model, more[:2], 4, after=cache)
     with pytest.raises(SeqmixError, match=r"^there is no text 3 among the 3 that were read, counted from 0$"):
-        reading.select([3])
+        cache.select([3])
 
 
 def test_shorter_texts_go_on_without_the_longest(model_of, each_mixer):
     model = model_of(*each_mixer)
-    texts = read(model, PROMPTS)
+    texts = cache_tokens(model, PROMPTS)
     # as in a file, whose rows are as long as the longest
-    saved = Reading(texts.room_for(model, None), texts.recent, texts.lengths)
+    saved = PromptCache(texts.resized_state(model, None), texts.recent, texts.lengths)
     for chosen in ([1], [0, 1], [1, 2]):
         expected = generated(model, [PROMPTS[row] for row in chosen], 3)
-        assert torch.equal(generated(model, [], 3, behind=saved.select(chosen)), expected)
+        assert torch.equal(generated(model, [], 3, after=saved.select(chosen)), expected)
 
 
 def test_a_state_without_room_to_spare_is_as_large_as_what_was_read(model_of):
     model, kept = model_of("attention", "hyena"), []
-    next(iter(generate_tokens(model, PROMPTS, max_new_tokens=200, sampling=GREEDY, keep=kept.append)))
-    (reading,) = kept  # not asked for more, it was closed
-    least = reading.room_for(model, None)
+    next(iter(generate_tokens(model, PROMPTS, max_new_tokens=200, sampling=GREEDY, on_end=kept.append)))
+    (cache,) = kept  # not asked for more, it was closed
+    least = cache.resized_state(model, None)
     assert [leaf.shape[1] for name, leaf in to_dict(least).items() if leaf.ndim == 4] == [9, 9, 9]
-    assert nbytes(least) < nbytes(reading.state) / 10
-    roomy = reading.room_for(model, 50)
+    assert nbytes(least) < nbytes(cache.state) / 10
+    roomy = cache.resized_state(model, 50)
     assert [leaf.shape[1] for name, leaf in to_dict(roomy).items() if leaf.ndim == 4] == [50, 50, 50]
     with pytest.raises(SeqmixError, match=r"^attention has read 9 tokens, and was to get room for 8 in all$"):
-        reading.room_for(model, 8)
+        cache.resized_state(model, 8)
 
 
 def test_nothing_is_kept_of_a_step_that_failed(model_of):
     model, kept = model_of("retention"), []
-    tokens = generate_tokens(model, PROMPTS, max_new_tokens=5, sampling=GREEDY, keep=kept.append)
+    tokens = generate_tokens(model, PROMPTS, max_new_tokens=5, sampling=GREEDY, on_end=kept.append)
     next(tokens)
     model.head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -105,9 +105,9 @@ def test_nothing_is_kept_of_a_step_that_failed(model_of):
 def test_a_prompt_of_one_token_leaves_nothing_to_read(model_of):
     model = model_of("retention")
     with pytest.raises(SeqmixError, match=r"^a prompt has no token to read: the last one is read by what goes on"):
-        read(model, [torch.tensor([1])])
+        cache_tokens(model, [torch.tensor([1])])
     with pytest.raises(SeqmixError, match=r"^a prompt has no tokens: give at least one$"):
-        read(model, [])
+        cache_tokens(model, [])
 
 
 # ---- text
@@ -117,20 +117,20 @@ def test_a_text_goes_on_as_in_one_go(model_of):
     model, kept = model_of("retention", "attention"), []
     options = {"sampling": GREEDY, "compiled": False}
     whole = generate_text(model, ["ab", "Wörter"], max_new_tokens=20, **options)
-    first = generate_text(model, ["ab", "Wörter"], max_new_tokens=8, keep=kept.append, **options)
-    second = generate_text(model, [], max_new_tokens=12, behind=kept[0], **options)
+    first = generate_text(model, ["ab", "Wörter"], max_new_tokens=8, on_end=kept.append, **options)
+    second = generate_text(model, [], max_new_tokens=12, after=kept[0], **options)
     assert len(second) == 2
     assert [a.rstrip("\ufffd") for a in first] == [
         w[: len(a.rstrip("\ufffd"))] for a, w in zip(first, whole, strict=True)
     ]
-    prefix = read_text(model, ["ab"])
+    prefix = cache_text(model, ["ab"])
     assert prefix.lengths.tolist() == [3]
     expected = generate_text(model, ["abc", "abé"], max_new_tokens=9, **options)
-    assert generate_text(model, ["c", "é"], max_new_tokens=9, behind=prefix, **options) == expected
+    assert generate_text(model, ["c", "é"], max_new_tokens=9, after=prefix, **options) == expected
 
 
 def test_a_character_may_come_apart(model_of):
-    """The model writes "€" again and again, and is stopped behind its first byte."""
+    """The model writes "€" again and again, and is stopped after its first byte."""
     model, kept = model_of("retention"), []
     after = {0xE2: 0x82, 0x82: 0xAC, 0xAC: 0xE2}
     wanted = torch.zeros(257, 257, dtype=torch.float64)
@@ -140,39 +140,39 @@ def test_a_character_may_come_apart(model_of):
     model.register_forward_pre_hook(lambda module, args: last.append(args[0].flatten()[-1]))
     model.head.register_forward_hook(lambda module, args, out: out + wanted[last[-1]])
     options = {"sampling": GREEDY, "compiled": False}
-    assert generate_text(model, ["ab"], max_new_tokens=4, keep=kept.append, **options) == ["€\ufffd"]
-    assert generate_text(model, [], max_new_tokens=5, behind=kept[0], **options) == ["€€"]
+    assert generate_text(model, ["ab"], max_new_tokens=4, on_end=kept.append, **options) == ["€\ufffd"]
+    assert generate_text(model, [], max_new_tokens=5, after=kept[0], **options) == ["€€"]
 
 
 def test_a_stop_text_is_part_of_what_was_read(model_of):
     model, kept = model_of("retention"), []
     (whole,) = generate_text(model, ["ab"], max_new_tokens=12, sampling=GREEDY)
     stop = whole[3]
-    list(stream_text(model, ["ab"], max_new_tokens=12, sampling=GREEDY, stop=[stop], keep=kept.append))
-    (reading,) = kept
-    assert chr(reading.recent[0, -1]) == stop
-    assert reading.lengths.tolist() == [3 + whole.index(stop) + 1]
+    list(stream_text(model, ["ab"], max_new_tokens=12, sampling=GREEDY, stop=[stop], on_end=kept.append))
+    (cache,) = kept
+    assert chr(cache.recent[0, -1]) == stop
+    assert cache.lengths.tolist() == [3 + whole.index(stop) + 1]
 
 
 def test_a_state_is_not_written_by_what_goes_on(model_of):
     model = model_of("attention", "hyena", "retention")
-    reading = read(model, PROMPTS)
-    before = clone(reading.state)
-    generated(model, [], 5, behind=reading)
+    cache = cache_tokens(model, PROMPTS)
+    before = clone(cache.state)
+    generated(model, [], 5, after=cache)
     for name, leaf in to_dict(before).items():
-        assert_close(to_dict(reading.state)[name], leaf, rtol=0, atol=0)
+        assert_close(to_dict(cache.state)[name], leaf, rtol=0, atol=0)
 
 
 def test_it_goes_on_compiled(model_of, monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
     torch._dynamo.reset()
-    model, reading = model_of("retention", "attention"), None
+    model, cache = model_of("retention", "attention"), None
     whole, parts = generated(model, PROMPTS, 12), []
     for count in (5, 7):
         kept = []
-        options = {"max_new_tokens": count, "sampling": GREEDY, "compiled": True, "behind": reading}
-        parts += generate_tokens(model, PROMPTS if reading is None else [], keep=kept.append, **options)
-        (reading,) = kept
+        options = {"max_new_tokens": count, "sampling": GREEDY, "compiled": True, "after": cache}
+        parts += generate_tokens(model, PROMPTS if cache is None else [], on_end=kept.append, **options)
+        (cache,) = kept
     assert torch.equal(torch.stack(parts, dim=1), whole)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""A reading on disk: whole or not at all, of one model, and good in another process."""
+"""A prompt cache on disk: whole or not at all, of one model, and good in another process."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from seqmix import SeqmixError, build_model, load_config
 from seqmix.mixers.state import to_dict
-from seqmix.models import read_text
-from seqmix.training import CheckpointError, load_reading, save_reading
+from seqmix.models import cache_text
+from seqmix.training import CheckpointError, load_prompt_cache, save_prompt_cache
 
 SMALL = ["model.d_model=16", "model.n_layers=4"]
 
@@ -24,13 +24,13 @@ def model():
 
 @pytest.fixture
 def file(model, tmp_path):
-    save_reading(read_text(model, ["the text", "another"]), model, tmp_path / "a.state")
+    save_prompt_cache(cache_text(model, ["the text", "another"]), model, tmp_path / "a.state")
     return tmp_path / "a.state"
 
 
 def refusal(file, model) -> str:
     with pytest.raises(CheckpointError) as raised:
-        load_reading(file, model)
+        load_prompt_cache(file, model)
     assert isinstance(raised.value, SeqmixError)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -46,11 +46,11 @@ def rewritten(file, change):
     return file
 
 
-def test_a_reading_comes_back_to_the_bit(model, file):
-    reading, loaded = read_text(model, ["the text", "another"]), load_reading(file, model)
-    assert torch.equal(loaded.recent, reading.recent)
-    assert torch.equal(loaded.lengths, reading.lengths)
-    expected = to_dict(reading.room_for(model, None))
+def test_a_cache_comes_back_to_the_bit(model, file):
+    cache, loaded = cache_text(model, ["the text", "another"]), load_prompt_cache(file, model)
+    assert torch.equal(loaded.recent, cache.recent)
+    assert torch.equal(loaded.lengths, cache.lengths)
+    expected = to_dict(cache.resized_state(model, None))
     assert expected.keys() == to_dict(loaded.state).keys()
     assert all(torch.equal(leaf, expected[name]) for name, leaf in to_dict(loaded.state).items())
 
@@ -87,13 +87,13 @@ def test_another_file_is_one_sentence(model, file, tmp_path):
     assert "holds no state of a text: it needs a file of `seqmix generate --save-state`" in refusal(
         tmp_path / "weights.safetensors", model
     )
-    rewritten(file, lambda _, metadata: metadata.update({"seqmix.reading": "2"}))
+    rewritten(file, lambda _, metadata: metadata.update({"seqmix.prompt_cache": "2"}))
     assert refusal(file, model) == f"{file} is of format 2, and this version of seqmix reads format 1"
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere/a\.state cannot be written: "):
-        save_reading(read_text(model, ["a"]), model, tmp_path / "nowhere" / "a.state")
+        save_prompt_cache(cache_text(model, ["a"]), model, tmp_path / "nowhere" / "a.state")
     assert not list(tmp_path.iterdir())
 
 
@@ -114,7 +114,7 @@ def test_text_goes_on_in_another_process(seqmix, run):
     whole = seqmix("generate", run, "--prompt", "the ", "--max-new-tokens", "30", *GREEDY).out
     first = seqmix("generate", run, "--prompt", "the ", "--max-new-tokens", "12", *GREEDY, "--save-state", "a.state")
     assert first.status == 0
-    assert "a.state has the state behind 17 tokens" in first.err
+    assert "a.state has the state after 17 tokens" in first.err
     command = [sys.executable, "-c", "from seqmix.cli import main; main()", "generate", run, "--state", "a.state"]
     second = subprocess.run([*command, "--max-new-tokens", "18", *GREEDY], capture_output=True, text=True, check=True)
     assert first.out.removesuffix("\n") + second.stdout == whole
@@ -127,7 +127,7 @@ def test_a_prefix_is_read_once(seqmix, run):
     both = seqmix("generate", run, "--state", "a.state", "--prompt", " of", "--prompt", " is", *GREEDY)
     assert ["the text" + text for text in both.out.split("─\n")[:2]] == expected.out.split("─\n")[:2]
     on = seqmix("generate", run, "--state", "a.state", "--save-state", "a.state", "--max-new-tokens", "2")
-    assert (on.status, "behind 11 tokens" in on.err) == (0, True)
+    assert (on.status, "after 11 tokens" in on.err) == (0, True)
 
 
 @pytest.mark.parametrize(
