@@ -12,7 +12,6 @@ import seqmix.models.decoding as module
 from seqmix import Paradigm
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill
-from seqmix.ops.decay.api import decay_recurrent
 from seqmix.ops.donation import may_overwrite
 from seqmix.ops.kernels import KERNELS, reference
 
@@ -136,12 +135,13 @@ def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
 def test_a_step_may_write_a_state_in_its_place_and_a_call_of_the_model_may_not(model_of, captured, monkeypatch):
     allowed = []
 
-    def in_place(*inputs, initial_state, **options):
-        output, state = decay_recurrent(*inputs, initial_state=initial_state, **options)
-        allowed.append(may_overwrite())
-        return output, initial_state.copy_(state) if may_overwrite() else state
-
     kernel = reference("decay", Paradigm.RECURRENT)
+
+    def in_place(x):
+        output, state = kernel.function(x)
+        allowed.append(may_overwrite())
+        return output, x.initial_state.copy_(state) if may_overwrite() else state
+
     monkeypatch.setitem(KERNELS, kernel.key, replace(kernel, function=in_place))
     model = model_of("retention", "gla")
     _, state = prefill(model, PROMPTS, max_length=20)
