@@ -17,9 +17,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.call import Call
 from ..ops.delta import DELTA, delta
-from .parts import MatrixState, QKVConfig, QKVMixer
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.matrix_state import ShortConv
 from .parts.qkv import Affine, OutputGate, QKNorm
 
@@ -57,13 +56,10 @@ class DeltaNet(QKVMixer):
 
     def __init__(self, config: DeltaNetConfig, d_model: int) -> None:
         super().__init__(config, d_model, beta=config.n_heads)
-        self.reset_parameters()
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h = self.project(x, call)
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
-        o, memory = delta(h.q, h.k, h.v, beta, None, call.enter("memory"))
-        return self.finish(x, o, memory, h, call)
+        return delta(h.q, h.k, h.v, beta, None, call)
 
 
 def write_rate(logits: Float[Tensor, "B T H"], dtype: torch.dtype, *, neg_eigval: bool) -> Float[Tensor, "B T H"]:

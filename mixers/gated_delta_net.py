@@ -14,13 +14,11 @@ the norm hides but for its eps.
 
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor
 
-from ..ops.call import Call
 from ..ops.delta import delta
 from .delta_net import DeltaConfig, write_rate
-from .parts import MatrixState, QKVMixer, TimeStepDecay
+from .parts import QKV, Call, QKVMixer, RecurrenceOutput, TimeStepDecay
 from .parts.qkv import ValueExpansion
 
 
@@ -42,14 +40,8 @@ class GatedDeltaNet(QKVMixer):
     def __init__(self, config: GatedDeltaNetConfig, d_model: int) -> None:
         super().__init__(config, d_model, beta=config.n_heads, dt=config.n_heads)
         self.decay = TimeStepDecay(config.n_heads)
-        self.reset_parameters()
 
-    def reset_decay(self) -> None:
-        self.decay.reset_parameters()
-
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h = self.project(x, call)
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
         _, log_decay = self.decay(h.more["dt"])
-        o, memory = delta(h.q, h.k, h.v, beta, log_decay, call.enter("memory"))
-        return self.finish(x, o, memory, h, call)
+        return delta(h.q, h.k, h.v, beta, log_decay, call)

@@ -10,21 +10,18 @@ It is retention with decays that the tokens choose. Values are as wide as the mo
 
 from typing import Literal
 
-import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.call import Call
-from ..ops.decay import DECAY, decay
-from .parts import MatrixState, QKVConfig, QKVMixer
+from ..ops.decay import decay
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
+from .parts.gates import gate_decay
 from .parts.qkv import Rotation
 
 
 class GatedRetentionConfig(QKVConfig):
     """Gated retention: a matrix state per head, with a decay that each token chooses for each head."""
 
-    family = DECAY
     kind: Literal["gated_retention"] = "gated_retention"
     gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
     """tau: the larger, the longer the memory; 16 as in the authors' code."""
@@ -40,18 +37,7 @@ class GatedRetention(QKVMixer):
     log_decay_shape = "B T H"
 
     def __init__(self, config: GatedRetentionConfig, d_model: int) -> None:
-        super().__init__(config, d_model)
-        self.decay_proj = nn.Linear(d_model, config.n_heads, bias=False)
-        self.reset_parameters()
+        super().__init__(config, d_model, gamma=config.n_heads)
 
-    def reset_decay(self) -> None:
-        nn.init.xavier_uniform_(self.decay_proj.weight, gain=self.gains[0])
-
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h = self.project(x, call)
-        o, memory = decay(h.q, h.k, h.v, self.log_decay(x), call.enter("memory"))
-        return self.finish(x, o, memory, h, call)
-
-    def log_decay(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H"]:
-        """Natural log of gamma, float32 or float64: 16 bits cannot tell 0.999 from 1."""
-        return F.logsigmoid(self.decay_proj(x).to(self.state_dtype)) / self.config.gate_logit_normalizer
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        return decay(h.q, h.k, h.v, gate_decay(h.more["gamma"], self.config.gate_logit_normalizer), call)

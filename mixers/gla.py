@@ -11,21 +11,18 @@ bias, and there is a factor 1/sqrt(K), which the norm hides but for its eps.
 
 from typing import Literal
 
-import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.call import Call
-from ..ops.decay import DECAY, decay
-from .parts import LowRank, MatrixState, QKVConfig, QKVMixer
+from ..ops.decay import decay
+from .parts import QKV, Call, LowRank, QKVConfig, QKVMixer, RecurrenceOutput
+from .parts.gates import gate_decay
 from .parts.qkv import Affine, KeyExpansion
 
 
 class GLAConfig(QKVConfig):
     """GLA: a matrix state per head, with a decay that each token chooses for each key dimension."""
 
-    family = DECAY
     kind: Literal["gla"] = "gla"
     expand_k: KeyExpansion = 0.5
     gate_rank: int = Field(default=16, gt=0, le=2**20, examples=[2])
@@ -46,17 +43,7 @@ class GLA(QKVMixer):
     def __init__(self, config: GLAConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.decay_proj = LowRank(d_model, config.gate_rank, self.n_heads * self.key_dim, bias=True)
-        self.reset_parameters()
 
-    def reset_decay(self) -> None:
-        self.decay_proj.reset_parameters()
-
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h = self.project(x, call)
-        o, memory = decay(h.q, h.k, h.v, self.log_decay(x), call.enter("memory"))
-        return self.finish(x, o, memory, h, call)
-
-    def log_decay(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H K"]:
-        """Natural log of alpha, float32 or float64: 16 bits cannot tell 0.999 from 1."""
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         logits = self.decay_proj(x).unflatten(-1, (self.n_heads, -1))
-        return F.logsigmoid(logits.to(self.state_dtype)) / self.config.gate_logit_normalizer
+        return decay(h.q, h.k, h.v, gate_decay(logits, self.config.gate_logit_normalizer), call)

@@ -19,16 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..ops.call import Call
-from ..ops.decay import DECAY, decay
-from .parts import MatrixState, QKVConfig, QKVMixer
+from ..ops.decay import decay
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import Affine, OutputGate
 
 
 class LightningConfig(QKVConfig):
     """Lightning attention: a matrix state per head, with a decay fixed by head and layer."""
 
-    family = DECAY
     kind: Literal["lightning"] = "lightning"
     schedule: Literal["minimax", "transnormer"] = "minimax"
     """The decays: MiniMax-01's or TransNormerLLM's; deeper layers remember longer in both."""
@@ -49,14 +47,13 @@ class Lightning(QKVMixer):
         super().__init__(config, d_model)
         self.layer_idx, self.n_layers = layer_idx, n_layers
         self.norm = self.output_norm(self.n_heads * self.value_dim)
-        self.reset_parameters()
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h = self.project(x, call)
-        o, memory = decay(h.q, h.k, h.v, self.log_decay().to(self.state_dtype), call.enter("memory"), scale=1.0)
-        # the norm is over all heads together
-        joint = h._replace(gate=None if h.gate is None else h.gate.flatten(2))
-        return self.finish(x, o.flatten(2), memory, joint, call)
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        return decay(h.q, h.k, h.v, self.log_decay().to(self.state_dtype), call, scale=1.0)
+
+    def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
+        # over all heads together
+        return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # where little decays the output grows with T and leaves the range of float16, until it is normed

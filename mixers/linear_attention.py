@@ -16,16 +16,14 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..ops.call import Call
-from ..ops.decay import DECAY, decay
-from .parts import MatrixState, QKVConfig, QKVMixer
+from ..ops.decay import decay
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import OutputGate, OutputNorm
 
 
 class LinearAttentionConfig(QKVConfig):
     """Linear attention: a matrix state per head that only grows by addition."""
 
-    family = DECAY
     kind: Literal["linear_attention"] = "linear_attention"
     feature_map: Literal["elu", "relu", "softmax", "identity"] = "elu"
     """phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over a head's width; only `identity` can be negative."""
@@ -59,16 +57,12 @@ class LinearAttention(QKVMixer):
     def __init__(self, config: LinearAttentionConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.value_dim += config.denominator  # of the state
-        self.reset_parameters()
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h, call_of_op = self.project(x, call), call.enter("memory")
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         if not self.config.denominator:
-            o, memory = decay(h.q, h.k, h.v, None, call_of_op)
-        else:
-            o, memory = decay(h.q, h.k, F.pad(h.v, (0, 1), value=1.0), None, call_of_op, scale=1.0)
-            o = o[..., :-1] / (o[..., -1:] + self.config.eps)
-        return self.finish(x, o, memory, h, call)
+            return decay(h.q, h.k, h.v, None, call)
+        o, memory = decay(h.q, h.k, F.pad(h.v, (0, 1), value=1.0), None, call, scale=1.0)
+        return RecurrenceOutput(o[..., :-1] / (o[..., -1:] + self.config.eps), memory)
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # numerator and denominator grow with T and leave the range of float16: only their quotient may be narrow

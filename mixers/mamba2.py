@@ -1,39 +1,32 @@
 """Mamba-2 (state space duality; Dao and Gu, arXiv 2405.21060, Eq. 2 and §7).
 
     z, (u, B, C), dt = x W_in
-    u, B, C = silu(conv((u, B, C))) by channel      dt = softplus(dt + b) a head
+    u, B, C = silu(conv((u, B, C))) by channel      dt = softplus(dt + b) per head
     S_t = exp(-dt_t e^{A_log}) S_{t-1} + B_t^T (dt_t u_t)               o_t = C_t S_t + D u_t
     y   = (RMSNorm(o * silu(z)) * w) W_O
 
-The decay is one number for each token and head, so a head is the decay op with q = C, k = B and v = dt u. The heads of
-a group share B and C, and the norm takes its mean over a group. As in the authors' code, the convolution has a bias,
-and A_log, D and b are a number a head. Differs from it: segments of any length start from a state, and limits of the
-step size hold in decoding too.
+A head is the decay op with q = C, k = B, v = dt u and one decay per token. The heads of a group share B and C, and the
+norm takes its mean over a group. As in the authors' code, the convolution has a bias, and A_log, D and b are one scalar
+per head. Differs from it: segments of any length start from a state, and limits of the step size hold in decoding too.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.call import Call
-from ..ops.decay import DECAY, decay
-from .parts import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConvolution, TimeStepDecay, in_range
-from .parts.widths import divided, divisors, nearest_of
-from .traits import ContractError
-
-Limit = tuple[float, Annotated[float, Field(allow_inf_nan=True)] | None]
+from ..ops.decay import decay
+from .parts import Call, MatrixState, MatrixStateMixer, ShortConvolution, TimeStepDecay, TimeStepFields
+from .parts.widths import heads_of
 
 
-class Mamba2Config(MatrixStateConfig):
+class Mamba2Config(TimeStepFields):
     """Mamba-2: a matrix state per head, whose decay and step size depend on the token."""
 
-    family = DECAY
     kind: Literal["mamba2"] = "mamba2"
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
     """Width of all values (and the gate) over d_model."""
@@ -45,27 +38,8 @@ class Mamba2Config(MatrixStateConfig):
     """Groups of heads; those of one share B and C, and are normed together."""
     short_conv: int = Field(default=4, ge=2, le=64, examples=[2])
     """Tokens that the short convolution sees."""
-    time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
-    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
-    1e-6 to 1e3; the authors' code raises those below 1e-4 to that."""
-    time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
-    """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
-    a_range: Annotated[tuple[float, float], in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
-    """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
     norm_eps: float = Field(default=1e-5, ge=0)
     """Added to the norm's mean square."""
-
-    @field_validator("time_step_limit")
-    @classmethod
-    def _limit_is_a_range(cls, given: tuple[float, float | None] | None) -> tuple[float, float | None] | None:
-        if given is None:
-            return None
-        low, high = given[0], math.inf if given[1] is None else given[1]
-        if not (0 <= low <= 1e3 and low < high and (high <= 1e3 or high == math.inf)):
-            raise ValueError(
-                f"limits of the step size need 0 <= lowest < highest <= 1000, or .inf for no highest, and are {given}"
-            )
-        return low, None if high == math.inf else high  # JSON has no infinity
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
@@ -84,13 +58,7 @@ class Mamba2(MatrixStateMixer):
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
         super().__init__(config)
         self.config, self.n_layers, self.n_groups = config, n_layers, config.n_groups
-        subject = f"heads of head_dim = {config.head_dim} do"
-        self.n_heads = divided(d_model, config.expand, "expand", config.head_dim, "head_dim", subject)
-        if self.n_heads % config.n_groups:
-            raise ContractError(
-                f"n_groups = {config.n_groups} does not divide the {self.n_heads} heads of expand * d_model / "
-                f"head_dim: n_groups = {nearest_of(divisors(self.n_heads), config.n_groups)} would"
-            )
+        self.n_heads = heads_of(d_model, config.expand, config.head_dim, config.n_groups)
         self.key_dim, self.value_dim = config.d_state, config.head_dim
         values, keys = self.n_heads * config.head_dim, config.n_groups * config.d_state
         self.widths = [values, keys, keys]
@@ -117,8 +85,7 @@ class Mamba2(MatrixStateMixer):
         gate, mixed, dt = self.in_proj(x).split(self.in_widths, dim=-1)
         mixed, recent = self.convolve(mixed, call)
         u, k, q = mixed.split(self.widths, dim=-1)
-        u = u.unflatten(-1, (self.n_heads, -1))
-        step, log_decay = self.decay(dt)
+        u, (step, log_decay) = u.unflatten(-1, (self.n_heads, -1)), self.decay(dt)
         v = (step[..., None] * u).to(u.dtype)
         o, memory = decay(self._by_head(q), self._by_head(k), v, log_decay, call.enter("memory"), scale=1.0)
         o = (o + self.D.to(u.dtype)[:, None] * u).flatten(2)
@@ -129,5 +96,5 @@ class Mamba2(MatrixStateMixer):
 
     def _by_head(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T H K"]:
         """B or C, the same for the heads of a group: a view where there is one group."""
-        x = rearrange(x, "b t (g k) -> b t g 1 k", g=self.n_groups)
-        return x.expand(-1, -1, -1, self.n_heads // self.n_groups, -1).flatten(2, 3)
+        by_group = x.unflatten(-1, (self.n_groups, 1, -1))
+        return by_group.expand(-1, -1, -1, self.n_heads // self.n_groups, -1).flatten(2, 3)

@@ -12,15 +12,14 @@ cancels under the head norm, so it is left out.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.call import Call
 from ..ops.decay import DECAY, decay
 from ..ops.materialize import materialize
-from .parts import MatrixState, QKVConfig, QKVMixer
+from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
+from .parts.fixed_decay import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion
 from .traits import Traits
 
@@ -28,10 +27,9 @@ from .traits import Traits
 class RetentionConfig(QKVConfig):
     """Retention: a matrix state per head, with a fixed decay per head."""
 
-    family = DECAY
     kind: Literal["retention"] = "retention"
     expand_v: ValueExpansion = 2.0
-    decay: Literal["geometric", "log_uniform", "constant", "none"] = "geometric"
+    decay: DecaySchedule = "geometric"
     """`geometric`: gamma_h = 1 - 2^(-5-h) (Eq. 8); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its logarithm,
     whatever the number of heads (the paper's own runs, §3.1); `constant`: `gamma` for all; `none`: no decay."""
     gamma: float | None = Field(default=None, gt=0, lt=1, examples=[0.8])
@@ -67,46 +65,20 @@ class Retention(QKVMixer):
 
     def __init__(self, config: RetentionConfig, d_model: int) -> None:
         super().__init__(config, d_model)
+        self.decay = FixedDecay(config.n_heads, config.decay, config.gamma, learnable=config.learnable_decay)
         self.log_decay_shape = None if config.decay == "none" else "H"
-        self.decay_logit = nn.Parameter(torch.empty(config.n_heads)) if config.learnable_decay else None
-        self.reset_parameters()
-
-    def reset_decay(self) -> None:
-        if self.decay_logit is not None:
-            leak = self._leak()
-            with torch.no_grad():
-                self.decay_logit.copy_(torch.log1p(-leak) - leak.log())
 
     @property
     def counts_positions(self) -> bool:
         return self.config.row_norm or super().counts_positions
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        h, log_decay, scale = self.project(x, call), self.log_decay(), self.key_dim**-0.5
-        q = h.q
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        log_decay, q, scale = self.decay(x.device), h.q, self.key_dim**-0.5
         if h.positions is not None and self.config.row_norm:
             # both score normalisers in one product
             q, scale = q * materialize((scale * row_scale(h.positions, log_decay)).to(q.dtype), 2), 1.0
         log_decay = None if log_decay is None else log_decay.to(self.state_dtype)
-        o, memory = decay(q, h.k, h.v, log_decay, call.enter("memory"), scale=scale)
-        return self.finish(x, o, memory, h, call)
-
-    def log_decay(self) -> Float[Tensor, " H"] | None:
-        """Natural log of each head's decay, float64; None where nothing decays."""
-        if self.config.decay == "none":
-            return None
-        if self.decay_logit is not None:
-            return F.logsigmoid(self.decay_logit.to(torch.float64))
-        return torch.log1p(-self._leak())  # log1p: 1 - 2^-25 is 1 in float32
-
-    def _leak(self) -> Float[Tensor, " H"]:
-        """1 - gamma of each head by its schedule, float64."""
-        heads, like = self.n_heads, {"device": self.device, "dtype": torch.float64}
-        if self.config.gamma is not None:
-            return torch.full((heads,), 1 - self.config.gamma, **like)
-        if self.config.decay == "log_uniform":
-            return torch.exp2(torch.linspace(-5, -9, heads, **like))
-        return torch.exp2(-5 - torch.arange(heads, **like))
+        return decay(q, h.k, h.v, log_decay, call, scale=scale)
 
 
 def row_scale(positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None) -> Float[Tensor, "_ T H 1"]:

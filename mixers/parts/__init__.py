@@ -1,15 +1,20 @@
 """What mixers are made of: a mixer of a known family takes these and states its equations."""
 
+from ...ops.call import Call
+from ...ops.recurrence import RecurrenceOutput
+from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer
 from .qkv import QKV, QKVConfig, QKVMixer
 from .rotary import Schedule, rotated
 from .short_convolution import ShortConvolution
-from .time_step import TimeStepDecay, in_range
+from .time_step import TimeStepDecay, TimeStepFields
 from .widths import divided, divisors, head_width, nearest_of
 
 __all__ = [
     "QKV",
+    "Call",
+    "FixedDecay",
     "Gate",
     "GatedNorm",
     "HeadNorm",
@@ -19,13 +24,14 @@ __all__ = [
     "MatrixStateMixer",
     "QKVConfig",
     "QKVMixer",
+    "RecurrenceOutput",
     "Schedule",
     "ShortConvolution",
     "TimeStepDecay",
+    "TimeStepFields",
     "divided",
     "divisors",
     "head_width",
-    "in_range",
     "nearest_of",
     "rotated",
 ]

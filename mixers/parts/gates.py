@@ -42,6 +42,11 @@ Gate = Literal["swish", "sigmoid", "none"]
 """What the output gate goes through."""
 
 
+def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tensor, "*batch"]:
+    """Natural log of sigmoid(logits)^(1/normalizer), float32 or float64: 16 bits cannot tell 0.999 from 1."""
+    return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / normalizer
+
+
 class GatedNorm(nn.Module):
     """norm(x) * weight * act(gate) over the last dimension, formed in float32 (or float64) and returned in it.
 

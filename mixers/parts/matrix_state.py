@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.call import Call
-from ...ops.decay import Backend
+from ...ops.decay import DECAY, Backend
 from ...ops.kernels import Probe
 from ...ops.paradigm import Paradigm
 from ...ops.recurrence import Family
@@ -32,7 +32,7 @@ ShortConv = Annotated[
 class MatrixStateConfig(MixerConfig):
     """Fields of every mixer whose state is a matrix per head."""
 
-    family: ClassVar[Family]
+    family: ClassVar[Family] = DECAY
     """The op family."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the variance or the mean square of the output's norm."""

@@ -7,6 +7,7 @@ o          = the recurrence of q, k, v          the mixer's own equations
 y          = (norm(o) * act(g)) W_O             per head
 """
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ...ops.call import Call
 from ...ops.delta import unit_norm
+from ...ops.recurrence import RecurrenceOutput
 from ..traits import ContractError
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
@@ -81,7 +83,7 @@ class QKV(NamedTuple):
 
 
 class QKVMixer(MatrixStateMixer):
-    """The layer around a recurrence; a subclass writes `mix` from `project`, its op and `finish`.
+    """The layer around a recurrence, which a subclass states in `recur`; modules that it adds initialise themselves.
 
     Args:
         config: the mixer's configuration.
@@ -111,6 +113,7 @@ class QKVMixer(MatrixStateMixer):
         self.convolution = ShortConvolution(2 * keys + values, config.short_conv) if config.short_conv else None
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.reset_parameters()
 
     def output_norm(self, width: int) -> GatedNorm:
         """The norm of the output over `width` dimensions, and its gate."""
@@ -123,12 +126,25 @@ class QKVMixer(MatrixStateMixer):
             nn.init.xavier_uniform_(projection, gain=self.gains[0])
         if self.convolution is not None:
             self.convolution.reset_parameters()
-        self.reset_decay()
+        known = (self.in_proj, self.convolution, self.norm, self.out_proj)
+        for part in [child for child in self.children() if child not in known]:
+            part.reset_parameters()
         self.norm.reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight, gain=self.gains[1])
 
-    def reset_decay(self) -> None:
-        """Initialise the parameters that a subclass adds."""
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
+        h = self.project(x, call)
+        o, memory = self.recur(x, h, call.enter("memory"))
+        y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
+        return y, self.state_after(x, memory, h.recent, call)
+
+    @abstractmethod
+    def recur(self, x: Float[Tensor, "B T D"], h: QKV, call: Call) -> RecurrenceOutput:
+        """The mixer's own equations: an op of its family on what was projected of x."""
+
+    def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
+        """The output's norm, times the gate."""
+        return self.norm(o, gate)
 
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
         """Everything in front of the recurrence."""
@@ -165,10 +181,3 @@ class QKVMixer(MatrixStateMixer):
         if self.config.rotation == "none" or positions is None:
             return qk
         return rotated(qk, positions, self.config.rotation, self.config.rotation_base)
-
-    def finish(
-        self, x: Tensor, o: Float[Tensor, "B T H V"], memory: Tensor | None, projected: QKV, call: Call
-    ) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        """Everything behind the recurrence, and the state."""
-        y = self.out_proj(self.norm(o, projected.gate).to(projected.dtype).flatten(2))
-        return y, self.state_after(x, memory, projected.recent, call)

@@ -1,12 +1,51 @@
 """Decays from step sizes (Mamba-2, arXiv 2405.21060): a_t = exp(-e^{A_log} dt_t) with dt_t = softplus(x_t + b)."""
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
+
+from .matrix_state import MatrixStateConfig
+
+
+def _in_range(least: float, most: float) -> AfterValidator:
+    """The check of a field of two numbers in order: beyond these bounds float32 or float16 has no numbers left."""
+
+    def check(given: tuple[float, float]) -> tuple[float, float]:
+        if not least <= given[0] <= given[1] <= most:
+            raise ValueError(f"a range needs {least:g} <= lowest <= highest <= {most:g}, and is {given}")
+        return given
+
+    return AfterValidator(check)
+
+
+def _limit(given: tuple[float, float | None]) -> tuple[float, float | None]:
+    low, high = given[0], math.inf if given[1] is None else given[1]
+    if not (0 <= low <= 1e3 and low < high and (high <= 1e3 or high == math.inf)):
+        raise ValueError(
+            f"limits of the step size need 0 <= lowest < highest <= 1000, or .inf for no highest, and are {given}"
+        )
+    return low, None if high == math.inf else high  # JSON has no infinity
+
+
+Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | None], AfterValidator(_limit)]
+"""The type of a field that bounds step sizes, at most 1e3; .inf or null as the upper for none."""
+
+
+class TimeStepFields(MatrixStateConfig):
+    """Fields of a mixer whose step sizes and rates have ranges of their own."""
+
+    time_step_range: Annotated[tuple[float, float], _in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
+    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
+    1e-6 to 1e3; Mamba-2's code raises those below 1e-4 to that."""
+    time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
+    """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
+    a_range: Annotated[tuple[float, float], _in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
+    """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
 
 
 class TimeStepDecay(nn.Module):
@@ -30,6 +69,7 @@ class TimeStepDecay(nn.Module):
         self.rates, self.steps, self.limit = rates, steps, limit
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -48,14 +88,3 @@ class TimeStepDecay(nn.Module):
         if self.limit is not None:
             step = step.clamp(*self.limit)
         return step, -step * self.A_log.to(wide).exp()
-
-
-def in_range(least: float, most: float) -> AfterValidator:
-    """The check of a field of two numbers in order: beyond these bounds float32 or float16 has no numbers left."""
-
-    def check(given: tuple[float, float]) -> tuple[float, float]:
-        if not least <= given[0] <= given[1] <= most:
-            raise ValueError(f"a range needs {least:g} <= lowest <= highest <= {most:g}, and is {given}")
-        return given
-
-    return AfterValidator(check)

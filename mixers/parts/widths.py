@@ -44,6 +44,21 @@ def divided(d_model: int, expand: float, name: str, divisor: int, field: str, su
     )
 
 
+def heads_of(d_model: int, expand: float, head_dim: int, n_groups: int) -> int:
+    """The number of heads of width `head_dim` that `expand * d_model` dimensions have.
+
+    Raises:
+        ContractError: it is no whole number, or the groups do not divide it; it names the nearest numbers that would do.
+    """
+    n_heads = divided(d_model, expand, "expand", head_dim, "head_dim", f"heads of head_dim = {head_dim} do")
+    if n_heads % n_groups:
+        raise ContractError(
+            f"n_groups = {n_groups} does not divide the {n_heads} heads of expand * d_model / head_dim: "
+            f"n_groups = {nearest_of(divisors(n_heads), n_groups)} would"
+        )
+    return n_heads
+
+
 def divisors(number: int) -> list[int]:
     """What divides a positive number, in order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]

@@ -1,0 +1,51 @@
+"""Decays that are fixed per head, whatever the tokens are (RetNet, arXiv 2307.08621, Eq. 8)."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
+
+
+class FixedDecay(nn.Module):
+    """The log-decays of heads by a schedule.
+
+    Args:
+        n_heads: heads.
+        schedule: `geometric`: gamma_h = 1 - 2^(-5-h); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its
+            logarithm; `constant`: `gamma` for all; `none`: no decay.
+        gamma: the decay of `constant`.
+        learnable: whether the decays are parameters, started at the schedule.
+    """
+
+    def __init__(self, n_heads: int, schedule: DecaySchedule, gamma: float | None, *, learnable: bool) -> None:
+        super().__init__()
+        self.n_heads, self.schedule, self.gamma = n_heads, schedule, gamma
+        self.logit = nn.Parameter(torch.empty(n_heads)) if learnable else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The schedule."""
+        if self.logit is not None:
+            leak = self._leak(self.logit.device)
+            self.logit.copy_(torch.log1p(-leak) - leak.log())
+
+    def forward(self, device: torch.device) -> Float[Tensor, " H"] | None:
+        """Natural log of each head's decay, float64; None where nothing decays."""
+        if self.schedule == "none":
+            return None
+        if self.logit is not None:
+            return F.logsigmoid(self.logit.to(torch.float64))
+        return torch.log1p(-self._leak(device))  # log1p: 1 - 2^-25 is 1 in float32
+
+    def _leak(self, device: torch.device) -> Float[Tensor, " H"]:
+        """1 - gamma of each head, float64."""
+        if self.gamma is not None:
+            return torch.full((self.n_heads,), 1 - self.gamma, device=device, dtype=torch.float64)
+        if self.schedule == "log_uniform":
+            return torch.exp2(torch.linspace(-5, -9, self.n_heads, device=device, dtype=torch.float64))
+        return torch.exp2(-5 - torch.arange(self.n_heads, device=device, dtype=torch.float64))
