@@ -48,7 +48,7 @@ def heads_of(d_model: int, expand: float, head_dim: int, n_groups: int) -> int:
     """The number of heads of width `head_dim` that `expand * d_model` dimensions have.
 
     Raises:
-        ContractError: it is no whole number, or the groups do not divide it; it names the nearest numbers that would do.
+        ContractError: it is no whole number, or the groups do not divide it; it names the nearest that would do.
     """
     n_heads = divided(d_model, expand, "expand", head_dim, "head_dim", f"heads of head_dim = {head_dim} do")
     if n_heads % n_groups:
