@@ -23,7 +23,7 @@ from ..models import IGNORED, build_model
 from ..training import RunConfig, load_config
 from ..training.metrics import Measured
 from ..training.optim import build_optimizer, learning_rate
-from ..training.trainer import Learner
+from ..training.trainer import Trainer
 from .program import run_program
 
 LENGTH, WIDTH, LAYERS, HEADS = 64, 128, 4, 4
@@ -97,7 +97,7 @@ class GptTraining:
             self.model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def step(self, step: int) -> None:
+    def train_step(self, step: int) -> None:
         """One optimizer step."""
         settings = self.config.training
         for group in self.optimizer.param_groups:
@@ -119,10 +119,10 @@ class GptTraining:
         return Measured(sum(self.loss_sum(*batch).item() for batch in batches) / counted)
 
 
-def learner(config: RunConfig) -> Learner:
+def trainer(config: RunConfig) -> Trainer:
     """A model of ours in training."""
     model = build_model(config.model, seed=config.seed)
-    return Learner(config, config.open_data(), model, build_optimizer(model, config.training))
+    return Trainer(config, config.open_data(), model, build_optimizer(model, config.training))
 
 
 def main(
@@ -133,19 +133,19 @@ def main(
     fewer = steps * 5 // 8
     whole, shorter = run_config(text, steps, PARALLEL), run_config(text, fewer, PARALLEL)
     swap = (f"model.blocks.ret.mixer={ATTENTION}", "model.blocks.ret.ffn.expansion=4.0")
-    contestants: dict[str, GptTraining | Learner] = {
+    contestants: dict[str, GptTraining | Trainer] = {
         f"GPT of nanoGPT's kind, {steps} steps": GptTraining(whole),
-        f"attention, {steps} steps": learner(run_config(text, steps, *swap)),
-        f"attention, {fewer} steps": learner(run_config(text, fewer, *swap)),
-        f"retention, {steps} steps": learner(whole),
-        f"retention, {fewer} steps": learner(shorter),
+        f"attention, {steps} steps": trainer(run_config(text, steps, *swap)),
+        f"attention, {fewer} steps": trainer(run_config(text, fewer, *swap)),
+        f"retention, {steps} steps": trainer(whole),
+        f"retention, {fewer} steps": trainer(shorter),
     }
     seconds = dict.fromkeys(contestants, 0.0)
     for start in track(range(0, steps, TURN), description="training"):
         for name, contestant in contestants.items():
             began = time.perf_counter()
             for index in range(start, min(start + TURN, contestant.config.training.steps)):
-                contestant.step(index)
+                contestant.train_step(index)
             seconds[name] += time.perf_counter() - began
     losses = {name: contestant.evaluate(final=True).loss for name, contestant in contestants.items()}
     first = next(iter(seconds.values()))

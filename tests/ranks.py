@@ -216,9 +216,10 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
         broken: the rank that finds no text.
     """
     from seqmix import SeqmixError, load_config, train
+    from seqmix.training import trainer as module
     from seqmix.training.events import Evaluated, Saved, Stepped
     from seqmix.training.sharding import whole
-    from seqmix.training.trainer import Learner
+    from seqmix.training.trainer import Trainer
 
     joined = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
@@ -227,19 +228,18 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
         config = load_config("hybrid-tiny", [*SMALL, *overrides, "data.paths=[nowhere.txt]"])
     found: dict[str, Any] = {"loss": [], "norm": [], "validation": [], "saved": [], "rows": {}, "error": None}
     found["gradients"] = []
-    read, backward, made = Learner._batch, Learner._backward, [0]
+    read, clip, made = Trainer.batch, module.clip_grads_with_norm_, [0]
 
     def batch(self, step):
         given = read(self, step)
         found["rows"][step] = [hash(tuple(row)) for row in given.inputs.tolist()]
         return given
 
-    def differentiated(self, step):
-        given = backward(self, step)
-        found["gradients"].append({name: whole(p.grad).clone() for name, p in self.model.named_parameters()})
-        return given
+    def differentiated(parameters, *arguments):
+        found["gradients"].append([whole(p.grad).clone() for p in parameters])
+        clip(parameters, *arguments)
 
-    Learner._batch, Learner._backward = batch, differentiated
+    Trainer.batch, module.clip_grads_with_norm_ = batch, differentiated
     try:
         stop = (lambda: until is not None and made[0] >= until) if rank == size - 1 else (lambda: False)
         for event in train(config, run, resume=resume, stop=stop):
@@ -255,7 +255,7 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     except SeqmixError as error:
         found["error"] = (type(error).__name__, str(error))
     finally:
-        Learner._batch, Learner._backward = read, backward
+        Trainer.batch, module.clip_grads_with_norm_ = read, clip
     return found
 
 

@@ -16,8 +16,8 @@ class TrainingError(SeqmixError):
 
 
 @contextmanager
-def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Tell in one sentence what the machine refuses while a run goes on: memory, a compiler, its files.
+def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
+    """Explain in one sentence what the machine refuses while a run goes on: memory, a compiler, its files.
 
     Args:
         run: the run's folder.
@@ -31,12 +31,14 @@ def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
     except OSError as error:
         # an error that a full disk gives in the middle of a file has no name
         file = error.filename or run
-        raise TrainingError(f"{file} cannot be read or written: {error.strerror or error}; {kept(run)}") from error
+        raise TrainingError(
+            f"{file} cannot be read or written: {error.strerror or error}; {newest_checkpoint(run)}"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if (reason := compiler_failure(error)) is not None:
             raise TrainingError(
                 f"training.compile: the compiler has failed ({reason}): set it to false in {run / 'config.yaml'}, "
-                f"and go on with --resume {run}; {kept(run)}"
+                f"and go on with --resume {run}; {newest_checkpoint(run)}"
             ) from None
         if not is_out_of_memory(error):
             raise
@@ -46,11 +48,11 @@ def told(run: Path, settings: TrainingConfig) -> Iterator[None]:
             *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
         raise TrainingError(
-            f"memory ran out{_asked(error)}: {', '.join(ways[:-1])}, or {ways[-1]}; {kept(run)}"
+            f"memory ran out{_asked(error)}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
         ) from None  # what led here holds on to the tensors that took the memory
 
 
-def kept(run: Path) -> str:
+def newest_checkpoint(run: Path) -> str:
     """What is there to go on from, as the end of a sentence."""
     there = checkpoints(run)
     return f"the newest checkpoint is {there[-1]}" if there else "no checkpoint was written yet"

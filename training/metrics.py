@@ -22,77 +22,65 @@ class Measured:
     """The same for each value of each axis of difficulty."""
 
 
+@dataclass
 class Score:
-    """Counts batch by batch."""
+    """What is counted batch by batch, as JSON holds it."""
 
-    def __init__(self) -> None:
-        self._loss, self._asked = 0.0, 0
-        self._answers: dict[tuple[str, str], list[int]] = {}
-        """Right answers and all, by axis and value."""
-        self._right: int | None = None
+    loss: float = 0.0
+    """Nats, summed."""
+    asked: int = 0
+    """Tokens that were to be predicted."""
+    right: int | None = None
+    """Those whose most probable one was right; None where it is not measured."""
+    answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Right answers and all, by axis of difficulty and value."""
 
-    def add(self, loss: float, asked: int) -> None:
-        """Count a batch by its summed loss.
-
-        Args:
-            loss: nats, summed.
-            asked: tokens that were to be predicted.
-        """
-        self._loss += loss
-        self._asked += asked
-
-    def add_answers(
+    def add(
         self,
         loss: float,
-        predicted: Int[Tensor, " M"],
         targets: Int[Tensor, "B T"],
-        slices: Mapping[str, Sequence[str]],
+        predicted: Int[Tensor, " M"] | None = None,
+        slices: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Count a batch by its answers too.
+        """Count a batch.
 
         Args:
             loss: nats, summed.
-            predicted: the most probable token at each place that is asked, row by row.
-            targets: the right ones, `IGNORED` where nothing is asked.
+            targets: the right tokens, `IGNORED` where nothing is asked.
+            predicted: the most probable token at each place that is asked, row by row; None if only the loss counts.
             slices: for every axis of difficulty the value of each row.
         """
         asked = targets != IGNORED
+        self.loss, self.asked = self.loss + loss, self.asked + int(asked.sum())
+        if predicted is None:
+            return
         right = asked.clone()
         right[asked] = predicted == targets[asked]
-        self.add(loss, len(predicted))
-        self._right = (self._right or 0) + int(right.sum())
-        counts = list(zip(right.sum(1).tolist(), asked.sum(1).tolist(), strict=True))
-        for axis, values in slices.items():
-            for value, (good, all_) in zip(values, counts, strict=True):
-                count = self._answers.setdefault((axis, value), [0, 0])
-                count[0] += good
-                count[1] += all_
+        self.right = (self.right or 0) + int(right.sum())
+        for axis, values in (slices or {}).items():
+            for value, *counts in zip(values, right.sum(1).tolist(), asked.sum(1).tolist(), strict=True):
+                self._count(axis, value, *counts)
 
-    @property
-    def counts(self) -> dict[str, Any]:
-        """What was counted, as JSON holds it."""
-        answers = [[axis, value, *counts] for (axis, value), counts in self._answers.items()]
-        return {"loss": self._loss, "asked": self._asked, "right": self._right, "answers": answers}
-
-    @classmethod
-    def merged(cls, all_counts: Sequence[Mapping[str, Any]]) -> "Score":
-        """What several have counted of different batches."""
-        score = cls()
-        for counts in all_counts:
-            score.add(counts["loss"], counts["asked"])
-            if counts["right"] is not None:
-                score._right = (score._right or 0) + counts["right"]
-            for axis, value, right, asked in counts["answers"]:
-                count = score._answers.setdefault((axis, value), [0, 0])
-                count[0] += right
-                count[1] += asked
-        return score
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Add what another has counted of different batches: its `asdict`."""
+        self.loss, self.asked = self.loss + other["loss"], self.asked + other["asked"]
+        if other["right"] is not None:
+            self.right = (self.right or 0) + other["right"]
+        for axis, by_value in other["answers"].items():
+            for value, counts in by_value.items():
+                self._count(axis, value, *counts)
 
     @property
     def measured(self) -> Measured:
         """What was found so far."""
-        asked = max(self._asked, 1)
-        by: dict[str, dict[str, float]] = {}
-        for (axis, value), (right, all_) in self._answers.items():
-            by.setdefault(axis, {})[value] = right / max(all_, 1)
-        return Measured(self._loss / asked, None if self._right is None else self._right / asked, by)
+        asked = max(self.asked, 1)
+        by = {
+            axis: {value: right / max(all_, 1) for value, (right, all_) in by_value.items()}
+            for axis, by_value in self.answers.items()
+        }
+        return Measured(self.loss / asked, None if self.right is None else self.right / asked, by)
+
+    def _count(self, axis: str, value: str, right: int, asked: int) -> None:
+        by_value = self.answers.setdefault(axis, {})
+        before = by_value.get(value, (0, 0))
+        by_value[value] = (before[0] + right, before[1] + asked)

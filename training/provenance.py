@@ -11,30 +11,26 @@ import subprocess
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .config import RunConfig
-from .ranks import ALONE, Ranks
+from .process_groups import ALONE, ProcessGroups
 
 SESSIONS_FILE = "sessions.jsonl"
 
 
 def record_session(
-    run: Path, config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype, ranks: Ranks = ALONE
+    run: Path,
+    config: RunConfig,
+    *,
+    step: int,
+    device: torch.device,
+    precision: torch.dtype,
+    groups: ProcessGroups = ALONE,
 ) -> None:
-    """Add a line: what goes on with the run from `step` on."""
-    described = describe_session(config, step=step, device=device, precision=precision, ranks=ranks)
-    with (run / SESSIONS_FILE).open("a") as file:
-        file.write(json.dumps(described) + "\n")
-
-
-def describe_session(
-    config: RunConfig, *, step: int, device: torch.device, precision: torch.dtype, ranks: Ranks = ALONE
-) -> dict[str, Any]:
-    """Versions, commit, seed, threads, processes and machine."""
-    return {
+    """Add a line on what goes on with the run from `step` on: versions, commit, seed, threads, processes, machine."""
+    session = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": config.seed,
@@ -45,12 +41,14 @@ def describe_session(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "processes": ranks.size,
-        "distributed": {"data": ranks.data, "shard": ranks.shard, "context_parallel": ranks.context_size},
+        "processes": groups.size,
+        "distributed": {"data": groups.data, "shard": groups.shard, "context_parallel": groups.context_parallel},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
+    with (run / SESSIONS_FILE).open("a") as file:
+        file.write(json.dumps(session) + "\n")
 
 
 def seqmix_version() -> str:

@@ -1,28 +1,37 @@
-"""`train`: a run from its configuration, new or resumed, on one process or many; a generator of events.
+"""The course of a run: it starts or resumes, steps, evaluates, writes checkpoints and stops; a generator of events.
 
-Whoever shows them consumes it. What takes part is put together here; `trainer.py` is its course, `learner.py` a step.
+Whoever shows them consumes it. What processes do together, all do in the same order; the main one alone writes files.
 """
 
+import math
+import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..models import LanguageModel, build_model
-from ..registry import ElsewhereError
-from . import checkpoint
-from .checkpoint import Found
+from ..data import Source
+from ..mixers.state import map_state
+from ..models import LanguageModel, build_model, flops_per_token
+from . import checkpoint, train_state
+from .checkpoint import Best, CheckpointError, Found, Manifest
 from .config import RunConfig, TrainingConfig
-from .course import Trainer
-from .errors import TrainingError, told
-from .events import Event, Noted, Started
+from .errors import TrainingError, explain_errors, newest_checkpoint
+from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
+from .logging import Metrics
+from .memory import peak_memory
+from .metrics import Measured
+from .nonfinite import NotFiniteError
 from .optim import build_optimizer
-from .provenance import record_session
-from .ranks import Group, Ranks, lost
+from .peak_flops import peak_flops
+from .process_groups import ProcessGroups, join_processes
+from .provenance import record_session, seqmix_version
 from .run_dir import claim, held, require_free
-from .sharding import shard
-from .trainer import Learner, precision_of
+from .sharding import reshard, shard, take_part
+from .trainer import StepResult, Trainer, precision_of
 
 
 def train(
@@ -34,94 +43,271 @@ def train(
         config: the run.
         run: its folder; made, and refused where it holds something already, unless resumed.
         resume: whether to go on from the newest intact checkpoint in it (from the start, where none was written).
-        stop: asked behind every step; true writes a checkpoint and ends.
+        stop: asked after every step; true writes a checkpoint and ends.
 
     Raises:
         SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, the loss is no
             longer finite, or a checkpoint cannot be written. Nothing is written before all that is needed is there.
     """
     run = Path(run)
-    with Group(config.distributed) as ranks:
+    with join_processes(config.distributed) as groups:
+        source, model, found = _open(config, run, resume, groups)
+        shard(model, groups)
+        course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
+        device, precision = model.device, course.trainer.precision
+        start, notes = 0, []
+        with groups.raise_together():
+            if found is not None:
+                start, notes = found.manifest.step, [*found.notes, *course.restore(found)]
+            elif not resume and groups.is_main:
+                kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
+                claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+                if source.tokenizer is not None:
+                    source.tokenizer.save(run)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
+            stack.enter_context(explain_errors(run, config.training))
+            with groups.raise_together():
+                if groups.is_main:
+                    stack.enter_context(held(run))
+                    course.metrics.begin(start)
+                    checkpoint.drop_unfinished(run)
+                    record_session(run, config, step=start, device=device, precision=precision, groups=groups)
+            stack.callback(course.metrics.close)
+            stack.enter_context(course.writer)
+            yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)
+            for text in notes:
+                yield Noted(start, text)
+            yield from course.steps(start, stop)
+
+
+class Course:
+    """A trainer with the folder of its run."""
+
+    def __init__(self, trainer: Trainer, run: Path) -> None:
+        self.trainer, self.run = trainer, run
+        self.config, self.groups = trainer.config, trainer.groups
+        settings, model = self.config.training, trainer.model
+        self.metrics = Metrics(run, tensorboard=settings.tensorboard)
+        self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
+        self.best = Best()
+        self.peak = peak_flops(model.device, trainer.precision)
+        # a product has two in the backward pass
+        self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
+
+    def restore(self, found: Found) -> list[str]:
+        """Go on from a checkpoint.
+
+        Returns:
+            What makes the run another one than it would have been, a sentence each.
+
+        Raises:
+            CheckpointError: it is of another model, optimizer or batch.
+        """
+        trainer = self.trainer
+        changed = train_state.load_model(found.folder, trainer.model)
+        train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
+        if self.config.training.carry_state:
+            state = train_state.load_state(found.folder, trainer.model, self.config.training.batch_size)
+            first = self.groups.dp_rank * trainer.rows
+            trainer.state = map_state(lambda leaf: leaf[first : first + trainer.rows].clone(), state)
+        self.best = found.manifest.best
+        return _differences(found.manifest, trainer.source, changed, self.groups)
+
+    def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
+        """All steps from `start` on, with evaluations and checkpoints, until asked to stop, or no longer better."""
+        settings, first = self.config.training, 0.0
+        if self._out_of_patience:
+            yield self._stopped_early(start)
+            return
+        for step in range(start, settings.steps):
+            began = time.perf_counter()
+            with self._explain_nonfinite(step + 1):
+                result = self.trainer.train_step(step)
+            seconds = time.perf_counter() - began
+            done, last = step + 1, step + 1 == settings.steps
+            if step == start:
+                first = seconds
+            elif settings.compile and step == start + 1:
+                yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
+            stepped = self._stepped(done, result, seconds)
+            if done % settings.log_every == 0 or last:
+                self._record(asdict(stepped))
+            yield stepped
+            measured = {"loss": result.loss}
+            if last or done % settings.evaluate_every == 0:
+                measured["validation_loss"] = yield from self._evaluations(done, last=last)
+            stopping = self.groups.any(stop())
+            early = self._out_of_patience and not last
+            ending, best = last or early or stopping, settings.keep_best and self.best.step == done
+            if ending or best or done % settings.checkpoint_every == 0:
+                with self._explain_nonfinite(done):
+                    self.trainer.require_finite_update(step)
+                yield self.save(done, measured, wait=ending)
+            if early:
+                yield self._stopped_early(done)
+            if early or stopping:
+                return
+
+    def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
+        """Begin to write a checkpoint after `step` steps.
+
+        Raises:
+            CheckpointError: it, or the one before, could not be written.
+        """
+        trainer, groups = self.trainer, self.groups
+        manifest = Manifest(
+            step=step,
+            seqmix=seqmix_version(),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            processes=groups.size,
+            metrics=metrics,
+            best=self.best,
+            data=trainer.source.digest,
+        )
+        reshard(trainer.model)
+        state = None if trainer.state is None else map_state(groups.gather_rows, trainer.state)
+        parts = train_state.gather(trainer.model, trainer.optimizer, state)
+        with groups.raise_together():
+            self.writer.wait()
+        if groups.is_main:
+            self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
+        else:
+            take_part(parts)
+        with groups.raise_together():
+            if wait:
+                self.writer.wait()
+        return Saved(step, checkpoint.folder_of(self.run, step))
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.groups.is_main:
+            self.metrics.record(values)
+
+    def _stepped(self, done: int, result: StepResult, seconds: float) -> Stepped:
+        speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
+        mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
+        memory = peak_memory(self.trainer.model.device)
+        return Stepped(done, result.loss, result.learning_rate, result.gradient_norm, speed, mfu, memory)
+
+    def _evaluations(self, done: int, *, last: bool) -> Generator[Evaluated, None, float]:
+        """The evaluation after a step, and the final one if training ends with it.
+
+        Returns:
+            The loss that is compared with those of other evaluations: of as many batches, also at the end.
+        """
+        settings = self.config.training
+        found = at_end = self._measured(done, final=last)
+        if last and settings.final_evaluation_batches != settings.evaluation_batches:
+            found = self._measured(done, final=False)
+        self.best = self.best.after(done, found.loss)
+        if not last:
+            yield self._evaluated(done, found, final=False)
+            if self._out_of_patience:
+                last, at_end = True, self._measured(done, final=True)
+        if last:
+            yield self._evaluated(done, at_end, final=True)
+        return found.loss
+
+    def _evaluated(self, done: int, found: Measured, *, final: bool) -> Evaluated:
+        """An evaluation on record, with the further lengths."""
+        lengths = self.config.training.evaluation_lengths
+        by_length = {length: self._measured(done, final=final, length=length).loss for length in lengths}
+        values = {"step": done, "validation_loss": found.loss, "final": final}
+        if by_length:
+            values["validation_loss_by_length"] = by_length
+        if found.accuracy is not None:
+            values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
+        self._record(values)
+        return Evaluated(done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
+
+    def _measured(self, done: int, *, final: bool, length: int | None = None) -> Measured:
+        with self._explain_nonfinite(done):
+            return self.trainer.evaluate(final=final, length=length)
+
+    @property
+    def _out_of_patience(self) -> bool:
+        patience = self.config.training.patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    def _stopped_early(self, done: int) -> StoppedEarly:
+        return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
+
+    @contextmanager
+    def _explain_nonfinite(self, done: int) -> Iterator[None]:
+        """Say of a value that is not finite what is kept, and what may help."""
         try:
-            yield from _train(config, run, resume, stop, ranks)
-        except RuntimeError as error:
-            if ranks.size > 1 and lost(error):
-                raise ElsewhereError("another process of the run is gone") from error
-            raise
+            yield
+        except NotFiniteError as error:
+            with suppress(CheckpointError):
+                self.writer.wait()
+            advice = "try a lower training.learning_rate"
+            said = TrainingError(f"step {done}: {error}; {advice}; {newest_checkpoint(self.run)}")
+            raise self.groups.raised_by_all(said) from None
 
 
-def _train(
-    config: RunConfig, run: Path, resume: bool, stop: Callable[[], bool], ranks: Ranks
-) -> Generator[Event, None, None]:
+def _open(
+    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups
+) -> tuple[Source, LanguageModel, Found | None]:
+    """The data, the model before it is sharded, and the checkpoint to go on from; nothing is written."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, written = precision_of(config.training, device), None
-    with ranks.together():
-        if not resume and ranks.first:
+    found = None
+    with groups.raise_together():
+        if not resume and groups.is_main:
             require_free(run)
-        _require_shares(config, ranks)
+        _require_shares(config.training, groups)
         source = config.open_data(run)
-        if resume and ranks.first and checkpoint.checkpoints(run):
-            written = checkpoint.find(run)
+        if resume and groups.is_main and checkpoint.checkpoints(run):
+            found = checkpoint.find(run)
+        precision = precision_of(config.training, device)
         model = build_model(config.model, device=device, activations=precision, seed=config.seed)
         model.tokenizer = source.tokenizer
-        _require_shared_mixers(model, config.training, ranks)
-    # the first process has read it wholly; the others take its word
-    folder = ranks.gather(None if written is None else str(written.folder))[0]
-    with ranks.together():
-        found = written
-        if folder is not None and not ranks.first:
+        _require_shared_mixers(model, config.training, groups)
+    # the main process has read it wholly; the others take its word
+    folder = groups.gather(None if found is None else str(found.folder))[0]
+    with groups.raise_together():
+        if folder is not None and not groups.is_main:
             found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
-    shard(model, ranks)
-    trainer = Trainer(Learner(config, source, model, build_optimizer(model, config.training), ranks), run)
-    start, notes = 0, []
-    with ranks.together():
-        if found is not None:
-            start, notes = found.manifest.step, [*found.notes, *trainer.restore(found)]
-        elif not resume and ranks.first:
-            kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
-            claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
-            if source.tokenizer is not None:
-                source.tokenizer.save(run)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
-        stack.enter_context(told(run, config.training))
-        with ranks.together():
-            if ranks.first:
-                stack.enter_context(held(run))
-                trainer.metrics.begin(start)
-                checkpoint.drop_unfinished(run)
-                record_session(run, config, step=start, device=device, precision=precision, ranks=ranks)
-        stack.enter_context(trainer)
-        parameters = sum(p.numel() for p in model.parameters())
-        yield Started(source, parameters, device, precision, start, ranks.size)
-        for text in notes:
-            yield Noted(start, text)
-        yield from trainer.steps(start, stop)
+    return source, model, found
 
 
-def _require_shares(config: RunConfig, ranks: Ranks) -> None:
-    """Find out whether a batch has equal parts for all processes."""
-    settings, shares = config.training, ranks.batch_size
-    if settings.batch_size % (shares * settings.grad_accum_steps):
+def _require_shares(settings: TrainingConfig, groups: ProcessGroups) -> None:
+    """Find out whether a batch has equal micro-batches for all processes."""
+    shares, parts = groups.dp_size, settings.grad_accum_steps
+    if settings.batch_size % (shares * parts):
         raise TrainingError(
             f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
-            f"training.grad_accum_steps = {settings.grad_accum_steps} parts each: it must be a multiple of "
-            f"{shares * settings.grad_accum_steps}"
+            f"training.grad_accum_steps = {parts} parts each: it must be a multiple of {shares * parts}"
         )
 
 
-def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, ranks: Ranks) -> None:
+def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
     """Find out whether all mixers can share a sequence."""
-    for name, block in zip(model.config.layers, model.blocks, strict=True) if ranks.context is not None else ():
-        mixer = block.mixer
+    for name, block in zip(model.config.layers, model.blocks, strict=True) if groups.cp_group is not None else ():
+        mixer, given = block.mixer, f"distributed.context_parallel = {groups.context_parallel}"
         if not mixer.supports_context_parallel and settings.compile:
             raise TrainingError(
-                f"distributed.context_parallel = {ranks.context_size} hands the state of {mixer.kind} "
-                f"(model.blocks.{name}) from process to process, which cannot be compiled: set "
-                "training.compile to false"
+                f"{given} hands the state of {mixer.kind} (model.blocks.{name}) from process to process, which cannot "
+                "be compiled: set training.compile to false"
             )
         if not mixer.supports_context_parallel and mixer.traits.state == "growing":
             raise TrainingError(
-                f"distributed.context_parallel = {ranks.context_size} shares each sequence among processes, and "
-                f"{mixer.kind} of model.blocks.{name} cannot: its state grows with the text, and its `mix` does not "
-                "read `context`; set distributed.context_parallel to 1, or take another mixer"
+                f"{given} shares each sequence among processes, and {mixer.kind} of model.blocks.{name} cannot: its "
+                "state grows with the text, and its `mix` does not read `context`; set distributed.context_parallel to "
+                "1, or take another mixer"
             )
+
+
+def _differences(manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups) -> list[str]:
+    """What makes a resumed run another one: by its data, or by rounding."""
+    now = {"processes": groups.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
+    changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
+    changed += ways
+    notes = []
+    if changed:
+        notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
+    if manifest.data is not None and manifest.data != source.digest:
+        notes.append(
+            f"{source.name} is not the text that was learned up to step {manifest.step}: from here on another run"
+        )
+    return notes

@@ -10,8 +10,7 @@ import torch
 
 from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, Tokenizer, build_model, load_tokenizer
 from ..registry import load
-from . import checkpoint
-from . import train_state as snapshot
+from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
 from .run_dir import CONFIG_FILE
@@ -88,7 +87,7 @@ def export_run(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    checkpoint.write_tensors(out, snapshot.parameters_of(model), metadata)
+    checkpoint.write_tensors(out, train_state.parameters_of(model), metadata)
     return step
 
 
@@ -96,12 +95,12 @@ def _load_checkpoint(
     run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
 ) -> tuple[LanguageModel, int]:
     # nothing else is needed: damaged moments are no reason to pass over good parameters
-    found = checkpoint.find(run, choice, parts=(snapshot.MODEL,))
+    found = checkpoint.find(run, choice, parts=(train_state.MODEL,))
     for note in found.notes:
         tell(note)
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
-    snapshot.load_model(found.folder, model)
+    train_state.load_model(found.folder, model)
     return model, found.manifest.step
 
 
@@ -120,7 +119,7 @@ def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
         with TemporaryDirectory() as folder:
             (Path(folder) / TOKENIZER_FILE).write_text(metadata[EXPORTED_TOKENIZER], encoding="utf-8")
             model.tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
-    snapshot.fill(file, found, snapshot.parameters_of(model))
+    train_state.fill(file, found, train_state.parameters_of(model))
     return model.eval()
 
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from ..models import LanguageModel
-from .ranks import Ranks
+from .process_groups import ProcessGroups
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(model: LanguageModel, ranks: Ranks) -> None:
-    """Leave this process its piece of every parameter, and split sequences over its context.
+def shard(model: LanguageModel, groups: ProcessGroups) -> None:
+    """Leave this process its piece of every parameter, and split sequences over its context-parallel group.
 
     Blocks are gathered one at a time, forward and backward, in float32: a 16-bit copy would round decays and norms
     too, which autocast does not. Gradients are the mean over all processes.
     """
-    if ranks.size == 1:
+    if groups.size == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,16 +32,16 @@ def shard(model: LanguageModel, ranks: Ranks) -> None:
     # by default it casts what goes in, states too
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
-    model.set_cp_group(ranks.context)
+        fully_shard(block, mesh=groups.mesh, mp_policy=policy)
+    fully_shard(model, mesh=groups.mesh, mp_policy=policy)
+    model.set_cp_group(groups.cp_group)
 
 
-def settle(model: LanguageModel) -> None:
+def reshard(model: LanguageModel) -> None:
     """Make parameters pieces again: after a forward pass without backward, some are gathered still."""
     for module in model.modules():
-        if (reshard := getattr(module, "reshard", None)) is not None:  # FSDP's, which is imported where it is used
-            reshard()
+        if (method := getattr(module, "reshard", None)) is not None:  # FSDP's, which is imported where it is used
+            method()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,25 +1,28 @@
-"""A model that learns and is measured: one optimizer step, one evaluation, on one process or many.
+"""One training step, and one evaluation, of a model on one process or many.
 
 What processes do together, all do in the same order. Everything random in a step is a function of (seed, step), and of
-the process: a resumed run goes on as the unbroken one would have.
+the process: a resumed run goes on as an uninterrupted one would have.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
-from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
+from ..models import IGNORED, LanguageModel, ModelOutput, ModelState, compile_blocks
 from .config import RunConfig, TrainingConfig
 from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, first_gradient, first_module
 from .optim import AnyOptimizer, learning_rate
-from .ranks import ALONE, Ranks
+from .process_groups import ALONE, ProcessGroups
 from .sharding import whole
 
 
@@ -33,51 +36,71 @@ class StepResult(NamedTuple):
     learning_rate: float
 
 
-class Learner:
-    """One run's model, optimizer and data."""
+class MicroBatch(NamedTuple):
+    """A part of a process's batch, computed at once."""
+
+    batch: Batch
+    state: ModelState | None
+    """Where it starts from, where the state is carried."""
+    targets_in_batch: Tensor
+    """Tokens to predict in the batch of all processes, over which the loss is a mean."""
+
+
+class Trainer:
+    """A model, its optimizer, and the data it is trained on."""
 
     def __init__(
-        self, config: RunConfig, source: Source, model: LanguageModel, optimizer: AnyOptimizer, ranks: Ranks = ALONE
+        self,
+        config: RunConfig,
+        source: Source,
+        model: LanguageModel,
+        optimizer: AnyOptimizer,
+        groups: ProcessGroups = ALONE,
     ) -> None:
-        self.config, self.source, self.model, self.optimizer = config, source, model, optimizer
-        self.ranks, settings = ranks, config.training
-        self.rows = settings.batch_size // ranks.batch_size
+        self.config, self.source, self.model, self.optimizer, self.groups = config, source, model, optimizer, groups
+        self.rows = config.training.batch_size // groups.dp_size
         """Of a batch, those of this process."""
-        self.precision = precision_of(settings, model.device)
+        self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
-        """The state behind the last step, where it is carried: this process's rows."""
-        model.activation_checkpointing = settings.activation_checkpointing
-        if settings.compile:
+        """The state after the last step, where it is carried: this process's rows."""
+        model.activation_checkpointing = config.training.activation_checkpointing
+        if config.training.compile:
             compile_blocks(model)
 
-    def step(self, step: int) -> StepResult:
+    def train_step(self, step: int) -> StepResult:
         """One optimizer step.
 
         Raises:
             NotFiniteError: the loss or the gradient is not finite; the parameters are then what they were.
         """
-        settings = self.config.training
+        settings, states = self.config.training, []
+        self.model.train()
         self._seed(step)
+        total = torch.zeros((), device=self.model.device)
+        for micro_batch in self._micro_batches(step):
+            loss, state = self._loss(micro_batch)
+            (loss * self.groups.size).backward()  # gradients are averaged over processes
+            total += loss.detach()
+            states += [] if state is None else [detach(state)]
+        loss = self.groups.sum(total).item()
+        self._require_finite("loss", loss, lambda: self._recompute(step))
+
+        parameters = list(self.model.parameters())
+        norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self._require_finite("gradient's norm", norm.item())
+        if settings.clip_norm is not None:
+            clip_grads_with_norm_(parameters, settings.clip_norm, norm)
+
         rate = learning_rate(step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
-        loss, state = self._backward(step)
-        if not math.isfinite(loss):
-            raise self._not_finite("loss", loss, lambda: self._forward(step))
-        parameters = list(self.model.parameters())
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        if not torch.isfinite(norm):
-            raise self._not_finite("gradient's norm", norm.item(), None)
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.state = state
+        self.state = concatenate(states) if states else None
         return StepResult(loss, norm.item(), rate)
 
     def evaluate(self, *, final: bool = False, length: int | None = None) -> Measured:
-        """How well the model does on what is held out; every sequence starts from nothing.
+        """How well the model does on the validation split; every sequence starts from nothing.
 
         Args:
             final: whether it is the last evaluation, which may have more batches.
@@ -87,12 +110,11 @@ class Learner:
             NotFiniteError: the loss is not finite.
         """
         found = self._evaluate(final, length)
-        if not math.isfinite(found.loss):
-            raise self._not_finite("validation loss", found.loss, lambda: self._evaluate(final, length))
+        self._require_finite("validation loss", found.loss, lambda: self._evaluate(final, length))
         return found
 
     @torch.no_grad()
-    def require_good(self, step: int) -> None:
+    def require_finite_update(self, step: int) -> None:
         """Refuse to keep parameters (and a state) that an update has ruined: its loss was of those before it.
 
         Raises:
@@ -100,13 +122,74 @@ class Learner:
         """
         self.model.eval()
 
-        def forward() -> float:
-            # with a carried state, what comes next is behind it
-            loss, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
-            return self.ranks.sum(loss).item()
+        def loss() -> float:
+            # with a carried state, what comes next continues it
+            micro_batch = next(self._micro_batches(step + 1 if self.config.training.carry_state else step))
+            return self.groups.sum(self._loss(micro_batch)[0]).item()
 
-        if not math.isfinite(loss := forward()):
-            raise self._not_finite("loss after the update", loss, forward)
+        self._require_finite("loss after the update", loss(), loss)
+
+    # ---- a step
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of a step's batch, on the model's device."""
+        size, groups = self.config.training.batch_size, self.groups
+        batch = self.source.training_batch(step, size, self.config.seed, groups.dp_rank, groups.dp_size)
+        return self._to_device(batch)
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        parts = self.config.training.grad_accum_steps
+        batch, state, rows = self.batch(step), self._state_before(step), self.rows // parts
+        # those that share a sequence have all counted its targets
+        targets = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
+        targets = targets.clamp(min=1)
+        for number, part in enumerate(zip(*(x.chunk(parts) for x in batch), strict=True)):
+            at = slice(number * rows, (number + 1) * rows)
+            # a copy: without gradients, a mixer may write where it was
+            before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
+            yield MicroBatch(Batch(*part), before, targets)
+
+    def _state_before(self, step: int) -> ModelState | None:
+        """The state that a step starts from: nothing, or where it is carried, that after the step before."""
+        settings = self.config.training
+        if not settings.carry_state:
+            return None
+        if self.state is not None and self.source.goes_on(step, settings.batch_size, self.config.seed):
+            return self.state
+        # what a mixer makes like its parameters is in pieces where they are
+        return map_state(whole, self.model.init_state(self.rows))
+
+    def _loss(self, micro_batch: MicroBatch) -> tuple[Tensor, ModelState | None]:
+        """The share of a micro-batch in the loss of its batch, and the state after it if it is carried."""
+        output = self._forward(micro_batch.batch, micro_batch.state)
+        assert output.loss is not None
+        return output.loss / micro_batch.targets_in_batch, output.state
+
+    def _forward(
+        self, batch: Batch, state: ModelState | None = None, *, return_predictions: bool = False
+    ) -> ModelOutput:
+        """The summed loss of a batch; its documents start from nothing where the data packs them."""
+        packed = self.source.packed(batch)
+        with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.model(
+                batch.inputs if packed is None else packed.inputs,
+                state,
+                targets=batch.targets if packed is None else packed.targets,
+                reduction="sum",
+                cu_seqlens=None if packed is None else packed.cu_seqlens,
+                return_state=state is not None,
+                return_predictions=return_predictions,
+            )
+
+    def _seed(self, step: int) -> None:
+        """Draw a step's dropout from its own generator, a process's from one of its own."""
+        seed = self.config.seed << 32 | step
+        if not self.groups.is_main:
+            seed = int(np.random.SeedSequence([seed, self.groups.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        torch.manual_seed(seed)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
     # ---- an evaluation
 
@@ -115,7 +198,7 @@ class Learner:
         settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
-        parts = settings.grad_accum_steps * self.ranks.batch_size  # smaller batches, and as many sequences
+        parts = settings.grad_accum_steps * self.groups.dp_size  # smaller batches, and as many sequences
         rows = before = settings.batch_size // parts
         rows = max(rows * trained // length, 1)
         if limit is not None:
@@ -123,113 +206,45 @@ class Learner:
         self.model.eval()
         score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
-            placed, targets = self._to_device(batch), self.model.local_targets(batch.targets)
-            if slices is None:
-                score.add(self._loss_sum(placed).item(), int((targets != IGNORED).sum()))
-            else:
-                with self._autocast():
-                    output = self.model(placed.inputs, targets=placed.targets, reduction="sum", return_predictions=True)
-                score.add_answers(output.loss.item(), output.predictions.cpu(), targets, slices)
-        return Score.merged(self.ranks.gather(score.counts)).measured if self.ranks.size > 1 else score.measured
+            output = self._forward(self._to_device(batch), return_predictions=slices is not None)
+            predicted = None if output.predictions is None else output.predictions.cpu()
+            assert output.loss is not None
+            score.add(output.loss.item(), self.model.local_targets(batch.targets), predicted, slices)
+        total = Score()
+        for counts in self.groups.gather(asdict(score)):
+            total.merge(counts)
+        return total.measured
 
     def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
         """Of batches, those of this process: one of each round, which is empty where there are no more."""
-        batches, n = iter(batches), self.ranks.batch_size
-        while part := list(islice(batches, n)):
-            batch, slices = part[min(self.ranks.batch_rank, len(part) - 1)]
-            if self.ranks.batch_rank >= len(part):
+        batches, rank = iter(batches), self.groups.dp_rank
+        while part := list(islice(batches, self.groups.dp_size)):
+            batch, slices = part[min(rank, len(part) - 1)]
+            if rank >= len(part):
                 batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
             yield Examples(batch, slices)
 
-    # ---- a step
-
-    def _backward(self, step: int) -> tuple[float, ModelState | None]:
-        """The loss of a step's batch, part by part, with its gradients in the parameters; and the state to carry."""
-        total = torch.zeros((), device=self.model.device)
-        states: list[ModelState] = []
-        for loss, state in self._losses(step):
-            # of what processes have, gradients become the mean
-            (loss if self.ranks.size == 1 else loss * self.ranks.size).backward()
-            total += loss.detach()
-            if state is not None:
-                states.append(detach(state))
-        return self.ranks.sum(total).item(), concatenate(states) if states else None
-
-    def _losses(self, step: int) -> Iterator[tuple[torch.Tensor, ModelState | None]]:
-        """The share of each part of this process's batch in a step's loss, and the state behind it if it is carried."""
-        settings = self.config.training
-        batch, state = self._batch(step), self._state_before(step)
-        counted = (batch.targets != IGNORED).sum()
-        # those that share a sequence have all counted it
-        counted = (self.ranks.sum(counted) // self.ranks.context_size).clamp(min=1)
-        rows = self.rows // settings.grad_accum_steps
-        for number, part in enumerate(zip(*(x.chunk(settings.grad_accum_steps) for x in batch), strict=True)):
-            if state is None:
-                yield self._loss_sum(Batch(*part)) / counted, None
-            else:
-                # a copy: without gradients, a mixer may write where it was
-                before = map_state(lambda leaf, at=number * rows: leaf[at : at + rows].clone(), state)
-                loss, after = self._carried_loss_sum(Batch(*part), before)
-                yield loss / counted, after
+    # ---- what is not finite
 
     @torch.no_grad()
-    def _forward(self, step: int) -> None:
-        """A step's batch once more, as it was computed."""
+    def _recompute(self, step: int) -> None:
+        """A step's forward pass once more."""
         self._seed(step)
-        for _ in self._losses(step):
-            pass
+        for micro_batch in self._micro_batches(step):
+            self._loss(micro_batch)
 
-    def _seed(self, step: int) -> None:
-        """Draw a step's dropout from its own generator, a process's from one of its own."""
-        seed = self.config.seed << 32 | step
-        if not self.ranks.first:
-            seed = int(np.random.SeedSequence([seed, self.ranks.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        torch.manual_seed(seed)
-
-    def _batch(self, step: int) -> Batch:
-        size, seed, ranks = self.config.training.batch_size, self.config.seed, self.ranks
-        return self._to_device(self.source.training_batch(step, size, seed, ranks.batch_rank, ranks.batch_size))
-
-    def _state_before(self, step: int) -> ModelState | None:
-        """The state that a step starts from: nothing, or where it is carried, that behind the step before."""
-        settings = self.config.training
-        if not settings.carry_state:
-            return None
-        goes_on = self.source.goes_on(step, settings.batch_size, self.config.seed)
-        if goes_on and self.state is not None:
-            return self.state
-        # what a mixer makes like its parameters is in pieces where they are
-        return map_state(whole, self.model.init_state(self.rows))
-
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        packed = self.source.packed(batch)
-        with self._autocast():
-            if packed is None:
-                return self.model(batch.inputs, targets=batch.targets, reduction="sum").loss
-            found = self.model(packed.inputs, targets=packed.targets, reduction="sum", cu_seqlens=packed.cu_seqlens)
-            return found.loss
-
-    def _carried_loss_sum(self, batch: Batch, state: ModelState) -> tuple[torch.Tensor, ModelState]:
-        with self._autocast():
-            found = self.model(batch.inputs, state, targets=batch.targets, reduction="sum", return_state=True)
-            return found.loss, found.state
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
-
-    def _not_finite(self, what: str, value: float, forward: Callable[[], Any] | None) -> NotFiniteError:
-        """What to say of a value that is not finite, and where that began: forward, else in the gradients there are."""
+    def _require_finite(self, what: str, value: float, forward: Callable[[], Any] | None = None) -> None:
+        """Refuse a value that is not finite, and say where that began: forward, else in the gradients there are."""
+        if math.isfinite(value):
+            return
         where = None
         if forward is not None and (module := first_module(self.model, forward)) is not None:
             where = f"first in the output of {module}"
         elif forward is None and (name := first_gradient(self.model.named_parameters())) is not None:
             where = f"first in the gradient of {name}"
         # as the first process has it that has anything
-        where = next((place for place in self.ranks.gather(where) if place is not None), None)
-        return NotFiniteError(f"the {what} is {value:g}{f', {where}' if where else ''}")
+        where = next((place for place in self.groups.gather(where) if place is not None), None)
+        raise NotFiniteError(f"the {what} is {value:g}{f', {where}' if where else ''}")
 
 
 def precision_of(settings: TrainingConfig, device: torch.device) -> torch.dtype:

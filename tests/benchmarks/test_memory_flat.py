@@ -3,7 +3,7 @@
 import torch
 
 from seqmix.benchmarks.memory_flat import ALLOWED, Held, growth, measured, settled
-from seqmix.training.trainer import Learner
+from seqmix.training.trainer import Trainer
 
 
 def test_nothing_comes_to_stay(tmp_path):
@@ -14,13 +14,13 @@ def test_nothing_comes_to_stay(tmp_path):
 
 
 def test_a_tensor_that_stays_is_seen(tmp_path, monkeypatch):
-    kept, step = [], Learner.step
+    kept, step = [], Trainer.train_step
 
-    def leaking(self: Learner, number: int):
+    def leaking(self: Trainer, number: int):
         kept.append(torch.ones(2**18))  # more than what tests before this one have freed in small pieces
         return step(self, number)
 
-    monkeypatch.setattr(Learner, "step", leaking)
+    monkeypatch.setattr(Trainer, "train_step", leaking)
     held = settled(list(measured(60, tmp_path)))
     assert [each.tensors - held[0].tensors for each in held] == [0, 10, 20, 30, 40]
     assert growth(held) > ALLOWED

@@ -15,7 +15,7 @@ from seqmix.data import Batch, Stream, evaluation_batches, most_documents, pack,
 from seqmix.models import IGNORED
 from seqmix.training import read_corpus
 from seqmix.training.events import Evaluated, Stepped
-from seqmix.training.trainer import Learner
+from seqmix.training.trainer import Trainer
 
 BEGIN = 256
 LENGTH = 16
@@ -87,7 +87,7 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
     config = packed_config("training.batch_size=4", "training.grad_accum_steps=2", f"data.split={split}")
     model = build_model(config.model)
-    learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
+    trainer = Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
 
     def mean(batches) -> float:
         pieces = [piece for batch in batches for piece in alone(batch)]
@@ -95,10 +95,10 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
             total = sum(float(loss_sum(model, *piece)) for piece in pieces)
         return total / sum(int((piece.targets != IGNORED).sum()) for piece in pieces)
 
-    expected = mean([training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=3)])
-    assert learner.step(3)[0] == pytest.approx(expected, rel=1e-5)
-    expected = mean(evaluation_batches(learner.source.corpus.validation, LENGTH, 4, None))
-    assert learner.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
+    expected = mean([training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=3)])
+    assert trainer.train_step(3)[0] == pytest.approx(expected, rel=1e-5)
+    expected = mean(evaluation_batches(trainer.source.corpus.validation, LENGTH, 4, None))
+    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_has_the_order_that_is_asked_for(packed_config):
@@ -106,10 +106,10 @@ def test_a_run_has_the_order_that_is_asked_for(packed_config):
     for order in ("epochs", "random_windows"):
         config = packed_config(f"data.order={order}", "data.packing=false", "training.steps=2")
         model = build_model(config.model)
-        learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
+        trainer = Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
         model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        learner.step(1)
-        expected = training_batch(learner.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
+        trainer.train_step(1)
+        expected = training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
         assert torch.equal(seen.pop(), expected.inputs)
 
 

@@ -27,7 +27,7 @@ from seqmix.registry import read_mapping
 from seqmix.training import DATA, PRESETS
 from seqmix.training.events import Evaluated, Stepped
 from seqmix.training.metrics import Score
-from seqmix.training.trainer import Learner
+from seqmix.training.trainer import Trainer
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {
@@ -422,10 +422,10 @@ def test_a_score_counts_every_answer_by_what_its_row_is():
 def test_accuracy_is_that_of_the_most_probable_token():
     config = load_config("mqar-tiny", SMALL)
     model = build_model(config.model, seed=1)
-    learner = Learner(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
-    found = learner.evaluate(final=True)
+    trainer = Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
+    found = trainer.evaluate(final=True)
     right, asked, loss = {"2": 0, "4": 0}, {"2": 0, "4": 0}, 0.0
-    for batch, slices in learner.source.evaluation_batches(8, None):
+    for batch, slices in trainer.source.evaluation_batches(8, None):
         with torch.no_grad():
             logits = model(batch.inputs).logits
         for row, value in enumerate(slices["pairs"]):

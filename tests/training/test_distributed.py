@@ -22,7 +22,7 @@ from seqmix.registry import ElsewhereError, SeqmixError
 from seqmix.training.checkpoint import checkpoints, verify
 from seqmix.training.config import DistributedConfig
 from seqmix.training.metrics import Score
-from seqmix.training.ranks import Group
+from seqmix.training.process_groups import join_processes
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("needs processes that fork", allow_module_level=True)
@@ -204,8 +204,8 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_sentence(two, text, tmp_pat
         ),
         (
             ["distributed.context_parallel=3"],
-            "distributed lays out data x shard x context_parallel = 1 x any x 3 processes, a multiple of 3, and there are "
-            "2: start as many with `torchrun --nproc-per-node 3 -m seqmix train ...`, or change `distributed`",
+            "distributed lays out data x shard x context_parallel = 1 x any x 3 processes, a multiple of 3, and there "
+            "are 2: start as many with `torchrun --nproc-per-node 3 -m seqmix train ...`, or change `distributed`",
         ),
         (
             ["training.batch_size=6", "training.grad_accum_steps=2"],
@@ -222,7 +222,7 @@ def test_a_layout_that_does_not_fit_is_refused(two, text, tmp_path, changes, sen
 
 def test_a_layout_of_several_processes_needs_them():
     with pytest.raises(SeqmixError, match=r"1 x any x 2 processes, a multiple of 2, and there is one: start as many"):
-        Group(DistributedConfig(context=2)).__enter__()
+        join_processes(DistributedConfig(context_parallel=2)).__enter__()
 
 
 def test_segments_of_a_carried_state_are_of_one_length():

@@ -1,7 +1,7 @@
 """The processes that train one run together, as `torchrun` starts them; one alone is the same with nobody to ask.
 
-A rank of `shard x data` (a batch rank) reads sequences of its own, which the ranks of its context share: process p has
-the place p % context in them.
+A data-parallel rank reads sequences of its own, which the ranks of its context-parallel group share: process p has the
+place p % context_parallel in it.
 """
 
 import json
@@ -24,41 +24,40 @@ START = "torchrun --nproc-per-node {processes} -m seqmix train ..."
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
+class ProcessGroups:
     """This process and the others."""
 
     rank: int = 0
     """This process, from 0."""
     size: int = 1
-    """All processes."""
+    """All processes: data x shard x context_parallel."""
     data: int = 1
     shard: int = 1
-    context_size: int = 1
-    """How `size` is laid out: their product."""
-    context: ContextParallel | None = None
-    """Those that share this process's sequences; None where it has them for itself."""
+    context_parallel: int = 1
+    cp_group: ContextParallel | None = None
+    """The processes that share this one's sequences; None where it has them for itself."""
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     @property
-    def batch_size(self) -> int:
+    def dp_size(self) -> int:
         """Shares that a batch is read in."""
         return self.data * self.shard
 
     @property
-    def batch_rank(self) -> int:
+    def dp_rank(self) -> int:
         """Which of them is this process's."""
-        return self.rank // self.context_size
+        return self.rank // self.context_parallel
 
     @cached_property
     def mesh(self) -> Any:
         """Over which parameters are sharded: copies of the model in the first dimension, where there are several."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        sizes = {"data": self.data, "shard": self.shard * self.context_size}
+        sizes = {"data": self.data, "shard": self.shard * self.context_parallel}
         if self.data == 1:
             del sizes["data"]
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,96 +86,82 @@ class Ranks:
         dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
-    def rows(self, leaf: Tensor) -> Tensor:
-        """The rows of the whole batch, from each batch rank's own."""
+    def gather_rows(self, leaf: Tensor) -> Tensor:
+        """The rows of the whole batch, from each data-parallel rank's own."""
         if self.size == 1:
             return leaf
         parts = [torch.empty_like(leaf) for _ in range(self.size)]
         dist.all_gather(parts, leaf.contiguous())
-        return torch.cat(parts[:: self.context_size])
+        return torch.cat(parts[:: self.context_parallel])
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one process cannot do, none does: the first that fails tells why.
+    def raise_together(self) -> Iterator[None]:
+        """Raise on every process what fails on one: the first that fails says why.
 
         Raises:
-            ElsewhereError: another process has failed, and tells it.
+            ElsewhereError: another process has failed, and says so.
         """
         failed: SeqmixError | None = None
         try:
             yield
         except SeqmixError as error:
-            if self.size == 1:
-                raise
             failed = error
-        if self.size == 1:
-            return
         reasons = self.gather(None if failed is None else str(failed))
-        if (first := next((r for r, reason in enumerate(reasons) if reason is not None), None)) is None:
-            return
+        first = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
         if failed is not None and first == self.rank:
             raise failed
-        raise ElsewhereError(f"process {first} of {self.size} has failed: {reasons[first]}")
+        if first is not None:
+            raise ElsewhereError(f"process {first} of {self.size} has failed: {reasons[first]}")
 
-    def alike(self, error: SeqmixError) -> SeqmixError:
-        """An error that all processes have: one tells it."""
-        return error if self.first else ElsewhereError(f"process 0 of {self.size} has failed: {error}")
+    def raised_by_all(self, error: SeqmixError) -> SeqmixError:
+        """An error that all processes have: one reports it."""
+        return error if self.is_main else ElsewhereError(f"process 0 of {self.size} has failed: {error}")
 
 
-ALONE = Ranks()
+ALONE = ProcessGroups()
 """One process."""
 
 
-class Group:
-    """The process group of a run as a context: made from what torchrun says, or the one there is already."""
+@contextmanager
+def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
+    """Join the other processes in the group that torchrun describes, or in the one there is already.
 
-    def __init__(self, config: DistributedConfig) -> None:
-        self.config = config
-        self._made = False
-
-    def __enter__(self) -> Ranks:
-        """Join the other processes.
-
-        Raises:
-            SeqmixError: the configured layout is of another number of processes.
-        """
-        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if dist.is_available() and dist.is_initialized():
-            size, rank = dist.get_world_size(), dist.get_rank()
-        layout = {
-            "data": self.config.data,
-            "shard": _shards(self.config, size),
-            "context_size": self.config.context_parallel,
-        }
-        if size == 1:
-            return ALONE
-        if not dist.is_initialized():
-            gpu = torch.cuda.is_available()
-            if gpu:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-            self._made = True
-        context = None
-        for first in range(0, size, self.config.context_parallel) if self.config.context_parallel > 1 else ():
-            # every process takes part in making every group
-            group: Any = dist.new_group(list(range(first, first + self.config.context_parallel)))
-            if first <= rank < first + self.config.context_parallel:
-                context = ContextParallel.of(group)
-        return Ranks(rank, size, **layout, context=context)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # after an error, others may be gone, and would be waited for
-        if self._made and error is None:
-            dist.destroy_process_group()
-
-
-def lost(error: BaseException) -> bool:
-    """Whether an error is that of a connection to another process, which is gone then."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    Raises:
+        SeqmixError: the configured layout is of another number of processes.
+        ElsewhereError: the connection to another process is lost.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if dist.is_available() and dist.is_initialized():
+        size, rank = dist.get_world_size(), dist.get_rank()
+    shard, cp_size = _shards(config, size), config.context_parallel
+    if size == 1:
+        yield ALONE
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    cp_group = None
+    for first in range(0, size, cp_size) if cp_size > 1 else ():
+        # every process takes part in making every group
+        group: Any = dist.new_group(list(range(first, first + cp_size)))
+        if first <= rank < first + cp_size:
+            cp_group = ContextParallel.of(group)
+    try:
+        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ElsewhereError("another process of the run is gone") from error
+        raise
+    # not after an error: others may be gone, and would be waited for
+    if ours:
+        dist.destroy_process_group()
 
 
 def _shards(config: DistributedConfig, size: int) -> int:
-    """Processes that parameters are sharded over, context aside."""
+    """Processes that parameters are sharded over, context parallelism aside."""
     others = config.data * config.context_parallel
     asked = others * (config.shard or 1)
     if config.shard is None and size % others == 0:

@@ -12,7 +12,7 @@ from seqmix.models import is_out_of_memory
 from seqmix.training import TrainingError, read_config
 from seqmix.training.checkpoint import checkpoints
 from seqmix.training.events import Evaluated, Saved, Stepped
-from seqmix.training.trainer import Learner
+from seqmix.training.trainer import Trainer
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -39,7 +39,7 @@ def failing(config, run: Path, at: type, step: int, break_it) -> str:
 def failure(error: Exception):
     """A step that fails."""
 
-    def fail(self: Learner, step: int) -> None:
+    def fail(self: Trainer, step: int) -> None:
         raise error
 
     return fail
@@ -56,7 +56,7 @@ def failure(error: Exception):
 )
 def test_a_lack_of_memory_names_what_takes_less_and_what_is_kept(config_of, tmp_path, monkeypatch, error, asked):
     config, run = config_of("training.grad_accum_steps=2"), tmp_path / "run"
-    message = failing(config, run, Stepped, 3, lambda: monkeypatch.setattr(Learner, "_backward", failure(error)))
+    message = failing(config, run, Stepped, 3, lambda: monkeypatch.setattr(Trainer, "train_step", failure(error)))
     assert message == (
         f"memory ran out{asked}: lower training.batch_size (4), raise training.grad_accum_steps (2), for smaller "
         "micro-batches, or set training.activation_checkpointing to true; "
@@ -78,7 +78,7 @@ def test_a_step_that_really_takes_too_much_memory_is_one_sentence(config_of, tmp
 
 
 def test_what_saves_memory_already_is_not_advised(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(Learner, "_backward", failure(MemoryError()))
+    monkeypatch.setattr(Trainer, "train_step", failure(MemoryError()))
     with pytest.raises(TrainingError) as raised:
         list(train(config_of("training.activation_checkpointing=true"), tmp_path / "run"))
     assert "activation_checkpointing" not in str(raised.value)
