@@ -292,8 +292,8 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, group
         if not mixer.supports_context_parallel and mixer.traits.state == "growing":
             raise TrainingError(
                 f"{given} shares each sequence among processes, and {mixer.kind} of model.blocks.{name} cannot: its "
-                "state grows with the text, and its `mix` does not read `context`; set distributed.context_parallel to "
-                "1, or take another mixer"
+                "state grows with the text, and its `mix` does not read `call.cp_group`; set "
+                "distributed.context_parallel to 1, or take another mixer"
             )
 
 
