@@ -141,6 +141,7 @@ class Op(Generic[I]):
             wanted = [ctx.needs_input_grad[i] for i in tensors]
             if any(wanted) and any(d is not None for d in d_outputs[:given]):
                 results = backward_op(*d_outputs[:given], *arguments, *saved, wanted)
+                results = (results,) if len(tensors) == 1 else results
                 for i, wants, gradient in zip(tensors, wanted, results, strict=True):
                     found[i] = gradient if wants else None
             return tuple(found)
@@ -158,16 +159,16 @@ class Op(Generic[I]):
         names = frozenset(name for name, wants in zip(self.tensors, wanted, strict=True) if wants)
         return x, Gradients(args[:given], tuple(saved), names)
 
-    def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _run_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         x, gradients = self._unpacked(args)
         assert self.backward is not None
         with torch.autocast(getattr(x, self.tensors[0]).device.type, enabled=False):
             found = self.backward(x, gradients)
-        return tuple(self._gradient(x, name, gradients, found.get(name)) for name in self.tensors)
+        return _results([self._gradient(x, name, gradients, found.get(name)) for name in self.tensors])
 
-    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _fake_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         x, gradients = self._unpacked(args)
-        return tuple(self._gradient(x, name, gradients, None) for name in self.tensors)
+        return _results([self._gradient(x, name, gradients, None) for name in self.tensors])
 
     def _gradient(self, x: I, name: str, gradients: Gradients, found: Tensor | None) -> Tensor:
         """The gradient of an input as the op returns it: contiguous, and empty where it is not wanted."""
@@ -179,6 +180,11 @@ class Op(Generic[I]):
     def _refuse_twice(self, ctx: Any, *gradients: Tensor | None) -> Any:
         del ctx, gradients
         raise SeqmixError(f"{self.name} has no second derivatives: its gradients cannot be differentiated again")
+
+
+def _results(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """What an op returns: a schema of one result knows no tuple."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
