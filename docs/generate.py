@@ -14,7 +14,7 @@ import torch
 from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.experiments.match import Match
-from seqmix.experiments.pages import fill
+from seqmix.experiments.pages import fill, table
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.kernels import KERNELS
@@ -52,36 +52,34 @@ def render() -> str:
 
 def render_conformance() -> str:
     """The page of the conformance kit, with the tables of its checks and of the kernels."""
-    checks = ["| check | promise | needs |", "|---|---|---|"]
-    for check in CHECKS.values():
-        needs = ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs)
-        checks.append(f"| `{check.name}` | {check.promise} | {needs} |")
-    kernel_checks = ["| check | promise |", "|---|---|"]
-    kernel_checks += [f"| `{check.name}` | {check.promise} |" for check in KERNEL_CHECKS.values()]
-    page = fill(CONFORMANCE.read_text(), "checks", checks)
-    return fill(fill(page, "kernel checks", kernel_checks), "kernels", _kernels())
+    checks = [
+        (f"`{check.name}`", check.promise, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
+        for check in CHECKS.values()
+    ]
+    kernel_checks = [(f"`{check.name}`", check.promise) for check in KERNEL_CHECKS.values()]
+    page = fill(CONFORMANCE.read_text(), "checks", table(["check", "promise", "needs"], checks))
+    page = fill(page, "kernel checks", table(["check", "promise"], kernel_checks))
+    return fill(page, "kernels", _kernels())
 
 
 def render_readme() -> str:
     """The README, with the table of presets: sizes, and the first line of each file. The small ones come first."""
-    lines = ["| preset | layers | d_model | parameters | what it is |", "|---" * 5 + "|"]
+    rows = []
     for file in sorted(PRESETS.glob("*.yaml"), key=lambda file: (not file.stem.endswith("-tiny"), file.stem)):
         model = load_config(file.stem).model
         size = f"{account(model, length=64).body_parameters:,}"
         what = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
-        lines.append(f"| `{file.stem}` | {model.n_layers} | {model.d_model} | {size} | {what} |")
-    return fill(README.read_text(encoding="utf-8"), "presets", lines)
+        rows.append((f"`{file.stem}`", model.n_layers, model.d_model, size, what))
+    heads = ["preset", "layers", "d_model", "parameters", "what it is"]
+    return fill(README.read_text(encoding="utf-8"), "presets", table(heads, rows))
 
 
 def _kernels() -> list[str]:
     """The tolerances of the reference kernels: those of other backends depend on what is installed."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(dtypes) + 1) + "|"]
-    for kernel in sorted(KERNELS.values(), key=lambda kernel: kernel.key):
-        if kernel.reference:
-            lines.append(f"| {kernel.key} | {' | '.join(f'{kernel.tolerances[dtype]:g}' for dtype in dtypes)} |")
-    return lines
+    kernels = sorted((kernel for kernel in KERNELS.values() if kernel.reference), key=lambda kernel: kernel.key)
+    rows = [(kernel.key, *(f"{kernel.tolerances[dtype]:g}" for dtype in dtypes)) for kernel in kernels]
+    return table(["kernel", *(str(dtype).removeprefix("torch.") for dtype in dtypes)], rows)
 
 
 def _built_in(registry: Registry[Any]) -> list[type[Config]]:
@@ -100,14 +98,13 @@ def _section(config: type[Config]) -> str:
     kind = schema["properties"].get("kind")
     name = f"`{kind['const']}`" if kind else config.__name__.removesuffix("Config")
     lines = [f"### {name}\n", f"{schema['description']} `{config.__module__}.{config.__name__}`\n"]
-    fields = {key: field for key, field in schema["properties"].items() if key != "kind"}
-    if fields:
-        lines += ["| field | takes | default | meaning |", "|---|---|---|---|"]
-    for key, field in fields.items():
-        default = "" if key in schema.get("required", ()) else _default(config, key)
-        takes, meaning = _takes(field, schema.get("$defs", {})), field.get("description", "")
-        lines.append(f"| `{key}` | {takes} | {default} | {' '.join(meaning.split())} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for key, field in schema["properties"].items():
+        if key != "kind":
+            default = "" if key in schema.get("required", ()) else _default(config, key)
+            meaning = " ".join(field.get("description", "").split())
+            rows.append((f"`{key}`", _takes(field, schema.get("$defs", {})), default, meaning))
+    return "\n".join([*lines, *(table(["field", "takes", "default", "meaning"], rows) if rows else [])]) + "\n"
 
 
 def _default(config: type[Config], key: str) -> str:

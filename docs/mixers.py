@@ -13,7 +13,7 @@ from statistics import mean
 
 from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
-from seqmix.experiments.pages import fill
+from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
@@ -37,7 +37,8 @@ def _traits(kinds: dict[str, type[MixerConfig]], presets: dict[str, RunConfig]) 
     """What each mixer is and declares, as its tiny preset configures it (or in an example of it)."""
     configured = {mixer_kind(preset): preset for preset in presets.values()}
     words = {True: "yes", False: "no"}
-    lines = ["| mixer | paper | recurrence | paradigms | state | packing | shift-invariant |", "|---" * 7 + "|"]
+    heads = ["mixer", "paper", "recurrence", "paradigms", "state", "packing", "shift-invariant"]
+    rows = []
     for kind, cls in kinds.items():
         preset = configured.get(kind)
         traits = (cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer).traits
@@ -45,22 +46,22 @@ def _traits(kinds: dict[str, type[MixerConfig]], presets: dict[str, RunConfig]) 
         paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in traits.paradigms)
         recurrence = _recurrence(kind).replace("|", r"\|")
         cells = [f"[`{kind}`](#{kind})", papers, f"`{recurrence}`", paradigms, traits.state]
-        lines.append(f"| {' | '.join([*cells, words[traits.packing], words[traits.shift_invariant]])} |")
-    return lines
+        rows.append([*cells, words[traits.packing], words[traits.shift_invariant]])
+    return table(heads, rows)
 
 
 def _costs(presets: dict[str, RunConfig]) -> list[str]:
     """Sizes of the tiny presets, and what one layer's mixer costs."""
-    lines = ["| mixer | preset | parameters | layers | FLOPs a token | state, bytes |", "|---" * 6 + "|"]
+    rows = []
     for name, config in presets.items():
         model = build_meta(config.model)
         mixer = model.blocks[0].mixer
         parameters = sum(parameter.numel() for parameter in model.parameters())
         flops = mixer.flops(LENGTH, mixer.paradigm) // LENGTH
         state = nbytes(mixer.init_state(1, max_length=LENGTH))
-        sizes = f"{parameters:,} | {config.model.n_layers} | {flops:,} | {state:,}"
-        lines.append(f"| `{mixer.kind}` | `{name}` | {sizes} |")
-    return lines
+        sizes = f"{parameters:,}", config.model.n_layers, f"{flops:,}", f"{state:,}"
+        rows.append((f"`{mixer.kind}`", f"`{name}`", *sizes))
+    return table(["mixer", "preset", "parameters", "layers", "FLOPs a token", "state, bytes"], rows)
 
 
 def trained(results: Results) -> list[str]:
@@ -72,13 +73,7 @@ def trained(results: Results) -> list[str]:
     decode = {row.entry: row for row in results.speed.decode}
     speeds = {entry.name: (row := train.get(entry.name)) and row.tokens_per_second for entry in results.entries}
     retention = next((speeds[entry.name] for entry in results.entries if entry.mixers == ("retention",)), None)
-    lines = [
-        "Tokens a second are medians of training steps that the models took in turn, on one thread, in brackets over",
-        "retention's; a decoded token is the median of as many.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
+    rows = []
     for entry in results.entries:
         own = {run.seed: run.validation_loss for run in results.runs if run.entry == entry.name}
         found = [loss for loss in own.values() if loss is not None]
@@ -90,8 +85,13 @@ def trained(results: Results) -> list[str]:
         ratio = f" ({speed / retention:.2f})" if speed and retention else ""
         cells += [f"{speed:,.0f}{ratio}" if speed else "", f"{token.state_bytes:,}" if token else ""]
         cells.append(f"{1e3 * token.seconds:.2f}" if token and token.seconds else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return [
+        "Tokens a second are medians of training steps that the models took in turn, on one thread, in brackets over",
+        "retention's; a decoded token is the median of as many.",
+        "",
+        *table(heads, rows),
+    ]
 
 
 def _docstring(kind: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqmix import account, load_config
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
-from seqmix.experiments.pages import fill
+from seqmix.experiments.pages import fill, table
 from seqmix.models.accounting import ModelCost
 from seqmix.models.builder import build_meta
 from seqmix.ops.context_parallel import ContextParallel
@@ -112,42 +112,26 @@ def _counting(ranks: int) -> Iterator[list[int]]:
 
 
 def _context_table() -> list[str]:
-    lines = ["| mixer | how segments meet | 4,096 tokens | 1,048,576 tokens |", "|---|---|---|---|"]
+    rows = []
     for name, config in single_kind_presets().items():
         kind = mixer_kind(config)
         short, long = (received(name, tokens, 2) for tokens in (2**12, 2**20))
         how = "states" if short == long else "keys and values" if kind == "attention" else "inputs"
-        lines.append(f"| `{kind}` | {how} | {_size(short)} | {_size(long)} |")
-    return lines
+        rows.append((f"`{kind}`", how, _size(short), _size(long)))
+    return table(["mixer", "how segments meet", "4,096 tokens", "1,048,576 tokens"], rows)
 
 
 def _estimates() -> list[str]:
     model = load_config(PRESET).model
     cost, narrow = account(model, length=LENGTH), account(model, length=LENGTH, dtype=torch.bfloat16)
-    heads = (
-        "GPUs",
-        "`distributed`",
-        "`grad_accum_steps`",
-        "memory",
-        "received a part",
-        "computing a step",
-        "sending a step",
-    )
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for layout in LAYOUTS:
         pieces, copies = traffic(cost, layout)
-        computing, sending = seconds(cost, layout)
-        cells = (
-            layout.gpus,
-            f"`data: {layout.data}, shard: {layout.shard}`",
-            parts(layout),
-            _size(memory(cost, narrow, layout)),
-            f"{_size(pieces)} + {_size(copies)}" if copies else _size(pieces),
-            f"{computing:.1f} s",
-            f"{sending:.1f} s",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        sizes = _size(memory(cost, narrow, layout)), " + ".join(map(_size, filter(None, (pieces, copies))))
+        spent = [f"{took:.1f} s" for took in seconds(cost, layout)]
+        rows.append((layout.gpus, f"`data: {layout.data}, shard: {layout.shard}`", parts(layout), *sizes, *spent))
+    heads = ["GPUs", "`distributed`", "`grad_accum_steps`", "memory", "received a part"]
+    return table([*heads, "computing a step", "sending a step"], rows)
 
 
 def _size(count: float) -> str:

@@ -1,8 +1,17 @@
-"""Pages in which a program writes what it has measured, between marks."""
+"""Pages of Markdown: tables, and regions between marks that a program writes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..registry import SeqmixError
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table. A column of numbers, at the right, has a head that ends in a colon."""
+    names = [head.removesuffix(":") for head in heads]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (names, *rows)]
+    rule = "".join("|---:" if head.endswith(":") else "|---" for head in heads)
+    return [lines[0], f"{rule}|", *lines[1:]]
 
 
 def fill(page: str, name: str, lines: Sequence[str]) -> str:

@@ -1,11 +1,12 @@
 """A study's results as tables: for the terminal, for a page (summary.md), and for other programs (CSV)."""
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .chart import quantity
+from .pages import table
 from .results import EntryResult, Results, Statistic, SummaryRow
 from .summary import best_first
 
@@ -76,7 +77,7 @@ def markdown(results: Results) -> str:
     """A page: the question, the table, what was the same for all, what was matched."""
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
-    lines += [*markdown_table(*summary_table(results)), ""] if results.summary else []
+    lines += [*table(*summary_table(results)), ""] if results.summary else []
     lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]
     matched = [f"- {entry.name}: {entry.matched}" for entry in results.entries if entry.matched]
     lines += ["", "Matched:", "", *matched] if matched else []
@@ -85,14 +86,8 @@ def markdown(results: Results) -> str:
             (figure.label, figure.entry, f"{figure.theirs:g}", "" if figure.ours is None else f"{figure.ours:.4g}")
             for figure in results.paper
         ]
-        lines += ["", *markdown_table(["figure", "entry", "paper", "here"], figures)]
+        lines += ["", *table(["figure", "entry", "paper", "here"], figures)]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a table."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def write_tables(results: Results, folder: Path) -> None:

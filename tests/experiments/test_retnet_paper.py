@@ -107,8 +107,8 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
         for length in (16, 64)
     ]
     assert all(row["difference"] < (1e-3 if row["dtype"] == "float32" else 1e-10) for row in rows)
-    for part in ("figure5", "table8", "paradigms"):
-        assert not page.PARTS[part](tmp_path / "kept")[0].startswith("Not measured")
+    for claim in ("figure5", "table8", "paradigms"):
+        assert not page.part(claim, tmp_path / "kept")[0].startswith("Not measured")
 
 
 def test_an_unknown_claim_is_one_sentence():
@@ -139,7 +139,7 @@ def kept(folder: Path, losses: dict[str, list[float]]) -> Path:
 def test_verdicts_are_what_the_seeds_say(tmp_path, page):
     losses = {name: [1.6, 1.7] for name in page.TABLE_6}
     folder = kept(tmp_path, losses | {"retnet": [1.5, 1.6], "no-gate": [1.4, 1.5], "no-decay": [1.6, 1.5]})
-    lines = page.table6(folder)
+    lines = page.part("table6", folder)
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
     assert [cells[page.NAMES[name]][-1] for name in ("no-gate", "no-decay", "small-heads")] == [
         "opposite",
@@ -154,6 +154,6 @@ def test_verdicts_are_what_the_seeds_say(tmp_path, page):
 
 
 def test_what_was_not_measured_is_said(tmp_path, page):
-    for part, write in page.PARTS.items():
-        (line,) = write(tmp_path)
-        assert line.startswith(f"Not measured yet: `python -m seqmix.experiments.retnet_paper {part}")
+    for claim in page.PARTS:
+        (line,) = page.part(claim, tmp_path)
+        assert line.startswith(f"Not measured yet: `python -m seqmix.experiments.retnet_paper {claim}")
