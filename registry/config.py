@@ -28,7 +28,14 @@ class Config(BaseModel):
     )
 
     deprecated_names: ClassVar[Mapping[str, str]] = {}
-    """Old names of fields, each with today's: taken for one minor version, with a warning."""
+    """Old names of fields, each with today's: taken for one minor version, with a warning. A subclass inherits them."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Add a class's deprecated names to those it inherits."""
+        super().__pydantic_init_subclass__(**kwargs)
+        own = [vars(base).get("deprecated_names", {}) for base in reversed(cls.__mro__)]
+        cls.deprecated_names = {old: new for names in own for old, new in names.items()}
 
     @model_validator(mode="before")
     @classmethod

@@ -124,6 +124,19 @@ def test_both_names_in_one_file_are_an_error_that_says_which_to_keep():
     )
 
 
+def test_a_subclass_inherits_deprecated_names_and_adds_its_own():
+    class Longer(Training):
+        minutes: int = 0
+
+        deprecated_names: ClassVar = {"hours": "minutes"}
+
+    values: dict[str, Any] = {"hours": 1, "accumulate": 2}
+    with pytest.warns(FutureWarning) as caught:
+        assert Longer(**values) == Longer(minutes=1, grad_accum_steps=2)
+    assert len(caught) == 2
+    assert "hours" not in Training.deprecated_names
+
+
 def test_a_saved_configuration_has_only_the_present_name():
     run, _ = told("training: {accumulate: 2}")
     assert "accumulate" not in dump(run)
