@@ -186,9 +186,10 @@ def require_recurrence(x: Recurrence) -> None:
     if x.beta is not None:
         del allowed["[B T H K]"]
     if x.log_decay is not None and tuple(x.log_decay.shape) not in allowed.values():
+        *names, last = allowed
         raise SeqmixError(
-            f"log_decay must be None, {', '.join(allowed)} with B, T, H, K = {batch}, {length}, {heads}, {key_width}; "
-            f"given is {list(x.log_decay.shape)}"
+            f"log_decay must be None, {', '.join(names)} or {last} with B, T, H, K = {batch}, {length}, {heads}, "
+            f"{key_width}; given is {list(x.log_decay.shape)}"
         )
     require_packing(x.q, x.cu_seqlens)
     state = (x.rows, *x.matrix)

@@ -147,9 +147,7 @@ def long_of_one(x, filters, past, grows):
 @pytest.mark.parametrize(("length", "reach"), [(1, 1), (1, 7), (5, 1), (5, 4), (5, 20), (9, 9), (16, 15)])
 def test_long_is_the_definition(paradigm, grows, past, length, reach):
     leaves = x, filters, state = [randn(*s).requires_grad_() for s in ((3, length, D), (D, reach), (3, past, D))]
-    results = long_convolution(
-        x, filters, initial_state=state, output_final_state=True, paradigm=paradigm, grows=grows
-    )
+    results = long_convolution(x, filters, initial_state=state, output_final_state=True, paradigm=paradigm, grows=grows)
     rows = [long_of_one(part, filters, before, grows) for part, before in zip(x, state, strict=True)]
     expected = [torch.stack(part) for part in zip(*rows, strict=True)]
     exactly(list(results), expected)
@@ -188,9 +186,7 @@ def test_long_sums_are_wide_and_dtypes_are_kept(paradigm, dtype):
             x[:, :length], filters.float(), initial_state=state, output_final_state=True, paradigm=paradigm
         )
         assert (results.output.dtype, results.final_state.dtype) == (dtype, torch.float32)
-        wide = long_convolution(
-            x[:, :length].double(), filters, initial_state=state.double(), paradigm=paradigm
-        ).output
+        wide = long_convolution(x[:, :length].double(), filters, initial_state=state.double(), paradigm=paradigm).output
         assert_close(results.output, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     # of ones and minus ones, the sums on the way do not fit into float16
     large = torch.full((1, 8, D), 30000.0, dtype=dtype)

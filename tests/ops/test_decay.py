@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.ops import chunks
-from seqmix.ops.decay.api import decay, decay_chunkwise, decay_flops, decay_parallel, decay_recurrent
-from seqmix.ops.decay.chunkwise import chunkwise_backward_op, chunkwise_op
-from seqmix.ops.decay.recurrent import recurrent_backward_op, recurrent_op
+from seqmix.ops.decay import decay_flops, decay_recurrence
 from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.recurrence import Recurrence
 from seqmix.registry import SeqmixError
+from seqmix.testing.counting import count_flops
 
 PARADIGMS = list(Paradigm)
 OPS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
@@ -95,14 +94,14 @@ class Case:
         return {name: x.contiguous() for name, x in inputs.items()}
 
     def options(self, paradigm):
-        chunks = {"chunk_size": self.chunk_size} if paradigm is Paradigm.CHUNKWISE else {}
-        return {"scale": self.scale, "cu_seqlens": self.borders, "output_final_state": True, **chunks}
+        how = {"paradigm": paradigm, "chunk_size": self.chunk_size}
+        return {"scale": self.scale, "cu_seqlens": self.borders, "output_final_state": True, **how}
 
     def run(self, paradigm, inputs):
         """Output and final state."""
         q, k, v = (inputs[name] for name in "qkv")
         log_decay, state = inputs.get("log_decay"), inputs.get("initial_state")
-        return tuple(decay(paradigm, q, k, v, log_decay, initial_state=state, **self.options(paradigm)))
+        return tuple(decay_recurrence(q, k, v, log_decay, initial_state=state, **self.options(paradigm)))
 
     def sequences(self, x):
         """A segment's tensor as one tensor a sequence."""
@@ -223,7 +222,9 @@ def test_an_example_by_hand(paradigm):
     q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, 3, 1, 1) for x in ([1, 1, 2], [1, 2, 1], [1, 1, 3]))
     log_decay = torch.tensor([-math.log(2)], dtype=torch.float64)
     state = torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64)
-    output, final_state = decay(paradigm, q, k, v, log_decay, initial_state=state, output_final_state=True)
+    output, final_state = decay_recurrence(
+        q, k, v, log_decay, initial_state=state, output_final_state=True, paradigm=paradigm
+    )
     exactly(output.flatten(), torch.tensor([3, 3.5, 9.5], dtype=torch.float64))
     exactly(final_state.item(), 4.75)
 
@@ -347,7 +348,7 @@ def test_gradients_of_gradients_are_refused(paradigm):
     leaves = with_leaves(case.inputs())
     output, _ = case.run(paradigm, leaves)
     (gradient,) = torch.autograd.grad(output.square().sum(), leaves["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(SeqmixError, match=f"decay_{paradigm} has no second derivatives"):
         gradient.sum().backward()
 
 
@@ -362,7 +363,7 @@ def test_forward_mode_is_right_or_refused(paradigm, name):
 
     x = inputs[name]
     if paradigm in OPS:
-        with pytest.raises(SeqmixError, match="outside the parallel paradigm, has no forward-mode differentiation"):
+        with pytest.raises(SeqmixError, match=f"decay_{paradigm} has no forward-mode differentiation"):
             torch.func.jvp(of_one_input, (x,), (torch.ones_like(x),))
         return
     _, tangents = torch.func.jvp(of_one_input, (x,), (torch.ones_like(x),))
@@ -471,11 +472,18 @@ def test_autocast_changes_nothing(paradigm, kind, length):
         bit_for_bit(autocast, plain)
 
 
-def arguments(case, paradigm, inputs, *, save_states=True):
-    """Arguments of the custom op."""
-    tensors = [inputs.get(name) for name in INPUTS]
-    sizes = (case.chunk_size, True) if paradigm is Paradigm.CHUNKWISE else ()
-    return (*tensors, case.borders, 0.5, *sizes, save_states)
+def arguments(case, inputs, *, known=False, save_states=True):
+    """Arguments of a custom op; `known` gives it the borders as numbers too."""
+    given = {name: inputs.get(name) for name in INPUTS} | {"beta": None, "cu_seqlens": case.borders}
+    numbers = case.borders.tolist() if known and case.packed else None
+    return Recurrence(
+        **given,
+        boundaries=numbers,
+        scale=0.5,
+        chunk_size=case.chunk_size,
+        output_final_state=True,
+        needs_grad=save_states,
+    )
 
 
 @pytest.mark.parametrize("kind", DECAYS)
@@ -483,22 +491,23 @@ def arguments(case, paradigm, inputs, *, save_states=True):
 @pytest.mark.parametrize("paradigm", OPS)
 def test_the_ops_are_well_formed(paradigm, packed, kind):
     case = Case(kind, [2, 0, 5] if packed else [6, 6], packed=packed)
-    op, backward_op = {
-        Paradigm.RECURRENT: (recurrent_op, recurrent_backward_op),
-        Paradigm.CHUNKWISE: (chunkwise_op, chunkwise_backward_op),
-    }[paradigm]
+    op = getattr(torch.ops.seqmix, f"decay_{paradigm}").default
+    backward_op = getattr(torch.ops.seqmix, f"decay_{paradigm}_backward").default
     inputs = with_leaves(case.inputs())
     compare = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments(case, paradigm, inputs), test_utils=compare)
+    torch.library.opcheck(op, arguments(case, inputs), test_utils=compare)
+    torch.library.opcheck(op, arguments(case, inputs, known=True), test_utils=compare)
     # without an initial state the first entry state is nobody's, and must be the same numbers in two runs all the same
-    torch.library.opcheck(op, arguments(case, paradigm, inputs | {"initial_state": None}), test_utils=compare)
+    torch.library.opcheck(op, arguments(case, inputs | {"initial_state": None}), test_utils=compare)
     inputs = with_leaves(inputs, ())
-    torch.library.opcheck(op, arguments(case, paradigm, inputs, save_states=False), test_utils=compare)
-    *_, states = op(*arguments(case, paradigm, inputs))
-    *tensors, scale = arguments(case, paradigm, inputs)[:7]
-    sizes = (case.chunk_size, kind != "none") if paradigm is Paradigm.CHUNKWISE else ()
+    torch.library.opcheck(op, arguments(case, inputs, save_states=False), test_utils=compare)
+    *_, states = op(*arguments(case, inputs))
+    # of q, k, v, log_decay, beta, initial_state and cu_seqlens
+    wanted = [True, True, True, kind != "none", False, True, False]
     d_output, d_state = case.cotangents()
-    torch.library.opcheck(backward_op, (d_output, d_state, *tensors, states, scale, *sizes), test_utils=compare)
+    for asked in (wanted, [False, True, *[False] * 5]):
+        given = (d_output, d_state, *arguments(case, inputs), states, asked)
+        torch.library.opcheck(backward_op, given, test_utils=compare)
 
 
 @pytest.mark.parametrize(
@@ -516,10 +525,10 @@ def test_the_ops_are_well_formed(paradigm, packed, kind):
 def test_compiles_into_one_graph_with_gradients(paradigm, case):
     torch._dynamo.reset()
     results = []
-    for function in (decay, torch.compile(decay, fullgraph=True, backend="aot_eager")):
+    for function in (decay_recurrence, torch.compile(decay_recurrence, fullgraph=True, backend="aot_eager")):
         leaves = with_leaves(case.inputs())
         q, k, v, a, state = (leaves.get(name) for name in INPUTS)
-        outputs = tuple(function(paradigm, q, k, v, a, initial_state=state, **case.options(paradigm)))
+        outputs = tuple(function(q, k, v, a, initial_state=state, **case.options(paradigm)))
         results.append((*outputs, *gradients(outputs, case.cotangents(), leaves).values()))
     for eager, graph in zip(*results, strict=True):
         exactly(graph, eager)
@@ -529,13 +538,13 @@ def test_compiles_into_one_graph_with_gradients(paradigm, case):
 def test_data_recompiles_nothing(paradigm):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(decay, fullgraph=True, backend=counter)
+    compiled = torch.compile(decay_recurrence, fullgraph=True, backend=counter)
 
     def call(case):
         inputs = case.inputs()
         q, k, v, a, state = (inputs.get(name) for name in INPUTS)
         options = {"initial_state": state, **case.options(paradigm)}
-        exactly(compiled(paradigm, q, k, v, a, **options)[0], decay(paradigm, q, k, v, a, **options)[0])
+        exactly(compiled(q, k, v, a, **options)[0], decay_recurrence(q, k, v, a, **options)[0])
 
     for seed, lengths in enumerate([[4, 5, 3], [0, 12, 0], [12, 0, 0], [1, 1, 10]]):
         call(Case("token", lengths, packed=True, resets=(seed,), seed=seed))
@@ -549,15 +558,15 @@ def test_data_recompiles_nothing(paradigm):
 def test_the_number_of_documents_recompiles_nothing(paradigm):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(decay, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(decay_recurrence, fullgraph=True, backend=counter, dynamic=True)
     for documents in (6, 7, 8, 9):  # none of which, plus one, is another size: a compiler takes equal ones for one
         lengths = [1] * (documents - 1) + [25 - documents]
         case = Case("token", lengths, packed=True, has_state=False)
         inputs = case.inputs()
         q, k, v, a = (inputs.get(name) for name in INPUTS[:4])
         exactly(
-            compiled(paradigm, q, k, v, a, **case.options(paradigm))[0],
-            decay(paradigm, q, k, v, a, **case.options(paradigm))[0],
+            compiled(q, k, v, a, **case.options(paradigm))[0],
+            decay_recurrence(q, k, v, a, **case.options(paradigm))[0],
         )
     assert counter.frame_count == 1
 
@@ -570,22 +579,13 @@ def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
     inputs = case.inputs()
     q, k, v, a, state = (inputs.get(name) for name in INPUTS)
 
-    def baddbmm_flops(_, x_shape, y_shape, **__):
-        return 2 * math.prod(x_shape) * y_shape[-1]
-
-    # torch counts baddbmm, but not in place
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flops}) as counter:
-        if paradigm is Paradigm.PARALLEL:
-            decay_parallel(q, k, v, a, initial_state=state)
-        elif paradigm is Paradigm.CHUNKWISE:
-            # an op counts as nothing, so the function that it was made of is called
-            chunkwise_op._init_fn(q, k, v, a, state, None, 0.5, chunk_size, False, False)
-        else:
-            recurrent_op._init_fn(q, k, v, a, state, None, 0.5, False)
+    counted = count_flops(
+        lambda: decay_recurrence(q, k, v, a, initial_state=state, paradigm=paradigm, chunk_size=chunk_size)
+    )
     # outer products are matrix products, done as elementwise ones
     outer = length * 2 * 4 * 6 if paradigm is Paradigm.RECURRENT else 0
     expected = decay_flops(paradigm, length, 4, 6, chunk_size=chunk_size, context=context)
-    assert counter.get_total_flops() == 3 * (expected - outer)
+    assert counted == 3 * (expected - outer)
 
 
 class Results(TorchDispatchMode):
@@ -656,7 +656,7 @@ def make(batch_size=2, length=6, n_heads=2, key_dim=4, value_dim=3):
 Q, K, V = make()
 
 
-@pytest.mark.parametrize("function", [decay_parallel, decay_recurrent, decay_chunkwise])
+@pytest.mark.parametrize("paradigm", PARADIGMS)
 @pytest.mark.parametrize(
     ("tensors", "options", "sentence"),
     [
@@ -679,31 +679,38 @@ Q, K, V = make()
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(function, tensors, options, sentence):
+def test_what_does_not_fit_is_refused_in_a_sentence(paradigm, tensors, options, sentence):
     with pytest.raises(SeqmixError, match=sentence) as error:
-        function(*tensors, *(() if len(tensors) == 4 else (None,)), **options)
+        decay_recurrence(*tensors, paradigm=paradigm, **options)
     assert "\n" not in str(error.value)
+
+
+def test_there_is_no_other_paradigm():
+    with pytest.raises(SeqmixError, match="there is no paradigm 'chunckwise'; .* did you mean .chunkwise"):
+        decay_recurrence(Q, K, V, paradigm="chunckwise")
+    by_name = decay_recurrence(Q, K, V, paradigm="chunkwise").output
+    bit_for_bit(by_name, decay_recurrence(Q, K, V, paradigm=Paradigm.CHUNKWISE).output)
 
 
 def test_chunks_hold_at_least_a_token():
     with pytest.raises(SeqmixError, match="chunk_size must be at least 1, and is 0"):
-        decay_chunkwise(Q, K, V, None, chunk_size=0)
+        decay_recurrence(Q, K, V, chunk_size=0)
 
 
 @pytest.mark.parametrize("borders", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7], [0], []], ids=str)
-@pytest.mark.parametrize("function", [decay_parallel, decay_recurrent, decay_chunkwise])
-def test_wrong_borders_are_refused(function, borders):
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_wrong_borders_are_refused(paradigm, borders):
     with pytest.raises(SeqmixError, match="must rise from 0 to the 6 tokens given"):
-        function(Q[:1], K[:1], V[:1], None, cu_seqlens=torch.tensor(borders, dtype=torch.int64))
+        decay_recurrence(Q[:1], K[:1], V[:1], cu_seqlens=torch.tensor(borders, dtype=torch.int64), paradigm=paradigm)
 
 
 @pytest.mark.parametrize("borders", [[0, 4], [1, 6], [0, 4, 3, 6]])
 def test_wrong_borders_are_refused_in_compiled_code_too(borders):
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 1, 6, 2, 4)
-    function = torch.compile(decay_parallel, backend="aot_eager", fullgraph=True)
+    function = torch.compile(decay_recurrence, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
-        function(q, k, v, None, cu_seqlens=torch.tensor(borders))
+        function(q, k, v, None, cu_seqlens=torch.tensor(borders), paradigm="parallel")
 
 
 @pytest.mark.parametrize("widths", [(1, 6), (4, 6), (4, 1), (1, 1)])
@@ -713,5 +720,7 @@ def test_the_state_of_a_step_lies_as_the_one_before(heads, widths):
     q, k, v = (torch.randn(2, 1, heads, width) for width in (widths[0], *widths))
     state = torch.randn(2, heads, *widths)
     for log_decay in (None, torch.full((heads,), -0.1), torch.full((2, 1, heads), -0.1)):
-        _, after = decay_recurrent(q, k, v, log_decay, initial_state=state, output_final_state=True)
+        _, after = decay_recurrence(
+            q, k, v, log_decay, initial_state=state, output_final_state=True, paradigm="recurrent"
+        )
         assert after.stride() == state.stride()

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqmix.ops.delta.api import delta, delta_chunkwise, delta_flops, delta_recurrent, unit_norm
-from seqmix.ops.delta.chunkwise import chunkwise_op
-from seqmix.ops.delta.recurrent import recurrent_op
+from seqmix.ops.delta import delta_flops, delta_rule, unit_norm
 from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.recurrence import Recurrence
 from seqmix.registry import SeqmixError
 from seqmix.testing.counting import count_flops
 
@@ -68,13 +67,13 @@ class Case:
             inputs["initial_state"] = randn(rows, self.n_heads, self.key_dim, self.value_dim).to(wide)
         return inputs
 
-    def run(self, paradigm, inputs, function=delta):
+    def run(self, paradigm, inputs, function=delta_rule):
         """Output and final state."""
         borders = None if self.borders is None else torch.tensor(self.borders)
-        chunks = {"chunk_size": self.chunk_size} if function in (delta, delta_chunkwise) else {}
         q, k, v, beta, log_decay, state = (inputs.get(name) for name in INPUTS)
-        options = {"initial_state": state, "output_final_state": True, "cu_seqlens": borders, **chunks}
-        return tuple(function(paradigm, q, k, v, beta, log_decay, scale=0.7, **options))
+        options = {"initial_state": state, "output_final_state": True, "cu_seqlens": borders}
+        how = {"paradigm": paradigm, "chunk_size": self.chunk_size}
+        return tuple(function(q, k, v, beta, log_decay, scale=0.7, **options, **how))
 
 
 def define(case, inputs):
@@ -140,7 +139,9 @@ def test_an_example_by_hand(paradigm):
     q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, 2, 1, 1) for x in ([1, 2], [1, 1], [3, 1]))
     beta, log_decay = torch.full((1, 2, 1), 0.5), torch.tensor([-math.log(2)], dtype=torch.float64)
     state = torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64)
-    output, final = delta(paradigm, q, k, v, beta, log_decay, initial_state=state, output_final_state=True)
+    output, final = delta_rule(
+        q, k, v, beta, log_decay, initial_state=state, output_final_state=True, paradigm=paradigm
+    )
     exactly(output.flatten(), torch.tensor([2.5, 2.25], dtype=torch.float64))
     exactly(final.item(), 1.125)
 
@@ -150,8 +151,8 @@ def test_what_was_written_is_read_and_replaced(paradigm):
     # orthogonal keys with beta 1 are a table
     keys, values = torch.eye(4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
     k = keys[[0, 1, 2, 3, 1, 1]][None, :, None]
-    options = {"scale": 1.0, "output_final_state": True, "chunk_size": 4}
-    output, state = delta(paradigm, k, k, values[None, :6, None], torch.ones(1, 6, 1), None, **options)
+    options = {"scale": 1.0, "output_final_state": True, "chunk_size": 4, "paradigm": paradigm}
+    output, state = delta_rule(k, k, values[None, :6, None], torch.ones(1, 6, 1), None, **options)
     exactly(output[0, :, 0], values[:6])
     exactly(state[0, 0], values[[0, 5, 2, 3]])
 
@@ -162,7 +163,7 @@ def test_all_tokens_at_once_are_a_triangular_inverse():
     q, k, v, b = (x.transpose(1, 2) for x in (q, k, v, beta[..., None]))
     written = torch.linalg.inv(torch.eye(9) + (b * k @ k.mT).tril(-1)) @ (b * v)
     expected = 0.7 * ((q @ k.mT).tril() @ written).transpose(1, 2)
-    exactly(delta_chunkwise(*Case("none", 9, has_state=False).inputs().values(), None, scale=0.7)[0], expected)
+    exactly(delta_rule(*Case("none", 9, has_state=False).inputs().values(), None, scale=0.7)[0], expected)
 
 
 @every_paradigm
@@ -228,10 +229,10 @@ def test_gradients_of_gradients_and_tangents_are_refused(paradigm):
     case = Case("head", 5)
     inputs = leaves(case.inputs())
     (gradient,) = torch.autograd.grad(case.run(paradigm, inputs)[0].square().sum(), inputs["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(SeqmixError, match=f"delta_{paradigm} has no second derivatives"):
         gradient.sum().backward()
     inputs, beta = case.inputs(), case.inputs()["beta"]
-    with pytest.raises(SeqmixError, match="beyond one token, has no forward-mode differentiation"):
+    with pytest.raises(SeqmixError, match=f"delta_{paradigm} has no forward-mode differentiation"):
         torch.func.jvp(lambda x: case.run(paradigm, inputs | {"beta": x}), (beta,), (torch.ones_like(beta),))
 
 
@@ -240,12 +241,7 @@ def test_gradients_of_gradients_and_tangents_are_refused(paradigm):
 def test_compiles_into_one_graph_with_gradients(paradigm, name):
     torch._dynamo.reset()
     case = replace(CASES[name], kind="token")
-    compiled = torch.compile(delta, fullgraph=True, backend="aot_eager")
-
-    def function(*args, **options):
-        options.pop("chunk_size", None)
-        return compiled(*args, chunk_size=4, **options)
-
+    function = torch.compile(delta_rule, fullgraph=True, backend="aot_eager")
     expected = with_gradients(partial(case.run, paradigm), case.inputs())
     for what, value in with_gradients(partial(case.run, paradigm, function=function), case.inputs()).items():
         exactly(value, expected[what], what)
@@ -255,12 +251,12 @@ def test_compiles_into_one_graph_with_gradients(paradigm, name):
 def test_data_recompiles_nothing(paradigm):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(delta, fullgraph=True, backend=counter)
+    compiled = torch.compile(delta_rule, fullgraph=True, backend=counter)
 
     def call(length, borders):
         q, k, v, beta, a, state = (Case("token", length, borders).inputs().get(name) for name in INPUTS)
-        options = {"initial_state": state, "cu_seqlens": torch.tensor(borders), "chunk_size": 4}
-        exactly(compiled(paradigm, q, k, v, beta, a, **options)[0], delta(paradigm, q, k, v, beta, a, **options)[0])
+        options = {"initial_state": state, "cu_seqlens": torch.tensor(borders), "chunk_size": 4, "paradigm": paradigm}
+        exactly(compiled(q, k, v, beta, a, **options)[0], delta_rule(q, k, v, beta, a, **options)[0])
 
     for borders in ((0, 4, 9, 12), (0, 0, 12, 12), (0, 12, 12, 12)):
         call(12, borders)
@@ -274,12 +270,12 @@ def test_data_recompiles_nothing(paradigm):
 def test_the_number_of_documents_recompiles_nothing(paradigm):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(delta, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(delta_rule, fullgraph=True, backend=counter, dynamic=True)
     for documents in (6, 7, 8, 9):  # none of which, plus one, is another size: a compiler takes equal ones for one
         borders = (*range(documents), 24)
         q, k, v, beta, a = (Case("token", 24, borders).inputs().get(name) for name in INPUTS[:5])
-        options = {"cu_seqlens": torch.tensor(borders), "chunk_size": 4}
-        exactly(compiled(paradigm, q, k, v, beta, a, **options)[0], delta(paradigm, q, k, v, beta, a, **options)[0])
+        options = {"cu_seqlens": torch.tensor(borders), "chunk_size": 4, "paradigm": paradigm}
+        exactly(compiled(q, k, v, beta, a, **options)[0], delta_rule(q, k, v, beta, a, **options)[0])
     assert counter.frame_count == 1
 
 
@@ -289,9 +285,9 @@ def test_the_number_of_documents_recompiles_nothing(paradigm):
 def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
     case = Case("head", length, n_heads=3, key_dim=4, value_dim=6, has_state=bool(context))
     q, k, v, beta, a, state = (case.inputs().get(name) for name in INPUTS)
-    counted = count_flops(lambda: delta(paradigm, q, k, v, beta, a, initial_state=state, chunk_size=chunk_size)) // (
-        2 * 3
-    )  # rows and heads
+    counted = count_flops(
+        lambda: delta_rule(q, k, v, beta, a, initial_state=state, chunk_size=chunk_size, paradigm=paradigm)
+    ) // (2 * 3)  # rows and heads
     declared = delta_flops(paradigm, length, 4, 6, chunk_size=chunk_size, context=context)
     if paradigm is Paradigm.CHUNKWISE:
         assert counted == declared
@@ -334,9 +330,18 @@ def test_the_ops_are_well_formed():
     compare = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for borders in (None, (0, 2, 2, 7)):
         case = Case("token", 7, borders)
-        arguments = [*leaves(case.inputs()).values(), None if borders is None else torch.tensor(borders), 0.5]
-        torch.library.opcheck(recurrent_op, (*arguments, True), test_utils=compare)
-        torch.library.opcheck(chunkwise_op, (*arguments, 4, True, True), test_utils=compare)
+        call = Recurrence(
+            **leaves(case.inputs()),
+            cu_seqlens=None if borders is None else torch.tensor(borders),
+            boundaries=None,
+            scale=0.5,
+            chunk_size=4,
+            output_final_state=True,
+            needs_grad=True,
+        )
+        for op in (torch.ops.seqmix.delta_recurrent.default, torch.ops.seqmix.delta_chunkwise.default):
+            torch.library.opcheck(op, call, test_utils=compare)
+            torch.library.opcheck(op, call._replace(boundaries=borders and list(borders)), test_utils=compare)
 
 
 def test_keys_are_made_of_norm_one_and_zeros_stay_zeros():
@@ -355,7 +360,7 @@ Q, K, V, B = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 4), torch.randn(2, 6,
 STATE = torch.zeros(2, 2, 4, 3)
 
 
-@pytest.mark.parametrize("function", [delta_recurrent, delta_chunkwise])
+@every_paradigm
 @pytest.mark.parametrize(
     ("tensors", "options", "sentence"),
     [
@@ -365,23 +370,23 @@ STATE = torch.zeros(2, 2, 4, 3)
         ((Q.long(), K.long(), V.long(), B, None), {}, "given are int64, int64, int64"),
         ((Q, K, V, B[..., None], None), {}, r"B, T, H = 2, 6, 2; given is \[2, 6, 2, 1\] of float32"),
         ((Q, K, V, B.long(), None), {}, r"beta must be floats .* of int64"),
-        ((Q, K, V, B, torch.zeros(3)), {}, r"B, T, H = 2, 6, 2; given is \[3\]"),
+        ((Q, K, V, B, torch.zeros(3)), {}, r"B, T, H, K = 2, 6, 2, 4; given is \[3\]"),
         ((Q, K, V, B, torch.zeros(2, 6, 2, 4)), {}, r"None, \[H\] or \[B T H\] .* given is \[2, 6, 2, 4\]"),
         ((Q, K, V, B, None), {"cu_seqlens": torch.tensor([0, 6])}, "packed documents are one row .* the batch is 2"),
         ((Q, K, V, B, None), {"initial_state": STATE.mT}, r"must be \[2, 2, 4, 3\], and is \[2, 2, 3, 4\]"),
         ((Q[:1], K[:1], V[:1], B[:1], None), {"cu_seqlens": torch.tensor([0, 7])}, "must rise from 0 to the 6"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(function, tensors, options, sentence):
+def test_what_does_not_fit_is_refused_in_a_sentence(paradigm, tensors, options, sentence):
     with pytest.raises(SeqmixError, match=sentence) as error:
-        function(*tensors, **options)
+        delta_rule(*tensors, paradigm=paradigm, **options)
     assert "\n" not in str(error.value)
 
 
 def test_what_there_is_not_is_refused():
-    with pytest.raises(SeqmixError, match="the delta rule has no parallel paradigm; it has recurrent, chunkwise"):
-        delta(Paradigm.PARALLEL, Q, K, V, B, None)
+    with pytest.raises(SeqmixError, match="the delta rule has no parallel paradigm; it has chunkwise, recurrent"):
+        delta_rule(Q, K, V, B, paradigm=Paradigm.PARALLEL)
     with pytest.raises(SeqmixError, match="the delta rule has no parallel paradigm"):
         delta_flops(Paradigm.PARALLEL, 4, 2, 2)
     with pytest.raises(SeqmixError, match="chunk_size must be at least 1, and is 0"):
-        delta_chunkwise(Q, K, V, B, None, chunk_size=0)
+        delta_rule(Q, K, V, B, chunk_size=0)
