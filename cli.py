@@ -20,6 +20,7 @@ COMMANDS = {
     "mixers": "List the registered mixers and what they declare.",
     "check": "Test that a mixer or a kernel keeps the contract, or show the smallest case in which it does not.",
     "bench": "Measure speed and memory beside what is installed of other implementations.",
+    "bench-gpu": "Measure all that a GPU is needed for: kernels, conformance, benchmarks, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
     "plot": "Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.",
     "show": "Show what a model costs, by layer, without allocating it: parameters, operations, state, activations.",
@@ -39,7 +40,8 @@ class LazyGroup(TyperGroup):
 
 def imported(name: str) -> TyperCommand:
     """A command with the options of its function, whose docstring is the help."""
-    function = getattr(import_module(f".commands.{name}", __package__), name)
+    word = name.replace("-", "_")
+    function = getattr(import_module(f".commands.{word}", __package__), word)
     # the terminal breaks lines: typer would break them where a docstring does, too
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .contestants import ModelBenchmark, ModelContestant
+from .implementations import ModelBenchmark, ModelImplementation
 from .measure import Call
 from .suite import Entry
 
@@ -13,55 +13,48 @@ STEPS = 16
 """Tokens that one timed call makes."""
 
 
-class DecodeContestant(ModelContestant):
+class DecodeBenchmark(ModelBenchmark):
     """A call makes several tokens, each the most probable one; states are random numbers."""
 
-    role = "decode"
+    name = "decode"
+    title = "Decoding, a token"
+    order = 1
 
-    def entry(self, length: int) -> Entry:
-        competitor, batch = self.competitor, self.settings.batch
-        competitor.module.eval()
+    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+        peer, batch = implementation.peer, self.settings.batch
+        peer.module.eval()
         with torch.no_grad():
-            state: Any = competitor.state_after(length, batch, STEPS)
+            state: Any = peer.state_after(length, batch, STEPS)
         first = self.tokens(batch, 1)[:, 0]
-        moved = competitor.moved(state)
+        moved = peer.moved(state)
 
         @torch.no_grad()
         def run() -> None:
             # the last state is not kept: one that is a value has not changed, and one that is not is renewed
             tokens, after = first, state
             for _ in range(STEPS):
-                logits, after = competitor.step(tokens, after)
+                logits, after = peer.step(tokens, after)
                 tokens = logits.argmax(-1)
 
         @torch.no_grad()
         def prepare() -> None:
             nonlocal state
-            state = competitor.renew(state, length)
-            run()  # as behind the tokens before: what the last contestant left in the caches is nobody's cost
-            state = competitor.renew(state, length)
+            state = peer.renew(state, length)
+            run()  # as in the midst of a text: what the last implementation left in the caches is nobody's cost
+            state = peer.renew(state, length)
 
         return Entry(
             call=Call(run, prepare, units=STEPS),
             tokens=batch,
-            parameters=competitor.parameters,
-            state_bytes=sum(x.nbytes for x in competitor.tensors(state)),
+            parameters=peer.parameters,
+            state_bytes=sum(x.nbytes for x in peer.tensors(state)),
             moved=moved,
         )
-
-
-class DecodeBenchmark(ModelBenchmark):
-    """Decoding."""
-
-    name = "decode"
-    title = "Decoding, a token"
-    order = 1
-    contestant = DecodeContestant
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()
         yield (
-            f"{self.settings.batch} sequence(s); {STEPS} greedy tokens a call, behind a context of T tokens whose "
+            f"{self.settings.batch} sequence(s); {STEPS} greedy tokens a call, after a context of T tokens whose "
             f"state is random numbers, and after {STEPS} that are not timed, as in the midst of a text. Peak memory is "
             "beyond parameters and state, over a call."
         )

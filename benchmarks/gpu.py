@@ -1,10 +1,10 @@
 """Everything that a GPU is needed for, in one command: conformance, the benchmarks, and the paper's comparisons.
 
-    python -m seqmix.benchmarks.gpu --out DIR
+    seqmix bench-gpu --out DIR
 
 Every part runs in a process of its own with a time limit, and its figures are written when it ends: a crash, or memory
 that runs out, loses nothing else. Parts whose figures lie in DIR already are not run again. DIR/gpu.json and
-DIR/gpu.md are written anew behind each part.
+DIR/gpu.md are written anew after each part.
 """
 
 import json
@@ -14,30 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
-from ..commands.bench import model_to_measure
 from ..mixers import MIXERS
-from ..ops.decay import fla as decay_fla
-from ..ops.decay import triton as decay_triton
-from ..ops.delta import api as delta
-from ..ops.kernels import KERNELS, Probe
-from ..ops.softmax import flex as softmax_flex
-from ..ops.softmax import xformers as softmax_xformers
-from ..registry import SeqmixError, nearest
+from ..ops.kernels import Probe, all_kernels
+from .implementations import model_to_measure
 from .measure import Spread
-from .peers import COMPETITORS, Size
-from .program import run_program
+from .peers import PEERS, Size
 from .report import from_json, markdown, to_json
 from .suite import Report, Row
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
-PROVE = (sys.executable, "-m", "seqmix.benchmarks.kernels")
-DECLARING = (decay_fla, decay_triton, delta, softmax_flex, softmax_xformers)
-"""What was imported for the kernels that it declares, and the references that it imports itself."""
 
 GROUPS = {
     "kernels": "Kernels against the definitions of their ops, on the GPU",
@@ -47,8 +35,8 @@ GROUPS = {
     "decode": "Decoding, 200M parameters",
     "prefill": "Reading a prompt, 200M parameters",
     "paper-train": "The paper's Table 4: training at 1.3B parameters and 8,192 tokens",
-    "paper-train-checkpointed": "The same, layers computed anew in backward",
-    "paper-decode": "The paper's Figure 6: decoding at 6.7B parameters, eight sequences, 8,192 tokens read",
+    "paper-train-checkpointed": "The same, activations recomputed in backward",
+    "paper-decode": "The paper's Figure 6: decoding at 6.7B parameters, eight sequences after 8,192 tokens",
 }
 """What the parts belong to, in the order of the report."""
 
@@ -60,7 +48,7 @@ class Part:
     group: str
     name: str
     command: tuple[str, ...]
-    """Arguments of `seqmix`; of `PROVE` for kernels."""
+    """Arguments of `seqmix`."""
     skipped: str | None = None
     """Why it is not started."""
 
@@ -87,11 +75,11 @@ Runner = Callable[[Part, Path], str | None]
 
 def plan(memory: int) -> Iterator[Part]:
     """All parts, for a GPU with so many bytes of memory; first what shows whether figures mean anything."""
-    for key, kernel in KERNELS.items():
-        device = torch.device("cuda")
+    device = torch.device("cuda")
+    for name, kernel in all_kernels().items():
         least = Probe(device=device, dtype=torch.bfloat16, key_width=64, value_width=64)
         reasons = None if kernel.reference else "; ".join(kernel.unsupported(least))
-        yield Part(group="kernels", name=str(key), command=(str(key), "cuda"), skipped=reasons or None)
+        yield Part(group="kernels", name=name, command=("check", name, "--device", "cuda"), skipped=reasons or None)
     for kind in MIXERS.kinds():
         yield Part(group="conformance", name=kind, command=("check", kind, "--device", "cuda"))
     common = ("--device", "cuda", "--dtype", "bfloat16", "--limit", "30")
@@ -117,10 +105,10 @@ def plan(memory: int) -> Iterator[Part]:
 def _paper(
     group: str, benchmark: str, preset: str, bytes_each: int, words: Sequence[str], memory: int
 ) -> Iterator[Part]:
-    """A part a competitor: two of this size are not in memory together."""
+    """A part a peer: two of this size are not in memory together."""
     size = Size(model_to_measure(preset, ()))
     needed, gib = size.parameters * bytes_each, 2**30
-    for kind in (kind for kind in COMPETITORS if kind.name != "by-hand"):
+    for kind in (kind for kind in PEERS if kind.name != "by-hand"):
         reason = kind.missing(size, torch.device("cuda"))
         if reason is None and needed > memory:
             reason = f"parameters alone take {needed / gib:,.0f} GiB, and the GPU has {memory / gib:,.0f}"
@@ -133,8 +121,7 @@ def _paper(
 
 def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
     """Run a part; what it prints goes beside its report."""
-    program = PROVE if part.group == "kernels" else PROGRAM
-    command = [*program, *part.command, *(("--json", str(file)) if part.measures else ())]
+    command = [*PROGRAM, *part.command, *(("--json", str(file)) if part.measures else ())]
     log = file.with_suffix(".txt")
     try:
         with log.open("w", encoding="utf-8") as to:
@@ -149,7 +136,7 @@ def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
 
 
 def measure(parts: Sequence[Part], out: Path, runner: Runner, told: Callable[[str], None]) -> list[Outcome]:
-    """Run what has not been run, and write what there is behind each part."""
+    """Run what has not been run, and write what there is after each part."""
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -179,7 +166,7 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
             {
                 "group": outcome.part.group,
                 "name": outcome.part.name,
-                "command": [*(PROVE[1:] if outcome.part.group == "kernels" else ["seqmix"]), *outcome.part.command],
+                "command": ["seqmix", *outcome.part.command],
                 "problem": outcome.problem,
                 "seconds": outcome.seconds,
                 "report": None if outcome.report is None else json.loads(to_json(outcome.report)),
@@ -222,33 +209,3 @@ def combined(reports: Sequence[Report]) -> Report:
             times = (row.seconds.median, row.seconds.low, row.seconds.high)
             rows[i] = replace(row, ratio=Spread(*(x / reference for x in times)))
     return replace(reports[0], rows=rows)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="The folder that figures are written to.")],
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run these parts alone.", metavar="|".join(GROUPS), show_default=False)
-    ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds a part may take.")] = 600.0,
-) -> None:
-    """Measure all that a GPU is needed for."""
-    for name in only or ():
-        if name not in GROUPS:
-            raise SeqmixError(f"there is no part {name!r}; parts: {', '.join(GROUPS)}{nearest(name, GROUPS)}")
-    if not torch.cuda.is_available():
-        raise SeqmixError("this measures on a GPU, and torch finds none")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SeqmixError(f"nothing can be written to {out}: {error.strerror}") from None
-    memory = torch.cuda.get_device_properties(0).total_memory
-    parts = [part for part in plan(memory) if not only or part.group in only]
-    outcomes = measure(parts, out, lambda part, file: run_process(part, file, seconds=time_limit), typer.echo)
-    for outcome in outcomes:
-        if outcome.problem is not None:
-            typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")
-    typer.echo(f"written: {out / 'gpu.json'} and {out / 'gpu.md'}")
-
-
-if __name__ == "__main__":
-    run_program(main)

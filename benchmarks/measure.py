@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
 
 
 def _nothing() -> None:
@@ -60,13 +62,13 @@ class Spread:
 
 
 def interleaved(
-    calls: Mapping[str, Call],
+    calls: Mapping[Name, Call],
     *,
     repeat: int,
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], Any] = _nothing,
-    on_call: Callable[[str], Any] = lambda name: None,  # noqa: ARG005
-) -> dict[str, list[float]]:
+    on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
+) -> dict[Name, list[float]]:
     """Seconds a unit of every call in every round. The calls are warm already.
 
     Args:
@@ -76,7 +78,7 @@ def interleaved(
         synchronize: waits until the device has done what it was given.
         on_call: told the name of each call before it runs.
     """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     for names in turns(list(calls), repeat):
         for name in names:
             call = calls[name]
@@ -90,7 +92,7 @@ def interleaved(
     return samples
 
 
-def turns(names: Sequence[str], repeat: int) -> Iterator[Sequence[str]]:
+def turns(names: Sequence[Name], repeat: int) -> Iterator[Sequence[Name]]:
     """The order of each round; the one that begins changes, so nobody always runs behind the same neighbour."""
     for index in range(repeat):
         first = index % len(names) if names else 0

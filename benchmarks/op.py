@@ -15,7 +15,7 @@ from .measure import Call
 from .peers.gpt import eager_attention
 from .peers.peer import not_installed
 from .peers.torchscale import CHUNK, torchscale
-from .suite import Benchmark, Contestant, Entry, Settings, Skip
+from .suite import Benchmark, Entry, Implementation, Settings, Skip
 
 
 class Shapes:
@@ -34,7 +34,7 @@ class Shapes:
         self.chunk: int = found.chunk_size
 
 
-class OpContestant(Contestant):
+class OpImplementation(Implementation):
     """A function of queries, keys and values [B T H *]."""
 
     def __init__(
@@ -55,10 +55,6 @@ class OpContestant(Contestant):
 
     def missing(self) -> str | None:
         return self.reason
-
-    def rows(self, length: int) -> int:
-        del length
-        return self.settings.batch
 
     def entry(self, length: int) -> Entry:
         batch, (heads, keys, values) = self.settings.batch, self.widths
@@ -94,13 +90,13 @@ class OpBenchmark(Benchmark):
         super().__init__(settings)
         self.shapes = Shapes(settings)
 
-    def parts(self) -> dict[str, list[Contestant]]:
+    def parts(self) -> dict[str, list[Implementation]]:
         return {
-            "forward": self._contestants(backward=False),
-            "forward + backward": self._contestants(backward=True),
+            "forward": self._implementations(backward=False),
+            "forward + backward": self._implementations(backward=True),
         }
 
-    def _contestants(self, *, backward: bool) -> list[Contestant]:
+    def _implementations(self, *, backward: bool) -> list[Implementation]:
         s, settings, device = self.shapes, self.settings, self.settings.device
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
@@ -120,20 +116,20 @@ class OpBenchmark(Benchmark):
             options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
             return lambda q, k, v: decay_recurrence(q, k, v, log_decay, **options).output
 
-        def contestant(name: str, function: Any, *, values: int = s.values, **options: Any) -> Contestant:
-            return OpContestant(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
+        def implementation(name: str, function: Any, *, values: int = s.values, **options: Any) -> Implementation:
+            return OpImplementation(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
 
         also = [torch.bfloat16] if settings.dtype == torch.float32 else []
         return [
-            contestant("chunkwise", op(Paradigm.CHUNKWISE)),
-            *(contestant("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=dtype) for dtype in also),
-            contestant("triton", op(Paradigm.CHUNKWISE, "triton"), reason=lacks_triton, base="chunkwise"),
-            contestant("parallel", op(Paradigm.PARALLEL)),
-            contestant("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
-            contestant("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
-            contestant("fla", _fla, reason=lacks_fla, base="chunkwise"),
-            contestant("sdpa", _sdpa, values=s.keys),
-            contestant("eager", _eager, values=s.keys),
+            implementation("chunkwise", op(Paradigm.CHUNKWISE)),
+            *(implementation("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=dtype) for dtype in also),
+            implementation("triton", op(Paradigm.CHUNKWISE, "triton"), reason=lacks_triton, base="chunkwise"),
+            implementation("parallel", op(Paradigm.PARALLEL)),
+            implementation("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
+            implementation("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
+            implementation("fla", _fla, reason=lacks_fla, base="chunkwise"),
+            implementation("sdpa", _sdpa, values=s.keys),
+            implementation("eager", _eager, values=s.keys),
         ]
 
     def notes(self) -> Iterable[str]:

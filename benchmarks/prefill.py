@@ -4,39 +4,32 @@ from collections.abc import Iterable
 
 import torch
 
-from .contestants import ModelBenchmark, ModelContestant
+from .implementations import ModelBenchmark, ModelImplementation
 from .measure import Call
 from .suite import Entry
 
 
-class PrefillContestant(ModelContestant):
-    """Reads a prompt; logits of its last token alone where they can be had."""
+class PrefillBenchmark(ModelBenchmark):
+    """A call reads a prompt; it forms logits of the last token alone where they can be had."""
 
-    role = "prefill"
+    name = "prefill"
+    title = "Reading a prompt"
 
-    def entry(self, length: int) -> Entry:
-        competitor, batch = self.competitor, self.settings.batch
-        competitor.module.eval()
+    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+        peer, batch = implementation.peer, self.settings.batch
+        peer.module.eval()
         tokens = self.tokens(batch, length)
 
         @torch.no_grad()
         def run() -> None:
-            competitor.read(tokens)
+            peer.read(tokens)
 
         return Entry(
             call=Call(run),
             tokens=batch * length,
-            parameters=competitor.parameters,
-            record=None if self.compiled else run,
+            parameters=peer.parameters,
+            record=None if implementation.compiled else run,
         )
-
-
-class PrefillBenchmark(ModelBenchmark):
-    """Reading prompts."""
-
-    name = "prefill"
-    title = "Reading a prompt"
-    contestant = PrefillContestant
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()

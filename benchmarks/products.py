@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
         elif name == "_linear_pointwise":
             x, weight = args[0].flatten(0, -2), args[1]
             turned = not x.is_contiguous(), not weight.is_contiguous()
-            self.products[Product(1, *x.shape, len(weight), x.dtype, turned)] += 1
+            self.products[Product(1, len(x), x.shape[1], len(weight), x.dtype, turned)] += 1
         return func(*args, **kwargs)
 
     def _count(self, a: Tensor, b: Tensor) -> None:

@@ -1,15 +1,10 @@
-"""What came out: a table for the terminal, JSON, Markdown, and a plot."""
+"""What came out: cells of a table, JSON, Markdown, and a plot."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-
-from ..commands.console import plain_table
 from ..registry import SeqmixError
 from .measure import Spread
 from .suite import Report, Row, as_dict, from_dict
@@ -23,39 +18,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "share": lambda row: "" if row.share is None else f"{row.share.median:.0%}",
     "peak MiB": lambda row: _mib(row.peak_bytes),
     "state MiB": lambda row: _mib(row.state_bytes),
+    "nats/token": lambda row: "" if row.loss is None else f"{row.loss:.4f}",
     "parameters": lambda row: "" if row.parameters is None else f"{row.parameters:,}",
 }
 """Columns with figures; one that nobody fills is left out."""
-SPARED = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
-"""Columns that a narrow terminal is spared, in this order."""
-
-
-def show(report: Report, console: Console) -> None:
-    """Print the table, and what a reader must know."""
-    endless = console.options.update_width(10_000)
-    tables = [_table(report, SPARED[:spared]) for spared in range(len(SPARED) + 1)]
-    fitting = (table for table in tables if Measurement.get(console, endless, table).maximum <= console.width)
-    table = next(fitting, tables[-1])
-    console.print(f"{report.title}. {conditions(report)}", soft_wrap=True)
-    console.print(table)
-    for line in (*skipped(report), *report.notes):
-        console.print(line, soft_wrap=True)
-
-
-def _table(report: Report, spared: tuple[str, ...]) -> Table:
-    heads, lines = cells(report, spared)
-    table = plain_table()
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < _names(report) else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def markdown(report: Report) -> str:
     """The same as Markdown."""
     heads, lines = cells(report)
-    names = _names(report)
+    names = name_columns(report)
     text = [
         f"{report.title}. {conditions(report)}",
         "",
@@ -84,7 +56,7 @@ def conditions(report: Report) -> str:
     where = machine["device"]
     if where == "cpu":
         where = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-    text = f"{where}, torch {machine['torch']}, {settings['dtype']}; medians of {settings['repeat']}, in turn."
+    text = f"{where}, torch {machine['torch']}, {settings['dtype']}; medians of {settings['repeat']}, interleaved."
     if "product_flops_per_second" in machine:
         text += (
             f" In the same rounds: product {machine['product_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
@@ -100,27 +72,27 @@ def cells(report: Report, spared: tuple[str, ...] = ()) -> tuple[list[str], list
         for name, column in COLUMNS.items()
         if name not in spared and any(column(row) for row in report.rows)
     }
-    heads = ["what", "T", "who"][-_names(report) :] + list(used)
+    heads = ["what", "T", "implementation"][-name_columns(report) :] + list(used)
     lines = []
     for row in report.rows:
         figures = [column(row) for column in used.values()]
         if row.skipped and used:
             figures[0] = "skipped"
-        lines.append([row.what, f"{row.length:,}", row.name][-_names(report) :] + figures)
+        lines.append([row.what, f"{row.length:,}", row.name][-name_columns(report) :] + figures)
     return heads, lines
 
 
-def _names(report: Report) -> int:
+def name_columns(report: Report) -> int:
     """Columns that name a line."""
     return 3 if len({row.what for row in report.rows}) > 1 else 2
 
 
 def skipped(report: Report) -> list[str]:
-    """Who was skipped and why, a line a reason."""
+    """What was skipped and why, one line per reason."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
         if row.skipped:
-            place = f"{row.what} at {row.length:,}" if _names(report) == 3 else f"{row.length:,}"
+            place = f"{row.what} at {row.length:,}" if name_columns(report) == 3 else f"{row.length:,}"
             where.setdefault((row.name, row.skipped), []).append(place)
     everywhere = len({(row.what, row.length) for row in report.rows})
     lines = []

@@ -1,15 +1,15 @@
-"""One benchmark: entries for every contestant and length, warm, measured in turn, with what they are shares of.
+"""One benchmark: entries for every implementation and length, warm, measured in turn, with what they are shares of.
 
 What cannot run here, does not fit, or would take too long is a row that says why; nobody's failure ends the run.
-Whether a call fits is told from the same contestant at shorter lengths.
+Whether a call fits is told from the same implementation at shorter lengths.
 """
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -33,24 +33,30 @@ class Settings:
     repeat: int = 5
     """Rounds."""
     only: tuple[str, ...] = ()
-    """Names of contestants; all when empty."""
+    """Names of implementations; all when empty."""
     compile: bool = False
     """Whether those that can be compiled also take part compiled."""
-    checkpoint: bool = False
-    """Whether training computes layers anew in backward instead of keeping what they formed."""
+    activation_checkpointing: bool = False
+    """Whether training recomputes activations in backward."""
     tokens: int = 2048
     """A training step has as many whole sequences as these are, and one at least."""
     batch: int = 1
     """Sequences that an op maps, that are read, or decoded, at once."""
+    interleave_lengths: bool = False
+    """Whether all lengths take turns in the same rounds; ratios are then to the same implementation's first length."""
+    cpu_time: bool = False
+    """Whether the processor's time is measured, which neighbours on a busy machine stretch least."""
     limit: float = 120.0
     """Seconds that one call may take at most, by what is told from shorter lengths."""
+    shares: bool = True
+    """Whether the machine's rates and the products alone are timed, which shares follow from."""
     rates: Rates | None = None
     """What the machine's rates are measured with; chosen for the device when None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant at one length, ready to run."""
+    """One implementation at one length, ready to run."""
 
     call: Call
     tokens: int
@@ -66,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one contestant did at one length."""
+    """What one implementation did at one length."""
 
     what: str
     length: int
@@ -79,7 +85,7 @@ class Row:
     seconds: Spread | None = None
     """Of a step."""
     ratio: Spread | None = None
-    """Over the first contestant's seconds, in the same round."""
+    """Over the first implementation's seconds, in the same round."""
     share: Spread | None = None
     """Of the floor: the seconds that its own matrix products take alone, or that memory needs, over its seconds."""
     floor: float | None = None
@@ -87,6 +93,8 @@ class Row:
     peak_bytes: int | None = None
     """Beyond what was held before the step."""
     state_bytes: int | None = None
+    loss: float | None = None
+    """Nats a token of what was held out, where something was learned."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -107,10 +115,10 @@ class Report:
 
 
 class Skip(Exception):  # noqa: N818 it is no error
-    """A contestant does not run at this length; the message says why."""
+    """A implementation does not run at this length; the message says why."""
 
 
-class Contestant(ABC):
+class Implementation(ABC):
     """One that takes part in a benchmark."""
 
     name: str
@@ -120,10 +128,6 @@ class Contestant(ABC):
     @abstractmethod
     def missing(self) -> str | None:
         """Why it cannot run here; None if it can."""
-
-    @abstractmethod
-    def rows(self, length: int) -> int:
-        """Sequences a call; its cost is in proportion to them."""
 
     @abstractmethod
     def entry(self, length: int) -> Entry:
@@ -138,7 +142,7 @@ class Contestant(ABC):
 
 
 class Benchmark(ABC):
-    """What is measured of whom."""
+    """What is measured."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -149,8 +153,12 @@ class Benchmark(ABC):
         self.settings = settings
 
     @abstractmethod
-    def parts(self) -> dict[str, list[Contestant]]:
-        """Contestants, by what they do (forward, forward + backward)."""
+    def parts(self) -> dict[str, list[Implementation]]:
+        """Implementations, by what they do (forward, forward + backward)."""
+
+    def rows(self, length: int) -> int:  # noqa: ARG002
+        """Sequences a call; its cost is in proportion to them."""
+        return self.settings.batch
 
     def notes(self) -> Iterable[str]:
         """What a reader must know to compare."""
@@ -164,29 +172,30 @@ def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:
     """Measure; `progress` is told what is being done.
 
     Raises:
-        SeqmixError: a name of `only` is nobody's.
+        SeqmixError: there is no implementation of a name of `only`.
     """
     settings = benchmark.settings
-    kinds = settings.rates or Rates.for_device(settings.device)
-    parts = {what: _chosen(contestants, settings.only) for what, contestants in benchmark.parts().items()}
-    rates: dict[str, list[float]] = {"product": [], "copy": []}
+    parts = {what: _chosen(found, settings.only) for what, found in benchmark.parts().items()}
+    lengths = sorted(settings.lengths)
+    machine = describe(settings.device)
+    rates = settings.rates or Rates.for_device(settings.device)
+    seconds: dict[str, list[float]] = {"product": [], "copy": []}
     rows: list[Row] = []
     notes = list(benchmark.notes())
     try:
-        for what, contestants in parts.items():
+        for what, found in parts.items():
             forecast = Forecast(benchmark.order, settings)
-            for length in sorted(settings.lengths):
-                rows += _Round(settings, kinds, what, length, forecast, progress).measured(contestants, rates)
-            for contestant in contestants:
-                contestant.release()
+            for together in [lengths] if settings.interleave_lengths else [[length] for length in lengths]:
+                rows += _Rounds(benchmark, rates, what, together, forecast, progress).measured(found, seconds)
+            for implementation in found:
+                implementation.release()
     except KeyboardInterrupt:
         if not rows:
             raise
         notes.append("Stopped before the end.")  # what has been measured is not lost
-    machine = describe(settings.device)
-    if rates["product"]:
-        machine["product_flops_per_second"] = kinds.flops / Spread.of(rates["product"]).median
-        machine["copy_bytes_per_second"] = kinds.moved / Spread.of(rates["copy"]).median
+    if seconds["product"]:
+        machine["product_flops_per_second"] = rates.flops / Spread.of(seconds["product"]).median
+        machine["copy_bytes_per_second"] = rates.moved / Spread.of(seconds["copy"]).median
     told = {"model", "device", "dtype", "rates", "only"}
     return Report(
         benchmark=benchmark.name,
@@ -203,12 +212,12 @@ def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:
     )
 
 
-def _chosen(contestants: Sequence[Contestant], only: Sequence[str]) -> list[Contestant]:
-    names = [contestant.name for contestant in contestants]
+def _chosen(implementations: Sequence[Implementation], only: Sequence[str]) -> list[Implementation]:
+    names = [implementation.name for implementation in implementations]
     for name in only:
         if name not in names:
-            raise SeqmixError(f"nobody is called {name!r}; who takes part: {', '.join(names)}{nearest(name, names)}")
-    return [contestant for contestant in contestants if not only or contestant.name in only]
+            raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
+    return [implementation for implementation in implementations if not only or implementation.name in only]
 
 
 class Forecast:
@@ -219,25 +228,25 @@ class Forecast:
         self.seen: dict[str, list[tuple[int, float, float]]] = {}
         """Length, seconds and bytes, both of one sequence."""
 
-    def probes(self, contestant: str, length: int) -> list[int]:
+    def probes(self, implementation: str, length: int) -> list[int]:
         """Shorter lengths to be tried first, a quarter of the next each."""
-        known = max((seen[0] for seen in self.seen.get(contestant, [])), default=0)
+        known = max((seen[0] for seen in self.seen.get(implementation, [])), default=0)
         lengths = []
         while self.order > 1 and (length := length // 4) > max(known, 128):
             lengths.append(length)
         return lengths[::-1]
 
-    def add(self, contestant: str, length: int, seconds: float, peak: float) -> None:
+    def add(self, implementation: str, length: int, seconds: float, peak: float) -> None:
         """Remember what one sequence took: seconds and bytes."""
-        self.seen.setdefault(contestant, []).append((length, seconds, peak))
+        self.seen.setdefault(implementation, []).append((length, seconds, peak))
 
-    def require(self, contestant: str, length: int, rows: int) -> None:
+    def require(self, implementation: str, length: int, rows: int) -> None:
         """Refuse what does not fit.
 
         Raises:
             Skip: with what it would take.
         """
-        if not (seen := self.seen.get(contestant)):
+        if not (seen := self.seen.get(implementation)):
             return
         seconds, peak = (rows * self._grown([(row[0], row[i]) for row in seen], length) for i in (1, 2))
         if seconds > self.settings.limit:
@@ -255,90 +264,112 @@ class Forecast:
         return last * (length / last_length) ** power
 
 
-@dataclass(frozen=True)
-class _Round:
-    """All contestants at one length."""
+class _Ready(NamedTuple):
+    """A warm implementation at one length."""
 
-    settings: Settings
-    kinds: Rates
+    entry: Entry
+    peak: int | None
+    products: dict[Product, float] | None
+    """What its floor is made of; None where they cannot be seen, or do not limit."""
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """All implementations at lengths that are interleaved: one, or all."""
+
+    benchmark: Benchmark
+    rates: Rates
     what: str
-    length: int
+    lengths: Sequence[int]
     forecast: Forecast
     progress: Progress
 
-    def measured(self, contestants: Sequence[Contestant], rates: dict[str, list[float]]) -> Iterator[Row]:
-        """A row each; the machine's rates are added to `rates`."""
-        device, repeat = self.settings.device, self.settings.repeat
-        entries: dict[str, Entry] = {}
-        peaks: dict[str, int | None] = {}
-        pieces: dict[str, dict[Product, float]] = {}
-        skipped: dict[str, str] = {}
-        for contestant in contestants:
-            name = contestant.name
-            try:
-                entries[name], peaks[name], products = self._ready(contestant)
-                if products is not None:
-                    pieces[name] = in_pieces(products)
-            except Skip as reason:
-                skipped[name] = str(reason)
-        calls = {name: entry.call for name, entry in entries.items()}
-        own = self.kinds.calls(device, self.settings.dtype) if entries else {}
-        alone = timed_alone({product for counted in pieces.values() for product in counted}, device)
+    @property
+    def settings(self) -> Settings:
+        """Of the benchmark."""
+        return self.benchmark.settings
+
+    def measured(self, implementations: Sequence[Implementation], rates: dict[str, list[float]]) -> Iterator[Row]:
+        """A row each; the seconds of the machine's two calls are added to `rates`."""
+        settings = self.settings
+        ready: dict[tuple[str, int], _Ready] = {}
+        skipped: dict[tuple[str, int], str] = {}
+        for length in self.lengths:
+            for implementation in implementations:
+                try:
+                    ready[implementation.name, length] = self._ready(implementation, length)
+                except Skip as reason:
+                    skipped[implementation.name, length] = str(reason)
+        calls = {place: found.entry.call for place, found in ready.items()}
+        own = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
+        alone = timed_alone({p for found in ready.values() for p in found.products or ()}, settings.device)
+        together: dict[Any, Call] = {**calls, **own, **alone}
         samples = interleaved(
-            # no contestant's name begins with a blank
-            calls | {f" {name}": call for name, call in own.items()} | {f" {p}": call for p, call in alone.items()},
-            repeat=repeat,
-            synchronize=synchronizer(device),
-            on_call=lambda name: self._tell(name if name in calls else "what the machine can do"),
+            together,
+            repeat=settings.repeat,
+            clock=time.process_time if settings.cpu_time else time.perf_counter,
+            synchronize=synchronizer(settings.device),
+            on_call=lambda key: self._tell(key[0], key[1]) if key in calls else self._tell("the machine's rates"),
         )
         for name in own:
-            rates[name] += samples[f" {name}"]
-        for contestant in contestants:
-            name = contestant.name
-            if name not in entries:
-                yield Row(what=self.what, length=self.length, name=name, skipped=skipped[name])
-                continue
-            entry, seconds, floors = entries[name], samples[name], None
-            if (counted := pieces.get(name, pieces.get(contestant.base or ""))) is not None:
-                floors = [sum(n * samples[f" {product}"][i] for product, n in counted.items()) for i in range(repeat)]
-            elif entry.moved is not None:
-                floors = [entry.moved / self.kinds.moved * copy for copy in samples[" copy"]]
-            yield Row(
-                what=self.what,
-                length=self.length,
-                name=name,
-                parameters=entry.parameters,
-                tokens=entry.tokens,
-                seconds=Spread.of(seconds),
-                ratio=ratio(seconds, samples[next(iter(entries))]),
-                share=None if floors is None else ratio(floors, seconds),
-                floor=None if floors is None else Spread.of(floors).median,
-                peak_bytes=peaks[name],
-                state_bytes=entry.state_bytes,
-            )
+            rates[name] += samples[name]
+        for length in self.lengths:
+            for implementation in implementations:
+                place = implementation.name, length
+                if place in skipped:
+                    yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
+                    continue
+                found, seconds = ready[place], samples[place]
+                base = ready.get((implementation.base or "", length))
+                products = found.products or (base and base.products)
+                floors = None
+                if products:
+                    floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
+                elif found.entry.moved is not None and settings.shares:
+                    floors = [found.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
+                yield Row(
+                    what=self.what,
+                    length=length,
+                    name=implementation.name,
+                    parameters=found.entry.parameters,
+                    tokens=found.entry.tokens,
+                    seconds=Spread.of(seconds),
+                    ratio=ratio(seconds, samples[self._reference(place, ready)]),
+                    share=None if floors is None else ratio(floors, seconds),
+                    floor=None if floors is None else Spread.of(floors).median,
+                    peak_bytes=found.peak,
+                    state_bytes=found.entry.state_bytes,
+                )
 
-    def _tell(self, text: str) -> None:
-        self.progress(f"{self.what} at {self.length:,}: {text}")
+    def _reference(self, place: tuple[str, int], ready: Iterable[tuple[str, int]]) -> tuple[str, int]:
+        """What a ratio is to: the first implementation, or the same one at the first length where all take turns."""
+        here = 0 if self.settings.interleave_lengths else 1
+        return next(other for other in ready if other[here] == place[here])
 
-    def _ready(self, contestant: Contestant) -> tuple[Entry, int | None, Counter[Product] | None]:
+    def _tell(self, text: str, length: int | None = None) -> None:
+        where = ", ".join(f"{each:,}" for each in (self.lengths if length is None else [length]))
+        self.progress(f"{self.what} at {where}: {text}")
+
+    def _ready(self, implementation: Implementation, length: int) -> _Ready:
         """A warm entry, its memory and its products.
 
         Raises:
             Skip: it cannot run, for whatever reason.
         """
-        if reason := contestant.missing():
+        if reason := implementation.missing():
             raise Skip(reason)
         # a variant is foretold by its base: every length that is compiled takes its time
-        probes = [] if contestant.base else self.forecast.probes(contestant.name, self.length)
+        probes = [] if implementation.base else self.forecast.probes(implementation.name, length)
         try:
             for probe in probes:
-                self._tell(f"{contestant.name} (at {probe:,}, to tell what {self.length:,} takes)")
-                self._warm(contestant, probe)
-            self._tell(f"{contestant.name} (warming up)")
-            entry, peak = self._warm(contestant, self.length)
-            return entry, peak, None if entry.record is None else recorded(entry.record)
+                self._tell(f"{implementation.name} (at {probe:,}, to tell what {length:,} takes)", length)
+                self._warm(implementation, probe)
+            self._tell(f"{implementation.name} (warming up)", length)
+            entry, peak = self._warm(implementation, length)
+            products = recorded(entry.record) if entry.record is not None and self.settings.shares else None
+            return _Ready(entry, peak, None if products is None else in_pieces(products))
         except torch.OutOfMemoryError:
-            contestant.release()
+            implementation.release()
             torch.cuda.empty_cache()
             raise Skip("does not fit into the GPU's memory") from None
         except Skip:
@@ -347,17 +378,17 @@ class _Round:
             first = (str(error).splitlines() or [""])[0]
             raise Skip(f"failed with {type(error).__name__}: {first}") from error
 
-    def _warm(self, contestant: Contestant, length: int) -> tuple[Entry, int | None]:
+    def _warm(self, implementation: Implementation, length: int) -> tuple[Entry, int | None]:
         """Make an entry, run it to be warm, and once more to see its memory and remember its time."""
-        device, rows = self.settings.device, contestant.rows(length)
-        self.forecast.require(contestant.base or contestant.name, length, rows)
-        entry = contestant.entry(length)
+        device, rows = self.settings.device, self.benchmark.rows(length)
+        self.forecast.require(implementation.base or implementation.name, length, rows)
+        entry = implementation.entry(length)
         entry.call.prepare()
         entry.call.run()
         entry.call.prepare()  # whose memory is not the call's
         with peak_memory(device) as peak:
             (seconds,) = interleaved({"": Call(entry.call.run)}, repeat=1, synchronize=synchronizer(device))[""]
-        self.forecast.add(contestant.name, length, seconds / rows, (peak.bytes or 0) / rows)
+        self.forecast.add(implementation.name, length, seconds / rows, (peak.bytes or 0) / rows)
         return replace(entry, call=lengthened(entry.call, seconds)), peak.bytes
 
 
@@ -371,7 +402,7 @@ def from_dict(values: dict[str, Any]) -> Report:
     """A report that `as_dict` gave."""
     rows = []
     for row in values["rows"]:
-        fields: dict[str, Any] = {name: row[name] for name in Row.__dataclass_fields__}
+        fields: dict[str, Any] = {name: row.get(name) for name in Row.__dataclass_fields__}
         for name in ("seconds", "ratio", "share"):
             fields[name] = None if row[name] is None else Spread(**row[name])
         rows.append(Row(**fields))

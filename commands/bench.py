@@ -1,26 +1,29 @@
 """`seqmix bench`: what is to be measured, progress while it is, and where the figures go."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+from ..benchmarks import learn
 from ..benchmarks.decode import DecodeBenchmark
+from ..benchmarks.implementations import model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.prefill import PrefillBenchmark
-from ..benchmarks.report import markdown, plot, require_plot, show, to_json
-from ..benchmarks.suite import Benchmark, Settings, run
+from ..benchmarks.report import cells, conditions, markdown, name_columns, plot, require_plot, skipped, to_json
+from ..benchmarks.suite import Benchmark, Report, Settings, run
 from ..benchmarks.train import TrainBenchmark
-from ..models import ModelConfig
 from ..registry import SeqmixError
-from ..training import load_config
 from ..training.memory import keep_freed_memory
-from .console import terminal
+from .console import plain_table, terminal
 from .options import Device, JsonFile, Overrides, require_device, require_name, require_writable
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
@@ -30,20 +33,17 @@ LENGTHS = {"op": (1024, 4096), "train": (512, 2048), "decode": (64, 1024, 8192),
 """What is measured where no length is given."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST = 2**24
-MODEL = (
-    "model.d_model=512",
-    "model.n_layers=6",
-    "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}",
-)
-"""The model where no configuration is given, about 20M parameters: how it differs from retnet-tiny."""
+SPARED = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
+"""Columns that a narrow terminal is spared, in this order."""
 
 
 def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="op (a map over a sequence), train (a training step), decode (a token), prefill (a prompt).",
-            metavar="op|train|decode|prefill",
+            help="op (a map over a sequence), train (a training step), decode (a token), prefill (a prompt), or learn "
+            "(what small models reach on a text: data.paths=\\[text.txt]).",
+            metavar="op|train|decode|prefill|learn",
         ),
     ],
     config: Annotated[
@@ -82,6 +82,13 @@ def bench(
     tokens: Annotated[int, typer.Option(help="train: tokens of a step at most, in whole sequences.")] = 2048,
     batch: Annotated[int, typer.Option(help="op, decode, prefill: sequences at once.")] = 1,
     limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
+    interleave_lengths: Annotated[
+        bool,
+        typer.Option("--interleave-lengths", help="Let all lengths take turns; ratios are to the first length."),
+    ] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Measure the processor's time, which a busy machine stretches least.")
+    ] = False,
     json_file: JsonFile = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE", show_default=False)
@@ -102,7 +109,7 @@ def bench(
 
     [bold]seqmix bench decode hybrid-tiny --context 1024 --json decode.json[/bold]
     """
-    require_name("benchmark", what, BENCHMARKS)
+    require_name("benchmark", what, [*BENCHMARKS, "learn"])
     require_name("number format", dtype, DTYPES)
     for each in length or []:
         _require_range("--length", each, 1, LONGEST)
@@ -113,24 +120,31 @@ def bench(
     if plot_file is not None:
         require_plot(plot_file)
     require_writable(json_file, markdown_file, plot_file)
-    benchmark = BENCHMARKS[what](
-        Settings(
+    keep_freed_memory()  # as `seqmix train` does; training has it as each one's own program does
+    changes = [*([config] if config and "=" in config else []), *(overrides or [])]
+    if what == "learn":
+        if config and config not in changes:
+            raise SeqmixError(f"bench learn has models of its own and takes changes alone, and was given {config!r}")
+        measure = partial(learn.run, changes, only or [])
+    else:
+        settings = Settings(
             lengths=tuple(dict.fromkeys(length or LENGTHS[what])),
-            model=model_to_measure(config, overrides or []),
+            model=model_to_measure(config if config not in changes else None, changes),
             device=require_device(device),
             dtype=DTYPES[dtype],
             repeat=repeat,
             only=tuple(only or []),
             compile=compiled,
-            checkpoint=activation_checkpointing,
+            activation_checkpointing=activation_checkpointing,
             tokens=tokens,
             batch=batch,
             limit=limit,
+            interleave_lengths=interleave_lengths,
+            cpu_time=cpu_time,
         )
-    )
-    keep_freed_memory()  # as `seqmix train` does; training has it as each one's own program does
+        measure = partial(run, BENCHMARKS[what](settings))
     with _progress() as told:
-        report = run(benchmark, told)
+        report = measure(told)
     # files first: a terminal that has gone away loses nothing
     if json_file is not None:
         json_file.write_text(to_json(report), encoding="utf-8")
@@ -141,14 +155,26 @@ def bench(
     show(report, terminal())
 
 
-def model_to_measure(config: str | None, changes: Sequence[str]) -> ModelConfig:
-    """A configuration's model, without dropout, which the others have not; the default one and changes where none."""
-    if config is None or "=" in config:  # changes alone
-        model = load_config("retnet-tiny", [*MODEL, *([config] if config else []), *changes]).model
-    else:
-        model = load_config(config, changes).model
-    blocks = {name: block.model_copy(update={"dropout": 0.0}) for name, block in model.blocks.items()}
-    return model.model_copy(update={"dropout": 0.0, "blocks": blocks})
+def show(report: Report, console: Console) -> None:
+    """Print the table, and what a reader must know."""
+    endless = console.options.update_width(10_000)
+    tables = [_table(report, SPARED[:spared]) for spared in range(len(SPARED) + 1)]
+    fitting = (table for table in tables if Measurement.get(console, endless, table).maximum <= console.width)
+    table = next(fitting, tables[-1])
+    console.print(f"{report.title}. {conditions(report)}", soft_wrap=True)
+    console.print(table)
+    for line in (*skipped(report), *report.notes):
+        console.print(line, soft_wrap=True)
+
+
+def _table(report: Report, spared: tuple[str, ...]) -> Table:
+    heads, lines = cells(report, spared)
+    table = plain_table()
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < name_columns(report) else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def _require_range(option: str, value: float, low: float, high: float) -> None:

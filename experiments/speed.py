@@ -1,23 +1,21 @@
 """Speed of a study's entries: steps of training over the length, tokens of decoding over the context, in turn.
 
-The benchmarks' own contestants, rounds and figures, with an entry's model in each.
+The benchmarks' own implementations, rounds and figures, with an entry's model in each.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..benchmarks.decode import DecodeBenchmark, DecodeContestant
-from ..benchmarks.machine import Rates
+from ..benchmarks.decode import DecodeBenchmark
+from ..benchmarks.implementations import ModelBenchmark, ModelImplementation
 from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
-from ..benchmarks.suite import Contestant, Report, Row, Settings, run
-from ..benchmarks.suite import Entry as Ready
-from ..benchmarks.train import TrainBenchmark, TrainContestant
+from ..benchmarks.suite import Implementation, Report, Row, Settings, run
+from ..benchmarks.train import TrainBenchmark
 from ..models import ModelConfig
 from ..registry import dump
 from .plan import Plan
@@ -25,40 +23,26 @@ from .results import DecodeSpeedRow, SpeedResult, TrainSpeedRow
 from .study import Speed
 
 SPEED_FILE = "speed.json"
-_RATES = Rates(64, 2**16)
-"""What the machine can do at most is not asked here: as little of it as can be."""
 
 
-class _Training(TrainContestant):
-    def entry(self, length: int) -> Ready:
-        return replace(super().entry(length), record=None)  # its products are not timed alone
-
-
-class _Decoding(DecodeContestant):
-    def entry(self, length: int) -> Ready:
-        return replace(super().entry(length), moved=None)
-
-
-class _OfEntries:
-    """The contestants of a benchmark: a study's entries."""
+class _OfEntries(ModelBenchmark):
+    """A benchmark whose implementations are a study's entries."""
 
     models: Mapping[str, ModelConfig]
-    settings: Settings
-    kind: type[TrainContestant | DecodeContestant]
 
-    def _contestants(self) -> Iterator[Contestant]:
+    def implementations(self) -> Iterator[Implementation]:
         for name, model in self.models.items():
-            contestant = self.kind(Seqmix, self.settings, Size(model), compiled=False)
-            contestant.name = name
-            yield contestant
+            implementation = ModelImplementation(self, Seqmix, Size(model))
+            implementation.name = name
+            yield implementation
 
 
 class _TrainSpeed(_OfEntries, TrainBenchmark):
-    kind = _Training
+    """Steps of training."""
 
 
 class _DecodeSpeed(_OfEntries, DecodeBenchmark):
-    kind = _Decoding
+    """Tokens of decoding."""
 
 
 def measure(plan: Plan, folder: Path, told: Callable[[str], None]) -> SpeedResult | None:
@@ -101,7 +85,7 @@ def _read(file: Path, asked: object) -> SpeedResult | None:
 def _measured(
     speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, told: Callable[[str], None]
 ) -> SpeedResult:
-    settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, rates=_RATES)
+    settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
     train: list[TrainSpeedRow] = []
     decode: list[DecodeSpeedRow] = []
     if speed.train is not None:

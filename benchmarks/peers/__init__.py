@@ -4,10 +4,10 @@ from .fla import Fla
 from .gpt import GptEager, GptSdpa
 from .llama import Llama, LlamaStatic
 from .ours import ByHand, Seqmix
-from .peer import Competitor, Size
+from .peer import Peer, Size
 from .torchscale import TorchscaleChunkwise, TorchscaleParallel, TorchscaleRecurrent
 
-COMPETITORS: tuple[type[Competitor], ...] = (
+PEERS: tuple[type[Peer], ...] = (
     Seqmix,
     ByHand,
     TorchscaleParallel,
@@ -21,4 +21,4 @@ COMPETITORS: tuple[type[Competitor], ...] = (
 )
 """All of them; ratios are to the first that takes part."""
 
-__all__ = ["COMPETITORS", "Competitor", "Seqmix", "Size"]
+__all__ = ["PEERS", "Peer", "Seqmix", "Size"]

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peer import Competitor, Size, not_installed
+from .peer import Peer, Size, not_installed
 
 
-class Fla(Competitor):
+class Fla(Peer):
     """The whole model, with its own kernels."""
 
     name = "fla"

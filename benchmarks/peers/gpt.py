@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .peer import Competitor
+from .peer import Peer
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of every layer, [B H S K], allocated once."""
@@ -81,7 +81,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tens
     return scores.softmax(-1) @ v
 
 
-class GptSdpa(Competitor):
+class GptSdpa(Peer):
     """Attention by torch's fused function."""
 
     name = "gpt-sdpa"

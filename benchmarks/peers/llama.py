@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peer import Competitor, Size, not_installed
+from .peer import Peer, Size, not_installed
 
 
-class Llama(Competitor):
+class Llama(Peer):
     """With its default cache, which is copied for every token."""
 
     name = "llama"

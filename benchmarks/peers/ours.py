@@ -13,10 +13,10 @@ from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
 from .by_hand import HandWritten, why_not
-from .peer import Competitor, Size, last_of_rows
+from .peer import Peer, Size, last_of_rows
 
 
-class Seqmix(Competitor):
+class Seqmix(Peer):
     """Ours, as `seqmix train` and `seqmix generate` run it: on a GPU, a step of decoding is captured as one graph."""
 
     name = "seqmix"
@@ -31,6 +31,9 @@ class Seqmix(Competitor):
         return self.module.blocks
 
     compiled_steps = compiled_prefills = False
+
+    def recompute_activations(self) -> None:
+        self.module.activation_checkpointing = True
 
     def compile(self, role: str) -> None:
         if role == "decode":
@@ -84,7 +87,7 @@ class Seqmix(Competitor):
         return super().moved(state) - sum(x.nbytes for layer in caches for x in to_dict(layer).values())
 
 
-class ByHand(Competitor):
+class ByHand(Peer):
     """The same layers written out by hand."""
 
     name = "by-hand"
@@ -102,6 +105,9 @@ class ByHand(Competitor):
     @property
     def layers(self) -> Sequence[nn.Module]:
         return list(self.module.layers)
+
+    def recompute_activations(self) -> None:
+        self.module.activation_checkpointing = True
 
     def compile(self, role: str) -> None:
         if role == "decode":

@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...models import ModelConfig, build_meta
 
@@ -53,7 +54,7 @@ class Size:
         return max(8, 8 * round((body / self.config.n_layers - mixer * d * d) / (products * d * 8)))
 
 
-class Competitor(ABC):
+class Peer(ABC):
     """A language model that can be trained or decoded with.
 
     A state is whatever `step` goes on from; the benchmark of decoding starts from `state_after`, whose numbers are
@@ -70,6 +71,8 @@ class Competitor(ABC):
 
     keeps_freed_memory: ClassVar[bool] = False
     """Whether its own program trains with `keep_freed_memory`."""
+    optimizer: torch.optim.Optimizer | None = None
+    """That of the benchmark of training."""
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
         self.size, self.device, self.dtype = size, device, dtype
@@ -122,6 +125,11 @@ class Competitor(ABC):
     def compile(self, role: str) -> None:  # noqa: ARG002
         """Compile what a benchmark runs."""
         self.module.compile()
+
+    def recompute_activations(self) -> None:
+        """Save only what goes into each layer for backward (activation checkpointing)."""
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     @property
     def parameters(self) -> int:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .peer import Competitor, Size, not_installed
+from .peer import Peer, Size, not_installed
 
 CHUNK = 128
 """Tokens a chunk of its chunkwise mode; its default of 512 is slower on a CPU."""
 
 
-class TorchscaleParallel(Competitor):
+class TorchscaleParallel(Peer):
     """In its parallel mode."""
 
     name = "torchscale-parallel"

@@ -11,7 +11,6 @@ from seqmix import load_config
 from seqmix.benchmarks.peers import Size
 from seqmix.benchmarks.peers.by_hand import why_not
 from seqmix.benchmarks.peers.ours import ByHand, Seqmix
-from seqmix.benchmarks.train import make_ready
 
 CPU = torch.device("cpu")
 
@@ -39,59 +38,62 @@ def traced(call):
 
 @pytest.fixture
 def both(model):
-    def make(config=model, **options):
+    def make(config=model, *, compiled=False, activation_checkpointing=False):
         pair = [kind(Size(config), CPU, torch.float32) for kind in (Seqmix, ByHand)]
-        for competitor in pair:
-            make_ready(competitor, **({"compiled": False, "checkpointed": False} | options))
+        for peer in pair:
+            if activation_checkpointing:
+                peer.recompute_activations()
+            if compiled:
+                peer.compile("train")
         return pair
 
     return make
 
 
-def training(competitor):
-    competitor.module.train()
+def training(peer):
+    peer.module.train()
     tokens = torch.arange(80).view(2, 40) % 7
 
     def call():
-        competitor.loss(tokens, tokens).backward()
-        competitor.module.zero_grad()
+        peer.loss(tokens, tokens).backward()
+        peer.module.zero_grad()
 
     return call
 
 
-def decoding(competitor):
-    competitor.module.eval()
-    state = competitor.state_after(5, 3, 10)
+def decoding(peer):
+    peer.module.eval()
+    state = peer.state_after(5, 3, 10)
 
     @torch.no_grad()
     def call():
-        logits, after = competitor.step(torch.ones(3, dtype=torch.int64), state)
-        competitor.step(logits.argmax(-1), after)
+        logits, after = peer.step(torch.ones(3, dtype=torch.int64), state)
+        peer.step(logits.argmax(-1), after)
 
     return call
 
 
-def prefilling(competitor):
-    competitor.module.eval()
+def prefilling(peer):
+    peer.module.eval()
     tokens = torch.arange(80).view(2, 40) % 7
 
     @torch.no_grad()
     def call():
-        competitor.read(tokens)
+        peer.read(tokens)
 
     return call
 
 
 @pytest.mark.parametrize("what", [training, decoding, prefilling])
 def test_the_operations_are_the_same(what, both):
-    ours, by_hand = (traced(what(competitor)) for competitor in both())
+    ours, by_hand = (traced(what(peer)) for peer in both())
     assert ours == by_hand
     assert len(ours) > 100
 
 
 def test_the_operations_are_the_same_where_layers_are_computed_anew(both):
     plain = traced(training(both()[0]))
-    ours, by_hand = (traced(training(competitor)) for competitor in both(checkpointed=True))
+    ours, by_hand = (traced(training(peer)) for peer in both(activation_checkpointing=True))
     assert ours == by_hand
     assert len(ours) > len(plain)
 
@@ -100,7 +102,7 @@ def test_the_operations_are_the_same_where_layers_are_computed_anew(both):
 def test_the_operations_are_the_same_for_every_schedule(decay, both):
     small = ["model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2}"]
     config = load_config("retnet-tiny", [*small, f"model.blocks.ret.mixer={decay}"]).model
-    ours, by_hand = (traced(training(competitor)) for competitor in both(config))
+    ours, by_hand = (traced(training(peer)) for peer in both(config))
     assert ours == by_hand
 
 
@@ -126,13 +128,13 @@ def test_the_results_are_the_same_bit_for_bit(both):
     ours, by_hand = both()
     tokens = torch.randint(7, (2, 40))
     assert_close(ours.logits(tokens), by_hand.logits(tokens), rtol=0, atol=0)
-    for competitor in (ours, by_hand):
-        competitor.loss(tokens, tokens).backward()
+    for peer in (ours, by_hand):
+        peer.loss(tokens, tokens).backward()
     for mine, theirs in zip(ours.module.parameters(), by_hand.module.parameters(), strict=True):
         assert mine.grad.abs().sum() > 0
         assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
     with torch.no_grad():
-        after = [competitor.step(tokens[:, 0], competitor.read(tokens)) for competitor in (ours, by_hand)]
+        after = [peer.step(tokens[:, 0], peer.read(tokens)) for peer in (ours, by_hand)]
     assert_close(after[0][0], after[1][0], rtol=0, atol=0)
     for mine, theirs in zip(ours.tensors(after[0][1]), by_hand.tensors(after[1][1]), strict=True):
         assert_close(mine, theirs, rtol=0, atol=0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seqmix.benchmarks import machine
+from seqmix.benchmarks.implementations import model_to_measure
 from seqmix.benchmarks.machine import Rates
-from seqmix.commands import bench as command
 
 SMALL = ("retnet-tiny", "model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2, chunk_size: 16}")
 
@@ -32,7 +32,7 @@ def refused_at_once(refused, monkeypatch):
 def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
     done = bench(what, *SMALL, "--length", "32", "--tokens", "64", "--json", "out.json", "--markdown", "out.md")
     assert done.status == 0, done.err
-    assert "in turn" in done.out
+    assert "interleaved" in done.out
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["benchmark"] == what
     first = report["rows"][0]
@@ -40,7 +40,7 @@ def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
     assert first["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     # nobody fails by surprise
     assert not [row["skipped"] for row in report["rows"] if "failed" in (row["skipped"] or "")]
-    assert "| T | who |" in (tmp_path / "out.md").read_text().replace("| what ", "")
+    assert "| T | implementation |" in (tmp_path / "out.md").read_text().replace("| what ", "")
 
 
 def test_changes_alone_change_the_default_model(bench, tmp_path):
@@ -49,10 +49,10 @@ def test_changes_alone_change_the_default_model(bench, tmp_path):
 
 
 def test_dropout_is_left_out_for_all():
-    model = command.model_to_measure("retnet-200m", [])
+    model = model_to_measure("retnet-200m", [])
     assert model.dropout == 0
     assert {block.dropout for block in model.blocks.values()} == {0}
-    assert command.model_to_measure(None, []).d_model == 512
+    assert model_to_measure(None, []).d_model == 512
 
 
 def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
@@ -78,15 +78,18 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("trian",), "there is no benchmark 'trian'; allowed: op, train, decode, prefill; did you mean \"train\"?"),
+        (
+            ("trian",),
+            "there is no benchmark 'trian'; allowed: op, train, decode, prefill, learn; did you mean",
+        ),
         (("op", "retnet-tyni"), "did you mean"),
         (("op", *SMALL, "model.d_modle=3"), "d_modle"),
         (
             ("op", *SMALL, "--only", "chunkwize"),
-            "nobody is called 'chunkwize'; who takes part: chunkwise, chunkwise-bfloat16, triton, parallel, "
+            "there is no implementation 'chunkwize'; allowed: chunkwise, chunkwise-bfloat16, triton, parallel, "
             'torchscale-chunkwise, torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
         ),
-        (("train", *SMALL, "--only", "seqmix-compiled"), "nobody is called 'seqmix-compiled'"),
+        (("train", *SMALL, "--only", "seqmix-compiled"), "there is no implementation 'seqmix-compiled'"),
         (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--length", str(2**30)), "--length is 1,073,741,824; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--repeat", "4"), "--repeat is 4; allowed: from 5 to 10,000"),

@@ -1,19 +1,20 @@
 """The command for a GPU: its plan, what it skips, and what it writes; no part is really run."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
 
-from seqmix import MIXERS, SeqmixError
+from seqmix import MIXERS
 from seqmix.benchmarks import gpu
 from seqmix.benchmarks.gpu import GROUPS, Outcome, Part, combined, measure, plan, run_process
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
 from seqmix.benchmarks.suite import Report, Row
 from seqmix.commands.bench import BENCHMARKS
-from seqmix.ops.kernels import KERNELS
+from seqmix.ops.kernels import all_kernels
 
 GIB = 2**30
 MACHINE = {"device": "a GPU", "torch": "2.13"}
@@ -58,9 +59,9 @@ def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     assert {part.group for part in parts} >= set(BENCHMARKS)
     assert len({(part.group, part.name) for part in parts}) == len(parts)
     kernels = {part.name: part for part in parts if part.group == "kernels"}
-    assert set(kernels) == {str(key) for key in KERNELS}
+    assert set(kernels) == set(all_kernels())
     assert kernels["decay/chunkwise/reference"].skipped is None
-    assert kernels["decay/chunkwise/triton"].command == ("decay/chunkwise/triton", "cuda")
+    assert kernels["decay/chunkwise/triton"].command == ("check", "decay/chunkwise/triton", "--device", "cuda")
     paper = {(part.group, part.name): part.command for part in parts if part.group.startswith("paper")}
     train = paper["paper-train", "seqmix"]
     assert train[:3] == ("bench", "train", "retnet-1.3b")
@@ -158,13 +159,6 @@ def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
     assert (tmp_path / "op.txt").read_text() == "7\n"
 
 
-def test_a_kernel_is_proved_by_a_program_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "PROVE", (sys.executable, "-c", "import sys; print(sys.argv[1:])"))
-    part = Part(group="kernels", name="decay/parallel/reference", command=("decay/parallel/reference", "cuda"))
-    assert run_process(part, tmp_path / "x.json", seconds=60) is None
-    assert (tmp_path / "x.txt").read_text() == "['decay/parallel/reference', 'cuda']\n"
-
-
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
@@ -182,15 +176,14 @@ def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_refuses(tmp_path):
-    with pytest.raises(SeqmixError, match=r"^this measures on a GPU, and torch finds none$"):
-        gpu.main(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_without_a_gpu_it_refuses(refused, tmp_path):
+    assert refused("bench-gpu", "--out", "gpu") == "this measures on a GPU, and torch finds none"
+    assert not (tmp_path / "gpu").exists()
 
 
-def test_parts_that_do_not_exist_are_refused(tmp_path):
-    with pytest.raises(SeqmixError, match=r"there is no part 'papertrain'; .*did you mean \"paper-train\""):
-        gpu.main(tmp_path, only=["papertrain"])
+def test_parts_that_do_not_exist_are_refused(refused):
+    said = refused("bench-gpu", "--out", "gpu", "--only", "papertrain")
+    assert re.search("there is no part 'papertrain'; .*did you mean \"paper-train\"", said)
 
 
 def test_an_outcome_without_figures_is_told(tmp_path):

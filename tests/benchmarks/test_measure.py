@@ -12,7 +12,7 @@ from seqmix.benchmarks.measure import Call, Spread, interleaved, lengthened, rat
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.prefill import PrefillBenchmark
 from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
-from seqmix.benchmarks.suite import Contestant, Entry, Forecast, Skip, run
+from seqmix.benchmarks.suite import Entry, Forecast, Implementation, Skip, run
 from seqmix.ops.decay.api import decay_chunkwise, decay_flops
 from seqmix.ops.paradigm import Paradigm
 
@@ -146,15 +146,12 @@ def test_peak_memory_is_beyond_what_was_held():
 # ---- the suite
 
 
-class Fake(Contestant):
+class Fake(Implementation):
     def __init__(self, name, *, reason=None, error=None, seconds=0.0):
         self.name, self.reason, self.error, self.lengths = name, reason, error, []
 
     def missing(self):
         return self.reason
-
-    def rows(self, length):
-        return 1
 
     def entry(self, length):
         self.lengths.append(length)
@@ -166,23 +163,23 @@ class Fake(Contestant):
 class FakeBenchmark(suite.Benchmark):
     name = title = "fake"
 
-    def __init__(self, settings, *contestants):
+    def __init__(self, settings, *implementations):
         super().__init__(settings)
-        self.contestants = contestants
+        self.implementations = implementations
 
     def parts(self):
-        return {"fake": list(self.contestants)}
+        return {"fake": list(self.implementations)}
 
 
 def test_a_failure_of_one_is_a_row_and_the_others_are_measured(settings):
-    contestants = (
+    implementations = (
         Fake("good"),
         Fake("absent", reason="it is not installed"),
         Fake("broken", error=RuntimeError("no such thing\nand more")),
         Fake("refusing", error=Skip("takes whole chunks")),
         Fake("large", error=torch.OutOfMemoryError("x")),
     )
-    report = run(FakeBenchmark(settings(lengths=(64, 32)), *contestants))
+    report = run(FakeBenchmark(settings(lengths=(64, 32)), *implementations))
     assert [row.length for row in report.rows] == [32] * 5 + [64] * 5
     assert {row.name: row.skipped for row in report.rows if row.length == 64} == {
         "good": None,

@@ -1,19 +1,18 @@
-"""Competitors: as large as ours, and doing what they are timed for."""
+"""Peers: as large as ours, and doing what they are timed for."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from seqmix import load_config
-from seqmix.benchmarks.peers import COMPETITORS, Seqmix, Size
+from seqmix.benchmarks.implementations import model_to_measure
+from seqmix.benchmarks.peers import PEERS, Seqmix, Size
 from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
 from seqmix.benchmarks.peers.peer import not_installed
 from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
-from seqmix.benchmarks.train import make_ready
-from seqmix.commands.bench import model_to_measure
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-ON_CPU = [kind for kind in COMPETITORS if kind.name != "fla"]
+ON_CPU = [kind for kind in PEERS if kind.name != "fla"]
 DECODING = [kind for kind in ON_CPU if "decode" in kind.roles]
 
 
@@ -29,7 +28,7 @@ def names(kinds):
 
 @pytest.mark.parametrize("kind", ON_CPU, ids=names(ON_CPU))
 def test_sizes_are_equal_in_parameters(kind):
-    config = model_to_measure("model.d_model=128", ["model.n_layers=2"])
+    config = model_to_measure(None, ["model.d_model=128", "model.n_layers=2"])
     assert built(kind, config).parameters == pytest.approx(Size(config).parameters, rel=0.01)
 
 
@@ -42,36 +41,36 @@ def test_sizes_are_equal_for_every_model_of_ours(preset):
 @pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
 @torch.no_grad()
 def test_a_step_goes_on_from_what_was_read(kind, model):
-    competitor = built(kind, model)
-    competitor.module.eval()
+    peer = built(kind, model)
+    peer.module.eval()
     tokens = torch.randint(7, (2, 9))
-    logits, _ = competitor.step(tokens[:, 8], competitor.read(tokens[:, :8]))
-    assert_close(logits, competitor.logits(tokens)[:, -1], rtol=1e-3, atol=1e-4)
+    logits, _ = peer.step(tokens[:, 8], peer.read(tokens[:, :8]))
+    assert_close(logits, peer.logits(tokens)[:, -1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
 @torch.no_grad()
 def test_a_random_state_is_that_of_its_context_and_is_renewed(kind, model):
-    competitor = built(kind, model)
-    competitor.module.eval()
-    state, token = competitor.state_after(8, 2, 3), torch.ones(2, dtype=torch.int64)
-    first, after = competitor.step(token, state)
-    competitor.step(token, after)
-    again, _ = competitor.step(token, competitor.renew(state, 8))
+    peer = built(kind, model)
+    peer.module.eval()
+    state, token = peer.state_after(8, 2, 3), torch.ones(2, dtype=torch.int64)
+    first, after = peer.step(token, state)
+    peer.step(token, after)
+    again, _ = peer.step(token, peer.renew(state, 8))
     assert again.shape == first.shape
-    if not competitor.writes_state:
+    if not peer.writes_state:
         assert_close(again, first)
-    weights = 4 * (competitor.parameters - 32 * model.vocab_size)
-    held = sum(x.nbytes for x in competitor.tensors(state))
-    assert competitor.moved(state) == weights + (2 if competitor.writes_state else 1) * held
+    weights = 4 * (peer.parameters - 32 * model.vocab_size)
+    held = sum(x.nbytes for x in peer.tensors(state))
+    assert peer.moved(state) == weights + (2 if peer.writes_state else 1) * held
 
 
 def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
-    competitor = Seqmix(Size(load_config("hybrid-tiny").model), CPU, torch.float32)
-    state = competitor.state_after(100, 1, 3)
-    held = sum(x.nbytes for x in competitor.tensors(state))
-    weights = 4 * (competitor.parameters - 257 * 128)
-    assert weights + held < competitor.moved(state) < weights + 2 * held
+    peer = Seqmix(Size(load_config("hybrid-tiny").model), CPU, torch.float32)
+    state = peer.state_after(100, 1, 3)
+    held = sum(x.nbytes for x in peer.tensors(state))
+    weights = 4 * (peer.parameters - 257 * 128)
+    assert weights + held < peer.moved(state) < weights + 2 * held
 
 
 def test_attention_written_out_is_the_fused_one(model):
@@ -94,11 +93,11 @@ def test_layers_computed_anew_give_the_same_gradients(kind, model):
     plain = kind(Size(model), CPU, torch.float32)
     anew = kind(Size(model), CPU, torch.float32)
     anew.module.load_state_dict(plain.module.state_dict())
-    make_ready(anew, compiled=False, checkpointed=True)
+    anew.recompute_activations()
     tokens = torch.randint(7, (2, 20))
-    for competitor in (plain, anew):
-        competitor.module.train()
-        competitor.loss(tokens, tokens).backward()
+    for peer in (plain, anew):
+        peer.module.train()
+        peer.loss(tokens, tokens).backward()
     for mine, theirs in zip(plain.module.parameters(), anew.module.parameters(), strict=True):
         assert_close(mine.grad, theirs.grad)
 
@@ -108,5 +107,5 @@ def test_what_is_not_there_says_how_to_get_it():
     assert not_installed("nowhere.models", "nowhere-models") == (
         "nowhere-models is not installed: pip install nowhere-models"
     )
-    (fla,) = (kind for kind in COMPETITORS if kind.name == "fla")
+    (fla,) = (kind for kind in PEERS if kind.name == "fla")
     assert fla.missing(Size(load_config("retnet-tiny").model), CPU) == "its kernels run on a GPU only"

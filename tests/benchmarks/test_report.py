@@ -9,8 +9,9 @@ from rich.console import Console
 
 from seqmix import SeqmixError
 from seqmix.benchmarks.measure import Spread
-from seqmix.benchmarks.report import from_json, markdown, plot, require_plot, show, to_json
+from seqmix.benchmarks.report import from_json, markdown, plot, require_plot, to_json
 from seqmix.benchmarks.suite import Report, Row
+from seqmix.commands.bench import show
 
 MACHINE = {
     "device": "cpu",
@@ -64,13 +65,13 @@ def test_json_is_read_again(report):
 def test_markdown_is_a_table_with_what_was_skipped_and_why(report):
     lines = markdown(report).splitlines()
     assert lines[0] == (
-        "A training step. a processor, 2 threads, torch 2.13, float32; medians of 5, in turn. "
+        "A training step. a processor, 2 threads, torch 2.13, float32; medians of 5, interleaved. "
         "In the same rounds: product 200 GFLOP/s, copy 15.0 GB/s."
     )
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert len({len(cells) for cells in table}) == 1
     found = dict(zip(table[0], table[3], strict=True))
-    assert found["who"] == "llama"
+    assert found["implementation"] == "llama"
     assert found["ms"] == "30.0"
     assert found["ratio"] == "1.50"
     assert found["share"] == "62%"
@@ -94,7 +95,7 @@ def test_a_narrow_terminal_is_spared_columns_and_never_cut(report):
 
 def test_several_parts_are_told_apart(report):
     rows = [*report.rows, row("seqmix", 512, 20.0, what="other")]
-    assert "| what | T | who |" in markdown(Report(**(vars(report) | {"rows": rows})))
+    assert "| what | T | implementation |" in markdown(Report(**(vars(report) | {"rows": rows})))
 
 
 def test_nothing_but_skipped_rows_is_a_report(report, tmp_path):

@@ -1,10 +1,10 @@
-"""Whether a long run takes more and more memory: what the process holds after each of many evaluations.
+"""Memory that does not grow with the steps of a run, and the measurement that would see it grow.
 
-    python -m seqmix.benchmarks.memory_flat [--steps 2000] [--compile]
+    STEPS=2000 pytest -s tests/training/test_memory_flat.py
 
-A tiny RetNet learns a text by the loop that the command runs, with an evaluation every ten steps and checkpoints behind
+A tiny RetNet learns a text by the loop that the command runs, with an evaluation every ten steps and checkpoints after
 every hundred. After a tenth of the steps nothing may grow: a line through what is measured from there on may rise by
-`ALLOWED` at most to the end, and exactly as many tensors are alive after every evaluation. Exits with 1 otherwise.
+`ALLOWED` at most to the end, and exactly as many tensors are alive after every evaluation. COMPILE=1 compiles blocks.
 """
 
 import gc
@@ -12,18 +12,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import typer
 
-from ..training import load_config, train
-from ..training.events import Evaluated, Saved, Started
-from ..training.memory import keep_freed_memory, peak_memory
-from .program import run_program
+from seqmix.training import load_config, train
+from seqmix.training.events import Evaluated, Saved, Started
+from seqmix.training.memory import peak_memory
+from seqmix.training.trainer import Trainer
 
+STEPS = int(os.environ.get("STEPS", "60"))
 EVERY = 10
 """Steps between evaluations."""
 ALLOWED = 2**21
@@ -82,24 +81,32 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main(
-    steps: Annotated[int, typer.Option(min=200)] = 2000,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
-) -> None:
-    """Measure, and print a table."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    with TemporaryDirectory() as folder:
-        held = list(measured(steps, Path(folder), compiled=compiled))
-    print("| step | memory | peak | tensors |\n|---|---|---|---|")
-    for each in held[:: max(len(held) // 10, 1)]:
-        print(f"| {each.step:,} | {each.bytes / 2**20:.1f} MiB | {each.peak / 2**20:.1f} MiB | {each.tensors:,} |")
-    rest = settled(held)
-    grown, tensors = growth(rest), {each.tensors for each in rest}
-    print(f"\nFrom step {rest[0].step:,} to {rest[-1].step:,}: {grown / 1024:+.0f} KiB, {len(rest)} evaluations.")
-    if grown > ALLOWED or len(tensors) > 1:
-        raise typer.Exit(1)
+def test_nothing_comes_to_stay(tmp_path):
+    found = list(measured(STEPS, tmp_path, compiled="COMPILE" in os.environ))
+    for each in found[:: max(len(found) // 10, 1)]:
+        print(f"step {each.step:,}: {each.bytes / 2**20:.1f} MiB, at most {each.peak / 2**20:.1f}; {each.tensors:,}")
+    held = settled(found)
+    assert held[-1].step == STEPS - EVERY
+    assert len({each.tensors for each in held}) == 1
+    if STEPS >= 200:  # a line through fewer is no line
+        assert growth(held) <= ALLOWED
+    assert all(0 < each.bytes <= each.peak + 2**20 for each in held)
 
 
-if __name__ == "__main__":
-    run_program(main)
+def test_a_tensor_that_stays_is_seen(tmp_path, monkeypatch):
+    kept, step = [], Trainer.train_step
+
+    def leaking(self: Trainer, number: int):
+        kept.append(torch.ones(2**18))  # more than what tests before this one have freed in small pieces
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "train_step", leaking)
+    held = settled(list(measured(60, tmp_path)))
+    assert [each.tensors - held[0].tensors for each in held] == [0, 10, 20, 30, 40]
+    assert growth(held) > ALLOWED
+
+
+def test_growth_is_that_of_a_line():
+    held = [Held(step, 1000 + 3 * step, 0, 0) for step in range(0, 100, 10)]
+    assert round(growth(held)) == 270
+    assert settled(held)[0].step == 10

@@ -15,7 +15,7 @@ from seqmix.benchmarks.peers import Seqmix
 from seqmix.benchmarks.train import TrainBenchmark
 
 
-def contestant(benchmark, name):
+def implementation(benchmark, name):
     return next(c for found in benchmark.parts().values() for c in found if c.name == name)
 
 
@@ -40,7 +40,7 @@ def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
         return step(self, tokens, state)
 
     monkeypatch.setattr(Seqmix, "step", counted)
-    call = contestant(DecodeBenchmark(settings()), "seqmix").entry(32).call
+    call = implementation(DecodeBenchmark(settings()), "seqmix").entry(32).call
     call.prepare()
     assert steps == [{32 + i} for i in range(STEPS)]
     call.run()
@@ -50,7 +50,7 @@ def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
 def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monkeypatch):
     losses, loss = [], Seqmix.loss
     monkeypatch.setattr(Seqmix, "loss", lambda self, *tokens: losses.append(1) or loss(self, *tokens))
-    call = contestant(TrainBenchmark(settings()), "seqmix").entry(32).call
+    call = implementation(TrainBenchmark(settings()), "seqmix").entry(32).call
     call.prepare()
     assert len(losses) == 1
     call.run()
@@ -67,9 +67,10 @@ def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
         inside.clear()
 
     monkeypatch.setattr(suite, "peak_memory", watched)
-    found = contestant(TrainBenchmark(settings()), "seqmix")
+    found = implementation(TrainBenchmark(settings()), "seqmix")
     entry = found.entry(32)
     call = Call(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
     monkeypatch.setattr(found, "entry", lambda length: replace(entry, call=call))
-    suite._Round(settings(), settings().rates, "train", 32, suite.Forecast(1, settings()), str)._warm(found, 32)
+    forecast = suite.Forecast(1, settings())
+    suite._Rounds(found.benchmark, settings().rates, "train", [32], forecast, str)._warm(found, 32)
     assert held == [("prepare", False), ("run", False), ("prepare", False), ("run", True)]

@@ -1,0 +1,158 @@
+"""The benchmark of learning: what small models reach, and in how many seconds, on the budget of nanoGPT's CPU example.
+
+4 layers of width 128, about 0.8M parameters, 2000 steps of 12 sequences of 64 bytes, learning rate 1e-3; of one text
+the first 90 % is learned, and the loss is that of all the rest. Attention and retention are also trained for five
+eighths of the steps: theirs cost more, and they need fewer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..models import IGNORED, LanguageModel, build_model
+from ..registry import SeqmixError, nearest
+from ..training import RunConfig, load_config
+from ..training.optim import build_optimizer, learning_rate
+from .machine import describe
+from .measure import Call, Spread, interleaved, ratio
+from .peers.gpt import GptBlock
+from .suite import Report, Row
+
+BUDGET = (
+    "data={split: tail, sequence_length: 64}",
+    "training={steps: 2000, batch_size: 12, learning_rate: 1.0e-3}",
+    "training={final_lr_ratio: 0.1, weight_decay: 0.1, betas: [0.9, 0.99], clip_norm: 1.0}",
+    "model.blocks.ret.mixer.paradigm=parallel",  # the fastest at this length
+)
+"""How a run differs from retnet-tiny."""
+ATTENTION = ("model.blocks.ret.mixer={kind: attention, n_heads: 4}", "model.blocks.ret.ffn.expansion=4.0")
+NAMES = ("nanogpt", "attention", "attention-5/8", "retention", "retention-5/8")
+TURN = 10
+"""Steps that one timed call makes."""
+
+
+class NanoGpt(nn.Module):
+    """A GPT as nanoGPT builds it: learned positions, tied embedding, small residual outputs at the start."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        vocab, width, layers = config.model.vocab_size, config.model.d_model, config.model.n_layers
+        self.embedding, self.positions = nn.Embedding(vocab, width), nn.Embedding(config.data.sequence_length, width)
+        self.blocks = nn.Sequential(*(GptBlock(width, 4, 4 * width, fused=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.embedding.weight
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        return self.head(self.norm(self.blocks(x)))
+
+
+class Learning:
+    """A model that is trained: the optimizer, the schedule and the batches are the same for all."""
+
+    def __init__(self, name: str, changes: Sequence[str]) -> None:
+        swap = ATTENTION if name.startswith("attention") else ()
+        given = [*BUDGET, *swap, *changes]
+        steps = load_config("retnet-tiny", [*given, "training.warmup_steps=0"]).training.steps
+        self.steps, self.done = steps * 5 // 8 if name.endswith("-5/8") else steps, 0
+        schedule = [f"training.steps={self.steps}", f"training.warmup_steps={min(100, self.steps)}"]
+        self.config = load_config("retnet-tiny", [*given, *schedule])
+        torch.manual_seed(self.config.seed)
+        gpt = name == "nanogpt"
+        self.model = NanoGpt(self.config) if gpt else build_model(self.config.model, seed=self.config.seed)
+        self.source = self.config.open_data()
+        self.optimizer = build_optimizer(self.model, self.config.training)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Nats, summed."""
+        if isinstance(self.model, LanguageModel):
+            return self.model(batch.inputs, targets=batch.targets, reduction="sum").loss
+        logits, targets = self.model(batch.inputs).flatten(0, 1), batch.targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+    def turn(self) -> None:
+        """The next steps."""
+        settings = self.config.training
+        self.model.train()
+        for step in range(self.done, min(self.done + TURN, self.steps)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            batch = self.source.training_batch(step, settings.batch_size, self.config.seed)
+            (self.loss(batch) / (batch.targets != IGNORED).sum()).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.done = step + 1
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Nats a token of the whole validation split."""
+        self.model.eval()
+        examples = self.source.evaluation_batches(self.config.training.batch_size, None)
+        batches = [found.batch for found in examples]
+        counted = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+        return sum(self.loss(batch).item() for batch in batches) / counted
+
+
+def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], object]) -> Report:
+    """Train all, interleaved.
+
+    Args:
+        changes: of the configuration, `data.paths=[text.txt]` among them.
+        only: names of what is trained; all when empty.
+        progress: told what is being done.
+
+    Raises:
+        SeqmixError: a change, a name or the text cannot be used.
+    """
+    for name in only:
+        if name not in NAMES:
+            raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(NAMES)}{nearest(name, NAMES)}")
+    learned = {name: Learning(name, changes) for name in NAMES if not only or name in only}
+    config = next(iter(learned.values())).config
+    rounds = math.ceil(config.training.steps / TURN)
+    samples = interleaved(
+        {name: Call(learning.turn, units=TURN) for name, learning in learned.items()},
+        repeat=rounds,
+        on_call=lambda name: progress(f"learn: {name}, {learned[name].done:,} of {learned[name].steps:,} steps"),
+    )
+    rows = []
+    first = next(iter(learned))
+    for name, learning in learned.items():
+        # rounds of whole turns: those after the last step took no time
+        whole = max(learning.steps // TURN, 1)
+        own, reference = ([each * learned[who].steps for each in samples[who][:whole]] for who in (name, first))
+        progress(f"learn: {name}, validation")
+        rows.append(
+            Row(
+                what="learn",
+                length=config.data.sequence_length,
+                name=name,
+                parameters=sum(p.numel() for p in learning.model.parameters()),
+                tokens=learning.steps * config.training.batch_size * config.data.sequence_length,
+                seconds=Spread.of(own),
+                ratio=ratio(own, reference),
+                loss=learning.evaluate(),
+            )
+        )
+    return Report(
+        benchmark="learn",
+        title="Learning",
+        machine=describe(torch.device("cpu")),
+        settings={"dtype": "float32", "repeat": rounds, "steps": config.training.steps},
+        rows=rows,
+        notes=(
+            f"{config.training.steps:,} steps of {config.training.batch_size} sequences, or five eighths of them; ms "
+            f"are of the whole training, by rounds of {TURN} steps. Nats per token of all that is held out.",
+        ),
+    )
