@@ -134,7 +134,8 @@ class Op(Generic[I]):
 
         def gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             found: list[Tensor | None] = [None] * len(ctx.rest)
-            inputs, saved = ctx.saved_tensors[: len(tensors)], ctx.saved_tensors[len(tensors) :]
+            given = ctx.saved_tensors  # once: activation checkpointing recomputes what is unpacked
+            inputs, saved = given[: len(tensors)], given[len(tensors) :]
             arguments = list(ctx.rest)
             for i, tensor in zip(tensors, inputs, strict=True):
                 arguments[i] = tensor
