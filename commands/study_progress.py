@@ -51,6 +51,7 @@ class StudyProgress(Observer):
     """Shows it; as a context, leaves nothing on the screen that moves."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__(console.print)
         self.console = console
         self.forecast = Forecast({})
         self.left, self.total = 0, 0
@@ -77,16 +78,11 @@ class StudyProgress(Observer):
         self._stop_bar()
         self.status.stop()
 
-    def note(self, text: str) -> None:
-        """Print a sentence."""
-        self.console.print(text)
-
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
         """Draw a bar over all runs."""
         self.forecast = Forecast({run.name: run.flops for run in runs})
         self.left, self.total = len(runs), total
-        if self.left < total:
-            self.console.print(f"{total - self.left} of {total} runs are finished already")
+        super().begin(runs, total)
         self._move_whole()
         if self.console.is_terminal:
             self.bar.start()
@@ -95,7 +91,7 @@ class StudyProgress(Observer):
         """Give a run a line."""
         self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, value="starting")
         if not self.console.is_terminal:
-            self.console.print(f"{run.name} begins")
+            super().started(run)
 
     def moved(self, run: PlannedRun, message: Message) -> None:
         """Move its bar, and that of the whole."""
@@ -121,7 +117,7 @@ class StudyProgress(Observer):
             self.forecast.shares.pop(run.name, None)
         self.left -= 1
         self._move_whole()
-        self.console.print(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
+        super().ended(run, problem)
 
     def timing(self, what: str) -> None:
         """Say what is timed in place of the bars."""

@@ -18,7 +18,7 @@ held: list[int] = []
 
 
 @contextmanager
-def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
     """Keep other processes from running the same study.
 
     Args:
@@ -45,7 +45,7 @@ def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
             held.remove(file.fileno())
 
 
-def _lock(file: IO[str], folder: Path, note: Callable[[str], None]) -> None:
+def _lock(file: IO[str], folder: Path, note: Callable[[str], object]) -> None:
     try:
         import fcntl
     except ImportError:  # Windows

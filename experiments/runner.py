@@ -40,22 +40,27 @@ Message = dict[str, Any]
 
 
 class Observer:
-    """Follows a study; here in silence."""
+    """Follows a study, and says in lines how it goes."""
 
-    def note(self, text: str) -> None:
-        """Something that whoever started it should know."""
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self.note = tell
+        """Called with what whoever started the study should know."""
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
         """These runs, of so many, are not finished."""
+        if finished := total - len(runs):
+            self.note(f"{finished} of {total} runs are finished already")
 
     def started(self, run: PlannedRun) -> None:
         """A run begins, or resumes."""
+        self.note(f"{run.name} begins")
 
     def moved(self, run: PlannedRun, message: Message) -> None:
         """A run has made steps."""
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
         """A run is finished, or has failed."""
+        self.note(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
 
     def timing(self, what: str) -> None:
         """The runs are over, and this is timed."""

@@ -1,7 +1,7 @@
 """The paper's claims, one by one: what is run for each, and what is kept of it."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -66,7 +66,7 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     tell(f"{claim}:")
     if claim in STUDIES:
         file, folder = file_of(claim, scale), folder_of(claim, scale)
-        _, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=_Told(tell))
+        _, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
         status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
         tell("stopped; the same command resumes it" if outcome.stopped else f"{folder} has report.html and every run")
         if status == 0 and kept is not None:
@@ -81,25 +81,6 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     if kept is not None:
         _keep(kept, claim, values)
     return 0
-
-
-class _Told(Observer):
-    """Says in lines how a study goes."""
-
-    def __init__(self, tell: Callable[[str], object]) -> None:
-        self.tell = tell
-
-    def note(self, text: str) -> None:
-        self.tell(text)
-
-    def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
-        self.tell(f"{total - len(runs)} of {total} runs are finished already")
-
-    def started(self, run: PlannedRun) -> None:
-        self.tell(f"{run.name} begins")
-
-    def ended(self, run: PlannedRun, problem: str | None) -> None:
-        self.tell(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
 
 
 def file_of(claim: str, scale: Scale) -> Path:

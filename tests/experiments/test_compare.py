@@ -34,9 +34,7 @@ class Quiet(Observer):
 
     def __init__(self):
         self.notes, self.begun, self.problems = [], [], {}
-
-    def note(self, text):
-        self.notes.append(text)
+        super().__init__(self.notes.append)
 
     def started(self, run):
         self.begun.append(run.name)
