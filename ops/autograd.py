@@ -134,8 +134,8 @@ class Op(Generic[I]):
 
         def gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             found: list[Tensor | None] = [None] * len(ctx.rest)
-            given = ctx.saved_tensors  # once: activation checkpointing recomputes what is unpacked
-            inputs, saved = given[: len(tensors)], given[len(tensors) :]
+            unpacked = ctx.saved_tensors  # once: activation checkpointing recomputes what is unpacked
+            inputs, saved = unpacked[: len(tensors)], unpacked[len(tensors) :]
             arguments = list(ctx.rest)
             for i, tensor in zip(tensors, inputs, strict=True):
                 arguments[i] = tensor
