@@ -96,6 +96,8 @@ def chunkwise_kernel(name: str, chunks: Callable[[Recurrence, bool], Chunks]) ->
         output, state, _ = op(x)
         return RecurrenceOutput(output, state if x.output_final_state else None)
 
+    # errors and traces name the family's kernel
+    compute.__module__, compute.__name__, compute.__qualname__ = chunks.__module__, name, name
     return compute
 
 

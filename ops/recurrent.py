@@ -67,6 +67,8 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
         output, state, *_ = rule.step(x) if x.q.shape[1] == 1 and x.cu_seqlens is None else op(x)
         return RecurrenceOutput(output, state if x.output_final_state else None)
 
+    # errors and traces name the family's kernel
+    compute.__module__, compute.__name__, compute.__qualname__ = type(rule).__module__, name, name
     return compute
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import seqmix.ops.backends as module
-import seqmix.ops.softmax.api  # noqa: F401 declares its kernels
+import seqmix.ops.softmax  # noqa: F401 declares its kernels
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
 from seqmix.ops.backends import choose, described, disagreement
-from seqmix.ops.decay.api import decay_chunkwise
+from seqmix.ops.decay.chunkwise import decay_chunkwise
 from seqmix.ops.kernels import Probe, chosen, find, reference
 from seqmix.registry import SeqmixError
 
@@ -75,23 +75,23 @@ def test_a_trial_passes_what_is_right(log_decay, dtype):
     assert disagreement(CHUNKWISE, replace(PROBE, log_decay=log_decay, dtype=dtype)) is None
 
 
-def late(q, k, v, log_decay, **options):
+def late(x):
     """Queries read the state before them."""
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
+    output, state = decay_chunkwise(x)
     return output.roll(1, 1), state
 
 
-def forgets_the_state_s_gradient(q, k, v, log_decay, *, initial_state, **options):
-    return decay_chunkwise(q, k, v, log_decay, initial_state=initial_state.detach() + 0 * initial_state, **options)
+def forgets_the_state_s_gradient(x):
+    return decay_chunkwise(x._replace(initial_state=x.initial_state.detach() + 0 * x.initial_state))
 
 
-def half_a_chunk(q, k, v, log_decay, **options):
+def half_a_chunk(x):
     """The last, ragged chunk is left out of the state."""
-    output, _ = decay_chunkwise(q, k, v, log_decay, **options)
-    return output, decay_chunkwise(q[:, :256], k[:, :256], v[:, :256], log_decay, **options).final_state
+    output, _ = decay_chunkwise(x)
+    return output, decay_chunkwise(x._replace(q=x.q[:, :256], k=x.k[:, :256], v=x.v[:, :256])).final_state
 
 
-def broken(*arguments, **options):
+def broken(x):
     raise RuntimeError("no code for this device\nand a trace")
 
 
@@ -112,12 +112,10 @@ def test_a_trial_finds_what_is_wrong(function, reason):
 
 def test_a_trial_of_a_step_is_one_token():
     step, read = reference("decay", Paradigm.RECURRENT), []
-    counted = replace(
-        step, function=lambda q, *rest, **options: read.append(q.shape[1]) or step.function(q, *rest, **options)
-    )
+    counted = replace(step, function=lambda x: read.append(x.q.shape[1]) or step.function(x))
     assert disagreement(counted, PROBE) is None
     assert read == [1]
-    doubles = replace(step, function=lambda q, *rest, **options: step.function(2 * q, *rest, **options))
+    doubles = replace(step, function=lambda x: step.function(x._replace(q=2 * x.q)))
     assert "output is off by 1.0e+00" in (disagreement(doubles, PROBE) or "")
 
 
@@ -135,7 +133,7 @@ def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
     assert chosen("softmax", Paradigm.RECURRENT, "flex") is reference("softmax", Paradigm.RECURRENT)
 
 
-def test_a_model_settles_its_backends_when_it_is_built(monkeypatch):
+def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
     asked = []
     monkeypatch.setattr("seqmix.mixers.contract.choose", lambda op, backend, probe: asked.append((op, probe)) or {})
     model = build_model(load_config("hybrid-tiny").model, activations=torch.bfloat16)
@@ -151,14 +149,14 @@ def test_a_model_says_which_block_names_a_backend_that_cannot_run():
 
 
 @torch.no_grad()
-def test_the_layer_calls_the_backend_that_was_settled(monkeypatch):
+def test_the_layer_calls_the_backend_that_was_resolved(monkeypatch):
     attention = load_config("attention-tiny", ["model.blocks.attn.mixer.backend=flex"]).model
     plain = load_config("attention-tiny").model
     tokens = torch.arange(20)[None]
     model = build_model(attention).eval()
     called = []
     flex = find("softmax", Paradigm.PARALLEL, "flex")
-    counted = replace(flex, function=lambda *args, **options: called.append(1) or flex.function(*args, **options))
+    counted = replace(flex, function=lambda x: called.append(1) or flex.function(x))
     monkeypatch.setitem(module.KERNELS, flex.key, counted)
     torch.testing.assert_close(model(tokens).logits, build_model(plain).eval()(tokens).logits)
     assert len(called) == 4

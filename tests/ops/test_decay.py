@@ -686,7 +686,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(paradigm, tensors, options, 
 
 
 def test_there_is_no_other_paradigm():
-    with pytest.raises(SeqmixError, match="there is no paradigm 'chunckwise'; .* did you mean .chunkwise"):
+    with pytest.raises(SeqmixError, match=r"there is no paradigm 'chunckwise'; .* did you mean .chunkwise"):
         decay_recurrence(Q, K, V, paradigm="chunckwise")
     by_name = decay_recurrence(Q, K, V, paradigm="chunkwise").output
     bit_for_bit(by_name, decay_recurrence(Q, K, V, paradigm=Paradigm.CHUNKWISE).output)

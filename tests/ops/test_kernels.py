@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqmix.ops.decay.api import decay_chunkwise
+from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay.chunkwise import decay_chunkwise
 from seqmix.ops.kernels import KERNELS, Kernel, Probe, declare, find, reference
 from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.softmax import softmax_attention
 from seqmix.registry import SeqmixError
 from seqmix.testing import (
     KERNEL_CHECKS,
@@ -76,7 +78,7 @@ def test_reasons_are_those_of_the_dtype_and_of_the_limits(monkeypatch):
 def test_a_kernel_that_cannot_run_here_is_skipped_with_its_own_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     called = []
-    kernel = replace(TRITON, function=lambda *_, **__: called.append(1))
+    kernel = replace(TRITON, function=called.append)
     outcomes = check_kernel(kernel).outcomes
     assert {outcome.status for outcome in outcomes} == {Status.SKIPPED}
     assert all("TRITON_INTERPRET=1" in outcome.reason for outcome in outcomes)
@@ -90,11 +92,11 @@ def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dtypes = set()
 
-    def function(q, *args, **options):
-        dtypes.add(q.dtype)
-        if q.dtype != torch.float32:
+    def function(x):
+        dtypes.add(x.q.dtype)
+        if x.q.dtype != torch.float32:
             raise SeqmixError("float32 only")
-        return decay_chunkwise(q, *args, **options)
+        return decay_chunkwise(x)
 
     report = check_kernel(replace(TRITON, function=function), checks=["outputs_are_the_definitions"], examples=20)
     assert report.passed
@@ -111,7 +113,9 @@ def test_a_kernel_is_declared_once_and_found(monkeypatch):
     monkeypatch.setattr("seqmix.ops.kernels.KERNELS", dict(KERNELS))
     assert declare(TRITON) is TRITON
     assert find("decay", Paradigm.CHUNKWISE, "stand-in") is TRITON
-    with pytest.raises(SeqmixError, match=r"there is a kernel decay/chunkwise/stand-in already: seqmix.ops.decay.api"):
+    with pytest.raises(
+        SeqmixError, match=r"there is a kernel decay/chunkwise/stand-in already: seqmix.ops.decay.chunkwise.decay_ch"
+    ):
         declare(TRITON)
     with pytest.raises(SeqmixError, match=r"there is no kernel decay/chunkwise/referense.*decay/chunkwise/reference"):
         find("decay", Paradigm.CHUNKWISE, "referense")
@@ -119,20 +123,19 @@ def test_a_kernel_is_declared_once_and_found(monkeypatch):
 
 def test_references_refuse_what_they_would_round():
     q = torch.ones(1, 2, 1, 1, dtype=torch.int64)
-    for op in ("decay", "softmax"):
-        arguments = (q, q, q, None) if op == "decay" else (q, q, q)
+    for function in (decay_recurrence, softmax_attention):
         with pytest.raises(SeqmixError, match=r"q, k and v must have one dtype of float64, .*; given are int64, int64"):
-            reference(op, Paradigm.PARALLEL).function(*arguments)
-    with pytest.raises(SeqmixError, match="given are float32, float64, float32"):
-        decay_chunkwise(q.float(), q.double(), q.float(), None)
+            function(q, q, q, paradigm=Paradigm.PARALLEL)
+        with pytest.raises(SeqmixError, match="given are float32, float64, float32"):
+            function(q.float(), q.double(), q.float())
 
 
 # ---- reports
 
 
-def off_by_a_step(q, k, v, log_decay, **options):
+def off_by_a_step(x):
     """A kernel whose queries read the state before them."""
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
+    output, state = decay_chunkwise(x)
     return output.roll(1, 1), state
 
 

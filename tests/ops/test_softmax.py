@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax.api import softmax, softmax_chunkwise, softmax_flops, softmax_parallel, softmax_recurrent
+from seqmix.ops.softmax import softmax_attention, softmax_flops
 from seqmix.ops.softmax.cache import GrowingCache, RingCache, empty_cache
 from seqmix.registry import SeqmixError
 
@@ -197,7 +197,7 @@ def test_output_and_state_are_the_definition(paradigm, kind, packed, data):
     q, k, v, past = case.tensors()
     state = initial_state(case, past)
     with torch.set_grad_enabled(data.draw(st.booleans(), label="grad")):
-        output, final_state = softmax(paradigm, q, k, v, initial_state=state, **case.options())
+        output, final_state = softmax_attention(q, k, v, initial_state=state, **case.options(), paradigm=paradigm)
     expected_output, expected_state = expected(case, q, k, v, past)
     exactly(output, expected_output)
     assert type(final_state) is type(expected_state)
@@ -223,7 +223,7 @@ def test_gradients_are_those_of_the_definition(paradigm, packed, data):
     expected_gradients = torch.autograd.grad(
         [expected_output, *expected_state[:2]], [q, k, v, *tokens], cotangents, materialize_grads=True
     )
-    output, final_state = softmax(paradigm, q, k, v, initial_state=state, **case.options())
+    output, final_state = softmax_attention(q, k, v, initial_state=state, **case.options(), paradigm=paradigm)
     gradients = torch.autograd.grad([output, *final_state[:2]], leaves, cotangents, materialize_grads=True)
     for gradient, expected_gradient in zip(gradients[:3], expected_gradients[:3], strict=True):
         exactly(gradient, expected_gradient)
@@ -257,10 +257,10 @@ def test_pieces_equal_the_whole(first, second, data):
     ]
     state, outputs = initial_state(case, past), []
     with torch.no_grad():
-        whole, whole_state = softmax(first, q, k, v, initial_state=clone(state), **case.options())
+        whole, whole_state = softmax_attention(q, k, v, initial_state=clone(state), **case.options(), paradigm=first)
         for i, paradigm in enumerate((first, second)):
             segment = [halves[i].segment([pieces[i] for pieces in x]) for x in parts]
-            output, state = softmax(paradigm, *segment, initial_state=state, **halves[i].options())
+            output, state = softmax_attention(*segment, initial_state=state, **halves[i].options(), paradigm=paradigm)
             outputs.append(halves[i].sequences(output))
     joined = case.segment([torch.cat(pieces) for pieces in zip(*outputs, strict=True)])
     exactly(joined, whole)
@@ -275,10 +275,10 @@ def test_the_future_changes_nothing(paradigm, case, seed):
     q, k, v, past = case.tensors()
     state = initial_state(case, past)
     cut = seed % case.lengths[0]
-    output, _ = softmax(paradigm, q, k, v, initial_state=state, **case.options())
+    output, _ = softmax_attention(q, k, v, initial_state=state, **case.options(), paradigm=paradigm)
     for x in (q, k, v):
         x[:, cut + 1 :] = 1e3 * torch.randn_like(x[:, cut + 1 :])
-    changed, _ = softmax(paradigm, q, k, v, initial_state=state, **case.options())
+    changed, _ = softmax_attention(q, k, v, initial_state=state, **case.options(), paradigm=paradigm)
     exactly(changed[:, : cut + 1], output[:, : cut + 1])
 
 
@@ -300,7 +300,9 @@ def ring(capacity, batch_size=2, read=0, dtype=torch.float64):
 def test_without_grad_a_ring_is_written_in_place(paradigm, length):
     state = ring(8)
     with torch.no_grad():
-        _, final_state = softmax(paradigm, *make(length=length), initial_state=state, output_final_state=True)
+        _, final_state = softmax_attention(
+            *make(length=length), initial_state=state, output_final_state=True, paradigm=paradigm
+        )
     assert final_state.keys is state.keys
     assert final_state.values is state.values
     bit_for_bit(state.length, torch.tensor([0, 0]))
@@ -312,7 +314,7 @@ def test_a_state_is_not_written_unless_a_final_one_is_wanted(paradigm, window):
     state = ring(8)
     before = clone(state)
     with torch.no_grad():
-        softmax(paradigm, *make(length=1), initial_state=state, window=window)
+        softmax_attention(*make(length=1), initial_state=state, window=window, paradigm=paradigm)
     for leaf, expected_leaf in zip(state, before, strict=True):
         bit_for_bit(leaf, expected_leaf)
 
@@ -325,7 +327,7 @@ def test_in_grad_mode_a_state_is_never_written(requires_grad, case, paradigm):
     state = initial_state(case, past)
     before = clone(state)
     versions = [x._version for x in state]
-    softmax(paradigm, q.requires_grad_(requires_grad), k, v, initial_state=state, **case.options())
+    softmax_attention(q.requires_grad_(requires_grad), k, v, initial_state=state, **case.options(), paradigm=paradigm)
     assert [x._version for x in state] == versions
     for leaf, expected_leaf in zip(state, before, strict=True):
         bit_for_bit(leaf, expected_leaf)
@@ -340,17 +342,17 @@ def test_a_ring_without_window_never_overflows(paradigm, packed):
     state = ring(7, batch_size=len(reads))._replace(length=reads)
     options = {"output_final_state": True, "cu_seqlens": borders}
     with pytest.raises(RuntimeError, match="allocated for fewer tokens"):
-        softmax(paradigm, q, k, v, initial_state=state, **options)
+        softmax_attention(q, k, v, initial_state=state, **options, paradigm=paradigm)
     # a window wider than the ring is no excuse; one that fits is
     with pytest.raises(RuntimeError, match="allocated for fewer tokens"):
-        softmax(paradigm, q, k, v, initial_state=state, window=8, **options)
-    softmax(paradigm, q, k, v, initial_state=state, window=7, **options)
+        softmax_attention(q, k, v, initial_state=state, window=8, **options, paradigm=paradigm)
+    softmax_attention(q, k, v, initial_state=state, window=7, **options, paradigm=paradigm)
 
 
 @pytest.mark.parametrize("borders", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7]])
 def test_wrong_borders_are_refused(borders):
     with pytest.raises(SeqmixError, match="cu_seqlens must rise from 0 to the 6 tokens given"):
-        softmax_parallel(*make(batch_size=1), cu_seqlens=torch.tensor(borders))
+        softmax_attention(*make(batch_size=1), cu_seqlens=torch.tensor(borders), paradigm=Paradigm.PARALLEL)
 
 
 @pytest.mark.parametrize(
@@ -365,14 +367,14 @@ def test_wrong_borders_are_refused(borders):
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(change, sentence):
     with pytest.raises(SeqmixError, match=sentence):
-        softmax_chunkwise(*make(), **change)
+        softmax_attention(*make(), **change, paradigm=Paradigm.CHUNKWISE)
 
 
 @pytest.mark.parametrize("heads", [(4, 3, 3), (4, 2, 4)])
 def test_heads_that_do_not_group_are_refused(heads):
     q, k, v = (torch.randn(2, 6, n, 4) for n in heads)
     with pytest.raises(SeqmixError, match="must divide"):
-        softmax_parallel(q, k, v)
+        softmax_attention(q, k, v, paradigm=Paradigm.PARALLEL)
 
 
 def test_a_ring_holds_at_least_a_token():
@@ -380,10 +382,10 @@ def test_a_ring_holds_at_least_a_token():
         ring(0)
 
 
-@pytest.mark.parametrize("function", [softmax_parallel, softmax_recurrent])
-def test_a_decay_whose_factors_leave_the_dtype_is_refused(function):
+@pytest.mark.parametrize("paradigm", [Paradigm.PARALLEL, Paradigm.RECURRENT])
+def test_a_decay_whose_factors_leave_the_dtype_is_refused(paradigm):
     with pytest.raises(RuntimeError, match="smaller chunk_size"):
-        function(*make(length=400, dtype=torch.float32), log_decay=torch.full((4,), -0.5))
+        softmax_attention(*make(length=400, dtype=torch.float32), log_decay=torch.full((4,), -0.5), paradigm=paradigm)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -397,8 +399,10 @@ def test_chunks_keep_the_factors_of_a_decay_in_range(packed):
         # the second document's cache lies far behind the first block
         options["cu_seqlens"] = torch.tensor([0, 380, 400])
         options["initial_state"] = ring(410, batch_size=2, read=7, dtype=torch.float32)
-    output, _ = softmax_chunkwise(q, k, v, chunk_size=32, **options)
-    exact, _ = softmax_chunkwise(q.double(), k.double(), v.double(), chunk_size=400, **options)
+    output, _ = softmax_attention(q, k, v, chunk_size=32, **options, paradigm=Paradigm.CHUNKWISE)
+    exact, _ = softmax_attention(
+        q.double(), k.double(), v.double(), chunk_size=400, **options, paradigm=Paradigm.CHUNKWISE
+    )
     assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -406,8 +410,8 @@ def test_chunks_keep_the_factors_of_a_decay_in_range(packed):
 def test_the_strongest_decay_allowed_is_accurate(paradigm):
     q, k, v = make(length=64, dtype=torch.float16)
     log_decay = torch.full((4,), -0.99 * math.log(torch.finfo(torch.float16).max) / 64)
-    output, _ = softmax(paradigm, q, k, v, log_decay=log_decay)
-    exact, _ = softmax_parallel(q.double(), k.double(), v.double(), log_decay=log_decay)
+    output, _ = softmax_attention(q, k, v, log_decay=log_decay, paradigm=paradigm)
+    exact, _ = softmax_attention(q.double(), k.double(), v.double(), log_decay=log_decay, paradigm=Paradigm.PARALLEL)
     assert_close(output.double(), exact, rtol=3e-3, atol=3e-3)
 
 
@@ -420,7 +424,9 @@ def test_position_a_million_is_as_good_as_zero(paradigm, dtype):
     for read in (20, 20 + 1_000_000):
         state = ring(20, read=read, dtype=dtype)
         state = state._replace(keys=torch.ones_like(state.keys), values=torch.ones_like(state.values))
-        output, _ = softmax(paradigm, q, k, v, window=20, log_decay=log_decay, initial_state=state, chunk_size=16)
+        output, _ = softmax_attention(
+            q, k, v, window=20, log_decay=log_decay, initial_state=state, chunk_size=16, paradigm=paradigm
+        )
         assert output.dtype == dtype
         shifts.append(output)
     bit_for_bit(shifts[0], shifts[1])
@@ -433,10 +439,8 @@ def test_a_cache_of_a_million_keys_with_a_decay_is_finite(chunk_size):
     state = GrowingCache(past, past, torch.tensor([999_990]))
     log_decay = torch.tensor([-1.2528, -0.1]) / 512
     q, k, v = (torch.randn(1, 9, 1, 2) for _ in range(3))
-    outputs = [
-        softmax(paradigm, q, k, v, log_decay=log_decay, initial_state=state, chunk_size=chunk_size)[0]
-        for paradigm in PARADIGMS
-    ]
+    options = {"log_decay": log_decay, "initial_state": state, "chunk_size": chunk_size}
+    outputs = [softmax_attention(q, k, v, paradigm=paradigm, **options)[0] for paradigm in PARADIGMS]
     assert torch.isfinite(outputs[0]).all()
     for output in outputs[1:]:
         assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
@@ -448,8 +452,10 @@ def test_a_cache_of_a_million_keys_with_a_decay_is_finite(chunk_size):
 def test_low_precision_stays_near_float64(paradigm, dtype, tolerance, decayed):
     q, k, v = make(length=64, dtype=dtype)
     log_decay = torch.linspace(-0.05, 0, 4) if decayed else None
-    output, state = softmax(paradigm, q, k, v, log_decay=log_decay, output_final_state=True, chunk_size=16)
-    exact, _ = softmax_parallel(q.double(), k.double(), v.double(), log_decay=log_decay)
+    output, state = softmax_attention(
+        q, k, v, log_decay=log_decay, output_final_state=True, chunk_size=16, paradigm=paradigm
+    )
+    exact, _ = softmax_attention(q.double(), k.double(), v.double(), log_decay=log_decay, paradigm=Paradigm.PARALLEL)
     assert output.dtype == state.keys.dtype == state.values.dtype == dtype
     assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
 
@@ -460,8 +466,8 @@ def test_a_cache_keeps_its_dtype(paradigm, decayed):
     q, k, v = make(length=4, dtype=torch.bfloat16)
     log_decay = torch.linspace(-0.05, 0, 4) if decayed else None
     for state in (ring(9, dtype=torch.float32), GrowingCache(*ring(3, dtype=torch.float32))):
-        output, final_state = softmax(
-            paradigm, q, k, v, log_decay=log_decay, initial_state=state, output_final_state=True
+        output, final_state = softmax_attention(
+            q, k, v, log_decay=log_decay, initial_state=state, output_final_state=True, paradigm=paradigm
         )
         assert output.dtype == torch.bfloat16
         assert final_state.keys.dtype == final_state.values.dtype == torch.float32
@@ -477,7 +483,9 @@ def test_memory_of_the_chunkwise_backward_is_linear():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            softmax_chunkwise(q, k, v, log_decay=torch.linspace(-0.01, 0, 4), chunk_size=32)
+            softmax_attention(
+                q, k, v, log_decay=torch.linspace(-0.01, 0, 4), chunk_size=32, paradigm=Paradigm.CHUNKWISE
+            )
         return sum(seen.values())
 
     assert saved_bytes(1024) <= 2.1 * saved_bytes(512)
@@ -495,7 +503,9 @@ def test_flops_are_what_a_counter_counts(paradigm, window, context, length):
         state = cache_of(kind, [tokens], [tokens], context if window is None else window)
     # torch does not count its fused CPU kernel, but does the same products one by one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        softmax(paradigm, q, k, v, window=window, initial_state=state, output_final_state=True, chunk_size=3)
+        softmax_attention(
+            q, k, v, window=window, initial_state=state, output_final_state=True, chunk_size=3, paradigm=paradigm
+        )
     assert counter.get_total_flops() == 4 * softmax_flops(
         paradigm, length, 4, 4, window=window, chunk_size=3, context=context
     )
@@ -515,10 +525,10 @@ def test_compiles_into_one_graph_with_gradients(paradigm, case):
     if case == "packed":
         options["cu_seqlens"] = torch.tensor([0, 2, 6])
     torch._dynamo.reset()
-    compiled = torch.compile(softmax, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(softmax_attention, fullgraph=True, backend="aot_eager")
     results = []
-    for function in (softmax, compiled):
-        output, state = function(paradigm, q, k, v, **options)
+    for function in (softmax_attention, compiled):
+        output, state = function(q, k, v, **options, paradigm=paradigm)
         results.append((output, *state, *torch.autograd.grad(output.square().sum() + state.keys.sum(), (q, k, v))))
     for eager, graph in zip(*results, strict=True):
         exactly(graph, eager)
@@ -530,7 +540,7 @@ def test_compiles_into_one_graph_with_gradients(paradigm, case):
 def test_lengths_share_a_graph(paradigm, case):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(softmax, fullgraph=True, backend=counter)
+    compiled = torch.compile(softmax_attention, fullgraph=True, backend=counter)
     for length in (33, 40, 43, 48):
         q, k, v = make(batch_size=1, length=length)
         options = {"log_decay": torch.linspace(-0.01, 0, 4), "output_final_state": True}
@@ -538,7 +548,10 @@ def test_lengths_share_a_graph(paradigm, case):
             options["cu_seqlens"] = torch.tensor([0, 5, length])
         if case == "growing":
             options["initial_state"] = GrowingCache(*ring(length // 3, batch_size=1))
-        exactly(compiled(paradigm, q, k, v, **options)[0], softmax(paradigm, q, k, v, **options)[0])
+        exactly(
+            compiled(q, k, v, **options, paradigm=paradigm)[0],
+            softmax_attention(q, k, v, **options, paradigm=paradigm)[0],
+        )
     # one for the first length, one for any
     assert counter.frame_count == 2
 
@@ -549,11 +562,13 @@ def test_decoding_compiles_once(window):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(q, k, v, state):
-        return softmax_recurrent(q, k, v, window=window, initial_state=state, output_final_state=True)
+        return softmax_attention(
+            q, k, v, window=window, initial_state=state, output_final_state=True, paradigm=Paradigm.RECURRENT
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     q, k, v = make(length=20)
-    whole, _ = softmax_parallel(q, k, v, window=window)
+    whole, _ = softmax_attention(q, k, v, window=window, paradigm=Paradigm.PARALLEL)
     state = ring(20 if window is None else window)
     with torch.no_grad():
         for t in range(20):

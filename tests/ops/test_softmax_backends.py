@@ -6,6 +6,7 @@ them and back is tested.
 
 import math
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
@@ -18,18 +19,20 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmix.ops.kernels import Probe, find
+from seqmix.ops.packing import Documents
 from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.softmax import flex as softmax_flex
+from seqmix.ops.softmax import softmax_attention
 from seqmix.ops.softmax import xformers as softmax_xformers
-from seqmix.ops.softmax.api import softmax_parallel, visible_keys
 from seqmix.ops.softmax.cache import GrowingCache, RingCache, offer_of
-from seqmix.ops.softmax.flex import BLOCK, softmax_parallel_flex
-from seqmix.ops.softmax.xformers import softmax_parallel_xformers
+from seqmix.ops.softmax.call import visible_keys
+from seqmix.ops.softmax.flex import BLOCK
 from seqmix.registry import SeqmixError
 from seqmix.testing import Status, check_kernel
 
 needs_xformers = pytest.mark.skipif(find_spec("xformers") is None, reason="needs pip install --no-deps xformers")
 
+by_flex, by_xformers = partial(softmax_attention, backend="flex"), partial(softmax_attention, backend="xformers")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PROBE = Probe(device=CUDA, dtype=torch.bfloat16, key_width=64, value_width=64)
 
@@ -84,7 +87,7 @@ def seen(offer, length, window):
 def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
     options, window = drawn
     (_, k, v), given_ = inputs(**options, width=1)
-    offer = offer_of(k, v, given_["initial_state"], given_["cu_seqlens"])
+    offer = offer_of(k, v, given_["initial_state"], Documents.of(given_["cu_seqlens"], k.shape[1]))
     length, offered = k.shape[1], offer.keys.shape[1]
     dense = seen(offer, length, window)
     mask = softmax_flex.visible(offer, window)
@@ -130,7 +133,7 @@ class Largest(TorchDispatchMode):
 def test_no_mask_is_as_large_as_all_pairs():
     lengths = [1500, 0, 2596]
     (_, k, v), options = inputs(lengths, packed=True, reads=[9, 40, 0], capacity=40, width=1)
-    offer = offer_of(k, v, options["initial_state"], options["cu_seqlens"])
+    offer = offer_of(k, v, options["initial_state"], Documents.of(options["cu_seqlens"], k.shape[1]))
     with Largest() as largest:
         softmax_flex.block_mask(sum(lengths), offer, 100)
     assert largest.elements <= 2 * sum(lengths)
@@ -157,9 +160,9 @@ def test_flex_traces_into_one_graph(call):
     options, window = CALLS[call]
     arguments, options = inputs(**options)
     options |= {"window": window, "log_decay": LOG_DECAY, "output_final_state": True}
-    compiled = torch.compile(softmax_parallel_flex, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(by_flex, fullgraph=True, backend="aot_eager")
     # a ring is written where it lies
-    results = [function(*arguments, **(options | copied(options))) for function in (compiled, softmax_parallel)]
+    results = [function(*arguments, **(options | copied(options))) for function in (compiled, softmax_attention)]
     assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
@@ -173,9 +176,9 @@ def copied(options):
 def test_the_compiled_kernel_visits_all_it_should():
     torch.compiler.reset()
     arguments, options = inputs([300], width=16)
-    compiled = torch.compile(softmax_parallel_flex, fullgraph=True)
+    compiled = torch.compile(by_flex, fullgraph=True)
     # blocks that are passed over, seen in part, and not whole
-    found, expected = (f(*arguments, **options, window=40)[0] for f in (compiled, softmax_parallel))
+    found, expected = (f(*arguments, **options, window=40)[0] for f in (compiled, softmax_attention))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -195,7 +198,7 @@ def test_flex_says_what_it_does_not_take():
     assert "CUDA devices and CPUs, and not mps" in reason
     arguments, options = inputs([5], grad=True)
     with pytest.raises(SeqmixError, match="no backward pass on a CPU"):
-        softmax_parallel_flex(*arguments, **options)
+        by_flex(*arguments, **options)
 
 
 def test_flex_on_a_cpu_is_without_backward_in_torch_too():
@@ -224,7 +227,7 @@ def test_xformers_masks_are_what_is_seen(drawn):
     options, window = drawn
     (q, k, v), given_ = inputs(**options, width=1)
     cache, borders = given_["initial_state"], given_["cu_seqlens"]
-    offer = offer_of(k, v, cache, borders)
+    offer = offer_of(k, v, cache, Documents.of(borders, k.shape[1]))
     rows, length, offered = q.shape[0], q.shape[1], offer.keys.shape[1]
     found = softmax_xformers.plan(
         rows,
@@ -348,7 +351,7 @@ def test_xformers_compiles_into_one_graph_with_gradients(call, standing_in):
     cache = options["initial_state"]
     leaves = [*arguments, options["log_decay"], *(() if cache is None else cache[:2])]
     results = []
-    for function in (torch.compile(softmax_parallel_xformers, fullgraph=True, backend="aot_eager"), softmax_parallel):
+    for function in (torch.compile(by_xformers, fullgraph=True, backend="aot_eager"), softmax_attention):
         output, _ = function(*arguments, **options)
         above = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
         results.append((output.detach(), *torch.autograd.grad(output, leaves, above)))
@@ -371,12 +374,14 @@ def test_what_xformers_cannot_load_is_copied():
 @needs_xformers
 def test_the_op_passes_opcheck(standing_in):
     (q, k, v), options = inputs([3, 0, 4], packed=True, reads=[2, 1, 5], capacity=5, grad=True)
-    offer = offer_of(k.detach(), v.detach(), options["initial_state"], options["cu_seqlens"])
+    documents = Documents.of(options["cu_seqlens"], k.shape[1])
+    offer = offer_of(k.detach(), v.detach(), options["initial_state"], documents)
     keys, values = (x.detach().requires_grad_() for x in (offer.keys, offer.values))
     read, borders = options["initial_state"].length, options["cu_seqlens"]
-    arguments = (q, keys, values, read, borders, 5, False, 2, 0.3)
-    results = torch.library.opcheck(softmax_xformers.attend_op, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    for boundaries in (None, borders.tolist()):
+        arguments = (q, keys, values, read, borders, boundaries, 5, False, 2, 0.3)
+        results = torch.library.opcheck(torch.ops.seqmix.softmax_xformers.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 def test_xformers_says_what_it_does_not_take(monkeypatch):
@@ -402,7 +407,7 @@ def test_xformers_says_what_it_does_not_take(monkeypatch):
     assert "xformers is not installed (pip install 'seqmix[gpu]'" in reason
     arguments, options = inputs([5])
     with pytest.raises(SeqmixError, match="it needs a CUDA device and not cpu"):
-        softmax_parallel_xformers(*arguments, **options)
+        by_xformers(*arguments, **options)
 
 
 @needs_xformers
