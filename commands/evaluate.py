@@ -88,11 +88,10 @@ def evaluate(
     lengths = sorted(set(length or [])) or ([] if contexts else [times * trained for times in TIMES])
     source = open_text(config, run, [*(length or []), *contexts])
     if not length:  # as far as the text goes
-        held_out = len(source.corpus.validation)
-        if (left_out := [each for each in lengths if each >= held_out]) and len(left_out) < len(lengths):
-            note(f"{source.name} holds out {held_out:,} tokens: nothing is measured at {_list(left_out)}")
-        lengths = [each for each in lengths if each < held_out]
-        source = open_text(config, run, [*lengths, *contexts])
+        available = len(source.corpus.validation)
+        if (left_out := [each for each in lengths if each >= available]) and len(left_out) < len(lengths):
+            note(f"{source.name} has {available:,} validation tokens: nothing is measured at {_list(left_out)}")
+        lengths = [each for each in lengths if each < available]
     model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
     declared = common_paradigms(model)
     chosen = [require_paradigm_name(name, declared) for name in paradigm or []] or list(declared)

@@ -1,19 +1,21 @@
-"""Batches: sequences cut from a stream, each with the token behind every token, and packed where that is wanted.
+"""Batches: sequences cut from a stream, each with the token after every token, and packed where that is wanted.
 
 A batch is a function of (seed, step) alone, so a resumed run sees what the unbroken one would have seen.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 
 from ..models import IGNORED, ByteTokenizer
 from .corpus import Tokens
-from .order import epoch_samples, random_starts
+from .order import contiguous_windows, epoch_samples, random_starts
 from .source import Batch, Packed, share
 from .stream import Stream
+
+Order: TypeAlias = Literal["random_windows", "epochs", "contiguous"]
 
 
 def training_batch(
@@ -23,7 +25,7 @@ def training_batch(
     *,
     seed: int,
     step: int,
-    order: Literal["random_windows", "epochs"] = "random_windows",
+    order: Order = "random_windows",
     begin: int = ByteTokenizer.begin,
     rank: int = 0,
     world_size: int = 1,
@@ -37,16 +39,19 @@ def training_batch(
         seed: another seed, another order.
         step: the step, from 0.
         order: `random_windows` draws each place; `epochs` cuts the stream into ceil((len - 1) / length) sequences side
-            by side and takes each once an epoch; what the last one lacks is padded and not predicted.
+            by side and takes each once an epoch; what the last one lacks is padded and not predicted; `contiguous` goes
+            on where the step before ended.
         begin: the begin token, that of bytes by default; of another tokenizer it is `tokenizer.begin`.
-        rank: which rows are wanted: the ranks' rows, one behind another, are the same batch for any number of ranks.
+        rank: which rows are wanted: the ranks' rows, concatenated, are the same batch for any number of ranks.
         world_size: number of ranks.
 
     Raises:
         SeqmixError: the ranks do not divide the batch.
     """
     rows = share(batch_size, rank, world_size)
-    if order == "random_windows":
+    if order == "contiguous":
+        starts = contiguous_windows(len(tokens), length, batch_size, seed=seed, step=step).starts
+    elif order == "random_windows":
         starts = random_starts(len(tokens) - length, batch_size, seed=seed, step=step)
     else:
         samples = -(-(len(tokens) - 1) // length)
@@ -71,7 +76,7 @@ def evaluation_batches(
 def pack(batch: Batch, most: int, begin: int) -> Packed:
     """The sequences of a batch in one row, in which every sequence and every begin token starts a document.
 
-    Shapes depend on the batch's alone, so that one graph serves all: behind the last document come empty ones.
+    Shapes depend on the batch's alone, so that one graph serves all: after the last document come empty ones.
 
     Args:
         batch: B sequences of T tokens.
@@ -81,13 +86,13 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
     Raises:
         RuntimeError: a sequence has more documents; on a GPU, in its own time.
     """
-    borders = batch.inputs == begin
-    borders[:, 0] = True
-    length = borders.numel()
-    places = torch.arange(length, device=borders.device)
+    begins = batch.inputs == begin
+    begins[:, 0] = True
+    length = begins.numel()
+    places = torch.arange(length, device=begins.device)
     # no count is asked for, which would wait for the device
-    starts = torch.where(borders.flatten(), places, length).sort().values
-    kept = len(borders) * most
+    starts = torch.where(begins.flatten(), places, length).sort().values
+    kept = len(begins) * most
     torch.ops.aten._assert_async.msg((starts[kept:] == length).all(), "a sequence has more documents than its stream")
     cu_seqlens = torch.nn.functional.pad(starts[:kept], (0, 1), value=length)
     return Packed(batch.inputs.reshape(1, -1), batch.targets.reshape(1, -1), cu_seqlens)

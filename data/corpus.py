@@ -1,4 +1,4 @@
-"""A text as two streams of tokens, one to learn and one held out."""
+"""A text as two streams of tokens: the training split and the validation split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,9 +28,7 @@ class Corpus:
     documents: int
     split: str
     train: Tokens
-    """To be learned."""
     validation: Tokens
-    """Held out."""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     bytes_per_token: float = 1.0
     """Of the whole text, begin tokens aside: 1 for bytes."""
@@ -69,8 +67,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         split = "tail" if count == 1 else "by_file" if _are_text(config, files) else "by_document"
     sides = [_sides(store, split, names, config.validation_fraction) for store, names in shelves]
     train, validation = (
-        Stream([(store, side[held_out]) for (store, _), side in zip(shelves, sides, strict=True)], tokenizer.begin)
-        for held_out in (0, 1)
+        Stream([(store, side[number]) for (store, _), side in zip(shelves, sides, strict=True)], tokenizer.begin)
+        for number in (0, 1)
     )
     total = sum(int(store.ends[-1]) for store, _ in shelves) - count
     corpus = Corpus(
@@ -140,8 +138,8 @@ def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
 def _digest(tokenizer: Tokenizer, shelves: Sequence[Shelf], sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
     """A hash of documents' hashes: nothing is read again."""
     found = hashlib.sha256(tokenizer.identity.encode())
-    for (store, _), (learned, held_out) in zip(shelves, sides, strict=True):
-        for table in (store.digests, learned, held_out):
+    for (store, _), (train, validation) in zip(shelves, sides, strict=True):
+        for table in (store.digests, train, validation):
             found.update(table.tobytes())
     return found.hexdigest()
 
@@ -155,13 +153,13 @@ def _are_text(config: CorpusConfig, files: Sequence[SourceFile]) -> bool:
 def _sides(
     store: Store, split: Literal["by_document", "by_file", "tail"], names: np.ndarray, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a store to learn and those held out, each [N 2].
+    """The pieces of a store for training and those for validation, each [N 2].
 
     Args:
         store: the documents.
         split: how.
         names: hashes of the names of the documents' files, [N], uint64.
-        fraction: share to hold out.
+        fraction: share of the validation split.
     """
     starts = np.concatenate(([0], store.ends[:-1]))
     if split == "tail":
@@ -169,5 +167,5 @@ def _sides(
         cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
     shares = (store.digests if split == "by_document" else names) / 2.0**64
-    pieces, held_out = np.stack((starts, store.ends), axis=1), shares < fraction
-    return pieces[~held_out], pieces[held_out]
+    pieces, validation = np.stack((starts, store.ends), axis=1), shares < fraction
+    return pieces[~validation], pieces[validation]

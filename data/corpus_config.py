@@ -18,7 +18,7 @@ class DatasetConfig(Config):
     name: str | None = None
     """The data set's own configuration, where it has several."""
     split: str = Field(default="train", min_length=1)
-    """Which of the data set's splits is read; what is held out of it is `data.split`'s choice."""
+    """Which of the data set's splits is read; `data.split` chooses the validation split of it."""
     streaming: bool = False
     """Whether rows are fetched as they are read, and nothing is kept on disk."""
     documents: int | None = Field(default=None, gt=0)
@@ -44,7 +44,7 @@ class CorpusConfig(DataConfig):
     lie on one side; `by_file` whole files, by a hash of their names; `tail` the end of every document; `auto` is tail
     where there is one document, by_file where all are text files, else by_document."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the documents or files (or of every document) held out."""
+    """Share of the documents or files (or of every document) in the validation split."""
 
     @field_validator("glob")
     @classmethod

@@ -31,7 +31,7 @@ class Packed(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A batch of what is held out."""
+    """A batch of the validation split."""
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
@@ -76,7 +76,7 @@ class Source(ABC):
 
     @abstractmethod
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """What is held out, the same in every run.
+        """The validation split, the same in every run.
 
         Args:
             batch_size: rows of a batch.

@@ -53,13 +53,13 @@ class TaskConfig(DataConfig):
         """Tokens that a model needs: 0 to n_tokens - 1."""
 
     @property
-    @abstractmethod
     def hardest(self) -> int:
-        """The largest difficulty that fits into a training sequence; 0 where none does."""
+        """The largest difficulty that fits into a training sequence; 0 where none does. By default, its length."""
+        return self.sequence_length
 
-    @abstractmethod
     def length_of(self, difficulty: int) -> int:
-        """The fewest tokens of a sequence of a difficulty."""
+        """The fewest tokens of a sequence of a difficulty; by default, the difficulty."""
+        return difficulty
 
     @abstractmethod
     def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
@@ -74,7 +74,7 @@ class TaskConfig(DataConfig):
 
     @abstractmethod
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """The right answers of one example, found by a plain program that reads it: a token by the place it is behind.
+        """The right answers of one example, found by a plain program that reads it: the token that follows each place.
 
         It may answer more than is asked.
         """
@@ -145,8 +145,8 @@ class Task(Source):
             f"measured at {', '.join(map(str, measured))}"
         )
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, held_out: bool) -> Rows:  # noqa: ARG002
-        """Examples of one difficulty; a task that reads a text takes another part of it for those held out."""
+    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, validation: bool) -> Rows:  # noqa: ARG002
+        """Examples of one difficulty; a task that reads a text takes another part of it for validation."""
         return self.config.make(rng, rows, difficulty, length)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -159,7 +159,7 @@ class Task(Source):
         turn = (step * batch_size + np.arange(batch_size)) % len(difficulties)
         for number, difficulty in enumerate(difficulties):
             (rows,) = np.nonzero(turn == number)
-            inputs[rows], targets[rows] = self.make(rng, len(rows), difficulty, length, held_out=False)
+            inputs[rows], targets[rows] = self.make(rng, len(rows), difficulty, length, validation=False)
         return Batch(torch.from_numpy(inputs[wanted]), torch.from_numpy(targets[wanted]))
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
@@ -172,7 +172,7 @@ class Task(Source):
         for difficulty in difficulties:
             by_width.setdefault(max(trained, config.length_of(difficulty)), []).append(difficulty)
         for width, group in by_width.items():
-            made = [self._held_out(each, difficulty, width) for difficulty in group]
+            made = [self._validation_rows(each, difficulty, width) for difficulty in group]
             inputs, targets = (np.concatenate(side) for side in zip(*made, strict=True))
             names = np.repeat([str(difficulty) for difficulty in group], each)
             size = max(batch_size * trained // width, 1)
@@ -183,12 +183,12 @@ class Task(Source):
                 batch.targets[len(inputs) - at :] = IGNORED
                 yield Examples(batch, {config.axis: names[rows].tolist()})
 
-    def _held_out(self, count: int, difficulty: int, length: int) -> Rows:
+    def _validation_rows(self, count: int, difficulty: int, length: int) -> Rows:
         """The first examples of a difficulty."""
         parts = []
         for part in range(-(-count // TOGETHER)):
             rng = np.random.default_rng([EVALUATION, difficulty, part])
-            parts.append(self.make(rng, TOGETHER, difficulty, length, held_out=True))
+            parts.append(self.make(rng, TOGETHER, difficulty, length, validation=True))
         inputs, targets = (np.concatenate(side)[:count] for side in zip(*parts, strict=True))
         return Rows(inputs, targets)
 

@@ -67,7 +67,7 @@ class Evaluated:
 
     step: int
     loss: float
-    """Nats a token of what is held out."""
+    """Nats a token of the validation split."""
     final: bool
     by_length: dict[int, float] = field(default_factory=dict)
     """The same at each further length of `training.evaluation_lengths`."""

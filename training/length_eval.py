@@ -81,12 +81,12 @@ def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
         raise SeqmixError(f"evaluate takes a run on text to other lengths, and this one learned {config.data.kind}")
     source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
-    held_out = len(source.corpus.validation)
+    available = len(source.corpus.validation)
     for length in lengths:
-        if length >= held_out:
+        if length >= available:
             raise SeqmixError(
-                f"a sequence of {length:,} tokens and its last target need {length + 1:,} tokens of text held out, "
-                f"and {source.name} has {held_out:,}"
+                f"a sequence of {length:,} tokens and its last target need {length + 1:,} tokens of validation text, "
+                f"and {source.name} has {available:,}"
             )
     return source
 

@@ -33,10 +33,6 @@ class InductionHeadsConfig(TaskConfig):
         """The whole sequence."""
         return self.sequence_length if self.sequence_length >= 3 else 0
 
-    def length_of(self, difficulty: int) -> int:
-        """The length is the difficulty."""
-        return max(difficulty, 3)
-
     def require(self, difficulty: int) -> None:
         """Refuse what has no room for a question."""
         if difficulty < 3:

@@ -26,15 +26,6 @@ class ParityConfig(TaskConfig):
         """0 and 1."""
         return 2
 
-    @property
-    def hardest(self) -> int:
-        """The whole sequence."""
-        return self.sequence_length
-
-    def length_of(self, difficulty: int) -> int:
-        """The length is the difficulty."""
-        return difficulty
-
     def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
         """Bits, and their running sum modulo 2."""
         inputs, targets = blank(rows, length)

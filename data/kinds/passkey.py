@@ -92,9 +92,9 @@ class Passkey(Task):
         """How hard it is, and in what."""
         return f"{super().summary}, in {self.corpus.name}"
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, held_out: bool) -> Rows:
+    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, validation: bool) -> Rows:
         """Numbers hidden in places of the text."""
-        stream = self.corpus.validation if held_out else self.corpus.train
+        stream = self.corpus.validation if validation else self.corpus.train
         starts = rng.integers(max(len(stream) - length, 1), size=rows)
         text = np.stack([np.resize(stream[start : start + length], length) for start in starts.tolist()])
         return hide(text.astype(np.int64), rng, difficulty, self.config.digits)

@@ -35,15 +35,6 @@ class PermutationConfig(TaskConfig):
         """All permutations."""
         return len(_elements(self.n))
 
-    @property
-    def hardest(self) -> int:
-        """The whole sequence."""
-        return self.sequence_length
-
-    def length_of(self, difficulty: int) -> int:
-        """The length is the difficulty."""
-        return difficulty
-
     def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
         """Permutations, and their running product by the table of the group."""
         inputs, targets = blank(rows, length)

@@ -1,15 +1,15 @@
-"""Text: sequences cut from documents, some of which are held out for validation."""
+"""Text: sequences cut from documents, split for training and validation."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from ...registry import SeqmixError
-from ..batches import cut, evaluation_batches, most_documents, pack, training_batch
-from ..contiguous import Windows, contiguous_windows
+from ..batches import evaluation_batches, most_documents, pack, training_batch
 from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
-from ..source import Batch, Examples, Packed, Source, share
+from ..order import Windows, contiguous_windows
+from ..source import Batch, Examples, Packed, Source
 
 
 class TextConfig(CorpusConfig):
@@ -18,10 +18,10 @@ class TextConfig(CorpusConfig):
     is_text = True
     kind: Literal["text"] = "text"
     packing: bool = False
-    """Whether every document of a sequence starts from nothing: no state crosses a border. Needs mixers that declare
-    packing. Otherwise a sequence is read through, and only the prediction of a begin token is left out."""
+    """Whether every document of a sequence starts from nothing: no state crosses a document boundary. Needs mixers that
+    declare packing. Otherwise a sequence is read through, and only the prediction of a begin token is left out."""
     order: Literal["random_windows", "epochs"] = "random_windows"
-    """`random_windows` cuts sequences from random places, anew in every step; `epochs` cuts the text into sequences
+    """`random_windows` cuts sequences from random places, others in every step; `epochs` cuts the text into sequences
     once and takes each once an epoch, in an order of its own."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
@@ -50,30 +50,19 @@ class Text(Source):
         """Documents, and tokens on both sides."""
         corpus = self.corpus
         return (
-            f"{corpus.documents:,} documents, {len(corpus.train):,} tokens to learn, "
-            f"{len(corpus.validation):,} held out ({corpus.split})"
+            f"{corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
+            f"{len(corpus.validation):,} validation tokens ({corpus.split})"
         )
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The sequences of one step, in the configured order."""
         tokens, length = self.corpus.train, self.config.sequence_length
-        if self.carried:
-            starts = self._windows(step, batch_size, seed).starts
-            return cut(tokens, starts[share(batch_size, rank, world_size)], length, self.begin)
-        return training_batch(
-            tokens,
-            length,
-            batch_size,
-            seed=seed,
-            step=step,
-            order=self.config.order,
-            begin=self.begin,
-            rank=rank,
-            world_size=world_size,
-        )
+        order, begin = "contiguous" if self.carried else self.config.order, self.begin
+        place = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
+        return training_batch(tokens, length, batch_size, order=order, begin=begin, **place)
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """Sequences side by side over the stream held out."""
+        """Sequences side by side over the validation split."""
         length = length or self.config.sequence_length
         for batch in evaluation_batches(self.corpus.validation, length, batch_size, limit, begin=self.begin):
             yield Examples(batch)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from seqmix import SeqmixError
-from seqmix.data.contiguous import contiguous_windows
+from seqmix.data.order import contiguous_windows
 
 
 @pytest.mark.parametrize(("n_tokens", "length", "batch_size"), [(1000, 16, 4), (81, 16, 4), (80, 16, 4), (33, 16, 1)])

@@ -152,8 +152,8 @@ def test_difficulties_take_turns(opened, kind, fields):
     rows = 3 * len(difficulties) + 1  # batches that the difficulties do not divide
     counts = []
     made = task.make
-    task.make = lambda rng, rows, difficulty, length, *, held_out: (
-        counts.append((difficulty, rows)) or made(rng, rows, difficulty, length, held_out=held_out)
+    task.make = lambda rng, rows, difficulty, length, *, validation: (
+        counts.append((difficulty, rows)) or made(rng, rows, difficulty, length, validation=validation)
     )
     try:
         for step in range(len(difficulties)):
@@ -412,8 +412,8 @@ def test_a_score_counts_every_answer_by_what_its_row_is():
     score = Score()
     targets = torch.tensor([[x, 3, 4], [5, x, x], [x, x, x]])
     slices = {"pairs": ["2", "4", "4"], "depth": ["0", "0", "9"]}
-    score.add_answers(3.0, torch.tensor([3, 0, 5]), targets, slices)
-    score.add_answers(1.0, torch.tensor([6]), torch.tensor([[7, x, x]]), {"pairs": ["4"], "depth": ["9"]})
+    score.add(3.0, targets, torch.tensor([3, 0, 5]), slices)
+    score.add(1.0, torch.tensor([[7, x, x]]), torch.tensor([6]), {"pairs": ["4"], "depth": ["9"]})
     found = score.measured
     assert (found.loss, found.accuracy) == (1.0, 0.5)
     assert found.accuracy_by == {"pairs": {"2": 0.5, "4": 0.5}, "depth": {"0": 2 / 3, "9": 0.0}}

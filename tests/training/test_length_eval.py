@@ -146,7 +146,7 @@ def test_by_default_it_is_as_long_as_the_text_allows(seqmix, run):
     )
     assert short.status == 0
     done = seqmix("evaluate", "short", "--tokens", "8")
-    assert "note: text.txt holds out 8 tokens: nothing is measured at 8, 16 and 32" in done.err
+    assert "note: text.txt has 8 validation tokens: nothing is measured at 8, 16 and 32" in done.err
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_run_shows_its_model_its_text_and_how_to_try_it(shown, tmp_path):
     out = shown()
     parameters = re.search(r"^([\d,]+) parameters on (cpu|cuda), torch\.", out)
     assert parameters
-    assert f"{tmp_path / 'text.txt'}: 1 documents, 2,701 tokens to learn, 301 held out (tail)" in out
+    assert f"{tmp_path / 'text.txt'}: 1 documents, 2,701 training tokens, 301 validation tokens (tail)" in out
     assert len(re.findall(r"^step [246]: validation \d\.\d{4} nats/byte, \d+\.\d{4} bits/byte", out, re.M)) == 3
     assert "byte frequencies alone" in out
     assert f'seqmix generate {tmp_path / "run"} --prompt "def "' in out
