@@ -194,8 +194,12 @@ def reference(op: str, paradigm: Paradigm) -> Kernel:
 
 
 def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not settled."""
-    return KERNELS.get(Key(op, paradigm, backend)) or reference(op, paradigm)
+    """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not resolved."""
+    key = Key(op, paradigm, backend)
+    if key not in KERNELS and not torch.compiler.is_compiling():
+        for module in ON_DEMAND.get(backend, ()):
+            import_module(f".{module}", __package__)
+    return KERNELS.get(key) or reference(op, paradigm)
 
 
 @cache

@@ -48,6 +48,7 @@ from .triton_launch import (
     interpreted,
     kernels,
     readable,
+    strides,
 )
 
 UNIT = 16
@@ -247,28 +248,18 @@ def _step(x: Recurrence) -> tuple[Tensor]:
     elif log_decay is not None:
         row, _, head, *keys = log_decay.stride()
         key = sum(keys)
+    tensors = {"q": q, "k": k, "v": v}
+    decays = {"log_decay": log_decay, "decay_row": row, "decay_head": head, "decay_key": key}
+    sizes = {"heads": heads, "K": key_width, "V": value_width, "WIDTH": max(UNIT, 1 << (key_width - 1).bit_length())}
     kernels().step[(-(-value_width // tile) * batch * heads,)](
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
         state=x.initial_state,
         out=output,
-        q_row=q.stride(0),
-        q_head=q.stride(2),
-        k_row=k.stride(0),
-        k_head=k.stride(2),
-        v_row=v.stride(0),
-        v_head=v.stride(2),
-        decay_row=row,
-        decay_head=head,
-        decay_key=key,
         scale=x.scale,
-        heads=heads,
-        K=key_width,
-        V=value_width,
-        WIDTH=max(UNIT, 1 << (key_width - 1).bit_length()),
         TILE_V=tile,
+        **tensors,
+        **strides("row", "head", **tensors),
+        **decays,
+        **sizes,
         **STEP.options,
     )
     return (output,)

@@ -5,7 +5,6 @@ is launched.
 """
 
 import os
-from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -140,34 +139,19 @@ class Launcher:
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
         self.rows = x.rows
         self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
-        self.common = {
-            "length": self.length,
-            "heads": self.heads,
-            "chunks_a_row": -(-self.length // self.chunk),
-            "plane": self.batch * self.heads * self.length,
-            "C": self.chunk,
-        }
-        self.in_bands = self.common | {
-            "table": self.table,
-            "chunks": self.chunks,
-            "scale": x.scale,
-            "K": self.key_width,
-            "V": self.value_width,
-            **{"q": self.q, "k": self.k, "v": self.v},
-            **strides(q=self.q, k=self.k, v=self.v),
-        }
-        self.scale = x.scale
+        plane = self.batch * self.heads * self.length
+        sizes = {"length": self.length, "heads": self.heads, "chunks_a_row": -(-self.length // self.chunk)}
+        self.common = {**sizes, "plane": plane, "C": self.chunk}
+        # decays fixed per head are rates; those given for each token become clocks
+        given = log_decay is not None and log_decay.ndim == 3
+        self.decays = {"rates": None if given else self.log_decay, "clocks": self._clocks() if given else None}
+        self.common |= {**self.decays, "scale": x.scale, "K": self.key_width, "V": self.value_width}
+        operands = {"q": self.q, "k": self.k, "v": self.v}
+        self.in_bands = {**self.common, **operands, **strides(**operands), "table": self.table, "chunks": self.chunks}
 
-    @property
-    def rates(self) -> Tensor | None:
-        """Decays fixed a head."""
-        return self.log_decay if self.log_decay is not None and self.log_decay.ndim == 1 else None
-
-    @cached_property
-    def clocks(self) -> Tensor | None:
+    def _clocks(self) -> Tensor:
         """Of decays that are given for each token: [2 B H T]."""
-        if self.log_decay is None or self.log_decay.ndim == 1:
-            return None
+        assert self.log_decay is not None
         clocks = self.log_decay.new_empty(2, self.batch, self.heads, self.length)
         self.kernels.clocks[(self.chunks * self.heads,)](
             log_decay=self.log_decay, clocks=clocks, table=self.table, chunks=self.chunks, **self.common, **FUSED
@@ -201,8 +185,6 @@ class Launcher:
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
             x=x,
             w=w,
-            rates=self.rates,
-            clocks=self.clocks,
             initial=initial,
             states=states,
             final=final,
@@ -210,9 +192,6 @@ class Launcher:
             products=products,
             borders=self.borders,
             firsts=self.firsts,
-            scale=self.scale,
-            K=self.key_width,
-            V=self.value_width,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
             REVERSE=reverse,
@@ -226,8 +205,6 @@ class Launcher:
         launch = self.configuration.forward
         tiles = -(-self.value_width // launch.tile[1])
         self.kernels.band_forward[(tiles * self.chunks * self.heads,)](
-            rates=self.rates,
-            clocks=self.clocks,
             states=states,
             out=output,
             TILE_INNER=launch.tile[0],
@@ -256,8 +233,6 @@ class Launcher:
         roles = 2 * self.key_tiles - (-self.value_width // launch.tile[1])
         self.kernels.band_backward[(roles * self.chunks * self.heads,)](
             do=do,
-            rates=self.rates,
-            clocks=self.clocks,
             states=states,
             d_states=d_states,
             dq=dq,
@@ -274,11 +249,9 @@ class Launcher:
     def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor, out: Tensor) -> None:
         """Fill `out`, the gradient of the log-decay."""
         launch = self.backward
-        by_chunk = out if self.rates is None else out.new_zeros(self.chunks, self.heads)
+        by_chunk = out if self.decays["rates"] is None else out.new_zeros(self.chunks, self.heads)
         self.kernels.decay_gradient[(self.chunks * self.heads,)](
             do=do,
-            rates=self.rates,
-            clocks=self.clocks,
             sums=sums,
             products=products,
             out=by_chunk,
@@ -289,7 +262,7 @@ class Launcher:
             **strides(do=do),
             **launch.options,
         )
-        if self.rates is not None:
+        if self.decays["rates"] is not None:
             out.copy_(by_chunk.sum(0))
 
 
@@ -315,7 +288,7 @@ def readable(x: Tensor, chunk: int) -> Tensor:
     return x if x.stride(3) == 1 and min(chunk, x.shape[1]) * x.stride(1) < 2**31 else x.contiguous()
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """As the jitted functions name them."""
-    axes = ("row", "token", "head")
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}
+def strides(*axes: str, **tensors: Tensor) -> dict[str, int]:
+    """As the jitted functions name them, of some axes or all."""
+    numbers = {"row": 0, "token": 1, "head": 2}
+    return {f"{name}_{axis}": x.stride(numbers[axis]) for name, x in tensors.items() for axis in axes or numbers}
