@@ -20,7 +20,7 @@ from seqmix.models.builder import build_meta
 
 TARGET = Path(__file__).with_name("mixers.md")
 LENGTH = 2048
-"""Tokens of the sequence whose cost is told."""
+"""Tokens of the sequence whose cost is counted."""
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 
 
@@ -87,7 +87,7 @@ def trained(results: Results) -> list[str]:
         cells.append(f"{1e3 * token.seconds:.2f}" if token and token.seconds else "")
         rows.append(cells)
     return [
-        "Tokens a second are medians of training steps that the models took in turn, on one thread, in brackets over",
+        "Tokens per second are medians of interleaved training steps of the models, on one thread, in brackets over",
         "retention's; a decoded token is the median of as many.",
         "",
         *table(heads, rows),

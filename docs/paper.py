@@ -37,7 +37,7 @@ TABLE_6 = {
 }
 """In-domain perplexity, 200M parameters."""
 TABLE_8 = {"transformer": (13.55, 12.56, 12.35), "retnet": (13.09, 12.14, 11.98)}
-"""Perplexity behind a quarter, a half and the whole of 2,048 tokens."""
+"""Perplexity after a quarter, a half and the whole of 2,048 tokens."""
 FIGURE_5 = {"1.3B": (14.8, 14.5), "2.7B": (13.2, 13.4), "6.7B": (12.8, 13.0)}
 """Perplexity of RetNet and of the Transformer, read off the plot (within 0.1)."""
 EXACT = {"float32": 1e-3, "float64": 1e-10}

@@ -59,7 +59,7 @@ def memory(cost: ModelCost, narrow: ModelCost, layout: Layout) -> float:
     """Bytes of a GPU: parameters, gradients and two moments in pieces, what is gathered, and activations.
 
     Gathered are two blocks, and embedding and output projection with their gradients; activations are the blocks'
-    inputs and those of the block that is computed anew, and the logits that are there at once.
+    inputs and those of the block that is recomputed, and the logits that are there at once.
     """
     block = max(layer.parameters for layer in cost.layers)
     inside = max(layer.activation_bytes for layer in narrow.layers)

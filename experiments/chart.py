@@ -31,7 +31,7 @@ class Line:
     style: int = 0
     """Which colour, marker and dash: the same name has the same style in every chart."""
     faint: bool = False
-    """Whether it stands behind others, as what is measured often and noisily."""
+    """Whether it is drawn below others, as what is measured often and noisily."""
 
     def finite(self) -> "Line":
         """The points that can be drawn: with numbers, and not infinite."""

@@ -17,7 +17,7 @@ from ..models import ModelConfig, build_meta, flops_per_token
 from ..registry import Config, SeqmixError, nearest
 
 Metric = Literal["parameters", "flops", "state"]
-UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs a token", "state": "bytes of state"}
+UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
 DOUBLINGS = 20
 """How often a field is doubled and halved at most, from the value it has."""
 HALVINGS = 20
@@ -35,9 +35,9 @@ class Match(Config):
     parameters: int | float | str | None = None
     """A number of parameters; or the name of an entry, a preset or a file, whose model has as many."""
     flops: int | float | str | None = None
-    """The same for operations a token of matrix products, forward, at data.sequence_length."""
+    """The same for operations per token of matrix products, forward, at data.sequence_length."""
     state: int | float | str | None = None
-    """The same for bytes of one sequence's state behind data.sequence_length tokens."""
+    """The same for bytes of one sequence's state after data.sequence_length tokens."""
     knob: str = Field(min_length=1)
     """The field of the model that is turned, such as blocks.ret.ffn.expansion, n_layers or d_model; `*` stands for
     every block that layers are of, and has the field (blocks.*.ffn.expansion)."""
@@ -87,9 +87,9 @@ class Cost(NamedTuple):
 
     parameters: int
     flops_per_token: int
-    """Operations a token of matrix products, forward, at the training length."""
+    """Operations per token of matrix products, forward, at the training length."""
     state_bytes: int
-    """Of one sequence, behind as many tokens as it has in training."""
+    """Of one sequence, after as many tokens as it has in training."""
 
 
 def whole_cost(model: ModelConfig, length: int) -> Cost:
@@ -106,7 +106,7 @@ def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
 
     Args:
         model: its configuration; nothing is allocated.
-        metric: parameters; operations a token, forward; or bytes of one sequence's state.
+        metric: parameters; operations per token, forward; or bytes of one sequence's state.
         length: tokens of a sequence, which operations and a growing state depend on.
 
     Raises:
@@ -126,7 +126,7 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
     Args:
         model: what is turned.
         match: by which field, and how far off the cost may be.
-        wanted: parameters, operations a token or bytes.
+        wanted: parameters, operations per token or bytes.
         length: tokens of a sequence.
 
     Raises:
@@ -195,7 +195,7 @@ class _Knob:
 
 
 def _replaced(node: Any, place: tuple[str, ...], value: Any) -> Any:
-    """A configuration with another value at a place; what is above it is checked anew, what is beside it stays."""
+    """A configuration with another value at a place; what is above it is checked again, what is beside it stays."""
     key, rest = place[0], place[1:]
     old = dict(node) if isinstance(node, Mapping) else {name: getattr(node, name) for name in type(node).model_fields}
     new = {**old, key: _replaced(old[key], rest, value) if rest else value}

@@ -186,22 +186,22 @@ class _Variant:
         model = {**other.entries, **({} if vocabulary is None else {"vocab_size": vocabulary})}
         return Node({**(tree.entries or {}), "model": Node(model, other.origin)}, tree.origin)
 
-    def _matched(self, name: str, behind: tuple[str, ...] = ()) -> PlannedEntry:
-        """An entry, matched; `behind` are the entries that are to cost as much as it."""
-        if name in behind:
-            raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*behind, name))}")
+    def _matched(self, name: str, waiting: tuple[str, ...] = ()) -> PlannedEntry:
+        """An entry, matched; `waiting` are the entries that are to cost as much as it."""
+        if name in waiting:
+            raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}")
         if name not in self.done:
-            self.done[name] = self._turned(name, behind)
+            self.done[name] = self._turned(name, waiting)
         return self.done[name]
 
-    def _turned(self, name: str, behind: tuple[str, ...]) -> PlannedEntry:
+    def _turned(self, name: str, waiting: tuple[str, ...]) -> PlannedEntry:
         config = self.read[name]
         own = self.study.entries.get(name)
         match = own.match if own is not None and "match" in own.model_fields_set else self.study.match
         if match is None or match.wanted == name:
             return PlannedEntry(name, config)
         length = config.data.sequence_length
-        wanted = self._wanted(match, length, (*behind, name))
+        wanted = self._wanted(match, length, (*waiting, name))
         key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
         try:
             if key not in self.solved:
@@ -211,13 +211,13 @@ class _Variant:
         matched = self.solved[key]
         return PlannedEntry(name, config.model_copy(update={"model": matched.model}), matched)
 
-    def _wanted(self, match: Match, length: int, behind: tuple[str, ...]) -> float:
+    def _wanted(self, match: Match, length: int, waiting: tuple[str, ...]) -> float:
         """How much it is to cost."""
         wanted = match.wanted
         if not isinstance(wanted, str):
             return wanted
         if wanted in self.read:
-            return cost_of(self._matched(wanted, behind).config.model, match.metric, length)
+            return cost_of(self._matched(wanted, waiting).config.model, match.metric, length)
         try:
             return cost_of(_validated(self._tree(wanted)).model, match.metric, length)
         except ConfigError as error:
@@ -268,16 +268,16 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _where(variant: Variant) -> str:
-    """The variant, behind the name of an entry."""
-    told = ", ".join(f"{path} is {value}" for path, value in variant.items())
-    return f" where {told}" if told else ""
+    """The variant, after the name of an entry."""
+    values = ", ".join(f"{path} is {value}" for path, value in variant.items())
+    return f" where {values}" if values else ""
 
 
 # ---- fairness
 
 
 def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
-    """Make sure that all read the same and are judged alike.
+    """Make sure that all read the same and are evaluated in the same way.
 
     Raises:
         StudyError: what differs.
@@ -304,7 +304,7 @@ def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]
     config = entries[0].config
     training, data = config.training, config.data
     tokens = training.steps * training.batch_size * data.sequence_length
-    vary = f"; in variants by {', '.join(study.vary)}, alike for all" if study.vary else ""
+    vary = f"; in variants by {', '.join(study.vary)}, the same for all" if study.vary else ""
     yield (
         f"Of one seed, every entry reads the same batches in the same order: {training.steps:,} steps of "
         f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in all{vary}."
@@ -329,5 +329,5 @@ def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]
         if name == "learning_rate" and rates:
             continue
         if len({repr(value) for value in values.values()}) > 1:
-            told = ", ".join(f"{entry} {value}" for entry, value in values.items())
-            yield f"training.{name} is an entry's own: {told}."
+            each = ", ".join(f"{entry} {value}" for entry, value in values.items())
+            yield f"training.{name} is an entry's own: {each}."

@@ -86,9 +86,9 @@ class Plots:
             [
                 train("Training speed", "tokens_per_second", rate, "Of training steps. Higher is faster."),
                 train("Memory of training", "memory_bytes", memory, "Beyond parameters and optimizer, in a step."),
-                decode("Time of one token", "seconds", time, "Decoding behind a context. Flat is a constant cost."),
+                decode("Time of one token", "seconds", time, "Decoding after a context. Flat is a constant cost."),
                 decode("Memory of decoding", "memory_bytes", memory, "Beyond parameters and state, for a token."),
-                decode("State of one sequence", "state_bytes", state, "Behind a context. Flat is a constant size."),
+                decode("State of one sequence", "state_bytes", state, "After a context. Flat is a constant size."),
             ]
         )
 

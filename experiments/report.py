@@ -128,7 +128,7 @@ def _skipped(results: Results) -> Element | None:
     """What was not timed, and why."""
     speed = results.speed
     rows = [(row.entry, f"training at {row.length:,}", row.skipped) for row in speed.train if row.skipped]
-    rows += [(row.entry, f"decoding behind {row.context:,}", row.skipped) for row in speed.decode if row.skipped]
+    rows += [(row.entry, f"decoding after {row.context:,}", row.skipped) for row in speed.decode if row.skipped]
     return page.table(["entry", "what", "why not"], rows, "What was not timed", words=("why not",)) if rows else None
 
 

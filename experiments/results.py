@@ -48,7 +48,7 @@ class EntryResult(Config):
     """What was made equal, by which field; None where nothing was turned."""
     parameters: int
     flops_per_token: float
-    """Operations a token of matrix products, forward."""
+    """Operations per token of matrix products, forward."""
     state_bytes: int
     """Of one sequence, after as many tokens as it has in training."""
     state_grows: bool
@@ -68,7 +68,7 @@ class Point(_Moment):
     """One logged step of training."""
 
     loss: float
-    """Nats a token of the step's batch."""
+    """Nats per token of the step's batch."""
 
 
 class EvaluationPoint(_Moment):
@@ -91,7 +91,7 @@ class RunResult(Config):
     """Values by dotted path."""
     parameters: int | None = None
     flops_per_token: float | None = None
-    """Operations a token of matrix products, forward."""
+    """Operations per token of matrix products, forward."""
     state_bytes: int | None = None
     status: Literal["finished", "failed", "missing"]
     """Missing is a run that has not ended."""
@@ -153,7 +153,7 @@ class TrainSpeedRow(Config):
 
 
 class DecodeSpeedRow(Config):
-    """Decoding of an entry, timed behind one context."""
+    """Decoding of an entry, timed after one context."""
 
     entry: str
     context: int

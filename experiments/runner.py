@@ -191,16 +191,16 @@ def _clear(run: PlannedRun, folder: Path, observer: Observer) -> None:
     if not checkpoints(folder):
         shutil.rmtree(folder)  # it was killed before there was anything to keep
         return
-    if (why := _why_anew(run, folder)) is None:
+    if (why := _why_again(run, folder)) is None:
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     folder.rename(aside)
-    observer.note(f"{run.name} {why} and is made anew; what was there is now {aside}")
+    observer.note(f"{run.name} {why} and is trained again; what was there is now {aside}")
 
 
-def _why_anew(run: PlannedRun, folder: Path) -> str | None:
+def _why_again(run: PlannedRun, folder: Path) -> str | None:
     """Why a run that is not finished cannot resume from its checkpoints; None if it can."""
     if not is_same(run, folder):
         return "has another configuration than before"

@@ -1,4 +1,4 @@
-"""Speed of a study's entries: steps of training over the length, tokens of decoding over the context, in turn.
+"""Speed of a study's entries: steps of training over the length, tokens of decoding over the context, interleaved.
 
 The benchmarks' own implementations, rounds and figures, with an entry's model in each.
 """
@@ -45,7 +45,7 @@ class _DecodeSpeed(_OfEntries, DecodeBenchmark):
     """Tokens of decoding."""
 
 
-def measure(plan: Plan, folder: Path, told: Callable[[str], None]) -> SpeedResult | None:
+def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResult | None:
     """Time all entries, unless the folder has what was timed of the same ones; None where the study asks for nothing.
 
     Raises:
@@ -67,7 +67,7 @@ def measure(plan: Plan, folder: Path, told: Callable[[str], None]) -> SpeedResul
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:
-        found = _measured(speed, models, device, told)
+        found = _measured(speed, models, device, tell)
     finally:
         torch.set_num_threads(threads)
     file.write_text(json.dumps({"asked": asked, "found": found.model_dump(mode="json")}, indent=1), encoding="utf-8")
@@ -83,17 +83,17 @@ def _read(file: Path, asked: object) -> SpeedResult | None:
 
 
 def _measured(
-    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, told: Callable[[str], None]
+    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, tell: Callable[[str], None]
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
     train: list[TrainSpeedRow] = []
     decode: list[DecodeSpeedRow] = []
     if speed.train is not None:
         asked = settings(lengths=speed.train.lengths, tokens=speed.train.tokens)
-        train = [_train_row(row) for row in _report(_TrainSpeed, asked, models, told).rows]
+        train = [_train_row(row) for row in _report(_TrainSpeed, asked, models, tell).rows]
     if speed.decode is not None:
         asked = settings(lengths=speed.decode.contexts, batch=speed.decode.batch)
-        decode = [_decode_row(row) for row in _report(_DecodeSpeed, asked, models, told).rows]
+        decode = [_decode_row(row) for row in _report(_DecodeSpeed, asked, models, tell).rows]
     return SpeedResult(train=tuple(train), decode=tuple(decode))
 
 
@@ -101,11 +101,11 @@ def _report(
     kind: type[_TrainSpeed | _DecodeSpeed],
     settings: Settings,
     models: Mapping[str, ModelConfig],
-    told: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> Report:
     benchmark = kind(settings)
     benchmark.models = models
-    report = run(benchmark, told)
+    report = run(benchmark, tell)
     if len(report.rows) < len(models) * len(set(settings.lengths)):
         raise KeyboardInterrupt  # the rounds ended early
     return report

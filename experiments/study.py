@@ -1,4 +1,4 @@
-"""What a study is: models that are trained alike, and what is asked of them; one YAML file.
+"""What a study is: models that are trained under identical conditions, and what is asked of them; one YAML file.
 
 question: Which mixers recall?
 base: retnet-tiny                       # a preset or a file: the model, the text and the training of all
@@ -119,7 +119,7 @@ class DecodeSpeed(Config):
 
 
 class Speed(Config):
-    """What is timed once the runs are made: all entries in turn, medians."""
+    """What is timed once the runs are made: all entries interleaved, medians."""
 
     train: TrainSpeed | None = None
     """Steps of training."""
@@ -143,7 +143,7 @@ class PaperFigure(Config):
 
 
 class Study(Config):
-    """Models that are trained alike."""
+    """Models that are trained under identical conditions: same data order, tokens and schedule."""
 
     name: Name | None = None
     """What it is called; that of its file by default."""

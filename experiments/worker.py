@@ -1,6 +1,6 @@
 """One run of a study, in a process of its own: `python -c "from seqmix.experiments.worker import main; main()"`.
 
-The first line of its input is what it makes, in JSON; the end of its input asks it to stop behind the step, with a
+The first line of its input is what it makes, in JSON; the end of its input asks it to stop after the step, with a
 checkpoint. So it stops, too, if whoever started it dies, in whatever way. Its output is a JSON object a line.
 """
 
@@ -26,7 +26,7 @@ from ..training.run_dir import CONFIG_FILE
 FINISHED, FAILED, STOPPED = 0, 2, 130
 """Exit statuses."""
 SECONDS_BETWEEN_STEPS = 0.2
-"""At least so long between two steps that are told."""
+"""At least so long between two steps that are reported."""
 
 
 def main() -> None:
@@ -48,12 +48,12 @@ def main() -> None:
 
 def _train(config: RunConfig, folder: Path, stop: StopRequest) -> int:
     """Begin, or go on; the last step that was made."""
-    done, told = 0, 0.0
+    done, reported = 0, 0.0
     for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):
         done = event.step
         match event:
-            case Stepped() if time.monotonic() - told > SECONDS_BETWEEN_STEPS:
-                told = time.monotonic()
+            case Stepped() if time.monotonic() - reported > SECONDS_BETWEEN_STEPS:
+                reported = time.monotonic()
                 _tell(step=done, loss=event.loss)
             case Evaluated():
                 _tell(step=done, validation_loss=event.loss)

@@ -94,7 +94,7 @@ def folder_of(claim: str, scale: Scale) -> Path:
 
 
 def contexts(scale: Scale) -> dict[str, Any]:
-    """Table 8: the loss of a sequence's last tokens behind more and less of it, by model and size, means over seeds."""
+    """Table 8: the loss of a sequence's last tokens after more and less of it, by model and size, means over seeds."""
     asked = CONTEXTS[scale]
     scored = asked[-1] // 16
     found: dict[tuple[str, Any], list[list[float]]] = {}

@@ -165,7 +165,7 @@ def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
         assert not place.exists()
         assert read_config(aside).training.warmup_steps == 1
         assert shown.notes == [
-            f"retention-seed0 has another configuration than before and is made anew; what was there is now {aside}"
+            f"retention-seed0 has another configuration than before and is trained again; what was there is now {aside}"
         ]
     finally:
         aside.rename(place)
@@ -189,7 +189,7 @@ def test_a_run_that_is_damaged_for_good_is_laid_aside(made, tmp_path, monkeypatc
     runner._clear(run, place, shown)
     aside = f"{place}.before-1"
     assert (place.exists(), (Path(aside) / "config.yaml").exists()) == (False, True)
-    assert shown.notes == [f"{run.name} {why} and is made anew; what was there is now {aside}"]
+    assert shown.notes == [f"{run.name} {why} and is trained again; what was there is now {aside}"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")

@@ -212,7 +212,7 @@ def test_the_page_of_mixers_takes_a_study():
     assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
     assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
     page = module.fill("x\n<!-- trained: begin -->\nold\n<!-- trained: end -->\ny", "trained", lines)
-    assert page.startswith("x\n<!-- trained: begin -->\n\nTokens a second")
+    assert page.startswith("x\n<!-- trained: begin -->\n\nTokens per second")
     assert page.endswith("| `b` | 1,000 | 2.0000 |  |  |  |  |  |\n\n<!-- trained: end -->\ny")
     with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
         module.fill("# A page", "trained", [])
