@@ -76,7 +76,7 @@ def check(
     """
     try:
         from ..testing import CHECKS, check_mixer
-        from ..testing.case import source as source_of
+        from ..testing.source import source as source_of
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise

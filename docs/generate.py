@@ -53,12 +53,12 @@ def render() -> str:
 def render_conformance() -> str:
     """The page of the conformance kit, with the tables of its checks and of the kernels."""
     checks = [
-        (f"`{check.name}`", check.promise, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
+        (f"`{check.name}`", check.property, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
         for check in CHECKS.values()
     ]
-    kernel_checks = [(f"`{check.name}`", check.promise) for check in KERNEL_CHECKS.values()]
-    page = fill(CONFORMANCE.read_text(), "checks", table(["check", "promise", "needs"], checks))
-    page = fill(page, "kernel checks", table(["check", "promise"], kernel_checks))
+    kernel_checks = [(f"`{check.name}`", check.property) for check in KERNEL_CHECKS.values()]
+    page = fill(CONFORMANCE.read_text(), "checks", table(["check", "property", "needs"], checks))
+    page = fill(page, "kernel checks", table(["check", "property"], kernel_checks))
     return fill(page, "kernels", _kernels())
 
 

@@ -1,4 +1,4 @@
-"""The conformance kit: any mixer and any kernel, ours or a stranger's, is proved or refused.
+"""The conformance kit: any mixer and any kernel, ours or a stranger's, is tested against its contract.
 
     from seqmix.testing import parametrize_checks, parametrize_kernels
 
@@ -13,17 +13,19 @@
 Needs hypothesis (`pip install 'seqmix[test]'`).
 """
 
-from . import checks
-from .case import Case, Draw
-from .check import CHECKS, Check, check
-from .check_kernels import KernelReport, check_kernel, parametrize_kernels, reproduce_kernel
+from . import kernel_checks, mixer_checks  # noqa: F401  importing them registers the checks
+from .check import CHECKS, KERNEL_CHECKS, Check, KernelCheck, MixerCheck, check, kernel_check
+from .check_kernel import KernelReport, check_kernel, parametrize_kernels, reproduce_kernel
+from .check_mixer import Report, check_mixer, parametrize_checks, reproduce
 from .compare import CheckFailure
-from .families import DecayCase, DeltaCase, SoftmaxCase
-from .kernel_case import KernelCase
-from .kernel_check import KERNEL_CHECKS, KernelCheck, KernelTrial, kernel_check
+from .engine import EXAMPLES
+from .kernel_case import KernelCase, KernelDraw
+from .kernel_families import DecayCase, DeltaCase, SoftmaxCase
+from .kernel_trial import KernelTrial
+from .mixer_case import Case, Draw
+from .mixer_subject import Subject
+from .mixer_trial import Trial
 from .outcome import Outcome, Status
-from .run import EXAMPLES, Report, check_mixer, parametrize_checks, reproduce
-from .trial import Subject, Trial
 
 __all__ = [
     "CHECKS",
@@ -37,8 +39,10 @@ __all__ = [
     "Draw",
     "KernelCase",
     "KernelCheck",
+    "KernelDraw",
     "KernelReport",
     "KernelTrial",
+    "MixerCheck",
     "Outcome",
     "Report",
     "SoftmaxCase",
@@ -48,7 +52,6 @@ __all__ = [
     "check",
     "check_kernel",
     "check_mixer",
-    "checks",
     "kernel_check",
     "parametrize_checks",
     "parametrize_kernels",

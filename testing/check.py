@@ -1,84 +1,95 @@
-"""A check: a named promise, what it needs of the mixer, what it draws, and the function that tests it."""
+"""A check: a named property, what it needs of what is tested, what it draws, and the function that tests it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ..mixers.contract import MixerConfig
-from .case import Draw
-from .trial import Trial
+from ..ops.kernels import Kernel
+from .kernel_case import KernelDraw
+from .kernel_trial import KernelTrial
+from .mixer_case import Draw
+from .mixer_trial import Trial
 
-Need = Callable[[MixerConfig], str | None]
-"""Why a mixer of this configuration has nothing to check (the trait, by name), or None."""
+S = TypeVar("S")
+D = TypeVar("D")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
-    """One promise of the contract."""
+class Check(Generic[S, D, T]):
+    """One property, of mixers (S is their configuration) or of kernels."""
 
     name: str
     """As in reports: that of the function."""
-    promise: str
+    property: str
     """One sentence: the function's docstring."""
-    test: Callable[[Trial], None]
-    """Raises where the promise is broken."""
-    needs: tuple[Need, ...]
-    """What a mixer must declare for it."""
-    draw: Draw
+    test: Callable[[T], None]
+    """Raises where the property does not hold."""
+    needs: tuple[Callable[[S], str | None], ...]
+    """Each gives the reason why there is nothing to test (the trait, by name), or None."""
+    draw: D
     """What a case holds."""
     share: float
     """Cases, as a share of the examples asked for; 0 means one."""
-    compiles: bool
+    compiles: bool = False
     """Whether it compiles: slow, and left out of quick runs."""
 
     def examples(self, asked: int) -> int:
         """How many cases to run where `asked` were asked for."""
         return max(1, round(asked * self.share))
 
-    def skip_reason(self, config: MixerConfig) -> str | None:
-        """Why it does not apply to a mixer of this configuration."""
-        return next((reason for need in self.needs if (reason := need(config))), None)
+    def skip_reason(self, subject: S) -> str | None:
+        """Why it does not apply."""
+        return next((reason for need in self.needs if (reason := need(subject))), None)
 
 
-CHECKS: dict[str, Check] = {}
-"""All checks by name, in the order they run."""
+MixerCheck = Check[MixerConfig, Draw, Trial]
+KernelCheck = Check[Kernel, KernelDraw, KernelTrial]
+
+CHECKS: dict[str, MixerCheck] = {}
+"""All checks of mixers by name, in the order they run."""
+
+KERNEL_CHECKS: dict[str, KernelCheck] = {}
+"""All checks of kernels."""
 
 
 def check(
-    *needs: Need, share: float = 0.1, draw: Draw | None = None, compiles: bool = False
+    *needs: Callable[[MixerConfig], str | None], share: float = 0.1, draw: Draw | None = None, compiles: bool = False
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a function of a `Trial` as a check of its name; its docstring is the promise."""
+    """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
-    def register(test: Callable[[Trial], None]) -> Callable[[Trial], None]:
-        name, promise = name_and_promise(test, CHECKS)
-        CHECKS[name] = Check(
-            name=name,
-            promise=promise,
-            test=test,
-            needs=needs,
-            draw=draw or Draw(),
-            share=share,
-            compiles=compiles,
-        )
+    Raises:
+        ValueError: its name is taken, or it has no docstring.
+    """
+    return _registers(CHECKS, needs=needs, share=share, draw=draw or Draw(), compiles=compiles)
+
+
+def kernel_check(
+    *needs: Callable[[Kernel], str | None], share: float, draw: KernelDraw | None = None
+) -> Callable[[Callable[[KernelTrial], None]], Callable[[KernelTrial], None]]:
+    """Register a function of a `KernelTrial` as a check of kernels; its docstring is the property.
+
+    Raises:
+        ValueError: its name is taken, or it has no docstring.
+    """
+    return _registers(KERNEL_CHECKS, needs=needs, share=share, draw=draw or KernelDraw())
+
+
+def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..., None]], Any]:
+    def register(test: Callable[..., None]) -> Callable[..., None]:
+        name, sentence = test.__name__, " ".join((test.__doc__ or "").split())
+        if name in checks:
+            raise ValueError(f"there is a check {name} already")
+        if not sentence:
+            raise ValueError(f"{name} needs a docstring: the property it tests")
+        checks[name] = Check(name=name, property=sentence, test=test, **fields)
         return test
 
     return register
 
 
-def name_and_promise(test: Callable[..., None], known: Collection[str]) -> tuple[str, str]:
-    """A check's name and promise: those of its function, and its docstring.
-
-    Raises:
-        ValueError: the name is taken, or there is no docstring.
-    """
-    if test.__name__ in known:
-        raise ValueError(f"there is a check {test.__name__} already")
-    promise = " ".join((test.__doc__ or "").split())
-    if not promise:
-        raise ValueError(f"{test.__name__} needs a docstring: the promise it checks")
-    return test.__name__, promise
-
-
-# ---- what checks need
+# ---- what checks of mixers need
 
 
 def packing(config: MixerConfig) -> str | None:

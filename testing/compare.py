@@ -25,7 +25,7 @@ zero."""
 
 
 class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks count them, not an error
-    """A mixer or kernel breaks a promise; the message says which and where."""
+    """A mixer or kernel lacks a property; the message says which and where."""
 
 
 class Differences:
@@ -77,7 +77,7 @@ class Differences:
     def tensors(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         """Output and gradients by name, as `Trial.differentiate` gives them."""
         for name, tensor in expected.items():
-            self.tensor(name, actual[name], tensor, "BTD" if name.endswith(("the output", "the input")) else ())
+            self.tensor(name, actual[name], tensor, axes_of(name))
 
     def state(self, name: str, actual: Any, expected: Any) -> None:
         """Every leaf of a state."""
@@ -91,35 +91,16 @@ class Differences:
             self.tensor(f"{name}'s {leaf}", found[leaf], wanted[leaf], _axes(expected, leaf))
 
 
-def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    """Refuse a low-precision output [B T D] that is not finite where it could be, or of which a quarter of the tokens
-    is further off than `tolerance`.
-
-    The error of a token is relative to the tokens' mean norm. Single tokens may be far off: a norm of narrow heads
-    divides by almost nothing where a head's output happens to be almost nothing.
-
-    Raises:
-        CheckFailure: it is; the step that is furthest off is named.
-    """
-    finite(name, what, actual, exact, "BTD")
-    error = (actual.to(torch.float64) - exact.to(torch.float64)).norm(dim=-1)
-    relative = error / exact.to(torch.float64).norm(dim=-1).mean()
-    typical = relative.flatten().nan_to_num(torch.inf).quantile(0.75).item()
-    if typical > tolerance:
-        step = relative.amax(0).argmax().item()
-        raise CheckFailure(
-            f"{what}: {name} is off by {typical:.1e} of its norm, and {tolerance:.1e} is allowed; most at step {step}"
-        )
-
-
 FEW = 8
 """Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
 
 
-def near_norm(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, *, floor: float = 0.0) -> None:
+def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, *, floor: float = 0.0) -> None:
     """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
-    last dimension) is further off than `tolerance`, relative to the rows' mean norm. Of a few numbers nothing but that
-    they are finite is asked.
+    last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
+
+    Single rows may be far off: a norm of narrow heads divides by almost nothing where a head's output happens to be
+    almost nothing. Of a few numbers nothing but that they are finite is asked.
 
     Args:
         name: of the tensor.
@@ -127,21 +108,21 @@ def near_norm(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: fl
         actual: in low precision.
         exact: in float64.
         tolerance: allowed.
-        floor: a root mean square of an element below which nothing is told apart from zero.
+        floor: a root mean square of an element below which nothing can be distinguished from zero.
 
     Raises:
-        CheckFailure: it is.
+        CheckFailure: it is; of an output, the step that is furthest off is named.
     """
-    finite(name, what, actual, exact)
+    finite(name, what, actual, exact, axes_of(name))
     if exact.numel() < FEW:
         return
-    rows = exact.flatten(0, -2) if exact.ndim > 1 else exact[None]
-    error = (actual.to(exact.dtype).reshape(rows.shape) - rows).norm(dim=-1)
-    size = max(rows.norm(dim=-1).mean().item(), floor * rows.shape[-1] ** 0.5)
-    typical = error.quantile(0.75).item()
+    error = (actual.to(exact.dtype) - exact).norm(dim=-1)
+    size = max(exact.norm(dim=-1).mean().item(), floor * exact.shape[-1] ** 0.5)
+    typical = error.flatten().nan_to_num(torch.inf).quantile(0.75).item()
     if typical > tolerance * size:
         off = f"off by {typical / size:.1e} of its norm, and {tolerance:.1e} is allowed" if size else "not zero"
-        raise CheckFailure(f"{what}: {name} is {off}")
+        step = f"; most at step {error.amax(0).argmax().item()}" if axes_of(name) else ""
+        raise CheckFailure(f"{what}: {name} is {off}{step}")
 
 
 def finite(name: str, what: str, actual: Tensor, exact: Tensor, axes: Sequence[str] = ()) -> None:
@@ -156,6 +137,11 @@ def finite(name: str, what: str, actual: Tensor, exact: Tensor, axes: Sequence[s
     held = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max)
     if line := _difference(name, actual.to(exact.dtype), exact, held & ~actual.isfinite(), axes):
         raise CheckFailure(f"{what}: {line}")
+
+
+def axes_of(name: str) -> str:
+    """The dimensions of what a mixer's report names so, where they are known."""
+    return "BTD" if name.endswith(("the output", "the input")) else ""
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:

@@ -7,7 +7,7 @@ initial one among inputs, the final one among outputs. Each op family has its ki
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..ops.kernels import Kernel, Probe
-from .case import source
+from .compare import require
+from .gradients import gradients
+from .source import WrittenCase
 
 Tensors = dict[str, Tensor]
 
@@ -47,8 +49,25 @@ class Exact(NamedTuple):
     gradients_terms: Tensors
 
 
+def taken(kernel: Kernel, probe: Probe) -> bool:
+    """What the kernel takes."""
+    return not kernel.unsupported(probe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelDraw:
+    """What a check of kernels wants drawn."""
+
+    asks: Callable[[Kernel, Probe], bool] = taken
+    """Whether it asks a kernel for this."""
+    tokens: st.SearchStrategy[int] = LENGTHS
+    """Lengths of rows and documents."""
+    cut: bool = False
+    """Whether rows and documents are cut."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class KernelCase(ABC):
+class KernelCase(WrittenCase, ABC):
     """One call of a kernel."""
 
     dtype: torch.dtype = torch.float64
@@ -71,8 +90,8 @@ class KernelCase(ABC):
     layout: Layout = "contiguous"
     scale: float | None = None
     chunk_size: int = 4
-    border_dtype: torch.dtype = torch.int64
-    """Of the borders of packed documents."""
+    cu_seqlens_dtype: torch.dtype = torch.int64
+    """Of the boundaries of packed documents."""
     cuts: tuple[int, ...] = ()
     """Tokens of each row or document before the cut, where a check cuts them."""
     seed: int = 0
@@ -114,17 +133,8 @@ class KernelCase(ABC):
             )
 
     @classmethod
-    def cases(
-        cls, probes: Sequence[Probe], *, tokens: st.SearchStrategy[int] = LENGTHS, cut: bool = False
-    ) -> st.SearchStrategy[Self]:
-        """Cases of what is probed.
-
-        Args:
-            probes: what may be asked.
-            tokens: lengths of rows and documents.
-            cut: whether rows and documents are cut.
-        """
-
+    def cases(cls, probes: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
+        """Cases of what is probed, as a check wants them."""
         carried = [probe for probe in probes if probe.initial_state and probe.final_state] or probes
 
         @st.composite
@@ -132,10 +142,10 @@ class KernelCase(ABC):
             # every other case has both states: most of what is wrong is wrong there
             probe = draw(st.sampled_from(probes) | st.sampled_from(carried))
             if probe.packed:
-                lengths = draw(st.lists(st.just(0) | tokens, min_size=1, max_size=4).filter(sum))
+                lengths = draw(st.lists(st.just(0) | wanted.tokens, min_size=1, max_size=4).filter(sum))
             else:
-                lengths = [draw(tokens)] * draw(st.integers(1, 2))
-            cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if cut]
+                lengths = [draw(wanted.tokens)] * draw(st.integers(1, 2))
+            cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if wanted.cut]
             decays, state = ["log_decay"] if probe.log_decay else [], cls.float_state() if probe.initial_state else ()
             leaves = [*"qkv", *cls.extras, *decays, *state]
             some = st.lists(st.sampled_from(leaves), min_size=1, unique=True)
@@ -147,7 +157,7 @@ class KernelCase(ABC):
                 "layout": draw(st.sampled_from(["contiguous", "fused", "expanded"])),
                 "scale": draw(st.sampled_from([None, 0.7])),
                 "chunk_size": draw(CHUNK_SIZES),
-                "border_dtype": draw(st.sampled_from([torch.int64, torch.int32])),
+                "cu_seqlens_dtype": draw(st.sampled_from([torch.int64, torch.int32])),
                 "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
                 "seed": draw(st.integers(0, 2**16)),
             }
@@ -159,11 +169,6 @@ class KernelCase(ABC):
     @abstractmethod
     def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
         """What cases of this op hold beside what all do."""
-
-    def __repr__(self) -> str:
-        """As Python; only what differs from the defaults."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return f"{type(self).__name__}({', '.join(f'{name}={source(value)}' for name, value in shown.items())})"
 
     def probe(self, device: torch.device) -> Probe:
         """What this case asks of a kernel."""
@@ -197,6 +202,11 @@ class KernelCase(ABC):
         """Of decays and recurrent states."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    @property
+    def factor(self) -> float:
+        """Of the output: the scale, or what the ops take where none is given."""
+        return self.key_width**-0.5 if self.scale is None else self.scale
+
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that an input has (and its gradient), and that an output must have."""
@@ -216,9 +226,19 @@ class KernelCase(ABC):
     def inputs(self, device: torch.device) -> Tensors:
         """The tensors of the call; those that are None are left out."""
 
-    @abstractmethod
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
         """What the kernel makes of them: `output`, and the leaves of the final state if it is wanted."""
+        output, state = kernel.function(self.call(inputs))
+        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        return {"output": output} | ({} if state is None else self.leaves_of(state))
+
+    @abstractmethod
+    def call(self, inputs: Tensors) -> Any:
+        """What the kernel is given, checked."""
+
+    def leaves_of(self, state: Any) -> Tensors:
+        """The leaves of a final state."""
+        return {"state": state}
 
     @abstractmethod
     def define(self, inputs: Tensors) -> Tensors:
@@ -229,10 +249,10 @@ class KernelCase(ABC):
         """The same with every term of every sum in its absolute value; differentiable in `absolute`, which are the
         inputs' own but for log-decays."""
 
-    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """Gradients of `terms`, with the terms added that a kernel may add and subtract again."""
         del kernel, absolute
-        return gradients
+        return of_terms
 
     def exact(self, kernel: Kernel) -> Exact:
         """The definition's outputs and gradients, and their terms as the kernel may form them."""
@@ -247,13 +267,13 @@ class KernelCase(ABC):
         if not self.grad:
             return Exact(values, {}, sizes, {})
         above = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
-        gradients = differentiate(outputs, above, {name: inputs[name] for name in self.grad})
-        of_terms = differentiate(
+        of_terms = gradients(
             terms,
             {name: x.abs() for name, x in above.items()},
             {name: x for name, x in absolute.items() if x.requires_grad},
         )
-        return Exact(values, gradients, sizes, self.cancelled(kernel, absolute, of_terms))
+        exact = gradients(outputs, above, {name: inputs[name] for name in self.grad})
+        return Exact(values, exact, sizes, self.cancelled(kernel, absolute, of_terms))
 
     def randn(self) -> Callable[..., Tensor]:
         """Normal numbers, in float64 on the CPU: the same on every device."""
@@ -284,11 +304,8 @@ class KernelCase(ABC):
 
     def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
         """The boundaries of packed documents."""
-        if not self.packed:
-            return None
-        return torch.tensor(
-            [0, *itertools.accumulate(self.lengths)], device=inputs["q"].device, dtype=self.border_dtype
-        )
+        like = {"device": inputs["q"].device, "dtype": self.cu_seqlens_dtype}
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], **like) if self.packed else None
 
     # ---- rows and documents
 
@@ -329,20 +346,6 @@ class KernelCase(ABC):
 def leaves(tensors: Tensors, names: Collection[str]) -> Tensors:
     """The tensors as a graph's leaves, those named with grad."""
     return {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
-
-
-def differentiate(outputs: Tensors, cotangents: Tensors, inputs: Tensors) -> Tensors:
-    """Gradients by name of the input; zero where nothing depends on it."""
-    roots = [name for name in cotangents if outputs[name].requires_grad]
-    if not roots:
-        return {name: torch.zeros_like(x) for name, x in inputs.items()}
-    gradients = torch.autograd.grad(
-        [outputs[name] for name in roots],
-        list(inputs.values()),
-        [cotangents[name] for name in roots],
-        materialize_grads=True,
-    )
-    return dict(zip(inputs, gradients, strict=True))
 
 
 def wide(x: Tensor) -> Tensor:

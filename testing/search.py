@@ -1,13 +1,11 @@
-"""Looking for the smallest case on which a check raises, and what is told of it."""
+"""Looking for the smallest case on which a check raises, and where it was raised."""
 
 import sys
-import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, NamedTuple, TypeVar, cast
 
-import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as with_seed
 from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
@@ -15,12 +13,9 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.strategies import SearchStrategy
 
 from .compare import CheckFailure
-from .outcome import Outcome, Promise, Status
 
-K = TypeVar("K", bound=Promise)
 C = TypeVar("C")
 
-ALONE = "Alone and on a new mixer this case passes: the result depends on earlier calls, or on chance."
 FLAKY = "the same case passed once and failed once: the result is not a function of its arguments. When it failed:"
 
 
@@ -35,59 +30,6 @@ class Found(NamedTuple, Generic[C]):
     """Cases run until one raised, that one included; neither those that are not possible nor those of shrinking."""
 
 
-def conclude(
-    check: K,
-    attempt: Callable[[C], None],
-    cases: SearchStrategy[C],
-    explain: Callable[[C], Iterable[str]],
-    *,
-    subject: str,
-    examples: int,
-    seed: int | None,
-    shrink: bool,
-    expected: str | None,
-    surely: Iterable[C] = (),
-    again: Callable[[C], None] | None = None,
-    rerun: Iterable[str] = (),
-    on_case: Callable[[int], None] | None = None,
-) -> Outcome[K, C]:
-    """Run a check.
-
-    Args:
-        check: what is promised.
-        attempt: raises where a case breaks the promise.
-        cases: what is drawn from.
-        explain: lines of a report about the smallest case.
-        subject: what is checked, as a report names it.
-        examples: cases at most.
-        seed: of the cases; None lets hypothesis draw anew (or use its own seed).
-        shrink: whether the smallest counterexample is searched for.
-        expected: the reason why the check is known to fail.
-        surely: cases that are run as well, after those drawn.
-        again: `attempt` on a subject that has seen no other case; by default `attempt` itself.
-        rerun: lines of a report instead of `explain`'s where the smallest case does not fail on its own.
-        on_case: called with the number of cases tried, after each.
-    """
-    started = time.perf_counter()
-    with _one_thread():
-        error, case, count = search(
-            attempt, cases, examples=examples, seed=seed, shrink=shrink, surely=surely, on_case=on_case
-        )
-        alone = case is None or expected is not None or _raises(again or attempt, case)
-    seconds = time.perf_counter() - started
-    if error is None:
-        if expected is not None:
-            text = f"{check.name} passed, and was expected to fail: {expected}"
-            return Outcome(check, Status.FAILED, text, count, seconds)
-        return Outcome(check, Status.PASSED, "", count, seconds)
-    if expected is not None:
-        return Outcome(check, Status.EXPECTED_FAILURE, expected, count, seconds, case)
-    lines = [f"{subject} fails {check.name}: {check.promise}", *_told(error).splitlines()]
-    if case is not None:
-        lines += explain(case) if alone else [f"The smallest case: {case!r}", ALONE, *rerun]
-    return Outcome(check, Status.FAILED, "\n".join(lines), count, seconds, case)
-
-
 def search(
     attempt: Callable[[C], None],
     cases: SearchStrategy[C],
@@ -95,7 +37,7 @@ def search(
     examples: int,
     seed: int | None,
     shrink: bool,
-    surely: Iterable[C] = (),
+    fixed: Iterable[C] = (),
     on_case: Callable[[int], None] | None = None,
 ) -> Found[C]:
     """Try cases until one raises, then smaller ones.
@@ -104,9 +46,9 @@ def search(
         attempt: raises where something is wrong.
         cases: what is drawn from.
         examples: cases at most, before one raises.
-        seed: of the cases; None lets hypothesis draw anew (or use its own seed).
+        seed: of the cases; None leaves it to hypothesis.
         shrink: whether smaller cases are tried.
-        surely: cases that are tried where none of those drawn raises: a small one is found first.
+        fixed: cases that are tried where none of those drawn raises: a small one is found first.
         on_case: called with the number of cases tried, after each.
     """
     tried = passed = 0
@@ -145,7 +87,7 @@ def search(
     try:
         with _from_the_seed_alone():
             (run if seed is None else with_seed(seed)(run))()
-        for case in surely:
+        for case in fixed:
             with suppress(UnsatisfiedAssumption):
                 once(case)
     except Unsatisfiable:
@@ -155,19 +97,11 @@ def search(
         if not failed:
             raise
         case, error = failed[-1]
-        return Found(CheckFailure(f"{FLAKY}\n{_told(error)}"), case, passed + 1)
+        return Found(CheckFailure(f"{FLAKY}\n{describe_error(error)}"), case, passed + 1)
     except Exception as error:
         # the last failure that hypothesis runs is the smallest
         return Found(error, failed[-1][0] if failed else None, passed + bool(failed))
     return Found(None, None, passed)
-
-
-def _raises(attempt: Callable[[C], None], case: C) -> bool:
-    try:
-        attempt(case)
-    except Exception:
-        return True
-    return False
 
 
 @contextmanager
@@ -186,18 +120,8 @@ def _from_the_seed_alone() -> Iterator[None]:
         setattr(HypothesisProvider, drawn, original)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tensors of a case are small: threads would cost more than they save, and a multiple of it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """What a check says of a failure; of another exception, what and where it was."""
     return str(error) if isinstance(error, CheckFailure) else where_raised(error)
 
 

@@ -23,7 +23,7 @@ from seqmix.testing import (
     parametrize_kernels,
     reproduce_kernel,
 )
-from seqmix.testing.outcome import Bound
+from seqmix.testing.parametrize import BoundCheck
 
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
 PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=16, value_width=16)
@@ -158,8 +158,8 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
 
 
 def test_a_case_is_shown_as_python():
-    case = DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, border_dtype=torch.int32)
-    shown = "DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, border_dtype=torch.int32)"
+    case = DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, cu_seqlens_dtype=torch.int32)
+    shown = "DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, cu_seqlens_dtype=torch.int32)"
     assert repr(case) == shown
     assert eval(shown) == case
 
@@ -178,7 +178,7 @@ def test_a_failure_may_be_expected():
     assert outcome.status is Status.FAILED
     assert "passed, and was expected to fail: steps" in outcome.reason
     mark = parametrize_kernels([WRONG], expected_failures={str(WRONG.key): {name: "steps"}}).mark
-    bound: Bound = mark.args[1][list(KERNEL_CHECKS).index(name)].values[0]
+    bound: BoundCheck = mark.args[1][list(KERNEL_CHECKS).index(name)].values[0]
     with pytest.raises(pytest.xfail.Exception, match="steps"):
         bound()
 

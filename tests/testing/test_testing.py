@@ -29,14 +29,13 @@ from seqmix.testing import (
     Status,
     check,
     check_mixer,
-    checks,
     parametrize_checks,
     parametrize_kernels,
     reproduce,
 )
-from seqmix.testing.case import source
-from seqmix.testing.options import alternatives, changed, chunk_sizes
+from seqmix.testing.mixer_options import alternatives, changed, chunk_sizes
 from seqmix.testing.outcome import Outcomes
+from seqmix.testing.source import source
 
 FORGETFUL = '''
 """Retention that reads no state token by token."""
@@ -490,11 +489,11 @@ def test_what_is_imported_does_not_change_the_cases(cases, tmp_path, monkeypatch
     assert [cases(seed, examples=100) for seed in range(8)] == first
 
 
-def test_a_check_needs_a_promise_and_a_name_of_its_own():
+def test_a_check_needs_a_property_and_a_name_of_its_own():
     def nameless(trial):
         pass
 
-    with pytest.raises(ValueError, match="needs a docstring: the promise"):
+    with pytest.raises(ValueError, match="needs a docstring: the property"):
         check()(nameless)
 
     def paradigms_agree(trial):
@@ -716,9 +715,8 @@ def test_what_is_written_is_python_that_makes_it(value):
     assert eval(source(value), globals()) == value
 
 
-def test_every_check_says_what_it_promises():
-    assert checks is not None
+def test_every_check_says_its_property():
     for name, found in CHECKS.items():
         assert found.name == name
-        assert found.promise.endswith(".")
-        assert len(found.promise) > 40
+        assert found.property.endswith(".")
+        assert len(found.property) > 40

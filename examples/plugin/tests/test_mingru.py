@@ -10,7 +10,7 @@ from seqmix.testing import parametrize_checks
 
 @parametrize_checks([MinGRUConfig()])
 def test_conformance(check):
-    """Every promise of the contract."""
+    """Every property of the contract."""
     check()
 
 

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, map_state, to_dict
-from ..case import Draw
 from ..check import check
-from ..compare import FEW, GRADIENTS, near, near_norm, require
-from ..gradients import learnable, noise_from_above, results_and_gradients
-from ..options import changed
-from ..trial import Trial, float_leaves
+from ..compare import FEW, GRADIENTS, near, require
+from ..mixer_case import Draw
+from ..mixer_options import changed
+from ..mixer_trial import Trial, learnable, named_leaves, named_results
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
@@ -34,29 +32,19 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     rounded numbers, with a state carried along."""
     exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
     x, state = trial.tokens(), trial.state()
-    whole = partial(exact, paradigm=trial.reference, return_state=True)
-    _, after = trial.mix(x.double(), _wide(state), exact, paradigm=trial.reference)
-    above = noise_from_above(trial.case.seed, trial.case.dtype, float_leaves(after))
-    expected, exact_gradients = results_and_gradients(exact, whole, x.double(), _wide(state), above)
-    numbers = torch.cat([gradient.flatten() for gradient in exact_gradients.values()])
+    whole = trial.call(trial.reference, exact)
+    expected, exact_after = trial.differentiate(whole, x.double(), _wide(state), mixer=exact)
+    results = named_results(expected.pop("the output"), exact_after)
+    numbers = torch.cat([gradient.flatten() for gradient in expected.values()])
     # a gradient may be zero but for rounding, as that of a key's bias under a softmax is
     floor = 0.1 * numbers.square().mean().sqrt().item()
     for paradigm in trial.paradigms:
-
-        def in_pieces(x, state, paradigm=paradigm):
-            outputs = []
-            for piece in x.split(trial.case.lengths, dim=1):
-                y, state = trial.mixer(piece, state, paradigm=paradigm, return_state=True)
-                outputs.append(y)
-            return torch.cat(outputs, dim=1), state
-
         what = f"{paradigm} in {trial.case.dtype}"
-        results, gradients = results_and_gradients(trial.mixer, in_pieces, x, state, above)
-        near("the output", what, results.pop("the output"), expected["the output"], tolerance)
-        for name, result in results.items():
-            near_norm(name, what, result, expected[name], tolerance)
+        gradients, after = trial.differentiate(trial.in_pieces(trial.call(paradigm)), x, state, zeros=results)
+        for name, result in named_results(gradients.pop("the output"), after).items():
+            near(name, what, result, results[name], tolerance)
         for name, gradient in gradients.items():
-            near_norm(name, what, gradient, exact_gradients[name], GRADIENTS * tolerance, floor=floor)
+            near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor)
 
 
 @check(share=0.1, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
@@ -68,7 +56,7 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     outputs, state = [], trial.mixer.init_state(1, max_length=STEPS)
     with torch.no_grad():
         for t in range(STEPS):
-            y, state = trial.mixer(x[:, t : t + 1], state, paradigm=trial.reference, return_state=True)
+            y, state = trial.call(trial.reference)(x[:, t : t + 1], state)
             outputs.append(y)
     y, last = torch.cat(outputs, dim=1), STEPS // 4
     what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}"
@@ -142,7 +130,7 @@ def autocast_changes_only_precision(trial: Trial) -> None:
     initial = to_dict(trial.mixer.init_state(trial.case.batch_size))
     for paradigm in trial.paradigms:
         with torch.autocast(device, torch.bfloat16):
-            y, after = trial.mixer(x, state, paradigm=paradigm, return_state=True)
+            y, after = trial.call(paradigm)(x, state)
         near("the output", f"{paradigm} under autocast", y, expected, tolerance)
         for name, leaf in to_dict(after).items():
             wanted = initial[name].dtype
@@ -173,12 +161,8 @@ def extremes_are_finite(trial: Trial) -> None:
         inputs["inputs of a thousand"] = 1000 * x
     state = trial.state(len(inputs))
     for paradigm in trial.paradigms:
-        results, after = trial.differentiate(
-            lambda x, state, paradigm=paradigm: trial.mixer(x, state, paradigm=paradigm, return_state=True),
-            torch.cat(list(inputs.values())),
-            state,
-        )
-        results |= {f"the final state's {name}": leaf for name, leaf in float_leaves(after).items()}
+        results, after = trial.differentiate(trial.call(paradigm), torch.cat(list(inputs.values())), state)
+        results |= named_leaves("the final state's", after)
         of_parameters = {f"the gradient of {name}" for name, _ in trial.mixer.named_parameters()}
         for name, tensor in results.items():
             parts = {", ".join(inputs): tensor}
@@ -196,19 +180,12 @@ def modes_change_nothing(trial: Trial) -> None:
     if drops and changed(trial.config, none := dict.fromkeys(drops, 0.0)) is not None:
         trial.mixer = trial.rebuilt(**none)
     for paradigm in trial.paradigms:
-
-        def run(x, state, paradigm=paradigm):
-            return trial.mixer(x, state, paradigm=paradigm, return_state=True)
-
-        expected, after = trial.differentiate(run, x, state)
-        after = map_state(Tensor.detach, after)
+        expected, after = trial.differentiate(trial.call(paradigm), x, state)
         without = trial.mix(x, state, paradigm=paradigm)
         trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
         with _training(trial.mixer):
-            trained, trained_after = trial.differentiate(run, x, state)
-        with trial.differences(f"{paradigm}, in training mode against evaluation") as found:
-            found.tensors(trained, expected)
-            found.state("the final state", map_state(Tensor.detach, trained_after), after)
+            trained = trial.differentiate(trial.call(paradigm), x, state)
+        trial.compare(f"{paradigm}, in training mode against evaluation", trained, (expected, after))
 
 
 @contextmanager
@@ -233,22 +210,14 @@ def results_are_deterministic(trial: Trial) -> None:
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     before = torch.random.get_rng_state()
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(trial.mixer).items()}
-
-    def run(x, paradigm):
-        return trial.differentiate(
-            lambda x, state: trial.mixer(x, state, paradigm=paradigm, return_state=True), x, state
-        )
-
     for paradigm in trial.paradigms:
-        first, after = run(x, paradigm)
+        first = trial.differentiate(trial.call(paradigm), x, state)
         # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
         held = _held(trial.mixer)
-        run(other, paradigm)
+        trial.differentiate(trial.call(paradigm), other, state)
         found_later = _held(trial.mixer)
-        second, again = run(x, paradigm)
-        with trial.differences(f"{paradigm}, a second call against the first", 0) as found:
-            found.tensors(second, first)
-            found.state("the final state", again, after)
+        second = trial.differentiate(trial.call(paradigm), x, state)
+        trial.compare(f"{paradigm}, a second call against the first", second, first, 0)
         for name in sorted(held.keys() | found_later.keys()):
             same = _same(held.get(name), found_later.get(name))
             sentence = f"{paradigm}: {name} is another after a call on other tokens, as many as before"

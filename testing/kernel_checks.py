@@ -1,4 +1,4 @@
-"""What every kernel promises: its op's definition within its tolerance, and no silent wrong number."""
+"""The checks of kernels: each is its op's definition within its tolerance, and gives no wrong number silently."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +12,12 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ...ops.kernels import Kernel, Probe
-from ..compare import CheckFailure, Differences, require
-from ..families import FAMILIES
-from ..kernel_case import Tensors, wide
-from ..kernel_check import KernelTrial, kernel_check, taken
+from ..ops.kernels import Kernel, Probe
+from .check import kernel_check
+from .compare import CheckFailure, Differences, require
+from .kernel_case import KernelDraw, Tensors, taken, wide
+from .kernel_families import FAMILIES
+from .kernel_trial import KernelTrial
 
 FEW = st.integers(1, 9)
 """Lengths where every one costs much, or none shows more than a short one."""
@@ -49,8 +50,8 @@ def refused(kernel: Kernel, probe: Probe) -> bool:
     return not taken(kernel, probe)
 
 
-def watched_in_vain(kernel: Kernel) -> str | None:
-    """Why its dispatched ops cannot be seen."""
+def calls_no_higher_order_op(kernel: Kernel) -> str | None:
+    """No higher-order op."""
     return (
         f"{kernel.key} calls a higher-order op, which does not run while ops are watched"
         if kernel.higher_order
@@ -58,13 +59,13 @@ def watched_in_vain(kernel: Kernel) -> str | None:
     )
 
 
-@kernel_check(share=1.0, asks=without_grad)
+@kernel_check(share=1.0, draw=KernelDraw(asks=without_grad))
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
     """Output and final state are those of the definition: every element, and shape, dtype and kind of state."""
     trial.compare("against the definition", trial.run(trial.leaves()))
 
 
-@kernel_check(share=1.0, asks=with_grad)
+@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad))
 def gradients_are_the_definitions(trial: KernelTrial) -> None:
     """Gradients of any of the inputs, through output or final state or both, are those of the definition, and with
     gradients the outputs are too."""
@@ -73,7 +74,7 @@ def gradients_are_the_definitions(trial: KernelTrial) -> None:
     trial.compare("with gradients, against the definition", outputs, trial.gradients(outputs, inputs))
 
 
-@kernel_check(share=0.5, asks=in_pieces, cut=True)
+@kernel_check(share=0.5, draw=KernelDraw(asks=in_pieces, cut=True))
 def a_cut_changes_nothing(trial: KernelTrial) -> None:
     """Tokens in two pieces, the second from the first's final state, give what the definition gives at once: output,
     final state, and gradients through the state between."""
@@ -84,7 +85,7 @@ def a_cut_changes_nothing(trial: KernelTrial) -> None:
     trial.compare("in two pieces, against the definition of the whole", outputs, gradients)
 
 
-@kernel_check(share=0.06, asks=carried_low, tokens=st.just(128))
+@kernel_check(share=0.06, draw=KernelDraw(asks=carried_low, tokens=st.just(128)))
 def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     """In 16 bits, many tokens one by one, each from the final state before, are as exact as they are at once: a state
     that is rounded for every token forgets."""
@@ -123,7 +124,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
         require(shared is None, f"{name} is a view of {shared}")
 
 
-@kernel_check(share=0.2, asks=refused, tokens=FEW)
+@kernel_check(share=0.2, draw=KernelDraw(asks=refused, tokens=FEW))
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     """A dtype that is not declared, and whatever `limits` has a reason against, is an error, never a number."""
     inputs = trial.leaves()
@@ -141,7 +142,7 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     raise CheckFailure(f"it gave numbers (the output is {outputs['output'].dtype}), and declares: {reasons}")
 
 
-@kernel_check(share=0.1, asks=with_grad, tokens=FEW)
+@kernel_check(share=0.1, draw=KernelDraw(asks=with_grad, tokens=FEW))
 def tangents_are_right_or_refused(trial: KernelTrial) -> None:
     """Forward-mode differentiation is that of the definition, or an error: of a custom op that has a backward formula
     alone, torch would take the tangent for zero."""
@@ -177,7 +178,7 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
             found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
 
 
-@kernel_check(share=0.04, tokens=FEW, passes_over=watched_in_vain)
+@kernel_check(calls_no_higher_order_op, share=0.04, draw=KernelDraw(tokens=FEW))
 def dispatched_ops_pass_opcheck(trial: KernelTrial) -> None:
     """`torch.library.opcheck` has nothing against the custom ops that a call dispatches, forward and backward, with the
     arguments that they get: schemas, fakes, autograd formulas, and compiled with dynamic shapes."""

@@ -3,14 +3,16 @@
 f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
 """
 
+from functools import partial
+
 import torch
 
 from ...mixers.state import clone, detach, select
-from ..case import LENGTHS, Draw
 from ..check import check, chunked, recurrent, several_paradigms
 from ..compare import require
-from ..options import chunk_sizes
-from ..trial import Trial
+from ..mixer_case import LENGTHS, Draw
+from ..mixer_options import chunk_sizes
+from ..mixer_trial import Trial
 
 CANDIDATES = tuple(2**n for n in range(12))
 """Chunk sizes that a configuration may take; the smallest and the largest are compared."""
@@ -24,26 +26,17 @@ def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
     lengths around the borders of blocks of up to 128 tokens too."""
     x, state = trial.tokens(), trial.state()
-
-    def run(paradigm):
-        return trial.differentiate(
-            lambda x, state: trial.mixer(x, state, paradigm=paradigm, return_state=True), x, state
-        )
-
-    expected, expected_state = run(trial.reference)
+    expected = trial.differentiate(trial.call(trial.reference), x, state)
     # where the reference alone is asked for, it is compared with all others
     others = {*trial.paradigms} - {trial.reference} or trial.mixer.traits.paradigms - {trial.reference}
     for paradigm in sorted(others):
-        actual, actual_state = run(paradigm)
-        with trial.differences(f"{paradigm} against {trial.reference}") as found:
-            found.tensors(actual, expected)
-            found.state("the final state", actual_state, expected_state)
+        actual = trial.differentiate(trial.call(paradigm), x, state)
+        trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         # of a long segment every border counts: an output depends on no later token, so the whole's are those of a part
         for length in (length for length in LENGTHS if length < trial.case.length):
             with trial.differences(f"{paradigm} on {length} tokens against {trial.reference} on more") as found:
-                given = None if state is None else clone(state)
-                part, _ = trial.mixer(x[:, :length], given, paradigm=paradigm, return_state=True)
-                found.tensor("the output", part.detach(), expected["the output"][:, :length], "BTD")
+                part, _ = trial.call(paradigm)(x[:, :length], None if state is None else clone(state))
+                found.tensor("the output", part.detach(), expected[0]["the output"][:, :length], "BTD")
 
 
 @check(share=0.75, draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True))
@@ -51,11 +44,8 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     """A segment at once equals its pieces in order, each in any paradigm, from any state."""
     x, state = trial.tokens(), trial.state()
     whole = trial.mix(x, state, paradigm=trial.reference)
-    outputs, after = [], state
-    for piece, paradigm in zip(x.split(trial.case.lengths, dim=1), trial.case.paradigms, strict=True):
-        y, after = trial.mix(piece, after, paradigm=paradigm)
-        outputs.append(y)
-    trial.compare("pieces against the whole", (torch.cat(outputs, dim=1), after), whole)
+    pieces = [partial(trial.mix, paradigm=paradigm) for paradigm in trial.case.paradigms]
+    trial.compare("pieces against the whole", trial.in_pieces(*pieces)(x, state), whole)
 
 
 @check(share=0.25, draw=Draw(pieces=(2, 3), tokens=(1, 5), long=7, longest=65, batch_size=(1, 2), paradigms=True))
@@ -63,34 +53,23 @@ def gradients_flow_through_states(trial: Trial) -> None:
     """Backpropagation through a chain of states equals that through the whole, and a detached state ends it."""
     x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
 
-    def in_pieces(x, state):
-        outputs = []
-        for piece, paradigm in zip(x.split(lengths, dim=1), trial.case.paradigms, strict=True):
-            y, state = trial.mixer(piece, state, paradigm=paradigm, return_state=True)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), state
-
-    def whole(x, state):
-        return trial.mixer(x, state, paradigm=trial.reference, return_state=True)
-
-    with trial.differences("backpropagation through pieces against the whole") as found:
-        found.tensors(trial.differentiate(in_pieces, x, state)[0], trial.differentiate(whole, x, state)[0])
+    in_pieces = trial.in_pieces(*map(trial.call, trial.case.paradigms))
+    actual = trial.differentiate(in_pieces, x, state)
+    expected = trial.differentiate(trial.call(trial.reference), x, state)
+    trial.compare("backpropagation through pieces against the whole", actual, expected)
 
     # truncated: the last piece, from the state that the first ones left
-    last = trial.case.paradigms[-1]
+    last = trial.call(trial.case.paradigms[-1])
     head, tail = x.split([trial.case.length - lengths[-1], lengths[-1]], dim=1)
 
     def truncated(x, given):
         _, between = trial.mixer(head, given, return_state=True)
-        return trial.mixer(x, detach(between), paradigm=last, return_state=True)
+        return last(x, detach(between))
 
     _, between = trial.mix(head, state)
-
-    def alone(x, _):
-        return trial.mixer(x, between, paradigm=last, return_state=True)
-
-    with trial.differences("truncated backpropagation against the last piece alone") as found:
-        found.tensors(trial.differentiate(truncated, tail, state)[0], trial.differentiate(alone, tail, state)[0])
+    actual = trial.differentiate(truncated, tail, state)
+    expected = trial.differentiate(lambda x, _: last(x, between), tail, state)
+    trial.compare("truncated backpropagation against the last piece alone", actual, expected)
 
 
 @check(recurrent, share=0.2, draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2)))

@@ -10,12 +10,11 @@ from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
 from ...registry import dump
 from ...registry.yaml import parse
-from ..case import Draw
 from ..check import check
 from ..compare import CheckFailure, require
 from ..counting import count_flops
-from ..gradients import learnable
-from ..trial import Trial
+from ..mixer_case import Draw
+from ..mixer_trial import Trial, learnable
 
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 

@@ -79,43 +79,44 @@ class DecayCase(KernelCase):
             inputs["state"] = self.laid_out(state.to(device, self.wide), dim=0)
         return inputs
 
-    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
-        """Output and final state."""
+    def call(self, inputs: Tensors) -> Recurrence:
+        """What the kernel is given."""
         call = Recurrence(
-            **{name: inputs.get(name) for name in ("q", "k", "v", "log_decay", "beta")},
+            *(inputs[name] for name in "qkv"),
+            log_decay=inputs.get("log_decay"),
+            beta=inputs.get("beta"),
             initial_state=inputs.get("state"),
             cu_seqlens=self.cu_seqlens(inputs),
             boundaries=None,
-            scale=self.key_width**-0.5 if self.scale is None else self.scale,
+            scale=self.factor,
             chunk_size=self.chunk_size,
             output_final_state=self.final_state,
         )
         require_recurrence(call)
-        output, state = kernel.function(call)
-        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
-        return {"output": output} | ({} if state is None else {"state": state})
+        return call
 
     def define(self, inputs: Tensors) -> Tensors:
         """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
+        written = inputs["k"][..., :, None] * inputs["v"][..., None, :]  # [B T H K V]
+        return self.recurrence(inputs, lambda t, decay, state: torch.addcmul(written[:, t], decay, state))
+
+    def recurrence(self, inputs: Tensors, step: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
+        """Output and final state; `step` makes the next state of a token's number, its decay and the state before."""
         q, k, v = (inputs[name] for name in "qkv")
-        written = k[..., :, None] * v[..., None, :]  # [B T H K V]
-        decays = None
-        if "log_decay" in inputs:
-            a = inputs["log_decay"]
-            a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
-            decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
+        a = inputs.get("log_decay", k.new_zeros(self.n_heads))
+        a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
+        decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
         borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
         states, final = [], []
         for n, (start, stop) in enumerate(itertools.pairwise(borders)):
-            state = written.new_zeros(self.rows, *written.shape[2:])
+            state = k.new_zeros(self.rows, self.n_heads, self.key_width, v.shape[3])
             if "state" in inputs:
                 state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
             for t in range(start, stop):
-                state = state + written[:, t] if decays is None else torch.addcmul(written[:, t], decays[t], state)
+                state = step(t, decays[t], state)
                 states.append(state)
             final.append(state)
-        scale = self.key_width**-0.5 if self.scale is None else self.scale
-        found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        found = {"output": self.factor * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
         return found | ({"state": torch.cat(final)} if self.final_state else {})
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
@@ -123,16 +124,16 @@ class DecayCase(KernelCase):
         del inputs
         return self.define(absolute)
 
-    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
         q dq - k dk."""
         if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
-            return gradients
-        through = absolute["q"].detach() * gradients["q"] + absolute["k"].detach() * gradients["k"]
+            return of_terms
+        through = absolute["q"].detach() * of_terms["q"] + absolute["k"].detach() * of_terms["k"]
         through = through.flip(1).cumsum(1).flip(1)
         if "K" not in self.log_decay:
             through = through.sum(-1)
-        return gradients | {"log_decay": gradients["log_decay"] + through}
+        return of_terms | {"log_decay": of_terms["log_decay"] + through}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -188,24 +189,14 @@ class DeltaCase(DecayCase):
     ) -> Tensors:
         """The recurrence; `predict` makes of a token's number, its key, its decay and the state before what is added
         to the value, and the state that decays."""
-        q, k, v, beta = (inputs[name] for name in ("q", "k", "v", "beta"))
-        a = inputs.get("log_decay", beta.new_zeros(self.n_heads))
-        decays = a.expand(*k.shape[:2], -1).exp()[..., None, None]
-        borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
-        states, final = [], []
-        for n, (start, stop) in enumerate(itertools.pairwise(borders)):
-            state = k.new_zeros(self.rows, self.n_heads, self.key_width, self.value_width)
-            if "state" in inputs:
-                state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
-            for t in range(start, stop):
-                predicted, state = predict(t, k[:, t], decays[:, t], state)
-                written = beta[:, t, :, None] * (v[:, t] + predicted)
-                state = torch.addcmul(k[:, t, :, :, None] * written[:, :, None], decays[:, t], state)
-                states.append(state)
-            final.append(state)
-        scale = self.key_width**-0.5 if self.scale is None else self.scale
-        found = {"output": scale * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
-        return found | ({"state": torch.cat(final)} if self.final_state else {})
+        k, v, beta = (inputs[name] for name in ("k", "v", "beta"))
+
+        def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
+            predicted, state = predict(t, k[:, t], decay, state)
+            written = beta[:, t, :, None] * (v[:, t] + predicted)
+            return torch.addcmul(k[:, t, :, :, None] * written[:, :, None], decay, state)
+
+        return self.recurrence(inputs, step)
 
     def exact(self, kernel: Kernel) -> Exact:
         """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
@@ -297,12 +288,12 @@ class SoftmaxCase(KernelCase):
             inputs["length"] = torch.tensor(self.reads, device=device)
         return inputs
 
-    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
-        """Output and final cache."""
+    def call(self, inputs: Tensors) -> Attention:
+        """What the kernel is given."""
         kind = GrowingCache if self.cache == "growing" else RingCache
         call = Attention(
             *(inputs[name] for name in "qkv"),
-            scale=self.key_width**-0.5 if self.scale is None else self.scale,
+            scale=self.factor,
             window=self.window,
             log_decay=inputs.get("log_decay"),
             cache=kind(*(inputs[name] for name in self.state)) if self.initial_state else None,
@@ -311,13 +302,13 @@ class SoftmaxCase(KernelCase):
             chunk_size=self.chunk_size,
         )
         require_attention(call)
-        output, state = kernel.function(call)
-        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
-        if state is None:
-            return {"output": output}
+        return call
+
+    def leaves_of(self, state: Any) -> Tensors:
+        """The leaves of a final cache."""
         wanted = GrowingCache if self.final_cache[0] == "growing" else RingCache
         require(isinstance(state, wanted), f"the final state is a {type(state).__name__}, not a {wanted.__name__}")
-        return {"output": output, **dict(zip(self.state, state, strict=True))}
+        return dict(zip(self.state, state, strict=True))
 
     def define(self, inputs: Tensors) -> Tensors:
         """o_n = sum_m softmax_m(scale sum_d q_nd k_md exp(a_d (n - m))) v_m over the keys that n sees, densely."""
@@ -339,19 +330,18 @@ class SoftmaxCase(KernelCase):
         self.attend(inputs, remember)
         return self.attend(absolute, perturbed)
 
-    def cancelled(self, kernel: Kernel, absolute: Tensors, gradients: Tensors) -> Tensors:
+    def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
         as factors, and cancel."""
         del kernel
         if self.log_decay is None:
-            return gradients
+            return of_terms
         span = self.length + max(self.reads, default=0)
-        through = span * (absolute["q"].detach() * gradients["q"]).sum((0, 1, 2))
-        return gradients | {"log_decay": gradients["log_decay"] + through}
+        through = span * (absolute["q"].detach() * of_terms["q"]).sum((0, 1, 2))
+        return of_terms | {"log_decay": of_terms["log_decay"] + through}
 
     def attend(self, inputs: Tensors, weigh: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
         """Output and final cache; `weigh` makes weights of a row's number, its scores [H n m] and what is seen."""
-        scale = self.key_width**-0.5 if self.scale is None else self.scale
         segment = [self.sequences(inputs[name]) for name in "qkv"]
         outputs, keys, values, lengths = [], [], [], []
         for n, (q, *own) in enumerate(zip(*segment, strict=True)):
@@ -368,7 +358,7 @@ class SoftmaxCase(KernelCase):
             decay = q.new_ones(1, 1, self.key_width)
             if "log_decay" in inputs:
                 decay = (distance.clamp(min=0)[..., None] * inputs["log_decay"]).exp()
-            scores = scale * torch.einsum("nhd,mhd,nmd->hnm", q, wide_k, decay.expand(*distance.shape, -1))
+            scores = self.factor * torch.einsum("nhd,mhd,nmd->hnm", q, wide_k, decay.expand(*distance.shape, -1))
             outputs.append(torch.einsum("hnm,mhd->nhd", weigh(n, scores, seen), wide_v))
             # the final cache: its slots are filled with the last tokens
             slots, start = self.slots(end, *self.final_cache)

@@ -1,14 +1,15 @@
 """torch.compile: one graph, whatever the data."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ..case import Draw
 from ..check import check, packing, recurrent
 from ..compare import CheckFailure, require
-from ..trial import Trial
+from ..mixer_case import Draw
+from ..mixer_trial import Trial
 
 ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
 
@@ -16,7 +17,7 @@ ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
 @check(share=0, draw=ONE, compiles=True)
 def training_compiles_into_one_graph(trial: Trial) -> None:
     """Forward and backward compile with fullgraph, give what eager gives, and recompile for no data."""
-    _compiles(trial, lambda x, state, **options: trial.mixer(x, state, return_state=True, **options))
+    _compiles(trial, partial(trial.mixer, return_state=True))
 
 
 @check(packing, share=0, draw=Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",)), compiles=True)
@@ -36,12 +37,10 @@ def _compiles(trial, function, borders=(None, None)):
     for cuts in borders:
         options = {} if cuts is None else {"cu_seqlens": cuts}
         x, state = trial.tokens(), trial.state(rows)
-        expected, after = trial.differentiate(lambda x, s, o=options: function(x, s, **o), x, state)
+        expected = trial.differentiate(partial(function, **options), x, state)
         with _one_graph():
-            actual, compiled_after = trial.differentiate(lambda x, s, o=options: compiled(x, s, **o), x, state)
-        with trial.differences("compiled against eager") as found:
-            found.tensors(actual, expected)
-            found.state("the final state", compiled_after, after)
+            actual = trial.differentiate(partial(compiled, **options), x, state)
+        trial.compare("compiled against eager", actual, expected)
     count = counter.frame_count
     require(count == 1, f"{len(borders)} calls of equal shapes compiled {count} graphs: something depends on data")
 

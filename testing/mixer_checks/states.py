@@ -11,11 +11,10 @@ from torch import Tensor
 from ...mixers.state import clone, concatenate, from_dict, map_state, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..case import Draw
 from ..check import check
 from ..compare import require
-from ..gradients import learnable
-from ..trial import Trial, as_leaves, float_leaves
+from ..mixer_case import Draw
+from ..mixer_trial import Trial, as_leaves, float_leaves, learnable
 
 
 @check(share=0.15, draw=Draw(tokens=(1, 8), starts=("none",)))
@@ -110,7 +109,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     for paradigm in trial.paradigms:
         for state in (given, as_leaves(given)):
             before, versions = clone(state), [leaf._version for leaf in _leaves(state)]
-            y, after = trial.mixer(x, state, paradigm=paradigm, return_state=True)
+            y, after = trial.call(paradigm)(x, state)
             total = y.sum() + sum(leaf.sum() for leaf in float_leaves(after).values())
             roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
             if roots and total.requires_grad:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import concatenate, select
-from ..case import Draw
 from ..check import check, packing
-from ..trial import Trial
+from ..mixer_case import Draw
+from ..mixer_trial import Trial
 
 DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, batch_size=(1, 1))
 
@@ -53,21 +53,20 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
         for n, document in enumerate(x.split(lengths, dim=1)):
             after = select(trial.mixer.init_state(len(lengths)) if state is None else state, trial.index(n))
             if lengths[n]:
-                y, after = trial.mixer(document, after, return_state=True)
+                y, after = trial.call()(document, after)
                 outputs.append(y)
             states.append(after)
         return torch.cat(outputs, dim=1), concatenate(states) if keep_state else None
 
-    expected, _ = trial.differentiate(one_by_one, x, state)
+    expected = trial.differentiate(one_by_one, x, state)
     for paradigm in trial.paradigms:
 
         def packed(x, state, paradigm=paradigm):
-            y, states = trial.mixer(x, state, cu_seqlens=borders, paradigm=paradigm, return_state=True)
+            y, states = trial.call(paradigm, cu_seqlens=borders)(x, state)
             return y, states if keep_state else None
 
-        actual, _ = trial.differentiate(packed, x, state)
-        with trial.differences(f"{paradigm}, packed documents against each alone") as found:
-            found.tensors(actual, expected)
+        actual = trial.differentiate(packed, x, state)
+        trial.compare(f"{paradigm}, packed documents against each alone", actual, expected)
 
 
 def _borders(trial: Trial, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,7 @@
-"""One case of a check: everything that was drawn, in a form that shrinks and can be written down."""
+"""One case of a mixer check: everything that was drawn, in a form that shrinks and can be written down."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from ..mixers.traits import Traits
 from ..ops.paradigm import Paradigm
-from ..registry import Config
+from .source import WrittenCase
 
 Start = Literal["none", "initial", "read", "moved"]
 """What comes before the segment: None; the state of nothing read; a state that has read a few tokens; such a state with
@@ -26,8 +25,8 @@ CROWD = 9
 """Rows of a large batch: above a small power of two, up to which rows may be handled another way."""
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True, repr=False)
+class Case(WrittenCase):
     """What a check runs on. Tensors are functions of `seed`, so a smaller case is a simpler one."""
 
     lengths: tuple[int, ...] = (1,)
@@ -51,33 +50,6 @@ class Case:
     def length(self) -> int:
         """Tokens in all."""
         return sum(self.lengths)
-
-    def __repr__(self) -> str:
-        """As Python; only what differs from the defaults."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return f"Case({_arguments({k: v for k, v in values.items() if v != getattr(_DEFAULT, k)})})"
-
-
-_DEFAULT = Case()
-
-
-def source(value: Any) -> str:
-    """A value as Python that makes it; of a configuration, the fields that are not the default."""
-    if isinstance(value, Config):
-        given = {name: getattr(value, name) for name in type(value).model_fields}
-        defaults = {name: field.default for name, field in type(value).model_fields.items()}
-        return f"{type(value).__name__}({_arguments({k: v for k, v in given.items() if v != defaults[k]})})"
-    if isinstance(value, Enum):  # a paradigm, or one of a stranger's
-        return f"{type(value).__name__}.{value.name}"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(source, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name!r}: {source(item)}" for name, item in value.items()) + "}"
-    return repr(value)
-
-
-def _arguments(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={source(value)}" for name, value in values.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +77,7 @@ class Draw:
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 
-    def surely(self, traits: Traits) -> list[Case]:
+    def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype."""
         usual = Case(
             lengths=(self.tokens[1],) * self.pieces[0], batch_size=self.batch_size[0], start=self.starts[-1], seed=1

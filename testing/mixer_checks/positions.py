@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import map_state, to_dict
-from ..case import Draw
 from ..check import check
 from ..compare import EXACT, near, require
-from ..trial import Trial
+from ..mixer_case import Draw
+from ..mixer_trial import Trial
 
 READ = 64
 """Tokens that count as read in the earlier of two positions: a window's cache is full (of zeros) then."""

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import map_state, select
-from ..case import Draw
 from ..check import check
-from ..trial import Trial
+from ..mixer_case import Draw
+from ..mixer_trial import Trial
 
 
 @check(share=0.25, draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4))
@@ -26,20 +26,16 @@ def strides_change_nothing(trial: Trial) -> None:
     """Inputs, states and gradients from above that are not contiguous give what contiguous ones give."""
     x, state = trial.tokens(), trial.state()
     for paradigm in trial.paradigms:
+        call = trial.call(paradigm)
 
-        def run(x, state, paradigm=paradigm):
-            return trial.mixer(x, state, paradigm=paradigm, return_state=True)
-
-        def strided(x, state, run=run):
-            y, after = run(_strided(x), None if state is None else map_state(_strided, state))
+        def strided(x, state, call=call):
+            y, after = call(_strided(x), None if state is None else map_state(_strided, state))
             # the gradient of a strided view is strided
             return _strided(y), map_state(_strided, after)
 
-        expected, after = trial.differentiate(run, x, state)
-        actual, strided_after = trial.differentiate(strided, x, state)
-        with trial.differences(f"{paradigm}, strided inputs against contiguous ones") as found:
-            found.tensors(actual, expected)
-            found.state("the final state", strided_after, after)
+        expected = trial.differentiate(call, x, state)
+        actual = trial.differentiate(strided, x, state)
+        trial.compare(f"{paradigm}, strided inputs against contiguous ones", actual, expected)
 
 
 def _strided(x: Tensor) -> Tensor:

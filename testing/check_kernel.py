@@ -1,0 +1,169 @@
+"""Checking kernels: what each declares, against the definition of its op in float64.
+
+    from seqmix.testing import parametrize_kernels
+
+    @parametrize_kernels()
+    def test_kernels(check):
+        check(device="cuda")
+
+Uninitialised memory is NaN while a check runs, so what a kernel leaves unwritten shows.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from ..ops.decay import api as _decay
+from ..ops.decay import fla as _decay_fla
+from ..ops.decay import triton as _decay_triton
+from ..ops.delta import api as _delta
+from ..ops.kernels import KERNELS, Kernel, Probe
+from ..ops.softmax import api as _softmax
+from ..ops.softmax import flex as _softmax_flex
+from ..ops.softmax import xformers as _softmax_xformers
+from ..registry import SeqmixError
+from .check import KERNEL_CHECKS, KernelCheck
+from .engine import EXAMPLES, Tested, run_checks, strict_numerics
+from .kernel_case import KernelCase
+from .kernel_families import FAMILIES
+from .kernel_trial import KernelTrial
+from .outcome import Outcomes, chosen_names
+from .parametrize import parametrized
+from .source import call_source, imports
+
+DECLARING = (_decay, _decay_fla, _decay_triton, _delta, _softmax, _softmax_flex, _softmax_xformers)
+"""Importing a module declares its kernels."""
+
+
+@dataclass
+class KernelReport(Outcomes):
+    """All checks on one kernel."""
+
+    kernel: Kernel
+
+
+def check_kernel(
+    kernel: Kernel,
+    *,
+    checks: Iterable[str] | None = None,
+    device: str | torch.device = "cpu",
+    examples: int = EXAMPLES,
+    seed: int | None = 0,
+    shrink: bool = True,
+    expected_failures: Mapping[str, str] | None = None,
+) -> KernelReport:
+    """Test what a kernel declares.
+
+    Args:
+        kernel: what is tested; it need not have been declared.
+        checks: names of the checks to run; all by default.
+        device: where it is tested.
+        examples: examples asked for; each check takes its share.
+        seed: of the cases drawn; None leaves it to hypothesis.
+        shrink: whether the smallest counterexample is searched for.
+        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
+
+    Raises:
+        SeqmixError: a check that does not exist, or an op that has no definition here.
+    """
+    asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
+    tested = TestedKernel(kernel, torch.device(device))
+    return KernelReport(
+        kernel, outcomes=run_checks(tested, KERNEL_CHECKS, expected_failures=expected_failures, **asked)
+    )
+
+
+def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
+    """Run one check on one case, as a report of a failure says; raises as the check does."""
+    (known,) = chosen_names([name], KERNEL_CHECKS)
+    TestedKernel(kernel, torch.device(device)).attempt(KERNEL_CHECKS[known], case)
+
+
+def parametrize_kernels(
+    kernels: Sequence[Kernel] | None = None,
+    *,
+    checks: Iterable[str] | None = None,
+    expected_failures: Mapping[str, Mapping[str, str]] | None = None,
+    **options: Any,
+) -> Any:
+    """A decorator that gives a pytest function an argument `check`, one for every kernel and check.
+
+    The function calls it: `check()`, or `check(device="cuda")`. Where the kernel cannot run, it skips with the kernel's
+    own reason.
+
+    Args:
+        kernels: what is tested; all that are declared by default.
+        checks: names of the checks to run; all by default.
+        expected_failures: by kernel ("decay/chunkwise/reference"), checks that are known to fail, each with a reason.
+        options: as `check_kernel` has them.
+
+    Raises:
+        SeqmixError: there is no such check or kernel, or nothing to test.
+    """
+    tested = list(KERNELS.values() if kernels is None else kernels)
+    if not tested:
+        raise SeqmixError("parametrize_kernels was given no kernel, so nothing would be tested")
+    named = [(str(kernel.key), str(kernel.key), partial(check_kernel, kernel)) for kernel in tested]
+    known = {"checks": checks, "expected_failures": expected_failures}
+    return parametrized(named, KERNEL_CHECKS, what="kernel", **known, options=options)
+
+
+class TestedKernel(Tested[KernelCase]):
+    """A kernel on a device, as the engine needs it."""
+
+    what = "kernel"
+
+    def __init__(self, kernel: Kernel, device: torch.device) -> None:
+        self.kernel, self.device, self.name = kernel, device, f"the kernel {kernel.key}"
+
+    def skip_reason(self, check: KernelCheck) -> str | None:
+        """Why a check does not apply: its own reason, the least that keeps the kernel from anything, or no case."""
+        if reason := check.skip_reason(self.kernel):
+            return reason
+        reasons = [self.kernel.unsupported(probe) for probe in _probes(self.kernel.op, self.device)]
+        if all(reasons):
+            return "; ".join(min(reasons, key=len))
+        return None if self._asked(check) else f"{self.kernel.key} declares nothing that this asks for"
+
+    def cases(self, check: KernelCheck) -> SearchStrategy[KernelCase]:
+        """Of what the check asks this kernel for."""
+        return FAMILIES[self.kernel.op].cases(self._asked(check), check.draw)
+
+    def _asked(self, check: KernelCheck) -> list[Probe]:
+        return [probe for probe in _probes(self.kernel.op, self.device) if check.draw.asks(self.kernel, probe)]
+
+    def attempt(self, check: KernelCheck, case: KernelCase) -> None:
+        """Run a check on a case."""
+        with strict_numerics():
+            check.test(KernelTrial(self.kernel, case, self.device))
+
+    def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> Iterator[str]:
+        """A kernel that was not declared cannot be found by its name."""
+        key, device = self.kernel.key, {} if self.device.type == "cpu" else {"device": str(self.device)}
+        found = f'find("{key.op}", Paradigm.{key.paradigm.name}, "{key.backend}")'
+        declared = KERNELS.get(key) is self.kernel
+        kernel = f"kernel = {found if declared else '...  # the one that was checked: it is not declared'}"
+        if case is not None:
+            kit = f"{type(case).__name__}, reproduce_kernel"
+            lines = [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]
+        else:
+            kit, lines = (
+                "check_kernel",
+                [call_source("check_kernel", {"checks": [check.name], **asked, **device}, "kernel")],
+            )
+        if declared:
+            yield "from seqmix.ops.kernels import find"
+        yield from imports("\n".join([kernel, *lines]), kit)
+        yield kernel
+        yield from lines
+
+
+@cache
+def _probes(op: str, device: torch.device) -> list[Probe]:
+    if op not in FAMILIES:
+        raise SeqmixError(f"the op {op} has no definition to test kernels by; ops that have: {', '.join(FAMILIES)}")
+    return list(FAMILIES[op].probes(device))

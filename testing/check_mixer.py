@@ -1,0 +1,214 @@
+"""Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import reject
+from hypothesis.strategies import SearchStrategy
+
+from ..mixers.contract import MixerConfig
+from ..ops.paradigm import Paradigm
+from ..registry import SeqmixError
+from .check import CHECKS, MixerCheck
+from .engine import EXAMPLES, Tested, run_checks, strict_numerics
+from .mixer_case import Case
+from .mixer_subject import BACKEND, Subject
+from .mixer_trial import Trial
+from .outcome import Outcome, Outcomes, chosen_names
+from .parametrize import parametrized
+from .source import call_source, given, imports, source
+
+
+@dataclass
+class Report(Outcomes):
+    """All checks on one configuration."""
+
+    config: MixerConfig
+    d_model: int
+    """Width of the residual stream."""
+
+
+def check_mixer(
+    config: MixerConfig,
+    *,
+    checks: Iterable[str] | None = None,
+    d_model: int | None = None,
+    device: str | torch.device = "cpu",
+    paradigms: tuple[Paradigm, ...] | None = None,
+    examples: int = EXAMPLES,
+    seed: int | None = 0,
+    vary: bool = True,
+    compiles: bool = True,
+    tolerances: Mapping[torch.dtype, float] | None = None,
+    compile_backend: str = BACKEND,
+    expected_failures: Mapping[str, str] | None = None,
+    shrink: bool = True,
+    on_outcome: Callable[[Outcome], None] | None = None,
+    on_case: Callable[[MixerCheck, int], None] | None = None,
+) -> Report:
+    """Run the conformance kit on a configuration.
+
+    Args:
+        config: what is tested.
+        checks: names of the checks to run; all by default.
+        d_model: width of the residual stream; by default the smallest of a few that fits.
+        device: where it is tested.
+        paradigms: those to test, of the declared ones, each against the reference; all by default.
+        examples: examples asked for; each check takes its share.
+        seed: of the cases drawn; None leaves it to hypothesis.
+        vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
+        compiles: whether the checks that compile run, which take several seconds each, or are skipped.
+        tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
+        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`.
+        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
+        shrink: whether the smallest counterexample is searched for.
+        on_outcome: called after each check.
+        on_case: called after each case, with the number of cases that the check has tried, smaller ones included.
+
+    Raises:
+        SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
+            mixer cannot be built or called at all.
+    """
+    subject = Subject(
+        config,
+        d_model=d_model,
+        device=device,
+        paradigms=paradigms,
+        vary=vary,
+        tolerances=tolerances,
+        compile_backend=compile_backend,
+    )
+    subject.probe()
+    outcomes = run_checks(
+        TestedMixer(subject),
+        CHECKS,
+        checks=checks,
+        expected_failures=expected_failures,
+        examples=examples,
+        seed=seed,
+        shrink=shrink,
+        compiles=compiles,
+        on_outcome=on_outcome,
+        on_case=on_case,
+    )
+    return Report(config, subject.d_model, outcomes=outcomes)
+
+
+def reproduce(
+    name: str,
+    config: MixerConfig,
+    case: Case,
+    *,
+    d_model: int | None = None,
+    device: str | torch.device = "cpu",
+    paradigms: tuple[Paradigm, ...] | None = None,
+    tolerances: Mapping[torch.dtype, float] | None = None,
+    compile_backend: str = BACKEND,
+) -> None:
+    """Run one check on one case, as a report of a failure says; raises as the check does."""
+    (known,) = chosen_names([name], CHECKS)
+    subject = Subject(
+        config,
+        d_model=d_model,
+        device=device,
+        paradigms=paradigms,
+        tolerances=tolerances,
+        compile_backend=compile_backend,
+    )
+    TestedMixer(subject).attempt(CHECKS[known], case)
+
+
+def parametrize_checks(
+    configs: Sequence[MixerConfig],
+    *,
+    checks: Iterable[str] | None = None,
+    expected_failures: Mapping[str, Mapping[str, str]] | None = None,
+    **options: Any,
+) -> Any:
+    """A decorator that gives a pytest function an argument `check`, one for every configuration and check.
+
+    The function calls it: `check()`, or `check(device="cuda")`. Cases are the same in every run, unless hypothesis gets
+    a seed (`--hypothesis-seed`) or a profile of the project's own, whose `max_examples` hold too.
+
+    Args:
+        configs: what is tested.
+        checks: names of the checks to run; all by default.
+        expected_failures: by kind, checks that are known to fail, each with a reason.
+        options: as `check_mixer` has them.
+
+    Raises:
+        SeqmixError: there is no such check or kind, or nothing to test.
+    """
+    if isinstance(configs, MixerConfig) or not all(isinstance(config, MixerConfig) for config in configs):
+        raise SeqmixError(f"parametrize_checks needs a list of configurations, and was given {configs!r}")
+    if not configs:
+        raise SeqmixError("parametrize_checks was given no configuration, so nothing would be tested")
+    tested = [(_label(config, configs), config.kind, partial(check_mixer, config)) for config in configs]
+    known = {"checks": checks, "expected_failures": expected_failures}
+    return parametrized(tested, CHECKS, what="kind", **known, options=options)
+
+
+def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
+    """The kind, and its number where there are several of it."""
+    same = [other for other in configs if other.kind == config.kind]
+    return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
+
+
+class TestedMixer(Tested[Case]):
+    """A mixer, as the engine needs it."""
+
+    what = "mixer"
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.name = subject, subject.config.kind
+        self.described = (f"The configuration: {source(subject.config)}",)
+
+    def skip_reason(self, check: MixerCheck) -> str | None:
+        """Why a check does not apply."""
+        return check.skip_reason(self.subject.config)
+
+    def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
+        """As the check draws them, with the options of the configuration."""
+        return check.draw.cases(self.subject.traits, self.subject.options)
+
+    def fixed_cases(self, check: MixerCheck) -> list[Case]:
+        """What is not left to chance."""
+        return check.draw.fixed_cases(self.subject.traits)
+
+    def attempt(self, check: MixerCheck, case: Case) -> None:
+        """A check that compiles runs as in use."""
+        if check.compiles:
+            check.test(Trial(self.subject, case))
+            return
+        with strict_numerics():
+            trial = Trial(self.subject, case)
+            if check.skip_reason(trial.config):
+                reject()
+            check.test(trial)
+
+    def renewed(self) -> "TestedMixer":
+        """With mixers that have seen no call."""
+        return TestedMixer(self.subject.renewed())
+
+    def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> Iterator[str]:
+        """What else decides how a case ends is written where it is not the default."""
+        config, always = source(self.subject.config), {"d_model": self.subject.d_model}
+        defaults = {"device": "cpu", "paradigms": None, "tolerances": None}
+        defaults |= {"compile_backend": BACKEND} if check.compiles else {}
+        differing = always | given(self.subject.arguments, defaults)
+        if case is not None:
+            function, call = "reproduce", call_source("reproduce", differing, f'"{check.name}"', "config", "case")
+        else:
+            vary = given(self.subject.arguments, {"vary": True})
+            function = "check_mixer"
+            call = call_source(function, {"checks": [check.name], **asked, **vary, **differing}, "config")
+        kit = function if case is None else f"Case, {function}"
+        written = f"{config}{case!r}{call}"
+        yield from imports(written, kit, (self.subject.config, *(() if case is None else case.options.values())))
+        yield f"config = {config}"
+        if case is not None:
+            yield f"case = {case!r}"
+        yield call

@@ -1,0 +1,170 @@
+"""The engine of mixer and kernel checks: it runs them on drawn cases, and reports the smallest that fails."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from .check import Check
+from .outcome import Outcome, Status, chosen_names, known_names, require_examples_asked
+from .search import describe_error, search
+
+EXAMPLES = 100
+"""Examples asked for by default; each check takes its share."""
+
+ALONE = "Alone and on a new {what} this case passes: the result depends on earlier calls, or on chance."
+
+C = TypeVar("C")
+
+
+class Tested(ABC, Generic[C]):
+    """A mixer or kernel under test, and what the engine needs of it; `C` is the class of its cases."""
+
+    what: str
+    """"mixer" or "kernel"."""
+    name: str
+    """As reports have it."""
+    described: tuple[str, ...] = ()
+    """Lines about it in a report."""
+
+    @abstractmethod
+    def skip_reason(self, check: Check) -> str | None:
+        """Why a check does not apply."""
+
+    @abstractmethod
+    def cases(self, check: Check) -> SearchStrategy[C]:
+        """What cases are drawn from."""
+
+    def fixed_cases(self, check: Check) -> list[C]:  # noqa: ARG002
+        """Cases that run in any case, after those drawn."""
+        return []
+
+    @abstractmethod
+    def attempt(self, check: Check, case: C) -> None:
+        """Run a check on a case; raises where its property does not hold."""
+
+    def renewed(self) -> Self:
+        """The same, without memory of any call."""
+        return self
+
+    @abstractmethod
+    def script(self, check: Check, case: C | None, **asked: Any) -> Iterable[str]:
+        """Python that runs a check on a case, or on all that are drawn as was asked."""
+
+
+def run_checks(
+    tested: Tested,
+    known: Mapping[str, Check],
+    *,
+    checks: Iterable[str] | None,
+    expected_failures: Mapping[str, str] | None,
+    examples: int,
+    seed: int | None,
+    shrink: bool,
+    compiles: bool = True,
+    on_outcome: Callable[[Outcome], None] | None = None,
+    on_case: Callable[[Any, int], None] | None = None,
+) -> list[Outcome]:
+    """Run checks, of those known, on what is tested; the arguments are those of `check_mixer`.
+
+    Raises:
+        SeqmixError: a check does not exist, or nothing would be checked.
+    """
+    expected = dict(expected_failures or {})
+    known_names(expected, known)
+    names = chosen_names(checks, known)
+    require_examples_asked(examples)
+    outcomes = []
+    for check in (known[name] for name in names):
+        reason = tested.skip_reason(check)
+        if reason is None and check.compiles and not compiles:
+            reason = "it compiles, and compiling was left out"
+        if reason is not None:
+            outcome = Outcome(check, Status.SKIPPED, reason)
+        else:
+            report_case = None if on_case is None else partial(on_case, check)
+            asked = {"examples": examples, "seed": seed}
+            outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case)
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return outcomes
+
+
+def _run(
+    tested: Tested,
+    check: Check,
+    asked: dict[str, Any],
+    shrink: bool,
+    expected: str | None,
+    on_case: Callable[[int], None] | None,
+) -> Outcome:
+    started = time.perf_counter()
+    with _one_thread():
+        error, case, count = search(
+            partial(tested.attempt, check),
+            tested.cases(check),
+            examples=check.examples(asked["examples"]),
+            seed=asked["seed"],
+            shrink=shrink,
+            fixed=tested.fixed_cases(check),
+            on_case=on_case,
+        )
+        alone = case is None or expected is not None or _raises(partial(tested.renewed().attempt, check), case)
+    ended = {"examples": count, "seconds": time.perf_counter() - started}
+    if error is None and expected is None:
+        return Outcome(check, Status.PASSED, **ended)
+    if error is None:
+        text = f"{check.name} passed, and was expected to fail: {expected}"
+        return Outcome(check, Status.FAILED, text, **ended)
+    if expected is not None:
+        return Outcome(check, Status.EXPECTED_FAILURE, expected, **ended, case=case)
+    lines = [f"{tested.name} fails {check.name}: {check.property}", *describe_error(error).splitlines()]
+    if case is not None:
+        lines += [*tested.described, f"The smallest case: {case!r}"]
+        lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
+        script = tested.script(check, case) if alone else tested.script(check, None, **asked)
+        lines += [f"    {line}" for line in script]
+    return Outcome(check, Status.FAILED, "\n".join(lines), **ended, case=case)
+
+
+def _raises(attempt: Callable[[C], None], case: C) -> bool:
+    try:
+        attempt(case)
+    except Exception:
+        return True
+    return False
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of a case are small: threads would cost more than they save, and a multiple of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def strict_numerics() -> Iterator[None]:
+    """Uninitialised memory is NaN, float32 products are not TF32; both as before afterwards."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # a module whose class has the attribute
+    fill, precision = memory.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    with ExitStack() as after:
+        after.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        after.callback(setattr, memory, "fill_uninitialized_memory", fill)
+        after.callback(torch.set_float32_matmul_precision, precision)
+        # torch fills what `empty` returns with NaN (and integers with their largest) in this mode
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = True
+        torch.set_float32_matmul_precision("highest")
+        yield

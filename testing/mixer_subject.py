@@ -1,0 +1,263 @@
+"""A mixer under test: its configuration, and the modules that are built of it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from ..mixers.contract import MixerConfig, SequenceMixer
+from ..mixers.traits import ContractError, Traits, require_paradigm
+from ..ops.paradigm import Paradigm
+from ..registry import SeqmixError
+from .compare import LOW_PRECISION
+from .mixer_options import changed, require_examples, strategy
+from .search import where_raised
+
+D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+"""Widths to try for a configuration that comes without one."""
+
+BACKEND = "aot_eager"
+"""What the checks that compile use by default."""
+
+
+class BuildError(ContractError):
+    """A mixer cannot be built, and not because its configuration refuses something: that is a `SeqmixError`."""
+
+
+class Subject:
+    """A configuration under test, and the mixers built of it.
+
+    Args:
+        config: what is tested. Where its default paradigm is not under test, the first one that is becomes the default.
+        d_model: width of the residual stream; None takes the first of `D_MODELS` that the configuration fits.
+        device: where it is tested.
+        paradigms: those to test, of the declared ones; None means all.
+        vary: whether checks may change options of the configuration.
+        tolerances: allowed per dtype in low precision, relative to the norm; `LOW_PRECISION` where none is given.
+        compile_backend: what the checks that compile use.
+
+    Raises:
+        SeqmixError: an argument is wrong: the configuration fits no width, or not the one given; a paradigm is not
+            declared; a field refuses its own examples; there is no such device.
+    """
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        *,
+        d_model: int | None = None,
+        device: str | torch.device = "cpu",
+        paradigms: tuple[Paradigm, ...] | None = None,
+        vary: bool = True,
+        tolerances: Mapping[torch.dtype, float] | None = None,
+        compile_backend: str = BACKEND,
+    ) -> None:
+        if not isinstance(config, MixerConfig):
+            hint = ", which is a class: call it" if isinstance(config, type) else ""
+            raise ContractError(f"what is checked is the configuration of a mixer, and was given as {config!r}{hint}")
+        self.device, self.vary, self.compile_backend = _require_device(device), vary, compile_backend
+        given_tolerances = _require_tolerances(tolerances or {})
+        self.tolerances = {**LOW_PRECISION, **given_tolerances}
+        self.paradigms = None if paradigms is None else _require_paradigms(paradigms, config)
+        if vary:
+            require_examples(config)
+        if self.paradigms is not None and config.paradigm not in (*self.paradigms, reference_paradigm(config)):
+            config = changed(config, {"paradigm": self.paradigms[0]}) or config
+        self.config = config
+        self.d_model = _width(config) if d_model is None else _require_width(d_model, config)
+        self.arguments: dict[str, Any] = {
+            "d_model": self.d_model,
+            "device": str(self.device),
+            "paradigms": self.paradigms,
+            "vary": vary,
+            "tolerances": given_tolerances or None,
+            "compile_backend": compile_backend,
+        }
+        """What makes the same of its configuration."""
+        self._built: dict[Any, SequenceMixer | None] = {}
+
+    def renewed(self) -> "Subject":
+        """The same with mixers of its own, which have seen no call."""
+        return Subject(self.config, **self.arguments)
+
+    # ---- what cases are drawn from
+
+    @property
+    def traits(self) -> Traits:
+        """Those of the mixer, with no other paradigms than those under test and the reference."""
+        declared = self.config.traits
+        if self.paradigms is None:
+            return declared
+        return replace(declared, paradigms=frozenset((*self.paradigms, reference_paradigm(self.config))))
+
+    @cached_property
+    def options(self) -> SearchStrategy[dict[str, Any]]:
+        """Changes of the configuration."""
+        return strategy(self.config, vary=self.vary, accepts=self.accepts)
+
+    def accepts(self, options: dict[str, Any]) -> bool:
+        """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
+        try:
+            return self.mixer(options) is not None
+        except BuildError:  # a case of it shows what is broken
+            return True
+
+    # ---- mixers
+
+    def mixer(self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> SequenceMixer | None:
+        """The mixer with these options, in evaluation mode; None where they do not go together.
+
+        Parameters are those of initialisation, moved a little: a zero or a one of initialisation would hide errors.
+        """
+        key = (repr(sorted(options.items())), dtype)
+        if key not in self._built:
+            self._built[key] = self._build(dict(options), dtype)
+        return self._built[key]
+
+    def _build(self, options: dict[str, Any], dtype: torch.dtype) -> SequenceMixer | None:
+        config = changed(self.config, options)
+        if config is None:
+            return None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                mixer = build(config, self.d_model)
+                # as a model's builder does: `build` need not initialise
+                with _refusals(f"{mixer.kind}: reset_parameters", BuildError):
+                    mixer.reset_parameters()
+        except BuildError:
+            raise
+        except SeqmixError:
+            if not options:
+                raise
+            return None
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return mixer.to(self.device, dtype).eval()
+
+    def probe(self) -> None:
+        """Build the mixer and call it once in every paradigm, before anything is checked.
+
+        What is wrong with every call would be said by every check, each in words of its own.
+
+        Raises:
+            ContractError: it cannot be built or called, or what it returns is no output and state.
+        """
+        # one that no check is given: a mixer may remember calls
+        mixer = self._build({}, torch.float64)
+        assert mixer is not None
+        kind, x = mixer.kind, torch.ones(2, 3, self.d_model, dtype=torch.float64, device=self.device)
+        with _refusals(f"{kind}: init_state"):
+            state = mixer.init_state(2)
+        if not isinstance(state, tuple):
+            raise ContractError(
+                f"{kind}: init_state returned a {type(state).__name__}; a state is a NamedTuple of tensors"
+            )
+        for paradigm in sorted(self.traits.paradigms, key=lambda paradigm: paradigm is not mixer.paradigm):
+            with torch.no_grad(), _refusals(f"{kind}: a call in the {paradigm} paradigm"):
+                y, after = mixer(x, paradigm=paradigm, return_state=True)
+            if not y.is_floating_point():
+                raise ContractError(
+                    f"{kind}: the {paradigm} paradigm returned an output of {y.dtype} for an input of {x.dtype}"
+                )
+            if not isinstance(after, tuple):
+                raise ContractError(
+                    f"{kind}: the {paradigm} paradigm has to return a {type(state).__name__} as the final state, where "
+                    f"one is wanted, and returned a {type(after).__name__}"
+                )
+
+
+def build(config: MixerConfig, d_model: int) -> SequenceMixer:
+    """The mixer of a configuration, which may be a stranger's.
+
+    Raises:
+        SeqmixError: the configuration refuses the width.
+        BuildError: it raised something else, or gave no mixer.
+    """
+    with _refusals(f"{config.kind}: build", BuildError):
+        mixer = config.build(d_model, layer_idx=0, n_layers=1)
+    if not isinstance(mixer, SequenceMixer):
+        raise BuildError(f"{config.kind}: build returned {mixer!r}, which is no SequenceMixer")
+    if not hasattr(mixer, "traits"):
+        raise BuildError(f"{config.kind}: {type(mixer).__name__}.__init__ has to call super().__init__(config)")
+    return mixer
+
+
+@contextmanager
+def _refusals(what: str, error_class: type[ContractError] = ContractError) -> Iterator[None]:
+    """An error of a mixer as one sentence."""
+    try:
+        yield
+    except SeqmixError:  # is one
+        raise
+    except Exception as error:
+        raise error_class(f"{what} {where_raised(error)}") from error
+
+
+def reference_paradigm(config: MixerConfig) -> Paradigm:
+    """The paradigm that others are compared with: the recurrent, which is nearest to a definition."""
+    return Paradigm.RECURRENT if Paradigm.RECURRENT in config.traits.paradigms else config.paradigm
+
+
+def _require_device(device: str | torch.device) -> torch.device:
+    """The device, if tensors can be computed with there.
+
+    Raises:
+        SeqmixError: they cannot.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SeqmixError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.device(device).type == "meta":
+        raise SeqmixError("device 'meta' cannot be used here: its tensors have no numbers to check")
+    return torch.device(device)
+
+
+def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> tuple[Paradigm, ...]:
+    declared = ", ".join(sorted(config.traits.paradigms))
+    if isinstance(paradigms, str):  # a paradigm is one too
+        raise ContractError(f"paradigms needs a tuple, and was given {str(paradigms)!r}: write ({str(paradigms)!r},)")
+    if not paradigms:
+        raise ContractError(f"paradigms names none, so nothing would be checked; {config.kind} declares {declared}")
+    for paradigm in paradigms:
+        require_paradigm(paradigm, config.traits, config.kind)
+    return tuple(map(Paradigm, paradigms))
+
+
+def _require_tolerances(tolerances: Mapping[torch.dtype, float]) -> dict[torch.dtype, float]:
+    for dtype in tolerances:
+        if dtype not in LOW_PRECISION:
+            allowed = ", ".join(map(str, LOW_PRECISION))
+            raise SeqmixError(f"tolerances has no dtype {dtype!r}; allowed: {allowed}")
+    return dict(tolerances)
+
+
+def _require_width(d_model: int, config: MixerConfig) -> int:
+    if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+        raise SeqmixError(f"d_model needs an integer >= 1, and was given {d_model!r}")
+    build(config, d_model)
+    return d_model
+
+
+def _width(config: MixerConfig) -> int:
+    errors: list[SeqmixError] = []
+    for d_model in D_MODELS:
+        try:
+            build(config, d_model)
+        except SeqmixError as error:
+            errors.append(error)
+            # an assertion or a failed division of the width may be about it; a wrong name or signature is not
+            if isinstance(error, BuildError) and not isinstance(error.__cause__, (AssertionError, ValueError)):
+                raise
+        else:
+            return d_model
+    reason = str(errors[0]).removeprefix(f"{config.kind}: ")
+    widths = ", ".join(map(str, D_MODELS))
+    raise ContractError(f"{config.kind} fits none of the widths {widths}: {reason}; give one that it fits")

@@ -1,0 +1,203 @@
+"""What a check does with a mixer on one case."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import reject
+from torch import Tensor
+
+from ..mixers.contract import MixerConfig, SequenceMixer
+from ..mixers.state import clone, map_state, to_dict
+from ..ops.paradigm import Paradigm
+from .compare import EXACT, CheckFailure, Differences
+from .gradients import gradients
+from .mixer_case import Case, Start
+from .mixer_options import changed
+from .mixer_subject import Subject, build, reference_paradigm
+
+Call = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""Gives output and final state of a segment and a state: the mixer, or something that calls it."""
+
+
+class Trial:
+    """One case of a check: the mixer, and tensors drawn from the case's seed.
+
+    Where the case's options do not go together, the case is not one (hypothesis draws another).
+    """
+
+    def __init__(self, subject: Subject, case: Case) -> None:
+        self.subject, self.case = subject, case
+        config, mixer = changed(subject.config, dict(case.options)), subject.mixer(case.options, case.dtype)
+        if config is None or mixer is None:
+            reject()
+        self.config: MixerConfig = config
+        self.mixer: SequenceMixer = mixer
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    @property
+    def paradigms(self) -> list[Paradigm]:
+        """The paradigms under test, the configured default first."""
+        declared = self.mixer.traits.paradigms
+        chosen = declared if self.subject.paradigms is None else declared & frozenset(self.subject.paradigms)
+        return sorted(chosen, key=lambda p: (p is not self.mixer.paradigm, p))
+
+    @property
+    def reference(self) -> Paradigm:
+        """The paradigm that others are compared with."""
+        return reference_paradigm(self.config)
+
+    # ---- tensors
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, drawn in float64 on the CPU: the same on every device."""
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return x.to(self.subject.device, dtype or self.case.dtype)
+
+    def tokens(self, batch_size: int | None = None, length: int | None = None) -> Tensor:
+        """A segment; of the case's size by default."""
+        batch_size = self.case.batch_size if batch_size is None else batch_size
+        return self.randn(batch_size, self.case.length if length is None else length, self.subject.d_model)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Normal numbers of this shape and dtype."""
+        return self.randn(*x.shape, dtype=x.dtype)
+
+    def state(self, rows: int | None = None, start: Start | None = None) -> Any:
+        """What comes before; of the case's kind by default."""
+        rows = self.case.batch_size if rows is None else rows
+        start = self.case.start if start is None else start
+        if start == "none":
+            return None
+        if start == "initial":
+            return self.mixer.init_state(rows)
+        length = int(torch.randint(1, 8, (), generator=self.generator))
+        with torch.no_grad():
+            _, state = self.mixer(self.tokens(rows, length), return_state=True)
+            if start == "moved":
+                # by factors above 0: denominators stay positive, and the empty slots of a cache stay empty
+                state = map_state(lambda x: x * self.like(x).exp() if x.is_floating_point() else x, state)
+        return state
+
+    def index(self, *rows: int) -> Tensor:
+        """Rows of a state, as `select` takes them."""
+        return torch.tensor(rows, device=self.subject.device)
+
+    # ---- what is done with the mixer
+
+    def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
+        """The mixer as a function of a segment and a state."""
+        return partial(mixer or self.mixer, paradigm=paradigm, return_state=True, **options)
+
+    def mix(self, x: Tensor, state: Any, mixer: SequenceMixer | None = None, **options: Any) -> tuple[Tensor, Any]:
+        """Output and final state without grad, where a state given may be consumed."""
+        with torch.no_grad():
+            return self.call(mixer=mixer, **options)(x, None if state is None else clone(state))
+
+    def in_pieces(self, *calls: Call) -> Call:
+        """Consecutive pieces of a segment, as long as the case's lengths: each by its own call, or all by one."""
+
+        def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            outputs, each = [], calls * len(self.case.lengths) if len(calls) == 1 else calls
+            for piece, mixer in zip(x.split(self.case.lengths, dim=1), each, strict=True):
+                y, state = mixer(piece, state)
+                outputs.append(y)
+            return torch.cat(outputs, dim=1), state
+
+        return call
+
+    def differentiate(
+        self,
+        call: Call,
+        x: Tensor,
+        state: Any,
+        *,
+        mixer: SequenceMixer | None = None,
+        zeros: Mapping[str, Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Output and gradients by name, and the final state.
+
+        Args:
+            call: what is differentiated.
+            x: the segment.
+            state: what comes before.
+            mixer: whose parameters; the case's by default.
+            zeros: by name of a result, where the gradient from above is zero as well; the result itself by default.
+        """
+        x, state = x.detach().requires_grad_(), as_leaves(state)
+        y, after = call(x, state)
+        results = named_results(y, after)
+        if not any(result.requires_grad for result in results.values()):
+            raise CheckFailure("neither output nor final state has a gradient")
+        leaves = {"the input": x, **named_leaves("the state's", state), **learnable(mixer or self.mixer)}
+        found = gradients(results, self._above(zeros or results), leaves)
+        named = {f"the gradient of {name}": gradient for name, gradient in found.items()}
+        return {"the output": y.detach(), **named}, None if after is None else map_state(Tensor.detach, after)
+
+    def _above(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients from above: the same rounded numbers in every dtype.
+
+        Where a result is zero they are zero: those are the empty slots of a cache, and nothing can depend on them.
+        """
+        generator, above = torch.Generator().manual_seed(self.case.seed + 1), {}
+        for name, result in results.items():
+            noise = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(self.case.dtype)
+            above[name] = noise.to(result.device) * (result.detach() != 0)
+        return above
+
+    def rebuilt(self, dtype: torch.dtype | None = None, **options: Any) -> SequenceMixer:
+        """The same parameters in a mixer of other options or dtype."""
+        config = changed(self.config, options)
+        if config is None:
+            refused = ", ".join(f"{name}={value}" for name, value in options.items())
+            declared = ", which its traits declare" if options.keys() == {"paradigm"} else ""
+            raise CheckFailure(f"the configuration refuses {refused}{declared}")
+        other = build(config, self.subject.d_model)
+        other = other.to(self.subject.device, dtype or self.case.dtype).eval()
+        other.load_state_dict(self.mixer.state_dict())
+        return other
+
+    # ---- comparing
+
+    def differences(self, what: str, tolerance: float = EXACT) -> Differences:
+        """A comparison: a context manager that fails at its end if something differed."""
+        return Differences(what, tolerance)
+
+    def compare(
+        self,
+        what: str,
+        actual: tuple[Tensor | Mapping[str, Tensor] | None, Any],
+        expected: tuple[Tensor | Mapping[str, Tensor] | None, Any],
+        tolerance: float = EXACT,
+    ) -> None:
+        """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""
+        with self.differences(what, tolerance) as found:
+            if actual[0] is not None and expected[0] is not None:
+                found.tensors(*({"the output": y} if isinstance(y, Tensor) else y for y in (actual[0], expected[0])))
+            found.state("the final state", actual[1], expected[1])
+
+
+def float_leaves(state: Any) -> dict[str, Tensor]:
+    """The leaves of a state that have gradients."""
+    return {name: leaf for name, leaf in to_dict(state or ()).items() if leaf.is_floating_point()}
+
+
+def named_leaves(whose: str, state: Any) -> dict[str, Tensor]:
+    """The same, by name in a report."""
+    return {f"{whose} {name}": leaf for name, leaf in float_leaves(state).items()}
+
+
+def named_results(y: Tensor, after: Any) -> dict[str, Tensor]:
+    """Output and float leaves of the final state, by name in a report."""
+    return {"the output": y, **named_leaves("the final state's", after)}
+
+
+def as_leaves(state: Any) -> Any:
+    """The state as leaves of a new graph."""
+    return None if state is None else map_state(lambda x: x.detach().requires_grad_(x.is_floating_point()), state)
+
+
+def learnable(mixer: SequenceMixer) -> dict[str, Tensor]:
+    """The parameters that are not frozen."""
+    return {name: parameter for name, parameter in mixer.named_parameters() if parameter.requires_grad}

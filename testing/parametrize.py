@@ -1,0 +1,93 @@
+"""Checks as pytest cases."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hypothesis import core, settings
+
+from ..registry import SeqmixError, nearest
+from .outcome import Outcomes, Status, chosen_names, known_names
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """A check with its mixer or kernel, as pytest passes it to a test."""
+
+    run: Callable[..., Outcomes]
+    options: Mapping[str, Any]
+
+    def __call__(self, **options: Any) -> None:
+        """Run it, with these options beside those given before; hypothesis' profile and seed hold here too."""
+        import pytest
+
+        if fixed := sorted({"checks", "expected_failures"} & options.keys()):
+            raise SeqmixError(f"{fixed[0]} is given where tests are made of checks, not where one is run")
+        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
+        try:
+            report = self.run(**given)
+        except SeqmixError as error:  # nothing that a traceback of the kit would explain
+            pytest.fail(str(error), pytrace=False)
+        if not report.outcomes:
+            pytest.fail("ran no check", pytrace=False)
+        for outcome in report.outcomes:
+            if outcome.status is Status.FAILED:
+                pytest.fail(outcome.reason, pytrace=False)
+            if outcome.status is Status.SKIPPED:
+                pytest.skip(outcome.reason)
+            if outcome.status is Status.EXPECTED_FAILURE:
+                pytest.xfail(outcome.reason)
+
+
+def parametrized(
+    tested: Sequence[tuple[str, str, Callable[..., Outcomes]]],
+    known: Collection[str],
+    *,
+    what: str,
+    checks: Iterable[str] | None,
+    expected_failures: Mapping[str, Mapping[str, str]] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    """pytest's decorator with a case for everything tested and every check.
+
+    Args:
+        tested: of each its label, the name that `expected_failures` has for it, and what runs checks on it.
+        known: names of all checks there are.
+        what: what a name is: "kind" or "kernel".
+        checks: names of the checks to run; all by default.
+        expected_failures: by name, checks that are known to fail, each with a reason.
+        options: of every run.
+
+    Raises:
+        SeqmixError: there is no such check or name; the nearest match is named.
+    """
+    import pytest
+
+    chosen, expected = chosen_names(checks, known), expected_failures or {}
+    names = dict.fromkeys(name for _, name, _ in tested)
+    for name, failures in expected.items():
+        if name not in names:
+            raise SeqmixError(
+                f"expected_failures names the {what} {name!r}, which is not tested here; tested: "
+                f"{', '.join(names)}{nearest(name, names)}"
+            )
+        known_names(failures, known)
+    cases = []
+    for label, name, run in tested:
+        for check in chosen:
+            reasons = {other: why for other, why in expected.get(name, {}).items() if other == check}
+            bound = BoundCheck(partial(run, checks=[check], expected_failures=reasons), options)
+            cases.append(pytest.param(bound, id=f"{label}-{check}"))
+    return pytest.mark.parametrize("check", cases)
+
+
+def _seed() -> int | None:
+    """Of the cases that a test draws: always the same, so that a suite that passes goes on passing.
+
+    None, which leaves it to hypothesis, under `--hypothesis-seed` and under a profile of the project's own, such as one
+    that looks for more every night.
+    """
+    # where its pytest plugin puts the option, and the name for which older versions have no function
+    forced, profile = getattr(core, "global_force_seed", None), getattr(settings, "_current_profile", "default")
+    return 0 if forced is None and profile in ("default", "ci") else None
