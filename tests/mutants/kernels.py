@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from seqmix.ops.decay.api import DecayOutput, decay_chunkwise, decay_parallel
-from seqmix.ops.decay.chunkwise import chunkwise_op
-from seqmix.ops.kernels import Kernel, Probe, reference, require_floats
+from seqmix.ops.decay import api as _decay  # noqa: F401  importing it declares its kernels
+from seqmix.ops.kernels import Kernel, Probe, reference
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax.api import softmax_parallel
+from seqmix.ops.softmax import api as _softmax  # noqa: F401
 from seqmix.testing import KERNEL_CHECKS, Outcome, Status, check_kernel
+
+decay_chunkwise = reference("decay", Paradigm.CHUNKWISE).function
+decay_parallel = reference("decay", Paradigm.PARALLEL).function
+softmax_parallel = reference("softmax", Paradigm.PARALLEL).function
 
 FEW = 40
 """Examples asked for of the checks that a mutant is not made for."""
@@ -75,31 +78,35 @@ def caught(mutant: KernelMutant) -> frozenset[str]:
 # ---- the healthy one: chunks of the parallel form, a state handed on
 
 
-def in_chunks(q, k, v, log_decay, *, initial_state, output_final_state, cu_seqlens, chunk_size, scale, between=None):
+def in_chunks(x, between=None):
     """Chunk by chunk, document by document; `between` is what a mutant does to a state at a chunk's end."""
-    borders = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
-    for n, (start, stop) in enumerate(pairwise(borders)):
-        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
-        state = None if initial_state is None else initial_state[rows]
-        for at in range(start, stop, chunk_size):
-            chunk = slice(at, min(at + chunk_size, stop))
-            a = log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, chunk]
-            tokens = (x[:, chunk] for x in (q, k, v))
-            output, state = decay_parallel(*tokens, a, scale=scale, initial_state=state, output_final_state=True)
+    for rows, start, stop in x.stretches:
+        state = None if x.initial_state is None else x.initial_state[rows]
+        for at in range(start, stop, x.chunk_size):
+            chunk = slice(at, min(at + x.chunk_size, stop))
+            part = given_per_token(x, lambda tensor, chunk=chunk: tensor[:, chunk])
+            part = part._replace(initial_state=state, cu_seqlens=None, output_final_state=True)
+            output, state = decay_parallel(part)
             outputs.append(output)
             if between is not None:
-                state = between(state, a, chunk, last=chunk.stop == stop)
-        empty = torch.zeros(q.shape[0], *q.shape[2:], v.shape[3], device=q.device, dtype=_wide(q))
-        states.append(empty if state is None else state.to(_wide(q)) + 0)  # no result is an input
-    return DecayOutput(torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None)
+                state = between(state, part.log_decay, chunk, last=chunk.stop == stop)
+        empty = torch.zeros(x.q.shape[0], *x.matrix, device=x.q.device, dtype=x.wide)
+        states.append(empty if state is None else state.to(x.wide) + 0)  # no result is an input
+    return torch.cat(outputs, dim=1), torch.cat(states) if x.output_final_state else None
+
+
+def given_per_token(x, change):
+    """The call with another tensor for each that has one row per token."""
+    log_decay = x.log_decay if x.log_decay is None or x.log_decay.ndim == 1 else change(x.log_decay)
+    return x._replace(q=change(x.q), k=change(x.k), v=change(x.v), log_decay=log_decay)
 
 
 HEALTHY = replace(reference("decay", Paradigm.CHUNKWISE), backend="healthy", function=in_chunks, reference=False)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def detached(x):
+    return None if x is None else x.detach()
 
 
 # ---- outputs_are_the_definitions
@@ -110,14 +117,14 @@ def _wide(x: Tensor) -> torch.dtype:
     "The decay is applied once too often at every chunk's border, as if one more token followed.",
     says="the output differs",
 )
-def decays_twice_at_chunk_borders(q, k, v, log_decay, **options):
+def decays_twice_at_chunk_borders(x):
     def between(state, a, chunk, last):
         if a is None or last:
             return state
         a = a[None] if a.ndim == 1 else a[:, -1]
         return state * a.to(state.dtype).exp()[(...,) + (None,) * (4 - a.ndim)]
 
-    return in_chunks(q, k, v, log_decay, **options, between=between)
+    return in_chunks(x, between)
 
 
 @decays(
@@ -125,14 +132,14 @@ def decays_twice_at_chunk_borders(q, k, v, log_decay, **options):
     "A ragged last chunk is padded with the head's decay, which shrinks the final state (transformers #46190).",
     says="the final state differs",
 )
-def pads_with_the_heads_decay(q, k, v, log_decay, *, chunk_size, **options):
+def pads_with_the_heads_decay(x):
     def between(state, a, chunk, last):
-        padding = chunk_size - (chunk.stop - chunk.start)
+        padding = x.chunk_size - (chunk.stop - chunk.start)
         if not last or a is None or a.ndim > 1 or not padding:
             return state
         return state * (a * padding).exp()[:, None, None].to(state.dtype)
 
-    return in_chunks(q, k, v, log_decay, chunk_size=chunk_size, **options, between=between)
+    return in_chunks(x, between)
 
 
 @decays(
@@ -140,16 +147,15 @@ def pads_with_the_heads_decay(q, k, v, log_decay, *, chunk_size, **options):
     "A ragged last chunk reads what lies behind the keys and values in memory (fla #1143, #907: masks of tails).",
     says="values that are not finite",
 )
-def reads_uninitialised_memory(q, k, v, log_decay, **options):
-    length = q.shape[1]
-    short = -length % options["chunk_size"]
-    if short and options["cu_seqlens"] is None and (log_decay is None or log_decay.ndim > 1):
+def reads_uninitialised_memory(x):
+    length = x.q.shape[1]
+    short = -length % x.chunk_size
+    if short and x.cu_seqlens is None and (x.log_decay is None or x.log_decay.ndim > 1):
         # the values are 0, but what they are multiplied by is not written
-        k = torch.cat((k, torch.empty_like(k[:, :1]).expand(-1, short, -1, -1)), dim=1)
-        q, v = (pad(x, (0, 0, 0, 0, 0, short)) for x in (q, v))
-        log_decay = None if log_decay is None else pad(log_decay, (0, 0) * (log_decay.ndim - 2) + (0, short))
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output[:, :length], state)
+        k = torch.cat((x.k, torch.empty_like(x.k[:, :1]).expand(-1, short, -1, -1)), dim=1)
+        x = given_per_token(x, lambda tensor: pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, short)))._replace(k=k)
+    output, state = decay_chunkwise(x)
+    return output[:, :length], state
 
 
 @decays(
@@ -157,11 +163,12 @@ def reads_uninitialised_memory(q, k, v, log_decay, **options):
     "Inside a packed row the borders lie one token late, so a document's first token reads the one before.",
     says="differs in",
 )
-def leaks_a_token_over_the_border(q, k, v, log_decay, *, cu_seqlens, **options):
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.clone()
-        cu_seqlens[1:-1] = (cu_seqlens[1:-1] + 1).clamp(max=q.shape[1])
-    return decay_chunkwise(q, k, v, log_decay, cu_seqlens=cu_seqlens, **options)
+def leaks_a_token_over_the_border(x):
+    if x.cu_seqlens is None:
+        return decay_chunkwise(x)
+    cu_seqlens = x.cu_seqlens.clone()
+    cu_seqlens[1:-1] = (cu_seqlens[1:-1] + 1).clamp(max=x.q.shape[1])
+    return decay_chunkwise(x._replace(cu_seqlens=cu_seqlens))
 
 
 @decays(
@@ -169,10 +176,10 @@ def leaks_a_token_over_the_border(q, k, v, log_decay, *, cu_seqlens, **options):
     "Borders in int32, which flash-attention's callers pass, are read as int64.",
     says="raised",
 )
-def takes_int64_borders_only(q, k, v, log_decay, *, cu_seqlens, **options):
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous().view(torch.int64)
-    return decay_chunkwise(q, k, v, log_decay, cu_seqlens=cu_seqlens, **options)
+def takes_int64_borders_only(x):
+    if x.cu_seqlens is not None:
+        x = x._replace(cu_seqlens=x.cu_seqlens.contiguous().view(torch.int64))
+    return decay_chunkwise(x)
 
 
 @decays(
@@ -180,9 +187,9 @@ def takes_int64_borders_only(q, k, v, log_decay, *, cu_seqlens, **options):
     "The output is as wide as the accumulator, float32 for bfloat16 inputs (fla compares no dtypes).",
     says="the output is float32",
 )
-def widens_the_output(q, k, v, log_decay, **options):
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output.to(_wide(output)), state)
+def widens_the_output(x):
+    output, state = decay_chunkwise(x)
+    return output.to(x.wide), state
 
 
 @decays(
@@ -190,10 +197,9 @@ def widens_the_output(q, k, v, log_decay, **options):
     "Where neither gradients nor a final state are wanted, a quicker way forgets the scale (fla #47).",
     says="the output differs",
 )
-def forgets_the_scale_in_inference(q, k, v, log_decay, *, scale, output_final_state, **options):
-    if not output_final_state and not torch.is_grad_enabled():
-        scale = 1.0
-    return decay_chunkwise(q, k, v, log_decay, scale=scale, output_final_state=output_final_state, **options)
+def forgets_the_scale_in_inference(x):
+    forgets = not x.output_final_state and not torch.is_grad_enabled()
+    return decay_chunkwise(x._replace(scale=1.0) if forgets else x)
 
 
 @decays(
@@ -201,10 +207,9 @@ def forgets_the_scale_in_inference(q, k, v, log_decay, *, scale, output_final_st
     "Slices of one fused projection are read as if they were contiguous (as fla #871 reads dy).",
     says="the output differs",
 )
-def assumes_contiguity(q, k, v, log_decay, **options):
-    if not q.is_contiguous():
-        q = q.as_strided(q.shape, q.new_empty(q.shape, device="meta").stride())
-    return decay_chunkwise(q, k, v, log_decay, **options)
+def assumes_contiguity(x):
+    strides = x.q.new_empty(x.q.shape, device="meta").stride()
+    return decay_chunkwise(x if x.q.is_contiguous() else x._replace(q=x.q.as_strided(x.q.shape, strides)))
 
 
 @attends(
@@ -212,13 +217,12 @@ def assumes_contiguity(q, k, v, log_decay, **options):
     "Grouped keys go to the wrong heads: they are repeated as a whole instead of one by one.",
     says="the output differs",
 )
-def repeats_key_heads_in_the_wrong_order(q, k, v, *, initial_state, output_final_state, **options):
-    given = {"initial_state": initial_state, "output_final_state": output_final_state, **options}
-    right, state = softmax_parallel(q, k, v, **given)
-    if initial_state is not None:
+def repeats_key_heads_in_the_wrong_order(x):
+    right, state = softmax_parallel(x)
+    if x.cache is not None:
         return right, state
-    k, v = (x.repeat(1, 1, q.shape[2] // x.shape[2], 1) for x in (k, v))
-    return softmax_parallel(q, k, v, **options)[0], state
+    k, v = (tensor.repeat(1, 1, x.q.shape[2] // tensor.shape[2], 1) for tensor in (x.k, x.v))
+    return softmax_parallel(x._replace(k=k, v=v, output_final_state=False))[0], state
 
 
 @attends(
@@ -226,14 +230,14 @@ def repeats_key_heads_in_the_wrong_order(q, k, v, *, initial_state, output_final
     "With a cache the causal mask is aligned to the first key instead of to the last (SDPA's is_causal).",
     says="the output differs",
 )
-def aligns_the_mask_to_the_first_key(q, k, v, *, initial_state, cu_seqlens, **options):
-    right, state = softmax_parallel(q, k, v, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)
-    if initial_state is None or cu_seqlens is not None:
+def aligns_the_mask_to_the_first_key(x):
+    right, state = softmax_parallel(x)
+    if x.cache is None or x.documents is not None:
         return right, state
-    k, v = (torch.cat(pair, dim=1) for pair in ((initial_state.keys, k), (initial_state.values, v)))
-    return scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=options["scale"], enable_gqa=True
-    ).transpose(1, 2), state
+    k, v = (torch.cat(pair, dim=1) for pair in ((x.cache.keys, x.k), (x.cache.values, x.v)))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (x.q, k, v))
+    wrong = scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale, enable_gqa=True)
+    return wrong.transpose(1, 2), state
 
 
 @attends(
@@ -241,11 +245,10 @@ def aligns_the_mask_to_the_first_key(q, k, v, *, initial_state, cu_seqlens, **op
     "A window of w lets a query see w keys beside its own (flash-attention's convention).",
     says="the output differs",
 )
-def sees_one_key_more(q, k, v, *, window, **options):
-    _, state = softmax_parallel(q, k, v, window=window, **options)
-    more = None if window is None else window + 1
-    options |= {"output_final_state": False}
-    return softmax_parallel(q, k, v, window=more, **options)[0], state
+def sees_one_key_more(x):
+    _, state = softmax_parallel(x)
+    more = None if x.window is None else x.window + 1
+    return softmax_parallel(x._replace(window=more, output_final_state=False))[0], state
 
 
 # ---- gradients_are_the_definitions
@@ -256,9 +259,8 @@ def sees_one_key_more(q, k, v, *, window, **options):
     "The initial state gets no gradient: helion returns none, and fla's tests do not compare it for dense batches.",
     says="the gradient of state differs",
 )
-def forgets_the_initial_states_gradient(q, k, v, log_decay, *, initial_state, **options):
-    state = None if initial_state is None else initial_state.detach()
-    return decay_chunkwise(q, k, v, log_decay, initial_state=state, **options)
+def forgets_the_initial_states_gradient(x):
+    return decay_chunkwise(x._replace(initial_state=detached(x.initial_state)))
 
 
 @decays(
@@ -266,9 +268,9 @@ def forgets_the_initial_states_gradient(q, k, v, log_decay, *, initial_state, **
     "The final state's gradient is ignored (helion).",
     says="the gradient of",
 )
-def ignores_the_final_states_gradient(q, k, v, log_decay, **options):
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output, None if state is None else state.detach())
+def ignores_the_final_states_gradient(x):
+    output, state = decay_chunkwise(x)
+    return output, detached(state)
 
 
 @decays(
@@ -276,10 +278,8 @@ def ignores_the_final_states_gradient(q, k, v, log_decay, **options):
     "The gradient of the log-decay lacks the final state's term: the reverse sum starts from 0, not from <S, dS>.",
     says="the gradient of log_decay differs",
 )
-def forgets_the_final_states_part_of_the_decays_gradient(q, k, v, log_decay, **options):
-    output, _ = decay_chunkwise(q, k, v, log_decay, **options)
-    _, state = decay_chunkwise(q, k, v, None if log_decay is None else log_decay.detach(), **options)
-    return DecayOutput(output, state)
+def forgets_the_final_states_part_of_the_decays_gradient(x):
+    return decay_chunkwise(x)[0], decay_chunkwise(x._replace(log_decay=detached(x.log_decay)))[1]
 
 
 @decays(
@@ -287,10 +287,9 @@ def forgets_the_final_states_part_of_the_decays_gradient(q, k, v, log_decay, **o
     "Without a final state the last token's keys get no gradient (a way rarely taken, as in fla #863 and #875).",
     says="the gradient of k differs",
 )
-def forgets_the_last_key_without_a_final_state(q, k, v, log_decay, *, output_final_state, **options):
-    if not output_final_state:
-        k = torch.cat((k[:, :-1], k[:, -1:].detach()), dim=1)
-    return decay_chunkwise(q, k, v, log_decay, output_final_state=output_final_state, **options)
+def forgets_the_last_key_without_a_final_state(x):
+    k = torch.cat((x.k[:, :-1], x.k[:, -1:].detach()), dim=1)
+    return decay_chunkwise(x if x.output_final_state else x._replace(k=k))
 
 
 class Telescoped(torch.autograd.Function):
@@ -314,10 +313,12 @@ class Telescoped(torch.autograd.Function):
     "The gradient of given log-decays is a difference of sums, q dq - k dk: where decays are strong, it is noise.",
     says="the gradient of log_decay differs",
 )
-def subtracts_sums_of_gradients(q, k, v, log_decay, *, cu_seqlens, **options):
-    if log_decay is not None and log_decay.ndim == 3 and cu_seqlens is None and not log_decay.isinf().any():
-        q, k, log_decay = Telescoped.apply(q, k, log_decay)
-    return decay_chunkwise(q, k, v, log_decay, cu_seqlens=cu_seqlens, **options)
+def subtracts_sums_of_gradients(x):
+    a = x.log_decay
+    if a is not None and a.ndim == 3 and x.cu_seqlens is None and not a.isinf().any():
+        q, k, a = Telescoped.apply(x.q, x.k, a)
+        x = x._replace(q=q, k=k, log_decay=a)
+    return decay_chunkwise(x)
 
 
 # ---- a check of its own each
@@ -328,10 +329,9 @@ def subtracts_sums_of_gradients(q, k, v, log_decay, *, cu_seqlens, **options):
     "A state that comes out of a graph is detached: backpropagation is truncated without being asked.",
     says="the gradient of",
 )
-def truncates_backpropagation(q, k, v, log_decay, *, initial_state, **options):
-    if initial_state is not None and not initial_state.is_leaf:
-        initial_state = initial_state.detach()
-    return decay_chunkwise(q, k, v, log_decay, initial_state=initial_state, **options)
+def truncates_backpropagation(x):
+    state = x.initial_state
+    return decay_chunkwise(x if state is None or state.is_leaf else x._replace(initial_state=state.detach()))
 
 
 @decays(
@@ -339,9 +339,9 @@ def truncates_backpropagation(q, k, v, log_decay, *, initial_state, **options):
     "The state is kept in the keys' dtype (fla #1187: states in float16); in bfloat16 it is 9 % off after 256 tokens.",
     says="one by one, against the definition of the whole",
 )
-def rounds_the_state(q, k, v, log_decay, **options):
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output, None if state is None else state.to(q.dtype).to(state.dtype))
+def rounds_the_state(x):
+    output, state = decay_chunkwise(x)
+    return output, None if state is None else state.to(x.q.dtype).to(state.dtype)
 
 
 BACKWARDS = cycle([False, True])
@@ -353,20 +353,15 @@ BACKWARDS = cycle([False, True])
     "Partial sums are added atomically, in any order (tilelang's backward).",
     says="a second call against the first",
 )
-def adds_in_any_order(q, k, v, log_decay, **options):
-    order = torch.arange(q.shape[3])
+def adds_in_any_order(x):
+    order = torch.arange(x.q.shape[3])
     order = order.flip(0) if next(BACKWARDS) else order
-    log_decay = log_decay[..., order] if log_decay is not None and log_decay.ndim == 4 else log_decay
-    state = options.pop("initial_state")
-    output, final = decay_chunkwise(
-        q[..., order],
-        k[..., order],
-        v,
-        log_decay,
-        initial_state=None if state is None else state[:, :, order],
-        **options,
-    )
-    return DecayOutput(output, None if final is None else final[:, :, order.argsort()])
+    a, state = x.log_decay, x.initial_state
+    a = a[..., order] if a is not None and a.ndim == 4 else a
+    state = None if state is None else state[:, :, order]
+    x = x._replace(q=x.q[..., order], k=x.k[..., order], log_decay=a, initial_state=state)
+    output, final = decay_chunkwise(x)
+    return output, None if final is None else final[:, :, order.argsort()]
 
 
 @decays(
@@ -374,24 +369,23 @@ def adds_in_any_order(q, k, v, log_decay, **options):
     "Without gradients the final state is written over the initial one, which the caller still holds.",
     says="state was written in place",
 )
-def writes_over_the_initial_state(q, k, v, log_decay, *, initial_state, **options):
-    output, state = decay_chunkwise(q, k, v, log_decay, initial_state=initial_state, **options)
-    if state is not None and initial_state is not None and not torch.is_grad_enabled() and initial_state.stride(0):
-        initial_state.copy_(state)
-    return DecayOutput(output, state)
+def writes_over_the_initial_state(x):
+    output, state = decay_chunkwise(x)
+    given = x.initial_state
+    if state is not None and given is not None and not torch.is_grad_enabled() and given.stride(0):
+        given.copy_(state)
+    return output, state
 
 
 @decays(
     "what_is_not_taken_is_refused",
     "A dtype that is not supported is cast without a word.",
-    says="it gave numbers (the output is torch.int64)",
+    says="it gave numbers (the output is torch.float64)",
+    tolerances={torch.float32: reference("decay", Paradigm.CHUNKWISE).tolerances[torch.float32]},
 )
-def computes_integers(q, k, v, log_decay, **options):
-    given = q.dtype
-    if not given.is_floating_point and not given.is_complex:
-        q, k, v = q.float(), k.float(), v.float()
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output.to(given), state)
+def casts_float64(x):
+    output, state = decay_chunkwise(x._replace(**{name: getattr(x, name).float() for name in "qkv"}))
+    return output.to(x.q.dtype), None if state is None else state.to(x.wide)
 
 
 def _takes_no_state(probe: Probe) -> list[str]:
@@ -404,8 +398,8 @@ def _takes_no_state(probe: Probe) -> list[str]:
     says="it takes no initial state",
     limits=_takes_no_state,
 )
-def ignores_the_initial_state(q, k, v, log_decay, *, initial_state, **options):
-    return decay_chunkwise(q, k, v, log_decay, **options)
+def ignores_the_initial_state(x):
+    return decay_chunkwise(x._replace(initial_state=None))
 
 
 def _has_no_backward(probe: Probe) -> list[str]:
@@ -418,9 +412,9 @@ def _has_no_backward(probe: Probe) -> list[str]:
     says="it has no backward pass",
     limits=_has_no_backward,
 )
-def detaches_without_a_word(q, k, v, log_decay, **options):
+def detaches_without_a_word(x):
     with torch.no_grad():
-        return decay_chunkwise(q, k, v, log_decay, **options)
+        return decay_chunkwise(x)
 
 
 @decays(
@@ -428,13 +422,9 @@ def detaches_without_a_word(q, k, v, log_decay, **options):
     "A custom op has a backward formula alone, and its tangent is silently zero.",
     says="the tangent of",
 )
-def has_a_tangent_of_zero(q, k, v, log_decay, *, scale, initial_state, output_final_state, cu_seqlens, chunk_size):
-    require_floats(q, k, v)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, log_decay, initial_state)
-    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    output, state, _ = chunkwise_op(*inputs, cu_seqlens, scale, chunk_size, output_final_state, saves)
-    return DecayOutput(output, state if output_final_state else None)
+def has_a_tangent_of_zero(x):
+    output, state, _ = torch.ops.seqmix.decay_chunkwise(*x._replace(needs_grad=x.probe().needs_grad))
+    return output, state if x.output_final_state else None
 
 
 @torch.library.custom_op("mutants::scaled_state", mutates_args=())
@@ -455,6 +445,6 @@ scaled_state.register_autograd(lambda _, gradient: gradient)
     "The fake of a custom op has the state's widths the wrong way round: compiled code gets another shape than eager.",
     says="fails opcheck's test_faketensor",
 )
-def fakes_another_shape(q, k, v, log_decay, **options):
-    output, state = decay_chunkwise(q, k, v, log_decay, **options)
-    return DecayOutput(output, None if state is None else scaled_state(state))
+def fakes_another_shape(x):
+    output, state = decay_chunkwise(x)
+    return output, None if state is None else scaled_state(state)

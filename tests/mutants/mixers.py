@@ -14,6 +14,7 @@ from torch import nn
 
 from seqmix import MixerConfig, Paradigm, SequenceMixer
 from seqmix.mixers.state import detach, select
+from seqmix.ops.packing import Documents, document_of_token
 from seqmix.testing import CHECKS, EXAMPLES, Outcome, check_mixer
 
 from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState
@@ -153,8 +154,8 @@ class ForgetsTheOffset(Specimen):
     """Every segment starts at position 0. After fla #766 and #477: a wrong count of the tokens seen shifted rotary
     offsets in decoding."""
 
-    def positions(self, state, x, cu_seqlens):
-        return super().positions(state._replace(position=0 * state.position), x, cu_seqlens)
+    def positions(self, state, x, call):
+        return super().positions(state._replace(position=0 * state.position), x, call)
 
 
 @mutant(check="pieces_equal_the_whole")
@@ -162,8 +163,8 @@ class GuardsOnOneToken(Specimen):
     """The state is used for a segment of one token alone. After huggingface/transformers PR #45513: the guard
     seq_len == 1, copied through nine models, dropped the state where several tokens went on."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        return super().mix(x, state if x.shape[1] == 1 else None, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        return super().mix(x, call if x.shape[1] == 1 else call._replace(state=None))
 
 
 @mutant(check="pieces_equal_the_whole")
@@ -198,9 +199,9 @@ class DetachesTheStateOfLongSegments(Specimen):
     """The initial state has no gradient where a segment is longer than 12 tokens. After fla PRs #636, #1131 and #1181:
     kernels without a backward, which nothing declares."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        given = state if state is None or x.shape[1] <= 12 else detach(state)
-        return super().mix(x, given, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        given = call.state if call.state is None or x.shape[1] <= 12 else detach(call.state)
+        return super().mix(x, call._replace(state=given))
 
 
 @mutant(check="steps_equal_the_whole")
@@ -217,11 +218,11 @@ class GivesOutOneStateTwice(Specimen):
             self.given = super().init_state(batch_size)
         return self.given
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
-        if state is None or x.shape[1] > 1 or torch.is_grad_enabled():
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or x.shape[1] > 1 or torch.is_grad_enabled():
             return y, after
-        return y, SpecimenState(*(old.copy_(new) for old, new in zip(state, after, strict=True)))
+        return y, SpecimenState(*(old.copy_(new) for old, new in zip(call.state, after, strict=True)))
 
 
 @mutant(check="the_future_changes_nothing")
@@ -307,9 +308,9 @@ class BordersGiveTheDtype(Specimen):
     """Packed, the positions of a state have the dtype of the borders. After fla #1082 and #964: int32 where int64 was
     needed."""
 
-    def advanced(self, state, x, cu_seqlens):
-        advanced = super().advanced(state, x, cu_seqlens)
-        return advanced if cu_seqlens is None else advanced.to(cu_seqlens.dtype)
+    def advanced(self, state, x, call):
+        advanced = super().advanced(state, x, call)
+        return advanced if call.cu_seqlens is None else advanced.to(call.cu_seqlens.dtype)
 
 
 @mutant(check="documents_are_sequences")
@@ -326,10 +327,10 @@ class FirstRowSpeaksForAll(Specimen):
     """All rows have the position of the first. After fla #515: RetNet did not run on sequences of different lengths
     in one batch, for its rotary cache."""
 
-    def positions(self, state, x, cu_seqlens):
-        if cu_seqlens is not None:
-            return super().positions(state, x, cu_seqlens)
-        return super().positions(state._replace(position=state.position[:1]), x, None)
+    def positions(self, state, x, call):
+        if call.documents is not None:
+            return super().positions(state, x, call)
+        return super().positions(state._replace(position=state.position[:1]), x, call)
 
 
 @mutant(check="documents_are_sequences")
@@ -337,11 +338,12 @@ class MovesBordersToBlocks(Specimen):
     """In rows of more than 32 tokens, documents end where blocks of 16 do. After state-spaces/mamba #180: kernels know
     blocks and no documents."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        if cu_seqlens is not None and x.shape[1] > 32:
-            ends = (cu_seqlens[1:-1] + 15) // 16 * 16
-            cu_seqlens = torch.cat((cu_seqlens[:1], ends.clamp(max=x.shape[1]), cu_seqlens[-1:]))
-        return super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        if call.cu_seqlens is not None and x.shape[1] > 32:
+            cuts = call.cu_seqlens
+            ends = ((cuts[1:-1] + 15) // 16 * 16).clamp(max=x.shape[1])
+            call = call._replace(documents=Documents.of(torch.cat((cuts[:1], ends, cuts[-1:])), x.shape[1]))
+        return super().mix(x, call)
 
 
 @mutant(check="gradients_of_documents_are_those_of_sequences")
@@ -349,9 +351,9 @@ class PackingDetachesTheState(Specimen):
     """Packed, the initial states have no gradient. After NovaSky-AI/SkyRL PR #2056 and fla #837: packing, and gradients
     silently wrong."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        given = state if state is None or cu_seqlens is None else detach(state)
-        return super().mix(x, given, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        given = call.state if call.state is None or call.documents is None else detach(call.state)
+        return super().mix(x, call._replace(state=given))
 
 
 # ---- rows and strides
@@ -380,9 +382,9 @@ class ReversesTheRows(Specimen):
     """A state holds the rows of the batch in reverse, and is read so. After the order of a batch in fla's cache, which
     beam search needs and which had no `reorder_cache` before 0.6.0."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        given = None if state is None else self.reversed(state)
-        y, after = super().mix(x, given, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        given = None if call.state is None else self.reversed(call.state)
+        y, after = super().mix(x, call._replace(state=given))
         return y, self.reversed(after)
 
     def reversed(self, state):
@@ -406,9 +408,8 @@ class AnswersDifferentlyWithoutACache(Specimen):
     """Where no state is wanted, inputs are rounded on a faster path. After lucidrains/x-transformers #219, #311 and
     #322: text differed with the cache on and off."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        x = x if return_state else x.to(torch.bfloat16).to(x.dtype)
-        return super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        return super().mix(x if call.return_state else x.to(torch.bfloat16).to(x.dtype), call)
 
 
 @mutant(check="the_initial_state_is_nothing_read")
@@ -427,11 +428,11 @@ class TakesEqualStatesForOneSequence(Specimen):
     """In decoding, rows that come with equal states are answered as the first of them, as are beams that part. After
     fla's tensor_cache: a memo whose key is not all that the result depends on."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
-        if state is None or cu_seqlens is not None or x.shape[1] > 1:
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or call.documents is not None or x.shape[1] > 1:
             return y, after
-        memory = state.memory.flatten(1)
+        memory = call.state.memory.flatten(1)
         equal = (memory[:, None] == memory).all(-1) & memory.any(-1) | torch.eye(len(x), dtype=torch.bool)
         first = equal.to(torch.uint8).argmax(-1)
         return y[first], select(after, first)
@@ -471,9 +472,8 @@ class AdvancesInPlace(Specimen):
     """The position of the state given is advanced in place, training or not. After NX-AI/xlstm: xlstm_large writes its
     state where it lies."""
 
-    def advanced(self, state, x, cu_seqlens):
-        advanced = super().advanced(state, x, cu_seqlens)
-        return state.position.copy_(advanced)
+    def advanced(self, state, x, call):
+        return state.position.copy_(super().advanced(state, x, call))
 
 
 @mutant(check="a_state_is_tensors_batch_first")
@@ -486,8 +486,8 @@ class ReturnsAPlainTuple(Specimen):
     def before(self, state, rows):
         return SpecimenState(*super().before(state, rows))
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         return y, tuple(after)
 
 
@@ -499,8 +499,8 @@ class OnePositionForTheBatch(Specimen):
         state = super().init_state(batch_size)
         return state._replace(position=state.position[:1])
 
-    def advanced(self, state, x, cu_seqlens):
-        return super().advanced(state, x[:1], cu_seqlens)
+    def advanced(self, state, x, call):
+        return super().advanced(state, x[:1], call)
 
 
 @mutant(check="a_state_has_the_declared_size")
@@ -508,8 +508,8 @@ class KeepsAllAliveBehindAView(Specimen):
     """A leaf is a view of what the whole segment needed, and keeps all of it. After the specimen itself, in which the
     check found it."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         every = after.weight[..., None].expand(*after.weight.shape, x.shape[1]).contiguous()
         return y, after._replace(weight=every[..., -1])
 
@@ -563,8 +563,8 @@ class HasAnglesInFloat32(Specimen):
 class CountsInInt32(Specimen):
     """Positions overflow at 2^31. After fla #1082, #964, #965, #803, #783 and #769: pointers that overflow in int32."""
 
-    def positions(self, state, x, cu_seqlens):
-        return super().positions(state, x, cu_seqlens).to(torch.int32)
+    def positions(self, state, x, call):
+        return super().positions(state, x, call).to(torch.int32)
 
 
 # ---- numerics
@@ -615,8 +615,8 @@ class RoundsTheStateInPassing(Specimen):
     """A state is float32, and was rounded to the input's dtype. After sgl-project/sglang #38975: rounding a gate to
     bf16 accumulates in the recurrent state with the context."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         rounded = (leaf.to(x.dtype).to(leaf.dtype) for leaf in (after.memory, after.weight))
         return y, SpecimenState(*rounded, after.position)
 
@@ -626,8 +626,8 @@ class AnswersInFloat32(Specimen):
     """The output is float32 for inputs of lower precision. After fla PR #676: the dtype of RMSNorm, put right in 29
     files."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         return y.to(self.wide(x)), after
 
 
@@ -635,8 +635,8 @@ class AnswersInFloat32(Specimen):
 class KeepsItsStateInBf16(Specimen):
     """The state has the dtype of the inputs. After fla #1187: states in fp16 became NaN."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         return y, after._replace(memory=after.memory.to(x.dtype))
 
 
@@ -653,8 +653,8 @@ class StartsAndStaysNarrow(Specimen):
         state = super().before(state, rows)
         return state._replace(memory=state.memory.to(self.state_dtype))
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
         return y, after._replace(memory=after.memory.to(self.dtype))
 
 
@@ -701,8 +701,8 @@ class IgnoresTheStateInTraining(Specimen):
     """In training mode every segment starts from nothing. After state-spaces/mamba #101 and #1013: states were for
     inference, and training through them had to be asked for."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        return super().mix(x, None if self.training else state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        return super().mix(x, call._replace(state=None) if self.training else call)
 
 
 @mutant(check="modes_change_nothing")
@@ -741,8 +741,8 @@ class CountsTokensOnTheModule(Specimen):
 
     read = 0
 
-    def positions(self, state, x, cu_seqlens):
-        positions = super().positions(state._replace(position=0 * state.position + self.read), x, cu_seqlens)
+    def positions(self, state, x, call):
+        positions = super().positions(state._replace(position=0 * state.position + self.read), x, call)
         self.read += x.shape[1]
         return positions
 
@@ -757,6 +757,10 @@ class TakesAnyBorders(Specimen):
 
     def _require_shapes(self, x, state, cu_seqlens):
         super()._require_shapes(x, state if cu_seqlens is None else None, None)
+
+    def _documents(self, x, cu_seqlens):
+        known = cu_seqlens is not None
+        return Documents(cu_seqlens, document_of_token(cu_seqlens, x.shape[1]), None) if known else None
 
 
 @mutant(check="configurations_round_trip")
@@ -832,9 +836,8 @@ class PicksTheParadigmByLength(Specimen):
     """Short segments are recurrent, whatever was asked for. After fla's layers: up to 64 tokens they take the fused
     recurrent kernel in silence."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        paradigm = Paradigm.RECURRENT if x.shape[1] <= 64 else paradigm
-        return super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        return super().mix(x, call._replace(paradigm=Paradigm.RECURRENT) if x.shape[1] <= 64 else call)
 
 
 # ---- torch.compile
@@ -845,10 +848,10 @@ class AsksTheDeviceForAnOffset(Specimen):
     """A number is read back from the device while mixing several tokens. After fla's retention:
     `seqlen_offset.max().item()` in every layer."""
 
-    def positions(self, state, x, cu_seqlens):
-        if cu_seqlens is None and x.shape[1] > 1 and state.position.max().item() < 0:
+    def positions(self, state, x, call):
+        if call.documents is None and x.shape[1] > 1 and state.position.max().item() < 0:
             raise ValueError("a position is negative")
-        return super().positions(state, x, cu_seqlens)
+        return super().positions(state, x, call)
 
 
 @mutant(check="packing_compiles_into_one_graph")
@@ -856,10 +859,10 @@ class LoopsOverDocuments(Specimen):
     """Positions of packed documents come from a loop over their lengths. After fla #752: the indices of chunks wait for
     the device."""
 
-    def positions(self, state, x, cu_seqlens):
-        if cu_seqlens is None:
-            return super().positions(state, x, None)
-        lengths = cu_seqlens.diff().tolist()
+    def positions(self, state, x, call):
+        if call.cu_seqlens is None:
+            return super().positions(state, x, call)
+        lengths = call.cu_seqlens.diff().tolist()
         return torch.cat([at + torch.arange(n) for at, n in zip(state.position, lengths, strict=True) if n])[None]
 
 
@@ -871,7 +874,7 @@ class NumbersItsBuffersInPython(Specimen):
     """Steps take two buffers in turn, told apart by a Python number. After pytorch/torchtitan PR #2823: more than ten
     compilations, as two arguments were numbers and not tensors."""
 
-    def positions(self, state, x, cu_seqlens):
+    def positions(self, state, x, call):
         if x.shape[1] == 1:
             BUFFERS["next"] = 1 - BUFFERS["next"]
-        return super().positions(state, x, cu_seqlens) + 0 * BUFFERS["next"]
+        return super().positions(state, x, call) + 0 * BUFFERS["next"]

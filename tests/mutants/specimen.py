@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.mixers.parts.rotary import advance, document_of_token, token_positions
 
 
 class SpecimenConfig(MixerConfig):
@@ -98,22 +97,22 @@ class Specimen(SequenceMixer[SpecimenState]):
 
     # ---- what a call does
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        packed = None if cu_seqlens is None else document_of_token(cu_seqlens, x.shape[1])
-        state = self.before(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+    def mix(self, x, call):
+        packed = None if call.documents is None else call.documents.of_token
+        state = self.before(call.state, call.rows(len(x)))
         qk, v, a = self.heads(x)
-        q, k = self.turn(self.unit(qk), self.positions(state, x, cu_seqlens)).chunk(2, dim=1)
+        q, k = self.turn(self.unit(qk), self.positions(state, x, call)).chunk(2, dim=1)
         # autocast would carry the state in low precision
         with torch.autocast(x.device.type, enabled=False):
             tokens = [part.to(self.wide(x)) for part in (q, k, v, a, torch.ones_like(a))]
             if packed is not None:
                 tokens = self.unpack(tokens, packed, len(state.position))
-            o, z, memory, weight = self.attend(paradigm, tokens, state)
+            o, z, memory, weight = self.attend(call.paradigm, tokens, state)
             if packed is not None:
                 o, z = self.pack(o, packed), self.pack(z, packed)
             o = self.divide(o, z)
         y = self.out_proj(o.to(v.dtype).transpose(1, 2).flatten(2))
-        return y, SpecimenState(memory, weight, self.advanced(state, x, cu_seqlens))
+        return y, SpecimenState(memory, weight, self.advanced(state, x, call))
 
     def before(self, state, rows):
         """What came before; None is nothing read."""
@@ -140,8 +139,8 @@ class Specimen(SequenceMixer[SpecimenState]):
     def unit(self, x):
         return F.normalize(x, dim=-1, eps=1e-6)
 
-    def positions(self, state, x, cu_seqlens):
-        return token_positions(x.shape[1], state.position, cu_seqlens, x.device)
+    def positions(self, state, x, call):
+        return call.positions(x, state.position)
 
     def angles(self, positions):
         """[B 1 T K/2], float64: a float32 angle is off by 2e-2 at position 1e6."""
@@ -158,8 +157,8 @@ class Specimen(SequenceMixer[SpecimenState]):
         """The dtype of the map."""
         return torch.promote_types(x.dtype, torch.float32)
 
-    def advanced(self, state, x, cu_seqlens):
-        return advance(state.position, len(x), x.shape[1], cu_seqlens, x.device)
+    def advanced(self, state, x, call):
+        return call.advance(x, state.position)
 
     # ---- the map, in three ways: (q S, z) for every token, then S and z after the last
 
@@ -267,9 +266,9 @@ class Cached(SequenceMixer[Cache]):
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * length * weights + 4 * length * (context + length) * self.out_proj.in_features
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+    def mix(self, x, call):
         q, k, v = self.heads(x)
-        cache = self.extended(state, k, v)
+        cache = self.extended(call.state, k, v)
         scores = (q @ cache.keys.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~self.seen(*scores.shape[1:], x.device), -torch.inf).softmax(-1)
         return self.out_proj(weights.to(cache.values.dtype) @ cache.values), cache

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -54,9 +55,8 @@ class ForgetfulConfig(RetentionConfig):
 
 
 class Forgetful(Retention):
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        state = None if paradigm is Paradigm.RECURRENT else state
-        return super().mix(x, state, paradigm, cu_seqlens, return_state)
+    def mix(self, x, call):
+        return super().mix(x, call._replace(state=None) if call.paradigm is Paradigm.RECURRENT else call)
 '''
 
 
@@ -111,8 +111,8 @@ def test_the_snippet_of_a_report_reproduces_it(forgetful):
 
 
 def test_a_case_shrinks_to_the_fewest_tokens_on_which_it_fails(monkeypatch):
-    def leaks_from_the_third_token_on(self, x, state, paradigm, cu_seqlens, return_state):
-        y, after = original(self, x, state, paradigm, cu_seqlens, return_state)
+    def leaks_from_the_third_token_on(self, x, call):
+        y, after = original(self, x, call)
         return (y + x[:, 2:3].sum() if x.shape[1] >= 3 else y), after
 
     original = Retention.mix
@@ -123,16 +123,16 @@ def test_a_case_shrinks_to_the_fewest_tokens_on_which_it_fails(monkeypatch):
 
 
 def mixing(monkeypatch, wrong):
-    """Let retention do something else: `wrong(inner, x, state, paradigm, cu_seqlens, return_state)`."""
+    """Let retention do something else: `wrong(inner, x, call)`."""
     inner = Retention.mix
-    monkeypatch.setattr(Retention, "mix", lambda self, *given: wrong(lambda *other: inner(self, *other), *given))
+    monkeypatch.setattr(Retention, "mix", lambda self, x, call: wrong(partial(inner, self), x, call))
 
 
 def test_an_error_of_the_mixer_is_told_with_its_line(monkeypatch):
-    def broken(inner, x, *rest):
+    def broken(inner, x, call):
         if x.shape[1] > 4:
             raise KeyError("no such weight")
-        return inner(x, *rest)
+        return inner(x, call)
 
     mixing(monkeypatch, broken)
     outcome = failure(RetentionConfig(n_heads=2), "paradigms_agree", shrink=False)
@@ -140,15 +140,15 @@ def test_an_error_of_the_mixer_is_told_with_its_line(monkeypatch):
 
 
 def test_an_error_inside_torch_is_told_with_the_line_that_called_it(monkeypatch):
-    mixing(monkeypatch, lambda inner, x, *rest: inner(torch.nn.functional.linear(x, x[0, :, :5]), *rest))
+    mixing(monkeypatch, lambda inner, x, call: inner(torch.nn.functional.linear(x, x[0, :, :5]), call))
     with pytest.raises(ContractError, match=r"RuntimeError: mat1 and .* \(\S*test_testing.py:\d+, in <lambda>\)"):
         check_mixer(RetentionConfig(n_heads=2))
 
 
 def test_what_passes_once_and_fails_once_is_told(monkeypatch):
-    def flaky(inner, x, *rest):
+    def flaky(inner, x, call):
         calls.append(1)
-        y, after = inner(x, *rest)
+        y, after = inner(x, call)
         return y + (len(calls) == 6), after  # three calls were made before any check
 
     calls = []
@@ -179,7 +179,7 @@ class ReversingConfig(RetentionConfig):
         mixer = Retention(self, d_model)
         inner = mixer.mix
         if Mode.BACKWARDS in (self.mode, self.part.mode):
-            mixer.mix = lambda x, *rest: (inner(x, *rest)[0].flip(1), inner(x, *rest)[1])
+            mixer.mix = lambda x, call: (inner(x, call)[0].flip(1), inner(x, call)[1])
         return mixer
 
 
@@ -250,7 +250,7 @@ SLIPS = {
     ),
     "no state": (
         lambda inner, *given: (inner(*given)[0], None),
-        "the chunkwise paradigm has to return a RetentionState as the final state, .* returned a NoneType",
+        "the chunkwise paradigm has to return a MatrixState as the final state, .* returned a NoneType",
     ),
     "integers": (
         lambda inner, *given: (inner(*given)[0].long(), inner(*given)[1]),
@@ -420,9 +420,9 @@ def test_one_paradigm_alone_is_compared_with_the_reference(forgetful):
 
 
 def test_a_paradigm_that_is_not_asked_for_is_not_tested(monkeypatch):
-    def shifted(inner, x, state, paradigm, *rest):
-        y, after = inner(x, state, paradigm, *rest)
-        return y + (paradigm is Paradigm.CHUNKWISE), after
+    def shifted(inner, x, call):
+        y, after = inner(x, call)
+        return y + (call.paradigm is Paradigm.CHUNKWISE), after
 
     mixing(monkeypatch, shifted)
     # the default is chunkwise
