@@ -79,8 +79,8 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
     model = build_meta(config).to(dtype)
     kept = {name: _kept_bytes(model, name, length) for name in set(config.layers)}
     layers = tuple(_layer(model, i, name, length, kept[name]) for i, name in enumerate(config.layers))
-    embedding = sum(p.numel() for p in {model.embedding.weight, model.head.weight})
-    parameters = sum(p.numel() for p in model.parameters())
+    embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
+    parameters = _count(model)
     # logits and their gradient, in float32, and the input of the output projection
     head = length * (2 * 4 * config.vocab_size + 2 * config.d_model * dtype.itemsize)
     return ModelCost(

@@ -178,7 +178,7 @@ def stream_text(
             yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]
             if all(text.stopped for text in texts):
                 return
-    yield [text.end() for text in texts]
+    yield [text.add(None) for text in texts]
 
 
 def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCache | None = None) -> PromptCache:
@@ -240,27 +240,19 @@ class _Text:
         self.held = ""
         self.stopped = False
 
-    def add(self, token: int) -> str:
-        """The piece that is certain after one more token."""
-        return self._release(self.decoder.add(token))
-
-    def end(self) -> str:
-        """What was held back, when no more comes."""
-        piece = self._release(self.decoder.end())
-        piece, self.held, self.stopped = piece + ("" if self.stopped else self.held), "", True
-        return piece
-
-    def _release(self, new: str) -> str:
+    def add(self, token: int | None) -> str:
+        """The piece that is certain after one more token; None means that no more come."""
         if self.stopped:
             return ""
-        self.held += new
+        self.held += self.decoder.end() if token is None else self.decoder.add(token)
         ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
         if ends:
             self.stopped = True
             return self.held[: min(ends)]
         # the end of what is held may be the start of a stop text
-        keep = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
-        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        starts = (text[:n] for text in self.stop for n in range(1, len(text))) if token is not None else ()
+        certain = len(self.held) - max((len(start) for start in starts if self.held.endswith(start)), default=0)
+        piece, self.held = self.held[:certain], self.held[certain:]
         return piece
 
 

@@ -425,7 +425,7 @@ def test_streaming_with_stop_texts_is_cutting_the_whole_text(text, stop):
     expected = first_stop(text, stop)
     for end in range(len(pieces) + 1):
         assert expected.startswith("".join(pieces[:end]))
-    assert "".join(pieces) + piecewise.end() == expected
+    assert "".join(pieces) + piecewise.add(None) == expected
 
 
 def test_whole_texts_are_the_pieces_joined(model_of):
