@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
+            SeqmixError: there is no such reduction.
         """
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
@@ -148,7 +149,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of the residual stream after the last block, and the predictions."""
         own, predictions = self.local_targets(targets), None
-        reduce = "none" if reduction == "none" else "sum"
+        reduce = "sum" if reduction == "mean" else reduction
         if return_predictions:  # nothing is computed at the other places
             asked = own != IGNORED
             found, predictions = linear_predictions(self.norm(x[asked]), self.head.weight, own[asked], reduce)

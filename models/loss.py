@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..registry import SeqmixError
 from .onednn_linear import linear
 
 IGNORED = -100
@@ -69,5 +70,7 @@ def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> 
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("sum", "none"):
+        raise SeqmixError(f"the reduction of a loss is sum or none, or mean of a model's, and not {reduction!r}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction=reduction)

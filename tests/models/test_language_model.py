@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqmix import ContractError, Paradigm, Traits
-from seqmix.mixers.retention import RetentionState
+from seqmix.mixers.parts import MatrixState
 from seqmix.mixers.state import clone, select, to_dict
 from seqmix.ops.softmax.cache import GrowingCache
 
@@ -57,7 +57,7 @@ def test_the_state_of_a_hybrid_is_a_tuple_with_one_entry_a_layer(model_of):
     model = model_of("retention", "attention")
     for state in (model(tokens(), return_state=True).state, model.init_state(1)):
         assert type(state) is tuple
-        assert [type(entry) for entry in state] == [RetentionState, GrowingCache]
+        assert [type(entry) for entry in state] == [MatrixState, GrowingCache]
 
 
 @pytest.mark.parametrize("cut", range(1, LENGTH))

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from seqmix import SeqmixError
 from seqmix.models import IGNORED, linear_cross_entropy
 from seqmix.models import loss as module
 
@@ -152,6 +153,14 @@ def test_loss_logits_and_state_are_had_of_one_call(model_of, asked):
     second = model(x[:, 5:], first.state, targets=targets[:, 5:], reduction="none")
     assert_close(torch.cat((first.loss, second.loss), 1), whole)
     assert_close(first.logits, model(x).logits[[0, 1], [2, 2]])
+
+
+def test_another_reduction_is_refused(model_of, asked):
+    model, (x, targets) = model_of("retention"), asked
+    with pytest.raises(SeqmixError, match=r"sum or none, or mean of a model's, and not 'avg'$"):
+        model(x, targets=targets, reduction="avg")
+    with pytest.raises(SeqmixError, match="not 'mean'"):
+        linear_cross_entropy(*data(), "mean")
 
 
 def test_a_mean_over_nothing_is_zero(model_of, asked):
