@@ -14,20 +14,20 @@ from ..registry import Config, Registry, SeqmixError
 
 
 class Batch(NamedTuple):
-    """Tokens, and what is to be predicted behind each."""
+    """Tokens, and what is to be predicted after each."""
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    """`IGNORED` where nothing is: behind the last token of a document, or where a task asks nothing."""
+    """`IGNORED` where nothing is: after the last token of a document, or where a task asks nothing."""
 
 
 class Packed(NamedTuple):
-    """The sequences of a batch in one row, cut into documents."""
+    """A batch as a model reads it: where documents are packed, in one row."""
 
-    inputs: Int[Tensor, "1 L"]
-    targets: Int[Tensor, "1 L"]
-    cu_seqlens: Int[Tensor, "N+1"]
-    """Borders of the documents; the last ones may be empty."""
+    inputs: Int[Tensor, "..."]
+    targets: Int[Tensor, "..."]
+    cu_seqlens: Int[Tensor, "N+1"] | None = None
+    """Document boundaries of the row, the last of which may be empty; None where every row is read through."""
 
 
 class Examples(NamedTuple):
@@ -67,7 +67,7 @@ class Source(ABC):
             step: the step, from 0.
             batch_size: sequences of a step, over all ranks.
             seed: another seed, other sequences.
-            rank: which rows are wanted; those of all ranks, one behind another, do not depend on their number.
+            rank: which rows are wanted; those of all ranks, concatenated, do not depend on their number.
             world_size: number of ranks.
 
         Raises:
@@ -104,9 +104,9 @@ class Source(ABC):
         """
         raise SeqmixError(f"training.evaluation_lengths are those of a text, and {self.name} is none")
 
-    def packed(self, batch: Batch) -> Packed | None:  # noqa: ARG002
-        """A batch cut into documents that start from nothing; None where every row is read through."""
-        return None
+    def packed(self, batch: Batch) -> Packed:
+        """A batch with its documents packed, so that each starts from nothing; by default every row is read through."""
+        return Packed(*batch)
 
 
 class DataConfig(Config, ABC):

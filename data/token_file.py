@@ -23,6 +23,7 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -40,8 +41,7 @@ BLOCK = 2**16
 HEADER = 1024
 """Bytes that are left for the header, which is known last and stands first."""
 TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
-KINDS = {"<u2": "U16", "<u4": "U32", "<u8": "U64", "<i8": "I64"}
-"""NumPy's names of types, and those of safetensors."""
+TENSORS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
 METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
@@ -54,16 +54,14 @@ class TokenFile:
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.path = path
-        arrays, metadata = _open(path)
+        self._tokens, tables, metadata = _open(path)
         if (made := metadata["tokenizer"]) != tokenizer.identity:
             raise SeqmixError(
                 f"{path} was tokenized with {_shown(made)}, and data.tokenizer is {_shown(tokenizer.identity)}"
             )
-        self.ends, self.digests, self._checks = (np.array(arrays[name]) for name in TABLES)
-        tables = [self.ends, self.digests, self._checks]
-        if str(_check(*(table.tobytes() for table in tables))) != metadata["tables"]:
+        self.ends, self.digests, self._checks = tables.values()
+        if str(_check(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
             raise SeqmixError(f"{path} is damaged: its table of documents is not what was written")
-        self._tokens = arrays["tokens"]
         self._checked = np.zeros(len(self._checks), dtype=bool)
         self.bytes = int(metadata["bytes"])
         """Of all texts."""
@@ -77,10 +75,11 @@ class TokenFile:
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if not self._checked[block]:
                 self._check_block(block)
-        return np.array(self._tokens[start:stop])
+        return self._tokens[start:stop]
 
     def _check_block(self, block: int) -> None:
-        if crc32(self._tokens[block * BLOCK : (block + 1) * BLOCK].tobytes()) != self._checks[block]:
+        stop = min((block + 1) * BLOCK, self._tokens.get_shape()[0])
+        if crc32(self._tokens[block * BLOCK : stop].tobytes()) != self._checks[block]:
             raise SeqmixError(
                 f"{self.path} is damaged: tokens from {block * BLOCK:,} on are not what was written; tokenize it again"
             )
@@ -141,26 +140,23 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
 
 def _header(width: int, lengths: list[int], shapes: list[int], metadata: Mapping[str, object]) -> bytes:
     """A safetensors header of `HEADER` bytes with its own length; spaces fill it."""
-    kinds = ["U16" if width == 2 else "U32", "I64", "U64", "U32"]
+    kinds = ["U16" if width == 2 else "U32", *(kinds[0] for kinds in list(TENSORS.values())[1:])]
     ends = np.cumsum([0, *lengths]).tolist()
     entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
-    for name, kind, shape, start, end in zip(("tokens", *TABLES), kinds, shapes, ends[:-1], ends[1:], strict=True):
+    for name, kind, shape, start, end in zip(TENSORS, kinds, shapes, ends[:-1], ends[1:], strict=True):
         entries[name] = {"dtype": kind, "shape": [shape], "data_offsets": [start, end]}
     return (HEADER - 8).to_bytes(8, "little") + json.dumps(entries).encode().ljust(HEADER - 8)
 
 
-def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The mapped tensors of a token file, and its metadata."""
+def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
+    """The mapped tokens of a token file, its tables, and its metadata."""
     try:
-        with safe_open(path, "np") as tensors:  # checks the header, and that the file is as long as it says
-            metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
-        with path.open("rb") as file:
-            room = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(room))
-    except (SafetensorError, ValueError) as error:
+        tensors = safe_open(path, "np")  # checks the header, and that the file is as long as it says
+    except SafetensorError as error:
         raise SeqmixError(f"{path} is damaged, truncated, or no token file: {error}") from error
     except OSError as error:
         raise SeqmixError(f"the token file {path} cannot be read: {error.strerror or error}") from error
+    metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
     if "tokens" not in metadata:
         raise SeqmixError(f"{path} is no token file: `seqmix tokenize` writes one")
     if metadata["tokens"] != VERSION:
@@ -168,19 +164,16 @@ def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
             "tokenize it again"
         )
-    if lacks := METADATA - metadata.keys() | {"tokens", *TABLES} - header.keys():
+    if lacks := METADATA - metadata.keys() | TENSORS.keys() - set(tensors.keys()):
         raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
     if not metadata["bytes"].isdecimal():
         raise SeqmixError(f"{path} is damaged: its text has {metadata['bytes']!r} bytes")
-    arrays = {}
-    for name, kinds in {"tokens": ("<u2", "<u4"), **{name: (kind,) for name, kind in TABLES.items()}}.items():
-        entry = header[name]
-        kind = next((kind for kind in kinds if KINDS[kind] == entry["dtype"]), None)
-        if kind is None or len(entry["shape"]) != 1 or not entry["shape"][0]:
-            raise SeqmixError(f"{path} is damaged: its {name} are {entry['dtype']} {entry['shape']}")
-        start = 8 + room + entry["data_offsets"][0]
-        arrays[name] = np.memmap(path, kind, "r", offset=start, shape=tuple(entry["shape"]))
-    return arrays, metadata
+    for name, kinds in TENSORS.items():
+        tensor = tensors.get_slice(name)
+        kind, shape = tensor.get_dtype(), tensor.get_shape()
+        if kind not in kinds or len(shape) != 1 or not shape[0]:
+            raise SeqmixError(f"{path} is damaged: its {name} are {kind} {shape}")
+    return tensors.get_slice("tokens"), {name: tensors.get_tensor(name) for name in TABLES}, metadata
 
 
 def _check(*tables: bytes) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import SeqmixError
-from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
+from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer
 
 AT_ONCE = 256
 """Documents encoded together, on all cores."""
@@ -24,25 +24,28 @@ class SubwordTokenizer(Tokenizer):
     Special tokens that the vocabulary's own template would add (`[CLS]`, `</s>`) are not added.
 
     Raises:
-        SeqmixError: the file is missing or no tokenizer, or the library is not installed.
+        SeqmixError: it is no tokenizer, or the library is not installed.
     """
 
     unit = "subwords"
 
-    def __init__(self, file: Path) -> None:
-        library = _library()
+    def __init__(self, vocabulary: bytes, name: object) -> None:
+        """Read a vocabulary.
+
+        Args:
+            vocabulary: the content of a tokenizer.json.
+            name: what errors call it.
+        """
         try:
-            content = file.expanduser().read_bytes()
-            self._map = library.Tokenizer.from_buffer(content)
-        except OSError as error:
-            hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
-            raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
+            self._map = _library().Tokenizer.from_buffer(vocabulary)
+        except SeqmixError:
+            raise
         except Exception as error:  # the library raises this very class for whatever it cannot parse
-            raise SeqmixError(f"the tokenizer {file} is no tokenizer.json: {_first_line(error)}") from error
+            raise SeqmixError(f"the tokenizer {name} is no tokenizer.json: {_first_line(error)}") from error
         self._map.no_truncation()
         self._map.no_padding()
-        self._content = content
-        self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.vocabulary = vocabulary
+        self.identity = f"sha256:{hashlib.sha256(vocabulary).hexdigest()}"
         # ids may have holes
         self.begin = max(self._map.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = self.begin + 1
@@ -61,14 +64,6 @@ class SubwordTokenizer(Tokenizer):
     def decoder(self) -> TextDecoder:
         """A decoder of one text."""
         return _SubwordDecoder(self._map)
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json, to the byte the file that was read."""
-        file = folder / TOKENIZER_FILE
-        try:
-            file.write_bytes(self._content)
-        except OSError as error:
-            raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
 
 
 class _SubwordDecoder(TextDecoder):
@@ -94,7 +89,13 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     if name == ByteTokenizer.identity:
         return ByteTokenizer()
-    return SubwordTokenizer(Path(name))
+    file = Path(name)
+    _library()  # what is not installed is said before what is not there
+    try:
+        return SubwordTokenizer(file.expanduser().read_bytes(), file)
+    except OSError as error:
+        hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
+        raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
 
 
 def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path) -> SubwordTokenizer:
@@ -122,11 +123,12 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
         vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False
     )
     learner.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
+    vocabulary = learner.to_str(pretty=True).encode()
     try:
-        file.write_text(learner.to_str(pretty=True), encoding="utf-8")
+        file.write_bytes(vocabulary)
     except OSError as error:
         raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
-    return SubwordTokenizer(file)
+    return SubwordTokenizer(vocabulary, file)
 
 
 def _decoded(name: str, text: bytes) -> str:

@@ -42,6 +42,8 @@ class Tokenizer(ABC):
     """Number of tokens, the begin token among them."""
     begin: int
     """The token that opens a document: the last one."""
+    vocabulary: bytes | None = None
+    """The content of its tokenizer.json; None for bytes."""
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -60,9 +62,18 @@ class Tokenizer(ABC):
     def decoder(self) -> TextDecoder:
         """A decoder of one text."""
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write into a folder what `load_tokenizer` needs to make it again; nothing for bytes."""
+        """Write its tokenizer.json, from which `load_tokenizer` makes it again, into a folder; nothing for bytes.
+
+        Raises:
+            SeqmixError: it cannot be written.
+        """
+        if self.vocabulary is None:
+            return
+        try:
+            (folder / TOKENIZER_FILE).write_bytes(self.vocabulary)
+        except OSError as error:
+            raise SeqmixError(f"the tokenizer cannot be written to {folder}: {error.strerror}") from error
 
     def encode(self, text: str) -> Int[Tensor, " T"]:
         """The tokens of a text, opened by the begin token.
@@ -95,9 +106,6 @@ class ByteTokenizer(Tokenizer):
     def decoder(self) -> TextDecoder:
         """A decoder of UTF-8; bytes that are no text become U+FFFD."""
         return _ByteDecoder()
-
-    def save(self, folder: Path) -> None:
-        """Nothing: the map is always the same."""
 
 
 class _ByteDecoder(TextDecoder):

@@ -189,11 +189,9 @@ def require_paradigm_name(name: str, allowed: Sequence[Paradigm]) -> Paradigm:
 @torch.no_grad()
 def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm | None) -> Float[Tensor, "B T"]:
     """The loss of each token; documents start from nothing where the run packs them."""
-    batch = Batch(*(part.to(model.device) for part in batch))
-    if (packed := source.packed(batch)) is None:
-        return model(batch.inputs, targets=batch.targets, reduction="none", paradigm=paradigm).loss
-    options = {"paradigm": paradigm, "cu_seqlens": packed.cu_seqlens}
-    return model(packed.inputs, targets=packed.targets, reduction="none", **options).loss.view(batch.inputs.shape)
+    inputs, targets, cu_seqlens = source.packed(Batch(*(part.to(model.device) for part in batch)))
+    output = model(inputs, targets=targets, reduction="none", paradigm=paradigm, cu_seqlens=cu_seqlens)
+    return output.loss.view(batch.inputs.shape)
 
 
 def _bins(length: int, trained: int) -> list[tuple[int, int]]:

@@ -4,11 +4,10 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
-from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, Tokenizer, build_model, load_tokenizer
+from ..models import LanguageModel, ModelConfig, SubwordTokenizer, build_model
 from ..registry import load
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
@@ -81,8 +80,8 @@ def export_run(
     config = read_config(run)
     model, step = _load_checkpoint(run, config, "cpu", choice, tell)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
-    if model.tokenizer is not None and (vocabulary := _vocabulary(model.tokenizer)) is not None:
-        metadata[EXPORTED_TOKENIZER] = vocabulary
+    if model.tokenizer is not None and model.tokenizer.vocabulary is not None:
+        metadata[EXPORTED_TOKENIZER] = model.tokenizer.vocabulary.decode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,16 +115,6 @@ def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
         raise CheckpointError(f"{file} has a configuration that cannot be used: {reason}") from error
     model = build_model(config, device=device)
     if EXPORTED_TOKENIZER in metadata:
-        with TemporaryDirectory() as folder:
-            (Path(folder) / TOKENIZER_FILE).write_text(metadata[EXPORTED_TOKENIZER], encoding="utf-8")
-            model.tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
+        model.tokenizer = SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}")
     train_state.fill(file, found, train_state.parameters_of(model))
     return model.eval()
-
-
-def _vocabulary(tokenizer: Tokenizer) -> str | None:
-    """What a tokenizer writes of itself; None for bytes, which write nothing."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        file = Path(folder) / TOKENIZER_FILE
-        return file.read_text(encoding="utf-8") if file.exists() else None

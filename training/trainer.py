@@ -169,14 +169,14 @@ class Trainer:
         self, batch: Batch, state: ModelState | None = None, *, return_predictions: bool = False
     ) -> ModelOutput:
         """The summed loss of a batch; its documents start from nothing where the data packs them."""
-        packed = self.source.packed(batch)
+        inputs, targets, cu_seqlens = self.source.packed(batch)
         with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.model(
-                batch.inputs if packed is None else packed.inputs,
+                inputs,
                 state,
-                targets=batch.targets if packed is None else packed.targets,
+                targets=targets,
                 reduction="sum",
-                cu_seqlens=None if packed is None else packed.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 return_state=state is not None,
                 return_predictions=return_predictions,
             )

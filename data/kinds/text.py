@@ -85,9 +85,11 @@ class Text(Source):
                 f"and {self.name} has {len(self.corpus.validation)}"
             )
 
-    def packed(self, batch: Batch) -> Packed | None:
+    def packed(self, batch: Batch) -> Packed:
         """The batch in one row, cut into documents, where that is configured."""
-        return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin) if self.config.packing else None
+        if not self.config.packing:
+            return super().packed(batch)
+        return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin)
 
     def most_documents(self, length: int) -> int:
         """Documents in a sequence of a length at most; counted once."""

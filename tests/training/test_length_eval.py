@@ -51,9 +51,9 @@ def test_a_paradigm_that_computes_something_else_is_seen(opened):
     model, text = opened("model.pattern=[ret]")
     mix = type(model.blocks[0].mixer).mix
 
-    def wrong(self, x, state, paradigm, *rest):
-        y, after = mix(self, x, state, paradigm, *rest)
-        return (y * 1.01 if paradigm is Paradigm.RECURRENT else y), after
+    def wrong(self, x, call):
+        y, after = mix(self, x, call)
+        return (y * 1.01 if call.paradigm is Paradigm.RECURRENT else y), after
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model.blocks[0].mixer), "mix", wrong)
@@ -152,7 +152,7 @@ def test_by_default_it_is_as_long_as_the_text_allows(seqmix, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", "999999"], "a sequence of 999,999 tokens and its last target need 1,000,000 tokens of text"),
+        (["--length", "999999"], "a sequence of 999,999 tokens and its last target need 1,000,000 tokens of validation text"),
         (["--paradigm", "recurent"], "no paradigm 'recurent' is declared by all layers; by all: chunkwise, parallel"),
         (["--context", "16", "--scored", "17"], "the last 17 tokens of a context are scored, and one has 16"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here: "),

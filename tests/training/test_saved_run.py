@@ -87,19 +87,17 @@ def test_a_file_has_weights_and_configuration(run, tmp_path):
 
 def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
     class Vocabulary(ByteTokenizer):
-        def __init__(self, file: Path) -> None:
-            self.content = file.read_text(encoding="utf-8")
-
-        def save(self, folder: Path) -> None:
-            (folder / "tokenizer.json").write_text(self.content, encoding="utf-8")
+        def __init__(self, vocabulary: bytes, name: str) -> None:
+            del name
+            self.vocabulary = vocabulary
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("tokenizer: bytes", "tokenizer: own"))
     (run / "tokenizer.json").write_text('{"of": "the run, ä"}', encoding="utf-8")
-    for module in ("training.saved_run", "data.corpus_config"):
-        monkeypatch.setattr(f"seqmix.{module}.load_tokenizer", lambda name: Vocabulary(Path(name)))
+    for module in ("training.saved_run", "models.subword"):
+        monkeypatch.setattr(f"seqmix.{module}.SubwordTokenizer", Vocabulary)
     export_run(run, tmp_path / "model.safetensors")
     (run / "tokenizer.json").unlink()
-    assert load_run(tmp_path / "model.safetensors").tokenizer.content == '{"of": "the run, ä"}'
+    assert load_run(tmp_path / "model.safetensors").tokenizer.vocabulary.decode() == '{"of": "the run, ä"}'
 
 
 def test_how_it_was_trained_may_be_of_another_version(run, tmp_path):
