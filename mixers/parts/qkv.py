@@ -22,7 +22,7 @@ from ...ops.recurrence import RecurrenceOutput
 from ..traits import ContractError
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
-from .rotary import Schedule, rotated
+from .rotary import rotated
 from .short_convolution import ShortConvolution
 from .widths import head_width
 
@@ -38,7 +38,7 @@ QKNorm = Annotated[
     Field(description="The norm of a head's queries and keys: `l2` to length 1, `rms` to sqrt(K), or `none`."),
 ]
 Rotation = Annotated[
-    Schedule | Literal["none"],
+    Literal["rope", "retnet", "none"],
     Field(
         description="Angles by which queries and keys turn: `rope` as RoFormer's, `retnet` as the RetNet authors', or "
         "`none`."

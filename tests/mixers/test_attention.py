@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqmix.mixers.attention import Attention, AttentionConfig
 from seqmix.mixers.traits import ContractError
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax.cache import GrowingCache, RingCache
+from seqmix.ops.softmax import GrowingCache, RingCache
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 24

@@ -27,7 +27,7 @@ def mixer(config):
 def seen_by(mixer, monkeypatch):
     """The paradigms that the mixer's own method is called with."""
     seen, inner = [], mixer.mix
-    monkeypatch.setattr(mixer, "mix", lambda *args: seen.append(args[2]) or inner(*args))
+    monkeypatch.setattr(mixer, "mix", lambda x, call: seen.append(call.paradigm) or inner(x, call))
     return seen
 
 
@@ -68,9 +68,9 @@ def test_a_dtype_that_is_not_the_parameters_is_refused(mixer, dtype):
 @pytest.mark.parametrize(
     ("batch_size", "borders", "sentence"),
     [
-        (2, torch.tensor([0, 4]), "a batch of 2 and borders"),
-        (1, torch.tensor([[0, 4]]), r"a batch of 1 and borders \[1, 2\]"),
-        (1, torch.tensor([0.0, 4.0]), r"borders \[2\] torch.float32"),
+        (2, torch.tensor([0, 4]), "a batch of 2 and boundaries"),
+        (1, torch.tensor([[0, 4]]), r"a batch of 1 and boundaries \[1, 2\]"),
+        (1, torch.tensor([0.0, 4.0]), r"boundaries \[2\] torch.float32"),
         (1, torch.tensor([0, 3]), "must rise from 0 to the 4 tokens given"),
         (1, torch.tensor([1, 4]), "must rise from 0"),
         (1, torch.tensor([0, 3, 1, 4]), "must rise from 0"),
@@ -183,8 +183,8 @@ def test_a_result_that_is_no_output_and_state_is_refused(mixer, monkeypatch, wro
 class Plain(SequenceMixer):
     """Without parameters."""
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
-        return x, state
+    def mix(self, x, call):
+        return x, call.state
 
     def init_state(self, batch_size, *, max_length=None):
         return ()
@@ -214,7 +214,7 @@ def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
     assert mixer(x)[1] is None
     assert mixer(x, return_state=True)[1] is not None
     # whatever a mixer's own method returns
-    monkeypatch.setattr(mixer, "mix", lambda *args: inner(*args[:-1], True))
+    monkeypatch.setattr(mixer, "mix", lambda x, call: inner(x, call._replace(return_state=True)))
     assert mixer(x)[1] is None
 
 

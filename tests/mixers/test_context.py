@@ -31,10 +31,10 @@ MIXERS_OF_ALL_OPS = (
     ("gla", {"n_heads": 2, "chunk_size": 4}),
     ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("delta_net", {"n_heads": 2, "chunk_size": 4}),
-    ("gated_delta_net", {"n_heads": 2, "chunk_size": 4, "conv_size": 7}),
+    ("gated_delta_net", {"n_heads": 2, "chunk_size": 4, "short_conv": 7}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "chunk_size": 3}),
     ("attention", {"n_heads": 2, "window": 4, "positions": "xpos", "chunk_size": 3}),
-    ("hyena", {"conv_size": 4}),
+    ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of contexts
 )
 IDS = [" ".join((kind, *(f"{k}={v}" for k, v in fields.items()))) for kind, fields in MIXERS_OF_ALL_OPS]

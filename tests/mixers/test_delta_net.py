@@ -18,7 +18,7 @@ def build(dtype=torch.float64, d_model=D_MODEL, **fields):
     torch.manual_seed(0)
     mixer = DeltaNetConfig(**{"n_heads": 3, "chunk_size": 4} | fields).build(d_model, layer_idx=0, n_layers=1)
     torch.nn.init.normal_(mixer.in_proj.weight, std=0.5)
-    torch.nn.init.uniform_(mixer.norm_weight, 0.5, 1.5)
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     return mixer.to(dtype)
 
 
@@ -42,9 +42,10 @@ def convolved(x, weight):
 def written_out(mixer: DeltaNet, x):
     """The layer from the first token: output, and the state behind the last one."""
     config, heads = mixer.config, mixer.config.n_heads
-    *qkv, gate, beta = ((x @ w.T) for w in mixer.in_proj.weight.split(mixer.widths))
+    weights = dict(zip(mixer.widths, mixer.in_proj.weight.split([*mixer.widths.values()]), strict=True))
+    qkv, beta = [x @ weights[name].T for name in "qkv"], x @ weights["beta"].T
     weight = None if mixer.convolution is None else mixer.convolution.weight
-    q, k, v = convolved(torch.cat(qkv, -1), weight).split(mixer.widths[:3], dim=-1)
+    q, k, v = convolved(torch.cat(qkv, -1), weight).split([*mixer.widths.values()][:3], dim=-1)
     q, k, v = (y.unflatten(-1, (heads, -1)) for y in (q, k, v))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     beta = beta.sigmoid() * (2 if config.allow_neg_eigval else 1)
@@ -54,9 +55,9 @@ def written_out(mixer: DeltaNet, x):
         state = state - b * key @ (key.mT @ state) + b * key * v[:, t, :, None]
         outputs.append((q[:, t, :, None] @ state)[:, :, 0] / math.sqrt(mixer.key_dim))
     output = torch.stack(outputs, 1)
-    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm_weight
+    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm.weight
     if config.gate == "swish":
-        output = output * torch.nn.functional.silu(gate).unflatten(-1, (heads, -1))
+        output = output * torch.nn.functional.silu(x @ weights["gate"].T).unflatten(-1, (heads, -1))
     return output.flatten(2) @ mixer.out_proj.weight.T, state
 
 
@@ -64,8 +65,8 @@ OPTIONS = {
     "defaults": {},
     "negative eigenvalues": {"allow_neg_eigval": True},
     "gate": {"gate": "swish", "norm_eps": 0.01},
-    "filters of two": {"conv_size": 2},
-    "no convolution": {"conv_size": None},
+    "filters of two": {"short_conv": 2},
+    "no convolution": {"short_conv": None},
     "widths": {"expand_k": 0.5, "expand_v": 2.0},
 }
 
@@ -87,15 +88,15 @@ def test_output_state_and_gradients_are_the_formulas(name):
 
 
 def test_no_convolution_is_written_in_two_ways():
-    one, other = (build(conv_size=size) for size in (None, 0))
+    one, other = (build(short_conv=size) for size in (None, 0))
     exactly(one(tokens(5))[0], other(tokens(5))[0], tolerance=0)
     assert "convolution" not in dict(one.named_children())
-    assert one(tokens(5), return_state=True)[1].convolution.shape == one.init_state(2).convolution.shape == (2, 0, 36)
+    assert one(tokens(5), return_state=True)[1].recent.numel() == one.init_state(2).recent.numel() == 0
 
 
 def test_with_the_largest_beta_a_key_is_looked_up():
     # beta 1: what was written last under a key is what it reads, whatever was there
-    mixer = build(conv_size=None, n_heads=1, norm_eps=1e-12)
+    mixer = build(short_conv=None, n_heads=1, norm_eps=1e-12)
     with torch.no_grad():
         mixer.in_proj.weight[-1] = 0
         mixer.in_proj.weight[-1, 0] = 1e3
@@ -104,7 +105,7 @@ def test_with_the_largest_beta_a_key_is_looked_up():
     x[..., 0] = 1
     y, _ = mixer(x)
     v = torch.nn.functional.silu(x @ mixer.in_proj.weight[24:36].T)
-    exactly(y, (v * v.square().mean(-1, keepdim=True).rsqrt() * mixer.norm_weight) @ mixer.out_proj.weight.T, 1e-5)
+    exactly(y, (v * v.square().mean(-1, keepdim=True).rsqrt() * mixer.norm.weight) @ mixer.out_proj.weight.T, 1e-5)
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -130,8 +131,8 @@ def test_low_precision_stays_near_over_many_tokens(paradigm, dtype):
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
-        ({"conv_size": -1}, ValidationError, "greater than or equal to 0"),
-        ({"gate": "relu"}, ValidationError, "'swish' or 'none'"),
+        ({"short_conv": -1}, ValidationError, "greater than or equal to 0"),
+        ({"gate": "relu"}, ValidationError, "'swish', 'sigmoid' or 'none'"),
         ({"paradigm": "parallel"}, ValidationError, "has no paradigm 'parallel'; it declares chunkwise, recurrent"),
         ({"n_heads": 5}, ContractError, r"5 heads do not divide expand_k \* d_model = 1 \* 12 = 12 evenly"),
         ({"expand_v": 0.1}, ContractError, r"3 heads do not divide expand_v \* d_model"),
@@ -144,8 +145,10 @@ def test_what_does_not_fit_is_refused(fields, error, sentence):
 
 def test_weights_start_as_declared():
     mixer = DeltaNetConfig(n_heads=4, gate="swish").build(240, layer_idx=0, n_layers=1)
-    weights = [(2**-2.5, w) for w in mixer.in_proj.weight.split(mixer.widths)] + [(0.5, mixer.out_proj.weight)]
+    weights = [(2**-2.5, w) for w in mixer.in_proj.weight.split([*mixer.widths.values()])] + [
+        (0.5, mixer.out_proj.weight)
+    ]
     for gain, weight in weights:
         assert_close(weight.abs().max().item(), gain * math.sqrt(6 / sum(weight.shape)), rtol=3e-2, atol=0)
-    assert (mixer.norm_weight == 1).all()
+    assert (mixer.norm.weight == 1).all()
     assert 0.49 < mixer.convolution.weight.abs().max() <= 0.5

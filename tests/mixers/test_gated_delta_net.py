@@ -20,7 +20,7 @@ def build(dtype=torch.float64, d_model=D_MODEL, **fields):
     torch.manual_seed(0)
     mixer = GatedDeltaNetConfig(**{"n_heads": 3, "chunk_size": 4} | fields).build(d_model, layer_idx=0, n_layers=1)
     torch.nn.init.normal_(mixer.in_proj.weight, std=0.5)
-    torch.nn.init.uniform_(mixer.norm_weight, 0.5, 1.5)
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     return mixer.to(dtype)
 
 
@@ -36,22 +36,22 @@ def exactly(actual, expected, tolerance=1e-9):
 def written_out(mixer: GatedDeltaNet, x):
     """The layer from the first token: output, and the state behind the last one."""
     config, heads = mixer.config, mixer.config.n_heads
-    *qkv, gate, beta, dt = ((x @ w.T) for w in mixer.in_proj.weight.split(mixer.widths))
+    *qkv, gate, beta, dt = ((x @ w.T) for w in mixer.in_proj.weight.split([*mixer.widths.values()]))
     qkv = torch.cat(qkv, -1)
     if mixer.convolution is not None:
         weight = mixer.convolution.weight
         qkv = sum(weight[:, -1 - i] * F.pad(qkv, (0, 0, i, 0))[:, : x.shape[1]] for i in range(weight.shape[1]))
-    q, k, v = (y.unflatten(-1, (heads, -1)) for y in F.silu(qkv).split(mixer.widths[:3], dim=-1))
+    q, k, v = (y.unflatten(-1, (heads, -1)) for y in F.silu(qkv).split([*mixer.widths.values()][:3], dim=-1))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     beta = beta.sigmoid() * (2 if config.allow_neg_eigval else 1)
-    a = (-mixer.A_log.exp() * torch.log1p((dt + mixer.dt_bias).exp())).exp()
+    a = (-mixer.decay.A_log.exp() * torch.log1p((dt + mixer.decay.dt_bias).exp())).exp()
     state, outputs = x.new_zeros(len(x), heads, mixer.key_dim, mixer.value_dim), []
     for t in range(x.shape[1]):
         key, b = k[:, t, :, :, None], beta[:, t, :, None, None]
         state = a[:, t, :, None, None] * (state - b * key @ (key.mT @ state)) + b * key * v[:, t, :, None]
         outputs.append((q[:, t, :, None] @ state)[:, :, 0] / math.sqrt(mixer.key_dim))
     output = torch.stack(outputs, 1)
-    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm_weight
+    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm.weight
     output = output * F.silu(gate).unflatten(-1, (heads, -1))
     return output.flatten(2) @ mixer.out_proj.weight.T, state
 
@@ -59,8 +59,8 @@ def written_out(mixer: GatedDeltaNet, x):
 OPTIONS = {
     "defaults": {},
     "negative eigenvalues": {"allow_neg_eigval": True},
-    "filters of two": {"conv_size": 2, "norm_eps": 0.01},
-    "no convolution": {"conv_size": 0},
+    "filters of two": {"short_conv": 2, "norm_eps": 0.01},
+    "no convolution": {"short_conv": 0},
     "widths": {"expand_k": 0.75, "expand_v": 1.5},
 }
 
@@ -83,14 +83,14 @@ def test_output_state_and_gradients_are_the_formulas(name):
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 def test_without_forgetting_it_is_a_gated_delta_net_and_forgetting_all_leaves_a_token_alone(paradigm):
-    mixer, x = build(expand_v=1.0, conv_size=None), tokens(9)
-    other = DeltaNetConfig(n_heads=3, gate="swish", conv_size=None).build(D_MODEL, layer_idx=0, n_layers=1).double()
-    weights = {name: x for name, x in mixer.state_dict().items() if name not in ("A_log", "dt_bias")}
+    mixer, x = build(expand_v=1.0, short_conv=None), tokens(9)
+    other = DeltaNetConfig(n_heads=3, gate="swish", short_conv=None).build(D_MODEL, layer_idx=0, n_layers=1).double()
+    weights = {name: x for name, x in mixer.state_dict().items() if name not in ("decay.A_log", "decay.dt_bias")}
     other.load_state_dict(weights | {"in_proj.weight": mixer.in_proj.weight[:-3]})
     with torch.no_grad():
-        mixer.A_log.fill_(-math.inf)
+        mixer.decay.A_log.fill_(-math.inf)
         exactly(mixer(x, paradigm=paradigm)[0], other(x)[0])
-        mixer.A_log.fill_(1e3)  # a log-decay of -inf at every token
+        mixer.decay.A_log.fill_(1e3)  # a log-decay of -inf at every token
         whole = mixer(x, paradigm=paradigm)[0]
         exactly(whole, torch.cat([mixer(x[:, t : t + 1])[0] for t in range(9)], 1))
 
@@ -107,8 +107,8 @@ def test_low_precision_stays_near_over_many_tokens(paradigm, dtype):
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
-        ({"conv_size": -1}, ValidationError, "greater than or equal to 0"),
-        ({"gate": "swish"}, ValidationError, "gate"),
+        ({"short_conv": -1}, ValidationError, "greater than or equal to 0"),
+        ({"gate": "relu"}, ValidationError, "'swish', 'sigmoid' or 'none'"),
         ({"paradigm": "parallel"}, ValidationError, "has no paradigm 'parallel'; it declares chunkwise, recurrent"),
         ({"n_heads": 5}, ContractError, r"5 heads do not divide expand_k \* d_model = 1 \* 12 = 12 evenly"),
     ],
@@ -120,11 +120,11 @@ def test_what_does_not_fit_is_refused(fields, error, sentence):
 
 def test_decays_start_as_the_authors():
     mixer = GatedDeltaNetConfig(n_heads=512).build(512, layer_idx=0, n_layers=1)
-    rates, steps = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
+    rates, steps = mixer.decay.A_log.exp(), F.softplus(mixer.decay.dt_bias)
     assert 0 < rates.min() < 0.2
     assert 15.8 < rates.max() <= 16
     assert_close(rates.mean().item(), 8.0, rtol=0.1, atol=0)
     assert 0.001 <= steps.min() * 1.001 < 0.0012
     assert 0.09 < steps.max() <= 0.1001
     assert_close(steps.log().mean().item(), math.log(0.01), rtol=0.05, atol=0)
-    assert (mixer.norm_weight == 1).all()
+    assert (mixer.norm.weight == 1).all()

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from seqmix.mixers import ContractError, Paradigm
+from seqmix.mixers import gated_retention as module
 from seqmix.mixers.gated_retention import GatedRetention, GatedRetentionConfig
 
 PARADIGMS = list(Paradigm)
@@ -41,9 +42,10 @@ def turned(x, config):
 def written_out(mixer: GatedRetention, x):
     """The layer from position 0: the score of every pair, by the product of the decays between."""
     config = mixer.config
-    heads = [(x @ w.T).unflatten(-1, (config.n_heads, -1)) for w in mixer.in_proj.weight.split(mixer.widths)]
+    *heads, logits = (x @ w.T for w in mixer.in_proj.weight.split([*mixer.widths.values()]))
+    heads = [y.unflatten(-1, (config.n_heads, -1)) for y in heads]
     q, k, v, gate = heads if config.rotation == "none" else (*(turned(y, config) for y in heads[:2]), *heads[2:])
-    gamma = torch.sigmoid(x @ mixer.decay_proj.weight.T) ** (1 / config.gate_logit_normalizer)
+    gamma = torch.sigmoid(logits) ** (1 / config.gate_logit_normalizer)
     rows = []
     for n in range(x.shape[1]):
         row = torch.zeros_like(v[:, 0])
@@ -83,7 +85,7 @@ def test_output_and_gradients_are_the_formulas(name):
 def test_a_token_that_closes_the_gate_forgets_what_came_before(paradigm):
     mixer = build(gate_logit_normalizer=1.0)
     with torch.no_grad():
-        mixer.decay_proj.weight.zero_()[:, 0] = 1e4
+        mixer.in_proj.weight[-3:].zero_()[:, 0] = 1e4
     first, second, x = tokens(5), tokens(5).flip(1), tokens(3)
     x[:, 0, 0] = -1.0
     y = [mixer(torch.cat((before, x), 1), paradigm=paradigm)[0][:, 5:] for before in (first, second)]
@@ -94,7 +96,9 @@ def test_a_token_that_closes_the_gate_forgets_what_came_before(paradigm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_decays_and_the_state_are_wide(dtype):
+def test_decays_and_the_state_are_wide(dtype, monkeypatch):
+    seen, decay = [], module.decay
+    monkeypatch.setattr(module, "decay", lambda q, k, v, a, call: seen.append(a) or decay(q, k, v, a, call))
     mixer = build(dtype, expand_v=2.0)
     wide = torch.promote_types(dtype, torch.float32)
     x = tokens(3, 5, dtype)
@@ -102,11 +106,12 @@ def test_decays_and_the_state_are_wide(dtype):
         assert state.memory.shape == (5, 3, 4, 8)
         assert state.memory.dtype == wide
     assert state.position.tolist() == [3] * 5
-    assert mixer.log_decay(x).dtype == wide
     with torch.autocast("cpu", torch.bfloat16):
-        a = mixer.log_decay(x)
-    assert a.dtype == wide
-    assert ((a < 0) & (a > -1)).all()  # 1 in bfloat16
+        mixer(x)
+    for a in seen:
+        assert a.dtype == wide
+        assert ((a < 0) & (a > -1)).all()  # 1 in bfloat16
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

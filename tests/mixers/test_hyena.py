@@ -58,7 +58,8 @@ def written_out(mixer: Hyena, x):
     for row in x:
         inputs = [mixer.in_proj.weight @ token for token in row]
         streams = [
-            mixer.convolution.bias + sum(weight[:, -1 - i] * inputs[t - i] for i in range(min(t + 1, config.conv_size)))
+            mixer.convolution.bias
+            + sum(weight[:, -1 - i] * inputs[t - i] for i in range(min(t + 1, config.short_conv)))
             for t in range(len(row))
         ]
         v, *gates = zip(*(stream.split(D_MODEL) for stream in streams), strict=True)
@@ -77,7 +78,7 @@ OPTIONS = {
     "order 1": {"order": 1},
     "order 3": {"order": 3},
     "as the authors' code": {"first_filter": False},
-    "no short convolution": {"conv_size": 1},
+    "no short convolution": {"short_conv": 1},
     "one layer of sines": {"filter_depth": 2, "n_bands": 1},
     "window": {"decay_range": (0.1, 0.1), "decay_shift": 0.0},
 }
@@ -119,7 +120,7 @@ def test_ragged_prompts_are_packed_and_decoded_as_a_batch(max_length):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_state_is_as_declared(dtype):
-    mixer = build(dtype, order=3, conv_size=4)
+    mixer = build(dtype, order=3, short_conv=4)
     wide = torch.promote_types(dtype, torch.float32)
     for max_length, kind, room in ((None, GrowingHyenaState, 0), (7, AllocatedHyenaState, 7)):
         state = mixer.init_state(2, max_length=max_length)

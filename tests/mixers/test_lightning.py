@@ -19,7 +19,7 @@ def build(dtype=torch.float64, d_model=D_MODEL, layer_idx=1, n_layers=3, **field
     torch.manual_seed(0)
     config = LightningConfig(**{"n_heads": 3, "chunk_size": 4} | fields)
     mixer = config.build(d_model, layer_idx=layer_idx, n_layers=n_layers).to(dtype)
-    torch.nn.init.uniform_(mixer.norm_weight, 0.5, 1.5)
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     return mixer
 
 
@@ -43,7 +43,7 @@ def decays(schedule, n_heads, layer, n_layers):
 def written_out(mixer: Lightning, x):
     """The layer token by token."""
     config = mixer.config
-    *qkv, gate = (x @ w.T for w in mixer.in_proj.weight.split(mixer.widths))
+    *qkv, gate = (x @ w.T for w in mixer.in_proj.weight.split([*mixer.widths.values()]))
     q, k, v = ((y * torch.sigmoid(y)).unflatten(-1, (config.n_heads, -1)) for y in qkv)
     decay = x.new_tensor(decays(config.schedule, config.n_heads, mixer.layer_idx, mixer.n_layers))[:, None, None]
     state, rows = 0, []
@@ -51,7 +51,7 @@ def written_out(mixer: Lightning, x):
         state = decay * state + k[:, t, :, :, None] * v[:, t, :, None]
         rows.append((q[:, t, :, :, None] * state).sum(2).flatten(1))
     output = torch.stack(rows, 1)
-    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm_weight
+    output = output / (output.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * mixer.norm.weight
     return (torch.sigmoid(gate) * output) @ mixer.out_proj.weight.T
 
 

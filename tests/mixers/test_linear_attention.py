@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.linear_attention import LinearAttention, LinearAttentionConfig
-from seqmix.ops.decay.api import decay_flops
+from seqmix.ops.decay import decay_flops
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 12
@@ -34,7 +34,9 @@ def exactly(actual, expected, tolerance=1e-9):
 def written_out(mixer: LinearAttention, x):
     """The layer from position 0: explicit weights of all pairs."""
     config = mixer.config
-    q, k, v = ((x @ w.T).unflatten(-1, (config.n_heads, -1)) for w in mixer.in_proj.weight.split(mixer.widths))
+    q, k, v = (
+        (x @ w.T).unflatten(-1, (config.n_heads, -1)) for w in mixer.in_proj.weight.split([*mixer.widths.values()])
+    )
     phi = {
         "elu": lambda y: torch.where(y > 0, y + 1, y.clamp(max=0).exp()),
         "relu": lambda y: y.clamp(min=0),
@@ -85,7 +87,7 @@ def test_output_and_gradients_are_the_formulas(name):
 def test_the_state_is_the_sum_and_its_last_column_the_sum_of_keys(paradigm):
     mixer = build(feature_map="softmax")
     x = tokens(7)
-    k, v = ((x @ w.T).unflatten(-1, (3, -1)) for w in mixer.in_proj.weight.split(mixer.widths)[1:])
+    k, v = ((x @ w.T).unflatten(-1, (3, -1)) for w in mixer.in_proj.weight.split([*mixer.widths.values()])[1:])
     _, state = mixer(x, paradigm=paradigm, return_state=True)
     exactly(state.memory[..., :-1], torch.einsum("bthk,bthv->bhkv", k.softmax(-1), v))
     exactly(state.memory[..., -1], k.softmax(-1).sum(1))
@@ -169,7 +171,7 @@ def test_heads_that_do_not_fit_the_model_are_refused(fields, sentence):
 
 def test_weights_start_as_those_of_attention():
     mixer = build(d_model=240, n_heads=4, expand_v=2.0)
-    weights = {2**-0.5: mixer.in_proj.weight.split(mixer.widths), 1.0: [mixer.out_proj.weight]}
+    weights = {2**-0.5: mixer.in_proj.weight.split([*mixer.widths.values()]), 1.0: [mixer.out_proj.weight]}
     for gain, matrices in weights.items():
         for weight in matrices:
             bound = gain * math.sqrt(6 / sum(weight.shape))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.mamba2 import Mamba2Config
-from seqmix.ops.decay.api import decay_flops
+from seqmix.ops.decay import decay_flops
 
 PARADIGMS = list(Paradigm)
 every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -21,7 +21,7 @@ def build(dtype=torch.float64, d_model=D_MODEL, n_layers=1, **fields):
     config = Mamba2Config(**{"head_dim": 6, "d_state": 5, "chunk_size": 4} | fields)
     mixer = config.build(d_model, layer_idx=0, n_layers=n_layers).to(dtype)
     with torch.no_grad():
-        for parameter in (mixer.D, mixer.norm_weight, mixer.dt_bias):  # ones and small steps would hide errors
+        for parameter in (mixer.D, mixer.norm_weight, mixer.decay.dt_bias):  # ones and small steps would hide errors
             parameter.add_(torch.randn_like(parameter))
     return mixer
 
@@ -42,10 +42,10 @@ def written_out(mixer, x):
     z, u, b, c, dt = (x @ mixer.in_proj.weight.T).split([values, values, keys, keys, mixer.n_heads], -1)
     ubc = torch.cat((u, b, c), -1)
     convolved = mixer.convolution.bias.expand_as(ubc).clone()
-    for back in range(config.conv_size):  # the weight of the newest token is the last
+    for back in range(config.short_conv):  # the weight of the newest token is the last
         convolved[:, back:] += ubc[:, : max(length - back, 0)] * mixer.convolution.weight[:, -1 - back]
     u, b, c = (convolved * convolved.sigmoid()).split([values, keys, keys], -1)
-    dt = (1 + (dt + mixer.dt_bias).exp()).log()
+    dt = (1 + (dt + mixer.decay.dt_bias).exp()).log()
     if config.time_step_limit is not None:
         dt = dt.clamp(*config.time_step_limit)
     heads, states = [], []
@@ -56,7 +56,7 @@ def written_out(mixer, x):
         state, outputs = x.new_zeros(batch, config.d_state, config.head_dim), []
         for t in range(length):
             step = dt[:, t, h, None, None]
-            state = (-step * mixer.A_log[h].exp()).exp() * state + key[:, t, :, None] * step * v[:, t, None]
+            state = (-step * mixer.decay.A_log[h].exp()).exp() * state + key[:, t, :, None] * step * v[:, t, None]
             outputs.append((query[:, t, :, None] * state).sum(1) + mixer.D[h] * v[:, t])
         heads.append(torch.stack(outputs, 1))
         states.append(state)
@@ -69,9 +69,9 @@ def written_out(mixer, x):
 OPTIONS = {
     "defaults": {},
     "groups": {"n_groups": 2, "norm_eps": 0.1},
-    "one head": {"head_dim": 24, "conv_size": 2},
+    "one head": {"head_dim": 24, "short_conv": 2},
     "limits": {"time_step_limit": (0.3, 0.9)},
-    "widths": {"expand": 0.5, "d_state": 7, "conv_size": 3},
+    "widths": {"expand": 0.5, "d_state": 7, "short_conv": 3},
 }
 
 
@@ -87,7 +87,7 @@ def test_output_state_and_gradients_are_the_formulas(name):
         y, state = mixer(x, paradigm=paradigm, return_state=True)
         exactly(y, expected)
         exactly(state.memory, memory)
-        exactly(state.convolution, convolved[:, -mixer.config.conv_size + 1 :])
+        exactly(state.recent, convolved[:, -mixer.config.short_conv + 1 :])
         for gradient, reference in zip(
             torch.autograd.grad((y, state.memory), leaves, (dy, ds)), gradients, strict=True
         ):
@@ -114,14 +114,14 @@ def test_decays_without_a_limit_are_finite(paradigm, dtype):
     # steps of about 1,000 at rates of e^6: a log-decay of -4e5 a token, and exp of it is 0
     mixer = build(dtype)
     with torch.no_grad():
-        mixer.A_log.fill_(6.0)
-        mixer.dt_bias.fill_(1000.0)
+        mixer.decay.A_log.fill_(6.0)
+        mixer.decay.dt_bias.fill_(1000.0)
     x = tokens(9, dtype=dtype).requires_grad_()
     y, state = mixer(x, paradigm=paradigm, return_state=True)
     gradients = torch.autograd.grad(y.float().sum() + state.memory.sum(), [x, *mixer.parameters()])
     assert all(part.isfinite().all() for part in (y, state.memory, *gradients))
     # nothing is left of earlier tokens but in the convolution
-    memory = mixer(x[:, -mixer.config.conv_size :], paradigm=paradigm, return_state=True)[1].memory
+    memory = mixer(x[:, -mixer.config.short_conv :], paradigm=paradigm, return_state=True)[1].memory
     assert_close(state.memory, memory)
 
 
@@ -129,7 +129,7 @@ def test_decays_without_a_limit_are_finite(paradigm, dtype):
 def test_steps_and_decays_are_wide_in_16_bits(paradigm):
     mixer, x = build(d_model=96, head_dim=48, chunk_size=64).bfloat16(), tokens(600, 1, torch.bfloat16, d_model=96)
     with torch.no_grad():
-        mixer.dt_bias.fill_(-7.0)  # steps of about 1e-3
+        mixer.decay.dt_bias.fill_(-7.0)  # steps of about 1e-3
     memory = mixer(x, paradigm=paradigm, return_state=True)[1].memory.double()
     exact = mixer.double()(x.double(), return_state=True)[1].memory
     # 7e-4; with steps of 16 bits it is 1.7e-3
@@ -140,7 +140,7 @@ def test_steps_and_decays_are_wide_in_16_bits(paradigm):
     ("fields", "sentence"),
     [
         ({"head_dim": 0}, "greater than 0"),
-        ({"conv_size": 1}, "greater than or equal to 2"),
+        ({"short_conv": 1}, "greater than or equal to 2"),
         ({"a_range": (0.0, 1.0)}, r"a range needs 1e-06 <= lowest <= highest <= 1e\+06, and is \(0.0, 1.0\)"),
         ({"a_range": (1.0, 1e7)}, r"<= 1e\+06, and is \(1.0, 10000000.0\)"),
         ({"time_step_range": (0.2, 0.1)}, r"1e-06 <= lowest <= highest <= 1000, and is \(0.2, 0.1\)"),
@@ -179,7 +179,7 @@ def test_widths_that_do_not_fit_are_refused(fields, sentence):
 def test_weights_start_as_those_of_the_authors():
     config = Mamba2Config(head_dim=1, d_state=16, a_range=(2.0, 5.0), time_step_range=(1e-4, 10.0))
     mixer = config.build(400, layer_idx=0, n_layers=4)
-    steps, rates = mixer._time_step(torch.zeros(1, 1, mixer.n_heads))[0, 0], mixer.A_log.exp()
+    steps, rates = mixer.decay(torch.zeros(1, 1, mixer.n_heads))[0][0, 0], mixer.decay.A_log.exp()
     assert_close(torch.stack((steps.min(), steps.max())), torch.tensor([1e-4, 10]), rtol=5e-2, atol=0)
     assert (steps < 10**-1.5).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert_close(torch.stack((rates.min(), rates.mean(), rates.max())), torch.tensor([2, 3.5, 5]), rtol=2e-2, atol=0)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from seqmix.mixers.parts.rotary import advance, document_of_token, frequencies, rotate, rotation, token_positions
+from seqmix.mixers.parts.rotary import frequencies, rotate, rotation
+from seqmix.ops.packing import Documents, advance, document_of_token, token_positions
 
 CPU = torch.device("cpu")
 TURN = Fraction("6.28318530717958647692528676655900576839433879875021164194988918461563281257")
@@ -37,15 +38,16 @@ def documents(draw):
 def test_packed_positions_count_from_each_documents_offset(packed):
     lengths, offsets, borders = packed
     length = sum(lengths)
+    row = Documents.of(borders, length)
+    assert (row.count, row.boundaries) == (len(lengths), tuple(borders.tolist()))
+    equal(row.of_token, document_of_token(borders, length).tolist())
     equal(document_of_token(borders, length), [n for n, size in enumerate(lengths) for _ in range(size)])
     fresh = [t for size in lengths for t in range(size)]
-    equal(token_positions(length, None, borders, CPU), [fresh])
+    equal(token_positions(length, None, row, CPU), [fresh])
     continued = [offset + t for size, offset in zip(lengths, offsets, strict=True) for t in range(size)]
-    equal(token_positions(length, torch.tensor(offsets), borders, CPU), [continued])
-    equal(advance(None, 1, length, borders, CPU), lengths)
-    equal(
-        advance(torch.tensor(offsets), 1, length, borders, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)]
-    )
+    equal(token_positions(length, torch.tensor(offsets), row, CPU), [continued])
+    equal(advance(None, 1, length, row, CPU), lengths)
+    equal(advance(torch.tensor(offsets), 1, length, row, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)])
 
 
 def test_rows_of_a_batch_have_offsets_of_their_own():

@@ -11,12 +11,13 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.mixers import ContractError, Paradigm
-from seqmix.mixers.heads import head_norm, head_width
+from seqmix.mixers.parts import GatedNorm, head_width
 from seqmix.mixers.retention import Retention, RetentionConfig, row_scale
-from seqmix.ops.decay.api import decay_flops
+from seqmix.ops.decay import decay_flops
 
 PARADIGMS = list(Paradigm)
 D_MODEL = 12
+CPU = torch.device("cpu")
 
 
 def build(dtype=torch.float64, d_model=D_MODEL, **fields):
@@ -48,7 +49,7 @@ def gammas(config):
 def written_out(mixer: Retention, x):
     """The layer from position 0: Eq. 5 with complex rotations, the two score normalisers, Eq. 8."""
     config, length = mixer.config, x.shape[1]
-    parts = iter(mixer.in_proj.weight.split(mixer.widths))
+    parts = iter(mixer.in_proj.weight.split([*mixer.widths.values()]))
     q, k, v = ((x @ next(parts).T).unflatten(-1, (config.n_heads, -1)) for _ in range(3))
     width = mixer.key_dim
     if config.rotation != "none":
@@ -114,7 +115,7 @@ def test_output_and_gradients_are_the_formulas(name):
 def test_the_state_is_the_decayed_sum():
     mixer = build(rotation="none", decay="constant", gamma=0.9)
     x = tokens(7)
-    k, v = ((x @ w.T).unflatten(-1, (3, -1)) for w in mixer.in_proj.weight.split(mixer.widths)[1:3])
+    k, v = ((x @ w.T).unflatten(-1, (3, -1)) for w in mixer.in_proj.weight.split([*mixer.widths.values()])[1:3])
     decays = 0.9 ** torch.arange(6, -1, -1).double()
     for paradigm in PARADIGMS:
         _, state = mixer(x, paradigm=paradigm, return_state=True)
@@ -124,18 +125,18 @@ def test_the_state_is_the_decayed_sum():
 
 def test_the_papers_decays():
     # §3.1: what the paper's runs had with 8 heads
-    decays = build(d_model=16, n_heads=8, decay="log_uniform").log_decay().exp()
+    decays = build(d_model=16, n_heads=8, decay="log_uniform").decay(CPU).exp()
     paper = [0.96875, 0.97897, 0.98585, 0.99048, 0.99359, 0.99569, 0.99710, 0.99805]
     assert_close(decays, torch.tensor(paper, dtype=torch.float64), rtol=0, atol=5e-6)
     # Eq. 8
-    decays = build(d_model=16, n_heads=8).log_decay().exp()
+    decays = build(d_model=16, n_heads=8).decay(CPU).exp()
     exactly(decays, torch.tensor([1 - 2.0**-n for n in range(5, 13)], dtype=torch.float64), 1e-15)
     assert_close(decays[[0, 7]], torch.tensor([0.96875, 0.999756], dtype=torch.float64), rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_log_uniform_decays_span_the_same_range_for_any_number_of_heads(heads):
-    leaks = 1 - build(d_model=20, n_heads=heads, decay="log_uniform").log_decay().exp()
+    leaks = 1 - build(d_model=20, n_heads=heads, decay="log_uniform").decay(CPU).exp()
     exactly(leaks[0].item(), 1 / 32)
     if heads > 1:
         exactly(leaks[-1].item(), 1 / 512)
@@ -146,8 +147,8 @@ def test_log_uniform_decays_span_the_same_range_for_any_number_of_heads(heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_slowest_decay_is_not_rounded_to_one(dtype):
     mixer = build(dtype, d_model=42, n_heads=21)
-    assert mixer.log_decay().dtype == torch.float64
-    assert_close(mixer.log_decay()[-1].item(), -(2.0**-25) - 2.0**-51, rtol=1e-12, atol=0)
+    assert mixer.decay(CPU).dtype == torch.float64
+    assert_close(mixer.decay(CPU)[-1].item(), -(2.0**-25) - 2.0**-51, rtol=1e-12, atol=0)
     # and a chunk of 2^10 tokens leaves exp(-2^-15) of a state
     mixer = build(dtype, d_model=42, n_heads=21, chunk_size=2**10)
     state = mixer.init_state(1)
@@ -162,23 +163,23 @@ def test_the_slowest_decay_is_not_rounded_to_one(dtype):
 def test_a_learnable_decay_starts_at_its_schedule_and_learns(fields, dtype):
     mixer = build(torch.float32, n_heads=6, learnable_decay=True, **fields).to(dtype)
     mixer.reset_parameters()
-    fixed = build(torch.float64, n_heads=6, **fields).log_decay()
-    assert_close(mixer.log_decay(), fixed, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
-    assert_close(mixer.decay_logit.sigmoid().log().double(), fixed, rtol=1e-2, atol=0)
+    fixed = build(torch.float64, n_heads=6, **fields).decay(CPU)
+    assert_close(mixer.decay(CPU), fixed, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+    assert_close(mixer.decay.logit.sigmoid().log().double(), fixed, rtol=1e-2, atol=0)
     y, state = mixer(tokens(9, dtype=dtype), return_state=True)
     (y.square().sum() + state.memory.square().sum()).backward()
-    assert mixer.decay_logit.grad.isfinite().all()
-    assert (mixer.decay_logit.grad != 0).all()
+    assert mixer.decay.logit.grad.isfinite().all()
+    assert (mixer.decay.logit.grad != 0).all()
     with torch.no_grad():
-        mixer.decay_logit -= 5
-    assert (mixer.log_decay() < fixed).all()
-    assert (mixer.log_decay() < 0).all()
+        mixer.decay.logit -= 5
+    assert (mixer.decay(CPU) < fixed).all()
+    assert (mixer.decay(CPU) < 0).all()
 
 
 def test_a_fixed_decay_is_no_parameter():
-    assert build().decay_logit is None
+    assert build().decay.logit is None
     assert {name for name, _ in build().named_parameters()} == {"in_proj.weight", "out_proj.weight"}
-    assert build(decay="none").log_decay() is None
+    assert build(decay="none").decay(CPU) is None
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5], [0, 7, 100, 1000]])
@@ -216,9 +217,10 @@ def test_statistics_of_the_head_norm_are_a_tokens_and_a_heads_own(eps):
     x = tokens(5, batch_size=3).unflatten(-1, (3, 4))
     # nn.GroupNorm pools over all positions behind the channels, so every token becomes a row
     group = nn.GroupNorm(3, 12, eps=eps, affine=False, dtype=torch.float64)(x.flatten(0, 1).flatten(1)).view_as(x)
-    exactly(head_norm(x, "group", eps), group, 1e-12)
-    exactly(head_norm(x, "rms", eps), x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), 1e-12)
-    assert head_norm(x, "none", eps) is x
+    by_norm = {norm: GatedNorm(4, norm, "none", affine=False, eps=eps) for norm in ("group", "rms", "none")}
+    exactly(by_norm["group"](x, None), group, 1e-12)
+    exactly(by_norm["rms"](x, None), x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), 1e-12)
+    assert by_norm["none"](x, None) is x
 
 
 def test_head_width():
@@ -267,7 +269,7 @@ def test_heads_that_do_not_fit_the_model_are_refused(fields, sentence):
 
 def test_weights_start_as_the_authors_code_does():
     mixer = build(d_model=240, n_heads=4)
-    for weight in mixer.in_proj.weight.split(mixer.widths):
+    for weight in mixer.in_proj.weight.split([*mixer.widths.values()]):
         bound = 2**-2.5 * math.sqrt(6 / sum(weight.shape))
         assert_close(weight.abs().max().item(), bound, rtol=1e-2, atol=0)
     bound = 0.5 * math.sqrt(6 / sum(mixer.out_proj.weight.shape))
@@ -279,8 +281,8 @@ def test_weights_start_as_the_authors_code_does():
 def test_values_are_twice_as_wide_as_keys_and_the_gate_as_wide_as_values():
     mixer = build()
     assert (mixer.key_dim, mixer.value_dim) == (4, 8)
-    assert mixer.widths == [12, 12, 24, 24]
-    assert build(gate="none").widths == [12, 12, 24]
+    assert mixer.widths == {"q": 12, "k": 12, "v": 24, "gate": 24}
+    assert build(gate="none").widths == {"q": 12, "k": 12, "v": 24}
     # 8 d^2, as much as the paper counts
     assert sum(p.numel() for p in mixer.parameters()) == 8 * D_MODEL**2
 
@@ -343,7 +345,7 @@ def test_it_can_be_built_without_memory():
         mixer = RetentionConfig(n_heads=3, learnable_decay=True).build(D_MODEL, layer_idx=0, n_layers=1)
     assert all(p.is_meta for p in mixer.parameters())
     mixer.to_empty(device="cpu").reset_parameters()
-    exactly(mixer.log_decay(), build().log_decay(), 1e-6)
+    exactly(mixer.decay(CPU), build().decay(CPU), 1e-6)
 
 
 def test_a_packed_row_restarts_positions_and_decays():

@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS
-from seqmix.mixers.short_convolution import ShortConvolution
-from seqmix.ops.convolution.api import short_convolution
+from seqmix.mixers.parts import ShortConvolution
+from seqmix.ops.call import Call
+from seqmix.ops.convolution import short_convolution
+
+
+def call(x, state=None, borders=None, wanted=False):
+    return Call.of("parallel", x.shape[1], state, wanted, borders)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -17,16 +22,15 @@ def test_it_is_the_op_and_the_activation(bias, activation):
     module = ShortConvolution(6, 4, bias=bias, activation=activation)
     x, state = torch.randn(1, 7, 6), torch.randn(2, 3, 6)
     borders = torch.tensor([0, 2, 7])
-    y, after = module(x, state, borders, True)
+    y, after = module(x, call(x, state, borders, wanted=True))
     expected, last = short_convolution(
         x, module.weight, module.bias, initial_state=state, output_final_state=True, cu_seqlens=borders
     )
     assert_close(y, F.silu(expected) if activation == "silu" else expected)
     assert_close(after, last)
-    assert module(x, None, None, False)[1] is None
+    assert module(x, call(x))[1] is None
     conv1d = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), module.weight[:, None], module.bias, groups=6).transpose(1, 2)
-    assert_close(module(x, None, None, False)[0], F.silu(conv1d) if activation == "silu" else conv1d)
-    assert module.flops(7) == 0
+    assert_close(module(x, call(x))[0], F.silu(conv1d) if activation == "silu" else conv1d)
 
 
 def test_parameters_start_as_those_of_a_convolution():
@@ -42,7 +46,8 @@ def test_the_state_has_the_parameters_dtype_under_autocast():
     state = module.init_state(2)
     assert state.shape == (2, 3, 6)
     assert not state.any()
-    y, after = module(torch.randn(2, 5, 6, dtype=torch.bfloat16), state, None, True)
+    x = torch.randn(2, 5, 6, dtype=torch.bfloat16)
+    y, after = module(x, call(x, state, wanted=True))
     assert (y.dtype, after.dtype) == (torch.bfloat16, torch.float32)
     assert module.to(torch.bfloat16).init_state(2).dtype == torch.bfloat16
 
