@@ -17,12 +17,12 @@ from ...blocks.norm.layernorm import LayerNormConfig
 from ...mixers import Paradigm
 from ...mixers.parts import rotated
 from ...mixers.retention import RetentionConfig, row_scale
-from ...models import LanguageModel, ModelConfig, linear_cross_entropy
+from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
 from ...ops.decay import decay_recurrence
 
-LayerState = tuple[Tensor, Tensor]
-"""Memory and position."""
+LayerState = tuple[Tensor, Tensor, Tensor]
+"""Memory, what a short convolution would need (nothing), and position."""
 State = list[LayerState]
 """Of every layer."""
 
@@ -71,30 +71,33 @@ class HandWrittenLayer(nn.Module):
     def init_state(self, batch: int) -> LayerState:
         """Of nothing read."""
         weight, shape = self.in_proj.weight, (batch, self.n_heads, self.key_dim, self.value_dim)
+        recent = torch.zeros(batch, 0, 0, device=weight.device, dtype=weight.dtype)
+        position = torch.zeros(batch, device=weight.device, dtype=torch.int64)
         memory = torch.zeros(shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return memory, torch.zeros(batch, device=weight.device, dtype=torch.int64)
+        return memory, recent, position
 
     def _retain(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
         batch, length, d_model = x.shape
-        memory, offset = (None, None) if state is None else state
-        token = torch.arange(0, length, device=x.device)
-        positions = token[None] if offset is None else offset[:, None] + token
-        log_decay = torch.log1p(-self._leak(x.device))
+        memory, recent, offset = (None, None, None) if state is None else state
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
-        qk = rotated(qk, positions, "retnet", 10000.0)
-        q, k = qk.chunk(2, dim=2)
-        q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
+        token = torch.arange(0, length, device=x.device)
+        positions = token[None] if offset is None else offset[:, None] + token
+        q, k = rotated(qk, positions, "retnet", 10000.0).chunk(2, dim=2)
+        gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
+        log_decay = torch.log1p(-self._leak(x.device))
+        q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)
         log_decay = log_decay.to(torch.promote_types(self.in_proj.weight.dtype, torch.float32))
         options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
         paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
         output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)
-        output = rearrange(F.layer_norm(output, output.shape[-1:], eps=self.norm_eps), "b t h v -> b t (h v)")
-        y = self.out_proj(F.silu(gate) * output)
-        if memory is None or offset is None:
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        output = F.layer_norm(output, output.shape[-1:], eps=self.norm_eps) * F.silu(gate)
+        y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
+        if memory is None or recent is None or offset is None:
             return y, None
-        return y, (memory, offset + torch.full((batch,), length, device=x.device, dtype=torch.int64))
+        return y, (memory, recent, offset + torch.full((batch,), length, device=x.device, dtype=torch.int64))
 
     def _leak(self, device: torch.device) -> Tensor:
         if self.decay == "constant" and self.gamma is not None:
@@ -141,9 +144,10 @@ class HandWritten(nn.Module):
         return self.head(self.norm(x)), after or None
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the tokens' cross-entropies."""
+        """The mean of the tokens' cross-entropies."""
         x, _ = self._hidden(tokens, None, decode=False)
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+        total = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
+        return total / (targets != IGNORED).sum().clamp(min=1)
 
     def _hidden(self, tokens: Tensor, state: State | None, *, decode: bool) -> tuple[Tensor, State]:
         x = self.embedding(tokens)

@@ -120,14 +120,15 @@ class ByHand(Peer):
         return self.module(tokens)[0]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.module.loss(tokens, targets) / targets.numel()
+        return self.module.loss(tokens, targets)
 
     def read(self, tokens: Tensor) -> Any:
         return self.module(tokens, self.module.init_state(len(tokens)), select=last_of_rows(tokens))[1]
 
     def state_after(self, context: int, batch: int, room: int) -> Any:
         del room
-        return [(memory.normal_(), position.fill_(context)) for memory, position in self.module.init_state(batch)]
+        state = self.module.init_state(batch)
+        return [(memory.normal_(), recent, position.fill_(context)) for memory, recent, position in state]
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, after = self.module(tokens[:, None], state, decode=True)

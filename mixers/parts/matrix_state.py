@@ -81,6 +81,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         """The short convolution of x, and its last inputs if they are wanted: the leaf `recent` of the state."""
         if self.convolution is not None:
             return self.convolution(x, call.enter("recent"))
+        if call.state is not None:
+            return x, call.state.recent if call.return_state else None
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if call.return_state else None
 
     def state_after(self, x: Tensor, memory: Tensor | None, recent: Tensor | None, call: Call) -> MatrixState | None:

@@ -149,12 +149,14 @@ class QKVMixer(MatrixStateMixer):
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
         """Everything in front of the recurrence."""
         q, k, v, *rest = self.widths.values()
-        qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
+        if self.silu or self.convolution is not None:  # of queries, keys and values together
+            qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
+            qkv, recent = self.convolve(qkv, call)
+            qk, v = (qkv if self.convolution is not None else F.silu(qkv)).split([q + k, v], dim=-1)
+        else:  # one split: backward joins the gradients of its parts once
+            qk, v, *others = self.in_proj(x).split([q + k, v, *rest], dim=-1)
+            _, recent = self.convolve(qk, call)
         more = dict(zip(list(self.widths)[3:], others, strict=True))
-        qkv, recent = self.convolve(qkv, call)
-        if self.silu and self.convolution is None:
-            qkv = F.silu(qkv)
-        qk, v = qkv.split([q + k, v], dim=-1)
         qk, v = qk.unflatten(-1, (2 * self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1))
         positions = None
         if self.counts_positions:
@@ -163,7 +165,7 @@ class QKVMixer(MatrixStateMixer):
         q, k = qk.to(self.op_dtype(qk.dtype)).chunk(2, dim=2)
         gate = more.pop("gate", None)
         gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))
-        return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, qkv.dtype)
+        return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype)
 
     @property
     def counts_positions(self) -> bool:
