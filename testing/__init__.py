@@ -1,4 +1,4 @@
-"""The conformance kit: any mixer and any kernel, ours or a stranger's, is tested against its contract.
+"""The conformance kit: any mixer and any kernel, built-in or your own, is tested against its contract.
 
     from seqmix.testing import parametrize_checks, parametrize_kernels
 

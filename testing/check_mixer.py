@@ -97,28 +97,17 @@ def check_mixer(
     return Report(config, subject.d_model, outcomes=outcomes)
 
 
-def reproduce(
-    name: str,
-    config: MixerConfig,
-    case: Case,
-    *,
-    d_model: int | None = None,
-    device: str | torch.device = "cpu",
-    paradigms: tuple[Paradigm, ...] | None = None,
-    tolerances: Mapping[torch.dtype, float] | None = None,
-    compile_backend: str = BACKEND,
-) -> None:
-    """Run one check on one case, as a report of a failure says; raises as the check does."""
+def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
+    """Run one check on one case, as a report of a failure says; raises as the check does.
+
+    Args:
+        name: of the check.
+        config: what is tested.
+        case: what on.
+        options: those of `check_mixer` that make the mixer: d_model, device, paradigms, tolerances, compile_backend.
+    """
     (known,) = chosen_names([name], CHECKS)
-    subject = Subject(
-        config,
-        d_model=d_model,
-        device=device,
-        paradigms=paradigms,
-        tolerances=tolerances,
-        compile_backend=compile_backend,
-    )
-    TestedMixer(subject).attempt(CHECKS[known], case)
+    TestedMixer(Subject(config, **options)).attempt(CHECKS[known], case)
 
 
 def parametrize_checks(

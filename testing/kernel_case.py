@@ -114,23 +114,13 @@ class KernelCase(WrittenCase, ABC):
     @classmethod
     def probes(cls, device: torch.device) -> Iterator[Probe]:
         """Everything that a kernel of the op can be asked to run, the simplest first."""
-        flags = itertools.product((False, True), repeat=4)
-        asked = itertools.product(DTYPES, WIDTHS, cls.decays, cls.windows, flags)
-        for dtype, (key_width, value_width), log_decay, window, (packed, before, after, needs_grad) in asked:
-            if needs_grad and dtype == torch.int64:
-                continue
-            yield Probe(
-                device=device,
-                dtype=dtype,
-                key_width=key_width,
-                value_width=value_width,
-                log_decay=log_decay,
-                window=window,
-                packed=packed,
-                initial_state=before,
-                final_state=after,
-                needs_grad=needs_grad,
-            )
+        names = (*PROBED, "window", "needs_grad")
+        flags = itertools.product((False, True), repeat=3)
+        asked = itertools.product(DTYPES, WIDTHS, cls.decays, flags, cls.windows, (False, True))
+        for dtype, widths, log_decay, states, window, needs_grad in asked:
+            if not needs_grad or dtype != torch.int64:
+                values = (dtype, *widths, log_decay, *states, window, needs_grad)
+                yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod
     def cases(cls, probes: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:

@@ -106,9 +106,9 @@ class DecayCase(KernelCase):
         a = inputs.get("log_decay", k.new_zeros(self.n_heads))
         a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
         decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
-        borders = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
+        boundaries = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
         states, final = [], []
-        for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+        for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
             state = k.new_zeros(self.rows, self.n_heads, self.key_width, v.shape[3])
             if "state" in inputs:
                 state = inputs["state"][n : n + 1] if self.packed else inputs["state"]

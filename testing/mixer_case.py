@@ -18,8 +18,8 @@ every float in it moved, so that it is no state that any short text leads to."""
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
-"""Tokens around the borders of blocks: tiles and chunks hold a power of two, mostly. The first cross a border, and are
-what a failure shrinks to."""
+"""Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two. The first cross a boundary; they
+are what a failure shrinks to."""
 
 CROWD = 9
 """Rows of a large batch: above a small power of two, up to which rows may be handled another way."""
@@ -36,7 +36,7 @@ class Case(WrittenCase):
     start: Start = "none"
     """What comes before."""
     paradigms: tuple[Paradigm, ...] = ()
-    """A paradigm a piece, where pieces have their own."""
+    """One per piece, where pieces have their own."""
     rows: tuple[int, ...] = ()
     """Rows of a state, in the order they are taken."""
     seed: int = 0
@@ -71,7 +71,7 @@ class Draw:
     starts: tuple[Start, ...] = STARTS
     """What may come before."""
     paradigms: bool = False
-    """Whether every piece has a paradigm of its own."""
+    """Whether every piece has its own paradigm."""
     rows: bool = False
     """Whether rows of the state are chosen."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)

@@ -39,13 +39,7 @@ def chunk_sizes(
     accepts: Callable[[dict[str, Any]], bool] | None = None,
     candidates: Iterable[int] = CHUNK_SIZES,
 ) -> list[Any]:
-    """Chunk sizes that the configuration takes: a few, those that its field names, and its own.
-
-    Args:
-        config: what is tested.
-        accepts: whether options go together; by default, whether a configuration can be made of them.
-        candidates: the few.
-    """
+    """Chunk sizes that the configuration takes, and `accepts` too: the candidates, those its field names, its own."""
     field = type(config).model_fields.get("chunk_size")
     if field is None:
         return []
@@ -85,12 +79,10 @@ def require_examples(config: MixerConfig) -> None:
     Raises:
         ContractError: there is one.
     """
-    for name, field in type(config).model_fields.items():
-        for value in field.examples or []:
-            if reason := _refusal(config, name, value):
-                raise ContractError(
-                    f"{type(config).__name__}: field {name} refuses {value!r}, one of its own examples: {reason}"
-                )
+    cls = type(config)
+    for name, value in ((name, value) for name, field in cls.model_fields.items() for value in field.examples or []):
+        if reason := _refusal(config, name, value):
+            raise ContractError(f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples: {reason}")
 
 
 def _refusal(config: MixerConfig, name: str, value: Any) -> str | None:
@@ -101,7 +93,7 @@ def _refusal(config: MixerConfig, name: str, value: Any) -> str | None:
         # an error without a place is a rule about several fields: with others the value may do
         return next((detail["msg"] for detail in error.errors() if detail["loc"][:1] == (name,)), None)
     except SeqmixError:
-        return None
+        pass
     return None
 
 

@@ -31,14 +31,8 @@ class BuildError(ContractError):
 class Subject:
     """A configuration under test, and the mixers built of it.
 
-    Args:
-        config: what is tested. Where its default paradigm is not under test, the first one that is becomes the default.
-        d_model: width of the residual stream; None takes the first of `D_MODELS` that the configuration fits.
-        device: where it is tested.
-        paradigms: those to test, of the declared ones; None means all.
-        vary: whether checks may change options of the configuration.
-        tolerances: allowed per dtype in low precision, relative to the norm; `LOW_PRECISION` where none is given.
-        compile_backend: what the checks that compile use.
+    The arguments are those of `check_mixer`. Where the default paradigm is not under test, the first one
+    that is under test becomes the default.
 
     Raises:
         SeqmixError: an argument is wrong: the configuration fits no width, or not the one given; a paradigm is not
@@ -155,26 +149,22 @@ class Subject:
         kind, x = mixer.kind, torch.ones(2, 3, self.d_model, dtype=torch.float64, device=self.device)
         with _refusals(f"{kind}: init_state"):
             state = mixer.init_state(2)
+        named = type(state).__name__
         if not isinstance(state, tuple):
-            raise ContractError(
-                f"{kind}: init_state returned a {type(state).__name__}; a state is a NamedTuple of tensors"
-            )
+            raise ContractError(f"{kind}: init_state returned a {named}; a state is a NamedTuple of tensors")
         for paradigm in sorted(self.traits.paradigms, key=lambda paradigm: paradigm is not mixer.paradigm):
             with torch.no_grad(), _refusals(f"{kind}: a call in the {paradigm} paradigm"):
                 y, after = mixer(x, paradigm=paradigm, return_state=True)
+            what = f"{kind}: the {paradigm} paradigm"
             if not y.is_floating_point():
-                raise ContractError(
-                    f"{kind}: the {paradigm} paradigm returned an output of {y.dtype} for an input of {x.dtype}"
-                )
+                raise ContractError(f"{what} returned an output of {y.dtype} for an input of {x.dtype}")
             if not isinstance(after, tuple):
-                raise ContractError(
-                    f"{kind}: the {paradigm} paradigm has to return a {type(state).__name__} as the final state, where "
-                    f"one is wanted, and returned a {type(after).__name__}"
-                )
+                wanted = f"has to return a {named} as the final state, where one is wanted"
+                raise ContractError(f"{what} {wanted}, and returned a {type(after).__name__}")
 
 
 def build(config: MixerConfig, d_model: int) -> SequenceMixer:
-    """The mixer of a configuration, which may be a stranger's.
+    """The mixer of a configuration.
 
     Raises:
         SeqmixError: the configuration refuses the width.
@@ -206,11 +196,7 @@ def reference_paradigm(config: MixerConfig) -> Paradigm:
 
 
 def _require_device(device: str | torch.device) -> torch.device:
-    """The device, if tensors can be computed with there.
-
-    Raises:
-        SeqmixError: they cannot.
-    """
+    """The device, if tensors can be computed with there."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:

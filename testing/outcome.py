@@ -79,10 +79,6 @@ def chosen_names(names: Iterable[str] | None, checks: Collection[str]) -> list[s
 
 
 def require_examples_asked(examples: int) -> None:
-    """Refuse to run no case at all.
-
-    Raises:
-        SeqmixError: it is not a number of cases.
-    """
+    """Refuse what is not a number of cases."""
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
         raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")

@@ -49,18 +49,12 @@ def parametrized(
     expected_failures: Mapping[str, Mapping[str, str]] | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """pytest's decorator with a case for everything tested and every check.
+    """pytest's decorator with a case for everything tested and every check; the others are `parametrize_checks`'.
 
     Args:
         tested: of each its label, the name that `expected_failures` has for it, and what runs checks on it.
         known: names of all checks there are.
         what: what a name is: "kind" or "kernel".
-        checks: names of the checks to run; all by default.
-        expected_failures: by name, checks that are known to fail, each with a reason.
-        options: of every run.
-
-    Raises:
-        SeqmixError: there is no such check or name; the nearest match is named.
     """
     import pytest
 

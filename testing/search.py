@@ -70,7 +70,7 @@ def search(
         if not failed:
             passed += 1
 
-    @settings(
+    settled = settings(
         max_examples=examples,
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         database=None,
@@ -80,10 +80,7 @@ def search(
         report_multiple_bugs=False,
         print_blob=False,
     )
-    @given(case=cases)
-    def run(case: C) -> None:
-        once(case)
-
+    run = settled(given(case=cases)(once))
     try:
         with _from_the_seed_alone():
             (run if seed is None else with_seed(seed)(run))()

@@ -16,7 +16,7 @@ def source(value: Any) -> str:
     if isinstance(value, Config):
         known = type(value).model_fields
         return call_source(type(value).__name__, given(vars(value), {name: f.default for name, f in known.items()}))
-    if isinstance(value, Enum):  # a paradigm, or one of a stranger's
+    if isinstance(value, Enum):  # a paradigm, or one of a plug-in
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, tuple):
         return f"({', '.join(map(source, value))}{',' if len(value) == 1 else ''})"

@@ -22,19 +22,19 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
 
 @check(packing, share=0, draw=Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",)), compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
-    """Packed training compiles with fullgraph and recompiles for no borders, empty documents included."""
+    """Packed training compiles with fullgraph and does not recompile for other boundaries, empty documents included."""
     device = trial.subject.device
-    borders = [torch.tensor(cuts, device=device) for cuts in ([0, 3, 6, 9], [0, 0, 5, 9], [0, 9, 9, 9])]
+    boundaries = [torch.tensor(cuts, device=device) for cuts in ([0, 3, 6, 9], [0, 0, 5, 9], [0, 9, 9, 9])]
     # the state of a growing cache has its own shape for every packing: only the output is compared
-    _compiles(trial, lambda x, state, **options: (trial.mixer(x, state, **options)[0], None), borders)
+    _compiles(trial, lambda x, state, **options: (trial.mixer(x, state, **options)[0], None), boundaries)
 
 
-def _compiles(trial, function, borders=(None, None)):
+def _compiles(trial, function, boundaries=(None, None)):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(trial.subject.compile_backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    rows = trial.case.batch_size if borders[0] is None else len(borders[0]) - 1
-    for cuts in borders:
+    rows = trial.case.batch_size if boundaries[0] is None else len(boundaries[0]) - 1
+    for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}
         x, state = trial.tokens(), trial.state(rows)
         expected = trial.differentiate(partial(function, **options), x, state)
@@ -42,7 +42,7 @@ def _compiles(trial, function, borders=(None, None)):
             actual = trial.differentiate(partial(compiled, **options), x, state)
         trial.compare("compiled against eager", actual, expected)
     count = counter.frame_count
-    require(count == 1, f"{len(borders)} calls of equal shapes compiled {count} graphs: something depends on data")
+    require(count == 1, f"{len(boundaries)} calls of equal shapes compiled {count} graphs: something depends on data")
 
 
 @check(recurrent, share=0, draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)), compiles=True)

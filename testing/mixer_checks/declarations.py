@@ -23,7 +23,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 def what_is_not_declared_is_refused(trial: Trial) -> None:
     """A paradigm, packing, dtype, shape or state that does not fit is refused by a ContractError, never computed."""
     mixer, x = trial.mixer, trial.tokens()
-    borders = torch.tensor([0, 4, 8], device=x.device)
+    boundaries = torch.tensor([0, 4, 8], device=x.device)
     for paradigm in sorted(set(Paradigm) - mixer.traits.paradigms):
         _refused(f"the undeclared paradigm {paradigm}", lambda p=paradigm: mixer(x, paradigm=p), str(paradigm))
     if Paradigm.RECURRENT not in mixer.traits.paradigms:
@@ -32,13 +32,13 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
     packed = x.reshape(1, 8, -1)
     if mixer.traits.packing:
         for wrong in ([0, 4], [1, 8], [0, 5, 3, 8]):
-            borders = torch.tensor(wrong, device=x.device)
-            # elsewhere, looking at the borders would wait for the device
+            boundaries = torch.tensor(wrong, device=x.device)
+            # elsewhere, looking at the boundaries would wait for the device
             if x.device.type == "cpu":
-                _refused(f"cu_seqlens {wrong} for 8 tokens", lambda b=borders: mixer(packed, cu_seqlens=b))
+                _refused(f"cu_seqlens {wrong} for 8 tokens", lambda b=boundaries: mixer(packed, cu_seqlens=b))
         _refused("packed documents in a batch of two", lambda: mixer(x, cu_seqlens=torch.tensor([0, 4])))
     else:
-        _refused("packed documents, which it does not declare", lambda: mixer(packed, cu_seqlens=borders), "packing")
+        _refused("packed documents, which it does not declare", lambda: mixer(packed, cu_seqlens=boundaries), "packing")
     _refused("integer tokens", lambda: mixer(x.long()), "int64")
     _refused("float32 tokens for float64 parameters", lambda: mixer(x.float()), "float32")
     _refused("an empty segment", lambda: mixer(x[:, :0]))

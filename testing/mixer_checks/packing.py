@@ -21,9 +21,9 @@ def documents_are_sequences(trial: Trial) -> None:
     following = trial.tokens(len(lengths), 2)
     initial = trial.mixer.init_state(len(lengths)) if state is None else state
     # int32 is what flash-attention takes, int64 what torch makes
-    borders = _borders(trial, torch.int32 if trial.case.seed % 2 else torch.int64)
+    boundaries = _boundaries(trial, torch.int32 if trial.case.seed % 2 else torch.int64)
     for paradigm in trial.paradigms:
-        y, states = trial.mix(x, state, cu_seqlens=borders, paradigm=paradigm)
+        y, states = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm)
         z, _ = trial.mix(following, states)
         for n, document in enumerate(x.split(lengths, dim=1)):
             row = trial.index(n)
@@ -44,7 +44,7 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
     """Gradients of packed documents, of their states too, are those of each document alone."""
     lengths = trial.case.lengths
     x, state = trial.tokens(), trial.state(len(lengths))
-    borders = _borders(trial, torch.int64)
+    boundaries = _boundaries(trial, torch.int64)
     # a growing state may hold a document's tokens in more room than it would need alone
     keep_state = trial.mixer.traits.state == "constant"
 
@@ -62,12 +62,12 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
     for paradigm in trial.paradigms:
 
         def packed(x, state, paradigm=paradigm):
-            y, states = trial.call(paradigm, cu_seqlens=borders)(x, state)
+            y, states = trial.call(paradigm, cu_seqlens=boundaries)(x, state)
             return y, states if keep_state else None
 
         actual = trial.differentiate(packed, x, state)
         trial.compare(f"{paradigm}, packed documents against each alone", actual, expected)
 
 
-def _borders(trial: Trial, dtype: torch.dtype) -> Tensor:
+def _boundaries(trial: Trial, dtype: torch.dtype) -> Tensor:
     return torch.tensor([0, *accumulate(trial.case.lengths)], dtype=dtype, device=trial.subject.device)

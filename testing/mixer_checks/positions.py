@@ -20,13 +20,13 @@ READ = 64
 def position_matters_only_where_declared(trial: Trial) -> None:
     """Where shift invariance is declared, the same tokens give the same after 64, a million and 2^31 others; elsewhere
     they do not."""
-    x, borders = trial.tokens(), torch.tensor([0, 4, 9], device=trial.subject.device)
+    x, boundaries = trial.tokens(), torch.tensor([0, 4, 9], device=trial.subject.device)
     declared = trial.mixer.traits.shift_invariant
     for paradigm in trial.paradigms:
-        early = _outputs(trial, x, borders, READ, paradigm)
+        early = _outputs(trial, x, boundaries, READ, paradigm)
 
         def change(start, paradigm=paradigm, early=early):
-            return (_outputs(trial, x, borders, start, paradigm) - early).abs().max().item()
+            return (_outputs(trial, x, boundaries, start, paradigm) - early).abs().max().item()
 
         if not declared:
             # a normaliser over the prefix may be all but constant after a few dozen tokens
@@ -66,12 +66,12 @@ def _late(mixer: SequenceMixer, rows: int, start: int) -> Any:
     return map_state(lambda leaf: leaf if leaf.is_floating_point() else leaf + start, mixer.init_state(rows))
 
 
-def _outputs(trial: Trial, x: Tensor, borders: Tensor, start: int, paradigm: Any) -> Tensor:
+def _outputs(trial: Trial, x: Tensor, boundaries: Tensor, start: int, paradigm: Any) -> Tensor:
     """In two pieces, and packed where that is declared."""
     state = _late(trial.mixer, len(x), start)
     y1, between = trial.mix(x[:, :5], state, paradigm=paradigm)
     y2, _ = trial.mix(x[:, 5:], between, paradigm=paradigm)
     outputs = [y1, y2]
     if trial.mixer.traits.packing:
-        outputs.append(trial.mix(x[:1], state, paradigm=paradigm, cu_seqlens=borders)[0])
+        outputs.append(trial.mix(x[:1], state, paradigm=paradigm, cu_seqlens=boundaries)[0])
     return torch.cat([y.flatten() for y in outputs])

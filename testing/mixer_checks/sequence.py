@@ -24,7 +24,7 @@ EVERY = 70
 @check(several_paradigms, share=1, draw=Draw(tokens=(1, 11), long=8))
 def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
-    lengths around the borders of blocks of up to 128 tokens too."""
+    lengths around the boundaries of blocks of up to 128 tokens too."""
     x, state = trial.tokens(), trial.state()
     expected = trial.differentiate(trial.call(trial.reference), x, state)
     # where the reference alone is asked for, it is compared with all others
@@ -32,7 +32,7 @@ def paradigms_agree(trial: Trial) -> None:
     for paradigm in sorted(others):
         actual = trial.differentiate(trial.call(paradigm), x, state)
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
-        # of a long segment every border counts: an output depends on no later token, so the whole's are those of a part
+        # every boundary in a long segment counts: an output depends on no later token, so a part gives the whole's
         for length in (length for length in LENGTHS if length < trial.case.length):
             with trial.differences(f"{paradigm} on {length} tokens against {trial.reference} on more") as found:
                 part, _ = trial.call(paradigm)(x[:, :length], None if state is None else clone(state))
@@ -92,7 +92,7 @@ def steps_equal_the_whole(trial: Trial) -> None:
 def the_future_changes_nothing(trial: Trial) -> None:
     """The output at a token depends on no later token, and does depend on the token itself."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
-    # of every token but the first, and of a long segment around the borders of blocks
+    # of every token but the first, and of a long segment around the boundaries of blocks
     cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
     copies = trial.index(*range(len(x))).repeat(len(cuts))
     given = None if state is None else select(state, copies)
@@ -117,7 +117,7 @@ def chunk_size_changes_nothing(trial: Trial) -> None:
         trial.config, lambda size: trial.subject.accepts({**trial.case.options, **size}), candidates=CANDIDATES
     )
     others = sorted(size for size in accepted if size != own)
-    # small ones have borders in a short segment, and the largest has none in most
+    # small ones have boundaries in a short segment, and the largest has none in most
     for paradigm in trial.paradigms:
         expected = trial.mix(x, state, paradigm=paradigm)
         for size in sorted({*others[:1], *others[-1:]}):

@@ -125,7 +125,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
 
 @check(share=0.12, draw=Draw(tokens=(1, 6), batch_size=(2, 5)))
 def a_state_is_tensors_batch_first(trial: Trial) -> None:
-    """A state is a NamedTuple of tensors, a row a sequence, on the parameters' device; no Python numbers."""
+    """A state is a NamedTuple of tensors, one row per sequence, on the parameters' device; no Python numbers."""
     rows = trial.case.batch_size
     states = {"init_state": trial.mixer.init_state(rows)}
     x, state = trial.tokens(), trial.state()

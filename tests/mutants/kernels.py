@@ -114,10 +114,10 @@ def detached(x):
 
 @decays(
     "outputs_are_the_definitions",
-    "The decay is applied once too often at every chunk's border, as if one more token followed.",
+    "The decay is applied once too often at every chunk's boundary, as if one more token followed.",
     says="the output differs",
 )
-def decays_twice_at_chunk_borders(x):
+def decays_twice_at_chunk_boundaries(x):
     def between(state, a, chunk, last):
         if a is None or last:
             return state
@@ -160,10 +160,10 @@ def reads_uninitialised_memory(x):
 
 @decays(
     "outputs_are_the_definitions",
-    "Inside a packed row the borders lie one token late, so a document's first token reads the one before.",
+    "Inside a packed row the boundaries lie one token late, so a document's first token reads the one before.",
     says="differs in",
 )
-def leaks_a_token_over_the_border(x):
+def leaks_a_token_over_the_boundary(x):
     if x.cu_seqlens is None:
         return decay_chunkwise(x)
     cu_seqlens = x.cu_seqlens.clone()
@@ -173,10 +173,10 @@ def leaks_a_token_over_the_border(x):
 
 @decays(
     "outputs_are_the_definitions",
-    "Borders in int32, which flash-attention's callers pass, are read as int64.",
+    "Boundaries in int32, which flash-attention's callers pass, are read as int64.",
     says="raised",
 )
-def takes_int64_borders_only(x):
+def takes_int64_boundaries_only(x):
     if x.cu_seqlens is not None:
         x = x._replace(cu_seqlens=x.cu_seqlens.contiguous().view(torch.int64))
     return decay_chunkwise(x)

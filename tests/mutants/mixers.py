@@ -117,9 +117,9 @@ class RecurrentReadsBeforeItWrites(Specimen):
 
 
 @mutant(check="paradigms_agree")
-class LosesTheStateAtABorder(Specimen):
-    """Chunkwise, the state is lost at the border of a block of 64 tokens. After no report: a dozen tokens have no such
-    border."""
+class LosesTheStateAtABoundary(Specimen):
+    """Chunkwise, the state is lost at the boundary of a block of 64 tokens. After no report: a dozen tokens have no
+    such boundary."""
 
     def chunkwise(self, tokens, memory, weight):
         found = []
@@ -304,9 +304,9 @@ class PadsWithDecay(Specimen):
 
 
 @mutant(check="documents_are_sequences")
-class BordersGiveTheDtype(Specimen):
-    """Packed, the positions of a state have the dtype of the borders. After fla #1082 and #964: int32 where int64 was
-    needed."""
+class BoundariesGiveTheDtype(Specimen):
+    """Packed, the positions of a state have the dtype of the boundaries. After fla #1082 and #964: int32 where int64
+    was needed."""
 
     def advanced(self, state, x, call):
         advanced = super().advanced(state, x, call)
@@ -316,7 +316,7 @@ class BordersGiveTheDtype(Specimen):
 @mutant(check="documents_are_sequences")
 class LeaksAcrossDocuments(Specimen):
     """A packed document sees those before it. After state-spaces/mamba #180, NovaSky-AI/SkyRL PR #2056 and lingua's
-    fastRNN: the state runs over the borders of documents."""
+    fastRNN: the state runs over the boundaries of documents."""
 
     def unpack(self, tokens, packed, rows):
         return [x.expand(rows, *x.shape[1:]) for x in tokens]
@@ -334,7 +334,7 @@ class FirstRowSpeaksForAll(Specimen):
 
 
 @mutant(check="documents_are_sequences")
-class MovesBordersToBlocks(Specimen):
+class MovesBoundariesToBlocks(Specimen):
     """In rows of more than 32 tokens, documents end where blocks of 16 do. After state-spaces/mamba #180: kernels know
     blocks and no documents."""
 
@@ -439,13 +439,13 @@ class TakesEqualStatesForOneSequence(Specimen):
 
 
 class Unread(Cache):
-    """A cache of nothing read, told by its class."""
+    """A cache of nothing read, recognised by its class."""
 
 
 @mutant(check="a_state_survives_the_disk")
 class TellsAnEmptyCacheByItsClass(Cached):
-    """A cache of nothing read is told by its class, so a loaded one, which is built like init_state's, counts as empty.
-    After fla #571, #582 and #601: caches as classes of another library broke whenever those changed."""
+    """A cache of nothing read is recognised by its class, so a loaded one, which is built like init_state's, counts as
+    empty. After fla #571, #582 and #601: caches as classes of another library broke whenever those changed."""
 
     def init_state(self, batch_size, *, max_length=None):
         return Unread(*super().init_state(batch_size))
@@ -751,8 +751,8 @@ class CountsTokensOnTheModule(Specimen):
 
 
 @mutant(check="what_is_not_declared_is_refused")
-class TakesAnyBorders(Specimen):
-    """Borders of documents are not looked at. After fla #838: the borders that a user gave were overwritten where
+class TakesAnyBoundaries(Specimen):
+    """Boundaries of documents are not looked at. After fla #838: the boundaries that a user gave were overwritten where
     there was a mask, and nothing said so."""
 
     def _require_shapes(self, x, state, cu_seqlens):

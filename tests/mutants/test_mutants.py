@@ -81,7 +81,7 @@ def test_what_is_allowed_passes_every_check(config):
 def test_each_mutant_is_caught_by_its_check(mutant):
     found = fails(mutant, mutant.check)
     assert found is not None
-    # a promise that is broken, not a mutant that falls over
+    # a property that does not hold, not a mutant that falls over
     with pytest.raises(CheckFailure):
         reproduce(mutant.check, mutant.config, found.case)
 
