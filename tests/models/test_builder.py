@@ -1,6 +1,5 @@
 """The builder: nothing is allocated before it must be, everything is initialised, and only from the seed."""
 
-import itertools
 from typing import Any, Literal
 
 import pytest
@@ -202,9 +201,9 @@ def xavier_bound(rows: int, columns: int, gain: float) -> float:
 
 
 def slices(mixer) -> list[torch.Tensor]:
-    edges = [0, *itertools.accumulate(mixer.widths)]
-    assert edges[-1] == mixer.in_proj.out_features
-    return [mixer.in_proj.weight[a:b] for a, b in itertools.pairwise(edges)]
+    widths = mixer.widths.values() if isinstance(mixer.widths, dict) else mixer.widths
+    assert sum(widths) == mixer.in_proj.out_features
+    return list(mixer.in_proj.weight.split(list(widths)))
 
 
 @pytest.mark.parametrize("tied", [False, True])
