@@ -10,26 +10,26 @@ from torch import Tensor
 
 from ..ops.call import Call
 from ..ops.context_parallel import ContextParallel
-from .state import S, from_dict, map_state, to_dict
+from .state import from_dict, map_state, to_dict
 from .traits import ContractError, Traits
 
 
-class Mixer(Protocol[S]):
+class Mixer(Protocol):
     """What of a `SequenceMixer` is needed here."""
 
     kind: Any
     traits: Traits
 
-    def init_state(self, batch_size: int) -> S:
+    def init_state(self, batch_size: int) -> Any:
         """The state of nothing read."""
         ...
 
-    def mix(self, x: Tensor, call: Call) -> tuple[Tensor, S | None]:
+    def mix(self, x: Tensor, call: Call) -> tuple[Tensor, Any]:
         """What it computes."""
         ...
 
 
-def mix_in_turn(mixer: Mixer[S], x: Tensor, call: Call) -> tuple[Tensor, S | None]:
+def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Tensor, Any]:
     """What `mix` computes of this rank's segment, from the state that the ranks before it leave.
 
     Raises:

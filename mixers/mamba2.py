@@ -75,7 +75,8 @@ class Mamba2(MatrixStateMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As the authors' code: torch's own for the projections, that of the output over sqrt(n_layers)."""
-        for part in (self.in_proj, self.convolution, self.out_proj, self.decay):
+        parts: list[Any] = [*self.children()]
+        for part in parts:
             part.reset_parameters()
         self.out_proj.weight.div_(math.sqrt(self.n_layers))
         nn.init.ones_(self.D)

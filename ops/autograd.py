@@ -70,7 +70,8 @@ class Op(Generic[I]):
         saves: int = 0,
         mutates: Sequence[str] = (),
     ) -> None:
-        self.name, self.inputs, self.fake = name, inputs, fake
+        self.name, self.fake = name, fake
+        self.inputs: Any = inputs  # a NamedTuple, for which there is no type
         self.forward, self.backward, self.outputs, self.saves = forward, backward, outputs, saves
         kinds = get_type_hints(inputs)
         self.tensors = [name for name, kind in kinds.items() if SCHEMAS[kind].startswith("Tensor")]
@@ -103,7 +104,8 @@ class Op(Generic[I]):
         tensors = [getattr(x, name) for name in self.tensors]
         if has_tangent(*tensors):
             raise SeqmixError(f"{self.name} has no forward-mode differentiation, only backward")
-        return x._replace(needs_grad=needs_grad(*tensors)) if "needs_grad" in self.inputs._fields else x
+        named: Any = x
+        return named._replace(needs_grad=needs_grad(*tensors)) if "needs_grad" in named._fields else x
 
     def _run(self, *args: Any) -> Any:
         x = self.inputs._make(args)

@@ -57,7 +57,7 @@ class Call(NamedTuple):
 
     def rows(self, batch_size: int) -> int:
         """Rows of a state: of the batch, or one per document."""
-        return batch_size if self.documents is None else self.documents.count
+        return batch_size if self.documents is None else self.documents.number
 
     def positions(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, "_ T"]:
         """The positions of the tokens of x [B T ..] after `offset` tokens of each row or document (None: none)."""

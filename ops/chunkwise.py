@@ -112,7 +112,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _tokens(x: Recurrence, group: Group) -> Tokens:
     # what is multiplied with a view would be laid out as it is
     beta = None if x.beta is None else operand(x.beta[..., None], group, x.wide).contiguous()
-    return Tokens(*(operand(tensor, group, x.wide) for tensor in (x.q, x.k, x.v)), beta)
+    q, k, v = (operand(tensor, group, x.wide) for tensor in (x.q, x.k, x.v))
+    return Tokens(q, k, v, beta)
 
 
 def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:

@@ -129,7 +129,7 @@ class ContextParallel:
         else:
             own = documents.of_token[:1]
             used = used & (self.last_documents(documents, length) == own)
-            shape = (documents.count, *written.shape[1:])
+            shape = (documents.number, *written.shape[1:])
             rows = written.new_zeros(shape) if initial_state is None else initial_state.to(written.dtype)
             state = rows.index_select(0, own)
         for i in range(self.size):

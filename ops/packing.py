@@ -50,7 +50,7 @@ class Documents(NamedTuple):
         return cls(cu_seqlens, document_of_token(cu_seqlens, length, start), boundaries)
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Documents, empty ones included."""
         return self.cu_seqlens.shape[0] - 1
 

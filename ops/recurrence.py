@@ -106,20 +106,14 @@ class Family(NamedTuple):
     paradigms: frozenset[Paradigm]
     flops: Callable[..., int]
     """Operations of one head's matrix products, forward, of (paradigm, length, key_width, value_width)."""
+    segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]]"
+    """Of a call, its kernel and the call of the whole row: M and U of S -> M S + U, what a segment makes of a state."""
+    apply: Callable[[Tensor, Tensor], Tensor]
+    """M S."""
 
 
 def recur(
-    family: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Call,
-    *,
-    log_decay: Tensor | None,
-    beta: Tensor | None = None,
-    scale: float | None,
-    segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]]",
-    apply: Callable[[Tensor, Tensor], Tensor],
+    family: Family, q: Tensor, k: Tensor, v: Tensor, call: Call, *, scale: float | None, **given: Tensor | None
 ) -> RecurrenceOutput:
     """The map by the kernel that a call names, over one process's tokens or over those of a context-parallel group.
 
@@ -127,41 +121,32 @@ def recur(
     the segments before it leave.
 
     Args:
-        family: the family's name.
+        family: of recurrences.
         q: [B T H K].
         k: [B T H K].
         v: [B T H V].
         call: how; its state is [N H K V].
-        log_decay: as in `Recurrence`.
-        beta: as in `Recurrence`.
         scale: of the output; 1/sqrt(K) when None.
-        segment: of a call and the kernel, M and U of S -> M S + U, what the segment makes of a state.
-        apply: M S.
+        given: what else the family has of `log_decay` and `beta`, as in `Recurrence`.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the kernel does not take them, in one sentence.
     """
-    kernel = chosen(family, call.paradigm, call.backend).function
+    kernel = chosen(family.name, call.paradigm, call.backend).function
     cp, documents = call.cp_group, call.documents
     local = documents if cp is None else cp.local(documents, q.shape[1])
     x = Recurrence(
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        call.state,
+        *(q, k, v, given.get("log_decay"), given.get("beta"), call.state),
         None if local is None else local.cu_seqlens,
         None if local is None else local.boundaries,
         k.shape[-1] ** -0.5 if scale is None else scale,
-        call.chunk_size,
-        call.return_state,
+        *(call.chunk_size, call.return_state),
     )
     require_recurrence(x)
     if cp is None:
         return kernel(x)
-    transition, written = segment(x, kernel, call)
-    state = cp.entry(transition, written, call.state, documents, q.shape[1], apply)
+    transition, written = family.segment(x, kernel, call)
+    state = cp.entry(transition, written, call.state, documents, q.shape[1], family.apply)
     output, final_state = kernel(x._replace(initial_state=state))
     return RecurrenceOutput(output, None if final_state is None else cp.final(final_state, documents, q.shape[1]))
 

@@ -66,7 +66,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     """
 
     supports_context_parallel = True
-    log_decay_shape: ClassVar[Literal["H", "B T H", "B T H K"] | None] = None
+    log_decay_shape: Literal["H", "B T H", "B T H K"] | None = None
     """The dimensions of its log-decays; None where nothing decays."""
     n_heads: int
     key_dim: int

@@ -124,12 +124,9 @@ class QKVMixer(MatrixStateMixer):
         """Xavier-uniform projections with the class's gains; filters as `nn.Conv1d`, norm weights of 1."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=self.gains[0])
-        if self.convolution is not None:
-            self.convolution.reset_parameters()
-        known = (self.in_proj, self.convolution, self.norm, self.out_proj)
-        for part in [child for child in self.children() if child not in known]:
+        parts: list[Any] = [part for part in self.children() if part not in (self.in_proj, self.out_proj)]
+        for part in parts:
             part.reset_parameters()
-        self.norm.reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight, gain=self.gains[1])
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:

@@ -36,16 +36,14 @@ Backend = Literal["auto", "reference", "triton", "fla"]
 
 
 def decay(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    log_decay: LogDecay,
-    call: Call,
-    *,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
 ) -> RecurrenceOutput:
-    """The map as a call says, whose state is [N H K V]: what mixers use; the tensors are `decay_recurrence`'s."""
-    return recur("decay", q, k, v, call, log_decay=log_decay, scale=scale, segment=_segment, apply=torch.mul)
+    """The map as a call says, whose state is [N H K V]: what mixers use. The tensors are those of `decay_recurrence`.
+
+    Raises:
+        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
+    """
+    return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale)
 
 
 def decay_recurrence(
@@ -162,5 +160,5 @@ declare_references(
     },
 )
 
-DECAY = Family("decay", frozenset(Paradigm), decay_flops)
+DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment, torch.mul)
 """What mixers know of the family."""

@@ -187,41 +187,33 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
     call = Launcher(x)
     states = entries if entries.numel() else call.new_states()
-    call.scan(call.k, call.v, states, _contiguous(x.initial_state), final_state if x.output_final_state else None)
+    final = final_state if x.output_final_state else None
+    call.scan(call.k, call.v, states, {"initial": _contiguous(x.initial_state), "final": final})
     call.forward_band(states, output)
     return output, final_state, entries
 
 
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final_state), (states,) = gradients.outputs, gradients.saved
-    call = Launcher(x, needs_log_decay := "log_decay" in gradients.wanted)
-    out = {"q": x.q.new_empty(x.q.shape), "k": x.k.new_empty(x.k.shape), "v": x.v.new_empty(x.v.shape)}
-    for name, tensor in {
-        "log_decay": x.log_decay if needs_log_decay else None,
-        "initial_state": x.initial_state,
-    }.items():
-        if tensor is not None:
-            out[name] = tensor.new_empty(tensor.shape)
+    needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
+    call = Launcher(x, needs_log_decay)
+    given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
+    given["log_decay"] = x.log_decay if needs_log_decay else None
+    out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
     if not states.numel():
         states = call.new_states()
-        call.scan(call.k, call.v, states, _contiguous(x.initial_state), None)
-    sums = products = None
+        call.scan(call.k, call.v, states, {"initial": _contiguous(x.initial_state)})
+    sums, products, d_states = None, None, call.new_states()
+    d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
+    ends = {"initial": d_final, "final": out.get("initial_state")}
     if needs_log_decay:
-        sums = out["log_decay"].new_empty(2, call.key_tiles, *(call.batch, call.heads, call.length))
+        sums = out["log_decay"].new_empty(2, call.key_tiles, call.batch, call.heads, call.length)
         products = out["log_decay"].new_empty(call.chunks, call.heads, call.scan_tiles)
-    d_states = call.new_states()
-    call.scan(
-        call.q,
-        do,
-        d_states,
-        None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous(),
-        out.get("initial_state"),
-        reverse=True,
-        entries=states if needs_log_decay else None,
-        products=products,
-    )
-    call.backward_band(do, states, d_states, out["q"], out["k"], out["v"], sums)
+        ends |= {"entries": states, "products": products}
+    call.scan(call.q, do, d_states, ends, reverse=True)
+    results = {"dq": out["q"], "dk": out["k"], "dv": out["v"], "sums": sums}
+    call.backward_band(do, results, states=states, d_states=d_states)
     if sums is not None and products is not None:
         call.decay_gradient(do, sums, products, out["log_decay"])
     return out

@@ -5,6 +5,7 @@ is launched.
 """
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -169,33 +170,21 @@ class Launcher:
         return -(-self.key_width // tile_k) * -(-self.value_width // tile_v)
 
     def scan(
-        self,
-        x: Tensor,
-        w: Tensor,
-        states: Tensor,
-        initial: Tensor | None,
-        final: Tensor | None,
-        *,
-        reverse: bool = False,
-        entries: Tensor | None = None,
-        products: Tensor | None = None,
+        self, x: Tensor, w: Tensor, states: Tensor, ends: Mapping[str, Tensor | None], *, reverse: bool = False
     ) -> None:
-        """Fill `states`, and `final` if it is wanted."""
+        """Fill `states`, and of `ends` what is wanted: initial and final; products with the entries, given both."""
         launch = self.configuration.scan
+        operands = {"x": x, "w": w}
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
-            x=x,
-            w=w,
-            initial=initial,
             states=states,
-            final=final,
-            entries=entries,
-            products=products,
+            **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
             borders=self.borders,
             firsts=self.firsts,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
             REVERSE=reverse,
-            **strides(x=x, w=w),
+            **operands,
+            **strides(**operands),
             **self.common,
             **launch.options,
         )
@@ -218,27 +207,14 @@ class Launcher:
         """Tiles of dq and dk."""
         return -(-self.key_width // self.backward.tile[1])
 
-    def backward_band(
-        self,
-        do: Tensor,
-        states: Tensor,
-        d_states: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        """Fill dq, dk, dv, and `sums` if they are wanted."""
+    def backward_band(self, do: Tensor, results: Mapping[str, Tensor | None], **states: Tensor) -> None:
+        """Fill the results dq, dk, dv, and `sums` if they are wanted, from `states` and `d_states`."""
         launch = self.backward
         roles = 2 * self.key_tiles - (-self.value_width // launch.tile[1])
         self.kernels.band_backward[(roles * self.chunks * self.heads,)](
             do=do,
-            states=states,
-            d_states=d_states,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            sums=sums,
+            **states,
+            **results,
             TILE_INNER=launch.tile[0],
             TILE_OUTER=launch.tile[1],
             **self.in_bands,

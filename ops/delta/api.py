@@ -40,24 +40,15 @@ LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | None
 
 
 def delta(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    beta: Float[Tensor, "B T H"],
-    log_decay: LogDecay,
-    call: Call,
-    *,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
 ) -> RecurrenceOutput:
     """The map as a call says, whose state is [N H K V]: what mixers use. The tensors are those of `delta_rule`.
 
     Raises:
-        SeqmixError: there is no such paradigm, or shapes or dtypes do not fit.
+        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
     """
     _require_paradigm(call.paradigm)
-    return recur(
-        "delta", q, k, v, call, log_decay=log_decay, beta=beta, scale=scale, segment=_segment, apply=torch.matmul
-    )
+    return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
 
 
 def delta_rule(
@@ -178,5 +169,5 @@ declare_references(
     },
 )
 
-DELTA = Family("delta", PARADIGMS, delta_flops)
+DELTA = Family("delta", PARADIGMS, delta_flops, _segment, torch.matmul)
 """What mixers know of the family."""

@@ -34,14 +34,14 @@ Backend = Literal["auto", "sdpa", "flex", "xformers"]
 
 
 def softmax(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     call: Call,
     *,
     scale: float | None = None,
     window: int | None = None,
-    log_decay: Float[Tensor, " K"] | None = None,
+    log_decay: Tensor | None = None,
 ) -> AttentionOutput:
     """The map as a call says, whose state is a cache: what mixers use. The tensors are those of `softmax_attention`.
 
@@ -50,8 +50,8 @@ def softmax(
     cp, documents, length = call.cp_group, call.documents, q.shape[1]
     if cp is not None:
         k, v, documents = cp.gather_tokens(k), cp.gather_tokens(v), cp.whole(documents, length)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    x = Attention(q, k, v, scale, window, log_decay, call.state, documents, call.return_state, call.chunk_size)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    x = Attention(q, k, v, factor, window, log_decay, call.state, documents, call.return_state, call.chunk_size)
     require_attention(x, 1 if cp is None else cp.size)
     if cp is None:
         return chosen("softmax", call.paradigm, call.backend).function(x)

@@ -161,7 +161,7 @@ def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, d
     """The cache after the segment."""
     batch_size, length = k.shape[:2]
     if cache is None:
-        rows = batch_size if documents is None else documents.count
+        rows = batch_size if documents is None else documents.number
         sizes = (k.shape[2], k.shape[3], v.shape[3])
         if window is None:
             cache = empty_cache(GrowingCache, rows, 0, *sizes, dtype=k.dtype, device=k.device)

@@ -138,7 +138,7 @@ def require_attention(x: Attention, segments: int = 1) -> None:
         raise SeqmixError(f"log_decay is one number a key dimension, [{key_dim}], and is {list(x.log_decay.shape)}")
     require_packing(q, None if x.documents is None else x.documents.cu_seqlens)
     require_chunk_size(x.chunk_size)
-    rows = q.shape[0] if x.documents is None else x.documents.count
+    rows = q.shape[0] if x.documents is None else x.documents.number
     if x.cache is not None:
         needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])
         given = ([*leaf.shape[:1], *leaf.shape[2:]] for leaf in x.cache)
