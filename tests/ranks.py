@@ -75,8 +75,10 @@ def mixer_as_one(
     kind: str, fields: dict[str, Any], cases: list[dict[str, Any]], in_turn: bool = False, whole: bool = True
 ) -> None:
     """A mixer over all ranks is the mixer of one: outputs, final states, gradients of inputs, states and parameters."""
+    from seqmix.mixers import Call, Paradigm
     from seqmix.mixers.context_parallel import mix_in_turn
     from seqmix.mixers.state import detach
+    from seqmix.ops.packing import Documents
 
     mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
     mixer.cp_group = None if in_turn else context()
@@ -94,7 +96,9 @@ def mixer_as_one(
 
         def shared(x, s, paradigm=paradigm, borders=borders, wanted=wanted):
             if in_turn:
-                return mix_in_turn(mixer, context(), x, s, paradigm, borders, wanted)
+                start, size = context().start(x.shape[1]), context().size
+                documents = Documents.of(borders, x.shape[1], start, size * x.shape[1])
+                return mix_in_turn(mixer, x, Call(Paradigm(paradigm), s, documents, wanted, cp_group=context()))
             return mixer(x, s, paradigm=paradigm, cu_seqlens=borders, return_state=wanted)
 
         theirs = _everything(mixer_alone, alone, x, state, 1) if whole else None

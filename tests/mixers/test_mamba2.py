@@ -102,7 +102,7 @@ def test_limits_do_something():
 def test_an_upper_limit_may_be_infinite():
     x = tokens(11)
     mixer = build(time_step_limit=(0.3, math.inf))
-    assert mixer._time_step(torch.full((1, 1, 4), -100.0, dtype=torch.float64)).eq(0.3).all()
+    assert mixer.decay(torch.full((1, 1, 4), -100.0, dtype=torch.float64))[0].eq(0.3).all()
     assert torch.equal(mixer(x)[0], build(time_step_limit=(0.3, 1000.0))(x)[0])
     assert torch.equal(build()(x)[0], build(time_step_limit=(0.0, math.inf))(x)[0])
     assert Mamba2Config.model_validate_json(mixer.config.model_dump_json()) == mixer.config

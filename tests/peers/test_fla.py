@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +21,10 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.linear_attention import LinearAttentionConfig
+from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.decay import fla as decay_fla
-from seqmix.ops.decay.api import decay, decay_chunkwise
-from seqmix.ops.decay.fla import decay_chunkwise_fla
 from seqmix.ops.kernels import Probe, find
+from seqmix.ops.recurrence import Recurrence
 from seqmix.registry import SeqmixError
 
 # not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
@@ -83,12 +84,11 @@ def inputs(shape, batch=B):
 
 
 def ours(paradigm, has_state=True, **options):
-    if paradigm is Paradigm.CHUNKWISE:
-        options["chunk_size"] = CHUNK
+    options |= {"paradigm": paradigm, "chunk_size": CHUNK}
 
     def function(q, k, v, a, state):
         state = state if has_state else None
-        return decay(paradigm, q, k, v, a, initial_state=state, output_final_state=has_state, **options)
+        return decay_recurrence(q, k, v, a, initial_state=state, output_final_state=has_state, **options)
 
     return function
 
@@ -167,6 +167,8 @@ def test_linear_attention_with_its_denominator_is_theirs(paradigm):
 
 # ---- their kernels as a backend: what they are called with; their plain references stand in for them
 
+by_fla = partial(decay_recurrence, backend="fla")
+
 
 def signature(op, name):
     """The arguments that one of their functions names, read from its file: importing it needs triton."""
@@ -234,7 +236,7 @@ def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, s
         state = torch.randn(5, H, K, V, generator=torch.Generator().manual_seed(2))
     results = [
         with_gradients(lambda q, k, v, a, s, f=f: f(q, k, v, a, initial_state=s, **options), (*segment, state))
-        for f in (decay_chunkwise_fla, decay_chunkwise)
+        for f in (by_fla, decay_recurrence)
     ]
     (found, gradients), (expected, exact) = results
     agree(found, expected)
@@ -246,9 +248,9 @@ def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, s
 @torch.no_grad()
 def test_the_backend_returns_a_state_where_it_is_wanted(shape, standing_in):
     *segment, _ = inputs(shape)
-    output, state = decay_chunkwise_fla(*segment)
+    output, state = by_fla(*segment)
     assert state is None
-    agree(output, decay_chunkwise(*segment).output)
+    agree(output, decay_recurrence(*segment).output)
 
 
 @torch.no_grad()
@@ -260,7 +262,7 @@ def test_the_backend_takes_resets_which_their_chunks_do_not(standing_in, monkeyp
     q, k, v, a, state = inputs("token")
     a[:, [0, 20, 21]] = -math.inf
     options = {"initial_state": state, "output_final_state": True}
-    found, expected = (f(q, k, v, a, **options) for f in (decay_chunkwise_fla, decay_chunkwise))
+    found, expected = (f(q, k, v, a, **options) for f in (by_fla, decay_recurrence))
     assert_close(list(found), list(expected), rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
@@ -275,7 +277,7 @@ def test_borders_that_are_written_in_place_are_seen(standing_in, monkeypatch):
     *segment, _ = inputs("token", batch=1)
     borders = torch.tensor([0, 5, T])
     for _ in range(2):  # they keep tables by the identity of the tensor
-        decay_chunkwise_fla(*segment, cu_seqlens=borders)
+        by_fla(*segment, cu_seqlens=borders)
     assert seen[0] is not seen[1]
     assert borders is not seen[0]
 
@@ -308,7 +310,7 @@ def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeyp
     *segment, _ = (x if x is None else x.float() for x in inputs("token", batch=1))
     state = torch.randn(3, H, K, V, generator=torch.Generator().manual_seed(2))
     borders = torch.tensor([0, 5, 5, T])
-    compiled = torch.compile(decay_chunkwise_fla, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(by_fla, fullgraph=True, backend="aot_eager")
 
     def run(function):
         def call(q, k, v, a, s):
@@ -316,11 +318,21 @@ def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeyp
 
         return with_gradients(call, (*segment, state))
 
-    (found, gradients), (expected, exact) = run(compiled), run(decay_chunkwise)
+    (found, gradients), (expected, exact) = run(compiled), run(decay_recurrence)
     agree(found, expected)
     agree(gradients, exact)
     leaves = [x.clone().requires_grad_() for x in (*segment, state)]
-    results = torch.library.opcheck(decay_fla.chunkwise_op, (*leaves, borders, 0.3, True))
+    names = ("q", "k", "v", "log_decay", "initial_state")
+    call = Recurrence(
+        **dict(zip(names, leaves, strict=True)),
+        beta=None,
+        cu_seqlens=borders,
+        boundaries=None,
+        scale=0.3,
+        chunk_size=CHUNK,
+        output_final_state=True,
+    )
+    results = torch.library.opcheck(torch.ops.seqmix.decay_chunkwise_fla.default, call)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -361,4 +373,4 @@ def test_the_backend_says_what_it_does_not_take(monkeypatch):
     monkeypatch.undo()
     *segment, _ = inputs("token")
     with pytest.raises(SeqmixError, match="it needs a CUDA device and not cpu"):
-        decay_chunkwise_fla(*segment)
+        by_fla(*segment)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
-from seqmix.ops.delta.api import delta
+from seqmix.ops.delta import delta_rule
 
 # not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
 needs_fla = pytest.mark.skipif(
@@ -80,7 +80,8 @@ def inputs(decays, batch=B):
 
 def ours(paradigm, *arguments, **options):
     *segment, state = arguments
-    return delta(paradigm, *segment, initial_state=state, output_final_state=True, chunk_size=CHUNK, **options)
+    how = {"paradigm": paradigm, "chunk_size": CHUNK}
+    return delta_rule(*segment, initial_state=state, output_final_state=True, **how, **options)
 
 
 def with_gradients(function, arguments):
@@ -172,9 +173,9 @@ def test_the_layer_is_that_of_qwen3_next(paradigm, monkeypatch):
     weights = {
         "in_proj.weight": torch.cat([x.flatten(0, 1) for x in (*big, *small)]),
         "convolution.weight": layer.conv1d.weight[:, 0],
-        "A_log": layer.A_log,
-        "dt_bias": layer.dt_bias,
-        "norm_weight": layer.norm.weight,
+        "decay.A_log": layer.A_log,
+        "decay.dt_bias": layer.dt_bias,
+        "norm.weight": layer.norm.weight,
         "out_proj.weight": layer.out_proj.weight,
     }
     mixer.load_state_dict({name: x.detach() for name, x in weights.items()})

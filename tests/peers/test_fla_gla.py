@@ -39,13 +39,13 @@ def loaded(op, file):
 def layer(config, **place):
     torch.manual_seed(0)
     ours = config.build(D_MODEL, **{"layer_idx": 0, "n_layers": 1} | place).double()
-    if hasattr(ours, "norm_weight"):
-        torch.nn.init.uniform_(ours.norm_weight, 0.5, 1.5)
+    if ours.norm.weight is not None:
+        torch.nn.init.uniform_(ours.norm.weight, 0.5, 1.5)
     return ours, torch.randn(B, T, D_MODEL, dtype=torch.float64)
 
 
 def heads(ours, x):
-    return (y.unflatten(-1, (N_HEADS, -1)) for y in ours.in_proj(x).split(ours.widths, dim=-1))
+    return (y.unflatten(-1, (N_HEADS, -1)) for y in ours.in_proj(x).split([*ours.widths.values()], dim=-1))
 
 
 def rms(x, eps=1e-6):
@@ -74,7 +74,7 @@ def test_gla_is_theirs(paradigm):
         up = ours.decay_proj.up
         gk = F.logsigmoid(x @ ours.decay_proj.down.weight.T @ up.weight.T + up.bias).unflatten(-1, (N_HEADS, -1)) / 2
         output, state = recurrence(q, k, v, gk, state, True)
-        return ours.out_proj((rms(output) * ours.norm_weight * F.silu(gate)).flatten(2)), state
+        return ours.out_proj((rms(output) * ours.norm.weight * F.silu(gate)).flatten(2)), state
 
     agree_in_pieces(ours, paradigm, x, theirs)
 
@@ -86,8 +86,8 @@ def test_gated_retention_is_their_simple_gla(paradigm):
     recurrence = loaded("simple_gla", "naive").naive_recurrent_simple_gla
 
     def theirs(x, state):
-        q, k, v, gate = heads(ours, x)
-        output, state = recurrence(q, k, v, F.logsigmoid(x @ ours.decay_proj.weight.T) / 2, None, state, True)
+        q, k, v, gate, logits = heads(ours, x)
+        output, state = recurrence(q, k, v, F.logsigmoid(logits[..., 0]) / 2, None, state, True)
         return ours.out_proj((rms(output) * F.silu(gate)).flatten(2)), state
 
     agree_in_pieces(ours, paradigm, x, theirs)
@@ -110,6 +110,6 @@ def test_lightning_with_transnormers_decays_is_theirs(paradigm, layer_idx, monke
         *qkv, gate = heads(ours, x)
         options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
         output, state = attention(*map(F.silu, qkv), layer_idx, 4, **options)
-        return ours.out_proj(rms(output.flatten(2)) * ours.norm_weight * torch.sigmoid(gate.flatten(2))), state
+        return ours.out_proj(rms(output.flatten(2)) * ours.norm.weight * torch.sigmoid(gate.flatten(2))), state
 
     agree_in_pieces(ours, paradigm, x, theirs)

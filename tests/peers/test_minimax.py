@@ -44,7 +44,7 @@ def layers(layer_idx, n_layers):
     def mapped(qkv, gate, norm, out):
         # theirs has q, k, v of one head after the other
         q, k, v = (part.flatten(0, 1) for part in qkv.unflatten(0, (N_HEADS, 3, HEAD_DIM)).unbind(1))
-        return {"in_proj.weight": torch.cat((q, k, v, gate)), "norm_weight": norm, "out_proj.weight": out}
+        return {"in_proj.weight": torch.cat((q, k, v, gate)), "norm.weight": norm, "out_proj.weight": out}
 
     weights = [theirs.qkv_proj.weight, theirs.output_gate.weight, theirs.norm.weight, theirs.out_proj.weight]
     ours.load_state_dict(mapped(*weights))

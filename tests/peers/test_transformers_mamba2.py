@@ -106,7 +106,7 @@ def test_a_layer_decodes_after_a_prompt_as_theirs_with_its_cache(n_groups, parad
         y, state = ours.step(x[:, t : t + 1], state)
         agree(y, theirs(x[:, t : t + 1], cache))
     agree(state.memory, cache.get_recurrent_state(0, state_idx=0).mT)
-    agree(state.convolution.mT, cache.get_conv_state(0, state_idx=0)[..., -3:])
+    agree(state.recent.mT, cache.get_conv_state(0, state_idx=0)[..., -3:])
 
 
 @torch.no_grad()

@@ -152,7 +152,10 @@ def test_by_default_it_is_as_long_as_the_text_allows(seqmix, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", "999999"], "a sequence of 999,999 tokens and its last target need 1,000,000 tokens of validation text"),
+        (
+            ["--length", "999999"],
+            "a sequence of 999,999 tokens and its last target need 1,000,000 tokens of validation text",
+        ),
         (["--paradigm", "recurent"], "no paradigm 'recurent' is declared by all layers; by all: chunkwise, parallel"),
         (["--context", "16", "--scored", "17"], "the last 17 tokens of a context are scored, and one has 16"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here: "),
