@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from ..training.run_dir import try_lock
 from .study import StudyError
 
 LOCK = "study.lock"
@@ -46,33 +47,20 @@ def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
 
 
 def _lock(file: IO[str], folder: Path, note: Callable[[str], object]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
     began = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            file.seek(0)
-            if (owner := file.read().strip()) and _lives(owner):
-                raise StudyError(
-                    f"another process (number {owner}) makes the study in {folder}: stop it first, or wait until it "
-                    "ends"
-                ) from None
-            waited = time.monotonic() - began
-            if waited > PATIENCE:
-                raise StudyError(
-                    f"runs of an earlier process are still writing to {folder}: wait until they end"
-                ) from None
-            if waited < 1:
-                note("waiting for runs of an earlier process, which write their checkpoints")
-                time.sleep(1)
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return
+    while not try_lock(file):
+        file.seek(0)
+        if (owner := file.read().strip()) and _lives(owner):
+            raise StudyError(
+                f"another process (number {owner}) makes the study in {folder}: stop it first, or wait until it ends"
+            )
+        waited = time.monotonic() - began
+        if waited > PATIENCE:
+            raise StudyError(f"runs of an earlier process are still writing to {folder}: wait until they end")
+        if waited < 1:
+            note("waiting for runs of an earlier process, which write their checkpoints")
+            time.sleep(1)
+        time.sleep(0.2)
 
 
 def _lives(process: str) -> bool:

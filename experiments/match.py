@@ -6,7 +6,7 @@ whole numbers, heads must divide them), so the search keeps the value that comes
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -169,18 +169,14 @@ class _Knob:
         """
         # a block that no layer is of costs nothing
         used = model.model_copy(update={"blocks": {name: model.blocks[name] for name in dict.fromkeys(model.layers)}})
-        found = list(_fields(used, tuple(path.split(".")), ()))
-        problems = [problem for _, _, problem in found if problem]
-        numbers = [(place, owner) for place, owner, problem in found if not problem]
-        if not numbers:
-            raise MatchError(f"knob {path}: {problems[0]}")
-        kinds = {_number_of(owner, place[-1]) for place, owner in numbers}
-        if None in kinds:
-            place = next(".".join(place) for place, owner in numbers if _number_of(owner, place[-1]) is None)
-            raise MatchError(f"knob {path}: {place} is no number that could be turned")
-        values = [getattr(owner, place[-1]) for place, owner in numbers]
+        try:
+            found = _fields(used, path.split("."), ())
+            kinds = {_number_of(owner, place) for place, owner in found}
+        except MatchError as error:
+            raise MatchError(f"knob {path}: {error}") from None
+        values = [getattr(owner, place[-1]) for place, owner in found]
         start = next((value for value in values if value is not None), None)
-        return cls(model, tuple(place for place, _ in numbers), kinds == {int}, start)
+        return cls(model, tuple(place for place, _ in found), kinds == {int}, start)
 
     def turned(self, value: int | float) -> ModelConfig:
         """The model with another value in all places.
@@ -194,43 +190,52 @@ class _Knob:
         return model
 
 
+def _children(node: Any) -> dict[str, Any]:
+    """The fields of a configuration, or the entries of a mapping; nothing else has any."""
+    if isinstance(node, Config):
+        return {name: getattr(node, name) for name in type(node).model_fields}
+    return dict(node) if isinstance(node, Mapping) else {}
+
+
 def _replaced(node: Any, place: tuple[str, ...], value: Any) -> Any:
     """A configuration with another value at a place; what is above it is checked again, what is beside it stays."""
-    key, rest = place[0], place[1:]
-    old = dict(node) if isinstance(node, Mapping) else {name: getattr(node, name) for name in type(node).model_fields}
-    new = {**old, key: _replaced(old[key], rest, value) if rest else value}
-    return new if isinstance(node, Mapping) else type(node).model_validate(new)
+    (key, *rest), children = place, _children(node)
+    children[key] = _replaced(children[key], tuple(rest), value) if rest else value
+    return children if isinstance(node, Mapping) else type(node).model_validate(children)
 
 
-def _fields(node: Any, keys: tuple[str, ...], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, str]]:
-    """Where a path leads: the place, the configuration that owns the field, and why there is none (else empty)."""
-    key, rest = keys[0], keys[1:]
-    if isinstance(node, Config):
-        names = list(type(node).model_fields)
-    elif isinstance(node, Mapping):
-        names = list(node)
-    else:
-        yield place, node, f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}"
-        return
-    if key != "*" and key not in names:
-        at = ".".join(place) or "a model"
-        yield place, node, f"{at} has no {key!r}; allowed: {', '.join(names)}{nearest(key, names)}"
-        return
-    for name in names if key == "*" else (key,):
-        if rest:
-            child = node[name] if isinstance(node, Mapping) else getattr(node, name)
-            yield from _fields(child, rest, (*place, name))
-        elif isinstance(node, Config):
-            yield (*place, name), node, ""
-        else:
-            yield (*place, name), node, f"{'.'.join((*place, name))} is no field"
+def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tuple[tuple[str, ...], Config]]:
+    """Where keys lead: places, and the configurations that own the field; a MatchError says why nowhere."""
+    (key, *rest), children = keys, _children(node)
+    if not children:
+        raise MatchError(f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}")
+    if key == "*":
+        found, problems = [], []
+        for name in children:
+            try:
+                found += _fields(node, [name, *rest], place)
+            except MatchError as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        return found
+    if key not in children:
+        allowed = f"allowed: {', '.join(children)}{nearest(key, children)}"
+        raise MatchError(f"{'.'.join(place) or 'a model'} has no {key!r}; {allowed}")
+    if rest:
+        return _fields(children[key], rest, (*place, key))
+    if not isinstance(node, Config):
+        raise MatchError(f"{'.'.join((*place, key))} is no field")
+    return [((*place, key), node)]
 
 
-def _number_of(owner: Config, name: str) -> type | None:
-    """Whether a field takes whole numbers (int) or all (float); None where it takes none."""
-    annotation = type(owner).model_fields[name].annotation
-    kinds = {annotation, *get_args(annotation)}
-    return float if float in kinds else int if int in kinds else None
+def _number_of(owner: Config, place: tuple[str, ...]) -> type:
+    """Whether a field takes whole numbers (int) or all (float)."""
+    annotation = type(owner).model_fields[place[-1]].annotation
+    for kind in (float, int):
+        if kind in (annotation, *get_args(annotation)):
+            return kind
+    raise MatchError(f"{'.'.join(place)} is no number that could be turned")
 
 
 # ---- the search
@@ -252,8 +257,8 @@ class _Search:
     @property
     def best(self) -> int | float | None:
         """Of what was tried, the value whose cost comes nearest."""
-        built = {value: cost for value, cost in self.costs.items() if cost is not None}
-        return min(built, key=lambda value: abs(built[value] - self.wanted)) if built else None
+        built = [value for value, cost in self.costs.items() if cost is not None]
+        return min(built, key=lambda value: abs(self._excess(value)), default=None)
 
     def run(self) -> None:
         """Try values until none comes nearer, and of those that cost the same take the shortest to write."""
@@ -278,9 +283,9 @@ class _Search:
             for factor, end in list(ends.items()):
                 bounds = (end, math.inf) if factor > 1 else (0, end)
                 value = self._near(start * factor**doubling, *bounds)
-                if value is not None and self._above(value) != self._above(end):
+                if value is not None and (self._excess(value) > 0) != (self._excess(end) > 0):
                     return end, value
-                if value is None or self._off(value) > self._off(end):
+                if value is None or abs(self._excess(value)) > abs(self._excess(end)):
                     del ends[factor]  # it leads away
                 else:
                     ends[factor] = value
@@ -289,9 +294,9 @@ class _Search:
     def _bisect(self, one: int | float, other: int | float) -> None:
         for _ in range(HALVINGS):
             middle = self._near((one + other) / 2, min(one, other), max(one, other))
-            if middle is None or self._off(middle) == 0:
+            if middle is None or self._excess(middle) == 0:
                 return
-            if self._above(middle) == self._above(one):
+            if (self._excess(middle) > 0) == (self._excess(one) > 0):
                 one = middle
             else:
                 other = middle
@@ -316,9 +321,6 @@ class _Search:
                 self.refused = str(error).splitlines()[-1].strip()
         return self.costs[value]
 
-    def _above(self, value: int | float) -> bool:
-        return (self._cost(value) or 0) > self.wanted
-
-    def _off(self, value: int | float) -> float:
-        """How far its cost is from what is wanted."""
-        return abs((self._cost(value) or 0) - self.wanted)
+    def _excess(self, value: int | float) -> float:
+        """How far its cost is above what is wanted."""
+        return (self._cost(value) or 0) - self.wanted

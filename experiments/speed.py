@@ -14,7 +14,7 @@ from ..benchmarks.decode import DecodeBenchmark
 from ..benchmarks.implementations import ModelBenchmark, ModelImplementation
 from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
-from ..benchmarks.suite import Implementation, Report, Row, Settings, run
+from ..benchmarks.suite import Implementation, Row, Settings, run
 from ..benchmarks.train import TrainBenchmark
 from ..models import ModelConfig
 from ..registry import dump
@@ -86,29 +86,26 @@ def _measured(
     speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, tell: Callable[[str], None]
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
-    train: list[TrainSpeedRow] = []
-    decode: list[DecodeSpeedRow] = []
+    train, decode = [], []
     if speed.train is not None:
-        asked = settings(lengths=speed.train.lengths, tokens=speed.train.tokens)
-        train = [_train_row(row) for row in _report(_TrainSpeed, asked, models, tell).rows]
+        train = _rows(_TrainSpeed, settings(lengths=speed.train.lengths, tokens=speed.train.tokens), models, tell)
     if speed.decode is not None:
-        asked = settings(lengths=speed.decode.contexts, batch=speed.decode.batch)
-        decode = [_decode_row(row) for row in _report(_DecodeSpeed, asked, models, tell).rows]
-    return SpeedResult(train=tuple(train), decode=tuple(decode))
+        decode = _rows(_DecodeSpeed, settings(lengths=speed.decode.contexts, batch=speed.decode.batch), models, tell)
+    return SpeedResult(train=tuple(map(_train_row, train)), decode=tuple(map(_decode_row, decode)))
 
 
-def _report(
+def _rows(
     kind: type[_TrainSpeed | _DecodeSpeed],
     settings: Settings,
     models: Mapping[str, ModelConfig],
     tell: Callable[[str], None],
-) -> Report:
+) -> list[Row]:
     benchmark = kind(settings)
     benchmark.models = models
     report = run(benchmark, tell)
     if len(report.rows) < len(models) * len(set(settings.lengths)):
         raise KeyboardInterrupt  # the rounds ended early
-    return report
+    return report.rows
 
 
 def _train_row(row: Row) -> TrainSpeedRow:

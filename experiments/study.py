@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..registry import Config, SeqmixError, load, nearest
 from .match import Match
@@ -59,18 +59,11 @@ class Entry(Config):
     match: Match | None = None
     """The entry's own, in place of the study's; null for none."""
 
-    @field_validator("training")
+    @field_validator("training", "set")
     @classmethod
-    def _what_is_read_stays(cls, training: dict[str, Any]) -> dict[str, Any]:
-        for name in training:
-            _require_its_own(f"training.{name}")
-        return training
-
-    @field_validator("set")
-    @classmethod
-    def _paths_are_its_own(cls, changes: dict[str, Any]) -> dict[str, Any]:
+    def _changes_are_its_own(cls, changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         for path in changes:
-            _require_its_own(path)
+            _require_its_own(path if info.field_name == "set" else f"training.{path}")
         return changes
 
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ..registry import dump
 from .config import RunConfig
@@ -54,16 +55,22 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         TrainingError: another process holds it.
     """
+    with (run / CONFIG_FILE).open() as file:
+        if not try_lock(file):
+            raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends")
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock a file for as long as it is open; false where another process has. Some systems have no locks: true."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
-    with (run / CONFIG_FILE).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
