@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Measure speed and memory beside what is installed of other implementations.",
     "bench-gpu": "Measure all that a GPU is needed for: kernels, conformance, benchmarks, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
+    "paper": "Measure claims of the RetNet paper, each by its name.",
     "plot": "Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.",
     "show": "Show what a model costs, by layer, without allocating it: parameters, operations, state, activations.",
     "schema": "Print the JSON schema of a configuration, for editors that complete YAML.",

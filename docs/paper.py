@@ -1,7 +1,7 @@
 """Write the tables, verdicts and pictures of docs/paper.md from what was measured: `python docs/paper.py`.
 
-What was measured is in experiments/retnet_paper/results, one file a claim, which `python -m
-seqmix.experiments.retnet_paper CLAIM` writes. The paper's figures stand here; those it only draws were read off its
+What was measured is in experiments/retnet_paper/results, one file a claim, which `seqmix paper
+CLAIM` writes. The paper's figures stand here; those it only draws were read off its
 plots by others, and are given as such.
 """
 
@@ -79,7 +79,7 @@ def part(claim: str, kept: Path) -> list[str]:
     """The lines of a claim; of one that was not measured, how to measure it."""
     write, names = PARTS[claim]
     if (found := _read(kept, names)) is None:
-        return [f"Not measured yet: `python -m seqmix.experiments.retnet_paper {' '.join(names)}`."]
+        return [f"Not measured yet: `seqmix paper {' '.join(names)}`."]
     return write(*found)
 
 

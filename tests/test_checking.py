@@ -2,10 +2,12 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from seqmix.ops.kernels import KERNELS, all_kernels
 from seqmix.testing import CHECKS
 
 QUICK = ("--only", "paradigms_agree", "--examples", "4")
@@ -247,3 +249,34 @@ def test_without_hypothesis_check_says_what_to_install(refused, monkeypatch):
     assert refused("check", "retention") == (
         "check needs hypothesis, which draws the cases: pip install 'seqmix[test]'"
     )
+
+
+# ---- kernels
+
+STEP = "decay/recurrent/reference"
+
+
+def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
+    done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
+    assert (done.status, done.err) == (0, "")
+    assert re.fullmatch(r"  ✓ outputs_are_the_definitions +\d+ cases +\d+\.\d s\n", done.out)
+    right = all_kernels()[STEP]
+    monkeypatch.setitem(KERNELS, right.key, replace(right, function=lambda q, *rest: right.function(2 * q, *rest)))
+    done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
+    assert done.status == 1
+    assert re.search("✗ outputs_are_the_definitions", done.out)
+    assert done.out.endswith(f"{STEP} fails outputs_are_the_definitions\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["decay/recurent/reference"], 'there is no kernel .*did you mean "decay/recurrent/reference"'),
+        ([STEP, "--d-model", "8"], f"{STEP} is a kernel, and --d-model is for mixers"),
+        ([STEP, "window=4"], f"{STEP} is a kernel, and KEY=VALUE is for mixers"),
+        ([STEP, "--only", "paradigms_agree"], "there is no check 'paradigms_agree'; checks: outputs_are"),
+        (["no/such/file"], "no file no/such/file"),
+    ],
+)
+def test_what_cannot_be_checked_of_a_kernel_is_one_sentence(refused, arguments, sentence):
+    assert re.search(sentence, refused("check", *arguments))

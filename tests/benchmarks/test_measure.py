@@ -1,5 +1,6 @@
 """Turns, ratios, products and the suite: nothing here depends on how fast anything is."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -247,3 +248,40 @@ def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
     (row,) = run(FakeBenchmark(settings(), Mover("mover"))).rows
     assert row.floor > 0
     assert row.share is not None
+
+
+def test_lengths_take_turns_where_that_is_asked_for(settings):
+    order = []
+
+    class Logged(Fake):
+        def entry(self, length):
+            return Entry(call=Call(lambda: order.append((self.name, length)), units=10**9), tokens=length)
+
+    def places(**options):
+        order.clear()
+        report = run(FakeBenchmark(settings(lengths=(64, 32), **options), Logged("a"), Logged("b")))
+        return {(row.name, row.length): row for row in report.rows}
+
+    alone = places()
+    assert [length for _, length in order] == sorted(length for _, length in order)
+    assert alone["a", 64].ratio == alone["a", 32].ratio == Spread(1.0, 1.0, 1.0)
+    together = places(interleave_lengths=True)
+    assert order[-4:] != sorted(order[-4:], key=lambda place: place[1])
+    assert {place for place, row in together.items() if row.ratio == Spread(1.0, 1.0, 1.0)} == {("a", 32), ("b", 32)}
+
+
+def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypatch):
+    clocks = []
+    interleaved_as_ever = suite.interleaved
+    monkeypatch.setattr(
+        suite, "interleaved", lambda *a, **k: clocks.append(k.get("clock")) or interleaved_as_ever(*a, **k)
+    )
+    run(FakeBenchmark(settings(cpu_time=True), Fake("a")))
+    run(FakeBenchmark(settings(), Fake("a")))
+    assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]
+
+
+def test_without_shares_nothing_else_is_timed(settings):
+    report = run(PrefillBenchmark(settings(only=("seqmix",), shares=False)))
+    assert "product_flops_per_second" not in report.machine
+    assert [(row.share, row.skipped) for row in report.rows] == [(None, None)]

@@ -156,4 +156,4 @@ def test_verdicts_are_what_the_seeds_say(tmp_path, page):
 def test_what_was_not_measured_is_said(tmp_path, page):
     for claim in page.PARTS:
         (line,) = page.part(claim, tmp_path)
-        assert line.startswith(f"Not measured yet: `python -m seqmix.experiments.retnet_paper {claim}")
+        assert line.startswith(f"Not measured yet: `seqmix paper {claim}")

@@ -1,0 +1,52 @@
+"""The benchmark of learning: small models of equal budget, and what they reach."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqmix.benchmarks.learn import NAMES, Learning
+
+CHANGES = ("data.paths=[text.txt]", "training.steps=16")
+
+
+def test_all_learn_the_text(seqmix):
+    done = seqmix("bench", "learn", *CHANGES, "--json", "out.json")
+    assert done.status == 0, done.err
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == list(NAMES)
+    assert [row["tokens"] // (12 * 64) for row in rows] == [16, 16, 10, 16, 10]
+    assert {row["parameters"] for row in rows} == {828_672, 853_376}
+    losses = {row["name"]: row["loss"] for row in rows}
+    assert max(losses.values()) < 5.5  # of 257 tokens
+    assert losses["retention"] < losses["retention-5/8"]
+    assert re.search("nats/token", done.out)
+
+
+def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
+    found = Learning("retention", CHANGES)
+    for _ in range(2):
+        found.turn()
+    file = "run.yaml"
+    Path(file).write_text(found.config.model_dump_json())
+    assert seqmix("train", file, "--out", "run").status == 0
+    from seqmix import load_run
+
+    trained = load_run(Path("run"))
+    for mine, theirs in zip(found.model.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["retnet-tiny"], "bench learn has models of its own and takes changes alone, and was given 'retnet-tiny'"),
+        ([*CHANGES, "--only", "retenton"], "there is no implementation 'retenton'; .*did you mean \"retention"),
+        (["data.paths=[no.txt]"], "the corpus no.txt does not exist"),
+        (["training.step=3"], "did you mean"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(refused, arguments, sentence):
+    assert re.search(sentence, refused("bench", "learn", *arguments))
