@@ -61,7 +61,7 @@ class Slow(SequenceMixer[Any]):
     def reset_parameters(self):
         self.proj.reset_parameters()
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+    def mix(self, x, call):
         return self.proj(x), self.init_state(len(x))
 
     def init_state(self, batch_size, *, max_length=None):
