@@ -80,23 +80,17 @@ def _documents(config: CorpusConfig) -> Iterator[Document]:
         yield from _standard_library()
     else:
         for key, path in source_files(config):
-            if path.suffix == JSON_LINES and config.text_field is not None:
-                yield from _json_lines(key, path, config.text_field)
-            else:
-                yield Document(key, str(path), _read(path))
+            yield from _read(key, path, config.text_field)
 
 
-def _read(path: Path) -> bytes:
+def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
+    """The documents of a file: one, or where it is of JSON lines with a text field, one a line."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
-
-
-def _json_lines(key: str, path: Path, field: str) -> Iterator[Document]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+        with path.open("rb") as file:
+            if path.suffix != JSON_LINES or field is None:
+                yield Document(key, str(path), file.read())
+                return
+            for number, line in enumerate(file, 1):
                 if line.strip():
                     name = f"{path}:{number}"
                     yield Document(key, name, text_of(_mapping(name, line), field, name))

@@ -49,12 +49,12 @@ class Best(Config):
     loss: float | None = None
     """Its validation loss; None before the first."""
     step: int = 0
-    """Behind which step it was."""
+    """After which step it was."""
     evaluations_since: int = 0
-    """Evaluations behind it, none of which was better."""
+    """Evaluations since, none of which was better."""
 
     def after(self, step: int, loss: float) -> "Best":
-        """What it is behind one more evaluation."""
+        """What it is after one more evaluation."""
         if self.loss is None or loss < self.loss:
             return Best(loss=loss, step=step)
         return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
@@ -81,7 +81,7 @@ class Manifest(Config):
     processes: int = 1
     """Processes that computed it, likewise."""
     metrics: dict[str, float]
-    """Measured behind this step; `validation_loss` is there if the step was evaluated."""
+    """Measured after this step; `validation_loss` is there if the step was evaluated."""
     best: Best
     """Of all evaluations up to this step."""
     data: str | None = None
@@ -99,13 +99,10 @@ class Manifest(Config):
     @property
     def checksum(self) -> str:
         """What `sha256` is to be."""
-        # what was added since the first format goes unsaid where it says nothing
-        unsaid = {"sha256"}
-        if self.data is None:
-            unsaid.add("data")
-        if self.processes == 1:
-            unsaid.add("processes")
-        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
+        # fields added since the first format are left out where they say nothing
+        added = {"data": None, "processes": 1}
+        left_out = {"sha256", *(name for name, nothing in added.items() if getattr(self, name) == nothing)}
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class Found:
 
 
 class Writer:
-    """Writes checkpoints behind the training: tensors are copied at once, and written by a thread, one at a time.
+    """Writes checkpoints while training goes on: tensors are copied at once, and written by a thread, one at a time.
 
     Leaving the context waits for the last one. A failure to write is raised by whatever waits next.
     """
@@ -202,7 +199,7 @@ def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str])
 
 
 def drop_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
-    """Remove all checkpoints but the newest `keep` and the best; those behind `step` are of a past that was undone."""
+    """Remove all checkpoints but the newest `keep` and the best; those after `step` are of a past that was undone."""
     kept = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
     if keep_best:
         kept += _by_loss(run)[:1]
@@ -227,7 +224,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint was written behind."""
+    """The step a checkpoint was written after."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -357,7 +354,7 @@ def flush(path: Path) -> None:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where a run has the checkpoint behind a step."""
+    """Where a run has the checkpoint after a step."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 

@@ -90,6 +90,8 @@ class Course:
         self.metrics = Metrics(run, tensorboard=settings.tensorboard)
         self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
+        self.done = 0
+        """Steps made, the one under way included."""
         self.peak = peak_flops(model.device, trainer.precision)
         # a product has two in the backward pass
         self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
@@ -119,34 +121,32 @@ class Course:
         if self._out_of_patience:
             yield self._stopped_early(start)
             return
-        for step in range(start, settings.steps):
-            began = time.perf_counter()
-            with self._explain_nonfinite(step + 1):
+        with self._explain_nonfinite():
+            for step in range(start, settings.steps):
+                self.done = done = step + 1
+                began = time.perf_counter()
                 result = self.trainer.train_step(step)
-            seconds = time.perf_counter() - began
-            done, last = step + 1, step + 1 == settings.steps
-            if step == start:
-                first = seconds
-            elif settings.compile and step == start + 1:
-                yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
-            stepped = self._stepped(done, result, seconds)
-            if done % settings.log_every == 0 or last:
-                self._record(asdict(stepped))
-            yield stepped
-            measured = {"loss": result.loss}
-            if last or done % settings.evaluate_every == 0:
-                measured["validation_loss"] = yield from self._evaluations(done, last=last)
-            stopping = self.groups.any(stop())
-            early = self._out_of_patience and not last
-            ending, best = last or early or stopping, settings.keep_best and self.best.step == done
-            if ending or best or done % settings.checkpoint_every == 0:
-                with self._explain_nonfinite(done):
+                seconds = time.perf_counter() - began
+                if step == start:
+                    first = seconds
+                elif settings.compile and step == start + 1:
+                    yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
+                stepped, last = self._stepped(result, seconds), done == settings.steps
+                if done % settings.log_every == 0 or last:
+                    self._record(asdict(stepped))
+                yield stepped
+                measured = {"loss": result.loss}
+                if last or done % settings.evaluate_every == 0:
+                    measured["validation_loss"] = yield from self._evaluations(last=last)
+                stopping, early = self.groups.any(stop()), self._out_of_patience and not last
+                ending, best = last or early or stopping, settings.keep_best and self.best.step == done
+                if ending or best or done % settings.checkpoint_every == 0:
                     self.trainer.require_finite_update(step)
-                yield self.save(done, measured, wait=ending)
-            if early:
-                yield self._stopped_early(done)
-            if early or stopping:
-                return
+                    yield self.save(done, measured, wait=ending)
+                if early:
+                    yield self._stopped_early(done)
+                if early or stopping:
+                    return
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Begin to write a checkpoint after `step` steps.
@@ -183,46 +183,42 @@ class Course:
         if self.groups.is_main:
             self.metrics.record(values)
 
-    def _stepped(self, done: int, result: StepResult, seconds: float) -> Stepped:
+    def _stepped(self, result: StepResult, seconds: float) -> Stepped:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
         mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
         memory = peak_memory(self.trainer.model.device)
-        return Stepped(done, result.loss, result.learning_rate, result.gradient_norm, speed, mfu, memory)
+        return Stepped(self.done, result.loss, result.learning_rate, result.gradient_norm, speed, mfu, memory)
 
-    def _evaluations(self, done: int, *, last: bool) -> Generator[Evaluated, None, float]:
+    def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
         """The evaluation after a step, and the final one if training ends with it.
 
         Returns:
             The loss that is compared with those of other evaluations: of as many batches, also at the end.
         """
-        settings = self.config.training
-        found = at_end = self._measured(done, final=last)
+        settings, evaluate = self.config.training, self.trainer.evaluate
+        found = at_end = evaluate(final=last)
         if last and settings.final_evaluation_batches != settings.evaluation_batches:
-            found = self._measured(done, final=False)
-        self.best = self.best.after(done, found.loss)
+            found = evaluate(final=False)
+        self.best = self.best.after(self.done, found.loss)
         if not last:
-            yield self._evaluated(done, found, final=False)
+            yield self._evaluated(found, final=False)
             if self._out_of_patience:
-                last, at_end = True, self._measured(done, final=True)
+                last, at_end = True, evaluate(final=True)
         if last:
-            yield self._evaluated(done, at_end, final=True)
+            yield self._evaluated(at_end, final=True)
         return found.loss
 
-    def _evaluated(self, done: int, found: Measured, *, final: bool) -> Evaluated:
+    def _evaluated(self, found: Measured, *, final: bool) -> Evaluated:
         """An evaluation on record, with the further lengths."""
         lengths = self.config.training.evaluation_lengths
-        by_length = {length: self._measured(done, final=final, length=length).loss for length in lengths}
-        values = {"step": done, "validation_loss": found.loss, "final": final}
+        by_length = {length: self.trainer.evaluate(final=final, length=length).loss for length in lengths}
+        values = {"step": self.done, "validation_loss": found.loss, "final": final}
         if by_length:
             values["validation_loss_by_length"] = by_length
         if found.accuracy is not None:
             values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
         self._record(values)
-        return Evaluated(done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
-
-    def _measured(self, done: int, *, final: bool, length: int | None = None) -> Measured:
-        with self._explain_nonfinite(done):
-            return self.trainer.evaluate(final=final, length=length)
+        return Evaluated(self.done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
 
     @property
     def _out_of_patience(self) -> bool:
@@ -233,7 +229,7 @@ class Course:
         return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
 
     @contextmanager
-    def _explain_nonfinite(self, done: int) -> Iterator[None]:
+    def _explain_nonfinite(self) -> Iterator[None]:
         """Say of a value that is not finite what is kept, and what may help."""
         try:
             yield
@@ -241,7 +237,7 @@ class Course:
             with suppress(CheckpointError):
                 self.writer.wait()
             advice = "try a lower training.learning_rate"
-            said = TrainingError(f"step {done}: {error}; {advice}; {newest_checkpoint(self.run)}")
+            said = TrainingError(f"step {self.done}: {error}; {advice}; {newest_checkpoint(self.run)}")
             raise self.groups.raised_by_all(said) from None
 
 

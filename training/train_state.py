@@ -146,11 +146,8 @@ def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _require_same_names(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(f"{file} is of another model: it lacks {missing[0]}" + _more(missing))
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{file} is of another model: it has {extra[0]}, which this one has not" + _more(extra))
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    lacking, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    for names, sentence in ((lacking, "it lacks {}"), (extra, "it has {}, which this one has not")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{file} is of another model: {sentence.format(min(names))}{more}")

@@ -185,10 +185,10 @@ def test_a_corpus_without_text_is_one_sentence(folder):
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(folder, monkeypatch):
-    def refuse(path):
+    def refuse(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert error(folder) == f"the corpus {folder / 'file00.txt'} cannot be read: Permission denied"
 
 

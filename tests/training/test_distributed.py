@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import ranks as on_ranks
@@ -236,10 +237,13 @@ def test_segments_of_a_carried_state_are_of_one_length():
 def test_what_processes_count_adds_up():
     targets = torch.tensor([[1, -100], [2, 3]])
     whole, parts = Score(), [Score(), Score()]
-    whole.add_answers(3.0, torch.tensor([1, 0, 3]), targets, {"pairs": ["4", "8"]})
-    parts[0].add_answers(1.0, torch.tensor([1]), targets[:1], {"pairs": ["4"]})
-    parts[1].add_answers(2.0, torch.tensor([0, 3]), targets[1:], {"pairs": ["8"]})
-    assert Score.merged([json.loads(json.dumps(part.counts)) for part in parts]).measured == whole.measured
+    whole.add(3.0, targets, torch.tensor([1, 0, 3]), {"pairs": ["4", "8"]})
+    parts[0].add(1.0, targets[:1], torch.tensor([1]), {"pairs": ["4"]})
+    parts[1].add(2.0, targets[1:], torch.tensor([0, 3]), {"pairs": ["8"]})
+    merged = Score()
+    for part in parts:
+        merged.merge(json.loads(json.dumps(asdict(part))))
+    assert merged.measured == whole.measured
 
 
 def test_other_processes_are_all_that_a_resumed_run_may_change(refused, tmp_path):
