@@ -1,11 +1,11 @@
 """What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
 
-from .batches import cut, evaluation_batches, most_documents, pack, training_batch
+from .batches import cut, most_documents, pack
 from .corpus import Corpus, read_corpus
 from .files import read_documents
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
 from .stream import Stream, tokenized
-from .task import Difficulties, Rows, Task, TaskConfig, blank
+from .task import Difficulties, Task, TaskConfig
 from .token_file import TOKENS, TokenFile, write_token_file
 
 __all__ = [
@@ -17,20 +17,16 @@ __all__ = [
     "Difficulties",
     "Examples",
     "Packed",
-    "Rows",
     "Source",
     "Stream",
     "Task",
     "TaskConfig",
     "TokenFile",
-    "blank",
     "cut",
-    "evaluation_batches",
     "most_documents",
     "pack",
     "read_corpus",
     "read_documents",
     "tokenized",
-    "training_batch",
     "write_token_file",
 ]

@@ -1,76 +1,12 @@
-"""Batches: sequences cut from a stream, each with the token after every token, and packed where that is wanted.
-
-A batch is a function of (seed, step) alone, so a resumed run sees what the unbroken one would have seen.
-"""
-
-from collections.abc import Iterator
-from typing import Literal, TypeAlias
+"""Batches: sequences cut from a stream, each with the token after every token, and packed where that is wanted."""
 
 import numpy as np
 import torch
 
-from ..models import IGNORED, ByteTokenizer
+from ..models import IGNORED
 from .corpus import Tokens
-from .order import contiguous_windows, epoch_samples, random_starts
-from .source import Batch, Packed, share
+from .source import Batch, Packed
 from .stream import Stream
-
-Order: TypeAlias = Literal["random_windows", "epochs", "contiguous"]
-
-
-def training_batch(
-    tokens: Tokens,
-    length: int,
-    batch_size: int,
-    *,
-    seed: int,
-    step: int,
-    order: Order = "random_windows",
-    begin: int = ByteTokenizer.begin,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Batch:
-    """The sequences of one step, or one rank's share of them.
-
-    Args:
-        tokens: the stream.
-        length: tokens of a sequence.
-        batch_size: sequences of a step, over all ranks.
-        seed: another seed, another order.
-        step: the step, from 0.
-        order: `random_windows` draws each place; `epochs` cuts the stream into ceil((len - 1) / length) sequences side
-            by side and takes each once an epoch; what the last one lacks is padded and not predicted; `contiguous` goes
-            on where the step before ended.
-        begin: the begin token, that of bytes by default; of another tokenizer it is `tokenizer.begin`.
-        rank: which rows are wanted: the ranks' rows, concatenated, are the same batch for any number of ranks.
-        world_size: number of ranks.
-
-    Raises:
-        SeqmixError: the ranks do not divide the batch.
-    """
-    rows = share(batch_size, rank, world_size)
-    if order == "contiguous":
-        starts = contiguous_windows(len(tokens), length, batch_size, seed=seed, step=step).starts
-    elif order == "random_windows":
-        starts = random_starts(len(tokens) - length, batch_size, seed=seed, step=step)
-    else:
-        samples = -(-(len(tokens) - 1) // length)
-        starts = epoch_samples(samples, batch_size, seed=seed, step=step) * length
-    return cut(tokens, starts[rows], length, begin)
-
-
-def evaluation_batches(
-    tokens: Tokens, length: int, batch_size: int, limit: int | None, *, begin: int = ByteTokenizer.begin
-) -> Iterator[Batch]:
-    """Sequences side by side over the stream, all or `limit` batches spread evenly; the last batch is padded."""
-    starts = np.arange(0, len(tokens) - length, length)
-    if limit is not None and limit * batch_size < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
-    for at in range(0, len(starts), batch_size):
-        part = starts[at : at + batch_size]
-        batch = cut(tokens, np.resize(part, batch_size), length, begin)
-        batch.targets[len(part) :] = IGNORED
-        yield batch
 
 
 def pack(batch: Batch, most: int, begin: int) -> Packed:

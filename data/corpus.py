@@ -59,29 +59,23 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     """
     name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
     files = list(source_files(config))
-    mapped = any(file.path.suffix == TOKENS for file in files)
+    suffixes = {file.path.suffix for file in files}
+    mapped = TOKENS in suffixes
     shelves = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
-    count = sum(len(store.ends) for store, _ in shelves)
+    stores = [store for store, _ in shelves]
+    count = sum(len(store.ends) for store in stores)
     split = config.split
-    if split == "auto":
-        split = "tail" if count == 1 else "by_file" if _are_text(config, files) else "by_document"
+    if split == "auto":  # to hold out files is to hold out documents where every file is one
+        several = mapped or config.dataset is not None or (config.text_field is not None and JSON_LINES in suffixes)
+        split = "tail" if count == 1 else "by_document" if several else "by_file"
     sides = [_sides(store, split, names, config.validation_fraction) for store, names in shelves]
-    train, validation = (
-        Stream([(store, side[number]) for (store, _), side in zip(shelves, sides, strict=True)], tokenizer.begin)
-        for number in (0, 1)
-    )
-    total = sum(int(store.ends[-1]) for store, _ in shelves) - count
-    corpus = Corpus(
-        name,
-        count,
-        split,
-        train if mapped else train[:].astype(tokenizer.dtype, copy=False),
-        validation if mapped else validation[:].astype(tokenizer.dtype, copy=False),
-        tokenizer,
-        sum(store.bytes for store, _ in shelves) / max(total, 1),
-        _digest(tokenizer, shelves, sides),
-    )
-    for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+    identity = hashlib.sha256(tokenizer.identity.encode())
+    for store, pieces in zip(stores, sides, strict=True):
+        for table in (store.digests, *pieces):
+            identity.update(table.tobytes())
+    streams = [Stream(list(zip(stores, pieces, strict=True)), tokenizer.begin) for pieces in zip(*sides, strict=True)]
+    train, validation = (s if mapped else s[:].astype(tokenizer.dtype, copy=False) for s in streams)
+    for part, tokens in (("training", train), ("validation", validation)):
         if len(tokens) <= config.sequence_length:
             raise SeqmixError(
                 f"the {part} text of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
@@ -89,7 +83,9 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
                 f"(data.split is {split}: by_document holds out whole documents, by_file whole files, tail the end of "
                 "each document)"
             )
-    return corpus
+    text_tokens = sum(int(store.ends[-1]) for store in stores) - count
+    bytes_per_token = sum(store.bytes for store in stores) / max(text_tokens, 1)
+    return Corpus(name, count, split, train, validation, tokenizer, bytes_per_token, identity.hexdigest())
 
 
 class _Held:
@@ -103,7 +99,6 @@ class _Held:
         self.bytes = sum(document.size for document in documents)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, a copy."""
         return self._tokens[start:stop].copy()
 
 
@@ -122,32 +117,15 @@ def _held(config: CorpusConfig, tokenizer: Tokenizer) -> list[Shelf]:
 
 def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
     """Token files, which must be all there is."""
-    found: list[Shelf] = []
-    for file in files:
-        if file.path.suffix != TOKENS:
-            other = next(file.path for file in files if file.path.suffix == TOKENS)
-            raise SeqmixError(
-                f"token files and text cannot be read together: {other} is the one and {file.path} the other: "
-                "tokenize the text too, or choose files by data.glob"
-            )
-        store = TokenFile(file.path, tokenizer)
-        found.append((store, np.full(len(store.ends), digest(file.key.encode()), dtype=np.uint64)))
-    return found
-
-
-def _digest(tokenizer: Tokenizer, shelves: Sequence[Shelf], sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """A hash of documents' hashes: nothing is read again."""
-    found = hashlib.sha256(tokenizer.identity.encode())
-    for (store, _), (train, validation) in zip(shelves, sides, strict=True):
-        for table in (store.digests, train, validation):
-            found.update(table.tobytes())
-    return found.hexdigest()
-
-
-def _are_text(config: CorpusConfig, files: Sequence[SourceFile]) -> bool:
-    """Whether every file is a document, so that to hold out files is to hold out documents."""
-    lines = config.text_field is not None and any(file.path.suffix == JSON_LINES for file in files)
-    return config.dataset is None and not lines and not any(file.path.suffix == TOKENS for file in files)
+    if texts := [file.path for file in files if file.path.suffix != TOKENS]:
+        other = next(file.path for file in files if file.path.suffix == TOKENS)
+        raise SeqmixError(
+            f"token files and text cannot be read together: {other} is the one and {texts[0]} the other: "
+            "tokenize the text too, or choose files by data.glob"
+        )
+    stores = [TokenFile(file.path, tokenizer) for file in files]
+    names = [digest(file.key.encode()) for file in files]
+    return [(s, np.full(len(s.ends), name, dtype=np.uint64)) for s, name in zip(stores, names, strict=True)]
 
 
 def _sides(

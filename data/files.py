@@ -75,12 +75,11 @@ def _documents(config: CorpusConfig) -> Iterator[Document]:
     if config.dataset is not None and config.text_field is not None:
         for number, row in enumerate(rows(config.dataset)):
             name = f"{source_name(config)}, row {number}"
-            yield Document(config.dataset.path, name, text_of(row, config.text_field, name))
+            yield Document(config.dataset.path, name, _text(row, config.text_field, name))
     elif config.paths is None:
         yield from _standard_library()
-    else:
-        for key, path in source_files(config):
-            yield from _read(key, path, config.text_field)
+    for key, path in source_files(config):
+        yield from _read(key, path, config.text_field)
 
 
 def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
@@ -93,7 +92,7 @@ def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     name = f"{path}:{number}"
-                    yield Document(key, name, text_of(_mapping(name, line), field, name))
+                    yield Document(key, name, _text(_mapping(name, line), field, name))
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
 
@@ -109,12 +108,7 @@ def _mapping(name: str, line: bytes) -> dict[str, object]:
     return value
 
 
-def text_of(row: dict[str, object], field: str, name: str) -> bytes:
-    """The text of a row.
-
-    Raises:
-        SeqmixError: the row lacks the field, or holds no text there.
-    """
+def _text(row: dict[str, object], field: str, name: str) -> bytes:
     if field not in row:
         fields = ", ".join(row) or "none"
         raise SeqmixError(

@@ -1,9 +1,10 @@
-"""In which order sequences come: a function of (seed, step), with nothing kept between steps."""
+"""Where the sequences of a step start in a stream: functions of (seed, step), with nothing kept between steps.
 
-from typing import NamedTuple
+Each takes the tokens of the stream, those of a sequence (which needs one more for its last target), the rows of a
+batch, a seed and the step from 0, and returns the first token of each row, [batch_size].
+"""
 
 import numpy as np
-from jaxtyping import Int64
 
 from ..registry import SeqmixError
 
@@ -11,58 +12,53 @@ ROUNDS = 6
 """Of the network; four already mix well."""
 
 
-def random_starts(places: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """A place for each sequence of a step, each drawn by itself, [batch_size]."""
-    return np.random.default_rng([seed, step]).integers(0, places, size=batch_size)
+def random_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """A place for each sequence, each drawn by itself."""
+    return np.random.default_rng([seed, step]).integers(0, n_tokens - length, size=batch_size)
 
 
-def epoch_samples(samples: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """The samples of a step, [batch_size]: each once an epoch, and every epoch in an order of its own.
+def epoch_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """ceil((n_tokens - 1) / length) samples side by side: each once an epoch, and every epoch in an order of its own.
 
     Sequence number g = step * batch_size + row is number g % samples of epoch g // samples; a batch may hold the end of
     one and the start of the next.
     """
+    samples = -(-(n_tokens - 1) // length)
     epochs, numbers = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), samples)
-    return permuted(numbers, epochs, samples, seed)
+    return permuted(numbers, epochs, samples, seed) * length
 
 
-class Windows(NamedTuple):
-    """The sequences of one step."""
-
-    starts: Int64[np.ndarray, " B"]
-    """The first token of each."""
-    first: bool
-    """Whether they begin lanes, so that nothing is before them."""
-
-
-def contiguous_windows(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> Windows:
+def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
     """Sequences that go on where those of the step before ended.
 
     The text is cut into as many lanes as a batch has rows, and every row reads its lane from start to end, a window a
     step. At the end of the lanes they are cut again, from another first token.
 
-    Args:
-        n_tokens: tokens of the text.
-        length: tokens of a sequence, each of which needs one more for its last target.
-        batch_size: rows of a batch.
-        seed: the first token of the lanes is a function of it.
-        step: the step, from 0.
+    Raises:
+        SeqmixError: the text is too short for a sequence a row.
+    """
+    windows = lane_windows(n_tokens, length, batch_size)
+    reading, window = divmod(step, windows)
+    lane = windows * length
+    # what the lanes leave over is skipped at the start or at the end
+    offset = np.random.default_rng([seed, reading]).integers(0, n_tokens - batch_size * lane)
+    return offset + np.arange(batch_size) * lane + window * length
+
+
+def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
+    """The steps that it takes to read all lanes of `contiguous_starts`.
 
     Raises:
         SeqmixError: the text is too short for a sequence a row.
     """
-    per_lane = (n_tokens - length) // (batch_size * length)
-    if per_lane < 1:
+    windows = (n_tokens - length) // (batch_size * length)
+    if windows < 1:
         raise SeqmixError(
             f"training.carry_state reads {batch_size} lanes of the training text side by side, which takes "
             f"{(batch_size + 1) * length} tokens, and it has {n_tokens}: lower training.batch_size or "
             "data.sequence_length, or give more text"
         )
-    reading, window = divmod(step, per_lane)
-    lane = per_lane * length
-    # what the lanes leave over is skipped at the start or at the end
-    offset = np.random.default_rng([seed, reading]).integers(0, n_tokens - batch_size * lane)
-    return Windows(offset + np.arange(batch_size) * lane + window * length, window == 0)
+    return windows
 
 
 def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -84,11 +84,11 @@ class Source(ABC):
             length: tokens of a sequence; those of training when None.
         """
 
-    def goes_on(self, step: int, batch_size: int, seed: int) -> bool:  # noqa: ARG002
+    def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
         """Whether the sequences of a step go on where those of the step before ended."""
         return False
 
-    def contiguous(self, batch_size: int) -> "Source":  # noqa: ARG002
+    def contiguous(self, batch_size: int) -> "Source":
         """The same, where a step goes on where the one before ended.
 
         Raises:
@@ -96,7 +96,7 @@ class Source(ABC):
         """
         raise SeqmixError(f"training.carry_state goes on in a text, and {self.name} is none")
 
-    def require_evaluation_length(self, length: int) -> None:  # noqa: ARG002
+    def require_evaluation_length(self, length: int) -> None:
         """Refuse to be evaluated in sequences of another length.
 
         Raises:
@@ -148,7 +148,7 @@ class DataConfig(Config, ABC):
             SeqmixError: a file cannot be read, or needs more tokens than the model has.
         """
 
-    def tokenizer_of(self, run: Path | None = None) -> Tokenizer | None:  # noqa: ARG002
+    def tokenizer_of(self, run: Path | None = None) -> Tokenizer | None:
         """What turns tokens into text and back; None where they stand for none.
 
         Args:

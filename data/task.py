@@ -4,10 +4,11 @@ Training and evaluation draw from generators of different seeds, so that no exam
 """
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Annotated, ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,15 +23,7 @@ TRAINING, EVALUATION = 1, 2
 TOGETHER = 64
 """Examples of an evaluation that are made at once: number i of a difficulty is the same however many are asked."""
 
-Difficulties = tuple[Annotated[int, Field(ge=0, le=2**20)], ...]
-
-
-class Rows(NamedTuple):
-    """Examples of one difficulty."""
-
-    inputs: Int64[np.ndarray, "B T"]
-    targets: Int64[np.ndarray, "B T"]
-    """`IGNORED` where nothing is asked."""
+Difficulties = Annotated[tuple[Annotated[int, Field(ge=0, le=2**20)], ...], Field(min_length=1)]
 
 
 class TaskConfig(DataConfig):
@@ -40,9 +33,11 @@ class TaskConfig(DataConfig):
     """The field that lists the difficulties of training; null is the hardest that fits into a sequence."""
     axis: ClassVar[str]
     """What an evaluation calls a difficulty."""
+    easiest: ClassVar[int] = 1
+    """The smallest difficulty there is."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
     """Tokens of a training sequence."""
-    evaluate_at: Difficulties | None = Field(default=None, min_length=1)
+    evaluate_at: Difficulties | None = None
     """Difficulties that evaluations measure, in sequences that are as long as they need; null for those of training."""
     evaluation_examples: int = Field(default=1024, gt=0)
     """Examples of a whole evaluation, over all difficulties."""
@@ -52,24 +47,15 @@ class TaskConfig(DataConfig):
     def n_tokens(self) -> int:
         """Tokens that a model needs: 0 to n_tokens - 1."""
 
-    @property
-    def hardest(self) -> int:
-        """The largest difficulty that fits into a training sequence; 0 where none does. By default, its length."""
-        return self.sequence_length
-
-    def length_of(self, difficulty: int) -> int:
-        """The fewest tokens of a sequence of a difficulty; by default, the difficulty."""
-        return difficulty
-
     @abstractmethod
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Examples, all of one difficulty.
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        """Make examples of one difficulty, in place.
 
         Args:
             rng: where all that is random comes from.
-            rows: how many.
+            inputs: [B T], token 0 everywhere; T is what the difficulty needs, or more.
+            targets: [B T], `IGNORED` everywhere, which stays where nothing is asked.
             difficulty: how hard they are.
-            length: tokens of a sequence, as many as the difficulty needs, or more.
         """
 
     @abstractmethod
@@ -79,14 +65,25 @@ class TaskConfig(DataConfig):
         It may answer more than is asked.
         """
 
+    def length_of(self, difficulty: int) -> int:
+        """The fewest tokens of a sequence of a difficulty; a harder one has no fewer."""
+        return difficulty
+
+    @property
+    def hardest(self) -> int:
+        """The largest difficulty that fits into a training sequence; 0 where none does."""
+        length = self.sequence_length
+        fitting = bisect_right(range(self.easiest, length + 1), length, key=self.length_of)
+        return self.easiest + fitting - 1 if fitting else 0
+
     def require(self, difficulty: int) -> None:
         """Refuse a difficulty that the task does not have.
 
         Raises:
             ValueError: it does not.
         """
-        if difficulty < 1:
-            raise ValueError(f"{self.axis} must be 1 or more, and is {difficulty}")
+        if difficulty < self.easiest:
+            raise ValueError(f"{self.axis} must be {self.easiest} or more, and is {difficulty}")
 
     def name_of(self, token: int) -> str:
         """What a token is called in pictures."""
@@ -97,7 +94,7 @@ class TaskConfig(DataConfig):
         """Those of training."""
         return getattr(self, self.field) or (self.hardest,)
 
-    def open(self, vocab_size: int, run: Path | None = None) -> Source:  # noqa: ARG002
+    def open(self, vocab_size: int, run: Path | None = None) -> Source:
         """A task is made as it is learned."""
         return Task(self)
 
@@ -139,37 +136,32 @@ class Task(Source):
     def summary(self) -> str:
         """How hard it is."""
         config = self.config
-        measured = config.evaluate_at or config.difficulties
-        return (
-            f"{config.axis} {', '.join(map(str, config.difficulties))} in {config.sequence_length:,} tokens, "
-            f"measured at {', '.join(map(str, measured))}"
-        )
+        trained, measured = (", ".join(map(str, d)) for d in (config.difficulties, self._measured))
+        return f"{config.axis} {trained} in {config.sequence_length:,} tokens, measured at {measured}"
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, validation: bool) -> Rows:  # noqa: ARG002
-        """Examples of one difficulty; a task that reads a text takes another part of it for validation."""
-        return self.config.make(rng, rows, difficulty, length)
+    def fill(
+        self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
+    ) -> None:
+        """Make examples; a task that reads a text takes another part of it for validation."""
+        self.config.fill(rng, inputs, targets, difficulty)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The examples of one step, difficulties in turn."""
-        wanted = share(batch_size, rank, world_size)
-        rng, length = np.random.default_rng([TRAINING, seed, step]), self.config.sequence_length
-        inputs = np.empty((batch_size, length), dtype=np.int64)
-        targets = np.empty_like(inputs)
-        difficulties = self.config.difficulties
-        turn = (step * batch_size + np.arange(batch_size)) % len(difficulties)
+        wanted, difficulties = share(batch_size, rank, world_size), self.config.difficulties
+        rng = np.random.default_rng([TRAINING, seed, step])
+        inputs, targets = _blank(batch_size, self.config.sequence_length)
         for number, difficulty in enumerate(difficulties):
-            (rows,) = np.nonzero(turn == number)
-            inputs[rows], targets[rows] = self.make(rng, len(rows), difficulty, length, validation=False)
+            rows = slice((number - step * batch_size) % len(difficulties), None, len(difficulties))
+            self.fill(rng, inputs[rows], targets[rows], difficulty, validation=False)
         return Batch(torch.from_numpy(inputs[wanted]), torch.from_numpy(targets[wanted]))
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
         """The same examples in every run, as many of each difficulty."""
         config, trained = self.config, length or self.config.sequence_length
-        difficulties = config.evaluate_at or config.difficulties
         wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
-        each = -(-wanted // len(difficulties))
+        each = -(-wanted // len(self._measured))
         by_width: dict[int, list[int]] = {}
-        for difficulty in difficulties:
+        for difficulty in self._measured:
             by_width.setdefault(max(trained, config.length_of(difficulty)), []).append(difficulty)
         for width, group in by_width.items():
             made = [self._validation_rows(each, difficulty, width) for difficulty in group]
@@ -183,19 +175,21 @@ class Task(Source):
                 batch.targets[len(inputs) - at :] = IGNORED
                 yield Examples(batch, {config.axis: names[rows].tolist()})
 
-    def _validation_rows(self, count: int, difficulty: int, length: int) -> Rows:
+    @property
+    def _measured(self) -> tuple[int, ...]:
+        return self.config.evaluate_at or self.config.difficulties
+
+    def _validation_rows(self, count: int, difficulty: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first examples of a difficulty."""
-        parts = []
-        for part in range(-(-count // TOGETHER)):
-            rng = np.random.default_rng([EVALUATION, difficulty, part])
-            parts.append(self.make(rng, TOGETHER, difficulty, length, validation=True))
-        inputs, targets = (np.concatenate(side)[:count] for side in zip(*parts, strict=True))
-        return Rows(inputs, targets)
+        inputs, targets = _blank(count + -count % TOGETHER, length)
+        for part, at in enumerate(range(0, count, TOGETHER)):
+            rng, rows = np.random.default_rng([EVALUATION, difficulty, part]), slice(at, at + TOGETHER)
+            self.fill(rng, inputs[rows], targets[rows], difficulty, validation=True)
+        return inputs[:count], targets[:count]
 
 
-def blank(rows: int, length: int, token: int = 0) -> Rows:
-    """Sequences of one token in which nothing is asked."""
-    return Rows(np.full((rows, length), token, dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64))
+def _blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)
 
 
 def letter(symbol: int, count: int, first: int = 1) -> str:
@@ -206,7 +200,7 @@ def letter(symbol: int, count: int, first: int = 1) -> str:
         count: symbols there are.
         first: the token of the first one.
     """
-    return chr(ord("a") + symbol - first) if count <= len(ascii_lowercase) else str(symbol)
+    return ascii_lowercase[symbol - first] if count <= len(ascii_lowercase) else str(symbol)
 
 
 def distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> Int64[np.ndarray, "B N"]:

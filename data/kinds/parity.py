@@ -6,9 +6,8 @@
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank
+from ..task import Difficulties, TaskConfig
 
 
 class ParityConfig(TaskConfig):
@@ -16,27 +15,21 @@ class ParityConfig(TaskConfig):
 
     field, axis = "lengths", "length"
     kind: Literal["parity"] = "parity"
-    lengths: Difficulties | None = Field(default=None, min_length=1)
+    lengths: Difficulties | None = None
     """Bits of a sequence, in turn; null for the whole sequence. `evaluate_at` may ask for more."""
     ask: Literal["every", "last"] = "every"
     """Whether every bit is followed by a question, or the last one."""
 
     @property
     def n_tokens(self) -> int:
-        """0 and 1."""
         return 2
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Bits, and their running sum modulo 2."""
-        inputs, targets = blank(rows, length)
-        bits = rng.integers(2, size=(rows, difficulty))
-        inputs[:, :difficulty] = bits
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        inputs[:, :difficulty] = rng.integers(2, size=(len(inputs), difficulty))
         first = 0 if self.ask == "every" else difficulty - 1
-        targets[:, first:difficulty] = (bits.cumsum(axis=1) % 2)[:, first:]
-        return Rows(inputs, targets)
+        targets[:, first:difficulty] = (inputs.cumsum(axis=1) % 2)[:, first:difficulty]
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """A running exclusive or."""
         answers, parity = {}, 0
         for place, bit in enumerate(tokens):
             parity ^= bit

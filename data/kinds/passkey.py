@@ -10,7 +10,7 @@ from pydantic import Field
 from ...models import ByteTokenizer, Tokenizer
 from ..corpus import Corpus, read_corpus
 from ..source import Source
-from ..task import Difficulties, Rows, Task, TaskConfig, blank
+from ..task import Difficulties, Task, TaskConfig
 from .text import TextConfig
 
 NEEDLE, QUESTION = b"\nThe pass key is %s. Remember it.\n", b"\nWhat is the pass key? The pass key is "
@@ -27,7 +27,7 @@ class PasskeyConfig(TaskConfig):
     kind: Literal["passkey"] = "passkey"
     sequence_length: int = Field(default=512, gt=0, le=2**20)
     """Tokens of a training sequence."""
-    depths: Difficulties = Field(default=(0, 25, 50, 75, 100), min_length=1)
+    depths: Difficulties = (0, 25, 50, 75, 100)
     """Percent of the text that is in front of the number, in turn."""
     digits: int = Field(default=5, gt=0, le=100)
     """Digits of the number."""
@@ -36,45 +36,45 @@ class PasskeyConfig(TaskConfig):
 
     @property
     def n_tokens(self) -> int:
-        """Bytes, and the token that opens documents."""
         return ByteTokenizer.vocab_size
 
-    @property
-    def hardest(self) -> int:
-        """All depths fit, or none."""
-        return 0
-
-    def length_of(self, difficulty: int) -> int:  # noqa: ARG002
-        """The sentence, the question, and a byte of text."""
-        return len(NEEDLE) - len(b"%s") + len(QUESTION) + 2 * self.digits
+    def length_of(self, difficulty: int) -> int:
+        return len(NEEDLE % self._zeros + QUESTION + self._zeros)  # the last digit gives its place to a byte of text
 
     def require(self, difficulty: int) -> None:
-        """Refuse what is no share."""
         if difficulty > 100:
             raise ValueError(f"depth is a percentage, from 0 to 100, and is {difficulty}")
 
-    def open(self, vocab_size: int, run: Path | None = None) -> Source:  # noqa: ARG002
-        """Read the text."""
+    def open(self, vocab_size: int, run: Path | None = None) -> Source:
         return Passkey(self, read_corpus(TextConfig(paths=self.paths, sequence_length=self.sequence_length)))
 
-    def tokenizer_of(self, run: Path | None = None) -> Tokenizer:  # noqa: ARG002
-        """Bytes."""
+    def tokenizer_of(self, run: Path | None = None) -> Tokenizer:
         return ByteTokenizer()
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Numbers among blanks; `Passkey` hides them in its text."""
-        return hide(np.full((rows, length), ord(" ")), rng, difficulty, self.digits)
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        """Hide numbers in what is there, whose last tokens give their place, and ask for them at the end."""
+        numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(inputs), self.digits))
+        needle, end = list(NEEDLE % self._zeros), inputs.shape[1] - len(QUESTION) - self.digits + 1
+        place = round((end - len(needle)) * difficulty / 100)
+        number = place + NEEDLE.index(b"%s")
+        inputs[:, place + len(needle) : end] = inputs[:, place : end - len(needle)]
+        inputs[:, place : place + len(needle)] = needle
+        inputs[:, number : number + self.digits] = numbers
+        inputs[:, end : end + len(QUESTION)] = list(QUESTION)
+        inputs[:, end + len(QUESTION) :] = numbers[:, :-1]
+        targets[:, -self.digits :] = numbers
+
+    @property
+    def _zeros(self) -> bytes:
+        return b"0" * self.digits
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """The digits of the first sentence that has a number."""
         text = bytes(min(token, 255) for token in tokens)
-        pattern = NEEDLE.replace(b".", rb"\.") % rb"(\d+)"
-        found = re.search(pattern, text)
+        found = re.search(NEEDLE.replace(b".", rb"\.") % rb"(\d+)", text)
         asked = text.rindex(QUESTION) + len(QUESTION) - 1
         return {} if found is None else {asked + i: digit for i, digit in enumerate(found[1])}
 
     def name_of(self, token: int) -> str:
-        """Characters."""
         return "▪" if token == ByteTokenizer.begin else chr(token) if 32 < token < 127 else "␣"
 
 
@@ -89,38 +89,13 @@ class Passkey(Task):
 
     @property
     def summary(self) -> str:
-        """How hard it is, and in what."""
         return f"{super().summary}, in {self.corpus.name}"
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, validation: bool) -> Rows:
-        """Numbers hidden in places of the text."""
-        stream = self.corpus.validation if validation else self.corpus.train
-        starts = rng.integers(max(len(stream) - length, 1), size=rows)
-        text = np.stack([np.resize(stream[start : start + length], length) for start in starts.tolist()])
-        return hide(text.astype(np.int64), rng, difficulty, self.config.digits)
-
-
-def hide(text: np.ndarray, rng: np.random.Generator, depth: int, digits: int) -> Rows:
-    """Put a number into each row of a text, and ask for it at the end.
-
-    Args:
-        text: tokens, [B T]; the last ones give their place to what is added.
-        rng: where the numbers come from.
-        depth: percent of the text in front of the number.
-        digits: digits of a number.
-    """
-    inputs, targets = blank(*text.shape)
-    numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(text), digits))
-    before, behind = NEEDLE.split(b"%s")
-    needle = len(before) + digits + len(behind)
-    end = text.shape[1] - len(QUESTION) - digits + 1
-    place = round((end - needle) * depth / 100)
-    inputs[:, :place] = text[:, :place]
-    inputs[:, place + needle : end] = text[:, place : end - needle]
-    inputs[:, place : place + len(before)] = list(before)
-    inputs[:, place + len(before) : place + needle - len(behind)] = numbers
-    inputs[:, place + needle - len(behind) : place + needle] = list(behind)
-    inputs[:, end : end + len(QUESTION)] = list(QUESTION)
-    inputs[:, end + len(QUESTION) :] = numbers[:, :-1]
-    targets[:, -digits:] = numbers
-    return Rows(inputs, targets)
+    def fill(
+        self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
+    ) -> None:
+        stream, length = self.corpus.validation if validation else self.corpus.train, inputs.shape[1]
+        starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
+        for row, start in zip(inputs, starts.tolist(), strict=True):
+            row[:] = np.resize(stream[start : start + length], length)
+        super().fill(rng, inputs, targets, difficulty, validation=validation)

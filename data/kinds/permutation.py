@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank
+from ..task import Difficulties, TaskConfig
 
 
 class PermutationConfig(TaskConfig):
@@ -25,30 +25,24 @@ class PermutationConfig(TaskConfig):
     kind: Literal["permutation"] = "permutation"
     n: int = Field(default=5, ge=2, le=6)
     """Things that are permuted."""
-    lengths: Difficulties | None = Field(default=None, min_length=1)
+    lengths: Difficulties | None = None
     """Permutations of a sequence, in turn; null for the whole sequence. `evaluate_at` may ask for more."""
     ask: Literal["every", "last"] = "every"
     """Whether every permutation is followed by a question, or the last one."""
 
     @property
     def n_tokens(self) -> int:
-        """All permutations."""
         return len(_elements(self.n))
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Permutations, and their running product by the table of the group."""
-        inputs, targets = blank(rows, length)
-        table = _table(self.n)
-        inputs[:, :difficulty] = rng.integers(len(table), size=(rows, difficulty))
-        product = np.zeros(rows, dtype=np.int64)
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        inputs[:, :difficulty] = rng.integers(self.n_tokens, size=(len(inputs), difficulty))
+        table, product = _table(self.n), np.zeros(len(inputs), dtype=np.int64)
         for place in range(difficulty):
             product = table[inputs[:, place], product]
             if self.ask == "every" or place == difficulty - 1:
                 targets[:, place] = product
-        return Rows(inputs, targets)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """Move things about, one permutation after another."""
         elements = _elements(self.n)
         things, answers = list(range(self.n)), {}
         for place, token in enumerate(tokens):
@@ -57,8 +51,7 @@ class PermutationConfig(TaskConfig):
         return answers
 
     def name_of(self, token: int) -> str:
-        """Where each thing goes, from 1."""
-        return "".join(str(1 + thing) for thing in _elements(self.n)[token])
+        return "".join(str(1 + thing) for thing in _elements(self.n)[token])  # where each thing goes, from 1
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..task import Difficulties, Rows, TaskConfig, blank, distinct, letter
+from ..task import Difficulties, TaskConfig, distinct, letter
 
 
 class SelectiveCopyingConfig(TaskConfig):
@@ -22,41 +22,28 @@ class SelectiveCopyingConfig(TaskConfig):
     kind: Literal["selective_copying"] = "selective_copying"
     alphabet: int = Field(default=14, gt=1, le=2**20)
     """Different symbols: tokens 1 to alphabet; token 0 is blank, and the last one asks."""
-    symbols: Difficulties | None = Field(default=(4, 8, 16), min_length=1)
+    symbols: Difficulties | None = (4, 8, 16)
     """Symbols of a sequence, in turn; null for half of the tokens."""
 
     @property
     def n_tokens(self) -> int:
-        """Blank, the symbols, and the token that asks."""
         return self.alphabet + 2
 
-    @property
-    def hardest(self) -> int:
-        """Half of the tokens, which leaves no blank."""
-        return self.sequence_length // 2
-
     def length_of(self, difficulty: int) -> int:
-        """The symbols, and as many tokens that ask."""
         return 2 * difficulty
 
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Symbols among blanks, then the tokens that ask."""
-        inputs, targets = blank(rows, length)
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        rows, end = len(inputs), inputs.shape[1] - difficulty
         symbols = rng.integers(1, self.alphabet + 1, size=(rows, difficulty))
-        places = np.sort(distinct(rng, rows, length - difficulty, difficulty), axis=1)
+        places = np.sort(distinct(rng, rows, end, difficulty), axis=1)
         np.put_along_axis(inputs, places, symbols, axis=1)
-        inputs[:, length - difficulty :] = self.alphabet + 1
-        targets[:, length - difficulty :] = symbols
-        return Rows(inputs, targets)
+        inputs[:, end:] = self.alphabet + 1
+        targets[:, end:] = symbols
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """What is neither blank nor asks, in order."""
         ask = self.alphabet + 1
         symbols = iter([token for token in tokens if token not in (0, ask)])
         return {place: next(symbols) for place, token in enumerate(tokens) if token == ask}
 
     def name_of(self, token: int) -> str:
-        """Letters while they last."""
-        if token == 0:
-            return "·"
-        return "?" if token > self.alphabet else letter(token, self.alphabet)
+        return {0: "·", self.alphabet + 1: "?"}.get(token) or letter(token, self.alphabet)

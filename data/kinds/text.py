@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from ...models import IGNORED
 from ...registry import SeqmixError
-from ..batches import evaluation_batches, most_documents, pack, training_batch
+from ..batches import cut, most_documents, pack
 from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
-from ..order import Windows, contiguous_windows
-from ..source import Batch, Examples, Packed, Source
+from ..order import contiguous_starts, epoch_starts, lane_windows, random_starts
+from ..source import Batch, Examples, Packed, Source, share
+
+ORDERS = {"random_windows": random_starts, "epochs": epoch_starts}
 
 
 class TextConfig(CorpusConfig):
@@ -25,7 +30,6 @@ class TextConfig(CorpusConfig):
     once and takes each once an epoch, in an order of its own."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
-        """Read and split it."""
         return Text(self, read_corpus(self, self.fitting_tokenizer(vocab_size, run)))
 
 
@@ -35,7 +39,7 @@ class Text(Source):
     Args:
         config: how sequences are cut from it.
         corpus: its two streams.
-        carried: whether a step goes on where the one before ended.
+        carried: whether a step goes on where the one before ended, instead of the configured order.
     """
 
     def __init__(self, config: TextConfig, corpus: Corpus, *, carried: bool = False) -> None:
@@ -43,11 +47,11 @@ class Text(Source):
         self.name, self.tokenizer, self.vocab_size = corpus.name, corpus.tokenizer, corpus.tokenizer.vocab_size
         self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
         self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
+        self._starts = contiguous_starts if carried else ORDERS[config.order]
         self._most_documents: dict[int, int] = {}
 
     @property
     def summary(self) -> str:
-        """Documents, and tokens on both sides."""
         corpus = self.corpus
         return (
             f"{corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
@@ -55,30 +59,32 @@ class Text(Source):
         )
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The sequences of one step, in the configured order."""
-        tokens, length = self.corpus.train, self.config.sequence_length
-        order, begin = "contiguous" if self.carried else self.config.order, self.begin
-        place = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
-        return training_batch(tokens, length, batch_size, order=order, begin=begin, **place)
+        """The sequences of one step; what the last sequence of an epoch lacks is padded and not predicted."""
+        tokens, length, rows = self.corpus.train, self.config.sequence_length, share(batch_size, rank, world_size)
+        starts = self._starts(len(tokens), length, batch_size, seed=seed, step=step)
+        return cut(tokens, starts[rows], length, self.begin)
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """Sequences side by side over the validation split."""
-        length = length or self.config.sequence_length
-        for batch in evaluation_batches(self.corpus.validation, length, batch_size, limit, begin=self.begin):
+        """Sequences side by side over the validation split; the last batch is padded."""
+        tokens, length = self.corpus.validation, length or self.config.sequence_length
+        starts = np.arange(0, len(tokens) - length, length)
+        if limit is not None and limit * batch_size < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
+        for at in range(0, len(starts), batch_size):
+            part = starts[at : at + batch_size]
+            batch = cut(tokens, np.resize(part, batch_size), length, self.begin)
+            batch.targets[len(part) :] = IGNORED
             yield Examples(batch)
 
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
-        """Whether a step is within the lanes of the step before."""
-        return self.carried and not self._windows(step, batch_size, seed).first
+        return self.carried and step % self._lane_windows(batch_size) != 0
 
     def contiguous(self, batch_size: int) -> "Text":
         """The text, read side by side in as many lanes as a batch has rows."""
-        text = Text(self.config, self.corpus, carried=True)
-        text._windows(0, batch_size, seed=0)
-        return text
+        self._lane_windows(batch_size)
+        return Text(self.config, self.corpus, carried=True)
 
     def require_evaluation_length(self, length: int) -> None:
-        """Refuse a validation split that is no longer than a sequence."""
         if len(self.corpus.validation) <= length:
             raise SeqmixError(
                 f"training.evaluation_lengths has {length}, which takes {length + 1} tokens of validation text, "
@@ -86,7 +92,6 @@ class Text(Source):
             )
 
     def packed(self, batch: Batch) -> Packed:
-        """The batch in one row, cut into documents, where that is configured."""
         if not self.config.packing:
             return super().packed(batch)
         return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin)
@@ -98,6 +103,5 @@ class Text(Source):
             self._most_documents[length] = max(most_documents(tokens, length, self.begin) for tokens in streams)
         return self._most_documents[length]
 
-    def _windows(self, step: int, batch_size: int, seed: int) -> Windows:
-        tokens, length = len(self.corpus.train), self.config.sequence_length
-        return contiguous_windows(tokens, length, batch_size, seed=seed, step=step)
+    def _lane_windows(self, batch_size: int) -> int:
+        return lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size)

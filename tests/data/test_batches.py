@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import training_batch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from seqmix import ConfigError, build_model, load_config, train
-from seqmix.data import Batch, Stream, evaluation_batches, most_documents, pack, training_batch
+from seqmix.data import Batch, Stream, most_documents, pack
 from seqmix.models import IGNORED
 from seqmix.training import read_corpus
 from seqmix.training.events import Evaluated, Stepped
@@ -95,9 +96,9 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
             total = sum(float(loss_sum(model, *piece)) for piece in pieces)
         return total / sum(int((piece.targets != IGNORED).sum()) for piece in pieces)
 
-    expected = mean([training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=3)])
+    expected = mean([trainer.source.training_batch(3, 4, seed=0)])
     assert trainer.train_step(3)[0] == pytest.approx(expected, rel=1e-5)
-    expected = mean(evaluation_batches(trainer.source.corpus.validation, LENGTH, 4, None))
+    expected = mean(example.batch for example in trainer.source.evaluation_batches(4, None))
     assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from streams import evaluation_batches, training_batch
 
 from seqmix import SeqmixError
-from seqmix.data import Corpus, evaluation_batches, training_batch
+from seqmix.data import Corpus
 from seqmix.models import IGNORED
 from seqmix.training import TextConfig, read_corpus
 
@@ -282,7 +283,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 @pytest.mark.parametrize("extra", [0, 1, 7])
 def test_evaluation_covers_the_stream_once(batch_size, extra):
     stream = np.arange(12 * 8 + 1 + extra, dtype=np.uint16)
-    batches = list(evaluation_batches(stream, 8, batch_size, None))
+    batches = evaluation_batches(stream, 8, batch_size, None)
     assert len(batches) == math.ceil(12 / batch_size)
     assert {batch.inputs.shape for batch in batches} == {(batch_size, 8)}
     inputs, targets = (torch.cat(parts).flatten() for parts in zip(*batches, strict=True))
@@ -306,7 +307,7 @@ def test_evaluation_does_not_predict_begin_tokens():
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_limited_evaluation_is_spread_evenly_from_end_to_end(limit):
     stream = np.arange(100 * 8 + 1, dtype=np.uint16)
-    batches = list(evaluation_batches(stream, 8, 4, limit))
+    batches = evaluation_batches(stream, 8, 4, limit)
     assert len(batches) == limit
     starts = torch.cat([batch.inputs[:, 0] for batch in batches]) // 8
     assert starts[0] == 0
@@ -318,7 +319,7 @@ def test_a_limited_evaluation_is_spread_evenly_from_end_to_end(limit):
 
 def test_a_limit_above_the_stream_is_no_limit():
     stream = np.arange(5 * 8 + 1, dtype=np.uint16)
-    limited, whole = (list(evaluation_batches(stream, 8, 4, limit)) for limit in (9, None))
+    limited, whole = (evaluation_batches(stream, 8, 4, limit) for limit in (9, None))
     assert len(limited) == len(whole) == 2
     assert all(torch.equal(a.targets, b.targets) for a, b in zip(limited, whole, strict=True))
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import training_batch
 
 from seqmix import SeqmixError
-from seqmix.data import training_batch
 from seqmix.data.order import permuted
 from seqmix.models import IGNORED
 

@@ -151,15 +151,15 @@ def test_difficulties_take_turns(opened, kind, fields):
     difficulties = task.config.difficulties
     rows = 3 * len(difficulties) + 1  # batches that the difficulties do not divide
     counts = []
-    made = task.make
-    task.make = lambda rng, rows, difficulty, length, *, validation: (
-        counts.append((difficulty, rows)) or made(rng, rows, difficulty, length, validation=validation)
+    filled = task.fill
+    task.fill = lambda rng, inputs, targets, difficulty, *, validation: (
+        counts.append((difficulty, len(inputs))) or filled(rng, inputs, targets, difficulty, validation=validation)
     )
     try:
         for step in range(len(difficulties)):
             task.training_batch(step, rows, seed=0)
     finally:
-        del task.make
+        del task.fill
     for difficulty in difficulties:
         assert sum(count for at, count in counts if at == difficulty) == rows
 
@@ -313,7 +313,7 @@ def test_a_passkey_of_an_evaluation_is_hidden_in_text_held_out():
         ("copying", {"lengths": (33,)}, "takes 66 tokens, and sequence_length is 64: raise it, or take length 32"),
         ("copying", {"symbols": 1}, "symbols"),
         ("selective_copying", {"symbols": (40,)}, "an example of selective_copying with symbols 40 takes 80 tokens"),
-        ("induction_heads", {"lengths": (2,)}, "a sequence of induction_heads has 3 tokens or more, and length is 2"),
+        ("induction_heads", {"lengths": (2,)}, "length must be 3 or more, and is 2"),
         ("induction_heads", {"sequence_length": 2}, "sequence_length 2 is too short"),
         ("parity", {"lengths": (65,)}, "an example of parity with length 65 takes 65 tokens"),
         ("parity", {"ask": "none"}, "ask"),

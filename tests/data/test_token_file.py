@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from streams import evaluation_batches, training_batch
 
 from seqmix import SeqmixError
-from seqmix.data import Stream, TokenFile, evaluation_batches, training_batch, write_token_file
+from seqmix.data import Stream, TokenFile, write_token_file
 from seqmix.data.files import Document
 from seqmix.data.stream import tokenized
 from seqmix.data.token_file import BLOCK, HEADER
@@ -153,7 +154,7 @@ def test_a_mapped_corpus_is_the_one_in_memory(folder, file, split):
         for step in range(5):
             pair = [training_batch(c.train, 8, 7, seed=1, step=step, order=order) for c in (text, mapped)]
             assert all((a == b).all() for a, b in zip(*pair, strict=True))
-    batches = [list(evaluation_batches(c.validation, 8, 3, None)) for c in (text, mapped)]
+    batches = [evaluation_batches(c.validation, 8, 3, None) for c in (text, mapped)]
     assert all((a.inputs == b.inputs).all() for a, b in zip(*batches, strict=True))
 
 

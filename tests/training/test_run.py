@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
-from seqmix.data import training_batch
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training import TextConfig, TrainingError, read_config
@@ -156,7 +155,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(config_of, tmp_path):
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
     config = config_of(f"data.paths=[{tmp_path / 'texts'}]", "data.split=tail", "training.batch_size=16")
     trainer = trainer_of(config)
-    batch = training_batch(trainer.source.corpus.train, 16, 16, seed=0, step=0)
+    batch = trainer.source.training_batch(0, 16, seed=0)
     counted = batch.targets != IGNORED
     assert 0 < (~counted).sum() < counted.sum()
     with torch.no_grad():
@@ -230,7 +229,7 @@ def test_parts_of_unequal_numbers_of_targets_weigh_by_them(config_of, tmp_path):
     def loss(parts):
         config = config_of(f"data.paths=[{paths}]", "data.split=tail", f"training.grad_accum_steps={parts}")
         trainer = trainer_of(config)
-        batch = training_batch(trainer.source.corpus.train, 16, 4, seed=0, step=1)
+        batch = trainer.source.training_batch(1, 4, seed=0)
         counts = (batch.targets != IGNORED).sum(1)
         assert counts.max() != counts.min()
         return trainer.train_step(1)[0]
