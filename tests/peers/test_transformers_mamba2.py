@@ -46,7 +46,7 @@ def our_config(n_groups, **fields):
 
 def their_weights(mixer):
     """Parameters by our names; their convolution's has a dimension of one entry more."""
-    names = {"A_log": mixer.A_log, "D": mixer.D, "dt_bias": mixer.dt_bias, "norm_weight": mixer.norm.weight}
+    names = {"decay.A_log": mixer.A_log, "D": mixer.D, "decay.dt_bias": mixer.dt_bias, "norm_weight": mixer.norm.weight}
     names |= {"in_proj.weight": mixer.in_proj.weight, "out_proj.weight": mixer.out_proj.weight}
     return names | {"convolution.weight": mixer.conv1d.weight, "convolution.bias": mixer.conv1d.bias}
 
