@@ -119,7 +119,7 @@ class KernelCase(WrittenCase, ABC):
         asked = itertools.product(DTYPES, WIDTHS, cls.decays, flags, cls.windows, (False, True))
         for dtype, widths, log_decay, states, window, needs_grad in asked:
             if not needs_grad or dtype != torch.int64:
-                values = (dtype, *widths, log_decay, *states, window, needs_grad)
+                values: tuple[Any, ...] = (dtype, *widths, log_decay, *states, window, needs_grad)
                 yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod

@@ -122,7 +122,7 @@ class Forgetful(SequenceMixer[Any]):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.kept)
 
-    def mix(self, x, state, paradigm, cu_seqlens, return_state):
+    def mix(self, x, call):
         return x, None
 
     def init_state(self, batch_size, *, max_length=None):
