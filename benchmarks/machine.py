@@ -16,7 +16,8 @@ import torch
 from ..models.onednn_linear import USE_ONEDNN, onednn_linear
 from .measure import Call
 
-STATUS, CLEAR, MEMORY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY, PROCESSOR = Path("/proc/meminfo"), Path("/proc/cpuinfo")
 
 
 def synchronizer(device: torch.device) -> Callable[[], Any]:
@@ -29,21 +30,27 @@ def describe(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or str(device),
-        "processor": _processor(),
+        "processor": _field(PROCESSOR, "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _meminfo("MemTotal"),
+        "memory_bytes": _bytes(MEMORY, "MemTotal"),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def _processor() -> str:
+def _field(file: Path, key: str) -> str | None:
+    """A value of a file of /proc, without its unit; None where the system has no such thing."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        found = re.search(rf"{key}\s*:\s*(.+?)(?: kB)?$", file.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        return None
+    return found[1] if found else None
+
+
+def _bytes(file: Path, key: str) -> int | None:
+    value = _field(file, key)
+    return None if value is None else int(value) * 1024
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,8 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         return
     held = _reset_peak()
     yield peak
-    if held is not None:
-        peak.bytes = max(0, _status("VmHWM") - held)
+    if held is not None and (most := _bytes(STATUS, "VmHWM")) is not None:
+        peak.bytes = max(0, most - held)
 
 
 def _reset_peak() -> int | None:
@@ -115,24 +122,9 @@ def _reset_peak() -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR.write_text("5")
-        return _status("VmRSS")
     except OSError:
         return None
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s*(\d+) kB", STATUS.read_text(encoding="utf-8"))
-    if found is None:
-        raise OSError(f"{STATUS} has no {key}")
-    return int(found[1]) * 1024
-
-
-def _meminfo(key: str) -> int | None:
-    try:
-        found = re.search(rf"{key}:\s*(\d+) kB", MEMORY.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+    return _bytes(STATUS, "VmRSS")
 
 
 def available_memory(device: torch.device) -> int:
@@ -140,4 +132,4 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _meminfo("MemAvailable") or sys.maxsize
+    return _bytes(MEMORY, "MemAvailable") or sys.maxsize

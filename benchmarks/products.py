@@ -35,7 +35,7 @@ class Product(NamedTuple):
     n: int
     dtype: torch.dtype
     turned: tuple[bool, bool] | None = None
-    """Of a product that oneDNN does (models/linear.py), whether each operand lies column by column; None of torch's."""
+    """Of one by oneDNN (models/onednn_linear.py), whether each operand lies column by column; None of torch's."""
 
     @property
     def flops(self) -> int:

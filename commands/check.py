@@ -1,9 +1,8 @@
 """`seqmix check`: what is to be checked, and how the conformance kit's outcomes are shown."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.status import Status as Progress
+from rich.status import Status
 from rich.table import Table
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
@@ -94,8 +93,9 @@ def check(
     chosen = tuple(map(_paradigm, paradigm or [])) or None
     reports = []
     for config in configs:
-        heading = f"{source_of(config)} on {device}" + (", and its options" if vary else "")
-        with _progress(console) as progress:
+        # the heading comes with the first line, when nothing that is given can be wrong
+        headings = [f"{source_of(config)} on {device}" + (", and its options" if vary else "")]
+        with console.status("") as status:
             report = check_mixer(
                 config,
                 checks=only or None,
@@ -108,8 +108,8 @@ def check(
                 compiles=compile_with != "none",
                 compile_backend="aot_eager" if compile_with == "none" else compile_with,
                 shrink=shrink,
-                on_outcome=_Lines(console, heading),
-                on_case=progress,
+                on_outcome=partial(_line, console, headings=headings),
+                on_case=partial(_case, status),
             )
         reports.append(report)
     _summary(console, reports)
@@ -139,7 +139,7 @@ def _check_kernel(kernel: Kernel, console: Console, *, only: list[str] | None, *
     outcomes = []
     for name in chosen_names(only or None, KERNEL_CHECKS):
         outcomes += check_kernel(kernel, checks=[name], **options).outcomes
-        _line(console, outcomes[-1])
+        _line(console, outcomes[-1], headings=[])
     if failed := [outcome.check.name for outcome in outcomes if outcome.status == "failed"]:
         console.print(f"{kernel.key} fails {', '.join(failed)}", style="red", soft_wrap=True)
         raise typer.Exit(1)
@@ -215,40 +215,15 @@ def _paradigm(name: str) -> Paradigm:
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
 
 
-@dataclass
-class _Lines:
-    """Prints a line a check as it ends; the heading comes with the first, when nothing that is given can be wrong."""
-
-    console: Console
-    heading: str
-
-    def __call__(self, outcome: "Outcome") -> None:
-        if self.heading:
-            self.console.print(self.heading, soft_wrap=True)
-            self.heading = ""
-        _line(self.console, outcome)
+def _case(status: Status, check: "Check", tried: int) -> None:
+    """A last line on a terminal says which case of which check is run."""
+    status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
 
 
-@contextmanager
-def _progress(console: Console) -> "Iterator[_Counter | None]":
-    """A last line on a terminal that says which case of which check is run; nothing elsewhere."""
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status("") as status:
-        yield _Counter(status)
-
-
-@dataclass
-class _Counter:
-    status: Progress
-
-    def __call__(self, check: "Check", tried: int) -> None:
-        """After each case."""
-        self.status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
-
-
-def _line(console: Console, outcome: "Outcome") -> None:
+def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
+    """A line a check as it ends, after headings that are still to be printed."""
+    while headings:
+        console.print(headings.pop(), soft_wrap=True)
     cases = f"{outcome.examples:5} {'case ' if outcome.examples == 1 else 'cases'} {outcome.seconds:6.1f} s"
     text = f"  {MARKS[outcome.status]} {outcome.check.name:<48}"
     if outcome.status == "skipped":

@@ -1,6 +1,5 @@
 """flash-linear-attention's RetNet: Triton kernels, for a GPU."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ class Fla(Peer):
     """The whole model, with its own kernels."""
 
     name = "fla"
+    layers_at = "model.layers"
     roles = frozenset({"train", "decode", "prefill"})
 
     @classmethod
@@ -39,10 +39,6 @@ class Fla(Peer):
                 tie_word_embeddings=False,
             )
         )
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.model.layers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens, use_cache=False).logits

@@ -5,7 +5,6 @@ added to the embedding: a learned table would grow with the length, and sizes ar
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +84,7 @@ class GptSdpa(Peer):
     """Attention by torch's fused function."""
 
     name = "gpt-sdpa"
+    layers_at = "blocks"
     roles = frozenset({"train", "decode", "prefill"})
     compiled_roles = frozenset({"train"})
     writes_state = False
@@ -94,10 +94,6 @@ class GptSdpa(Peer):
         c = self.size.config
         hidden = self.size.hidden(4, 2)
         return Gpt(c.vocab_size, c.d_model, c.n_layers, self.size.n_heads, hidden, fused=self.fused)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.blocks)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens)

@@ -1,7 +1,6 @@
 """transformers' Llama with SDPA."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ class Llama(Peer):
     """With its default cache, which is copied for every token."""
 
     name = "llama"
+    layers_at = "model.layers"
     roles = frozenset({"train", "decode", "prefill"})
     compiled_roles = frozenset({"train"})
     writes_state = False
@@ -40,10 +40,6 @@ class Llama(Peer):
         # 5.24 renamed the argument
         self.word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         return model
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.model.layers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens, use_cache=False).logits

@@ -1,6 +1,5 @@
 """Our model, built from its configuration, and the same layers written out by hand."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +19,12 @@ class Seqmix(Peer):
     """Ours, as `seqmix train` and `seqmix generate` run it: on a GPU, a step of decoding is captured as one graph."""
 
     name = "seqmix"
+    layers_at = "blocks"
     roles = compiled_roles = frozenset({"train", "decode", "prefill"})
     keeps_freed_memory = True
 
     def build(self) -> nn.Module:
         return build_model(self.size.config, device=self.device, dtype=self.dtype)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return self.module.blocks
 
     compiled_steps = compiled_prefills = False
 
@@ -91,6 +87,7 @@ class ByHand(Peer):
     """The same layers written out by hand."""
 
     name = "by-hand"
+    layers_at = "layers"
     roles = compiled_roles = frozenset({"train", "decode", "prefill"})
     keeps_freed_memory = True
 
@@ -101,10 +98,6 @@ class ByHand(Peer):
 
     def build(self) -> nn.Module:
         return HandWritten(build_model(self.size.config, device=self.device, dtype=self.dtype))
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.layers)
 
     def recompute_activations(self) -> None:
         self.module.activation_checkpointing = True

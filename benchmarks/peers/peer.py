@@ -62,6 +62,8 @@ class Peer(ABC):
     """
 
     name: ClassVar[str]
+    layers_at: ClassVar[str]
+    """Where its layers are, as in its state's names."""
     roles: ClassVar[frozenset[str]]
     """The benchmarks that it takes part in: train, decode, prefill."""
     compiled_roles: ClassVar[frozenset[str]] = frozenset()
@@ -90,9 +92,9 @@ class Peer(ABC):
         """The model, with random weights."""
 
     @property
-    @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
         """Its layers."""
+        return list(self.module.get_submodule(self.layers_at))
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The RetNet authors' own implementation, torchscale, in each of its modes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -20,6 +20,7 @@ class TorchscaleParallel(Peer):
     """In its parallel mode."""
 
     name = "torchscale-parallel"
+    layers_at = "layers"
     roles = frozenset({"train"})
     chunkwise: ClassVar[bool] = False
 
@@ -44,10 +45,6 @@ class TorchscaleParallel(Peer):
                 recurrent_chunk_size=CHUNK,
             )
             return theirs.Decoder(config, embed_tokens=nn.Embedding(c.vocab_size, c.d_model))
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.layers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens)[0]
