@@ -141,7 +141,7 @@ def _sides(
     """
     starts = np.concatenate(([0], store.ends[:-1]))
     if split == "tail":
-        # a document of n tokens stands behind a begin token; the token before the cut gives its place to another one
+        # a document of n tokens follows a begin token; the token before the cut gives its place to another one
         cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
     shares = (store.digests if split == "by_document" else names) / 2.0**64

@@ -38,7 +38,7 @@ class CorpusConfig(DataConfig):
     text_field: str | None = Field(default="text", min_length=1)
     """The field of a JSON line or of a data set's row that holds the text; null reads .jsonl files as plain text."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face; a token behind its last one opens documents."""
+    """`bytes`, or a tokenizer.json of Hugging Face; a token after its last one opens documents."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
     """`by_document` holds out whole documents, chosen by a hash of their text, so that a document and its exact copies
     lie on one side; `by_file` whole files, by a hash of their names; `tail` the end of every document; `auto` is tail

@@ -66,7 +66,7 @@ def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -
 
     A Feistel network permutes the numbers of 2 b bits, the fewest that hold all samples; whatever leaves the range goes
     through again until it is back (cycle walking: Black and Rogaway, 2002). A permutation in an array would cost memory
-    in proportion to the text, and be drawn anew in every resumed run.
+    in proportion to the text, and be drawn again in every resumed run.
 
     Args:
         numbers: integers from 0 to samples - 1, [N].

@@ -35,7 +35,8 @@ class Examples(NamedTuple):
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
-    """For every axis of difficulty the value of each row, by which accuracy is told; None where it is not measured."""
+    """For every axis of difficulty the value of each row, by which accuracy is reported; None where it is
+    not measured."""
 
 
 class Source(ABC):

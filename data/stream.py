@@ -24,7 +24,7 @@ class TokenDocument(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """Documents one behind another, each opened by a begin token."""
+    """Documents in a row, each opened by a begin token."""
 
     ends: np.ndarray
     """Where each document ends, [N], int64."""

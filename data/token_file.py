@@ -13,7 +13,7 @@ seqmix.tokens      the version of this format, 1
 seqmix.tokenizer   `bytes`, or sha256: and the hash of the tokenizer.json
 seqmix.begin       the begin token
 seqmix.bytes       bytes of all texts
-seqmix.tables      CRC-32 of ends, digests and checks, one behind another
+seqmix.tables      CRC-32 of ends, digests and checks, concatenated
 
 Ends, digests and checks are read when the file is opened; a block of tokens is checked when it is first read.
 """

@@ -173,7 +173,7 @@ class Writer:
         try:
             self.wait()
         except CheckpointError:
-            if kind is None:  # what already goes wrong is told first
+            if kind is None:  # what already goes wrong is reported first
                 raise
         finally:
             self._thread.shutdown()

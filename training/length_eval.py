@@ -1,6 +1,6 @@
 """A trained model on texts of other lengths than it has learned from.
 
-Two questions with two answers. By length: how does the loss go on behind as many tokens as a training sequence had,
+Two questions with two answers. By length: how does the loss go on after as many tokens as a training sequence had,
 where every sequence starts from nothing? By context: how much do the same tokens gain from more text before them?
 """
 
@@ -146,7 +146,7 @@ def by_length(
 def by_context(
     model: LanguageModel, source: Text, contexts: Sequence[int], *, scored: int, tokens: int
 ) -> Iterator[ContextLoss]:
-    """Measure the loss of the same tokens behind more and less text, in the configured paradigm.
+    """Measure the loss of the same tokens after more and less text, in the configured paradigm.
 
     Sequences have as many tokens as the longest context; of each, the last `scored` tokens count, and what is further
     away than the context is not read.

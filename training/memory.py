@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation, for the life of the process; elsewhere, do nothing.
 
-    By default every large block is given back to the kernel when it is freed, and comes anew as empty pages, each of
+    By default every large block is given back to the kernel when it is freed, and comes back as empty pages, each of
     which costs a fault: at 8,192 tokens of width 512 that is a seventh of a training step on a CPU. What is held at
     most stays the same.
     """

@@ -33,7 +33,7 @@ def require_free(run: Path) -> None:
 
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:
-    """Make a run's folder with its configuration, behind a comment; of two runs that start at once, one gets it.
+    """Make a run's folder with its configuration, below a comment; of two runs that start at once, one gets it.
 
     Raises:
         TrainingError: another one has got it, or it cannot be written.

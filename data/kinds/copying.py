@@ -11,7 +11,7 @@ from ..task import Difficulties, TaskConfig, letter
 class CopyingConfig(TaskConfig):
     """Copying: symbols, a token that asks, and the symbols again, each of which is to be predicted (arXiv 2402.01032).
 
-    Symbols are drawn evenly and may repeat. What is behind the copy is blank.
+    Symbols are drawn evenly and may repeat. What follows the copy is blank.
     """
 
     field, axis = "lengths", "length"

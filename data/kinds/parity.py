@@ -11,7 +11,7 @@ from ..task import Difficulties, TaskConfig
 
 
 class ParityConfig(TaskConfig):
-    """Parity: bits, behind each of which (or behind the last) the parity of all so far is asked (arXiv 2411.12537)."""
+    """Parity: bits, after each of which (or after the last) the parity of all so far is asked (arXiv 2411.12537)."""
 
     field, axis = "lengths", "length"
     kind: Literal["parity"] = "parity"

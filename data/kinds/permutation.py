@@ -14,7 +14,7 @@ from ..task import Difficulties, TaskConfig
 
 
 class PermutationConfig(TaskConfig):
-    """Composition of permutations of n things: behind each (or behind the last) the product of all so far is asked
+    """Composition of permutations of n things: after each (or after the last) the product of all so far is asked
     (arXiv 2404.08819).
 
     A token is one of the n! permutations, in lexicographic order: token 0 changes nothing. The product of x_1 ... x_t

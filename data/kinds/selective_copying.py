@@ -1,6 +1,6 @@
 """Selective copying: symbols among blanks are to be remembered (Gu and Dao 2023, Mamba, arXiv 2312.00752, E.1).
 
-Where they stand is drawn anew for every sequence, so what is remembered must depend on what is read.
+Where they stand is drawn for every sequence, so what is remembered must depend on what is read.
 """
 
 from typing import Literal
