@@ -1,4 +1,4 @@
-"""Induction heads: what followed a token when it was last seen (Olsson et al. 2022, arXiv 2209.11895).
+"""Induction heads: what stood behind a token when it was last seen (Olsson et al. 2022, arXiv 2209.11895).
 
 The form is that of Mamba (Gu and Dao 2023, arXiv 2312.00752, E.2), whose models extrapolate to longer sequences.
 """
@@ -12,21 +12,16 @@ from ..task import Difficulties, TaskConfig, letter
 
 
 class InductionHeadsConfig(TaskConfig):
-    """Induction heads: random symbols, among them once a special token; it comes again at the end, and what
-    followed it is asked (arXiv 2312.00752).
+    """Induction heads: random symbols, among them once a special token; it comes again at the end, and what stood
+    behind it is asked (arXiv 2312.00752).
     """
 
     field, axis = "lengths", "length"
     easiest = 3
     kind: Literal["induction_heads"] = "induction_heads"
     symbols: int = Field(default=15, gt=1, le=2**20)
-<<<<<<< HEAD
     """Different symbols: tokens 0 to symbols - 1; the special token is behind them."""
     lengths: Difficulties | None = None
-=======
-    """Different symbols: tokens 0 to symbols - 1; the special token comes next."""
-    lengths: Difficulties | None = Field(default=None, min_length=1)
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
     """Tokens up to the question, in turn; null for the whole sequence. `evaluate_at` may ask for far more."""
 
     @property
@@ -41,10 +36,6 @@ class InductionHeadsConfig(TaskConfig):
         targets[:, difficulty - 1] = np.take_along_axis(inputs, place + 1, axis=1)[:, 0]
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-<<<<<<< HEAD
-=======
-        """What follows the first special token."""
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
         first = tokens.index(self.symbols)
         return {tokens.index(self.symbols, first + 1): tokens[first + 1]}
 

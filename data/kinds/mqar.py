@@ -1,12 +1,4 @@
-<<<<<<< HEAD
 """Multi-query associative recall (Arora et al. 2023, Zoology, arXiv 2312.04927)."""
-=======
-"""Multi-query associative recall (Arora et al. 2023, Zoology, arXiv 2312.04927).
-
-A sequence opens with pairs of a key and a value. Each key comes again once, somewhere after them, and the value is to
-be predicted after it. Keys of a sequence are different, and so are its values.
-"""
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
 
 from typing import Literal
 
@@ -18,13 +10,9 @@ from ..task import Difficulties, TaskConfig, distinct
 
 class MqarConfig(TaskConfig):
     """Multi-query associative recall (arXiv 2312.04927): pairs of keys and values, then each key once more, in any
-<<<<<<< HEAD
     order, behind which its value is asked. Keys of a sequence are different, and so are its values.
-=======
-    order, after which its value is asked.
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
 
-    The places after the pairs are taken two by two. A key comes again at the first of the g-th two with a probability
+    The places behind the pairs are taken two by two. A key comes again at the first of the g-th two with a probability
     proportional to g^(power_a - 1), drawn without replacement, pair by pair. Keys are tokens 1 to vocab_size / 2 - 1,
     values those from vocab_size / 2 on.
     """
@@ -59,31 +47,21 @@ class MqarConfig(TaskConfig):
                 f"{2 * difficulty + 2} would have enough"
             )
 
-<<<<<<< HEAD
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         (rows, length), half, behind = inputs.shape, self.vocab_size // 2, 2 * difficulty
-=======
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int) -> Rows:
-        """Pairs, then their keys at places drawn from the power law."""
-        half, after = self.vocab_size // 2, 2 * difficulty
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         values = half + distinct(rng, rows, self.vocab_size - half, difficulty)
         if self.noise:
-            inputs[:, after:] = rng.integers(self.vocab_size, size=(rows, length - after))
-        inputs[:, 0:after:2], inputs[:, 1:after:2] = keys, values
-        gaps = np.arange(1, (length - after) // 2 + 1)
+            inputs[:, behind:] = rng.integers(self.vocab_size, size=(rows, length - behind))
+        inputs[:, 0:behind:2], inputs[:, 1:behind:2] = keys, values
+        gaps = np.arange(1, (length - behind) // 2 + 1)
         # the order in which waiting times of these rates end is that of draws without replacement
         waiting = rng.exponential(size=(rows, len(gaps))) * gaps ** (1 - self.power_a)
-        places = after + 2 * waiting.argsort(axis=1)[:, :difficulty]
+        places = behind + 2 * waiting.argsort(axis=1)[:, :difficulty]
         np.put_along_axis(inputs, places, keys, axis=1)
         np.put_along_axis(targets, places, values, axis=1)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-<<<<<<< HEAD
-=======
-        """A key was first seen in its pair: what followed it there is its value."""
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
         seen: dict[int, int] = {}
         answers = {}
         for place, token in enumerate(tokens):

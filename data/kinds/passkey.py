@@ -91,7 +91,6 @@ class Passkey(Task):
     def summary(self) -> str:
         return f"{super().summary}, in {self.corpus.name}"
 
-<<<<<<< HEAD
     def fill(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
     ) -> None:
@@ -100,37 +99,3 @@ class Passkey(Task):
         for row, start in zip(inputs, starts.tolist(), strict=True):
             row[:] = np.resize(stream[start : start + length], length)
         super().fill(rng, inputs, targets, difficulty, validation=validation)
-=======
-    def make(self, rng: np.random.Generator, rows: int, difficulty: int, length: int, *, validation: bool) -> Rows:
-        """Numbers hidden in places of the text."""
-        stream = self.corpus.validation if validation else self.corpus.train
-        starts = rng.integers(max(len(stream) - length, 1), size=rows)
-        text = np.stack([np.resize(stream[start : start + length], length) for start in starts.tolist()])
-        return hide(text.astype(np.int64), rng, difficulty, self.config.digits)
-
-
-def hide(text: np.ndarray, rng: np.random.Generator, depth: int, digits: int) -> Rows:
-    """Put a number into each row of a text, and ask for it at the end.
-
-    Args:
-        text: tokens, [B T]; the last ones give their place to what is added.
-        rng: where the numbers come from.
-        depth: percent of the text in front of the number.
-        digits: digits of a number.
-    """
-    inputs, targets = blank(*text.shape)
-    numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(text), digits))
-    before, after = NEEDLE.split(b"%s")
-    needle = len(before) + digits + len(after)
-    end = text.shape[1] - len(QUESTION) - digits + 1
-    place = round((end - needle) * depth / 100)
-    inputs[:, :place] = text[:, :place]
-    inputs[:, place + needle : end] = text[:, place : end - needle]
-    inputs[:, place : place + len(before)] = list(before)
-    inputs[:, place + len(before) : place + needle - len(after)] = numbers
-    inputs[:, place + needle - len(after) : place + needle] = list(after)
-    inputs[:, end : end + len(QUESTION)] = list(QUESTION)
-    inputs[:, end + len(QUESTION) :] = numbers[:, :-1]
-    targets[:, -digits:] = numbers
-    return Rows(inputs, targets)
->>>>>>> 4a0ba65 (The words of the field in the docs of data and training)
