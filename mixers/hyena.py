@@ -20,7 +20,7 @@ frequencies that all its layers share.
 
 import math
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ FAINT = 0.01
 class HyenaConfig(MixerConfig):
     """Hyena: gates, and convolutions over all tokens whose filters are functions of the distance."""
 
+    deprecated_names: ClassVar = {"conv_size": "short_conv"}
     kind: Literal["hyena"] = "hyena"
     order: int = Field(default=2, gt=0, le=16, examples=[1, 3])
     """Gates, each behind a long convolution."""

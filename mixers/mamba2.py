@@ -11,7 +11,7 @@ per head. Differs from it: segments of any length start from a state, and limits
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +75,7 @@ class Mamba2(MatrixStateMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As the authors' code: torch's own for the projections, that of the output over sqrt(n_layers)."""
-        parts: list[Any] = [*self.children()]
-        for part in parts:
+        for part in cast("Any", self.children()):
             part.reset_parameters()
         self.out_proj.weight.div_(math.sqrt(self.n_layers))
         nn.init.ones_(self.D)

@@ -32,6 +32,7 @@ ShortConv = Annotated[
 class MatrixStateConfig(MixerConfig):
     """Fields of every mixer whose state is a matrix per head."""
 
+    deprecated_names: ClassVar = {"conv_size": "short_conv"}
     family: ClassVar[Family] = DECAY
     """The op family."""
     norm_eps: float = Field(default=1e-6, ge=0)
