@@ -1,6 +1,6 @@
 """What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
 
-from .batches import cut, most_documents, pack
+from .batches import most_documents, pack
 from .corpus import Corpus, read_corpus
 from .files import read_documents
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
@@ -22,7 +22,6 @@ __all__ = [
     "Task",
     "TaskConfig",
     "TokenFile",
-    "cut",
     "most_documents",
     "pack",
     "read_corpus",

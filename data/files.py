@@ -3,15 +3,18 @@
 import json
 import sysconfig
 from collections.abc import Iterator
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..registry import SeqmixError, nearest
-from .corpus_config import CorpusConfig
-from .dataset import rows
+from .corpus_config import CorpusConfig, DatasetConfig
 
 JSON_LINES = ".jsonl"
 """The suffix of files with a document a line."""
+SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` leaves in a folder of one split, and of several."""
 
 
 class Document(NamedTuple):
@@ -73,7 +76,7 @@ def source_files(config: CorpusConfig) -> Iterator[SourceFile]:
 
 def _documents(config: CorpusConfig) -> Iterator[Document]:
     if config.dataset is not None and config.text_field is not None:
-        for number, row in enumerate(rows(config.dataset)):
+        for number, row in enumerate(_rows(config.dataset)):
             name = f"{source_name(config)}, row {number}"
             yield Document(config.dataset.path, name, _text(row, config.text_field, name))
     elif config.paths is None:
@@ -121,6 +124,36 @@ def _text(row: dict[str, object], field: str, name: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise SeqmixError(f"{name}: the text has no character at {error.start}: {text[error.start]!r}") from error
+
+
+def _rows(config: DatasetConfig) -> Iterator[dict[str, object]]:
+    """The rows of a data set, in order."""
+    try:
+        datasets = import_module("datasets")
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise SeqmixError("data.dataset needs datasets: pip install 'seqmix[data]'") from None
+    try:
+        yield from islice(_load(datasets, config), config.documents)
+    except SeqmixError:
+        raise
+    except Exception as error:  # the library lets through whatever its file systems, formats and network raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SeqmixError(f"the data set {config.path} cannot be read: {reason}") from error
+
+
+def _load(datasets: Any, config: DatasetConfig) -> Any:
+    """What `save_to_disk` wrote, or what `load_dataset` finds."""
+    folder = Path(config.path).expanduser()
+    if not any((folder / file).is_file() for file in SAVED):
+        return datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.streaming)
+    saved = datasets.load_from_disk(str(folder))
+    if not hasattr(saved, "keys"):
+        return saved
+    if config.split not in saved:
+        raise SeqmixError(f"the data set {config.path} has no split {config.split!r}; splits: {', '.join(saved)}")
+    return saved[config.split]
 
 
 def _standard_library() -> Iterator[Document]:

@@ -41,7 +41,8 @@ BLOCK = 2**16
 HEADER = 1024
 """Bytes that are left for the header, which is known last and stands first."""
 TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
-TENSORS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
+KINDS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
+"""What safetensors calls the types of each tensor."""
 METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
@@ -73,17 +74,13 @@ class TokenFile:
             SeqmixError: a block that is read for the first time is damaged.
         """
         for block in range(start // BLOCK, -(-stop // BLOCK)):
-            if not self._checked[block]:
-                self._check_block(block)
+            first, last = block * BLOCK, min((block + 1) * BLOCK, int(self.ends[-1]))
+            if not self._checked[block] and crc32(self._tokens[first:last].tobytes()) != self._checks[block]:
+                raise SeqmixError(
+                    f"{self.path} is damaged: tokens from {first:,} on are not what was written; tokenize it again"
+                )
+            self._checked[block] = True
         return self._tokens[start:stop]
-
-    def _check_block(self, block: int) -> None:
-        stop = min((block + 1) * BLOCK, self._tokens.get_shape()[0])
-        if crc32(self._tokens[block * BLOCK : stop].tobytes()) != self._checks[block]:
-            raise SeqmixError(
-                f"{self.path} is damaged: tokens from {block * BLOCK:,} on are not what was written; tokenize it again"
-            )
-        self._checked[block] = True
 
 
 def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> TokenFile:
@@ -119,15 +116,14 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
                 flush(len(pending))
             if not ends:
                 raise SeqmixError("there is no text to tokenize")
-            columns = zip((ends, digests, checks), TABLES.values(), strict=True)
-            tables = [np.array(column, dtype=kind).tobytes() for column, kind in columns]
-            for table in tables:
-                file.write(table)
-            lengths = [total * dtype.itemsize, *map(len, tables)]
-            shapes = [total, len(ends), len(digests), len(checks)]
+            columns = zip(TABLES.items(), (ends, digests, checks), strict=True)
+            tables = {name: np.array(column, kind) for (name, kind), column in columns}
+            data = [table.tobytes() for table in tables.values()]
+            file.writelines(data)
             metadata = {"tokens": VERSION, "tokenizer": tokenizer.identity, "begin": tokenizer.begin, "bytes": size}
+            lengths = {"tokens": (dtype, total)} | {name: (table.dtype, len(table)) for name, table in tables.items()}
             file.seek(0)
-            file.write(_header(dtype.itemsize, lengths, shapes, metadata | {"tables": _check(*tables)}))
+            file.write(_header(lengths, metadata | {"tables": _check(*data)}))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -138,13 +134,14 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
     return TokenFile(path, tokenizer)
 
 
-def _header(width: int, lengths: list[int], shapes: list[int], metadata: Mapping[str, object]) -> bytes:
+def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, object]) -> bytes:
     """A safetensors header of `HEADER` bytes with its own length; spaces fill it."""
-    kinds = ["U16" if width == 2 else "U32", *(kinds[0] for kinds in list(TENSORS.values())[1:])]
-    ends = np.cumsum([0, *lengths]).tolist()
     entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
-    for name, kind, shape, start, end in zip(TENSORS, kinds, shapes, ends[:-1], ends[1:], strict=True):
-        entries[name] = {"dtype": kind, "shape": [shape], "data_offsets": [start, end]}
+    end = 0
+    for name, (dtype, length) in lengths.items():
+        start, end = end, end + length * dtype.itemsize
+        kind = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        entries[name] = {"dtype": kind, "shape": [length], "data_offsets": [start, end]}
     return (HEADER - 8).to_bytes(8, "little") + json.dumps(entries).encode().ljust(HEADER - 8)
 
 
@@ -164,11 +161,11 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
             f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
             "tokenize it again"
         )
-    if lacks := METADATA - metadata.keys() | TENSORS.keys() - set(tensors.keys()):
+    if lacks := METADATA - metadata.keys() | KINDS.keys() - set(tensors.keys()):
         raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
     if not metadata["bytes"].isdecimal():
         raise SeqmixError(f"{path} is damaged: its text has {metadata['bytes']!r} bytes")
-    for name, kinds in TENSORS.items():
+    for name, kinds in KINDS.items():
         tensor = tensors.get_slice(name)
         kind, shape = tensor.get_dtype(), tensor.get_shape()
         if kind not in kinds or len(shape) != 1 or not shape[0]:
