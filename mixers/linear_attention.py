@@ -5,14 +5,14 @@
     o_t = phi(q_t) S_t / sqrt(K)                    without
 
 The denominator's running sum z is one more column of the state: the values get a column of ones, so that z is carried,
-packed and differentiated exactly as S is.
+packed and differentiated exactly as S is. A rotation turns phi(q) and phi(k), as RoFormer's (arXiv 2104.09864, Eq. 19).
 """
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -68,9 +68,9 @@ class LinearAttention(QKVMixer):
         # numerator and denominator grow with T and leave the range of float16: only their quotient may be narrow
         return torch.promote_types(dtype, torch.float32) if self.config.denominator else dtype
 
-    def features(self, qk: Float[Tensor, "B T 2H K"], positions: Int[Tensor, "_ T"] | None) -> Tensor:
+    def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
         """phi of queries and keys."""
-        qk = super().features(qk, positions)
+        qk = super().features(qk)
         if self.config.feature_map == "elu":
             return F.elu(qk) + 1
         if self.config.feature_map == "relu":

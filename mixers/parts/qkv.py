@@ -155,10 +155,11 @@ class QKVMixer(MatrixStateMixer):
             _, recent = self.convolve(qk, call)
         more = dict(zip(list(self.widths)[3:], others, strict=True))
         qk, v = qk.unflatten(-1, (2 * self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1))
-        positions = None
+        qk, positions = self.features(qk), None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
-        qk = self.features(qk, positions)
+            if self.config.rotation != "none":  # the last of all: what is turned sees distances alone
+                qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
         q, k = qk.to(self.op_dtype(qk.dtype)).chunk(2, dim=2)
         gate = more.pop("gate", None)
         gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))
@@ -169,14 +170,10 @@ class QKVMixer(MatrixStateMixer):
         """Whether the positions of the tokens are asked for."""
         return self.config.rotation != "none"
 
-    def features(
-        self, qk: Float[Tensor, "B T 2H K"], positions: Int[Tensor, "_ T"] | None
-    ) -> Float[Tensor, "B T 2H K"]:
-        """What queries and keys become before the recurrence: normed and turned."""
+    def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
+        """What queries and keys become before they turn: normed."""
         if self.config.qk_norm == "l2":
             qk = unit_norm(qk)
         elif self.config.qk_norm == "rms":
             qk = F.rms_norm(qk, qk.shape[-1:], eps=self.config.norm_eps)
-        if self.config.rotation == "none" or positions is None:
-            return qk
-        return rotated(qk, positions, self.config.rotation, self.config.rotation_base)
+        return qk
