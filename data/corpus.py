@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ..models import ByteTokenizer, Tokenizer
 from ..registry import SeqmixError
 from .corpus_config import CorpusConfig
-from .files import JSON_LINES, SourceFile, read_documents, source_files, source_name
+from .files import JSON_LINES, read_documents, source_files, source_name
 from .stream import Store, Stream, TokenDocument, digest, tokenized
 from .token_file import TOKENS, TokenFile
 
@@ -59,16 +60,15 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     """
     name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
     files = list(source_files(config))
-    suffixes = {file.path.suffix for file in files}
+    suffixes = {path.suffix for _, path in files}
     mapped = TOKENS in suffixes
-    shelves = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
-    stores = [store for store, _ in shelves]
+    stores = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
     count = sum(len(store.ends) for store in stores)
     split = config.split
     if split == "auto":  # to hold out files is to hold out documents where every file is one
         several = mapped or config.dataset is not None or (config.text_field is not None and JSON_LINES in suffixes)
         split = "tail" if count == 1 else "by_document" if several else "by_file"
-    sides = [_sides(store, split, names, config.validation_fraction) for store, names in shelves]
+    sides = [_sides(store, split, config.validation_fraction) for store in stores]
     identity = hashlib.sha256(tokenizer.identity.encode())
     for store, pieces in zip(stores, sides, strict=True):
         for table in (store.digests, *pieces):
@@ -96,47 +96,40 @@ class _Held:
         self._tokens = np.concatenate([part for document in documents for part in (begin, document.tokens)])
         self.ends = np.cumsum([len(document.tokens) + 1 for document in documents], dtype=np.int64)
         self.digests = np.array([document.digest for document in documents], dtype=np.uint64)
+        self.names = np.array([digest(document.file.encode()) for document in documents], dtype=np.uint64)
         self.bytes = sum(document.size for document in documents)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop].copy()
 
 
-Shelf: TypeAlias = tuple[_Held | TokenFile, np.ndarray]
-"""A store, and 64 bits of a hash of the name of each document's file, [N], uint64."""
-
-
-def _held(config: CorpusConfig, tokenizer: Tokenizer) -> list[Shelf]:
+def _held(config: CorpusConfig, tokenizer: Tokenizer) -> list[_Held]:
     """All documents in memory."""
     documents = list(tokenized(read_documents(config), tokenizer))
     if not documents:
         raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
-    names = np.array([digest(document.file.encode()) for document in documents], dtype=np.uint64)
-    return [(_Held(documents, tokenizer), names)]
+    return [_Held(documents, tokenizer)]
 
 
-def _mapped(files: Sequence[SourceFile], tokenizer: Tokenizer) -> list[Shelf]:
+def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:
     """Token files, which must be all there is."""
-    if texts := [file.path for file in files if file.path.suffix != TOKENS]:
-        other = next(file.path for file in files if file.path.suffix == TOKENS)
+    if texts := [path for _, path in files if path.suffix != TOKENS]:
+        other = next(path for _, path in files if path.suffix == TOKENS)
         raise SeqmixError(
             f"token files and text cannot be read together: {other} is the one and {texts[0]} the other: "
             "tokenize the text too, or choose files by data.glob"
         )
-    stores = [TokenFile(file.path, tokenizer) for file in files]
-    names = [digest(file.key.encode()) for file in files]
-    return [(s, np.full(len(s.ends), name, dtype=np.uint64)) for s, name in zip(stores, names, strict=True)]
+    return [TokenFile(path, tokenizer, name) for name, path in files]
 
 
 def _sides(
-    store: Store, split: Literal["by_document", "by_file", "tail"], names: np.ndarray, fraction: float
+    store: Store, split: Literal["by_document", "by_file", "tail"], fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pieces of a store for training and those for validation, each [N 2].
 
     Args:
         store: the documents.
         split: how.
-        names: hashes of the names of the documents' files, [N], uint64.
         fraction: share of the validation split.
     """
     starts = np.concatenate(([0], store.ends[:-1]))
@@ -144,6 +137,6 @@ def _sides(
         # a document of n tokens follows a begin token; the token before the cut gives its place to another one
         cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
-    shares = (store.digests if split == "by_document" else names) / 2.0**64
+    shares = (store.digests if split == "by_document" else store.names) / 2.0**64
     pieces, validation = np.stack((starts, store.ends), axis=1), shares < fraction
     return pieces[~validation], pieces[validation]

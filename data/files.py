@@ -27,14 +27,6 @@ class Document(NamedTuple):
     text: bytes
 
 
-class SourceFile(NamedTuple):
-    """A file that is to be read."""
-
-    key: str
-    """Its name, relative to the folder that was given."""
-    path: Path
-
-
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
     """The documents of a configuration, in order, as they are read; those without text are left out.
 
@@ -51,8 +43,8 @@ def source_name(config: CorpusConfig) -> str:
     return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
 
 
-def source_files(config: CorpusConfig) -> Iterator[SourceFile]:
-    """The files that the paths name, in order.
+def source_files(config: CorpusConfig) -> Iterator[tuple[str, Path]]:
+    """The files that the paths name, in order, each behind its name relative to the folder that was given.
 
     Raises:
         SeqmixError: a path is missing or cannot be read.
@@ -67,7 +59,7 @@ def source_files(config: CorpusConfig) -> Iterator[SourceFile]:
             for file in files:
                 key = file.name if file == path else file.relative_to(path).as_posix()
                 if file == path or not any(part.startswith(".") for part in Path(key).parts):
-                    yield SourceFile(key, file)
+                    yield key, file
         except OSError as error:
             raise SeqmixError(f"the corpus {given} cannot be read: {error.filename}: {error.strerror}") from error
         except RuntimeError as error:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,7 +22,6 @@ class TokenDocument(NamedTuple):
     tokens: np.ndarray
 
 
-@runtime_checkable
 class Store(Protocol):
     """Documents in a row, each opened by a begin token."""
 
@@ -30,6 +29,10 @@ class Store(Protocol):
     """Where each document ends, [N], int64."""
     digests: np.ndarray
     """64 bits of a hash of each document's text, [N], uint64."""
+    names: np.ndarray
+    """64 bits of a hash of the name of each document's file, [N], uint64."""
+    bytes: int
+    """Of all texts."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1."""
@@ -81,8 +84,8 @@ class Stream:
 def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
     """The documents as tokens, in order."""
     texts, encoded = tee(documents)
-    named = ((document.name, document.text) for document in encoded)
-    for document, tokens in zip(texts, tokenizer.encode_documents(named), strict=True):
+    found = tokenizer.encode_documents((document.name, document.text) for document in encoded)
+    for document, tokens in zip(texts, found, strict=True):
         yield TokenDocument(document.file, digest(document.text), len(document.text), tokens)
 
 

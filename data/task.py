@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 
 from ..models import IGNORED
+from .corpus import Corpus
 from .source import Batch, DataConfig, Examples, Source, share
 
 TRAINING, EVALUATION = 1, 2
@@ -53,7 +54,7 @@ class TaskConfig(DataConfig):
 
         Args:
             rng: where all that is random comes from.
-            inputs: [B T], token 0 everywhere; T is what the difficulty needs, or more.
+            inputs: [B T], token 0 everywhere, or the text of the task; T is what the difficulty needs, or more.
             targets: [B T], `IGNORED` everywhere, which stays where nothing is asked.
             difficulty: how hard they are.
         """
@@ -127,22 +128,33 @@ class TaskConfig(DataConfig):
 
 
 class Task(Source):
-    """A task, made as it is learned."""
+    """A task, made as it is learned.
 
-    def __init__(self, config: TaskConfig) -> None:
+    Args:
+        config: which task.
+        corpus: a text that sequences hold before the task fills them, other parts of it for training and validation;
+            None for token 0 everywhere.
+    """
+
+    def __init__(self, config: TaskConfig, corpus: Corpus | None = None) -> None:
         self.config, self.name, self.vocab_size = config, f"the task {config.kind}", config.n_tokens
+        self.corpus, self.tokenizer = corpus, None if corpus is None else corpus.tokenizer
 
     @property
     def summary(self) -> str:
-        """How hard it is."""
-        config = self.config
+        config, text = self.config, "" if self.corpus is None else f", in {self.corpus.name}"
         trained, measured = (", ".join(map(str, d)) for d in (config.difficulties, self._measured))
-        return f"{config.axis} {trained} in {config.sequence_length:,} tokens, measured at {measured}"
+        return f"{config.axis} {trained} in {config.sequence_length:,} tokens, measured at {measured}{text}"
 
     def fill(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
     ) -> None:
-        """Make examples; a task that reads a text takes another part of it for validation."""
+        """Make examples of one split."""
+        if self.corpus is not None:
+            stream, length = self.corpus.validation if validation else self.corpus.train, inputs.shape[1]
+            starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
+            for row, start in zip(inputs, starts.tolist(), strict=True):
+                row[:] = np.resize(stream[start : start + length], length)
         self.config.fill(rng, inputs, targets, difficulty)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -192,15 +204,9 @@ def _blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)
 
 
-def letter(symbol: int, count: int, first: int = 1) -> str:
-    """What a symbol is called: a to z where there are no more of them than letters, else its number.
-
-    Args:
-        symbol: its token.
-        count: symbols there are.
-        first: the token of the first one.
-    """
-    return ascii_lowercase[symbol - first] if count <= len(ascii_lowercase) else str(symbol)
+def letter(symbol: int, symbols: range) -> str:
+    """What a symbol is called: a to z where there are no more of them than letters, else the number of its token."""
+    return ascii_lowercase[symbols.index(symbol)] if len(symbols) <= len(ascii_lowercase) else str(symbol)
 
 
 def distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> Int64[np.ndarray, "B N"]:

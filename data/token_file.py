@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models import Tokenizer
 from ..registry import SeqmixError
-from .stream import TokenDocument
+from .stream import TokenDocument, digest
 
 TOKENS = ".tokens"
 """The suffix of token files."""
@@ -47,13 +47,18 @@ METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
 class TokenFile:
-    """A token file, opened.
+    """A token file, opened: a store whose documents are of one file.
+
+    Args:
+        path: the file.
+        tokenizer: that of the run.
+        name: what the file is called, by which `by_file` splits.
 
     Raises:
         SeqmixError: the file is missing, truncated, damaged, no token file, or of another tokenizer.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, name: str = "") -> None:
         self.path = path
         self._tokens, tables, metadata = _open(path)
         if (made := metadata["tokenizer"]) != tokenizer.identity:
@@ -64,8 +69,8 @@ class TokenFile:
         if str(_check(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
             raise SeqmixError(f"{path} is damaged: its table of documents is not what was written")
         self._checked = np.zeros(len(self._checks), dtype=bool)
+        self.names = np.full(len(self.ends), digest(name.encode()), dtype=np.uint64)
         self.bytes = int(metadata["bytes"])
-        """Of all texts."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, a copy.

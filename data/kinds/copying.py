@@ -40,4 +40,4 @@ class CopyingConfig(TaskConfig):
         return {asked + i: symbol for i, symbol in enumerate(tokens[:asked])}
 
     def name_of(self, token: int) -> str:
-        return {0: "·", self.symbols + 1: "copy"}.get(token) or letter(token, self.symbols)
+        return {0: "·", self.symbols + 1: "copy"}.get(token) or letter(token, range(1, self.symbols + 1))

@@ -40,4 +40,4 @@ class InductionHeadsConfig(TaskConfig):
         return {tokens.index(self.symbols, first + 1): tokens[first + 1]}
 
     def name_of(self, token: int) -> str:
-        return "!" if token == self.symbols else letter(token, self.symbols, first=0)
+        return "!" if token == self.symbols else letter(token, range(self.symbols))

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ...models import ByteTokenizer, Tokenizer
-from ..corpus import Corpus, read_corpus
+from ..corpus import read_corpus
 from ..source import Source
 from ..task import Difficulties, Task, TaskConfig
 from .text import TextConfig
@@ -46,13 +46,13 @@ class PasskeyConfig(TaskConfig):
             raise ValueError(f"depth is a percentage, from 0 to 100, and is {difficulty}")
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
-        return Passkey(self, read_corpus(TextConfig(paths=self.paths, sequence_length=self.sequence_length)))
+        return Task(self, read_corpus(TextConfig(paths=self.paths, sequence_length=self.sequence_length)))
 
     def tokenizer_of(self, run: Path | None = None) -> Tokenizer:
         return ByteTokenizer()
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        """Hide numbers in what is there, whose last tokens give their place, and ask for them at the end."""
+        """Hide numbers in the text, whose last tokens give their place, and ask for them at the end."""
         numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(inputs), self.digits))
         needle, end = list(NEEDLE % self._zeros), inputs.shape[1] - len(QUESTION) - self.digits + 1
         place = round((end - len(needle)) * difficulty / 100)
@@ -76,26 +76,3 @@ class PasskeyConfig(TaskConfig):
 
     def name_of(self, token: int) -> str:
         return "▪" if token == ByteTokenizer.begin else chr(token) if 32 < token < 127 else "␣"
-
-
-class Passkey(Task):
-    """The task with its text."""
-
-    config: PasskeyConfig
-
-    def __init__(self, config: PasskeyConfig, corpus: Corpus) -> None:
-        super().__init__(config)
-        self.corpus, self.tokenizer = corpus, corpus.tokenizer
-
-    @property
-    def summary(self) -> str:
-        return f"{super().summary}, in {self.corpus.name}"
-
-    def fill(
-        self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
-    ) -> None:
-        stream, length = self.corpus.validation if validation else self.corpus.train, inputs.shape[1]
-        starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
-        for row, start in zip(inputs, starts.tolist(), strict=True):
-            row[:] = np.resize(stream[start : start + length], length)
-        super().fill(rng, inputs, targets, difficulty, validation=validation)

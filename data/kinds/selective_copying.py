@@ -46,4 +46,4 @@ class SelectiveCopyingConfig(TaskConfig):
         return {place: next(symbols) for place, token in enumerate(tokens) if token == ask}
 
     def name_of(self, token: int) -> str:
-        return {0: "·", self.alphabet + 1: "?"}.get(token) or letter(token, self.alphabet)
+        return {0: "·", self.alphabet + 1: "?"}.get(token) or letter(token, range(1, self.alphabet + 1))

@@ -19,7 +19,6 @@ from seqmix import (
 )
 from seqmix.data import Corpus
 from seqmix.data.kinds.mqar import MqarConfig
-from seqmix.data.kinds.passkey import Passkey
 from seqmix.data.source import share
 from seqmix.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.models import IGNORED
@@ -273,7 +272,6 @@ def test_permutations_compose_as_they_are_told(opened):
 
 def test_a_passkey_lies_where_its_depth_says(opened):
     task = opened("passkey", sequence_length=300, depths=(0, 50, 100))
-    assert isinstance(task, Passkey)
     inputs, targets = task.training_batch(0, 3, seed=0)
     texts = [bytes(min(token, 255) for token in row) for row in inputs.tolist()]
     free = 300 - task.config.length_of(0) + 1
@@ -286,7 +284,7 @@ def test_a_passkey_lies_where_its_depth_says(opened):
 
 def test_a_passkey_of_an_evaluation_is_hidden_in_text_held_out():
     learned, held_out = (np.full(1000, ord(letter), dtype=np.uint16) for letter in "xy")
-    task = Passkey(DATA.resolve("passkey")(sequence_length=200), Corpus("letters", 2, "tail", learned, held_out))
+    task = Task(DATA.resolve("passkey")(sequence_length=200), Corpus("letters", 2, "tail", learned, held_out))
     (examples,) = task.evaluation_batches(5, 1)
     for batch, letter in ((task.training_batch(0, 5, seed=0), "x"), (examples.batch, "y")):
         for row in batch.inputs.tolist():
