@@ -1,11 +1,8 @@
-"""What came out: cells of a table, JSON, Markdown, and a plot."""
+"""What came out: cells of a table, JSON and Markdown."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from ..registry import SeqmixError
 from .measure import Spread
 from .suite import Report, Row, as_dict, from_dict
 
@@ -119,67 +116,3 @@ def _text(number: float, digits: int | None) -> str:
 
 def _mib(size: int | None) -> str:
     return "" if size is None else f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
-
-
-def plot(report: Report, file: Path) -> None:
-    """Seconds and memory over the length, both axes logarithmic.
-
-    Raises:
-        SeqmixError: matplotlib is not installed, or the file cannot be written.
-    """
-    whats = list(dict.fromkeys(row.what for row in report.rows))
-    figure = _matplotlib().Figure(figsize=(5.5 * (len(whats) + 1), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(whats) + 1, squeeze=False)[0]
-    for panel, what in zip(panels, whats, strict=False):
-        _lines(panel, report, what, lambda row: None if row.seconds is None else row.seconds.median * 1e3)
-        panel.set(title=f"{report.benchmark}: {what}" if what != report.benchmark else what, ylabel="ms")
-        if panel.lines:
-            panel.legend(fontsize="small")
-    memory = "state_bytes" if report.benchmark == "decode" else "peak_bytes"
-    _lines(panels[-1], report, whats[-1], lambda row: (getattr(row, memory) or 0) / 2**20 or None)
-    panels[-1].set(title=memory.replace("_bytes", " memory"), ylabel="MiB")
-    try:
-        figure.savefig(file)
-    except (ValueError, OSError) as error:
-        raise SeqmixError(f"the plot cannot be written to {file}: {str(error).splitlines()[0]}") from None
-
-
-def _matplotlib() -> Any:
-    """The module whose figures are drawn to files and open no window.
-
-    Raises:
-        SeqmixError: it is not installed.
-    """
-    try:
-        from matplotlib import figure
-    except ModuleNotFoundError:
-        raise SeqmixError("--plot needs matplotlib: pip install 'seqmix[plots]'") from None
-    return figure
-
-
-def require_plot(file: Path) -> None:
-    """Refuse a plot that could not be written.
-
-    Raises:
-        SeqmixError: matplotlib is not installed, or writes no files with this ending.
-    """
-    known = _matplotlib().Figure().canvas.get_supported_filetypes()
-    if file.suffix.removeprefix(".").lower() not in known:
-        raise SeqmixError(f"--plot {file}: the name must end in one of .{', .'.join(sorted(known))}")
-
-
-def _lines(panel: Any, report: Report, what: str, value: Callable[[Row], float | None]) -> None:
-    names = list(dict.fromkeys(row.name for row in report.rows))
-    for name in names:
-        base = name.removesuffix("-compiled")  # a compiled variant has its colour, and a broken line
-        style = {"color": f"C{names.index(base)}"} if base in names else {}
-        found = [row for row in report.rows if row.name == name and row.what == what]
-        points = [(row.length, y) for row in found if (y := value(row)) is not None]
-        if points:
-            line = "-" if name == base else "--"
-            panel.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=name, **style)
-    panel.set(xscale="log", yscale="log", xlabel="tokens")
-    lengths = sorted({row.length for row in report.rows})
-    panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    panel.set_xticks([], minor=True)
-    panel.grid(alpha=0.3)

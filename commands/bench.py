@@ -18,9 +18,11 @@ from ..benchmarks.decode import DecodeBenchmark
 from ..benchmarks.implementations import model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.prefill import PrefillBenchmark
-from ..benchmarks.report import cells, conditions, markdown, name_columns, plot, require_plot, skipped, to_json
+from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
 from ..benchmarks.suite import Benchmark, Report, Settings, run
 from ..benchmarks.train import TrainBenchmark
+from ..experiments.drawing import draw, require_drawable
+from ..experiments.timings import charts_of
 from ..registry import SeqmixError
 from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
@@ -95,7 +97,9 @@ def bench(
     ] = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw time and memory: .png, .svg, .pdf.", metavar="FILE", show_default=False),
+        typer.Option(
+            "--plot", help="Draw time and memory: .html, .svg, .png, .pdf.", metavar="FILE", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure speed and memory beside what is installed of other implementations.
@@ -118,7 +122,7 @@ def bench(
     _require_range("--batch", batch, 1, 2**20)
     _require_range("--limit", limit, 0, float("inf"))
     if plot_file is not None:
-        require_plot(plot_file)
+        require_drawable("--plot", plot_file)
     require_writable(json_file, markdown_file, plot_file)
     keep_freed_memory()  # as `seqmix train` does; training has it as each one's own program does
     changes = [*([config] if config and "=" in config else []), *(overrides or [])]
@@ -150,8 +154,8 @@ def bench(
         json_file.write_text(to_json(report), encoding="utf-8")
     if markdown_file is not None:
         markdown_file.write_text(markdown(report), encoding="utf-8")
-    if plot_file is not None:
-        plot(report, plot_file)
+    if plot_file is not None and (charts := charts_of(report)):
+        draw(charts, plot_file, title=report.title, text=conditions(report))
     show(report, terminal())
 
 

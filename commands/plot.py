@@ -6,15 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..experiments import image, page, svg
 from ..experiments.curves import charts_of, read_curves
-from ..experiments.files import write_text
-from ..experiments.markup import element, xml
-from ..registry import SeqmixError, nearest
-
-ENDINGS = (".html", ".svg", ".png")
-COLUMNS = 2
-"""Charts in a row of a drawing."""
+from ..experiments.drawing import draw, require_drawable
+from ..registry import SeqmixError
 
 
 def plot(
@@ -22,7 +16,7 @@ def plot(
         list[Path], typer.Argument(help="Folders that `seqmix train` wrote, drawn over each other.", metavar="RUN...")
     ],
     out: Annotated[
-        Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg or .png.", metavar="FILE")
+        Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg, .png or .pdf.", metavar="FILE")
     ] = Path("plot.html"),
 ) -> None:
     """Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.
@@ -33,27 +27,16 @@ def plot(
 
     [bold]seqmix plot runs/retnet-tiny runs/attention-tiny --out both.svg[/bold]
     """
-    ending = out.suffix.lower()
-    if ending not in ENDINGS:
-        raise SeqmixError(f"--out {out}: the name must end in one of {', '.join(ENDINGS)}{nearest(ending, ENDINGS)}")
-    if ending == ".png":
-        image.require_matplotlib()
+    require_drawable("--out", out)
     found = [read_curves(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
     charts = charts_of(found)
     if not charts:
         raise SeqmixError(
             f"{', '.join(map(str, runs))}: no measurement is a finite number, so there is nothing to draw"
         )
-    if ending == ".png":
-        image.write(charts, out, COLUMNS)
-    elif ending == ".svg":
-        write_text(xml(svg.document(charts, COLUMNS)), out)
-    else:
-        title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-        made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
-        header = element("header", element("h1", title), page.paragraph(f"{made}.", "quiet"))
-        curves = page.section("Curves", page.legend(charts), page.figures(charts))
-        write_text(page.page(title, header, curves), out)
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
+    draw(charts, out, title=title, text=f"{made}.")
     typer.echo(f"{out} is drawn")
 
 

@@ -3,10 +3,10 @@
 study, match, plan     the YAML file; models of equal cost; from a study to its runs, and whether they are fair
 runner, worker, lock   processes that are resumed, stopped and locked; one of them
 measurements, collect, summary, results   what runs measured; over seeds; as values and results.json
-speed                  the entries' speed, by the benchmarks
+speed, timings         the entries' speed, by the benchmarks; the charts of a benchmark
 report, plots, differences, tables   the page that shows it: its parts, its charts, what configurations share; tables
 curves                 the curves of runs at hand, for `seqmix plot`
-chart, palette, svg, image, page, markup, files   charts as values, and how they are drawn: SVG, PNG, HTML
+chart, palette, svg, image, page, markup, files, drawing   charts as values, and how they are drawn: SVG, PNG, HTML
 pages                  Markdown that programs write
 studies/, retnet_paper/   studies that come with the package; the claims of the RetNet paper
 """

@@ -1,4 +1,4 @@
-"""Charts as a picture of points, by matplotlib: for what takes no SVG."""
+"""Charts as a picture, by matplotlib: for what takes no SVG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from .chart import Chart, Line
 
 SHAPES = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "P", "down": "v"}
 DPI = 200
+ENDINGS = (".png", ".pdf")
 
 
 def require_matplotlib() -> Any:
@@ -21,7 +22,10 @@ def require_matplotlib() -> Any:
     try:
         from matplotlib import figure
     except ModuleNotFoundError:
-        raise SeqmixError("a .png needs matplotlib: pip install 'seqmix[plots]'; .html and .svg need nothing") from None
+        endings = " or ".join(ENDINGS)
+        raise SeqmixError(
+            f"a {endings} needs matplotlib: pip install 'seqmix[plots]'; .html and .svg need nothing"
+        ) from None
     return figure
 
 

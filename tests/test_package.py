@@ -253,7 +253,6 @@ def test_nothing_is_unpickled():
 OPTIONAL = ["matplotlib", "triton", "xformers", "fla", "hypothesis", "transformers", "datasets", "tokenizers", "pytest"]
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
-    "seqmix.benchmarks.report": {"matplotlib"},
     "seqmix.experiments.image": {"matplotlib"},
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},

@@ -109,8 +109,6 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, sentence, refused_at_once):
-    if "--plot" in arguments:
-        pytest.importorskip("matplotlib")
     assert sentence in refused_at_once(*arguments)
 
 

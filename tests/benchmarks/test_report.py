@@ -2,16 +2,17 @@
 
 import io
 import json
-import sys
 
 import pytest
 from rich.console import Console
 
-from seqmix import SeqmixError
 from seqmix.benchmarks.measure import Spread
-from seqmix.benchmarks.report import from_json, markdown, plot, require_plot, to_json
+from seqmix.benchmarks.report import from_json, markdown, to_json
 from seqmix.benchmarks.suite import Report, Row
 from seqmix.commands.bench import show
+from seqmix.experiments import palette
+from seqmix.experiments.drawing import draw
+from seqmix.experiments.timings import charts_of
 
 MACHINE = {
     "device": "cpu",
@@ -98,27 +99,35 @@ def test_several_parts_are_told_apart(report):
     assert "| what | T | implementation |" in markdown(Report(**(vars(report) | {"rows": rows})))
 
 
-def test_nothing_but_skipped_rows_is_a_report(report, tmp_path):
+def test_nothing_but_skipped_rows_is_a_report(report):
     nothing = Report(**(vars(report) | {"rows": [x for x in report.rows if x.skipped], "machine": MACHINE}))
     assert "skipped" in shown(nothing, 100)
     assert from_json(to_json(nothing)) == nothing
-    pytest.importorskip("matplotlib")
-    plot(nothing, tmp_path / "nothing.png")
+    assert charts_of(nothing) == []
 
 
-def test_a_plot_is_a_picture(report, tmp_path):
-    pytest.importorskip("matplotlib")
-    plot(report, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+def test_time_and_memory_are_drawn_over_the_length(report):
+    rows = [*report.rows, row("seqmix-compiled", 512, 5.0)]
+    time, memory = charts_of(Report(**(vars(report) | {"rows": rows})))
+    assert (time.title, memory.title) == ("train", "peak memory")
+    seqmix, llama, compiled = time.lines
+    assert (seqmix.name, seqmix.x, seqmix.y) == ("seqmix", [512, 2048], [0.02, 0.08])
+    assert (llama.name, llama.x, llama.y) == ("llama", [512], [0.03])
+    assert palette.color(compiled.style) == palette.color(seqmix.style) != palette.color(llama.style)
+    assert palette.dash(compiled.style) != palette.dash(seqmix.style)
+    assert memory.lines[0].y == [3 * 2**20] * 2
 
 
-def test_a_plot_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SeqmixError, match=r"^--plot needs matplotlib: pip install 'seqmix\[plots\]'$"):
-        require_plot(tmp_path / "plot.png")
+def test_several_parts_have_a_chart_each(report):
+    rows = [*report.rows, row("seqmix", 512, 20.0, what="other")]
+    titles = [chart.title for chart in charts_of(Report(**(vars(report) | {"rows": rows})))]
+    assert titles == ["train", "train: other", "peak memory"]
 
 
-def test_a_plot_has_an_ending_that_can_be_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(SeqmixError, match=r"the name must end in one of \..*\.png"):
-        require_plot(tmp_path / "plot.docx")
+@pytest.mark.parametrize(("ending", "begins"), [("html", b"<!doctype"), ("svg", b"<svg"), ("png", b"\x89PNG")])
+def test_a_plot_is_a_page_a_drawing_or_a_picture(report, tmp_path, ending, begins):
+    if ending == "png":
+        pytest.importorskip("matplotlib")
+    file = tmp_path / f"plot.{ending}"
+    draw(charts_of(report), file, title=report.title, text="")
+    assert file.read_bytes().startswith(begins)

@@ -143,9 +143,9 @@ def test_a_picture_needs_matplotlib(refused, tmp_path, monkeypatch):
         (["one", "./one"], "one is given twice"),
         (
             ["one", "--out", "a.htm"],
-            '--out a.htm: the name must end in one of .html, .svg, .png; did you mean ".html"?',
+            '--out a.htm: the name must end in one of .html, .svg, .png, .pdf; did you mean ".html"?',
         ),
-        (["one", "--out", "plot"], "--out plot: the name must end in one of .html, .svg, .png"),
+        (["one", "--out", "plot"], "--out plot: the name must end in one of .html, .svg, .png, .pdf"),
         (["one", "--out", "text.txt/a.svg"], "text.txt/a.svg cannot be written: text.txt is no folder"),
         (["one", "--out", "folder.html"], "folder.html cannot be written: Is a directory"),
     ],
