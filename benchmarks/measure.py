@@ -93,7 +93,7 @@ def interleaved(
 
 
 def turns(names: Sequence[Name], repeat: int) -> Iterator[Sequence[Name]]:
-    """The order of each round; the one that begins changes, so nobody always runs behind the same neighbour."""
+    """The order of each round; the one that begins changes, so nobody always runs after the same neighbour."""
     for index in range(repeat):
         first = index % len(names) if names else 0
         yield [*names[first:], *names[:first]]

@@ -1,4 +1,4 @@
-"""One benchmark: entries for every implementation and length, warm, measured in turn, with what they are shares of.
+"""One benchmark: entries for every implementation and length, warm, interleaved, with what they are shares of.
 
 What cannot run here, does not fit, or would take too long is a row that says why; nobody's failure ends the run.
 Whether a call fits is told from the same implementation at shorter lengths.

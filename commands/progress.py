@@ -156,7 +156,7 @@ def _start(event: Started, steps: int) -> str:
     source = event.source
     where = f"{event.device}" if event.processes == 1 else f"{event.processes} processes ({event.device.type})"
     line = f"{event.parameters:,} parameters on {where}, {event.precision}; {source.name}: {source.summary}"
-    return line + (f"\nresumed behind step {event.step} of {steps}" if event.step else "")
+    return line + (f"\nresumed after step {event.step} of {steps}" if event.step else "")
 
 
 def _measured(event: Stepped, speed: float) -> str:

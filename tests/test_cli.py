@@ -138,7 +138,7 @@ def test_resume_goes_on_with_a_finished_run(seqmix, run):
     before = (run / "metrics.jsonl").read_text()
     done = seqmix("train", "--resume", str(run))
     assert (done.status, done.err) == (0, "")
-    assert "resumed behind step 4" in done.out
+    assert "resumed after step 4" in done.out
     assert (run / "metrics.jsonl").read_text() == before
 
 
@@ -176,7 +176,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(seqmix):
     file.write_text(file.read_text().replace("steps: 1000000\n", f"steps: {steps[-1] + 2}\n", 1))
     done = seqmix("train", "--resume", "runs/retnet-tiny")
     assert (done.status, done.err) == (0, "")
-    assert f"resumed behind step {steps[-1]}" in done.out
+    assert f"resumed after step {steps[-1]}" in done.out
     assert checkpoints(Path("runs/retnet-tiny"))[-1].name == f"step-{steps[-1] + 2:06d}"
 
 

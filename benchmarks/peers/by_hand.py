@@ -48,7 +48,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 
 class HandWrittenLayer(nn.Module):
-    """Retention and two products, each behind a norm."""
+    """Retention and two products, each after a norm."""
 
     def __init__(self, d_model: int, config: RetentionConfig, hidden: int, eps: float) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class HandWrittenLayer(nn.Module):
         self.decay, self.gamma = config.decay, config.gamma
 
     def forward(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
-        """One layer; the state behind the segment where one came in."""
+        """One layer; the state after the segment where one came in."""
         mixed, state = self._retain(self.mixer_norm(x), state, decode=decode)
         x = x + mixed
         return x + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))), state
@@ -137,7 +137,7 @@ class HandWritten(nn.Module):
     def forward(
         self, tokens: Tensor, state: State | None = None, *, decode: bool = False, select: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        """Logits (of the tokens that `select` names), and the state behind the segment where one came in."""
+        """Logits (of the tokens that `select` names), and the state after the segment where one came in."""
         x, after = self._hidden(tokens, state, decode=decode)
         if select is not None:
             x = x.flatten(0, 1)[select]
@@ -155,9 +155,9 @@ class HandWritten(nn.Module):
         for i, layer in enumerate(self.layers):
             before = None if state is None else state[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, behind = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
+                x, following = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, behind = layer(x, before, decode=decode)
-            if behind is not None:
-                after.append(behind)
+                x, following = layer(x, before, decode=decode)
+            if following is not None:
+                after.append(following)
         return x, after

@@ -28,7 +28,7 @@ class GptBlock(nn.Module):
         self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, read: int = 0) -> Tensor:
-        """One layer; keys and values go to the cache behind the `read` tokens that it holds."""
+        """One layer; keys and values go to the cache after the `read` tokens that it holds."""
         q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_1(x)).chunk(3, -1))
         if cache is not None:
             end = read + x.shape[1]

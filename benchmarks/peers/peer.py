@@ -102,7 +102,7 @@ class Peer(ABC):
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Any:
-        """Read a prompt; the state behind it. Only the last token's logits are computed, where that can be had."""
+        """Read a prompt; the state after it. Only the last token's logits are computed, where that can be had."""
 
     @abstractmethod
     def state_after(self, context: int, batch: int, room: int) -> Any:
@@ -114,7 +114,7 @@ class Peer(ABC):
 
     @abstractmethod
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One more token a row, [B]: the logits behind it, [B vocab], and the next state."""
+        """One more token a row, [B]: the logits after it, [B vocab], and the next state."""
 
     @abstractmethod
     def tensors(self, state: Any) -> list[Tensor]:

@@ -130,7 +130,7 @@ def test_a_stopped_run_shows_how_to_go_on(shown, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("COLUMNS", "1000")
     again = shown(resume=True)
-    assert "resumed behind step 1" in again
+    assert "resumed after step 1" in again
     assert "seqmix generate" in again
 
 
