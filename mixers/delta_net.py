@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.delta import DELTA, delta
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.matrix_state import ShortConv
-from .parts.qkv import Affine, OutputGate, QKNorm
+from .parts.qkv import Affine, OutputGate
 
 
 class DeltaConfig(QKVConfig):
@@ -28,7 +28,8 @@ class DeltaConfig(QKVConfig):
 
     family = DELTA
     short_conv: ShortConv = 4
-    qk_norm: QKNorm = "l2"
+    qk_norm: Literal["l2"] = "l2"
+    """Keys of length 1: the state's transition would grow without bound with longer ones."""
     allow_neg_eigval: bool = False
     """Whether b goes up to 2: eigenvalues of the state's transition then lie between -1 and 1."""
     norm_affine: Affine = True

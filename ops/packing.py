@@ -133,8 +133,7 @@ def advance(
     offset: Int[Tensor, " N"] | None, batch_size: int, length: int, documents: Documents | None, device: torch.device
 ) -> Int[Tensor, " N"]:
     """Tokens read after a segment of `length` tokens (of all processes), by row (by document if packed)."""
-    if documents is None:
-        read = torch.full((batch_size,), length, device=device, dtype=torch.int64)
-    else:
-        read = documents.cu_seqlens.diff().to(torch.int64)
-    return read if offset is None else offset + read
+    read = length if documents is None else documents.cu_seqlens.diff().to(torch.int64)
+    if offset is not None:
+        return offset + read
+    return torch.full((batch_size,), length, device=device, dtype=torch.int64) if isinstance(read, int) else read
