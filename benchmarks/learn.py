@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..models import IGNORED, LanguageModel, build_model
-from ..registry import SeqmixError, nearest
 from ..training import RunConfig, load_config
 from ..training.optim import build_optimizer, learning_rate
 from .machine import describe
 from .measure import Call, Spread, interleaved, ratio
 from .peers.gpt import GptBlock
-from .suite import Report, Row
+from .suite import Report, Row, chosen_names
 
 BUDGET = (
     "data={split: tail, sequence_length: 64}",
@@ -115,10 +114,7 @@ def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], o
     Raises:
         SeqmixError: a change, a name or the text cannot be used.
     """
-    for name in only:
-        if name not in NAMES:
-            raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(NAMES)}{nearest(name, NAMES)}")
-    learned = {name: Learning(name, changes) for name in NAMES if not only or name in only}
+    learned = {name: Learning(name, changes) for name in chosen_names(NAMES, only)}
     config = next(iter(learned.values())).config
     rounds = math.ceil(config.training.steps / TURN)
     samples = interleaved(

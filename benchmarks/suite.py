@@ -212,12 +212,21 @@ def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:
     )
 
 
-def _chosen(implementations: Sequence[Implementation], only: Sequence[str]) -> list[Implementation]:
-    names = [implementation.name for implementation in implementations]
+def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Those that are asked for; all where none is.
+
+    Raises:
+        SeqmixError: one is asked for that is not there.
+    """
     for name in only:
         if name not in names:
             raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
-    return [implementation for implementation in implementations if not only or implementation.name in only]
+    return [name for name in names if not only or name in only]
+
+
+def _chosen(implementations: Sequence[Implementation], only: Sequence[str]) -> list[Implementation]:
+    names = chosen_names([implementation.name for implementation in implementations], only)
+    return [implementation for implementation in implementations if implementation.name in names]
 
 
 class Forecast:
