@@ -18,22 +18,14 @@ from hypothesis import settings
 
 from seqmix import build_model
 from seqmix.models import Decoder, ModelConfig, prefill
+from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.api import decay_chunkwise, decay_recurrent
-from seqmix.ops.decay.triton import (
-    INTERPRETED,
-    KERNEL,
-    STEP_KERNEL,
-    choose,
-    chunk_table,
-    configurations,
-    decay_chunkwise_triton,
-    decay_recurrent_triton,
-    decay_step_triton,
-)
+from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, decay_step_triton
+from seqmix.ops.decay.triton_launch import INTERPRETED, choose, chunk_table, configurations, readable
 from seqmix.ops.donation import donate_state
 from seqmix.ops.kernels import Probe, find
 from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.recurrence import Recurrence
 from seqmix.registry import SeqmixError
 from seqmix.testing import parametrize_kernels
 
@@ -41,6 +33,17 @@ PROCESS = "SEQMIX_TEST_PROCESS"
 NATIVE = torch.cuda.is_available()
 INTERPRETS = os.environ.get(PROCESS) == "interpreter"
 DEVICE = "cuda" if NATIVE else "cpu"
+
+decay_recurrent = partial(decay_recurrence, paradigm="recurrent")
+decay_chunkwise_triton = partial(decay_recurrence, paradigm="chunkwise", backend="triton")
+decay_recurrent_triton = partial(decay_recurrence, paradigm="recurrent", backend="triton")
+
+
+def call_of(q, k, v, log_decay, state, scale=None):
+    """The call of a step."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Recurrence(q, k, v, log_decay, None, state, None, None, scale, chunk_size=128, output_final_state=True)
+
 
 runs = pytest.mark.skipif(not (NATIVE or INTERPRETS), reason="in the interpreter's process: test_in_the_interpreter")
 on_a_gpu = pytest.mark.skipif(not NATIVE, reason="needs a GPU")
@@ -267,9 +270,8 @@ def test_steps_are_the_recurrence(decay):
     where = state.data_ptr()
     for t in range(q.shape[1]):
         token = slice(t, t + 1)
-        output = decay_step_triton(
-            q[:, token], k[:, token], v[:, token], a if decay in (None, "H") else a[:, token], state
-        )
+        rate = a if decay in (None, "H") else a[:, token]
+        output = decay_step_triton(call_of(q[:, token], k[:, token], v[:, token], rate, state))
         torch.testing.assert_close(output.double(), expected[:, token], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
     assert state.data_ptr() == where
@@ -298,7 +300,7 @@ def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, 
 
 @runs
 def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(monkeypatch):
-    monkeypatch.setattr(decay_triton, "step_op", None)
+    monkeypatch.setattr(decay_triton, "STEP_OP", None)
     for length, wanted in ((2, False), (1, True)):
         q, k, v, a, state = tokens("B T H", length=length)
         q = q.clone().requires_grad_(wanted)
@@ -325,9 +327,10 @@ def test_layers_decode_by_the_step(kind, monkeypatch):
         settings = {"d_model": 32, "n_layers": 1, "vocab_size": 257, "blocks": blocks, "pattern": ["a"], "norm": norm}
         return build_model(ModelConfig.model_validate(settings), device=DEVICE).eval()
 
-    models, launched, step_op = [model_of("triton"), model_of("reference")], [], decay_triton.step_op
+    models, launched, step_op = [model_of("triton"), model_of("reference")], [], decay_triton.STEP_OP
     assert models[0].backends == {"a": "triton (recurrent)" if kind == "gla" else "triton"}
-    monkeypatch.setattr(decay_triton, "step_op", lambda *args: launched.append(args[4].data_ptr()) or step_op(*args))
+    counted = lambda x: launched.append(x.initial_state.data_ptr()) or step_op(x)  # noqa: E731
+    monkeypatch.setattr(decay_triton, "STEP_OP", counted)
     prompt, steps = torch.arange(20, device=DEVICE), torch.arange(3, device=DEVICE)[:, None]
     decoders = [Decoder(model, prefill(model, [prompt])[1]) for model in models]
     for tokens in steps:
@@ -354,39 +357,39 @@ def test_a_step_compiles_into_one_graph():
 @runs
 def test_a_step_passes_opcheck():
     q, k, v, a, state = tokens("H", length=1, widths=(16, 32))
-    torch.library.opcheck(decay_triton.step_op, (q, k, v, a, state, 0.3))
+    torch.library.opcheck(torch.ops.seqmix.decay_step_triton.default, call_of(q, k, v, a, state, 0.3))
 
 
 @runs
 def test_what_a_step_cannot_do_is_refused():
     q, k, v, a, state = tokens("H", length=2)
     with pytest.raises(SeqmixError, match="a step is one token, and given are 2"):
-        decay_step_triton(q, k, v, a, state)
+        decay_step_triton(call_of(q, k, v, a, state))
     q, k, v = (x[:, :1] for x in (q, k, v))
     for wrong in (state.double(), state.mT.contiguous().mT):
         with pytest.raises(SeqmixError, match="must be float32 and contiguous"):
-            decay_step_triton(q, k, v, a, wrong)
+            decay_step_triton(call_of(q, k, v, a, wrong))
     with pytest.raises(SeqmixError, match="has no gradient"):
-        decay_step_triton(q.clone().requires_grad_(), k, v, a, state)
+        decay_step_triton(call_of(q.clone().requires_grad_(), k, v, a, state))
     with pytest.raises(SeqmixError, match="not float64"):
-        decay_step_triton(q.double(), k.double(), v.double(), a, state)
+        decay_step_triton(call_of(q.double(), k.double(), v.double(), a, state))
 
 
 @on_a_gpu
 def test_a_step_can_be_captured():
     q, k, v, a, state = tokens("H")
     eager, static = state.clone(), [x[:, :1].clone() for x in (q, k, v)]
-    decay_step_triton(*static, a, state.clone())  # compiled before the capture
+    decay_step_triton(call_of(*static, a, state.clone()))  # compiled before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = decay_step_triton(*static, a, state)
+        output = decay_step_triton(call_of(*static, a, state))
     where = state.data_ptr()
     for t in range(64):
         for buffer, x in zip(static, (q, k, v), strict=True):
             buffer.copy_(x[:, t : t + 1])
         graph.replay()
-        expected = decay_step_triton(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], a, eager)
+        expected = decay_step_triton(call_of(*(x[:, t : t + 1] for x in (q, k, v)), a, eager))
         assert torch.equal(output, expected)
     assert torch.equal(state, eager)
     assert state.data_ptr() == where
@@ -468,19 +471,19 @@ def test_the_table_of_chunks():
 
 def test_offsets_inside_a_chunk_fit_32_bits():
     far = torch.empty_strided((1, 4, 1, 16), (1, 2**28, 16, 1), device="meta")
-    assert decay_triton._readable(far, 4) is far
+    assert readable(far, 4) is far
     farther = torch.empty_strided((1, 8, 1, 16), (1, 2**28, 16, 1), device="meta")
-    assert decay_triton._readable(farther, 4) is farther
-    assert decay_triton._readable(farther, 8).stride() == (128, 16, 16, 1)
+    assert readable(farther, 4) is farther
+    assert readable(farther, 8).stride() == (128, 16, 16, 1)
     # a stride is that of nothing where there is one token, and a copy keeps it
     single = farther[:, :1]
-    assert decay_triton._readable(single, 8) is single
-    assert decay_triton._readable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1
+    assert readable(single, 8) is single
+    assert readable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1
 
 
 def test_it_refuses_as_the_reference_does():
     q = torch.zeros(1, 3, 1, 4)
-    for function in (decay_chunkwise, decay_chunkwise_triton):
+    for function in (decay_recurrence, decay_chunkwise_triton):
         with pytest.raises(SeqmixError, match="chunk_size must be at least 1, and is 0"):
             function(q, q, q, None, chunk_size=0)
         with pytest.raises(SeqmixError, match="log_decay must be None"):

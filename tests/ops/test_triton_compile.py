@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -24,9 +25,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton import Configuration, Launch, configurations
+from seqmix.ops.decay.triton_launch import Configuration, Launch, configurations
 from seqmix.ops.kernels import Kernel
+from seqmix.ops.recurrence import Recurrence
 
 triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
 
@@ -85,13 +88,24 @@ class Recorder:
     """In place of the module of jitted functions: keeps what would be launched."""
 
     def __init__(self) -> None:
-        self.kernels = decay_triton._kernels()
+        self.kernels = triton_launch.kernels()
         self.launches: list[Recorded] = []
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.kernels, name)
         record = lambda **arguments: self.launches.append(Recorded(function, arguments))  # noqa: E731
         return type("Launcher", (), {"__getitem__": lambda self, grid: record})()
+
+
+@contextmanager
+def recorded_by(recorder: Recorder) -> Iterator[None]:
+    """Calls launch nothing, and kernels take what they are given, wherever it is."""
+    with (
+        patch.object(triton_launch, "kernels", lambda: recorder),
+        patch.object(decay_triton, "kernels", lambda: recorder),
+        patch.object(Kernel, "require", lambda *_: None),
+    ):
+        yield
 
 
 def chunkwise(
@@ -112,12 +126,12 @@ def chunkwise(
     state = torch.zeros(2 if packed else 1, heads, *widths, requires_grad=True)
     recorder = Recorder()
     with (
-        patch.object(decay_triton, "_kernels", lambda: recorder),
-        patch.object(decay_triton, "_configuration", lambda *_: configuration),
-        patch.object(Kernel, "require", lambda *_: None),
+        recorded_by(recorder),
+        patch.object(triton_launch, "configuration_of", lambda _: configuration),
+        patch.object(decay_triton, "configuration_of", lambda _: configuration),
     ):
-        found = decay_triton.decay_chunkwise_triton(
-            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=borders
+        found = decay_recurrence(
+            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=borders, backend="triton"
         )
         torch.autograd.backward([found.output, found.final_state], [v.detach(), state.detach()])
     return recorder.launches
@@ -129,12 +143,11 @@ def step(dtype: torch.dtype, widths: tuple[int, int], decay: str | None) -> list
     shapes = {None: None, "H": (heads,), "B T H": (1, 1, heads), "B T H K": (1, 1, heads, widths[0])}
     a = None if decay is None else torch.zeros(shapes[decay])
     q, k, v = (torch.zeros(1, 1, heads, width, dtype=dtype) for width in (widths[0], *widths))
-    recorder = Recorder()
-    with (
-        patch.object(decay_triton, "_kernels", lambda: recorder),
-        patch.object(Kernel, "require", lambda *_: None),
-    ):
-        decay_triton.decay_step_triton(q, k, v, a, torch.zeros(1, heads, *widths))
+    state, recorder = torch.zeros(1, heads, *widths), Recorder()
+    with recorded_by(recorder):
+        scale = widths[0] ** -0.5
+        call = Recurrence(q, k, v, a, None, state, None, None, scale, chunk_size=128, output_final_state=True)
+        decay_triton.decay_step_triton(call)
     return recorder.launches
 
 

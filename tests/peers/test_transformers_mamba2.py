@@ -143,6 +143,7 @@ def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm):
     agree(packed.logits, logits.reshape(1, -1, VOCAB))
     cache, state = DynamicCache(config=theirs.config), None
     for piece in [slice(0, 12), slice(12, 20), *(slice(t, t + 1) for t in range(20, LENGTH))]:
-        output, state = ours(tokens[:, piece], state, paradigm=paradigm, return_state=True)
-        agree(output, logits[:, piece])
-        agree(output, theirs(tokens[:, piece], cache=cache).logits)
+        output = ours(tokens[:, piece], state, paradigm=paradigm, return_state=True)
+        state = output.state
+        agree(output.logits, logits[:, piece])
+        agree(output.logits, theirs(tokens[:, piece], cache=cache).logits)
