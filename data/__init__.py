@@ -1,8 +1,8 @@
 """What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
 
-from .batches import most_documents, pack
 from .corpus import Corpus, read_corpus
 from .files import read_documents
+from .kinds.text import most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
 from .stream import Stream, tokenized
 from .task import Difficulties, Task, TaskConfig

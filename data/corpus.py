@@ -12,7 +12,7 @@ from ..models import ByteTokenizer, Tokenizer
 from ..registry import SeqmixError
 from .corpus_config import CorpusConfig
 from .files import JSON_LINES, read_documents, source_files, source_name
-from .stream import Store, Stream, TokenDocument, digest, tokenized
+from .stream import Store, Stream, digest, tokenized
 from .token_file import TOKENS, TokenFile
 
 Tokens: TypeAlias = np.ndarray | Stream
@@ -62,7 +62,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     files = list(source_files(config))
     suffixes = {path.suffix for _, path in files}
     mapped = TOKENS in suffixes
-    stores = _mapped(files, tokenizer) if mapped else _held(config, tokenizer)
+    stores = _mapped(files, tokenizer) if mapped else [_Held(config, tokenizer)]
     count = sum(len(store.ends) for store in stores)
     split = config.split
     if split == "auto":  # to hold out files is to hold out documents where every file is one
@@ -91,7 +91,10 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
 class _Held:
     """A store in memory."""
 
-    def __init__(self, documents: Sequence[TokenDocument], tokenizer: Tokenizer) -> None:
+    def __init__(self, config: CorpusConfig, tokenizer: Tokenizer) -> None:
+        documents = list(tokenized(read_documents(config), tokenizer))
+        if not documents:
+            raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
         begin = np.array([tokenizer.begin], dtype=tokenizer.dtype)
         self._tokens = np.concatenate([part for document in documents for part in (begin, document.tokens)])
         self.ends = np.cumsum([len(document.tokens) + 1 for document in documents], dtype=np.int64)
@@ -101,14 +104,6 @@ class _Held:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop].copy()
-
-
-def _held(config: CorpusConfig, tokenizer: Tokenizer) -> list[_Held]:
-    """All documents in memory."""
-    documents = list(tokenized(read_documents(config), tokenizer))
-    if not documents:
-        raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
-    return [_Held(documents, tokenizer)]
 
 
 def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:
@@ -125,13 +120,7 @@ def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[Tok
 def _sides(
     store: Store, split: Literal["by_document", "by_file", "tail"], fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a store for training and those for validation, each [N 2].
-
-    Args:
-        store: the documents.
-        split: how.
-        fraction: share of the validation split.
-    """
+    """The pieces of a store for training and those for validation, which get a share `fraction`; each [N 2]."""
     starts = np.concatenate(([0], store.ends[:-1]))
     if split == "tail":
         # a document of n tokens follows a begin token; the token before the cut gives its place to another one

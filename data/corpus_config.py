@@ -69,10 +69,20 @@ class CorpusConfig(DataConfig):
             raise ValueError("split by_file holds out files, and a dataset has none: by_document holds out its rows")
         return self
 
-    def tokenizer_of(self, run: Path | None = None) -> Tokenizer:
-        """The tokenizer of the text: a run's own copy, where it has one."""
+    def tokenizer_of(self, run: Path | None = None, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of the text: a run's own copy, where it has one.
+
+        Raises:
+            SeqmixError: it cannot be read, or has more tokens than the `vocab_size` of a model.
+        """
         copy = None if run is None or self.tokenizer == ByteTokenizer.identity else run / TOKENIZER_FILE
-        return load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer)
+        tokenizer = load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer)
+        if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+            raise SeqmixError(
+                f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, the begin token among them, and "
+                f"model.vocab_size is {vocab_size}"
+            )
+        return tokenizer
 
     def require_fit(self, vocab_size: int) -> None:
         """Refuse a model that lacks bytes; a vocabulary in a file is not read yet: a configuration may lack it."""
@@ -83,19 +93,4 @@ class CorpusConfig(DataConfig):
             )
 
     def require_files(self, vocab_size: int) -> None:
-        """Refuse a vocabulary that cannot be read, or is larger than the model's."""
-        self.fitting_tokenizer(vocab_size)
-
-    def fitting_tokenizer(self, vocab_size: int, run: Path | None = None) -> Tokenizer:
-        """The tokenizer of the text, whose tokens a model has.
-
-        Raises:
-            SeqmixError: it cannot be read, or has more tokens.
-        """
-        tokenizer = self.tokenizer_of(run)
-        if vocab_size < tokenizer.vocab_size:
-            raise SeqmixError(
-                f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, the begin token among them, and "
-                f"model.vocab_size is {vocab_size}"
-            )
-        return tokenizer
+        self.tokenizer_of(vocab_size=vocab_size)

@@ -32,10 +32,7 @@ def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int,
     """Sequences that go on where those of the step before ended.
 
     The text is cut into as many lanes as a batch has rows, and every row reads its lane from start to end, a window a
-    step. At the end of the lanes they are cut again, from another first token.
-
-    Raises:
-        SeqmixError: the text is too short for a sequence a row.
+    step. At the end of the lanes they are cut again, from another first token. Refuses what `lane_windows` refuses.
     """
     windows = lane_windows(n_tokens, length, batch_size)
     reading, window = divmod(step, windows)

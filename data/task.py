@@ -96,11 +96,9 @@ class TaskConfig(DataConfig):
         return getattr(self, self.field) or (self.hardest,)
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
-        """A task is made as it is learned."""
         return Task(self)
 
     def require_fit(self, vocab_size: int) -> None:
-        """Refuse a model that lacks tokens."""
         if vocab_size < self.n_tokens:
             raise ValueError(
                 f"data.kind {self.kind} has {self.n_tokens} tokens as it is configured, and model.vocab_size is "

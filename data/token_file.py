@@ -47,12 +47,7 @@ METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
 class TokenFile:
-    """A token file, opened: a store whose documents are of one file.
-
-    Args:
-        path: the file.
-        tokenizer: that of the run.
-        name: what the file is called, by which `by_file` splits.
+    """A token file, opened: a store whose documents are all of the file of this name.
 
     Raises:
         SeqmixError: the file is missing, truncated, damaged, no token file, or of another tokenizer.

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from ...models import IGNORED
 from ...registry import SeqmixError
-from ..batches import cut, most_documents, pack
-from ..corpus import Corpus, read_corpus
+from ..corpus import Corpus, Tokens, read_corpus
 from ..corpus_config import CorpusConfig
 from ..order import contiguous_starts, epoch_starts, lane_windows, random_starts
 from ..source import Batch, Examples, Packed, Source, share
+from ..stream import Stream
 
 ORDERS = {"random_windows": random_starts, "epochs": epoch_starts}
 
@@ -30,7 +31,7 @@ class TextConfig(CorpusConfig):
     once and takes each once an epoch, in an order of its own."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
-        return Text(self, read_corpus(self, self.fitting_tokenizer(vocab_size, run)))
+        return Text(self, read_corpus(self, self.tokenizer_of(run, vocab_size)))
 
 
 class Text(Source):
@@ -77,12 +78,15 @@ class Text(Source):
             yield Examples(batch)
 
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
-        return self.carried and step % self._lane_windows(batch_size) != 0
+        if not self.carried:
+            return False
+        return step % lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size) != 0
 
     def contiguous(self, batch_size: int) -> "Text":
         """The text, read side by side in as many lanes as a batch has rows."""
-        self._lane_windows(batch_size)
-        return Text(self.config, self.corpus, carried=True)
+        text = Text(self.config, self.corpus, carried=True)
+        text.goes_on(0, batch_size, seed=0)  # which refuses a text that is too short
+        return text
 
     def require_evaluation_length(self, length: int) -> None:
         if len(self.corpus.validation) <= length:
@@ -103,5 +107,46 @@ class Text(Source):
             self._most_documents[length] = max(most_documents(tokens, length, self.begin) for tokens in streams)
         return self._most_documents[length]
 
-    def _lane_windows(self, batch_size: int) -> int:
-        return lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size)
+
+def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
+    """The sequences of `length` tokens from these places on; what the stream lacks is padded and not predicted."""
+    windows = np.zeros((len(starts), length + 1), dtype=np.int64)
+    there = np.zeros(windows.shape, dtype=bool)
+    for row, start in enumerate(starts.tolist()):
+        found = tokens[start : start + length + 1]
+        windows[row, : len(found)], there[row, : len(found)] = found, True
+    wanted = there & (windows != begin)
+    targets = np.where(wanted, windows, IGNORED)
+    return Batch(torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))
+
+
+def pack(batch: Batch, most: int, begin: int) -> Packed:
+    """The sequences of a batch in one row, in which every sequence and every begin token starts a document.
+
+    Shapes depend on the batch's alone, so that one graph serves all: after the last document come empty ones.
+
+    Args:
+        batch: B sequences of T tokens.
+        most: documents of a sequence at most (`most_documents`).
+        begin: the begin token.
+
+    Raises:
+        RuntimeError: a sequence has more documents; on a GPU, in its own time.
+    """
+    begins = batch.inputs == begin
+    begins[:, 0] = True
+    length = begins.numel()
+    places = torch.arange(length, device=begins.device)
+    # no count is asked for, which would wait for the device
+    starts = torch.where(begins.flatten(), places, length).sort().values
+    kept = len(begins) * most
+    torch.ops.aten._assert_async.msg((starts[kept:] == length).all(), "a sequence has more documents than its stream")
+    cu_seqlens = torch.nn.functional.pad(starts[:kept], (0, 1), value=length)
+    return Packed(batch.inputs.reshape(1, -1), batch.targets.reshape(1, -1), cu_seqlens)
+
+
+def most_documents(tokens: Tokens, length: int, begin: int) -> int:
+    """Documents in a sequence at most, wherever it is cut from the stream: the one it starts in, and those it opens."""
+    starts = tokens.starts if isinstance(tokens, Stream) else np.flatnonzero(tokens == begin)
+    opened = np.searchsorted(starts, starts + length) - np.arange(len(starts))
+    return min(length, 1 + int(opened.max(initial=0)))
