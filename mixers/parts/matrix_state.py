@@ -84,8 +84,6 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
             return self.convolution(x, call.enter("recent"))
         if call.state is not None:
             return x, call.state.recent if call.return_state else None
-        if call.state is not None:
-            return x, call.state.recent
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if call.return_state else None
 
     def state_after(self, x: Tensor, memory: Tensor | None, recent: Tensor | None, call: Call) -> MatrixState | None:

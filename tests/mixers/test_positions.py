@@ -39,7 +39,7 @@ def test_packed_positions_count_from_each_documents_offset(packed):
     lengths, offsets, borders = packed
     length = sum(lengths)
     row = Documents.of(borders, length)
-    assert (row.count, row.boundaries) == (len(lengths), tuple(borders.tolist()))
+    assert (row.number, row.boundaries) == (len(lengths), tuple(borders.tolist()))
     equal(row.of_token, document_of_token(borders, length).tolist())
     equal(document_of_token(borders, length), [n for n, size in enumerate(lengths) for _ in range(size)])
     fresh = [t for size in lengths for t in range(size)]
