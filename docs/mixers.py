@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from seqmix import MIXERS, MixerConfig, Paradigm, RunConfig
+from seqmix import MIXERS, Paradigm, RunConfig
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
+from seqmix.experiments.files import write_text
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
@@ -24,25 +25,27 @@ LENGTH = 2048
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 
 
-def render() -> str:
-    """The page, with the parts that the code says."""
-    kinds = {kind: MIXERS.resolve(kind) for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
+def files(study: str | None = None) -> dict[Path, str]:
+    """The page, with the parts that the code says, and a study if there is one."""
     presets = single_kind_presets()
-    page = fill(TARGET.read_text(encoding="utf-8"), "mixers", _traits(kinds, presets))
-    page = fill(page, "costs", _costs(presets))
-    return fill(page, "formulas", [line for kind in kinds for line in (f"### {kind}", "", *_formulas(kind), "")][:-1])
+    formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
+    parts = {"mixers": _traits(presets), "costs": _costs(presets), "formulas": formulas[:-1]}
+    if study is not None:
+        parts["trained"] = trained(read_results(study))
+    return {TARGET: fill(TARGET, parts)}
 
 
-def _traits(kinds: dict[str, type[MixerConfig]], presets: dict[str, RunConfig]) -> list[str]:
+def _traits(presets: dict[str, RunConfig]) -> list[str]:
     """What each mixer is and declares, as its tiny preset configures it (or in an example of it)."""
     configured = {mixer_kind(preset): preset for preset in presets.values()}
     words = {True: "yes", False: "no"}
     heads = ["mixer", "paper", "recurrence", "paradigms", "state", "packing", "shift-invariant"]
     rows = []
-    for kind, cls in kinds.items():
+    for kind, cls in MIXERS.built_in().items():
         preset = configured.get(kind)
         traits = (cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer).traits
-        papers = ", ".join(dict.fromkeys(_linked(number) for number in ARXIV.findall(_title(kind))))
+        title = _docstring(kind).partition("\n\n")[0]
+        papers = ", ".join(dict.fromkeys(_linked(number) for number in ARXIV.findall(title)))
         paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in traits.paradigms)
         recurrence = _recurrence(kind).replace("|", r"\|")
         cells = [f"[`{kind}`](#{kind})", papers, f"`{recurrence}`", paradigms, traits.state]
@@ -67,40 +70,32 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
 def trained(results: Results) -> list[str]:
     """A sentence, and a row an entry; losses by seed, speeds over retention's."""
     seeds = sorted({run.seed for run in results.runs})
-    losses = [f"loss, seed {seed}" for seed in seeds] + (["mean"] if len(seeds) > 1 else [])
-    heads = ["mixer", "preset", "parameters", *losses, "tokens/s", "state, bytes", "ms a decoded token"]
-    train = {row.entry: row for row in results.speed.train}
+    losses = {(run.entry, run.seed): run.validation_loss for run in results.runs}
+    speeds = {row.entry: row.tokens_per_second for row in results.speed.train}
     decode = {row.entry: row for row in results.speed.decode}
-    speeds = {entry.name: (row := train.get(entry.name)) and row.tokens_per_second for entry in results.entries}
-    retention = next((speeds[entry.name] for entry in results.entries if entry.mixers == ("retention",)), None)
+    retention = next((speeds.get(entry.name) for entry in results.entries if entry.mixers == ("retention",)), None)
     rows = []
     for entry in results.entries:
-        own = {run.seed: run.validation_loss for run in results.runs if run.entry == entry.name}
-        found = [loss for loss in own.values() if loss is not None]
-        cells = [f"`{entry.mixers[0]}`", f"`{entry.name}`", f"{entry.parameters:,}"]
-        cells += ["" if (loss := own.get(seed)) is None else f"{loss:.4f}" for seed in seeds]
-        if len(seeds) > 1:
-            cells.append(f"{mean(found):.4f}" if len(found) == len(seeds) else "")
-        speed, token = speeds[entry.name], decode.get(entry.name)
+        own = [losses.get((entry.name, seed)) for seed in seeds]
+        found = [loss for loss in own if loss is not None]
+        own += [mean(found) if len(found) == len(seeds) else None] if len(seeds) > 1 else []
+        speed, token = speeds.get(entry.name), decode.get(entry.name)
         ratio = f" ({speed / retention:.2f})" if speed and retention else ""
+        cells = [f"`{entry.mixers[0]}`", f"`{entry.name}`", f"{entry.parameters:,}"]
+        cells += ["" if loss is None else f"{loss:.4f}" for loss in own]
         cells += [f"{speed:,.0f}{ratio}" if speed else "", f"{token.state_bytes:,}" if token else ""]
-        cells.append(f"{1e3 * token.seconds:.2f}" if token and token.seconds else "")
-        rows.append(cells)
+        rows.append([*cells, f"{1e3 * token.seconds:.2f}" if token and token.seconds else ""])
+    heads = [f"loss, seed {seed}" for seed in seeds] + (["mean"] if len(seeds) > 1 else [])
     return [
         "Tokens per second are medians of interleaved training steps of the models, on one thread, in brackets over",
         "retention's; a decoded token is the median of as many.",
         "",
-        *table(heads, rows),
+        *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms a decoded token"], rows),
     ]
 
 
 def _docstring(kind: str) -> str:
     return importlib.import_module(MIXERS.origin(kind)).__doc__ or ""
-
-
-def _title(kind: str) -> str:
-    """The first paragraph of a mixer's docstring."""
-    return _docstring(kind).partition("\n\n")[0]
 
 
 def _recurrence(kind: str) -> str:
@@ -127,7 +122,5 @@ def _linked(number: str) -> str:
 
 
 if __name__ == "__main__":
-    page = render()
-    for folder in sys.argv[1:]:
-        page = fill(page, "trained", trained(read_results(folder)))
-    TARGET.write_text(page, encoding="utf-8")
+    for file, text in files(*sys.argv[1:]).items():
+        write_text(text, file)

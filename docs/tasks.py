@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmix.data import Corpus, Task, TaskConfig
+from seqmix.experiments.files import write_text
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
 from seqmix.training import DATA
@@ -24,25 +25,27 @@ SMALL = {
     "selective_copying": {"sequence_length": 20, "symbols": (5,)},
 }
 """Fields of the example of each task."""
-HAYSTACK = "Whatever is to be found lies in a text, and the text says nothing of it. " * 9
+_TEXT = np.frombuffer(b"Whatever is to be found lies in a text, and the text says nothing of it. " * 9, dtype=np.uint8)
+HAYSTACK = Corpus("a text", 1, "tail", _TEXT.astype(np.uint16), _TEXT.astype(np.uint16))
 WIDTH, HEIGHT, MARGIN = 860, 22, 10
 """Of a picture's lines, of a cell, and around them, in pixels."""
 PLAIN, ASKED, ANSWER = "#eceff1", "#ffe0b2", "#c8e6c9"
 
 
-def example(kind: str) -> Task:
-    """A task small enough to be drawn."""
-    config = DATA.resolve(kind)(**SMALL.get(kind, {}))
-    if kind != "passkey":
-        return Task(config)
-    text = np.frombuffer(HAYSTACK.encode(), dtype=np.uint8).astype(np.uint16)
-    return Task(config, Corpus("a text", 1, "tail", text, text))
-
-
-def tasks() -> dict[str, Task]:
-    """An example of each task of the library."""
-    kinds = [kind for kind in DATA.kinds() if DATA.origin(kind).startswith("seqmix.")]
-    return {kind: example(kind) for kind in kinds if issubclass(DATA.resolve(kind), TaskConfig)}
+def files() -> dict[Path, str]:
+    """The page, with the part that the code says, and a picture of each task."""
+    lines: list[str] = []
+    pictures = {}
+    for kind, config in DATA.built_in().items():
+        if not issubclass(config, TaskConfig):
+            continue
+        fields = [name for name in config.model_fields if name not in ("kind", "evaluate_at", "evaluation_examples")]
+        lines += [f"### {kind}", "", " ".join((config.__doc__ or "").split()), ""]
+        lines += [f"![An example of {kind}](tasks/{kind}.svg)", ""]
+        lines += [f"Difficulty: `{config.axis}`. Fields: {', '.join(f'`{name}`' for name in fields)}.", ""]
+        task = Task(config(**SMALL.get(kind, {})), HAYSTACK if kind == "passkey" else None)
+        pictures[PICTURES / f"{kind}.svg"] = picture(kind, task)
+    return {TARGET: fill(TARGET, {"tasks": lines[:-1]}), **pictures}
 
 
 def picture(kind: str, task: Task) -> str:
@@ -71,25 +74,6 @@ def _cell(x: int, y: int, width: int, label: str, color: str) -> list[str]:
     return [f'{box}<text x="{x + width / 2:g}" y="{y + 15}">{escape(label)}</text>']
 
 
-def pictures() -> dict[Path, str]:
-    """Every picture by its file."""
-    return {PICTURES / f"{kind}.svg": picture(kind, task) for kind, task in tasks().items()}
-
-
-def render() -> str:
-    """The page, with the part that the code says."""
-    lines = []
-    for kind, task in tasks().items():
-        config = type(task.config)
-        lines += [f"### {kind}", "", " ".join((config.__doc__ or "").split()), ""]
-        lines += [f"![An example of {kind}](tasks/{kind}.svg)", ""]
-        fields = [name for name in config.model_fields if name not in ("kind", "evaluate_at", "evaluation_examples")]
-        lines += [f"Difficulty: `{config.axis}`. Fields: {', '.join(f'`{name}`' for name in fields)}.", ""]
-    return fill(TARGET.read_text(encoding="utf-8"), "tasks", lines[:-1])
-
-
 if __name__ == "__main__":
-    PICTURES.mkdir(exist_ok=True)
-    for file, text in pictures().items():
-        file.write_text(text, encoding="utf-8")
-    TARGET.write_text(render(), encoding="utf-8")
+    for file, text in files().items():
+        write_text(text, file)

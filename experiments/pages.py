@@ -1,6 +1,7 @@
 """Pages of Markdown: tables, and regions between marks that a program writes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..registry import SeqmixError
@@ -14,15 +15,18 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [lines[0], f"{rule}|", *lines[1:]]
 
 
-def fill(page: str, name: str, lines: Sequence[str]) -> str:
-    """A page with other lines between `<!-- name: begin -->` and `<!-- name: end -->`.
+def fill(file: Path, parts: Mapping[str, Sequence[str]]) -> str:
+    """The text of a page with other lines between each `<!-- name: begin -->` and `<!-- name: end -->`.
 
     Raises:
         SeqmixError: the page has no such region.
     """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = page.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found and found_end):
-        raise SeqmixError(f"the page has no region between {begin} and {end}")
-    return "\n".join([before + begin, "", *lines, "", end]) + after
+    page = file.read_text(encoding="utf-8")
+    for name, lines in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = page.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found and found_end):
+            raise SeqmixError(f"{file.name} has no region between {begin} and {end}")
+        page = "\n".join([before + begin, "", *lines, "", end]) + after
+    return page

@@ -87,6 +87,10 @@ class Registry(Generic[C]):
         broken = self.broken()
         return sorted(kind for kind in self._providers() if kind not in broken)
 
+    def built_in(self) -> dict[str, type[C]]:
+        """The classes of the family's own package, by kind, sorted."""
+        return {kind: self.resolve(kind) for kind in sorted(kind for kind, _ in files(self._package))}
+
     def broken(self) -> dict[str, str]:
         """The plug-ins that cannot be had, by kind, each with its reason: its import fails, or its kind is taken."""
         reasons = {}

@@ -170,36 +170,13 @@ def generator(name: str) -> ModuleType:
     return module
 
 
-def test_the_reference_is_up_to_date():
-    module = generator("generate")
-    assert module.TARGET.read_text() == module.render(), "run: python docs/generate.py"
-    assert module.CONFORMANCE.read_text() == module.render_conformance(), "run: python docs/generate.py"
-    assert module.README.read_text(encoding="utf-8") == module.render_readme(), "run: python docs/generate.py"
-
-
-def test_the_page_of_mixers_is_up_to_date():
-    module = generator("mixers")
-    assert module.TARGET.read_text() == module.render(), "run: python docs/mixers.py"
-
-
-def test_the_page_of_scaling_is_up_to_date():
-    module = generator("scaling")
-    assert module.TARGET.read_text() == module.render(), "run: python docs/scaling.py"
-
-
-def test_the_page_of_tasks_and_its_pictures_are_up_to_date():
-    module = generator("tasks")
-    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run: python docs/tasks.py"
-    drawn = {file: file.read_text(encoding="utf-8") for file in module.PICTURES.iterdir()}
-    assert drawn == module.pictures(), "run: python docs/tasks.py"
-
-
-def test_the_page_of_the_paper_is_up_to_date():
-    module = generator("paper")
-    page = module.TARGET.read_text()
-    assert page == module.render(page), "run: python docs/paper.py"
-    drawn = {file: file.read_text(encoding="utf-8") for file in module.PICTURES.iterdir()}
-    assert drawn == module.pictures(), "run: python docs/paper.py"
+@pytest.mark.parametrize("name", ["generate", "mixers", "paper", "scaling", "tasks"])
+def test_what_is_generated_is_up_to_date(name):
+    files = generator(name).files()
+    for file, text in files.items():
+        assert file.read_text(encoding="utf-8") == text, f"run: python docs/{name}.py"
+    pictures = {file for file in files if file.suffix == ".svg"}
+    assert pictures == {file for folder in {file.parent for file in pictures} for file in folder.iterdir()}
 
 
 def rows(text: str, head: str) -> list[list[str]]:

@@ -204,15 +204,17 @@ def test_time_left_is_of_what_is_left():
     assert forecast.seconds_left == pytest.approx(300 / 50 * 10)
 
 
-def test_the_page_of_mixers_takes_a_study():
+def test_the_page_of_mixers_takes_a_study(tmp_path):
     spec = importlib.util.spec_from_file_location("docs_mixers", ROOT / "docs" / "mixers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     lines = module.trained(results([run("a", 1.25), run("a", 1.75, seed=1), run("b", 2.0), run("b", None, seed=1)]))
     assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
     assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
-    page = module.fill("x\n<!-- trained: begin -->\nold\n<!-- trained: end -->\ny", "trained", lines)
+    file = tmp_path / "page.md"
+    file.write_text("x\n<!-- trained: begin -->\nold\n<!-- trained: end -->\ny")
+    page = module.fill(file, {"trained": lines})
     assert page.startswith("x\n<!-- trained: begin -->\n\nTokens per second")
     assert page.endswith("| `b` | 1,000 | 2.0000 |  |  |  |  |  |\n\n<!-- trained: end -->\ny")
-    with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
-        module.fill("# A page", "trained", [])
+    with pytest.raises(SeqmixError, match="no region between <!-- other: begin -->"):
+        module.fill(file, {"other": []})

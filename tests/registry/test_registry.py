@@ -50,6 +50,12 @@ def test_origin_is_the_module(family):
     assert family.registry.origin("circle") == f"{family.package}.circle"
 
 
+def test_built_in_kinds_are_those_of_the_files(family):
+    family.registry.register(toy(family))
+    found = family.registry.built_in()
+    assert {kind: cls.__name__ for kind, cls in found.items()} == {"circle": "circleConfig", "square": "squareConfig"}
+
+
 def test_a_file_written_later_joins(family):
     assert "star" not in family.registry.kinds()
     (family.folder / family.package / "star.py").write_text(family.shape("star"))
