@@ -6,11 +6,10 @@ from .kinds.text import most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
 from .stream import Stream, tokenized
 from .task import Difficulties, Task, TaskConfig
-from .token_file import TOKENS, TokenFile, write_token_file
+from .token_file import TokenFile, write_token_file
 
 __all__ = [
     "DATA",
-    "TOKENS",
     "Batch",
     "Corpus",
     "DataConfig",

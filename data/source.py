@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from ..models import Tokenizer
+from ..models import IGNORED, Tokenizer
 from ..registry import Config, Registry, SeqmixError
 
 
@@ -175,3 +176,8 @@ def share(rows: int, rank: int, world_size: int) -> slice:
         raise SeqmixError(f"{world_size} ranks do not divide training.batch_size = {rows} into equal shares")
     each = rows // world_size
     return slice(rank * each, (rank + 1) * each)
+
+
+def blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of token 0, and targets that ask nothing, each [rows, length]."""
+    return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from ..models import IGNORED
 from .corpus import Corpus
-from .source import Batch, DataConfig, Examples, Source, share
+from .source import Batch, DataConfig, Examples, Source, blank, share
 
 TRAINING, EVALUATION = 1, 2
 """First words of the seeds of both sides."""
@@ -159,7 +159,7 @@ class Task(Source):
         """The examples of one step, difficulties in turn."""
         wanted, difficulties = share(batch_size, rank, world_size), self.config.difficulties
         rng = np.random.default_rng([TRAINING, seed, step])
-        inputs, targets = _blank(batch_size, self.config.sequence_length)
+        inputs, targets = blank(batch_size, self.config.sequence_length)
         for number, difficulty in enumerate(difficulties):
             rows = slice((number - step * batch_size) % len(difficulties), None, len(difficulties))
             self.fill(rng, inputs[rows], targets[rows], difficulty, validation=False)
@@ -170,10 +170,9 @@ class Task(Source):
         config, trained = self.config, length or self.config.sequence_length
         wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
         each = -(-wanted // len(self._measured))
-        by_width: dict[int, list[int]] = {}
-        for difficulty in self._measured:
-            by_width.setdefault(max(trained, config.length_of(difficulty)), []).append(difficulty)
-        for width, group in by_width.items():
+        widths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in self._measured}
+        for width in dict.fromkeys(widths.values()):
+            group = [difficulty for difficulty in widths if widths[difficulty] == width]
             made = [self._validation_rows(each, difficulty, width) for difficulty in group]
             inputs, targets = (np.concatenate(side) for side in zip(*made, strict=True))
             names = np.repeat([str(difficulty) for difficulty in group], each)
@@ -191,15 +190,11 @@ class Task(Source):
 
     def _validation_rows(self, count: int, difficulty: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first examples of a difficulty."""
-        inputs, targets = _blank(count + -count % TOGETHER, length)
+        inputs, targets = blank(count + -count % TOGETHER, length)
         for part, at in enumerate(range(0, count, TOGETHER)):
             rng, rows = np.random.default_rng([EVALUATION, difficulty, part]), slice(at, at + TOGETHER)
             self.fill(rng, inputs[rows], targets[rows], difficulty, validation=True)
         return inputs[:count], targets[:count]
-
-
-def _blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)
 
 
 def letter(symbol: int, symbols: range) -> str:

@@ -22,6 +22,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -174,10 +175,7 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
 
 
 def _check(*tables: bytes) -> int:
-    check = 0
-    for table in tables:
-        check = crc32(table, check)
-    return check
+    return reduce(lambda check, table: crc32(table, check), tables, 0)
 
 
 def _shown(identity: str) -> str:

@@ -39,7 +39,8 @@ class PasskeyConfig(TaskConfig):
         return ByteTokenizer.vocab_size
 
     def length_of(self, difficulty: int) -> int:
-        return len(NEEDLE % self._zeros + QUESTION + self._zeros)  # the last digit gives its place to a byte of text
+        # the last digit is predicted and not read: its place is a byte of text
+        return len(NEEDLE % bytes(self.digits) + QUESTION) + self.digits
 
     def require(self, difficulty: int) -> None:
         if difficulty > 100:
@@ -54,7 +55,7 @@ class PasskeyConfig(TaskConfig):
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         """Hide numbers in the text, whose last tokens give their place, and ask for them at the end."""
         numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(inputs), self.digits))
-        needle, end = list(NEEDLE % self._zeros), inputs.shape[1] - len(QUESTION) - self.digits + 1
+        needle, end = list(NEEDLE % bytes(self.digits)), inputs.shape[1] - len(QUESTION) - self.digits + 1
         place = round((end - len(needle)) * difficulty / 100)
         number = place + NEEDLE.index(b"%s")
         inputs[:, place + len(needle) : end] = inputs[:, place : end - len(needle)]
@@ -63,10 +64,6 @@ class PasskeyConfig(TaskConfig):
         inputs[:, end : end + len(QUESTION)] = list(QUESTION)
         inputs[:, end + len(QUESTION) :] = numbers[:, :-1]
         targets[:, -self.digits :] = numbers
-
-    @property
-    def _zeros(self) -> bytes:
-        return b"0" * self.digits
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         text = bytes(min(token, 255) for token in tokens)

@@ -12,7 +12,7 @@ from ...registry import SeqmixError
 from ..corpus import Corpus, Tokens, read_corpus
 from ..corpus_config import CorpusConfig
 from ..order import contiguous_starts, epoch_starts, lane_windows, random_starts
-from ..source import Batch, Examples, Packed, Source, share
+from ..source import Batch, Examples, Packed, Source, blank, share
 from ..stream import Stream
 
 ORDERS = {"random_windows": random_starts, "epochs": epoch_starts}
@@ -110,14 +110,12 @@ class Text(Source):
 
 def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
     """The sequences of `length` tokens from these places on; what the stream lacks is padded and not predicted."""
-    windows = np.zeros((len(starts), length + 1), dtype=np.int64)
-    there = np.zeros(windows.shape, dtype=bool)
+    inputs, targets = blank(len(starts), length + 1)
     for row, start in enumerate(starts.tolist()):
         found = tokens[start : start + length + 1]
-        windows[row, : len(found)], there[row, : len(found)] = found, True
-    wanted = there & (windows != begin)
-    targets = np.where(wanted, windows, IGNORED)
-    return Batch(torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))
+        inputs[row, : len(found)] = targets[row, : len(found)] = found
+    targets[targets == begin] = IGNORED
+    return Batch(torch.from_numpy(inputs[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))
 
 
 def pack(batch: Batch, most: int, begin: int) -> Packed:
