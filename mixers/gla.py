@@ -29,6 +29,9 @@ class GLAConfig(QKVConfig):
     """Rank of the map from tokens to decays."""
     gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
     """tau: the larger, the longer the memory."""
+    rotation: Literal["none"] = "none"
+    """None: decays that differ within a pair of dimensions do not commute with turning it, and distances alone would
+    no longer count."""
     norm_affine: Affine = True
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "GLA":

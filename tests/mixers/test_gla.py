@@ -120,6 +120,7 @@ def test_flops_of_decays_a_key_dimension_are_what_a_counter_counts(length, chunk
         ({"gate_rank": 10**20}, "less than or equal to 1048576"),
         ({"n_heads": 0}, "greater than 0"),
         ({"gamma": 0.9}, "gamma"),
+        ({"rotation": "rope"}, "Input should be 'none'"),
     ],
 )
 def test_wrong_fields_are_refused(fields, sentence):

@@ -43,7 +43,12 @@ def written_out(mixer: LinearAttention, x):
         "softmax": lambda y: y.exp() / y.exp().sum(-1, keepdim=True),
         "identity": lambda y: y,
     }[config.feature_map]
-    weights = torch.einsum("bnhk,bmhk->bhnm", phi(q), phi(k)).tril()
+    q, k = phi(q), phi(k)
+    if config.rotation != "none":  # phi first: what is turned sees distances alone
+        theta = config.rotation_base ** -(torch.arange(mixer.key_dim // 2) / (mixer.key_dim // 2)).double()
+        turn = torch.polar(torch.ones(()).double(), torch.arange(x.shape[1])[:, None] * theta)[:, None]
+        q, k = (torch.view_as_real(torch.complex(y[..., ::2], y[..., 1::2]) * turn).flatten(-2) for y in (q, k))
+    weights = torch.einsum("bnhk,bmhk->bhnm", q, k).tril()
     if config.denominator:
         weights = weights / (weights.sum(-1, keepdim=True) + config.eps)
     else:
@@ -63,6 +68,7 @@ OPTIONS = {
     "no denominator": {"denominator": False},
     "identity": {"denominator": False, "feature_map": "identity", "head_norm": "rms", "norm_eps": 0.01},
     "group": {"head_norm": "group", "norm_eps": 0.01},
+    "turned": {"denominator": False, "rotation": "rope", "rotation_base": 100.0},
     "widths": {"expand_k": 0.5, "expand_v": 2.0},
 }
 
@@ -145,6 +151,7 @@ def test_low_precision_stays_near_over_many_tokens(paradigm, dtype):
     ("fields", "sentence"),
     [
         ({"feature_map": "identity"}, "a denominator needs weights that are never negative; feature_map is identity"),
+        ({"rotation": "rope"}, "a denominator needs weights that are never negative; rotation is rope"),
         ({"feature_map": "exp"}, "'elu', 'relu', 'softmax' or 'identity'"),
         ({"eps": 0.0}, "greater than 0"),
         ({"n_heads": 0}, "greater than 0"),
