@@ -28,7 +28,7 @@ class DeltaConfig(QKVConfig):
 
     family = DELTA
     short_conv: ShortConv = 4
-    qk_norm: Literal["l2"] = "l2"
+    qk_norm: Literal["l2"] = "l2"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
     """Keys of length 1: the state's transition would grow without bound with longer ones."""
     allow_neg_eigval: bool = False
     """Whether b goes up to 2: eigenvalues of the state's transition then lie between -1 and 1."""

@@ -48,10 +48,10 @@ def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tens
 
 
 class GatedNorm(nn.Module):
-    """norm(x) * weight * act(gate) over the last dimension, formed in float32 (or float64) and returned in it.
+    """norm(x) * weight * act(gate) over the last dimension, in the dtype of x (float32 of float16), and returned in it.
 
-    A product of x and the gate can leave the range of float16, and its square sooner. Statistics never cross tokens
-    (nn.GroupNorm would pool over them).
+    A product of x and the gate can leave the range of float16, and its square sooner. Statistics are formed in float32
+    always, and never cross tokens (nn.GroupNorm would pool over them).
 
     Args:
         width: of the last dimension.
@@ -74,7 +74,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"], gate: Float[Tensor, "*batch D"] | None) -> Tensor:
         """The map; no gate where there is none."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         y, weight = x.to(wide), None if self.weight is None else self.weight.to(wide)
         if self.norm == "group":
             y = F.layer_norm(y, y.shape[-1:], weight, eps=self.eps)
@@ -82,4 +82,5 @@ class GatedNorm(nn.Module):
             y = F.rms_norm(y, y.shape[-1:], weight, self.eps)
         if gate is None or self.gate == "none":
             return y
-        return y * (F.silu(gate.to(wide)) if self.gate == "swish" else gate.to(wide).sigmoid())
+        gate = gate.to(wide)
+        return y * (F.silu(gate) if self.gate == "swish" else gate.sigmoid())
