@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import wraps
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,31 +43,25 @@ def compile_blocks(model: LanguageModel) -> int:
 
 
 def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -> Callable[..., Any]:
-    """A function of the model, all layers in one graph, compiled with options of torch.compile when first asked for."""
+    """A function of the model, all layers in one graph, compiled with options of torch.compile when first asked for.
+
+    Raises:
+        CompileError: when it is called, and before anything is computed; the compiler has failed.
+    """
     functions = _compiled.setdefault(model, {})
     if function not in functions:
         compiled = torch.compile(copy_of(function, function.__name__), fullgraph=True, **options)
-        functions[function] = explain_errors(compiled)
+
+        def call(*args: Any) -> Any:
+            try:
+                return compiled(*args)
+            except RuntimeError as error:
+                if (reason := compiler_failure(error)) is None:
+                    raise
+                raise CompileError(f"the compiler has failed ({reason})") from None
+
+        functions[function] = call
     return functions[function]
-
-
-def explain_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function whose compiler fails in one sentence, before anything is computed.
-
-    Raises:
-        CompileError: when it is called; it has failed.
-    """
-
-    @wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return compiled(*args, **kwargs)
-        except RuntimeError as error:
-            if (reason := compiler_failure(error)) is None:
-                raise
-            raise CompileError(f"the compiler has failed ({reason})") from None
-
-    return call
 
 
 def compiler_failure(error: Any) -> str | None:

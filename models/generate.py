@@ -228,7 +228,7 @@ def _decoders(
     for decoder, *parts in zip(decoders, before.recent[:, :-1], texts, strict=True):
         for token in torch.cat(parts)[-RECENT:].tolist():
             if 0 <= token < tokenizer.begin:
-                decoder.add(token)
+                decoder(token)
     return decoders
 
 
@@ -244,7 +244,7 @@ class _Text:
         """The piece that is certain after one more token; None means that no more come."""
         if self.stopped:
             return ""
-        self.held += self.decoder.end() if token is None else self.decoder.add(token)
+        self.held += self.decoder(token)
         ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
         if ends:
             self.stopped = True

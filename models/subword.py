@@ -62,23 +62,19 @@ class SubwordTokenizer(Tokenizer):
                 yield np.array(encoding.ids, dtype=self.dtype)
 
     def decoder(self) -> TextDecoder:
-        """A decoder of one text."""
-        return _SubwordDecoder(self._map)
+        """A decoder that shows special tokens too."""
+        stream, held = _library("decoders").DecodeStream(skip_special_tokens=False), []
 
+        def decode(token: int | None) -> str:
+            if token is None:  # the first bytes of a character whose last ones never came
+                return self._map.decode(held, skip_special_tokens=False) if held else ""
+            if (piece := stream.step(self._map, token)) is None:
+                held.append(token)
+                return ""
+            held.clear()
+            return piece
 
-class _SubwordDecoder(TextDecoder):
-    def __init__(self, tokenizer: Any) -> None:
-        self._map, self._held = tokenizer, []
-        self._stream = _library("decoders").DecodeStream(skip_special_tokens=False)
-
-    def add(self, token: int) -> str:
-        piece = self._stream.step(self._map, token)
-        self._held = [] if piece is not None else [*self._held, token]
-        return piece or ""
-
-    def end(self) -> str:
-        # the first bytes of a character whose last ones never came
-        return self._map.decode(self._held, skip_special_tokens=False) if self._held else ""
+        return decode
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

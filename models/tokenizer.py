@@ -5,8 +5,9 @@ The last token of every tokenizer opens a document. It stands for no text, so no
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,16 +20,9 @@ TOKENIZER_FILE = "tokenizer.json"
 """The name of a vocabulary in the folder of a run."""
 
 
-class TextDecoder(ABC):
-    """Turns tokens into text as they come; the bytes of a character may come apart."""
-
-    @abstractmethod
-    def add(self, token: int) -> str:
-        """The text that is certain after one more token."""
-
-    @abstractmethod
-    def end(self) -> str:
-        """What was held back, when no more comes."""
+TextDecoder: TypeAlias = Callable[[int | None], str]
+"""Turns the tokens of one text into text as they come: what is certain after one more, and with None, which ends it,
+what was held back. The bytes of a character may come apart."""
 
 
 class Tokenizer(ABC):
@@ -60,7 +54,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decoder(self) -> TextDecoder:
-        """A decoder of one text."""
+        """A new decoder, for one text."""
 
     def save(self, folder: Path) -> None:
         """Write its tokenizer.json, from which `load_tokenizer` makes it again, into a folder; nothing for bytes.
@@ -105,15 +99,5 @@ class ByteTokenizer(Tokenizer):
 
     def decoder(self) -> TextDecoder:
         """A decoder of UTF-8; bytes that are no text become U+FFFD."""
-        return _ByteDecoder()
-
-
-class _ByteDecoder(TextDecoder):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
-
-    def end(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        return lambda token: decode(b"" if token is None else bytes([token]), final=token is None)

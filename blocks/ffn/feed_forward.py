@@ -1,6 +1,7 @@
 """What a feed-forward network is, and how a kind of it is registered."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...registry import Config, Registry
 
 Activation = Literal["gelu", "silu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
 
 
 class FfnConfig(Config, ABC):
@@ -52,8 +54,3 @@ class FeedForward(nn.Module, ABC):
 
 FFNS = Registry("ffn", FfnConfig, package="seqmix.blocks.ffn")
 """All feed-forward networks: the files of this folder, and dotted paths."""
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of that name."""
-    return {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation](x)

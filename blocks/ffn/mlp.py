@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .feed_forward import Activation, FeedForward, FfnConfig, activate
+from .feed_forward import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class MlpConfig(FfnConfig):
@@ -30,4 +30,4 @@ class Mlp(FeedForward):
         self.down_proj = nn.Linear(config.hidden_width(d_model), d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
-        return self.down_proj(activate(self.up_proj(x), self.activation))
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))

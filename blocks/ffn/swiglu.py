@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .feed_forward import Activation, FeedForward, FfnConfig, activate
+from .feed_forward import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class SwigluConfig(FfnConfig):
@@ -32,4 +32,4 @@ class Swiglu(FeedForward):
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
-        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))

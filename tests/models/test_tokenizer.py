@@ -36,8 +36,8 @@ def test_the_vocabulary_is_the_bytes_and_the_begin_token():
 @given(st.text())
 def test_decoding_gives_the_text_back_byte_by_byte(text):
     decoder = ByteTokenizer().decoder()
-    pieces = [decoder.add(token) for token in ByteTokenizer().encode(text).tolist()[1:]]
-    assert "".join(pieces) + decoder.end() == text
+    pieces = [decoder(token) for token in ByteTokenizer().encode(text).tolist()[1:]]
+    assert "".join(pieces) + decoder(None) == text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_decoding_gives_the_text_back_byte_by_byte(text):
 )
 def test_bytes_that_are_no_text_are_replaced(given, text):
     decoder = ByteTokenizer().decoder()
-    assert "".join(decoder.add(b) for b in given) + decoder.end() == text
+    assert "".join(decoder(b) for b in given) + decoder(None) == text
 
 
 def test_load_tokenizer_knows_bytes():
@@ -73,7 +73,7 @@ def subwords(vocabulary):
 
 def decoded(tokenizer, tokens) -> str:
     decoder = tokenizer.decoder()
-    return "".join([decoder.add(token) for token in tokens] + [decoder.end()])
+    return "".join([decoder(token) for token in tokens] + [decoder(None)])
 
 
 def test_a_learned_vocabulary_has_as_many_tokens_as_asked_for(subwords):
@@ -100,10 +100,10 @@ def test_subwords_give_any_text_back_token_by_token(subwords, text):
 
 def test_characters_come_whole(subwords):
     decoder = subwords.decoder()
-    pieces = [decoder.add(token) for token in subwords.encode("🧪é").tolist()[1:]]
+    pieces = [decoder(token) for token in subwords.encode("🧪é").tolist()[1:]]
     assert [piece for piece in pieces if piece] == ["🧪", "é"]
     assert len(pieces) > 3
-    assert decoder.end() == ""
+    assert decoder(None) == ""
 
 
 def test_the_first_bytes_of_a_character_are_replaced_at_the_end(subwords):
