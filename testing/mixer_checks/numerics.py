@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, map_state, to_dict
 from ..check import check
-from ..compare import FEW, GRADIENTS, near, require
+from ..compare import FEW, GRADIENTS, CheckFailure, near, require
 from ..mixer_case import Draw
 from ..mixer_options import changed
 from ..mixer_trial import Trial, learnable, named_leaves, named_results
@@ -38,13 +38,29 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     numbers = torch.cat([gradient.flatten() for gradient in expected.values()])
     # a gradient may be zero but for rounding, as that of a key's bias under a softmax is
     floor = 0.1 * numbers.square().mean().sqrt().item()
+
+    def moved_by_rounding(name: str) -> bool:
+        """Whether the exact gradient moves by as much as half of what is allowed if the tokens are rounded once."""
+        generator, unit = torch.Generator(x.device).manual_seed(0), torch.finfo(trial.case.dtype).eps / 2
+        for _ in range(3):
+            noise = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device=x.device) - 1
+            moved, _ = trial.differentiate(whole, x.double() * (1 + unit * noise), _wide(state), mixer=exact)
+            if (moved[name] - expected[name]).norm() > GRADIENTS * tolerance / 2 * expected[name].norm():
+                return True
+        return False
+
     for paradigm in trial.paradigms:
         what = f"{paradigm} in {trial.case.dtype}"
         gradients, after = trial.differentiate(trial.in_pieces(trial.call(paradigm)), x, state, zeros=results)
         for name, result in named_results(gradients.pop("the output"), after).items():
             near(name, what, result, results[name], tolerance)
         for name, gradient in gradients.items():
-            near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor)
+            try:
+                near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor)
+            except CheckFailure:
+                # a head's output may happen to be almost nothing, and its norm divides by it: no mixer can do better
+                if not moved_by_rounding(name):
+                    raise
 
 
 @check(share=0.1, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
