@@ -43,14 +43,14 @@ def write(charts: Sequence[Chart], file: Path, columns: int) -> Path:
     columns = min(columns, len(charts))
     rows = -(-len(charts) // columns)
     drawing = require_matplotlib().Figure(figsize=(4.6 * columns, 3.2 * rows + 0.4), layout="constrained")
-    panels = drawing.subplots(rows, columns, squeeze=False).flat
+    panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
     named: dict[str, Any] = {}
     for panel, chart in zip(panels, charts, strict=False):
         for line in chart.lines:
             handle = _draw(panel, line, joined=chart.joined)
             named[line.name] = handle if not line.faint else named.get(line.name, handle)
         _axes(panel, chart)
-    for panel in list(panels)[len(charts) :]:
+    for panel in panels[len(charts) :]:
         panel.set_axis_off()
     drawing.legend(named.values(), named.keys(), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     try:

@@ -83,18 +83,11 @@ def table(
     """
     kinds = ["text" if head in words else None for head in heads]
     body = []
-    for i, (first, *cells) in enumerate(rows):
-        body.append(
-            element(
-                "tr",
-                element("th", first, scope="row"),
-                *(
-                    element("td", cell, class_=kind, data_head=head if words else None)
-                    for cell, kind, head in zip(cells, kinds[1:], heads[1:], strict=True)
-                ),
-                class_="best" if best and i == 0 else None,
-            )
-        )
+    for first, *cells in rows:
+        row = element("tr", element("th", first, scope="row"), class_="best" if best and not body else None)
+        for cell, kind, head in zip(cells, kinds[1:], heads[1:], strict=True):
+            row.append(element("td", cell, class_=kind, data_head=head if words else None))
+        body.append(row)
     head = [element("th", text, scope="col", class_=kind) for text, kind in zip(heads, kinds, strict=True)]
     made = element("table", element("thead", element("tr", head)), element("tbody", body))
     return element(
@@ -107,9 +100,10 @@ def folded(heading: str, *body: Child) -> Element:
     return element("details", element("summary", heading), *body)
 
 
-def facts(pairs: dict[str, str]) -> Element:
-    """Names and what they are."""
-    return element("dl", [part for pair in pairs.items() for part in map(element, ("dt", "dd"), pair)], class_="facts")
+def facts(**pairs: str | None) -> Element:
+    """Names and what they are; one that is empty is left out. `_` in a name is a space."""
+    known = [(name.replace("_", " "), text) for name, text in pairs.items() if text]
+    return element("dl", [part for pair in known for part in map(element, ("dt", "dd"), pair)], class_="facts")
 
 
 def code(text: str) -> Element:

@@ -29,7 +29,8 @@ def write_report(results: Results, folder: Path) -> Path:
 def render(results: Results) -> str:
     """The report as HTML."""
     plots = Plots(results)
-    parts = [
+    return page.page(
+        f"{results.name}: a study",
         _head(results, plots),
         _outcome(results, plots),
         _figures("How they learnt", plots.curves()),
@@ -38,24 +39,23 @@ def render(results: Results) -> str:
         _fairness(results, plots),
         _failures(results),
         _details(results),
-    ]
-    return page.page(f"{results.name}: a study", *(part for part in parts if part is not None))
+    )
 
 
 def _head(results: Results, plots: Plots) -> Element:
-    finished = sum(run.status == "finished" for run in results.runs)
     facts = [
+        *([results.name] if results.question else []),
         f"{_count(len(results.entries), 'entry', 'entries')}, {_count(len(results.runs), 'run')}",
         results.created[:10],
         _machine(results.machine),
         *_versions(results.machine),
     ]
-    missing = len(results.runs) - finished
+    missing = sum(run.status != "finished" for run in results.runs)
     note = f"{_count(missing, 'run')} of {len(results.runs)} did not finish; reasons are under Failures."
     return element(
         "header",
         element("h1", results.question or results.name),
-        page.paragraph(" · ".join(([results.name] if results.question else []) + facts), "quiet"),
+        page.paragraph(" · ".join(facts), "quiet"),
         page.paragraph(_answer(plots), "lead"),
         page.paragraph(note, "note") if missing else None,
     )
@@ -67,10 +67,9 @@ def _answer(plots: Plots) -> str:
         return "No run has finished, so there is nothing to compare."
     if len(plots.variants) <= 1:
         return _sentence(plots, plots.ranked())
-    ends = (plots.variants[0], plots.variants[-1])
-    ranked = [[row for row in plots.ranked() if row.variant == variant] for variant in ends]
     return " ".join(
-        f"At {said(variant)}: {_sentence(plots, rows)}" for variant, rows in zip(ends, ranked, strict=True) if rows
+        f"At {said(end)}: {_sentence(plots, [row for row in plots.ranked() if row.variant == end])}"
+        for end in (plots.variants[0], plots.variants[-1])
     )
 
 
@@ -79,12 +78,12 @@ def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
     scored = [(row, score) for row in ranked if (score := plots.score(row)) is not None]
     if not scored:
         return "no run has finished."
+    (best, a), *others = scored
     what = "an accuracy" if plots.has_accuracy else "a validation loss"
-    best, a = scored[0]
     text = f"{best.entry} reaches {what} of {measured(a, share=plots.has_accuracy)}"
-    if len(scored) == 1:
+    if not others:
         return f"{text}."
-    second, b = scored[1]
+    second, b = others[0]
     text = f"{text}, {second.entry} comes next with {measured(b, share=plots.has_accuracy)}."
     if min(best.seeds, second.seeds) < 2:
         return f"{text} With one seed, how much of this is chance is not known."
@@ -136,20 +135,16 @@ def _paper(results: Results, plots: Plots) -> Element | None:
     if not results.paper:
         return None
     rows = [
-        (row.label, page.name(row.entry, plots.styles.get(row.entry)), f"{row.theirs:g}", _like(row.ours, row.theirs))
+        (row.label, page.name(row.entry, plots.styles[row.entry]), f"{row.theirs:g}", _like(row.ours, row.theirs))
         for row in results.paper
     ]
-    return page.section(
-        "Beside the paper",
-        page.table(
-            ["figure", "entry", "paper", "here"], rows, "The paper's figures beside ours", words=("figure", "entry")
-        ),
-        page.paragraph(
-            "The paper's models and data are larger than those here: what can be compared is the order, and which way "
-            "differences go, not the values.",
-            "quiet",
-        ),
+    heads = ["figure", "entry", "paper", "here"]
+    table = page.table(heads, rows, "The paper's figures beside ours", words=("figure", "entry"))
+    note = (
+        "The paper's models and data are larger than those here: what can be compared is the order, and which way "
+        "differences go, not the values."
     )
+    return page.section("Beside the paper", table, page.paragraph(note, "quiet"))
 
 
 def _fairness(results: Results, plots: Plots) -> Element:
@@ -159,27 +154,21 @@ def _fairness(results: Results, plots: Plots) -> Element:
     ]
     parts: list[Element] = [element("ul", [element("li", text) for text in results.fairness])]
     if matched:
-        label = "What was made equal"
-        parts.append(page.table(["entry", "made equal"], matched, label, words=("made equal",)))
-    facts = {
-        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in results.runs})),
-        "learning rates": ", ".join(number(rate) for rate in sorted({run.learning_rate for run in results.runs})),
-        "machine": _machine(results.machine),
-    }
-    parts.append(page.facts({name: text for name, text in facts.items() if text}))
-    if different and len(results.entries) > 1:
-        heads = ["field", *(entry.name for entry in results.entries)]
-        rows = [
-            (name, *(shown(values.get(entry.name, "")) for entry in results.entries))
-            for name, values in different.items()
-        ]
-        parts.append(page.folded("What differs between the models", page.table(heads, rows, "Fields that differ")))
-    if same and len(results.entries) > 1:
-        parts.append(
-            page.folded(
-                "What is the same in all models", page.code("\n".join(f"{k}: {shown(v)}" for k, v in same.items()))
-            )
-        )
+        parts.append(page.table(["entry", "made equal"], matched, "What was made equal", words=("made equal",)))
+    facts = page.facts(
+        seeds=", ".join(map(str, sorted({run.seed for run in results.runs}))),
+        learning_rates=", ".join(map(number, sorted({run.learning_rate for run in results.runs}))),
+        machine=_machine(results.machine),
+    )
+    parts.append(facts)
+    names = [entry.name for entry in results.entries]
+    if different and len(names) > 1:
+        rows = [(field, *(shown(values.get(name, "")) for name in names)) for field, values in different.items()]
+        table = page.table(["field", *names], rows, "Fields that differ")
+        parts.append(page.folded("What differs between the models", table))
+    if same and len(names) > 1:
+        code = page.code("\n".join(f"{field}: {shown(value)}" for field, value in same.items()))
+        parts.append(page.folded("What is the same in all models", code))
     return page.section("What was held equal", *parts)
 
 
@@ -187,12 +176,10 @@ def _failures(results: Results) -> Element | None:
     failed = [run for run in results.runs if run.status != "finished"]
     if not failed:
         return None
-    rows = [
-        (run.name, run.status, run.error or "it has not ended: run the same command again to go on") for run in failed
-    ]
-    return page.section(
-        "Failures", page.table(["run", "status", "reason"], rows, "Runs that failed", words=("reason", "status"))
-    )
+    again = "it has not ended: run the same command again to go on"
+    rows = [(run.name, run.status, run.error or again) for run in failed]
+    table = page.table(["run", "status", "reason"], rows, "Runs that failed", words=("reason", "status"))
+    return page.section("Failures", table)
 
 
 def _details(results: Results) -> Element:
@@ -207,17 +194,18 @@ def _details(results: Results) -> Element:
         ("peak memory", lambda run: quantity(run.peak_memory_bytes, "bytes")),
         ("time", lambda run: quantity(run.seconds, "seconds")),
     ]
-    facts = {
-        "created": results.created,
-        "machine": _machine(results.machine),
-        "versions": ", ".join(_versions(results.machine)),
-        "commit": results.machine.commit or "",
-    }
+    machine = results.machine
+    facts = page.facts(
+        created=results.created,
+        machine=_machine(machine),
+        versions=", ".join(_versions(machine)),
+        commit=machine.commit,
+    )
     return page.section(
         "To do it again",
         page.paragraph("All figures are in results.json beside this page; every run's folder has its configuration."),
         page.code(f"seqmix compare {results.name if results.name in shipped() else f'{results.name}.yaml'}"),
-        page.facts({name: text for name, text in facts.items() if text}),
+        facts,
         page.folded("All runs", page.table(*filled(results.runs, columns), "All runs")),
         *(page.folded(f"Configuration of {entry.name}", page.code(entry.config.rstrip())) for entry in results.entries),
     )
@@ -230,12 +218,10 @@ def measured(value: Statistic | None, *, share: bool = False) -> str:
     """A mean and its spread, in as many digits as one can use."""
     if value is None:
         return ""
-    scale, unit, digits = (100, "\N{NO-BREAK SPACE}%", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
-    text = f"{value.mean * scale:.{digits}f}"
-    if value.spread is not None:
-        # a line never breaks within a figure
-        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{value.spread * scale:.{digits}f}"
-    return text + unit
+    scale, unit, digits = (100, " %", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
+    spread = "" if value.spread is None else f" ± {value.spread * scale:.{digits}f}"
+    # a line never breaks within a figure
+    return f"{value.mean * scale:.{digits}f}{spread}{unit}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _number(value: float | None) -> str:
@@ -253,8 +239,7 @@ def _machine(machine: Machine) -> str:
 
 
 def _versions(machine: Machine) -> list[str]:
-    named = {"seqmix": machine.seqmix, "torch": machine.torch}
-    return [f"{name} {version}" for name, version in named.items() if version]
+    return [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
 
 
 def _count(number: int, one: str, more: str | None = None) -> str:

@@ -5,7 +5,6 @@ training, three times the forward ones of matrix products; seconds are those of 
 steps that were logged.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +16,8 @@ from .files import write_text
 RESULTS_FILE = "results.json"
 FORMAT = 1
 
+COSTS = ("parameters", "flops_per_token", "state_bytes")
+"""Fields of what a model costs."""
 AccuracyBy = dict[str, dict[str, float]]
 """Share of right answers, by the name of a difficulty and its value."""
 
@@ -203,7 +204,7 @@ class Results(Config):
     def entry_of(self, row: SummaryRow) -> EntryResult:
         """The entry of a line of the summary, with what it costs in that variant."""
         entry = next(entry for entry in self.entries if entry.name == row.entry)
-        costs = {name: getattr(row, name) for name in ("parameters", "flops_per_token", "state_bytes")}
+        costs = {name: getattr(row, name) for name in COSTS}
         return entry.model_copy(update={name: cost for name, cost in costs.items() if cost is not None})
 
     @model_validator(mode="after")
@@ -224,15 +225,13 @@ def read_results(path: str | Path) -> Results:
     path = Path(path)
     file = path / RESULTS_FILE if path.is_dir() else path
     try:
-        return Results.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        return Results.model_validate_json(file.read_bytes())
     except OSError as error:
         raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        place = ".".join(map(str, detail["loc"]))
-        raise ResultsError(f"{file} is no results of a study: {place + ': ' if place else ''}{detail['msg']}") from None
-    except ValueError as error:
-        raise ResultsError(f"{file} is no results of a study, for it is no JSON: {error}") from None
+        place = "".join(f"{key}." for key in detail["loc"])[:-1]
+        raise ResultsError(f"{file} is no results of a study: {f'{place}: ' if place else ''}{detail['msg']}") from None
 
 
 def write(results: Results, folder: Path) -> Path:

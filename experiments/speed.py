@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,44 +87,34 @@ def _measured(
     speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, tell: Callable[[str], None]
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
+
+    def rows(benchmark: _OfEntries) -> list[Row]:
+        benchmark.models = models
+        report = run(benchmark, tell)
+        if len(report.rows) < len(models) * len(set(benchmark.settings.lengths)):
+            raise KeyboardInterrupt  # the rounds ended early
+        return report.rows
+
     train, decode = [], []
     if speed.train is not None:
-        train = _rows(_TrainSpeed, settings(lengths=speed.train.lengths, tokens=speed.train.tokens), models, tell)
+        train = rows(_TrainSpeed(settings(lengths=speed.train.lengths, tokens=speed.train.tokens)))
     if speed.decode is not None:
-        decode = _rows(_DecodeSpeed, settings(lengths=speed.decode.contexts, batch=speed.decode.batch), models, tell)
-    return SpeedResult(train=tuple(map(_train_row, train)), decode=tuple(map(_decode_row, decode)))
-
-
-def _rows(
-    kind: type[_TrainSpeed | _DecodeSpeed],
-    settings: Settings,
-    models: Mapping[str, ModelConfig],
-    tell: Callable[[str], None],
-) -> list[Row]:
-    benchmark = kind(settings)
-    benchmark.models = models
-    report = run(benchmark, tell)
-    if len(report.rows) < len(models) * len(set(settings.lengths)):
-        raise KeyboardInterrupt  # the rounds ended early
-    return report.rows
-
-
-def _train_row(row: Row) -> TrainSpeedRow:
-    return TrainSpeedRow(
-        entry=row.name,
-        length=row.length,
-        tokens_per_second=row.tokens_per_second,
-        memory_bytes=row.peak_bytes,
-        skipped=row.skipped,
+        decode = rows(_DecodeSpeed(settings(lengths=speed.decode.contexts, batch=speed.decode.batch)))
+    return SpeedResult(
+        train=tuple(
+            TrainSpeedRow(length=row.length, tokens_per_second=row.tokens_per_second, **_shared(row)) for row in train
+        ),
+        decode=tuple(
+            DecodeSpeedRow(
+                context=row.length,
+                seconds=None if row.seconds is None else row.seconds.median,
+                state_bytes=row.state_bytes,
+                **_shared(row),
+            )
+            for row in decode
+        ),
     )
 
 
-def _decode_row(row: Row) -> DecodeSpeedRow:
-    return DecodeSpeedRow(
-        entry=row.name,
-        context=row.length,
-        seconds=None if row.seconds is None else row.seconds.median,
-        memory_bytes=row.peak_bytes,
-        state_bytes=row.state_bytes,
-        skipped=row.skipped,
-    )
+def _shared(row: Row) -> dict[str, Any]:
+    return {"entry": row.name, "memory_bytes": row.peak_bytes, "skipped": row.skipped}

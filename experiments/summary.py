@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from statistics import mean, median, stdev
-from typing import Any, Literal
+from typing import Literal
 
-from .results import Results, RunResult, Statistic, SummaryRow
+from .results import COSTS, Results, RunResult, Statistic, SummaryRow
 
 
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
@@ -58,23 +58,17 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         learning_rate=rate,
         at_edge=edge,
         seeds=len(runs),
-        parameters=runs[0].parameters,
-        flops_per_token=runs[0].flops_per_token,
-        state_bytes=runs[0].state_bytes,
+        **{cost: getattr(runs[0], cost) for cost in COSTS},
         tokens_per_second=median(speeds) if speeds else None,
         validation_loss=statistic([run.validation_loss for run in runs if run.validation_loss is not None]),
         accuracy=statistic(accuracies) if accuracies else None,
-        accuracy_by={
-            name: _by_key([run.accuracy_by[name] for run in runs if name in run.accuracy_by])
-            for name in runs[0].accuracy_by
-        },
+        accuracy_by={name: _by_key([run.accuracy_by.get(name, {}) for run in runs]) for name in runs[0].accuracy_by},
         validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),
     )
 
 
-def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Any]:
-    keys = slices[0] if slices else {}
-    return {key: statistic([values[key] for values in slices if key in values]) for key in keys}
+def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Statistic]:
+    return {key: statistic([values[key] for values in slices if key in values]) for key in slices[0]}
 
 
 def statistic(values: Sequence[float]) -> Statistic:

@@ -23,11 +23,9 @@ def notes(results: Results) -> Iterator[str]:
     for run in results.runs:
         if run.status == "failed":
             yield f"{run.name} failed: {run.error}"
-    missing = [run.name for run in results.runs if run.status == "missing"]
-    if missing:
-        yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}" + (
-            ", ..." if len(missing) > 5 else "."
-        )
+    if missing := [run.name for run in results.runs if run.status == "missing"]:
+        more = ", ..." if len(missing) > 5 else "."
+        yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}{more}"
 
 
 Row = TypeVar("Row")
@@ -49,7 +47,7 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
         *((path.rpartition(".")[2], lambda row, path=path: str(row.variant.get(path, ""))) for path in varied),
-        ("accuracy", lambda row: "" if row.accuracy is None else _percent(row.accuracy)),
+        ("accuracy", lambda row: _accuracy(row.accuracy)),
         ("validation loss", lambda row: _loss(row.validation_loss)),
         ("seeds", lambda row: str(row.seeds)),
         ("learning rate", lambda row: f"{row.learning_rate:g}" if rated else ""),
@@ -65,12 +63,13 @@ def state_size(entry: EntryResult) -> str:
     return quantity(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else "")
 
 
+def _accuracy(value: Statistic | None) -> str:
+    spread = "" if value is None or value.spread is None else f" ± {100 * value.spread:.1f}"
+    return "" if value is None else f"{100 * value.mean:.1f} %{spread}"
+
+
 def _loss(value: Statistic) -> str:
     return f"{value.mean:.4f}" + ("" if value.spread is None else f" ± {value.spread:.4f}")
-
-
-def _percent(value: Statistic) -> str:
-    return f"{100 * value.mean:.1f} %" + ("" if value.spread is None else f" ± {100 * value.spread:.1f}")
 
 
 def markdown(results: Results) -> str:

@@ -171,7 +171,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     ("text", "said"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is no results of a study, for it is no JSON"),
+        ("{", "is no results of a study: Invalid JSON"),
         ("{}", "is no results of a study: name: Field required"),
         ("[]", "is no results of a study: "),
         (json.dumps({"format": 2}), "is no results of a study: "),
