@@ -8,6 +8,8 @@ whole numbers, heads must divide them), so the search keeps the value that comes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
@@ -18,9 +20,8 @@ from ..registry import Config, SeqmixError, nearest
 
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
-DOUBLINGS = 20
-"""How often a field is doubled and halved at most, from the value it has."""
-HALVINGS = 20
+DOUBLINGS, HALVINGS = 20, 20
+"""How often a field is doubled and halved at most, from the value it has; and how often what is between is halved."""
 HOLES = 64
 """Neighbours of a whole number that are tried where a model cannot be built with it."""
 
@@ -46,7 +47,7 @@ class Match(Config):
 
     @model_validator(mode="after")
     def _one_metric(self) -> Self:
-        given = [metric for metric in get_args(Metric) if getattr(self, metric) is not None]
+        given = self._given
         if len(given) != 1:
             raise ValueError(
                 f"a match is of one of parameters, flops and state, and this is of {' and '.join(given) or 'none'}"
@@ -56,9 +57,13 @@ class Match(Config):
         return self
 
     @property
+    def _given(self) -> list[Metric]:
+        return [metric for metric in UNITS if getattr(self, metric) is not None]
+
+    @property
     def metric(self) -> Metric:
         """What is made equal."""
-        return next(metric for metric in get_args(Metric) if getattr(self, metric) is not None)
+        return self._given[0]
 
     @property
     def wanted(self) -> int | float | str:
@@ -98,7 +103,7 @@ def whole_cost(model: ModelConfig, length: int) -> Cost:
     Raises:
         SeqmixError: the model cannot be built.
     """
-    return Cost(*(cost_of(model, metric, length) for metric in get_args(Metric)))
+    return Cost(*(cost_of(model, metric, length) for metric in UNITS))
 
 
 def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
@@ -155,7 +160,7 @@ class _Knob:
     """A number of a model's configuration, in one place or in several."""
 
     model: ModelConfig
-    places: tuple[tuple[str, ...], ...]
+    places: Sequence[tuple[str, ...]]
     whole: bool
     """Whether it is an integer."""
     value: int | float | None
@@ -174,9 +179,9 @@ class _Knob:
             kinds = {_number_of(owner, place) for place, owner in found}
         except MatchError as error:
             raise MatchError(f"knob {path}: {error}") from None
-        values = [getattr(owner, place[-1]) for place, owner in found]
+        values = (getattr(owner, place[-1]) for place, owner in found)
         start = next((value for value in values if value is not None), None)
-        return cls(model, tuple(place for place, _ in found), kinds == {int}, start)
+        return cls(model, [place for place, _ in found], kinds == {int}, start)
 
     def turned(self, value: int | float) -> ModelConfig:
         """The model with another value in all places.
@@ -184,29 +189,15 @@ class _Knob:
         Raises:
             ValidationError: the configuration allows no such value.
         """
-        model: Any = self.model
-        for place in self.places:
-            model = _replaced(model, place, value)
-        return model
-
-
-def _children(node: Any) -> dict[str, Any]:
-    """The fields of a configuration, or the entries of a mapping; nothing else has any."""
-    if isinstance(node, Config):
-        return {name: getattr(node, name) for name in type(node).model_fields}
-    return dict(node) if isinstance(node, Mapping) else {}
-
-
-def _replaced(node: Any, place: tuple[str, ...], value: Any) -> Any:
-    """A configuration with another value at a place; what is above it is checked again, what is beside it stays."""
-    (key, *rest), children = place, _children(node)
-    children[key] = _replaced(children[key], tuple(rest), value) if rest else value
-    return children if isinstance(node, Mapping) else type(node).model_validate(children)
+        model = self.model.model_dump()
+        for *way, key in self.places:
+            reduce(getitem, way, model)[key] = value
+        return ModelConfig.model_validate(model)
 
 
 def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tuple[tuple[str, ...], Config]]:
     """Where keys lead: places, and the configurations that own the field; a MatchError says why nowhere."""
-    (key, *rest), children = keys, _children(node)
+    (key, *rest), children = keys, dict(node) if isinstance(node, Config | Mapping) else {}
     if not children:
         raise MatchError(f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}")
     if key == "*":

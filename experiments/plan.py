@@ -94,33 +94,34 @@ def plan(study: Study, file: Path) -> Plan:
     """
     varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     solved: dict[Any, Matched] = {}
-    planned = [(variant, _Variant(study, file, variant, solved).entries()) for variant in varied]
-    for variant, entries in planned:
+    variants = [_Variant(study, file, variant, solved).entries() for variant in varied]
+    for variant, entries in zip(varied, variants, strict=True):
         require_fair(entries, variant)
         for entry in entries:
             try:
                 _ = entry.cost  # can be built
             except SeqmixError as error:
                 raise type(error)(f"{file}: {entry.name}{_where(variant)}: {error}") from None
-    runs = []
-    for seed, (variant, entries), entry in product(study.seeds, planned, range(len(study.names))):
-        config = entries[entry].config
-        for rate in study.learning_rates or (config.training.learning_rate,):
-            runs.append(_run(study, entries[entry], variant, rate, seed))
+    runs = [
+        _run(study, entry, variant, rate, seed)
+        for seed in study.seeds
+        for variant, entries in zip(varied, variants, strict=True)
+        for entry in entries
+        for rate in study.learning_rates or (entry.config.training.learning_rate,)
+    ]
     _require_names(runs)
-    variants = [entries for _, entries in planned]
     return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, variants)))
 
 
 def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed: int) -> PlannedRun:
     training = entry.config.training.model_copy(update={"learning_rate": rate})
     config = entry.config.model_copy(update={"training": training, "seed": seed})
-    slugs = {path: re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_") for path, value in variant.items()}
-    parts = [f"{path.rpartition('.')[2]}{slug}" for path, slug in slugs.items()]
+    parts = [entry.name]
+    for path, value in variant.items():
+        parts.append(path.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_"))
     if study.learning_rates:
         parts.append(f"lr{rate:.16g}")
-    name = "-".join([entry.name, *parts, f"seed{seed}"])
-    return PlannedRun(name, entry.name, variant, config, entry.cost)
+    return PlannedRun("-".join([*parts, f"seed{seed}"]), entry.name, variant, config, entry.cost)
 
 
 def _require_names(runs: list[PlannedRun]) -> None:
@@ -190,26 +191,23 @@ class _Variant:
         """An entry, matched; `waiting` are the entries that are to cost as much as it."""
         if name in waiting:
             raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}")
-        if name not in self.done:
-            self.done[name] = self._turned(name, waiting)
-        return self.done[name]
-
-    def _turned(self, name: str, waiting: tuple[str, ...]) -> PlannedEntry:
-        config = self.read[name]
+        if name in self.done:
+            return self.done[name]
+        config, matched = self.read[name], None
         own = self.study.entries.get(name)
         match = own.match if own is not None and "match" in own.model_fields_set else self.study.match
-        if match is None or match.wanted == name:
-            return PlannedEntry(name, config)
-        length = config.data.sequence_length
-        wanted = self._wanted(match, length, (*waiting, name))
-        key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
-        try:
-            if key not in self.solved:
-                self.solved[key] = solve(config.model, match, wanted, length=length)
-        except SeqmixError as error:
-            raise type(error)(f"{self.file}: {name}{_where(self.variant)} cannot be matched: {error}") from None
-        matched = self.solved[key]
-        return PlannedEntry(name, config.model_copy(update={"model": matched.model}), matched)
+        if match is not None and match.wanted != name:
+            length = config.data.sequence_length
+            wanted = self._wanted(match, length, (*waiting, name))
+            key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
+            try:
+                if key not in self.solved:
+                    self.solved[key] = solve(config.model, match, wanted, length=length)
+            except SeqmixError as error:
+                raise type(error)(f"{self.file}: {name}{_where(self.variant)} cannot be matched: {error}") from None
+            matched = self.solved[key]
+            config = config.model_copy(update={"model": matched.model})
+        return self.done.setdefault(name, PlannedEntry(name, config, matched))
 
     def _wanted(self, match: Match, length: int, waiting: tuple[str, ...]) -> float:
         """How much it is to cost."""
@@ -227,9 +225,7 @@ class _Variant:
 
     def _tree(self, source: str) -> Node:
         """What a preset says, or a file beside the study."""
-        beside = self.file.parent / source
-        is_file = source.endswith((".yaml", ".yml")) or beside.is_file()
-        return read(beside if is_file else source, PRESETS, RunConfig)
+        return read(source, PRESETS, RunConfig, folder=self.file.parent)
 
 
 def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
@@ -255,9 +251,9 @@ def _validated(tree: Node) -> RunConfig:
 
 def _as_node(value: Any, origin: Origin) -> Node:
     if isinstance(value, Mapping):
-        return Node({str(key): _as_node(entry, origin) for key, entry in value.items()}, origin)
-    if isinstance(value, list | tuple):
-        return Node(tuple(_as_node(entry, origin) for entry in value), origin)
+        value = {str(key): _as_node(entry, origin) for key, entry in value.items()}
+    elif isinstance(value, list | tuple):
+        value = tuple(_as_node(entry, origin) for entry in value)
     return Node(value, origin)
 
 
@@ -282,16 +278,16 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
     Raises:
         StudyError: what differs.
     """
-    first, *others = entries
+    first = entries[0]
     if first.config.training.patience is not None:
         raise StudyError(
             f"training.patience is {first.config.training.patience}: entries would stop at different steps and read "
             "different numbers of tokens; set it to null in the study's training"
         )
     for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in SAME)):
-        field = attrgetter(place)
-        for other in others:
-            if (ours := field(first.config)) != (theirs := field(other.config)):
+        ours, *others = (attrgetter(place)(entry.config) for entry in entries)
+        for other, theirs in zip(entries[1:], others, strict=True):
+            if ours != theirs:
                 raise StudyError(
                     f"{first.name} and {other.name} cannot be compared{_where(variant)}: {place} is {ours!r} and "
                     f"{theirs!r}"
@@ -313,21 +309,21 @@ def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]
     batches = "all of the evaluation data" if final is None else f"{final} evaluation batches, the same for all"
     yield f"At the end every entry is judged by {batches}."
     counts = [[entry.cost.parameters for entry in entries] for entries in variants]
-    spreads = list(dict.fromkeys((min(count), max(count)) for count in counts))
+    spreads = {(min(count), max(count)) for count in counts}
     low, high = max(spreads, key=lambda spread: spread[1] / spread[0])
-    spread = f"{low:,}" if low == high else f"from {low:,} to {high:,} ({100 * (high / low - 1):.2g} % apart)"
+    apart = f"{100 * (high / low - 1):.2g} % apart"
+    spread = f"{low:,}" if low == high else f"from {low:,} to {high:,} ({apart})"
     if len(spreads) > 1:
-        spread = f"{100 * (high / low - 1):.2g} % apart in a variant, or less"
+        spread = f"{apart} in a variant, or less"
     metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
     matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
     yield f"Models are {matched}; their parameters are {spread}."
-    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
-    if rates:
+    if rates := ", ".join(f"{rate:g}" for rate in study.learning_rates):
         yield f"Each entry has its best of the learning rates {rates}, by mean final validation loss over the seeds."
     for name in type(training).model_fields:
-        values = {entry.name: getattr(entry.config.training, name) for entry in entries}
         if name == "learning_rate" and rates:
             continue
-        if len({repr(value) for value in values.values()}) > 1:
-            each = ", ".join(f"{entry} {value}" for entry, value in values.items())
+        values = [getattr(entry.config.training, name) for entry in entries]
+        if len(set(map(repr, values))) > 1:
+            each = ", ".join(f"{entry.name} {value}" for entry, value in zip(entries, values, strict=True))
             yield f"training.{name} is an entry's own: {each}."

@@ -14,7 +14,7 @@ EXTENDS = "extends"
 """The key that names the preset or file of which a file is a difference."""
 
 
-def read(source: str | Path, presets: Path, cls: type[Config] = Config) -> Node:
+def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path = Path()) -> Node:
     """The mapping that a source stands for, merged into all that it extends.
 
     Args:
@@ -22,11 +22,12 @@ def read(source: str | Path, presets: Path, cls: type[Config] = Config) -> Node:
             or exists as one.
         presets: the folder of the presets, one file `<name>.yaml` each.
         cls: the class of the configuration, whose deprecated names and default kinds are then put right; or any.
+        folder: where a word's file lies.
 
     Raises:
         ConfigError: a source is unknown, unreadable or no YAML mapping, or files extend each other in a circle.
     """
-    path = source if isinstance(source, Path) else _locate(source, Path(), presets, "")
+    path = source if isinstance(source, Path) else _locate(source, folder, presets, "")
     return _read(path, presets, (), "", cls)
 
 
