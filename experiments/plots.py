@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -76,10 +77,8 @@ class Plots:
         speed = self.results.speed
         long = Axis("tokens of a sequence", ticks=sorted({row.length for row in speed.train}))
         read = Axis("tokens read before", ticks=sorted({row.context for row in speed.decode}))
-        train, decode = (
-            partial(self._cost, speed.train, "length", long),
-            partial(self._cost, speed.decode, "context", read),
-        )
+        train = partial(self._cost, speed.train, "length", long)
+        decode = partial(self._cost, speed.decode, "context", read)
         rate, memory = Axis("tokens per second", zero=True), Axis("peak memory", unit="bytes", zero=True)
         time, state = Axis("time per token", unit="seconds", zero=True), Axis("state", unit="bytes")
         return drawable(
@@ -96,12 +95,10 @@ class Plots:
 
     def _curve(self, title: str, x: Axis, over: str, measure: str, variant: Mapping[str, Any] | None = None) -> Chart:
         """The mean over seeds of a measure, and the lowest and highest of them."""
-        points, many = {}, False
-        for row in self.results.summary:
-            runs = self._runs(row) if variant is None or row.variant == variant else []
-            if runs:
-                points[row.entry] = list(_mean_course(runs, over, measure))
-                many |= len(runs) > 1
+        rows = [row for row in self.results.summary if variant is None or row.variant == variant]
+        runs = {row.entry: found for row in rows if (found := self._runs(row))}
+        points = {entry: list(_mean_course(found, over, measure)) for entry, found in runs.items()}
+        many = any(len(found) > 1 for found in runs.values())
         y = MEASURED[measure]
         band = ": mean of the seeds, in a band from the lowest to the highest of them." if many else "."
         caption = f"{y.label.partition(' (')[0].capitalize()} as training went on{band}"
@@ -115,9 +112,7 @@ class Plots:
         said_name = name.replace("_", " ")
         axis, place = _axis_of(self.results.x_label or said_name, keys)
         points = {
-            row.entry: sorted(
-                _spread(place[repr(key)], value, ACCURACY) for key, value in row.accuracy_by[name].items()
-            )
+            row.entry: _course({place[repr(key)]: value for key, value in row.accuracy_by[name].items()}, ACCURACY)
             for row in rows
         }
         caption = "The share of asked tokens that are right, "
@@ -126,9 +121,7 @@ class Plots:
 
     def _lengths(self) -> Chart:
         points = {
-            row.entry: sorted(
-                _spread(float(length), loss, VALIDATION) for length, loss in row.validation_loss_by_length.items()
-            )
+            row.entry: _course({float(key): value for key, value in row.validation_loss_by_length.items()}, VALIDATION)
             for row in self._of_best_variant(self.results.summary)
         }
         caption = (
@@ -146,10 +139,10 @@ class Plots:
         (key,) = keys
         label = said_key(key)
         axis, place = _axis_of(label, [variant.get(key) for variant in self.variants])
-        points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
+        scores: dict[str, dict[float, Statistic | None]] = {entry: {} for entry in self.styles}
         for row in self.results.summary:
-            points[row.entry] += self._scored(place[repr(row.variant[key])], row)
-        points = {entry: sorted(found) for entry, found in points.items()}
+            scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
+        points = {entry: _course(found, self.axis) for entry, found in scores.items()}
         caption = f"Each entry at each value of {label}."
         yield self._chart(f"{self.measured} over {label}", caption, axis, self.axis, points)
 
@@ -160,11 +153,9 @@ class Plots:
         entries = {row.entry: self.results.entry_of(row) for row in rows}
         better = "up" if self.has_accuracy else "down"
         caption = f"What was reached with a state of that size; {better} and to the left is better."
-        if growing := [name for name, entry in entries.items() if entry.state_grows]:
-            caption += (
-                f" The state of {' and '.join(growing)} grows with the text: its size is that at the trained length."
-            )
-        points = {row.entry: self._scored(entries[row.entry].state_bytes, row) for row in rows}
+        if growing := " and ".join(name for name, entry in entries.items() if entry.state_grows):
+            caption += f" The state of {growing} grows with the text: its size is that at the trained length."
+        points = {row.entry: _course({entries[row.entry].state_bytes: self.score(row)}, self.axis) for row in rows}
         axis = Axis("state of one sequence", unit="bytes", log=True)
         yield self._chart(f"{self.measured} and state", caption, axis, self.axis, points, joined=False)
 
@@ -179,17 +170,17 @@ class Plots:
                 end = run.accuracy if self.has_accuracy else run.validation_loss
                 if (run.entry, run.variant) == (row.entry, row.variant) and end is not None:
                     ends[run.learning_rate].append(end)
-            points[row.entry] = [_spread(rate, statistic(found), self.axis) for rate, found in ends.items() if found]
+            points[row.entry] = _course({rate: statistic(found) for rate, found in ends.items() if found}, self.axis)
         caption = "The end of every run. An entry whose best is at the edge may be better beyond it."
         axis = Axis("learning rate", log=True, ticks=rates)
         yield self._chart(f"{self.measured} over learning rate", caption, axis, self.axis, points)
 
     def _cost(self, rows: Sequence[Any], over: str, x: Axis, title: str, measure: str, y: Axis, caption: str) -> Chart:
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
-        for row in rows:
+        for row in sorted(rows, key=attrgetter(over)):
             if (value := getattr(row, measure)) is not None:
                 points[row.entry].append((getattr(row, over), value, value, value))
-        return self._chart(title, caption, x, y, {entry: sorted(found) for entry, found in points.items()})
+        return self._chart(title, caption, x, y, points)
 
     # ---- what they share
 
@@ -211,14 +202,10 @@ class Plots:
             lines.append(Line(entry, *map(list, columns[:parts]), style=self.styles[entry]))
         return Chart(title, caption, x, y, lines, joined)
 
-    def _scored(self, x: float, row: SummaryRow) -> list[Point]:
-        return [] if (score := self.score(row)) is None else [_spread(x, score, self.axis)]
-
     def _runs(self, row: SummaryRow) -> list[RunResult]:
         """The finished runs that a line of the summary sums up."""
-        chosen = (row.entry, row.variant, row.learning_rate)
-        found = [run for run in self.results.runs if (run.entry, run.variant, run.learning_rate) == chosen]
-        return [run for run in found if run.status == "finished"]
+        chosen = (row.entry, row.variant, row.learning_rate, "finished")
+        return [run for run in self.results.runs if (run.entry, run.variant, run.learning_rate, run.status) == chosen]
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
         """One line an entry: that of the variant in which it did best."""
@@ -244,10 +231,14 @@ def _mean_course(runs: Sequence[RunResult], over: str, measure: str) -> Iterator
             yield fmean(x for x, _ in found), fmean(ys), min(ys), max(ys)
 
 
-def _spread(x: float, value: Statistic, y: Axis) -> Point:
-    """A mean and its deviation; no accuracy is above 1, and none below 0."""
-    spread = value.spread or 0.0
-    return x, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, 1.0 if y is ACCURACY else math.inf)
+def _course(values: Mapping[float, Statistic | None], y: Axis) -> list[Point]:
+    """Means and their deviations, in order; no accuracy is above 1, and none below 0."""
+    found, most = [], 1.0 if y is ACCURACY else math.inf
+    for x, value in sorted(values.items()):
+        if value is not None:
+            spread = value.spread or 0.0
+            found.append((x, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, most)))
+    return found
 
 
 def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float]]:
@@ -256,9 +247,7 @@ def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float]]
     if all(map(_is_number, values)):
         place = {repr(value): float(value) for value in values}
         return Axis(label, ticks=sorted(place.values())), place
-    return Axis(label, names=[str(value) for value in values]), {
-        repr(value): float(i) for i, value in enumerate(values)
-    }
+    return Axis(label, names=list(map(str, values))), {repr(value): float(i) for i, value in enumerate(values)}
 
 
 def said(variant: Mapping[str, Any]) -> str:

@@ -15,14 +15,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..registry import Config, SeqmixError, load, nearest
 from .match import Match
 
 STUDIES = Path(__file__).with_name("studies")
 """The folder of the studies that come with the package."""
-NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 SAME = (
     "steps",
     "batch_size",
@@ -35,7 +34,15 @@ SAME = (
 )
 """Fields of `training` that decide what is read and how it is judged: they are the same for all entries."""
 
-Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+
+def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(map(repr, values))) < len(values):
+        raise ValueError(f"each value once, and there are {list(values)}")
+    return values
+
+
+OnceEach = AfterValidator(_once_each)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Tokens = Annotated[int, Field(gt=0, le=2**31)]
@@ -62,8 +69,17 @@ class Entry(Config):
     @field_validator("training", "set")
     @classmethod
     def _changes_are_its_own(cls, changes: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        for path in changes:
-            _require_its_own(path if info.field_name == "set" else f"training.{path}")
+        for path in changes if info.field_name == "set" else (f"training.{name}" for name in changes):
+            top, _, rest = path.partition(".")
+            if top not in ("model", "training") or not rest:
+                raise ValueError(
+                    f"an entry changes model and training, and {path} is neither: change it for the whole study"
+                )
+            if top == "training" and rest in SAME:
+                raise ValueError(
+                    f"{path} decides what is read or how it is judged, which is the same for all entries: change it "
+                    "for the whole study, or vary it"
+                )
         return changes
 
     @property
@@ -75,22 +91,11 @@ class Entry(Config):
 
 def _leaves(path: str, value: Any) -> Iterator[str]:
     """The paths of what stands in a mapping, however deep."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{path}.{key}", inner)
+    else:
         yield path
-        return
-    for key, inner in value.items():
-        yield from _leaves(f"{path}.{key}", inner)
-
-
-def _require_its_own(path: str) -> None:
-    top, _, rest = path.partition(".")
-    if top not in ("model", "training") or not rest:
-        raise ValueError(f"an entry changes model and training, and {path} is neither: change it for the whole study")
-    if top == "training" and rest in SAME:
-        raise ValueError(
-            f"{path} decides what is read or how it is judged, which is the same for all entries: change it for the "
-            "whole study, or vary it"
-        )
 
 
 class TrainSpeed(Config):
@@ -157,12 +162,12 @@ class Study(Config):
     """Entries by name."""
     match: Match | None = None
     """What is made equal of all entries."""
-    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
+    seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(default=(0,), min_length=1)
     """Each is a run of every entry: parameters and the order of the data are a function of it."""
-    learning_rates: tuple[Rate, ...] = ()
+    learning_rates: Annotated[tuple[Rate, ...], OnceEach] = ()
     """Peak learning rates that every entry is tried with: its best, by the mean over seeds of the final validation
     loss, is reported. The configuration's own where there are none."""
-    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1), OnceEach]] = Field(default_factory=dict)
     """Values by dotted path, such as data.sequence_length: [512, 1024]; every combination is a variant of the study."""
     threads: int = Field(default=1, gt=0)
     """Threads of a run on a CPU, where the last bits of numbers depend on it."""
@@ -185,31 +190,20 @@ class Study(Config):
     @field_validator("vary")
     @classmethod
     def _variants_are_of_all(cls, vary: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-        for path, values in vary.items():
+        for path in vary:
             own = {"seed": "seeds", "training.learning_rate": "learning_rates"}
             if path in own:
                 raise ValueError(f"{path} has its own key in a study: {own[path]}")
             if path.partition(".")[0] not in ("model", "data", "training") or path.count(".") < 1:
                 raise ValueError(f"what varies is a field of model, data or training, and {path} is none")
-            if len({repr(value) for value in values}) < len(values):
-                raise ValueError(f"{path} varies over a value that is there twice: {list(values)}")
         return vary
-
-    @field_validator("seeds", "learning_rates")
-    @classmethod
-    def _once_each(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"each value once, and there are {list(values)}")
-        return values
 
     @model_validator(mode="after")
     def _entries_are_told_apart(self) -> Self:
-        names = self.names
-        if not names:
+        if not (names := self.names):
             raise ValueError("nothing is compared: give mixers, entries, or both")
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} is among mixers and entries: call one of them otherwise")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is among mixers and entries: call one of them otherwise")
         for figure in self.paper:
             if figure.entry not in names:
                 raise ValueError(
@@ -219,19 +213,16 @@ class Study(Config):
 
     @model_validator(mode="after")
     def _nothing_is_changed_twice(self) -> Self:
-        rate = "training.learning_rate"
-        own = {"training": self.training, **{f"entries.{name}": entry for name, entry in self.entries.items()}}
-        for place, changes in own.items():
-            paths = changes.paths if isinstance(changes, Entry) else list(_leaves("training", changes))
-            if self.learning_rates and rate in paths:
+        own = {f"entries.{name}": entry.paths for name, entry in self.entries.items()}
+        for place, paths in {"training": list(_leaves("training", self.training)), **own}.items():
+            if self.learning_rates and "training.learning_rate" in paths:
                 raise ValueError(
                     f"{place} has a learning rate, and all entries are tried with learning_rates: leave one of them out"
                 )
         for varied in self.vary:
-            for name, entry in self.entries.items():
-                for path in entry.paths:
-                    if f"{path}.".startswith(f"{varied}.") or f"{varied}.".startswith(f"{path}."):
-                        raise ValueError(f"vary changes {varied} of all entries, and entries.{name} {path} of its own")
+            for place, path in ((place, path) for place, paths in own.items() for path in paths):
+                if f"{path}.".startswith(f"{varied}.") or f"{varied}.".startswith(f"{path}."):
+                    raise ValueError(f"vary changes {varied} of all entries, and {place} {path} of its own")
             for match in (self.match, *(entry.match for entry in self.entries.values())):
                 if match is not None and fnmatchcase(varied, f"model.{match.knob}"):
                     raise ValueError(f"vary changes {varied}, and so does the knob {match.knob} of a match")
@@ -255,11 +246,11 @@ def find_study(source: str) -> Path:
         StudyError: there is none.
     """
     file = Path(source)
-    if file.suffix in (".yaml", ".yml") or file.is_file():
-        if not file.is_file():
-            siblings = [other.stem for other in file.parent.glob(f"*{file.suffix}")]
-            raise StudyError(f"no file {file}{nearest(file.stem, siblings)}")
+    if file.is_file():
         return file
+    if file.suffix in (".yaml", ".yml"):
+        siblings = [other.stem for other in file.parent.glob(f"*{file.suffix}")]
+        raise StudyError(f"no file {file}{nearest(file.stem, siblings)}")
     names = shipped()
     if source not in names:
         known = f"studies: {', '.join(names)}{nearest(source, names)}"
