@@ -1,5 +1,6 @@
 """The curves of runs at hand, from what they have written so far."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,23 +75,22 @@ def charts_of(runs: Sequence[Curves]) -> list[Chart]:
     known = all("tokens" in line for run in runs for line in (*run.steps, *run.evaluations))
     over = Axis("tokens" if known else "steps")
 
+    across = "tokens" if known else "step"
+    faint = "Faint: batches of training, as they are logged. With markers: the evaluations."
+
     def losses(across: str) -> list[Line]:
-        return [
-            line
-            for i, run in enumerate(runs)
-            for line in (
-                _line(run.name, i, run.steps, across, "loss", faint=bool(run.evaluations)),
-                _line(run.name, i, run.evaluations, across, "validation_loss"),
-            )
-        ]
+        lines = []
+        for i, run in enumerate(runs):
+            lines.append(_line(run.name, i, run.steps, across, "loss", faint=bool(run.evaluations)))
+            lines.append(_line(run.name, i, run.evaluations, across, "validation_loss"))
+        return lines
 
     def over_steps(title: str, caption: str, y: Axis, key: str) -> Chart:
         found = [run.evaluations if key == "accuracy" else run.steps for run in runs]
-        lines = [_line(run.name, i, found[i], across, key) for i, run in enumerate(runs)]
-        return Chart(title, caption, over, y, lines)
+        return Chart(
+            title, caption, over, y, [_line(runs[i].name, i, part, across, key) for i, part in enumerate(found)]
+        )
 
-    across = "tokens" if known else "step"
-    faint = "Faint: batches of training, as they are logged. With markers: the evaluations."
     rate, speed = Axis("learning rate", zero=True, log=False), Axis("tokens per second", zero=True)
     memory = Axis("peak memory", unit="bytes", zero=True)
     return drawable(
@@ -107,9 +107,10 @@ def charts_of(runs: Sequence[Curves]) -> list[Chart]:
 
 
 def _line(name: str, style: int, found: Sequence[Measurement], across: str, key: str, *, faint: bool = False) -> Line:
-    points = [(line[across], line[key]) for line in found if _is_number(line.get(across)) and _is_number(line.get(key))]
-    return Line(name, [x for x, _ in points], [y for _, y in points], style=style, faint=faint)
+    xs, ys = ([_number(line.get(name)) for line in found] for name in (across, key))
+    return Line(name, xs, ys, style=style, faint=faint)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> float:
+    """A measured number; what is none is not drawn."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

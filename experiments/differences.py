@@ -1,15 +1,14 @@
 """What configurations have in common, and in what they differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..registry.tree import Node
 from ..registry.yaml import parse, write
 
 
 def compared(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Fields that have one value in all configurations, and those that do not, each by its path."""
-    flat = {name: dict(_fields(parse(text, name))) for name, text in configs.items()}
+    flat = {name: leaves(node.plain()) for name, text in configs.items() if (node := parse(text, name))}
     paths = list(dict.fromkeys(path for fields in flat.values() for path in fields))
     by_path = {path: {name: fields[path] for name, fields in flat.items() if path in fields} for path in paths}
     same = {
@@ -20,12 +19,13 @@ def compared(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict
     return same, {path: values for path, values in by_path.items() if path not in same}
 
 
-def _fields(node: Node | None, path: str = "") -> Iterator[tuple[str, Any]]:
-    if node is not None and node.entries:
-        for key, inner in node.entries.items():
-            yield from _fields(inner, f"{path}.{key}" if path else key)
-    elif node is not None and path:
-        yield path, node.plain()
+def leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in mappings, however deep, by dotted path."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = leaves(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}.{path}".removesuffix("."): leaf for path, leaf in inner.items()}
+    return found
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ seeds: [0, 1, 2]
 learning_rates: [1.0e-3, 3.0e-3]
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..registry import Config, SeqmixError, load, nearest
+from .differences import leaves
 from .match import Match
 
 STUDIES = Path(__file__).with_name("studies")
@@ -85,17 +86,7 @@ class Entry(Config):
     @property
     def paths(self) -> list[str]:
         """Of all fields that it changes, dotted."""
-        changes = {"model": self.model, "training": self.training, **self.set}
-        return [path for top, value in changes.items() for path in _leaves(top, value)]
-
-
-def _leaves(path: str, value: Any) -> Iterator[str]:
-    """The paths of what stands in a mapping, however deep."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{path}.{key}", inner)
-    else:
-        yield path
+        return list(leaves({"model": self.model, "training": self.training, **self.set}))
 
 
 class TrainSpeed(Config):
@@ -214,7 +205,7 @@ class Study(Config):
     @model_validator(mode="after")
     def _nothing_is_changed_twice(self) -> Self:
         own = {f"entries.{name}": entry.paths for name, entry in self.entries.items()}
-        for place, paths in {"training": list(_leaves("training", self.training)), **own}.items():
+        for place, paths in {"training": list(leaves({"training": self.training})), **own}.items():
             if self.learning_rates and "training.learning_rate" in paths:
                 raise ValueError(
                     f"{place} has a learning rate, and all entries are tried with learning_rates: leave one of them out"

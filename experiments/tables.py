@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from .chart import quantity
+from .differences import leaves
 from .pages import table
-from .results import EntryResult, Results, Statistic, SummaryRow
+from .results import EntryResult, Results, RunResult, Statistic, SummaryRow
 from .summary import best_first
 
 
@@ -92,7 +93,7 @@ def markdown(results: Results) -> str:
 def write_tables(results: Results, folder: Path) -> None:
     """Write runs.csv, summary.csv and summary.md."""
     for name, values in (("runs.csv", results.runs), ("summary.csv", results.summary)):
-        rows = [dict(_cells(value.model_dump(exclude={"history", "evaluations", "at_edge"}))) for value in values]
+        rows = list(map(_cells, values))
         with (folder / name).open("w", newline="", encoding="utf-8") as opened:
             writer = csv.DictWriter(opened, list(dict.fromkeys(column for row in rows for column in row)))
             writer.writeheader()
@@ -104,10 +105,9 @@ COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy", "validation_los
 """What fields are called in a column's name."""
 
 
-def _cells(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values inside of a value, each with its path."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from _cells(inner, ".".join(filter(None, (name, COLUMNS.get(key, key)))))
+def _cells(value: RunResult | SummaryRow) -> dict[str, Any]:
+    """The values inside of a row, each by its path."""
+    found = leaves(value.model_dump(exclude={"history", "evaluations", "at_edge"}))
+    return {
+        ".".join(filter(None, (COLUMNS.get(key, key) for key in path.split(".")))): leaf for path, leaf in found.items()
+    }

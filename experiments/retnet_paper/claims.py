@@ -15,7 +15,6 @@ from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
 from ..plan import PlannedRun, plan
-from ..results import RESULTS_FILE
 from ..runner import Observer, run_study
 from ..study import load_study
 from ..worker import STOPPED
@@ -66,11 +65,11 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     tell(f"{claim}:")
     if claim in STUDIES:
         file, folder = file_of(claim, scale), folder_of(claim, scale)
-        _, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
+        found, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
         status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
         tell("stopped; the same command resumes it" if outcome.stopped else f"{folder} has report.html and every run")
         if status == 0 and kept is not None:
-            values = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            values = found.model_dump(mode="json")
             for run in values["runs"]:
                 run.update(history=[], evaluations=[])
             _keep(kept, claim, values)
@@ -104,12 +103,7 @@ def contexts(scale: Scale) -> dict[str, Any]:
         measured = by_context(model, source, asked, scored=scored, tokens=SEQUENCES * asked[-1])
         found.setdefault((run.entry, run.config.model.d_model), []).append([context.loss for context in measured])
     models = [
-        {
-            "entry": entry,
-            "d_model": width,
-            "seeds": len(losses),
-            "losses": [mean(at) for at in zip(*losses, strict=True)],
-        }
+        {"entry": entry, "d_model": width, "seeds": len(losses), "losses": list(map(mean, zip(*losses, strict=True)))}
         for (entry, width), losses in found.items()
     ]
     return {"contexts": list(asked), "scored": scored, "models": models}
@@ -119,15 +113,15 @@ def paradigms(scale: Scale) -> dict[str, Any]:
     """That the paradigms are one function: the largest difference of a token's loss, in float32 and in float64."""
     rows = []
     for run, folder in _runs(scale):
-        if run.config.seed != 0 or run.config.model.d_model != WIDTH[scale]:
+        if (run.config.seed, run.config.model.d_model) != (0, WIDTH[scale]):
             continue
         lengths = [times * run.config.data.sequence_length for times in TIMES]
         source = open_text(run.config, folder, lengths)
         for dtype in (torch.float32, torch.float64):
             model = load_run(folder, device=_device()).to(dtype)
             for length in by_length(model, source, lengths, paradigms=lambda _: list(Paradigm), tokens=2**13):
-                row = {"entry": run.entry, "dtype": str(dtype).removeprefix("torch."), **asdict(length)}
-                rows.append({key: value for key, value in row.items() if key != "positions"})
+                rows.append({"entry": run.entry, "dtype": str(dtype).removeprefix("torch."), **asdict(length)})
+                del rows[-1]["positions"]
     return {"rows": rows}
 
 
