@@ -123,7 +123,8 @@ def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     bottom = low * math.exp(-room) if log else 0.0 if low == 0 else low - room
     top = high * math.exp(room) if log else high + room
     if axis.ticks:
-        texts = [(v, _exact(v / divisor)) for v in axis.ticks if bottom <= v <= top]
+        shown = {v: v / divisor for v in axis.ticks if bottom <= v <= top}
+        texts = [(v, f"{size:,.0f}" if size == round(size) else f"{size:g}") for v, size in shown.items()]
     else:
         doubling = log and axis.unit == "bytes"
         found = (_doublings if doubling else _round_numbers)(bottom / divisor, top / divisor, log=log)
@@ -132,10 +133,8 @@ def resolve(axis: Axis, values: Sequence[float]) -> Scale:
 
 
 def _unit(unit: str, size: float) -> tuple[str, float]:
-    if unit not in UNITS:
-        return unit, 1.0
-    fitting = [pair for pair in UNITS[unit] if size >= 0.999 * pair[1]]
-    return fitting[-1] if fitting else UNITS[unit][0]
+    units = UNITS.get(unit, ((unit, 1.0),))
+    return next((pair for pair in reversed(units) if size >= 0.999 * pair[1]), units[0])
 
 
 def _doublings(low: float, high: float, *, log: bool, count: int = 6) -> list[tuple[float, str]]:
@@ -150,13 +149,11 @@ def _round_numbers(low: float, high: float, *, log: bool, count: int = 5) -> lis
     """Round numbers from low to high, about `count` of them, and their texts."""
     if log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
-        if len(decades) >= 3:
-            return [(v, number(v)) for v in decades[:: math.ceil(len(decades) / count)]]
-        for steps in ((1, 3), (1, 2, 5)):
+        for steps in ((1,), (1, 3), (1, 2, 5)):
             found = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
             if len(found) >= 3:
-                return [(v, number(v)) for v in found]
+                every = math.ceil(len(found) / count) if steps == (1,) else 1
+                return [(v, number(v)) for v in found[::every]]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= 0.999 * rough)
@@ -172,8 +169,7 @@ def _round_numbers(low: float, high: float, *, log: bool, count: int = 5) -> lis
 
 def _prefix(size: float) -> tuple[str, float]:
     """The prefix from 10,000 on, and what it stands for."""
-    fitting = [pair for pair in SI if size >= 0.9995 * pair[1]]
-    return fitting[-1] if size >= 1e4 else SI[0]
+    return next(pair for pair in reversed(SI) if size >= 0.9995 * pair[1]) if size >= 1e4 else SI[0]
 
 
 def number(value: float) -> str:
@@ -193,17 +189,10 @@ def quantity(value: float | None, unit: str) -> str:
     return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"
 
 
-def _exact(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:g}"
-
-
 def drawable(charts: Iterable[Chart]) -> list[Chart]:
     """Charts without points that are no numbers, and without lines and charts that have no other."""
-    found = []
-    for chart in charts:
-        if lines := [kept for line in chart.lines if (kept := line.finite()).x]:
-            found.append(replace(chart, lines=lines))
-    return found
+    finite = (replace(chart, lines=[kept for line in chart.lines if (kept := line.finite()).x]) for chart in charts)
+    return [chart for chart in finite if chart.lines]
 
 
 def legend(charts: Iterable[Chart]) -> list[tuple[str, int]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
-from ..registry import ConfigError
+from ..registry import Config, ConfigError
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.provenance import SESSIONS_FILE
@@ -18,8 +18,11 @@ from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Res
 from .study import PaperFigure
 from .summary import summarise
 
+C = TypeVar("C", bound=Config)
 RUNS = "runs"
 """The folder of the runs in a study's."""
+EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by_length")
+"""What of a run is that of its final evaluation."""
 LARGEST_EXPONENT = 700.0
 """Of e, that a number can hold: perplexities of models that diverged are none."""
 
@@ -64,8 +67,9 @@ def entry_result(entry: PlannedEntry) -> EntryResult:
 
 
 def is_finished(run: PlannedRun, folder: Path) -> bool:
-    """Whether a folder has the whole of a run."""
-    return any(line.get("final") and line["step"] == run.config.training.steps for line in _measurements(folder))
+    """Whether a folder has the whole of this very run."""
+    ends = [line["step"] for line in _measurements(folder) if line.get("final")]
+    return run.config.training.steps in ends and is_same(run, folder)
 
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
@@ -83,12 +87,8 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
     final: Measurement = next((line for line in evaluated if line.get("final")), {})
-    per_token = 3.0 * run.cost.flops_per_token
-
-    def fields(line: Measurement, *names: str) -> dict[str, Any]:
-        found = {name: line.get(name) for name in ("step", "tokens", "seconds", *names)}
-        return found | {"flops": per_token * line["tokens"]}
-
+    for line in lines:
+        line["flops"] = 3.0 * run.cost.flops_per_token * line["tokens"]
     memory = [line["memory_bytes"] for line in logged if line.get("memory_bytes") is not None]
     return RunResult(
         name=run.name,
@@ -102,13 +102,15 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
         seconds=logged[-1]["seconds"] if logged else None,
         tokens_per_second=median(line["tokens_per_second"] for line in logged) if logged else None,
         peak_memory_bytes=max(memory, default=None),
-        validation_loss=final.get("validation_loss"),
-        accuracy=final.get("accuracy"),
-        accuracy_by=final.get("accuracy_by", {}),
-        validation_loss_by_length=final.get("validation_loss_by_length", {}),
-        history=tuple(Point(**fields(line, "loss")) for line in logged),
-        evaluations=tuple(EvaluationPoint(**fields(line, "validation_loss", "accuracy")) for line in evaluated),
+        **{name: final[name] for name in EVALUATED if name in final},
+        history=tuple(_of(Point, line) for line in logged),
+        evaluations=tuple(_of(EvaluationPoint, line) for line in evaluated),
     )
+
+
+def _of(kind: type[C], line: Mapping[str, Any]) -> C:
+    """What a line has of a kind's fields."""
+    return kind(**{name: line.get(name) for name in kind.model_fields})
 
 
 def _measurements(folder: Path) -> list[Measurement]:
@@ -121,10 +123,8 @@ def _measurements(folder: Path) -> list[Measurement]:
 
 def _is_whole(line: Measurement) -> bool:
     needed = ("validation_loss",) if "validation_loss" in line else ("loss", "tokens_per_second")
-    numbers = [line.get(name) for name in needed]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-        return False
-    return line.get("tokens_per_second", 1) > 0
+    finite = all(isinstance(value := line.get(name), int | float) and math.isfinite(value) for name in needed)
+    return finite and line.get("tokens_per_second", 1) > 0
 
 
 def _machine(folders: Iterable[Path]) -> Machine:
@@ -132,7 +132,7 @@ def _machine(folders: Iterable[Path]) -> Machine:
     for folder in folders:
         try:
             first = json.loads((folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()[0])
-            return Machine(**{name: first.get(name) for name in Machine.model_fields})
+            return _of(Machine, first)
         except (OSError, ValueError, IndexError):
             continue
     return Machine()
@@ -141,10 +141,8 @@ def _machine(folders: Iterable[Path]) -> Machine:
 def _beside(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
     """A paper's figure and ours, of the first variant."""
     row = next((row for row in summary if row.entry == figure.entry), None)
-    ours = None
-    if row is not None:
-        found = row.accuracy if figure.ours == "accuracy" else row.validation_loss
-        ours = found and found.mean
-        if ours is not None and figure.ours == "perplexity":
-            ours = math.exp(ours) if ours < LARGEST_EXPONENT else None
+    found = row and (row.accuracy if figure.ours == "accuracy" else row.validation_loss)
+    ours = found and found.mean
+    if ours is not None and figure.ours == "perplexity":
+        ours = math.exp(ours) if ours < LARGEST_EXPONENT else None
     return PaperRow(label=figure.label, entry=figure.entry, theirs=figure.theirs, ours=ours)

@@ -27,14 +27,11 @@ def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
         note: called with why it takes long.
 
     Raises:
-        StudyError: one does, or the folder cannot be written.
+        StudyError: one does.
+        OSError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise StudyError(f"a study cannot be written to {folder}: {error.strerror}") from None
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
         _lock(file, folder, note)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -19,18 +19,13 @@ def element(tag: str, *children: Child, **attributes: str | float | None) -> Ele
         if value is not None:
             made.set(name.rstrip("_").replace("_", "-"), value if isinstance(value, str) else f"{round(value, 1):g}")
     for child in children:
-        if isinstance(child, str):
-            _add_text(made, child)
+        if isinstance(child, str) and len(made):
+            made[-1].tail = (made[-1].tail or "") + child
+        elif isinstance(child, str):
+            made.text = (made.text or "") + child
         elif child is not None:
             made.extend(child if isinstance(child, list) else [child])
     return made
-
-
-def _add_text(parent: Element, text: str) -> None:
-    if len(parent):
-        parent[-1].tail = (parent[-1].tail or "") + text
-    else:
-        parent.text = (parent.text or "") + text
 
 
 def html(root: Element) -> str:

@@ -12,7 +12,7 @@ DARK = {INK: "#e8eaed", MUTED: "#a2a9b3", RULE: "#343a43", PAPER: "#14171b", PAN
 LIGHT_LINES = ("#00649c", "#e26400", "#008d66", "#cc79a7", "#805800", "#1e9be2", "#1b1f24", "#444005")
 DARK_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#e8eaed", "#f0e442")
 """Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further lines take them again, dashed."""
-DASHES = ("", "5 3", "2 2.5")
+DASHES = (None, "5 3", "2 2.5")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down")
 
 
@@ -21,8 +21,8 @@ def color(style: int) -> int:
     return style % len(LIGHT_LINES)
 
 
-def dash(style: int) -> str:
-    """A line's dashes, as SVG has them; empty for none."""
+def dash(style: int) -> str | None:
+    """A line's dashes, as SVG has them."""
     return DASHES[style // len(LIGHT_LINES) % len(DASHES)]
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -96,8 +97,8 @@ def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer)
             with StopRequest() as stop:
                 outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.made)
             found = _write(plan, folder, outcome.failed)
-            if not outcome.stopped and plan.study.speed is not None:
-                found = _write(plan, folder, outcome.failed, speed.measure(plan, folder, observer.timing))
+            if not outcome.stopped and (timed := speed.measure(plan, folder, observer.timing)):
+                found = _write(plan, folder, outcome.failed, timed)
             return found, outcome
     except OSError as error:
         raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
@@ -123,7 +124,7 @@ def make_runs(
         observer: follows it.
         stop: asked now and then; true lets running ones stop with a checkpoint, and begins no other.
     """
-    waiting = [run for run in plan.runs if not is_done(run, folder / RUNS / run.name)]
+    waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))
     outcome, messages = Outcome(), Queue[tuple["_Process", Message | None]]()
     slots, running = list(range(jobs)), set["_Process"]()
@@ -164,11 +165,6 @@ def make_runs(
     return outcome
 
 
-def is_done(run: PlannedRun, folder: Path) -> bool:
-    """Whether a folder has the whole of this run."""
-    return is_same(run, folder) and is_finished(run, folder)
-
-
 def default_jobs(threads: int) -> int:
     """A run per GPU; without one, a run for as many cores as it has threads."""
     if gpus := visible_gpus():
@@ -186,18 +182,12 @@ def visible_gpus() -> list[str]:
 
 def _clear(run: PlannedRun, folder: Path, observer: Observer) -> None:
     """Make room for a run, or leave what it can resume from."""
-    if not folder.exists():
-        return
-    if not checkpoints(folder):
+    if folder.exists() and not checkpoints(folder):
         shutil.rmtree(folder)  # it was killed before there was anything to keep
-        return
-    if (why := _why_again(run, folder)) is None:
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    observer.note(f"{run.name} {why} and is trained again; what was there is now {aside}")
+    elif folder.exists() and (why := _why_again(run, folder)):
+        places = (folder.with_name(f"{folder.name}.before-{number}") for number in count(1))
+        aside = folder.rename(next(place for place in places if not place.exists()))
+        observer.note(f"{run.name} {why} and is trained again; what was there is now {aside}")
 
 
 def _why_again(run: PlannedRun, folder: Path) -> str | None:
@@ -227,10 +217,8 @@ class _Process:
         self.run, self.slot, self.messages = run, slot, messages
         self.log = folder / LOGS / f"{run.name}.txt"
         self.last: Message = {}
-        number = str(threads)
-        environment = os.environ | {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "OMP_WAIT_POLICY": "passive"}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        environment |= {"OMP_WAIT_POLICY": "passive"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
                 PROGRAM,
@@ -277,9 +265,8 @@ class _Process:
             name = signal.Signals(-self.code).name
             hint = ", as where memory runs out" if name == "SIGKILL" else ""
             return f"it was killed by {name}{hint}; {again}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        return f"{last} (exit status {self.code}; {self.log} has more)"
+        *_, last = ("it printed nothing", *filter(str.strip, self.log.read_text("utf-8", "replace").split("\n")))
+        return f"{last.strip()} (exit status {self.code}; {self.log} has more)"
 
     def _listen(self) -> None:
         for line in self.popen.stdout or ():

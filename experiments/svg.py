@@ -54,10 +54,9 @@ def spoken(chart: Chart) -> str:
 
 def sample(style: int) -> Element:
     """What a legend shows of a style."""
-    stroke = element("path", class_="line", d="M1 6H25", stroke_dasharray=palette.dash(style) or None)
     return element(
         "svg",
-        stroke,
+        element("path", class_="line", d="M1 6H25", stroke_dasharray=palette.dash(style)),
         _marker(style, 13, 6),
         class_="chart sample",
         viewBox="0 0 26 12",
@@ -157,8 +156,8 @@ class _Frame:
         points = [(self.across(line.x[i]), self.up(line.y[i])) for i in kept]
         drawn: list[Element] = []
         if line.low and joined and len(kept) > 1:
-            there, back = ((line.high, kept), (line.low, kept[::-1]))
-            edge = [(self.across(line.x[i]), self.up(ys[i])) for ys, order in (there, back) for i in order]
+            around = ((line.high, kept), (line.low, kept[::-1]))
+            edge = [(self.across(line.x[i]), self.up(ys[i])) for ys, order in around for i in order]
             drawn.append(element("path", class_="band", d=_path(edge) + "Z"))
         elif line.low:
             for i, (across, _) in zip(kept, points, strict=True):
@@ -166,9 +165,7 @@ class _Frame:
                 drawn.append(element("path", class_="whisker", d=ends))
         if joined and len(points) > 1:
             kind = "line faint" if line.faint else "line"
-            drawn.append(
-                element("path", class_=kind, d=_path(points), stroke_dasharray=palette.dash(line.style) or None)
-            )
+            drawn.append(element("path", class_=kind, d=_path(points), stroke_dasharray=palette.dash(line.style)))
         if not line.faint:
             # on long lines a few markers, each line's elsewhere
             every = 1 if len(points) <= MOST_MARKERS else max(1, len(points) // 5)

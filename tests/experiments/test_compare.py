@@ -17,6 +17,7 @@ import pytest
 import workers
 
 from seqmix.experiments import lock, runner
+from seqmix.experiments.collect import is_finished
 from seqmix.experiments.lock import locked
 from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
@@ -158,7 +159,7 @@ def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
     planned, shown = plan(changed, Path("small.yaml")), Quiet()
     run = planned.runs[0]
     place = folder / "studies" / "small" / "runs" / run.name
-    assert not runner.is_done(run, place)
+    assert not is_finished(run, place)
     runner._clear(run, place, shown)
     aside = place.with_name("retention-seed0.before-1")
     try:
@@ -185,7 +186,7 @@ def test_a_run_that_is_damaged_for_good_is_laid_aside(made, tmp_path, monkeypatc
     for damaged in place.glob(file):
         damaged.write_bytes(b"")
     (place / "metrics.jsonl").write_bytes(b"")
-    assert not runner.is_done(run, place)
+    assert not is_finished(run, place)
     runner._clear(run, place, shown)
     aside = f"{place}.before-1"
     assert (place.exists(), (Path(aside) / "config.yaml").exists()) == (False, True)
