@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, get_args, get_origin
 
 from .config import Config, deprecation
@@ -32,9 +33,9 @@ def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
         if name != key and name in given:
             name = key  # the class refuses both
         elif name != key:
-            shown = _warned.setdefault(entry.origin.source, {})
             source, line = entry.origin.source, entry.origin.line or 1
-            warnings.warn_explicit(deprecation(path + key, path + name), FutureWarning, source, line, registry=shown)
+            sentence, shown = deprecation(path + key, path + name), _warned.setdefault(source, {})
+            warnings.warn_explicit(sentence, FutureWarning, source, line, registry=shown)
         field = cls.model_fields.get(name)
         annotation = None if field is None else field.rebuild_annotation()
         entries[name] = _renewed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
@@ -45,18 +46,18 @@ def _renewed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
     """The value of a field, whose annotation tells the classes in it."""
     if node.entries is None:
         return node
-    parts = list(_parts(annotation))
-    for part in parts:
+    classes = []
+    for part in _parts(annotation):
         if isinstance(part, Registry):
             return _with_kind(node, part, base, path)
         if get_origin(part) is dict:
-            value = get_args(part)[1]
-            inner = {
-                key: _renewed_entry(entry, value, base and base.child(key), f"{path}{key}.")
+            entries = {
+                key: _renewed_entry(entry, get_args(part)[1], base and base.child(key), f"{path}{key}.")
                 for key, entry in node.entries.items()
             }
-            return Node(inner, node.origin)
-    classes = [part for part in parts if isinstance(part, type) and issubclass(part, Config)]
+            return Node(entries, node.origin)
+        if isinstance(part, type) and issubclass(part, Config):
+            classes.append(part)
     return _renewed(node, classes[0], base, path) if len(classes) == 1 else node
 
 
@@ -65,10 +66,10 @@ def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)
         node = Node({"kind": kind, **(node.entries or {})}, node.origin)
-    try:
-        cls = registry.resolve(kind.value) if kind and isinstance(kind.value, str) else Config
-    except ConfigError:  # validation tells it
-        cls = Config
+    cls: type[Config] = Config
+    with suppress(ConfigError):  # validation tells it
+        if kind and isinstance(kind.value, str):
+            cls = registry.resolve(kind.value)
     return _renewed(node, cls, base, path)
 
 

@@ -56,7 +56,7 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
             raise ConfigError(f"module {module} has no {name}{nearest(name, vars(imported))}") from None
     kind = module.rpartition(".")[2]
     for value in vars(imported).values():
-        if isinstance(value, type) and issubclass(value, base) and _word(value) == kind:
+        if isinstance(value, type) and issubclass(value, base) and kind_of(value) == kind:
             return value
     raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
 
@@ -66,19 +66,15 @@ def path_of(config: type) -> str:
     return f"{config.__module__}:{config.__qualname__}"
 
 
-def kind_of(config: type[BaseModel]) -> str:
-    """The one word in the `kind: Literal["word"]` of a configuration.
-
-    Raises:
-        ConfigError: the class declares none.
-    """
-    if word := _word(config):
-        return word
-    raise ConfigError(f'{path_of(config)} must declare kind: Literal["its_name"]')
+def kind_of(config: type[BaseModel]) -> str | None:
+    """The one word in the `kind: Literal["word"]` of a class; None where it declares none."""
+    field = config.model_fields.get("kind")
+    words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
+    return words[0] if len(words) == 1 and isinstance(words[0], str) else None
 
 
-def require_config(candidate: object, base: type[BaseModel]) -> None:
-    """Refuse what is no configuration of a family.
+def require_kind(candidate: object, base: type[BaseModel]) -> str:
+    """The kind of a configuration of a family.
 
     Raises:
         ConfigError: the candidate is no subclass of the base, is abstract, or declares no kind.
@@ -89,10 +85,6 @@ def require_config(candidate: object, base: type[BaseModel]) -> None:
     if inspect.isabstract(candidate):
         lacks = ", ".join(sorted(candidate.__abstractmethods__))
         raise ConfigError(f"{path_of(candidate)} is abstract: it lacks {lacks}")
-    kind_of(candidate)
-
-
-def _word(config: type[BaseModel]) -> str | None:
-    field = config.model_fields.get("kind")
-    words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
-    return words[0] if len(words) == 1 and isinstance(words[0], str) else None
+    if (kind := kind_of(candidate)) is None:
+        raise ConfigError(f'{path_of(candidate)} must declare kind: Literal["its_name"]')
+    return kind

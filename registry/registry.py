@@ -1,6 +1,7 @@
 """A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, cast
 
@@ -10,7 +11,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from .config import Config, sentence_error
 from .errors import ConfigError, nearest
-from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_config
+from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_kind
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
@@ -68,8 +69,7 @@ class Registry(Generic[C]):
         Raises:
             ConfigError: the class is no configuration of the family, or another class provides its kind.
         """
-        require_config(config, self.base)
-        kind, added = kind_of(config), cast(type[C], config)
+        kind, added = require_kind(config, self.base), cast(type[C], config)
         before = self._registered.get(kind, added)
         if path_of(before) != path_of(added):
             raise self._conflict(kind, [path_of(before), path_of(added)])
@@ -118,9 +118,9 @@ class Registry(Generic[C]):
         provider = self._provider(kind)
         try:
             config = load(provider, self.base)
-            require_config(config, self.base)
-            if ":" not in kind and kind_of(config) != kind:
-                raise ConfigError(f"{path_of(config)} says kind {kind_of(config)!r}")
+            own = require_kind(config, self.base)
+            if ":" not in kind and own != kind:
+                raise ConfigError(f"{path_of(config)} says kind {own!r}")
         except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
             source = f"{self.family} kind {kind!r} of module {module_of(provider)}"
@@ -180,12 +180,11 @@ class Registry(Generic[C]):
 
     def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """All fields, and the kind whatever a caller leaves out: a path where that leads to another class."""
-        config, kind = type(value), kind_of(type(value))
-        try:
-            known = self.resolve(kind) is config
-        except ConfigError:
-            known = False
-        return {**handler(value), "kind": kind if known else path_of(config)}
+        kind = require_kind(type(value), self.base)
+        with suppress(ConfigError):
+            if self.resolve(kind) is type(value):
+                return {**handler(value), "kind": kind}
+        return {**handler(value), "kind": path_of(type(value))}
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """One of all kinds, told apart by `kind`, or anything of a dotted path."""

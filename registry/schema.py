@@ -1,5 +1,6 @@
 """The JSON schema of a configuration file, for editors."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from .config import Config
@@ -15,8 +16,10 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
     """
     schema = cls.model_json_schema()
     for definition in (schema, *schema.get("$defs", {}).values()):
-        _require_only_kind(definition)
-    for part in _parts(schema):
+        definition.pop("required", None)
+        if "kind" in definition.get("properties", {}):
+            definition["required"] = ["kind"]
+    for part in list(_parts(schema)):
         if "discriminator" in part and "oneOf" in part:
             part["oneOf"].append(_without_kind(part, schema))
     extends = {"type": "string", "description": "The preset or file of which this file is a difference."}
@@ -33,16 +36,10 @@ def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, An
     return mapping
 
 
-def _require_only_kind(definition: dict[str, Any]) -> None:
-    definition.pop("required", None)
-    if "kind" in definition.get("properties", {}):
-        definition["required"] = ["kind"]
-
-
-def _parts(schema: Any) -> list[dict[str, Any]]:
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
     """All mappings inside of a schema, itself included."""
     if isinstance(schema, dict):
-        return [schema, *(part for value in schema.values() for part in _parts(value))]
-    if isinstance(schema, list):
-        return [part for value in schema for part in _parts(value)]
-    return []
+        yield schema
+    if isinstance(schema, dict | list):
+        for part in schema.values() if isinstance(schema, dict) else schema:
+            yield from _parts(part)
