@@ -29,13 +29,6 @@ README = Path(__file__).parents[1] / "README.md"
 WORDS = {"boolean": "`true` or `false`", "null": "*null*", "object": "mapping"}
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
-HEAD = """\
-# All fields
-
-Every field of every configuration, generated from the code by `docs/generate.py`. A field without a default must be
-given; *null* means that it may be `null`.
-"""
-
 
 def files() -> dict[Path, str]:
     """The reference, the page of the kit, and the README."""
@@ -50,14 +43,14 @@ def files() -> dict[Path, str]:
         "kernels": _kernels(),
     }
     return {
-        REFERENCE: reference(),
+        REFERENCE: fill(REFERENCE, {"fields": fields()}),
         CONFORMANCE: fill(CONFORMANCE, parts),
         README: fill(README, {"presets": _presets()}),
     }
 
 
-def reference() -> str:
-    """The page of all fields."""
+def fields() -> list[str]:
+    """The sections of all fields."""
     sections = {
         "Run": (RunConfig, TrainingConfig, DistributedConfig),
         "Data": (*DATA.built_in().values(), DatasetConfig),
@@ -67,8 +60,8 @@ def reference() -> str:
         "Norms": NORMS.built_in().values(),
         "Studies": (Study, Entry, Match, Speed, TrainSpeed, DecodeSpeed, PaperFigure),
     }
-    parts = [part for title, configs in sections.items() for part in (f"## {title}\n", *map(_section, configs))]
-    return "\n".join([HEAD, *parts])
+    lines = [line for title, configs in sections.items() for line in (f"## {title}\n", *map(_section, configs))]
+    return [*lines[:-1], lines[-1].rstrip("\n")]
 
 
 def _presets() -> list[str]:

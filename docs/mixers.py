@@ -22,7 +22,7 @@ from seqmix.models.builder import build_meta
 TARGET = Path(__file__).with_name("mixers.md")
 LENGTH = 2048
 """Tokens of the sequence whose cost is counted."""
-ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
+ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"
 
 
 def files(study: str | None = None) -> dict[Path, str]:
@@ -45,7 +45,7 @@ def _traits(presets: dict[str, RunConfig]) -> list[str]:
         preset = configured.get(kind)
         traits = (cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer).traits
         title = _docstring(kind).partition("\n\n")[0]
-        papers = ", ".join(dict.fromkeys(_linked(number) for number in ARXIV.findall(title)))
+        papers = ARXIV.sub(LINK, ", ".join(dict.fromkeys(ARXIV.findall(title))))
         paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in traits.paradigms)
         recurrence = _recurrence(kind).replace("|", r"\|")
         cells = [f"[`{kind}`](#{kind})", papers, f"`{recurrence}`", paradigms, traits.state]
@@ -114,11 +114,7 @@ def _recurrence(kind: str) -> str:
 def _formulas(kind: str) -> list[str]:
     """A mixer's docstring: indented lines are code in Markdown as they are."""
     lines = _docstring(kind).strip().splitlines()
-    return [line if line.startswith("    ") else ARXIV.sub(lambda found: _linked(found[1]), line) for line in lines]
-
-
-def _linked(number: str) -> str:
-    return f"[{number}](https://arxiv.org/abs/{number})"
+    return [line if line.startswith("    ") else ARXIV.sub(LINK, line) for line in lines]
 
 
 if __name__ == "__main__":

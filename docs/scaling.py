@@ -28,9 +28,7 @@ TOKENS = 2**22
 RATE = 0.4 * 989e12
 """Operations a second of an H100 in bfloat16: the share that is assumed of what its data sheet has."""
 INSIDE, BETWEEN = 300e9, 40e9
-"""Bytes a second that a GPU is assumed to get from the others of its machine, and from other machines."""
-OF_MACHINE = 8
-"""GPUs of a machine."""
+"""Bytes a second that a GPU is assumed to get from the 8 of its machine, and from other machines."""
 
 
 def files() -> dict[Path, str]:
@@ -85,7 +83,7 @@ def estimates() -> list[str]:
         copies = 2 * 4 * cost.parameters / shard * (data - 1) / data
         # forward, once more, and twice that backward
         computing = 4 * cost.flops_per_token * TOKENS / (gpus * RATE)
-        sending = parts * (pieces / (INSIDE if shard <= OF_MACHINE else BETWEEN) + copies / BETWEEN)
+        sending = parts * (pieces / (INSIDE if shard <= 8 else BETWEEN) + copies / BETWEEN)
         sent = _size(pieces) + (f" + {_size(copies)}" if copies else "")
         cells = [gpus, f"`data: {data}, shard: {shard}`", parts, _size(memory), sent]
         rows.append([*cells, f"{computing:.1f} s", f"{sending:.1f} s"])
