@@ -51,9 +51,7 @@ def bench(
     config: Annotated[
         str | None,
         typer.Argument(
-            help="A preset or a YAML file: the model; a RetNet of 20M parameters by default.",
-            metavar="[CONFIG]",
-            show_default=False,
+            help="A preset or a YAML file: the model; a RetNet of 20M parameters by default.", metavar="[CONFIG]"
         ),
     ] = None,
     overrides: Overrides = None,
@@ -64,7 +62,6 @@ def bench(
             "--context",
             help="Tokens of a sequence; for decode, tokens read before. May be given several times.",
             metavar="TOKENS",
-            show_default=False,
         ),
     ] = None,
     device: Device = "cpu",
@@ -72,10 +69,7 @@ def bench(
         str, typer.Option(help="float32 or bfloat16; train computes by autocast, with float32 parameters.")
     ] = "float32",
     repeat: Annotated[int, typer.Option(help="Rounds, in each of which all run once; at least 5.")] = 5,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure this one; all by default.", metavar="NAME", show_default=False),
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Measure this one; all by default.", metavar="NAME")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Add compiled variants of those that have one.")] = False,
     activation_checkpointing: Annotated[
         bool,
@@ -85,21 +79,15 @@ def bench(
     batch: Annotated[int, typer.Option(help="op, decode, prefill: sequences at once.")] = 1,
     limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
     interleave_lengths: Annotated[
-        bool,
-        typer.Option("--interleave-lengths", help="Let all lengths take turns; ratios are to the first length."),
+        bool, typer.Option("--interleave-lengths", help="Let all lengths take turns; ratios are to the first length.")
     ] = False,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Measure the processor's time, which a busy machine stretches least.")
     ] = False,
     json_file: JsonFile = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE", show_default=False)
-    ] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE")] = None,
     plot_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", help="Draw time and memory: .html, .svg, .png, .pdf.", metavar="FILE", show_default=False
-        ),
+        Path | None, typer.Option("--plot", help="Draw time and memory: .html, .svg, .png, .pdf.", metavar="FILE")
     ] = None,
 ) -> None:
     """Measure speed and memory beside what is installed of other implementations.

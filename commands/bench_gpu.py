@@ -13,9 +13,7 @@ from .options import require_name
 
 def bench_gpu(
     out: Annotated[Path, typer.Option(help="The folder that figures are written to.")],
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run these parts alone.", metavar="|".join(GROUPS), show_default=False)
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these parts alone.", metavar="|".join(GROUPS))] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds a part may take.")] = 600.0,
 ) -> None:
     """Measure all that a GPU is needed for: kernels, conformance, benchmarks, the paper's comparisons.

@@ -35,30 +35,24 @@ def check(
         ),
     ],
     changes: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes as key=value, the value in YAML.", metavar="[KEY=VALUE]...", show_default=False),
+        list[str] | None, typer.Argument(help="Changes as key=value, the value in YAML.", metavar="[KEY=VALUE]...")
     ] = None,
     device: Annotated[str, typer.Option(help="Where it is checked: cpu, cuda, ...")] = "cpu",
     paradigm: Annotated[
-        list[str] | None,
-        typer.Option(help="Check this paradigm (against the reference); all by default.", show_default=False),
+        list[str] | None, typer.Option(help="Check this paradigm (against the reference); all by default.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run this check; all by default.", metavar="CHECK", show_default=False)
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this check; all by default.", metavar="CHECK")] = None,
     examples: Annotated[int, typer.Option(help="Cases of the largest check; others take a share.", min=1)] = 100,
     seed: Annotated[int, typer.Option(help="The cases are a function of it.")] = 0,
     d_model: Annotated[
-        int | None,
-        typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16, show_default=False),
+        int | None, typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16)
     ] = None,
     compile_with: Annotated[
         Literal["aot_eager", "inductor", "none"],
         typer.Option("--compile", help="What the checks that compile use; none skips them."),
     ] = "aot_eager",
     shrink: Annotated[
-        bool,
-        typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers."),
+        bool, typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers.")
     ] = True,
 ) -> None:
     """Test that a mixer or a kernel keeps the contract, or show the smallest case in which it does not.

@@ -23,15 +23,10 @@ STUDY_FOLDER = Path("studies")
 
 def compare(
     study: Annotated[
-        str | None,
-        typer.Argument(help="A study's YAML file, or the name of one of --list.", metavar="STUDY", show_default=False),
+        str | None, typer.Argument(help="A study's YAML file, or the name of one of --list.", metavar="STUDY")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The study's folder; studies/NAME by default.", show_default=False)
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Runs at once; one a core or GPU by default.", min=1, show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; studies/NAME by default.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at once; one a core or GPU by default.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and show it; train nothing.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the studies that come with the package.")] = False,
 ) -> None:

@@ -37,15 +37,13 @@ def evaluate(
             "training, as far as the text goes.",
             min=1,
             metavar="TOKENS",
-            show_default=False,
         ),
     ] = None,
     paradigm: Annotated[
         list[str] | None,
         typer.Option(
             help="Measure by this one, and then by others; by default by each that all layers declare, and parallel "
-            "up to 8,192 tokens.",
-            show_default=False,
+            "up to 8,192 tokens."
         ),
     ] = None,
     context: Annotated[
@@ -54,16 +52,11 @@ def evaluate(
             help="Measure how the same tokens gain from so much text; may be given several times.",
             min=1,
             metavar="TOKENS",
-            show_default=False,
         ),
     ] = None,
     scored: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens at the end that contexts are about; a quarter of the shortest by default.",
-            min=1,
-            show_default=False,
-        ),
+        typer.Option(help="Tokens at the end that contexts are about; a quarter of the shortest by default.", min=1),
     ] = None,
     tokens: Annotated[
         int, typer.Option(help="Tokens that are read at each length, about; a batch at least.", min=1)

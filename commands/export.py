@@ -12,7 +12,7 @@ from .options import Checkpoint, Run, checkpoint_choice
 
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE")],
     checkpoint: Checkpoint = "newest",
 ) -> None:
     """Write a trained model to one safetensors file, with its configuration in the metadata.

@@ -20,24 +20,22 @@ def generate(
         typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
     ],
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="The text to continue; several are read as one batch.", show_default=False),
+        list[str] | None, typer.Option(help="The text to continue; several are read as one batch.")
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate at most: bytes, by default; 0 with --save-state only reads.", min=0)
     ] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text.", show_default=False)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     checkpoint: Checkpoint = "newest",
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
             help="Compile the step of a token: seconds before the first, less time for each. By default where it pays.",
-            show_default=False,
         ),
     ] = None,
     state: Annotated[
@@ -46,16 +44,11 @@ def generate(
             help="Go on after the text of this file, with the prompt or without: one text for all prompts, or one for "
             "each.",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
     save_state: Annotated[
         Path | None,
-        typer.Option(
-            help="Write there what was read and generated, for --state to go on from.",
-            metavar="FILE",
-            show_default=False,
-        ),
+        typer.Option(help="Write there what was read and generated, for --state to go on from.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Continue a text with a trained model.

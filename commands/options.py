@@ -17,7 +17,6 @@ Overrides = Annotated[
         help="Changes as dotted.path=value, the value in YAML: training.steps=100 "
         'model.blocks.ret.mixer="{kind: attention, n_heads: 4}"',
         metavar="[KEY=VALUE]...",
-        show_default=False,
     ),
 ]
 Run = Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")]
@@ -25,7 +24,7 @@ Checkpoint = Annotated[
     str, typer.Option(help="Which one: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
 Device = Annotated[str, typer.Option(help="Where: cpu, cuda, ...")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures.", metavar="FILE", show_default=False)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures.", metavar="FILE")]
 
 
 def checkpoint_choice(checkpoint: str) -> Choice:

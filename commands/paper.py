@@ -13,7 +13,7 @@ GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
 def paper(
     claims: Annotated[list[str], typer.Argument(help=f"{', '.join((*CLAIMS, *GROUPS))}.", metavar="CLAIM...")],
     scale: Annotated[Scale, typer.Option(help="The size of models, and of what they read.")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(help="Runs at once.", min=1, show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at once.", min=1)] = None,
     keep: Annotated[
         Path | None,
         typer.Option(help="Where results are kept; for docs/paper.md by default, which has those of cpu alone."),

@@ -17,10 +17,7 @@ def show(
     config: Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
     length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a sequence; data.sequence_length by default.", min=1, max=2**31, show_default=False
-        ),
+        int | None, typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, max=2**31)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

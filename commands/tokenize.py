@@ -37,7 +37,6 @@ def tokenize(
             help="Learn this many byte pairs and bytes from the text first, the begin token counted; written beside "
             "FILE as FILE.json, unless --tokenizer says where.",
             metavar="VOCAB",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -15,15 +15,12 @@ from .show import print_cost
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG", show_default=False)
+        str | None, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")
     ] = None,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder the run is written to; runs/NAME by default.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder the run is written to; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN", show_default=False),
+        Path | None, typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")
