@@ -12,7 +12,7 @@ import torch
 
 from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
-from seqmix.experiments.files import write_text
+from seqmix.experiments.files import write_file
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
@@ -144,4 +144,4 @@ def _limit(number: float) -> str:
 
 if __name__ == "__main__":
     for file, text in files().items():
-        write_text(text, file)
+        write_file(text, file)

@@ -13,7 +13,7 @@ from statistics import mean
 
 from seqmix import MIXERS, Paradigm, RunConfig
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
-from seqmix.experiments.files import write_text
+from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
@@ -119,4 +119,4 @@ def _formulas(kind: str) -> list[str]:
 
 if __name__ == "__main__":
     for file, text in files(*sys.argv[1:]).items():
-        write_text(text, file)
+        write_file(text, file)

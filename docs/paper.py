@@ -14,7 +14,7 @@ from typing import Any
 
 from seqmix.experiments import svg
 from seqmix.experiments.chart import Axis, Chart, Line
-from seqmix.experiments.files import write_text
+from seqmix.experiments.files import write_file
 from seqmix.experiments.markup import xml
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.plots import Plots
@@ -267,4 +267,4 @@ def _mib(size: float) -> str:
 
 if __name__ == "__main__":
     for file, text in files().items():
-        write_text(text, file)
+        write_file(text, file)

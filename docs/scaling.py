@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqmix import account, load_config
 from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
-from seqmix.experiments.files import write_text
+from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.models import ModelConfig, build_meta
 from seqmix.ops.context_parallel import ContextParallel
@@ -98,4 +98,4 @@ def _size(count: float) -> str:
 
 if __name__ == "__main__":
     for file, text in files().items():
-        write_text(text, file)
+        write_file(text, file)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmix.data import Corpus, Task, TaskConfig
-from seqmix.experiments.files import write_text
+from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
 from seqmix.training import DATA
@@ -76,4 +76,4 @@ def _cell(x: int, y: int, width: int, label: str, color: str) -> list[str]:
 
 if __name__ == "__main__":
     for file, text in files().items():
-        write_text(text, file)
+        write_file(text, file)

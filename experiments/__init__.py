@@ -6,7 +6,7 @@ measurements, collect, summary, results   what runs measured; over seeds; as val
 speed, timings         the entries' speed, by the benchmarks; the charts of a benchmark
 report, plots, differences, tables   the page that shows it: its parts, its charts, what configurations share; tables
 curves                 the curves of runs at hand, for `seqmix plot`
-chart, palette, svg, image, page, markup, files, drawing   charts as values, and how they are drawn: SVG, PNG, HTML
+chart, palette, svg, page, markup, files, drawing   charts as values, and how they are drawn: SVG, HTML, PNG and PDF
 pages                  Markdown that programs write
 studies/, retnet_paper/   studies that come with the package; the claims of the RetNet paper
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..registry import SeqmixError
 
 
-def write_text(text: str, file: Path) -> Path:
+def write_file(content: str | bytes, file: Path) -> Path:
     """Write a file, and its folder, whole or not at all.
 
     Raises:
@@ -15,7 +15,7 @@ def write_text(text: str, file: Path) -> Path:
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(file)
     except OSError as error:
         with suppress(OSError):

@@ -31,8 +31,12 @@ def marker(style: int) -> str:
     return MARKERS[style % len(MARKERS)]
 
 
+def named(dark: bool = False) -> dict[str, str]:
+    """The colours by name: ink, paper, ..., and line-0 on."""
+    names, lines = (DARK, DARK_LINES) if dark else (LIGHT, LIGHT_LINES)
+    return names | {f"line-{i}": line for i, line in enumerate(lines)}
+
+
 def variables(dark: bool = False) -> str:
     """The colours as CSS variables: --ink, --paper, ..., and --line-0 on."""
-    names, lines = (DARK, DARK_LINES) if dark else (LIGHT, LIGHT_LINES)
-    pairs = [*names.items(), *((f"line-{i}", line) for i, line in enumerate(lines))]
-    return "".join(f"--{name}:{value};" for name, value in pairs)
+    return "".join(f"--{name}:{value};" for name, value in named(dark).items())

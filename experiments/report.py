@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 from . import page
 from .chart import Chart, number, quantity
 from .differences import compared, shown
-from .files import write_text
+from .files import write_file
 from .markup import element
 from .plots import Plots, said
 from .results import Machine, Results, RunResult, Statistic, SummaryRow
@@ -23,7 +23,7 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         SeqmixError: the file cannot be written.
     """
-    return write_text(render(results), folder / REPORT_FILE)
+    return write_file(render(results), folder / REPORT_FILE)
 
 
 def render(results: Results) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ..registry import Config, SeqmixError
-from .files import write_text
+from .files import write_file
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -236,4 +236,4 @@ def read_results(path: str | Path) -> Results:
 
 def write(results: Results, folder: Path) -> Path:
     """Write results.json; an older one is replaced when the new one is whole."""
-    return write_text(results.model_dump_json(indent=1) + "\n", folder / RESULTS_FILE)
+    return write_file(results.model_dump_json(indent=1) + "\n", folder / RESULTS_FILE)

@@ -189,7 +189,7 @@ def _marker(style: int, x: float, y: float) -> Element:
 
 
 def _color(style: int) -> str:
-    return f"--c:var(--line-{palette.color(style)})"
+    return f"color:var(--line-{palette.color(style)})"
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -250,10 +250,10 @@ def test_nothing_is_unpickled():
 
 # ---- what an import costs
 
-OPTIONAL = ["matplotlib", "triton", "xformers", "fla", "hypothesis", "transformers", "datasets", "tokenizers", "pytest"]
+OPTIONAL = ["vl_convert", "triton", "xformers", "fla", "hypothesis", "transformers", "datasets", "tokenizers", "pytest"]
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
-    "seqmix.experiments.image": {"matplotlib"},
+    "seqmix.experiments.drawing": {"vl_convert"},
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},

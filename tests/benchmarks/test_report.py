@@ -124,10 +124,12 @@ def test_several_parts_have_a_chart_each(report):
     assert titles == ["train", "train: other", "peak memory"]
 
 
-@pytest.mark.parametrize(("ending", "begins"), [("html", b"<!doctype"), ("svg", b"<svg"), ("png", b"\x89PNG")])
+@pytest.mark.parametrize(
+    ("ending", "begins"), [("html", b"<!doctype"), ("svg", b"<svg"), ("png", b"\x89PNG"), ("pdf", b"%PDF")]
+)
 def test_a_plot_is_a_page_a_drawing_or_a_picture(report, tmp_path, ending, begins):
-    if ending == "png":
-        pytest.importorskip("matplotlib")
+    if ending in ("png", "pdf"):
+        pytest.importorskip("vl_convert")
     file = tmp_path / f"plot.{ending}"
     draw(charts_of(report), file, title=report.title, text="")
     assert file.read_bytes().startswith(begins)

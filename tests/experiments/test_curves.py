@@ -120,14 +120,14 @@ def test_a_drawing_is_svg(seqmix, tmp_path):
 
 
 def test_a_picture_is_png(seqmix, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     write_run(tmp_path / "one")
     assert seqmix("plot", "one", "--out", "one.png").status == 0
     assert Path("one.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_needs_matplotlib(refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+def test_a_picture_needs_what_converts_it(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
     write_run(tmp_path / "one")
     assert "pip install 'seqmix[plots]'" in refused("plot", "one", "--out", "one.png")
 
