@@ -161,11 +161,9 @@ def show(report: Report, console: Console) -> None:
 
 def _table(report: Report, spared: tuple[str, ...]) -> Table:
     heads, lines = cells(report, spared)
-    table = plain_table()
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < name_columns(report) else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
+    table = plain_table(*heads, rows=lines, justify="right", no_wrap=True)
+    for column in table.columns[: name_columns(report)]:
+        column.justify = "left"
     return table
 
 
@@ -179,14 +177,8 @@ def _require_range(option: str, value: float, low: float, high: float) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     """What is being done, on the terminal, from the first word on: bad input shows nothing but its error."""
     # seldom drawn anew: it runs beside what is measured
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True, markup=False),
-        transient=True,
-        refresh_per_second=2,
-    )
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=Console(stderr=True, markup=False), transient=True, refresh_per_second=2)
     task = bar.add_task("")
 
     def told(text: str) -> None:

@@ -65,20 +65,15 @@ def compare(
 
 
 def _list_studies(console: Console) -> None:
-    table = plain_table("study", "question")
-    for name in shipped():
-        table.add_row(name, load_study(STUDIES / f"{name}.yaml").question or "")
-    console.print(table)
+    rows = [(name, load_study(STUDIES / f"{name}.yaml").question or "") for name in shipped()]
+    console.print(plain_table("study", "question", rows=rows))
 
 
 def show(results: Results, console: Console) -> None:
     """Print the summary, what was the same for all, and what to know beside it."""
     head, rows = summary_table(results)
     if rows:
-        table = plain_table(*head, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(plain_table(*head, rows=rows, overflow="fold"))
     for sentence in (*results.fairness, *notes(results)):
         console.print(sentence, soft_wrap=True)
 
@@ -87,17 +82,13 @@ def _show_plan(planned: Plan, console: Console) -> None:
     """What would be made."""
     if planned.study.question:
         console.print(planned.study.question)
-    table = plain_table("entry", "mixers", "parameters", "forward/token", "state", overflow="fold")
     entries = [entry_result(entry) for entry in planned.entries]
-    for entry in entries:
-        table.add_row(
-            entry.name,
-            ", ".join(entry.mixers),
-            f"{entry.parameters:,}",
-            f"{si(entry.flops_per_token)}FLOP",
-            state_size(entry),
-        )
-    console.print(table)
+    rows = [
+        (e.name, ", ".join(e.mixers), f"{e.parameters:,}", f"{si(e.flops_per_token)}FLOP", state_size(e))
+        for e in entries
+    ]
+    heads = ("entry", "mixers", "parameters", "forward/token", "state")
+    console.print(plain_table(*heads, rows=rows, overflow="fold"))
     for entry in entries:
         if entry.matched:
             console.print(f"{entry.name}: {entry.matched}")

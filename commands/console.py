@@ -1,6 +1,7 @@
 """What commands print to: a terminal, or a file or pipe, which is as wide as it must be; tables and notes."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import typer
@@ -24,16 +25,19 @@ def terminal(*, quiet: bool = False) -> Console:
     return console
 
 
-def plain_table(*columns: str, **options: Any) -> Table:
+def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: Any) -> Table:
     """A table with lines above and below its heads alone, as narrow as its cells.
 
     Args:
         columns: the heads.
+        rows: the cells.
         options: those of rich's `add_column`, for all columns.
     """
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, **options)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -124,10 +124,8 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         console.print(
             f"Nats a token of the last {evaluation.scored:,} tokens of a sequence, after more and less of it:"
         )
-        table = plain_table("context", "loss", "tokens scored", justify="right")
-        for found in evaluation.contexts:
-            table.add_row(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}")
-        console.print(table)
+        rows = [(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}") for found in evaluation.contexts]
+        console.print(plain_table("context", "loss", "tokens scored", rows=rows, justify="right"))
 
 
 def _lengths(evaluation: Evaluation) -> Table:

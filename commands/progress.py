@@ -34,7 +34,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
         SeqmixError: training cannot start or go on.
     """
     console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
-    shown = Bar(console, config.training.steps) if console.is_terminal else Lines(console, config.training)
+    shown = Steps(console, config.training)
     source, done, early = None, 0, False
     try:
         with StopRequest() as stop:
@@ -57,7 +57,10 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                         console.print(_evaluation(event, source))
                     case StoppedEarly():
                         early = True
-                        console.print(_stopped_early(event))
+                        console.print(
+                            f"step {done}: stopped, for no evaluation has been better than that of step "
+                            f"{event.best_step}: {event.best_loss:.4f} nats/token"
+                        )
                     case Saved():
                         pass
     finally:
@@ -71,11 +74,12 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     return True
 
 
-class Bar:
-    """Steps on a terminal: a bar that moves."""
+class Steps:
+    """The steps of a run: a bar that moves on a terminal, a line now and then in a file or a pipe."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.progress = Progress(
+    def __init__(self, console: Console, settings: TrainingConfig) -> None:
+        self.console, self.settings = console, settings
+        self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -86,69 +90,36 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("train", total=steps, measured="")
-        self.speeds = Speeds()
+        self.task = self.bar.add_task("train", total=settings.steps, measured="")
+        self.recent: deque[tuple[float, float]] = deque(maxlen=20)
+        """Tokens a second of the last steps, and seconds from each to the next, evaluations aside."""
+        self.before, self.printed = time.monotonic(), -math.inf
+        """When the last step was made, and the last line printed."""
 
     def start(self, done: int) -> None:
-        """Draw it, `done` steps being made."""
-        self.progress.update(self.task, completed=done)
-        self.progress.start()
+        """Draw the bar, `done` steps being made."""
+        self.bar.update(self.task, completed=done)
+        if self.console.is_terminal:
+            self.bar.start()
 
     def step(self, event: Stepped) -> None:
-        """Move it."""
-        self.progress.update(self.task, completed=event.step, measured=_measured(event, self.speeds.add(event)))
-
-    def stop(self) -> None:
-        """Leave it as it is."""
-        if self.progress.live.is_started:
-            self.progress.stop()
-
-
-class Lines:
-    """Steps in a file or a pipe: a line now and then."""
-
-    def __init__(self, console: Console, settings: TrainingConfig) -> None:
-        self.console, self.settings = console, settings
-        self.speeds = Speeds()
-        self.printed = -math.inf
-        """When the last line was."""
-
-    def start(self, done: int) -> None:
-        """The steps begin."""
-
-    def step(self, event: Stepped) -> None:
-        """Print a line if one is due."""
-        speed, now, steps = self.speeds.add(event), time.monotonic(), self.settings.steps
-        if event.step % self.settings.log_every and event.step < steps:
-            return
-        if now - self.printed >= SECONDS_BETWEEN_LINES or event.step == steps:
+        """Move the bar, or print a line if one is due."""
+        now, steps = time.monotonic(), self.settings.steps
+        self.recent.append((event.tokens_per_second, now - self.before))
+        self.before = now
+        speed, seconds = (median(each) for each in zip(*self.recent, strict=True))
+        measured = _measured(event, speed)
+        self.bar.update(self.task, completed=event.step, measured=measured)
+        waited = now - self.printed >= SECONDS_BETWEEN_LINES and event.step % self.settings.log_every == 0
+        if not self.console.is_terminal and (waited or event.step == steps):
             self.printed = now
-            # the length of a step is in its speed
-            left = (steps - event.step) * self.speeds.seconds
-            self.console.print(f"step {event.step} of {steps}: {_measured(event, speed)}, {_duration(left)} left")
+            left = timedelta(seconds=round((steps - event.step) * seconds))
+            self.console.print(f"step {event.step} of {steps}: {measured}, {left} left")
 
     def stop(self) -> None:
-        """The steps are over."""
-
-
-class Speeds:
-    """What the last steps took."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[float, float]] = deque(maxlen=20)
-        self._before = time.monotonic()
-
-    def add(self, event: Stepped) -> float:
-        """Tokens a second, with those of this step."""
-        now = time.monotonic()
-        self._recent.append((event.tokens_per_second, now - self._before))
-        self._before = now
-        return median(speed for speed, _ in self._recent)
-
-    @property
-    def seconds(self) -> float:
-        """From a step to the next, evaluations aside."""
-        return median(seconds for _, seconds in self._recent)
+        """Leave the bar as it is."""
+        if self.bar.live.is_started:
+            self.bar.stop()
 
 
 def _start(event: Started, steps: int) -> str:
@@ -167,17 +138,6 @@ def _measured(event: Stepped, speed: float) -> str:
     if event.memory_bytes is not None:
         parts.append(f"{event.memory_bytes / 2**30:.1f} GiB")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _stopped_early(event: StoppedEarly) -> str:
-    return (
-        f"step {event.step}: stopped, for no evaluation has been better than that of step {event.best_step}: "
-        f"{event.best_loss:.4f} nats/token"
-    )
 
 
 def _evaluation(event: Evaluated, source: Source | None) -> str:

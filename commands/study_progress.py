@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -11,9 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..experiments.plan import PlannedRun
 from ..experiments.runner import Message, Observer
-
-SECONDS_BETWEEN_LINES = 10.0
-"""At least so long, where there is no terminal to draw on."""
+from .progress import SECONDS_BETWEEN_LINES
 
 
 class Forecast:
@@ -72,9 +69,7 @@ class StudyProgress(Observer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop_bar()
         self.status.stop()
 

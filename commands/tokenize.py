@@ -59,12 +59,8 @@ def tokenize(
     if not out.parent.is_dir():
         raise SeqmixError(f"the folder {out.parent} does not exist")
     console = terminal()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,.0f}"),
-        TimeElapsedColumn(),
-    )
+    counted = TextColumn("{task.description}"), TextColumn("{task.completed:,.0f}")
+    columns = SpinnerColumn(), *counted, TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def documents(doing: str) -> Iterator[Document]:

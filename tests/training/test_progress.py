@@ -1,13 +1,15 @@
 """A run on the terminal: stopping it, and what it says."""
 
+import io
 import re
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Lines, StopRequest, _evaluation, run_with_progress
+from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _evaluation, run_with_progress
 from seqmix.training.events import Evaluated, Started, Stepped, StoppedEarly
 
 
@@ -74,18 +76,15 @@ def test_further_lengths_stand_beside_the_loss():
 @pytest.fixture
 def lines(config_of, monkeypatch):
     """Steps that take four seconds each, and what is printed of them."""
-    clock, printed = [0.0], []
+    clock, printed = [0.0], io.StringIO()
     monkeypatch.setattr("seqmix.commands.progress.time.monotonic", lambda: clock[0])
 
-    class Printer:
-        print = staticmethod(printed.append)
-
     settings = config_of("training.steps=20", "training.log_every=1").training
-    shown = Lines(Printer(), settings)
+    shown = Steps(Console(file=printed, width=200), settings)
     for step in range(1, 21):
         clock[0] += 4
         shown.step(Stepped(step, 2.5, 1e-3, 1.0, 1000.0, mfu=0.421 if step > 10 else None, memory_bytes=3 * 2**29))
-    return printed
+    return printed.getvalue().splitlines()
 
 
 def test_lines_come_now_and_then_and_at_the_end(lines):
