@@ -11,7 +11,7 @@ from .loss import IGNORED, linear_cross_entropy
 from .prefill import prefill
 from .prompt_cache import PromptCache, cache_tokens
 from .subword import SubwordTokenizer, load_tokenizer, train_bpe
-from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer
 
 __all__ = [
     "IGNORED",
@@ -28,7 +28,6 @@ __all__ = [
     "PromptCache",
     "Sampling",
     "SubwordTokenizer",
-    "TextDecoder",
     "Tokenizer",
     "account",
     "build_meta",

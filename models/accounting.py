@@ -77,8 +77,10 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         SeqmixError: a block does not fit `d_model`.
     """
     model = build_meta(config).to(dtype)
-    kept = {name: _kept_bytes(model, name, length) for name in set(config.layers)}
-    layers = tuple(_layer(model, i, name, length, kept[name]) for i, name in enumerate(config.layers))
+    kinds = dict(zip(config.layers, model.blocks, strict=True))
+    kept = {name: _kept_bytes(block, length, config.d_model, dtype) for name, block in kinds.items()}
+    named = zip(config.layers, model.blocks, strict=True)
+    layers = tuple(_layer(name, block, length, kept[name]) for name, block in named)
     embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
     parameters = _count(model)
     # logits and their gradient, in float32, and the input of the output projection
@@ -103,12 +105,11 @@ def flops_per_token(model: LanguageModel, length: int) -> int:
 
 def _flops(block: Block, length: int) -> int:
     """Those of one layer, a token."""
-    flops = block.mixer.flops(length, block.mixer.paradigm) + (block.ffn.flops(length) if block.ffn is not None else 0)
-    return flops // length
+    ffn = 0 if block.ffn is None else block.ffn.flops(length)
+    return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
 
 
-def _layer(model: LanguageModel, index: int, name: str, length: int, kept: int) -> LayerCost:
-    block = model.blocks[index]
+def _layer(name: str, block: Block, length: int, activation_bytes: int) -> LayerCost:
     state = block.mixer.init_state(1, max_length=length)
     return LayerCost(
         block=name,
@@ -119,7 +120,7 @@ def _layer(model: LanguageModel, index: int, name: str, length: int, kept: int) 
         flops_per_token=_flops(block, length),
         state_elements=sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point()),
         state_bytes=nbytes(state),
-        activation_bytes=kept,
+        activation_bytes=activation_bytes,
     )
 
 
@@ -127,8 +128,8 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
-    """Bytes that autograd keeps of one layer of a kind, parameters aside.
+def _kept_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one layer, parameters aside.
 
     The layer runs on fake tensors, which have no memory but say that they are on a CPU: on `meta`, torch would take
     attention's quadratic form, which no device does.
@@ -141,14 +142,13 @@ def _kept_bytes(model: LanguageModel, name: str, length: int) -> int:
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    block = model.blocks[model.config.layers.index(name)]
     with FakeTensorMode():
         tensors = {
             name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
             for name, x in (*block.named_parameters(), *block.named_buffers())
         }
         own = {id(x) for x in tensors.values()}
-        x = torch.empty(1, length, model.config.d_model, dtype=model.embedding.weight.dtype, requires_grad=True)
+        x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = functional_call(block, tensors, x)  # noqa: F841 the graph must live while it is counted
     return sum(storages.values())

@@ -32,14 +32,11 @@ def compile_blocks(model: LanguageModel) -> int:
     Returns:
         The number of kinds, each of which is compiled when it is first called.
     """
-    kinds = dict.fromkeys(model.config.layers)
-    for kind in kinds:
-        forward = copy_of(Block.forward, f"forward_{kind}")
-        for name, block in zip(model.config.layers, model.blocks, strict=True):
-            if name == kind:
-                # of the instance: hooks and parameter names stay as they are
-                block.forward = torch.compile(MethodType(forward, block), fullgraph=True)
-    return len(kinds)
+    forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
+    for kind, block in zip(model.config.layers, model.blocks, strict=True):
+        # of the instance: hooks and parameter names stay as they are
+        block.forward = torch.compile(MethodType(forwards[kind], block), fullgraph=True)
+    return len(forwards)
 
 
 def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -> Callable[..., Any]:

@@ -51,7 +51,8 @@ class Decoder:
         if self._may_capture:
             # the first step goes the plain way, and shows whether the state grows; after it there may be no room left
             # for a capture's calls, which a second step is sure to have
-            self._may_capture = self._fixed_sizes = _same_sizes(before, self.state)
+            sizes = [[leaf.shape for leaf in to_dict(state).values()] for state in (before, self.state)]
+            self._may_capture = self._fixed_sizes = sizes[0] == sizes[1]
         return logits
 
 
@@ -115,7 +116,3 @@ class _Captured:
         self.graph.replay()
         assert self.held.logits is not None
         return self.held.logits
-
-
-def _same_sizes(first: ModelState, second: ModelState) -> bool:
-    return [leaf.shape for leaf in to_dict(first).values()] == [leaf.shape for leaf in to_dict(second).values()]

@@ -102,8 +102,7 @@ def generate_tokens(
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    before = PromptCache.empty(max(len(prompts), 1)) if after is None else after
-    before, texts = before.broadcast(prompts)
+    before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
     logits, state = before.prefill(model, texts, more=max_new_tokens)
     if not logits.isfinite().all():
         raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")

@@ -106,8 +106,7 @@ def cache_tokens(
     Raises:
         SeqmixError: there is no prompt, or one that is too short.
     """
-    before = PromptCache.empty(max(len(prompts), 1)) if after is None else after
-    before, texts = before.broadcast(prompts)
+    before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
     if any(len(text) == 1 for text in texts):
         raise SeqmixError("a prompt has no token to read: the last one is read by what goes on after it")
     _, state = before.prefill(model, [text[:-1] for text in texts], more=0)

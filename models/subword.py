@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import SeqmixError
-from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer
+from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
 """Documents encoded together, on all cores."""
@@ -41,7 +41,8 @@ class SubwordTokenizer(Tokenizer):
         except SeqmixError:
             raise
         except Exception as error:  # the library raises this very class for whatever it cannot parse
-            raise SeqmixError(f"the tokenizer {name} is no tokenizer.json: {_first_line(error)}") from error
+            reason, *_ = str(error).splitlines() or [type(error).__name__]
+            raise SeqmixError(f"the tokenizer {name} is no tokenizer.json: {reason}") from error
         self._map.no_truncation()
         self._map.no_padding()
         self.vocabulary = vocabulary
@@ -63,7 +64,7 @@ class SubwordTokenizer(Tokenizer):
 
     def decoder(self) -> TextDecoder:
         """A decoder that shows special tokens too."""
-        stream, held = _library("decoders").DecodeStream(skip_special_tokens=False), []
+        stream, held = _library().decoders.DecodeStream(skip_special_tokens=False), []
 
         def decode(token: int | None) -> str:
             if token is None:  # the first bytes of a character whose last ones never came
@@ -106,24 +107,22 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
         SeqmixError: the vocabulary is too small for all bytes, a document is no UTF-8 text, the file cannot be
             written, or the library is not installed.
     """
-    byte_level = _library("pre_tokenizers").ByteLevel
+    library = _library()
+    byte_level = library.pre_tokenizers.ByteLevel
     if vocab_size < LEAST_VOCABULARY:
         raise SeqmixError(
             f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), "
             f"and {vocab_size} were asked for"
         )
-    learner = _library().Tokenizer(_library("models").BPE())
+    learner = library.Tokenizer(library.models.BPE())
     learner.pre_tokenizer = byte_level(add_prefix_space=False)
-    learner.decoder = _library("decoders").ByteLevel()
-    trainer = _library("trainers").BpeTrainer(
+    learner.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False
     )
     learner.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
     vocabulary = learner.to_str(pretty=True).encode()
-    try:
-        file.write_bytes(vocabulary)
-    except OSError as error:
-        raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
+    write_vocabulary(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
 
 
@@ -137,14 +136,10 @@ def _decoded(name: str, text: bytes) -> str:
         ) from error
 
 
-def _library(module: str = "") -> Any:
+def _library() -> Any:
     try:
-        return import_module(f"tokenizers.{module}".rstrip("."))
+        return import_module("tokenizers")
     except ModuleNotFoundError as error:
         if error.name != "tokenizers":
             raise
         raise SeqmixError("a tokenizer other than `bytes` needs tokenizers: pip install 'seqmix[data]'") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

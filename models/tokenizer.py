@@ -62,12 +62,8 @@ class Tokenizer(ABC):
         Raises:
             SeqmixError: it cannot be written.
         """
-        if self.vocabulary is None:
-            return
-        try:
-            (folder / TOKENIZER_FILE).write_bytes(self.vocabulary)
-        except OSError as error:
-            raise SeqmixError(f"the tokenizer cannot be written to {folder}: {error.strerror}") from error
+        if self.vocabulary is not None:
+            write_vocabulary(self.vocabulary, folder / TOKENIZER_FILE)
 
     def encode(self, text: str) -> Int[Tensor, " T"]:
         """The tokens of a text, opened by the begin token.
@@ -101,3 +97,15 @@ class ByteTokenizer(Tokenizer):
         """A decoder of UTF-8; bytes that are no text become U+FFFD."""
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         return lambda token: decode(b"" if token is None else bytes([token]), final=token is None)
+
+
+def write_vocabulary(vocabulary: bytes, file: Path) -> None:
+    """Write a tokenizer.json.
+
+    Raises:
+        SeqmixError: it cannot be written.
+    """
+    try:
+        file.write_bytes(vocabulary)
+    except OSError as error:
+        raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
