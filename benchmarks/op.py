@@ -1,57 +1,55 @@
 """The op benchmark: a map over a sequence, without any weights, forward and forward + backward."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixers import Paradigm
+from ..models import ModelConfig
 from ..ops.decay import decay_recurrence
 from ..ops.kernels import Probe, find
 from ..registry import SeqmixError
 from .measure import Call
 from .peers.gpt import eager_attention
-from .peers.peer import not_installed
+from .peers.peer import GPU_ONLY, Size, not_installed
 from .peers.torchscale import CHUNK, torchscale
 from .suite import Benchmark, Entry, Implementation, Settings, Skip
 
 
-class Shapes:
+class Shapes(NamedTuple):
     """Heads and widths of the retention that a model has."""
 
-    def __init__(self, settings: Settings) -> None:
-        mixers = [settings.model.blocks[name].mixer for name in settings.model.layers]
-        found: Any = next((mixer for mixer in mixers if mixer.kind == "retention"), None)
-        if found is None:
-            kinds = ", ".join(sorted({mixer.kind for mixer in mixers}))
+    heads: int
+    keys: int
+    values: int
+    chunk: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Shapes":
+        """Those of a model's first retention."""
+        if (found := Size(model).retention) is None:
+            kinds = ", ".join(sorted({model.blocks[name].mixer.kind for name in model.layers}))
             raise SeqmixError(f"bench op times retention, and the model's mixers are {kinds}")
-        d_model = settings.model.d_model
-        self.heads: int = found.n_heads
-        self.keys = round(d_model * found.expand_k) // self.heads
-        self.values = round(d_model * found.expand_v) // self.heads
-        self.chunk: int = found.chunk_size
+        keys, values = (round(model.d_model * expand) // found.n_heads for expand in (found.expand_k, found.expand_v))
+        return cls(found.n_heads, keys, values, found.chunk_size)
 
 
+@dataclass
 class OpImplementation(Implementation):
     """A function of queries, keys and values [B T H *]."""
 
-    def __init__(
-        self,
-        name: str,
-        settings: Settings,
-        widths: tuple[int, int, int],
-        function: Callable[[Tensor, Tensor, Tensor], Tensor],
-        *,
-        backward: bool,
-        reason: str | None = None,
-        base: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.name, self.settings, self.widths, self.function = name, settings, widths, function
-        self.dtype = dtype or settings.dtype
-        self.backward, self.reason, self.base = backward, reason, base
+    name: str
+    settings: Settings
+    widths: tuple[int, int, int]
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    backward: bool
+    dtype: torch.dtype
+    reason: str | None = None
+    base: str | None = None
 
     def missing(self) -> str | None:
         return self.reason
@@ -88,7 +86,7 @@ class OpBenchmark(Benchmark):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.shapes = Shapes(settings)
+        self.shapes = Shapes.of(settings.model)
 
     def parts(self) -> dict[str, list[Implementation]]:
         return {
@@ -100,24 +98,20 @@ class OpBenchmark(Benchmark):
         s, settings, device = self.shapes, self.settings, self.settings.device
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
-        probe = Probe(
-            device=device,
-            dtype=settings.dtype,
-            key_width=s.keys,
-            value_width=s.values,
-            log_decay="H",
-            needs_grad=backward,
-        )
+        widths = {"key_width": s.keys, "value_width": s.values}
+        probe = Probe(device=device, dtype=settings.dtype, **widths, log_decay="H", needs_grad=backward)
         lacks_triton = "; ".join(triton.unsupported(probe)) or None
         lacks_torchscale = not_installed("torchscale", "torchscale")
-        lacks_fla = "its kernels run on a GPU only" if device.type != "cuda" else not_installed("fla", "fla-core")
+        lacks_fla = GPU_ONLY if device.type != "cuda" else not_installed("fla", "fla-core")
 
         def op(paradigm: Paradigm, backend: str = "reference") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
             return lambda q, k, v: decay_recurrence(q, k, v, log_decay, **options).output
 
-        def implementation(name: str, function: Any, *, values: int = s.values, **options: Any) -> Implementation:
-            return OpImplementation(name, settings, (s.heads, s.keys, values), function, backward=backward, **options)
+        def implementation(
+            name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = settings.dtype, **options: Any
+        ) -> Implementation:
+            return OpImplementation(name, settings, (s.heads, s.keys, values), function, backward, dtype, **options)
 
         also = [torch.bfloat16] if settings.dtype == torch.float32 else []
         return [
@@ -128,8 +122,8 @@ class OpBenchmark(Benchmark):
             implementation("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
             implementation("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
             implementation("fla", _fla, reason=lacks_fla, base="chunkwise"),
-            implementation("sdpa", _sdpa, values=s.keys),
-            implementation("eager", _eager, values=s.keys),
+            implementation("sdpa", _attention(F.scaled_dot_product_attention), values=s.keys),
+            implementation("eager", _attention(eager_attention), values=s.keys),
         ]
 
     def notes(self) -> Iterable[str]:
@@ -185,14 +179,8 @@ class Theirs:
         return layer, tuple(x.to(dtype) for x in decays) if self.chunkwise else decays.to(dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return eager_attention(q, k, v, is_causal=True).transpose(1, 2)
+def _attention(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peer import Peer, Size, not_installed
+from .peer import ALL, Peer
 
 
 class Fla(Peer):
@@ -13,26 +13,21 @@ class Fla(Peer):
 
     name = "fla"
     layers_at = "model.layers"
-    roles = frozenset({"train", "decode", "prefill"})
-
-    @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "its kernels run on a GPU only"
-        if size.retention_heads is None:
-            return "its heads are retention's, and the model has none"
-        return not_installed("fla.models", "flash-linear-attention")
+    roles = ALL
+    needs = "fla.models", "flash-linear-attention"
+    needs_gpu = needs_retention = True
 
     def build(self) -> nn.Module:
         from fla.models import RetNetConfig, RetNetForCausalLM  # type: ignore[import-not-found]
 
-        c = self.size.config
+        c, retention = self.size.config, self.size.retention
+        assert retention is not None
         return RetNetForCausalLM(
             RetNetConfig(
                 vocab_size=c.vocab_size,
                 hidden_size=c.d_model,
                 num_hidden_layers=c.n_layers,
-                num_heads=self.size.retention_heads,
+                num_heads=retention.n_heads,
                 expand_k=1,
                 expand_v=2,
                 intermediate_size=self.size.hidden(8, 3),
@@ -51,8 +46,8 @@ class Fla(Peer):
     def read(self, tokens: Tensor) -> Any:
         return self.module(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
-    def state_after(self, context: int, batch: int, room: int) -> Any:
-        del room  # the state's size is constant, and so is the cost of a step
+    def state_after(self, context: int, batch: int, room: int) -> Any:  # noqa: ARG002
+        # the state's size is constant, and so is the cost of a step
         return self.read(torch.randint(self.size.config.vocab_size, (batch, context), device=self.device))
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .peer import Peer
+from .peer import ALL, Peer
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of every layer, [B H S K], allocated once."""
@@ -85,7 +85,7 @@ class GptSdpa(Peer):
 
     name = "gpt-sdpa"
     layers_at = "blocks"
-    roles = frozenset({"train", "decode", "prefill"})
+    roles = ALL
     compiled_roles = frozenset({"train"})
     writes_state = False
     fused: ClassVar[bool] = True
@@ -118,9 +118,6 @@ class GptSdpa(Peer):
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         cache, read = state
         return self.module(tokens[:, None], cache, read)[:, 0], (cache, read + 1)
-
-    def tensors(self, state: Any) -> list[Tensor]:
-        return [leaf for layer in state[0] for leaf in layer]
 
 
 class GptEager(GptSdpa):

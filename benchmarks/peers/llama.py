@@ -3,10 +3,9 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .peer import Peer, Size, not_installed
+from .peer import ALL, Peer
 
 
 class Llama(Peer):
@@ -14,14 +13,10 @@ class Llama(Peer):
 
     name = "llama"
     layers_at = "model.layers"
-    roles = frozenset({"train", "decode", "prefill"})
+    roles = ALL
     compiled_roles = frozenset({"train"})
     writes_state = False
-
-    @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
-        del size, device
-        return not_installed("transformers", "transformers")
+    needs = "transformers", "transformers"
 
     def build(self) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
@@ -44,11 +39,10 @@ class Llama(Peer):
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens, use_cache=False).logits
 
-    def cache(self, capacity: int) -> Any:
+    def cache(self, capacity: int) -> Any:  # noqa: ARG002
         """An empty one."""
         from transformers import DynamicCache  # type: ignore[import-not-found]
 
-        del capacity
         return DynamicCache(config=self.theirs)
 
     def read(self, tokens: Tensor) -> Any:

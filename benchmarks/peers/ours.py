@@ -12,7 +12,7 @@ from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
 from .by_hand import HandWritten, why_not
-from .peer import Peer, Size, last_of_rows
+from .peer import ALL, Peer, Size, last_of_rows
 
 
 class Seqmix(Peer):
@@ -20,13 +20,12 @@ class Seqmix(Peer):
 
     name = "seqmix"
     layers_at = "blocks"
-    roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+    roles = compiled_roles = ALL
     keeps_freed_memory = True
+    compiled_steps = compiled_prefills = False
 
     def build(self) -> nn.Module:
         return build_model(self.size.config, device=self.device, dtype=self.dtype)
-
-    compiled_steps = compiled_prefills = False
 
     def recompute_activations(self) -> None:
         self.module.activation_checkpointing = True
@@ -88,12 +87,11 @@ class ByHand(Peer):
 
     name = "by-hand"
     layers_at = "layers"
-    roles = compiled_roles = frozenset({"train", "decode", "prefill"})
+    roles = compiled_roles = ALL
     keeps_freed_memory = True
 
     @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
-        del device
+    def missing(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
         return why_not(size.config)
 
     def build(self) -> nn.Module:
@@ -118,14 +116,10 @@ class ByHand(Peer):
     def read(self, tokens: Tensor) -> Any:
         return self.module(tokens, self.module.init_state(len(tokens)), select=last_of_rows(tokens))[1]
 
-    def state_after(self, context: int, batch: int, room: int) -> Any:
-        del room
+    def state_after(self, context: int, batch: int, room: int) -> Any:  # noqa: ARG002
         state = self.module.init_state(batch)
         return [(memory.normal_(), recent, position.fill_(context)) for memory, recent, position in state]
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, after = self.module(tokens[:, None], state, decode=True)
         return logits[:, 0], after
-
-    def tensors(self, state: Any) -> list[Tensor]:
-        return [leaf for layer in state for leaf in layer]

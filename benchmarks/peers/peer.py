@@ -15,9 +15,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ...mixers.retention import RetentionConfig
 from ...models import ModelConfig, build_meta
+
+ALL = frozenset({"train", "decode", "prefill"})
+"""The benchmarks of whole models."""
+GPU_ONLY = "its kernels run on a GPU only"
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,10 @@ class Size:
         return max(1, self.config.d_model // (128 if self.config.d_model >= 2048 else 64))
 
     @property
-    def retention_heads(self) -> int | None:
-        """Heads of retention, where the model has any."""
-        mixers: list[Any] = [self.config.blocks[name].mixer for name in self.config.layers]
-        return next((mixer.n_heads for mixer in mixers if mixer.kind == "retention"), None)
+    def retention(self) -> RetentionConfig | None:
+        """That of the first layer which has it."""
+        mixers = (self.config.blocks[name].mixer for name in self.config.layers)
+        return next((mixer for mixer in mixers if isinstance(mixer, RetentionConfig)), None)
 
     def hidden(self, mixer: int, products: int) -> int:
         """Width inside a feed-forward network of `products` matrices, beside a mixer of `mixer` d_model^2 parameters.
@@ -65,12 +71,16 @@ class Peer(ABC):
     layers_at: ClassVar[str]
     """Where its layers are, as in its state's names."""
     roles: ClassVar[frozenset[str]]
-    """The benchmarks that it takes part in: train, decode, prefill."""
+    """The benchmarks that it takes part in."""
     compiled_roles: ClassVar[frozenset[str]] = frozenset()
     """Those in which it can be compiled."""
     writes_state: ClassVar[bool] = True
     """Whether a step writes all of its state, as one of constant size; a cache is only read."""
-
+    needs: ClassVar[tuple[str, str] | None] = None
+    """The module that must be installed, and the package that has it."""
+    needs_gpu: ClassVar[bool] = False
+    needs_retention: ClassVar[bool] = False
+    """Whether its heads are retention's."""
     keeps_freed_memory: ClassVar[bool] = False
     """Whether its own program trains with `keep_freed_memory`."""
     optimizer: torch.optim.Optimizer | None = None
@@ -83,9 +93,13 @@ class Peer(ABC):
             self.module: Any = self.build().to(device=device, dtype=dtype)
 
     @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
+    def missing(cls, size: Size, device: torch.device) -> str | None:
         """Why it cannot be built here, in a few words."""
-        return None
+        if cls.needs_gpu and device.type != "cuda":
+            return GPU_ONLY
+        if cls.needs_retention and size.retention is None:
+            return "its heads are retention's, and the model has none"
+        return not_installed(*cls.needs) if cls.needs else None
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -116,9 +130,9 @@ class Peer(ABC):
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One more token a row, [B]: the logits after it, [B vocab], and the next state."""
 
-    @abstractmethod
     def tensors(self, state: Any) -> list[Tensor]:
         """What a state consists of."""
+        return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, in float32; `tokens` and `targets` [B T]."""

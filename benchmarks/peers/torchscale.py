@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .peer import Peer, Size, not_installed
+from .peer import Peer
 
 CHUNK = 128
 """Tokens a chunk of its chunkwise mode; its default of 512 is slower on a CPU."""
@@ -22,23 +22,19 @@ class TorchscaleParallel(Peer):
     name = "torchscale-parallel"
     layers_at = "layers"
     roles = frozenset({"train"})
+    needs = "torchscale", "torchscale"
+    needs_retention = True
     chunkwise: ClassVar[bool] = False
 
-    @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
-        del device
-        if size.retention_heads is None:
-            return "its heads are retention's, and the model has none"
-        return not_installed("torchscale", "torchscale")
-
     def build(self) -> nn.Module:
-        c = self.size.config
+        c, retention = self.size.config, self.size.retention
+        assert retention is not None
         with torchscale() as theirs:
             config = theirs.Config(
                 vocab_size=c.vocab_size,
                 decoder_embed_dim=c.d_model,
                 decoder_value_embed_dim=2 * c.d_model,
-                decoder_retention_heads=self.size.retention_heads,
+                decoder_retention_heads=retention.n_heads,
                 decoder_ffn_embed_dim=self.size.hidden(8, 3),
                 decoder_layers=c.n_layers,
                 chunkwise_recurrent=self.chunkwise,
