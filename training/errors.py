@@ -42,13 +42,15 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
             ) from None
         if not is_out_of_memory(error):
             raise
+        found = re.search(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))", str(error))
+        asked = f" ({found[2] or f'{int(found[1]) / 2**30:.1f} GiB'} more were asked for)" if found else ""
         ways = [
             f"lower training.batch_size ({settings.batch_size})",
             f"raise training.grad_accum_steps ({settings.grad_accum_steps}), for smaller micro-batches",
             *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
         raise TrainingError(
-            f"memory ran out{_asked(error)}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
+            f"memory ran out{asked}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
         ) from None  # what led here holds on to the tensors that took the memory
 
 
@@ -56,11 +58,3 @@ def newest_checkpoint(run: Path) -> str:
     """What is there to go on from, as the end of a sentence."""
     there = checkpoints(run)
     return f"the newest checkpoint is {there[-1]}" if there else "no checkpoint was written yet"
-
-
-def _asked(error: BaseException) -> str:
-    """How much more was asked for, where the error says so."""
-    found = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
-    if found is None:
-        return ""
-    return f" ({found[2] or f'{int(found[1]) / 2**30:.1f} GiB'} more were asked for)"

@@ -1,7 +1,7 @@
 """Ctrl-C and signals that end a process, as a request to stop after the step with a checkpoint."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 
@@ -9,9 +9,7 @@ class StopRequest:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop asks for; the next one acts as ever."""
 
     # SIGHUP is a closed terminal; not every system has it
-    SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
-    )
+    SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 
     def __init__(self) -> None:
         self._made = False
@@ -26,9 +24,7 @@ class StopRequest:
             signal.signal(number, self._request)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002

@@ -1,11 +1,11 @@
 """Where numbers stopped being finite: the first module forward, the first parameter backward."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..registry import SeqmixError
 from .sharding import own
@@ -24,35 +24,22 @@ def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
         forward: a call of it that ended in such a value; called once more, uncompiled, for compiled code has no hooks.
     """
     found: list[str] = []
+    names = {module: name or "the model" for name, module in model.named_modules()}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001 torch's signature
-            value = output[0] if isinstance(output, tuple) else output
-            if (
-                not found
-                and isinstance(value, Tensor)
-                and value.is_floating_point()
-                and not own(value).isfinite().all()
-            ):
-                found.append(name + _own_fault(module))
+    def watch(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001 torch's signature
+        value = output[0] if isinstance(output, tuple) else output
+        if found or module not in names or not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        if not own(value).isfinite().all():
+            bad = [name for name, p in module.named_parameters(recurse=False) if not own(p).isfinite().all()]
+            found.append(names[module] + (f", whose {bad[0]} is not finite" if bad else ""))
 
-        return hook
-
-    with ExitStack() as stack, torch.compiler.set_stance("force_eager"):
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(watch(name or "the model")).remove)
+    with register_module_forward_hook(watch), torch.compiler.set_stance("force_eager"):
         forward()
     return found[0] if found else None
 
 
 def first_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """The name of the first parameter, as backward goes, whose gradient is not finite; None if there is none."""
-    for name, parameter in reversed(list(parameters)):
-        if parameter.grad is not None and not own(parameter.grad).isfinite().all():
-            return name
-    return None
-
-
-def _own_fault(module: nn.Module) -> str:
-    bad = [name for name, parameter in module.named_parameters(recurse=False) if not own(parameter).isfinite().all()]
-    return f", whose {bad[0]} is not finite" if bad else ""
+    named = reversed(list(parameters))
+    return next((name for name, p in named if p.grad is not None and not own(p.grad).isfinite().all()), None)

@@ -48,10 +48,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     vectors, convolutions) by AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)), Liu et al.
     2025, "Muon is scalable for LLM training"), so that both take one learning rate and one decay.
     """
-    parameters = list(model.parameters())
-    matrices = _matrices_of_blocks(model) if config.optimizer == "muon" else []
-    taken = {id(matrix) for matrix in matrices}
-    rest = [p for p in parameters if id(p) not in taken]
+    in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
+    matrices = list(dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear)))
+    taken = set(matrices)
+    rest = [p for p in model.parameters() if p not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -92,10 +92,3 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     passed = max(step - (config.steps - falling), 0) / max(falling, 1)
     left = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "cosine" else 1 - passed
     return config.learning_rate * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
-
-
-def _matrices_of_blocks(model: nn.Module) -> list[Tensor]:
-    """The weights of the linear maps inside blocks, each once."""
-    blocks = model.get_submodule("blocks")
-    weights = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
-    return list(dict.fromkeys(weights))

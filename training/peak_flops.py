@@ -5,6 +5,8 @@ by ordinary cores, as torch multiplies unless told otherwise. A CPU has no such 
 else runs, and is measured beside each call by `seqmix bench`.
 """
 
+import re
+
 import torch
 
 TERA = 1e12
@@ -38,16 +40,9 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
 
 def peak_of(name: str, precision: torch.dtype) -> float | None:
     """The same of a device by its name."""
-    words = name.split()
-    if "Laptop" in words:  # the name of a larger chip
+    if "Laptop" in name.split():  # the name of a larger chip
         return None
     for known, (bfloat16, float32) in PEAKS.items():
-        if _contains(words, known.split()):
+        if re.search(rf"(?<![\w-]){known}(?!\w)", name):
             return TERA * (bfloat16 if precision is torch.bfloat16 else float32)
     return None
-
-
-def _contains(words: list[str], wanted: list[str]) -> bool:
-    """Whether words stand in a name, each as the beginning of a part: A100 is in "NVIDIA A100-SXM4-40GB"."""
-    parts = [word.split("-")[0] for word in words]
-    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts)))

@@ -113,10 +113,6 @@ class ProcessGroups:
         if first is not None:
             raise ElsewhereError(f"process {first} of {self.size} has failed: {reasons[first]}")
 
-    def raised_by_all(self, error: SeqmixError) -> SeqmixError:
-        """An error that all processes have: one reports it."""
-        return error if self.is_main else ElsewhereError(f"process 0 of {self.size} has failed: {error}")
-
 
 ALONE = ProcessGroups()
 """One process."""

@@ -6,7 +6,7 @@ Whoever shows them consumes it. What processes do together, all do in the same o
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from ..data import Source
 from ..mixers.state import map_state
 from ..models import LanguageModel, build_model, flops_per_token
+from ..registry import ElsewhereError
 from . import checkpoint, train_state
 from .checkpoint import Best, CheckpointError, Found, Manifest
 from .config import RunConfig, TrainingConfig
@@ -30,7 +31,7 @@ from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session, seqmix_version
 from .run_dir import claim, held, require_free
-from .sharding import reshard, shard, take_part
+from .sharding import reshard, shard, whole
 from .trainer import StepResult, Trainer, precision_of
 
 
@@ -121,7 +122,7 @@ class Course:
         if self._out_of_patience:
             yield self._stopped_early(start)
             return
-        with self._explain_nonfinite():
+        try:
             for step in range(start, settings.steps):
                 self.done = done = step + 1
                 began = time.perf_counter()
@@ -147,6 +148,14 @@ class Course:
                     yield self._stopped_early(done)
                 if early or stopping:
                     return
+        except NotFiniteError as error:
+            with suppress(CheckpointError):
+                self.writer.wait()
+            advice = "try a lower training.learning_rate"
+            said = f"step {self.done}: {error}; {advice}; {newest_checkpoint(self.run)}"
+            if self.groups.is_main:
+                raise TrainingError(said) from None
+            raise ElsewhereError(f"process 0 of {self.groups.size} has failed: {said}") from None
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Begin to write a checkpoint after `step` steps.
@@ -172,8 +181,10 @@ class Course:
             self.writer.wait()
         if groups.is_main:
             self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
-        else:
-            take_part(parts)
+        else:  # the main process asks for this one's pieces, in this order
+            for tensors in parts.values():
+                for tensor in tensors.values():
+                    whole(tensor)
         with groups.raise_together():
             if wait:
                 self.writer.wait()
@@ -227,18 +238,6 @@ class Course:
 
     def _stopped_early(self, done: int) -> StoppedEarly:
         return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
-
-    @contextmanager
-    def _explain_nonfinite(self) -> Iterator[None]:
-        """Say of a value that is not finite what is kept, and what may help."""
-        try:
-            yield
-        except NotFiniteError as error:
-            with suppress(CheckpointError):
-                self.writer.wait()
-            advice = "try a lower training.learning_rate"
-            said = TrainingError(f"step {self.done}: {error}; {advice}; {newest_checkpoint(self.run)}")
-            raise self.groups.raised_by_all(said) from None
 
 
 def _open(

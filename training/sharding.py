@@ -4,7 +4,6 @@ Parameters are sharded over the mesh's last dimension, copies of the model run o
 """
 
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,22 +58,13 @@ def own(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def assign(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be in pieces; no process waits for another."""
-    if (pieces := _pieces(tensor)) is None:
-        tensor.copy_(value)
-        return
-    from torch.distributed.tensor import distribute_tensor
+    if (pieces := _pieces(tensor)) is not None:
+        from torch.distributed.tensor import distribute_tensor
 
-    value = value.to(tensor.device)
-    pieces.to_local().copy_(
-        distribute_tensor(value, pieces.device_mesh, pieces.placements, src_data_rank=None).to_local()
-    )
-
-
-def take_part(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give the first process this one's pieces of a checkpoint's tensors, in the order in which it asks."""
-    for tensors in parts.values():
-        for tensor in tensors.values():
-            whole(tensor)
+        value = distribute_tensor(
+            value.to(tensor.device), pieces.device_mesh, pieces.placements, src_data_rank=None
+        ).to_local()
+    own(tensor).copy_(value)
 
 
 def _pieces(tensor: Tensor) -> "DTensor | None":

@@ -36,16 +36,6 @@ class StepResult(NamedTuple):
     learning_rate: float
 
 
-class MicroBatch(NamedTuple):
-    """A part of a process's batch, computed at once."""
-
-    batch: Batch
-    state: ModelState | None
-    """Where it starts from, where the state is carried."""
-    targets_in_batch: Tensor
-    """Tokens to predict in the batch of all processes, over which the loss is a mean."""
-
-
 class Trainer:
     """A model, its optimizer, and the data it is trained on."""
 
@@ -75,15 +65,13 @@ class Trainer:
         """
         settings, states = self.config.training, []
         self.model.train()
-        self._seed(step)
         total = torch.zeros((), device=self.model.device)
-        for micro_batch in self._micro_batches(step):
-            loss, state = self._loss(micro_batch)
+        for loss, state in self._losses(step):
             (loss * self.groups.size).backward()  # gradients are averaged over processes
             total += loss.detach()
             states += [] if state is None else [detach(state)]
         loss = self.groups.sum(total).item()
-        self._require_finite("loss", loss, lambda: self._recompute(step))
+        self._require_finite("loss", loss, lambda: list(self._losses(step)))
 
         parameters = list(self.model.parameters())
         norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
@@ -124,8 +112,7 @@ class Trainer:
 
         def loss() -> float:
             # with a carried state, what comes next continues it
-            micro_batch = next(self._micro_batches(step + 1 if self.config.training.carry_state else step))
-            return self.groups.sum(self._loss(micro_batch)[0]).item()
+            return self.groups.sum(next(self._losses(step + self.config.training.carry_state))[0]).item()
 
         self._require_finite("loss after the update", loss(), loss)
 
@@ -137,7 +124,9 @@ class Trainer:
         batch = self.source.training_batch(step, size, self.config.seed, groups.dp_rank, groups.dp_size)
         return self._to_device(batch)
 
-    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+    def _losses(self, step: int) -> Iterator[tuple[Tensor, ModelState | None]]:
+        """Of each micro-batch, the share in the loss of the batch, and the state after it if it is carried."""
+        self._seed(step)
         parts = self.config.training.grad_accum_steps
         batch, state, rows = self.batch(step), self._state_before(step), self.rows // parts
         # those that share a sequence have all counted its targets
@@ -147,7 +136,9 @@ class Trainer:
             at = slice(number * rows, (number + 1) * rows)
             # a copy: without gradients, a mixer may write where it was
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
-            yield MicroBatch(Batch(*part), before, targets)
+            output = self._forward(Batch(*part), before)
+            assert output.loss is not None
+            yield output.loss / targets, output.state
 
     def _state_before(self, step: int) -> ModelState | None:
         """The state that a step starts from: nothing, or where it is carried, that after the step before."""
@@ -158,12 +149,6 @@ class Trainer:
             return self.state
         # what a mixer makes like its parameters is in pieces where they are
         return map_state(whole, self.model.init_state(self.rows))
-
-    def _loss(self, micro_batch: MicroBatch) -> tuple[Tensor, ModelState | None]:
-        """The share of a micro-batch in the loss of its batch, and the state after it if it is carried."""
-        output = self._forward(micro_batch.batch, micro_batch.state)
-        assert output.loss is not None
-        return output.loss / micro_batch.targets_in_batch, output.state
 
     def _forward(
         self, batch: Batch, state: ModelState | None = None, *, return_predictions: bool = False
@@ -225,13 +210,6 @@ class Trainer:
             yield Examples(batch, slices)
 
     # ---- what is not finite
-
-    @torch.no_grad()
-    def _recompute(self, step: int) -> None:
-        """A step's forward pass once more."""
-        self._seed(step)
-        for micro_batch in self._micro_batches(step):
-            self._loss(micro_batch)
 
     def _require_finite(self, what: str, value: float, forward: Callable[[], Any] | None = None) -> None:
         """Refuse a value that is not finite, and say where that began: forward, else in the gradients there are."""

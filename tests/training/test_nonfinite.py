@@ -29,7 +29,7 @@ def test_the_innermost_and_first_module_is_named(model):
     x = torch.ones(1, 2)
     assert first_module(model, lambda: model[:2](x)) == "1.1"  # the root of what is below nothing; outer ones follow
     assert first_module(model, lambda: model[0](x)) is None
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 def test_a_parameter_of_its_own_that_is_at_fault_is_named(heads):
@@ -41,7 +41,7 @@ def test_a_parameter_of_its_own_that_is_at_fault_is_named(heads):
 def test_hooks_are_removed_where_the_call_fails(heads):
     with pytest.raises(RuntimeError):
         first_module(heads, lambda: heads(torch.ones(1, 3)))
-    assert not any(module._forward_hooks for module in heads.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 def test_compiled_code_is_seen_through(heads):
