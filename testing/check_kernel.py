@@ -9,7 +9,7 @@
 Uninitialised memory is NaN while a check runs, so what a kernel leaves unwritten shows.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -63,10 +63,8 @@ def check_kernel(
         SeqmixError: a check that does not exist, or an op that has no definition here.
     """
     asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
-    tested = TestedKernel(kernel, torch.device(device))
-    return KernelReport(
-        kernel, outcomes=run_checks(tested, KERNEL_CHECKS, expected_failures=expected_failures, **asked)
-    )
+    asked |= {"expected_failures": expected_failures}
+    return KernelReport(kernel, outcomes=run_checks(TestedKernel(kernel, torch.device(device)), KERNEL_CHECKS, **asked))
 
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
@@ -113,45 +111,36 @@ class TestedKernel(Tested[KernelCase]):
         self.kernel, self.device, self.name = kernel, device, f"the kernel {kernel.key}"
 
     def skip_reason(self, check: KernelCheck) -> str | None:
-        """Why a check does not apply: its own reason, the least that keeps the kernel from anything, or no case."""
         if reason := check.skip_reason(self.kernel):
             return reason
         reasons = [self.kernel.unsupported(probe) for probe in _probes(self.kernel.op, self.device)]
-        if all(reasons):
+        if all(reasons):  # the least that keeps the kernel from anything
             return "; ".join(min(reasons, key=len))
         return None if self._asked(check) else f"{self.kernel.key} declares nothing that this asks for"
 
     def cases(self, check: KernelCheck) -> SearchStrategy[KernelCase]:
-        """Of what the check asks this kernel for."""
         return FAMILIES[self.kernel.op].cases(self._asked(check), check.draw)
 
     def _asked(self, check: KernelCheck) -> list[Probe]:
         return [probe for probe in _probes(self.kernel.op, self.device) if check.draw.asks(self.kernel, probe)]
 
     def attempt(self, check: KernelCheck, case: KernelCase) -> None:
-        """Run a check on a case."""
         with strict_numerics():
             check.test(KernelTrial(self.kernel, case, self.device))
 
-    def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> Iterator[str]:
-        """A kernel that was not declared cannot be found by its name."""
+    def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> list[str]:
         key, device = self.kernel.key, {} if self.device.type == "cpu" else {"device": str(self.device)}
-        found = f'find("{key.op}", Paradigm.{key.paradigm.name}, "{key.backend}")'
-        declared = KERNELS.get(key) is self.kernel
-        kernel = f"kernel = {found if declared else '...  # the one that was checked: it is not declared'}"
-        if case is not None:
-            kit = f"{type(case).__name__}, reproduce_kernel"
-            lines = [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]
+        lines, before = ["kernel = ...  # the one that was checked: it is not declared"], []
+        if KERNELS.get(key) is self.kernel:
+            lines = [f'kernel = find("{key.op}", Paradigm.{key.paradigm.name}, "{key.backend}")']
+            before = ["from seqmix.ops.kernels import find"]
+        if case is None:
+            kit = "check_kernel"
+            lines += [call_source(kit, {"checks": [check.name], **asked, **device}, "kernel")]
         else:
-            kit, lines = (
-                "check_kernel",
-                [call_source("check_kernel", {"checks": [check.name], **asked, **device}, "kernel")],
-            )
-        if declared:
-            yield "from seqmix.ops.kernels import find"
-        yield from imports("\n".join([kernel, *lines]), kit)
-        yield kernel
-        yield from lines
+            kit = f"{type(case).__name__}, reproduce_kernel"
+            lines += [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]
+        return [*before, *imports("\n".join(lines), kit), *lines]
 
 
 @cache

@@ -1,6 +1,6 @@
 """Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,29 +72,12 @@ def check_mixer(
         SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
             mixer cannot be built or called at all.
     """
-    subject = Subject(
-        config,
-        d_model=d_model,
-        device=device,
-        paradigms=paradigms,
-        vary=vary,
-        tolerances=tolerances,
-        compile_backend=compile_backend,
-    )
+    made = {"paradigms": paradigms, "vary": vary, "tolerances": tolerances, "compile_backend": compile_backend}
+    subject = Subject(config, d_model=d_model, device=device, **made)
     subject.probe()
-    outcomes = run_checks(
-        TestedMixer(subject),
-        CHECKS,
-        checks=checks,
-        expected_failures=expected_failures,
-        examples=examples,
-        seed=seed,
-        shrink=shrink,
-        compiles=compiles,
-        on_outcome=on_outcome,
-        on_case=on_case,
-    )
-    return Report(config, subject.d_model, outcomes=outcomes)
+    asked = {"checks": checks, "expected_failures": expected_failures, "compiles": compiles, "shrink": shrink}
+    asked |= {"examples": examples, "seed": seed, "on_outcome": on_outcome, "on_case": on_case}
+    return Report(config, subject.d_model, outcomes=run_checks(TestedMixer(subject), CHECKS, **asked))
 
 
 def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
@@ -156,20 +139,16 @@ class TestedMixer(Tested[Case]):
         self.described = (f"The configuration: {source(subject.config)}",)
 
     def skip_reason(self, check: MixerCheck) -> str | None:
-        """Why a check does not apply."""
         return check.skip_reason(self.subject.config)
 
     def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
-        """As the check draws them, with the options of the configuration."""
         return check.draw.cases(self.subject.traits, self.subject.options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
-        """What is not left to chance."""
         return check.draw.fixed_cases(self.subject.traits)
 
     def attempt(self, check: MixerCheck, case: Case) -> None:
-        """A check that compiles runs as in use."""
-        if check.compiles:
+        if check.compiles:  # runs as in use
             check.test(Trial(self.subject, case))
             return
         with strict_numerics():
@@ -179,25 +158,19 @@ class TestedMixer(Tested[Case]):
             check.test(trial)
 
     def renewed(self) -> "TestedMixer":
-        """With mixers that have seen no call."""
         return TestedMixer(self.subject.renewed())
 
-    def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> Iterator[str]:
-        """What else decides how a case ends is written where it is not the default."""
-        config, always = source(self.subject.config), {"d_model": self.subject.d_model}
+    def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> list[str]:
+        # what else decides how a case ends is written where it is not the default
         defaults = {"device": "cpu", "paradigms": None, "tolerances": None}
         defaults |= {"compile_backend": BACKEND} if check.compiles else {}
-        differing = always | given(self.subject.arguments, defaults)
-        if case is not None:
-            function, call = "reproduce", call_source("reproduce", differing, f'"{check.name}"', "config", "case")
-        else:
+        differing = {"d_model": self.subject.d_model, **given(self.subject.arguments, defaults)}
+        lines, values = [f"config = {source(self.subject.config)}"], [self.subject.config]
+        if case is None:
             vary = given(self.subject.arguments, {"vary": True})
-            function = "check_mixer"
-            call = call_source(function, {"checks": [check.name], **asked, **vary, **differing}, "config")
-        kit = function if case is None else f"Case, {function}"
-        written = f"{config}{case!r}{call}"
-        yield from imports(written, kit, (self.subject.config, *(() if case is None else case.options.values())))
-        yield f"config = {config}"
-        if case is not None:
-            yield f"case = {case!r}"
-        yield call
+            kit, named = "check_mixer", {"checks": [check.name], **asked, **vary, **differing}
+            lines += [call_source(kit, named, "config")]
+        else:
+            kit, values = "Case, reproduce", [*values, *case.options.values()]
+            lines += [f"case = {case!r}", call_source("reproduce", differing, f'"{check.name}"', "config", "case")]
+        return [*imports("\n".join(lines), kit, values), *lines]

@@ -51,16 +51,12 @@ class Differences:
         """Shape, dtype and every element; `axes` name the dimensions where they are known."""
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
             self.lines.append(f"{name} is {_kind(actual)} instead of {_kind(expected)}")
-            return
-        if actual.device != expected.device:
+        elif actual.device != expected.device:
             self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
-            return
-        if actual.is_floating_point():
-            wrong = ~torch.isclose(actual, expected, rtol=self.tolerance, atol=self.tolerance, equal_nan=False)
         else:
-            wrong = actual != expected
-        if line := _difference(name, actual, expected, wrong, axes):
-            self.lines.append(line)
+            tolerance = self.tolerance if actual.is_floating_point() else 0
+            wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=tolerance)
+            self.lines += _difference(name, actual, expected, wrong, axes)
 
     def close(
         self, name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor, axes: Sequence[str] = ()
@@ -71,8 +67,7 @@ class Differences:
             return
         found = actual.detach().to(exact.device, exact.dtype)
         wrong = ~((found - exact).abs() <= self.tolerance * size)  # a nan is wrong
-        if line := _difference(name, found, exact, wrong, axes):
-            self.lines.append(line)
+        self.lines += _difference(name, found, exact, wrong, axes)
 
     def tensors(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         """Output and gradients by name, as `Trial.differentiate` gives them."""
@@ -111,9 +106,13 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, 
         floor: a root mean square of an element below which nothing can be distinguished from zero.
 
     Raises:
-        CheckFailure: it is; of an output, the step that is furthest off is named.
+        CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.
     """
-    finite(name, what, actual, exact, axes_of(name))
+    if actual.shape != exact.shape:
+        raise CheckFailure(f"{what}: {name} is {list(actual.shape)} instead of {list(exact.shape)}")
+    lost = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max) & ~actual.isfinite()
+    if lines := _difference(name, actual.to(exact.dtype), exact, lost, axes_of(name)):
+        raise CheckFailure(f"{what}: {lines[0]}")
     if exact.numel() < FEW:
         return
     error = (actual.to(exact.dtype) - exact).norm(dim=-1)
@@ -125,38 +124,21 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, 
         raise CheckFailure(f"{what}: {name} is {off}{step}")
 
 
-def finite(name: str, what: str, actual: Tensor, exact: Tensor, axes: Sequence[str] = ()) -> None:
-    """Refuse a result of another shape than the exact one in float64, or one that is not finite where the exact one is
-    and its dtype could hold that.
-
-    Raises:
-        CheckFailure: it is; the first such element is named.
-    """
-    if actual.shape != exact.shape:
-        raise CheckFailure(f"{what}: {name} is {list(actual.shape)} instead of {list(exact.shape)}")
-    held = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max)
-    if line := _difference(name, actual.to(exact.dtype), exact, held & ~actual.isfinite(), axes):
-        raise CheckFailure(f"{what}: {line}")
-
-
 def axes_of(name: str) -> str:
     """The dimensions of what a mixer's report names so, where they are known."""
     return "BTD" if name.endswith(("the output", "the input")) else ""
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:
-    """Refuse with a sentence.
-
-    Raises:
-        CheckFailure: it does not hold.
-    """
+    """Raise a `CheckFailure` of this sentence if it does not hold."""
     if not holds:
         raise CheckFailure(sentence)
 
 
-def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str]) -> str | None:
+def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str]) -> list[str]:
+    """The line that says it, if anything is wrong."""
     if not wrong.any():
-        return None
+        return []
     where = wrong.nonzero()
     if "T" in axes:  # the first step, not the first row
         where = where[where[:, axes.index("T")].argsort(stable=True)]
@@ -175,11 +157,9 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
     if not math.isfinite(found) and not math.isfinite(wanted):
         values = "not finite on either side"
     if not first:
-        return f"{name} differs: {values}"
-    return (
-        f"{name} differs in {wrong.sum().item()} of {wrong.numel()} elements{heads}, {sizes}, "
-        f"first at {_place(first, axes)}: {values}"
-    )
+        return [f"{name} differs: {values}"]
+    count = f"{wrong.sum().item()} of {wrong.numel()} elements"
+    return [f"{name} differs in {count}{heads}, {sizes}, first at {_place(first, axes)}: {values}"]
 
 
 def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:

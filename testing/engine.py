@@ -79,7 +79,7 @@ def run_checks(
     known_names(expected, known)
     names = chosen_names(checks, known)
     require_examples_asked(examples)
-    outcomes = []
+    outcomes, asked = [], {"examples": examples, "seed": seed}
     for check in (known[name] for name in names):
         reason = tested.skip_reason(check)
         if reason is None and check.compiles and not compiles:
@@ -88,7 +88,6 @@ def run_checks(
             outcome = Outcome(check, Status.SKIPPED, reason)
         else:
             report_case = None if on_case is None else partial(on_case, check)
-            asked = {"examples": examples, "seed": seed}
             outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case)
         outcomes.append(outcome)
         if on_outcome is not None:
@@ -116,21 +115,20 @@ def _run(
             on_case=on_case,
         )
         alone = case is None or expected is not None or _raises(partial(tested.renewed().attempt, check), case)
-    ended = {"examples": count, "seconds": time.perf_counter() - started}
+    ended = partial(Outcome, check, examples=count, seconds=time.perf_counter() - started, case=case)
     if error is None and expected is None:
-        return Outcome(check, Status.PASSED, **ended)
+        return ended(Status.PASSED)
     if error is None:
-        text = f"{check.name} passed, and was expected to fail: {expected}"
-        return Outcome(check, Status.FAILED, text, **ended)
+        return ended(Status.FAILED, f"{check.name} passed, and was expected to fail: {expected}")
     if expected is not None:
-        return Outcome(check, Status.EXPECTED_FAILURE, expected, **ended, case=case)
+        return ended(Status.EXPECTED_FAILURE, expected)
     lines = [f"{tested.name} fails {check.name}: {check.property}", *describe_error(error).splitlines()]
     if case is not None:
         lines += [*tested.described, f"The smallest case: {case!r}"]
         lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
         script = tested.script(check, case) if alone else tested.script(check, None, **asked)
         lines += [f"    {line}" for line in script]
-    return Outcome(check, Status.FAILED, "\n".join(lines), **ended, case=case)
+    return ended(Status.FAILED, "\n".join(lines))
 
 
 def _raises(attempt: Callable[[C], None], case: C) -> bool:

@@ -1,7 +1,7 @@
 """A case of a kernel check: one call in a form that shrinks and can be written down, and its definition.
 
 Tensors are functions of the case's seed and go by name. Those of a state have one name before and after: `state` is the
-initial one among inputs, the final one among outputs. Each op family has its kind of case, in families.py.
+initial one among inputs, the final one among outputs. Each op family has its kind of case, in kernel_families.py.
 """
 
 import itertools

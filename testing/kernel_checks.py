@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ..ops.kernels import Kernel, Probe
 from .check import kernel_check
@@ -28,11 +28,6 @@ def with_grad(kernel: Kernel, probe: Probe) -> bool:
     return probe.needs_grad and taken(kernel, probe)
 
 
-def without_grad(kernel: Kernel, probe: Probe) -> bool:
-    """What it takes without gradients."""
-    return not probe.needs_grad and taken(kernel, probe)
-
-
 def in_pieces(kernel: Kernel, probe: Probe) -> bool:
     """What it takes as a whole and as pieces."""
     return probe.final_state and taken(kernel, probe) and taken(kernel, replace(probe, initial_state=True))
@@ -45,21 +40,13 @@ def carried_low(kernel: Kernel, probe: Probe) -> bool:
     return FAMILIES[kernel.op].adds_up and low and plain and in_pieces(kernel, probe)
 
 
-def refused(kernel: Kernel, probe: Probe) -> bool:
-    """What it does not take."""
-    return not taken(kernel, probe)
-
-
 def calls_no_higher_order_op(kernel: Kernel) -> str | None:
     """No higher-order op."""
-    return (
-        f"{kernel.key} calls a higher-order op, which does not run while ops are watched"
-        if kernel.higher_order
-        else None
-    )
+    reason = f"{kernel.key} calls a higher-order op, which does not run while ops are watched"
+    return reason if kernel.higher_order else None
 
 
-@kernel_check(share=1.0, draw=KernelDraw(asks=without_grad))
+@kernel_check(share=1.0, draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe)))
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
     """Output and final state are those of the definition: every element, and shape, dtype and kind of state."""
     trial.compare("against the definition", trial.run(trial.leaves()))
@@ -124,7 +111,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
         require(shared is None, f"{name} is a view of {shared}")
 
 
-@kernel_check(share=0.2, draw=KernelDraw(asks=refused, tokens=FEW))
+@kernel_check(share=0.2, draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW))
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     """A dtype that is not declared, and whatever `limits` has a reason against, is an error, never a number."""
     inputs = trial.leaves()
@@ -216,14 +203,11 @@ class _CustomOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace not in ("aten", "prim", "prims"):
             # without grad mode, as in a backward pass, no gradient of a gradient is asked for
-            self.calls.setdefault(func, tree_map(_given, (args, kwargs or {})))
+            graph = torch.is_grad_enabled()
+            given = (args, kwargs or {})
+            given = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad and graph), given)
+            self.calls.setdefault(func, given)
         return func(*args, **(kwargs or {}))
-
-
-def _given(x: object) -> object:
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled())
 
 
 def _gradients_by_name(trial: KernelTrial, outputs: Tensors, inputs: Tensors) -> Tensors:

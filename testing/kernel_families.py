@@ -22,6 +22,9 @@ from ..ops.softmax.call import Attention, require_attention
 from .compare import require
 from .kernel_case import Exact, KernelCase, Layout, Tensors
 
+SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
+"""The dimensions of what every op has."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DecayCase(KernelCase):
@@ -37,17 +40,15 @@ class DecayCase(KernelCase):
     """Whether a reset is one of the first key dimension alone."""
 
     decays = (None, "H", "B T H", "B T H K")
-    axes: ClassVar[Mapping[str, str]] = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV", "state": "NHKV"}
+    axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
     state = ("state",)
     adds_up = True
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Decays and states are wide."""
         return self.wide if name in ("log_decay", "state") else self.dtype
 
     @classmethod
     def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
-        """Heads and decays."""
         del layout
         heads = {"n_heads": draw(st.integers(1, 3))}
         if probe.log_decay is None:
@@ -63,7 +64,6 @@ class DecayCase(KernelCase):
         }
 
     def inputs(self, device: torch.device) -> Tensors:
-        """q, k, v, log_decay, state."""
         randn = self.randn()
         inputs = self.heads(randn, self.n_heads, device)
         if self.log_decay is not None:
@@ -80,7 +80,6 @@ class DecayCase(KernelCase):
         return inputs
 
     def call(self, inputs: Tensors) -> Recurrence:
-        """What the kernel is given."""
         call = Recurrence(
             *(inputs[name] for name in "qkv"),
             log_decay=inputs.get("log_decay"),
@@ -120,9 +119,8 @@ class DecayCase(KernelCase):
         return found | ({"state": torch.cat(final)} if self.final_state else {})
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Every term is a product of inputs and decays."""
         del inputs
-        return self.define(absolute)
+        return self.define(absolute)  # every term is a product of inputs and decays
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
@@ -148,16 +146,14 @@ class DeltaCase(DecayCase):
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Betas, decays and states are wide."""
         return self.wide if name == "beta" else super().dtype_of(name)
 
     @classmethod
     def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
-        """Heads, decays and rate: a state of small ones remembers everything."""
+        # a state of small betas remembers everything
         return super().details(draw, probe, lengths, layout) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
 
     def inputs(self, device: torch.device) -> Tensors:
-        """q, k, v, log_decay, state, beta."""
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
         if self.dtype.is_floating_point:  # others are for kernels to refuse
             inputs["k"].copy_(F.normalize(inputs["k"].double(), dim=-1))
@@ -225,31 +221,18 @@ class SoftmaxCase(KernelCase):
 
     decays = (None, "K")
     windows = (False, True)
-    axes: ClassVar[Mapping[str, str]] = {
-        "output": "BTHV",
-        "q": "BTHK",
-        "k": "BTHK",
-        "v": "BTHV",
-        "keys": "NSHK",
-        "values": "NSHV",
-    }
+    axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "keys": "NSHK", "values": "NSHV"}
     state = ("keys", "values", "length")
     adds_up = False
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """A cache is as narrow as the keys."""
         return {"length": torch.int64, "log_decay": self.wide}.get(name, self.dtype)
 
     @classmethod
     def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
-        """Heads, window and cache."""
         n_kv_heads = draw(st.integers(1, 2))
         window = draw(st.integers(1, 9) | st.sampled_from([16, 40])) if probe.window else None
-        found: dict[str, Any] = {
-            "n_heads": n_kv_heads * draw(st.integers(1, 2)),
-            "n_kv_heads": n_kv_heads,
-            "window": window,
-        }
+        found = {"n_heads": n_kv_heads * draw(st.integers(1, 2)), "n_kv_heads": n_kv_heads, "window": window}
         if not probe.initial_state:
             return found
         reads = [draw(st.integers(0, 9)) for _ in lengths]
@@ -263,7 +246,6 @@ class SoftmaxCase(KernelCase):
         return found | {"cache": cache, "reads": tuple(reads), "capacity": max(capacity, int(cache == "ring"))}
 
     def probe(self, device: torch.device) -> Probe:
-        """What this case asks of a kernel."""
         return replace(super().probe(device), window=self.window is not None)
 
     @property
@@ -272,7 +254,6 @@ class SoftmaxCase(KernelCase):
         return ("keys", "values") if self.initial_state and self.final_state and not self.grad else ()
 
     def inputs(self, device: torch.device) -> Tensors:
-        """q, k, v, log_decay, keys, values, length."""
         randn = self.randn()
         inputs = self.heads(randn, self.n_kv_heads, device)
         if self.log_decay is not None:
@@ -289,7 +270,6 @@ class SoftmaxCase(KernelCase):
         return inputs
 
     def call(self, inputs: Tensors) -> Attention:
-        """What the kernel is given."""
         kind = GrowingCache if self.cache == "growing" else RingCache
         call = Attention(
             *(inputs[name] for name in "qkv"),
@@ -305,7 +285,6 @@ class SoftmaxCase(KernelCase):
         return call
 
     def leaves_of(self, state: Any) -> Tensors:
-        """The leaves of a final cache."""
         wanted = GrowingCache if self.final_cache[0] == "growing" else RingCache
         require(isinstance(state, wanted), f"the final state is a {type(state).__name__}, not a {wanted.__name__}")
         return dict(zip(self.state, state, strict=True))
@@ -372,7 +351,6 @@ class SoftmaxCase(KernelCase):
         return found
 
     def continued(self, before: KernelCase) -> Self:
-        """The same call from the final cache of the one before."""
         assert isinstance(before, SoftmaxCase)
         kind, capacity = before.final_cache
         return replace(self, initial_state=True, cache=kind, capacity=capacity)
@@ -395,7 +373,7 @@ class SoftmaxCase(KernelCase):
         return torch.arange(first, read) % capacity, first
 
     def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
-        """Nothing depends on the empty slots of a cache, which are zero."""
+        # nothing depends on the empty slots of a cache, which are zero
         above = super().cotangent(name, output, device)
         return above if name == "output" else above * (output != 0).to(device)
 

@@ -2,9 +2,10 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar, cast
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as with_seed
@@ -81,8 +82,12 @@ def search(
         print_blob=False,
     )
     run = settled(given(case=cases)(once))
+    # hypothesis mixes in numbers that it reads from the source of whatever modules are imported: with the same seed,
+    # another test that ran before, or a plug-in, would make other cases. It has no setting for that; what is switched
+    # off is not public: a test says if it has gone
+    without = patch.object(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None, create=True)
     try:
-        with _from_the_seed_alone():
+        with without:
             (run if seed is None else with_seed(seed)(run))()
         for case in fixed:
             with suppress(UnsatisfiedAssumption):
@@ -99,22 +104,6 @@ def search(
         # the last failure that hypothesis runs is the smallest
         return Found(error, failed[-1][0] if failed else None, passed + bool(failed))
     return Found(None, None, passed)
-
-
-@contextmanager
-def _from_the_seed_alone() -> Iterator[None]:
-    """Hypothesis mixes in numbers that it reads from the source of whatever modules are imported: with the same seed,
-    another test that ran before, or a plug-in, would make other cases. It has no setting for that."""
-    drawn = "_maybe_draw_constant"
-    if not hasattr(HypothesisProvider, drawn):  # it is not public: a test says if it has gone
-        yield
-        return
-    original = getattr(HypothesisProvider, drawn)
-    setattr(HypothesisProvider, drawn, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        setattr(HypothesisProvider, drawn, original)
 
 
 def describe_error(error: Exception) -> str:
