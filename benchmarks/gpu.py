@@ -19,8 +19,8 @@ import torch
 
 from ..mixers import MIXERS
 from ..ops.kernels import Probe, all_kernels
-from .implementations import model_to_measure
 from .measure import Spread
+from .models import model_to_measure
 from .peers import PEERS, Size
 from .report import from_json, markdown, to_json
 from .suite import Report, Row
@@ -69,10 +69,6 @@ class Outcome:
     report: Report | None = None
 
 
-Runner = Callable[[Part, Path], str | None]
-"""Runs a part, whose report goes to the file; what went wrong."""
-
-
 def plan(memory: int) -> Iterator[Part]:
     """All parts, for a GPU with so many bytes of memory; first what shows whether figures mean anything."""
     device = torch.device("cuda")
@@ -94,18 +90,16 @@ def plan(memory: int) -> Iterator[Part]:
         ("prefill", (*model, *longer, "--compile")),
     ):
         yield Part(group=group, name=group, command=("bench", group, *words, *common))
-    train = ("--length", "8192", "--tokens", "8192", *common)
-    yield from _paper("paper-train", "train", "retnet-1.3b", 16, train, memory)
-    yield from _paper(
-        "paper-train-checkpointed", "train", "retnet-1.3b", 16, (*train, "--activation-checkpointing"), memory
-    )
-    yield from _paper("paper-decode", "decode", "retnet-6.7b", 2, (*lengths, "--batch", "8", *common), memory)
+    train = ("train", "retnet-1.3b", "--length", "8192", "--tokens", "8192", *common)
+    decode = ("decode", "retnet-6.7b", *lengths, "--batch", "8", *common)
+    yield from _paper("paper-train", train, 16, memory)
+    yield from _paper("paper-train-checkpointed", (*train, "--activation-checkpointing"), 16, memory)
+    yield from _paper("paper-decode", decode, 2, memory)
 
 
-def _paper(
-    group: str, benchmark: str, preset: str, bytes_each: int, words: Sequence[str], memory: int
-) -> Iterator[Part]:
+def _paper(group: str, words: Sequence[str], bytes_each: int, memory: int) -> Iterator[Part]:
     """A part a peer: two of this size are not in memory together."""
+    benchmark, preset = words[:2]
     size = Size(model_to_measure(preset, ()))
     needed, gib = size.parameters * bytes_each, 2**30
     for kind in (kind for kind in PEERS if kind.name != "by-hand"):
@@ -115,7 +109,7 @@ def _paper(
         names = [kind.name] if benchmark in kind.roles else []
         names += [f"{kind.name}-compiled"] if benchmark in kind.compiled_roles else []
         for name in names:
-            command = ("bench", benchmark, preset, "--compile", "--only", name, *words)
+            command = ("bench", *words, "--compile", "--only", name)
             yield Part(group=group, name=name, command=command, skipped=reason)
 
 
@@ -135,8 +129,10 @@ def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
     return f"{how}: {lines[-1].strip() if lines else 'it printed nothing'} (all of it: {log.name})"
 
 
-def measure(parts: Sequence[Part], out: Path, runner: Runner, told: Callable[[str], None]) -> list[Outcome]:
-    """Run what has not been run, and write what there is after each part."""
+def measure(
+    parts: Sequence[Part], out: Path, runner: Callable[[Part, Path], str | None], told: Callable[[str], None]
+) -> list[Outcome]:
+    """Run what has not been run, and write what there is after each part; `runner` returns what went wrong."""
     folder = out / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -159,21 +155,18 @@ def measure(parts: Sequence[Part], out: Path, runner: Runner, told: Callable[[st
 def write(outcomes: Sequence[Outcome], out: Path) -> None:
     """gpu.json and gpu.md."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    values = {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "parts": [
-            {
-                "group": outcome.part.group,
-                "name": outcome.part.name,
-                "command": ["seqmix", *outcome.part.command],
-                "problem": outcome.problem,
-                "seconds": outcome.seconds,
-                "report": None if outcome.report is None else json.loads(to_json(outcome.report)),
-            }
-            for outcome in outcomes
-        ],
-    }
+    parts = [
+        {
+            "group": outcome.part.group,
+            "name": outcome.part.name,
+            "command": ["seqmix", *outcome.part.command],
+            "problem": outcome.problem,
+            "seconds": outcome.seconds,
+            "report": None if outcome.report is None else json.loads(to_json(outcome.report)),
+        }
+        for outcome in outcomes
+    ]
+    values = {"gpu": gpu, "torch": torch.__version__, "parts": parts}
     (out / "gpu.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     text = [f"# {gpu}, torch {torch.__version__}", ""]
     for group, title in GROUPS.items():

@@ -5,17 +5,18 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..models.onednn_linear import USE_ONEDNN, onednn_linear
 from .measure import Call
 
+T = TypeVar("T")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMORY, PROCESSOR = Path("/proc/meminfo"), Path("/proc/cpuinfo")
 
@@ -87,33 +88,22 @@ class Rates:
         return 2 * self.copied
 
 
-class PeakMemory:
-    """Bytes that a call held at most beyond what was held before it; None where it cannot be told."""
-
-    def __init__(self) -> None:
-        self.bytes: int | None = None
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure what runs inside.
+def with_peak_memory(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """What a call returns, and bytes that it held at most beyond what was held before; None where it cannot be told.
 
     On a GPU by torch's allocator; on Linux by the peak of the process's resident memory, which the kernel can reset.
     Memory that was freed is given back before: what is reused would not be counted.
     """
-    peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield peak
+        result = call()
         torch.cuda.synchronize()
-        peak.bytes = torch.cuda.max_memory_allocated() - before
-        return
+        return result, torch.cuda.max_memory_allocated() - before
     held = _reset_peak()
-    yield peak
-    if held is not None and (most := _bytes(STATUS, "VmHWM")) is not None:
-        peak.bytes = max(0, most - held)
+    result, most = call(), _bytes(STATUS, "VmHWM")
+    return result, None if held is None or most is None else max(0, most - held)
 
 
 def _reset_peak() -> int | None:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 from .measure import Spread
-from .suite import Report, Row, as_dict, from_dict
+from .suite import Report, Row
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: _number(row.seconds, 1e3),
@@ -39,12 +40,17 @@ def markdown(report: Report) -> str:
 
 def to_json(report: Report) -> str:
     """All figures: seconds, bytes, tokens a second, with lowest and highest."""
-    return json.dumps(as_dict(report), indent=2) + "\n"
+    rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in report.rows]
+    return json.dumps(asdict(report) | {"rows": rows}, indent=2) + "\n"
 
 
 def from_json(text: str) -> Report:
     """A report that was written."""
-    return from_dict(json.loads(text))
+    values, rows = json.loads(text), []
+    for row in values["rows"]:
+        spreads = {name: row[name] and Spread(**row[name]) for name in ("seconds", "ratio", "share")}
+        rows.append(Row(**{name: row.get(name) for name in Row.__dataclass_fields__} | spreads))
+    return Report(**values | {"rows": rows, "notes": tuple(values["notes"])})
 
 
 def conditions(report: Report) -> str:

@@ -8,14 +8,15 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ..models import ModelConfig
 from ..registry import SeqmixError, nearest
-from .machine import Rates, available_memory, describe, peak_memory, synchronizer
+from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
 from .measure import Call, Spread, interleaved, lengthened, ratio
 from .products import Product, in_pieces, recorded, timed_alone
 
@@ -175,7 +176,10 @@ def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:
         SeqmixError: there is no implementation of a name of `only`.
     """
     settings = benchmark.settings
-    parts = {what: _chosen(found, settings.only) for what, found in benchmark.parts().items()}
+    parts = {}
+    for what, found in benchmark.parts().items():
+        names = chosen_names([implementation.name for implementation in found], settings.only)
+        parts[what] = [implementation for implementation in found if implementation.name in names]
     lengths = sorted(settings.lengths)
     machine = describe(settings.device)
     rates = settings.rates or Rates.for_device(settings.device)
@@ -224,11 +228,6 @@ def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in names if not only or name in only]
 
 
-def _chosen(implementations: Sequence[Implementation], only: Sequence[str]) -> list[Implementation]:
-    names = chosen_names([implementation.name for implementation in implementations], only)
-    return [implementation for implementation in implementations if implementation.name in names]
-
-
 class Forecast:
     """What a call will take, by what it took at shorter lengths: a sequence's cost grows at most as last seen."""
 
@@ -250,11 +249,7 @@ class Forecast:
         self.seen.setdefault(implementation, []).append((length, seconds, peak))
 
     def require(self, implementation: str, length: int, rows: int) -> None:
-        """Refuse what does not fit.
-
-        Raises:
-            Skip: with what it would take.
-        """
+        """Refuse what does not fit, by a Skip that says what it would take."""
         if not (seen := self.seen.get(implementation)):
             return
         seconds, peak = (rows * self._grown([(row[0], row[i]) for row in seen], length) for i in (1, 2))
@@ -303,12 +298,12 @@ class _Rounds:
         settings = self.settings
         ready: dict[tuple[str, int], _Ready] = {}
         skipped: dict[tuple[str, int], str] = {}
-        for length in self.lengths:
-            for implementation in implementations:
-                try:
-                    ready[implementation.name, length] = self._ready(implementation, length)
-                except Skip as reason:
-                    skipped[implementation.name, length] = str(reason)
+        places = [(implementation, length) for length in self.lengths for implementation in implementations]
+        for implementation, length in places:
+            try:
+                ready[implementation.name, length] = self._ready(implementation, length)
+            except Skip as reason:
+                skipped[implementation.name, length] = str(reason)
         calls = {place: found.entry.call for place, found in ready.items()}
         own = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
         alone = timed_alone({p for found in ready.values() for p in found.products or ()}, settings.device)
@@ -322,33 +317,32 @@ class _Rounds:
         )
         for name in own:
             rates[name] += samples[name]
-        for length in self.lengths:
-            for implementation in implementations:
-                place = implementation.name, length
-                if place in skipped:
-                    yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
-                    continue
-                found, seconds = ready[place], samples[place]
-                base = ready.get((implementation.base or "", length))
-                products = found.products or (base and base.products)
-                floors = None
-                if products:
-                    floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
-                elif found.entry.moved is not None and settings.shares:
-                    floors = [found.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
-                yield Row(
-                    what=self.what,
-                    length=length,
-                    name=implementation.name,
-                    parameters=found.entry.parameters,
-                    tokens=found.entry.tokens,
-                    seconds=Spread.of(seconds),
-                    ratio=ratio(seconds, samples[self._reference(place, ready)]),
-                    share=None if floors is None else ratio(floors, seconds),
-                    floor=None if floors is None else Spread.of(floors).median,
-                    peak_bytes=found.peak,
-                    state_bytes=found.entry.state_bytes,
-                )
+        for implementation, length in places:
+            place = implementation.name, length
+            if place in skipped:
+                yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
+                continue
+            found, seconds = ready[place], samples[place]
+            base = ready.get((implementation.base or "", length))
+            products = found.products or (base and base.products)
+            floors = None
+            if products:
+                floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
+            elif found.entry.moved is not None and settings.shares:
+                floors = [found.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
+            yield Row(
+                what=self.what,
+                length=length,
+                name=implementation.name,
+                parameters=found.entry.parameters,
+                tokens=found.entry.tokens,
+                seconds=Spread.of(seconds),
+                ratio=ratio(seconds, samples[self._reference(place, ready)]),
+                share=None if floors is None else ratio(floors, seconds),
+                floor=None if floors is None else Spread.of(floors).median,
+                peak_bytes=found.peak,
+                state_bytes=found.entry.state_bytes,
+            )
 
     def _reference(self, place: tuple[str, int], ready: Iterable[tuple[str, int]]) -> tuple[str, int]:
         """What a ratio is to: the first implementation, or the same one at the first length where all take turns."""
@@ -360,11 +354,7 @@ class _Rounds:
         self.progress(f"{self.what} at {where}: {text}")
 
     def _ready(self, implementation: Implementation, length: int) -> _Ready:
-        """A warm entry, its memory and its products.
-
-        Raises:
-            Skip: it cannot run, for whatever reason.
-        """
+        """A warm entry, its memory and its products; a Skip where it cannot run, for whatever reason."""
         if reason := implementation.missing():
             raise Skip(reason)
         # a variant is foretold by its base: every length that is compiled takes its time
@@ -395,24 +385,8 @@ class _Rounds:
         entry.call.prepare()
         entry.call.run()
         entry.call.prepare()  # whose memory is not the call's
-        with peak_memory(device) as peak:
-            (seconds,) = interleaved({"": Call(entry.call.run)}, repeat=1, synchronize=synchronizer(device))[""]
-        self.forecast.add(implementation.name, length, seconds / rows, (peak.bytes or 0) / rows)
-        return replace(entry, call=lengthened(entry.call, seconds)), peak.bytes
-
-
-def as_dict(report: Report) -> dict[str, Any]:
-    """For JSON, with what follows from the figures."""
-    rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in report.rows]
-    return asdict(report) | {"rows": rows}
-
-
-def from_dict(values: dict[str, Any]) -> Report:
-    """A report that `as_dict` gave."""
-    rows = []
-    for row in values["rows"]:
-        fields: dict[str, Any] = {name: row.get(name) for name in Row.__dataclass_fields__}
-        for name in ("seconds", "ratio", "share"):
-            fields[name] = None if row[name] is None else Spread(**row[name])
-        rows.append(Row(**fields))
-    return Report(**values | {"rows": rows, "notes": tuple(values["notes"])})
+        once = partial(interleaved, {"": Call(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
+        samples, peak = with_peak_memory(once, device)
+        (seconds,) = samples[""]
+        self.forecast.add(implementation.name, length, seconds / rows, (peak or 0) / rows)
+        return replace(entry, call=lengthened(entry.call, seconds)), peak

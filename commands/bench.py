@@ -14,13 +14,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..benchmarks import learn
-from ..benchmarks.decode import DecodeBenchmark
-from ..benchmarks.implementations import model_to_measure
+from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
-from ..benchmarks.prefill import PrefillBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
 from ..benchmarks.suite import Benchmark, Report, Settings, run
-from ..benchmarks.train import TrainBenchmark
 from ..experiments.drawing import draw, require_drawable
 from ..experiments.timings import charts_of
 from ..registry import SeqmixError

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.decode import DecodeBenchmark
-from ..benchmarks.implementations import ModelBenchmark, ModelImplementation
+from ..benchmarks.models import DecodeBenchmark, ModelBenchmark, ModelImplementation, TrainBenchmark
 from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
 from ..benchmarks.suite import Implementation, Row, Settings, run
-from ..benchmarks.train import TrainBenchmark
 from ..models import ModelConfig
 from ..registry import dump
 from .plan import Plan

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seqmix.benchmarks import machine
-from seqmix.benchmarks.implementations import model_to_measure
 from seqmix.benchmarks.machine import Rates
+from seqmix.benchmarks.models import model_to_measure
 
 SMALL = ("retnet-tiny", "model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2, chunk_size: 16}")
 

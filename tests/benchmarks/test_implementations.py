@@ -1,18 +1,15 @@
 """What a timed call does, and what it finds before it."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from seqmix.benchmarks import suite
-from seqmix.benchmarks.decode import STEPS, DecodeBenchmark
-from seqmix.benchmarks.machine import PeakMemory
 from seqmix.benchmarks.measure import Call
+from seqmix.benchmarks.models import STEPS, DecodeBenchmark, TrainBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.peers import Seqmix
-from seqmix.benchmarks.train import TrainBenchmark
 
 
 def implementation(benchmark, name):
@@ -60,13 +57,13 @@ def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monke
 def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
     held, inside = [], []
 
-    @contextmanager
-    def watched(device):
+    def watched(call, device):
         inside.append(True)
-        yield PeakMemory()
+        result = call()
         inside.clear()
+        return result, None
 
-    monkeypatch.setattr(suite, "peak_memory", watched)
+    monkeypatch.setattr(suite, "with_peak_memory", watched)
     found = implementation(TrainBenchmark(settings()), "seqmix")
     entry = found.entry(32)
     call = Call(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))

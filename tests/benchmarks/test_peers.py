@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from seqmix import load_config
-from seqmix.benchmarks.implementations import model_to_measure
+from seqmix.benchmarks.models import model_to_measure
 from seqmix.benchmarks.peers import PEERS, Seqmix, Size
 from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
 from seqmix.benchmarks.peers.peer import not_installed
