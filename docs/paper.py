@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from seqmix.experiments import svg
-from seqmix.experiments.chart import Axis, Chart, Line
+from seqmix.experiments.chart import Axis, Chart, Line, Point
 from seqmix.experiments.files import write_file
 from seqmix.experiments.markup import xml
 from seqmix.experiments.pages import fill, table
@@ -180,8 +180,7 @@ def drawn_figure6(*found: Results) -> list[Chart]:
         lines = []
         for style, (entry, weights) in enumerate(_weights(results).items()):
             rows = [row for row in results.speed.decode if row.entry == entry]
-            sizes = [weights + (row.state_bytes or 0) for row in rows]
-            lines.append(Line(entry, [row.context for row in rows], sizes, style=style))
+            lines.append(Line(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
         memory = Axis("memory", unit="bytes", zero=True, log=False)
         charts.append(Chart(f"Weights and state, {batch}", "", time.x, memory, lines))
     return charts

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 SI = ("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18)
 UNITS = {
@@ -18,26 +19,34 @@ DECADES, DOUBLINGS = 20.0, 8.0
 """The ratio of largest to smallest from which on an axis is logarithmic; and one with chosen values as ticks."""
 
 
+class Point(NamedTuple):
+    """Where a line is, and between what its band lies, if it has one."""
+
+    x: float
+    y: float
+    low: float = math.nan
+    high: float = math.nan
+
+
 @dataclass(frozen=True)
 class Line:
     """Points of one name, and how sure they are."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    """The lower edge of the band, as many as points, or none."""
-    high: Sequence[float] = ()
+    points: Sequence[Point]
     style: int = 0
     """Which colour, marker and dash: the same name has the same style in every chart."""
     faint: bool = False
     """Whether it is drawn below others, as what is measured often and noisily."""
 
+    @property
+    def banded(self) -> bool:
+        """Whether it has a band."""
+        return any(point.low <= point.high for point in self.points)
+
     def finite(self) -> "Line":
         """The points that can be drawn: with numbers, and not infinite."""
-        kept = [i for i, point in enumerate(zip(self.x, self.y, strict=True)) if all(map(math.isfinite, point))]
-        parts = ("x", "y", "low", "high") if self.low else ("x", "y")
-        return replace(self, **{name: [getattr(self, name)[i] for i in kept] for name in parts})
+        return replace(self, points=[p for p in self.points if math.isfinite(p.x) and math.isfinite(p.y)])
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,9 @@ class Chart:
 
     def scales(self) -> "tuple[Scale, Scale]":
         """The two axes over all lines."""
-        ys = [v for line in self.lines for values in (line.y, line.low, line.high) for v in values]
-        return resolve(self.x, [v for line in self.lines for v in line.x]), resolve(self.y, ys)
+        points = [point for line in self.lines for point in line.points]
+        ys = [y for point in points for y in point[1:] if math.isfinite(y)]
+        return resolve(self.x, [point.x for point in points]), resolve(self.y, ys)
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,9 @@ def quantity(value: float | None, unit: str) -> str:
 
 def drawable(charts: Iterable[Chart]) -> list[Chart]:
     """Charts without points that are no numbers, and without lines and charts that have no other."""
-    finite = (replace(chart, lines=[kept for line in chart.lines if (kept := line.finite()).x]) for chart in charts)
+    finite = (
+        replace(chart, lines=[kept for line in chart.lines if (kept := line.finite()).points]) for chart in charts
+    )
     return [chart for chart in finite if chart.lines]
 
 

@@ -10,7 +10,7 @@ from ..registry import ConfigError, SeqmixError, nearest, read_mapping
 from ..training import PRESETS
 from ..training.logging import METRICS_FILE
 from ..training.run_dir import CONFIG_FILE
-from .chart import ACCURACY, LOSS, Axis, Chart, Line, drawable
+from .chart import ACCURACY, LOSS, Axis, Chart, Line, Point, drawable
 from .measurements import Measurement, add_time, read_measurements
 
 
@@ -107,8 +107,8 @@ def charts_of(runs: Sequence[Curves]) -> list[Chart]:
 
 
 def _line(name: str, style: int, found: Sequence[Measurement], across: str, key: str, *, faint: bool = False) -> Line:
-    xs, ys = ([_number(line.get(name)) for line in found] for name in (across, key))
-    return Line(name, xs, ys, style=style, faint=faint)
+    points = [Point(_number(line.get(across)), _number(line.get(key))) for line in found]
+    return Line(name, points, style, faint)
 
 
 def _number(value: Any) -> float:

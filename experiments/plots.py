@@ -8,7 +8,7 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
-from .chart import ACCURACY, LOSS, Axis, Chart, Line, drawable
+from .chart import ACCURACY, LOSS, Axis, Chart, Line, Point, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
 from .summary import best_first, statistic
 
@@ -17,9 +17,6 @@ MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAININ
 """The axis of each field of a point."""
 MOST_VARIANTS = 4
 """Variants whose curves are drawn, a chart each; of more, the ends are compared."""
-
-Point = tuple[float, float, float, float]
-"""x, y, and the lowest and the highest y of its band."""
 
 
 class Plots:
@@ -102,9 +99,7 @@ class Plots:
         y = MEASURED[measure]
         band = ": mean of the seeds, in a band from the lowest to the highest of them." if many else "."
         caption = f"{y.label.partition(' (')[0].capitalize()} as training went on{band}"
-        return self._chart(
-            title if variant is None else f"{title}: {said(variant)}", caption, x, y, points, banded=many
-        )
+        return self._chart(title if variant is None else f"{title}: {said(variant)}", caption, x, y, points)
 
     def _difficulty(self, name: str) -> Chart:
         rows = self._of_best_variant(row for row in self.results.summary if name in row.accuracy_by)
@@ -128,7 +123,7 @@ class Plots:
             "Validation loss at sequences of each length: flat or falling is a model that works beyond what it was "
             "trained on."
         )
-        axis = Axis("tokens of a sequence", ticks=sorted({point[0] for found in points.values() for point in found}))
+        axis = Axis("tokens of a sequence", ticks=sorted({point.x for found in points.values() for point in found}))
         return self._chart("Loss over length", caption, axis, VALIDATION, points)
 
     def _variants(self) -> Iterator[Chart]:
@@ -179,7 +174,7 @@ class Plots:
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
         for row in sorted(rows, key=attrgetter(over)):
             if (value := getattr(row, measure)) is not None:
-                points[row.entry].append((getattr(row, over), value, value, value))
+                points[row.entry].append(Point(getattr(row, over), value))
         return self._chart(title, caption, x, y, points)
 
     # ---- what they share
@@ -193,13 +188,8 @@ class Plots:
         points: Mapping[str, Sequence[Point]],
         *,
         joined: bool = True,
-        banded: bool = False,
     ) -> Chart:
-        lines = []
-        for entry, found in points.items():
-            parts = 4 if banded or any(low < high for *_, low, high in found) else 2
-            columns = list(zip(*found, strict=True)) or [(), ()]
-            lines.append(Line(entry, *map(list, columns[:parts]), style=self.styles[entry]))
+        lines = [Line(entry, found, style=self.styles[entry]) for entry, found in points.items()]
         return Chart(title, caption, x, y, lines, joined)
 
     def _runs(self, row: SummaryRow) -> list[RunResult]:
@@ -228,17 +218,17 @@ def _mean_course(runs: Sequence[RunResult], over: str, measure: str) -> Iterator
         # a mean of other runs than those beside it would make a step in the line
         if len(found) == len(runs):
             ys = [y for _, y in found]
-            yield fmean(x for x, _ in found), fmean(ys), min(ys), max(ys)
+            yield Point(fmean(x for x, _ in found), fmean(ys), *((min(ys), max(ys)) if len(runs) > 1 else ()))
 
 
 def _course(values: Mapping[float, Statistic | None], y: Axis) -> list[Point]:
-    """Means and their deviations, in order; no accuracy is above 1, and none below 0."""
+    """Means and, if any deviate, their deviations, in order; no accuracy is above 1, and none below 0."""
     found, most = [], 1.0 if y is ACCURACY else math.inf
     for x, value in sorted(values.items()):
         if value is not None:
             spread = value.spread or 0.0
-            found.append((x, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, most)))
-    return found
+            found.append(Point(x, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, most)))
+    return found if any(point.low < point.high for point in found) else [Point(point.x, point.y) for point in found]
 
 
 def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from . import palette
-from .chart import Chart, Line, Scale, legend, thinned
+from .chart import Chart, Line, Point, Scale, legend, thinned
 from .markup import element
 
 WIDTH, HEIGHT = 340, 240
@@ -46,8 +46,8 @@ def spoken(chart: Chart) -> str:
     x, y = chart.scales()
     ends = []
     for line in chart.lines:
-        first, last = (y.read(line.y[i]) for i in (0, -1))
-        course = f"from {first} to {last}" if len(line.y) > 1 else first
+        first, last = (y.read(line.points[i].y) for i in (0, -1))
+        course = f"from {first} to {last}" if len(line.points) > 1 else first
         ends.append(f"{line.name}: {course}")
     return f"{y.label} over {x.label}. {'; '.join(ends)}."
 
@@ -152,36 +152,32 @@ class _Frame:
 
     def line(self, line: Line, joined: bool) -> Element:
         """A line with its band or whiskers, its markers, and what a pointer reads."""
-        kept = list(thinned(line.y, MOST_POINTS)) if joined else list(range(len(line.x)))
-        points = [(self.across(line.x[i]), self.up(line.y[i])) for i in kept]
+        kept = [line.points[i] for i in thinned([p.y for p in line.points], MOST_POINTS)] if joined else line.points
+        places = [(self.across(p.x), self.up(p.y)) for p in kept]
         drawn: list[Element] = []
-        if line.low and joined and len(kept) > 1:
-            around = ((line.high, kept), (line.low, kept[::-1]))
-            edge = [(self.across(line.x[i]), self.up(ys[i])) for ys, order in around for i in order]
-            drawn.append(element("path", class_="band", d=_path(edge) + "Z"))
-        elif line.low:
-            for i, (across, _) in zip(kept, points, strict=True):
-                ends = f"M{across} {self.up(line.low[i])}V{self.up(line.high[i])}"
-                drawn.append(element("path", class_="whisker", d=ends))
-        if joined and len(points) > 1:
+        if line.banded and joined and len(kept) > 1:
+            edges = [*((p.x, p.high) for p in kept), *((p.x, p.low) for p in reversed(kept))]
+            edge = _path([(self.across(x), self.up(y)) for x, y in edges])
+            drawn.append(element("path", class_="band", d=f"{edge}Z"))
+        elif line.banded:
+            ends = [f"M{self.across(p.x)} {self.up(p.low)}V{self.up(p.high)}" for p in kept]
+            drawn += [element("path", class_="whisker", d=each) for each in ends]
+        if joined and len(places) > 1:
             kind = "line faint" if line.faint else "line"
-            drawn.append(element("path", class_=kind, d=_path(points), stroke_dasharray=palette.dash(line.style)))
+            drawn.append(element("path", class_=kind, d=_path(places), stroke_dasharray=palette.dash(line.style)))
         if not line.faint:
             # on long lines a few markers, each line's elsewhere
-            every = 1 if len(points) <= MOST_MARKERS else max(1, len(points) // 5)
-            begin = 0 if every == 1 else (line.style * every) // 5 % every
-            drawn += [_marker(line.style, *point) for point in points[begin::every]]
-            drawn += self._reads(line, kept, points)
+            every = 1 if len(places) <= MOST_MARKERS else max(1, len(places) // 5)
+            begin = (line.style * every) // 5 % every
+            drawn += [_marker(line.style, *place) for place in places[begin::every]]
+            drawn += [self._reads(line, p) for p in kept[:: max(1, len(kept) // MOST_READ)]]
         return element("g", drawn, style=_color(line.style), data_line=line.name)
 
-    def _reads(self, line: Line, kept: Sequence[int], points: Sequence[tuple[float, float]]) -> list[Element]:
-        every = max(1, len(points) // MOST_READ)
-        (x, y), found = self.scales, []
-        for i, (across, up) in list(zip(kept, points, strict=True))[::every]:
-            spread = f" ({y.read(line.low[i])} to {y.read(line.high[i])})" if line.low else ""
-            text = element("title", f"{line.name}: {y.read(line.y[i])}{spread} at {x.read(line.x[i])}")
-            found.append(element("circle", text, class_="reads", cx=across, cy=up, r=7))
-        return found
+    def _reads(self, line: Line, p: Point) -> Element:
+        x, y = self.scales
+        spread = f" ({y.read(p.low)} to {y.read(p.high)})" if line.banded else ""
+        text = element("title", f"{line.name}: {y.read(p.y)}{spread} at {x.read(p.x)}")
+        return element("circle", text, class_="reads", cx=self.across(p.x), cy=self.up(p.y), r=7)
 
 
 def _marker(style: int, x: float, y: float) -> Element:

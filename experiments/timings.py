@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ..benchmarks.suite import Report, Row
-from .chart import Axis, Chart, Line, drawable
+from .chart import Axis, Chart, Line, Point, drawable
 from .palette import LIGHT_LINES
 
 
@@ -17,8 +17,7 @@ def charts_of(report: Report) -> list[Chart]:
         found = []
         for name, style in _styles(report).items():
             rows = [row for row in report.rows if (row.what, row.name) == (what, name)]
-            points = [(row.length, y) for row in rows if (y := value(row))]
-            found.append(Line(name, [length for length, _ in points], [y for _, y in points], style=style))
+            found.append(Line(name, [Point(row.length, y) for row in rows if (y := value(row))], style))
         return found
 
     charts = []

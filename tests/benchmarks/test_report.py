@@ -111,11 +111,11 @@ def test_time_and_memory_are_drawn_over_the_length(report):
     time, memory = charts_of(Report(**(vars(report) | {"rows": rows})))
     assert (time.title, memory.title) == ("train", "peak memory")
     seqmix, llama, compiled = time.lines
-    assert (seqmix.name, seqmix.x, seqmix.y) == ("seqmix", [512, 2048], [0.02, 0.08])
-    assert (llama.name, llama.x, llama.y) == ("llama", [512], [0.03])
+    assert (seqmix.name, [tuple(point[:2]) for point in seqmix.points]) == ("seqmix", [(512, 0.02), (2048, 0.08)])
+    assert (llama.name, [tuple(point[:2]) for point in llama.points]) == ("llama", [(512, 0.03)])
     assert palette.color(compiled.style) == palette.color(seqmix.style) != palette.color(llama.style)
     assert palette.dash(compiled.style) != palette.dash(seqmix.style)
-    assert memory.lines[0].y == [3 * 2**20] * 2
+    assert [point.y for point in memory.lines[0].points] == [3 * 2**20] * 2
 
 
 def test_several_parts_have_a_chart_each(report):

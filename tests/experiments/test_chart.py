@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from seqmix.experiments.chart import ACCURACY, Axis, Chart, Line, drawable, legend, number, resolve, thinned
+from seqmix.experiments.chart import ACCURACY, Axis, Chart, Line, Point, drawable, legend, number, resolve, thinned
 
 
 def texts(axis: Axis, values: list[float]) -> list[str]:
@@ -86,11 +86,12 @@ def test_an_axis_may_begin_at_zero():
 
 
 def test_points_that_are_no_numbers_are_left_out():
-    line = Line("a", [1, 2, 3, math.inf], [4.0, math.nan, 6.0, 7.0], [3.0, 0.0, 5.0, 0.0], [5.0, 0.0, 7.0, 0.0])
-    nothing = Line("b", [1], [math.nan])
+    first, third = Point(1, 4.0, 3.0, 5.0), Point(3, 6.0, 5.0, 7.0)
+    line = Line("a", [first, Point(2, math.nan, 0.0, 0.0), third, Point(math.inf, 7.0, 0.0, 0.0)])
+    nothing = Line("b", [Point(1, math.nan)])
     (chart,) = drawable([Chart("t", "c", Axis("x"), Axis("y"), [line, nothing])])
     (kept,) = chart.lines
-    assert (kept.x, kept.y, kept.low, kept.high) == ([1, 3], [4.0, 6.0], [3.0, 5.0], [5.0, 7.0])
+    assert kept.points == [first, third]
     assert drawable([Chart("t", "c", Axis("x"), Axis("y"), [nothing])]) == []
 
 
@@ -105,5 +106,6 @@ def test_a_thinned_line_keeps_its_extremes():
 
 
 def test_a_legend_has_each_name_once():
-    lines = [Line("b", [1], [1], style=1), Line("a", [1], [1], style=0), Line("b", [1], [1], style=1, faint=True)]
+    points = [Point(1, 1)]
+    lines = [Line("b", points, style=1), Line("a", points, style=0), Line("b", points, style=1, faint=True)]
     assert legend([Chart("t", "c", Axis("x"), Axis("y"), lines)] * 2) == [("a", 0), ("b", 1)]

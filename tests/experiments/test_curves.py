@@ -39,7 +39,7 @@ def write_run(folder: Path, lines: list[dict] = LINES, *, torn: str = "", config
 
 def curve(run: Path, title: str, place: int = 0) -> list[tuple[float, float]]:
     (found,) = (chart for chart in charts_of([read_curves(run, "run")]) if chart.title == title)
-    return list(zip(found.lines[place].x, found.lines[place].y, strict=True))
+    return [(point.x, point.y) for point in found.lines[place].points]
 
 
 def test_losses_lie_over_tokens_and_over_time(tmp_path):
@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
 def test_without_a_configuration_curves_lie_over_steps(tmp_path):
     charts = charts_of([read_curves(write_run(tmp_path / "run", config=False), "run")])
     assert charts[0].x.label == "steps"
-    assert charts[0].lines[0].x == [1, 2, 4]
+    assert [point.x for point in charts[0].lines[0].points] == [1, 2, 4]
     assert "Loss over time" not in [chart.title for chart in charts]
 
 
@@ -168,5 +168,5 @@ def test_a_real_run_is_drawn(seqmix):
     assert seqmix("train", "retnet-tiny", *tiny, training, "--out", "run").status == 0
     assert seqmix("plot", "run").status == 0
     (loss, *_) = charts_of([read_curves(Path("run"), "run")])
-    assert loss.lines[0].x == [32, 64, 96, 128]
-    assert loss.lines[1].x == [64, 128]
+    assert [point.x for point in loss.lines[0].points] == [32, 64, 96, 128]
+    assert [point.x for point in loss.lines[1].points] == [64, 128]

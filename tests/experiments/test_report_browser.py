@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from studies import STUDIES
 
 from seqmix.experiments import palette, svg
-from seqmix.experiments.chart import Axis, Chart, Line
+from seqmix.experiments.chart import Axis, Chart, Line, Point
 from seqmix.experiments.page import figures, legend, page, section
 from seqmix.experiments.report import write_report
 from seqmix.experiments.results import Results
@@ -130,6 +130,11 @@ def test_every_figure_is_drawn(browser, reports, study, width, scheme):
         check_drawn(chart)
 
 
+def line(name: str, *columns: Iterable[float], style: int = 0) -> Line:
+    """A line of the columns x and y, and those of a band."""
+    return Line(name, [Point(*values) for values in zip(*columns, strict=True)], style)
+
+
 def rgb(color: str) -> str:
     return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
 
@@ -151,8 +156,8 @@ def test_colours_follow_the_scheme_and_paper_is_white(browser, reports, scheme, 
 
 def test_figures_of_a_row_stand_at_one_height(browser, tmp_path):
     # whatever the length of their titles
-    line = Line("a", [1, 2], [3, 4])
-    charts = [Chart(title, "c", Axis("x"), Axis("y"), [line]) for title in ("Short", "A title of many words " * 4)]
+    one = line("a", [1, 2], [3, 4])
+    charts = [Chart(title, "c", Axis("x"), Axis("y"), [one]) for title in ("Short", "A title of many words " * 4)]
     file = tmp_path / "page.html"
     file.write_text(page("row", figures(charts)))
     seen = browser.new_page(viewport={"width": 1280, "height": 800})
@@ -165,33 +170,33 @@ def test_figures_of_a_row_stand_at_one_height(browser, tmp_path):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_awkward_values_are_drawn_as_well(browser, tmp_path, width):
     charts = [
-        Chart("Tiny", "1e-9", Axis("x"), Axis("y"), [Line("a", [1, 2, 3], [1e-9, 2e-9, 1.5e-9])]),
-        Chart("Huge", "1e15", Axis("x", unit="bytes"), Axis("y"), [Line("a", [1, 1e6, 1e14], [1e15, 5e15, 9e15])]),
-        Chart("Decades", "many", Axis("x"), Axis("y"), [Line("a", [1, 1e3, 1e9], [1e-12, 1.0, 1e12])]),
-        Chart("Close", "alike", Axis("x"), Axis("y"), [Line("a", [1, 2, 3], [2.00001, 2.00002, 2.00003])]),
-        Chart("Flat", "one value", Axis("x"), Axis("y"), [Line("a", [1, 2, 3], [7, 7, 7])]),
-        Chart("Zero", "nothing", Axis("x"), Axis("y", unit="share", zero=True), [Line("a", [1, 2, 3], [0, 0, 0])]),
-        Chart("Below", "negative", Axis("x"), Axis("y"), [Line("a", [-5, 2, 3], [-4, 0, -8])]),
+        Chart("Tiny", "1e-9", Axis("x"), Axis("y"), [line("a", [1, 2, 3], [1e-9, 2e-9, 1.5e-9])]),
+        Chart("Huge", "1e15", Axis("x", unit="bytes"), Axis("y"), [line("a", [1, 1e6, 1e14], [1e15, 5e15, 9e15])]),
+        Chart("Decades", "many", Axis("x"), Axis("y"), [line("a", [1, 1e3, 1e9], [1e-12, 1.0, 1e12])]),
+        Chart("Close", "alike", Axis("x"), Axis("y"), [line("a", [1, 2, 3], [2.00001, 2.00002, 2.00003])]),
+        Chart("Flat", "one value", Axis("x"), Axis("y"), [line("a", [1, 2, 3], [7, 7, 7])]),
+        Chart("Zero", "nothing", Axis("x"), Axis("y", unit="share", zero=True), [line("a", [1, 2, 3], [0, 0, 0])]),
+        Chart("Below", "negative", Axis("x"), Axis("y"), [line("a", [-5, 2, 3], [-4, 0, -8])]),
         Chart(
             "Lengths",
             "many ticks",
             Axis("tokens", ticks=[2**i for i in range(7, 21)]),
             Axis("time", unit="seconds"),
-            [Line("a", [2**i for i in range(7, 21)], [1e-3 * 2**i for i in range(14)])],
+            [line("a", [2**i for i in range(7, 21)], [1e-3 * 2**i for i in range(14)])],
         ),
         Chart(
             "Names",
             "long ones",
             Axis("what", names=["the first of the slices", "the second of the slices", "still one more slice"]),
             Axis("accuracy", unit="share", zero=True),
-            [Line("a", [0, 1, 2], [0.1, 0.5, 1.0], [0.0, 0.4, 0.9], [0.2, 0.6, 1.0])],
+            [line("a", [0, 1, 2], [0.1, 0.5, 1.0], [0.0, 0.4, 0.9], [0.2, 0.6, 1.0])],
         ),
         Chart(
             "Long",
             "many",
             Axis("x"),
             Axis("y"),
-            [Line(f"line {i}", range(5000), range(i, 5000 + i), style=i) for i in range(20)],
+            [line(f"line {i}", range(5000), range(i, 5000 + i), style=i) for i in range(20)],
         ),
     ]
     file = tmp_path / "page.html"
@@ -208,7 +213,7 @@ def test_awkward_values_are_drawn_as_well(browser, tmp_path, width):
 def test_a_drawing_of_its_own_is_drawn(browser, tmp_path):
     from seqmix.experiments.markup import xml
 
-    charts = [Chart(f"Chart {i}", "one", Axis("x"), Axis("y"), [Line("a", [1, 2], [3, i])]) for i in range(3)]
+    charts = [Chart(f"Chart {i}", "one", Axis("x"), Axis("y"), [line("a", [1, 2], [3, i])]) for i in range(3)]
     file = tmp_path / "drawing.svg"
     file.write_text(xml(svg.document(charts, 2)))
     seen = browser.new_page(viewport={"width": 800, "height": 800}, color_scheme="dark")

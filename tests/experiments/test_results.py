@@ -117,7 +117,9 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
     report = render(found)
     for cell in ("800", "1,600", "8G", "16G", "8 KiB", "16 KiB", "510"):
         assert f">{cell}</td>" in report, cell
-    points = {x for chart in Plots(found).outcomes() if chart.title.endswith("state") for x in chart.lines[0].x}
+    points = {
+        x for chart in Plots(found).outcomes() if chart.title.endswith("state") for x, *_ in chart.lines[0].points
+    }
     assert points <= {16384.0}
 
 
