@@ -120,24 +120,19 @@ class Attention(SequenceMixer[AttentionState]):
         return self.out_proj(output.flatten(2)), final_state
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:
-        bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
-        return empty_cache(
-            RingCache if bounds else GrowingCache,
-            batch_size,
-            min(bounds, default=0),
-            self.n_kv_heads,
-            self.head_dim,
-            self.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        kind, capacity = self._room(max_length, 0)
+        sizes = (self.n_kv_heads, self.head_dim, self.head_dim)
+        return empty_cache(kind, batch_size, capacity, sizes, self.in_proj.weight)
 
     def resize_state(self, state: AttentionState, max_length: int | None) -> AttentionState:
         read = int(state.length.max())
         require_room(read, max_length, self.kind)
+        return moved(state, *self._room(max_length, min(read, state.keys.shape[1])))
+
+    def _room(self, max_length: int | None, used: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
+        """The kind of a cache and its slots: a ring where something bounds it, else as many as are used."""
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
-        used = min(read, state.keys.shape[1])
-        return moved(state, RingCache if bounds else GrowingCache, min(bounds, default=used))
+        return RingCache if bounds else GrowingCache, min(bounds, default=used)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()

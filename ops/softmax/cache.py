@@ -55,33 +55,24 @@ Cache: TypeAlias = GrowingCache | RingCache
 
 
 def empty_cache(
-    kind: type[GrowingCache] | type[RingCache],
-    rows: int,
-    capacity: int,
-    n_heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    kind: type[GrowingCache] | type[RingCache], rows: int, capacity: int, sizes: tuple[int, int, int], like: Tensor
 ) -> Cache:
-    """The cache of nothing read; a ring needs a capacity of at least 1."""
+    """The cache of nothing read, of the dtype and device of `like`; sizes are G, K and V.
+
+    Raises:
+        SeqmixError: a ring has no capacity.
+    """
     if kind is RingCache and capacity < 1:
         raise SeqmixError(f"a ring cache holds at least 1 token, and {capacity} was asked for")
-    return kind(
-        torch.zeros(rows, capacity, n_heads, key_dim, dtype=dtype, device=device),
-        torch.zeros(rows, capacity, n_heads, value_dim, dtype=dtype, device=device),
-        torch.zeros(rows, dtype=torch.int64, device=device),
-    )
+    n_heads, *widths = sizes
+    keys, values = (like.new_zeros(rows, capacity, n_heads, width) for width in widths)
+    return kind(keys, values, like.new_zeros(rows, dtype=torch.int64))
 
 
 def moved(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: int) -> Cache:
     """The last `capacity` keys and values of a cache, in one of another kind or capacity."""
-    rows, held = cache.keys.shape[:2]
-    (n_heads, key_dim), value_dim = cache.keys.shape[2:], cache.values.shape[3]
-    empty = empty_cache(
-        kind, rows, capacity, n_heads, key_dim, value_dim, dtype=cache.keys.dtype, device=cache.keys.device
-    )
+    rows, held, n_heads, key_dim = cache.keys.shape
+    empty = empty_cache(kind, rows, capacity, (n_heads, key_dim, cache.values.shape[3]), cache.keys)
     positions = kind.positions(cache.length, capacity)
     there = (positions >= 0) & (positions >= cache.length[:, None] - held)
     row, slot = there.nonzero(as_tuple=True)
@@ -164,9 +155,9 @@ def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, d
         rows = batch_size if documents is None else documents.number
         sizes = (k.shape[2], k.shape[3], v.shape[3])
         if window is None:
-            cache = empty_cache(GrowingCache, rows, 0, *sizes, dtype=k.dtype, device=k.device)
+            cache = empty_cache(GrowingCache, rows, 0, sizes, k)
         else:
-            cache = empty_cache(RingCache, rows, window, *sizes, dtype=k.dtype, device=k.device)
+            cache = empty_cache(RingCache, rows, window, sizes, k)
     k, v = k.to(cache.keys.dtype), v.to(cache.values.dtype)
     read = advance(cache.length, batch_size, length, documents, k.device)
     capacity = cache.keys.shape[1]

@@ -291,7 +291,7 @@ def make(batch_size=2, length=6, n_heads=4, n_kv_heads=2, dim=4, dtype=torch.flo
 
 
 def ring(capacity, batch_size=2, read=0, dtype=torch.float64):
-    state = empty_cache(RingCache, batch_size, capacity, 2, 4, 4, dtype=dtype, device=torch.device("cpu"))
+    state = empty_cache(RingCache, batch_size, capacity, (2, 4, 4), torch.empty(0, dtype=dtype))
     return state._replace(length=state.length + read)
 
 
