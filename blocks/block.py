@@ -28,15 +28,12 @@ class BlockConfig(Config):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the outputs of mixer and ffn dropped in training."""
 
-    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Block":
-        """Build the layer with index `layer_idx` of `n_layers`."""
-        return Block(self, d_model, layer_idx=layer_idx, n_layers=n_layers)
-
 
 class Block(nn.Module):
     """A mixer and a feed-forward network, each on a normed copy of the residual stream."""
 
     def __init__(self, config: BlockConfig, d_model: int, *, layer_idx: int, n_layers: int) -> None:
+        """Build the layer with index `layer_idx` of `n_layers`."""
         super().__init__()
         self.mixer_norm = config.norm.build(d_model)
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)

@@ -68,12 +68,7 @@ def decode_step(
 class Held:
     """A step whose tokens, state and logits have fixed places."""
 
-    def __init__(
-        self,
-        step: Callable[[Tensor, ModelState], tuple[Tensor, ModelState]],
-        tokens: Tensor,
-        state: ModelState,
-    ) -> None:
+    def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
         self.tokens, self.state = tokens.clone(), clone(state)
         self.logits: Tensor | None = None

@@ -220,6 +220,6 @@ class LanguageModel(nn.Module):
 def _build(config: ModelConfig, index: int) -> Block:
     name = config.layers[index]
     try:
-        return config.blocks[name].build(config.d_model, layer_idx=index, n_layers=config.n_layers)
+        return Block(config.blocks[name], config.d_model, layer_idx=index, n_layers=config.n_layers)
     except ContractError as error:
         raise ContractError(f"model.blocks.{name}: {error}") from error

@@ -1,5 +1,56 @@
 """Feed-forward networks: what one is, and one file a kind."""
 
-from .feed_forward import FFNS, FeedForward, FfnConfig
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
 
-__all__ = ["FFNS", "FeedForward", "FfnConfig"]
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...registry import Config, Registry
+
+Activation = Literal["gelu", "silu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+
+
+class FfnConfig(Config, ABC):
+    """The configuration of a feed-forward network; a subclass declares `kind: Literal["its_name"]`."""
+
+    kind: Any
+    """The name it is registered under: a `Literal` in every subclass."""
+    expansion: float = Field(gt=0, le=1000)
+    """Hidden width over d_model, rounded to a whole number."""
+    multiple_of: int = Field(default=1, gt=0)
+    """The hidden width is rounded up to a multiple of this."""
+
+    @abstractmethod
+    def build(self, d_model: int) -> "FeedForward":
+        """Build the module for a residual stream of width `d_model`."""
+
+    def hidden_width(self, d_model: int) -> int:
+        """Width between the two products, at least 1."""
+        return -(-max(round(self.expansion * d_model), 1) // self.multiple_of) * self.multiple_of
+
+
+class FeedForward(nn.Module, ABC):
+    """A map of every token by itself."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Map every token."""
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter; torch's own way for linear layers, as the RetNet authors' code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def flops(self, length: int) -> int:
+        """Operations of the matrix products for `length` tokens, forward."""
+        return 2 * length * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+
+FFNS = Registry("ffn", FfnConfig, package="seqmix.blocks.ffn")
+"""All feed-forward networks: the files of this folder, and dotted paths."""

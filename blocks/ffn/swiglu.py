@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .feed_forward import ACTIVATIONS, Activation, FeedForward, FfnConfig
+from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class SwigluConfig(FfnConfig):

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from .norm import NormConfig
+from . import NormConfig
 
 
 class RmsNormConfig(NormConfig):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from seqmix import MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.blocks import BlockConfig
+from seqmix.blocks import Block, BlockConfig
 
 D_MODEL = 8
 MIXER = {"kind": "retention", "n_heads": 2}
@@ -20,7 +20,7 @@ LAYERNORM = {"kind": "layernorm"}
 def build(**fields: Any):
     """A float64 block in which no two parameters are alike."""
     config = BlockConfig(**{"mixer": MIXER, "ffn": FFN, "norm": LAYERNORM} | fields)
-    block = config.build(D_MODEL, layer_idx=0, n_layers=1).double().eval()
+    block = Block(config, D_MODEL, layer_idx=0, n_layers=1).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -149,7 +149,7 @@ class SizedConfig(MixerConfig):
 
 def test_a_mixer_learns_its_parents_sizes_when_it_is_built():
     config = BlockConfig(mixer=SizedConfig(), ffn=None, norm=LAYERNORM)
-    block: Any = config.build(12, layer_idx=3, n_layers=7)
+    block: Any = Block(config, 12, layer_idx=3, n_layers=7)
     assert block.mixer.sizes == (12, 3, 7)
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqmix.blocks import FFNS, BlockConfig
+from seqmix.blocks import FFNS, Block, BlockConfig
 from seqmix.blocks.ffn.mlp import MlpConfig
 from seqmix.blocks.ffn.swiglu import SwigluConfig
 
@@ -131,7 +131,7 @@ def test_an_unknown_activation_is_refused():
 
 def test_the_files_of_the_folder_are_the_kinds():
     folder = Path(importlib.import_module("seqmix.blocks.ffn").__file__).parent
-    assert FFNS.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem not in ("__init__", "feed_forward"))
+    assert FFNS.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_match():
@@ -152,7 +152,7 @@ def test_a_dotted_path_is_a_kind(tmp_path, monkeypatch):
         norm={"kind": "layernorm"},
     )
     assert config.model_dump()["ffn"]["kind"] == "my_ffns:SquareConfig"
-    block = config.build(D_MODEL, layer_idx=0, n_layers=1).double().eval()
+    block = Block(config, D_MODEL, layer_idx=0, n_layers=1).double().eval()
     x = tokens()
     expected = (x @ block.ffn.proj.weight.T).square() @ block.ffn.back.weight.T
     assert block.ffn.proj.out_features == 18

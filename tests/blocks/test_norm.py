@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from seqmix.blocks import NORMS, BlockConfig
+from seqmix.blocks import NORMS, Block, BlockConfig
 from seqmix.blocks.norm.layernorm import LayerNormConfig
 from seqmix.blocks.norm.rmsnorm import RmsNormConfig
 
@@ -101,6 +101,6 @@ def test_a_dotted_path_is_a_kind(tmp_path, monkeypatch):
     config = BlockConfig(
         mixer={"kind": "retention", "n_heads": 1}, ffn=None, norm={"kind": "my_norms:MaxNormConfig", "eps": 0.25}
     )
-    block, x = config.build(D_MODEL, layer_idx=0, n_layers=1).double(), tokens()
+    block, x = Block(config, D_MODEL, layer_idx=0, n_layers=1).double(), tokens()
     assert_close(block.mixer_norm(x), x / (x.abs().amax(-1, keepdim=True) + 0.25), rtol=1e-9, atol=1e-9)
     block.reset_parameters()
