@@ -29,7 +29,7 @@ class GLAConfig(QKVConfig):
     """Rank of the map from tokens to decays."""
     gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
     """tau: the larger, the longer the memory."""
-    rotation: Literal["none"] = "none"
+    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
     """None: decays that differ within a pair of dimensions do not commute with turning it, and distances alone would
     no longer count."""
     norm_affine: Affine = True
