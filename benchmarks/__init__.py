@@ -7,5 +7,4 @@ learn                        what small models reach on a text, and in what time
 peers/                       the models: ours, the same written by hand, and a file for each other project
 report                       a table's cells, JSON, Markdown, plot
 gpu                          all that needs a GPU, in one go
-presets                      every mixer at one size
 """

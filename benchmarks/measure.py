@@ -39,12 +39,17 @@ def lengthened(call: Call, seconds: float) -> Call:
     times = min(100, math.ceil(SHORTEST / max(seconds * call.units, 1e-9)))
     if times <= 1 or call.prepare is not _nothing:
         return call
+    return Call(repeated(call.run, times), units=times * call.units)
+
+
+def repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
+    """The same several times over."""
 
     def run() -> None:
         for _ in range(times):
-            call.run()
+            once()
 
-    return Call(run, units=times * call.units)
+    return run
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch._library.custom_ops import OPDEFS  # no public way leads to the funct
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.onednn_linear import onednn_linear
-from .measure import Call
+from .measure import Call, repeated
 
 LONGEST = 4096
 """Rows, columns or summands beyond it are timed in pieces: a product grows in proportion."""
@@ -72,9 +72,8 @@ class Recorder(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         name = func.overloadpacket.__name__
-        if name in _OPERANDS:
-            first, second = _OPERANDS[name]
-            self._count(args[first], args[second])
+        if name in _FIRST:
+            self._count(*args[_FIRST[name] :][:2])
         elif name.startswith("_scaled_dot_product") and "math" not in name:
             names = [argument.name for argument in func._schema.arguments]
             self._count_attention({**dict(zip(names, args, strict=False)), **kwargs}, backward="backward" in name)
@@ -104,16 +103,8 @@ class Recorder(TorchDispatchMode):
         self.products[output] += blocks * (2 if backward else 1)  # type: ignore[assignment]
 
 
-_OPERANDS = {
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "addmm": (1, 2),
-    "addmm_": (1, 2),
-    "baddbmm": (1, 2),
-    "baddbmm_": (1, 2),
-    "mv": (0, 1),
-}
-"""Which arguments of an operation are multiplied."""
+_FIRST = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
+"""Which argument of an operation is multiplied by the next."""
 
 
 def recorded(call: Callable[[], Any]) -> Counter[Product] | None:
@@ -140,7 +131,7 @@ def timed_alone(products: Iterable[Product], device: torch.device) -> dict[Produ
     for product in products:
         times = min(100, max(1, math.ceil(1e8 / product.flops)))
         once = _by_onednn(product) if product.turned else _by_torch(product, device)
-        calls[product] = Call(_repeated(once, times), units=times)
+        calls[product] = Call(repeated(once, times), units=times)
     return calls
 
 
@@ -159,11 +150,3 @@ def _by_onednn(product: Product) -> Callable[[], Any]:
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     operands = [x.T.contiguous().T if turn else x for x, turn in zip((a, b), turned or (), strict=True)]
     return partial(onednn_linear, *operands)
-
-
-def _repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            once()
-
-    return run

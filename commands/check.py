@@ -1,7 +1,8 @@
 """`seqmix check`: what is to be checked, and how the conformance kit's outcomes are shown."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,16 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
 from ..ops.kernels import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping
 from ..training import PRESETS, load_config
-from .console import terminal
+from .console import plain_table, terminal
 from .options import require_name
 
 if TYPE_CHECKING:
@@ -84,7 +83,8 @@ def check(
     if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
         raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
     configs, vary = mixers_of(source, changes or [])
-    chosen = tuple(map(_paradigm, paradigm or [])) or None
+    for name in paradigm or []:
+        require_name("paradigm", name, list(Paradigm))
     reports = []
     for config in configs:
         # the heading comes with the first line, when nothing that is given can be wrong
@@ -95,7 +95,7 @@ def check(
                 checks=only or None,
                 d_model=d_model,
                 device=device,
-                paradigms=chosen,
+                paradigms=tuple(map(Paradigm, paradigm or [])) or None,
                 examples=examples,
                 seed=seed,
                 vary=vary,
@@ -112,11 +112,7 @@ def check(
 
 
 def kernel_of(source: str) -> Kernel | None:
-    """The kernel that is called op/paradigm/backend; None where no kernel is meant.
-
-    Raises:
-        SeqmixError: one is meant that does not exist.
-    """
+    """The kernel that is called op/paradigm/backend; None where none is meant, a SeqmixError where there is no such."""
     if source.count("/") != 2 or Path(source).exists() or source.endswith((".yaml", ".yml")):
         return None
     kernels = all_kernels()
@@ -152,7 +148,8 @@ def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfi
     if source in kinds or (":" in source and not Path(source).exists()):
         return [_example(_class_of(source), changes)], not changes
     presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-    if not _is_file(source) and source not in presets:
+    is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
+    if not is_file and source not in presets:
         end = nearest(source, [*kinds, *presets]) or "; a mixer of your own is my_module:MyConfig"
         raise SeqmixError(f"there is no mixer kind, preset or file {source!r}; kinds: {', '.join(kinds)}{end}")
     if source.endswith(".py"):
@@ -179,11 +176,7 @@ def _class_of(kind: str) -> type[MixerConfig]:
 
 
 def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
-    """The example of a class with changes.
-
-    Raises:
-        SeqmixError: what is wrong with the changes, or with the class.
-    """
+    """The example of a class with changes; a SeqmixError says what is wrong with them, or with the class."""
     filled = cls.example_fields()
     given = [f"{name}={json.dumps(to_jsonable_python(value))}" for name, value in filled.items()]
     try:
@@ -197,20 +190,11 @@ def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
         raise
 
 
-def _is_file(source: str) -> bool:
-    return source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
-
-
-def _paradigm(name: str) -> Paradigm:
-    require_name("paradigm", name, list(Paradigm))
-    return Paradigm(name)
-
-
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
 
 
 def _case(status: Status, check: "Check", tried: int) -> None:
-    """A last line on a terminal says which case of which check is run."""
+    """The last line on a terminal: which case of which check is run."""
     status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
 
 
@@ -229,21 +213,16 @@ def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
         console.print(f"{text} {cases}")
 
 
-def _summary(console: Console, reports: Iterable["Report"]) -> None:
+def _summary(console: Console, reports: Sequence["Report"]) -> None:
     """A line a mixer."""
-    table = Table("mixer", "d_model", "passed", "failed", "skipped", "cases", "seconds", box=SIMPLE, pad_edge=False)
+    rows = []
     for report in reports:
-        by_status = {status: [o for o in report.outcomes if o.status == status] for status in MARKS}
-        table.add_row(
-            report.config.kind,
-            str(report.d_model),
-            str(len(by_status["passed"])),
-            str(len(by_status["failed"])),
-            str(len(by_status["skipped"])),
-            f"{sum(o.examples for o in report.outcomes):,}",
-            f"{sum(o.seconds for o in report.outcomes):.1f}",
-        )
-    console.print(table)
+        count = Counter(outcome.status for outcome in report.outcomes)
+        numbers = [report.d_model, count["passed"], count["failed"], count["skipped"]]
+        cases = f"{sum(outcome.examples for outcome in report.outcomes):,}"
+        seconds = f"{sum(outcome.seconds for outcome in report.outcomes):.1f}"
+        rows.append((report.config.kind, *map(str, numbers), cases, seconds))
+    console.print(plain_table("mixer", "d_model", "passed", "failed", "skipped", "cases", "seconds", rows=rows))
     for report in reports:
         if report.failures:
             names = ", ".join(outcome.check.name for outcome in report.failures)

@@ -130,15 +130,12 @@ def _show(evaluation: Evaluation, console: Console) -> None:
 
 def _lengths(evaluation: Evaluation) -> Table:
     paradigms = list(max((found.losses for found in evaluation.lengths), key=len))
-    table = plain_table("tokens", "of training", *paradigms, "tokens measured", justify="right")
+    rows = []
     for found in evaluation.lengths:
-        table.add_row(
-            f"{found.length:,}",
-            f"{round(found.length / evaluation.trained_length, 3):g} x",
-            *(_number(found.losses.get(paradigm)) for paradigm in paradigms),
-            f"{found.tokens:,}",
-        )
-    return table
+        times = f"{round(found.length / evaluation.trained_length, 3):g} x"
+        losses = [_number(found.losses.get(paradigm)) for paradigm in paradigms]
+        rows.append((f"{found.length:,}", times, *losses, f"{found.tokens:,}"))
+    return plain_table("tokens", "of training", *paradigms, "tokens measured", rows=rows, justify="right")
 
 
 def _positions(evaluation: Evaluation) -> Table:

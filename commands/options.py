@@ -28,11 +28,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures
 
 
 def checkpoint_choice(checkpoint: str) -> Choice:
-    """The value of --checkpoint.
-
-    Raises:
-        SeqmixError: it is none.
-    """
+    """The value of --checkpoint; a SeqmixError where it is none."""
     if checkpoint == "newest" or checkpoint == "best":
         return checkpoint
     if checkpoint.isascii() and checkpoint.isdigit():
@@ -44,11 +40,7 @@ def checkpoint_choice(checkpoint: str) -> Choice:
 
 
 def require_device(device: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        SeqmixError: it is not there.
-    """
+    """The device of a name; a SeqmixError where it is not there."""
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -56,21 +48,13 @@ def require_device(device: str) -> torch.device:
 
 
 def require_name(what: str, name: str, allowed: Collection[str]) -> None:
-    """Refuse a name that is not among those that are allowed.
-
-    Raises:
-        SeqmixError: with the nearest match.
-    """
+    """Refuse a name that is not among those that are allowed, by a SeqmixError with the nearest match."""
     if name not in allowed:
         raise SeqmixError(f"there is no {what} {name!r}; allowed: {', '.join(allowed)}{nearest(name, allowed)}")
 
 
 def require_writable(*files: Path | None) -> None:
-    """Refuse files that could not be written at the end.
-
-    Raises:
-        SeqmixError: there is no such folder, or it may not be written to.
-    """
+    """Refuse files that could not be written at the end, by a SeqmixError that says why."""
     for file in filter(None, files):
         folder = file.absolute().parent
         if not folder.is_dir():

@@ -41,11 +41,7 @@ def plot(
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart.
-
-    Raises:
-        SeqmixError: a run is given twice.
-    """
+    """The shortest ends of the paths that tell them apart; a SeqmixError where a run is given twice."""
     paths = [run.resolve() for run in runs]
     for i, path in enumerate(paths):
         if path in paths[:i]:

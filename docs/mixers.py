@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import mean
 
 from seqmix import MIXERS, Paradigm, RunConfig
-from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
+from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("mixers.md")
 LENGTH = 2048

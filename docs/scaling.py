@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from seqmix import account, load_config
-from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.models import ModelConfig, build_meta
 from seqmix.ops.context_parallel import ContextParallel
+from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("scaling.md")
 PRESET, LENGTH, SEQUENCES = "retnet-6.7b", 2048, 4

@@ -27,7 +27,7 @@ SUITE = [
     "tests/test_docs.py",
     "tests/test_package.py",
     "tests/test_cli.py",
-    "tests/benchmarks/test_presets.py",
+    "tests/training/test_single_kind_presets.py",
     "tests/experiments/test_match.py",
 ]
 """Where a new mixer joins tests by discovery, or would fail one that has a list of mixers or presets."""

@@ -3,7 +3,7 @@
 import pytest
 
 from seqmix import MIXERS, SeqmixError, load_config
-from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
+from seqmix.training.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.match import Match, MatchError, cost_of, solve
 
 PRESETS = single_kind_presets()

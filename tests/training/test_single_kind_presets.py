@@ -1,7 +1,7 @@
 """The presets of every mixer: trained alike."""
 
 from seqmix import MIXERS
-from seqmix.benchmarks.presets import mixer_kind, single_kind_presets
+from seqmix.training.presets import mixer_kind, single_kind_presets
 
 
 def test_the_presets_have_one_mixer_each_and_are_trained_alike():

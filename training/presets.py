@@ -1,6 +1,6 @@
 """The tiny presets of one kind of block: every mixer at one size."""
 
-from ..training import PRESETS, RunConfig, load_config
+from .config import PRESETS, RunConfig, load_config
 
 
 def single_kind_presets() -> dict[str, RunConfig]:
