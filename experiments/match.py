@@ -139,8 +139,7 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
             comes nearest, and how near.
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
-    search.run()
-    if (best := search.best) is None:
+    if (best := search.run()) is None:
         raise MatchError(f"{match.knob} cannot be turned: no value of it makes a model; {search.refused}")
     found = Matched(search.knob.turned(best), match.knob, best, match.metric, search.costs[best] or 0, wanted)
     if abs(found.cost / wanted - 1) > match.tolerance:
@@ -245,23 +244,16 @@ class _Search:
     refused: str = ""
     """Why the last of those cannot."""
 
-    @property
-    def best(self) -> int | float | None:
-        """Of what was tried, the value whose cost comes nearest."""
-        built = [value for value, cost in self.costs.items() if cost is not None]
-        return min(built, key=lambda value: abs(self._excess(value)), default=None)
-
-    def run(self) -> None:
-        """Try values until none comes nearer, and of those that cost the same take the shortest to write."""
+    def run(self) -> int | float | None:
+        """The value whose cost comes nearest, of those that cost the same the shortest to write; or None."""
         if (bracket := self._bracket()) is not None:
             self._bisect(*bracket)
-        if not self.knob.whole and (best := self.best) is not None:
-            for digits in range(1, 17):
-                short = float(f"{best:.{digits}g}")
-                if self._cost(short) == self.costs[best]:
-                    # an equal cost that was tried first would be taken
-                    self.costs = {short: self.costs[best]}
-                    return
+        built = [value for value, cost in self.costs.items() if cost is not None]
+        best = min(built, key=lambda value: abs(self._excess(value)), default=None)
+        if best is None or self.knob.whole:
+            return best
+        short = (float(f"{best:.{digits}g}") for digits in range(1, 17))
+        return next((value for value in short if self._cost(value) == self.costs[best]), best)
 
     def _bracket(self) -> tuple[int | float, int | float] | None:
         """Two neighbours of a geometric grid around the present value whose costs lie on either side."""

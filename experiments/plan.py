@@ -22,6 +22,7 @@ from ..registry.sources import read
 from ..registry.tree import Node, Origin
 from ..training import PRESETS, RunConfig
 from .match import Cost, Match, Matched, cost_of, solve, whole_cost
+from .results import where
 from .study import SAME, Entry, Study, StudyError, kind_of
 
 Variant = Mapping[str, Any]
@@ -101,7 +102,7 @@ def plan(study: Study, file: Path) -> Plan:
             try:
                 _ = entry.cost  # can be built
             except SeqmixError as error:
-                raise type(error)(f"{file}: {entry.name}{_where(variant)}: {error}") from None
+                raise type(error)(f"{file}: {entry.name}{where(variant)}: {error}") from None
     runs = [
         _run(study, entry, variant, rate, seed)
         for seed in study.seeds
@@ -204,7 +205,7 @@ class _Variant:
                 if key not in self.solved:
                     self.solved[key] = solve(config.model, match, wanted, length=length)
             except SeqmixError as error:
-                raise type(error)(f"{self.file}: {name}{_where(self.variant)} cannot be matched: {error}") from None
+                raise type(error)(f"{self.file}: {name}{where(self.variant)} cannot be matched: {error}") from None
             matched = self.solved[key]
             config = config.model_copy(update={"model": matched.model})
         return self.done.setdefault(name, PlannedEntry(name, config, matched))
@@ -234,11 +235,11 @@ def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
     for name, block in ((tree.plain().get("model") or {}).get("blocks") or {}).items():
         before = (block or {}).get("mixer") or {}
         if not isinstance(mixer, str):
-            changes[name] = {"mixer": dict(mixer)}
+            changes[name] = {"mixer": mixer}
         elif before.get("kind") != mixer:
-            heads = before.get("n_heads")
-            has_heads = heads is not None and "n_heads" in MIXERS.resolve(mixer).model_fields
-            changes[name] = {"mixer": {"kind": mixer, **({"n_heads": heads} if has_heads else {})}}
+            changes[name] = {"mixer": {"kind": mixer}}
+            if before.get("n_heads") is not None and "n_heads" in MIXERS.resolve(mixer).model_fields:
+                changes[name]["mixer"]["n_heads"] = before["n_heads"]
     return changes
 
 
@@ -263,12 +264,6 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _where(variant: Variant) -> str:
-    """The variant, after the name of an entry."""
-    values = ", ".join(f"{path} is {value}" for path, value in variant.items())
-    return f" where {values}" if values else ""
-
-
 # ---- fairness
 
 
@@ -289,7 +284,7 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
         for other, theirs in zip(entries[1:], others, strict=True):
             if ours != theirs:
                 raise StudyError(
-                    f"{first.name} and {other.name} cannot be compared{_where(variant)}: {place} is {ours!r} and "
+                    f"{first.name} and {other.name} cannot be compared{where(variant)}: {place} is {ours!r} and "
                     f"{theirs!r}"
                 )
 

@@ -5,6 +5,7 @@ training, three times the forward ones of matrix products; seconds are those of 
 steps that were logged.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,6 +25,11 @@ AccuracyBy = dict[str, dict[str, float]]
 
 class ResultsError(SeqmixError):
     """A file is no results of a study."""
+
+
+def where(variant: Mapping[str, Any]) -> str:
+    """A variant, after the name of an entry."""
+    return f" where {', '.join(f'{path} is {value}' for path, value in variant.items())}" if variant else ""
 
 
 class Machine(Config):

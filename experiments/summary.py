@@ -24,7 +24,10 @@ def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[Su
     rows = []
     for by_rate in filter(None, groups.values()):
         most = max(map(len, by_rate.values()))
-        rate = min((rate for rate in by_rate if len(by_rate[rate]) == most), key=lambda rate: _loss(by_rate[rate]))
+        rate = min(
+            (rate for rate in by_rate if len(by_rate[rate]) == most),
+            key=lambda rate: mean(_values(by_rate[rate], "validation_loss")),
+        )
         rows.append(_row(by_rate[rate], rate, _edge(rate, rates)))
     return rows
 
@@ -39,8 +42,8 @@ def best_first(results: Results) -> list[SummaryRow]:
     return sorted(results.summary, key=key)
 
 
-def _loss(runs: Iterable[RunResult]) -> float:
-    return mean(run.validation_loss for run in runs if run.validation_loss is not None)
+def _values(runs: Iterable[RunResult], field: str) -> list[float]:
+    return [value for run in runs if (value := getattr(run, field)) is not None]
 
 
 def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] | None:
@@ -50,8 +53,7 @@ def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] |
 
 
 def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highest"] | None) -> SummaryRow:
-    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
-    accuracies = [run.accuracy for run in runs if run.accuracy is not None]
+    speeds, accuracies = _values(runs, "tokens_per_second"), _values(runs, "accuracy")
     return SummaryRow(
         entry=runs[0].entry,
         variant=runs[0].variant,
@@ -60,7 +62,7 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         seeds=len(runs),
         **{cost: getattr(runs[0], cost) for cost in COSTS},
         tokens_per_second=median(speeds) if speeds else None,
-        validation_loss=statistic([run.validation_loss for run in runs if run.validation_loss is not None]),
+        validation_loss=statistic(_values(runs, "validation_loss")),
         accuracy=statistic(accuracies) if accuracies else None,
         accuracy_by={name: _by_key([run.accuracy_by.get(name, {}) for run in runs]) for name in runs[0].accuracy_by},
         validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 from .chart import quantity
 from .differences import leaves
 from .pages import table
-from .results import EntryResult, Results, RunResult, Statistic, SummaryRow
+from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, where
 from .summary import best_first
 
 
@@ -16,10 +16,9 @@ def notes(results: Results) -> Iterator[str]:
     """What a reader must know beside the figures: rates at the edge of the grid, and runs that failed."""
     for row in results.summary:
         if row.at_edge is not None:
-            where = "".join(f" where {path} is {value}" for path, value in row.variant.items())
             yield (
-                f"{row.entry}{where}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} that was "
-                f"tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
+                f"{row.entry}{where(row.variant)}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} "
+                f"that was tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
             )
     for run in results.runs:
         if run.status == "failed":
