@@ -28,7 +28,7 @@ SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DecayCase(KernelCase):
-    """One call of a kernel of the decay family (ops/decay.py has its notation)."""
+    """One call of a kernel of the decay family (ops/decay/api.py has its notation)."""
 
     strength: float = 1.0
     """How much the log-decays vary."""
@@ -136,7 +136,7 @@ class DecayCase(KernelCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DeltaCase(DecayCase):
-    """One call of a kernel of the delta family (ops/delta.py has its notation); keys have norm 1."""
+    """One call of a kernel of the delta family (ops/delta/api.py has its notation); keys have norm 1."""
 
     rate: float = 1.0
     """The largest beta; the smallest is 0."""
@@ -208,7 +208,7 @@ def _row(x: Tensor, state: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SoftmaxCase(KernelCase):
-    """One call of a kernel of the softmax family (ops/softmax.py has its notation)."""
+    """One call of a kernel of the softmax family (ops/softmax/api.py has its notation)."""
 
     n_kv_heads: int = 1
     window: int | None = None

@@ -1,6 +1,6 @@
 """The decay family's chunkwise op, with its own backward.
 
-Per chunk of m tokens with entry state S and exit state S' (notation of decay.py; i, j count from 0 inside the chunk):
+Per chunk of m tokens with entry state S and exit state S' (notation of api.py; i, j count from 0 inside the chunk):
 
     p_i = exp(a_0 + .. + a_i)    s_j = exp(a_{j+1} + .. + a_{m-1})    g = p_{m-1}
     D_ij = exp(a_{j+1} + .. + a_i), i >= j

@@ -1,4 +1,4 @@
-"""The decay family through flash-linear-attention's Triton kernels (notation of decay.py).
+"""The decay family through flash-linear-attention's Triton kernels (notation of api.py).
 
     log_decay     fla's function
     None          chunk_simple_gla, without gates

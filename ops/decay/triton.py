@@ -1,9 +1,9 @@
 """The decay family's chunkwise op and its decode step in Triton.
 
-    S_t = exp(a_t) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t        (notation of decay.py)
+    S_t = exp(a_t) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t        (notation of api.py)
 
 for decays that all key dimensions share: log_decay None, [H] or [B T H] (the step takes [B T H K] too). Tokens are cut
-into chunks of C. Three bodies compute everything (decay_triton_kernels.py):
+into chunks of C. Three bodies compute everything (triton_kernels.py):
 
     state_scan   walks the chunks with one tile of the state in registers, and stores what enters each chunk
                  backwards, with (q, do) for (k, v), the gradient of what leaves it
@@ -16,8 +16,8 @@ into chunks of C. Three bodies compute everything (decay_triton_kernels.py):
 
 That a state between chunks and a band inside them is enough is Eq. 7 of the RetNet paper (arXiv 2307.08621) and its
 derivative; a band for all four products is what lets dq, dk and dv be one launch, which reads the chunk once. Decays a
-token and head, which the paper does not have, enter through the clocks of decay_triton_kernels.py, and the gradient of
-a log-decay is that of decay_chunkwise.py.
+token and head, which the paper does not have, enter through the clocks of triton_kernels.py, and the gradient of
+a log-decay is that of chunkwise.py.
 
 Accumulators, decays, and the states that walk are float32. What is stored between the bodies has the inputs' dtype,
 since it is an operand of a matrix product next; in float16 a state beyond 65,504 overflows there. Products of float32

@@ -2,8 +2,8 @@
 """The Triton bodies of the decay family: jitted code alone, and the only file here that imports triton.
 
 Notation of api.py, and of its chunkwise op: a chunk has m <= C tokens, i and j count them from 0, S is the state that
-enters it and dS' the gradient of the state that leaves it. triton.py has the recurrence, the map of the bodies,
-and the configurations that they run in.
+enters it and dS' the gradient of the state that leaves it. triton.py has the recurrence and the map of the
+bodies, triton_launch.py the configurations that they run in.
 
 The clock of a token is the sum of the log2-decays from its chunk's beginning to the token itself, so what is left of
 token j at token i >= j is exp2(clock_i - clock_j). Such a difference is formed without loss:

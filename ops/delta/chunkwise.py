@@ -2,8 +2,8 @@
 
 What a token writes is the error of the prediction at its key, and the predictions inside a chunk depend on each other:
 a triangular system (the chunkwise form of arXiv 2406.06484, by WY representation and UT transform; with the decays of
-arXiv 2412.06464). Per chunk of m tokens with entry state S and exit state S' (notation of delta.py; p, s, g, D of the
-decays as in decay_chunkwise.py; b multiplies rows):
+arXiv 2412.06464). Per chunk of m tokens with entry state S and exit state S' (notation of api.py; p, s, g, D of the
+decays as in decay/chunkwise.py; b multiplies rows):
 
     A = scale (q k^T) * D        L = (k k^T) * D, below the diagonal
     E = v - L U - (k * p) S      U = b E, so  U = T b (v - (k * p) S)  with  T = (1 + b L)^-1

@@ -1,4 +1,4 @@
-"""Softmax attention through torch's FlexAttention (notation of softmax.py).
+"""Softmax attention through torch's FlexAttention (notation of api.py).
 
     visible(n, m) = place(m) <= place(n)                    causal, a cache too
                     place(m) > place(n) - w                 under a window

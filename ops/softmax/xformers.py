@@ -1,4 +1,4 @@
-"""Softmax attention through xformers' memory-efficient attention (notation of softmax.py).
+"""Softmax attention through xformers' memory-efficient attention (notation of api.py).
 
     segment                        xformers' mask
     alone                          LowerTriangularMask
