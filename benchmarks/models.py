@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,24 +39,22 @@ class ModelImplementation(Implementation):
         self.benchmark, self.kind, self.size, self.compiled = benchmark, kind, size, compiled
         self.name = f"{kind.name}-compiled" if compiled else kind.name
         self.base = kind.name if compiled else None
-        self._peer: Peer | None = None
 
     def missing(self) -> str | None:
         return self.kind.missing(self.size, self.benchmark.settings.device)
 
-    @property
+    @cached_property
     def peer(self) -> Peer:
         """The model."""
-        if self._peer is None:
-            self._peer = self.kind(self.size, self.benchmark.settings.device, self.benchmark.dtype)
-            self.benchmark.prepare(self._peer, compiled=self.compiled)
-        return self._peer
+        peer = self.kind(self.size, self.benchmark.settings.device, self.benchmark.dtype)
+        self.benchmark.prepare(peer, compiled=self.compiled)
+        return peer
 
     def entry(self, length: int) -> Entry:
         return self.benchmark.entry(self, length)
 
     def release(self) -> None:
-        self._peer = None
+        self.__dict__.pop("peer", None)
         if self.benchmark.settings.device.type == "cuda":
             torch.cuda.empty_cache()
 

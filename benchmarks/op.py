@@ -84,10 +84,6 @@ class OpBenchmark(Benchmark):
     name = "op"
     title = "A map over a sequence, without weights"
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.shapes = Shapes.of(settings.model)
-
     def parts(self) -> dict[str, list[Implementation]]:
         return {
             "forward": self._implementations(backward=False),
@@ -95,7 +91,7 @@ class OpBenchmark(Benchmark):
         }
 
     def _implementations(self, *, backward: bool) -> list[Implementation]:
-        s, settings, device = self.shapes, self.settings, self.settings.device
+        s, settings, device = Shapes.of(self.settings.model), self.settings, self.settings.device
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
         widths = {"key_width": s.keys, "value_width": s.values}
@@ -127,7 +123,7 @@ class OpBenchmark(Benchmark):
         ]
 
     def notes(self) -> Iterable[str]:
-        s = self.shapes
+        s = Shapes.of(self.settings.model)
         yield (
             f"{self.settings.batch} sequence(s), {s.heads} heads, keys {s.keys} and values {s.values} wide, "
             f"chunks of {s.chunk} (torchscale's: {CHUNK})."

@@ -132,11 +132,7 @@ class Implementation(ABC):
 
     @abstractmethod
     def entry(self, length: int) -> Entry:
-        """Ready to run at a length.
-
-        Raises:
-            Skip: it cannot, for a reason.
-        """
+        """Ready to run at a length, or a Skip."""
 
     def release(self) -> None:  # noqa: B027 most hold nothing
         """Give its memory back."""
@@ -166,10 +162,7 @@ class Benchmark(ABC):
         return ()
 
 
-Progress = Callable[[str], Any]
-
-
-def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:  # noqa: ARG005
+def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None) -> Report:  # noqa: ARG005
     """Measure; `progress` is told what is being done.
 
     Raises:
@@ -217,11 +210,7 @@ def run(benchmark: Benchmark, progress: Progress = lambda text: None) -> Report:
 
 
 def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """Those that are asked for; all where none is.
-
-    Raises:
-        SeqmixError: one is asked for that is not there.
-    """
+    """Those that are asked for, all where none is; a SeqmixError where one is not there."""
     for name in only:
         if name not in names:
             raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
@@ -286,16 +275,11 @@ class _Rounds:
     what: str
     lengths: Sequence[int]
     forecast: Forecast
-    progress: Progress
-
-    @property
-    def settings(self) -> Settings:
-        """Of the benchmark."""
-        return self.benchmark.settings
+    progress: Callable[[str], Any]
 
     def measured(self, implementations: Sequence[Implementation], rates: dict[str, list[float]]) -> Iterator[Row]:
         """A row each; the seconds of the machine's two calls are added to `rates`."""
-        settings = self.settings
+        settings = self.benchmark.settings
         ready: dict[tuple[str, int], _Ready] = {}
         skipped: dict[tuple[str, int], str] = {}
         places = [(implementation, length) for length in self.lengths for implementation in implementations]
@@ -346,7 +330,7 @@ class _Rounds:
 
     def _reference(self, place: tuple[str, int], ready: Iterable[tuple[str, int]]) -> tuple[str, int]:
         """What a ratio is to: the first implementation, or the same one at the first length where all take turns."""
-        here = 0 if self.settings.interleave_lengths else 1
+        here = 0 if self.benchmark.settings.interleave_lengths else 1
         return next(other for other in ready if other[here] == place[here])
 
     def _tell(self, text: str, length: int | None = None) -> None:
@@ -365,7 +349,7 @@ class _Rounds:
                 self._warm(implementation, probe)
             self._tell(f"{implementation.name} (warming up)", length)
             entry, peak = self._warm(implementation, length)
-            products = recorded(entry.record) if entry.record is not None and self.settings.shares else None
+            products = recorded(entry.record) if entry.record is not None and self.benchmark.settings.shares else None
             return _Ready(entry, peak, None if products is None else in_pieces(products))
         except torch.OutOfMemoryError:
             implementation.release()
@@ -379,7 +363,7 @@ class _Rounds:
 
     def _warm(self, implementation: Implementation, length: int) -> tuple[Entry, int | None]:
         """Make an entry, run it to be warm, and once more to see its memory and remember its time."""
-        device, rows = self.settings.device, self.benchmark.rows(length)
+        device, rows = self.benchmark.settings.device, self.benchmark.rows(length)
         self.forecast.require(implementation.base or implementation.name, length, rows)
         entry = implementation.entry(length)
         entry.call.prepare()

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data import Source
 from ..training.config import RunConfig, TrainingConfig
-from ..training.events import Compiled, Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
+from ..training.events import Compiled, Evaluated, Noted, Started, Stepped, StoppedEarly
 from ..training.interrupt import StopRequest
 from ..training.run import train
 from .console import terminal
@@ -61,8 +61,6 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                             f"step {done}: stopped, for no evaluation has been better than that of step "
                             f"{event.best_step}: {event.best_loss:.4f} nats/token"
                         )
-                    case Saved():
-                        pass
     finally:
         shown.stop()
     quoted = shlex.quote(str(run))

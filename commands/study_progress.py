@@ -64,14 +64,16 @@ class StudyProgress(Observer):
             refresh_per_second=4,
         )
         self.whole = self.bar.add_task("", total=1.0, value="")
-        self.status = console.status("timing")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop_bar()
-        self.status.stop()
+        for task in self.tasks.values():
+            self.bar.remove_task(task)
+        self._move_whole()
+        if self.bar.live.is_started:
+            self.bar.stop()
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
         """Draw a bar over all runs."""
@@ -115,17 +117,8 @@ class StudyProgress(Observer):
         super().ended(run, problem)
 
     def timing(self, what: str) -> None:
-        """Say what is timed in place of the bars."""
-        self._stop_bar()
-        self.status.start()
-        self.status.update(f"timing {what}")
-
-    def _stop_bar(self) -> None:
-        for task in self.tasks.values():
-            self.bar.remove_task(task)
-        self.tasks = {}
-        if self.bar.live.is_started:
-            self.bar.stop()
+        """Say what is timed, beside the bar over all runs."""
+        self.bar.update(self.whole, value=f"timing {what}")
 
     def _move_whole(self) -> None:
         self.bar.update(self.whole, completed=self.forecast.share, description=self._count(), value=self._left())

@@ -5,20 +5,9 @@ from .gpt import GptEager, GptSdpa
 from .llama import Llama, LlamaStatic
 from .ours import ByHand, Seqmix
 from .peer import Peer, Size
-from .torchscale import TorchscaleChunkwise, TorchscaleParallel, TorchscaleRecurrent
+from .torchscale import TORCHSCALE
 
-PEERS: tuple[type[Peer], ...] = (
-    Seqmix,
-    ByHand,
-    TorchscaleParallel,
-    TorchscaleChunkwise,
-    TorchscaleRecurrent,
-    Llama,
-    LlamaStatic,
-    GptSdpa,
-    GptEager,
-    Fla,
-)
+PEERS: tuple[type[Peer], ...] = (Seqmix, ByHand, *TORCHSCALE, Llama, LlamaStatic, GptSdpa, GptEager, Fla)
 """All of them; ratios are to the first that takes part."""
 
 __all__ = ["PEERS", "Peer", "Seqmix", "Size"]

@@ -88,6 +88,9 @@ class TorchscaleRecurrent(TorchscaleParallel):
     roles = frozenset({"decode"})
 
 
+TORCHSCALE = (TorchscaleParallel, TorchscaleChunkwise, TorchscaleRecurrent)
+
+
 @contextmanager
 def torchscale() -> Iterator[SimpleNamespace]:
     """Its classes. It imports fairscale and timm, of which nothing is used here: where they lack, stubs stand in."""
