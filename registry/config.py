@@ -45,23 +45,20 @@ class Config(BaseModel):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
         entries: dict[str, Any] = {}
-        refused: dict[str, str] = {}
+        refused: list[InitErrorDetails] = []
         for key, entry in value.items():
             name = cls.deprecated_names.get(key, key)
             if name not in allowed:
-                hint = nearest(str(key), allowed)
-                refused[str(key)] = f"unknown key {key!r}; allowed: {', '.join(allowed)}{hint}"
+                sentence = f"unknown key {key!r}; allowed: {', '.join(allowed)}{nearest(str(key), allowed)}"
+                refused.append(InitErrorDetails(type=refusal(sentence), loc=(str(key),), input=value))
             elif name != key and name in value:
-                refused[key] = f"{key!r} is the deprecated name of {name!r}, and both are given: remove it"
+                sentence = f"{key!r} is the deprecated name of {name!r}, and both are given: remove it"
+                refused.append(InitErrorDetails(type=refusal(sentence), loc=(key,), input=value))
             elif name != key:
                 warnings.warn(deprecation(key, name), FutureWarning, stacklevel=3)
             entries[name] = _without_lists(entry)
         if refused:
-            errors = [
-                InitErrorDetails(type=sentence_error("refused_key", sentence), loc=(key,), input=value)
-                for key, sentence in refused.items()
-            ]
-            raise ValidationError.from_exception_data(cls.__name__, errors)
+            raise ValidationError.from_exception_data(cls.__name__, refused)
         return entries
 
 
@@ -70,9 +67,9 @@ def deprecation(old: str, new: str) -> str:
     return f"{old} is deprecated: it is {new} now, and the next minor version takes that name only"
 
 
-def sentence_error(kind: str, sentence: str) -> PydanticCustomError:
+def refusal(sentence: str) -> PydanticCustomError:
     """An error of pydantic's that says a sentence, in which braces are only braces."""
-    return PydanticCustomError(kind, "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
+    return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
 
 
 def _without_lists(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializerFunct
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from .config import Config, sentence_error
+from .config import Config, refusal
 from .errors import ConfigError, nearest
 from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_kind
 
@@ -169,7 +169,7 @@ class Registry(Generic[C]):
             raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
         kind = value.get("kind", self.default_kind)
         if kind is None and "kind" not in value:
-            raise sentence_error("missing_kind", f"missing key 'kind'; allowed: {', '.join(self.kinds())}")
+            raise refusal(f"missing key 'kind'; allowed: {', '.join(self.kinds())}")
         if not isinstance(kind, str):
             raise _error_at_kind(kind, "string_type")
         try:
