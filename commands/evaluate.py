@@ -10,17 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..mixers import Paradigm
-from ..registry import SeqmixError
+from ..registry import SeqmixError, nearest
 from ..training import load_run, read_config
-from ..training.length_eval import (
-    TIMES,
-    Evaluation,
-    by_context,
-    by_length,
-    common_paradigms,
-    open_text,
-    require_paradigm_name,
-)
+from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
 from .console import note, plain_table, terminal
 from .options import Checkpoint, Device, JsonFile, Run, checkpoint_choice, require_device, require_writable
 
@@ -87,7 +79,11 @@ def evaluate(
         lengths = [each for each in lengths if each < available]
     model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
     declared = common_paradigms(model)
-    chosen = [require_paradigm_name(name, declared) for name in paradigm or []] or list(declared)
+    for name in paradigm or []:
+        if name not in declared:
+            names = f"{', '.join(declared) or 'none'}{nearest(name, declared)}"
+            raise SeqmixError(f"no paradigm {name!r} is declared by all layers; by all: {names}")
+    chosen = list(map(Paradigm, paradigm or declared))
     if lengths and not chosen:
         raise SeqmixError("the layers of this model declare no paradigm in common, so none can be measured by length")
     evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
@@ -121,9 +117,8 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         console.print("The same by position in the sequence:")
         console.print(_positions(evaluation))
     if evaluation.contexts:
-        console.print(
-            f"Nats a token of the last {evaluation.scored:,} tokens of a sequence, after more and less of it:"
-        )
+        scored = f"the last {evaluation.scored:,} tokens of a sequence"
+        console.print(f"Nats a token of {scored}, after more and less of it:")
         rows = [(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}") for found in evaluation.contexts]
         console.print(plain_table("context", "loss", "tokens scored", rows=rows, justify="right"))
 

@@ -16,7 +16,7 @@ from ..data import Batch
 from ..data.kinds.text import Text
 from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError
 from .config import RunConfig
 
 TIMES = (1, 2, 4, 8, 16)
@@ -172,18 +172,6 @@ def by_context(
             total += _losses(model, source, Batch(inputs, targets), None)[:, -scored:].double().sum().item()
             counted += int((targets[:, -scored:] != IGNORED).sum())
         yield ContextLoss(context, counted, total / max(counted, 1))
-
-
-def require_paradigm_name(name: str, allowed: Sequence[Paradigm]) -> Paradigm:
-    """The paradigm of a name.
-
-    Raises:
-        SeqmixError: not all layers declare it.
-    """
-    if name not in allowed:
-        names = ", ".join(allowed) or "none"
-        raise SeqmixError(f"no paradigm {name!r} is declared by all layers; by all: {names}{nearest(name, allowed)}")
-    return Paradigm(name)
 
 
 @torch.no_grad()
