@@ -1,7 +1,5 @@
 """`seqmix bench`: what is to be measured, progress while it is, and where the figures go."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -132,8 +130,14 @@ def bench(
             cpu_time=cpu_time,
         )
         measure = partial(run, BENCHMARKS[what](settings))
-    with _progress() as told:
-        report = measure(told)
+    console = Console(stderr=True, markup=False)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    # seldom drawn anew: it runs beside what is measured
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", visible=False)
+        report = measure(lambda text: bar.update(task, description=text, visible=True))
     # files first: a terminal that has gone away loses nothing
     if json_file is not None:
         json_file.write_text(to_json(report), encoding="utf-8")
@@ -168,23 +172,3 @@ def _require_range(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
         raise SeqmixError(f"{option} is {value:,}; allowed: {limits}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What is being done, on the terminal, from the first word on: bad input shows nothing but its error."""
-    # seldom drawn anew: it runs beside what is measured
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    bar = Progress(*columns, console=Console(stderr=True, markup=False), transient=True, refresh_per_second=2)
-    task = bar.add_task("")
-
-    def told(text: str) -> None:
-        bar.update(task, description=text)
-        if not bar.live.is_started and bar.console.is_terminal:
-            bar.start()
-
-    try:
-        yield told
-    finally:
-        if bar.live.is_started:
-            bar.stop()

@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from .options import require_name
 
 if TYPE_CHECKING:
     from ..testing import Check, Outcome, Report
+    from ..testing.outcome import Outcomes
 
 
 def check(
@@ -67,7 +68,7 @@ def check(
     [bold]seqmix check decay/chunkwise/triton --device cuda[/bold]
     """
     try:
-        from ..testing import CHECKS, check_mixer
+        from ..testing import CHECKS, check_kernel, check_mixer
         from ..testing.source import source as source_of
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
@@ -78,7 +79,9 @@ def check(
         mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model}
         if given := [name for name, value in mixers_alone.items() if value]:
             raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
-        _check_kernel(kernel, console, only=only, device=device, examples=examples, seed=seed, shrink=shrink)
+        told = partial(_line, console, headings=[])
+        asked = {"checks": only or None, "device": device, "examples": examples, "seed": seed, "shrink": shrink}
+        _conclude(console, [(kernel.key, check_kernel(kernel, **asked, on_outcome=told))])
         return
     if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
         raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
@@ -107,8 +110,7 @@ def check(
             )
         reports.append(report)
     _summary(console, reports)
-    if not all(report.passed for report in reports):
-        raise typer.Exit(1)
+    _conclude(console, [(report.config.kind, report) for report in reports])
 
 
 def kernel_of(source: str) -> Kernel | None:
@@ -119,20 +121,6 @@ def kernel_of(source: str) -> Kernel | None:
     if source.partition("/")[0] in {kernel.op for kernel in kernels.values()}:
         require_name("kernel", source, kernels)
     return kernels.get(source)
-
-
-def _check_kernel(kernel: Kernel, console: Console, *, only: list[str] | None, **options: Any) -> None:
-    """Run a kernel's checks one by one, each told as it ends."""
-    from ..testing import KERNEL_CHECKS, check_kernel
-    from ..testing.outcome import chosen_names
-
-    outcomes = []
-    for name in chosen_names(only or None, KERNEL_CHECKS):
-        outcomes += check_kernel(kernel, checks=[name], **options).outcomes
-        _line(console, outcomes[-1], headings=[])
-    if failed := [outcome.check.name for outcome in outcomes if outcome.status == "failed"]:
-        console.print(f"{kernel.key} fails {', '.join(failed)}", style="red", soft_wrap=True)
-        raise typer.Exit(1)
 
 
 def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfig], bool]:
@@ -223,7 +211,13 @@ def _summary(console: Console, reports: Sequence["Report"]) -> None:
         seconds = f"{sum(outcome.seconds for outcome in report.outcomes):.1f}"
         rows.append((report.config.kind, *map(str, numbers), cases, seconds))
     console.print(plain_table("mixer", "d_model", "passed", "failed", "skipped", "cases", "seconds", rows=rows))
-    for report in reports:
-        if report.failures:
-            names = ", ".join(outcome.check.name for outcome in report.failures)
-            console.print(f"{report.config.kind} fails {names}", style="red", soft_wrap=True)
+
+
+def _conclude(console: Console, reports: Iterable[tuple[str, "Outcomes"]]) -> None:
+    """Say what fails of what, and exit with 1 if anything does."""
+    failing = [(name, report.failures) for name, report in reports if report.failures]
+    for name, failures in failing:
+        names = ", ".join(outcome.check.name for outcome in failures)
+        console.print(f"{name} fails {names}", style="red", soft_wrap=True)
+    if failing:
+        raise typer.Exit(1)

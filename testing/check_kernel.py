@@ -9,7 +9,7 @@
 Uninitialised memory is NaN while a check runs, so what a kernel leaves unwritten shows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,7 +24,7 @@ from .engine import EXAMPLES, Tested, run_checks, strict_numerics
 from .kernel_case import KernelCase
 from .kernel_families import FAMILIES
 from .kernel_trial import KernelTrial
-from .outcome import Outcomes, chosen_names
+from .outcome import Outcome, Outcomes, chosen_names
 from .parametrize import parametrized
 from .source import call_source, imports
 
@@ -47,6 +47,7 @@ def check_kernel(
     seed: int | None = 0,
     shrink: bool = True,
     expected_failures: Mapping[str, str] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> KernelReport:
     """Test what a kernel declares.
 
@@ -58,12 +59,13 @@ def check_kernel(
         seed: of the cases drawn; None leaves it to hypothesis.
         shrink: whether the smallest counterexample is searched for.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
+        on_outcome: called with each check's outcome as it is known.
 
     Raises:
         SeqmixError: a check that does not exist, or an op that has no definition here.
     """
     asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
-    asked |= {"expected_failures": expected_failures}
+    asked |= {"expected_failures": expected_failures, "on_outcome": on_outcome}
     return KernelReport(kernel, outcomes=run_checks(TestedKernel(kernel, torch.device(device)), KERNEL_CHECKS, **asked))
 
 

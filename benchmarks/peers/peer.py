@@ -5,8 +5,7 @@ their feed-forward networks makes up for what their mixers have less.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -88,9 +87,13 @@ class Peer(ABC):
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
         self.size, self.device, self.dtype = size, device, dtype
-        # made where it is needed: the largest do not fit twice
-        with device, _default_dtype(dtype):
-            self.module: Any = self.build().to(device=device, dtype=dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # made as it is needed: the largest do not fit twice
+        try:
+            with device:
+                self.module: Any = self.build().to(device=device, dtype=dtype)
+        finally:
+            torch.set_default_dtype(before)
 
     @classmethod
     def missing(cls, size: Size, device: torch.device) -> str | None:
@@ -160,16 +163,6 @@ class Peer(ABC):
     def random(self, *shape: int) -> Tensor:
         """Normal numbers."""
         return torch.randn(shape, device=self.device).to(self.dtype)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def not_installed(module: str, package: str) -> str | None:
