@@ -99,7 +99,7 @@ class Plots:
         y = MEASURED[measure]
         band = ": mean of the seeds, in a band from the lowest to the highest of them." if many else "."
         caption = f"{y.label.partition(' (')[0].capitalize()} as training went on{band}"
-        return self._chart(title if variant is None else f"{title}: {said(variant)}", caption, x, y, points)
+        return Chart(title if variant is None else f"{title}: {said(variant)}", caption, x, y, self._lines(points))
 
     def _difficulty(self, name: str) -> Chart:
         rows = self._of_best_variant(row for row in self.results.summary if name in row.accuracy_by)
@@ -112,7 +112,7 @@ class Plots:
         }
         caption = "The share of asked tokens that are right, "
         caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
-        return self._chart(f"Accuracy by {said_name}", caption, axis, ACCURACY, points)
+        return Chart(f"Accuracy by {said_name}", caption, axis, ACCURACY, self._lines(points))
 
     def _lengths(self) -> Chart:
         points = {
@@ -124,7 +124,7 @@ class Plots:
             "trained on."
         )
         axis = Axis("tokens of a sequence", ticks=sorted({point.x for found in points.values() for point in found}))
-        return self._chart("Loss over length", caption, axis, VALIDATION, points)
+        return Chart("Loss over length", caption, axis, VALIDATION, self._lines(points))
 
     def _variants(self) -> Iterator[Chart]:
         """The score over what was varied, if that is one field."""
@@ -139,7 +139,7 @@ class Plots:
             scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
         points = {entry: _course(found, self.axis) for entry, found in scores.items()}
         caption = f"Each entry at each value of {label}."
-        yield self._chart(f"{self.measured} over {label}", caption, axis, self.axis, points)
+        yield Chart(f"{self.measured} over {label}", caption, axis, self.axis, self._lines(points))
 
     def _states(self) -> Iterator[Chart]:
         rows = self._of_best_variant(self.results.summary)
@@ -152,7 +152,7 @@ class Plots:
             caption += f" The state of {growing} grows with the text: its size is that at the trained length."
         points = {row.entry: _course({entries[row.entry].state_bytes: self.score(row)}, self.axis) for row in rows}
         axis = Axis("state of one sequence", unit="bytes", log=True)
-        yield self._chart(f"{self.measured} and state", caption, axis, self.axis, points, joined=False)
+        yield Chart(f"{self.measured} and state", caption, axis, self.axis, self._lines(points), joined=False)
 
     def _learning_rates(self) -> Iterator[Chart]:
         rates = sorted({run.learning_rate for run in self.results.runs})
@@ -168,29 +168,19 @@ class Plots:
             points[row.entry] = _course({rate: statistic(found) for rate, found in ends.items() if found}, self.axis)
         caption = "The end of every run. An entry whose best is at the edge may be better beyond it."
         axis = Axis("learning rate", log=True, ticks=rates)
-        yield self._chart(f"{self.measured} over learning rate", caption, axis, self.axis, points)
+        yield Chart(f"{self.measured} over learning rate", caption, axis, self.axis, self._lines(points))
 
     def _cost(self, rows: Sequence[Any], over: str, x: Axis, title: str, measure: str, y: Axis, caption: str) -> Chart:
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
         for row in sorted(rows, key=attrgetter(over)):
             if (value := getattr(row, measure)) is not None:
                 points[row.entry].append(Point(getattr(row, over), value))
-        return self._chart(title, caption, x, y, points)
+        return Chart(title, caption, x, y, self._lines(points))
 
     # ---- what they share
 
-    def _chart(
-        self,
-        title: str,
-        caption: str,
-        x: Axis,
-        y: Axis,
-        points: Mapping[str, Sequence[Point]],
-        *,
-        joined: bool = True,
-    ) -> Chart:
-        lines = [Line(entry, found, style=self.styles[entry]) for entry, found in points.items()]
-        return Chart(title, caption, x, y, lines, joined)
+    def _lines(self, points: Mapping[str, Sequence[Point]]) -> list[Line]:
+        return [Line(entry, found, self.styles[entry]) for entry, found in points.items()]
 
     def _runs(self, row: SummaryRow) -> list[RunResult]:
         """The finished runs that a line of the summary sums up."""
