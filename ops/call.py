@@ -38,7 +38,17 @@ class Call(NamedTuple):
         chunk_size: int = 128,
         backend: str = "reference",
     ) -> "Call":
-        """The call of an op on `length` tokens, in the words of fla and flash-attn.
+        """The call of an op by itself on `length` tokens, in the words of fla and flash-attn.
+
+        Args:
+            paradigm: how it is computed.
+            length: T.
+            initial_state: what came before the first token; None means nothing.
+            output_final_state: whether the state after the last token is wanted.
+            cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows. Empty ones are
+                legal.
+            chunk_size: tokens per chunk of the chunkwise paradigm; changes the cost, never the result.
+            backend: the kernel backend; changes the cost, never the result.
 
         Raises:
             SeqmixError: there is no such paradigm; the boundaries do not rise from 0 to `length`.

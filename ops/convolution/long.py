@@ -42,8 +42,7 @@ def long_convolution(
             counts as nothing.
         initial_state: the inputs before the first token, oldest first, and zeros before those; None means none.
         output_final_state: whether the inputs read are wanted, in the dtype of the initial state, or of x without one.
-        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows. Empty ones are
-            legal.
+        cu_seqlens: as in `Call.of`.
         paradigm: parallel or recurrent.
         grows: whether the final state has P + T inputs of each row, packed documents too; otherwise the last P.
 

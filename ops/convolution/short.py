@@ -47,8 +47,7 @@ def short_convolution(
         initial_state: the last W-1 inputs before the first token, oldest first; None means zeros.
         output_final_state: whether the last W-1 inputs are wanted, in the dtype of x. Of fewer tokens than that, what
             the initial state still has of them stays.
-        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows. Empty ones are
-            legal.
+        cu_seqlens: as in `Call.of`.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, in one sentence.

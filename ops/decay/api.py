@@ -60,7 +60,7 @@ def decay_recurrence(
     chunk_size: int = 128,
     backend: str = "reference",
 ) -> RecurrenceOutput:
-    """The same for those who call an op by itself, in the words of fla and flash-attn.
+    """The same for those who call an op by itself; its further options are those of `Call.of`.
 
     Chunkwise it is linear in T, in time and memory, forward and backward; parallel it is quadratic; recurrent, one
     token costs the same at every position.
@@ -71,12 +71,7 @@ def decay_recurrence(
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         scale: factor of the output, 1/sqrt(K) by default.
-        initial_state: state before the first token; it decays before the first token is added. None means zero.
-        output_final_state: whether the state after the last token is wanted.
-        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows.
-        paradigm: how it is computed.
-        chunk_size: tokens per chunk; changes the cost, never the result.
-        backend: the kernel backend.
+        initial_state: it decays before the first token is added.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.

@@ -66,7 +66,7 @@ def delta_rule(
     chunk_size: int = 64,
     backend: str = "reference",
 ) -> RecurrenceOutput:
-    """The same for those who call an op by itself, in the words of fla and flash-attn.
+    """The same for those who call an op by itself; its further options are those of `Call.of`.
 
     Chunkwise it is linear in T, in time and memory, forward and backward; recurrent, one token costs the same at every
     position.
@@ -78,12 +78,8 @@ def delta_rule(
         beta: how much of the prediction's error is written, from 0 to 2 for keys of norm 1.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         scale: factor of the output, 1/sqrt(K) by default.
-        initial_state: state before the first token; it decays before the first token is predicted. None means zero.
-        output_final_state: whether the state after the last token is wanted.
-        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows.
-        paradigm: how it is computed, chunkwise or recurrent.
-        chunk_size: tokens per chunk; changes the cost, never the result.
-        backend: the kernel backend.
+        initial_state: it decays before the first token is predicted.
+        paradigm: chunkwise or recurrent.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.

@@ -75,7 +75,7 @@ def softmax_attention(
     chunk_size: int = 512,
     backend: str = "sdpa",
 ) -> AttentionOutput:
-    """The same for those who call an op by itself, in the words of fla and flash-attn.
+    """The same for those who call an op by itself; its further options are those of `Call.of`.
 
     Args:
         q: queries.
@@ -88,14 +88,7 @@ def softmax_attention(
             wanted and grad mode is off, except with packed documents; a state is never written in grad mode.
         output_final_state: whether the cache after the last token is wanted. It is of the kind of the initial state;
             without one, a ring of `window` slots under a window, else a growing cache.
-        cu_seqlens: boundaries of N documents packed into one row (B = 1); states then have N rows. Empty ones are
-            legal.
-        paradigm: how it is computed.
         chunk_size: queries per block of the chunkwise paradigm; changes the cost, never the result.
-        backend: the kernel backend.
-
-    Returns:
-        The output in the dtype of q, and the final state or None.
 
     Raises:
         SeqmixError: shapes, dtypes or the documents' boundaries do not fit, in one sentence.
