@@ -6,7 +6,8 @@ prints a table for any checkout of this repository, the present one by default. 
 
 What is counted:
 
-- **lines**: all lines of all Python files outside `tests/`; a room is a folder of the root, or the root's own files.
+- **lines**: all lines of all Python files of the library: those outside `tests/`, `docs/` (scripts that write pages) and
+  `examples/`; a room is a folder of the root, or the root's own files. The code before the second edition has 30,727.
 - **circles**: sets of modules of which each imports the others, directly or by way of others. Relative names are
   resolved, and an import inside a function or under `TYPE_CHECKING` counts as any other. That a module's package is
   imported before it does not count.
@@ -206,8 +207,8 @@ class House:
 
     @cached_property
     def outside(self) -> list[File]:
-        """The files outside tests."""
-        return [file for file in self.files if file.room != "tests"]
+        """The library's files: those outside tests, docs and examples."""
+        return [file for file in self.files if file.room not in NOT_LIBRARY]
 
     @property
     def length(self) -> int:
@@ -236,9 +237,8 @@ class House:
 
     @cached_property
     def circles(self) -> list[list[str]]:
-        library = [file for file in self.outside if file.room not in NOT_LIBRARY]
-        modules = {file.module for file in library}
-        return circles({file.module: imports(file, modules) for file in library})
+        modules = {file.module for file in self.outside}
+        return circles({file.module: imports(file, modules) for file in self.outside})
 
     @cached_property
     def ops(self) -> list[File]:
