@@ -19,15 +19,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
+import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from ..registry import Config, SeqmixError
+from .provenance import seqmix_version
 from .sharding import whole
 
 MANIFEST_FILE = "manifest.json"
@@ -72,11 +73,11 @@ class Manifest(Config):
 
     step: int
     """Steps made."""
-    seqmix: str
+    seqmix: str = Field(default_factory=seqmix_version)
     """Version that wrote it."""
-    torch: str
+    torch: str = str(torch.__version__)
     """Version that computed it."""
-    threads: int
+    threads: int = Field(default_factory=get_num_threads)
     """Threads that computed it: sums of floating-point numbers depend on their number."""
     processes: int = 1
     """Processes that computed it, likewise."""
@@ -130,26 +131,19 @@ class Writer:
         self._pending: tuple[Path, Future[None]] | None = None
 
     def write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
-        """Begin to write a checkpoint, when the one before is done.
-
-        Returns:
-            The folder, which appears when it is complete.
-
-        Raises:
-            CheckpointError: the one before could not be written.
-        """
+        """Begin to write a checkpoint, when the one before is done, to a folder that appears when it is complete."""
         self.wait()
-        copies = {part: {name: _copy(x) for name, x in tensors.items()} for part, tensors in parts.items()}
+        # copies in main memory, which no later step changes, of all pieces
+        copies = {
+            part: {name: whole(x.detach()).to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+            for part, tensors in parts.items()
+        }
         folder = folder_of(self.run, manifest.step)
         self._pending = folder, self._thread.submit(self._write, manifest, copies, metadata)
         return folder
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if one is.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Wait for the checkpoint that is being written, if one is; CheckpointError if it could not be."""
         if self._pending is None:
             return
         (folder, done), self._pending = self._pending, None
@@ -167,9 +161,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             self.wait()
         except CheckpointError:
@@ -247,9 +239,10 @@ def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None =
     there = checkpoints(run)
     if not there:
         raise CheckpointError(f"{run} holds no checkpoint")
-    candidates = there[::-1] if which == "newest" else _by_loss(run) if which == "best" else []
     if isinstance(which, int):
         candidates = [folder for folder in there if step_of(folder) == which]
+    else:
+        candidates = there[::-1] if which == "newest" else _by_loss(run)
     if not candidates:
         what = "was evaluated" if which == "best" else f"is of step {which}"
         raise CheckpointError(
@@ -265,15 +258,7 @@ def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None =
 
 
 def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
-    """The manifest of a checkpoint whose files are as it says: there, of that size and that checksum.
-
-    Args:
-        folder: the checkpoint.
-        parts: what is verified; everything when None.
-
-    Raises:
-        CheckpointError: what is damaged.
-    """
+    """The manifest of a checkpoint whose files (or those of `parts`) are as it says; CheckpointError: what is not."""
     manifest = read_manifest(folder)
     wanted = manifest.files if parts is None else [file_of(part) for part in parts]
     for name in wanted:
@@ -290,11 +275,7 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint says of itself.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another step.
-    """
+    """What a checkpoint says of itself; CheckpointError: that is missing, damaged, or of another step."""
     file = folder / MANIFEST_FILE
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
@@ -312,11 +293,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or something else.
-    """
+    """The tensors and the metadata of a safetensors file; CheckpointError: it is missing, damaged, or no such file."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is no file")
     try:
@@ -328,11 +305,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which appears when it is complete and on the disk, in place of an older one.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Write a safetensors file, which appears when it is complete and on the disk, in place of an older one."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
@@ -362,12 +335,8 @@ def _by_loss(run: Path) -> list[Path]:
     """The checkpoints that were evaluated, the best first; of equal ones, the oldest."""
     losses: dict[Path, float] = {}
     for folder in checkpoints(run):
-        try:
-            loss = read_manifest(folder).metrics.get("validation_loss")
-        except CheckpointError:
-            continue
-        if loss is not None:
-            losses[folder] = loss
+        with suppress(CheckpointError, KeyError):
+            losses[folder] = read_manifest(folder).metrics["validation_loss"]
     return sorted(losses, key=lambda folder: losses[folder])
 
 
@@ -378,11 +347,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
         shutil.rmtree(hidden)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy in main memory that no later step changes, of all pieces."""
-    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _sha256(file: Path) -> str:

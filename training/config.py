@@ -145,31 +145,22 @@ class RunConfig(Config):
     """By which processes."""
 
     @model_validator(mode="after")
-    def _sequences_can_be_shared(self) -> Self:
-        length, processes = self.data.sequence_length, self.distributed.context_parallel
-        if self.training.carry_state and length % processes:
+    def _parts_fit(self) -> Self:
+        carried, data, processes = self.training.carry_state, self.data, self.distributed.context_parallel
+        packed = isinstance(data, TextConfig) and data.packing
+        if carried and data.sequence_length % processes:
             raise ValueError(
                 f"training.carry_state needs segments of one length, and distributed.context_parallel = {processes} "
-                f"does not divide data.sequence_length = {length}"
+                f"does not divide data.sequence_length = {data.sequence_length}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _data_fits(self) -> Self:
-        self.data.require_fit(self.model.vocab_size)
-        if not self.data.is_text:
-            if self.training.carry_state:
-                raise ValueError(f"training.carry_state goes on in a text, and data.kind is {self.data.kind}")
-            if self.training.evaluation_lengths:
-                raise ValueError(f"training.evaluation_lengths are those of a text, and data.kind is {self.data.kind}")
-        return self
-
-    @model_validator(mode="after")
-    def _mixers_fit_the_text(self) -> Self:
-        carried, packed = self.training.carry_state, isinstance(self.data, TextConfig) and self.data.packing
+        data.require_fit(self.model.vocab_size)
+        if carried and not data.is_text:
+            raise ValueError(f"training.carry_state goes on in a text, and data.kind is {data.kind}")
+        if self.training.evaluation_lengths and not data.is_text:
+            raise ValueError(f"training.evaluation_lengths are those of a text, and data.kind is {data.kind}")
         if carried and packed:
             raise ValueError("data.packing starts every document from nothing, and training.carry_state does not")
-        if carried and isinstance(self.data, TextConfig) and self.data.order == "epochs":
+        if carried and isinstance(data, TextConfig) and data.order == "epochs":
             raise ValueError("training.carry_state reads text in its own order, and data.order epochs is another")
         for name in dict.fromkeys(self.model.layers):
             mixer = self.model.blocks[name].mixer

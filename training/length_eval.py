@@ -6,6 +6,7 @@ where every sequence starts from nothing? By context: how much do the same token
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -72,22 +73,17 @@ class Evaluation:
 
 
 def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
-    """The text of a run, for sequences of these lengths.
-
-    Raises:
-        SeqmixError: the run is of something else, or what it holds out is too short.
-    """
+    """The text of a run, for sequences of these lengths; SeqmixError: it has none, or too little is held out."""
     if config.data.kind != "text":
         raise SeqmixError(f"evaluate takes a run on text to other lengths, and this one learned {config.data.kind}")
     source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
-    available = len(source.corpus.validation)
-    for length in lengths:
-        if length >= available:
-            raise SeqmixError(
-                f"a sequence of {length:,} tokens and its last target need {length + 1:,} tokens of validation text, "
-                f"and {source.name} has {available:,}"
-            )
+    available, longest = len(source.corpus.validation), max(lengths, default=0)
+    if longest >= available:
+        raise SeqmixError(
+            f"a sequence of {longest:,} tokens and its last target need {longest + 1:,} tokens of validation text, "
+            f"and {source.name} has {available:,}"
+        )
     return source
 
 
@@ -184,12 +180,8 @@ def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm
 
 def _bins(length: int, trained: int) -> list[tuple[int, int]]:
     """Stretches of positions that double: to a quarter of a training sequence, to a half, to the whole, to two, ..."""
-    edges = [0]
-    edge = max(trained // 4, 1)
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return list(zip(edges, [*edges[1:], length], strict=True))
+    doubling = (max(trained // 4, 1) << times for times in count())
+    return list(pairwise([0, *takewhile(lambda edge: edge < length, doubling), length]))
 
 
 def _means(sums: dict[Paradigm, Tensor], counted: Tensor, where: slice) -> dict[Paradigm, float]:

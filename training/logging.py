@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ class Metrics:
 
     def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
         self.file = run / METRICS_FILE
-        self._folder = run / TENSORBOARD_FOLDER if tensorboard else None
-        self._board: Any = None
-        if tensorboard:
-            require_tensorboard()
+        self._folder = run / TENSORBOARD_FOLDER
+        self._open_board, self._board = _summary_writer() if tensorboard else None, None
 
     def begin(self, step: int) -> None:
         """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
@@ -26,10 +25,8 @@ class Metrics:
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.write_text("".join(line for line in lines if _step_of(line) <= step))
         partial.replace(self.file)
-        if self._folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
+        if self._open_board is not None:
+            self._board = self._open_board(str(self._folder), purge_step=step + 1)
 
     def record(self, values: dict[str, Any]) -> None:
         """Add a measurement, numbers by name; `step` is one of them."""
@@ -45,19 +42,16 @@ class Metrics:
             self._board.close()
 
 
-def require_tensorboard() -> None:
-    """Make sure that TensorBoard is there.
-
-    Raises:
-        SeqmixError: it is not installed.
-    """
+def _summary_writer() -> Callable[..., Any]:
+    """TensorBoard's writer."""
     try:
-        import torch.utils.tensorboard  # noqa: F401
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise SeqmixError(
             "training.tensorboard needs the package tensorboard, which is not installed: "
             "pip install 'seqmix[tensorboard]'"
         ) from error
+    return SummaryWriter
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

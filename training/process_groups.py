@@ -159,11 +159,10 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
 def _shards(config: DistributedConfig, size: int) -> int:
     """Processes that parameters are sharded over, context parallelism aside."""
     others = config.data * config.context_parallel
+    shard = config.shard or max(size // others, 1)
+    if others * shard == size:
+        return shard
     asked = others * (config.shard or 1)
-    if config.shard is None and size % others == 0:
-        return size // others
-    if asked == size:
-        return config.shard or 1
     layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context_parallel}"
     number = f"a multiple of {others}" if config.shard is None else str(asked)
     raise SeqmixError(

@@ -29,7 +29,7 @@ from .nonfinite import NotFiniteError
 from .optim import build_optimizer
 from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
-from .provenance import record_session, seqmix_version
+from .provenance import record_session
 from .run_dir import claim, held, require_free
 from .sharding import reshard, shard, whole
 from .trainer import StepResult, Trainer, precision_of
@@ -98,14 +98,7 @@ class Course:
         self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
 
     def restore(self, found: Found) -> list[str]:
-        """Go on from a checkpoint.
-
-        Returns:
-            What makes the run another one than it would have been, a sentence each.
-
-        Raises:
-            CheckpointError: it is of another model, optimizer or batch.
-        """
+        """Go on from a checkpoint; what makes the run another one than it would have been, a sentence each."""
         trainer = self.trainer
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
@@ -158,22 +151,10 @@ class Course:
             raise ElsewhereError(f"process 0 of {self.groups.size} has failed: {said}") from None
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
-        """Begin to write a checkpoint after `step` steps.
-
-        Raises:
-            CheckpointError: it, or the one before, could not be written.
-        """
+        """Begin to write a checkpoint after `step` steps; CheckpointError: it, or the one before, could not be."""
         trainer, groups = self.trainer, self.groups
-        manifest = Manifest(
-            step=step,
-            seqmix=seqmix_version(),
-            torch=torch.__version__,
-            threads=torch.get_num_threads(),
-            processes=groups.size,
-            metrics=metrics,
-            best=self.best,
-            data=trainer.source.digest,
-        )
+        data = trainer.source.digest
+        manifest = Manifest(step=step, processes=groups.size, metrics=metrics, best=self.best, data=data)
         reshard(trainer.model)
         state = None if trainer.state is None else map_state(groups.gather_rows, trainer.state)
         parts = train_state.gather(trainer.model, trainer.optimizer, state)
@@ -203,8 +184,7 @@ class Course:
     def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
         """The evaluation after a step, and the final one if training ends with it.
 
-        Returns:
-            The loss that is compared with those of other evaluations: of as many batches, also at the end.
+        Returns the loss that is compared with others: of as many batches, also at the end.
         """
         settings, evaluate = self.config.training, self.trainer.evaluate
         found = at_end = evaluate(final=last)
@@ -297,9 +277,8 @@ def _differences(manifest: Manifest, source: Source, ways: list[str], groups: Pr
     now = {"processes": groups.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
     then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
-    changed += ways
     notes = []
-    if changed:
+    if changed := [*changed, *ways]:
         notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(

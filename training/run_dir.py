@@ -50,11 +50,7 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keep other processes from going on with the same run; the system lets go of it however this one ends.
-
-    Raises:
-        TrainingError: another process holds it.
-    """
+    """Keep other processes from going on with the same run; the system lets go of it however this one ends."""
     with (run / CONFIG_FILE).open() as file:
         if not try_lock(file):
             raise TrainingError(f"another process trains {run}: stop it first, or wait until it ends")

@@ -47,13 +47,10 @@ def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
 
 
 def load_model(folder: Path, model: LanguageModel) -> list[str]:
-    """Put a checkpoint's parameters into a model.
+    """Put a checkpoint's parameters into a model; CheckpointError: they are missing, damaged, or another model's.
 
     Returns:
         How the model is computed otherwise than it was trained, which changes its rounding: a phrase a field.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds other parameters than the model's.
     """
     file = folder / file_of(MODEL)
     found, metadata = read_tensors(file)
@@ -63,27 +60,16 @@ def load_model(folder: Path, model: LanguageModel) -> list[str]:
 
 
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
-    """Put a checkpoint's moments into an optimizer of the model.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or belongs to other parameters or another optimizer.
-    """
+    """Put a checkpoint's moments into an optimizer; CheckpointError: they are missing, damaged, or another's."""
     file = folder / file_of(OPTIMIZER)
-    found, _ = read_tensors(file)
-    fill(file, found, moments_of(model, optimizer))
+    fill(file, read_tensors(file)[0], moments_of(model, optimizer))
 
 
 def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelState:
-    """The state that a checkpoint carries, on the model's device.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or its state is of another model or batch.
-    """
+    """The state that a checkpoint carries; CheckpointError: it is missing, damaged, or of another model or batch."""
     file = folder / file_of(STATE)
-    found, _ = read_tensors(file)
-    like = model.init_state(batch_size)
-    needed = to_dict(like)
-    _require_same_names(file, found, needed)
+    found, like = read_tensors(file)[0], model.init_state(batch_size)
+    _require_same_names(file, found, to_dict(like))
     if any(len(leaf) != batch_size for leaf in found.values()):
         raise CheckpointError(f"{file} carries the state of a batch of another size than training.batch_size")
     return map_state(lambda leaf: leaf.to(model.device), from_dict(like, found))
@@ -91,11 +77,7 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelStat
 
 @torch.no_grad()
 def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, all or none.
-
-    Raises:
-        CheckpointError: a name is missing or superfluous, or a shape differs.
-    """
+    """Copy tensors into those of the same names, all or none; CheckpointError: names or shapes differ."""
     _require_same_names(file, found, wanted)
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
@@ -108,11 +90,7 @@ def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
-    """Two configurations may have parameters of the same shapes, and be different functions of them.
-
-    Returns:
-        What differs in how they are computed, a phrase a field.
-    """
+    """What differs in how a model is computed, a phrase a field; one that is another function is refused."""
     written = metadata.get("seqmix.model")
     if written is None:
         return []
@@ -126,11 +104,8 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
             f"{file} was trained with another model than the configuration beside it describes: undo what was changed "
             f"in config.yaml under `model`, other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
         )
-    return [
-        f"{name} {how_before[name]} before and {how[name]} from here on"
-        for name in how
-        if how[name] != how_before[name]
-    ]
+    changed = (name for name in how if how[name] != how_before[name])
+    return [f"{name} {how_before[name]} before and {how[name]} from here on" for name in changed]
 
 
 def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:

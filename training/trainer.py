@@ -103,11 +103,7 @@ class Trainer:
 
     @torch.no_grad()
     def require_finite_update(self, step: int) -> None:
-        """Refuse to keep parameters (and a state) that an update has ruined: its loss was of those before it.
-
-        Raises:
-            NotFiniteError: so it has.
-        """
+        """Refuse to keep parameters (and a state) that an update has ruined: its loss was of those before it."""
         self.model.eval()
 
         def loss() -> float:
