@@ -228,13 +228,7 @@ def file_of(part: str) -> str:
 def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None) -> Found:
     """An intact checkpoint: where the newest (or the best) is damaged, the one before it (or the next best).
 
-    Args:
-        run: the run's folder.
-        which: that of a step, the newest, or the best.
-        parts: what must be intact; everything when None.
-
-    Raises:
-        CheckpointError: there is none, or none that is intact.
+    Only `parts` need be intact, where they are given. CheckpointError: there is none, or none that is intact.
     """
     there = checkpoints(run)
     if not there:

@@ -17,15 +17,7 @@ class TrainingError(SeqmixError):
 
 @contextmanager
 def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Explain in one sentence what the machine refuses while a run goes on: memory, a compiler, its files.
-
-    Args:
-        run: the run's folder.
-        settings: what decides how much memory a step takes.
-
-    Raises:
-        TrainingError: the memory ran out, blocks cannot be compiled, or a file cannot be read or written.
-    """
+    """Explain in one sentence what the machine refuses while a run goes on: memory, a compiler, its files."""
     try:
         yield
     except OSError as error:

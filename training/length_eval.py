@@ -127,16 +127,9 @@ def by_length(
                 sums[paradigm] += losses.double().sum(0).cpu()
                 difference = max(difference, (losses - found[chosen[0]]).abs().max().item())
             counted += (batch.targets != IGNORED).sum(0)
-        yield LengthLoss(
-            length,
-            int(counted.sum()),
-            _means(sums, counted, slice(None)),
-            tuple(
-                PositionLoss(start, stop, int(counted[start:stop].sum()), _means(sums, counted, slice(start, stop)))
-                for start, stop in _bins(length, source.config.sequence_length)
-            ),
-            difference,
-        )
+        whole = _at(sums, counted, 0, length)
+        places = (_at(sums, counted, *place) for place in _bins(length, source.config.sequence_length))
+        yield LengthLoss(length, whole.tokens, whole.losses, tuple(places), difference)
 
 
 def by_context(
@@ -184,6 +177,7 @@ def _bins(length: int, trained: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *takewhile(lambda edge: edge < length, doubling), length]))
 
 
-def _means(sums: dict[Paradigm, Tensor], counted: Tensor, where: slice) -> dict[Paradigm, float]:
-    count = max(int(counted[where].sum()), 1)
-    return {paradigm: total[where].sum().item() / count for paradigm, total in sums.items()}
+def _at(sums: dict[Paradigm, Tensor], counted: Tensor, start: int, stop: int) -> PositionLoss:
+    tokens = int(counted[start:stop].sum())
+    means = {paradigm: total[start:stop].sum().item() / max(tokens, 1) for paradigm, total in sums.items()}
+    return PositionLoss(start, stop, tokens, means)

@@ -20,8 +20,6 @@ from ..ops.context_parallel import ContextParallel
 from ..registry import ElsewhereError, SeqmixError
 from .config import DistributedConfig
 
-START = "torchrun --nproc-per-node {processes} -m seqmix train ..."
-
 
 @dataclass(frozen=True, eq=False)
 class ProcessGroups:
@@ -57,9 +55,8 @@ class ProcessGroups:
         """Over which parameters are sharded: copies of the model in the first dimension, where there are several."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        sizes = {"data": self.data, "shard": self.shard * self.context_parallel}
-        if self.data == 1:
-            del sizes["data"]
+        copies = {"data": self.data} if self.data > 1 else {}
+        sizes = {**copies, "shard": self.shard * self.context_parallel}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -96,11 +93,7 @@ class ProcessGroups:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise on every process what fails on one: the first that fails says why.
-
-        Raises:
-            ElsewhereError: another process has failed, and says so.
-        """
+        """Raise on every process what fails on one: the first that fails says why, the others that it has failed."""
         failed: SeqmixError | None = None
         try:
             yield
@@ -168,5 +161,5 @@ def _shards(config: DistributedConfig, size: int) -> int:
     raise SeqmixError(
         f"distributed lays out data x shard x context_parallel = {layout} processes, {number}, and there "
         f"{'is one' if size == 1 else f'are {size}'}: start as many with "
-        f"`{START.format(processes=asked)}`, or change `distributed`"
+        f"`torchrun --nproc-per-node {asked} -m seqmix train ...`, or change `distributed`"
     )

@@ -16,7 +16,6 @@ import torch
 from ..data import Source
 from ..mixers.state import map_state
 from ..models import LanguageModel, build_model, flops_per_token
-from ..registry import ElsewhereError
 from . import checkpoint, train_state
 from .checkpoint import Best, CheckpointError, Found, Manifest
 from .config import RunConfig, TrainingConfig
@@ -146,9 +145,8 @@ class Course:
                 self.writer.wait()
             advice = "try a lower training.learning_rate"
             said = f"step {self.done}: {error}; {advice}; {newest_checkpoint(self.run)}"
-            if self.groups.is_main:
+            with self.groups.raise_together():
                 raise TrainingError(said) from None
-            raise ElsewhereError(f"process 0 of {self.groups.size} has failed: {said}") from None
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Begin to write a checkpoint after `step` steps; CheckpointError: it, or the one before, could not be."""
@@ -229,14 +227,20 @@ def _open(
     with groups.raise_together():
         if not resume and groups.is_main:
             require_free(run)
-        _require_shares(config.training, groups)
+        settings, shares = config.training, groups.dp_size
+        if settings.batch_size % (shares * settings.grad_accum_steps):
+            raise TrainingError(
+                f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
+                f"training.grad_accum_steps = {settings.grad_accum_steps} parts each: it must be a multiple of "
+                f"{shares * settings.grad_accum_steps}"
+            )
         source = config.open_data(run)
         if resume and groups.is_main and checkpoint.checkpoints(run):
             found = checkpoint.find(run)
-        precision = precision_of(config.training, device)
+        precision = precision_of(settings, device)
         model = build_model(config.model, device=device, activations=precision, seed=config.seed)
         model.tokenizer = source.tokenizer
-        _require_shared_mixers(model, config.training, groups)
+        _require_shared_mixers(model, settings, groups)
     # the main process has read it wholly; the others take its word
     folder = groups.gather(None if found is None else str(found.folder))[0]
     with groups.raise_together():
@@ -245,26 +249,18 @@ def _open(
     return source, model, found
 
 
-def _require_shares(settings: TrainingConfig, groups: ProcessGroups) -> None:
-    """Find out whether a batch has equal micro-batches for all processes."""
-    shares, parts = groups.dp_size, settings.grad_accum_steps
-    if settings.batch_size % (shares * parts):
-        raise TrainingError(
-            f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
-            f"training.grad_accum_steps = {parts} parts each: it must be a multiple of {shares * parts}"
-        )
-
-
 def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
-    """Find out whether all mixers can share a sequence."""
+    """Refuse a mixer that cannot share a sequence."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if groups.cp_group is not None else ():
         mixer, given = block.mixer, f"distributed.context_parallel = {groups.context_parallel}"
-        if not mixer.supports_context_parallel and settings.compile:
+        if mixer.supports_context_parallel:
+            continue
+        if settings.compile:
             raise TrainingError(
                 f"{given} hands the state of {mixer.kind} (model.blocks.{name}) from process to process, which cannot "
                 "be compiled: set training.compile to false"
             )
-        if not mixer.supports_context_parallel and mixer.traits.state == "growing":
+        if mixer.traits.state == "growing":
             raise TrainingError(
                 f"{given} shares each sequence among processes, and {mixer.kind} of model.blocks.{name} cannot: its "
                 "state grows with the text, and its `mix` does not read `call.cp_group`; set "

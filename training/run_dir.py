@@ -13,11 +13,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def require_free(run: Path) -> None:
-    """Find out whether a folder can become a run's.
-
-    Raises:
-        TrainingError: there is something in it, it cannot be looked at, or no weights could be read from there.
-    """
+    """Refuse a folder that has something in it, cannot be looked at, or that no weights could be read from."""
     try:
         str(run).encode()
     except UnicodeEncodeError:  # safetensors would write there, and not read
@@ -33,11 +29,7 @@ def require_free(run: Path) -> None:
 
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:
-    """Make a run's folder with its configuration, below a comment; of two runs that start at once, one gets it.
-
-    Raises:
-        TrainingError: another one has got it, or it cannot be written.
-    """
+    """Make a run's folder with its configuration, below a comment; of two runs that start at once, one gets it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         with (run / CONFIG_FILE).open("x") as file:

@@ -40,7 +40,7 @@ def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path
         "format": "pt",
         "seqmix.version": seqmix_version(),
         FORMAT_KEY: FORMAT,
-        MODEL_KEY: model_digest(model),
+        MODEL_KEY: _digest(model.state_dict(), model.config.model_dump_json()),
         CHECKSUM_KEY: _digest(tensors),
     }
     write_tensors(file, tensors, metadata)
@@ -62,7 +62,7 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
         )
     if metadata.get(CHECKSUM_KEY) != _digest(tensors):
         raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
-    if metadata.get(MODEL_KEY) != model_digest(model):
+    if metadata.get(MODEL_KEY) != _digest(model.state_dict(), model.config.model_dump_json()):
         raise CheckpointError(
             f"{file} is of another model: a state means something only to the weights and the configuration of its own"
         )
@@ -75,15 +75,9 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
     return PromptCache(state, recent, lengths)
 
 
-def model_digest(model: LanguageModel) -> str:
-    """What tells models apart: a hash of the configuration and the weights."""
-    config = hashlib.sha256(model.config.model_dump_json().encode()).hexdigest()
-    return hashlib.sha256((config + _digest(model.state_dict())).encode()).hexdigest()
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """A hash of names, types, shapes and values."""
-    found = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], config: str = "") -> str:
+    """A hash of names, types, shapes and values; with a configuration, what tells models apart."""
+    found = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
