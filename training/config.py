@@ -14,6 +14,9 @@ from ..registry import Config, load
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 """The folder of the presets."""
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+"""How much of a running mean is kept at a step."""
+
 
 class TrainingConfig(Config):
     """How a model is trained."""
@@ -40,11 +43,11 @@ class TrainingConfig(Config):
     """The last learning rate over the peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` moves the matrices of blocks by Muon, scaled to AdamW's steps, and the rest by AdamW."""
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_momentum: Rate = 0.95
     """Muon's momentum."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decay of matrices; vectors have none."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False)
+    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.98), strict=False)
     """AdamW's decay rates of its two moments."""
     clip_norm: float | None = Field(default=2.0, gt=0)
     """Largest norm of the gradient; null for no limit."""
@@ -107,13 +110,6 @@ class TrainingConfig(Config):
                 f"{self.warmup_steps} + {self.decay_steps} is above {self.steps}"
             )
         return self
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_are_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), and are {betas}")
-        return betas
 
 
 class DistributedConfig(Config):

@@ -108,11 +108,9 @@ def by_length(
         model: the model, in evaluation mode.
         source: the text, opened for these lengths.
         lengths: tokens of a sequence. Of a text that is no multiple of one, the end is left out there.
-        paradigms: how sequences of a length are computed; the first is what the others are compared with.
+        paradigms: how sequences of a length are computed, which every layer declares; the others are compared with the
+            first.
         tokens: tokens that are read at each length, about; at least one batch.
-
-    Raises:
-        ContractError: a layer does not declare a paradigm.
     """
     longest = max(lengths, default=1)
     rows = max(1, AT_ONCE // longest)
@@ -143,12 +141,9 @@ def by_context(
     Args:
         model: the model, in evaluation mode.
         source: the text, opened for the contexts.
-        contexts: tokens that are read, the scored ones included.
+        contexts: tokens that are read, the scored ones included: as many at least.
         scored: tokens at the end of a sequence.
         tokens: tokens of the longest sequences that are read, about; at least one batch.
-
-    Raises:
-        SeqmixError: a context is shorter than what is scored.
     """
     if scored < 1 or min(contexts) < scored:
         raise SeqmixError(f"the last {scored} tokens of a context are scored, and one has {min(contexts)}")

@@ -53,12 +53,10 @@ def try_lock(file: IO[str]) -> bool:
     """Lock a file for as long as it is open; false where another process has. Some systems have no locks: true."""
     try:
         import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return True

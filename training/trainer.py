@@ -179,11 +179,10 @@ class Trainer:
         settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
-        parts = settings.grad_accum_steps * self.groups.dp_size  # smaller batches, and as many sequences
-        rows = before = settings.batch_size // parts
-        rows = max(rows * trained // length, 1)
+        # as many tokens as in batches of training, which are read in micro-batches
+        rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
         if limit is not None:
-            limit = max(limit * parts * before * trained // (rows * length), 1)
+            limit = max(limit * settings.batch_size * trained // (rows * length), 1)
         self.model.eval()
         score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
@@ -211,14 +210,13 @@ class Trainer:
         """Refuse a value that is not finite, and say where that began: forward, else in the gradients there are."""
         if math.isfinite(value):
             return
-        where = None
-        if forward is not None and (module := first_module(self.model, forward)) is not None:
-            where = f"first in the output of {module}"
-        elif forward is None and (name := first_gradient(self.model.named_parameters())) is not None:
-            where = f"first in the gradient of {name}"
+        if forward is not None:
+            kind, place = "output", first_module(self.model, forward)
+        else:
+            kind, place = "gradient", first_gradient(self.model.named_parameters())
         # as the first process has it that has anything
-        where = next((place for place in self.groups.gather(where) if place is not None), None)
-        raise NotFiniteError(f"the {what} is {value:g}{f', {where}' if where else ''}")
+        where = next((f", first in the {kind} of {at}" for at in self.groups.gather(place) if at is not None), "")
+        raise NotFiniteError(f"the {what} is {value:g}{where}")
 
 
 def precision_of(settings: TrainingConfig, device: torch.device) -> torch.dtype:
