@@ -1,8 +1,9 @@
 """What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
 
 from .corpus import Corpus, read_corpus
+from .corpus_config import DatasetConfig
 from .files import read_documents
-from .kinds.text import most_documents, pack
+from .kinds.text import TextConfig, most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
 from .stream import Stream, tokenized
 from .task import Difficulties, Task, TaskConfig
@@ -13,6 +14,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "DataConfig",
+    "DatasetConfig",
     "Difficulties",
     "Examples",
     "Packed",
@@ -20,6 +22,7 @@ __all__ = [
     "Stream",
     "Task",
     "TaskConfig",
+    "TextConfig",
     "TokenFile",
     "most_documents",
     "pack",

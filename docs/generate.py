@@ -12,6 +12,7 @@ import torch
 
 from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.data import DATA, DatasetConfig
 from seqmix.experiments.files import write_file
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
@@ -20,7 +21,7 @@ from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.kernels import KERNELS
 from seqmix.registry import Config
 from seqmix.testing import CHECKS, KERNEL_CHECKS
-from seqmix.training import DATA, PRESETS, DatasetConfig, DistributedConfig, RunConfig, TrainingConfig
+from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 
 REFERENCE = Path(__file__).with_name("reference.md")
 CONFORMANCE = Path(__file__).with_name("conformance.md")

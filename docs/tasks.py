@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmix.data import Corpus, Task, TaskConfig
+from seqmix.data import DATA, Corpus, Task, TaskConfig
 from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
-from seqmix.training import DATA
 
 TARGET, PICTURES = Path(__file__).with_name("tasks.md"), Path(__file__).with_name("tasks")
 SMALL = {

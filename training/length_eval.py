@@ -108,8 +108,7 @@ def by_length(
         model: the model, in evaluation mode.
         source: the text, opened for these lengths.
         lengths: tokens of a sequence. Of a text that is no multiple of one, the end is left out there.
-        paradigms: how sequences of a length are computed, which every layer declares; the others are compared with the
-            first.
+        paradigms: how sequences of a length are computed, as all layers can; the others are compared with the first.
         tokens: tokens that are read at each length, about; at least one batch.
     """
     longest = max(lengths, default=1)

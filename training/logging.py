@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,13 @@ def _summary_writer() -> Callable[..., Any]:
     return SummaryWriter
 
 
-def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a measurement by path, truth values aside."""
-    found = []
     for name, value in values.items():
         if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{name}/")
+            yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            found.append((f"{prefix}{name}", value))
-    return found
+            yield f"{prefix}{name}", value
 
 
 def _step_of(line: str) -> float:

@@ -40,9 +40,8 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
 
 def peak_of(name: str, precision: torch.dtype) -> float | None:
     """The same of a device by its name."""
-    if "Laptop" in name.split():  # the name of a larger chip
-        return None
     for known, (bfloat16, float32) in PEAKS.items():
-        if re.search(rf"(?<![\w-]){known}(?!\w)", name):
+        # a laptop's chip has the name of a larger one
+        if re.search(rf"(?<![\w-]){known}(?!\w)", name) and "Laptop" not in name:
             return TERA * (bfloat16 if precision is torch.bfloat16 else float32)
     return None

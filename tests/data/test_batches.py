@@ -12,9 +12,8 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from seqmix import ConfigError, build_model, load_config, train
-from seqmix.data import Batch, Stream, most_documents, pack
+from seqmix.data import Batch, Stream, most_documents, pack, read_corpus
 from seqmix.models import IGNORED
-from seqmix.training import read_corpus
 from seqmix.training.events import Evaluated, Stepped
 from seqmix.training.trainer import Trainer
 

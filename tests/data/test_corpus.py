@@ -9,9 +9,8 @@ import torch
 from streams import evaluation_batches, training_batch
 
 from seqmix import SeqmixError
-from seqmix.data import Corpus
+from seqmix.data import Corpus, TextConfig, read_corpus
 from seqmix.models import IGNORED
-from seqmix.training import TextConfig, read_corpus
 
 BEGIN = 256
 

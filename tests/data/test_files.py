@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from seqmix import ConfigError, SeqmixError
-from seqmix.data import Corpus, read_documents
-from seqmix.training import TextConfig, read_corpus
+from seqmix.data import Corpus, TextConfig, read_corpus, read_documents
 
 BEGIN = 256
 

@@ -17,13 +17,13 @@ from seqmix import (
     load_run,
     train,
 )
-from seqmix.data import Corpus
+from seqmix.data import DATA, Corpus
 from seqmix.data.kinds.mqar import MqarConfig
 from seqmix.data.source import share
 from seqmix.data.task import EVALUATION, TOGETHER, Task, TaskConfig
 from seqmix.models import IGNORED
 from seqmix.registry import read_mapping
-from seqmix.training import DATA, PRESETS
+from seqmix.training import PRESETS
 from seqmix.training.events import Evaluated, Stepped
 from seqmix.training.metrics import Score
 from seqmix.training.trainer import Trainer

@@ -11,12 +11,11 @@ from safetensors.numpy import load_file
 from streams import evaluation_batches, training_batch
 
 from seqmix import SeqmixError
-from seqmix.data import Stream, TokenFile, write_token_file
+from seqmix.data import Stream, TextConfig, TokenFile, read_corpus, write_token_file
 from seqmix.data.files import Document
 from seqmix.data.stream import tokenized
 from seqmix.data.token_file import BLOCK, HEADER
 from seqmix.models import ByteTokenizer
-from seqmix.training import TextConfig, read_corpus
 
 BEGIN = 256
 

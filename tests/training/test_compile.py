@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from seqmix import train
-from seqmix.training import read_corpus
+from seqmix.data import read_corpus
 from seqmix.training.events import Compiled, Evaluated, Stepped
 
 # without feed-forward networks, which the compiler knows by heart: each of its kernels takes a second to build

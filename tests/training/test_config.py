@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from seqmix import ConfigError, load_config
-from seqmix.training import TextConfig, TrainingConfig
+from seqmix.data import TextConfig
+from seqmix.training import TrainingConfig
 
 TRAINING = {"steps": 10, "batch_size": 4, "learning_rate": 1e-3}
 
@@ -14,8 +15,8 @@ TRAINING = {"steps": 10, "batch_size": 4, "learning_rate": 1e-3}
     [
         ({"grad_accum_steps": 3}, "grad_accum_steps must divide batch_size, and 3 does not divide 4"),
         ({"warmup_steps": 11}, "warmup_steps must be at most steps, and 11 is above 10"),
-        ({"betas": (0.9, 1.0)}, "betas must be in [0, 1), and are (0.9, 1.0)"),
-        ({"betas": (-0.1, 0.9)}, "betas must be in [0, 1), and are (-0.1, 0.9)"),
+        ({"betas": (0.9, 1.0)}, "betas.1\n  Input should be less than 1"),
+        ({"betas": (-0.1, 0.9)}, "betas.0\n  Input should be greater than or equal to 0"),
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": 0.0}, "learning_rate"),

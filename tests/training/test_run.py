@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
+from seqmix.data import TextConfig
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
-from seqmix.training import TextConfig, TrainingError, read_config
+from seqmix.training import TrainingError, read_config
 from seqmix.training.checkpoint import Best, checkpoints, find, read_manifest, step_of
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from seqmix.training.metrics import Measured
