@@ -88,10 +88,7 @@ class StoppedEarly:
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint: its numbers are taken, and a thread writes them while steps go on.
-
-    It is complete when the next one comes, or the run ends.
-    """
+    """One checkpoint: a thread writes it while steps go on, and is done when the next one comes, or the run ends."""
 
     step: int
     folder: Path

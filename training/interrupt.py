@@ -24,13 +24,10 @@ class StopRequest:
             signal.signal(number, self._request)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
     def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._made = True
-        self._restore()
+        self.__exit__()
 
-    def _restore(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

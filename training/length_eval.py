@@ -104,12 +104,8 @@ def by_length(
 ) -> Iterator[LengthLoss]:
     """Measure the loss at each length, by each paradigm, on the same text: that of the longest sequences.
 
-    Args:
-        model: the model, in evaluation mode.
-        source: the text, opened for these lengths.
-        lengths: tokens of a sequence. Of a text that is no multiple of one, the end is left out there.
-        paradigms: how sequences of a length are computed, as all layers can; the others are compared with the first.
-        tokens: tokens that are read at each length, about; at least one batch.
+    Of a sequence that is no multiple of a length, the end is left out there. `paradigms` says by which ones a length is
+    computed, the first of which the others are compared with; about `tokens` are read at each, one batch at least.
     """
     longest = max(lengths, default=1)
     rows = max(1, AT_ONCE // longest)
@@ -134,15 +130,8 @@ def by_context(
 ) -> Iterator[ContextLoss]:
     """Measure the loss of the same tokens after more and less text, in the configured paradigm.
 
-    Sequences have as many tokens as the longest context; of each, the last `scored` tokens count, and what is further
-    away than the context is not read.
-
-    Args:
-        model: the model, in evaluation mode.
-        source: the text, opened for the contexts.
-        contexts: tokens that are read, the scored ones included: as many at least.
-        scored: tokens at the end of a sequence.
-        tokens: tokens of the longest sequences that are read, about; at least one batch.
+    Sequences have as many tokens as the longest context, `tokens` in all, about; of each, the last `scored` ones count,
+    and what is further away than the context is not read. SeqmixError: a context is shorter than what is scored.
     """
     if scored < 1 or min(contexts) < scored:
         raise SeqmixError(f"the last {scored} tokens of a context are scored, and one has {min(contexts)}")

@@ -16,7 +16,6 @@ class Metrics:
 
     def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
         self.file = run / METRICS_FILE
-        self._folder = run / TENSORBOARD_FOLDER
         self._open_board, self._board = _summary_writer() if tensorboard else None, None
 
     def begin(self, step: int) -> None:
@@ -26,7 +25,7 @@ class Metrics:
         partial.write_text("".join(line for line in lines if _step_of(line) <= step))
         partial.replace(self.file)
         if self._open_board is not None:
-            self._board = self._open_board(str(self._folder), purge_step=step + 1)
+            self._board = self._open_board(str(self.file.with_name(TENSORBOARD_FOLDER)), purge_step=step + 1)
 
     def record(self, values: dict[str, Any]) -> None:
         """Add a measurement, numbers by name; `step` is one of them."""

@@ -19,9 +19,7 @@ class NotFiniteError(SeqmixError):
 def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """The innermost module that is first to give a value that is not finite, in words; None if none does.
 
-    Args:
-        model: the model.
-        forward: a call of it that ended in such a value; called once more, uncompiled, for compiled code has no hooks.
+    `forward` calls the model, and ended in such a value: it is called once more, for compiled code has no hooks.
     """
     found: list[str] = []
     names = {module: name or "the model" for name, module in model.named_modules()}

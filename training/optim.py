@@ -49,9 +49,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     2025, "Muon is scalable for LLM training"), so that both take one learning rate and one decay.
     """
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
-    matrices = list(dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear)))
-    taken = set(matrices)
-    rest = [p for p in model.parameters() if p not in taken]
+    matrices = dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear))  # each once
+    rest = [p for p in model.parameters() if p not in matrices]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -69,7 +68,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     if not matrices:
         return adamw
     muon = torch.optim.Muon(
-        matrices,
+        list(matrices),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         momentum=config.muon_momentum,

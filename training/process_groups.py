@@ -115,9 +115,7 @@ ALONE = ProcessGroups()
 def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     """Join the other processes in the group that torchrun describes, or in the one there is already.
 
-    Raises:
-        SeqmixError: the configured layout is of another number of processes.
-        ElsewhereError: the connection to another process is lost.
+    SeqmixError: the configured layout is of another number. ElsewhereError: the connection to another one is lost.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_available() and dist.is_initialized():

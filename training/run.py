@@ -143,8 +143,7 @@ class Course:
         except NotFiniteError as error:
             with suppress(CheckpointError):
                 self.writer.wait()
-            advice = "try a lower training.learning_rate"
-            said = f"step {self.done}: {error}; {advice}; {newest_checkpoint(self.run)}"
+            said = f"step {self.done}: {error}; try a lower training.learning_rate; {newest_checkpoint(self.run)}"
             with self.groups.raise_together():
                 raise TrainingError(said) from None
 
@@ -222,8 +221,7 @@ def _open(
     config: RunConfig, run: Path, resume: bool, groups: ProcessGroups
 ) -> tuple[Source, LanguageModel, Found | None]:
     """The data, the model before it is sharded, and the checkpoint to go on from; nothing is written."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = None
+    device, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     with groups.raise_together():
         if not resume and groups.is_main:
             require_free(run)

@@ -108,7 +108,8 @@ class Trainer:
 
         def loss() -> float:
             # with a carried state, what comes next continues it
-            return self.groups.sum(next(self._losses(step + self.config.training.carry_state))[0]).item()
+            found, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
+            return self.groups.sum(found).item()
 
         self._require_finite("loss after the update", loss(), loss)
 
@@ -126,15 +127,14 @@ class Trainer:
         parts = self.config.training.grad_accum_steps
         batch, state, rows = self.batch(step), self._state_before(step), self.rows // parts
         # those that share a sequence have all counted its targets
-        targets = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
-        targets = targets.clamp(min=1)
+        asked = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
         for number, part in enumerate(zip(*(x.chunk(parts) for x in batch), strict=True)):
             at = slice(number * rows, (number + 1) * rows)
             # a copy: without gradients, a mixer may write where it was
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
             output = self._forward(Batch(*part), before)
             assert output.loss is not None
-            yield output.loss / targets, output.state
+            yield output.loss / asked.clamp(min=1), output.state
 
     def _state_before(self, step: int) -> ModelState | None:
         """The state that a step starts from: nothing, or where it is carried, that after the step before."""
