@@ -109,8 +109,8 @@ def _paper(group: str, words: Sequence[str], bytes_each: int, memory: int) -> It
         names = [kind.name] if benchmark in kind.roles else []
         names += [f"{kind.name}-compiled"] if benchmark in kind.compiled_roles else []
         for name in names:
-            command = ("bench", *words, "--compile", "--only", name)
-            yield Part(group=group, name=name, command=command, skipped=reason)
+            only = ("--compile", "--only", name)
+            yield Part(group=group, name=name, command=("bench", *words, *only), skipped=reason)
 
 
 def run_process(part: Part, file: Path, *, seconds: float) -> str | None:

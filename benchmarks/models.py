@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,7 +46,8 @@ class ModelImplementation(Implementation):
     @cached_property
     def peer(self) -> Peer:
         """The model."""
-        peer = self.kind(self.size, self.benchmark.settings.device, self.benchmark.dtype)
+        settings = self.benchmark.settings
+        peer = self.kind(self.size, settings.device, self.benchmark.parameter_dtype or settings.dtype)
         self.benchmark.prepare(peer, compiled=self.compiled)
         return peer
 
@@ -54,7 +55,7 @@ class ModelImplementation(Implementation):
         return self.benchmark.entry(self, length)
 
     def release(self) -> None:
-        self.__dict__.pop("peer", None)
+        vars(self).pop("peer", None)
         if self.benchmark.settings.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -62,10 +63,8 @@ class ModelImplementation(Implementation):
 class ModelBenchmark(Benchmark):
     """A benchmark of whole models; its name is the role in which peers take part."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self.settings.dtype
+    parameter_dtype: ClassVar[torch.dtype | None] = None
+    """None: the settings'."""
 
     def prepare(self, peer: Peer, *, compiled: bool) -> None:
         """Make a new model ready."""
@@ -108,10 +107,7 @@ class TrainBenchmark(ModelBenchmark):
 
     name = "train"
     title = "A training step of a whole model"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
+    parameter_dtype = torch.float32
 
     def prepare(self, peer: Peer, *, compiled: bool) -> None:
         if self.settings.activation_checkpointing:

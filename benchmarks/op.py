@@ -91,11 +91,13 @@ class OpBenchmark(Benchmark):
         }
 
     def _implementations(self, *, backward: bool) -> list[Implementation]:
-        s, settings, device = Shapes.of(self.settings.model), self.settings, self.settings.device
+        s, settings = Shapes.of(self.settings.model), self.settings
+        device, own = settings.device, settings.dtype
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
-        widths = {"key_width": s.keys, "value_width": s.values}
-        probe = Probe(device=device, dtype=settings.dtype, **widths, log_decay="H", needs_grad=backward)
+        probe = Probe(
+            device=device, dtype=own, key_width=s.keys, value_width=s.values, log_decay="H", needs_grad=backward
+        )
         lacks_triton = "; ".join(triton.unsupported(probe)) or None
         lacks_torchscale = not_installed("torchscale", "torchscale")
         lacks_fla = GPU_ONLY if device.type != "cuda" else not_installed("fla", "fla-core")
@@ -105,11 +107,11 @@ class OpBenchmark(Benchmark):
             return lambda q, k, v: decay_recurrence(q, k, v, log_decay, **options).output
 
         def implementation(
-            name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = settings.dtype, **options: Any
+            name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = own, **options: Any
         ) -> Implementation:
             return OpImplementation(name, settings, (s.heads, s.keys, values), function, backward, dtype, **options)
 
-        also = [torch.bfloat16] if settings.dtype == torch.float32 else []
+        also = [torch.bfloat16] if own == torch.float32 else []
         return [
             implementation("chunkwise", op(Paradigm.CHUNKWISE)),
             *(implementation("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=dtype) for dtype in also),

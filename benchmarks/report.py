@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from .measure import Spread
 from .suite import Report, Row
@@ -48,7 +49,7 @@ def from_json(text: str) -> Report:
     """A report that was written."""
     values, rows = json.loads(text), []
     for row in values["rows"]:
-        spreads = {name: row[name] and Spread(**row[name]) for name in ("seconds", "ratio", "share")}
+        spreads: dict[str, Any] = {name: row[name] and Spread(**row[name]) for name in ("seconds", "ratio", "share")}
         rows.append(Row(**{name: row.get(name) for name in Row.__dataclass_fields__} | spreads))
     return Report(**values | {"rows": rows, "notes": tuple(values["notes"])})
 

@@ -301,12 +301,15 @@ class _Rounds:
         )
         for name in own:
             rates[name] += samples[name]
+        # a ratio is to the first implementation, or to the same one at the first length where all take turns
+        like = 0 if settings.interleave_lengths else 1
         for implementation, length in places:
             place = implementation.name, length
             if place in skipped:
                 yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
                 continue
             found, seconds = ready[place], samples[place]
+            reference = next(other for other in ready if other[like] == place[like])
             base = ready.get((implementation.base or "", length))
             products = found.products or (base and base.products)
             floors = None
@@ -321,17 +324,12 @@ class _Rounds:
                 parameters=found.entry.parameters,
                 tokens=found.entry.tokens,
                 seconds=Spread.of(seconds),
-                ratio=ratio(seconds, samples[self._reference(place, ready)]),
+                ratio=ratio(seconds, samples[reference]),
                 share=None if floors is None else ratio(floors, seconds),
                 floor=None if floors is None else Spread.of(floors).median,
                 peak_bytes=found.peak,
                 state_bytes=found.entry.state_bytes,
             )
-
-    def _reference(self, place: tuple[str, int], ready: Iterable[tuple[str, int]]) -> tuple[str, int]:
-        """What a ratio is to: the first implementation, or the same one at the first length where all take turns."""
-        here = 0 if self.benchmark.settings.interleave_lengths else 1
-        return next(other for other in ready if other[here] == place[here])
 
     def _tell(self, text: str, length: int | None = None) -> None:
         where = ", ".join(f"{each:,}" for each in (self.lengths if length is None else [length]))

@@ -15,7 +15,7 @@ from ..benchmarks import learn
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
-from ..benchmarks.suite import Benchmark, Report, Settings, run
+from ..benchmarks.suite import Report, Settings, run
 from ..experiments.drawing import draw, require_drawable
 from ..experiments.timings import charts_of
 from ..registry import SeqmixError
@@ -23,9 +23,7 @@ from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import Device, JsonFile, Overrides, require_device, require_name, require_writable
 
-BENCHMARKS: dict[str, type[Benchmark]] = {
-    kind.name: kind for kind in (OpBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
-}
+BENCHMARKS = {kind.name: kind for kind in (OpBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)}
 LENGTHS = {"op": (1024, 4096), "train": (512, 2048), "decode": (64, 1024, 8192), "prefill": (512, 2048)}
 """What is measured where no length is given."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -26,10 +26,6 @@ def bench_gpu(
         require_name("part", name, GROUPS)
     if not torch.cuda.is_available():
         raise SeqmixError("this measures on a GPU, and torch finds none")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SeqmixError(f"nothing can be written to {out}: {error.strerror}") from None
     memory = torch.cuda.get_device_properties(0).total_memory
     parts = [part for part in plan(memory) if not only or part.group in only]
     outcomes = measure(parts, out, lambda part, file: run_process(part, file, seconds=time_limit), typer.echo)

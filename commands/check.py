@@ -81,7 +81,7 @@ def check(
             raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
         told = partial(_line, console, headings=[])
         asked = {"checks": only or None, "device": device, "examples": examples, "seed": seed, "shrink": shrink}
-        _conclude(console, [(kernel.key, check_kernel(kernel, **asked, on_outcome=told))])
+        _conclude(console, [(str(kernel.key), check_kernel(kernel, **asked, on_outcome=told))])
         return
     if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
         raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
@@ -205,7 +205,7 @@ def _summary(console: Console, reports: Sequence["Report"]) -> None:
     """A line a mixer."""
     rows = []
     for report in reports:
-        count = Counter(outcome.status for outcome in report.outcomes)
+        count = Counter(str(outcome.status) for outcome in report.outcomes)
         numbers = [report.d_model, count["passed"], count["failed"], count["skipped"]]
         cases = f"{sum(outcome.examples for outcome in report.outcomes):,}"
         seconds = f"{sum(outcome.seconds for outcome in report.outcomes):.1f}"

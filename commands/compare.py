@@ -18,8 +18,6 @@ from .console import plain_table, terminal
 from .show import si
 from .study_progress import StudyProgress
 
-STUDY_FOLDER = Path("studies")
-
 
 def compare(
     study: Annotated[
@@ -41,7 +39,8 @@ def compare(
     """
     console = terminal()
     if list_all:
-        _list_studies(console)
+        rows = [(name, load_study(STUDIES / f"{name}.yaml").question or "") for name in shipped()]
+        console.print(plain_table("study", "question", rows=rows))
         return
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
@@ -50,7 +49,7 @@ def compare(
     if dry_run:
         _show_plan(planned, console)
         return
-    folder = out or STUDY_FOLDER / planned.name
+    folder = out or Path("studies") / planned.name
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress)
     show(results, console)
@@ -62,11 +61,6 @@ def compare(
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
         raise typer.Exit(1)
-
-
-def _list_studies(console: Console) -> None:
-    rows = [(name, load_study(STUDIES / f"{name}.yaml").question or "") for name in shipped()]
-    console.print(plain_table("study", "question", rows=rows))
 
 
 def show(results: Results, console: Console) -> None:

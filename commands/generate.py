@@ -117,10 +117,8 @@ def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | No
         raise SeqmixError("generate needs a --prompt TEXT to continue, or a --state FILE to go on from")
     if max_new_tokens == 0 and (save_state is None or not prompts):
         raise SeqmixError("--max-new-tokens 0 reads a --prompt for --save-state FILE, and needs both")
-    if save_state is None:
-        return
     require_writable(save_state)
-    if save_state.exists() and not (state is not None and state.exists() and save_state.samefile(state)):
+    if save_state and save_state.exists() and not (state and state.exists() and save_state.samefile(state)):
         raise SeqmixError(
             f"{save_state} exists already: give --save-state another name, or the name of --state, to go on in place"
         )

@@ -59,12 +59,8 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
 
 
 def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:
-    return (
-        f"{cost.parameters:,}",
-        f"{si(cost.flops_per_token)}FLOP",
-        si_bytes(cost.state_bytes),
-        si_bytes(cost.activation_bytes),
-    )
+    size, work = f"{cost.parameters:,}", f"{si(cost.flops_per_token)}FLOP"
+    return size, work, si_bytes(cost.state_bytes), si_bytes(cost.activation_bytes)
 
 
 def si(number: float) -> str:
