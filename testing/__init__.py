@@ -14,16 +14,15 @@ Needs hypothesis (`pip install 'seqmix[test]'`).
 """
 
 from . import kernel_checks, mixer_checks  # noqa: F401  importing them registers the checks
-from .check import CHECKS, KERNEL_CHECKS, Check, KernelCheck, MixerCheck, check, kernel_check
-from .check_kernel import KernelReport, check_kernel, parametrize_kernels, reproduce_kernel
+from .check import CHECKS, KERNEL_CHECKS, Check, check, kernel_check
+from .check_kernel import check_kernel, parametrize_kernels, reproduce_kernel
 from .check_mixer import Report, check_mixer, parametrize_checks, reproduce
 from .compare import CheckFailure
 from .engine import EXAMPLES
-from .kernel_case import KernelCase, KernelDraw
+from .kernel_case import KernelDraw
 from .kernel_families import DecayCase, DeltaCase, SoftmaxCase
 from .kernel_trial import KernelTrial
 from .mixer_case import Case, Draw
-from .mixer_subject import Subject
 from .mixer_trial import Trial
 from .outcome import Outcome, Status
 
@@ -37,17 +36,12 @@ __all__ = [
     "DecayCase",
     "DeltaCase",
     "Draw",
-    "KernelCase",
-    "KernelCheck",
     "KernelDraw",
-    "KernelReport",
     "KernelTrial",
-    "MixerCheck",
     "Outcome",
     "Report",
     "SoftmaxCase",
     "Status",
-    "Subject",
     "Trial",
     "check",
     "check_kernel",

@@ -1,17 +1,11 @@
 """Checking kernels: what each declares, against the definition of its op in float64.
 
-    from seqmix.testing import parametrize_kernels
-
-    @parametrize_kernels()
-    def test_kernels(check):
-        check(device="cuda")
-
 Uninitialised memory is NaN while a check runs, so what a kernel leaves unwritten shows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,11 +105,15 @@ class TestedKernel(Tested[KernelCase]):
 
     def __init__(self, kernel: Kernel, device: torch.device) -> None:
         self.kernel, self.device, self.name = kernel, device, f"the kernel {kernel.key}"
+        if kernel.op not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise SeqmixError(f"the op {kernel.op} has no definition to test kernels by; ops that have: {known}")
+        self.probes = list(FAMILIES[kernel.op].probes(device))
 
     def skip_reason(self, check: KernelCheck) -> str | None:
         if reason := check.skip_reason(self.kernel):
             return reason
-        reasons = [self.kernel.unsupported(probe) for probe in _probes(self.kernel.op, self.device)]
+        reasons = [self.kernel.unsupported(probe) for probe in self.probes]
         if all(reasons):  # the least that keeps the kernel from anything
             return "; ".join(min(reasons, key=len))
         return None if self._asked(check) else f"{self.kernel.key} declares nothing that this asks for"
@@ -124,7 +122,7 @@ class TestedKernel(Tested[KernelCase]):
         return FAMILIES[self.kernel.op].cases(self._asked(check), check.draw)
 
     def _asked(self, check: KernelCheck) -> list[Probe]:
-        return [probe for probe in _probes(self.kernel.op, self.device) if check.draw.asks(self.kernel, probe)]
+        return [probe for probe in self.probes if check.draw.asks(self.kernel, probe)]
 
     def attempt(self, check: KernelCheck, case: KernelCase) -> None:
         with strict_numerics():
@@ -143,10 +141,3 @@ class TestedKernel(Tested[KernelCase]):
             kit = f"{type(case).__name__}, reproduce_kernel"
             lines += [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]
         return [*before, *imports("\n".join(lines), kit), *lines]
-
-
-@cache
-def _probes(op: str, device: torch.device) -> list[Probe]:
-    if op not in FAMILIES:
-        raise SeqmixError(f"the op {op} has no definition to test kernels by; ops that have: {', '.join(FAMILIES)}")
-    return list(FAMILIES[op].probes(device))

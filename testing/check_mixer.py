@@ -28,7 +28,6 @@ class Report(Outcomes):
 
     config: MixerConfig
     d_model: int
-    """Width of the residual stream."""
 
 
 def check_mixer(

@@ -17,7 +17,6 @@ LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-
 of roundoff (2^-8 and 2^-11), and 32 of float32 (2^-24). The worst of the built-in mixers in thousands of cases is half
 of it."""
 
-
 GRADIENTS = 4
 """Gradients may be off by so many times what outputs may: a backward pass rounds about twice as often, and its sums
 cancel more. The worst of 700 cases of each built-in mixer came to 3.75: linear attention, its denominator almost
@@ -95,15 +94,8 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, 
     last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
 
     Single rows may be far off: a norm of narrow heads divides by almost nothing where a head's output happens to be
-    almost nothing. Of a few numbers nothing but that they are finite is asked.
-
-    Args:
-        name: of the tensor.
-        what: is compared.
-        actual: in low precision.
-        exact: in float64.
-        tolerance: allowed.
-        floor: a root mean square of an element below which nothing can be distinguished from zero.
+    almost nothing. Of a few numbers nothing but that they are finite is asked. `floor` is a root mean square of an
+    element below which nothing can be distinguished from zero.
 
     Raises:
         CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.

@@ -18,22 +18,14 @@ def count_flops(call: Callable[[], Any]) -> int:
     torch counts a custom op as nothing, so the function that it was made of is counted instead; a fused attention
     kernel of the CPU too, so the products are done one by one.
     """
-    with FlopCounterMode(display=False, custom_mapping=_mapping()) as counter, sdpa_kernel(SDPBackend.MATH):
-        call()
-    return counter.get_total_flops()
-
-
-def _mapping() -> dict[Any, Any]:
     # torch counts baddbmm, but not in place
-    mapping: dict[Any, Any] = {torch.ops.aten.baddbmm_: _baddbmm_flops}
+    mapping: dict[Any, Any] = {torch.ops.aten.baddbmm_: lambda _, x, y, **__: 2 * math.prod(x) * y[-1]}
     for definition in OPDEFS.values():
         if definition._namespace not in TORCHS_OWN:
             mapping[definition._opoverload.overloadpacket] = _of_body(definition._init_fn)
-    return mapping
-
-
-def _baddbmm_flops(_: Any, x_shape: list[int], y_shape: list[int], **__: Any) -> int:
-    return 2 * math.prod(x_shape) * y_shape[-1]
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
 
 
 def _of_body(function: Callable[..., Any]) -> Callable[..., int]:

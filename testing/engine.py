@@ -3,15 +3,16 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from hypothesis.strategies import SearchStrategy
 
+from ..registry import SeqmixError
 from .check import Check
-from .outcome import Outcome, Status, chosen_names, known_names, require_examples_asked
+from .outcome import Outcome, Status, chosen_names, known_names
 from .search import describe_error, search
 
 EXAMPLES = 100
@@ -70,15 +71,12 @@ def run_checks(
     on_outcome: Callable[[Outcome], None] | None = None,
     on_case: Callable[[Any, int], None] | None = None,
 ) -> list[Outcome]:
-    """Run checks, of those known, on what is tested; the arguments are those of `check_mixer`.
-
-    Raises:
-        SeqmixError: a check does not exist, or nothing would be checked.
-    """
+    """Run checks, of those known, on what is tested; arguments and errors are those of `check_mixer`."""
     expected = dict(expected_failures or {})
     known_names(expected, known)
     names = chosen_names(checks, known)
-    require_examples_asked(examples)
+    if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
+        raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
     outcomes, asked = [], {"examples": examples, "seed": seed}
     for check in (known[name] for name in names):
         reason = tested.skip_reason(check)
@@ -114,7 +112,11 @@ def _run(
             fixed=tested.fixed_cases(check),
             on_case=on_case,
         )
-        alone = case is None or expected is not None or _raises(partial(tested.renewed().attempt, check), case)
+        alone = True
+        if case is not None and expected is None:
+            with suppress(Exception):
+                tested.renewed().attempt(check, case)
+                alone = False
     ended = partial(Outcome, check, examples=count, seconds=time.perf_counter() - started, case=case)
     if error is None and expected is None:
         return ended(Status.PASSED)
@@ -129,14 +131,6 @@ def _run(
         script = tested.script(check, case) if alone else tested.script(check, None, **asked)
         lines += [f"    {line}" for line in script]
     return ended(Status.FAILED, "\n".join(lines))
-
-
-def _raises(attempt: Callable[[C], None], case: C) -> bool:
-    try:
-        attempt(case)
-    except Exception:
-        return True
-    return False
 
 
 @contextmanager

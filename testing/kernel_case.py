@@ -257,11 +257,8 @@ class KernelCase(WrittenCase, ABC):
         if not self.grad:
             return Exact(values, {}, sizes, {})
         above = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
-        of_terms = gradients(
-            terms,
-            {name: x.abs() for name, x in above.items()},
-            {name: x for name, x in absolute.items() if x.requires_grad},
-        )
+        varied = {name: x for name, x in absolute.items() if x.requires_grad}
+        of_terms = gradients(terms, {name: x.abs() for name, x in above.items()}, varied)
         exact = gradients(outputs, above, {name: inputs[name] for name in self.grad})
         return Exact(values, exact, sizes, self.cancelled(kernel, absolute, of_terms))
 
@@ -308,23 +305,17 @@ class KernelCase(WrittenCase, ABC):
         return torch.cat(list(sequences))[None] if self.packed else torch.stack(list(sequences))
 
     def parts(self, inputs: Tensors, pieces: Sequence[tuple[int, ...]]) -> "list[tuple[Self, Tensors]]":
-        """Consecutive pieces as calls of their own, each with its per-token inputs; all but the last want a state.
-
-        Args:
-            inputs: of the whole.
-            pieces: each piece's tokens of every row or document.
-        """
+        """Consecutive pieces (each piece's tokens of every row or document) as calls of their own, each with its
+        per-token inputs; all but the last want a state."""
         per_token = [name for name in inputs if self.axes_of(name)[:2] == "BT"]
         rest = {name: self.sequences(inputs[name]) for name in per_token}
         parts = []
         for lengths in pieces:
             last = replace(self, lengths=lengths, cuts=())
             part = replace(last, final_state=True) if len(parts) < len(pieces) - 1 else last
-            tokens = {
-                name: part.segment([x[:n] for x, n in zip(xs, lengths, strict=True)]) for name, xs in rest.items()
-            }
-            rest = {name: [x[n:] for x, n in zip(xs, lengths, strict=True)] for name, xs in rest.items()}
-            parts.append((part, tokens))
+            split = {name: [x.tensor_split([n]) for x, n in zip(xs, lengths, strict=True)] for name, xs in rest.items()}
+            parts.append((part, {name: part.segment([head for head, _ in xs]) for name, xs in split.items()}))
+            rest = {name: [tail for _, tail in xs] for name, xs in split.items()}
         return parts
 
     def continued(self, before: "KernelCase") -> Self:

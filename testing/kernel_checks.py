@@ -84,14 +84,10 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
 @kernel_check(share=0.15)
 def results_are_deterministic(trial: KernelTrial) -> None:
     """Twice the same arguments give the same bits, forward and backward."""
-    results = []
-    for _ in range(2):
-        inputs = trial.leaves()
-        outputs = trial.run(inputs)
-        results.append(outputs | _gradients_by_name(trial, outputs, inputs))
+    first, second = (_results(trial, trial.leaves()) for _ in range(2))
     with Differences("a second call against the first", 0) as found:
-        for name, tensor in results[0].items():
-            found.tensor(name, results[1][name], tensor, trial.case.axes_of(name.removeprefix("the gradient of ")))
+        for name, tensor in first.items():
+            found.tensor(name, second[name], tensor, trial.case.axes_of(name.removeprefix("the gradient of ")))
 
 
 @kernel_check(share=0.15)
@@ -100,8 +96,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
     gradients, where the next is wanted."""
     inputs, before = trial.leaves(), trial.leaves()
     kept = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
-    outputs = trial.run(inputs)
-    results = outputs | _gradients_by_name(trial, outputs, inputs)
+    results = _results(trial, inputs)
     for name, version in kept.items():
         same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
         require(same, f"{name} was written in place")
@@ -136,17 +131,14 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
     case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
     given = {name: wide(x) for name, x in case.inputs(cpu).items()}
     # relative to the numbers themselves; a log-decay of -inf stays one
-    directions = {
-        name: randn(given[name].shape) * (1 if name == "log_decay" else given[name].abs()) for name in case.grad
-    }
+    sizes = {name: 1 if name == "log_decay" else given[name].abs() for name in case.grad}
+    directions = {name: randn(given[name].shape) * size for name, size in sizes.items()}
 
     def tangents(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         with dual_level():
             # a dual is no view of numbers that are repeated
-            duals = {
-                name: make_dual(inputs[name].clone(memory_format=torch.contiguous_format), direction.to(inputs[name]))
-                for name, direction in directions.items()
-            }
+            primals = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in directions}
+            duals = {name: make_dual(x, directions[name].to(x)) for name, x in primals.items()}
             outputs = {name: x for name, x in function(inputs | duals).items() if x.is_floating_point()}
             pairs = {name: unpack_dual(x) for name, x in outputs.items()}
         return {name: torch.zeros_like(x) if tangent is None else tangent for name, (x, tangent) in pairs.items()}
@@ -210,5 +202,6 @@ class _CustomOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _gradients_by_name(trial: KernelTrial, outputs: Tensors, inputs: Tensors) -> Tensors:
-    return {f"the gradient of {name}": x for name, x in trial.gradients(outputs, inputs).items()}
+def _results(trial: KernelTrial, inputs: Tensors) -> Tensors:
+    outputs = trial.run(inputs)
+    return outputs | {f"the gradient of {name}": x for name, x in trial.gradients(outputs, inputs).items()}

@@ -34,10 +34,9 @@ class KernelTrial:
 
     def gradients(self, outputs: Tensors, inputs: Tensors) -> Tensors:
         """The case's gradients by name of the input."""
-        above = {
-            name: self.case.cotangent(name, outputs[name].detach(), self.device) for name in self.case.differentiated
-        }
-        return gradients(outputs, above, {name: inputs[name] for name in self.case.grad})
+        case = self.case
+        above = {name: case.cotangent(name, outputs[name].detach(), self.device) for name in case.differentiated}
+        return gradients(outputs, above, {name: inputs[name] for name in case.grad})
 
     def compare(self, what: str, outputs: Tensors, gradients: Tensors | None = None) -> None:
         """Shape, dtype and every element against the definition.

@@ -34,13 +34,11 @@ class Case(WrittenCase):
     batch_size: int = 1
     """Sequences."""
     start: Start = "none"
-    """What comes before."""
     paradigms: tuple[Paradigm, ...] = ()
     """One per piece, where pieces have their own."""
     rows: tuple[int, ...] = ()
     """Rows of a state, in the order they are taken."""
     seed: int = 0
-    """All tensors are functions of it."""
     dtype: torch.dtype = torch.float64
     """Of parameters and inputs."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +67,6 @@ class Draw:
     crowded: int = 0
     """One batch in so many, on average, has `CROWD` rows instead; 0 is none."""
     starts: tuple[Start, ...] = STARTS
-    """What may come before."""
     paradigms: bool = False
     """Whether every piece has its own paradigm."""
     rows: bool = False
@@ -82,11 +79,8 @@ class Draw:
         usual = Case(
             lengths=(self.tokens[1],) * self.pieces[0], batch_size=self.batch_size[0], start=self.starts[-1], seed=1
         )
-        found = []
-        if self.long and self.pieces[1] == 1:
-            found += [replace(usual, lengths=(length,)) for length in (65, 130) if length <= self.longest]
-        if self.long and self.pieces[1] > 1:
-            found += [replace(usual, lengths=(17, 65))]
+        long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
+        found = [replace(usual, lengths=lengths) for lengths in long if self.long]
         if self.crowded:
             found += [replace(usual, batch_size=CROWD)]
         if len(self.dtypes) > 1:

@@ -74,27 +74,18 @@ def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
 
 
 def require_examples(config: MixerConfig) -> None:
-    """Refuse a field whose own example it refuses: the value would never be tried, and nobody would know.
-
-    Raises:
-        ContractError: there is one.
-    """
+    """Refuse a field whose own example it refuses: the value would never be tried, and nobody would know."""
     cls = type(config)
     for name, value in ((name, value) for name, field in cls.model_fields.items() for value in field.examples or []):
-        if reason := _refusal(config, name, value):
-            raise ContractError(f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples: {reason}")
-
-
-def _refusal(config: MixerConfig, name: str, value: Any) -> str | None:
-    """Why a field refuses a value, whatever the other fields are; None where it does not."""
-    try:
-        type(config).model_validate({**config.model_dump(), name: value})
-    except ValidationError as error:
-        # an error without a place is a rule about several fields: with others the value may do
-        return next((detail["msg"] for detail in error.errors() if detail["loc"][:1] == (name,)), None)
-    except SeqmixError:
-        pass
-    return None
+        try:
+            cls.model_validate({**config.model_dump(), name: value})
+        except SeqmixError:
+            continue
+        except ValidationError as error:
+            # an error without a place is a rule about several fields: with others the value may do
+            for detail in (detail for detail in error.errors() if detail["loc"][:1] == (name,)):
+                refused = f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples"
+                raise ContractError(f"{refused}: {detail['msg']}") from None
 
 
 def _values(annotation: Any) -> list[Any]:

@@ -54,24 +54,22 @@ class Subject:
             hint = ", which is a class: call it" if isinstance(config, type) else ""
             raise ContractError(f"what is checked is the configuration of a mixer, and was given as {config!r}{hint}")
         self.device, self.vary, self.compile_backend = _require_device(device), vary, compile_backend
-        given_tolerances = _require_tolerances(tolerances or {})
-        self.tolerances = {**LOW_PRECISION, **given_tolerances}
+        for dtype in tolerances or {}:
+            if dtype not in LOW_PRECISION:
+                allowed = ", ".join(map(str, LOW_PRECISION))
+                raise SeqmixError(f"tolerances has no dtype {dtype!r}; allowed: {allowed}")
+        self.tolerances = {**LOW_PRECISION, **(tolerances or {})}
         self.paradigms = None if paradigms is None else _require_paradigms(paradigms, config)
         if vary:
             require_examples(config)
         if self.paradigms is not None and config.paradigm not in (*self.paradigms, reference_paradigm(config)):
             config = changed(config, {"paradigm": self.paradigms[0]}) or config
         self.config = config
-        self.d_model = _width(config) if d_model is None else _require_width(d_model, config)
-        self.arguments: dict[str, Any] = {
-            "d_model": self.d_model,
-            "device": str(self.device),
-            "paradigms": self.paradigms,
-            "vary": vary,
-            "tolerances": given_tolerances or None,
-            "compile_backend": compile_backend,
-        }
+        self.d_model = _width(config, d_model)
+        self.arguments: dict[str, Any] = {"d_model": self.d_model, "device": str(self.device), "vary": vary}
         """What makes the same of its configuration."""
+        self.arguments |= {"paradigms": self.paradigms, "tolerances": tolerances or None}
+        self.arguments["compile_backend"] = compile_backend
         self._built: dict[Any, SequenceMixer | None] = {}
 
     def renewed(self) -> "Subject":
@@ -136,13 +134,8 @@ class Subject:
         return mixer.to(self.device, dtype).eval()
 
     def probe(self) -> None:
-        """Build the mixer and call it once in every paradigm, before anything is checked.
-
-        What is wrong with every call would be said by every check, each in words of its own.
-
-        Raises:
-            ContractError: it cannot be built or called, or what it returns is no output and state.
-        """
+        """Build the mixer and call it once in every paradigm, before every check says in words of its own what is wrong
+        with every call; a ContractError where what it returns is no output and state, too."""
         # one that no check is given: a mixer may remember calls
         mixer = self._build({}, torch.float64)
         assert mixer is not None
@@ -164,12 +157,7 @@ class Subject:
 
 
 def build(config: MixerConfig, d_model: int) -> SequenceMixer:
-    """The mixer of a configuration.
-
-    Raises:
-        SeqmixError: the configuration refuses the width.
-        BuildError: it raised something else, or gave no mixer.
-    """
+    """The mixer of a configuration; a `BuildError` where it raises no SeqmixError of its own, or gives no mixer."""
     with _refusals(f"{config.kind}: build", BuildError):
         mixer = config.build(d_model, layer_idx=0, n_layers=1)
     if not isinstance(mixer, SequenceMixer):
@@ -217,22 +205,13 @@ def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> 
     return tuple(map(Paradigm, paradigms))
 
 
-def _require_tolerances(tolerances: Mapping[torch.dtype, float]) -> dict[torch.dtype, float]:
-    for dtype in tolerances:
-        if dtype not in LOW_PRECISION:
-            allowed = ", ".join(map(str, LOW_PRECISION))
-            raise SeqmixError(f"tolerances has no dtype {dtype!r}; allowed: {allowed}")
-    return dict(tolerances)
-
-
-def _require_width(d_model: int, config: MixerConfig) -> int:
-    if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
-        raise SeqmixError(f"d_model needs an integer >= 1, and was given {d_model!r}")
-    build(config, d_model)
-    return d_model
-
-
-def _width(config: MixerConfig) -> int:
+def _width(config: MixerConfig, d_model: int | None) -> int:
+    """The width given, if it fits, or the first that does."""
+    if d_model is not None:
+        if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+            raise SeqmixError(f"d_model needs an integer >= 1, and was given {d_model!r}")
+        build(config, d_model)
+        return d_model
     errors: list[SeqmixError] = []
     for d_model in D_MODELS:
         try:

@@ -20,6 +20,9 @@ from .mixer_subject import Subject, build, reference_paradigm
 Call = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Gives output and final state of a segment and a state: the mixer, or something that calls it."""
 
+Result = tuple[Tensor | Mapping[str, Tensor] | None, Any]
+"""Output, or output and gradients by name, and the final state."""
+
 
 class Trial:
     """One case of a check: the mixer, and tensors drawn from the case's seed.
@@ -107,6 +110,15 @@ class Trial:
 
         return call
 
+    def decode(self, x: Tensor, state: Any, step: Call | None = None) -> tuple[Tensor, Any]:
+        """Output and final state token by token, without grad; the state given may be consumed."""
+        outputs = []
+        with torch.no_grad():
+            for token in x.split(1, dim=1):
+                y, state = (step or self.mixer.step)(token, state)
+                outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
     def differentiate(
         self,
         call: Call,
@@ -136,10 +148,7 @@ class Trial:
         return {"the output": y.detach(), **named}, None if after is None else map_state(Tensor.detach, after)
 
     def _above(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients from above: the same rounded numbers in every dtype.
-
-        Where a result is zero they are zero: those are the empty slots of a cache, and nothing can depend on them.
-        """
+        """Gradients from above, the same in every dtype; zero where a result is, as in the empty slots of a cache."""
         generator, above = torch.Generator().manual_seed(self.case.seed + 1), {}
         for name, result in results.items():
             noise = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(self.case.dtype)
@@ -164,13 +173,7 @@ class Trial:
         """A comparison: a context manager that fails at its end if something differed."""
         return Differences(what, tolerance)
 
-    def compare(
-        self,
-        what: str,
-        actual: tuple[Tensor | Mapping[str, Tensor] | None, Any],
-        expected: tuple[Tensor | Mapping[str, Tensor] | None, Any],
-        tolerance: float = EXACT,
-    ) -> None:
+    def compare(self, what: str, actual: Result, expected: Result, tolerance: float = EXACT) -> None:
         """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""
         with self.differences(what, tolerance) as found:
             if actual[0] is not None and expected[0] is not None:

@@ -51,11 +51,7 @@ class Outcomes:
 
 
 def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
-    """Names of checks, in the order in which the checks run.
-
-    Raises:
-        SeqmixError: there is no such check; the nearest match is named.
-    """
+    """Names of checks, in the order in which the checks run; one that there is not is a SeqmixError."""
     names = list(names)
     for name in names:
         if name not in checks:
@@ -64,11 +60,7 @@ def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
 
 
 def chosen_names(names: Iterable[str] | None, checks: Collection[str]) -> list[str]:
-    """Names of the checks to run: all where none are named.
-
-    Raises:
-        SeqmixError: there is no such check, or the selection is empty.
-    """
+    """Names of the checks to run: all where None is given; an empty selection is a SeqmixError."""
     if names is None:
         return list(checks)
     if isinstance(names, str):
@@ -76,9 +68,3 @@ def chosen_names(names: Iterable[str] | None, checks: Collection[str]) -> list[s
     if not (found := known_names(names, checks)):
         raise SeqmixError("checks names none, so nothing would be checked: leave it out for all of them")
     return found
-
-
-def require_examples_asked(examples: int) -> None:
-    """Refuse what is not a number of cases."""
-    if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
-        raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")

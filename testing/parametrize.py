@@ -31,13 +31,11 @@ class BoundCheck:
             pytest.fail(str(error), pytrace=False)
         if not report.outcomes:
             pytest.fail("ran no check", pytrace=False)
+        ends = {Status.SKIPPED: pytest.skip, Status.EXPECTED_FAILURE: pytest.xfail}
+        ends[Status.FAILED] = partial(pytest.fail, pytrace=False)
         for outcome in report.outcomes:
-            if outcome.status is Status.FAILED:
-                pytest.fail(outcome.reason, pytrace=False)
-            if outcome.status is Status.SKIPPED:
-                pytest.skip(outcome.reason)
-            if outcome.status is Status.EXPECTED_FAILURE:
-                pytest.xfail(outcome.reason)
+            if outcome.status in ends:
+                ends[outcome.status](outcome.reason)
 
 
 def parametrized(
@@ -49,13 +47,8 @@ def parametrized(
     expected_failures: Mapping[str, Mapping[str, str]] | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """pytest's decorator with a case for everything tested and every check; the others are `parametrize_checks`'.
-
-    Args:
-        tested: of each its label, the name that `expected_failures` has for it, and what runs checks on it.
-        known: names of all checks there are.
-        what: what a name is: "kind" or "kernel".
-    """
+    """pytest's decorator with a case for every check of those known and everything tested: its label, the name (of a
+    "kind" or "kernel") that `expected_failures` has for it, and what runs checks on it."""
     import pytest
 
     chosen, expected = chosen_names(checks, known), expected_failures or {}
@@ -77,11 +70,8 @@ def parametrized(
 
 
 def _seed() -> int | None:
-    """Of the cases that a test draws: always the same, so that a suite that passes goes on passing.
-
-    None, which leaves it to hypothesis, under `--hypothesis-seed` and under a profile of the project's own, such as one
-    that looks for more every night.
-    """
+    """The same in every run, so that a suite that passes goes on passing; None, which leaves it to hypothesis, under
+    `--hypothesis-seed` and under a profile of the project's own, such as one that looks for more every night."""
     # where its pytest plugin puts the option, and the name for which older versions have no function
     forced, profile = getattr(core, "global_force_seed", None), getattr(settings, "_current_profile", "default")
     return 0 if forced is None and profile in ("default", "ci") else None

@@ -112,11 +112,8 @@ def describe_error(error: Exception) -> str:
 
 
 def where_raised(error: Exception) -> str:
-    """An exception that is not a check's own, and the line to look at.
-
-    That is the last one of the mixer's author: what he calls (torch, the ops of seqmix) raises where he cannot help it,
-    and so does what calls him. For what has no such line, the last of seqmix below the kit, as of a built-in mixer.
-    """
+    """An exception that is not a check's own, and the line to look at: the last of the mixer's author, as what he calls
+    (torch, the ops of seqmix) raises where he cannot help it; of a built-in mixer, the last of seqmix below the kit."""
     frames = list(traceback.walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
     own = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a module that it makes up

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -39,22 +38,12 @@ class WrittenCase:
     """A dataclass whose `repr` is Python that makes it."""
 
     def __repr__(self) -> str:
-        """As Python; only what differs from the defaults."""
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-            for f in fields(self)  # pyright: ignore[reportArgumentType]  # a subclass is a dataclass
-        }
-        return call_source(type(self).__name__, given(vars(self), defaults))
+        """As Python; only what differs from the defaults, which all fields have."""
+        return call_source(type(self).__name__, given(vars(self), vars(type(self)())))
 
 
 def imports(written: str, kit: str, values: Any = ()) -> Iterator[str]:
-    """The imports that written Python needs.
-
-    Args:
-        written: the Python.
-        kit: names of the kit that it uses.
-        values: what stands in it; the classes of these are imported where they are named.
-    """
+    """The imports that written Python needs, which uses these names of the kit and the classes of these values."""
     if "Paradigm." in written:
         yield "from seqmix import Paradigm"
     if "torch." in written:

@@ -52,18 +52,11 @@ def decoding_compiles_once(trial: Trial) -> None:
     counter = CompileCounterWithBackend(trial.subject.compile_backend)
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
-    state, outputs = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
-    with torch.no_grad():
-        for t in range(x.shape[1]):
-            with _one_graph():
-                y, state = step(x[:, t : t + 1], state)
-            outputs.append(y)
-    with trial.differences("compiled steps against the whole") as found:
-        found.tensor("the output", torch.cat(outputs, dim=1), trial.mix(x, None)[0], "BTD")
-    count = counter.frame_count
-    require(
-        count == 1, f"{x.shape[1]} steps compiled {count} graphs: something that changes with every token is no tensor"
-    )
+    with _one_graph():
+        y, _ = trial.decode(x, trial.mixer.init_state(len(x), max_length=x.shape[1]), step)
+    trial.compare("compiled steps against the whole", (y, None), (trial.mix(x, None)[0], None))
+    count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
+    require(counter.frame_count == 1, f"{count}: something that changes with every token is no tensor")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
 from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
@@ -13,6 +14,7 @@ from ...registry.yaml import parse
 from ..check import check
 from ..compare import CheckFailure, require
 from ..counting import count_flops
+from ..gradients import gradients
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, learnable
 
@@ -82,10 +84,8 @@ def every_parameter_is_initialised(trial: Trial) -> None:
     them, from the global generator alone."""
     with torch.device(trial.subject.device), torch.random.fork_rng():
         alone = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
-    for name, tensor in (*alone.named_parameters(), *alone.named_buffers()):
-        # memory that nothing filled is NaN here
-        filled = not tensor.is_floating_point() or tensor.isfinite().all()
-        require(filled, f"built alone, {name} is uninitialised: end __init__ with self.reset_parameters()")
+    # memory that nothing filled is NaN here
+    _filled(alone, "built alone, {} is uninitialised: end __init__ with self.reset_parameters()")
     with torch.device("meta"):
         mixer = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
     mixer = mixer.to_empty(device=trial.subject.device)
@@ -98,9 +98,7 @@ def every_parameter_is_initialised(trial: Trial) -> None:
             torch.manual_seed(seed)
             mixer.reset_parameters()
         filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
-        for name, tensor in (*mixer.named_parameters(), *mixer.named_buffers()):
-            finite = not tensor.is_floating_point() or tensor.isfinite().all()
-            require(finite, f"reset_parameters leaves {name} uninitialised")
+        _filled(mixer, "reset_parameters leaves {} uninitialised")
     with trial.differences("reset_parameters with the same seed", 0) as found:
         for name, tensor in filled[0].items():
             found.tensor(name, filled[1][name], tensor)
@@ -114,9 +112,7 @@ def every_parameter_learns(trial: Trial) -> None:
     x, parameters = trial.tokens(), learnable(trial.mixer)
     for paradigm in trial.paradigms if parameters else ():
         y, _ = trial.mixer(x, paradigm=paradigm)
-        loss = (trial.randn(*y.shape) * y).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
+        for name, gradient in gradients({"y": y}, {"y": trial.like(y)}, parameters).items():
             require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")
             require(gradient.any(), f"{paradigm}: {name} has no gradient: nothing depends on it")
 
@@ -136,11 +132,14 @@ def flops_are_as_declared(trial: Trial) -> None:
                 counted.append(count_flops(call))
         declared = trial.mixer.flops(trial.case.length, paradigm, context)
         slack = 2 if paradigm is Paradigm.RECURRENT else 1
-        require(
-            min(counted) <= declared <= slack * max(counted),
-            f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are "
-            f"{counted[0]:,} ({counted[1]:,} with a final state)",
-        )
+        sentence = f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are"
+        sentence += f" {counted[0]:,} ({counted[1]:,} with a final state)"
+        require(min(counted) <= declared <= slack * max(counted), sentence)
+
+
+def _filled(mixer: SequenceMixer, sentence: str) -> None:
+    for name, tensor in (*mixer.named_parameters(), *mixer.named_buffers()):
+        require(not tensor.is_floating_point() or tensor.isfinite().all(), sentence.format(name))
 
 
 def _refused(what: str, call: Callable[[], object], word: str = "") -> None:

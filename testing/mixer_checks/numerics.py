@@ -1,8 +1,7 @@
 """Low precision, autocast, extremes, and that a result is a function of its arguments."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, map_state, to_dict
 from ..check import check
 from ..compare import FEW, GRADIENTS, CheckFailure, near, require
+from ..gradients import gradients
 from ..mixer_case import Draw
 from ..mixer_options import changed
 from ..mixer_trial import Trial, learnable, named_leaves, named_results
@@ -51,10 +51,10 @@ def low_precision_is_near_float64(trial: Trial) -> None:
 
     for paradigm in trial.paradigms:
         what = f"{paradigm} in {trial.case.dtype}"
-        gradients, after = trial.differentiate(trial.in_pieces(trial.call(paradigm)), x, state, zeros=results)
-        for name, result in named_results(gradients.pop("the output"), after).items():
+        found, after = trial.differentiate(trial.in_pieces(trial.call(paradigm)), x, state, zeros=results)
+        for name, result in named_results(found.pop("the output"), after).items():
             near(name, what, result, results[name], tolerance)
-        for name, gradient in gradients.items():
+        for name, gradient in found.items():
             try:
                 near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor)
             except CheckFailure:
@@ -69,12 +69,8 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
     x = trial.tokens()
     expected, _ = trial.mix(x.double(), None, exact)
-    outputs, state = [], trial.mixer.init_state(1, max_length=STEPS)
-    with torch.no_grad():
-        for t in range(STEPS):
-            y, state = trial.call(trial.reference)(x[:, t : t + 1], state)
-            outputs.append(y)
-    y, last = torch.cat(outputs, dim=1), STEPS // 4
+    y, _ = trial.decode(x, trial.mixer.init_state(1, max_length=STEPS), trial.call(trial.reference))
+    last = STEPS // 4
     what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}"
     near("the output", what, y[:, -last:], expected[:, -last:], tolerance)
 
@@ -100,18 +96,16 @@ def dtypes_are_kept(trial: Trial) -> None:
             wanted = initial[name].dtype
             require(leaf.dtype == wanted, f"{paradigm}: the state's {name} is {leaf.dtype}, and init_state's {wanted}")
             if leaf.dtype == torch.float32 and _is_coarse(leaf):
-                rounded = not _is_coarse(_exact_leaf(trial, x, state, name)) and not _is_copied(trial, name)
+                _, exact = trial.mix(x.double(), _wide(state), trial.rebuilt(torch.float64))
+                rounded = not _is_coarse(to_dict(exact)[name].float()) and not _is_copied(trial, name)
                 sentence = f"{paradigm}: the state's {name} is float32, and all its numbers fit in 16 bits"
                 require(not rounded, f"{sentence}: they were rounded")
 
 
 def _is_copied(trial: Trial, leaf: str) -> bool:
-    """Whether what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers.
-
-    That tells a cache, whose rounding stays what it was, from a sum, whose rounding adds up. In float64, where two
-    numbers are not equal by rounding.
-    """
-    exact = trial.rebuilt(torch.float64)
+    """Whether what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers:
+    that tells a cache, whose rounding stays what it was, from a sum, whose rounding adds up."""
+    exact = trial.rebuilt(torch.float64)  # where two numbers are not equal by rounding
     _, before = trial.mix(trial.tokens(2, 4).double(), None, exact)
     leaves = to_dict(before)
     moved = from_dict(before, leaves | {leaf: leaves[leaf] * trial.like(leaves[leaf]).exp()})
@@ -120,22 +114,16 @@ def _is_copied(trial: Trial, leaf: str) -> bool:
     return bool(torch.isin(after[after != otherwise], leaves[leaf]).all())
 
 
-def _exact_leaf(trial: Trial, x: Tensor, state: Any, leaf: str) -> Tensor:
-    """What float64 makes of the same, rounded to float32 at the end."""
-    _, after = trial.mix(x.double(), _wide(state), trial.rebuilt(torch.float64))
-    return to_dict(after)[leaf].to(torch.float32)
-
-
 def _is_coarse(leaf: Tensor) -> bool:
     """Whether the float32 numbers have the 10 bits of float16 or TF32, or the 7 of bfloat16; of a few, no telling."""
     numbers = leaf[(leaf != 0) & leaf.isfinite()]
     return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
 
 
-@check(
-    share=0.15,
-    draw=Draw(tokens=(24, 40), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,)),
-)
+UNMOVED = Draw(tokens=(24, 40), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,))
+
+
+@check(share=0.15, draw=UNMOVED)
 def autocast_changes_only_precision(trial: Trial) -> None:
     """Under autocast to bfloat16 the output is near float64, gradients are finite, and a state's leaves keep their
     dtypes."""
@@ -149,16 +137,10 @@ def autocast_changes_only_precision(trial: Trial) -> None:
             y, after = trial.call(paradigm)(x, state)
         near("the output", f"{paradigm} under autocast", y, expected, tolerance)
         for name, leaf in to_dict(after).items():
-            wanted = initial[name].dtype
-            require(
-                leaf.dtype == wanted, f"{paradigm} under autocast: the state's {name} is {leaf.dtype}, not {wanted}"
-            )
-        parameters = learnable(trial.mixer)
-        loss = y.float().square().sum()
-        if not loss.requires_grad or not parameters:
-            continue
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
+            sentence = f"{paradigm} under autocast: the state's {name} is {leaf.dtype}, not {initial[name].dtype}"
+            require(leaf.dtype == initial[name].dtype, sentence)
+        found = gradients({"y": y.float()}, {"y": 2 * y.detach().float()}, learnable(trial.mixer))
+        for name, gradient in found.items():
             require(gradient.isfinite().all(), f"{paradigm} under autocast: the gradient of {name} is not finite")
 
 
@@ -181,10 +163,8 @@ def extremes_are_finite(trial: Trial) -> None:
         results |= named_leaves("the final state's", after)
         of_parameters = {f"the gradient of {name}" for name, _ in trial.mixer.named_parameters()}
         for name, tensor in results.items():
-            parts = {", ".join(inputs): tensor}
-            if name not in of_parameters:
-                parts = dict(zip(inputs, tensor, strict=True))
-            for what, part in parts.items():
+            whole = name in of_parameters
+            for what, part in [(", ".join(inputs), tensor)] if whole else zip(inputs, tensor, strict=True):
                 require(part.isfinite().all(), f"{paradigm} in {trial.case.dtype}, {what}: {name} is not finite")
 
 
@@ -192,31 +172,20 @@ def extremes_are_finite(trial: Trial) -> None:
 def modes_change_nothing(trial: Trial) -> None:
     """Training mode, with dropout set to 0, and grad mode switched off give what evaluation with gradients gives."""
     x, state = trial.tokens(), trial.state()
-    drops = [name for name, value in trial.config if "dropout" in name and isinstance(value, float) and value]
-    if drops and changed(trial.config, none := dict.fromkeys(drops, 0.0)) is not None:
+    none = {name: 0.0 for name, value in trial.config if "dropout" in name and isinstance(value, float) and value}
+    none: dict[str, Any] = none if changed(trial.config, none) is not None else {}
+    if none:
         trial.mixer = trial.rebuilt(**none)
+    training = trial.rebuilt(**none).train()
+    for module in training.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
     for paradigm in trial.paradigms:
         expected, after = trial.differentiate(trial.call(paradigm), x, state)
         without = trial.mix(x, state, paradigm=paradigm)
         trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
-        with _training(trial.mixer):
-            trained = trial.differentiate(trial.call(paradigm), x, state)
+        trained = trial.differentiate(trial.call(paradigm, training), x, state, mixer=training)
         trial.compare(f"{paradigm}, in training mode against evaluation", trained, (expected, after))
-
-
-@contextmanager
-def _training(mixer: SequenceMixer[Any]) -> Iterator[None]:
-    """Training mode without dropout."""
-    dropouts = {module: module.p for module in mixer.modules() if isinstance(module, _DropoutNd)}
-    mixer.train()
-    for module in dropouts:
-        module.p = 0.0
-    try:
-        yield
-    finally:
-        mixer.eval()
-        for module, p in dropouts.items():
-            module.p = p
 
 
 @check(share=0.12, draw=Draw(tokens=(1, 9)))
@@ -225,7 +194,8 @@ def results_are_deterministic(trial: Trial) -> None:
     buffer or attribute of a module holds anything of a call."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     before = torch.random.get_rng_state()
-    kept = {name: tensor.detach().clone() for name, tensor in _tensors(trial.mixer).items()}
+    tensors = dict(trial.mixer.named_parameters()) | dict(trial.mixer.named_buffers())
+    kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for paradigm in trial.paradigms:
         first = trial.differentiate(trial.call(paradigm), x, state)
         # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
@@ -240,25 +210,18 @@ def results_are_deterministic(trial: Trial) -> None:
             require(same, f"{sentence}: what a call leaves behind is its result alone")
     require(torch.equal(before, torch.random.get_rng_state()), "mixing drew numbers from the global generator")
     with trial.differences("parameters and buffers after mixing against before", 0) as found:
-        for name, tensor in _tensors(trial.mixer).items():
+        for name, tensor in tensors.items():
             found.tensor(name, tensor.detach(), kept[name])
 
 
-def _tensors(mixer):
-    return dict(mixer.named_parameters()) | dict(mixer.named_buffers())
-
-
 def _held(mixer: SequenceMixer[Any]) -> dict[str, object]:
-    """What the attributes of a mixer's modules hold, by name: tensors, numbers and strings, in containers and in plain
-    objects too."""
+    """What the attributes of a mixer's modules hold, by name, in containers and plain objects too."""
     found: dict[str, object] = {}
     seen: set[int] = set()
 
     def visit(name: str, value: object) -> None:
-        if isinstance(value, Tensor):
-            found[name] = value.detach().clone()
-        elif isinstance(value, torch.Generator):
-            found[name] = value.get_state()
+        if isinstance(value, Tensor | torch.Generator):
+            found[name] = value.detach().clone() if isinstance(value, Tensor) else value.get_state()
         elif isinstance(value, PLAIN):
             found[name] = value
         elif id(value) not in seen:
@@ -273,7 +236,6 @@ def _held(mixer: SequenceMixer[Any]) -> dict[str, object]:
 
 
 def _children(value: object) -> dict[str, object]:
-    """What an object holds."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": held for key, held in value.items()}
     if isinstance(value, list | tuple | deque):
@@ -294,6 +256,4 @@ def _same(one: object, other: object) -> bool:
 
 def _wide(state):
     """A state with the dtypes that the float64 mixer's states have."""
-    if state is None:
-        return None
-    return map_state(lambda leaf: leaf.to(torch.float64) if leaf.is_floating_point() else leaf, state)
+    return None if state is None else map_state(lambda x: x.double() if x.is_floating_point() else x, state)

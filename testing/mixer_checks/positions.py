@@ -36,16 +36,14 @@ def position_matters_only_where_declared(trial: Trial) -> None:
         # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
         for start, allowed in ((1000, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
             off = change(start)
-            sentence = (
-                f"{paradigm}: traits.shift_invariant is True, and {start - READ:,} tokens later the same tokens give"
-            )
-            require(off <= allowed, f"{sentence} an output that is {off:.1e} off")
+            later = f"{start - READ:,} tokens later the same tokens give an output that is {off:.1e} off"
+            require(off <= allowed, f"{paradigm}: traits.shift_invariant is True, and {later}")
 
 
-@check(
-    share=0.15,
-    draw=Draw(tokens=(24, 40), batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16)),
-)
+LATE = Draw(tokens=(24, 40), batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16))
+
+
+@check(share=0.15, draw=LATE)
 def late_positions_are_exact(trial: Trial) -> None:
     """After a million tokens float32 and bfloat16 are as near float64 as at the start."""
     exact = trial.rebuilt(torch.float64)

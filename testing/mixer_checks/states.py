@@ -1,11 +1,9 @@
 """A state is a value: it can be saved, batched, split, reordered and used again."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ...mixers.state import clone, concatenate, from_dict, map_state, select, to_dict
@@ -78,10 +76,7 @@ def a_state_survives_the_disk(trial: Trial) -> None:
     x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
     for paradigm in trial.paradigms:
         _, before = trial.mix(x, state, paradigm=paradigm)
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "state.safetensors"
-            save_file(to_dict(before), file)
-            leaves = load_file(file, str(trial.subject.device))
+        leaves = {name: leaf.to(trial.subject.device) for name, leaf in load(save(to_dict(before))).items()}
         loaded = from_dict(trial.mixer.init_state(trial.case.batch_size), leaves)
         expected = trial.mix(following, before, paradigm=paradigm)
         actual = trial.mix(following, loaded, paradigm=paradigm)
@@ -136,14 +131,11 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
         require(bool(to_dict(found)), f"{source} gives a state without tensors")
         for name, leaf in to_dict(found).items():
             shape = list(leaf.shape)
-            require(
-                leaf.ndim > 0 and shape[0] == rows,
-                f"{source}: {name} is {shape}, and {rows} sequences need {rows} rows",
-            )
+            require(shape[:1] == [rows], f"{source}: {name} is {shape}, and {rows} sequences need {rows} rows")
             require(leaf.device.type == trial.subject.device.type, f"{source}: {name} is on {leaf.device}")
-    names = {source: list(to_dict(found)) for source, found in states.items()}
-    for source, leaves in names.items():
-        require(leaves == names["init_state"], f"{source} has the leaves {leaves}, init_state {names['init_state']}")
+    wanted = list(to_dict(states["init_state"]))
+    for source, leaves in ((source, list(to_dict(found))) for source, found in states.items()):
+        require(leaves == wanted, f"{source} has the leaves {leaves}, init_state {wanted}")
 
 
 @check(share=0.1, draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)))
@@ -173,8 +165,6 @@ def _leaves(state: Any) -> list[Tensor]:
     return found
 
 
-def _is_state(state: object) -> bool:
-    if isinstance(state, Tensor):
-        return True
+def _is_state(state: Any) -> bool:
     named = isinstance(state, tuple) and hasattr(state, "_fields")
-    return named and all(_is_state(child) for child in state)  # type: ignore[union-attr]
+    return isinstance(state, Tensor) or (named and all(map(_is_state, state)))
