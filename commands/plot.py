@@ -31,9 +31,8 @@ def plot(
     found = [read_curves(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
     charts = charts_of(found)
     if not charts:
-        raise SeqmixError(
-            f"{', '.join(map(str, runs))}: no measurement is a finite number, so there is nothing to draw"
-        )
+        given = ", ".join(map(str, runs))
+        raise SeqmixError(f"{given}: no measurement is a finite number, so there is nothing to draw")
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
     made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
     draw(charts, out, title=title, text=f"{made}.")
