@@ -92,8 +92,8 @@ class HandWrittenLayer(nn.Module):
         options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
         paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
         output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        output = F.layer_norm(output, output.shape[-1:], eps=self.norm_eps) * F.silu(gate)
+        output = output.to(torch.float32 if output.dtype == torch.float16 else output.dtype)
+        output = F.layer_norm(output, output.shape[-1:], eps=self.norm_eps) * F.silu(gate.to(output.dtype))
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
         if memory is None or recent is None or offset is None:
             return y, None
