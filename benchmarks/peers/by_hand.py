@@ -77,7 +77,7 @@ class HandWrittenLayer(nn.Module):
         return memory, recent, position
 
     def _retain(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
-        batch, length, d_model = x.shape
+        _, length, d_model = x.shape
         memory, recent, offset = (None, None, None) if state is None else state
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
@@ -97,7 +97,7 @@ class HandWrittenLayer(nn.Module):
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
         if memory is None or recent is None or offset is None:
             return y, None
-        return y, (memory, recent, offset + torch.full((batch,), length, device=x.device, dtype=torch.int64))
+        return y, (memory, recent, offset + length)
 
     def _leak(self, device: torch.device) -> Tensor:
         if self.decay == "constant" and self.gamma is not None:
