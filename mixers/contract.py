@@ -77,13 +77,7 @@ class MixerConfig(Config, ABC):
 
     @classmethod
     def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
-        """What is wrong with the class where an example of it is refused; None where it is not the class.
-
-        Args:
-            error: what making the example raised.
-            fields: the fields that `example_fields` gave.
-            alone: whether nobody gave others.
-        """
+        """What is wrong with the class where an example of `fields` (`alone`: of these only) raised an error, if it is."""
         for detail in error.errors(include_url=False):
             place, reason = detail["loc"], detail["msg"].removeprefix("Value error, ")
             if not place and alone:  # of the whole: the traits, or a rule of the class about several fields

@@ -112,15 +112,10 @@ class ContextParallel:
         length: int,
         apply: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The state before this rank's segment, of a recurrence whose segments are S -> M S + U.
+        """The state before this rank's segment of `length` tokens, of a recurrence whose segments are S -> M S + U.
 
-        Args:
-            transition: M of this segment; of packed documents, that of the one it leaves unfinished (one row).
-            written: U, likewise: the state after the segment from none before it.
-            initial_state: before the whole row (one row per document); None means zero.
-            documents: of the whole row.
-            length: tokens of a segment.
-            apply: M S.
+        `transition` is M and `written` U of this segment; of packed documents, those of the one that it leaves
+        unfinished (one row). Initial state (None is zero) and documents are the whole row's; `apply` is M S.
         """
         transitions, states = self.gather(transition), self.gather(written)
         used = torch.arange(self.size, device=written.device) < self.rank

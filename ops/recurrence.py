@@ -120,14 +120,7 @@ def recur(
     In a group the map is computed twice: once for what the segment does with any state, and then from the state that
     the segments before it leave.
 
-    Args:
-        family: of recurrences.
-        q: [B T H K].
-        k: [B T H K].
-        v: [B T H V].
-        call: how; its state is [N H K V].
-        scale: of the output; 1/sqrt(K) when None.
-        given: what else the family has of `log_decay` and `beta`, as in `Recurrence`.
+    Tensors are as in `Recurrence`; `given` is what the family has of `log_decay` and `beta`. A scale of None is 1/sqrt(K).
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the kernel does not take them, in one sentence.

@@ -74,14 +74,9 @@ class _Chunk(ABC):
     def scores_backward(
         self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: _Outer | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The parts of dq and dk that come through A, and the whole of da; consumes scores and d_scores.
+        """The parts of dq and dk that come through A, and the whole of da; consumes scores and d_scores, A's.
 
-        Args:
-            q: [G m K].
-            k: [G m K].
-            scores: A.
-            d_scores: its gradient.
-            outer: what comes through the states; None if da is not wanted, which then is None too.
+        `outer` is what comes through the states; None if da is not wanted, which then is None too.
         """
 
 
@@ -109,14 +104,8 @@ class _ScalarChunk(_Chunk):
     def _log_decay_gradient(
         self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
     ) -> Tensor:
-        """da [G m].
-
-        Args:
-            pairs: A * (do v^T), [G m m]; consumed.
-            read: what each query read of the entry state, [G m].
-            left: what each key left in the exit state, [G m].
-            kept: what the entry state left there, [G].
-        """
+        """da [G m], of A * (do v^T), which is consumed, of what each query read of the entry state [G m], what each key
+        left in the exit state [G m], and what the entry state left there [G]."""
         # entry [i, l] adds up what token i read of the tokens before l, the entry state first
         before = pairs.roll(1, 2)
         before[..., 0] = 0 if read is None else read

@@ -107,15 +107,7 @@ def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> 
 
 
 def require_attention(x: Attention, segments: int = 1) -> None:
-    """Refuse what no kernel of the family takes.
-
-    Args:
-        x: the call; its queries are one of so many equal `segments` of the row that keys and values are of.
-        segments: processes that share the row.
-
-    Raises:
-        SeqmixError: shapes or dtypes do not fit.
-    """
+    """Refuse shapes and dtypes that no kernel takes; queries are one of so many `segments` of the keys' row."""
     q, k, v = x.q, x.k, x.v
     require_floats(q, k, v)
     shapes = (q.shape, k.shape, v.shape)

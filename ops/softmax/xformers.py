@@ -117,15 +117,8 @@ def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
 def bias(
     queries: Sequence[int], keys: Sequence[int], window: int | None, *, apart: bool, device: torch.device | None = None
 ) -> Any:
-    """xformers' mask.
-
-    Args:
-        queries: of each row or document.
-        keys: that each has, its own tokens the last; no fewer.
-        window: keys that a query sees, its own included.
-        apart: whether they lie behind one another in one row, and not in a batch of rows with the same numbers.
-        device: of the queries.
-    """
+    """xformers' mask of so many queries, and keys (no fewer, their own the last), of each row or document; `apart` is whether
+    they lie one after another in one row."""
     masks = import_module("xformers.ops.fmha.attn_bias")
     if window is not None and window >= max(keys):
         window = None
@@ -167,14 +160,8 @@ def plan(
 ) -> Plan:
     """How it is done; documents without tokens are left out.
 
-    Args:
-        rows: B, of the batch.
-        length: T, of a row.
-        read: tokens that each row or document has read before; None without a cache.
-        borders: of packed documents.
-        capacity: S, slots of the cache, which are offered before a row's own tokens; a packed row's come before all.
-        ring: whether position p is in slot p mod S, and not right-aligned.
-        window: keys that a query sees, its own included.
+    `read` is the tokens that each row or document has read before (None without a cache of so many slots), which come
+    before a row's own tokens, a packed row's before all; in a ring position p is in slot p mod S.
     """
     spans = [(0, length)] * rows if borders is None else list(pairwise(borders))
     spans = [(row, start, stop) for row, (start, stop) in enumerate(spans) if start < stop]
