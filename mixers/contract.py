@@ -77,7 +77,7 @@ class MixerConfig(Config, ABC):
 
     @classmethod
     def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
-        """What is wrong with the class where an example of `fields` (`alone`: of these only) raised an error, if it is."""
+        """What is wrong with the class where an example of `fields` (`alone`: no others) raised an error, if it is."""
         for detail in error.errors(include_url=False):
             place, reason = detail["loc"], detail["msg"].removeprefix("Value error, ")
             if not place and alone:  # of the whole: the traits, or a rule of the class about several fields

@@ -120,7 +120,7 @@ def recur(
     In a group the map is computed twice: once for what the segment does with any state, and then from the state that
     the segments before it leave.
 
-    Tensors are as in `Recurrence`; `given` is what the family has of `log_decay` and `beta`. A scale of None is 1/sqrt(K).
+    Tensors are as in `Recurrence`; `given` is what the family has of `log_decay` and `beta`. No scale is 1/sqrt(K).
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the kernel does not take them, in one sentence.

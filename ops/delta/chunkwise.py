@@ -114,8 +114,8 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _log_decay_gradient(within: Tensor, read: Tensor | None, left: Tensor | None) -> Tensor:
-    """One chunk of da [G m], but for what the entry state left in the exit state: of dP * P [G 2m m], of what each row of
-    X read of the entry state [G 2m], and of what each key left in the exit state [G m]."""
+    """One chunk of da [G m], but for what the entry state left in the exit state: of dP * P [G 2m m], of what each row
+    of X read of the entry state [G 2m], and of what each key left in the exit state [G m]."""
     # entry [i, l] adds up what token i read of the tokens before l, the entry state first
     before = within.unflatten(1, (2, -1)).sum(1).roll(1, 2)
     before[..., 0] = 0 if read is None else read.unflatten(1, (2, -1)).sum(1)

@@ -117,8 +117,8 @@ def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
 def bias(
     queries: Sequence[int], keys: Sequence[int], window: int | None, *, apart: bool, device: torch.device | None = None
 ) -> Any:
-    """xformers' mask of so many queries, and keys (no fewer, their own the last), of each row or document; `apart` is whether
-    they lie one after another in one row."""
+    """xformers' mask of so many queries, and keys (no fewer, their own the last), of each row or document; `apart` is
+    whether they lie one after another in one row."""
     masks = import_module("xformers.ops.fmha.attn_bias")
     if window is not None and window >= max(keys):
         window = None
