@@ -113,14 +113,9 @@ def token_positions(
 ) -> Int[Tensor, "B T"]:
     """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows start at offsets of their own.
 
-    A position is the number of tokens that a sequence (or a packed document) holds before the token.
-
-    Args:
-        length: tokens in the segment.
-        offset: tokens read before the segment, by row (by document if packed); None means none.
-        documents: of a packed row.
-        device: where to put them.
-        start: tokens of the row before them, where the segment is one process's part of it; the offset is the row's.
+    A position is the number of tokens that a sequence (or a packed document) holds before the token. `offset` is the
+    tokens read before the segment, by row or document (None: none), `start` those of the row before it, where the
+    segment is one process's part of it.
     """
     tokens = torch.arange(start, start + length, device=device)
     if documents is None:

@@ -6,8 +6,9 @@ prints a table for any checkout of this repository, the present one by default. 
 
 What is counted:
 
-- **lines**: all lines of all Python files of the library: those outside `tests/`, `docs/` (scripts that write pages) and
-  `examples/`; a room is a folder of the root, or the root's own files. The code before the second edition has 30,727.
+- **lines**: all lines of all Python files of the library: those outside `tests/`, `docs/` (scripts that write
+  pages) and `examples/`; a room is a folder of the root, or the root's own files. The code before the second edition
+  has 30,727.
 - **circles**: sets of modules of which each imports the others, directly or by way of others. Relative names are
   resolved, and an import inside a function or under `TYPE_CHECKING` counts as any other. That a module's package is
   imported before it does not count.

@@ -13,19 +13,11 @@ from ...ops.convolution import convolve_short
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution per channel over the last few tokens, then silu (or nothing)."""
+    """A causal convolution of `width` channels over the newest `kernel_size` tokens, then silu (or nothing)."""
 
     def __init__(
         self, width: int, kernel_size: int, *, bias: bool = False, activation: Literal["silu", "none"] = "silu"
     ) -> None:
-        """Set up the parameters.
-
-        Args:
-            width: channels.
-            kernel_size: tokens that a token sees, itself included; at least 1.
-            bias: whether the channels have biases.
-            activation: what the outputs go through.
-        """
         super().__init__()
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
@@ -42,13 +34,8 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T width"], call: Call
     ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
-        """Convolve one segment.
-
-        Args:
-            x: the segment.
-            call: how; its state is the last inputs before the segment, oldest first. The state after the segment has
-                the parameters' dtype, which under autocast is not that of the segment.
-        """
+        """Convolve one segment; the state is its last inputs, oldest first, in the parameters' dtype, which under
+        autocast is not that of the segment."""
         output, final_state = convolve_short(x, self.weight, self.bias, call)
         if self.activation == "silu":
             output = F.silu(output)

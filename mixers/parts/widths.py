@@ -16,15 +16,8 @@ def head_width(d_model: int, expand: float, n_heads: int, name: str) -> int:
 
 
 def divided(d_model: int, expand: float, name: str, divisor: int, field: str, subject: str) -> int:
-    """`expand * d_model / divisor`, a whole number.
-
-    Args:
-        d_model: width of the residual stream.
-        expand: what it is multiplied by, the value of the field `name`.
-        name: that field.
-        divisor: what has to divide the product.
-        field: the field that has it.
-        subject: the beginning of the error.
+    """`expand * d_model / divisor`, a whole number; `name` is the field of `expand`, `field` that of `divisor`,
+    `subject` the beginning of the error.
 
     Raises:
         ContractError: it is no whole number, or 0; it names the nearest values of a field that would do.

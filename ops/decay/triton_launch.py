@@ -52,39 +52,13 @@ class Configuration(NamedTuple):
 
 
 def configurations(bits: int, width: int) -> tuple[Configuration, ...]:
-    """The table for GPUs; the largest chunk first.
-
-    Args:
-        bits: of an element of q, k and v.
-        width: of keys or values, whichever is wider.
-    """
+    """The table for GPUs, the largest chunk first: for elements of so many bits, and keys or values up to a width."""
     if bits == 32:
-        return (
-            Configuration(
-                chunk=32,
-                scan=Launch((64, 64), 8, 3),
-                forward=Launch((32, 64), 8, 2),
-                backward=Launch((32, 32), 4, 2),
-                decay_backward=Launch((32, 32), 4, 2),
-            ),
-        )
+        scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2)
+        return (Configuration(32, scan, forward, backward, backward),)
     outer = 64 if width <= 64 else 128
-    return (
-        Configuration(
-            chunk=128,
-            scan=Launch((64, outer), 8, 3),
-            forward=Launch((64, outer), 8, 3),
-            backward=Launch((64, outer), 8, 3),
-            decay_backward=Launch((64, 64), 8, 3),
-        ),
-        Configuration(
-            chunk=64,
-            scan=Launch((64, outer), 4, 3),
-            forward=Launch((64, outer), 4, 3),
-            backward=Launch((64, outer), 4, 3),
-            decay_backward=Launch((64, outer), 4, 3),
-        ),
-    )
+    eight, four = Launch((64, outer), 8, 3), Launch((64, outer), 4, 3)
+    return Configuration(128, eight, eight, eight, Launch((64, 64), 8, 3)), Configuration(64, four, four, four, four)
 
 
 _SMALL = Launch((16, 32), 1, 1)

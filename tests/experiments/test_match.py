@@ -3,8 +3,8 @@
 import pytest
 
 from seqmix import MIXERS, SeqmixError, load_config
-from seqmix.training.presets import mixer_kind, single_kind_presets
 from seqmix.experiments.match import Match, MatchError, cost_of, solve
+from seqmix.training.presets import mixer_kind, single_kind_presets
 
 PRESETS = single_kind_presets()
 LENGTH = 64
