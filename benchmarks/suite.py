@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..models import ModelConfig
-from ..registry import SeqmixError, nearest
+from ..registry import require_name
 from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
 from .measure import Call, Spread, interleaved, lengthened, ratio
 from .products import Product, in_pieces, recorded, timed_alone
@@ -212,8 +212,7 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
 def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
     """Those that are asked for, all where none is; a SeqmixError where one is not there."""
     for name in only:
-        if name not in names:
-            raise SeqmixError(f"there is no implementation {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
+        require_name("implementation", name, names)
     return [name for name in names if not only or name in only]
 
 

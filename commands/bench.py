@@ -18,10 +18,10 @@ from ..benchmarks.report import cells, conditions, markdown, name_columns, skipp
 from ..benchmarks.suite import Report, Settings, run
 from ..experiments.drawing import draw, require_drawable
 from ..experiments.timings import charts_of
-from ..registry import SeqmixError
+from ..registry import SeqmixError, require_name
 from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
-from .options import Device, JsonFile, Overrides, require_device, require_name, require_writable
+from .options import Device, JsonFile, Overrides, require_device, require_writable
 
 BENCHMARKS = {kind.name: kind for kind in (OpBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)}
 LENGTHS = {"op": (1024, 4096), "train": (512, 2048), "decode": (64, 1024, 8192), "prefill": (512, 2048)}

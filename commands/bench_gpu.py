@@ -7,8 +7,7 @@ import torch
 import typer
 
 from ..benchmarks.gpu import GROUPS, measure, plan, run_process
-from ..registry import SeqmixError
-from .options import require_name
+from ..registry import SeqmixError, require_name
 
 
 def bench_gpu(

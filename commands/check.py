@@ -15,10 +15,9 @@ from rich.status import Status
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
 from ..ops.kernels import Kernel, all_kernels
-from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping
+from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name
 from ..training import PRESETS, load_config
 from .console import plain_table, terminal
-from .options import require_name
 
 if TYPE_CHECKING:
     from ..testing import Check, Outcome, Report

@@ -1,7 +1,6 @@
 """Arguments and options that several commands have, and what their values must be."""
 
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -45,12 +44,6 @@ def require_device(device: str) -> torch.device:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise SeqmixError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def require_name(what: str, name: str, allowed: Collection[str]) -> None:
-    """Refuse a name that is not among those that are allowed, by a SeqmixError with the nearest match."""
-    if name not in allowed:
-        raise SeqmixError(f"there is no {what} {name!r}; allowed: {', '.join(allowed)}{nearest(name, allowed)}")
 
 
 def require_writable(*files: Path | None) -> None:

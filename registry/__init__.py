@@ -1,7 +1,7 @@
 """Configurations: checked values, YAML files that extend each other, and kinds found by name. Knows no torch."""
 
 from .config import Config
-from .errors import ConfigError, ElsewhereError, SeqmixError, nearest
+from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
 from .loading import dump, load
 from .registry import Registry
 from .schema import json_schema
@@ -18,4 +18,5 @@ __all__ = [
     "load",
     "nearest",
     "read_mapping",
+    "require_name",
 ]

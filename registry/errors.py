@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -26,6 +26,12 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """The end of an error's sentence: `; did you mean "retention"?`, or nothing where no allowed word is close."""
     matches = difflib.get_close_matches(word, list(allowed), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def require_name(what: str, name: str, allowed: Collection[str]) -> None:
+    """Refuse a name that is not among those that are allowed, by a SeqmixError with the nearest match."""
+    if name not in allowed:
+        raise SeqmixError(f"there is no {what} {name!r}; {what}s: {', '.join(allowed)}{nearest(name, allowed)}")
 
 
 def shown(value: Any) -> str:

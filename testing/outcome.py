@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, require_name
 from .check import Check
 
 
@@ -54,8 +54,7 @@ def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
     """Names of checks, in the order in which the checks run; one that there is not is a SeqmixError."""
     names = list(names)
     for name in names:
-        if name not in checks:
-            raise SeqmixError(f"there is no check {name!r}; checks: {', '.join(checks)}{nearest(name, checks)}")
+        require_name("check", name, checks)
     return [name for name in checks if name in names]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ...mixers import Paradigm
-from ...registry import SeqmixError, nearest
+from ...registry import require_name
 from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
@@ -60,8 +60,7 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     Raises:
         SeqmixError: there is no such claim, or it cannot be measured.
     """
-    if claim not in CLAIMS:
-        raise SeqmixError(f"there is no claim {claim!r}; claims: {', '.join(CLAIMS)}{nearest(claim, CLAIMS)}")
+    require_name("claim", claim, CLAIMS)
     tell(f"{claim}:")
     if claim in STUDIES:
         file, folder = file_of(claim, scale), folder_of(claim, scale)

@@ -80,13 +80,13 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
     [
         (
             ("trian",),
-            "there is no benchmark 'trian'; allowed: op, train, decode, prefill, learn; did you mean",
+            "there is no benchmark 'trian'; benchmarks: op, train, decode, prefill, learn; did you mean",
         ),
         (("op", "retnet-tyni"), "did you mean"),
         (("op", *SMALL, "model.d_modle=3"), "d_modle"),
         (
             ("op", *SMALL, "--only", "chunkwize"),
-            "there is no implementation 'chunkwize'; allowed: chunkwise, chunkwise-bfloat16, triton, parallel, "
+            "there is no implementation 'chunkwize'; implementations: chunkwise, chunkwise-bfloat16, triton, parallel, "
             'torchscale-chunkwise, torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
         ),
         (("train", *SMALL, "--only", "seqmix-compiled"), "there is no implementation 'seqmix-compiled'"),
@@ -99,7 +99,7 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
         (
             ("op", *SMALL, "--dtype", "float23"),
-            "there is no number format 'float23'; allowed: float32, bfloat16; did you mean \"float32\"?",
+            "there is no number format 'float23'; number formats: float32, bfloat16; did you mean \"float32\"?",
         ),
         (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
         (("op", "attention-tiny"), "bench op times retention, and the model's mixers are attention"),
