@@ -7,11 +7,7 @@ from ..registry import SeqmixError
 
 
 def write_file(content: str | bytes, file: Path) -> Path:
-    """Write a file, and its folder, whole or not at all.
-
-    Raises:
-        SeqmixError: the file cannot be written.
-    """
+    """Write a file, and its folder, whole or not at all; a SeqmixError where it cannot be written."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -268,11 +268,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
-    """Make sure that all read the same and are evaluated in the same way.
-
-    Raises:
-        StudyError: what differs.
-    """
+    """Make sure that all read the same and are evaluated in the same way; a StudyError says what differs."""
     first = entries[0]
     if first.config.training.patience is not None:
         raise StudyError(

@@ -76,11 +76,7 @@ def described(op: str, backends: Mapping[Paradigm, str]) -> str:
 
 
 def _kernels(op: str, backend: str) -> list[Kernel]:
-    """All kernels of a backend, of which there is one at least.
-
-    Raises:
-        SeqmixError: there is none.
-    """
+    """All kernels of a backend; a SeqmixError where there is none."""
     for paradigm in Paradigm if backend in ON_DEMAND else ():
         try:
             find(op, paradigm, backend)

@@ -111,11 +111,7 @@ class Kernel:
         return [f"{self.key} takes {', '.join(taken)}, not {given}", *self.limits(probe)]
 
     def require(self, probe: Probe) -> None:
-        """Refuse what it cannot run.
-
-        Raises:
-            SeqmixError: the reasons.
-        """
+        """Refuse what it cannot run, by a SeqmixError with the reasons."""
         if reasons := self.unsupported(probe):
             raise SeqmixError("; ".join(reasons))
 
@@ -166,11 +162,7 @@ def declare_references(
 
 
 def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """The kernel that was declared.
-
-    Raises:
-        SeqmixError: there is none; the nearest match is named.
-    """
+    """The kernel that was declared; where there is none, a SeqmixError names the nearest match."""
     key = Key(op, paradigm, backend)
     if key not in KERNELS:
         for module in ON_DEMAND.get(backend, ()):

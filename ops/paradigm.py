@@ -17,11 +17,7 @@ class Paradigm(StrEnum):
 
     @classmethod
     def named(cls, name: "Paradigm | str") -> "Paradigm":
-        """The paradigm of a name.
-
-        Raises:
-            SeqmixError: there is none.
-        """
+        """The paradigm of a name; a SeqmixError where there is none."""
         try:
             return cls(name)
         except ValueError:
