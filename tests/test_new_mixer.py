@@ -18,8 +18,8 @@ ADDED = {
     "mixers/leaky_average.py": DATA / "leaky_average.py",
     "configs/leaky-average-tiny.yaml": DATA / "leaky-average-tiny.yaml",
 }
-GENERATORS = ["docs/generate.py", "docs/mixers.py", "tests/test_presets.py"]
-GENERATED = {"README.md", "docs/reference.md", "docs/mixers.md", "tests/data/presets.yaml"}
+GENERATORS = ["docs/generate.py", "docs/mixers.py", "docs/scaling.py", "tests/test_presets.py"]
+GENERATED = {"README.md", "docs/reference.md", "docs/mixers.md", "docs/scaling.md", "tests/data/presets.yaml"}
 """What the generators write of a new mixer."""
 SUITE = [
     "tests/testing/test_conformance.py",
