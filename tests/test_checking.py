@@ -142,7 +142,7 @@ BAD_CHECKS = {
     "wrong value in a file": (["bad.yaml"], "bad.yaml:2: n_heads: needs a number > 0, and was given 0"),
     "file of nothing": (["other.yaml"], "unknown key 'name'"),
     "unknown check": (["retention", "--only", "paradigm_agree"], "no check 'paradigm_agree'; .*\"paradigms_agree\""),
-    "unknown paradigm": (["retention", "--paradigm", "chunk"], "no paradigm 'chunk'; allowed: parallel, recurrent"),
+    "unknown paradigm": (["retention", "--paradigm", "chunk"], "no paradigm 'chunk'; paradigms: parallel, recurrent"),
     "undeclared paradigm": (
         ["one_way:OneWayConfig", "--paradigm", "parallel"],
         "one_way has no paradigm 'parallel'; it declares chunkwise",

@@ -34,4 +34,5 @@ def test_public_names_are_frozen():
         "load",
         "nearest",
         "read_mapping",
+        "require_name",
     ]
