@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from seqmix import MIXERS, LanguageModel, ModelConfig, build_model
 
@@ -79,3 +80,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             [*kinds, *((name,) for name in VARIANTS), hybrid],
             ids=lambda names: "hybrid" if len(names) > 1 else names[0],
         )
+
+
+@pytest.fixture
+def plainly_compiled(monkeypatch):
+    """The compiler's front end alone: inductor takes seconds for each graph."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -19,17 +19,6 @@ PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
 STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def plainly_compiled(monkeypatch):
-    """The compiler's front end alone: inductor takes seconds for each graph."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @torch.no_grad()
 def plain(model, state, steps=None):
     paradigms, logits = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE), []

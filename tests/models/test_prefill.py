@@ -48,17 +48,6 @@ def test_a_state_that_grows_is_read_at_once(model_of, monkeypatch, kinds):
     assert lengths == [13]
 
 
-@pytest.fixture
-def plainly_compiled(monkeypatch):
-    """The compiler's front end alone: inductor takes seconds for each graph."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options | {"backend": "eager"}))
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("plainly_compiled")
 def test_prompts_of_all_lengths_are_one_graph(model_of):
     model = model_of("retention", n_layers=1)
