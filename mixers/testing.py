@@ -7,6 +7,10 @@ from typing import Any
 warnings.warn("seqmix.mixers.testing is now seqmix.testing: import it from there", DeprecationWarning, stacklevel=2)
 
 
+MODULES = {"KernelCase": ".kernel_case", "KernelReport": ".check_kernel", "Subject": ".mixer_subject"}
+"""Of names that `seqmix.testing` itself has no more."""
+
+
 def __getattr__(name: str) -> Any:
     # looked up when it is asked for: a mixer imports no kit, which stands a floor above
-    return getattr(import_module("seqmix.testing"), name)
+    return getattr(import_module(f"seqmix.testing{MODULES.get(name, '')}"), name)

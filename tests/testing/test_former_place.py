@@ -32,6 +32,44 @@ def test_the_former_place_gives_the_kit_and_warns_once(fresh):
     assert "seqmix.testing" in str(warning.message)
 
 
+FORMER = [
+    "CHECKS",
+    "EXAMPLES",
+    "KERNEL_CHECKS",
+    "Case",
+    "Check",
+    "CheckFailure",
+    "DecayCase",
+    "DeltaCase",
+    "Draw",
+    "KernelCase",
+    "KernelReport",
+    "KernelTrial",
+    "Outcome",
+    "Report",
+    "SoftmaxCase",
+    "Status",
+    "Subject",
+    "Trial",
+    "check",
+    "check_kernel",
+    "check_mixer",
+    "kernel_check",
+    "parametrize_checks",
+    "parametrize_kernels",
+    "reproduce",
+    "reproduce_kernel",
+]
+"""All that 0.1 offered there, but what the changelog says is gone."""
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_the_former_place_has_every_former_name(fresh, name):
+    with pytest.warns(DeprecationWarning, match=r"seqmix\.testing"):
+        former = importlib.import_module("seqmix.mixers.testing")
+    assert getattr(former, name) is not None
+
+
 def test_a_name_that_the_kit_lacks_is_an_import_error(fresh):
     with pytest.warns(DeprecationWarning, match=r"seqmix\.testing"):
         former = importlib.import_module("seqmix.mixers.testing")
