@@ -16,7 +16,9 @@ def paper(
     jobs: Annotated[int | None, typer.Option(help="Runs at once.", min=1)] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Where results are kept; for docs/paper.md by default, which has those of cpu alone."),
+        typer.Option(
+            help="Where results are kept; for docs/explanation/paper.md by default, which has those of cpu alone."
+        ),
     ] = None,
 ) -> None:
     """Measure claims of the RetNet paper, each by its name.

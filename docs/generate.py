@@ -1,6 +1,6 @@
 """Write what the documentation says of the code: `python docs/generate.py`.
 
-That is docs/reference.md, the fields of every configuration; the tables of docs/conformance.md but the mutants'; and
+That is docs/reference/fields.md, the fields of every configuration; the tables of docs/reference/checks.md; and
 the README's table of presets.
 """
 
@@ -23,8 +23,8 @@ from seqmix.registry import Config
 from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 
-REFERENCE = Path(__file__).with_name("reference.md")
-CONFORMANCE = Path(__file__).with_name("conformance.md")
+REFERENCE = Path(__file__).with_name("reference") / "fields.md"
+CHECKS_PAGE = Path(__file__).with_name("reference") / "checks.md"
 README = Path(__file__).parents[1] / "README.md"
 
 WORDS = {"boolean": "`true` or `false`", "null": "*null*", "object": "mapping"}
@@ -32,7 +32,7 @@ LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "ma
 
 
 def files() -> dict[Path, str]:
-    """The reference, the page of the kit, and the README."""
+    """The reference, the page of checks, and the README."""
     checks = [
         (f"`{check.name}`", check.property, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
         for check in CHECKS.values()
@@ -45,7 +45,7 @@ def files() -> dict[Path, str]:
     }
     return {
         REFERENCE: fill(REFERENCE, {"fields": fields()}),
-        CONFORMANCE: fill(CONFORMANCE, parts),
+        CHECKS_PAGE: fill(CHECKS_PAGE, parts),
         README: fill(README, {"presets": _presets()}),
     }
 

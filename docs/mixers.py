@@ -1,4 +1,4 @@
-"""Write what docs/mixers.md says of the code: `python docs/mixers.py [studies/families]`.
+"""Write what docs/reference/mixers.md says of the code: `python docs/mixers.py [studies/families]`.
 
 Papers, recurrences and formulas are those of each mixer's module docstring: its first paragraph names the paper by its
 arXiv number, indented lines are formulas. The table of what was trained is that of the study (`seqmix compare
@@ -19,7 +19,7 @@ from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
-TARGET = Path(__file__).with_name("mixers.md")
+TARGET = Path(__file__).with_name("reference") / "mixers.md"
 LENGTH = 2048
 """Tokens of the sequence whose cost is counted."""
 ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"

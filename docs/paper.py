@@ -1,4 +1,4 @@
-"""Write the tables and pictures of docs/paper.md from what was measured: `python docs/paper.py`.
+"""Write the tables and pictures of docs/explanation/paper.md from what was measured: `python docs/paper.py`.
 
 What was measured is in experiments/retnet_paper/results, one file a claim, which `seqmix paper CLAIM` writes. The
 paper's figures stand here; those it only draws were read off its plots by others, and are given as such.
@@ -21,7 +21,8 @@ from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import Results, read_results
 from seqmix.experiments.retnet_paper.claims import KEPT, OF_RUNS
 
-TARGET, PICTURES = Path(__file__).with_name("paper.md"), Path(__file__).with_name("paper")
+PAGES = Path(__file__).with_name("explanation")
+TARGET, PICTURES = PAGES / "paper.md", PAGES / "paper"
 BATCHES = {1: "one sequence", 8: "eight sequences"}
 """Of Figure 6."""
 

@@ -1,4 +1,4 @@
-"""Write what docs/scaling.md computes: `python docs/scaling.py`.
+"""Write what docs/how-to/multi-gpu.md computes: `python docs/scaling.py`.
 
 What a context sends is counted in a layer of each tiny preset, on tensors without memory. Memory, traffic and time of
 the large model follow from `seqmix.account` by the formulas of the page.
@@ -18,7 +18,7 @@ from seqmix.models import ModelConfig, build_meta
 from seqmix.ops.context_parallel import ContextParallel
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
-TARGET = Path(__file__).with_name("scaling.md")
+TARGET = Path(__file__).with_name("how-to") / "multi-gpu.md"
 PRESET, LENGTH, SEQUENCES = "retnet-6.7b", 2048, 4
 """What is trained, tokens of a sequence, and sequences that a GPU computes at once."""
 LAYOUTS = (1, 8), (8, 8), (1, 64)

@@ -1,4 +1,4 @@
-"""Draw an example of every task, and write what docs/tasks.md says of it: `python docs/tasks.py`.
+"""Draw an example of every task, and write what docs/reference/tasks.md says of it: `python docs/tasks.py`.
 
 Pictures are of the generator's own examples: one a task, in docs/tasks/, and small.
 """
@@ -13,7 +13,8 @@ from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
 
-TARGET, PICTURES = Path(__file__).with_name("tasks.md"), Path(__file__).with_name("tasks")
+PAGES = Path(__file__).with_name("reference")
+TARGET, PICTURES = PAGES / "tasks.md", PAGES / "tasks"
 SMALL = {
     "copying": {"sequence_length": 16, "lengths": (7,)},
     "induction_heads": {"sequence_length": 18},

@@ -22,7 +22,7 @@ from seqmix.testing import check_mixer
 from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TINY = [
     "data={paths: [text.txt], split: tail, sequence_length: 16}",
     "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
@@ -59,7 +59,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def names(pages: list[Path]) -> list[str]:
-    return [page.name for page in pages]
+    return [str(page.relative_to(ROOT)) for page in pages]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_mixer_of_the_readme_keeps_the_contract(folder):
 
 
 def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
-    page = ROOT / "docs" / "adding-a-mixer.md"
+    page = ROOT / "docs" / "how-to" / "own-mixer.md"
     files = {block.file: block.text for block in blocks_of(page) if block.file}
     (folder / "convolution.py").write_text(files["convolution.py"])
     project = tomllib.loads(files["pyproject.toml"])

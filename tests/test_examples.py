@@ -53,7 +53,7 @@ def test_a_slip_in_one_line_is_found_on_three_tokens_or_fewer(mingru, slip):
     assert failure.case.length <= 3
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding-a-mixer.md"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "own-mixer.md"
 
 
 def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch, capsys):

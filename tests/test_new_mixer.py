@@ -19,7 +19,13 @@ ADDED = {
     "configs/leaky-average-tiny.yaml": DATA / "leaky-average-tiny.yaml",
 }
 GENERATORS = ["docs/generate.py", "docs/mixers.py", "docs/scaling.py", "tests/test_presets.py"]
-GENERATED = {"README.md", "docs/reference.md", "docs/mixers.md", "docs/scaling.md", "tests/data/presets.yaml"}
+GENERATED = {
+    "README.md",
+    "docs/reference/fields.md",
+    "docs/reference/mixers.md",
+    "docs/how-to/multi-gpu.md",
+    "tests/data/presets.yaml",
+}
 """What the generators write of a new mixer."""
 SUITE = [
     "tests/testing/test_conformance.py",
@@ -94,9 +100,9 @@ def test_a_new_mixer_is_one_file_and_one_preset(copy):
     # the pages show it: its row, formulas and fields, and the preset
     assert (
         "| [`leaky_average`](#leaky_average) |  | `h_t = f_t h_{t-1} + (1 - f_t) v_t` |"
-        in after["docs/mixers.md"].decode()
+        in after["docs/reference/mixers.md"].decode()
     )
-    assert "\n### `leaky_average`\n" in after["docs/reference.md"].decode()
+    assert "\n### `leaky_average`\n" in after["docs/reference/fields.md"].decode()
     assert "\n| `leaky-average-tiny` | 4 | 128 |" in after["README.md"].decode()
 
     # the suite has it, and passes

@@ -1,4 +1,4 @@
-"""Write the tables of mutants into docs/conformance.md: `python tests/mutants/table.py`.
+"""Write the tables of mutants into docs/appendix/mutants.md: `python tests/mutants/table.py`.
 
 It takes minutes. The tests read the tables back and hold them against the mutants.
 """
@@ -16,7 +16,7 @@ from mutants.mixers import FEW, MUTANTS, caught
 
 from seqmix.testing import CHECKS, EXAMPLES, KERNEL_CHECKS
 
-PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+PAGE = Path(__file__).parents[2] / "docs" / "appendix" / "mutants.md"
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 OVERLAPS: dict[str, str] = {}

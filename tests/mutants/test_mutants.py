@@ -93,7 +93,7 @@ def test_every_check_has_a_mutant_that_it_alone_catches():
     assert not alone & set(OVERLAPS)
 
 
-# ---- the tables of docs/conformance.md
+# ---- the tables of docs/appendix/mutants.md
 
 
 def test_the_page_lists_the_mutants():
