@@ -1,1 +1,1 @@
-"""The claims of the RetNet paper (arXiv 2307.08621v4), each measured by a command; docs/explanation/paper.md has them."""
+"""The claims of the RetNet paper (arXiv 2307.08621v4), each measured by a command; docs/explanation/paper.md shows."""
