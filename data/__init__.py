@@ -1,4 +1,4 @@
-"""What a run learns: texts, as documents, tokens, and the batches cut from them; and tasks whose answers are known."""
+"""Training data: text as documents, tokens and batches, and synthetic tasks."""
 
 from .corpus import Corpus, read_corpus
 from .corpus_config import DatasetConfig

@@ -1,4 +1,4 @@
-"""A text as two streams of tokens: the training split and the validation split."""
+"""A text as two token streams: the training split and the validation split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from .stream import Store, Stream, digest, tokenized
 from .token_file import TOKENS, TokenFile
 
 Tokens: TypeAlias = np.ndarray | Stream
-"""A stream of tokens, in memory or not: it has a length and slices, which are arrays."""
+"""A token stream, in memory or mapped: it has a length, and its slices are arrays."""
 COUNTED = 2**24
-"""Tokens whose frequencies are counted at most."""
+"""Maximum number of tokens for token frequencies."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, split."""
+    """A text with its training and validation split."""
 
     name: str
     documents: int
@@ -32,16 +32,13 @@ class Corpus:
     validation: Tokens
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     bytes_per_token: float = 1.0
-    """Of the whole text, begin tokens aside: 1 for bytes."""
+    """Over the whole text, without begin tokens: 1 for bytes."""
     digest: str | None = None
-    """Equal for texts of the same documents, tokens and split."""
+    """A hash of documents, tokenizer and split."""
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats a token of the validation text for a model that knows its token frequencies and nothing else.
-
-        They are counted in its first `COUNTED` tokens.
-        """
+        """Nats per token of the validation split under its own token frequencies, from its first `COUNTED` tokens."""
         begin = self.tokenizer.begin
         counts = np.bincount(self.validation[:COUNTED], minlength=begin)[:begin]
         shares = counts[counts > 0] / counts.sum()
@@ -49,37 +46,37 @@ class Corpus:
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Read and split a text. Token files are mapped, and all else is tokenized into memory.
+    """Read and split a text. Token files are memory-mapped; everything else is tokenized into memory.
 
     Args:
         config: the text.
-        tokenizer: that of the configuration when None.
+        tokenizer: the configured one when None.
 
     Raises:
-        SeqmixError: a source is missing or cannot be read, nothing is there, or it is too short for a sequence.
+        SeqmixError: a source is missing, unreadable, empty, or shorter than a sequence.
     """
     name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
     files = list(source_files(config))
     suffixes = {path.suffix for _, path in files}
     mapped = TOKENS in suffixes
-    stores = _mapped(files, tokenizer) if mapped else [_Held(config, tokenizer)]
+    stores = _mapped(files, tokenizer) if mapped else [_InMemory(config, tokenizer)]
     count = sum(len(store.ends) for store in stores)
     split = config.split
-    if split == "auto":  # to hold out files is to hold out documents where every file is one
+    if split == "auto":  # by_file is by_document where every file is one document
         several = mapped or config.dataset is not None or (config.text_field is not None and JSON_LINES in suffixes)
         split = "tail" if count == 1 else "by_document" if several else "by_file"
-    sides = [_sides(store, split, config.validation_fraction) for store in stores]
+    splits = [_split(store, split, config.validation_fraction) for store in stores]
     identity = hashlib.sha256(tokenizer.identity.encode())
-    for store, pieces in zip(stores, sides, strict=True):
+    for store, pieces in zip(stores, splits, strict=True):
         for table in (store.digests, *pieces):
             identity.update(table.tobytes())
-    streams = [Stream(list(zip(stores, pieces, strict=True)), tokenizer.begin) for pieces in zip(*sides, strict=True)]
+    streams = [Stream(list(zip(stores, pieces, strict=True)), tokenizer.begin) for pieces in zip(*splits, strict=True)]
     train, validation = (s if mapped else s[:].astype(tokenizer.dtype, copy=False) for s in streams)
     for part, tokens in (("training", train), ("validation", validation)):
         if len(tokens) <= config.sequence_length:
             raise SeqmixError(
-                f"the {part} text of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
-                f"{config.sequence_length + 1}: lower data.sequence_length, give more text, or split otherwise "
+                f"the {part} split of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
+                f"{config.sequence_length + 1}: lower data.sequence_length, give more text, or change the split "
                 f"(data.split is {split}: by_document holds out whole documents, by_file whole files, tail the end of "
                 "each document)"
             )
@@ -88,8 +85,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     return Corpus(name, count, split, train, validation, tokenizer, bytes_per_token, identity.hexdigest())
 
 
-class _Held:
-    """A store in memory."""
+class _InMemory:
+    """Documents in memory."""
 
     def __init__(self, config: CorpusConfig, tokenizer: Tokenizer) -> None:
         documents = list(tokenized(read_documents(config), tokenizer))
@@ -107,23 +104,23 @@ class _Held:
 
 
 def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:
-    """Token files, which must be all there is."""
+    """The token files, which cannot be mixed with text."""
     if texts := [path for _, path in files if path.suffix != TOKENS]:
         other = next(path for _, path in files if path.suffix == TOKENS)
         raise SeqmixError(
-            f"token files and text cannot be read together: {other} is the one and {texts[0]} the other: "
-            "tokenize the text too, or choose files by data.glob"
+            f"token files and text cannot be mixed: {other} is a token file, and {texts[0]} is not; "
+            "tokenize the text too, or select files with data.glob"
         )
     return [TokenFile(path, tokenizer, name) for name, path in files]
 
 
-def _sides(
+def _split(
     store: Store, split: Literal["by_document", "by_file", "tail"], fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a store for training and those for validation, which get a share `fraction`; each [N 2]."""
+    """The pieces of a store for training, and for validation (a share `fraction`); each [N 2]."""
     starts = np.concatenate(([0], store.ends[:-1]))
     if split == "tail":
-        # a document of n tokens follows a begin token; the token before the cut gives its place to another one
+        # a document of n tokens follows a begin token; another begin token replaces the token before the cut
         cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
     shares = (store.digests if split == "by_document" else store.names) / 2.0**64

@@ -1,4 +1,4 @@
-"""Which text a run reads: its documents, their tokenizer, and how they are split for validation."""
+"""Configuration of a text: its documents, tokenizer, and training and validation split."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,40 +11,40 @@ from .source import DataConfig
 
 
 class DatasetConfig(Config):
-    """A data set of Hugging Face `datasets`: each row is a document."""
+    """A dataset of Hugging Face `datasets`: each row is a document."""
 
     path: str = Field(min_length=1)
-    """A folder that `save_to_disk` wrote, or what `load_dataset` takes: a name on the hub, or a folder."""
+    """A folder of `save_to_disk`, or an argument of `load_dataset`: a name on the hub, or a folder."""
     name: str | None = None
-    """The data set's own configuration, where it has several."""
+    """The dataset's own configuration, if it has several."""
     split: str = Field(default="train", min_length=1)
-    """Which of the data set's splits is read; `data.split` chooses the validation split of it."""
+    """The dataset's split that is read; `data.split` divides it into training and validation split."""
     streaming: bool = False
-    """Whether rows are fetched as they are read, and nothing is kept on disk."""
+    """Whether rows are streamed, without a copy on disk."""
     documents: int | None = Field(default=None, gt=0)
-    """Rows that are read at most, from the first on; null for all."""
+    """Maximum number of rows, from the first; null for all."""
 
 
 class CorpusConfig(DataConfig):
-    """A text, as documents; each is opened by a begin token."""
+    """A text, as documents, each of which starts with a begin token."""
 
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files and folders: text, JSON lines (.jsonl), or token files (.tokens) that `seqmix tokenize` wrote; null takes
-    the source of Python's own standard library, which every machine has."""
+    """Files and folders: text, JSON lines (.jsonl), or token files (.tokens) of `seqmix tokenize`; null reads Python's
+    own standard library, which every machine has."""
     dataset: DatasetConfig | None = None
-    """A data set in place of paths."""
+    """A dataset instead of paths."""
     glob: str = "**/*"
-    """Which files of a folder are read; hidden files never are."""
+    """Pattern of the files to read in a folder; hidden files are never read."""
     text_field: str | None = Field(default="text", min_length=1)
-    """The field of a JSON line or of a data set's row that holds the text; null reads .jsonl files as plain text."""
+    """The field with the text, in a JSON line or a row of a dataset; null reads .jsonl files as plain text."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face; a token after its last one opens documents."""
+    """`bytes`, or a tokenizer.json of Hugging Face; the begin token follows its last token."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
-    """`by_document` holds out whole documents, chosen by a hash of their text, so that a document and its exact copies
-    lie on one side; `by_file` whole files, by a hash of their names; `tail` the end of every document; `auto` is tail
-    where there is one document, by_file where all are text files, else by_document."""
+    """Validation split: `by_document` holds out documents by a hash of their text, so that duplicates share a split;
+    `by_file` files, by a hash of their names; `tail` the end of every document; `auto` is tail for one document,
+    by_file for text files, else by_document."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the documents or files (or of every document) in the validation split."""
+    """Share of the documents or files (for tail: of every document) in the validation split."""
 
     @field_validator("glob")
     @classmethod
@@ -53,7 +53,7 @@ class CorpusConfig(DataConfig):
             list(Path("/nonexistent").glob(glob))
         except (ValueError, NotImplementedError, IndexError) as error:
             raise ValueError(
-                f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is none: {error}"
+                f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is not: {error}"
             ) from error
         return glob
 
@@ -62,15 +62,15 @@ class CorpusConfig(DataConfig):
         if self.dataset is None:
             return self
         if self.paths is not None:
-            raise ValueError("paths and dataset are two sources: give one of them")
+            raise ValueError("paths and dataset are two sources: set only one of them")
         if self.text_field is None:
-            raise ValueError("text_field names the field of a dataset's rows that holds the text, and is null")
+            raise ValueError("text_field must name the dataset's field with the text, and is null")
         if self.split == "by_file":
-            raise ValueError("split by_file holds out files, and a dataset has none: by_document holds out its rows")
+            raise ValueError("split by_file needs files, and a dataset has rows: use by_document")
         return self
 
     def tokenizer_of(self, run: Path | None = None, vocab_size: int | None = None) -> Tokenizer:
-        """The tokenizer of the text: a run's own copy, where it has one.
+        """The tokenizer of the text; a run's own copy takes precedence.
 
         Raises:
             SeqmixError: it cannot be read, or has more tokens than the `vocab_size` of a model.
@@ -79,13 +79,13 @@ class CorpusConfig(DataConfig):
         tokenizer = load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer)
         if vocab_size is not None and vocab_size < tokenizer.vocab_size:
             raise SeqmixError(
-                f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, the begin token among them, and "
+                f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, including the begin token, and "
                 f"model.vocab_size is {vocab_size}"
             )
         return tokenizer
 
     def require_fit(self, vocab_size: int) -> None:
-        """Refuse a model that lacks bytes; a vocabulary in a file is not read yet: a configuration may lack it."""
+        """Refuse a vocabulary smaller than bytes; a tokenizer in a file is not read here."""
         if self.tokenizer == ByteTokenizer.identity and vocab_size < ByteTokenizer.vocab_size:
             raise ValueError(
                 f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), "

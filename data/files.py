@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON lines, data sets, and Python's own standard library."""
+"""Sources of documents: text files, JSON lines, datasets, and Python's own standard library."""
 
 import json
 import sysconfig
@@ -12,48 +12,48 @@ from ..registry import SeqmixError, nearest
 from .corpus_config import CorpusConfig, DatasetConfig
 
 JSON_LINES = ".jsonl"
-"""The suffix of files with a document a line."""
+"""Suffix of files with one document per line."""
 SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` leaves in a folder of one split, and of several."""
+"""Files of `save_to_disk` in a folder of one split, and of several."""
 
 
 class Document(NamedTuple):
-    """A text, and where it is from."""
+    """A text and its origin."""
 
     file: str
-    """Its file's name, relative to the folder that was given; that of its data set."""
+    """File name relative to the configured folder, or the dataset's path."""
     name: str
-    """What errors call it."""
+    """Name in error messages."""
     text: bytes
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
-    """The documents of a configuration, in order, as they are read; those without text are left out.
+    """The documents of a configuration, in order, read lazily; empty ones are left out.
 
     Raises:
-        SeqmixError: a path is missing or cannot be read, a JSON line or row has no text, or the data set cannot be had.
+        SeqmixError: a path is missing or unreadable, a JSON line or row has no text, or the dataset cannot be loaded.
     """
     return (document for document in _documents(config) if document.text)
 
 
 def source_name(config: CorpusConfig) -> str:
-    """What the text is called."""
+    """The name of the text."""
     if config.dataset is not None:
         return f"{config.dataset.path} ({config.dataset.split})"
     return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
 
 
 def source_files(config: CorpusConfig) -> Iterator[tuple[str, Path]]:
-    """The files that the paths name, in order, each behind its name relative to the folder that was given.
+    """The files of the configured paths, in order, as (name relative to the configured folder, path).
 
     Raises:
-        SeqmixError: a path is missing or cannot be read.
+        SeqmixError: a path is missing or unreadable.
     """
     for given in config.paths or ():
         try:
             path = Path(given).expanduser()
             if not path.exists():
-                hint = "; data.glob chooses files inside a folder" if "*" in given else ""
+                hint = "; data.glob selects files in a folder" if "*" in given else ""
                 raise SeqmixError(f"the corpus {given} does not exist{hint}")
             files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
             for file in files:
@@ -78,7 +78,7 @@ def _documents(config: CorpusConfig) -> Iterator[Document]:
 
 
 def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
-    """The documents of a file: one, or where it is of JSON lines with a text field, one a line."""
+    """The documents of a file: one, or one per line of a JSON lines file with a text field."""
     try:
         with path.open("rb") as file:
             if path.suffix != JSON_LINES or field is None:
@@ -95,11 +95,11 @@ def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
 def _mapping(name: str, line: bytes) -> dict[str, object]:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         what = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise SeqmixError(f"{name}: the line is no JSON: {what}") from error
+        raise SeqmixError(f"{name}: the line is not JSON: {what}") from error
     if not isinstance(value, dict):
-        raise SeqmixError(f"{name}: a line holds a mapping with a text, and this one a {type(value).__name__}")
+        raise SeqmixError(f"{name}: the line must be a mapping, and is a {type(value).__name__}")
     return value
 
 
@@ -111,15 +111,15 @@ def _text(row: dict[str, object], field: str, name: str) -> bytes:
         )
     text = row[field]
     if not isinstance(text, str):
-        raise SeqmixError(f"{name}: the field {field!r} holds no text but a {type(text).__name__}")
+        raise SeqmixError(f"{name}: the field {field!r} must be text, and is a {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise SeqmixError(f"{name}: the text has no character at {error.start}: {text[error.start]!r}") from error
+        raise SeqmixError(f"{name}: invalid character at {error.start}: {text[error.start]!r}") from error
 
 
 def _rows(config: DatasetConfig) -> Iterator[dict[str, object]]:
-    """The rows of a data set, in order."""
+    """The rows of a dataset, in order."""
     try:
         datasets = import_module("datasets")
     except ModuleNotFoundError as error:
@@ -130,13 +130,13 @@ def _rows(config: DatasetConfig) -> Iterator[dict[str, object]]:
         yield from islice(_load(datasets, config), config.documents)
     except SeqmixError:
         raise
-    except Exception as error:  # the library lets through whatever its file systems, formats and network raise
+    except Exception as error:  # whatever the file systems, formats and network of the library raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SeqmixError(f"the data set {config.path} cannot be read: {reason}") from error
+        raise SeqmixError(f"the dataset {config.path} cannot be read: {reason}") from error
 
 
 def _load(datasets: Any, config: DatasetConfig) -> Any:
-    """What `save_to_disk` wrote, or what `load_dataset` finds."""
+    """A folder of `save_to_disk`, or a dataset that `load_dataset` finds."""
     folder = Path(config.path).expanduser()
     if not any((folder / file).is_file() for file in SAVED):
         return datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.streaming)
@@ -144,12 +144,13 @@ def _load(datasets: Any, config: DatasetConfig) -> Any:
     if not hasattr(saved, "keys"):
         return saved
     if config.split not in saved:
-        raise SeqmixError(f"the data set {config.path} has no split {config.split!r}; splits: {', '.join(saved)}")
+        splits = f"{', '.join(saved)}{nearest(config.split, saved)}"
+        raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}; splits: {splits}")
     return saved[config.split]
 
 
 def _standard_library() -> Iterator[Document]:
-    """Python's own modules, without tests, installed packages and files made for one machine."""
+    """Python's own modules, without tests, installed packages and machine-specific files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts

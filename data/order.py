@@ -1,7 +1,7 @@
-"""Where the sequences of a step start in a stream: functions of (seed, step), with nothing kept between steps.
+"""Data order: where the sequences of a step start in a token stream, as stateless functions of (seed, step).
 
-Each takes the tokens of the stream, those of a sequence (which needs one more for its last target), the rows of a
-batch, a seed and the step from 0, and returns the first token of each row, [batch_size].
+Each takes the length of the stream, the sequence length (a sequence needs one more token for its last target), the
+batch size, a seed and the step from 0, and returns the first token of each row, [batch_size].
 """
 
 import numpy as np
@@ -9,19 +9,18 @@ import numpy as np
 from ..registry import SeqmixError
 
 ROUNDS = 6
-"""Of the network; four already mix well."""
+"""Rounds of the Feistel network; four already mix well."""
 
 
 def random_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """A place for each sequence, each drawn by itself."""
+    """Independent random positions."""
     return np.random.default_rng([seed, step]).integers(0, n_tokens - length, size=batch_size)
 
 
 def epoch_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """ceil((n_tokens - 1) / length) samples side by side: each once an epoch, and every epoch in an order of its own.
+    """ceil((n_tokens - 1) / length) contiguous samples, each once per epoch, reshuffled every epoch.
 
-    Sequence number g = step * batch_size + row is number g % samples of epoch g // samples; a batch may hold the end of
-    one and the start of the next.
+    Sequence g = step * batch_size + row is number g % samples of epoch g // samples; a batch may span two epochs.
     """
     samples = -(-(n_tokens - 1) // length)
     epochs, numbers = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), samples)
@@ -29,29 +28,29 @@ def epoch_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step
 
 
 def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Sequences that go on where those of the step before ended.
+    """Sequences that continue those of the previous step.
 
-    The text is cut into as many lanes as a batch has rows, and every row reads its lane from start to end, a window a
-    step. At the end of the lanes they are cut again, from another first token. Refuses what `lane_windows` refuses.
+    The text is cut into one lane per row of a batch, and every row reads its lane from start to end, one window per
+    step. At the end of the lanes they are cut again, from another offset. Raises like `lane_windows`.
     """
     windows = lane_windows(n_tokens, length, batch_size)
     reading, window = divmod(step, windows)
     lane = windows * length
-    # what the lanes leave over is skipped at the start or at the end
+    # the remainder is skipped at the start or at the end
     offset = np.random.default_rng([seed, reading]).integers(0, n_tokens - batch_size * lane)
     return offset + np.arange(batch_size) * lane + window * length
 
 
 def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
-    """The steps that it takes to read all lanes of `contiguous_starts`.
+    """The number of steps to read all lanes of `contiguous_starts`.
 
     Raises:
-        SeqmixError: the text is too short for a sequence a row.
+        SeqmixError: the text is too short for one sequence per row.
     """
     windows = (n_tokens - length) // (batch_size * length)
     if windows < 1:
         raise SeqmixError(
-            f"training.carry_state reads {batch_size} lanes of the training text side by side, which takes "
+            f"training.carry_state reads the training split in {batch_size} parallel lanes, which takes "
             f"{(batch_size + 1) * length} tokens, and it has {n_tokens}: lower training.batch_size or "
             "data.sequence_length, or give more text"
         )
@@ -59,17 +58,17 @@ def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
 
 
 def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Where each number below `samples` lies in its epoch's order: for every (seed, epoch), a permutation.
+    """The position of each sample in its epoch's order: a permutation for every (seed, epoch).
 
-    A Feistel network permutes the numbers of 2 b bits, the fewest that hold all samples; whatever leaves the range goes
-    through again until it is back (cycle walking: Black and Rogaway, 2002). A permutation in an array would cost memory
-    in proportion to the text, and be drawn again in every resumed run.
+    A Feistel network permutes numbers of 2 b bits, the fewest that hold all samples; a result out of range goes through
+    again until it is in range (cycle walking: Black and Rogaway, 2002). A permutation in an array would take memory
+    proportional to the text, and every resumed run would have to draw it again.
 
     Args:
         numbers: integers from 0 to samples - 1, [N].
         epochs: the epoch of each, [N].
-        samples: how many there are.
-        seed: another seed, another order.
+        samples: number of samples.
+        seed: seed of the order.
     """
     half = np.uint64(max(1, (max(samples - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -1,4 +1,4 @@
-"""Documents as tokens, kept in memory or in mapped files, and some of them end to end as one stream."""
+"""Documents as tokens, in memory or in memory-mapped files, concatenated to one stream."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +18,12 @@ class TokenDocument(NamedTuple):
     digest: int
     """64 bits of a hash of its text."""
     size: int
-    """Bytes of its text."""
+    """Size of its text in bytes."""
     tokens: np.ndarray
 
 
 class Store(Protocol):
-    """Documents in a row, each opened by a begin token."""
+    """Concatenated documents, each of which starts with a begin token."""
 
     ends: np.ndarray
     """Where each document ends, [N], int64."""
@@ -32,7 +32,7 @@ class Store(Protocol):
     names: np.ndarray
     """64 bits of a hash of the name of each document's file, [N], uint64."""
     bytes: int
-    """Of all texts."""
+    """Size of all texts in bytes."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1."""
@@ -40,12 +40,12 @@ class Store(Protocol):
 
 
 class Stream:
-    """Pieces of stores end to end. The first token of every piece reads as the begin token.
+    """Concatenated pieces of stores. The first token of every piece reads as the begin token.
 
-    A slice of it is an array; nothing else of it is in memory.
+    A slice is an array; the rest is not loaded.
 
     Args:
-        parts: stores, and the pieces of each: where they start and stop, [N 2].
+        parts: stores, and the start and stop of the pieces of each, [N 2].
         begin: the begin token.
     """
 
@@ -90,5 +90,5 @@ def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[T
 
 
 def digest(text: bytes) -> int:
-    """64 bits that depend on the text alone."""
+    """64 bits of a hash of the text."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

@@ -1,6 +1,6 @@
-"""Tasks: sequences made by a program, whose right answers are known, graded by difficulty.
+"""Synthetic tasks: generated sequences with known answers, graded by difficulty.
 
-Training and evaluation draw from generators of different seeds, so that no example of the one is made for the other.
+Training and evaluation draw from differently seeded generators, so that their examples differ.
 """
 
 from abc import abstractmethod
@@ -20,59 +20,56 @@ from .corpus import Corpus
 from .source import Batch, DataConfig, Examples, Source, blank, share
 
 TRAINING, EVALUATION = 1, 2
-"""First words of the seeds of both sides."""
-TOGETHER = 64
-"""Examples of an evaluation that are made at once: number i of a difficulty is the same however many are asked."""
+"""First words of the seeds of both splits."""
+BLOCK = 64
+"""Evaluation examples generated together: example i of a difficulty does not depend on how many are generated."""
 
 Difficulties = Annotated[tuple[Annotated[int, Field(ge=0, le=2**20)], ...], Field(min_length=1)]
 
 
 class TaskConfig(DataConfig):
-    """A task. A subclass says what its difficulty is, makes examples, and solves them."""
+    """A task. A subclass defines its difficulty, generates examples, and solves them."""
 
     field: ClassVar[str]
-    """The field that lists the difficulties of training; null is the hardest that fits into a sequence."""
+    """The field with the difficulties of training; null is the hardest that fits into a sequence."""
     axis: ClassVar[str]
-    """What an evaluation calls a difficulty."""
+    """The name of the difficulty in evaluations."""
     easiest: ClassVar[int] = 1
-    """The smallest difficulty there is."""
+    """The smallest difficulty."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
-    """Tokens of a training sequence."""
+    """Training sequence length in tokens."""
     evaluate_at: Difficulties | None = None
-    """Difficulties that evaluations measure, in sequences that are as long as they need; null for those of training."""
+    """Difficulties of evaluations, in sequences as long as they need; null for those of training."""
     evaluation_examples: int = Field(default=1024, gt=0)
-    """Examples of a whole evaluation, over all difficulties."""
+    """Examples of a full evaluation, over all difficulties."""
 
     @property
     @abstractmethod
     def n_tokens(self) -> int:
-        """Tokens that a model needs: 0 to n_tokens - 1."""
+        """Vocabulary size: tokens are 0 to n_tokens - 1."""
 
     @abstractmethod
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        """Make examples of one difficulty, in place.
+        """Generate examples of one difficulty, in place.
 
         Args:
-            rng: where all that is random comes from.
-            inputs: [B T], token 0 everywhere, or the text of the task; T is what the difficulty needs, or more.
-            targets: [B T], `IGNORED` everywhere, which stays where nothing is asked.
-            difficulty: how hard they are.
+            rng: the random generator.
+            inputs: [B T], token 0 everywhere, or the text of the task; T is at least `length_of(difficulty)`.
+            targets: [B T], `IGNORED` everywhere; fill in those that are asked.
+            difficulty: the difficulty.
         """
 
     @abstractmethod
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """The right answers of one example, found by a plain program that reads it: the token that follows each place.
-
-        It may answer more than is asked.
-        """
+        """The targets of one example by position, computed from its tokens by a plain program; it may include more."""
 
     def length_of(self, difficulty: int) -> int:
-        """The fewest tokens of a sequence of a difficulty; a harder one has no fewer."""
+        """Minimum sequence length of a difficulty, non-decreasing."""
         return difficulty
 
     @property
     def hardest(self) -> int:
-        """The largest difficulty that fits into a training sequence; 0 where none does."""
+        """The largest difficulty that fits into a training sequence; 0 if none does."""
         length = self.sequence_length
         fitting = bisect_right(range(self.easiest, length + 1), length, key=self.length_of)
         return self.easiest + fitting - 1 if fitting else 0
@@ -126,12 +123,11 @@ class TaskConfig(DataConfig):
 
 
 class Task(Source):
-    """A task, made as it is learned.
+    """An opened task, which generates examples on the fly.
 
     Args:
-        config: which task.
-        corpus: a text that sequences hold before the task fills them, other parts of it for training and validation;
-            None for token 0 everywhere.
+        config: the task.
+        corpus: a text that sequences are filled with first, from its training or validation split; None for token 0.
     """
 
     def __init__(self, config: TaskConfig, corpus: Corpus | None = None) -> None:
@@ -147,7 +143,7 @@ class Task(Source):
     def fill(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
     ) -> None:
-        """Make examples of one split."""
+        """Generate examples of one split."""
         if self.corpus is not None:
             stream, length = self.corpus.validation if validation else self.corpus.train, inputs.shape[1]
             starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
@@ -156,7 +152,7 @@ class Task(Source):
         self.config.fill(rng, inputs, targets, difficulty)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The examples of one step, difficulties in turn."""
+        """The examples of one step; rows cycle through the difficulties."""
         wanted, difficulties = share(batch_size, rank, world_size), self.config.difficulties
         rng = np.random.default_rng([TRAINING, seed, step])
         inputs, targets = blank(batch_size, self.config.sequence_length)
@@ -166,7 +162,7 @@ class Task(Source):
         return Batch(torch.from_numpy(inputs[wanted]), torch.from_numpy(targets[wanted]))
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """The same examples in every run, as many of each difficulty."""
+        """The same examples in every run, equally many of each difficulty."""
         config, trained = self.config, length or self.config.sequence_length
         wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
         each = -(-wanted // len(self._measured))
@@ -178,7 +174,7 @@ class Task(Source):
             names = np.repeat([str(difficulty) for difficulty in group], each)
             size = max(batch_size * trained // width, 1)
             for at in range(0, len(inputs), size):
-                # the last batch is as large as the others: a compiled model knows no other
+                # the last batch is padded to full size, which compiled models need
                 rows = np.resize(np.arange(at, min(at + size, len(inputs))), size)
                 batch = Batch(torch.from_numpy(inputs[rows]), torch.from_numpy(targets[rows]))
                 batch.targets[len(inputs) - at :] = IGNORED
@@ -190,15 +186,15 @@ class Task(Source):
 
     def _validation_rows(self, count: int, difficulty: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first examples of a difficulty."""
-        inputs, targets = blank(count + -count % TOGETHER, length)
-        for part, at in enumerate(range(0, count, TOGETHER)):
-            rng, rows = np.random.default_rng([EVALUATION, difficulty, part]), slice(at, at + TOGETHER)
+        inputs, targets = blank(count + -count % BLOCK, length)
+        for part, at in enumerate(range(0, count, BLOCK)):
+            rng, rows = np.random.default_rng([EVALUATION, difficulty, part]), slice(at, at + BLOCK)
             self.fill(rng, inputs[rows], targets[rows], difficulty, validation=True)
         return inputs[:count], targets[:count]
 
 
 def letter(symbol: int, symbols: range) -> str:
-    """What a symbol is called: a to z where there are no more of them than letters, else the number of its token."""
+    """The name of a symbol: a to z if there are enough letters, else the number of its token."""
     return ascii_lowercase[symbols.index(symbol)] if len(symbols) <= len(ascii_lowercase) else str(symbol)
 
 

@@ -1,21 +1,21 @@
-"""Token files: documents as tokens on disk, opened by memory map.
+"""Token files: tokenized documents on disk, memory-mapped.
 
 A token file is a safetensors file. Its tensors:
 
-tokens   uint16 or uint32 [L]   all documents, each opened by the begin token
+tokens   uint16 or uint32 [L]   all documents, each after a begin token
 ends     int64 [N]              where each document ends
 digests  uint64 [N]             the first 8 bytes of the SHA-256 of each document's text, big-endian
 checks   uint32 [ceil(L / B)]   CRC-32 of every block of B = 65,536 tokens
 
 Its metadata, as strings:
 
-seqmix.tokens      the version of this format, 1
+seqmix.tokens      version of this format, 1
 seqmix.tokenizer   `bytes`, or sha256: and the hash of the tokenizer.json
 seqmix.begin       the begin token
-seqmix.bytes       bytes of all texts
+seqmix.bytes       size of all texts in bytes
 seqmix.tables      CRC-32 of ends, digests and checks, concatenated
 
-Ends, digests and checks are read when the file is opened; a block of tokens is checked when it is first read.
+Ends, digests and checks are read on opening; a block of tokens is verified when it is first read.
 """
 
 import json
@@ -35,23 +35,23 @@ from ..registry import SeqmixError
 from .stream import TokenDocument, digest
 
 TOKENS = ".tokens"
-"""The suffix of token files."""
+"""Suffix of token files."""
 VERSION = "1"
 BLOCK = 2**16
-"""Tokens that are checked together."""
+"""Tokens per checksum."""
 HEADER = 1024
-"""Bytes that are left for the header, which is known last and stands first."""
+"""Bytes reserved for the header, which is written last."""
 TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
 KINDS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
-"""What safetensors calls the types of each tensor."""
+"""Allowed safetensors dtypes of each tensor."""
 METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
 
 
 class TokenFile:
-    """A token file, opened: a store whose documents are all of the file of this name.
+    """An opened token file: a store of the documents of one file.
 
     Raises:
-        SeqmixError: the file is missing, truncated, damaged, no token file, or of another tokenizer.
+        SeqmixError: the file is missing, truncated, damaged, not a token file, or of another tokenizer.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, name: str = "") -> None:
@@ -63,7 +63,7 @@ class TokenFile:
             )
         self.ends, self.digests, self._checks = tables.values()
         if str(_check(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
-            raise SeqmixError(f"{path} is damaged: its table of documents is not what was written")
+            raise SeqmixError(f"{path} is damaged: the checksum of its document table does not match")
         self._checked = np.zeros(len(self._checks), dtype=bool)
         self.names = np.full(len(self.ends), digest(name.encode()), dtype=np.uint64)
         self.bytes = int(metadata["bytes"])
@@ -72,23 +72,23 @@ class TokenFile:
         """Tokens start to stop - 1, a copy.
 
         Raises:
-            SeqmixError: a block that is read for the first time is damaged.
+            SeqmixError: a block, verified on its first read, is damaged.
         """
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first, last = block * BLOCK, min((block + 1) * BLOCK, int(self.ends[-1]))
             if not self._checked[block] and crc32(self._tokens[first:last].tobytes()) != self._checks[block]:
                 raise SeqmixError(
-                    f"{self.path} is damaged: tokens from {first:,} on are not what was written; tokenize it again"
+                    f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize it again"
                 )
             self._checked[block] = True
         return self._tokens[start:stop]
 
 
 def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> TokenFile:
-    """Write documents as they come; the file appears when it is complete.
+    """Write documents as a stream; the file appears when it is complete.
 
     Raises:
-        SeqmixError: the file cannot be written, or there is no document.
+        SeqmixError: the file cannot be written, or there are no documents.
     """
     partial = path.with_name(f".{path.name}.partial")
     dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
@@ -136,7 +136,7 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
 
 
 def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, object]) -> bytes:
-    """A safetensors header of `HEADER` bytes with its own length; spaces fill it."""
+    """A safetensors header, padded with spaces to `HEADER` bytes."""
     entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
     end = 0
     for name, (dtype, length) in lengths.items():
@@ -147,16 +147,16 @@ def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, 
 
 
 def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
-    """The mapped tokens of a token file, its tables, and its metadata."""
+    """The memory-mapped tokens of a token file, its tables, and its metadata."""
     try:
-        tensors = safe_open(path, "np")  # checks the header, and that the file is as long as it says
+        tensors = safe_open(path, "np")  # checks the header and the file's length
     except SafetensorError as error:
-        raise SeqmixError(f"{path} is damaged, truncated, or no token file: {error}") from error
+        raise SeqmixError(f"{path} is damaged, truncated, or not a token file: {error}") from error
     except OSError as error:
         raise SeqmixError(f"the token file {path} cannot be read: {error.strerror or error}") from error
     metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
     if "tokens" not in metadata:
-        raise SeqmixError(f"{path} is no token file: `seqmix tokenize` writes one")
+        raise SeqmixError(f"{path} is not a token file: `seqmix tokenize` writes one")
     if metadata["tokens"] != VERSION:
         raise SeqmixError(
             f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
@@ -165,7 +165,7 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     if lacks := METADATA - metadata.keys() | KINDS.keys() - set(tensors.keys()):
         raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
     if not metadata["bytes"].isdecimal():
-        raise SeqmixError(f"{path} is damaged: its text has {metadata['bytes']!r} bytes")
+        raise SeqmixError(f"{path} is damaged: its size is {metadata['bytes']!r} bytes")
     for name, kinds in KINDS.items():
         tensor = tensors.get_slice(name)
         kind, shape = tensor.get_dtype(), tensor.get_shape()
@@ -179,5 +179,5 @@ def _check(*tables: bytes) -> int:
 
 
 def _shown(identity: str) -> str:
-    """A tokenizer's identity, short enough to be read."""
-    return identity if len(identity) < 24 else f"the vocabulary {identity[:19]}..."
+    """A tokenizer's identity, shortened."""
+    return identity if len(identity) < 24 else f"the tokenizer {identity[:19]}..."

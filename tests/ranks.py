@@ -222,7 +222,7 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     from seqmix import SeqmixError, load_config, train
     from seqmix.training import trainer as module
     from seqmix.training.events import Evaluated, Saved, Stepped
-    from seqmix.training.sharding import whole
+    from seqmix.training.sharding import full_tensor
     from seqmix.training.trainer import Trainer
 
     joined = dist.is_initialized()
@@ -240,7 +240,7 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
         return given
 
     def differentiated(parameters, *arguments):
-        found["gradients"].append([whole(p.grad).clone() for p in parameters])
+        found["gradients"].append([full_tensor(p.grad).clone() for p in parameters])
         clip(parameters, *arguments)
 
     Trainer.batch, module.clip_grads_with_norm_ = batch, differentiated

@@ -1,4 +1,4 @@
-"""Training, on one process or many: optimizer, loop, checkpoints."""
+"""Training, on one process or many: optimizer, training loop, checkpoints."""
 
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config

@@ -1,13 +1,13 @@
-"""Checkpoints: folders that are written whole or not at all, and can be verified. Nothing is ever unpickled.
+"""Checkpoints: directories that are written atomically and verified by checksum. Nothing is ever unpickled.
 
 RUN/checkpoints/step-000500/model.safetensors        parameters
-RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's moments
-RUN/checkpoints/step-000500/state.safetensors        what is carried from batch to batch, where something is
-RUN/checkpoints/step-000500/manifest.json            written last: what wrote it, and the others' sizes and checksums
+RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's state (moments)
+RUN/checkpoints/step-000500/state.safetensors        the recurrent state, with training.carry_state
+RUN/checkpoints/step-000500/manifest.json            written last: versions, and the size and checksum of each file
 
-A file is plain safetensors under the parameters' own names, which torch's distributed checkpoint reads as well
-(`HuggingFaceStorageReader`). Whatever number of processes trains, the first one gathers and writes whole tensors: so
-a checkpoint does not depend on their number.
+Files are plain safetensors under the parameters' own names, which torch's distributed checkpoint reads as well
+(`HuggingFaceStorageReader`). Rank 0 gathers and writes full tensors, so a checkpoint does not depend on the number of
+processes.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from torch import Tensor, get_num_threads
 
 from ..registry import Config, SeqmixError
 from .provenance import seqmix_version
-from .sharding import whole
+from .sharding import full_tensor
 
 MANIFEST_FILE = "manifest.json"
 
@@ -37,48 +37,48 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 """The tensors of a checkpoint by part ("model", "optimizer", "state") and name; a part is a file."""
 
 Choice = int | Literal["newest", "best"]
-"""Which checkpoint of a run: that of a step, the newest, or the one of the lowest validation loss."""
+"""Which checkpoint of a run: a step, the newest, or the one with the lowest validation loss."""
 
 
 class CheckpointError(SeqmixError):
-    """A checkpoint is missing, damaged, or of another model."""
+    """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 class Best(Config):
-    """The best evaluation so far, and how long ago it was."""
+    """The best evaluation so far."""
 
     loss: float | None = None
-    """Its validation loss; None before the first."""
+    """Its validation loss; None before the first evaluation."""
     step: int = 0
-    """After which step it was."""
+    """Its step."""
     evaluations_since: int = 0
-    """Evaluations since, none of which was better."""
+    """Evaluations since then, without improvement."""
 
     def after(self, step: int, loss: float) -> "Best":
-        """What it is after one more evaluation."""
+        """The best after one more evaluation."""
         if self.loss is None or loss < self.loss:
             return Best(loss=loss, step=step)
         return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
 
 
 class WrittenFile(Config):
-    """What a file must be to be intact."""
+    """Size and checksum of an intact file."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(Config):
-    """What a checkpoint says of itself."""
+    """The contents of `manifest.json`."""
 
     step: int
-    """Steps made."""
+    """Steps completed."""
     seqmix: str = Field(default_factory=seqmix_version)
     """Version that wrote it."""
     torch: str = str(torch.__version__)
     """Version that computed it."""
     threads: int = Field(default_factory=get_num_threads)
-    """Threads that computed it: sums of floating-point numbers depend on their number."""
+    """Threads that computed it: floating-point sums depend on their number."""
     processes: int = 1
     """Processes that computed it, likewise."""
     metrics: dict[str, float]
@@ -86,24 +86,24 @@ class Manifest(Config):
     best: Best
     """Of all evaluations up to this step."""
     data: str | None = None
-    """A hash of what was learned; None where that is no text, or the checkpoint is of a time before."""
+    """A hash of the training data; None for a task, or for a checkpoint of an older version."""
     files: dict[str, WrittenFile] = Field(default_factory=dict)
     """By name."""
     sha256: str = ""
-    """The checksum of all this, as JSON without it."""
+    """The checksum of this manifest, as JSON without this field."""
 
     def sealed(self, files: dict[str, WrittenFile]) -> "Manifest":
-        """The same with its files and its checksum."""
-        whole = self.model_copy(update={"files": files})
-        return whole.model_copy(update={"sha256": whole.checksum})
+        """The manifest with its files and its checksum."""
+        complete = self.model_copy(update={"files": files})
+        return complete.model_copy(update={"sha256": complete.checksum})
 
     @property
     def checksum(self) -> str:
-        """What `sha256` is to be."""
-        # fields added since the first format are left out where they say nothing
+        """The expected value of `sha256`."""
+        # fields added since the first format are omitted at their default
         added = {"data": None, "processes": 1}
-        left_out = {"sha256", *(name for name, nothing in added.items() if getattr(self, name) == nothing)}
-        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()
+        omitted = {"sha256", *(name for name, default in added.items() if getattr(self, name) == default)}
+        return hashlib.sha256(self.model_dump_json(exclude=omitted).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,13 @@ class Found:
     folder: Path
     manifest: Manifest
     notes: tuple[str, ...]
-    """A sentence for each damaged one that was passed over."""
-
-
-# ---- writing
+    """A sentence for each damaged checkpoint that was skipped."""
 
 
 class Writer:
-    """Writes checkpoints while training goes on: tensors are copied at once, and written by a thread, one at a time.
+    """Writes checkpoints asynchronously: tensors are copied to the CPU, and a thread writes them, one at a time.
 
-    Leaving the context waits for the last one. A failure to write is raised by whatever waits next.
+    Leaving the context waits for the last write. A failed write raises at the next wait.
     """
 
     def __init__(self, run: Path, *, keep: int, keep_best: bool) -> None:
@@ -131,11 +128,11 @@ class Writer:
         self._pending: tuple[Path, Future[None]] | None = None
 
     def write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
-        """Begin to write a checkpoint, when the one before is done, to a folder that appears when it is complete."""
+        """Start to write a checkpoint after the previous one; its folder appears when it is complete."""
         self.wait()
-        # copies in main memory, which no later step changes, of all pieces
+        # copies of the full tensors in main memory, which no later step changes
         copies = {
-            part: {name: whole(x.detach()).to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+            part: {name: full_tensor(x.detach()).to("cpu", copy=True).contiguous() for name, x in tensors.items()}
             for part, tensors in parts.items()
         }
         folder = folder_of(self.run, manifest.step)
@@ -143,7 +140,7 @@ class Writer:
         return folder
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if one is; CheckpointError if it could not be."""
+        """Wait for a pending write; CheckpointError if it failed."""
         if self._pending is None:
             return
         (folder, done), self._pending = self._pending, None
@@ -154,9 +151,9 @@ class Writer:
         try:
             write(self.run, manifest, parts, metadata)
         except Exception:
-            drop_unfinished(self.run)  # half of one would keep a full disk full
+            delete_unfinished(self.run)  # frees space on a full disk
             raise
-        drop_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
+        delete_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
 
     def __enter__(self) -> Self:
         return self
@@ -165,14 +162,14 @@ class Writer:
         try:
             self.wait()
         except CheckpointError:
-            if kind is None:  # what already goes wrong is reported first
+            if kind is None:  # the first error is the one to report
                 raise
         finally:
             self._thread.shutdown()
 
 
 def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
-    """Write a checkpoint; its folder appears, with everything on the disk, when it is complete."""
+    """Write a checkpoint; its folder appears when it is complete and flushed to disk."""
     folder = folder_of(run, manifest.step)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -190,27 +187,24 @@ def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str])
     return folder
 
 
-def drop_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
-    """Remove all checkpoints but the newest `keep` and the best; those after `step` are of a past that was undone."""
-    kept = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
+def delete_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
+    """Delete all checkpoints but the newest `keep` and the best; those after `step` are obsolete."""
+    retained = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
     if keep_best:
-        kept += _by_loss(run)[:1]
+        retained += _by_loss(run)[:1]
     for folder in checkpoints(run):
-        if folder not in kept:
+        if folder not in retained:
             _remove(folder)
 
 
-def drop_unfinished(run: Path) -> None:
-    """Remove what a killed process was writing or removing."""
+def delete_unfinished(run: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder)
 
 
-# ---- reading
-
-
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether they are intact, `verify` says."""
+    """The checkpoints of a run, oldest first; `verify` checks that they are intact."""
     folders = (f for f in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", f.name) and f.is_dir())
     return sorted(folders, key=step_of)
 
@@ -226,33 +220,32 @@ def file_of(part: str) -> str:
 
 
 def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None) -> Found:
-    """An intact checkpoint: where the newest (or the best) is damaged, the one before it (or the next best).
+    """An intact checkpoint: if the newest (or the best) is damaged, the previous one (or the next best).
 
-    Only `parts` need be intact, where they are given. CheckpointError: there is none, or none that is intact.
+    `parts` limits which files must be intact. CheckpointError: there is no checkpoint, or none is intact.
     """
-    there = checkpoints(run)
-    if not there:
+    available = checkpoints(run)
+    if not available:
         raise CheckpointError(f"{run} holds no checkpoint")
     if isinstance(which, int):
-        candidates = [folder for folder in there if step_of(folder) == which]
+        candidates = [folder for folder in available if step_of(folder) == which]
     else:
-        candidates = there[::-1] if which == "newest" else _by_loss(run)
+        candidates = available[::-1] if which == "newest" else _by_loss(run)
     if not candidates:
-        what = "was evaluated" if which == "best" else f"is of step {which}"
-        raise CheckpointError(
-            f"no checkpoint of {run} {what}; there are those of step {', '.join(str(step_of(f)) for f in there)}"
-        )
+        what = "an evaluated checkpoint" if which == "best" else f"a checkpoint of step {which}"
+        steps = ", ".join(str(step_of(folder)) for folder in available)
+        raise CheckpointError(f"{run} does not hold {what}; it has those of step {steps}")
     notes: list[str] = []
     for folder in candidates:
         try:
-            return Found(folder, verify(folder, parts), tuple(f"{note}; passed over" for note in notes))
+            return Found(folder, verify(folder, parts), tuple(f"{note}; skipped" for note in notes))
         except CheckpointError as error:
             notes.append(str(error))
-    raise CheckpointError(notes[0] + (f"; and none of the {len(notes) - 1} others is intact" if notes[1:] else ""))
+    raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
 
 
 def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
-    """The manifest of a checkpoint whose files (or those of `parts`) are as it says; CheckpointError: what is not."""
+    """The manifest, after all files (or those of `parts`) were checked against it; CheckpointError: one differs."""
     manifest = read_manifest(folder)
     wanted = manifest.files if parts is None else [file_of(part) for part in parts]
     for name in wanted:
@@ -262,14 +255,14 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if (size := file.stat().st_size) != written.bytes:
-            raise CheckpointError(f"{file} is damaged: it has {size:,} bytes, and was written with {written.bytes:,}")
+            raise CheckpointError(f"{file} is damaged: it has {size:,} bytes instead of {written.bytes:,}")
         if _sha256(file) != written.sha256:
-            raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+            raise CheckpointError(f"{file} is damaged: its checksum does not match")
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint says of itself; CheckpointError: that is missing, damaged, or of another step."""
+    """The manifest of a checkpoint; CheckpointError: it is missing, damaged, or names another step."""
     file = folder / MANIFEST_FILE
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
@@ -278,41 +271,41 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: it is no manifest") from error
+        raise CheckpointError(f"{file} is damaged: it is not a manifest") from error
     if manifest.sha256 != manifest.checksum:
-        raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
     if manifest.step != step_of(folder):
         raise CheckpointError(f"{file} is damaged: it is of step {manifest.step}")
     return manifest
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; CheckpointError: it is missing, damaged, or no such file."""
+    """The tensors and the metadata of a safetensors file; CheckpointError: it cannot be read."""
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is no file")
+        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
     try:
         with safe_open(file, "pt") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 not a mapping
             return found, tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which appears when it is complete and on the disk, in place of an older one."""
+    """Write a safetensors file atomically: it replaces an older one when it is complete and flushed to disk."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         flush(partial)
         partial.replace(file)
-    except Exception as error:  # safetensors has errors of its own for a full disk
+    except Exception as error:  # safetensors raises its own error for a full disk
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written: {error}") from error
 
 
 def flush(path: Path) -> None:
-    """Make sure that the disk has it: a renamed folder must not outlive its contents."""
+    """Flush to disk (fsync): a renamed folder must not outlive its contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -321,12 +314,12 @@ def flush(path: Path) -> None:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where a run has the checkpoint after a step."""
+    """The folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _by_loss(run: Path) -> list[Path]:
-    """The checkpoints that were evaluated, the best first; of equal ones, the oldest."""
+    """The evaluated checkpoints, best first; ties go to the oldest."""
     losses: dict[Path, float] = {}
     for folder in checkpoints(run):
         with suppress(CheckpointError, KeyError):
@@ -335,9 +328,9 @@ def _by_loss(run: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, so that half of one is never taken for one."""
+    """Delete a checkpoint; a half deleted one is never visible under its name."""
     if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.dropped")
+        hidden = folder.with_name(f".{folder.name}.deleted")
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
         shutil.rmtree(hidden)

@@ -1,4 +1,4 @@
-"""What ends a run in the middle, in one sentence that says what is kept of it and how to go on."""
+"""Errors of the machine during a run, with the newest checkpoint and how to resume."""
 
 import re
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from .config import TrainingConfig
 
 
 class TrainingError(SeqmixError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 @contextmanager
 def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Explain in one sentence what the machine refuses while a run goes on: memory, a compiler, its files."""
+    """Turn errors of memory, the compiler and files during a run into one sentence."""
     try:
         yield
     except OSError as error:
-        # an error that a full disk gives in the middle of a file has no name
+        # on a full disk, the error names no file
         file = error.filename or run
         raise TrainingError(
             f"{file} cannot be read or written: {error.strerror or error}; {newest_checkpoint(run)}"
@@ -29,24 +29,24 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if (reason := compiler_failure(error)) is not None:
             raise TrainingError(
-                f"training.compile: the compiler has failed ({reason}): set it to false in {run / 'config.yaml'}, "
-                f"and go on with --resume {run}; {newest_checkpoint(run)}"
+                f"training.compile: the compiler failed ({reason}): set it to false in {run / 'config.yaml'}, "
+                f"and resume with --resume {run}; {newest_checkpoint(run)}"
             ) from None
         if not is_out_of_memory(error):
             raise
         found = re.search(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))", str(error))
-        asked = f" ({found[2] or f'{int(found[1]) / 2**30:.1f} GiB'} more were asked for)" if found else ""
+        asked = f" (tried to allocate {found[2] or f'{int(found[1]) / 2**30:.1f} GiB'})" if found else ""
         ways = [
             f"lower training.batch_size ({settings.batch_size})",
             f"raise training.grad_accum_steps ({settings.grad_accum_steps}), for smaller micro-batches",
             *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
         raise TrainingError(
-            f"memory ran out{asked}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
-        ) from None  # what led here holds on to the tensors that took the memory
+            f"out of memory{asked}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
+        ) from None  # the traceback would keep the tensors alive
 
 
 def newest_checkpoint(run: Path) -> str:
-    """What is there to go on from, as the end of a sentence."""
-    there = checkpoints(run)
-    return f"the newest checkpoint is {there[-1]}" if there else "no checkpoint was written yet"
+    """The newest checkpoint to resume from, as the end of a sentence."""
+    written = checkpoints(run)
+    return f"the newest checkpoint is {written[-1]}" if written else "no checkpoint was written yet"

@@ -1,4 +1,4 @@
-"""What happens in a run, as values: the loop yields them, and whoever shows them consumes them."""
+"""Events of a run: the training loop yields them, and progress displays consume them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,21 @@ from ..data import Source
 
 @dataclass(frozen=True)
 class Started:
-    """Model and data are there."""
+    """Model and data are loaded."""
 
     source: Source
     parameters: int
     device: torch.device
     precision: torch.dtype
     step: int
-    """The first step to be made, from 0."""
+    """The first step to run, from 0."""
     processes: int = 1
-    """That train it."""
+    """Processes that train together."""
 
 
 @dataclass(frozen=True)
 class Noted:
-    """Something that whoever started the run should know."""
+    """A note for the user."""
 
     step: int
     text: str
@@ -34,11 +34,11 @@ class Noted:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The first step is through, and with it the compiler."""
+    """The first step, which compiles, is done."""
 
     step: int
     seconds: float
-    """What it took beyond a step that follows."""
+    """Compile time: the first step minus the second."""
     kinds: int
     """Kinds of blocks that were compiled."""
 
@@ -48,17 +48,17 @@ class Stepped:
     """One optimizer step."""
 
     step: int
-    """Steps made."""
+    """Steps completed."""
     loss: float
-    """Nats a token of this batch."""
+    """Nats per token of this batch."""
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
-    """Of this step, from its start to its end."""
+    """Throughput of this step."""
     mfu: float | None = None
-    """Model FLOPs utilisation: the mixers' own operations over what the device can do; None where that is unknown."""
+    """Model FLOPs utilization; None where the device's peak is unknown."""
     memory_bytes: int | None = None
-    """Most memory taken so far: on a GPU by tensors, else by the process; None where the system does not tell."""
+    """Peak memory so far: of tensors on a GPU, else of the process; None where the system does not report it."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class Evaluated:
 
     step: int
     loss: float
-    """Nats a token of the validation split."""
+    """Nats per token of the validation split."""
     final: bool
     by_length: dict[int, float] = field(default_factory=dict)
-    """The same at each further length of `training.evaluation_lengths`."""
+    """The loss at each length of `training.evaluation_lengths`."""
     accuracy: float | None = None
-    """Share of what a task asks that is answered right; None for a text."""
+    """Share of a task's targets that are predicted correctly; None for a text."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same for each value of each axis of difficulty."""
+    """Accuracy for each value of each axis of difficulty."""
 
 
 @dataclass(frozen=True)
 class StoppedEarly:
-    """The loss has not become better for `training.patience` evaluations: no further step is made."""
+    """The loss has not improved for `training.patience` evaluations: training ends."""
 
     step: int
     best_step: int
@@ -88,7 +88,7 @@ class StoppedEarly:
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint: a thread writes it while steps go on, and is done when the next one comes, or the run ends."""
+    """One checkpoint, written asynchronously: complete before the next one starts, or when the run ends."""
 
     step: int
     folder: Path

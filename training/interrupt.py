@@ -1,4 +1,4 @@
-"""Ctrl-C and signals that end a process, as a request to stop after the step with a checkpoint."""
+"""Ctrl-C and termination signals, as a request to stop after the current step with a checkpoint."""
 
 import signal
 from types import FrameType
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop asks for; the next one acts as ever."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop request; the second one has its default effect."""
 
     # SIGHUP is a closed terminal; not every system has it
     SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP"))
@@ -16,7 +16,7 @@ class StopRequest:
         self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
 
     def made(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self._made
 
     def __enter__(self) -> Self:

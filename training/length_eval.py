@@ -1,7 +1,7 @@
-"""A trained model on texts of other lengths than it has learned from.
+"""Length extrapolation: the loss of a trained model at other sequence lengths.
 
-Two questions with two answers. By length: how does the loss go on after as many tokens as a training sequence had,
-where every sequence starts from nothing? By context: how much do the same tokens gain from more text before them?
+By length: the loss by position in sequences longer than those of training, each from an empty state. By context: the
+loss of the same tokens after more or less preceding text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,14 @@ from ..registry import SeqmixError
 from .config import RunConfig
 
 TIMES = (1, 2, 4, 8, 16)
-"""Lengths that are measured, in sequences of training."""
-AT_ONCE = 4096
-"""Tokens of a batch, at least one sequence."""
+"""Lengths that are measured, as multiples of the training length."""
+BATCH_TOKENS = 4096
+"""Tokens per batch; at least one sequence."""
 
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Nats a token at the positions start to stop - 1 of a sequence."""
+    """Loss (nats per token) at the positions start to stop - 1 of a sequence."""
 
     start: int
     stop: int
@@ -39,7 +39,7 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class LengthLoss:
-    """Nats a token of sequences of one length."""
+    """Loss (nats per token) of sequences of one length."""
 
     length: int
     tokens: int
@@ -47,15 +47,15 @@ class LengthLoss:
     losses: dict[Paradigm, float]
     positions: tuple[PositionLoss, ...]
     difference: float
-    """The largest difference of one token's loss between two paradigms; 0 with one."""
+    """The largest difference of one token's loss between two paradigms; 0 for one paradigm."""
 
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """Nats a token of the last tokens of sequences that are cut to one length from the left."""
+    """Loss (nats per token) of the last tokens of sequences, truncated on the left to one length."""
 
     context: int
-    """Tokens from the first one read to the last one scored."""
+    """Length after truncation, scored tokens included."""
     tokens: int
     """Measured."""
     loss: float
@@ -63,32 +63,32 @@ class ContextLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured of a run."""
+    """All measurements of a run."""
 
     trained_length: int
     lengths: list[LengthLoss] = field(default_factory=list)
     contexts: list[ContextLoss] = field(default_factory=list)
     scored: int = 0
-    """Tokens at the end of a sequence that `contexts` are about."""
+    """Tokens at the end of a sequence that `contexts` score."""
 
 
 def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
-    """The text of a run, for sequences of these lengths; SeqmixError: it has none, or too little is held out."""
+    """The text of a run, for sequences of these lengths; SeqmixError: it has none, or too little validation text."""
     if config.data.kind != "text":
-        raise SeqmixError(f"evaluate takes a run on text to other lengths, and this one learned {config.data.kind}")
+        raise SeqmixError(f"evaluate needs a run trained on text, and this one was trained on {config.data.kind}")
     source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
     available, longest = len(source.corpus.validation), max(lengths, default=0)
     if longest >= available:
         raise SeqmixError(
-            f"a sequence of {longest:,} tokens and its last target need {longest + 1:,} tokens of validation text, "
+            f"a sequence of {longest:,} tokens and its last target need {longest + 1:,} validation tokens, "
             f"and {source.name} has {available:,}"
         )
     return source
 
 
 def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:
-    """The paradigms that all layers declare, the configured one first where it is one."""
+    """The paradigms that all layers declare, configured ones first."""
     declared = [block.mixer.traits.paradigms for block in model.blocks]
     configured = {block.mixer.paradigm for block in model.blocks}
     return tuple(sorted(frozenset(Paradigm).intersection(*declared), key=lambda p: (p not in configured, p)))
@@ -102,13 +102,14 @@ def by_length(
     paradigms: Callable[[int], Sequence[Paradigm]],
     tokens: int,
 ) -> Iterator[LengthLoss]:
-    """Measure the loss at each length, by each paradigm, on the same text: that of the longest sequences.
+    """Measure the loss at each length, by each paradigm, on the same text (that of the longest sequences).
 
-    Of a sequence that is no multiple of a length, the end is left out there. `paradigms` says by which ones a length is
-    computed, the first of which the others are compared with; about `tokens` are read at each, one batch at least.
+    Where the longest sequence is not a multiple of a length, its end is left out. `paradigms` gives those that
+    compute a length; the first is the reference for the difference. About `tokens` are read per length, at least one
+    batch.
     """
     longest = max(lengths, default=1)
-    rows = max(1, AT_ONCE // longest)
+    rows = max(1, BATCH_TOKENS // longest)
     for length in lengths:
         chosen = paradigms(length)
         counted, difference = torch.zeros(length, dtype=torch.int64), 0.0
@@ -130,13 +131,13 @@ def by_context(
 ) -> Iterator[ContextLoss]:
     """Measure the loss of the same tokens after more and less text, in the configured paradigm.
 
-    Sequences have as many tokens as the longest context, `tokens` in all, about; of each, the last `scored` ones count,
-    and what is further away than the context is not read. SeqmixError: a context is shorter than what is scored.
+    Sequences are as long as the longest context, about `tokens` in all. The last `scored` tokens of each count; text
+    further away than the context is not read. SeqmixError: a context is shorter than `scored`.
     """
     if scored < 1 or min(contexts) < scored:
-        raise SeqmixError(f"the last {scored} tokens of a context are scored, and one has {min(contexts)}")
+        raise SeqmixError(f"scored is {scored}, and the shortest context has {min(contexts)} tokens")
     longest = max(contexts)
-    rows = max(1, AT_ONCE // longest)
+    rows = max(1, BATCH_TOKENS // longest)
     for context in contexts:
         total, counted = 0.0, 0
         for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
@@ -148,14 +149,14 @@ def by_context(
 
 @torch.no_grad()
 def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm | None) -> Float[Tensor, "B T"]:
-    """The loss of each token; documents start from nothing where the run packs them."""
+    """The loss of each token; documents are packed where the run packs them."""
     inputs, targets, cu_seqlens = source.packed(Batch(*(part.to(model.device) for part in batch)))
     output = model(inputs, targets=targets, reduction="none", paradigm=paradigm, cu_seqlens=cu_seqlens)
     return output.loss.view(batch.inputs.shape)
 
 
 def _bins(length: int, trained: int) -> list[tuple[int, int]]:
-    """Stretches of positions that double: to a quarter of a training sequence, to a half, to the whole, to two, ..."""
+    """Bins of doubling size, with edges at 1/4, 1/2, 1, 2, ... times the training length."""
     doubling = (max(trained // 4, 1) << times for times in count())
     return list(pairwise([0, *takewhile(lambda edge: edge < length, doubling), length]))
 

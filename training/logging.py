@@ -1,4 +1,4 @@
-"""The measurements of a run: one JSON line each in metrics.jsonl, and TensorBoard's files where wanted."""
+"""Logging: one JSON line per measurement in metrics.jsonl, and TensorBoard's files on request."""
 
 import json
 import math
@@ -12,14 +12,14 @@ METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """Where a run's measurements go."""
+    """Writes the metrics of a run."""
 
     def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
         self.file = run / METRICS_FILE
         self._open_board, self._board = _summary_writer() if tensorboard else None, None
 
     def begin(self, step: int) -> None:
-        """Forget measurements of steps that will be made again, and lines that are none (a write cut short)."""
+        """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""
         lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.write_text("".join(line for line in lines if _step_of(line) <= step))
@@ -28,7 +28,7 @@ class Metrics:
             self._board = self._open_board(str(self.file.with_name(TENSORBOARD_FOLDER)), purge_step=step + 1)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Add a measurement, numbers by name; `step` is one of them."""
+        """Append a measurement, values by name; one of them is `step`."""
         with self.file.open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self._board is not None:
@@ -36,7 +36,7 @@ class Metrics:
                 self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close."""
         if self._board is not None:
             self._board.close()
 
@@ -54,7 +54,7 @@ def _summary_writer() -> Callable[..., Any]:
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a measurement by path, truth values aside."""
+    """The numbers of a measurement by path, without booleans."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{name}/")
@@ -63,7 +63,7 @@ def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite if it is none."""
+    """The step of a line of metrics; infinite for an invalid line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

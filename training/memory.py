@@ -1,4 +1,4 @@
-"""The memory of the process: what it has taken, and what it does with what is freed."""
+"""Memory of the process: its peak, and how the allocator treats freed memory."""
 
 import ctypes
 import sys
@@ -11,17 +11,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next allocation, for the life of the process; elsewhere, do nothing.
+    """Let glibc reuse freed memory for the life of the process; no effect elsewhere.
 
-    By default every large block is given back to the kernel when it is freed, and comes back as empty pages, each of
-    which costs a fault: at 8,192 tokens of width 512 that is a seventh of a training step on a CPU. What is held at
-    most stays the same.
+    By default every large block is returned to the kernel when it is freed, and comes back as empty pages, each of
+    which costs a page fault: at 8,192 tokens of width 512 that is a seventh of a training step on a CPU. Peak memory
+    stays the same.
     """
     _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory() -> None:
-    """Undo it: what glibc comes to by itself in a process that frees large blocks."""
+    """Undo it: the values glibc reaches by itself in a process that frees large blocks."""
     _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
 
 
@@ -33,7 +33,7 @@ def _set(values: dict[int, int]) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes taken at most so far: on a GPU by tensors, else by the whole process; None where the system has no word."""
+    """Peak memory in bytes: of tensors on a GPU, else of the process; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

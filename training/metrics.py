@@ -1,4 +1,4 @@
-"""What an evaluation finds: nats a token, and of a task the share of answers that are right."""
+"""Evaluation metrics: loss in nats per token, and for a task accuracy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,28 +12,28 @@ from ..models import IGNORED
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation's result."""
+    """The result of an evaluation."""
 
     loss: float
-    """Nats a token that was to be predicted."""
+    """Nats per target."""
     accuracy: float | None = None
-    """Share of these tokens whose most probable one was right; None where it is not measured."""
+    """Share of targets that are the most probable token; None where it is not measured."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same for each value of each axis of difficulty."""
+    """Accuracy for each value of each axis of difficulty."""
 
 
 @dataclass
 class Score:
-    """What is counted batch by batch, as JSON holds it."""
+    """Counts over batches, as JSON types."""
 
     loss: float = 0.0
-    """Nats, summed."""
+    """Summed loss in nats."""
     asked: int = 0
-    """Tokens that were to be predicted."""
+    """Targets."""
     right: int | None = None
-    """Those whose most probable one was right; None where it is not measured."""
+    """Targets predicted correctly; None where it is not measured."""
     answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """Right answers and all, by axis of difficulty and value."""
+    """Correct targets and all targets, by axis of difficulty and value."""
 
     def add(
         self,
@@ -42,13 +42,13 @@ class Score:
         predicted: Int[Tensor, " M"] | None = None,
         slices: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
-            loss: nats, summed.
-            targets: the right tokens, `IGNORED` where nothing is asked.
-            predicted: the most probable token at each place that is asked, row by row; None if only the loss counts.
-            slices: for every axis of difficulty the value of each row.
+            loss: summed loss in nats.
+            targets: the correct tokens, `IGNORED` where there is no target.
+            predicted: the most probable token at each target, row by row; None without accuracy.
+            slices: the value of each row, by axis of difficulty.
         """
         asked = targets != IGNORED
         self.loss, self.asked = self.loss + loss, self.asked + int(asked.sum())
@@ -62,7 +62,7 @@ class Score:
                 self._count(axis, value, *counts)
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Add what another has counted of different batches: its `asdict`."""
+        """Add the counts of other batches: another score's `asdict`."""
         self.loss, self.asked = self.loss + other["loss"], self.asked + other["asked"]
         if other["right"] is not None:
             self.right = (self.right or 0) + other["right"]
@@ -72,7 +72,7 @@ class Score:
 
     @property
     def measured(self) -> Measured:
-        """What was found so far."""
+        """The metrics so far."""
         asked = max(self.asked, 1)
         by = {
             axis: {value: right / max(all_, 1) for value, (right, all_) in by_value.items()}

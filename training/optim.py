@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""The optimizer and the learning rate schedule."""
 
 import math
 from collections import ChainMap
@@ -12,28 +12,28 @@ from .config import TrainingConfig
 
 
 class Together:
-    """Several optimizers of different parameters that take their steps together."""
+    """Several optimizers of different parameters, stepped as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all."""
+        """The parameter groups of all optimizers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
-        """What is kept of each parameter."""
+        """The optimizer state of each parameter."""
         return ChainMap(*({**optimizer.state} for optimizer in self.optimizers))
 
     def step(self) -> None:
-        """One step of each."""
+        """Step every optimizer."""
         for optimizer in self.optimizers:
             optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
@@ -42,14 +42,14 @@ AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
-    """The optimizer of a model, every parameter in one group; matrices decay, vectors do not.
+    """The optimizer of a model, every parameter in one group; weight decay applies to matrices, not to vectors.
 
-    `muon` moves the matrices of the blocks' linear maps by Muon, and everything else (embedding, output projection,
-    vectors, convolutions) by AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)), Liu et al.
-    2025, "Muon is scalable for LLM training"), so that both take one learning rate and one decay.
+    `muon` updates the weights of the blocks' linear layers with Muon, and everything else (embedding, output
+    projection, vectors, convolutions) with AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)),
+    Liu et al. 2025, "Muon is scalable for LLM training"), so that both share one learning rate and one weight decay.
     """
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
-    matrices = dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear))  # each once
+    matrices = dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear))  # deduplicated
     rest = [p for p in model.parameters() if p not in matrices]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -58,7 +58,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
     )
-    # what they would make at the first step: so a checkpoint has it for every parameter, with a gradient or without
+    # as the first step would initialize it: a checkpoint has it for every parameter, with or without a gradient
     for parameter in rest:
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

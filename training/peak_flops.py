@@ -1,8 +1,8 @@
-"""What known GPUs can do at most, to see which share of it a model uses.
+"""Peak FLOP/s of known GPUs, for model FLOPs utilization (MFU).
 
-Dense products of the vendor's data sheets, in operations a second: bfloat16 by tensor cores with float32 sums; float32
-by ordinary cores, as torch multiplies unless told otherwise. A CPU has no such figure: what it reaches depends on what
-else runs, and is measured beside each call by `seqmix bench`.
+Dense matrix products of the vendor's data sheets: bfloat16 on tensor cores with float32 accumulation; float32 on
+ordinary cores, torch's default. A CPU has no such figure: its throughput depends on what else runs, and `seqmix bench`
+measures it beside each call.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 
 TERA = 1e12
 
-# the first name that a device's own contains: longer ones stand before their beginnings
+# the first key that the device name contains: a longer one comes before its prefix
 PEAKS: dict[str, tuple[float, float]] = {
     "GB200": (2500, 80),
     "B200": (2250, 75),
@@ -28,20 +28,20 @@ PEAKS: dict[str, tuple[float, float]] = {
     "RTX 4090": (165, 82.6),
     "RTX 3090": (71, 35.6),
 }
-"""Tera-operations a second in bfloat16 and in float32, by the name in the device's."""
+"""TFLOP/s in bfloat16 and in float32, by a part of the device name."""
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """Operations a second that the device can do in a precision; None where that is not known."""
+    """Peak FLOP/s of a device in a precision; None where it is unknown."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)
 
 
 def peak_of(name: str, precision: torch.dtype) -> float | None:
-    """The same of a device by its name."""
+    """Peak FLOP/s by device name."""
     for known, (bfloat16, float32) in PEAKS.items():
-        # a laptop's chip has the name of a larger one
+        # a laptop GPU has the name of a larger one
         if re.search(rf"(?<![\w-]){known}(?!\w)", name) and "Laptop" not in name:
             return TERA * (bfloat16 if precision is torch.bfloat16 else float32)
     return None

@@ -1,10 +1,10 @@
-"""The tiny presets of one kind of block: every mixer at one size."""
+"""The tiny presets with one kind of block: every mixer at one size."""
 
 from .config import PRESETS, RunConfig, load_config
 
 
 def single_kind_presets() -> dict[str, RunConfig]:
-    """The tiny presets of text whose layers are all of one kind, by name."""
+    """The tiny text presets whose layers are all of one kind, by name."""
     presets = {file.stem: load_config(file.stem) for file in sorted(PRESETS.glob("*-tiny.yaml"))}
     return {
         name: config

@@ -1,7 +1,7 @@
-"""The processes that train one run together, as `torchrun` starts them; one alone is the same with nobody to ask.
+"""The processes that train one run, as `torchrun` starts them; a single process needs no process group.
 
-A data-parallel rank reads sequences of its own, which the ranks of its context-parallel group share: process p has the
-place p % context_parallel in it.
+A data-parallel rank reads its own sequences, which the ranks of its context-parallel group share: process p is rank
+p % context_parallel of that group.
 """
 
 import json
@@ -23,36 +23,36 @@ from .config import DistributedConfig
 
 @dataclass(frozen=True, eq=False)
 class ProcessGroups:
-    """This process and the others."""
+    """This process's place among all processes."""
 
     rank: int = 0
-    """This process, from 0."""
+    """Rank of this process, from 0."""
     size: int = 1
-    """All processes: data x shard x context_parallel."""
+    """World size: data x shard x context_parallel."""
     data: int = 1
     shard: int = 1
     context_parallel: int = 1
     cp_group: ContextParallel | None = None
-    """The processes that share this one's sequences; None where it has them for itself."""
+    """The context-parallel group of this process; None without context parallelism."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and reports."""
+        """Whether this process writes files and logs (rank 0)."""
         return self.rank == 0
 
     @property
     def dp_size(self) -> int:
-        """Shares that a batch is read in."""
+        """Data-parallel ranks, over which a batch is divided."""
         return self.data * self.shard
 
     @property
     def dp_rank(self) -> int:
-        """Which of them is this process's."""
+        """Data-parallel rank of this process."""
         return self.rank // self.context_parallel
 
     @cached_property
     def mesh(self) -> Any:
-        """Over which parameters are sharded: copies of the model in the first dimension, where there are several."""
+        """The device mesh of FSDP: replicas of the model in the first dimension, if there are several."""
         from torch.distributed.device_mesh import init_device_mesh
 
         copies = {"data": self.data} if self.data > 1 else {}
@@ -61,18 +61,18 @@ class ProcessGroups:
         return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, the same on each."""
+        """All-reduce: the sum over all processes."""
         if self.size > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether the flag is set on any process."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))).item())
 
     def gather(self, value: Any) -> list[Any]:
-        """A value of each process, in order; anything that JSON holds."""
+        """All-gather: the value of each process, in rank order; any JSON value."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -84,7 +84,7 @@ class ProcessGroups:
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
     def gather_rows(self, leaf: Tensor) -> Tensor:
-        """The rows of the whole batch, from each data-parallel rank's own."""
+        """The rows of the global batch, from those of each data-parallel rank."""
         if self.size == 1:
             return leaf
         parts = [torch.empty_like(leaf) for _ in range(self.size)]
@@ -104,18 +104,18 @@ class ProcessGroups:
         if failed is not None and first == self.rank:
             raise failed
         if first is not None:
-            raise ElsewhereError(f"process {first} of {self.size} has failed: {reasons[first]}")
+            raise ElsewhereError(f"process {first} of {self.size} failed: {reasons[first]}")
 
 
 ALONE = ProcessGroups()
-"""One process."""
+"""A single process."""
 
 
 @contextmanager
 def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
-    """Join the other processes in the group that torchrun describes, or in the one there is already.
+    """Join the process group that torchrun describes, or the one already initialized.
 
-    SeqmixError: the configured layout is of another number. ElsewhereError: the connection to another one is lost.
+    SeqmixError: the configured layout needs another number of processes. ElsewhereError: lost connection to a process.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dist.is_available() and dist.is_initialized():
@@ -132,7 +132,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     cp_group = None
     for first in range(0, size, cp_size) if cp_size > 1 else ():
-        # every process takes part in making every group
+        # every process must take part in creating every group
         group: Any = dist.new_group(list(range(first, first + cp_size)))
         if first <= rank < first + cp_size:
             cp_group = ContextParallel.of(group)
@@ -140,15 +140,15 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ElsewhereError("another process of the run is gone") from error
+            raise ElsewhereError("lost the connection to another process of the run") from error
         raise
-    # not after an error: others may be gone, and would be waited for
+    # not after an error: it would wait for processes that are gone
     if ours:
         dist.destroy_process_group()
 
 
 def _shards(config: DistributedConfig, size: int) -> int:
-    """Processes that parameters are sharded over, context parallelism aside."""
+    """Processes that parameters are sharded over, without context parallelism."""
     others = config.data * config.context_parallel
     shard = config.shard or max(size // others, 1)
     if others * shard == size:
@@ -157,7 +157,6 @@ def _shards(config: DistributedConfig, size: int) -> int:
     layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context_parallel}"
     number = f"a multiple of {others}" if config.shard is None else str(asked)
     raise SeqmixError(
-        f"distributed lays out data x shard x context_parallel = {layout} processes, {number}, and there "
-        f"{'is one' if size == 1 else f'are {size}'}: start as many with "
-        f"`torchrun --nproc-per-node {asked} -m seqmix train ...`, or change `distributed`"
+        f"distributed: data x shard x context_parallel = {layout} needs {number} processes, and there are {size}: "
+        f"use `torchrun --nproc-per-node {asked} -m seqmix train ...`, or change `distributed`"
     )

@@ -1,6 +1,6 @@
-"""What a run was computed with: one line a start in sessions.jsonl, beside the configuration.
+"""Provenance of a run: one line per start in sessions.jsonl, beside the configuration.
 
-Numbers are the same to the bit on the same machine, with the same versions and the same number of threads.
+Results are bitwise reproducible on the same machine, with the same versions and the same number of threads.
 """
 
 import json
@@ -29,7 +29,7 @@ def record_session(
     precision: torch.dtype,
     groups: ProcessGroups = ALONE,
 ) -> None:
-    """Add a line on what goes on with the run from `step` on: versions, commit, seed, threads, processes, machine."""
+    """Append a line for a start at `step`: versions, commit, seed, threads, processes, machine."""
     session = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -52,12 +52,12 @@ def record_session(
 
 
 def seqmix_version() -> str:
-    """The library's version, which its root holds: asked for late, for the root imports this module."""
+    """The library's version, imported late: the package root imports this module."""
     return import_module((__package__ or "seqmix").partition(".")[0]).__version__
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of a working directory, with a + where tracked files differ from it; None where there is none."""
+    """The git commit of a working directory, with a + for uncommitted changes; None without a repository."""
     try:
         head, changes = (
             subprocess.run(

@@ -1,6 +1,6 @@
-"""The course of a run: it starts or resumes, steps, evaluates, writes checkpoints and stops; a generator of events.
+"""The course of a run: start or resume, steps, evaluations, checkpoints, stop; a generator of events.
 
-Whoever shows them consumes it. What processes do together, all do in the same order; the main one alone writes files.
+All processes make their collective calls in the same order; only the main one writes files.
 """
 
 import math
@@ -30,24 +30,24 @@ from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
 from .run_dir import claim, held, require_free
-from .sharding import reshard, shard, whole
+from .sharding import full_tensor, reshard, shard
 from .trainer import StepResult, Trainer, precision_of
 
 
 def train(
     config: RunConfig, run: str | Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Train a model, event by event: it trains as it is iterated.
+    """Train a model: a generator of events, which trains as it is iterated.
 
     Args:
         config: the run.
-        run: its folder; made, and refused where it holds something already, unless resumed.
-        resume: whether to go on from the newest intact checkpoint in it (from the start, where none was written).
-        stop: asked after every step; true writes a checkpoint and ends.
+        run: the run directory; created, and refused if it is not empty, unless resumed.
+        resume: whether to continue from its newest intact checkpoint (from the start, if there is none).
+        stop: called after every step; true writes a checkpoint and ends the run.
 
     Raises:
-        SeqmixError: the folder, the text or a checkpoint cannot be used, the model cannot be built, the loss is no
-            longer finite, or a checkpoint cannot be written. Nothing is written before all that is needed is there.
+        SeqmixError: the directory, the data or a checkpoint cannot be used, the model cannot be built, the loss is NaN
+            or infinite, or a checkpoint cannot be written. Nothing is written before all inputs are loaded.
     """
     run = Path(run)
     with join_processes(config.distributed) as groups:
@@ -70,7 +70,7 @@ def train(
                 if groups.is_main:
                     stack.enter_context(held(run))
                     course.metrics.begin(start)
-                    checkpoint.drop_unfinished(run)
+                    checkpoint.delete_unfinished(run)
                     record_session(run, config, step=start, device=device, precision=precision, groups=groups)
             stack.callback(course.metrics.close)
             stack.enter_context(course.writer)
@@ -81,7 +81,7 @@ def train(
 
 
 class Course:
-    """A trainer with the folder of its run."""
+    """A trainer with its run directory."""
 
     def __init__(self, trainer: Trainer, run: Path) -> None:
         self.trainer, self.run = trainer, run
@@ -91,13 +91,13 @@ class Course:
         self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
         self.done = 0
-        """Steps made, the one under way included."""
+        """Steps completed, including the current one."""
         self.peak = peak_flops(model.device, trainer.precision)
-        # a product has two in the backward pass
+        # each matrix product has two more in the backward pass
         self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
 
     def restore(self, found: Found) -> list[str]:
-        """Go on from a checkpoint; what makes the run another one than it would have been, a sentence each."""
+        """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
@@ -109,7 +109,7 @@ class Course:
         return _differences(found.manifest, trainer.source, changed, self.groups)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
-        """All steps from `start` on, with evaluations and checkpoints, until asked to stop, or no longer better."""
+        """All steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
         settings, first = self.config.training, 0.0
         if self._out_of_patience:
             yield self._stopped_early(start)
@@ -148,7 +148,7 @@ class Course:
                 raise TrainingError(said) from None
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
-        """Begin to write a checkpoint after `step` steps; CheckpointError: it, or the one before, could not be."""
+        """Start to write a checkpoint after `step` steps; CheckpointError: it, or the previous one, failed."""
         trainer, groups = self.trainer, self.groups
         data = trainer.source.digest
         manifest = Manifest(step=step, processes=groups.size, metrics=metrics, best=self.best, data=data)
@@ -159,10 +159,10 @@ class Course:
             self.writer.wait()
         if groups.is_main:
             self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
-        else:  # the main process asks for this one's pieces, in this order
+        else:  # the main process gathers this rank's shards, in this order
             for tensors in parts.values():
                 for tensor in tensors.values():
-                    whole(tensor)
+                    full_tensor(tensor)
         with groups.raise_together():
             if wait:
                 self.writer.wait()
@@ -181,7 +181,7 @@ class Course:
     def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
         """The evaluation after a step, and the final one if training ends with it.
 
-        Returns the loss that is compared with others: of as many batches, also at the end.
+        Returns the loss to compare with other evaluations: always over the same number of batches.
         """
         settings, evaluate = self.config.training, self.trainer.evaluate
         found = at_end = evaluate(final=last)
@@ -197,7 +197,7 @@ class Course:
         return found.loss
 
     def _evaluated(self, found: Measured, *, final: bool) -> Evaluated:
-        """An evaluation on record, with the further lengths."""
+        """Record an evaluation, with the further lengths."""
         lengths = self.config.training.evaluation_lengths
         by_length = {length: self.trainer.evaluate(final=final, length=length).loss for length in lengths}
         values = {"step": self.done, "validation_loss": found.loss, "final": final}
@@ -220,7 +220,7 @@ class Course:
 def _open(
     config: RunConfig, run: Path, resume: bool, groups: ProcessGroups
 ) -> tuple[Source, LanguageModel, Found | None]:
-    """The data, the model before it is sharded, and the checkpoint to go on from; nothing is written."""
+    """The data, the unsharded model, and the checkpoint to resume from; nothing is written."""
     device, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     with groups.raise_together():
         if not resume and groups.is_main:
@@ -228,8 +228,8 @@ def _open(
         settings, shares = config.training, groups.dp_size
         if settings.batch_size % (shares * settings.grad_accum_steps):
             raise TrainingError(
-                f"training.batch_size = {settings.batch_size} is read by {shares} processes (data x shard) in "
-                f"training.grad_accum_steps = {settings.grad_accum_steps} parts each: it must be a multiple of "
+                f"training.batch_size = {settings.batch_size} must be a multiple of {shares} data-parallel ranks "
+                f"(data x shard) times training.grad_accum_steps = {settings.grad_accum_steps}, which is "
                 f"{shares * settings.grad_accum_steps}"
             )
         source = config.open_data(run)
@@ -239,7 +239,7 @@ def _open(
         model = build_model(config.model, device=device, activations=precision, seed=config.seed)
         model.tokenizer = source.tokenizer
         _require_shared_mixers(model, settings, groups)
-    # the main process has read it wholly; the others take its word
+    # the main process has verified it for all
     folder = groups.gather(None if found is None else str(found.folder))[0]
     with groups.raise_together():
         if folder is not None and not groups.is_main:
@@ -248,26 +248,25 @@ def _open(
 
 
 def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
-    """Refuse a mixer that cannot share a sequence."""
+    """Refuse a mixer that does not support context parallelism."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if groups.cp_group is not None else ():
         mixer, given = block.mixer, f"distributed.context_parallel = {groups.context_parallel}"
         if mixer.supports_context_parallel:
             continue
         if settings.compile:
             raise TrainingError(
-                f"{given} hands the state of {mixer.kind} (model.blocks.{name}) from process to process, which cannot "
+                f"{given} passes the state of {mixer.kind} (model.blocks.{name}) from process to process, which cannot "
                 "be compiled: set training.compile to false"
             )
         if mixer.traits.state == "growing":
             raise TrainingError(
-                f"{given} shares each sequence among processes, and {mixer.kind} of model.blocks.{name} cannot: its "
-                "state grows with the text, and its `mix` does not read `call.cp_group`; set "
-                "distributed.context_parallel to 1, or take another mixer"
+                f"{given} is not supported by {mixer.kind} of model.blocks.{name}: its state grows with the text, and "
+                "its `mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or change the mixer"
             )
 
 
 def _differences(manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups) -> list[str]:
-    """What makes a resumed run another one: by its data, or by rounding."""
+    """Differences of a resumed run from an uninterrupted one: its data, or rounding."""
     now = {"processes": groups.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
     then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
@@ -276,6 +275,6 @@ def _differences(manifest: Manifest, source: Source, ways: list[str], groups: Pr
         notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(
-            f"{source.name} is not the text that was learned up to step {manifest.step}: from here on another run"
+            f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"
         )
     return notes

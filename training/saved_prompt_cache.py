@@ -1,7 +1,7 @@
-"""A prompt cache as a file: generation goes on from it later, in another process or on another machine.
+"""A prompt cache as a file: generation continues from it later, in another process or on another machine.
 
-A file is safetensors: the leaves of the state under their names ("state.0.memory"), the last tokens and the numbers of
-tokens, and in the metadata which model it is of and a checksum. States that grow are as large as what was read.
+The file is safetensors: the leaves of the state under their names ("state.0.memory"), the last tokens and the token
+counts, and in the metadata a checksum and a hash of the model. A growing state (KV cache) is as long as the prompt.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ STATE, RECENT, LENGTHS = "state.", "recent", "lengths"
 
 
 def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path) -> None:
-    """Write what a model has read; a file that is there is replaced when the new one is whole.
+    """Save a prompt cache; an existing file is replaced atomically.
 
     Args:
-        cache: from `cache_text`, `cache_tokens`, or the `on_end` of a generation.
-        model: the model that has read it.
-        file: where it goes.
+        cache: from `cache_text`, `cache_tokens`, or `on_end` of a generation.
+        model: the model that processed the prompt.
+        file: the path to write.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -47,24 +47,24 @@ def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path
 
 
 def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
-    """What a model has read, from a file of `save_prompt_cache`, on the model's device.
+    """Load a prompt cache from a file of `save_prompt_cache`, to the model's device.
 
     Raises:
-        CheckpointError: the file is missing, damaged, something else, or of another model.
+        CheckpointError: the file is missing, damaged, of another format, or belongs to another model.
     """
     file = Path(file)
     tensors, metadata = read_tensors(file)
     if FORMAT_KEY not in metadata:
-        raise CheckpointError(f"{file} holds no state of a text: it needs a file of `seqmix generate --save-state`")
+        raise CheckpointError(f"{file} is not a prompt cache: `seqmix generate --save-state` writes one")
     if metadata[FORMAT_KEY] != FORMAT:
         raise CheckpointError(
-            f"{file} is of format {metadata[FORMAT_KEY]}, and this version of seqmix reads format {FORMAT}"
+            f"{file} has format {metadata[FORMAT_KEY]}, and this version of seqmix reads format {FORMAT}"
         )
     if metadata.get(CHECKSUM_KEY) != _digest(tensors):
-        raise CheckpointError(f"{file} is damaged: its checksum is not the one it was written with")
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
     if metadata.get(MODEL_KEY) != _digest(model.state_dict(), model.config.model_dump_json()):
         raise CheckpointError(
-            f"{file} is of another model: a state means something only to the weights and the configuration of its own"
+            f"{file} belongs to another model: a prompt cache is valid only for the same weights and configuration"
         )
     try:
         recent, lengths = tensors.pop(RECENT), tensors.pop(LENGTHS)
@@ -76,7 +76,7 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
 
 
 def _digest(tensors: dict[str, Tensor], config: str = "") -> str:
-    """A hash of names, types, shapes and values; with a configuration, what tells models apart."""
+    """A hash of names, types, shapes and values, and of a configuration."""
     found = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""A finished or stopped run on disk, read back; and its weights as one file to give away."""
+"""Loading a run from disk, and exporting its weights as one file."""
 
 import json
 import warnings
@@ -15,19 +15,19 @@ from .config import PRESETS, RunConfig
 from .run_dir import CONFIG_FILE
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
-"""The names under which a file of weights has the run's configuration and its vocabulary (unless bytes), as JSON."""
+"""Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
 
 
 def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """The resolved configuration of a run, with changes as "dotted.path=value".
+    """The resolved configuration of a run, with overrides as "dotted.path=value".
 
     Raises:
-        CheckpointError: the folder is no run.
-        ConfigError: its configuration cannot be used any more.
+        CheckpointError: it is not a run directory.
+        ConfigError: its configuration is no longer valid.
     """
     if not (run / CONFIG_FILE).is_file():
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
-        raise CheckpointError(f"{run} is no run: it {what}; a run is a folder that `seqmix train` wrote")
+        raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
     return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
 
 
@@ -38,18 +38,18 @@ def load_run(
     choice: Choice = "newest",
     tell: Callable[[str], object] = warnings.warn,
 ) -> LanguageModel:
-    """The trained model of a run, or of a file that `export_run` wrote, with its tokenizer: ready to generate.
+    """The trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
 
     Args:
-        run: the run's folder, or the file.
-        device: where the model goes.
-        choice: which of a run's checkpoints: the newest, the best, or that of a step. Where its parameters are damaged,
-            it is the one before it.
-        tell: called with a sentence for each checkpoint that was passed over.
+        run: the run directory, or the file.
+        device: the model's device.
+        choice: which checkpoint: the newest, the best, or that of a step. If its parameters are damaged, the previous
+            one is loaded.
+        tell: called with a sentence for each checkpoint that was skipped.
 
     Raises:
-        SeqmixError: it is no run and no such file, or is missing, damaged or of another model, or its vocabulary cannot
-            be read.
+        SeqmixError: it is neither a run nor such a file, or is missing, damaged or of another model, or its tokenizer
+            cannot be read.
     """
     run = Path(run)
     if run.is_file():
@@ -61,10 +61,10 @@ def load_run(
 def export_run(
     run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
 ) -> int:
-    """Write the weights of a run to one safetensors file, with its configuration in the metadata.
+    """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 
     Args:
-        run: the run's folder.
+        run: the run directory.
         out: the file, which must not exist.
         choice: which checkpoint, as in `load_run`.
         tell: as in `load_run`.
@@ -73,10 +73,10 @@ def export_run(
         The step of the checkpoint.
 
     Raises:
-        SeqmixError: it is no run, its checkpoints are missing or damaged, or the file cannot be written.
+        SeqmixError: it is not a run, its checkpoints are missing or damaged, or the file cannot be written.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists already: give --out the name of a new file")
+        raise CheckpointError(f"{out} already exists: give --out the name of a new file")
     config = read_config(run)
     model, step = _load_checkpoint(run, config, "cpu", choice, tell)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
@@ -93,7 +93,7 @@ def export_run(
 def _load_checkpoint(
     run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
 ) -> tuple[LanguageModel, int]:
-    # nothing else is needed: damaged moments are no reason to pass over good parameters
+    # damaged moments do not matter: only the parameters are needed
     found = checkpoint.find(run, choice, parts=(train_state.MODEL,))
     for note in found.notes:
         tell(note)
@@ -106,13 +106,13 @@ def _load_checkpoint(
 def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
     found, metadata = checkpoint.read_tensors(file)
     try:
-        # only the model's part: how it was trained may be of another version
+        # only the model's part: the rest may be of another version
         config = ModelConfig.model_validate(json.loads(metadata[EXPORTED_CONFIG])["model"])
     except KeyError as error:
-        raise CheckpointError(f"{file} has weights and no configuration: it needs a file of `seqmix export`") from error
+        raise CheckpointError(f"{file} has weights without a configuration: `seqmix export` writes both") from error
     except (ValueError, TypeError) as error:
         reason = "; ".join(str(error).splitlines())
-        raise CheckpointError(f"{file} has a configuration that cannot be used: {reason}") from error
+        raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
     model = build_model(config, device=device)
     if EXPORTED_TOKENIZER in metadata:
         model.tokenizer = SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}")

@@ -1,6 +1,6 @@
-"""A model in pieces: fully sharded data parallelism (FSDP2), a block at a time, and its tensors as a whole again.
+"""Fully sharded data parallelism (FSDP2), one block at a time, and full tensors from their shards.
 
-Parameters are sharded over the mesh's last dimension, copies of the model run over its first (hybrid sharding).
+Parameters are sharded over the mesh's last dimension; the model is replicated over its first (hybrid sharding).
 """
 
 import warnings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: LanguageModel, groups: ProcessGroups) -> None:
-    """Leave this process its piece of every parameter, and split sequences over its context-parallel group.
+    """Shard every parameter, and split sequences over the context-parallel group.
 
     Blocks are gathered one at a time, forward and backward, in float32: a 16-bit copy would round decays and norms
     too, which autocast does not. Gradients are the mean over all processes.
@@ -26,9 +26,9 @@ def shard(model: LanguageModel, groups: ProcessGroups) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # nothing that a model returns is written in place while there are gradients: a state may be a view
+    # the model's outputs are never written in place under autograd: a state may be a view
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    # by default it casts what goes in, states too
+    # by default it casts all inputs, states too
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=groups.mesh, mp_policy=policy)
@@ -37,40 +37,40 @@ def shard(model: LanguageModel, groups: ProcessGroups) -> None:
 
 
 def reshard(model: LanguageModel) -> None:
-    """Make parameters pieces again: after a forward pass without backward, some are gathered still."""
+    """Reshard parameters: after a forward pass without backward, some are still gathered."""
     for module in model.modules():
-        if (method := getattr(module, "reshard", None)) is not None:  # FSDP's, which is imported where it is used
+        if (method := getattr(module, "reshard", None)) is not None:  # of FSDP, which is imported lazily
             method()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its pieces, for which every process has to ask; a whole one as it is."""
-    pieces = _pieces(tensor)
-    return tensor if pieces is None else pieces.full_tensor()
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, a collective call; any other tensor as it is."""
+    sharded = _sharded(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
 
 
-def own(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    pieces = _pieces(tensor)
-    return tensor if pieces is None else pieces.to_local()
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; any other tensor as it is."""
+    sharded = _sharded(tensor)
+    return tensor if sharded is None else sharded.to_local()
 
 
 @torch.no_grad()
 def assign(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be in pieces; no process waits for another."""
-    if (pieces := _pieces(tensor)) is not None:
+    """Copy a full tensor into one that may be sharded, without communication."""
+    if (sharded := _sharded(tensor)) is not None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(
-            value.to(tensor.device), pieces.device_mesh, pieces.placements, src_data_rank=None
+            value.to(tensor.device), sharded.device_mesh, sharded.placements, src_data_rank=None
         ).to_local()
-    own(tensor).copy_(value)
+    local_tensor(tensor).copy_(value)
 
 
-def _pieces(tensor: Tensor) -> "DTensor | None":
-    """The tensor as one in pieces; None if it is whole."""
+def _sharded(tensor: Tensor) -> "DTensor | None":
+    """The tensor as a DTensor; None if it is an ordinary one."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
-        return None  # what is whole needs nothing imported
+        return None  # an ordinary tensor needs no import
     from torch.distributed.tensor import DTensor
 
     return tensor if isinstance(tensor, DTensor) else None

@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on, as named tensors: parameters, moments, and the state it carries."""
+"""The training state as named tensors: parameters, optimizer state, and the carried recurrent state."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ MODEL, OPTIMIZER, STATE = "model", "optimizer", "state"
 
 
 def gather(model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a run by part and name; they are the run's own, so copy what must not change."""
+    """The tensors of a run by part and name; not copies."""
     parts = {MODEL: parameters_of(model), OPTIMIZER: moments_of(model, optimizer)}
     if state is not None:
         parts[STATE] = to_dict(state)
@@ -33,7 +33,7 @@ def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tensor]:
-    """What the optimizer keeps, as "exp_avg.blocks.0.mixer.out_proj.weight"."""
+    """The optimizer state by name, such as "exp_avg.blocks.0.mixer.out_proj.weight"."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -42,15 +42,15 @@ def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tenso
 
 
 def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
-    """What a file says of the model whose numbers it holds."""
+    """The metadata of a file: the step and the model's configuration."""
     return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
 
 
 def load_model(folder: Path, model: LanguageModel) -> list[str]:
-    """Put a checkpoint's parameters into a model; CheckpointError: they are missing, damaged, or another model's.
+    """Load a checkpoint's parameters into a model; CheckpointError: they are missing, damaged, or another model's.
 
     Returns:
-        How the model is computed otherwise than it was trained, which changes its rounding: a phrase a field.
+        One phrase per implementation field (`chunk_size`, ...) that differs from training, which changes rounding.
     """
     file = folder / file_of(MODEL)
     found, metadata = read_tensors(file)
@@ -60,56 +60,56 @@ def load_model(folder: Path, model: LanguageModel) -> list[str]:
 
 
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
-    """Put a checkpoint's moments into an optimizer; CheckpointError: they are missing, damaged, or another's."""
+    """Load a checkpoint's optimizer state; CheckpointError: it is missing, damaged, or another model's."""
     file = folder / file_of(OPTIMIZER)
     fill(file, read_tensors(file)[0], moments_of(model, optimizer))
 
 
 def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelState:
-    """The state that a checkpoint carries; CheckpointError: it is missing, damaged, or of another model or batch."""
+    """The recurrent state of a checkpoint; CheckpointError: it is missing, damaged, or of another model or batch."""
     file = folder / file_of(STATE)
     found, like = read_tensors(file)[0], model.init_state(batch_size)
     _require_same_names(file, found, to_dict(like))
     if any(len(leaf) != batch_size for leaf in found.values()):
-        raise CheckpointError(f"{file} carries the state of a batch of another size than training.batch_size")
+        raise CheckpointError(f"{file} has a state of another batch size than training.batch_size = {batch_size}")
     return map_state(lambda leaf: leaf.to(model.device), from_dict(like, found))
 
 
 @torch.no_grad()
 def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, all or none; CheckpointError: names or shapes differ."""
+    """Copy all tensors into those of the same names; CheckpointError, before any copy: names or shapes differ."""
     _require_same_names(file, found, wanted)
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
             raise CheckpointError(
-                f"{file} is of another model: its {name} is {list(found[name].shape)}, "
-                f"and {list(tensor.shape)} is needed"
+                f"{file} belongs to another model: its {name} has shape {list(found[name].shape)} "
+                f"instead of {list(tensor.shape)}"
             )
     for name, tensor in wanted.items():
         assign(tensor, found[name])
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
-    """What differs in how a model is computed, a phrase a field; one that is another function is refused."""
+    """Differing implementation fields, one phrase per field; a model of another function is refused."""
     written = metadata.get("seqmix.model")
     if written is None:
         return []
-    what, how = _taken_apart(config)
+    what, how = _split(config)
     try:
-        what_before, how_before = _taken_apart(ModelConfig.model_validate(json.loads(written)))
+        what_before, how_before = _split(ModelConfig.model_validate(json.loads(written)))
     except ValueError:
         what_before, how_before = None, {}
     if what != what_before:
         raise CheckpointError(
-            f"{file} was trained with another model than the configuration beside it describes: undo what was changed "
-            f"in config.yaml under `model`, other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
+            f"{file} does not match the model of the configuration: undo the changes in config.yaml under `model`, "
+            f"other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
         )
     changed = (name for name in how if how[name] != how_before[name])
     return [f"{name} {how_before[name]} before and {how[name]} from here on" for name in changed]
 
 
-def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a model is, and how it is computed, the latter by dotted names."""
+def _split(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that define a model's function, and its implementation fields by dotted name."""
     what = config.model_dump(mode="json")
     how = {
         f"model.blocks.{name}.mixer.{field}": block["mixer"].pop(field)
@@ -122,7 +122,7 @@ def _taken_apart(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _require_same_names(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     lacking, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    for names, sentence in ((lacking, "it lacks {}"), (extra, "it has {}, which this one has not")):
+    for names, sentence in ((lacking, "it lacks {}"), (extra, "it has an additional {}")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{file} is of another model: {sentence.format(min(names))}{more}")
+            raise CheckpointError(f"{file} belongs to another model: {sentence.format(min(names))}{more}")

@@ -1,7 +1,7 @@
 """One training step, and one evaluation, of a model on one process or many.
 
-What processes do together, all do in the same order. Everything random in a step is a function of (seed, step), and of
-the process: a resumed run goes on as an uninterrupted one would have.
+All processes make their collective calls in the same order. Everything random in a step is a function of seed, step and
+rank, so a resumed run continues exactly as an uninterrupted one.
 """
 
 import math
@@ -23,21 +23,21 @@ from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, first_gradient, first_module
 from .optim import AnyOptimizer, learning_rate
 from .process_groups import ALONE, ProcessGroups
-from .sharding import whole
+from .sharding import full_tensor
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step gives."""
+    """The result of one optimizer step."""
 
     loss: float
-    """Nats a token, before the step."""
+    """Nats per token, before the step."""
     gradient_norm: float
-    """Before it was clipped."""
+    """Before clipping."""
     learning_rate: float
 
 
 class Trainer:
-    """A model, its optimizer, and the data it is trained on."""
+    """A model, its optimizer, and its training data."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class Trainer:
     ) -> None:
         self.config, self.source, self.model, self.optimizer, self.groups = config, source, model, optimizer, groups
         self.rows = config.training.batch_size // groups.dp_size
-        """Of a batch, those of this process."""
+        """Rows of a batch on this process."""
         self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
-        """The state after the last step, where it is carried: this process's rows."""
+        """The recurrent state after the last step, with training.carry_state: this process's rows."""
         model.activation_checkpointing = config.training.activation_checkpointing
         if config.training.compile:
             compile_blocks(model)
@@ -61,7 +61,7 @@ class Trainer:
         """One optimizer step.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite; the parameters are then what they were.
+            NotFiniteError: the loss or the gradient is not finite; the parameters are unchanged.
         """
         settings, states = self.config.training, []
         self.model.train()
@@ -74,7 +74,7 @@ class Trainer:
         self._require_finite("loss", loss, lambda: list(self._losses(step)))
 
         parameters = list(self.model.parameters())
-        norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self._require_finite("gradient's norm", norm.item())
         if settings.clip_norm is not None:
             clip_grads_with_norm_(parameters, settings.clip_norm, norm)
@@ -88,11 +88,11 @@ class Trainer:
         return StepResult(loss, norm.item(), rate)
 
     def evaluate(self, *, final: bool = False, length: int | None = None) -> Measured:
-        """How well the model does on the validation split; every sequence starts from nothing.
+        """Evaluate the model on the validation split; every sequence starts from an empty state.
 
         Args:
-            final: whether it is the last evaluation, which may have more batches.
-            length: tokens of a sequence, those of training when None; batches have as many tokens at any length.
+            final: whether it is the final evaluation, which may have more batches.
+            length: sequence length, that of training when None; batches have the same number of tokens at any length.
 
         Raises:
             NotFiniteError: the loss is not finite.
@@ -103,17 +103,15 @@ class Trainer:
 
     @torch.no_grad()
     def require_finite_update(self, step: int) -> None:
-        """Refuse to keep parameters (and a state) that an update has ruined: its loss was of those before it."""
+        """Refuse parameters (or a state) that the update made non-finite: the loss was measured before the update."""
         self.model.eval()
 
         def loss() -> float:
-            # with a carried state, what comes next continues it
+            # a carried state belongs to the next batch
             found, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
             return self.groups.sum(found).item()
 
         self._require_finite("loss after the update", loss(), loss)
-
-    # ---- a step
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch, on the model's device."""
@@ -122,34 +120,34 @@ class Trainer:
         return self._to_device(batch)
 
     def _losses(self, step: int) -> Iterator[tuple[Tensor, ModelState | None]]:
-        """Of each micro-batch, the share in the loss of the batch, and the state after it if it is carried."""
+        """Of each micro-batch, its share of the batch's loss, and the state after it if it is carried."""
         self._seed(step)
         parts = self.config.training.grad_accum_steps
         batch, state, rows = self.batch(step), self._state_before(step), self.rows // parts
-        # those that share a sequence have all counted its targets
+        # all ranks of a context-parallel group have counted the same targets
         asked = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
         for number, part in enumerate(zip(*(x.chunk(parts) for x in batch), strict=True)):
             at = slice(number * rows, (number + 1) * rows)
-            # a copy: without gradients, a mixer may write where it was
+            # a copy: without autograd, a mixer may write it in place
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
             output = self._forward(Batch(*part), before)
             assert output.loss is not None
             yield output.loss / asked.clamp(min=1), output.state
 
     def _state_before(self, step: int) -> ModelState | None:
-        """The state that a step starts from: nothing, or where it is carried, that after the step before."""
+        """The initial state of a step: None, or with training.carry_state that after the previous step."""
         settings = self.config.training
         if not settings.carry_state:
             return None
         if self.state is not None and self.source.goes_on(step, settings.batch_size, self.config.seed):
             return self.state
-        # what a mixer makes like its parameters is in pieces where they are
-        return map_state(whole, self.model.init_state(self.rows))
+        # a state that a mixer makes from its parameters is sharded like them
+        return map_state(full_tensor, self.model.init_state(self.rows))
 
     def _forward(
         self, batch: Batch, state: ModelState | None = None, *, return_predictions: bool = False
     ) -> ModelOutput:
-        """The summed loss of a batch; its documents start from nothing where the data packs them."""
+        """The summed loss of a batch; its documents are packed where the data packs them."""
         inputs, targets, cu_seqlens = self.source.packed(batch)
         with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.model(
@@ -163,7 +161,7 @@ class Trainer:
             )
 
     def _seed(self, step: int) -> None:
-        """Draw a step's dropout from its own generator, a process's from one of its own."""
+        """Seed dropout by step, and by rank beyond the first."""
         seed = self.config.seed << 32 | step
         if not self.groups.is_main:
             seed = int(np.random.SeedSequence([seed, self.groups.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -172,14 +170,12 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
-    # ---- an evaluation
-
     @torch.no_grad()
     def _evaluate(self, final: bool, length: int | None) -> Measured:
         settings, trained = self.config.training, self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
-        # as many tokens as in batches of training, which are read in micro-batches
+        # the same number of tokens as in a micro-batch of training
         rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
         if limit is not None:
             limit = max(limit * settings.batch_size * trained // (rows * length), 1)
@@ -196,7 +192,7 @@ class Trainer:
         return total.measured
 
     def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
-        """Of batches, those of this process: one of each round, which is empty where there are no more."""
+        """This rank's batches, round-robin; without targets where there are no more."""
         batches, rank = iter(batches), self.groups.dp_rank
         while part := list(islice(batches, self.groups.dp_size)):
             batch, slices = part[min(rank, len(part) - 1)]
@@ -204,23 +200,21 @@ class Trainer:
                 batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
             yield Examples(batch, slices)
 
-    # ---- what is not finite
-
     def _require_finite(self, what: str, value: float, forward: Callable[[], Any] | None = None) -> None:
-        """Refuse a value that is not finite, and say where that began: forward, else in the gradients there are."""
+        """Refuse a value that is not finite, and report where that began: in forward, else in the gradients."""
         if math.isfinite(value):
             return
         if forward is not None:
             kind, place = "output", first_module(self.model, forward)
         else:
             kind, place = "gradient", first_gradient(self.model.named_parameters())
-        # as the first process has it that has anything
+        # as the first rank that found one reports it
         where = next((f", first in the {kind} of {at}" for at in self.groups.gather(place) if at is not None), "")
         raise NotFiniteError(f"the {what} is {value:g}{where}")
 
 
 def precision_of(settings: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The type that matrix products are computed in."""
+    """The dtype of matrix products."""
     if settings.precision == "bfloat16":
         return torch.bfloat16
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -9,24 +9,24 @@ from ..task import Difficulties, TaskConfig, letter
 
 
 class CopyingConfig(TaskConfig):
-    """Copying: symbols, a token that asks, and the symbols again, each of which is to be predicted (arXiv 2402.01032).
+    """Copying: symbols, a query token, and the symbols again, each of which is a target (arXiv 2402.01032).
 
-    Symbols are drawn evenly and may repeat. What follows the copy is blank.
+    Symbols are drawn uniformly and may repeat. The rest of the sequence is blank.
     """
 
     field, axis = "lengths", "length"
     kind: Literal["copying"] = "copying"
     symbols: int = Field(default=26, gt=1, le=2**20)
-    """Different symbols: tokens 1 to symbols; token 0 is blank, and the last one asks."""
+    """Different symbols: tokens 1 to symbols; token 0 is blank, and the last one is the query."""
     lengths: Difficulties | None = None
-    """Symbols of a sequence, in turn; null for half of the tokens."""
+    """Numbers of symbols, which rows cycle through; null for half of the sequence."""
 
     @property
     def n_tokens(self) -> int:
         return self.symbols + 2
 
     def length_of(self, difficulty: int) -> int:
-        return 2 * difficulty  # the last symbol is predicted, and not read again
+        return 2 * difficulty  # the last symbol is a target only
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         symbols = rng.integers(1, self.symbols + 1, size=(len(inputs), difficulty))

@@ -1,4 +1,4 @@
-"""Induction heads: what stood behind a token when it was last seen (Olsson et al. 2022, arXiv 2209.11895).
+"""Induction heads: recall the token that followed an earlier occurrence (Olsson et al. 2022, arXiv 2209.11895).
 
 The form is that of Mamba (Gu and Dao 2023, arXiv 2312.00752, E.2), whose models extrapolate to longer sequences.
 """
@@ -12,17 +12,17 @@ from ..task import Difficulties, TaskConfig, letter
 
 
 class InductionHeadsConfig(TaskConfig):
-    """Induction heads: random symbols, among them once a special token; it comes again at the end, and what stood
-    behind it is asked (arXiv 2312.00752).
+    """Induction heads: random symbols and one special token, which is repeated at the end; the target is the symbol
+    that followed its first occurrence (arXiv 2312.00752).
     """
 
     field, axis = "lengths", "length"
     easiest = 3
     kind: Literal["induction_heads"] = "induction_heads"
     symbols: int = Field(default=15, gt=1, le=2**20)
-    """Different symbols: tokens 0 to symbols - 1; the special token is behind them."""
+    """Different symbols: tokens 0 to symbols - 1; the special token follows them."""
     lengths: Difficulties | None = None
-    """Tokens up to the question, in turn; null for the whole sequence. `evaluate_at` may ask for far more."""
+    """Lengths up to the query, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
 
     @property
     def n_tokens(self) -> int:

@@ -10,23 +10,23 @@ from ..task import Difficulties, TaskConfig, distinct
 
 class MqarConfig(TaskConfig):
     """Multi-query associative recall (arXiv 2312.04927): pairs of keys and values, then each key once more, in any
-    order, behind which its value is asked. Keys of a sequence are different, and so are its values.
+    order, with its value as the target. Keys of a sequence are distinct, and so are its values.
 
-    The places behind the pairs are taken two by two. A key comes again at the first of the g-th two with a probability
-    proportional to g^(power_a - 1), drawn without replacement, pair by pair. Keys are tokens 1 to vocab_size / 2 - 1,
-    values those from vocab_size / 2 on.
+    The positions after the pairs are grouped in twos. A key is repeated at the first position of group g with a
+    probability proportional to g^(power_a - 1), drawn without replacement, pair by pair. Keys are tokens 1 to
+    vocab_size / 2 - 1, values those from vocab_size / 2 on.
     """
 
     field, axis = "pairs", "pairs"
     kind: Literal["mqar"] = "mqar"
     vocab_size: int = Field(default=64, ge=4, le=2**20)
-    """Tokens of the task: half of them are keys, half values."""
+    """Vocabulary size of the task: half of it are keys, half values."""
     pairs: Difficulties | None = (4, 8, 16)
-    """Pairs of a sequence, in turn; null for a quarter of the tokens."""
+    """Numbers of pairs, which rows cycle through; null for a quarter of the sequence."""
     power_a: float = Field(default=0.01, gt=0, le=1)
-    """The power law: at 1 all places are equally likely, near 0 keys come again soon."""
+    """Exponent of the power law: at 1 all positions are equally likely, near 0 keys are repeated soon."""
     noise: bool = True
-    """Whether other places hold random tokens, keys and values among them; otherwise token 0."""
+    """Whether other positions hold random tokens, including keys and values; otherwise token 0."""
 
     @property
     def n_tokens(self) -> int:
@@ -37,27 +37,27 @@ class MqarConfig(TaskConfig):
         return min(super().hardest, self.vocab_size // 2 - 1)
 
     def length_of(self, difficulty: int) -> int:
-        return 4 * difficulty  # two tokens a pair, and two places for its key to come again
+        return 4 * difficulty  # two tokens per pair, and two positions to repeat its key
 
     def require(self, difficulty: int) -> None:
         super().require(difficulty)
         if difficulty > (keys := self.vocab_size // 2 - 1):
             raise ValueError(
-                f"pairs {difficulty} takes as many keys, and vocab_size {self.vocab_size} has {keys}: "
-                f"{2 * difficulty + 2} would have enough"
+                f"pairs {difficulty} needs as many keys, and vocab_size {self.vocab_size} has {keys}: "
+                f"raise it to {2 * difficulty + 2}"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        (rows, length), half, behind = inputs.shape, self.vocab_size // 2, 2 * difficulty
+        (rows, length), half, start = inputs.shape, self.vocab_size // 2, 2 * difficulty
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         values = half + distinct(rng, rows, self.vocab_size - half, difficulty)
         if self.noise:
-            inputs[:, behind:] = rng.integers(self.vocab_size, size=(rows, length - behind))
-        inputs[:, 0:behind:2], inputs[:, 1:behind:2] = keys, values
-        gaps = np.arange(1, (length - behind) // 2 + 1)
+            inputs[:, start:] = rng.integers(self.vocab_size, size=(rows, length - start))
+        inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values
+        gaps = np.arange(1, (length - start) // 2 + 1)
         # the order in which waiting times of these rates end is that of draws without replacement
         waiting = rng.exponential(size=(rows, len(gaps))) * gaps ** (1 - self.power_a)
-        places = behind + 2 * waiting.argsort(axis=1)[:, :difficulty]
+        places = start + 2 * waiting.argsort(axis=1)[:, :difficulty]
         np.put_along_axis(inputs, places, keys, axis=1)
         np.put_along_axis(targets, places, values, axis=1)
 

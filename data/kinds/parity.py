@@ -1,4 +1,4 @@
-"""Parity: whether the ones so far are odd in number, which a state with positive decays alone cannot track.
+"""Parity of the ones so far, which a state with only positive decays cannot track.
 
 (Grazzi et al. 2024, Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537.)
 """
@@ -11,14 +11,14 @@ from ..task import Difficulties, TaskConfig
 
 
 class ParityConfig(TaskConfig):
-    """Parity: bits, after each of which (or after the last) the parity of all so far is asked (arXiv 2411.12537)."""
+    """Parity: bits, with the parity of the prefix as the target at each position, or at the last (arXiv 2411.12537)."""
 
     field, axis = "lengths", "length"
     kind: Literal["parity"] = "parity"
     lengths: Difficulties | None = None
-    """Bits of a sequence, in turn; null for the whole sequence. `evaluate_at` may ask for more."""
+    """Numbers of bits, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
     ask: Literal["every", "last"] = "every"
-    """Whether every bit is followed by a question, or the last one."""
+    """Whether every position is a target, or the last one."""
 
     @property
     def n_tokens(self) -> int:

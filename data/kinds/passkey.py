@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number hidden in a text is asked at its end (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
+"""Passkey retrieval: recall a number hidden in a text (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
 
 import re
 from pathlib import Path
@@ -17,29 +17,29 @@ NEEDLE, QUESTION = b"\nThe pass key is %s. Remember it.\n", b"\nWhat is the pass
 
 
 class PasskeyConfig(TaskConfig):
-    """Passkey retrieval: a number in a sentence of its own, hidden in a text, and asked at the end, digit by digit
+    """Passkey retrieval: a number in its own sentence, hidden in a text, is the target at the end, digit by digit
     (arXiv 2305.16300).
 
-    Tokens are bytes, and one that opens documents. Training hides it in one part of the text, evaluation in another.
+    Tokens are bytes and the begin token. Training uses the training split of the text, evaluation the validation split.
     """
 
     field, axis = "depths", "depth"
     kind: Literal["passkey"] = "passkey"
     sequence_length: int = Field(default=512, gt=0, le=2**20)
-    """Tokens of a training sequence."""
+    """Training sequence length in tokens."""
     depths: Difficulties = (0, 25, 50, 75, 100)
-    """Percent of the text that is in front of the number, in turn."""
+    """Percent of the text before the number, which rows cycle through."""
     digits: int = Field(default=5, gt=0, le=100)
     """Digits of the number."""
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files and folders of the text; null takes the source of Python's own standard library."""
+    """Files and folders of the text; null reads the source of Python's own standard library."""
 
     @property
     def n_tokens(self) -> int:
         return ByteTokenizer.vocab_size
 
     def length_of(self, difficulty: int) -> int:
-        # the last digit is predicted and not read: its place is a byte of text
+        # the last digit is a target only: its position is a byte of text
         return len(NEEDLE % bytes(self.digits) + QUESTION) + self.digits
 
     def require(self, difficulty: int) -> None:
@@ -53,7 +53,7 @@ class PasskeyConfig(TaskConfig):
         return ByteTokenizer()
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        """Hide numbers in the text, whose last tokens give their place, and ask for them at the end."""
+        """Hide numbers in the text, which loses its last tokens, and ask for them at the end."""
         numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(inputs), self.digits))
         needle, end = list(NEEDLE % bytes(self.digits)), inputs.shape[1] - len(QUESTION) - self.digits + 1
         place = round((end - len(needle)) * difficulty / 100)

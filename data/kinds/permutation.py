@@ -14,21 +14,21 @@ from ..task import Difficulties, TaskConfig
 
 
 class PermutationConfig(TaskConfig):
-    """Composition of permutations of n things: after each (or after the last) the product of all so far is asked
+    """Composition of permutations of n items: the target at each position (or at the last) is the product of the prefix
     (arXiv 2404.08819).
 
-    A token is one of the n! permutations, in lexicographic order: token 0 changes nothing. The product of x_1 ... x_t
+    A token is one of the n! permutations, in lexicographic order: token 0 is the identity. The product of x_1 ... x_t
     is x_t after ... after x_1.
     """
 
     field, axis = "lengths", "length"
     kind: Literal["permutation"] = "permutation"
     n: int = Field(default=5, ge=2, le=6)
-    """Things that are permuted."""
+    """Number of items."""
     lengths: Difficulties | None = None
-    """Permutations of a sequence, in turn; null for the whole sequence. `evaluate_at` may ask for more."""
+    """Numbers of permutations, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
     ask: Literal["every", "last"] = "every"
-    """Whether every permutation is followed by a question, or the last one."""
+    """Whether every position is a target, or the last one."""
 
     @property
     def n_tokens(self) -> int:
@@ -44,14 +44,14 @@ class PermutationConfig(TaskConfig):
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         elements = _elements(self.n)
-        things, answers = list(range(self.n)), {}
+        items, answers = list(range(self.n)), {}
         for place, token in enumerate(tokens):
-            things = [elements[token][thing] for thing in things]
-            answers[place] = elements.index(tuple(things))
+            items = [elements[token][item] for item in items]
+            answers[place] = elements.index(tuple(items))
         return answers
 
     def name_of(self, token: int) -> str:
-        return "".join(str(1 + thing) for thing in _elements(self.n)[token])  # where each thing goes, from 1
+        return "".join(str(1 + item) for item in _elements(self.n)[token])  # where each item goes, from 1
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Selective copying: symbols among blanks are to be remembered (Gu and Dao 2023, Mamba, arXiv 2312.00752, E.1).
+"""Selective copying: memorize symbols among blanks (Gu and Dao 2023, Mamba, arXiv 2312.00752, E.1).
 
-Where they stand is drawn for every sequence, so what is remembered must depend on what is read.
+Positions are drawn for every sequence, so what a model memorizes must depend on its input.
 """
 
 from typing import Literal
@@ -12,18 +12,18 @@ from ..task import Difficulties, TaskConfig, distinct, letter
 
 
 class SelectiveCopyingConfig(TaskConfig):
-    """Selective copying: symbols at random places among blanks, then as many tokens that ask for them in order
-    (arXiv 2312.00752).
+    """Selective copying: symbols at random positions among blanks, then as many query tokens, with the symbols in
+    order as targets (arXiv 2312.00752).
 
-    The tokens that ask are at the end, and all the same: no answer is shown.
+    The query tokens at the end are all the same: no answer is shown.
     """
 
     field, axis = "symbols", "symbols"
     kind: Literal["selective_copying"] = "selective_copying"
     alphabet: int = Field(default=14, gt=1, le=2**20)
-    """Different symbols: tokens 1 to alphabet; token 0 is blank, and the last one asks."""
+    """Different symbols: tokens 1 to alphabet; token 0 is blank, and the last one is the query."""
     symbols: Difficulties | None = (4, 8, 16)
-    """Symbols of a sequence, in turn; null for half of the tokens."""
+    """Numbers of symbols, which rows cycle through; null for half of the sequence."""
 
     @property
     def n_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Text: sequences cut from documents, split for training and validation."""
+"""Text: sequences cut from the training and validation split of a corpus."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,28 +19,28 @@ ORDERS = {"random_windows": random_starts, "epochs": epoch_starts}
 
 
 class TextConfig(CorpusConfig):
-    """A text, as documents; each is opened by a begin token."""
+    """A text, as documents, each of which starts with a begin token."""
 
     is_text = True
     kind: Literal["text"] = "text"
     packing: bool = False
-    """Whether every document of a sequence starts from nothing: no state crosses a document boundary. Needs mixers that
-    declare packing. Otherwise a sequence is read through, and only the prediction of a begin token is left out."""
+    """Whether every document of a sequence starts from an empty state: no state crosses a document boundary. Needs
+    mixers that declare packing. Without it, documents of a sequence see each other; begin tokens are never targets."""
     order: Literal["random_windows", "epochs"] = "random_windows"
-    """`random_windows` cuts sequences from random places, others in every step; `epochs` cuts the text into sequences
-    once and takes each once an epoch, in an order of its own."""
+    """`random_windows` cuts sequences at random positions; `epochs` cuts the text into sequences once and reads each
+    once per epoch, reshuffled every epoch."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
         return Text(self, read_corpus(self, self.tokenizer_of(run, vocab_size)))
 
 
 class Text(Source):
-    """A text, opened.
+    """An opened text.
 
     Args:
         config: how sequences are cut from it.
-        corpus: its two streams.
-        carried: whether a step goes on where the one before ended, instead of the configured order.
+        corpus: its training and validation split.
+        carried: whether each step continues the previous one, instead of the configured order.
     """
 
     def __init__(self, config: TextConfig, corpus: Corpus, *, carried: bool = False) -> None:
@@ -60,13 +60,13 @@ class Text(Source):
         )
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The sequences of one step; what the last sequence of an epoch lacks is padded and not predicted."""
+        """The sequences of one step; the last sequence of an epoch is padded, without targets there."""
         tokens, length, rows = self.corpus.train, self.config.sequence_length, share(batch_size, rank, world_size)
         starts = self._starts(len(tokens), length, batch_size, seed=seed, step=step)
         return cut(tokens, starts[rows], length, self.begin)
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """Sequences side by side over the validation split; the last batch is padded."""
+        """Contiguous sequences of the validation split; the last batch is padded."""
         tokens, length = self.corpus.validation, length or self.config.sequence_length
         starts = np.arange(0, len(tokens) - length, length)
         if limit is not None and limit * batch_size < len(starts):
@@ -83,15 +83,15 @@ class Text(Source):
         return step % lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size) != 0
 
     def contiguous(self, batch_size: int) -> "Text":
-        """The text, read side by side in as many lanes as a batch has rows."""
+        """The text, read in one contiguous lane per row of a batch."""
         text = Text(self.config, self.corpus, carried=True)
-        text.goes_on(0, batch_size, seed=0)  # which refuses a text that is too short
+        text.goes_on(0, batch_size, seed=0)  # raises if the text is too short
         return text
 
     def require_evaluation_length(self, length: int) -> None:
         if len(self.corpus.validation) <= length:
             raise SeqmixError(
-                f"training.evaluation_lengths has {length}, which takes {length + 1} tokens of validation text, "
+                f"training.evaluation_lengths has {length}, which needs {length + 1} validation tokens, "
                 f"and {self.name} has {len(self.corpus.validation)}"
             )
 
@@ -101,7 +101,7 @@ class Text(Source):
         return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin)
 
     def most_documents(self, length: int) -> int:
-        """Documents in a sequence of a length at most; counted once."""
+        """Maximum number of documents in a sequence of a length, cached."""
         if length not in self._most_documents:
             streams = (self.corpus.train, self.corpus.validation)
             self._most_documents[length] = max(most_documents(tokens, length, self.begin) for tokens in streams)
@@ -109,7 +109,7 @@ class Text(Source):
 
 
 def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
-    """The sequences of `length` tokens from these places on; what the stream lacks is padded and not predicted."""
+    """The sequences of `length` tokens from these positions; beyond the stream they are padded, without targets."""
     inputs, targets = blank(len(starts), length + 1)
     for row, start in enumerate(starts.tolist()):
         found = tokens[start : start + length + 1]
@@ -121,30 +121,30 @@ def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
 def pack(batch: Batch, most: int, begin: int) -> Packed:
     """The sequences of a batch in one row, in which every sequence and every begin token starts a document.
 
-    Shapes depend on the batch's alone, so that one graph serves all: after the last document come empty ones.
+    Shapes depend on the batch shape alone, for a single compiled graph: the last documents may be empty.
 
     Args:
         batch: B sequences of T tokens.
-        most: documents of a sequence at most (`most_documents`).
+        most: maximum number of documents in a sequence (`most_documents`).
         begin: the begin token.
 
     Raises:
-        RuntimeError: a sequence has more documents; on a GPU, in its own time.
+        RuntimeError: a sequence has more documents; on a GPU, asynchronously.
     """
     begins = batch.inputs == begin
     begins[:, 0] = True
     length = begins.numel()
     places = torch.arange(length, device=begins.device)
-    # no count is asked for, which would wait for the device
+    # without a count, which would synchronize with the device
     starts = torch.where(begins.flatten(), places, length).sort().values
-    kept = len(begins) * most
-    torch.ops.aten._assert_async.msg((starts[kept:] == length).all(), "a sequence has more documents than its stream")
-    cu_seqlens = torch.nn.functional.pad(starts[:kept], (0, 1), value=length)
+    size = len(begins) * most
+    torch.ops.aten._assert_async.msg((starts[size:] == length).all(), "a sequence has more documents than its stream")
+    cu_seqlens = torch.nn.functional.pad(starts[:size], (0, 1), value=length)
     return Packed(batch.inputs.reshape(1, -1), batch.targets.reshape(1, -1), cu_seqlens)
 
 
 def most_documents(tokens: Tokens, length: int, begin: int) -> int:
-    """Documents in a sequence at most, wherever it is cut from the stream: the one it starts in, and those it opens."""
+    """Maximum number of documents in a sequence, wherever it is cut from the stream."""
     starts = tokens.starts if isinstance(tokens, Stream) else np.flatnonzero(tokens == begin)
     opened = np.searchsorted(starts, starts + length) - np.arange(len(starts))
     return min(length, 1 + int(opened.max(initial=0)))
