@@ -489,7 +489,7 @@ BAD_CORPORA = {
     "missing": ("data.paths=[nowhere.txt]", "the corpus nowhere.txt does not exist"),
     "empty file": ("data.paths=[empty.txt]", "the corpus is empty: no text in empty.txt"),
     "nothing matches": ('data.glob="*.md"', "the corpus is empty: no text in folder \\(glob \\*.md\\)"),
-    "too short": ("data.paths=[short.txt]", "the training text of short.txt has \\d+ tokens"),
+    "too short": ("data.paths=[short.txt]", "short.txt has \\d+ tokens"),
 }
 
 
@@ -528,7 +528,7 @@ def test_resume_takes_nothing_else(refused, run, extra):
 
 @pytest.mark.parametrize(
     ("folder", "sentence"),
-    [("nowhere", "nowhere is no run: it does not exist"), (".", r"\. is no run: it holds no config.yaml")],
+    [("nowhere", "^nowhere .*does not exist"), (".", r"^\. .*config.yaml")],
 )
 @pytest.mark.parametrize("command", [("train", "--resume"), ("generate", "--prompt", "a")], ids=" ".join)
 def test_a_folder_that_is_no_run_is_one_sentence(refused, command, folder, sentence):
@@ -557,7 +557,7 @@ def test_a_run_is_not_overwritten(refused, run):
 
 
 def test_a_folder_of_other_things_is_not_written_to(refused):
-    assert "is not an empty folder" in refused("train", "retnet-tiny", *SMALL, "--out", ".")
+    assert "not an empty" in refused("train", "retnet-tiny", *SMALL, "--out", ".")
 
 
 @pytest.mark.parametrize("command", [("train", "--resume"), ("generate", "--prompt", "a")], ids=" ".join)

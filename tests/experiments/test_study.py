@@ -169,7 +169,7 @@ def test_patience_is_refused(planned, small):
         # what only a resolved entry tells
         (
             ALONE + "mixers: [retention]\ndata: {kind: parity}\ntraining: {carry_state: true}\n",
-            "small.yaml: training.carry_state goes on in a text",
+            "small.yaml: training.carry_state",
         ),
         (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
         (
