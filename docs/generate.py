@@ -1,7 +1,7 @@
 """Write what the documentation says of the code: `python docs/generate.py`.
 
 That is docs/reference/fields.md, the fields of every configuration; the tables of docs/reference/checks.md; and
-the README's table of presets.
+docs/reference/presets.md, the table of presets.
 """
 
 import json
@@ -25,14 +25,14 @@ from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfi
 
 REFERENCE = Path(__file__).with_name("reference") / "fields.md"
 CHECKS_PAGE = Path(__file__).with_name("reference") / "checks.md"
-README = Path(__file__).parents[1] / "README.md"
+PRESETS_PAGE = Path(__file__).with_name("reference") / "presets.md"
 
 WORDS = {"boolean": "`true` or `false`", "null": "*null*", "object": "mapping"}
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
 def files() -> dict[Path, str]:
-    """The reference, the page of checks, and the README."""
+    """The reference, the page of checks, and that of presets."""
     checks = [
         (f"`{check.name}`", check.property, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
         for check in CHECKS.values()
@@ -46,7 +46,7 @@ def files() -> dict[Path, str]:
     return {
         REFERENCE: fill(REFERENCE, {"fields": fields()}),
         CHECKS_PAGE: fill(CHECKS_PAGE, parts),
-        README: fill(README, {"presets": _presets()}),
+        PRESETS_PAGE: fill(PRESETS_PAGE, {"presets": _presets()}),
     }
 
 

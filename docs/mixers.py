@@ -1,8 +1,8 @@
-"""Write what docs/reference/mixers.md says of the code: `python docs/mixers.py [studies/families]`.
+"""Write what docs/reference/mixers.md and the README say of mixers: `python docs/mixers.py [studies/families]`.
 
 Papers, recurrences and formulas are those of each mixer's module docstring: its first paragraph names the paper by its
 arXiv number, indented lines are formulas. The table of what was trained is that of the study (`seqmix compare
-families`) whose folder is given, and else stays as it is.
+families`) whose folder is given, and else stays as it is; the README takes its speeds from there.
 """
 
 import importlib
@@ -20,19 +20,21 @@ from seqmix.models.builder import build_meta
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("reference") / "mixers.md"
+README = Path(__file__).parents[1] / "README.md"
 LENGTH = 2048
 """Tokens of the sequence whose cost is counted."""
 ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"
 
 
 def files(study: str | None = None) -> dict[Path, str]:
-    """The page, with the parts that the code says, and a study if there is one."""
+    """The page and the README's table, with the parts that the code says, and a study if there is one."""
     presets = single_kind_presets()
     formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
     parts = {"mixers": _traits(presets), "costs": _costs(presets), "formulas": formulas[:-1]}
     if study is not None:
         parts["trained"] = trained(read_results(study))
-    return {TARGET: fill(TARGET, parts)}
+    page = fill(TARGET, parts)
+    return {TARGET: page, README: fill(README, {"mixers": _summary(presets, page)})}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
@@ -65,6 +67,22 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
         sizes = f"{parameters:,}", config.model.n_layers, f"{flops:,}", f"{state:,}"
         rows.append((f"`{mixer.kind}`", f"`{name}`", *sizes))
     return table(["mixer", "preset", "parameters", "layers", "FLOPs a token", "state, bytes"], rows)
+
+
+def _summary(presets: dict[str, RunConfig], page: str) -> list[str]:
+    """What the README says of each mixer: paper, state, and the training speed over retention's that the page has."""
+    speeds = dict(re.findall(r"^\| `(\w+)` \| `[\w-]+` .* \((\d+\.\d\d)\) \|", page, re.MULTILINE))
+    configs = {mixer_kind(preset): preset for preset in presets.values()}
+    rows = []
+    for kind in MIXERS.built_in():
+        title = _docstring(kind).partition("\n\n")[0]
+        papers = ARXIV.sub(LINK, next(iter(ARXIV.findall(title)), ""))
+        size, state = "", ""
+        if kind in configs:
+            mixer = build_meta(configs[kind].model).blocks[0].mixer
+            size, state = f"{nbytes(mixer.init_state(1, max_length=LENGTH)):,}", mixer.traits.state
+        rows.append((f"`{kind}`", papers, state, size, speeds.get(kind, "")))
+    return table(["mixer", "arXiv", "state", "bytes", "speed"], rows)
 
 
 def trained(results: Results) -> list[str]:

@@ -23,6 +23,7 @@ from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 TINY = [
     "data={paths: [text.txt], split: tail, sequence_length: 16}",
     "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
@@ -81,11 +82,9 @@ def seqmix(command: str) -> tuple[str, int]:
     """Run a command of the documentation; what it prints, and its exit status."""
     command, _, file = command.partition(" > ")
     arguments = shlex.split(command)[1:]
-    if arguments[0] == "train" and "wrong.yaml" not in arguments:
-        config = (
-            load_config(arguments[1], [change for change in arguments[2:] if "=" in change]) if arguments[1:] else None
-        )
-        arguments += TINY if config is None or config.data.kind == "text" else TINY[1:]
+    if arguments[0] == "train" and not {"wrong.yaml", "--resume"} & {*arguments}:
+        config = load_config(arguments[1], [change for change in arguments[2:] if "=" in change])
+        arguments += TINY if config.data.kind == "text" else TINY[1:]
     if arguments[0] == "generate":
         arguments += ["--max-new-tokens", "3"]
     output, status = io.StringIO(), 0
@@ -185,8 +184,9 @@ def rows(text: str, head: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table]
 
 
-def test_the_readme_lists_the_presets_and_their_sizes():
-    listed = {row[0]: row[1:4] for row in rows((ROOT / "README.md").read_text(), "| preset |")}
+def test_the_reference_lists_the_presets_and_their_sizes():
+    page = ROOT / "docs" / "reference" / "presets.md"
+    listed = {row[0]: row[1:4] for row in rows(page.read_text(), "| preset |")}
     found = {}
     for file in PRESETS.glob("*.yaml"):
         model = load_config(file.stem).model
@@ -199,7 +199,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=names([*PAGES, CONTRIBUTING]))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
@@ -208,7 +208,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=names([*PAGES, CONTRIBUTING]))
 def test_files_that_are_named_exist(page):
     made = {block.file for block in blocks_of(page)} | {
         "config.yaml",
@@ -226,7 +226,7 @@ def test_files_that_are_named_exist(page):
 
 
 def test_the_layout_names_every_folder():
-    (text,) = (block.text for block in blocks_of(ROOT / "README.md") if block.language == "text")
+    (text,) = (block.text for block in blocks_of(CONTRIBUTING) if block.language == "text")
     folders = set(re.findall(r"^(\w+)/", text, re.MULTILINE))
     assert all((ROOT / name).is_dir() for name in folders)
     packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}

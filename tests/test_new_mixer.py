@@ -23,6 +23,7 @@ GENERATED = {
     "README.md",
     "docs/reference/fields.md",
     "docs/reference/mixers.md",
+    "docs/reference/presets.md",
     "docs/how-to/multi-gpu.md",
     "tests/data/presets.yaml",
 }
@@ -103,7 +104,8 @@ def test_a_new_mixer_is_one_file_and_one_preset(copy):
         in after["docs/reference/mixers.md"].decode()
     )
     assert "\n### `leaky_average`\n" in after["docs/reference/fields.md"].decode()
-    assert "\n| `leaky-average-tiny` | 4 | 128 |" in after["README.md"].decode()
+    assert "\n| `leaky-average-tiny` | 4 | 128 |" in after["docs/reference/presets.md"].decode()
+    assert "\n| `leaky_average` |" in after["README.md"].decode()
 
     # the suite has it, and passes
     found = passed(python(copy, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *SUITE, "-k", WHICH))
@@ -115,5 +117,5 @@ def test_a_new_mixer_is_one_file_and_one_preset(copy):
         "test_there_is_a_preset_of_every_mixer",
         "test_a_floor_imports_only_floors_below_it[seqmix.mixers.leaky_average]",
         "test_what_is_generated_is_up_to_date[mixers]",
-        "test_the_readme_lists_the_presets_and_their_sizes",
+        "test_the_reference_lists_the_presets_and_their_sizes",
     } <= found

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 import seqmix
 
@@ -72,8 +73,12 @@ def test_every_other_file_of_a_package_is_in_the_wheel():
     assert len(list((ROOT / "configs").glob("*.yaml"))) >= 14
 
 
-def test_the_two_places_of_the_version_agree():
-    assert seqmix.__version__ == PROJECT["project"]["version"]
+def test_the_places_of_the_version_agree():
+    version = PROJECT["project"]["version"]
+    citation = YAML(typ="safe").load(ROOT / "CITATION.cff")
+    assert seqmix.__version__ == str(citation["version"]) == version
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert {"cff-version", "message", "title", "authors", "license", "url"} <= citation.keys()
 
 
 def test_the_command_is_the_one_in_cli():
