@@ -6,7 +6,7 @@
 
 registers `seqmix::name` and `seqmix::name_backward`, each with a schema, a fake for compilers, and autocast off inside.
 Such an op is one node of a compiler's graph, in eager mode too, and has no forward-mode derivatives (torch would take a
-tangent for zero) and no second ones: both are refused by a sentence.
+tangent for zero) and no second ones: both raise a SeqmixError.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ SCHEMAS: Mapping[Any, str] = {
     bool: "bool",
     str: "str",
 }
-"""The types that inputs may have, in torch's words."""
+"""The types that inputs may have, as torch's schemas name them."""
 
 
 class Gradients(NamedTuple):
@@ -71,7 +71,7 @@ class Op(Generic[I]):
         mutates: Sequence[str] = (),
     ) -> None:
         self.name, self.fake = name, fake
-        self.inputs: Any = inputs  # a NamedTuple, for which there is no type
+        self.inputs: Any = inputs  # a NamedTuple, which has no type of its own
         self.forward, self.backward, self.outputs, self.saves = forward, backward, outputs, saves
         kinds = get_type_hints(inputs)
         self.tensors = [name for name, kind in kinds.items() if SCHEMAS[kind].startswith("Tensor")]
@@ -186,7 +186,7 @@ class Op(Generic[I]):
 
 
 def _results(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """What an op returns: a schema of one result knows no tuple."""
+    """What an op returns: a schema with one result has no tuple."""
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 

@@ -28,9 +28,9 @@ TRIAL_LENGTH = 259
 log = logging.getLogger("seqmix")
 
 
-@cache  # one trial, and one line of the log, for all layers that ask the same
+@cache  # one trial and one log line for all layers with the same question
 def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
-    """The name of the backend that computes each paradigm where the configuration says `backend`, maybe `auto`.
+    """The name of the backend that computes each paradigm where the configuration says `backend`, possibly `auto`.
 
     Args:
         op: the op's name.
@@ -92,8 +92,8 @@ def _kernels(op: str, backend: str) -> list[Kernel]:
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     """Run a kernel of the decay family on a few tokens, forward and backward; None if it does what the reference does.
 
-    A recurrent one reads one token, forward. Far from a proof, which is the conformance kit's; but what a compiler or a
-    driver gets wrong is wrong by far more.
+    A recurrent one reads one token, forward. This is not the conformance kit; but what a compiler or a driver
+    gets wrong is wrong by far more.
     """
     tensors = _trial(probe, 1 if kernel.paradigm is Paradigm.RECURRENT else TRIAL_LENGTH)
     try:

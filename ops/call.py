@@ -11,7 +11,7 @@ from .paradigm import Paradigm
 
 
 class Call(NamedTuple):
-    """How one segment is mixed. `SequenceMixer.forward` makes it, once; nobody changes it."""
+    """How one segment is mixed: immutable, and made once, by `SequenceMixer.forward`."""
 
     paradigm: Paradigm
     state: Any = None
@@ -51,7 +51,7 @@ class Call(NamedTuple):
             backend: the kernel backend; changes the cost, never the result.
 
         Raises:
-            SeqmixError: there is no such paradigm; the boundaries do not rise from 0 to `length`.
+            SeqmixError: the paradigm does not exist; the boundaries do not rise from 0 to `length`.
         """
         documents = Documents.of(cu_seqlens, length)
         return cls(Paradigm.named(paradigm), initial_state, documents, output_final_state, chunk_size, backend)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .packing import Stretch
 
 ELEMENTS = 3 * 2**17
-"""Of a group's keys and values at most, where it is more than one chunk; larger ones no longer fit into a cache."""
+"""Of a group's keys and values at most, where it is more than one chunk; larger ones no longer fit into a CPU cache."""
 
 
 class Group(NamedTuple):

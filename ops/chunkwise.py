@@ -4,7 +4,7 @@ Notation of recurrence.py, and a chunk of m tokens with entry state S and exit s
 more to call than to compute: chunks that do not wait for each other are computed in groups of n, and the chunks of a
 group, the batch and the heads are one dimension, G = n B H, as batched products want it.
 
-The forward pass keeps the chunks' entry states only; the backward pass recomputes the rest. Only states wait for each
+The forward pass saves the chunks' entry states only; the backward pass recomputes the rest. Only states wait for each
 other. A ragged last chunk is simply shorter: nothing is padded. Chunks never straddle a document.
 """
 
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     """[G m 1]."""
 
 
-class Borders(NamedTuple):
+class ChunkStates(NamedTuple):
     """The states around a group's chunks, and which of them matter."""
 
     entries: Tensor
@@ -46,7 +46,7 @@ class Chunks(ABC):
     """Chunks of a group at most."""
 
     @abstractmethod
-    def forward(self, group: Group, x: Tokens, states: Borders, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         """The output of a group, [G m V]; fills `exits`.
 
         Args:
@@ -58,7 +58,7 @@ class Chunks(ABC):
 
     @abstractmethod
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: Borders, d_states: Tensor, leaving: slice
+        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> Mapping[str, Tensor]:
         """The gradients of a group: of q, k, v, beta [G m D], and of log_decay if it is wanted.
 
@@ -137,8 +137,8 @@ def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
             elif first or not x.needs_grad:
                 states[0].copy_(state)
             # nothing is read of a state that is 0
-            borders = Borders(entered, slice(rows if state is None else 0, None))
-            store(output, group, chunks.forward(group, _tokens(x, group), borders, states[1:]))
+            around = ChunkStates(entered, slice(rows if state is None else 0, None))
+            store(output, group, chunks.forward(group, _tokens(x, group), around, states[1:]))
             index, state = index + group.chunks, states[-1]
         if x.output_final_state and state is not None and stretch.start == stretch.stop:
             final_state[stretch.rows].copy_(state)
@@ -180,7 +180,7 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
                 group,
                 _tokens(x, group),
                 operand(d_output, group, x.wide),
-                Borders(entries[index : index + group.chunks], slice(blank, None)),
+                ChunkStates(entries[index : index + group.chunks], slice(blank, None)),
                 after,
                 slice(0, group.chunks * rows - unread),
             )

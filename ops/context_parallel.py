@@ -1,4 +1,4 @@
-"""Context parallelism: the tokens of one sequence, or of one packed row, lie on several processes in equal segments.
+"""Context parallelism: one sequence, or one packed row, is split over several processes in equal segments.
 
 Notation: n processes, T tokens each; rank r has the tokens r T to (r+1) T - 1 of n T. An op with a context-parallel
 group takes the rank's own tokens, documents and initial states of the whole row, and returns the outputs of the rank's
@@ -9,7 +9,7 @@ own tokens and the final state of the whole row. How segments compose is a famil
     softmax         every rank gathers all keys and values
     long conv       every rank gathers all inputs
 
-Every rank's graph uses every gathered tensor: backward sums over ranks what each is owed, and waits for all of them.
+Every rank's graph uses every gathered tensor: backward is a reduce-scatter of their gradients, and waits for all ranks.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class ContextParallel:
     """The processes that share a row of tokens, in their order; each has a segment of the same length."""
 
     name: str
-    """Of the process group: a compiler knows names, and no groups."""
+    """Of the process group: a compiler traces names, not groups."""
     rank: int
     """This process, from 0: it has the segment of that number."""
     size: int
@@ -73,7 +73,7 @@ class ContextParallel:
         return Documents((documents.cu_seqlens - start).clamp(0, length), documents.of_token, boundaries)
 
     def whole(self, documents: Documents | None, length: int) -> Documents | None:
-        """The documents of all tokens of the row, and not of this rank's segment of `length` alone."""
+        """The documents of all tokens of the row, not only of this rank's segment of `length` tokens."""
         if documents is None:
             return None
         return documents._replace(of_token=document_of_token(documents.cu_seqlens, self.size * length))
@@ -174,7 +174,7 @@ def _reduce_scatter(call: _Gather, gradients: Gradients) -> dict[str, Tensor]:
 
 def _group(name: str) -> "dist.ProcessGroup":
     """The process group of a name: an op takes no object."""
-    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]  # torch's own ops use it, and export it not
+    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]  # torch's own ops use it, but do not export it
     return resolve(name)
 
 

@@ -197,5 +197,5 @@ def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
 @cache
 def installed(library: str) -> bool:
     """Whether a library is there, which is not imported for it."""
-    # what was uninstalled may leave a folder, which is no package
+    # an uninstalled package may leave a folder, which is not a package
     return getattr(find_spec(library), "origin", None) is not None

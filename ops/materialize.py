@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def materialize(x: Tensor, dim: int) -> Tensor:
-    """x itself; compiled code forms it once, and not anew for every number that is computed from it.
+    """x itself, which compiled code computes once instead of inlining it into every use.
 
     Inductor inlines what is elementwise into each place that reads it, however often that is: the logarithm of a decay
-    for every entry of a state, twenty thousand times a token and layer. Concatenations it writes to memory. x is a
+    for every entry of a state, twenty thousand times per token and layer. It writes concatenations to memory. x is a
     small tensor from expensive functions, `dim` a dimension of more than one entry, or nothing changes.
     """
     return written(x, dim) if torch.compiler.is_compiling() and x.shape[dim] > 1 else x

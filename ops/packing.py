@@ -1,6 +1,6 @@
 """Packed documents: several sequences in one row of tokens, without padding, as flash-attn's `cu_seqlens` has them.
 
-Notation: T tokens of a row, N documents; document n has the tokens cu_seqlens[n] to cu_seqlens[n+1] - 1, maybe none.
+Notation: T tokens of a row, N documents; document n has the tokens cu_seqlens[n] to cu_seqlens[n+1] - 1, possibly none.
 A dense batch is one stretch of all rows; packed documents are one stretch each.
 """
 
@@ -92,7 +92,7 @@ def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
 def require_async(condition: Tensor, sentence: str) -> None:
     """Refuse what only tensors know, without waiting for the device: it raises when it gets there.
 
-    The sentence names no sizes: a size in a string would make a compiler start anew for every one.
+    The sentence names no sizes: a size in a string would make a compiler recompile for every one.
     """
     torch.ops.aten._assert_async.msg(condition, sentence)
 
@@ -111,7 +111,7 @@ def token_positions(
     device: torch.device,
     start: int = 0,
 ) -> Int[Tensor, "B T"]:
-    """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows start at offsets of their own.
+    """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if each row starts at its own offset.
 
     A position is the number of tokens that a sequence (or a packed document) holds before the token. `offset` is the
     tokens read before the segment, by row or document (None: none), `start` those of the row before it, where the

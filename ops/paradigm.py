@@ -17,7 +17,7 @@ class Paradigm(StrEnum):
 
     @classmethod
     def named(cls, name: "Paradigm | str") -> "Paradigm":
-        """The paradigm of a name; a SeqmixError where there is none."""
+        """The paradigm of a name; a SeqmixError for an unknown one."""
         try:
             return cls(name)
         except ValueError:

@@ -123,7 +123,7 @@ def recur(
     Tensors are as in `Recurrence`; `given` is what the family has of `log_decay` and `beta`. No scale is 1/sqrt(K).
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the kernel does not take them, in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or the kernel does not take them.
     """
     kernel = chosen(family.name, call.paradigm, call.backend).function
     cp, documents = call.cp_group, call.documents
@@ -189,7 +189,7 @@ def require_chunk_size(chunk_size: int) -> None:
 
 
 def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse dtypes that no reference computes in: a product of integers would be rounded without a word.
+    """Refuse dtypes that no reference computes in: a product of integers would be rounded silently.
 
     Raises:
         SeqmixError: the three are not of one dtype, or it is none of float64, float32, bfloat16 and float16.

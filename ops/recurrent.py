@@ -6,7 +6,7 @@ Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_
     dS_t = dS_t^+ + scale q_t^T do_t        dq_t = scale do_t S_t^T
     dS_{t-1}^+ and the other gradients = write_backward(dS_t)
 
-It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state is kept; the backward pass
+It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state is saved; the backward pass
 recomputes the states between, so memory grows slowly with T.
 """
 
@@ -22,7 +22,7 @@ from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
 BLOCK = 64
-"""Tokens between kept states."""
+"""Tokens between saved states."""
 
 
 class TokenRule(ABC):
@@ -73,15 +73,15 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and the kept states [blocks B H K V], which are empty unless wanted."""
+    """Output, final state [N H K V] and the saved states [blocks B H K V], which are empty unless wanted."""
     documents = 0 if x.cu_seqlens is None else x.rows
     blocks = -(-x.q.shape[1] // BLOCK) + documents
-    kept = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
-    return x.q.new_empty(x.v.shape), x.new_state(x.rows).zero_(), kept
+    saved = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
+    return x.q.new_empty(x.v.shape), x.new_state(x.rows).zero_(), saved
 
 
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
-    output, final_state, kept = _allocate(x)
+    output, final_state, saved = _allocate(x)
     index = 0
     for stretch in x.stretches:
         state = final_state[stretch.rows]
@@ -89,19 +89,19 @@ def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
             state = x.initial_state[stretch.rows].to(x.wide)
         for start, stop in _blocks(stretch):
             if x.needs_grad:
-                kept[index] = state
+                saved[index] = state
                 index += 1
             for t in range(start, stop):
                 state = rule.write(x, t, state)
                 output[:, t] = x.scale * read(x.q[:, t].to(x.wide), state)
         final_state[stretch.rows] = state
     if x.needs_grad:
-        kept[index:].zero_()  # documents that end in one block leave rows over
-    return output, final_state, kept
+        saved[index:].zero_()  # documents that end in one block leave rows over
+    return output, final_state, saved
 
 
 def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str, Tensor]:
-    (d_output, d_final_state), (kept,) = gradients.outputs, gradients.saved
+    (d_output, d_final_state), (saved,) = gradients.outputs, gradients.saved
     given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "initial_state": x.initial_state}
     out = {name: torch.zeros_like(tensor) for name, tensor in given.items() if tensor is not None}
     if x.log_decay is not None:
@@ -115,7 +115,7 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
             d_state = d_final_state[stretch.rows].to(x.wide)
         for start, stop in reversed(blocks):
             index -= 1
-            states = [kept[index]]
+            states = [saved[index]]
             for t in range(start, stop):
                 states.append(rule.write(x, t, states[-1]))
             for t in range(stop - 1, start - 1, -1):

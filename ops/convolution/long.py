@@ -1,11 +1,11 @@
 """The long causal convolution, one filter per channel over all tokens.
 
-Notation: B batch, T tokens, D channels, L tokens of a filter, P inputs kept, N packed documents.
+Notation: B batch, T tokens, D channels, L tokens of a filter, P cached inputs, N packed documents.
 
     y_t = sum_{i<L} h[:, i] * x_{t-i}       the inputs before the segment are the state, [P D]; what was before is zero
 
 It is computed by FFT (parallel), or as the sum it is (recurrent). It is a custom op with its own backward: a compiler
-sees no length of a document and no complex number, and no spectra are kept for the backward pass.
+sees no length of a document and no complex number, and no spectra are saved for the backward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def long_convolution(
         grows: whether the final state has P + T inputs of each row, packed documents too; otherwise the last P.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, in one sentence; there is no such paradigm; an input has a tangent, as
+        SeqmixError: shapes or dtypes do not fit; the paradigm does not exist; an input has a tangent, as
             there is no forward-mode differentiation.
     """
     call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens)
@@ -55,10 +55,10 @@ def long_convolution(
 
 
 def convolve_long(x: Tensor, filters: Tensor, call: Call, *, grows: bool) -> ConvolutionOutput:
-    """The map as a call says, whose state is [N P D]: what mixers use.
+    """The same for mixers, which pass a `Call`; the state is [N P D].
 
     In the parallel paradigm by FFT: its time is (P + T) log(P + T) in the number of tokens. In the recurrent one as a
-    sum over the inputs kept, a token after the other: its time is P for each. Either way a packed document costs what
+    sum over the cached inputs, token by token: each costs P. Either way a packed document costs what
     it would alone. Sums are formed in float32 (float64 of float64 inputs). The FFT's rounding goes by the largest
     input of a row's channel, later ones included: outputs are independent of later inputs only up to it, and an inf or
     nan spoils earlier outputs of its channel too. The recurrent paradigm has neither. In a context-parallel group every
@@ -93,17 +93,17 @@ def _inputs(x: Tensor, past: Tensor | None, grows: bool, cu_seqlens: Tensor | No
     length, width = x.shape[1:]
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     past = x.new_zeros(rows, 0, width) if past is None else past
-    kept = past.shape[1]
+    cached = past.shape[1]
     if cu_seqlens is None:
         seen = torch.cat((past, x.to(past.dtype)), dim=1)
         return seen if grows else seen[:, length:].clone()
-    slots = kept + length if grows else kept
+    slots = cached + length if grows else cached
     back = torch.arange(slots - 1, -1, -1, device=x.device)  # tokens between a slot and the row's end
     older = back - cu_seqlens.diff()[:, None]  # below 0 where the document's own tokens are
-    own = rows * kept + cu_seqlens[1:, None] - 1 - back
-    old = kept * torch.arange(1, rows + 1, device=x.device)[:, None] - 1 - older
+    own = rows * cached + cu_seqlens[1:, None] - 1 - back
+    old = cached * torch.arange(1, rows + 1, device=x.device)[:, None] - 1 - older
     # the pool is the old rows, the new tokens, and a zero for empty slots
-    source = torch.where(older < 0, own, old.masked_fill(older >= kept, rows * kept + length))
+    source = torch.where(older < 0, own, old.masked_fill(older >= cached, rows * cached + length))
     return torch.cat((past.flatten(0, 1), x[0].to(past.dtype), past.new_zeros(1, width)))[source]
 
 
@@ -155,8 +155,8 @@ def _backward(call: _Long, gradients: Gradients) -> dict[str, Tensor]:
         d_seen, d_taps = differentiate(d_new, seen, filters)
         out["filters"][:, : d_taps.shape[1]] += d_taps
         out["x"][:, stretch.start : stretch.stop] = d_seen[:, -length:]
-        if kept := seen.shape[1] - length:
-            out["past"][stretch.rows, -kept:] = d_seen[:, :kept].to(out["past"].dtype)
+        if cached := seen.shape[1] - length:
+            out["past"][stretch.rows, -cached:] = d_seen[:, :cached].to(out["past"].dtype)
     return out
 
 
@@ -168,8 +168,8 @@ def _seen(x: Tensor, past: Tensor | None, stretch: Stretch, reach: int) -> Tenso
     new = x[:, stretch.start : stretch.stop].to(torch.promote_types(x.dtype, torch.float32))
     if past is None:
         return new
-    kept = min(past.shape[1], reach - 1)
-    return torch.cat((past[stretch.rows, past.shape[1] - kept :].to(new.dtype), new), dim=1)
+    cached = min(past.shape[1], reach - 1)
+    return torch.cat((past[stretch.rows, past.shape[1] - cached :].to(new.dtype), new), dim=1)
 
 
 def _by_fft(seen: Tensor, filters: Tensor, length: int) -> Tensor:

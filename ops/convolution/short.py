@@ -50,17 +50,17 @@ def short_convolution(
         cu_seqlens: as in `Call.of`.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, in one sentence.
+        SeqmixError: shapes or dtypes do not fit.
     """
     call = Call.of(Paradigm.PARALLEL, x.shape[1], initial_state, output_final_state, cu_seqlens)
     return convolve_short(x, weight, bias, call)
 
 
 def convolve_short(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> ConvolutionOutput:
-    """The map as a call says, whose state is [N W-1 D]: what mixers use; the paradigm plays no part.
+    """The same for mixers, which pass a `Call`; the state is [N W-1 D], and the paradigm makes no difference.
 
-    It is a sum of W shifted products, which a compiler fuses with what surrounds it. That is also quicker than torch's
-    `conv1d`: it takes less than half of its time, forward and backward, on a CPU at T = 2048, D = 512, W = 4. Sums are
+    It is a sum of W shifted products, which a compiler fuses with what surrounds it. It is also faster than torch's
+    `conv1d`: less than half of its time, forward and backward, on a CPU at T = 2048, D = 512, W = 4. Sums are
     formed in float32 (float64 of float64 inputs).
     """
     require_convolution(x, weight, call, "weight [D W] with W")
@@ -87,7 +87,7 @@ def _convolve(
     if documents is None:
         seen = torch.cat((state, x), dim=1)
         output = _shifted_products(seen, weight, bias)
-        # a view would keep all that was seen alive
+        # a view would keep the whole input alive
         return ConvolutionOutput(output, seen[:, length:].clone() if wanted else None)
     # one stretch of all documents, each after its own state: what is read over a boundary belongs to no token
     cu_seqlens = documents.cu_seqlens
@@ -122,7 +122,7 @@ def _shifted_products(seen: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     """The outputs of the tokens whose whole window was seen: [B W-1+T D] -> [B T D], in the same dtype."""
     dtype, wide = seen.dtype, torch.promote_types(seen.dtype, torch.float32)
     seen, length = seen.to(wide), seen.shape[1] - weight.shape[1] + 1
-    # weights that lie together make it four times as quick in 16 bits; multiplying and adding apart, a fifth backward
+    # contiguous weights make it four times as fast in 16 bits; a separate multiply and add, a fifth faster backward
     oldest, *newer = weight.to(wide).T.contiguous().unbind()
     output = seen.narrow(1, 0, length) * oldest
     for i, w in enumerate(newer, 1):

@@ -38,10 +38,10 @@ Backend = Literal["auto", "reference", "triton", "fla"]
 def decay(
     q: Tensor, k: Tensor, v: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
 ) -> RecurrenceOutput:
-    """The map as a call says, whose state is [N H K V]: what mixers use. The tensors are those of `decay_recurrence`.
+    """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `decay_recurrence`.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale)
 
@@ -74,22 +74,22 @@ def decay_recurrence(
         initial_state: it decays before the first token is added.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
     return decay(q, k, v, log_decay, call, scale=scale)
 
 
 def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
-    """What a segment keeps of a state, [1|B H 1|K 1], and what it writes: of the document it leaves unfinished."""
+    """A segment's decay of a state, [1|B H 1|K 1], and what it writes: of the document it leaves unfinished."""
     assert call.cp_group is not None
     _, written = kernel(x._replace(q=x.k.detach(), initial_state=None, output_final_state=True))
     assert written is not None
-    kept = _kept(x, call.documents).to(written.dtype)
-    return kept, call.cp_group.last_row(written, call.documents)
+    decayed = _decay_of(x, call.documents).to(written.dtype)
+    return decayed, call.cp_group.last_row(written, call.documents)
 
 
-def _kept(x: Recurrence, documents: Documents | None) -> Tensor:
+def _decay_of(x: Recurrence, documents: Documents | None) -> Tensor:
     """The decays of the tokens (of the last document's), multiplied: [1|B H 1|K 1]."""
     if x.log_decay is None:
         return x.k.new_ones(1, x.k.shape[2], 1, 1)
@@ -117,7 +117,7 @@ def decay_flops(
         length: tokens of the segment.
         key_width: K.
         value_width: V.
-        chunk_size: tokens a chunk.
+        chunk_size: chunk length in tokens.
         context: tokens read before; any adds the product with the initial state.
         key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
     """
@@ -142,7 +142,7 @@ def _halved(tokens: int) -> int:
     return size * (size - 1) // 2
 
 
-# Twice the worst of several thousand cases a function, or, where that is more, what exp makes of exponents that do not
+# Twice the worst of several thousand cases per function, or, if larger, what exp makes of exponents that do not
 # underflow: an error of 87 roundings in float32, of 708 in float64. The parallel form rounds its scores to 16 bits.
 TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
 

@@ -16,7 +16,7 @@ and backward, from dS' and do:
 Every term of da is added to the decays that it went through, and none is taken away again: sums of q dq - k dk are as
 much, but where decays are strong they are all rounding errors.
 
-The forward keeps the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
+The forward saves the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
 is inside chunks is formed for a group of n of them at once (chunks.py). A ragged last chunk is simply shorter: nothing
 is padded.
 """
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Group, cut, most_chunks, sum_after
-from ..chunkwise import Borders, Chunks, Tokens, chunkwise_kernel
+from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
 from ..recurrence import Recurrence
 
 
@@ -41,7 +41,7 @@ class _Outer(NamedTuple):
     """[G m K]."""
     d_key: Tensor | None
     """[G m K]."""
-    kept: Tensor | None
+    decayed: Tensor | None
     """<g * S, dS'>_V, [G K]."""
 
 
@@ -96,13 +96,13 @@ class _ScalarChunk(_Chunk):
         if outer is not None:
             read = None if outer.d_query is None else torch.linalg.vecdot(q, outer.d_query)
             left = None if outer.d_key is None else torch.linalg.vecdot(k, outer.d_key)
-            kept = None if outer.kept is None else outer.kept.sum(1)
-            d_a = self._log_decay_gradient(scores.mul_(d_scores), read, left, kept)
+            decayed = None if outer.decayed is None else outer.decayed.sum(1)
+            d_a = self._log_decay_gradient(scores.mul_(d_scores), read, left, decayed)
         d_products = self._masked(d_scores)
         return torch.bmm(d_products, k), torch.bmm(d_products.mT, q), d_a
 
     def _log_decay_gradient(
-        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
+        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, decayed: Tensor | None
     ) -> Tensor:
         """da [G m], of A * (do v^T), which is consumed, of what each query read of the entry state [G m], what each key
         left in the exit state [G m], and what the entry state left there [G]."""
@@ -112,8 +112,8 @@ class _ScalarChunk(_Chunk):
         grad = before.cumsum(2).tril_().sum(1)
         if left is not None:
             grad[:, 1:] += left[:, :-1].cumsum(1)
-        if kept is not None:
-            grad += kept[:, None]
+        if decayed is not None:
+            grad += decayed[:, None]
         return grad
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class _FixedChunk(_ScalarChunk):
         self.distance = distance
 
     def _log_decay_gradient(
-        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, kept: Tensor | None
+        self, pairs: Tensor, read: Tensor | None, left: Tensor | None, decayed: Tensor | None
     ) -> Tensor:
         m, count = len(self.distance), self.distance[:, 0]
         grad = pairs.mul_(self.distance).sum((1, 2))
@@ -139,13 +139,13 @@ class _FixedChunk(_ScalarChunk):
             grad += read @ (count + 1)
         if left is not None:
             grad += left @ (m - 1 - count)
-        if kept is not None:
-            grad += m * kept
+        if decayed is not None:
+            grad += m * decayed
         return grad
 
 
 class _VectorChunk(_Chunk):
-    """A decay a key dimension, a [n B H m K]: every pair by way of the middle of the smallest block that holds it.
+    """One decay per key dimension, a [n B H m K]: every pair by way of the middle of the smallest block that holds it.
 
     The chunk, padded to a power of two, is cut into blocks of 2, of 4, .. tokens. Those pairs of a block whose key is
     in its first half and whose query is in its second are one product, of keys that have decayed to the block's middle
@@ -155,19 +155,19 @@ class _VectorChunk(_Chunk):
     def __init__(self, a: Tensor, scale: float) -> None:
         self.scale = scale
         self.length, self.size = a.shape[3], 1 << (a.shape[3] - 1).bit_length()
-        # from the block's first token up to each token, and from behind each token up to the block's last
+        # from the block's first token up to each token, and from after each token up to the block's last
         up_to = a.new_zeros(a.shape[:3].numel(), self.size, a.shape[4])
         up_to[:, : self.length] = a.flatten(0, 2)
-        behind = torch.zeros_like(up_to)
+        after = torch.zeros_like(up_to)
         self.levels = []
         while (half := 1 << len(self.levels)) < self.size:
-            sums, rest = _halves(up_to, half), _halves(behind, half)
+            sums, rest = _halves(up_to, half), _halves(after, half)
             self.levels.append((sums[:, :, 1].exp().mul_(scale), rest[:, :, 0].exp()))
             rest[:, :, 0] += sums[:, :, 1, -1:]
             sums[:, :, 1] += sums[:, :, 0, -1:]
         self.total = up_to[:, -1, :, None].exp().unflatten(0, a.shape[:3])
         self.prefix = up_to[:, : self.length].exp().mul_(scale).unflatten(0, (-1, a.shape[2]))
-        self.suffix = behind[:, : self.length].exp().unflatten(0, (-1, a.shape[2]))
+        self.suffix = after[:, : self.length].exp().unflatten(0, (-1, a.shape[2]))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         scores = q.new_zeros(q.shape[0], self.size, self.size)
@@ -196,20 +196,20 @@ class _VectorChunk(_Chunk):
                 sums[:, :, 1, -1] += rest[:, :, 0].sum(2)
                 sums[:, :, 1].addcmul_(query, d_query)
                 rest[:, :, 0].addcmul_(key, d_key)
-        # blocks of one token: nothing is behind it, and the sum up to it is its own log-decay
+        # blocks of one token: nothing follows it, and the sum up to it is its own log-decay
         d_a = None if d_sums is None else d_sums[0][:, : self.length]
         return dq[:, : self.length], dk[:, : self.length], d_a
 
     def _sums_gradients(self, q: Tensor, k: Tensor, outer: _Outer) -> tuple[Tensor, Tensor]:
-        """Of the chunk's sums, up to each token and behind it [G m K]: the gradients that come through the states."""
-        up_to, behind = q.new_zeros(2, q.shape[0], self.size, q.shape[2])
+        """Of the chunk's sums, up to each token and after it [G m K]: the gradients that come through the states."""
+        up_to, after = q.new_zeros(2, q.shape[0], self.size, q.shape[2])
         if outer.d_query is not None:
             torch.mul(q, outer.d_query, out=up_to[:, : self.length])
         if outer.d_key is not None:
-            torch.mul(k, outer.d_key, out=behind[:, : self.length])
-        if outer.kept is not None:
-            up_to[:, -1] += outer.kept
-        return up_to, behind
+            torch.mul(k, outer.d_key, out=after[:, : self.length])
+        if outer.decayed is not None:
+            up_to[:, -1] += outer.decayed
+        return up_to, after
 
     def _products(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Each size of a half, the largest first, its queries and keys [G n half K] as seen from the middle, and by
@@ -314,7 +314,7 @@ class _DecayChunks(Chunks):
         else:
             self.decays = _GivenDecays(x.log_decay, x.scale, like)
 
-    def forward(self, group: Group, x: Tokens, states: Borders, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         chunks, entries = self.decays.chunks(group), states.entries
         tile = torch.bmm(chunks.scores(x.q, x.k), x.v)
         left = len(exits) * entries[0].shape[:2].numel()
@@ -330,11 +330,11 @@ class _DecayChunks(Chunks):
         return tile
 
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: Borders, d_states: Tensor, leaving: slice
+        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
         chunks, entries, reading = self.decays.chunks(group), states.entries, states.reading
         total, before, after = x.q.shape[0], reading.start, x.q.shape[0] - leaving.stop
-        d_exits, d_read, d_left, kept = d_states[1:], None, None, None
+        d_exits, d_read, d_left, decayed = d_states[1:], None, None, None
         if before < total:
             changes = torch.bmm(_scaled(x.q, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *entries.shape[1:])
             numbers = range(entries.shape[0])[-changes.shape[0] :]
@@ -350,8 +350,8 @@ class _DecayChunks(Chunks):
             d_left = _scaled(_among(torch.bmm(x.v[leaving], exits.mT), 0, after), chunks.suffix)
             d_value[leaving].baddbmm_(_scaled(x.k, chunks.suffix)[leaving], exits)
         if self.needs_log_decay and d_read is not None and d_left is not None:
-            kept = (chunks.decayed(entries) * d_exits).sum(4).flatten(0, 2)
-        outer = _Outer(d_read, d_left, kept) if self.needs_log_decay else None
+            decayed = (chunks.decayed(entries) * d_exits).sum(4).flatten(0, 2)
+        outer = _Outer(d_read, d_left, decayed) if self.needs_log_decay else None
         d_query, d_key, d_a = chunks.scores_backward(x.q, x.k, scores, d_scores, outer)
         if d_read is not None:
             d_query += d_read

@@ -12,11 +12,11 @@ decays before the first token is added. What differs, and what is done about it:
     A chunk is 64 tokens: chunk_size is not read. It changes the cost and never the result.
     Sums of log-decays inside a chunk are subtracted, and inf - inf is nan: log-decays are clamped at LOWEST first,
     whose exponential is 0 in float32. Where that clamps, the gradient is 0.
-    Tables made of the borders are kept by the identity of the tensor: a copy is passed, so that borders written in
+    fla caches tables of the boundaries by the identity of the tensor: a copy is passed, so that boundaries written in
     place are seen. Making the tables waits for the device.
 
-fla's functions cannot be compiled. Compiled code has one custom op around them, whose backward pass computes the
-forward again, since what fla keeps between the two is inside its autograd function.
+fla's functions cannot be compiled. Compiled code has one custom op around them, whose backward pass recomputes the
+forward, since what fla saves between the two is inside its autograd function.
 
 fla is imported where it is called.
 """
@@ -119,7 +119,7 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
-    """The gradients; the forward is computed again."""
+    """The gradients; recomputes the forward."""
     leaves = {
         name: getattr(x, name).detach().requires_grad_()
         for name in ("q", "k", "v", "log_decay", "initial_state")
@@ -128,8 +128,8 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     with torch.enable_grad():
         # fla's own function is the whole graph: inside an op no other is recorded
         outputs = _chunkwise(x._replace(**leaves))
-        owed = [(y, d) for y, d in zip(outputs, gradients.outputs, strict=True) if d is not None and d.numel()]
-        found = torch.autograd.grad([y for y, _ in owed], list(leaves.values()), [d for _, d in owed])
+        given = [(y, d) for y, d in zip(outputs, gradients.outputs, strict=True) if d is not None and d.numel()]
+        found = torch.autograd.grad([y for y, _ in given], list(leaves.values()), [d for _, d in given])
     return dict(zip(leaves, found, strict=True))
 
 

@@ -95,15 +95,15 @@ def _final_state(
     if cu_seqlens is None:
         state = k.transpose(2, 3) @ v
         if initial_state is not None:
-            kept = initial_state.to(k.dtype)
-            state = state + (kept if a is None else kept * a.sum(2)[..., None].exp())
+            decayed = initial_state.to(k.dtype)
+            state = state + (decayed if a is None else decayed * a.sum(2)[..., None].exp())
         return state
     by_document = _one_hot(document, cu_seqlens, k.dtype)
     state = torch.einsum("nt,bhtk,bhtv->nhkv", by_document, k, v)
     if initial_state is not None:
-        kept = initial_state.to(k.dtype)
+        decayed = initial_state.to(k.dtype)
         if a is not None:
             total = _sum_where(by_document.bool(), a)[0].transpose(0, 1)  # [N H 1|K]
-            kept = kept * total[..., None].exp()
-        state = state + kept
+            decayed = decayed * total[..., None].exp()
+        state = state + decayed
     return state

@@ -61,7 +61,7 @@ def limits(probe: Probe) -> list[str]:
     """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
     reasons = _missing(probe)
     if probe.log_decay == "B T H K":
-        reasons.append("a log-decay a key dimension is not taken")
+        reasons.append("one log-decay per key dimension is not supported")
     if probe.key_width > MAX_KEY_WIDTH or probe.value_width > MAX_VALUE_WIDTH:
         reasons.append(
             f"keys are up to {MAX_KEY_WIDTH} wide and values up to {MAX_VALUE_WIDTH}, "
@@ -169,13 +169,13 @@ def decay_step_triton(x: Recurrence) -> Tensor:
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and chunk entry states [chunks H K V]; the last two are empty unless kept."""
+    """Output, final state [N H K V] and chunk entry states [chunks H K V]; the last two are empty unless saved."""
     # here, inside the ops, a compiler does not look
     KERNEL.require(x.probe())
     heads, key_width, value_width = x.matrix
     final_state = x.q.new_empty((x.rows, *x.matrix) if x.output_final_state else 0, dtype=torch.float32)
     chunk = configuration_of(x).chunk
-    # kept where they are no larger than half of q, k and v; elsewhere the backward scans again
+    # saved where they are no larger than half of q, k and v; elsewhere the backward scans again
     if not x.needs_grad or 2 * key_width * value_width > chunk * (2 * key_width + value_width):
         return x.q.new_empty(x.v.shape), final_state, x.q.new_empty(0)
     entries = x.q.new_empty(x.q.shape[0] * capacity(x.q.shape[1], chunk, x.cu_seqlens), heads, key_width, value_width)

@@ -8,7 +8,7 @@ bodies, triton_launch.py the configurations that they run in.
 The clock of a token is the sum of the log2-decays from its chunk's beginning to the token itself, so what is left of
 token j at token i >= j is exp2(clock_i - clock_j). Such a difference is formed without loss:
 
-    decay fixed a head      clock_i = (i + 1) rate                 the difference of the counts times the rate
+    decay per head          clock_i = (i + 1) rate                 the difference of the counts times the rate
     a decay for each token  clock_i = whole_i + part_i             whole: an integer; part: in [0, 1)
 
 exp2 sees no argument above 0: what a mask leaves out is -inf before it.
@@ -98,13 +98,13 @@ def _between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
         return (whole - whole_0) * rate
 
 
-# arguments stand in groups, which a formatter would tear apart: tensors, strides, sizes, constants
+# arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
 
 VARYING = ["length", "chunks", "chunks_a_row", "plane"]
-"""Sizes that differ from call to call: a kernel is not compiled anew for what they are multiples of."""
+"""Sizes that differ from call to call: a kernel is not recompiled for what they are multiples of."""
 
-# Numbers of tiles are constants by hand: what tl.cdiv makes of constants is none in Triton 3.6.
+# Tile counts are hand-written constants: tl.cdiv of constants is not a constant in Triton 3.6.
 
 # ---- the clocks of decays that are given for each token
 
@@ -130,7 +130,7 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 
 @triton.jit(do_not_specialize=VARYING)
 def state_scan(
-    x, w, rates, clocks, initial, states, final, entries, products, borders, firsts,
+    x, w, rates, clocks, initial, states, final, entries, products, boundaries, firsts,
     x_row, x_token, x_head, w_row, w_token, w_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
@@ -153,11 +153,11 @@ def state_scan(
     rows = tl.arange(0, C)
     rate = _rate(rates, h)
 
-    if borders is None:
+    if boundaries is None:
         row, begin, end = n, n * 0, n * 0 + length
         first = n * chunks_a_row
     else:
-        row, begin, end = n * 0, tl.load(borders + n).to(tl.int64), tl.load(borders + n + 1).to(tl.int64)
+        row, begin, end = n * 0, tl.load(boundaries + n).to(tl.int64), tl.load(boundaries + n + 1).to(tl.int64)
         first = tl.load(firsts + n)
     count = tl.cdiv(end - begin, C).to(tl.int32)
     x_at = x + row * x_row + h * x_head

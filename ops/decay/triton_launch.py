@@ -20,14 +20,14 @@ MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
 """The paper's head."""
 
 FUSED = {"enable_fp_fusion": True}
-"""A product and a sum are one instruction; said, since Triton's default is about to change."""
+"""A product and a sum are one instruction; explicit, since Triton's default is about to change."""
 
 
 class Launch(NamedTuple):
     """How one body runs."""
 
     tile: tuple[int, int]
-    """Of a scan, keys and values of a state's tile; of a band, inner widths a step and columns of the result."""
+    """Of a scan, keys and values of a state's tile; of a band, inner width per step and columns of the result."""
     warps: int
     stages: int
     """Steps of a loop whose loads are in flight at once."""
@@ -109,7 +109,7 @@ class Launcher:
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
-        self.borders, self.firsts, self.table = cu_seqlens, None, None
+        self.boundaries, self.firsts, self.table = cu_seqlens, None, None
         if cu_seqlens is not None:
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
         self.rows = x.rows
@@ -134,7 +134,7 @@ class Launcher:
         return clocks
 
     def new_states(self) -> Tensor:
-        """Room for a state a chunk, as narrow as the inputs."""
+        """Room for one state per chunk, as narrow as the inputs."""
         return self.q.new_empty(self.chunks, self.heads, self.key_width, self.value_width)
 
     @property
@@ -152,7 +152,7 @@ class Launcher:
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
             states=states,
             **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
-            borders=self.borders,
+            boundaries=self.boundaries,
             firsts=self.firsts,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
@@ -223,13 +223,13 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Te
         each document's first chunk [N + 1], and each chunk's first token and number of tokens [chunks 2], which is 0
         for those that are over: there is room for as many as there can be.
     """
-    borders = cu_seqlens.long()
-    firsts = F.pad(((borders.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
-    documents = borders.shape[0] - 1
-    number = torch.arange(capacity(length, chunk, cu_seqlens), device=borders.device)
+    boundaries = cu_seqlens.long()
+    firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
+    documents = boundaries.shape[0] - 1
+    number = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
     document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
-    start = borders[document] + (number - firsts[document]) * chunk
-    tokens = (borders[document + 1] - start).clamp_(0, chunk)
+    start = boundaries[document] + (number - firsts[document]) * chunk
+    tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
     return firsts, torch.stack((start, tokens), dim=1)
 
 

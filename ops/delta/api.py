@@ -42,10 +42,10 @@ LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | None
 def delta(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
 ) -> RecurrenceOutput:
-    """The map as a call says, whose state is [N H K V]: what mixers use. The tensors are those of `delta_rule`.
+    """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `delta_rule`.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     _require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
@@ -82,7 +82,7 @@ def delta_rule(
         paradigm: chunkwise or recurrent.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or there is no such paradigm, in one sentence.
+        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
     return delta(q, k, v, beta, log_decay, call, scale=scale)
@@ -127,18 +127,18 @@ def delta_flops(
 ) -> int:
     """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
 
-    The chunks' triangular solves, a third of C^3 multiplications each, are no products and not counted.
+    The chunks' triangular solves, a third of C^3 multiplications each, are not products and are not counted.
 
     Args:
         paradigm: how it is computed, recurrent or chunkwise.
         length: tokens of the segment.
         key_width: K.
         value_width: V.
-        chunk_size: tokens a chunk.
+        chunk_size: chunk length in tokens.
         context: tokens read before; any adds the products with the initial state.
 
     Raises:
-        SeqmixError: there is no such paradigm.
+        SeqmixError: the paradigm does not exist.
     """
     per_state = 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
@@ -154,7 +154,7 @@ def delta_flops(
     return inside + (2 * read + length - last) * per_state
 
 
-# Twice the worst of several thousand cases a function, or what exp makes of large exponents, as in decay/api.py. In
+# Twice the worst of several thousand cases per function, or what exp makes of large exponents, as in decay/api.py. In
 # float32 chunks lose most where every key is the same and beta is 2: each transition is a reflection, and nothing
 # dies away.
 declare_references(

@@ -9,7 +9,8 @@ decays as in decay/chunkwise.py; b multiplies rows):
     E = v - L U - (k * p) S      U = b E, so  U = T b (v - (k * p) S)  with  T = (1 + b L)^-1
     o = A U + scale (q * p) S    S' = g * S + (k * s)^T U
 
-Queries and keys read alike: with X = [q; k], Y = [o; E] and M = [scale D; -D below the diagonal], r = [scale p; -p],
+Queries and keys read a state in the same way: with X = [q; k], Y = [o; E], M = [scale D; -D below the diagonal] and
+r = [scale p; -p],
 
     P = (X k^T) * M = [A; -L]    Y = P U + (X * r) S + [0; v]
 
@@ -22,11 +23,11 @@ and backward, from dS' and do:
          + sum_{j < l} <k, (U dS'^T) * s>_j + <g * S, dS'>
 
 with i a row of queries or of keys; every term is added to the decays that it went through, and none is taken away
-again. T is formed once a chunk, by a solve: products with it are several times as quick as solves are. Its entries are
+again. T is formed once per chunk, by a solve: products with it are several times as fast as solves. Its entries are
 as bounded as the state is: 1 on the diagonal and at most b below, where keys have norm 1 and b is up to 2.
 
-The forward keeps the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
-is simply shorter. Inside a chunk batch and heads are one dimension, G = B H, as batched products want it.
+The forward saves the chunks' entry states only; the backward recomputes the rest, chunk by chunk. A ragged last chunk
+is shorter. Inside a chunk batch and heads are one dimension, G = B H, as batched products want it.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Group, sum_after
-from ..chunkwise import Borders, Chunks, Tokens, chunkwise_kernel
+from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
 from ..recurrence import Recurrence
 
 
@@ -133,7 +134,7 @@ class _DeltaChunks(Chunks):
         like = x.q.new_empty(0, dtype=x.wide)
         self.decays = _ChunkDecays(x.log_decay, x.q.shape[0], min(x.chunk_size, x.q.shape[1]), x.scale, like)
 
-    def forward(self, group: Group, x: Tokens, states: Borders, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         assert x.beta is not None
         decays, state = self.decays(group.start, group.stop), self._entered(x, states)
         reads, pairs, inverse = _system(x.q, x.k, x.beta, decays)
@@ -149,7 +150,7 @@ class _DeltaChunks(Chunks):
         return tile
 
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: Borders, d_states: Tensor, leaving: slice
+        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
         assert x.beta is not None
         decays, state = self.decays(group.start, group.stop), self._entered(x, states)
@@ -186,14 +187,14 @@ class _DeltaChunks(Chunks):
                 None if d_key_outer is None else torch.linalg.vecdot(x.k, d_key_outer),
             )
             if state is not None and d_state is not None:
-                kept = _times(state, decays.total)
-                d_a += torch.linalg.vecdot(kept.flatten(1), d_state.flatten(1))[:, None]
+                decayed = _times(state, decays.total)
+                d_a += torch.linalg.vecdot(decayed.flatten(1), d_state.flatten(1))[:, None]
             found["log_decay"] = d_a.sum(1) if self.fixed else d_a
         if state is not None:
             _next_state(d_state, reads, d_read, decays.total, d_states[0].flatten(0, 1))
         return found
 
-    def _entered(self, x: Tokens, states: Borders) -> Tensor | None:
+    def _entered(self, x: Tokens, states: ChunkStates) -> Tensor | None:
         """The state before the chunk, [G K V]; None where it is 0."""
         return None if states.reading.start == x.q.shape[0] else states.entries[0].flatten(0, 1)
 

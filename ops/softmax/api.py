@@ -43,7 +43,7 @@ def softmax(
     window: int | None = None,
     log_decay: Tensor | None = None,
 ) -> AttentionOutput:
-    """The map as a call says, whose state is a cache: what mixers use. The tensors are those of `softmax_attention`.
+    """The same for mixers, which pass a `Call`; the state is a KV cache. The tensors are those of `softmax_attention`.
 
     In a context-parallel group every process gathers all keys and values, and SDPA computes it, whatever the backend.
     """
@@ -83,7 +83,7 @@ def softmax_attention(
         v: values.
         scale: factor of the scores, 1/sqrt(K) by default.
         window: keys that a query sees, its own included; None means all.
-        log_decay: natural log of what a token of distance does to each dimension's product, <= 0.
+        log_decay: natural log of the decay per token of distance, for each key dimension, <= 0.
         initial_state: what was read before; None means nothing. A `RingCache` is written in place if a final state is
             wanted and grad mode is off, except with packed documents; a state is never written in grad mode.
         output_final_state: whether the cache after the last token is wanted. It is of the kind of the initial state;
@@ -91,7 +91,7 @@ def softmax_attention(
         chunk_size: queries per block of the chunkwise paradigm; changes the cost, never the result.
 
     Raises:
-        SeqmixError: shapes, dtypes or the documents' boundaries do not fit, in one sentence.
+        SeqmixError: shapes, dtypes or the documents' boundaries do not fit.
         RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
             which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
             the boundaries too.
@@ -118,7 +118,7 @@ def softmax_flops(
         key_dim: K.
         value_dim: V.
         window: keys that a query sees, its own included.
-        chunk_size: queries a block.
+        chunk_size: queries per block.
         context: tokens read before; a growing cache holds them all, under a window a ring has `window` slots.
     """
     cached = 0 if context == 0 else context if window is None else window
@@ -133,8 +133,8 @@ def softmax_flops(
     return 2 * pairs * (key_dim + value_dim)
 
 
-# Twice the worst of several thousand cases a function. In blocks, gradients of keys and values in 16 bits are rounded
-# once a block: 70 blocks of one query make that tolerance.
+# Twice the worst of several thousand cases per function. In blocks, gradients of keys and values in 16 bits are rounded
+# once per block: 70 blocks of one query make that tolerance.
 TOLERANCES = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 7e-3, torch.float16: 8e-4}
 
 declare_references(

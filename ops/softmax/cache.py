@@ -87,7 +87,7 @@ class Offer(NamedTuple):
     keys: Float[Tensor, "B M G K"]
     values: Float[Tensor, "B M G V"]
     places: Int[Tensor, "_ M"]
-    """Counted from the segment's (the packed row's) first token; behind the segment's end where a slot is empty."""
+    """Counted from the segment's (the packed row's) first token; after the segment's end where a slot is empty."""
     documents: tuple[Int[Tensor, " M"], Int[Tensor, " T"]] | None
     """Of keys and of queries."""
     cached: int
@@ -170,14 +170,14 @@ def final_cache(k: Tensor, v: Tensor, window: int | None, cache: Cache | None, d
         return _with_documents(cache, k, v, read, documents.cu_seqlens)
     if isinstance(cache, GrowingCache):
         return GrowingCache(torch.cat((cache.keys, k), dim=1), torch.cat((cache.values, v), dim=1), read)
-    kept = min(length, capacity)
+    stored = min(length, capacity)
     row = torch.arange(batch_size, device=k.device)[:, None]
-    slot = cache.slots(read[:, None] + torch.arange(-kept, 0, device=k.device))
+    slot = cache.slots(read[:, None] + torch.arange(-stored, 0, device=k.device))
     # rows that share memory (a state expanded over a batch) must part before they are written
     shared = any(leaf.stride(0) == 0 and batch_size > 1 for leaf in (cache.keys, cache.values))
     write = Tensor.index_put if torch.is_grad_enabled() or shared else Tensor.index_put_
-    keys = write(cache.keys, (row, slot), k[:, length - kept :])
-    values = write(cache.values, (row, slot), v[:, length - kept :])
+    keys = write(cache.keys, (row, slot), k[:, length - stored :])
+    values = write(cache.values, (row, slot), v[:, length - stored :])
     return RingCache(keys, values, read)
 
 

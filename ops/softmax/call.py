@@ -26,7 +26,7 @@ class Attention(NamedTuple):
     window: int | None
     """Keys that a query sees, its own included; None means all."""
     log_decay: Float[Tensor, " K"] | None
-    """Natural log of what a token of distance does to each dimension's product, <= 0."""
+    """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     cache: Cache | None
     """What was read before; None means nothing."""
     documents: Documents | None
@@ -70,7 +70,7 @@ def factored(q: Tensor, start: int, offer: Offer, log_decay: Tensor | None) -> t
     middle = start + length // 2
     places = torch.arange(start, start + length, device=q.device)
     q = _decayed(q, places - middle, log_decay)
-    # keys behind the block are seen by none of its queries, and must not overflow
+    # keys after the block are masked for all of its queries, and must not overflow
     return q, _decayed(offer.keys, (middle - offer.places).clamp(min=middle - start - length), log_decay)
 
 
@@ -127,7 +127,7 @@ def require_attention(x: Attention, segments: int = 1) -> None:
     if x.window is not None and x.window < 1:
         raise SeqmixError(f"a window of {x.window} keys leaves out the query's own: 1 is the smallest")
     if x.log_decay is not None and x.log_decay.shape != (key_dim,):
-        raise SeqmixError(f"log_decay is one number a key dimension, [{key_dim}], and is {list(x.log_decay.shape)}")
+        raise SeqmixError(f"log_decay must be one scalar per key dimension [{key_dim}], is {list(x.log_decay.shape)}")
     require_packing(q, None if x.documents is None else x.documents.cu_seqlens)
     require_chunk_size(x.chunk_size)
     rows = q.shape[0] if x.documents is None else x.documents.number

@@ -47,7 +47,7 @@ def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
     device, reasons = probe.device.type, []
     if device not in ("cpu", "cuda"):
-        return [f"it is for CUDA devices and CPUs, and not {device}"]
+        return [f"it runs on CUDA devices and CPUs, not on {device}"]
     if device == "cpu" and probe.needs_grad:
         reasons.append("FlexAttention has no backward pass on a CPU")
     if device == "cuda" and probe.dtype == torch.float64:
@@ -99,7 +99,7 @@ def _compiled() -> Callable[..., Tensor]:
 def _eager(*args: Any, **options: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # even so it would trace its own call anew for every shape; and it says that it is slow like this
+    # it would retrace its own call for every shape even so, and it warns that this is slow
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return flex_attention(*args, **options)
@@ -115,7 +115,7 @@ def visible(offer: Offer, window: int | None) -> Callable[[Tensor, Tensor, Tenso
 
     def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del head
-        # without a cache a key's place is its index, and nothing is read
+        # without a cache a key's place is its index: no lookup
         place = key if offer_is_own else places[0, key] if shared else places[row, key]
         seen = place <= query
         if window is not None:
@@ -148,7 +148,7 @@ def blocks(length: int, offer: Offer, window: int | None) -> tuple[Tensor, Tenso
     rest = -length % BLOCK
     query = torch.arange(length + rest, device=offer.places.device).clamp(max=length - 1)
     first_q, last_q = _bounds(query[None], "row")
-    # behind the end is what no query sees
+    # slots after the end are seen by no query
     first_k, last_k = _bounds(F.pad(offer.places, (0, -offer.places.shape[1] % BLOCK), value=length), "column")
     some = first_k <= last_q
     every = last_k <= first_q

@@ -23,7 +23,7 @@ def softmax_parallel(x: Attention) -> AttentionOutput:
 def softmax_recurrent(x: Attention) -> AttentionOutput:
     """The cache is written first, then the queries read it: decoding copies nothing but its own token.
 
-    Where a query could need what the cache has dropped by then (several tokens under a window), and where documents are
+    Where a query could need what the cache has evicted by then (several tokens under a window), and where documents are
     packed, the queries read the old cache and the new tokens.
     """
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)

@@ -11,11 +11,10 @@
 
 The masks know lengths and no positions: the last query sees the last key. So the slots of a cache that are filled are
 first gathered in the order of their positions, which also puts a ring in order and leaves out what no query sees.
-Lengths are numbers of the host in these masks: with packed documents or a cache a call waits for the device, to read
-them.
+These masks hold lengths as Python numbers: with packed documents or a cache a call waits for the device to read them.
 
 A call to xformers is its own autograd function, which a compiler does not take in. Compiled code therefore has one
-custom op, whose backward pass computes the forward again: what xformers keeps between the two, the logarithms of the
+custom op, whose backward pass recomputes the forward: what xformers saves between the two, the logarithms of the
 softmax's sums, has a shape that depends on the kernel that it chooses, and that no fake could tell.
 
 xformers is imported where it is called.
@@ -118,7 +117,7 @@ def bias(
     queries: Sequence[int], keys: Sequence[int], window: int | None, *, apart: bool, device: torch.device | None = None
 ) -> Any:
     """xformers' mask of so many queries, and keys (no fewer, their own the last), of each row or document; `apart` is
-    whether they lie one after another in one row."""
+    whether they are packed one after another in one row."""
     masks = import_module("xformers.ops.fmha.attn_bias")
     if window is not None and window >= max(keys):
         window = None
@@ -143,7 +142,7 @@ class Plan(NamedTuple):
     keys: list[int]
     """That each has."""
     apart: bool
-    """Whether they lie behind one another in one row."""
+    """Whether they are packed one after another in one row."""
     chosen: Tensor | None
     """Which of all keys offered they are, on the host; None where they are those of the segment as it is."""
 
@@ -152,7 +151,7 @@ def plan(
     rows: int,
     length: int,
     read: Sequence[int] | None,
-    borders: Sequence[int] | None,
+    boundaries: Sequence[int] | None,
     *,
     capacity: int = 0,
     ring: bool = False,
@@ -163,24 +162,24 @@ def plan(
     `read` is the tokens that each row or document has read before (None without a cache of so many slots), which come
     before a row's own tokens, a packed row's before all; in a ring position p is in slot p mod S.
     """
-    spans = [(0, length)] * rows if borders is None else list(pairwise(borders))
+    spans = [(0, length)] * rows if boundaries is None else list(pairwise(boundaries))
     spans = [(row, start, stop) for row, (start, stop) in enumerate(spans) if start < stop]
     queries = [stop - start for _, start, stop in spans]
     if read is None:
-        return Plan(queries, queries, borders is not None, None)
+        return Plan(queries, queries, boundaries is not None, None)
     keys, chosen = [], []
     offered = capacity + length  # of one row of a batch
     for (row, start, stop), tokens in zip(spans, queries, strict=True):
         last = read[row]
-        kept = min(last, capacity if window is None else min(capacity, window - 1))
-        slots = torch.arange(last - kept, last)
+        cached = min(last, capacity if window is None else min(capacity, window - 1))
+        slots = torch.arange(last - cached, last)
         slots = slots % capacity if ring else slots - last + capacity
-        if borders is None:
+        if boundaries is None:
             chosen += [row * offered + slots, row * offered + capacity + torch.arange(tokens)]
         else:
             chosen += [row * capacity + slots, len(read) * capacity + torch.arange(start, stop)]
-        keys.append(kept + tokens)
-    return Plan(queries, keys, borders is not None or len(set(keys)) > 1, torch.cat(chosen))
+        keys.append(cached + tokens)
+    return Plan(queries, keys, boundaries is not None or len(set(keys)) > 1, torch.cat(chosen))
 
 
 class _Call(NamedTuple):
@@ -230,7 +229,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _grouped(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """[B M G H/G .]: each key head serves several queries, and is not copied."""
+    """[B M G H/G .]: each key head serves several query heads without a copy."""
     n_kv_heads, several = call.k.shape[2], call.q.shape[2] // call.k.shape[2]
     k, v = (x[:, :, :, None].expand(-1, -1, -1, several, -1) for x in (call.k, call.v))
     return call.q.unflatten(2, (n_kv_heads, several)), k, v
@@ -251,7 +250,7 @@ def _attend(x: _Inputs) -> tuple[Tensor]:
     _refuse(x)
     differentiated = needs_grad(x.q, x.keys, x.values)
     if not differentiated:
-        # xformers looks at the tensors, and not at the mode, to decide whether there will be a backward pass
+        # xformers decides by the tensors, not by grad mode, whether a backward pass will follow
         x = x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach())
     call = _call(x)
     grouped = call.q.shape[2] != call.k.shape[2] and not differentiated
@@ -284,7 +283,7 @@ def _forward(x: _Inputs) -> tuple[Tensor]:
 
 
 def _backward(x: _Inputs, gradients: Gradients) -> dict[str, Tensor]:
-    """The forward is computed again."""
+    """Recomputes the forward."""
     fmha = import_module("xformers.ops.fmha")
     (d_output,) = gradients.outputs
     assert d_output is not None
@@ -312,7 +311,7 @@ KERNEL = declare(
         paradigm=Paradigm.PARALLEL,
         backend="xformers",
         function=softmax_parallel_xformers,
-        # those of SDPA; in float32 a fused softmax rounds its running sums once a block
+        # those of SDPA; in float32 a fused softmax rounds its running sums once per block
         tolerances={torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.3e-3},
         limits=limits,
     )
