@@ -57,7 +57,7 @@ def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
     assert described("decay", found) == "triton (recurrent)"
     (told,) = caplog.messages
     assert told.endswith(
-        "chunkwise on cuda in torch.float32: the reference, since a log-decay a key dimension is not taken"
+        "chunkwise on cuda in torch.float32: the reference, since one log-decay per key dimension is not supported"
     )
 
 

@@ -360,7 +360,7 @@ def test_wrong_borders_are_refused(borders):
     [
         ({"window": 0}, "1 is the smallest"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"log_decay": torch.zeros(3)}, r"\[4\], and is \[3\]"),
+        ({"log_decay": torch.zeros(3)}, r"\[4\], is \[3\]"),
         ({"initial_state": ring(8, batch_size=3)}, "must have 2 rows"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "the batch is 2"),
     ],

