@@ -1,4 +1,4 @@
-"""`seqmix generate`: texts that a trained model continues, and states to go on from."""
+"""`seqmix generate`: continue texts with a trained model, and save the prompt cache to continue from."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,8 +53,8 @@ def generate(
 ) -> None:
     """Continue a text with a trained model.
 
-    The prompt is read at once (chunkwise), then every token costs one recurrent step. The run's
-    own copy of its tokenizer turns text into tokens and back.
+    Prefill computes the prompt chunkwise, then every token costs one recurrent decode step. The run's
+    own copy of its tokenizer encodes and decodes.
 
     [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
 
@@ -81,20 +81,20 @@ def generate(
         after=after,
         on_end=kept.append,
     )
-    # bytes of a command line that are no text come as surrogates, which no terminal takes
+    # bytes of a command line that are not UTF-8 arrive as surrogates, which a terminal refuses
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
-    # one prompt may be for several texts, and a text may go on without
+    # one prompt may be for several texts, and a cached text needs none
     _show((texts or [""]) * len(after) if after is not None and len(texts) < 2 else texts, pieces)
     if save_state is not None:
         _save(kept[0], model, save_state)
 
 
 def _show(texts: list[str], pieces: Iterable[list[str]]) -> None:
-    """Print one text as it comes, and several when they are done."""
+    """Stream a single text; print several when they are complete."""
     if len(texts) == 1:
         started = False
         for (piece,) in pieces:
-            # the prompt is shown once the first token is there: bad input shows nothing but its error
+            # the prompt is printed with the first token: bad input shows nothing but its error
             typer.echo(piece if started else texts[0] + piece, nl=False)
             started = True
         typer.echo()
@@ -112,7 +112,7 @@ def _save(cache: PromptCache, model: LanguageModel, file: Path) -> None:
 
 
 def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:
-    """Refuse at once what would fail, or come to nothing, at the end."""
+    """Refuse early what would fail, or be lost, at the end."""
     if not prompts and state is None:
         raise SeqmixError("generate needs a --prompt TEXT to continue, or a --state FILE to go on from")
     if max_new_tokens == 0 and (save_state is None or not prompts):

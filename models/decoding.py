@@ -1,4 +1,4 @@
-"""One token after another: a model, the state it has reached, and the quickest way from one token to the next."""
+"""Decoding: one token per step from a state, captured as a CUDA graph or compiled where that is faster."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,20 +14,20 @@ from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
 COMPILED_FROM = 4096
-"""Tokens from which on compiling pays on a CPU: it costs about two seconds a layer, and saves some 1.4 ms a token and
-layer at width 512, less where layers are narrow."""
+"""The number of tokens from which compiling pays on a CPU: it costs about two seconds per layer, and saves some 1.4 ms
+per token and layer at width 512, less in narrow layers."""
 
 
 class Decoder:
-    """A model after some tokens; every step reads one more of each row.
+    """A model and its state after a prefix; every step decodes one more token per row.
 
-    On a CUDA device a step is captured as one graph, if its state has a fixed size: the tokens, the state and the
-    logits then have fixed places, and a step is a single launch.
+    On a CUDA device a step with a state of fixed size is captured as a CUDA graph: tokens, state and logits then have
+    static buffers, and a step is a single launch.
 
     Args:
         model: the model; its training mode is the caller's.
-        state: what it has read, from `prefill` or `init_state`; the decoder's from now on, which may write into it.
-        compiled: whether the step is compiled as a whole, all layers in one graph.
+        state: the state after the prefix, from `prefill` or `init_state`; donated: the decoder may write into it.
+        compiled: whether to compile the step, all layers in one graph.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
@@ -40,7 +40,7 @@ class Decoder:
     @torch.no_grad()
     @donate_state()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
-        """Logits of the next token of each row; those of the step before may be overwritten."""
+        """Logits of the next token of each row; they may overwrite those of the previous step."""
         if self._fixed_sizes and self._captured is None:
             held = Held(partial(self._step, self.model), tokens, self.state)
             self._captured, self.state = _Captured(held), held.state
@@ -49,8 +49,8 @@ class Decoder:
         before = self.state
         logits, self.state = self._step(self.model, tokens, before)
         if self._may_capture:
-            # the first step goes the plain way, and shows whether the state grows; after it there may be no room left
-            # for a capture's calls, which a second step is sure to have
+            # the first step runs uncaptured and shows whether the state grows; only a second step makes sure that the
+            # state has room for the calls of a capture
             sizes = [[leaf.shape for leaf in to_dict(state).values()] for state in (before, self.state)]
             self._may_capture = self._fixed_sizes = sizes[0] == sizes[1]
         return logits
@@ -59,14 +59,14 @@ class Decoder:
 def decode_step(
     model: LanguageModel, tokens: Int[Tensor, " N"], state: ModelState
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """One token a row, in plain operations."""
+    """One token per row, eagerly."""
     paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
     output = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
     return output.logits[:, 0], output.state
 
 
 class Held:
-    """A step whose tokens, state and logits have fixed places."""
+    """A step whose tokens, state and logits have static buffers."""
 
     def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
@@ -74,15 +74,15 @@ class Held:
         self.logits: Tensor | None = None
 
     def __call__(self) -> None:
-        """One step from what the places hold, into them."""
+        """One step from the buffers into the buffers."""
         logits, after = self._step(self.tokens, self.state)
         for place, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
-            if place.data_ptr() != leaf.data_ptr():  # what could be written in place has been
+            if place.data_ptr() != leaf.data_ptr():  # else it was written in place
                 place.copy_(leaf)
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 
     def warm_up(self) -> None:
-        """Some calls that leave the state as it was, each from there: it may have room for one token alone."""
+        """Some calls, each from the same state, which stays as it was: it may have room for only one token."""
         reached = clone(self.state)
         for _ in range(3):
             self()
@@ -95,7 +95,7 @@ class _Captured:
 
     def __init__(self, held: Held) -> None:
         self.held = held
-        # compilers and libraries set themselves up in the first calls, which a capture does not allow
+        # compilers and libraries initialise in their first calls, which a capture does not allow
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -106,7 +106,7 @@ class _Captured:
             held()
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """One step; the logits' place."""
+        """One step; returns the buffer of the logits."""
         self.held.tokens.copy_(tokens)
         self.graph.replay()
         assert self.held.logits is not None

@@ -1,4 +1,4 @@
-"""Generation: the prompts are prefilled at once, then every token costs one recurrent step of decoding."""
+"""Generation: the prompts are prefilled in one pass, then every token costs one recurrent decode step."""
 
 import math
 import warnings
@@ -35,7 +35,7 @@ class Sampling:
     top_k: int | None = None
     """Only the k most probable tokens; None for all."""
     top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability (the nucleus)."""
+    """Nucleus sampling: only the most probable tokens, until their probabilities add up to this."""
     seed: int = 0
     """The tokens are a function of it."""
 
@@ -55,7 +55,7 @@ class Sampling:
 def sample(
     logits: Float[Tensor, "B vocab"], sampling: Sampling, generator: torch.Generator | None = None
 ) -> Int[Tensor, " B"]:
-    """Choose a token a row."""
+    """Sample one token per row."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
@@ -65,7 +65,7 @@ def sample(
     if sampling.top_p < 1:
         ranked, order = logits.sort(descending=True)
         probabilities = ranked.softmax(-1)
-        # a token stays if those before it do not reach top_p: the first always does
+        # a token stays if those before it do not reach top_p, so the first always stays
         dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -83,21 +83,21 @@ def generate_tokens(
     after: PromptCache | None = None,
     on_end: Callable[[PromptCache], object] | None = None,
 ) -> Generator[Int[Tensor, " N"], None, None]:
-    """Yield the next token of every prompt, again and again; stop by not asking for more.
+    """Yield the next token of every prompt, one step at a time; close the generator to stop early.
 
     Args:
         model: the model; its training mode is the caller's.
         prompts: N prompts of any lengths >= 1.
-        max_new_tokens: tokens to yield at most.
-        sampling: how they are chosen.
-        vocab_size: only tokens below it are chosen (a tokenizer may have fewer than the model); None for all.
-        compiled: whether the step is compiled; None where so many tokens are asked for that it pays (`COMPILED_FROM`).
-        after: what was read before the prompts, as `PromptCache.broadcast` takes them; None means nothing.
-        on_end: called with what was read and written, when the last token has been taken or the iterator is closed.
+        max_new_tokens: the maximum number of tokens per prompt.
+        sampling: how they are sampled.
+        vocab_size: only tokens below it are sampled (a tokenizer may have fewer than the model); None for all.
+        compiled: whether to compile the decode step; None compiles it for at least `COMPILED_FROM` tokens.
+        after: the prompt cache of the prefix, as `PromptCache.broadcast` takes it; None for no prefix.
+        on_end: called with the prompt cache of the whole text, after the last token or when the generator is closed.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one, or what the model makes of one is not finite.
-        CompileError: the step was to be compiled, and cannot be; where it is not said whether, that is a warning.
+        SeqmixError: there is no prompt, or a prompt is empty, or its logits are not finite.
+        CompileError: `compiled` is True and the compiler fails; with None, that is a warning.
     """
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
@@ -113,7 +113,7 @@ def generate_tokens(
         written.append(sample(logits[:, :vocab_size], sampling, generator))
         try:
             yield written[-1]
-        except GeneratorExit:  # closed, by whoever asks for no more
+        except GeneratorExit:  # the caller has closed the generator
             break
         if left == 1:
             break
@@ -141,22 +141,22 @@ def stream_text(
     after: PromptCache | None = None,
     on_end: Callable[[PromptCache], object] | None = None,
 ) -> Iterator[list[str]]:
-    """Continue texts; yield the new piece of each as it comes ("" where there is none).
+    """Continue texts; yield the new piece of each at every step ("" where there is none).
 
     Args:
-        model: the model, whose `tokenizer` reads and writes; its training mode is the caller's.
-        prompts: the texts, not empty unless there is something that they come after.
-        max_new_tokens: tokens to generate at most.
-        sampling: how they are chosen.
-        stop: a text ends before the first of these that appears in it.
+        model: the model, whose `tokenizer` encodes and decodes; its training mode is the caller's.
+        prompts: the texts; a prompt may be empty after a prefix only.
+        max_new_tokens: the maximum number of tokens per text.
+        sampling: how they are sampled.
+        stop: stop strings; a text ends before the first that appears in it.
         compiled: as in `generate_tokens`.
-        after: what was read before, from `cache_text` or `on_end`: one text for all prompts, or one for each; with no
-            prompts, it goes on as it stands.
-        on_end: called at the end with what was read and written, a stop text included.
+        after: the prompt cache of the prefix, from `cache_text` or `on_end`: one text for all prompts, or one per
+            prompt; without prompts, its texts are continued.
+        on_end: called at the end with the prompt cache of the whole text, a stop string included.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one; the model's tokens stand for no text, or are fewer than the
-            tokenizer's.
+        SeqmixError: there is no prompt, or a prompt is empty; the model has no tokenizer, or a smaller vocabulary than
+            its tokenizer.
     """
     if isinstance(stop, str):
         raise SeqmixError(f"stop is a list of texts: give [{stop[:20]!r}]")
@@ -181,10 +181,10 @@ def stream_text(
 
 
 def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCache | None = None) -> PromptCache:
-    """Read texts and generate nothing: `stream_text` goes on after them, as often as wanted.
+    """Prefill texts without generating: `stream_text` continues them, any number of times.
 
     Args:
-        model: the model, whose `tokenizer` reads.
+        model: the model, whose `tokenizer` encodes.
         prompts: the texts, not empty.
         after: as in `stream_text`.
 
@@ -201,7 +201,7 @@ def _tokenizer(model: LanguageModel) -> Tokenizer:
 
 
 def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | None) -> list[Int[Tensor, " T"]]:
-    """The tokens of prompts; a text is opened where nothing is before it."""
+    """The tokens of prompts; the begin token opens a text without a prefix."""
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str):
         raise SeqmixError(f"prompts is a list of texts: give [{prompts[:20]!r}]")
@@ -218,7 +218,7 @@ def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | 
 def _decoders(
     model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], after: PromptCache | None
 ) -> list[TextDecoder]:
-    """A decoder for each text, which has seen the last tokens before it: they may be half a character."""
+    """A decoder per text, which has seen the last tokens of the prefix: they may be half a character."""
     tokenizer = _tokenizer(model)
     if after is None:
         return [tokenizer.decoder() for _ in prompts]
@@ -232,7 +232,7 @@ def _decoders(
 
 
 class _Text:
-    """One text as it grows: tokens to characters, and nothing of a stop text is let out."""
+    """One text as it grows: decodes tokens, and holds back what may begin a stop string."""
 
     def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
         self.decoder, self.stop = decoder, tuple(text for text in stop if text)
@@ -240,7 +240,7 @@ class _Text:
         self.stopped = False
 
     def add(self, token: int | None) -> str:
-        """The piece that is certain after one more token; None means that no more come."""
+        """The text that is certain after one more token; None ends the text."""
         if self.stopped:
             return ""
         self.held += self.decoder(token)
@@ -248,7 +248,7 @@ class _Text:
         if ends:
             self.stopped = True
             return self.held[: min(ends)]
-        # the end of what is held may be the start of a stop text
+        # the end of the held text may be the start of a stop string
         starts = (text[:n] for text in self.stop for n in range(1, len(text))) if token is not None else ()
         certain = len(self.held) - max((len(start) for start in starts if self.held.endswith(start)), default=0)
         piece, self.held = self.held[:certain], self.held[certain:]
@@ -256,6 +256,6 @@ class _Text:
 
 
 def generate_text(model: LanguageModel, prompts: Sequence[str], **options: Any) -> list[str]:
-    """The continuations of `stream_text`, whole."""
+    """The whole continuations of `stream_text`."""
     pieces = list(stream_text(model, prompts, **options))
     return ["".join(parts) for parts in zip(*pieces, strict=True)]
