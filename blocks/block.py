@@ -26,7 +26,7 @@ class BlockConfig(Config):
     norm: Annotated[NormConfig, NORMS]
     """The norm before each of the two."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the outputs of mixer and ffn dropped in training."""
+    """Dropout probability of the outputs of mixer and ffn, in training."""
 
 
 class Block(nn.Module):

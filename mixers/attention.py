@@ -5,7 +5,7 @@
     xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code. The state is a
-cache of keys, turned but not shrunk, and values. Differs from the RetNet paper's Transformer baseline: no biases.
+KV cache; its keys are turned but not shrunk. Differs from the RetNet paper's Transformer baseline: no biases.
 """
 
 from typing import Literal
@@ -24,7 +24,7 @@ from .parts import divisors, nearest_of, rotated
 from .traits import ContractError, Traits
 
 AttentionState = Cache
-"""Keys and values read: a ring under a window or where the number of tokens was given, else a growing cache."""
+"""The KV cache: a ring buffer under a window or with max_length, else a growing cache."""
 
 XPOS_GAMMA = 0.4
 XPOS_BASE = 512
@@ -32,7 +32,7 @@ XPOS_BASE = 512
 
 
 class AttentionConfig(MixerConfig):
-    """Softmax attention: every query reads all keys before it, or the last `window` of them."""
+    """Softmax attention: every query attends to all keys before it, or to the last `window` of them."""
 
     kind: Literal["attention"] = "attention"
     n_heads: int = Field(gt=0, examples=[2, 1, 6])
@@ -130,7 +130,7 @@ class Attention(SequenceMixer[AttentionState]):
         return moved(state, *self._room(max_length, min(read, state.keys.shape[1])))
 
     def _room(self, max_length: int | None, used: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
-        """The kind of a cache and its slots: a ring where something bounds it, else as many as are used."""
+        """The kind of a cache and its slots: a ring buffer where something bounds it, else as many as are used."""
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
         return RingCache if bounds else GrowingCache, min(bounds, default=used)
 
@@ -158,7 +158,7 @@ class Attention(SequenceMixer[AttentionState]):
 
 
 def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
-    """Natural log of xPos's factor a token of distance, float64, for interleaved pairs."""
+    """Natural log of xPos's factor per token of distance, float64, for interleaved pairs."""
     pair = torch.arange(head_dim // 2, device=device, dtype=torch.float64)
     zeta = (pair / (head_dim // 2) + XPOS_GAMMA) / (1 + XPOS_GAMMA)
     return (zeta.log() / XPOS_BASE).repeat_interleave(2)

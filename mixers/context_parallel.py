@@ -1,5 +1,6 @@
 """Context parallelism for any mixer: the contract f(x1 ++ x2, s) = f(x1, s) ++ f(x2, s1) says that the state s1 is all
-that a rank needs of those before it. It goes from rank to rank, and its gradient back; each waits for the other.
+that a rank needs of the ranks before it. Ranks run one after another: each sends the state to the next, and backward
+sends its gradient back.
 """
 
 from typing import Any, Protocol
@@ -15,13 +16,13 @@ from .traits import ContractError, Traits
 
 
 class Mixer(Protocol):
-    """What of a `SequenceMixer` is needed here."""
+    """The part of a `SequenceMixer` that is needed here."""
 
     kind: Any
     traits: Traits
 
     def init_state(self, batch_size: int) -> Any:
-        """The state of nothing read."""
+        """The initial state."""
         ...
 
     def mix(self, x: Tensor, call: Call) -> tuple[Tensor, Any]:
@@ -30,7 +31,7 @@ class Mixer(Protocol):
 
 
 def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Tensor, Any]:
-    """What `mix` computes of this rank's segment, from the state that the ranks before it leave.
+    """What `mix` computes of this rank's segment, from the final state of the ranks before it.
 
     Raises:
         ContractError: the state grows, so that ranks have states of different shapes.
@@ -39,8 +40,8 @@ def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Tensor, Any]:
     assert cp is not None
     if mixer.traits.state == "growing":
         raise ContractError(
-            f"{mixer.kind} cannot share a sequence with other processes: its state grows with the tokens read, and its "
-            "`mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or take another mixer"
+            f"{mixer.kind} has no context parallelism: its state grows with the sequence length, and its "
+            "`mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or choose another mixer"
         )
     alone = call._replace(documents=cp.local(documents, length), cp_group=None, return_state=True)
     before = mixer.init_state(alone.rows(x.shape[0])) if call.state is None else call.state

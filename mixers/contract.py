@@ -21,7 +21,7 @@ from .state import S
 from .traits import ContractError, Traits, require_paradigm
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
-"""Fields of mixers that say how a map is computed, and never what: by the contract, they change its rounding alone."""
+"""Fields of mixers that choose how a map is computed: by the contract, they change nothing but its rounding."""
 
 
 class MixerConfig(Config, ABC):
@@ -61,7 +61,7 @@ class MixerConfig(Config, ABC):
         Required fields have the first of their `examples` (pydantic's own: `Field(gt=0, examples=[2])`), or 1.
 
         Raises:
-            ContractError: a field refuses its own example; or has none, and is no number.
+            ContractError: a field refuses its own example, or is not a number and has no example.
         """
         fields = cls.example_fields()
         try:
@@ -95,7 +95,7 @@ class MixerConfig(Config, ABC):
     @field_validator("paradigm", mode="before")
     @classmethod
     def _paradigm_by_name(cls, value: Any) -> Any:
-        # YAML has names; a subclass that declares the field anew need not know that enums are strict
+        # YAML has names; a subclass that redeclares the field need not know that enums are strict
         return Paradigm(value) if isinstance(value, str) and value in list(Paradigm) else value
 
     @model_validator(mode="after")
@@ -113,16 +113,16 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     The state summarises everything before the segment; None means nothing before. Paradigms are algorithms, not
     semantics: for every segment, every state and every declared paradigm, output, final state and gradients agree up
-    to rounding, and mixing a segment at once equals mixing its pieces in order:
+    to rounding, and mixing a whole segment equals mixing its pieces in order:
 
         f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
 
-    A mixer that cannot keep this for some input refuses that input with an error that says why. The contract is
+    A mixer that cannot satisfy this for some input refuses that input with an error that says why. The contract is
     stated for evaluation, and for training without dropout.
 
     A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
-    written in place; without, a growing state may be (the caller treats it as consumed, and clones what it needs
-    again). Positions live in the state, as an integer tensor [B].
+    written in place; without, a growing state may be (it is donated: the caller clones what it needs again). Positions
+    live in the state, as an integer tensor [B].
     """
 
     traits: Traits
@@ -200,27 +200,27 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
-        """The state of nothing read, on the parameters' device.
+        """The initial state, on the parameters' device.
 
         Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
 
         Args:
             batch_size: rows of the state.
-            max_length: tokens that will be read at most; lets a growing state be allocated once.
+            max_length: the capacity in tokens; lets a growing state be allocated once.
         """
 
     def resize_state(self, state: S, max_length: int | None) -> S:
-        """The same state with room for other numbers of tokens: to save it, and to go on from it.
+        """The same state with another capacity in tokens: to save it, or to continue from it.
 
-        A mixer whose `init_state` makes use of max_length overrides it; any other state needs no room, as this one.
+        A mixer whose `init_state` uses max_length overrides this method; any other state has a fixed size.
 
         Args:
-            state: what was read; not changed, but what is returned may share its memory.
-            max_length: tokens that will have been read at most, those before included; None takes away what is to
-                spare, and gives a state as `init_state` makes it without max_length.
+            state: the state; not changed, but the result may share its memory.
+            max_length: the capacity in tokens, the processed prefix included; None for a state without spare room, as
+                `init_state` makes it without max_length.
 
         Raises:
-            ContractError: more than max_length tokens were read already.
+            ContractError: the processed prefix is longer than max_length.
         """
         return state
 
@@ -235,15 +235,15 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         Args:
             length: tokens of the segment.
             paradigm: how it is computed.
-            context: tokens read before the segment.
+            context: the length of the prefix in tokens.
         """
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
-        """The op whose kernels it calls, and what they are asked of activations of `dtype`; None without a choice."""
+        """The op and the probe of its kernels for activations of `dtype`; None where there is no choice of backend."""
         return None
 
     def resolve_backend(self, dtype: torch.dtype) -> None:
-        """Choose the kernels, for the device of the parameters and activations of `dtype`.
+        """Choose the kernel backends, for the device of the parameters and activations of `dtype`.
 
         Raises:
             SeqmixError: the backend that the configuration names cannot run: its reasons.
@@ -272,7 +272,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return torch.promote_types(self.dtype, torch.float32)
 
     def _tensor(self) -> Tensor:
-        """What tells the device and dtype that the mixer computes with."""
+        """The tensor whose device and dtype the mixer computes with."""
         for module in self.modules():  # parameters() takes several times as long, and this is asked for every token
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -281,8 +281,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             if buffer.is_floating_point():  # integers are indices or positions
                 return buffer
         raise ContractError(
-            f"{self.kind} has neither a parameter nor a buffer of floating-point numbers, so nothing tells its device "
-            'and dtype: register one, as self.register_buffer("one", torch.ones(1))'
+            f"{self.kind} has neither a parameter nor a floating-point buffer, so its device and dtype are unknown: "
+            'register one, as self.register_buffer("one", torch.ones(1))'
         )
 
     def _require_result(self, result: Any, x: Tensor) -> None:
@@ -332,16 +332,16 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
 
 def require_room(length: int, max_length: int | None, kind: str) -> None:
-    """Refuse to make room for fewer tokens than were read."""
+    """Refuse a capacity smaller than the processed prefix."""
     if max_length is not None and length > max_length:
-        raise ContractError(f"{kind} has read {length} tokens, and was to get room for {max_length} in all")
+        raise ContractError(f"{kind} has processed {length} tokens, which do not fit into max_length = {max_length}")
 
 
 def _traits_of(config: MixerConfig) -> Traits:
-    """The traits of a configuration, which may be a stranger's.
+    """The traits of a configuration, which may be a plug-in's.
 
     Raises:
-        ContractError: they are no `Traits`, or computing them raised.
+        ContractError: they are not `Traits`, or computing them raised.
     """
     try:
         traits = config.traits

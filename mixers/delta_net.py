@@ -1,7 +1,7 @@
 """DeltaNet (Yang et al., arXiv 2406.06484; its delta rule as a layer is Schlag et al.'s, arXiv 2102.11174).
 
     q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
-    b_t = sigmoid(x_t W_b)                  a number a head, from 0 to 1 (to 2 with allow_neg_eigval)
+    b_t = sigmoid(x_t W_b)                  one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
     S_t = S_{t-1} + b_t k_t (v_t - k_t^T S_{t-1})^T         o_t = q_t S_t / sqrt(K)
     y   = RMSNorm(o) W_O                    the norm is per head, its weights are the same for all heads
 
@@ -36,8 +36,8 @@ class DeltaConfig(QKVConfig):
     norm_eps: float = Field(default=1e-5, ge=0)
     """Added to the mean square of a head's output."""
     chunk_size: int = Field(default=64, gt=0, le=256)
-    """Tokens per chunk; changes the cost, and the result by rounding alone: in float32 by 2e-5 of it at 256, and it
-    would be 1e-4 at 2048."""
+    """Chunk length in tokens; changes the cost, and the result by rounding alone: in float32 by 2e-5 of it at 256, and
+    would by 1e-4 at 2048."""
 
 
 class DeltaNetConfig(DeltaConfig):

@@ -1,7 +1,7 @@
 """Gated retention, gRet (YOCO, arXiv 2405.05254, §3.1).
 
     q, k, v = x W_Q, x W_K, x W_V by head;  q and k turn by the angle n theta at position n
-    gamma_n = sigmoid(x_n W_gamma)^(1/tau)      one number a head
+    gamma_n = sigmoid(x_n W_gamma)^(1/tau)      one scalar per head
     S_n = gamma_n S_{n-1} + k_n^T v_n           o_n = q_n S_n / sqrt(K)
     y   = (swish(x W_G) * RMSNorm(o)) W_O       the norm is per head, without weights
 

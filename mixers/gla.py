@@ -1,7 +1,7 @@
 """Gated linear attention, GLA (Yang et al., arXiv 2312.06635, §4.1 and 4.4).
 
     q, k, v = x W_Q, x W_K, x W_V by head
-    alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)      one number a key dimension; W_1 W_2 has rank 16
+    alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)      one scalar per key dimension; W_1 W_2 has rank 16
     S_t = diag(alpha_t) S_{t-1} + k_t^T v_t         o_t = q_t S_t / sqrt(K)
     y   = (swish(x W_R) * RMSNorm(o)) W_O           the norm is per head, its weights are the same for all heads
 

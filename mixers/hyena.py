@@ -1,15 +1,15 @@
-"""Hyena (Poli et al., arXiv 2302.10866, Definition 3.1, sections 3.2 and 3.3): gates and long convolutions, in turn.
+"""Hyena (Poli et al., arXiv 2302.10866, Definition 3.1, §3.2 and 3.3): long convolutions and gates, interleaved.
 
     v, x_1 .. x_N = conv(x W_I) by channel, over the last few tokens
     v   <-  x_n * (h_n conv v + b_n v)      for n = 1 .. N, the order
     y   =   v W_O
-    h_n(t) = FFN_n(features(t / L)) * (exp(-delta t / L) + shift)       delta: a rate a channel
+    h_n(t) = FFN_n(features(t / L)) * (exp(-delta t / L) + shift)       delta: one rate per channel
     features(s) = s, cos(2 pi k s), -sin(2 pi k s)      for k = 1 .. K      the FFN has sines between its layers
 
-The filters are functions of the distance t in tokens, computed anew in every call. Their scale is L, a field
-(`filter_length`), never the length of the segment. The paper's filters end at L; here they go on: the features turn on,
-s grows, the window falls to its shift. So any length is legal, but what was not trained may be poor. Decoding is a sum
-over all inputs of the long convolutions, which are the state: a token costs what its position says. In the
+The filters are functions of the distance t in tokens, computed again in every call. Their scale is L, a field
+(`filter_length`), never the length of the segment. The paper's filters end at L; here they continue: the features keep
+turning, s grows, the window falls to its shift. So any length is legal, but what was not trained may be poor. Decoding is a sum
+over all inputs of the long convolutions, which are the state: a step costs as much as its position. In the
 parallel paradigm later tokens reach earlier ones through the rounding of FFTs, and an inf or nan does wholly.
 
 Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
@@ -46,7 +46,7 @@ class HyenaConfig(MixerConfig):
     deprecated_names: ClassVar = {"conv_size": "short_conv"}
     kind: Literal["hyena"] = "hyena"
     order: int = Field(default=2, gt=0, le=16, examples=[1, 3])
-    """Gates, each behind a long convolution."""
+    """Gates, each after a long convolution."""
     first_filter: bool = True
     """Whether there is one before the first gate, as in the paper; the authors' code has none."""
     short_conv: int = Field(default=3, gt=0, le=64, examples=[1])
@@ -80,7 +80,7 @@ class HyenaConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """No chunkwise paradigm, and a state of all that was read; only distances play a part."""
+        """No chunkwise paradigm, and a state of all inputs; only distances matter."""
         return Traits(
             paradigms=frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT}),
             state="growing",
@@ -93,21 +93,21 @@ class HyenaConfig(MixerConfig):
 
 
 class GrowingHyenaState(NamedTuple):
-    """What Hyena keeps of the tokens it has read; it grows by T with every segment, in packed rows too."""
+    """The state after a prefix; it grows by T with every segment, in packed rows too."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     """The last inputs of the short convolution, oldest first."""
     inputs: Float[Tensor, "B P N D"]
-    """All inputs of every long convolution, oldest first, behind zeros where a row has read fewer than P tokens."""
+    """All inputs of every long convolution, oldest first, left-padded with zeros in rows of fewer than P tokens."""
 
 
 class AllocatedHyenaState(NamedTuple):
-    """The same with room for P tokens from the start."""
+    """The same, preallocated for P tokens."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     inputs: Float[Tensor, "B P N D"]
     length: Int[Tensor, " B"]
-    """Tokens read."""
+    """Tokens processed."""
 
 
 HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
@@ -146,7 +146,7 @@ class Hyena(SequenceMixer[HyenaState]):
         streams, recent = self.convolution(self.in_proj(x), call.enter("recent"))
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
-        # what is read into a state that was allocated has to fit; what is only answered need not
+        # with return_state the tokens have to fit into an allocated state; without, they need not
         filters = self.filters(room if allocated and call.return_state else room + length).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
@@ -164,7 +164,7 @@ class Hyena(SequenceMixer[HyenaState]):
         read = call.advance(x, state.length)
         require_async(
             (read <= room).all(),
-            "the state was allocated for fewer tokens than are read: pass a larger max_length to init_state",
+            "the state was allocated for fewer tokens: pass a larger max_length to init_state",
         )
         return y, AllocatedHyenaState(recent, after, read)
 
@@ -198,7 +198,7 @@ class Hyena(SequenceMixer[HyenaState]):
 
     def resize_state(self, state: HyenaState, max_length: int | None) -> HyenaState:
         held = state.inputs.shape[1]
-        # what grows does not count tokens, but zeros before them, in rows that have read fewer, are as good as none
+        # a growing state does not count its tokens; leading zeros, in rows of fewer tokens, count as none
         length = (
             state.length
             if isinstance(state, AllocatedHyenaState)

@@ -3,7 +3,7 @@
     q, k, v = silu(x W_Q), silu(x W_K), silu(x W_V) by head
     S_t = lambda S_{t-1} + k_t^T v_t                lambda is fixed for head h of H in layer l of L, all from 0
     o_t = q_t S_t
-    y   = (sigmoid(x W_G) * RMSNorm(o)) W_O         the norm is over all heads together, with weights
+    y   = (sigmoid(x W_G) * RMSNorm(o)) W_O         one norm over all heads, with weights
 
     minimax:      lambda = exp(-2^(-8 (h+1) / H) (1 - l / (L - 1) + 1e-5))      head 0 decays fastest
     transnormer:  lambda = exp(-(8 h / H) (1 - l / L))                          head 0 never decays
@@ -52,7 +52,7 @@ class Lightning(QKVMixer):
         return decay(h.q, h.k, h.v, self.log_decay().to(self.state_dtype), call, scale=1.0)
 
     def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
-        # over all heads together
+        # one norm over all heads
         return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:

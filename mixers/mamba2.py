@@ -35,7 +35,7 @@ class Mamba2Config(TimeStepFields):
     d_state: int = Field(default=128, gt=0, le=2**20, examples=[5, 1])
     """Width of a head's keys B and queries C."""
     n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
-    """Groups of heads; those of one share B and C, and are normed together."""
+    """Groups of heads; the heads of a group share B and C, and one norm."""
     short_conv: int = Field(default=4, ge=2, le=64, examples=[2])
     """Tokens that the short convolution sees."""
     norm_eps: float = Field(default=1e-5, ge=0)

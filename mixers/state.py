@@ -1,6 +1,6 @@
 """What can be done with any state: nested tuples (NamedTuples) of tensors, batch first in every leaf.
 
-A model's state is a tuple with one opaque entry a layer, so everything here works on one layer and on a whole model.
+A model's state is a tuple with one opaque entry per layer, so everything here works on one layer and on a whole model.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def detach(state: S) -> S:
 
 
 def clone(state: S) -> S:
-    """A copy that stays valid when the original is consumed."""
+    """A copy that stays valid when the original is donated."""
     return map_state(Tensor.clone, state)
 
 
@@ -92,7 +92,7 @@ def _join(leaves: list[Tensor]) -> Tensor:
         found = " and ".join(map(str, shapes))
         raise ContractError(
             f"states in one batch differ in their rows alone, and these have leaves of {found} a row: "
-            "let states that grow read equally many tokens, or begin each with init_state of one max_length"
+            "give growing states equally many tokens, or begin each with init_state of one max_length"
         )
     return torch.cat(leaves)
 

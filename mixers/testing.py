@@ -1,4 +1,4 @@
-"""The former place of the conformance kit, kept for 0.2: it is `seqmix.testing` now."""
+"""The former place of the conformance kit, deprecated in 0.2: it is `seqmix.testing` now."""
 
 import warnings
 from importlib import import_module
@@ -8,9 +8,9 @@ warnings.warn("seqmix.mixers.testing is now seqmix.testing: import it from there
 
 
 MODULES = {"KernelCase": ".kernel_case", "KernelReport": ".check_kernel", "Subject": ".mixer_subject"}
-"""Of names that `seqmix.testing` itself has no more."""
+"""Modules of the names that `seqmix.testing` itself no longer has."""
 
 
 def __getattr__(name: str) -> Any:
-    # looked up when it is asked for: a mixer imports no kit, which stands a floor above
+    # imported lazily: a mixer imports no kit, which stands a layer above
     return getattr(import_module(f"seqmix.testing{MODULES.get(name, '')}"), name)

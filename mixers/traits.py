@@ -18,7 +18,7 @@ class Traits:
     paradigms: frozenset[Paradigm]
     """The paradigms it has. All of them compute the same map."""
     state: Literal["constant", "growing"]
-    """How the state's size depends on the number of tokens read."""
+    """How the state's size depends on the sequence length."""
     packing: bool
     """Whether it honours `cu_seqlens` (several documents in one row)."""
     shift_invariant: bool

@@ -1,7 +1,7 @@
 """What a model costs, without allocating it: parameters, operations, state, activations, by layer.
 
 The model is built on `meta`; operations are counted by the modules' own formulas, activations by running one layer of
-each kind on fake tensors and adding up what autograd keeps.
+each kind on fake tensors and adding up what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class LayerCost:
     parameters: int
     """All parameters of the layer."""
     flops_per_token: int
-    """Operations a token of matrix products, forward, at the given length in the layer's default paradigm."""
+    """FLOPs per token of matrix products, forward, at the given length in the layer's default paradigm."""
     state_elements: int
-    """Numbers in the state of one sequence, positions aside, after the given length."""
+    """Elements of the state of one sequence, without positions, after the given length."""
     state_bytes: int
     """Bytes of that state."""
     activation_bytes: int
-    """What the backward pass keeps of one sequence of the given length, in the given dtype."""
+    """Activation memory: what forward saves for backward, for one sequence of the given length and dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ModelCost:
     """Parameters of embedding and output projection."""
     parameter_bytes: int
     flops_per_token: int
-    """Operations a token of matrix products, forward, output projection included."""
+    """FLOPs per token of matrix products, forward, output projection included."""
     state_elements: int
     state_bytes: int
     activation_bytes: int
@@ -78,9 +78,9 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
     """
     model = build_meta(config).to(dtype)
     kinds = dict(zip(config.layers, model.blocks, strict=True))
-    kept = {name: _kept_bytes(block, length, config.d_model, dtype) for name, block in kinds.items()}
+    saved = {name: _saved_bytes(block, length, config.d_model, dtype) for name, block in kinds.items()}
     named = zip(config.layers, model.blocks, strict=True)
-    layers = tuple(_layer(name, block, length, kept[name]) for name, block in named)
+    layers = tuple(_layer(name, block, length, saved[name]) for name, block in named)
     embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
     parameters = _count(model)
     # logits and their gradient, in float32, and the input of the output projection
@@ -99,12 +99,12 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
 
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
-    """Operations a token of matrix products, forward, in the layers' default paradigms, output projection included."""
+    """FLOPs per token of matrix products, forward, in the layers' default paradigms, output projection included."""
     return sum(_flops(block, length) for block in model.blocks) + 2 * model.head.weight.numel()
 
 
 def _flops(block: Block, length: int) -> int:
-    """Those of one layer, a token."""
+    """FLOPs per token of one layer."""
     ffn = 0 if block.ffn is None else block.ffn.flops(length)
     return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
 
@@ -128,8 +128,8 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _kept_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of one layer, parameters aside.
+def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd saves for one layer, without parameters.
 
     The layer runs on fake tensors, which have no memory but say that they are on a CPU: on `meta`, torch would take
     attention's quadratic form, which no device does.
@@ -137,7 +137,7 @@ def _kept_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> 
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        # a view keeps the whole storage alive, and several views keep it once
+        # a view keeps the whole storage alive, and several views count once
         if id(x) not in own and (x._base is None or id(x._base) not in own):
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x

@@ -33,16 +33,16 @@ def build_model(
         config: the model.
         device: where its parameters go.
         dtype: the parameters' dtype.
-        activations: that of what is computed, which autocast may narrow; the parameters' when None. The kernels of a
-            layer with a `backend` are chosen for it.
-        seed: the parameters are a function of it; the global generator is left as it was.
+        activations: the activations' dtype, which autocast may narrow; the parameters' when None. The kernel backend
+            of a layer with a `backend` is chosen for it.
+        seed: the parameters are a function of it; the global generator is not changed.
 
     Raises:
         SeqmixError: a block does not fit `d_model`, the memory is too small for the parameters, or a backend that it
             names cannot run here.
     """
     model = _allocated(build_meta(config).to(dtype), device)
-    model.tie()  # to_empty gave each module a matrix of its own
+    model.tie()  # to_empty gave each module its own matrix
     with torch.no_grad():
         for tensor in _numbers(model).values():
             tensor.fill_(torch.nan)
@@ -63,7 +63,7 @@ def build_model(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's and NumPy's, or torch's of some device."""
+    """Whether an error is an out-of-memory error: Python's and NumPy's, or torch's of any device."""
     words = ("DefaultCPUAllocator", "out of memory")  # not "memory" alone: an illegal access is something else
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -71,10 +71,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _allocated(model: LanguageModel, device: torch.device | str) -> LanguageModel:
-    """The model of `build_meta` with memory, whose content is anything.
+    """The model of `build_meta` with uninitialised memory.
 
     Raises:
-        SeqmixError: there is not enough.
+        SeqmixError: there is not enough memory.
     """
     parameters = list(model.parameters())  # a tied one once
     count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
@@ -85,11 +85,11 @@ def _allocated(model: LanguageModel, device: torch.device | str) -> LanguageMode
             raise  # such as a device that is not there
         raise SeqmixError(
             f"the model has {count:,} parameters, whose {size:,} bytes ({size / 2**30:,.1f} GiB) could not be "
-            f"allocated on {device}: `seqmix show` tells which layers have them"
+            f"allocated on {device}: `seqmix show` lists them by layer"
         ) from None
 
 
 def _numbers(model: LanguageModel) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that can be poisoned: what `to_empty` left without values."""
+    """Floating-point parameters and buffers, which `to_empty` left uninitialised."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}

@@ -1,4 +1,4 @@
-"""Compiling: a model block by block, and the step of decoding as a whole."""
+"""Compiling: a model block by block, and the whole decode step."""
 
 import sys
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from ..registry import SeqmixError
 from .language_model import LanguageModel
 
 _compiled: WeakKeyDictionary[LanguageModel, dict[FunctionType, Callable[..., Any]]] = WeakKeyDictionary()
-"""What `compiled_for` has compiled of each model."""
+"""The compiled functions of each model, by `compiled_for`."""
 
 
 class CompileError(SeqmixError):
-    """What was to be compiled cannot be: the compiler has failed, for want of a C++ compiler or otherwise."""
+    """The compiler has failed, for example without a C++ compiler."""
 
 
 def compile_blocks(model: LanguageModel) -> int:
     """Compile each kind of block by itself (`fullgraph`), so that a deep model compiles as fast as a shallow one.
 
-    Dynamo counts graphs by code object, and gives up at eight. All blocks have one `forward`, so every kind gets a copy
-    of its code: blocks of a kind share graphs, and neither other kinds nor other models add to them.
+    Dynamo counts graphs by code object, and stops at eight. All blocks have one `forward`, so every kind gets a copy of
+    its code: blocks of a kind share graphs, and other kinds and other models do not count.
 
     Returns:
-        The number of kinds, each of which is compiled when it is first called.
+        The number of kinds, each of which is compiled at its first call.
     """
     forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
     for kind, block in zip(model.config.layers, model.blocks, strict=True):
@@ -40,10 +40,10 @@ def compile_blocks(model: LanguageModel) -> int:
 
 
 def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -> Callable[..., Any]:
-    """A function of the model, all layers in one graph, compiled with options of torch.compile when first asked for.
+    """A function of the model, all layers in one graph, compiled with options of torch.compile at the first call.
 
     Raises:
-        CompileError: when it is called, and before anything is computed; the compiler has failed.
+        CompileError: the compiler has failed; raised by the call, before anything is computed.
     """
     functions = _compiled.setdefault(model, {})
     if function not in functions:
@@ -62,7 +62,7 @@ def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -
 
 
 def compiler_failure(error: Any) -> str | None:
-    """Why a compiler has failed, in a line; None for an exception that is something else."""
+    """Why a compiler has failed, in one line; None for any other exception."""
     dynamo = sys.modules.get("torch._dynamo.exc")  # imported by whatever compiles
     if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
         return None
@@ -71,10 +71,10 @@ def compiler_failure(error: Any) -> str | None:
 
 
 def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor, but on a CPU the product of one row and a matrix is a sum of products, which becomes a loop of its own.
+    """Inductor, but on a CPU a matrix-vector product is a sum of products, which inductor turns into a loop.
 
-    Such a product waits for memory, and BLAS reads it on one core, at a third to a half of what that core can; the
-    loop is fused with what surrounds it and runs on all.
+    Such a product is bound by memory, and BLAS computes it on one core, at a third to a half of its bandwidth; the loop
+    is fused with the operations around it and runs on all cores.
     """
     for node in graph.graph.find_nodes(op="call_function", target=F.linear):
         row, *_ = node.args
@@ -86,7 +86,7 @@ def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[...
 
 
 def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of one row, which is written first: or its norm and activation would be formed for each output."""
+    """F.linear of one row, materialised first: fused, its norm and activation would be recomputed for each output."""
     product = (weight * written(row.reshape(-1), 0)).sum(-1)
     if bias is not None:
         product = product + bias
@@ -94,7 +94,7 @@ def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def copy_of(function: FunctionType, name: str) -> FunctionType:
-    """The same function with code of its own, whose graphs are counted by themselves."""
+    """The same function with its own code object, whose graphs dynamo counts separately."""
     code = function.__code__.replace(co_name=name)
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

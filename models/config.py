@@ -34,22 +34,22 @@ class ModelConfig(Config):
     blocks: dict[str, BlockConfig] = Field(min_length=1)
     """Kinds of layers, by a name of your choice."""
     pattern: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
-    """Names of blocks, tiled over the layers; may be left out where there is one block."""
+    """Names of blocks, tiled over the layers; optional with a single block."""
     norm: Annotated[NormConfig, NORMS]
-    """The norm behind the last layer."""
+    """The norm after the last layer."""
     tie_embeddings: bool = False
     """Whether the output projection is the embedding's matrix."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the embedding dropped in training."""
+    """Dropout probability of the embedding, in training."""
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
-    """How parameters start."""
+    """How parameters are initialised."""
 
     @field_validator("pattern")
     @classmethod
     def _pattern_names_blocks(cls, pattern: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         blocks, n_layers = info.data.get("blocks"), info.data.get("n_layers")
         if blocks is None or n_layers is None:
-            return pattern  # they are wrong themselves, and told so
+            return pattern  # their own errors are reported
         if pattern is None:
             if len(blocks) > 1:
                 raise ValueError(f"pattern is missing: there are {len(blocks)} blocks, {', '.join(blocks)}")

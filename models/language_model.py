@@ -19,7 +19,7 @@ from .loss import IGNORED, Reduction, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
-"""One opaque state a layer."""
+"""One opaque state per layer."""
 
 
 class ModelOutput(NamedTuple):
@@ -43,14 +43,14 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        # a ModuleList does not say what it holds
+        # a ModuleList has no type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
-        """Of the text that it is of: what generation reads and writes; None where its tokens stand for no text."""
+        """The tokenizer of generation; None where the tokens are not text."""
         self.activation_checkpointing = False
-        """Whether the backward pass recomputes each block, so that only the inputs of blocks are kept for it."""
+        """Whether the backward pass recomputes the activations of each block: forward saves only the blocks' inputs."""
         self.cp_group: ContextParallel | None = None
         """The ranks that share sequences (context parallelism), by `set_cp_group`."""
         self.tie()
@@ -64,8 +64,8 @@ class LanguageModel(nn.Module):
         """Split every sequence over the ranks of a group, which all call the model with the same whole sequences.
 
         Each rank then computes its own segment: logits and losses are those of its tokens, states those of the whole.
-        What a rank's gradients are of is the sum of all ranks' losses, and the sum of all ranks' gradients is that of
-        the whole. None undoes it.
+        A rank's gradients are those of the sum of all ranks' losses, and the ranks' gradients add up to those of the
+        whole. None undoes it.
         """
         self.cp_group = cp_group
         for block in self.blocks:
@@ -100,27 +100,27 @@ class LanguageModel(nn.Module):
     ) -> ModelOutput:
         """Logits of the next token after each token of a segment, or with `targets` their loss.
 
-        The loss and the predictions are computed without all logits in memory at once.
+        The loss and the predictions never hold all logits in memory.
 
         Args:
             tokens: the segment, [B T], T >= 1; whole on each of the ranks that share it.
             state: what came before, from an earlier call or `init_state`; None means nothing.
-            targets: what follows each token; `IGNORED` (-100) where nothing is to be predicted.
+            targets: the next token of each token; `IGNORED` (-100) where none is predicted.
             reduction: of the loss, as in F.cross_entropy: "mean" over the targets (0 if there are none), "sum", or
-                "none" for one loss per token, [B T], 0 where nothing is to be predicted.
+                "none" for one loss per token, [B T], 0 where none is predicted.
             paradigm: how every layer computes it, or one per layer; each layer's configured default when None.
             cu_seqlens: boundaries of documents packed into one row; states then have one row per document.
             return_state: whether the state after the segment is wanted.
             return_predictions: whether the most probable tokens at the places with a target are wanted.
             select: indices into the B * T tokens (row by row): only their logits are computed.
 
-        On the ranks of a `cp_group`, what comes back is of each rank's own tokens (`local_targets`), and the mean is
-        over the targets of all: the ranks' losses add up to the whole sequence's. Their number divides T, unless there
-        are targets and no state is wanted: then the end is padded.
+        On the ranks of a `cp_group`, each rank returns the results of its own tokens (`local_targets`), and the mean is
+        over the targets of all ranks: their losses add up to that of the whole sequence. The number of ranks divides T,
+        except with targets and without a final state: then the end is padded.
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
-            SeqmixError: there is no such reduction.
+            SeqmixError: the reduction is unknown.
         """
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
         for block, before, how in zip(self.blocks, states, paradigms, strict=True):
             call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # ranks send each other what they do also where one needs nothing more of a block
+                # without early stop: every rank has to run all the communication of a block
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None)
             x, final = call(x, before)
             after.append(final)
@@ -162,13 +162,13 @@ class LanguageModel(nn.Module):
         return loss, predictions
 
     def local_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
-        """Those of this rank's tokens, where ranks share sequences; nothing is asked after the last token."""
+        """The targets of this rank's tokens under context parallelism; padded tokens have none."""
         if self.cp_group is None:
             return targets
         return self._part(F.pad(targets, (0, -targets.shape[1] % self.cp_group.size), value=IGNORED))
 
     def _padded(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens in equal segments for all ranks: what comes after changes nothing before it."""
+        """Tokens padded to equal segments for all ranks: by causality, padding changes no earlier token."""
         if self.cp_group is None or not (lacking := -tokens.shape[1] % self.cp_group.size):
             return tokens, cu_seqlens
         boundaries = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
@@ -180,20 +180,20 @@ class LanguageModel(nn.Module):
             return tokens
         if tokens.shape[1] % self.cp_group.size:
             raise ContractError(
-                f"{self.cp_group.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens have "
-                "none: give a multiple"
+                f"{self.cp_group.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens are "
+                "not a multiple"
             )
         return self.cp_group.part(tokens)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
-        """The state of nothing read; `max_length` bounds the tokens to come, so that caches are allocated once."""
+        """The initial state; `max_length` is its capacity in tokens, so that a KV cache is allocated once."""
         return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
     def resize_state(self, state: ModelState, max_length: int | None) -> ModelState:
-        """The same state with room for `max_length` tokens in all, or with no room to spare where that is None.
+        """The same state with a capacity of `max_length` tokens; without spare room for None.
 
         Raises:
-            ContractError: more tokens were read already.
+            ContractError: the processed prefix is longer.
         """
         return tuple(
             block.mixer.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True)
@@ -206,7 +206,7 @@ class LanguageModel(nn.Module):
 
     @property
     def backends(self) -> dict[str, str]:
-        """Whose kernels compute each kind of block whose mixer has a choice."""
+        """The kernel backend of each kind of block whose mixer has a choice."""
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
         asked = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}
         return {name: described(kernels[0], mixers[name].backends) for name, kernels in asked.items() if kernels}

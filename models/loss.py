@@ -12,11 +12,11 @@ from ..registry import SeqmixError
 from .onednn_linear import linear
 
 IGNORED = -100
-"""The target of a token after which nothing is to be predicted."""
+"""The target of a token whose next token is not predicted."""
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-"""How the losses of tokens become one, as F.cross_entropy names it."""
+"""The reduction over tokens, as F.cross_entropy names it."""
 LOGITS_AT_ONCE = 2**24
-"""Logits in memory at most (64 MiB in float32); more tokens are taken in parts."""
+"""The maximum number of logits in memory (64 MiB in float32); more tokens are computed in parts."""
 
 
 def linear_cross_entropy(
@@ -27,7 +27,7 @@ def linear_cross_entropy(
 ) -> Float[Tensor, "..."]:
     """-log softmax(hidden weight^T)[target] in nats, summed or one per token; `IGNORED` targets count nothing.
 
-    At most `LOGITS_AT_ONCE` logits exist at a time, in forward and in backward. Under autocast the product is in its
+    At most `LOGITS_AT_ONCE` logits are in memory, in forward and in backward. Under autocast the product is in its
     dtype; the softmax is in float32 or wider always.
     """
     device = hidden.device.type
@@ -37,8 +37,8 @@ def linear_cross_entropy(
     size = max(1, LOGITS_AT_ONCE // weight.shape[0])
     if len(hidden) <= size:
         return _direct(hidden, weight, targets, reduction)
-    # torch's own forms each part's gradient at once, so the logits are not formed again; it rounds the sum to the
-    # dtype of `hidden`, which bfloat16 does not survive, and is newer than the oldest torch that seqmix runs with
+    # torch's own computes each part's gradient in the forward pass, so it recomputes no logits; but it rounds the sum
+    # to the dtype of `hidden`, which is too coarse in bfloat16, and older versions of torch do not have it
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if reduction == "sum" and options is not None and hidden.dtype in (torch.float32, torch.float64):
         chosen = options(batch_chunk_size=size, chunking_method=None)
@@ -71,6 +71,6 @@ def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if reduction not in ("sum", "none"):
-        raise SeqmixError(f"the reduction of a loss is sum or none, or mean of a model's, and not {reduction!r}")
+        raise SeqmixError(f"reduction must be 'sum' or 'none' (a model has 'mean' too), and is {reduction!r}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction=reduction)

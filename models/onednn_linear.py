@@ -1,7 +1,7 @@
-"""Linear layers whose float32 products oneDNN does, on a CPU where torch's own take twice as long.
+"""Linear layers that compute float32 products with oneDNN, on CPUs where torch's own take twice as long.
 
-torch leaves such products to MKL, which has AVX-512 for Intel's processors alone. oneDNN, which is in torch too, has it
-for every processor. Both add up in float32, in another order.
+torch computes such products with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which torch has too, uses
+it on every processor. Both accumulate in float32, in another order.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.autograd import has_tangent
 
 LEAST = 2**22
-"""Multiplications of a product from which on the way to oneDNN pays."""
+"""The number of multiplications from which the detour to oneDNN pays."""
 
 
 class Linear(nn.Linear):
@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
 
 def use_onednn_linear(model: nn.Module) -> None:
-    """Give every plain linear layer of a model the quickest product of this machine; the rest of it stays."""
+    """Replace every plain linear layer of a model by `Linear`, where oneDNN is faster; all else is unchanged."""
     if USE_ONEDNN:
         _make_countable()
         for module in model.modules():
@@ -45,13 +45,13 @@ def _is_quicker() -> bool:
 
 
 USE_ONEDNN = _is_quicker()
-"""Whether oneDNN is the quicker one here: with AVX-512, but not Intel's."""
+"""Whether oneDNN is faster here: with AVX-512, but not Intel's."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x [* K], weight [N K] and bias [N]: by oneDNN, if it is a large product in float32 on a CPU.
 
-    `torch.backends.mkldnn.enabled = False` leaves all of them to torch.
+    With `torch.backends.mkldnn.enabled = False` torch computes all of them.
     """
     if not (USE_ONEDNN and _is_for_onednn(x, weight)):
         return F.linear(x, weight, bias)
@@ -60,16 +60,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    # subclasses, such as distributed or quantised tensors, have a linear of their own
+    # subclasses, such as distributed or quantised tensors, have their own linear
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():
-        # how many tokens there are may be a symbol, on whose size no graph is to depend; a single one is never
+        # the number of tokens may be symbolic, and no graph may depend on its size; a single token is never symbolic
         return x.ndim > 1 and x.shape[-2] != 1 and not has_tangent(x, weight)
-    # what torch.func transforms has tangents and batches that cannot be asked for
+    # inside transforms of torch.func, tangents and batch dimensions are not visible
     if torch._C._are_functorch_transforms_active() or has_tangent(x, weight) or not torch.backends.mkldnn.enabled:
         return False
     return x.ndim > 1 and x.numel() * weight.shape[0] >= LEAST
@@ -99,7 +99,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad
-    # a tangent that came in behind this layer is in the gradient alone
+    # a tangent that enters after this layer is in the gradient only
     multiply = F.linear if has_tangent(grad, x, weight) else onednn_linear
     d_x = multiply(grad, weight.T) if wants_x else None
     if not wants_weight:
@@ -127,7 +127,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 
 @cache
 def _make_countable() -> None:
-    """Tell torch's counter of operations what the op has; it imports Triton, which an import of ours does not."""
+    """Register the op with torch's FLOP counter, lazily: that imports Triton, which importing seqmix does not."""
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.seqmix.linear)(_flops)

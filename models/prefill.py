@@ -1,7 +1,7 @@
-"""Prefill: prompts are read all tokens at once, or in segments where they are many.
+"""Prefill: prompts are processed in one pass, or in segments where they are long.
 
-Prompts of different lengths are packed into one row and come out as a batch of states, so nothing is padded, and no
-result depends on its neighbours.
+Prompts of different lengths are packed into one row (varlen) and give a batch of states: without padding, and without
+influence on each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from .decoding import decode_step
 from .language_model import LanguageModel, ModelState
 
 SEGMENT = 8192
-"""Tokens that are read at once, where no state grows with them: prefill needs the memory of these, however many there
-are. A state that grows needs more than they do, and segments after it would need masks that one does not."""
+"""Tokens per segment where no state grows, which bounds the memory of prefill for any prompt length. A growing state (a
+KV cache) needs more memory than a segment, and later segments would need masks that a single pass does not."""
 
 
 @torch.no_grad()
@@ -33,20 +33,20 @@ def prefill(
     max_length: int | None = None,
     compiled: bool = False,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """Read prompts; the logits of each one's next token, and their states as one batch.
+    """Process prompts: the logits of each prompt's next token, and the states as one batch.
 
     Args:
         model: the model.
         prompts: N prompts of any lengths >= 1.
-        state: what came before, N rows, which may be written into; None means nothing.
-        max_length: tokens that a row will hold at most, prompt included; lets caches be allocated once. A state that is
-            given has its room already.
-        compiled: whether prefill is compiled, for all lengths together, by itself: neither the graphs of training nor
-            those of decoding are used. It takes seconds per layer, which many prompts on a GPU may be worth; on a CPU
-            it gains nothing, since almost all the time is matrix products.
+        state: the state after a prefix, N rows, donated: it may be overwritten; None for no prefix.
+        max_length: the capacity in tokens per row, prompt included; lets a KV cache be allocated once. A state given
+            has its capacity already.
+        compiled: whether to compile prefill, one graph for all lengths, apart from the graphs of training and decoding.
+            It takes seconds per layer, which pays for many prompts on a GPU; on a CPU it gains nothing, since almost
+            all the time is matrix products.
 
     Raises:
-        SeqmixError: there is no prompt, or an empty one; or a state grows, and prefill is to be compiled.
+        SeqmixError: there is no prompt, or a prompt is empty; or prefill is compiled and a state grows.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise SeqmixError("a prompt has no tokens: give at least one")
@@ -65,7 +65,7 @@ def prefill(
     tokens, boundaries = torch.cat(list(prompts)).to(model.device)[None], torch.tensor([0, *ends], device=model.device)
     constant = all(mixer.state == "constant" for mixer in traits)
     if compiled and not constant:
-        raise SeqmixError("prefill is compiled for all lengths where no state grows, and a layer's here does")
+        raise SeqmixError("compiled prefill needs states of constant size, and the state of a layer grows")
     size = SEGMENT if constant else ends[-1]
     if state is None and max_length is not None:
         state = model.init_state(len(prompts), max_length=max_length)
@@ -86,7 +86,7 @@ def prefill(
 def prefill_segment(
     model: LanguageModel, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, wanted: Tensor
 ) -> tuple[Tensor, ModelState | None]:
-    """One segment [B T]: the logits of the tokens that are selected, and the state after it."""
+    """One segment [B T]: the logits of the selected tokens, and the state after it."""
     paradigms = model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
     output = model(tokens, state, paradigm=paradigms, cu_seqlens=cu_seqlens, return_state=True, select=wanted)
     return output.logits, output.state

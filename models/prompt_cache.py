@@ -1,4 +1,4 @@
-"""The prompt cache: the state after some texts, from which any number of continuations can go on."""
+"""The prompt cache: the state after a processed prefix, from which any number of continuations start."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from .language_model import LanguageModel, ModelState
 from .prefill import prefill
 
 RECENT = 16
-"""Last tokens that are kept: the bytes of a character may come apart, and its last ones mean nothing alone."""
+"""Last tokens that are saved: they may be half of the bytes of a character, which decode only with the rest."""
 
 
 @dataclass(frozen=True)
 class PromptCache:
-    """N texts, as far as a model has read them. It is a value: whatever goes on from it leaves it as it is."""
+    """The state of a model after N texts. It is a value: continuations do not change it."""
 
     state: ModelState | None
-    """The state after all tokens of each text but its last one, which is still to be read; None of nothing."""
+    """The state after all tokens of each text but the last, which the next call processes; None before any token."""
     recent: Int[Tensor, "N R"]
     """The last tokens of each text, on the CPU; -1 before the first."""
     lengths: Int[Tensor, " N"]
@@ -29,39 +29,40 @@ class PromptCache:
 
     @classmethod
     def empty(cls, count: int) -> "PromptCache":
-        """That of texts which have not begun."""
+        """The cache of `count` empty texts."""
         return cls(None, torch.full((count, RECENT), -1), torch.zeros(count, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def select(self, rows: Sequence[int]) -> "PromptCache":
-        """The texts of these numbers, in that order, repeated if asked.
+        """The texts of these rows, in that order, with repetition.
 
         Raises:
-            SeqmixError: there is no text of a number.
+            SeqmixError: a row is out of range.
         """
         for row in rows:
             if not 0 <= row < len(self):
-                raise SeqmixError(f"there is no text {row} among the {len(self)} that were read, counted from 0")
+                raise SeqmixError(f"there is no text {row} in the prompt cache: it has {len(self)}, counted from 0")
         index = torch.tensor(rows, dtype=torch.int64)
         state = None if self.state is None else select(self.state, index)
         return PromptCache(state, self.recent[index], self.lengths[index])
 
     def broadcast(self, prompts: Sequence[Int[Tensor, " T"]]) -> tuple["PromptCache", list[Int[Tensor, " T+1"]]]:
-        """The texts that go on, one for each prompt, and what each is still to read: its last token, and the prompt.
+        """The cached texts, one per prompt, and the tokens to process next: the last cached token, and the prompt.
 
         Args:
-            prompts: one for each text; or several for one text, or one for all; none to go on with nothing more. A
-                prompt may be empty.
+            prompts: one per text, several for one text, or one for all; none to continue without. A prompt may be
+                empty.
 
         Raises:
-            SeqmixError: there are several texts, and another number of prompts.
+            SeqmixError: there are several texts, and another number of prompts than one.
         """
         given = list(prompts) or [torch.tensor([], dtype=torch.int64)]
         if 1 not in (len(self), len(given)) and len(self) != len(given):
             raise SeqmixError(
-                f"{len(self)} texts were read, and {len(given)} prompts given: give one for each text, or one for all"
+                f"the prompt cache has {len(self)} texts, and {len(given)} prompts were given: give one per text, or "
+                "one for all"
             )
         count = max(len(self), len(given))
         given = given * (count // len(given))
@@ -72,23 +73,23 @@ class PromptCache:
     def prefill(
         self, model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], *, more: int
     ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-        """Read texts of `broadcast`: the logits of each one's next token, and a state with room for `more` tokens."""
+        """Prefill the tokens of `broadcast`: logits of the next tokens, and a state with room for `more` tokens."""
         room = max(map(len, texts), default=0) + more + max(int(self.lengths.max()) - 1, 0)
         state = None if self.state is None else self.resized_state(model, room)
         return prefill(model, texts, state=state, max_length=room)
 
     def extend(self, state: ModelState, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
-        """The cache of texts as `broadcast` gives them, from the state after all their tokens but the last."""
+        """The cache after the tokens of `broadcast`, from the state after all of them but the last."""
         parts = zip(self.recent[:, :-1], texts, strict=True)
         recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])
         lengths = (self.lengths - 1).clamp(min=0) + torch.tensor([len(new) for new in texts])
         return PromptCache(state, recent, lengths)
 
     def resized_state(self, model: LanguageModel, max_length: int | None) -> ModelState:
-        """A copy of the state with room for `max_length` tokens in all, or no room to spare where that is None."""
+        """A copy of the state with a capacity of `max_length` tokens; without spare room for None."""
         if self.state is None:
             return model.init_state(len(self), max_length=max_length)
-        # decoding may write into a state, and a mixer that has no use for room returns the one it was given
+        # decoding may write into a state, and a mixer whose state has a fixed size returns the given one
         return clone(model.resize_state(self.state, max_length))
 
 
@@ -96,18 +97,18 @@ class PromptCache:
 def cache_tokens(
     model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], *, after: PromptCache | None = None
 ) -> PromptCache:
-    """Read prompts and generate nothing: what many continuations may go on from.
+    """Prefill prompts without generating: a prefix that many continuations share.
 
     Args:
         model: the model.
-        prompts: N prompts of at least two tokens, of which the last is read by whatever goes on.
-        after: what was read before the prompts, as `PromptCache.broadcast` takes them, which may then have one token.
+        prompts: N prompts of at least two tokens; the continuation processes the last one.
+        after: the prompt cache of the prefix, as `PromptCache.broadcast` takes it; a prompt may then have one token.
 
     Raises:
-        SeqmixError: there is no prompt, or one that is too short.
+        SeqmixError: there is no prompt, or a prompt is too short.
     """
     before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
     if any(len(text) == 1 for text in texts):
-        raise SeqmixError("a prompt has no token to read: the last one is read by what goes on after it")
+        raise SeqmixError("a prompt to cache needs at least two tokens: the continuation processes the last one")
     _, state = before.prefill(model, [text[:-1] for text in texts], more=0)
     return before.extend(state, texts)

@@ -13,18 +13,18 @@ from ..registry import SeqmixError
 from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
-"""Documents encoded together, on all cores."""
+"""Documents per batch, which is encoded on all cores."""
 LEAST_VOCABULARY = 257
 """Every byte, so that any text has tokens, and the begin token."""
 
 
 class SubwordTokenizer(Tokenizer):
-    """The tokens of a vocabulary, and behind them one that opens every document.
+    """The tokens of a vocabulary, followed by the begin token, which opens every document.
 
     Special tokens that the vocabulary's own template would add (`[CLS]`, `</s>`) are not added.
 
     Raises:
-        SeqmixError: it is no tokenizer, or the library is not installed.
+        SeqmixError: it is not a tokenizer, or the library is not installed.
     """
 
     unit = "subwords"
@@ -42,7 +42,7 @@ class SubwordTokenizer(Tokenizer):
             raise
         except Exception as error:  # the library raises this very class for whatever it cannot parse
             reason, *_ = str(error).splitlines() or [type(error).__name__]
-            raise SeqmixError(f"the tokenizer {name} is no tokenizer.json: {reason}") from error
+            raise SeqmixError(f"the tokenizer {name} is not a tokenizer.json: {reason}") from error
         self._map.no_truncation()
         self._map.no_padding()
         self.vocabulary = vocabulary
@@ -55,7 +55,7 @@ class SubwordTokenizer(Tokenizer):
         """The tokens of UTF-8 text.
 
         Raises:
-            SeqmixError: a document is no UTF-8 text.
+            SeqmixError: a document is not UTF-8.
         """
         texts = (_decoded(name, text) for name, text in documents)
         while batch := list(islice(texts, AT_ONCE)):
@@ -67,7 +67,7 @@ class SubwordTokenizer(Tokenizer):
         stream, held = _library().decoders.DecodeStream(skip_special_tokens=False), []
 
         def decode(token: int | None) -> str:
-            if token is None:  # the first bytes of a character whose last ones never came
+            if token is None:  # the bytes of an incomplete character
                 return self._map.decode(held, skip_special_tokens=False) if held else ""
             if (piece := stream.step(self._map, token)) is None:
                 held.append(token)
@@ -82,12 +82,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face.
 
     Raises:
-        SeqmixError: the file is missing or no tokenizer, or the library that reads it is not installed.
+        SeqmixError: the file is missing or not a tokenizer, or the library that reads it is not installed.
     """
     if name == ByteTokenizer.identity:
         return ByteTokenizer()
     file = Path(name)
-    _library()  # what is not installed is said before what is not there
+    _library()  # a missing library is reported before a missing file
     try:
         return SubwordTokenizer(file.expanduser().read_bytes(), file)
     except OSError as error:
@@ -96,7 +96,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path) -> SubwordTokenizer:
-    """Learn a vocabulary of byte pairs from documents, and write it.
+    """Train a vocabulary of byte pairs (BPE) on documents, and write it.
 
     Args:
         documents: names and texts.
@@ -104,8 +104,8 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
         file: the tokenizer.json that is written.
 
     Raises:
-        SeqmixError: the vocabulary is too small for all bytes, a document is no UTF-8 text, the file cannot be
-            written, or the library is not installed.
+        SeqmixError: the vocabulary is too small for all bytes, a document is not UTF-8, the file cannot be written, or
+            the library is not installed.
     """
     library = _library()
     byte_level = library.pre_tokenizers.ByteLevel
@@ -114,14 +114,14 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
             f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), "
             f"and {vocab_size} were asked for"
         )
-    learner = library.Tokenizer(library.models.BPE())
-    learner.pre_tokenizer = byte_level(add_prefix_space=False)
-    learner.decoder = library.decoders.ByteLevel()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False
     )
-    learner.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
-    vocabulary = learner.to_str(pretty=True).encode()
+    tokenizer.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
+    vocabulary = tokenizer.to_str(pretty=True).encode()
     write_vocabulary(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
 
@@ -131,7 +131,7 @@ def _decoded(name: str, text: bytes) -> str:
         return text.decode()
     except UnicodeDecodeError as error:
         raise SeqmixError(
-            f"{name} is no UTF-8 text: byte 0x{text[error.start]:02x} at {error.start:,}; the tokenizer `bytes` takes "
+            f"{name} is not UTF-8: byte 0x{text[error.start]:02x} at {error.start:,}; the tokenizer `bytes` takes "
             "any bytes"
         ) from error
 

@@ -1,6 +1,6 @@
-"""Text as tokens: what a tokenizer is, and the one of bytes, which needs no training and no vocabulary.
+"""Tokenizers: the base class, and the byte tokenizer, which needs no training and no vocabulary.
 
-The last token of every tokenizer opens a document. It stands for no text, so no text can contain it.
+The last token of every tokenizer is the begin token, which opens a document. No text encodes to it.
 """
 
 import codecs
@@ -17,12 +17,12 @@ from torch import Tensor
 from ..registry import SeqmixError
 
 TOKENIZER_FILE = "tokenizer.json"
-"""The name of a vocabulary in the folder of a run."""
+"""The name of a vocabulary in a run directory."""
 
 
 TextDecoder: TypeAlias = Callable[[int | None], str]
-"""Turns the tokens of one text into text as they come: what is certain after one more, and with None, which ends it,
-what was held back. The bytes of a character may come apart."""
+"""Decodes one text as its tokens arrive: returns the text that is certain after one more token, and with None, which
+ends it, the incomplete rest. A token may hold a part of the bytes of a character."""
 
 
 class Tokenizer(ABC):
@@ -69,10 +69,10 @@ class Tokenizer(ABC):
         """The tokens of a text, opened by the begin token.
 
         Raises:
-            SeqmixError: the text holds half of a surrogate pair, which is no character.
+            SeqmixError: the text holds half of a surrogate pair, which is not a character.
         """
         try:
-            # what a command line could not decode comes back as the bytes it was
+            # bytes of a command line that are not UTF-8 arrive as surrogates
             text_bytes = text.encode(errors="surrogateescape")
         except UnicodeEncodeError as error:
             raise SeqmixError(f"the text has no character at {error.start}: {text[error.start]!r}") from error
@@ -94,7 +94,7 @@ class ByteTokenizer(Tokenizer):
             yield np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
     def decoder(self) -> TextDecoder:
-        """A decoder of UTF-8; bytes that are no text become U+FFFD."""
+        """A decoder of UTF-8; invalid bytes become U+FFFD."""
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         return lambda token: decode(b"" if token is None else bytes([token]), final=token is None)
 

@@ -1,4 +1,4 @@
-"""Feed-forward networks: what one is, and one file a kind."""
+"""Feed-forward networks: the base class, and one file per kind."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,14 +35,14 @@ class FfnConfig(Config, ABC):
 
 
 class FeedForward(nn.Module, ABC):
-    """A map of every token by itself."""
+    """A map applied to every token independently."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Map every token."""
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter; torch's own way for linear layers, as the RetNet authors' code."""
+        """Initialise every parameter, linear layers by torch's default, as the RetNet authors' code."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()

@@ -1,4 +1,4 @@
-"""Norms of the residual stream: what one is, and one file a kind."""
+"""Norms of the residual stream: the protocol, and one file per kind."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable

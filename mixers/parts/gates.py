@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """A linear map by way of a layer of width `rank`: x W1 W2, plus a bias if wanted, which starts at 0."""
+    """A linear map of low rank: x W1 W2, plus a bias if wanted, which starts at 0."""
 
     def __init__(self, width_in: int, rank: int, width_out: int, *, bias: bool) -> None:
         super().__init__()

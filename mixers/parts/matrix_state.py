@@ -16,7 +16,7 @@ from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits
 from .short_convolution import ShortConvolution
 
-Chunk = Annotated[int, Field(gt=0, le=2**20, description="Tokens per chunk; changes the cost, never the result.")]
+Chunk = Annotated[int, Field(gt=0, le=2**20, description="Chunk length in tokens; changes the cost, never the result.")]
 ShortConv = Annotated[
     int | None,
     Field(
@@ -45,19 +45,19 @@ class MatrixStateConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """The family's paradigms; positions play no part, or only by distances."""
+        """The family's paradigms; positions do not matter, or only distances do."""
         return Traits(paradigms=self.family.paradigms, state="constant", packing=True, shift_invariant=True)
 
 
 class MatrixState(NamedTuple):
-    """What is kept of the tokens that were read."""
+    """The state after a prefix."""
 
     memory: Float[Tensor, "B H K V"]
     """S, float32 or float64."""
     recent: Float[Tensor, "B W-1 C"]
-    """The last inputs of the short convolution, oldest first; none without one."""
+    """The last inputs of the short convolution, oldest first; empty without one."""
     position: Int[Tensor, " B"]
-    """Tokens read."""
+    """Tokens processed."""
 
 
 class MatrixStateMixer(SequenceMixer[MatrixState]):

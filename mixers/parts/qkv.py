@@ -1,4 +1,4 @@
-"""Queries, keys, values and an output gate by head, in front of and behind a recurrence:
+"""Queries, keys, values and an output gate per head, before and after a recurrence:
 
 q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, with whatever else a mixer projects
 q, k, v    = conv(q, k, v)                      by channel, if there is a short convolution; silu after it
@@ -50,7 +50,7 @@ Affine = Annotated[bool, Field(description="Whether the output's norm has weight
 
 
 class QKVConfig(MatrixStateConfig):
-    """Fields of every mixer with queries, keys and values by head; a mixer gives its own defaults."""
+    """Fields of every mixer with queries, keys and values per head; a mixer sets its own defaults."""
 
     n_heads: Heads
     expand_k: KeyExpansion = 1.0
@@ -75,7 +75,7 @@ class QKV(NamedTuple):
     more: dict[str, Tensor]
     """What else the mixer projects, by name."""
     positions: Int[Tensor, "_ T"] | None
-    """Of the tokens; None where nothing asks for them."""
+    """Of the tokens; None where the mixer does not use them."""
     recent: Float[Tensor, "N W-1 C"] | None
     """The last inputs of the short convolution."""
     dtype: torch.dtype
@@ -144,9 +144,9 @@ class QKVMixer(MatrixStateMixer):
         return self.norm(o, gate)
 
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
-        """Everything in front of the recurrence."""
+        """Everything before the recurrence."""
         q, k, v, *rest = self.widths.values()
-        if self.silu or self.convolution is not None:  # of queries, keys and values together
+        if self.silu or self.convolution is not None:  # of queries, keys and values in one product
             qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
             qkv, recent = self.convolve(qkv, call)
             qk, v = (qkv if self.convolution is not None else F.silu(qkv)).split([q + k, v], dim=-1)
@@ -167,7 +167,7 @@ class QKVMixer(MatrixStateMixer):
 
     @property
     def counts_positions(self) -> bool:
-        """Whether the positions of the tokens are asked for."""
+        """Whether the mixer uses the positions of the tokens."""
         return self.config.rotation != "none"
 
     def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:

@@ -17,7 +17,7 @@ Schedule = Literal["rope", "retnet"]
 
 
 def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
-    """Angles a token, in radians, float64, one for each pair of a head's dimensions."""
+    """Angles per token, in radians, float64, one for each pair of a head's dimensions."""
     pairs = head_dim // 2
     # the authors' schedule includes both ends of the exponent's range
     steps = pairs if schedule == "rope" else max(pairs - 1, 1)

@@ -1,4 +1,4 @@
-"""The short causal convolution that many mixers have in front of their recurrence."""
+"""The short causal convolution that many mixers have before their recurrence."""
 
 import math
 from typing import Literal
@@ -42,6 +42,6 @@ class ShortConvolution(nn.Module):
         return output, None if final_state is None else final_state.to(self.weight.dtype)
 
     def init_state(self, batch_size: int) -> Float[Tensor, "B kernel_size-1 width"]:
-        """The state of nothing read: zeros."""
+        """The initial state: zeros."""
         width, kernel_size = self.weight.shape
         return self.weight.new_zeros(batch_size, kernel_size - 1, width)

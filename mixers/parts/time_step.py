@@ -37,7 +37,7 @@ Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | Non
 
 
 class TimeStepFields(MatrixStateConfig):
-    """Fields of a mixer whose step sizes and rates have ranges of their own."""
+    """Fields of a mixer with step sizes and decay rates."""
 
     time_step_range: Annotated[tuple[float, float], _in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
     """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From

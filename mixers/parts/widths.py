@@ -20,7 +20,7 @@ def divided(d_model: int, expand: float, name: str, divisor: int, field: str, su
     `subject` the beginning of the error.
 
     Raises:
-        ContractError: it is no whole number, or 0; it names the nearest values of a field that would do.
+        ContractError: it is not a whole number, or is 0; the error names the nearest values of a field that would do.
     """
     exact = d_model * expand
     total = round(exact)
@@ -41,7 +41,7 @@ def heads_of(d_model: int, expand: float, head_dim: int, n_groups: int) -> int:
     """The number of heads of width `head_dim` that `expand * d_model` dimensions have.
 
     Raises:
-        ContractError: it is no whole number, or the groups do not divide it; it names the nearest that would do.
+        ContractError: it is not a whole number, or the groups do not divide it; the error names the nearest that would.
     """
     n_heads = divided(d_model, expand, "expand", head_dim, "head_dim", f"heads of head_dim = {head_dim} do")
     if n_heads % n_groups:
