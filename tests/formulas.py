@@ -1,0 +1,172 @@
+"""Mixers with queries, keys and values per head, token by token from their papers' equations, in plain operations."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from seqmix.mixers import MIXERS
+
+D_MODEL = 12
+
+
+def build(kind, dtype=torch.float64, d_model=D_MODEL, layer_idx=1, n_layers=3, **fields):
+    """A small mixer in which no parameter is all ones or zeros, which would hide that it is there."""
+    torch.manual_seed(0)
+    small = {"n_heads": 3, "chunk_size": 4} | ({"gate_rank": 3} if kind == "gla" else {})
+    mixer = MIXERS.resolve(kind)(**small | fields).build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+    torch.nn.init.normal_(mixer.in_proj.weight, std=0.5)
+    if mixer.norm.weight is not None:
+        torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
+    if kind == "gla":
+        torch.nn.init.normal_(mixer.decay_proj.up.bias)
+    return mixer.to(dtype)
+
+
+def tokens(length, batch_size=2, dtype=torch.float64, d_model=D_MODEL):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch_size, length, d_model, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def exactly(actual, expected, tolerance=1e-9):
+    assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_follows(mixer, formula, x):
+    """Output, state and all gradients in every paradigm are those of formula(mixer, x): the output, and the memory."""
+    leaves = [x.requires_grad_(), *mixer.parameters()]
+    expected = formula(mixer, x)
+    upstream = [torch.randn_like(y) for y in expected]
+    gradients = torch.autograd.grad(expected, leaves, upstream)
+    for paradigm in sorted(mixer.traits.paradigms):
+        y, state = mixer(x, paradigm=paradigm, return_state=True)
+        found = (y, state.memory) if len(expected) > 1 else (y,)
+        exactly(found, tuple(expected))
+        exactly(torch.autograd.grad(found, leaves, upstream), gradients)
+
+
+def projections(mixer):
+    """The rows of the fused projection, by name."""
+    return dict(zip(mixer.widths, mixer.in_proj.weight.split([*mixer.widths.values()]), strict=True))
+
+
+def convolved(x, weight):
+    """sum_{i<W} weight_{W-1-i} * x_{t-i} per channel."""
+    return sum(weight[:, -1 - i] * F.pad(x, (0, 0, i, 0))[:, : x.shape[1]] for i in range(weight.shape[1]))
+
+
+def rms(x, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def turned(x, rotation, base):
+    """Every interleaved pair of [B T H K] as a complex number, turned by its angle."""
+    pairs = x.shape[-1] // 2
+    steps = {"rope": pairs, "retnet": max(pairs - 1, 1)}[rotation]
+    theta = torch.tensor([base ** (-j / steps) for j in range(pairs)], dtype=torch.float64)
+    turn = torch.polar(torch.ones(()).double(), torch.arange(x.shape[1])[:, None, None] * theta)
+    return torch.view_as_real(torch.complex(x[..., ::2], x[..., 1::2]) * turn).flatten(-2)
+
+
+def retention_gammas(config):
+    """Each head's decay, as the RetNet paper's text has it."""
+    heads = range(config.n_heads)
+    if config.decay == "geometric":
+        return [1 - 2.0 ** (-5 - h) for h in heads]
+    if config.decay == "log_uniform":
+        last = max(config.n_heads - 1, 1)
+        return [1 - math.exp((1 - h / last) * math.log(1 / 32) + h / last * math.log(1 / 512)) for h in heads]
+    return [1.0 if config.decay == "none" else config.gamma] * config.n_heads
+
+
+def lightning_lambdas(schedule, n_heads, layer, n_layers):
+    """Each head's decay, in the papers' words; MiniMax-01's slopes are those of ALiBi."""
+    if schedule == "transnormer":
+        return [math.exp(-8 * h / n_heads * (1 - layer / n_layers)) for h in range(n_heads)]
+    depth = layer / (n_layers - 1) if n_layers > 1 else 0
+    return [math.exp(-((2 ** (-8 / n_heads)) ** (h + 1)) * (1 - depth + 1e-5)) for h in range(n_heads)]
+
+
+def decays(mixer, x, projected):
+    """What is left of the state at each token, [B T H K] or what broadcasts to it."""
+    config = mixer.config
+    if config.kind == "retention" and config.learnable_decay:
+        return mixer.decay.logit.sigmoid()[:, None]
+    if config.kind == "retention":
+        return x.new_tensor(retention_gammas(config))[:, None]
+    if config.kind == "lightning":
+        return x.new_tensor(lightning_lambdas(config.schedule, config.n_heads, mixer.layer_idx, mixer.n_layers))[
+            :, None
+        ]
+    if config.kind == "gated_retention":
+        return (projected["gamma"].sigmoid() ** (1 / config.gate_logit_normalizer))[..., None]
+    if config.kind == "gla":
+        up = mixer.decay_proj.up
+        logits = x @ mixer.decay_proj.down.weight.T @ up.weight.T + up.bias
+        return (1 / (1 + (-logits).exp())).unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
+    if config.kind == "gated_delta_net":
+        step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
+        return (-mixer.decay.A_log.exp() * step).exp()[..., None]
+    return x.new_ones(())
+
+
+def features(mixer, y):
+    """phi of queries or keys: their norm, linear attention's feature map, and their rotation."""
+    config = mixer.config
+    if config.qk_norm == "l2":
+        y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    elif config.qk_norm == "rms":
+        y = rms(y, config.norm_eps)
+    feature_map = getattr(config, "feature_map", "identity")
+    if feature_map == "elu":
+        y = torch.where(y > 0, y + 1, y.clamp(max=0).exp())
+    elif feature_map == "relu":
+        y = y.clamp(min=0)
+    elif feature_map == "softmax":
+        y = y.exp() / y.exp().sum(-1, keepdim=True)
+    return y if config.rotation == "none" else turned(y, config.rotation, config.rotation_base)
+
+
+def written_out(mixer, x):
+    """The layer from the first token: its output, and the state after the last token."""
+    config, heads = mixer.config, mixer.n_heads
+    projected = {name: x @ weight.T for name, weight in projections(mixer).items()}
+    qkv = torch.cat([projected[name] for name in "qkv"], -1)
+    if mixer.convolution is not None:
+        qkv = convolved(qkv, mixer.convolution.weight)
+    if mixer.convolution is not None or config.kind in ("lightning", "delta_net", "gated_delta_net"):
+        qkv = qkv * qkv.sigmoid()
+    q, k, v = (y.unflatten(-1, (heads, -1)) for y in qkv.split([*mixer.widths.values()][:3], dim=-1))
+    q, k = features(mixer, q), features(mixer, k)
+    a = decays(mixer, x, projected).expand(*k.shape)
+    beta = projected.get("beta", x.new_zeros(())).sigmoid() * (2 if getattr(config, "allow_neg_eigval", False) else 1)
+    divided = getattr(config, "denominator", False)
+    scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
+    state, weights, outputs = x.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]), x.new_zeros(()), []
+    for t in range(x.shape[1]):
+        key, value, state = k[:, t, ..., None], v[:, t, :, None], a[:, t, ..., None] * state
+        if "beta" in projected:
+            b = beta[:, t, :, None, None]
+            state = state - b * key @ (key.mT @ state) + b * key * value
+        else:
+            state = state + key * value
+        o = (q[:, t, :, None] @ state)[:, :, 0] * scale
+        if divided:
+            weights = weights + k[:, t]
+            o = o / ((q[:, t] * weights).sum(-1, keepdim=True) + config.eps)
+        elif getattr(config, "row_norm", False):  # the sum of the decays so far
+            weights = a[:, t, :, :1] * weights + 1
+            o = o / weights.sqrt()
+        outputs.append(o)
+    o = torch.stack(outputs, 1)
+    o = o.flatten(2) if config.kind == "lightning" else o  # its norm is over all heads together
+    if config.head_norm == "group":
+        o = o - o.mean(-1, keepdim=True)
+    if config.head_norm != "none":
+        o = rms(o, config.norm_eps) * (1 if mixer.norm.weight is None else mixer.norm.weight)
+    o = o.reshape(*x.shape[:2], -1)
+    if config.gate != "none":
+        gate = projected["gate"]
+        o = o * gate.sigmoid() * (gate if config.gate == "swish" else 1)
+    return o @ mixer.out_proj.weight.T, torch.cat((state, weights[..., None]), -1) if divided else state

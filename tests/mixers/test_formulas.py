@@ -1,0 +1,72 @@
+"""Mixers with queries, keys and values per head are their papers' equations, in every option."""
+
+import pytest
+from formulas import assert_follows, build, tokens, written_out
+
+from seqmix.mixers import MIXERS
+from seqmix.mixers.parts import QKVConfig
+
+BUILT_IN = {kind: MIXERS.resolve(kind) for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
+KINDS = [kind for kind, config in BUILT_IN.items() if issubclass(config, QKVConfig)]
+WIDTHS = {"expand_k": 0.5, "expand_v": 2.0}
+PLAIN = {"short_conv": None, "qk_norm": "none", "rotation": "none", "gate": "none", "head_norm": "none"}
+SHARED = [
+    {},
+    WIDTHS,
+    PLAIN,
+    {"short_conv": 2},
+    {"short_conv": 4, "gate": "none"},
+    {"qk_norm": "l2", "gate": "sigmoid"},
+    {"qk_norm": "rms", "head_norm": "group", "norm_affine": True, "norm_eps": 0.1},
+    {"rotation": "rope", "rotation_base": 100.0, "gate": "swish"},
+    {"rotation": "retnet", "head_norm": "rms", "norm_eps": 0.01},
+    {"head_norm": "none", "short_conv": 1},
+]
+OWN = {
+    "retention": [
+        {"decay": "log_uniform"},
+        {"decay": "log_uniform", "n_heads": 1},
+        {"decay": "constant", "gamma": 0.9},
+        {"decay": "none"},
+        {"learnable_decay": True},
+        {"row_norm": False, "norm_eps": 0.1},
+        {"expand_k": 0.25, "rotation": "none"},  # keys of 1
+        {"row_norm": False, "decay": "none", **PLAIN},
+    ],
+    "gated_retention": [{"gate_logit_normalizer": 1.0}, {"rotation": "none", "n_heads": 4}],  # keys of 3
+    "gla": [
+        {"gate_logit_normalizer": 0.1},
+        {"expand_k": 1.0, "expand_v": 2.0},
+        {"chunk_size": 7, "gate_rank": 1},
+    ],
+    "lightning": [{"schedule": "transnormer"}, {"layer_idx": 0, "n_layers": 1}, {"layer_idx": 2}],
+    "linear_attention": [
+        {"feature_map": "relu", "eps": 0.1},
+        {"feature_map": "softmax"},
+        {"denominator": False},
+        {"denominator": False, "feature_map": "identity", "head_norm": "rms", "norm_eps": 0.01},
+    ],
+    "delta_net": [{"allow_neg_eigval": True}, {"gate": "swish", "norm_eps": 0.01}],
+    "gated_delta_net": [{"allow_neg_eigval": True}, {"expand_k": 0.75, "expand_v": 1.5}],
+}
+REFUSED = {("delta_net", "qk_norm"), ("gated_delta_net", "qk_norm"), ("gla", "rotation")}
+"""Options with a single value; the reason stands beside the field."""
+
+
+def cases():
+    for kind in KINDS:
+        for fields in [*SHARED, *OWN[kind]]:
+            given = {name: value for name, value in fields.items() if (kind, name) not in REFUSED}
+            if kind == "linear_attention" and given.get("rotation", "none") != "none":
+                given["denominator"] = False
+            if given or not fields:
+                yield pytest.param(kind, given, id=f"{kind} {given}")
+
+
+def test_every_kind_of_the_family_has_cases():
+    assert set(OWN) == set(KINDS) == set(BUILT_IN) - {"attention", "hyena", "mamba2"}
+
+
+@pytest.mark.parametrize(("kind", "fields"), list(cases()))
+def test_output_state_and_gradients_are_the_formulas(kind, fields):
+    assert_follows(build(kind, **fields), written_out, tokens(20 if kind == "gla" else 11))
