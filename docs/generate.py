@@ -1,16 +1,18 @@
 """Write what the documentation says of the code: `python docs/generate.py`.
 
-That is docs/reference/fields.md, the fields of every configuration; the tables of docs/reference/checks.md; and
-docs/reference/presets.md, the table of presets.
+That is docs/reference/fields.md, the fields of every configuration; docs/reference/commands.md, the commands and their
+options; the tables of docs/reference/checks.md; and docs/reference/presets.md, the table of presets.
 """
 
 import json
+import re
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from seqmix import MIXERS, account, load_config
+from seqmix import MIXERS, account, cli, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.data import DATA, DatasetConfig
 from seqmix.experiments.files import write_file
@@ -24,6 +26,7 @@ from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 
 REFERENCE = Path(__file__).with_name("reference") / "fields.md"
+COMMANDS_PAGE = Path(__file__).with_name("reference") / "commands.md"
 CHECKS_PAGE = Path(__file__).with_name("reference") / "checks.md"
 PRESETS_PAGE = Path(__file__).with_name("reference") / "presets.md"
 
@@ -45,6 +48,7 @@ def files() -> dict[Path, str]:
     }
     return {
         REFERENCE: fill(REFERENCE, {"fields": fields()}),
+        COMMANDS_PAGE: fill(COMMANDS_PAGE, {"commands": _commands()}),
         CHECKS_PAGE: fill(CHECKS_PAGE, parts),
         PRESETS_PAGE: fill(PRESETS_PAGE, {"presets": _presets()}),
     }
@@ -82,6 +86,65 @@ def _kernels() -> list[str]:
     kernels = sorted((kernel for kernel in KERNELS.values() if kernel.reference), key=lambda kernel: kernel.key)
     rows = [(kernel.key, *(f"{kernel.tolerances[dtype]:g}" for dtype in dtypes)) for kernel in kernels]
     return table(["kernel", *(str(dtype).removeprefix("torch.") for dtype in dtypes)], rows)
+
+
+def _commands() -> list[str]:
+    """A section for each command: what it does, its usage, its arguments and options, and its examples."""
+    lines = []
+    for name in cli.COMMANDS:
+        command = cli.imported(name)
+        paragraphs = (command.help or "").split("\n\n")
+        examples = [re.sub(r"\[/?bold\]", "", text) for text in paragraphs if text.startswith("[bold]")]
+        prose = [text for text in paragraphs if not text.startswith("[bold]")]
+        word = name.replace("-", "_")
+        types = get_type_hints(getattr(import_module(f"seqmix.commands.{word}"), word))
+        given = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        needed = [
+            f"{p.opts[0]} {p.metavar or _metavar(types[p.name])}"
+            for p in command.params
+            if p.required and p not in given
+        ]
+        usage = " ".join(["seqmix", name, *(str(p.metavar or p.name.upper()) for p in given), *needed])
+        rows = [_parameter(parameter, types) for parameter in command.params if parameter.name in types]
+        lines += [f"## seqmix {name}", "", "\n\n".join(map(_unmarked, prose)), ""]
+        lines += ["```text", f"{usage} [OPTIONS]" if len(rows) > len(given) + len(needed) else usage, "```", ""]
+        lines += [*table(["argument or option", "default", "meaning"], rows), ""] if rows else []
+        lines += ["Examples:", "", "```text", *map(_unmarked, examples), "```", ""] if examples else []
+    return lines[:-1]
+
+
+def _parameter(parameter: Any, types: dict[str, Any]) -> tuple[str, str, str]:
+    """An argument or option: how it is written, its default, its help."""
+    meaning = _unmarked(parameter.help or "").replace("|", r"\|")
+    default = parameter.default
+    if parameter.param_type_name == "argument":
+        name = (parameter.metavar or parameter.name.upper()).replace("|", r"\|")
+        return f"`{name}`", "*required*" if parameter.required else "", meaning
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    if parameter.is_flag:
+        shown = {True: parameter.opts, False: parameter.secondary_opts}.get(default, [])
+        return names, f"`{shown[0]}`" if shown and parameter.secondary_opts else "", meaning
+    takes = parameter.metavar or _metavar(types[parameter.name])
+    names = ", ".join(f"`{name} {takes}`".replace("|", r"\|") for name in parameter.opts)
+    return names, "*required*" if parameter.required else "" if default is None else f"`{default}`", meaning
+
+
+def _metavar(hint: Any) -> str:
+    """What an option takes, of its annotation."""
+    parts = (
+        [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) not in (list, Literal) else []
+    )
+    hint = parts[0] if len(parts) == 1 else hint
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        return _metavar(get_args(hint)[0])
+    return {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
+
+
+def _unmarked(text: str) -> str:
+    """Help without the marks of the terminal."""
+    return re.sub(r"\[/?(?:bold|dim|italic)\]", "", text).replace(r"\[", "[")
 
 
 def _section(config: type[Config]) -> str:

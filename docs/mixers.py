@@ -1,20 +1,27 @@
 """Write what docs/reference/mixers.md and the README say of mixers: `python docs/mixers.py [studies/families]`.
 
-Papers, recurrences and formulas are those of each mixer's module docstring: its first paragraph names the paper by its
-arXiv number, indented lines are formulas. The table of what was trained is that of the study (`seqmix compare
-families`) whose folder is given, and else stays as it is; the README takes its speeds from there.
+Papers are those of each mixer's module docstring, whose first paragraph names them by their arXiv numbers. Its formulas
+are set from docs/mixers.yaml; a mixer that is not there has the indented lines of its docstring, as code. The table of
+what was trained is that of the study (`seqmix compare families`) whose folder is given, and else stays as it is; the
+README takes its speeds from there.
 """
 
+import ast
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
 from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
+from seqmix.mixers import MixerConfig
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
 from seqmix.training.presets import mixer_kind, single_kind_presets
@@ -23,7 +30,18 @@ TARGET = Path(__file__).with_name("reference") / "mixers.md"
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 2048
 """Tokens of the sequence whose cost is counted."""
+MATHEMATICS: dict[str, dict[str, Any]] = YAML(typ="safe").load(Path(__file__).with_name("mixers.yaml"))
 ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"
+
+INLINE = {
+    r"\b([a-z])_([a-z])\b": r"$\1_\2$",
+    r"\b(alpha|beta)_t\b": r"$\\\1_t$",
+    r"\b(phi)\((\w)\)": r"$\\\1(\2)$",
+    r"\b1/sqrt\(K\)": r"$1/\\sqrt{K}$",
+    r"\bA_log\b": r"$A_{\\log}$",
+    r"l / \(L - 1\)": r"$l/(L - 1)$",
+}
+"""Formulas of a docstring's prose."""
 
 
 def files(study: str | None = None) -> dict[Path, str]:
@@ -41,18 +59,66 @@ def _traits(presets: dict[str, RunConfig]) -> list[str]:
     """What each mixer is and declares, as its tiny preset configures it (or in an example of it)."""
     configured = {mixer_kind(preset): preset for preset in presets.values()}
     words = {True: "yes", False: "no"}
-    heads = ["mixer", "paper", "recurrence", "paradigms", "state", "packing", "shift-invariant"]
+    heads = ["mixer", "paper", "recurrence", "state size", "paradigms"]
     rows = []
     for kind, cls in MIXERS.built_in().items():
         preset = configured.get(kind)
-        traits = (cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer).traits
-        title = _docstring(kind).partition("\n\n")[0]
-        papers = ARXIV.sub(LINK, ", ".join(dict.fromkeys(ARXIV.findall(title))))
-        paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in traits.paradigms)
-        recurrence = _recurrence(kind).replace("|", r"\|")
-        cells = [f"[`{kind}`](#{kind})", papers, f"`{recurrence}`", paradigms, traits.state]
-        rows.append([*cells, words[traits.packing], words[traits.shift_invariant]])
-    return table(heads, rows)
+        config = cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer
+        papers = ARXIV.sub(LINK, ", ".join(dict.fromkeys(ARXIV.findall(_docstring(kind).partition("\n\n")[0]))))
+        paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in config.traits.paradigms)
+        width = 64 if preset is None else preset.model.d_model
+        parallel = config.build(width, layer_idx=0, n_layers=1).supports_context_parallel
+        answers = config.traits.packing, parallel, config.traits.shift_invariant
+        cells = [f"[`{kind}`](#{kind})", papers, _recurrence(kind), _state(kind, config), paradigms]
+        rows.append([*cells, *(words[answer] for answer in answers)])
+    return table([*heads, "packing", "context parallelism", "shift-invariant"], rows)
+
+
+def _recurrence(kind: str) -> str:
+    """The equation of a mixer's state, as LaTeX; as code where only its docstring has it."""
+    if kind in MATHEMATICS:
+        return f"${MATHEMATICS[kind]['recurrence']}$"
+    return f"`{_plain_recurrence(kind)}`".replace("|", r"\|")
+
+
+def _state(kind: str, config: MixerConfig) -> str:
+    """The size of a mixer's state as a formula; of one without, whether it grows."""
+    return f"${latex(MATHEMATICS[kind]['state'])}$" if kind in MATHEMATICS else config.traits.state
+
+
+def latex(expression: str) -> str:
+    """An expression of letters, numbers, sums, products and `min` as LaTeX."""
+
+    def of(node: ast.expr) -> str:
+        match node:
+            case ast.BinOp(left, ast.Mult(), right):
+                return " ".join(
+                    f"({of(x)})" if isinstance(x, ast.BinOp) and _is_sum(x.op) else of(x) for x in (left, right)
+                )
+            case ast.BinOp(left, sign, right) if _is_sum(sign):
+                return f"{of(left)} {'+' if isinstance(sign, ast.Add) else '-'} {of(right)}"
+            case ast.Call(ast.Name(name), arguments):
+                return rf"\{name}({', '.join(map(of, arguments))})"
+            case ast.Name(name):
+                letter, _, index = name.partition("_")
+                return rf"{letter}_{{\text{{{index}}}}}" if index else letter
+            case ast.Constant(number):
+                return str(number)
+        raise ValueError(f"{expression}: {ast.unparse(node)} is not set as LaTeX")
+
+    return of(ast.parse(expression, mode="eval").body)
+
+
+def _is_sum(sign: ast.operator) -> bool:
+    return isinstance(sign, ast.Add | ast.Sub)
+
+
+def state_elements(config: MixerConfig, d_model: int, tokens: int) -> float:
+    """What the formula of a mixer's state gives: the floating-point numbers of one layer and sequence."""
+    mathematics = MATHEMATICS[config.kind]
+    fields = {**config.model_dump(), "d_model": d_model, "inf": math.inf}
+    letters = {letter: eval(value, {}, fields) for letter, value in mathematics["where"].items()}
+    return eval(mathematics["state"], {"min": min}, {**letters, "T": tokens})
 
 
 def _costs(presets: dict[str, RunConfig]) -> list[str]:
@@ -66,7 +132,7 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
         state = nbytes(mixer.init_state(1, max_length=LENGTH))
         sizes = f"{parameters:,}", config.model.n_layers, f"{flops:,}", f"{state:,}"
         rows.append((f"`{mixer.kind}`", f"`{name}`", *sizes))
-    return table(["mixer", "preset", "parameters", "layers", "FLOPs a token", "state, bytes"], rows)
+    return table(["mixer", "preset", "parameters", "layers", "FLOPs per token", "state, bytes"], rows)
 
 
 def _summary(presets: dict[str, RunConfig], page: str) -> list[str]:
@@ -108,7 +174,7 @@ def trained(results: Results) -> list[str]:
         "Tokens per second are medians of interleaved training steps of the models, on one thread, in brackets over",
         "retention's; a decoded token is the median of as many.",
         "",
-        *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms a decoded token"], rows),
+        *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms per decoded token"], rows),
     ]
 
 
@@ -116,7 +182,7 @@ def _docstring(kind: str) -> str:
     return importlib.import_module(MIXERS.origin(kind)).__doc__ or ""
 
 
-def _recurrence(kind: str) -> str:
+def _plain_recurrence(kind: str) -> str:
     """The equation of a mixer's docstring that says how its state moves; of one without, what its output is."""
     lines = [line.strip() for line in _docstring(kind).splitlines() if line.startswith("    ")]
     # equations of one line have spaces between them, and may have some around their sign
@@ -130,9 +196,21 @@ def _recurrence(kind: str) -> str:
 
 
 def _formulas(kind: str) -> list[str]:
-    """A mixer's docstring: indented lines are code in Markdown as they are."""
-    lines = _docstring(kind).strip().splitlines()
+    """A mixer's docstring, its equations as LaTeX, or as the code that indented lines are in Markdown."""
+    paragraphs = _docstring(kind).strip().split("\n\n")
+    if kind in MATHEMATICS:
+        block = "\n".join(["```math", r"\begin{split}", MATHEMATICS[kind]["equations"].strip(), r"\end{split}", "```"])
+        text = [paragraph for paragraph in paragraphs if not paragraph.startswith("    ")]
+        paragraphs = [text[0], block, *map(_inline, text[1:])]
+    lines = "\n\n".join(paragraphs).splitlines()
     return [line if line.startswith("    ") else ARXIV.sub(LINK, line) for line in lines]
+
+
+def _inline(text: str) -> str:
+    """Prose with the few formulas that it has as LaTeX."""
+    for pattern, formula in INLINE.items():
+        text = re.sub(pattern, formula, text)
+    return text
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """DeltaNet (Yang et al., arXiv 2406.06484; its delta rule as a layer is Schlag et al.'s, arXiv 2102.11174).
 
     q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
-    b_t = sigmoid(x_t W_b)                  one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
-    S_t = S_{t-1} + b_t k_t (v_t - k_t^T S_{t-1})^T         o_t = q_t S_t / sqrt(K)
+    beta_t = sigmoid(x_t W_b)   one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
+    S_t = S_{t-1} + beta_t k_t (v_t - k_t^T S_{t-1})^T         o_t = q_t S_t / sqrt(K)
     y   = RMSNorm(o) W_O                    the norm is per head, its weights are the same for all heads
 
-What the state has at k_t is replaced by v_t, to the part b_t, where linear attention adds. With b up to 2 a direction
-may change its sign (Grazzi et al., arXiv 2411.12537). Differs from the paper, as the authors' code does: there is a
-factor 1/sqrt(K), which the norm hides but for its eps. An output gate is theirs too, off by default.
+What the state has at k_t is replaced by v_t, to the part beta_t, where linear attention adds. With beta up to 2 a
+direction may change its sign (Grazzi et al., arXiv 2411.12537). Differs from the paper, as the authors' code does:
+there is a factor 1/sqrt(K), which the norm hides but for its eps. An output gate is theirs too, off by default.
 """
 
 from typing import Literal
@@ -64,6 +64,6 @@ class DeltaNet(QKVMixer):
 
 
 def write_rate(logits: Float[Tensor, "B T H"], dtype: torch.dtype, *, neg_eigval: bool) -> Float[Tensor, "B T H"]:
-    """b_t, from 0 to 1, or to 2 for negative eigenvalues."""
+    """beta_t, from 0 to 1, or to 2 for negative eigenvalues."""
     beta = logits.to(dtype).sigmoid()
     return 2 * beta if neg_eigval else beta

@@ -1,12 +1,12 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh, arXiv 2412.06464).
 
     q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
-    b_t = sigmoid(x_t W_b)                  one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
-    a_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))       one scalar per head
-    S_t = a_t S_{t-1} + b_t k_t (v_t - a_t k_t^T S_{t-1})^T                 o_t = q_t S_t / sqrt(K)
+    beta_t = sigmoid(x_t W_b)   one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
+    alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head
+    S_t = alpha_t S_{t-1} + beta_t k_t (v_t - alpha_t k_t^T S_{t-1})^T                 o_t = q_t S_t / sqrt(K)
     y   = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
 
-The state decays by a_t, as Mamba-2's does, and replaces what it has at k_t, as DeltaNet's does. The authors' models
+The state decays by alpha_t, as Mamba-2's does, and replaces what it has at k_t, as DeltaNet's does. The authors' models
 have keys 3/4 as wide as d_model, and values twice as wide as keys; here keys are as wide as d_model, which fits any
 number of heads that divides it. Differs from the paper, as the authors' code does: there is a factor 1/sqrt(K), which
 the norm hides but for its eps.
