@@ -8,8 +8,8 @@
 
 The filters are functions of the distance t in tokens, computed again in every call. Their scale is L, a field
 (`filter_length`), never the length of the segment. The paper's filters end at L; here they continue: the features keep
-turning, s grows, the window falls to its shift. So any length is legal, but what was not trained may be poor. Decoding is a sum
-over all inputs of the long convolutions, which are the state: a step costs as much as its position. In the
+turning, s grows, the window falls to its shift. So any length is legal, but untrained lengths may be poor. Decoding is
+a sum over all inputs of the long convolutions, which are the state: the cost of a step grows with its position. In the
 parallel paradigm later tokens reach earlier ones through the rounding of FFTs, and an inf or nan does wholly.
 
 Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
