@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..models import LanguageModel, PromptCache, Sampling, cache_text, stream_text
+from ..models.decoding import compiled_after
 from ..registry import SeqmixError
 from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.memory import keep_freed_memory
@@ -35,7 +36,8 @@ def generate(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the step of a token: seconds before the first, less time for each. By default where it pays.",
+            help="Compile the decode step: seconds before the second token, less time for each. By default it is "
+            "compiled where thousands of tokens follow, after the first have been streamed.",
         ),
     ] = None,
     state: Annotated[
@@ -70,6 +72,10 @@ def generate(
     if max_new_tokens == 0 and save_state is not None:
         _save(cache_text(model, prompts, after=after), model, save_state)
         return
+    if compiled is None and not stop and (streamed := compiled_after(max_new_tokens)):
+        note(
+            f"after {streamed} tokens the decode step is compiled, which takes seconds; --no-compile leaves it as it is"
+        )
     kept: list[PromptCache] = []
     pieces = stream_text(
         model,

@@ -13,9 +13,15 @@ from ..ops.donation import donate_state
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
-COMPILED_FROM = 4096
-"""The number of tokens from which compiling pays on a CPU: it costs about two seconds per layer, and saves some 1.4 ms
-per token and layer at width 512, less in narrow layers."""
+STREAMED, COMPILED_FROM = 256, 8192
+"""Tokens that are decoded before a step is compiled unasked, and tokens that must then be left. Compiling takes about
+two seconds per layer on a CPU, which 3,000 to 5,000 tokens save again: with more than these left, it gains. The numbers
+do not come from a clock, so that a text is a function of its seed."""
+
+
+def compiled_after(max_new_tokens: int) -> int | None:
+    """The token after which compiling the step pays; None where it does not."""
+    return STREAMED if max_new_tokens - STREAMED >= COMPILED_FROM else None
 
 
 class Decoder:

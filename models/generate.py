@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..registry import SeqmixError
 from .compiling import CompileError
-from .decoding import COMPILED_FROM, Decoder
+from .decoding import Decoder, compiled_after
 from .language_model import LanguageModel
 from .prompt_cache import RECENT, PromptCache, cache_tokens
 from .tokenizer import TextDecoder, Tokenizer
@@ -106,8 +106,8 @@ def generate_tokens(
     logits, state = before.prefill(model, texts, more=max_new_tokens)
     if not logits.isfinite().all():
         raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
-    pays = max_new_tokens >= COMPILED_FROM
-    decoder = Decoder(model, state, compiled=pays if compiled is None else compiled)
+    decoder = Decoder(model, state, compiled=compiled is True)
+    compile_at = compiled_after(max_new_tokens) if compiled is None else None
     written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
         written.append(sample(logits[:, :vocab_size], sampling, generator))
@@ -117,13 +117,15 @@ def generate_tokens(
             break
         if left == 1:
             break
+        if len(written) == compile_at:
+            decoder = Decoder(model, decoder.state, compiled=True)
         try:
             logits = decoder.step(written[-1])
         except CompileError as error:
             if compiled is not None:
                 raise
             warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
-            decoder, compiled = Decoder(model, decoder.state), False
+            decoder = Decoder(model, decoder.state)
             logits = decoder.step(written[-1])
     if on_end is not None:
         new = torch.stack(written, dim=1).cpu()
@@ -149,7 +151,7 @@ def stream_text(
         max_new_tokens: the maximum number of tokens per text.
         sampling: how they are sampled.
         stop: stop strings; a text ends before the first that appears in it.
-        compiled: as in `generate_tokens`.
+        compiled: as in `generate_tokens`, but that None never compiles where a stop text may end the text any time.
         after: the prompt cache of the prefix, from `cache_text` or `on_end`: one text for all prompts, or one per
             prompt; without prompts, its texts are continued.
         on_end: called at the end with the prompt cache of the whole text, a stop string included.
@@ -168,7 +170,7 @@ def stream_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         vocab_size=tokenizer.begin,
-        compiled=compiled,
+        compiled=False if compiled is None and stop else compiled,
         after=after,
         on_end=on_end,
     )
