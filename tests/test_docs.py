@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ruamel.yaml import YAML
 
 from seqmix import MIXERS, account, cli, load_config
 from seqmix.testing import check_mixer
@@ -29,7 +30,7 @@ TINY = [
     "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
     "model.d_model=32",
 ]
-"""What is added to a command that trains; to one that learns a task, all but the text."""
+"""What is added to a command that trains; to one that learns a task, all but the text. Studies get it in their file."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,17 @@ def folder(tmp_path, monkeypatch):
 
 def seqmix(command: str) -> tuple[str, int]:
     """Run a command of the documentation; what it prints, and its exit status."""
-    command, _, file = command.partition(" > ")
+    command, _, target = command.partition(" > ")
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train" and not {"wrong.yaml", "--resume"} & {*arguments}:
         config = load_config(arguments[1], [change for change in arguments[2:] if "=" in change])
         arguments += TINY if config.data.kind == "text" else TINY[1:]
     if arguments[0] == "generate":
         arguments += ["--max-new-tokens", "3"]
+    if arguments[0] == "compare" and "--dry-run" not in arguments:
+        yaml, file = YAML(typ="safe"), Path(arguments[1])
+        changes = {key: yaml.load(value) for key, value in (change.split("=", 1) for change in TINY[:2])}
+        yaml.dump(yaml.load(file) | changes | {"model": {"d_model": 32}, "seeds": [0]}, file)
     output, status = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         patch.setattr(sys, "argv", ["seqmix", *arguments])
@@ -95,8 +100,8 @@ def seqmix(command: str) -> tuple[str, int]:
             cli.main()
         except SystemExit as ended:
             status = int(ended.code or 0)
-    if file:
-        Path(file).write_text(output.getvalue())
+    if target:
+        Path(target).write_text(output.getvalue())
     return output.getvalue(), status
 
 
@@ -120,7 +125,7 @@ def test_a_page_does_what_it_says(page, folder):
             output, _ = seqmix(command)
             assert is_like(expected, output), output
         for command in block.commands:
-            if command not in done:  # a run is never overwritten
+            if command not in done or "compare" in command:  # a run is never overwritten; a study goes on
                 output, status = seqmix(command)
                 assert status == 0, f"{command}\n{output}"
                 done.add(command)
