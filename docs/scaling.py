@@ -87,8 +87,8 @@ def estimates() -> list[str]:
         sent = _size(pieces) + (f" + {_size(copies)}" if copies else "")
         cells = [gpus, f"`data: {data}, shard: {shard}`", parts, _size(memory), sent]
         rows.append([*cells, f"{computing:.1f} s", f"{sending:.1f} s"])
-    heads = ["GPUs", "`distributed`", "`grad_accum_steps`", "memory", "received a part"]
-    return table([*heads, "computing a step", "sending a step"], rows)
+    heads = ["GPUs", "`distributed`", "`grad_accum_steps`", "memory", "received per micro-batch"]
+    return table([*heads, "computing per step", "sending per step"], rows)
 
 
 def _size(count: float) -> str:

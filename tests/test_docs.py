@@ -13,7 +13,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
@@ -146,6 +146,16 @@ def test_the_mixer_of_the_readme_keeps_the_contract(folder):
     (folder / "average.py").write_text(source)
     report = check_mixer(importlib.import_module("average").AverageConfig(n_heads=2), examples=30)
     assert report.passed, report.failures[0].reason
+
+
+def test_the_lines_for_wandb_log_a_run(folder, monkeypatch):
+    (code,) = (block.text for block in blocks_of(ROOT / "docs" / "how-to" / "logging.md") if block.language == "py")
+    assert '["training.steps=200"]' in code
+    logged = []
+    stand_in = SimpleNamespace(init=lambda **_: contextlib.nullcontext(), log=lambda values, step: logged.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    exec(code.replace('["training.steps=200"]', repr(TINY)), {})
+    assert logged == [1, 2, 2]  # two steps, and the last evaluation
 
 
 def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
