@@ -113,7 +113,7 @@ def table8(values: dict[str, Any]) -> list[str]:
     for model in values["models"]:
         name, losses = f"ours, {NAMES[model['entry']]}, `d_model` {model['d_model']}: nats", model["losses"]
         rows.append((name, *(f"{loss:.4f}" for loss in losses), f"{losses[-1] - losses[0]:+.4f}"))
-    return table(["", "a quarter:", "a half:", "the whole:", "from a quarter to the whole, nats:"], rows)
+    return table(["", "a quarter:", "a half:", "all:", "gain from a quarter to all, nats:"], rows)
 
 
 def paradigms(values: dict[str, Any]) -> list[str]:
@@ -122,7 +122,7 @@ def paradigms(values: dict[str, Any]) -> list[str]:
     for row in values["rows"]:
         losses = ", ".join(f"{name} {loss:.6f}" for name, loss in row["losses"].items())
         rows.append((NAMES[row["entry"]], row["dtype"], f"{row['length']:,}", losses, f"{row['difference']:.1e}"))
-    heads = ["model", "numbers", "tokens of a sequence:", "nats a token, by each", "largest difference of a token:"]
+    heads = ["model", "dtype", "sequence length:", "nats per token, by paradigm", "largest difference per token:"]
     return table(heads, rows)
 
 
@@ -139,7 +139,7 @@ def table4(results: Results) -> list[str]:
         memory = [row.memory_bytes or math.nan for row in both]
         cells = [*(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.2f}"]
         rows.append((f"{length:,}", *cells, *map(_mib, memory), f"{memory[1] / memory[0]:.2f}"))
-    return table(["tokens of a sequence", *_three("tokens/s"), *_three("memory of a step")], rows)
+    return table(["sequence length", *_three("tokens/s"), *_three("peak memory")], rows)
 
 
 def figure6(*found: Results) -> list[str]:
@@ -154,7 +154,7 @@ def figure6(*found: Results) -> list[str]:
             memory = [weights[row.entry] + (row.state_bytes or 0) for row in both]
             cells = [*(f"{time:.2f}" for time in times), f"{times[1] / times[0]:.1f}"]
             rows.append((batch, f"{context:,}", *cells, *map(_mib, memory), f"{memory[1] / memory[0]:.1f}"))
-    return table(["sequences", "context:", *_three("ms a token"), *_three("weights and state")], rows)
+    return table(["sequences", "context:", *_three("ms per token"), *_three("weights and state")], rows)
 
 
 PARTS: dict[str, Callable[..., list[str]]] = {

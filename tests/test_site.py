@@ -1,0 +1,71 @@
+"""The site builds without a warning, its search finds what readers look for, and its formulas are MathML and true."""
+
+import json
+import re
+import runpy
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from seqmix.models import build_meta
+from seqmix.training.presets import single_kind_presets
+
+ROOT = Path(__file__).resolve().parents[1]
+WANTED = {
+    "wandb": "how-to/logging/",
+    "KV cache": "reference/mixers/",
+    "resume": "how-to/training/",
+    "cite": "",
+    "8 GPUs": "how-to/multi-gpu/",
+}
+"""What is searched for, and a page that answers."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("latex2mathml")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize(("words", "page"), WANTED.items(), ids=WANTED)
+def test_the_search_finds(site, words, page):
+    documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    pattern = re.compile(rf"\b{words}\b", re.IGNORECASE)
+    found = {document["location"].partition("#")[0] for document in documents if pattern.search(text_of(document))}
+    assert page in found
+
+
+def text_of(document: dict[str, str]) -> str:
+    return unescape(re.sub(r"<[^>]+>", " ", f"{document['title']} {document['text']}"))
+
+
+def test_formulas_are_mathml(site):
+    pages = [file.read_text() for file in site.rglob("*.html")]
+    assert sum(page.count("<math ") for page in pages) > 50
+    for page in pages:
+        shown = re.sub(r"<(script|pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+        assert "arithmatex" not in shown
+        assert not re.findall(r"<m[iot]>(?:\\\w+|&amp;)</m[iot]>|\$[^$<\n]*\\\w+[^$<\n]*\$", shown)
+
+
+@pytest.mark.parametrize("preset", single_kind_presets().values(), ids=single_kind_presets())
+def test_the_formula_of_a_state_is_its_size(preset):
+    page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
+    model = preset.model
+    config = model.blocks[model.layers[0]].mixer
+    if config.kind not in page["MATHEMATICS"]:
+        pytest.skip("its equations are shown as code")
+    varied = [config] + [config.model_copy(update=change) for change in ({"window": 16},) if hasattr(config, "window")]
+    for mixer in varied:
+        for tokens in (8, 64):
+            state = mixer.build(model.d_model, layer_idx=0, n_layers=1).init_state(1, max_length=tokens)
+            counted = sum(leaf.numel() for leaf in state if leaf.is_floating_point())
+            assert page["state_elements"](mixer, model.d_model, tokens) == counted
