@@ -154,7 +154,7 @@ def figure6(*found: Results) -> list[str]:
             memory = [weights[row.entry] + (row.state_bytes or 0) for row in both]
             cells = [*(f"{time:.2f}" for time in times), f"{times[1] / times[0]:.1f}"]
             rows.append((batch, f"{context:,}", *cells, *map(_mib, memory), f"{memory[1] / memory[0]:.1f}"))
-    return table(["sequences", "context:", *_three("ms per token"), *_three("weights and state")], rows)
+    return table(["batch size", "context:", *_three("ms per token"), *_three("weights and state")], rows)
 
 
 PARTS: dict[str, Callable[..., list[str]]] = {
