@@ -1,4 +1,4 @@
-"""Processes that are ranks of a group, over the loopback; what they run in tests stands below, found by name."""
+"""Processes that are ranks of a group, over the loopback, and the functions that they run in tests, by name."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ SECONDS = 240
 
 
 class Ranks:
-    """So many processes, which wait for what they are to run."""
+    """Processes that wait for the name of a function to run."""
 
     def __init__(self, size: int) -> None:
         # each starts with torch imported; no process may inherit threads
@@ -33,7 +33,7 @@ class Ranks:
             self.pipes.append(ours)
 
     def __call__(self, name: str, *arguments: Any, **named: Any) -> list[Any]:
-        """What each rank returns; a rank's failure is this process's."""
+        """What each rank returns; an error of a rank is raised here."""
         for pipe in self.pipes:
             pipe.send((name, arguments, named))
         results = [pipe.recv() if pipe.poll(SECONDS) else (None, "it hangs") for pipe in self.pipes]
@@ -59,9 +59,6 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) 
             pipe.send((globals()[name](*arguments, **named), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
-
-
-# ---- what they run
 
 
 @cache
@@ -121,7 +118,7 @@ def _mixer(kind, fields):
 
 
 def _everything(mixer, call, x, state, counted) -> dict[str, torch.Tensor]:
-    """All that a call gives, and the gradients of a weighted sum of that; final states are counted so many times."""
+    """All outputs of a call, and the gradients of a weighted sum of them; final states are counted `counted` times."""
     from seqmix.mixers.state import map_state, to_dict
 
     mixer.zero_grad()
@@ -149,7 +146,7 @@ def _leaf(x):
 
 
 def model_as_one(preset: str) -> None:
-    """Loss, logits, states and gradients of a model whose sequences lie on all ranks, also if they cannot be equal."""
+    """Loss, logits, states and gradients of a model whose sequences are split over all ranks, also unequally."""
     from seqmix import build_model, load_config
     from seqmix.mixers.state import to_dict
 
@@ -210,14 +207,14 @@ def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
 
 
 def train_here(overrides: list[str], run: str, *, resume: bool = False, until: int | None = None, broken: int = -1):
-    """Train as one of all ranks; what was measured, the rows that this rank read, and the error if one ended it.
+    """Train as one of all ranks; the measurements, the rows that this rank read, and the error that ended it.
 
     Args:
         overrides: changes to `hybrid-tiny`, made small.
         run: its folder.
-        resume: whether to go on.
-        until: the last rank asks to stop behind this step.
-        broken: the rank that finds no text.
+        resume: whether to resume it.
+        until: the last rank asks to stop after this step.
+        broken: the rank whose text is missing.
     """
     from seqmix import SeqmixError, load_config, train
     from seqmix.training import trainer as module
@@ -280,7 +277,7 @@ SMALL = (
 
 
 def compiled(kind: str, fields: dict[str, Any]) -> None:
-    """A mixer of a context is one graph, which computes the same."""
+    """A context-parallel mixer compiles to one graph, which computes the same."""
     mixer = _mixer(kind, fields)
     mixer.cp_group = context()
     x = torch.randn(2, 5, 16, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What other processes run in tests: they find it by name."""
+"""Functions that other processes run in tests."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def command(*arguments: str) -> None:
 
 
 def command_heard(errors: str, *arguments: str) -> None:
-    """The same, with what it says of errors in a file."""
+    """The same, with stderr in a file."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     command(*arguments)
 
@@ -41,7 +41,7 @@ def command_of_rank(rank: int, size: int, port: int, *arguments: str) -> None:
 
 
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
-    """The same, which kills itself in the call with that number of a function of the checkpoints' module."""
+    """The same, killed in a numbered call of a function of the checkpoint module."""
     import seqmix.training.checkpoint as module
 
     owner, name = (module, call) if "." not in call else (getattr(module, call.split(".")[0]), call.split(".")[1])

@@ -1,13 +1,14 @@
-"""Where documents come from: JSON lines and data sets; and splits that cannot leak."""
+"""Where documents come from: JSON lines and datasets; and splits that cannot leak."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import refusal
 
-from seqmix import ConfigError, SeqmixError
 from seqmix.data import Corpus, TextConfig, read_corpus, read_documents
 
 BEGIN = 256
@@ -23,10 +24,7 @@ def texts(*paths, **fields) -> list[bytes]:
 
 
 def error(*paths, **fields) -> str:
-    with pytest.raises(SeqmixError) as raised:
-        texts(*paths, **fields)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return refusal(lambda: texts(*paths, **fields))
 
 
 def documents_of(tokens) -> list[bytes]:
@@ -35,59 +33,43 @@ def documents_of(tokens) -> list[bytes]:
     return [bytes(piece[1:].astype(np.uint8)) for piece in pieces if len(piece)]
 
 
-# ---- JSON lines
-
-
 def lines(path, *rows):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
 
 def test_every_line_is_a_document(tmp_path):
-    file = lines(tmp_path / "a.jsonl", {"text": "one"}, {"id": 7, "text": "zw€i\n"}, {"text": ""}, {"text": "three"})
-    assert texts(file) == [b"one", "zw€i\n".encode(), b"three"]
-    assert texts(tmp_path) == texts(file)
-
-
-def test_empty_lines_and_a_missing_last_newline_are_nothing(tmp_path):
-    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
-    assert texts(tmp_path) == [b"one", b"two"]
-
-
-def test_the_field_is_configurable(tmp_path):
-    file = lines(tmp_path / "a.jsonl", {"text": "no", "body": "yes"})
+    file = lines(tmp_path / "b.jsonl", {"text": "one"}, {"id": 7, "text": "zw€i\n"}, {"text": ""}, {"text": "three"})
+    assert texts(file) == texts(tmp_path) == [b"one", "zw€i\n".encode(), b"three"]
+    # other files are text, empty lines and a missing last newline are nothing
+    (tmp_path / "a.json").write_text('{"text": "as it stands"}')
+    file.write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
+    assert texts(tmp_path) == [b'{"text": "as it stands"}', b"one", b"two"]
+    # and the field is configurable
+    lines(file, {"text": "no", "body": "yes"})
     assert texts(file, text_field="body") == [b"yes"]
     assert texts(file, text_field=None) == [file.read_bytes()]
 
 
-def test_other_files_are_text_beside_json_lines(tmp_path):
-    lines(tmp_path / "b.jsonl", {"text": "one"}, {"text": "two"})
-    (tmp_path / "a.json").write_text('{"text": "as it stands"}')
-    assert texts(tmp_path) == [b'{"text": "as it stands"}', b"one", b"two"]
-
-
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("line", "named"),
     [
-        ('{"text": "b"', "the line is no JSON: Expecting ',' delimiter"),
-        ("\udcff", "the line is no JSON: "),
-        ('["text"]', "a line holds a mapping with a text, and this one a list"),
-        ('{"txt": "b"}', "there is no field 'text'; fields: txt; did you mean \"txt\"?; data.text_field names it"),
-        ("{}", "there is no field 'text'; fields: none; data.text_field names it"),
-        ('{"text": 5}', "the field 'text' holds no text but a int"),
-        ('{"text": null}', "the field 'text' holds no text but a NoneType"),
-        ('{"text": "a\\ud800"}', "the text has no character at 1: '\\ud800'"),
-        ("[" * 100_000, "the line is no JSON: "),
+        ('{"text": "b"', "JSON: Expecting ',' delimiter"),
+        ("\udcff", "JSON: "),
+        ("[" * 100_000, "JSON: "),
+        ('["text"]', "list"),
+        ('{"txt": "b"}', "'text'; fields: txt;.*\"txt\".*data.text_field"),
+        ("{}", "'text'; fields: none;.*data.text_field"),
+        ('{"text": 5}', "'text' .*int"),
+        ('{"text": null}', "'text' .*NoneType"),
+        ('{"text": "a\\ud800"}', r"1: '\\ud800'"),
     ],
     ids=lambda value: value[:12],
 )
-def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, sentence):
+def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, named):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "a"}\n\n' + line.encode(errors="surrogateescape") + b'\n{"text": "c"}\n')
-    assert error(tmp_path).startswith(f"{file}:3: {sentence}")
-
-
-# ---- data sets
+    assert re.match(f"{file}:3: .*{named}", error(tmp_path))
 
 
 class Library:
@@ -126,29 +108,28 @@ def test_every_row_is_a_document(library, streaming):
     assert texts(dataset=asked | {"documents": 3}) == [b"one", b"two"]
 
 
-def test_a_saved_data_set_is_read_from_its_folder(library, tmp_path):
+def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
     library([{"text": "whole"}])
     (tmp_path / "state.json").touch()
     assert texts(dataset={"path": str(tmp_path)}) == [b"whole"]
     library([], train=ROWS, test=[{"text": "held"}])
     assert texts(dataset={"path": str(tmp_path), "split": "test"}) == [b"held"]
-    assert "has no split 'tset'; splits: train, test" in error(dataset={"path": str(tmp_path), "split": "tset"})
+    assert re.search("'tset'.*train, test.*\"test\"", error(dataset={"path": str(tmp_path), "split": "tset"}))
 
 
-def test_what_a_data_set_cannot_give_is_one_sentence(library, monkeypatch):
-    library([{"text": "a"}, {"body": "b"}])
-    assert error(dataset={"path": "w"}).startswith("w (train), row 1: there is no field 'text'; fields: body")
-
+def test_what_a_dataset_cannot_give_is_named(library, monkeypatch):
     def refuse(*arguments, **options):
         raise FileNotFoundError("Couldn't find it\non the hub")
 
+    library([{"text": "a"}, {"body": "b"}])
+    assert re.match(r"w \(train\), row 1: .*'text'; fields: body", error(dataset={"path": "w"}))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
-    assert error(dataset={"path": "w"}) == "the data set w cannot be read: Couldn't find it"
+    assert error(dataset={"path": "w"}).endswith("w cannot be read: Couldn't find it")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert error(dataset={"path": "w"}) == "data.dataset needs datasets: pip install 'seqmix[data]'"
+    assert "seqmix[data]" in error(dataset={"path": "w"})
 
 
-def test_the_library_s_own_data_sets_are_read(tmp_path):
+def test_the_library_s_own_datasets_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"body": text} for text in ("one", "zw€i", "three")])
     rows.save_to_disk(str(tmp_path / "one"))
@@ -156,31 +137,21 @@ def test_the_library_s_own_data_sets_are_read(tmp_path):
     (tmp_path / "rows").mkdir()
     lines(tmp_path / "rows" / "a.jsonl", *rows)
     expected = [b"one", "zw€i".encode(), b"three"]
-    assert texts(dataset={"path": str(tmp_path / "one")}, text_field="body") == expected
-    assert texts(dataset={"path": str(tmp_path / "two"), "split": "test"}, text_field="body") == expected[1:2]
-    for streaming in (False, True):
-        asked = {"path": str(tmp_path / "rows"), "streaming": streaming}
-        assert texts(dataset=asked, text_field="body") == expected
-    assert "row 0: there is no field 'text'; fields: body" in error(dataset={"path": str(tmp_path / "one")})
-    message = error(dataset={"path": str(tmp_path / "nowhere")})
-    assert message.startswith(f"the data set {tmp_path / 'nowhere'} cannot be read: ")
+    for name, options, found in (
+        ("one", {}, expected),
+        ("two", {"split": "test"}, expected[1:2]),
+        ("rows", {}, expected),
+        ("rows", {"streaming": True}, expected),
+    ):
+        assert texts(dataset={"path": str(tmp_path / name)} | options, text_field="body") == found
+    assert re.search("row 0: .*'text'; fields: body", error(dataset={"path": str(tmp_path / "one")}))
+    assert str(tmp_path / "nowhere") in error(dataset={"path": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"paths": ("a",)}, "paths and dataset are two sources: give one of them"),
-        ({"text_field": None}, "text_field names the field"),
-        ({"split": "by_file"}, "a dataset has none: by_document holds out its rows"),
-    ],
-    ids=str,
-)
-def test_a_data_set_that_does_not_fit_the_rest_is_refused(fields, sentence):
-    with pytest.raises((ConfigError, ValueError), match=sentence):
+@pytest.mark.parametrize("fields", [{"paths": ("a",)}, {"text_field": None}, {"split": "by_file"}], ids=str)
+def test_a_dataset_that_does_not_fit_the_rest_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
         TextConfig(dataset={"path": "w"}, **fields)
-
-
-# ---- splits
 
 
 @pytest.fixture
@@ -193,24 +164,22 @@ def copies(tmp_path):
 
 
 def read(path, **fields) -> Corpus:
-    return read_corpus(config(path, validation_fraction=0.3, **fields))
+    return read_corpus(config(path, **{"validation_fraction": 0.3} | fields))
 
 
-def test_copies_of_a_document_lie_on_one_side(copies):
+def test_copies_of_a_document_share_a_split(copies):
     corpus = read(copies, split="by_document")
     learned, held = documents_of(corpus.train), documents_of(corpus.validation)
     assert len(learned) + len(held) == corpus.documents == 60 + 3 * 45
     assert len(set(learned) | set(held)) == 60
     assert not set(learned) & set(held)
     assert 6 <= len(set(held)) <= 30
-
-
-def test_by_file_does_not_promise_that(copies):
-    corpus = read_corpus(config(copies, split="by_file", validation_fraction=0.5))
+    # and by file they do not
+    corpus = read(copies, split="by_file", validation_fraction=0.5)
     assert set(documents_of(corpus.train)) & set(documents_of(corpus.validation))
 
 
-def test_the_side_of_a_document_is_a_function_of_its_text(copies, tmp_path):
+def test_the_split_of_a_document_is_a_function_of_its_text(copies, tmp_path):
     held = set(documents_of(read(copies, split="by_document").validation))
     other = tmp_path / "other"
     other.mkdir()
@@ -221,16 +190,13 @@ def test_the_side_of_a_document_is_a_function_of_its_text(copies, tmp_path):
     assert again - {b"a new document"} == {text for text in held if int(text.split()[1]) % 2 == 0}
 
 
-def test_auto_is_by_document_where_files_are_no_documents(copies, library):
-    assert read(copies).split == "by_document"
-    assert read(copies / "0.jsonl").split == "by_document"
-    assert read_corpus(config(copies, text_field=None, validation_fraction=0.5)).split == "by_file"
+def test_auto_is_by_document_where_a_file_holds_several(copies, library, tmp_path):
+    assert read(copies).split == read(copies / "0.jsonl").split == "by_document"
+    assert read(copies, text_field=None, validation_fraction=0.5).split == "by_file"
     library([{"text": f"document {n}"} for n in range(30)])
     corpus = read_corpus(config(dataset={"path": "wiki"}, validation_fraction=0.3))
     assert (corpus.split, corpus.name) == ("by_document", "wiki (train)")
-
-
-def test_one_line_is_split_at_its_tail(tmp_path):
+    # one document is split at its tail
     corpus = read(lines(tmp_path / "a.jsonl", {"text": "0123456789"}), sequence_length=2)
     assert corpus.split == "tail"
     assert (documents_of(corpus.train), documents_of(corpus.validation)) == ([b"0123456"], [b"789"])

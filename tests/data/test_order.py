@@ -1,4 +1,4 @@
-"""The order of samples: each once an epoch, and a function of the step for any number of ranks."""
+"""The order of samples: a function of the step for any number of ranks; by epochs, and contiguous."""
 
 from collections import Counter
 
@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import training_batch
+from runs import refusal
+from streams import text_of, training_batch
 
-from seqmix import SeqmixError
-from seqmix.data.order import permuted
+from seqmix.data.order import contiguous_starts, permuted
 from seqmix.models import IGNORED
 
 STREAM = np.arange(1000, 1000 + 33 * 8 + 3, dtype=np.uint32)  # 34 samples of 8, the last of 2 targets
 SAMPLES = 34
 
 
-def batch(step, batch_size=5, seed=0, **options):
-    return training_batch(STREAM, 8, batch_size, seed=seed, step=step, order="epochs", **options)
+def batch(step, batch_size=5, seed=0):
+    return training_batch(STREAM, 8, batch_size, seed=seed, step=step, order="epochs")
 
 
 def samples(steps, **options) -> list[bytes]:
@@ -26,21 +26,14 @@ def samples(steps, **options) -> list[bytes]:
     return [row.numpy().tobytes() for step in steps for row in batch(step, **options).inputs]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 17, 34])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 17, 34, 40])
 def test_every_sample_is_taken_once_an_epoch(batch_size):
-    steps = SAMPLES // batch_size
-    epochs = [Counter(samples(range(n * steps, (n + 1) * steps), batch_size=batch_size)) for n in range(3)]
-    assert len(epochs[0]) == SAMPLES
-    assert epochs[0] == epochs[1] == epochs[2]
-    assert set(epochs[0].values()) == {1}
-
-
-@pytest.mark.parametrize("batch_size", [5, 40])
-def test_a_batch_may_hold_the_end_of_an_epoch_and_the_start_of_the_next(batch_size):
+    # a batch may hold the end of an epoch and the start of the next
     taken = samples(range(34), batch_size=batch_size)
-    assert len(taken) == 34 * batch_size
-    for epoch in range(batch_size):
-        assert len(set(taken[epoch * SAMPLES : (epoch + 1) * SAMPLES])) == SAMPLES
+    epochs = [Counter(taken[at : at + SAMPLES]) for at in range(0, 34 * batch_size, SAMPLES)]
+    assert len(epochs) == batch_size
+    assert all(epoch == epochs[0] for epoch in epochs)
+    assert (len(epochs[0]), set(epochs[0].values())) == (SAMPLES, {1})
 
 
 def test_every_target_of_the_text_is_learned_once_an_epoch():
@@ -48,9 +41,8 @@ def test_every_target_of_the_text_is_learned_once_an_epoch():
     assert sorted(targets[targets != IGNORED].tolist()) == STREAM[1:].tolist()
 
 
-def test_every_epoch_and_every_seed_has_an_order_of_its_own():
-    orders = [tuple(samples([n], batch_size=SAMPLES)) for n in range(4)]
-    orders += [tuple(samples([n], batch_size=SAMPLES, seed=1)) for n in range(4)]
+def test_every_epoch_and_every_seed_has_its_own_order():
+    orders = [tuple(samples([n], batch_size=SAMPLES, seed=seed)) for n in range(4) for seed in (0, 1)]
     assert len(set(orders)) == 8
     assert tuple(sorted(orders[0])) not in orders
     assert orders[0] == tuple(samples([0], batch_size=SAMPLES))
@@ -64,15 +56,12 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(order, world
         parts = [
             training_batch(STREAM, 8, 12, **options, rank=rank, world_size=world_size) for rank in range(world_size)
         ]
-        whole = training_batch(STREAM, 8, 12, **options)
         assert {len(part.inputs) for part in parts} == {12 // world_size}
-        for name in ("inputs", "targets"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-
-
-def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(SeqmixError, match=r"5 ranks do not divide training\.batch_size = 12 into equal shares"):
-        training_batch(STREAM, 8, 12, seed=0, step=0, rank=0, world_size=5)
+        for whole, part in zip(training_batch(STREAM, 8, 12, **options), zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(part), whole)
+    message = refusal(lambda: training_batch(STREAM, 8, 12, seed=0, step=0, rank=0, world_size=5))
+    assert "training.batch_size = 12" in message
+    assert " 5 " in message
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**31 - 1), st.integers(0, 2**40))
@@ -90,14 +79,48 @@ def test_samples_are_far_apart_and_evenly_spread():
     assert counts.min() > 400  # of 500
 
 
-def test_a_place_in_a_text_of_any_size_costs_the_same():
+def test_the_order_is_fixed_and_costs_the_same_in_a_text_of_any_size():
+    # no other numpy, machine or year may have another one: a resumed run would see samples twice
+    assert permuted(np.arange(10), np.full(10, 3), 10, 42).tolist() == [6, 1, 4, 7, 0, 5, 3, 8, 2, 9]
     n = 2**50
     found = permuted(np.array([0, 1, n - 1]), np.zeros(3, dtype=np.int64), n, 0)
     assert len(set(found.tolist())) == 3
-    assert found.min() >= 0
-    assert found.max() < n
+    assert 0 <= found.min() <= found.max() < n
 
 
-def test_the_order_is_fixed():
-    # no other numpy, machine or year may have another one: a resumed run would see samples twice
-    assert permuted(np.arange(10), np.full(10, 3), 10, 42).tolist() == [6, 1, 4, 7, 0, 5, 3, 8, 2, 9]
+@pytest.mark.parametrize(("n_tokens", "length", "batch_size"), [(1000, 16, 4), (81, 16, 4), (80, 16, 4), (33, 16, 1)])
+def test_contiguous_rows_continue_and_every_token_is_there(n_tokens, length, batch_size):
+    steps = [contiguous_starts(n_tokens, length, batch_size, seed=0, step=step) for step in range(200)]
+    text = text_of(np.zeros(n_tokens, dtype=np.uint16), length).contiguous(batch_size)
+    firsts = [step for step in range(200) if not text.goes_on(step, batch_size, seed=0)]
+    per_reading = (n_tokens - length) // (length * batch_size)
+    assert firsts == list(range(0, 200, per_reading))
+    for step, starts in enumerate(steps):
+        assert starts.shape == (batch_size,)
+        assert starts.min() >= 0
+        assert starts.max() + length < n_tokens  # the last target is a token too
+        if step not in firsts:
+            assert (starts == steps[step - 1] + length).all()
+    # no token is read twice in a reading, and few are left out
+    read = np.concatenate(steps[:per_reading])
+    assert len(set(read)) == per_reading * batch_size
+    assert (np.diff(np.sort(read)) == length).all()
+
+
+def test_contiguous_readings_begin_in_other_places_which_are_a_function_of_the_seed():
+    def begins(seed):
+        per_reading = (1000 - 16) // (16 * 4)
+        return [contiguous_starts(1000, 16, 4, seed=seed, step=k * per_reading)[0] for k in range(20)]
+
+    assert begins(0) == begins(0)
+    assert begins(0) != begins(1)
+    assert len(set(begins(0))) > 10
+
+
+def test_a_text_too_short_for_contiguous_rows_is_refused():
+    for action in (
+        lambda: contiguous_starts(79, 16, 4, seed=0, step=0),
+        lambda: text_of(np.zeros(79, dtype=np.uint16), 16).contiguous(4),
+    ):
+        message = refusal(action)
+        assert all(part in message for part in (" 4 ", " 80 ", " 79", "training.batch_size"))

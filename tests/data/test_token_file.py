@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import refusal
 from safetensors.numpy import load_file
 from streams import evaluation_batches, training_batch
 
@@ -18,6 +19,7 @@ from seqmix.data.token_file import BLOCK, HEADER
 from seqmix.models import ByteTokenizer
 
 BEGIN = 256
+BYTES = ByteTokenizer()
 
 
 class WideTokenizer(ByteTokenizer):
@@ -32,21 +34,19 @@ class WideTokenizer(ByteTokenizer):
             yield tokens.astype(np.uint32) + 2**16
 
 
-def write(path: Path, *texts: bytes, tokenizer=None) -> TokenFile:
-    tokenizer = tokenizer or ByteTokenizer()
+def write(path: Path, *texts: bytes, tokenizer=BYTES) -> TokenFile:
     documents = [Document(f"{number}", f"{number}", text) for number, text in enumerate(texts)]
     return write_token_file(path, tokenized(documents, tokenizer), tokenizer)
 
 
-def error(path: Path, tokenizer=None) -> str:
+def error(path: Path, tokenizer=BYTES) -> str:
     def read():
-        file = TokenFile(path, tokenizer or ByteTokenizer())
+        file = TokenFile(path, tokenizer)
         file.read(0, int(file.ends[-1]))
 
-    with pytest.raises(SeqmixError) as raised:
-        read()
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    message = refusal(read)
+    assert str(path) in message
+    return message
 
 
 @pytest.fixture
@@ -69,11 +69,8 @@ def file(folder):
     return path
 
 
-# ---- what is written
-
-
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WideTokenizer()], ids=["uint16", "uint32"])
-def test_tokens_come_back(tmp_path, tokenizer):
+@pytest.mark.parametrize("tokenizer", [BYTES, WideTokenizer()], ids=["uint16", "uint32"])
+def test_a_token_file_is_a_safetensors_file_of_the_tokens(tmp_path, tokenizer):
     file = write(tmp_path / "a.tokens", b"one", b"two!", tokenizer=tokenizer)
     shift = 0 if tokenizer.begin == BEGIN else 2**16
     expected = [tokenizer.begin, *(byte + shift for byte in b"one"), tokenizer.begin, *(b + shift for b in b"two!")]
@@ -81,19 +78,11 @@ def test_tokens_come_back(tmp_path, tokenizer):
     assert file.read(2, 7).tolist() == expected[2:7]
     assert file.read(0, 9).dtype == tokenizer.dtype
     assert (file.ends.tolist(), file.bytes) == ([4, 9], 7)
-
-
-def test_a_token_file_is_a_safetensors_file(tmp_path):
-    write(tmp_path / "a.tokens", b"one", b"two!")
     tensors = load_file(tmp_path / "a.tokens")
-    assert tensors["tokens"].tolist() == [BEGIN, *b"one", BEGIN, *b"two!"]
-    assert tensors["ends"].tolist() == [4, 9]
-    assert {name: str(tensor.dtype) for name, tensor in tensors.items()} == {
-        "tokens": "uint16",
-        "ends": "int64",
-        "digests": "uint64",
-        "checks": "uint32",
-    }
+    assert (tensors["tokens"].tolist(), tensors["ends"].tolist()) == (expected, [4, 9])
+    dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    tokens = np.dtype(tokenizer.dtype).name
+    assert dtypes == {"tokens": tokens, "ends": "int64", "digests": "uint64", "checks": "uint32"}
 
 
 def test_a_file_of_many_blocks_comes_back(tmp_path):
@@ -101,40 +90,31 @@ def test_a_file_of_many_blocks_comes_back(tmp_path):
     file = write(tmp_path / "a.tokens", *texts)
     expected = np.concatenate([[BEGIN, *text] for text in texts])
     assert np.array_equal(file.read(0, len(expected)), expected)
-    again = TokenFile(file.path, ByteTokenizer())
+    again = TokenFile(file.path, BYTES)
     for start, stop in ((BLOCK - 1, BLOCK + 1), (2 * BLOCK, 2 * BLOCK + 1), (len(expected) - 1, len(expected))):
         assert np.array_equal(again.read(start, stop), expected[start:stop])
 
 
 def test_documents_are_written_as_they_come(tmp_path):
-    seen = []
-
     def documents():
-        for number in range(2000):
-            seen.append(number)
-            yield Document("", "", b"x" * 100)
+        yield from (Document("", "", b"x" * 100) for _ in range(2000))
         # what was tokenized is on disk before the last document is asked for
         assert (tmp_path / ".a.tokens.partial").stat().st_size > BLOCK
 
-    write_token_file(tmp_path / "a.tokens", tokenized(documents(), ByteTokenizer()), ByteTokenizer())
-    assert len(seen) == 2000
+    assert len(write_token_file(tmp_path / "a.tokens", tokenized(documents(), BYTES), BYTES).ends) == 2000
 
 
-def test_what_fails_leaves_no_file(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
     def documents():
         yield Document("", "", b"x")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write_token_file(tmp_path / "a.tokens", tokenized(documents(), ByteTokenizer()), ByteTokenizer())
-    with pytest.raises(SeqmixError, match="there is no text to tokenize"):
-        write(tmp_path / "a.tokens")
-    with pytest.raises(SeqmixError, match=r"the token file cannot be written to .*No such file"):
-        write(tmp_path / "nowhere" / "a.tokens", b"x")
+        write_token_file(tmp_path / "a.tokens", tokenized(documents(), BYTES), BYTES)
+    with pytest.raises(SeqmixError):
+        write(tmp_path / "a.tokens")  # no text
+    assert str(tmp_path / "nowhere") in refusal(lambda: write(tmp_path / "nowhere" / "a.tokens", b"x"))
     assert not list(tmp_path.iterdir())
-
-
-# ---- a corpus
 
 
 def corpora(folder, file, **fields):
@@ -157,20 +137,19 @@ def test_a_mapped_corpus_is_the_one_in_memory(folder, file, split):
     assert all((a.inputs == b.inputs).all() for a, b in zip(*batches, strict=True))
 
 
-def test_auto_splits_a_mapped_corpus_by_document(folder, file):
+def test_auto_splits_a_mapped_corpus_by_document_and_text_is_not_mixed_in(folder, file):
     assert [corpus.split for corpus in corpora(folder, file)] == ["by_file", "by_document"]
+    assert str(file) in refusal(lambda: read_corpus(TextConfig(paths=(str(folder), str(file)))))
 
 
 def test_several_files_are_one_corpus(tmp_path):
-    names = [f"{number}.tokens" for number in range(12)]
-    for number, name in enumerate(names):
-        write(tmp_path / name, *(bytes([number * 3 + n]) * 20 for n in range(3)))
+    for number in range(12):
+        write(tmp_path / f"{number}.tokens", *(bytes([number * 3 + n]) * 20 for n in range(3)))
     options = {"sequence_length": 8, "split": "by_file", "validation_fraction": 0.4}
     corpus = read_corpus(TextConfig(paths=(str(tmp_path),), **options))
     assert corpus.documents == 36
-    held, learned = (
-        {int(token) // 3 for token in side[:] if token != BEGIN} for side in (corpus.validation, corpus.train)
-    )
+    splits = corpus.validation, corpus.train
+    held, learned = ({int(token) // 3 for token in tokens[:] if token != BEGIN} for tokens in splits)
     assert held | learned == set(range(12))
     assert not held & learned
     assert len(corpus.train) == len(learned) * 63
@@ -178,19 +157,19 @@ def test_several_files_are_one_corpus(tmp_path):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
 def test_a_slice_of_a_stream_is_that_of_its_tokens(lengths, data):
-    tokens = np.arange(100, 100 + sum(lengths), dtype=np.uint16)
-    ends = np.cumsum(lengths)
+    tokens, ends = np.arange(100, 100 + sum(lengths), dtype=np.uint16), np.cumsum(lengths)
 
-    class Held:
+    class InMemory:
         digests = np.zeros(len(lengths), dtype=np.uint64)
 
         def read(self, start, stop):
             return tokens[start:stop].copy()
 
-    Held.ends = ends
-    kept = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
-    pieces = np.array([[ends[n] - lengths[n], ends[n]] for n in kept])
-    stream = Stream([(Held(), pieces[: len(kept) // 2]), (Held(), pieces[len(kept) // 2 :])], begin=7)
+    InMemory.ends = ends
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+    pieces = np.array([[ends[n] - lengths[n], ends[n]] for n in chosen])
+    half = len(chosen) // 2
+    stream = Stream([(InMemory(), pieces[:half]), (InMemory(), pieces[half:])], begin=7)
     whole = [7 if at == start else int(tokens[at]) for start, stop in pieces for at in range(start, stop)]
     assert len(stream) == len(whole)
     start, stop = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole) + 3))
@@ -198,80 +177,59 @@ def test_a_slice_of_a_stream_is_that_of_its_tokens(lengths, data):
     assert stream.starts.tolist() == [at for at, token in enumerate(whole) if token == 7]
 
 
-def test_token_files_and_text_are_not_mixed(folder, file):
-    with pytest.raises(SeqmixError, match=r"token files and text cannot be read together: .*texts\.tokens is the one"):
-        read_corpus(TextConfig(paths=(str(folder), str(file))))
-
-
-# ---- what cannot be used
-
-
-def test_a_file_of_another_tokenizer_is_refused(file):
-    assert error(file, WideTokenizer()) == f"{file} was tokenized with bytes, and data.tokenizer is wide"
-
-
-@pytest.mark.parametrize("length", [0, 7, 100, HEADER, HEADER + 1, -1])
-def test_a_truncated_file_is_refused(file, length):
-    file.write_bytes(file.read_bytes()[:length])
-    assert error(file).startswith(f"{file} is damaged, truncated, or no token file: ")
-
-
-def test_a_longer_file_is_refused(file):
-    file.write_bytes(file.read_bytes() + b"x")
-    assert error(file).startswith(f"{file} is damaged, truncated, or no token file: ")
-
-
-def test_any_damaged_byte_behind_the_header_is_seen(file):
+def test_any_damaged_byte_and_any_other_length_is_seen(file):
     content = file.read_bytes()
+    for length in (0, 7, 100, HEADER, HEADER + 1, -1):
+        file.write_bytes(content[:length])
+        assert "truncated" in error(file)
+    file.write_bytes(content + b"x")
+    assert "damaged" in error(file)
     for at in range(HEADER, len(content), 7):
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert "is damaged: " in error(file)
+        assert "damaged" in error(file)
     file.write_bytes(content)
-    TokenFile(file, ByteTokenizer()).read(0, 10)
-
-
-def test_damage_is_told_where_it_is_read(tmp_path):
-    path = tmp_path / "a.tokens"
+    TokenFile(file, BYTES).read(0, 10)
+    # and reported where it is read
+    path = file.with_name("a.tokens")
     write(path, b"x" * 3 * BLOCK)
     content = bytearray(path.read_bytes())
     content[HEADER + 2 * (BLOCK + 5)] ^= 1
     path.write_bytes(content)
-    file = TokenFile(path, ByteTokenizer())
+    file = TokenFile(path, BYTES)
     file.read(0, BLOCK)
     file.read(2 * BLOCK, 3 * BLOCK)
-    with pytest.raises(SeqmixError, match=r"a.tokens is damaged: tokens from 65,536 on are not what was written"):
+    with pytest.raises(SeqmixError, match=r"a\.tokens .*65,536"):
         file.read(BLOCK - 1, BLOCK + 1)
 
 
-def test_other_files_are_no_token_files(tmp_path):
+def test_other_files_are_not_token_files(tmp_path):
     path = tmp_path / "a.tokens"
     path.write_text("some text, which is longer than a header's length")
-    assert error(path).startswith(f"{path} is damaged, truncated, or no token file: ")
+    error(path)
     header = json.dumps({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
-    assert error(path) == f"{path} is no token file: `seqmix tokenize` writes one"
-    assert error(tmp_path).startswith(f"the token file {tmp_path} cannot be read: ")
-    assert error(tmp_path / "no.tokens").startswith(f"the token file {tmp_path / 'no.tokens'} cannot be read: ")
-
-
-def test_a_newer_version_is_refused(file):
-    file.write_bytes(file.read_bytes().replace(b'"seqmix.tokens": "1"', b'"seqmix.tokens": "2"'))
-    assert error(file).startswith(f"{file} is a token file of version 2, and this seqmix reads version 1")
+    assert "seqmix tokenize" in error(path)
+    error(tmp_path)
+    error(tmp_path / "no.tokens")
+    write(path, b"one")
+    message = error(path, WideTokenizer())
+    assert all(part in message for part in (" bytes", "data.tokenizer", "wide"))
 
 
 @pytest.mark.parametrize(
-    ("written", "instead", "what"),
+    ("written", "instead", "named"),
     [
-        (b'"seqmix.tables"', b'"seqmix.fables"', "it lacks tables"),
-        (b'"digests": {', b'"dogests": {', "it lacks digests"),
-        (b'"seqmix.bytes": "1', b'"seqmix.bytes": "-', "its text has '-"),
-        (b'"I64", "shape": [', b'"U64", "shape": [', "its ends are U64 ["),
+        (b'"seqmix.tokens": "1"', b'"seqmix.tokens": "2"', "version 2"),
+        (b'"seqmix.tables"', b'"seqmix.fables"', "tables"),
+        (b'"digests": {', b'"dogests": {', "digests"),
+        (b'"seqmix.bytes": "1', b'"seqmix.bytes": "-', "'-"),
+        (b'"I64", "shape": [', b'"U64", "shape": [', "ends are U64 ["),
     ],
 )
-def test_a_header_that_says_something_else_is_one_sentence(tmp_path, written, instead, what):
+def test_a_header_of_something_else_is_refused(tmp_path, written, instead, named):
     path = tmp_path / "a.tokens"
     write(path, b"a" * 100)
     content = path.read_bytes()
     assert content.count(written) == 1
     path.write_bytes(content.replace(written, instead))
-    assert error(path).startswith(f"{path} is damaged: {what}")
+    assert named in error(path)

@@ -2,9 +2,9 @@
 
     STEPS=2000 pytest -s tests/training/test_memory_flat.py
 
-A tiny RetNet learns a text by the loop that the command runs, with an evaluation every ten steps and checkpoints after
-every hundred. After a tenth of the steps nothing may grow: a line through what is measured from there on may rise by
-`ALLOWED` at most to the end, and exactly as many tensors are alive after every evaluation. COMPILE=1 compiles blocks.
+A tiny RetNet is trained by the loop of the command, with an evaluation every ten steps and a checkpoint every hundred.
+After a tenth of the steps nothing may grow: a line through the measurements from there on may rise by `ALLOWED`, and
+exactly as many tensors are alive after every evaluation. COMPILE=1 compiles blocks.
 """
 
 import gc
@@ -24,27 +24,22 @@ from seqmix.training.memory import peak_memory
 from seqmix.training.trainer import Trainer
 
 STEPS = int(os.environ.get("STEPS", "60"))
-EVERY = 10
-"""Steps between evaluations."""
-ALLOWED = 2**21
-"""Bytes that the process may grow by."""
+EVERY = 10  # steps between evaluations
+ALLOWED = 2**21  # bytes that the process may grow by
 
 
 class Held(NamedTuple):
-    """What the process holds after an evaluation."""
+    """The memory of the process after an evaluation: bytes now, their peak, and tensors that came after the start."""
 
     step: int
     bytes: int
-    """In main memory now."""
     peak: int
-    """The most so far, in bytes."""
     tensors: int
-    """Alive, of those that came after the start."""
 
 
 def measured(steps: int, folder: Path, *, compiled: bool = False) -> Iterator[Held]:
-    """Train, and measure after every evaluation, the last one aside, which has more batches."""
-    words = np.array(["what", "was", "read", "is", "kept", "and", "written", "again", "by", "others"])
+    """Train, and measure after every evaluation but the final one, which has more batches."""
+    words = np.array(["what", "was", "read", "is", "saved", "and", "written", "again", "by", "others"])
     (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 10_000)))
     changes = [
         *("model.d_model=32", "model.n_layers=2", "model.dropout=0.1", "data.sequence_length=64"),
@@ -55,38 +50,35 @@ def measured(steps: int, folder: Path, *, compiled: bool = False) -> Iterator[He
     try:
         for event in train(load_config("retnet-tiny", changes), folder / "run"):
             if isinstance(event, Started):
-                gc.freeze()  # what is there already is not looked at again and again
+                gc.freeze()  # older objects are not counted again and again
             while isinstance(event, Saved) and not event.folder.exists():
                 time.sleep(0.01)  # the copies that are written are alive until then
             if isinstance(event, Evaluated) and not event.final:
                 gc.collect()
                 alive = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
-                yield Held(event.step, _resident(), peak_memory(torch.device("cpu")) or 0, alive)
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                yield Held(event.step, resident, peak_memory(torch.device("cpu")) or 0, alive)
     finally:
         gc.unfreeze()
 
 
-def settled(held: Sequence[Held]) -> list[Held]:
-    """What was measured after a tenth of the steps, when caches are full."""
+def warm(held: Sequence[Held]) -> list[Held]:
+    """The measurements after a tenth of the steps, when caches are full."""
     return [each for each in held if each.step > held[-1].step / 10]
 
 
 def growth(held: Sequence[Held]) -> float:
-    """Bytes by which a line through all measurements rises from the first to the last."""
+    """Bytes by which a line through all measurements rises."""
     steps = [each.step for each in held]
     slope = np.polyfit(steps, [each.bytes for each in held], 1)[0]
     return float(slope * (steps[-1] - steps[0]))
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_nothing_comes_to_stay(tmp_path):
     found = list(measured(STEPS, tmp_path, compiled="COMPILE" in os.environ))
     for each in found[:: max(len(found) // 10, 1)]:
         print(f"step {each.step:,}: {each.bytes / 2**20:.1f} MiB, at most {each.peak / 2**20:.1f}; {each.tensors:,}")
-    held = settled(found)
+    held = warm(found)
     assert held[-1].step == STEPS - EVERY
     assert len({each.tensors for each in held}) == 1
     if STEPS >= 200:  # a line through fewer is no line
@@ -95,20 +87,16 @@ def test_nothing_comes_to_stay(tmp_path):
 
 
 def test_a_tensor_that_stays_is_seen(tmp_path, monkeypatch):
-    kept, step = [], Trainer.train_step
+    line = [Held(step, 1000 + 3 * step, 0, 0) for step in range(0, 100, 10)]
+    assert (round(growth(line)), warm(line)[0].step) == (270, 10)
+    leaked, step = [], Trainer.train_step
 
     def leaking(self: Trainer, number: int):
         # from the kernel, never out of what tests before this one have freed
-        kept.append(torch.frombuffer(mmap.mmap(-1, 2**18), dtype=torch.float32).fill_(1))
+        leaked.append(torch.frombuffer(mmap.mmap(-1, 2**18), dtype=torch.float32).fill_(1))
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "train_step", leaking)
-    held = settled(list(measured(60, tmp_path)))
+    held = warm(list(measured(60, tmp_path)))
     assert [each.tensors - held[0].tensors for each in held] == [0, 10, 20, 30, 40]
     assert growth(held) > ALLOWED
-
-
-def test_growth_is_that_of_a_line():
-    held = [Held(step, 1000 + 3 * step, 0, 0) for step in range(0, 100, 10)]
-    assert round(growth(held)) == 270
-    assert settled(held)[0].step == 10

@@ -1,4 +1,4 @@
-"""What GPUs can do at most, found by the names that their driver gives."""
+"""Peak FLOP/s of GPUs, by the names that their driver gives."""
 
 import pytest
 import torch
@@ -6,23 +6,11 @@ import torch
 from seqmix.training.peak_flops import PEAKS, peak_flops, peak_of
 
 DEVICES = {
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 NVL": 835,
-    "NVIDIA H200": 989,
-    "NVIDIA H200 NVL": 836,
-    "NVIDIA GH200 480GB": 989,
-    "NVIDIA B200": 2250,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100 80GB PCIe": 312,
-    "NVIDIA A10G": 70,
-    "NVIDIA L4": 121,
-    "NVIDIA L40S": 362,
-    "NVIDIA GeForce RTX 4090": 165,
-    "NVIDIA GeForce RTX 4090 Laptop GPU": None,
-    "NVIDIA L40": None,
-    "NVIDIA A10": None,
-    "Some Other Device": None,
+    **{"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989},
+    **{"NVIDIA H200 NVL": 836, "NVIDIA GH200 480GB": 989, "NVIDIA B200": 2250, "NVIDIA A100-SXM4-80GB": 312},
+    **{"NVIDIA A100 80GB PCIe": 312, "NVIDIA A10G": 70, "NVIDIA L4": 121, "NVIDIA L40S": 362},
+    **{"NVIDIA GeForce RTX 4090": 165, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA L40": None},
+    **{"NVIDIA A10": None, "Some Other Device": None},
 }
 
 
@@ -32,10 +20,7 @@ def test_a_device_is_known_by_its_name(name):
     assert peak_of(name, torch.bfloat16) == (None if expected is None else expected * 1e12)
 
 
-def test_float32_is_without_tensor_cores():
+def test_float32_is_without_tensor_cores_and_a_cpu_has_no_peak():
     assert peak_of("NVIDIA H100 80GB HBM3", torch.float32) == 67e12
     assert all(float32 < bfloat16 for bfloat16, float32 in PEAKS.values())
-
-
-def test_a_cpu_has_none():
     assert peak_flops(torch.device("cpu"), torch.float32) is None

@@ -1,4 +1,4 @@
-"""What a run says of the machine that computed it."""
+"""What a run records of the machine that computed it."""
 
 import json
 import subprocess
@@ -22,12 +22,13 @@ def test_a_session_is_a_line(config_of, tmp_path):
         assert all(line[name] for name in ("time", "python", "processor", "cores", "system"))
 
 
-@pytest.fixture
-def repository(tmp_path):
+def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
     def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
 
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit(tmp_path) is None
     try:
         git("init")
     except OSError:
@@ -35,19 +36,10 @@ def repository(tmp_path):
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-m", "one")
-    return tmp_path, git("rev-parse", "HEAD").stdout.strip()
-
-
-def test_the_commit_is_that_of_the_working_directory(repository):
-    folder, head = repository
-    (folder / "another").write_text("not of it")
-    assert git_commit(folder) == head
-    (folder / "file").write_text("two")
-    assert git_commit(folder) == f"{head}+"
-
-
-def test_without_a_repository_or_git_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit(tmp_path) is None
+    head = git("rev-parse", "HEAD").stdout.strip()
+    (tmp_path / "another").write_text("not of it")
+    assert git_commit(tmp_path) == head
+    (tmp_path / "file").write_text("two")
+    assert git_commit(tmp_path) == f"{head}+"
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path) is None

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
+from runs import refusal, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from seqmix import SeqmixError, build_model, load_run, train
+from seqmix import build_model, load_run
 from seqmix.models import ByteTokenizer
 from seqmix.training import CheckpointError, RunConfig, export_run, read_config
 from seqmix.training.checkpoint import checkpoints
@@ -17,7 +18,7 @@ from seqmix.training.checkpoint import checkpoints
 @pytest.fixture
 def run(config_of, tmp_path):
     every = ("training.evaluate_every=100", "training.checkpoint_every=2", "training.keep_checkpoints=9")
-    list(train(config_of(*every, "model.tie_embeddings=true"), tmp_path / "run"))
+    run_of(config_of(*every, "model.tie_embeddings=true"), tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -29,12 +30,8 @@ def same(one, two) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def refusal(action) -> str:
-    with pytest.raises(CheckpointError) as raised:
-        action()
-    assert isinstance(raised.value, SeqmixError)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+def refused(action) -> str:
+    return refusal(action, CheckpointError)
 
 
 def test_any_checkpoint_is_read(run):
@@ -45,28 +42,18 @@ def test_any_checkpoint_is_read(run):
     assert not same(weights(load_run(run)), weights(load_run(run, choice=4)))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_read(run):
-    file = checkpoints(run)[-1] / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    told = []
-    model = load_run(run, tell=told.append)
-    assert same(weights(model), load_file(checkpoints(run)[-2] / "model.safetensors"))
-    (note,) = told
-    assert note.startswith(f"{file} is damaged: it has ")
-    assert note.endswith("; passed over")
-    with pytest.warns(UserWarning, match="is damaged"):
-        load_run(run)
-
-
-def test_damaged_moments_do_not_matter(run):
+def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_moments_do_not_matter(run):
     (checkpoints(run)[-1] / "optimizer.safetensors").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = load_run(run)
-    assert same(weights(model), load_file(checkpoints(run)[-1] / "model.safetensors"))
-
-
-# ---- one file
+        assert same(weights(load_run(run)), load_file(checkpoints(run)[-1] / "model.safetensors"))
+    file, notes = checkpoints(run)[-1] / "model.safetensors", []
+    file.write_bytes(file.read_bytes()[:-1])
+    assert same(weights(load_run(run, tell=notes.append)), load_file(checkpoints(run)[-2] / "model.safetensors"))
+    (note,) = notes
+    assert note.startswith(f"{file} is damaged")
+    with pytest.warns(UserWarning, match="is damaged"):
+        load_run(run)
 
 
 def test_a_file_has_weights_and_configuration(run, tmp_path):
@@ -77,8 +64,7 @@ def test_a_file_has_weights_and_configuration(run, tmp_path):
     assert (metadata["format"], metadata["seqmix.step"]) == ("pt", "4")
     assert RunConfig.model_validate(json.loads(metadata["seqmix.config"])) == read_config(run)
     model = load_run(file)
-    assert not model.training
-    assert model.config == read_config(run).model
+    assert (model.training, model.config) == (False, read_config(run).model)
     assert same(weights(model), weights(load_run(run, choice=4)))
     assert model.head.weight is model.embedding.weight
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -99,54 +85,38 @@ def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
     assert load_run(tmp_path / "model.safetensors").tokenizer.vocabulary.decode() == '{"of": "the run, ä"}'
 
 
-def test_how_it_was_trained_may_be_of_another_version(run, tmp_path):
-    export_run(run, tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors")
-    config = json.loads(read_config(run).model_dump_json()) | {"training": {"of": "another time"}}
-    save_file(tensors, tmp_path / "b.safetensors", {"seqmix.config": json.dumps(config)})
-    assert same(weights(load_run(tmp_path / "b.safetensors")), tensors)
-
-
-def test_nothing_is_overwritten(run, tmp_path):
+def test_a_file_that_is_there_or_cannot_be_written_is_named(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    assert "exists already" in refusal(lambda: export_run(run, tmp_path / "mine"))
+    for file in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
+        assert refused(lambda file=file: export_run(run, file)).startswith(f"{file} ")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(run, tmp_path):
-    (tmp_path / "file").touch()
-    message = refusal(lambda: export_run(run, tmp_path / "file" / "model.safetensors"))
-    assert message.startswith(f"{tmp_path / 'file' / 'model.safetensors'} cannot be written: ")
+def test_only_the_model_must_be_of_this_version(run, tmp_path):
+    file = tmp_path / "model.safetensors"
+    export_run(run, file)
+    tensors, config = load_file(file), read_config(run).model_dump_json()
+    older = json.dumps(json.loads(config) | {"training": {"of": "another time"}})
+    save_file(tensors, file, {"seqmix.config": older})
+    assert same(weights(load_run(file)), tensors)
+    # and weights of another model are refused
+    del tensors["norm.weight"]
+    save_file(tensors, file, {"seqmix.config": config})
+    message = refused(lambda: load_run(file))
+    assert message.startswith(f"{file} ")
+    assert message.endswith("norm.weight")
 
 
 FOREIGN = {
-    "no safetensors": (lambda file, tensors: file.write_text("weights"), "is damaged or no safetensors file"),
-    "no configuration": (lambda file, tensors: save_file(tensors, file), "needs a file of `seqmix export`"),
-    "a configuration of something else": (
-        lambda file, tensors: save_file(tensors, file, {"seqmix.config": '{"model": {"layers": 3}}'}),
-        "has a configuration that cannot be used",
-    ),
-    "a configuration that is none": (
-        lambda file, tensors: save_file(tensors, file, {"seqmix.config": "[3]"}),
-        "has a configuration that cannot be used",
-    ),
+    "not safetensors": lambda file, tensors: file.write_text("weights"),
+    "no configuration": lambda file, tensors: save_file(tensors, file),
+    "another configuration": lambda file, x: save_file(x, file, {"seqmix.config": '{"model": {"layers": 3}}'}),
+    "not a configuration": lambda file, tensors: save_file(tensors, file, {"seqmix.config": "[3]"}),
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_of_something_else_is_one_sentence(config_of, tmp_path, kind):
-    make, sentence = FOREIGN[kind]
+def test_a_file_of_something_else_is_named(config_of, tmp_path, kind):
     file = tmp_path / "model.safetensors"
-    make(file, weights(build_model(config_of().model)))
-    message = refusal(lambda: load_run(file))
-    assert message.startswith(str(file))
-    assert sentence in message
-
-
-def test_weights_of_another_model_are_one_sentence(run, tmp_path):
-    file = tmp_path / "model.safetensors"
-    export_run(run, file)
-    tensors = load_file(file)
-    del tensors["norm.weight"]
-    save_file(tensors, file, {"seqmix.config": read_config(run).model_dump_json()})
-    assert refusal(lambda: load_run(file)) == f"{file} is of another model: it lacks norm.weight"
+    FOREIGN[kind](file, weights(build_model(config_of().model)))
+    assert refused(lambda: load_run(file)).startswith(f"{file} ")

@@ -1,10 +1,10 @@
-"""The presets of every mixer: trained alike."""
+"""The presets of every mixer, under identical conditions."""
 
 from seqmix import MIXERS
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 
-def test_the_presets_have_one_mixer_each_and_are_trained_alike():
+def test_the_presets_have_one_mixer_each_and_identical_conditions():
     presets = single_kind_presets()
     assert {"retnet-tiny", "attention-tiny", "linear-tiny", "mamba2-tiny"} <= set(presets)
     assert "hybrid-tiny" not in presets

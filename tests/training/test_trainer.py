@@ -1,0 +1,191 @@
+"""One training step and one evaluation: loss, gradients, state, precision."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from runs import DROPOUT
+from torch.testing import assert_close
+
+from seqmix import build_model
+from seqmix.mixers.state import to_dict
+from seqmix.models import IGNORED
+from seqmix.training.nonfinite import NotFiniteError
+from seqmix.training.optim import learning_rate
+from seqmix.training.trainer import Trainer
+
+FROZEN = "training.learning_rate=1.0e-30"
+CARRY = ("training.carry_state=true", FROZEN)
+
+
+@pytest.fixture
+def trainer_of(config_of):
+    """A trainer by plain gradient descent: a difference of the gradients shows in proportion."""
+
+    def make(*overrides, **options) -> Trainer:
+        config = config_of(*overrides, **options)
+        model = build_model(config.model, seed=config.seed)
+        return Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
+
+    return make
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count(trainer_of, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):  # short documents, by which every sequence has a boundary
+        (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
+    trainer = trainer_of(f"data.paths=[{tmp_path / 'texts'}]", "data.split=tail", "training.batch_size=16")
+    batch = trainer.source.training_batch(0, 16, seed=0)
+    counted = batch.targets != IGNORED
+    assert 0 < (~counted).sum() < counted.sum()
+    with torch.no_grad():
+        log_probabilities = trainer.model(batch.inputs).logits.log_softmax(-1)
+    expected = -log_probabilities[counted].gather(1, batch.targets[counted][:, None]).mean()
+    assert trainer.train_step(0).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_every_byte_of_the_split(trainer_of):
+    trainer, graphs = trainer_of("model.blocks.ret.dropout=0.5"), []
+    tokens = torch.from_numpy(trainer.source.corpus.validation.astype("int64"))
+    rows = (len(tokens) - 1) // 16
+    assert rows % 4, "the last batch is to be padded"
+    inputs, targets = (tokens[at : at + rows * 16].view(rows, 16) for at in (0, 1))
+    with torch.no_grad():
+        log_probabilities = trainer.model.eval()(inputs).logits.log_softmax(-1)
+    expected = -log_probabilities.gather(2, targets[..., None]).mean().item()
+    trainer.model.train()
+    trainer.model.norm.register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
+    assert trainer.evaluate(final=True).loss == pytest.approx(expected, rel=1e-5)
+    assert not any(graphs)
+
+
+def test_an_evaluation_reads_as_many_tokens_at_any_length_and_more_only_at_the_end(trainer_of):
+    trainer, shapes = trainer_of("training.evaluation_batches=2", "training.final_evaluation_batches=3"), []
+    trainer.model.embedding.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2])))
+    for options in ({}, {"final": True}, {"length": 8}, {"length": 64}):
+        trainer.evaluate(**options)
+    assert shapes == [(4, 16)] * 2 + [(4, 16)] * 3 + [(8, 8)] * 2 + [(1, 64)] * 2
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_micro_batches_are_the_batch(trainer_of, parts):
+    def after_a_step(parts):
+        trainer, calls = trainer_of("training.batch_size=8", f"training.grad_accum_steps={parts}"), []
+        evaluated = [trainer.evaluate(final=final).loss for final in (False, True)]
+        trainer.model.embedding.register_forward_hook(lambda *_: calls.append(1))
+        before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        loss, norm, rate = trainer.train_step(0)
+        assert len(calls) == parts
+        gradients = {name: (before[name] - p.detach()) / rate for name, p in trainer.model.named_parameters()}
+        return loss, norm, gradients, evaluated
+
+    loss, norm, gradients, evaluated = after_a_step(1)
+    loss_in_parts, norm_in_parts, gradients_in_parts, evaluated_in_parts = after_a_step(parts)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-6)
+    assert norm_in_parts == pytest.approx(norm, rel=1e-5)
+    assert evaluated_in_parts == pytest.approx(evaluated, rel=1e-6)
+    assert_close(gradients_in_parts, gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_micro_batches_weigh_by_their_number_of_targets(trainer_of, tmp_path):
+    # one part holds begin tokens and the other none: a mean of the parts' means would differ
+    (tmp_path / "one").write_text("abcdefgh" * 40)
+    for number in range(60):
+        (tmp_path / f"short{number}").write_text("ab")
+    paths = ", ".join(str(tmp_path / name) for name in ("one", *(f"short{n}" for n in range(60))))
+
+    def loss(parts):
+        trainer = trainer_of(f"data.paths=[{paths}]", "data.split=tail", f"training.grad_accum_steps={parts}")
+        counts = (trainer.source.training_batch(1, 4, seed=0).targets != IGNORED).sum(1)
+        assert counts.max() != counts.min()
+        return trainer.train_step(1).loss
+
+    assert loss(4) == pytest.approx(loss(1), rel=1e-6)
+
+
+def test_dropout_is_a_function_of_the_step(trainer_of):
+    # only dropout and data differ between steps, and the data are made the same
+    trainer, masks = trainer_of("model.dropout=0.5", FROZEN), []
+    trainer.model.blocks[0].register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
+    for step in (0, 1, 0):
+        trainer.train_step(step)
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_a_step_has_the_learning_rate_of_the_schedule(trainer_of):
+    trainer = trainer_of("training.schedule=linear", "training.final_lr_ratio=0.1")
+    rates = []
+    for step in range(6):
+        rates.append(trainer.train_step(step).learning_rate)
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == rates[-1:]
+    assert rates == [learning_rate(step, trainer.config.training) for step in range(6)]
+    assert len(set(rates)) == 5  # the warm-up's last is the decay's first
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [("1.0e-3", True), ("null", False), ("1.0e+6", False)])
+def test_the_gradient_is_clipped_to_its_norm(trainer_of, limit, clipped):
+    trainer = trainer_of(f"training.clip_norm={limit}")
+    before = [p.clone() for p in trainer.model.parameters()]
+    _, norm, rate = trainer.train_step(0)
+    moved = sum((a - b).square().sum() for a, b in zip(before, trainer.model.parameters(), strict=True)).sqrt() / rate
+    assert norm > 1e-2  # as it was
+    assert moved.item() == pytest.approx(1e-3 if clipped else norm, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)]
+)
+def test_bfloat16_is_autocast_where_asked_for(trainer_of, monkeypatch, precision, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer, seen = trainer_of(f"training.precision={precision}"), []
+    assert trainer.precision is dtype
+    trainer.model.blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    loss = trainer.train_step(0).loss
+    assert math.isfinite(trainer.evaluate().loss)
+    assert set(seen) == {dtype}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    exact = trainer_of("training.precision=float32").train_step(0).loss
+    assert loss == pytest.approx(exact, rel=1e-6 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_carried_state_is_that_of_the_preceding_text(trainer_of, accumulate):
+    """The loss of a step is that of reading the lane from its start: the steps before change nothing."""
+    trainer = trainer_of(*CARRY, f"training.grad_accum_steps={accumulate}")
+    batches = [trainer.batch(step) for step in range(4)]
+    for one, two in pairwise(batches):
+        assert torch.equal(one.targets[:, -1], two.inputs[:, 0])
+    with torch.no_grad():
+        lanes = torch.cat([batch.inputs for batch in batches], dim=1)
+        log_probabilities = trainer.model(lanes).logits.log_softmax(-1).chunk(4, dim=1)
+    for step, (batch, expected) in enumerate(zip(batches, log_probabilities, strict=True)):
+        loss = trainer.train_step(step).loss
+        assert loss == pytest.approx(-expected.gather(2, batch.targets[..., None]).mean().item(), rel=1e-5)
+        # gradients end at the boundary of a step
+        assert not any(leaf.requires_grad for leaf in to_dict(trainer.state).values())
+    assert trainer_of(*CARRY).train_step(3).loss != pytest.approx(loss, rel=1e-4)
+
+
+def test_the_state_is_reset_when_the_text_starts_again(trainer_of):
+    trainer, per_reading = trainer_of(*CARRY, "training.batch_size=16"), (2701 - 16) // (16 * 16)
+    losses = [trainer.train_step(step).loss for step in range(per_reading + 1)]
+    fresh = trainer_of(*CARRY, "training.batch_size=16")
+    assert losses[-1] == pytest.approx(fresh.train_step(per_reading).loss, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_parameter(trainer_of):
+    trainer = trainer_of()
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(NotFiniteError, match=r"nan.* gradient .*head\.weight"):
+        trainer.train_step(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_names_its_module(trainer_of):
+    trainer = trainer_of(*DROPOUT, "training.grad_accum_steps=2")
+    trainer.model.blocks[1].mixer.out_proj.weight.data[3, 3] = math.inf
+    with pytest.raises(NotFiniteError, match=r"nan.* blocks\.1\.mixer\.out_proj, .*weight"):
+        trainer.train_step(0)
