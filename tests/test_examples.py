@@ -1,9 +1,10 @@
-"""The example plug-in, without installing it: nothing in the library knows it, and a slip in it is found.
+"""The example plug-in, without installing it: nothing in the library knows it, and a slip in it is found. The notebook.
 
 And the report on the page about adding a mixer, which is what its example prints.
 """
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -76,3 +77,19 @@ def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch
     assert [float(n) for n in re.findall(number, printed)] == pytest.approx(
         [float(n) for n in re.findall(number, shown)], rel=1e-3
     )
+
+
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
+
+
+def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch):
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    namespace = {"__name__": "documentation"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
