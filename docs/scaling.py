@@ -1,4 +1,4 @@
-"""Write what docs/how-to/multi-gpu.md computes: `python docs/scaling.py`.
+"""Write what docs/how-to/multi-gpu.md and docs/appendix/estimates.md compute: `python docs/scaling.py`.
 
 What a context sends is counted in a layer of each tiny preset, on tensors without memory. Memory, traffic and time of
 the large model follow from `seqmix.account` by the formulas of the page.
@@ -18,7 +18,8 @@ from seqmix.models import ModelConfig, build_meta
 from seqmix.ops.context_parallel import ContextParallel
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
-TARGET = Path(__file__).with_name("how-to") / "multi-gpu.md"
+CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"
+ESTIMATES = Path(__file__).with_name("appendix") / "estimates.md"
 PRESET, LENGTH, SEQUENCES = "retnet-6.7b", 2048, 4
 """What is trained, tokens of a sequence, and sequences that a GPU computes at once."""
 LAYOUTS = (1, 8), (8, 8), (1, 64)
@@ -32,8 +33,11 @@ INSIDE, BETWEEN = 300e9, 40e9
 
 
 def files() -> dict[Path, str]:
-    """The page, with what is computed."""
-    return {TARGET: fill(TARGET, {"context": context_table(), "estimates": estimates()})}
+    """The pages, with what is computed."""
+    return {
+        CONTEXT: fill(CONTEXT, {"context": context_table()}),
+        ESTIMATES: fill(ESTIMATES, {"estimates": estimates()}),
+    }
 
 
 def context_table() -> list[str]:
