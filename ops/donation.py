@@ -1,4 +1,4 @@
-"""Whether the state that an op is given may be overwritten: where its owner says that it is not needed again."""
+"""Donation: whether an op may overwrite the state that it is given, because its owner does not need it again."""
 
 import threading
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _permission = _Permission()
 
 @contextmanager
 def donate_state() -> Iterator[None]:
-    """In here, in this thread, whoever is given a state may write the next one in its place.
+    """Inside this context, in this thread, an op may write the next state in place of the one it is given.
 
-    Without gradients only; and not in compiled code, which never looks.
+    Only without gradients, and in eager mode: compiled code ignores it.
     """
     before, _permission.given = _permission.given, True
     try:
@@ -28,6 +28,6 @@ def donate_state() -> Iterator[None]:
 
 
 def may_overwrite() -> bool:
-    """Whether the state that is given is not needed again."""
-    # a compiler would take what it sees for a constant, and keep it
+    """Whether the given state may be overwritten."""
+    # a compiler would make a constant of the flag
     return not torch.compiler.is_compiling() and _permission.given

@@ -36,7 +36,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a kernel is asked about: all that is known of its calls when a model is built, in the words of its op."""
+    """What a kernel may be asked to run: all that is known of its calls when a model is built."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,7 +56,7 @@ class Probe:
 
 
 class Key(NamedTuple):
-    """What a kernel is found by."""
+    """The name of a kernel."""
 
     op: str
     paradigm: Paradigm
@@ -67,7 +67,7 @@ class Key(NamedTuple):
 
 
 def takes_everything(probe: Probe) -> list[str]:  # noqa: ARG001
-    """The limits of a kernel that has none."""
+    """The limits of a kernel without any."""
     return []
 
 
@@ -79,39 +79,38 @@ class Kernel:
     """The family: "decay", "softmax"."""
     paradigm: Paradigm
     backend: str
-    """Whose code it is: "reference" and "sdpa" are torch's own, "triton" this library's."""
+    """The kernel backend: "reference" and "sdpa" are plain torch, "triton" is this library's."""
     function: Callable[..., Any]
-    """Of one value that describes the call (`Recurrence`, `Attention`), (output, final state or None); what it cannot
-    compute it refuses."""
+    """Takes one value that describes the call (`Recurrence`, `Attention`) and returns (output, final state or None);
+    raises a SeqmixError for what it cannot compute."""
     tolerances: Mapping[torch.dtype, float]
-    """The dtypes it takes. Of outputs, final states and gradients, every element lies within this of the definition in
+    """The supported dtypes. Every element of outputs, final states and gradients is within this of the definition in
     float64 on the same numbers, relative to the sum of the absolute values of the terms that the element adds up, and
     the mean of that over its head. What is smaller than the dtype's smallest normal number may be lost."""
     limits: Callable[[Probe], list[str]] = takes_everything
-    """Why it cannot run what it is asked about, beside the dtype: device, widths, features. No reason means it can."""
+    """The reasons, apart from the dtype, why it cannot run a call: device, widths, features. Empty if it can."""
     reference: bool = False
-    """Whether it runs wherever torch does and takes everything, so that it is there where no other is. An op has one of
-    each paradigm."""
+    """Whether it is the fallback: it runs wherever torch does and takes everything. An op has one per paradigm."""
     differences: bool = False
     """Whether it forms gradients of given log-decays as differences of sums: what is added and taken away again counts
     among the terms. Where decays are strong, that is all that is left."""
     higher_order: bool = False
-    """Whether it calls a higher-order op of torch, one that takes functions: such a call cannot be watched."""
+    """Whether it calls a higher-order op of torch, one that takes functions: a dispatch mode cannot intercept it."""
 
     @property
     def key(self) -> Key:
-        """What it is found by."""
+        """Its name."""
         return Key(self.op, self.paradigm, self.backend)
 
     def unsupported(self, probe: Probe) -> list[str]:
-        """The reasons why it cannot run what it is asked about; none if it can."""
+        """The reasons why it cannot run a call; empty if it can."""
         if probe.dtype in self.tolerances:
             return self.limits(probe)
         given, *taken = (str(dtype).removeprefix("torch.") for dtype in (probe.dtype, *self.tolerances))
         return [f"{self.key} takes {', '.join(taken)}, not {given}", *self.limits(probe)]
 
     def require(self, probe: Probe) -> None:
-        """Refuse what it cannot run, by a SeqmixError with the reasons."""
+        """Raise a SeqmixError with the reasons if it cannot run a call."""
         if reasons := self.unsupported(probe):
             raise SeqmixError("; ".join(reasons))
 
@@ -125,14 +124,14 @@ ON_DEMAND: Mapping[str, Sequence[str]] = {
     "flex": ("softmax.flex",),
     "xformers": ("softmax.xformers",),
 }
-"""Modules of this package that declare the kernels of a backend, imported when one of the backend's is looked for."""
+"""Modules of this package that declare the kernels of a backend, imported when one of them is looked up."""
 
 
 def declare(kernel: Kernel) -> Kernel:
-    """Make a kernel known.
+    """Register a kernel.
 
     Raises:
-        SeqmixError: there is one of its op, paradigm and backend.
+        SeqmixError: its op, paradigm and backend have one already.
     """
     if kernel.key in KERNELS:
         known = KERNELS[kernel.key].function
@@ -142,7 +141,7 @@ def declare(kernel: Kernel) -> Kernel:
 
 
 def all_kernels() -> dict[str, Kernel]:
-    """Every kernel by its name, those that are imported on demand too."""
+    """Every kernel by its name, including those imported on demand."""
     families = [f"{file.parent.name}.api" for file in sorted(Path(__file__).parent.glob("*/api.py"))]
     for module in (*families, *chain.from_iterable(ON_DEMAND.values())):
         import_module(f".{module}", __package__)
@@ -154,7 +153,7 @@ def declare_references(
     functions: Mapping[Paradigm, tuple[Callable[..., Any], Mapping[torch.dtype, float]]],
     backend: str = "reference",
 ) -> None:
-    """Make the kernels known that run wherever torch does: of each paradigm the function and its tolerances."""
+    """Declare the kernels that run wherever torch does: the function and tolerances of each paradigm."""
     for paradigm, (function, tolerances) in functions.items():
         declare(
             Kernel(op=op, paradigm=paradigm, backend=backend, function=function, tolerances=tolerances, reference=True)
@@ -162,7 +161,7 @@ def declare_references(
 
 
 def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """The kernel that was declared; where there is none, a SeqmixError names the nearest match."""
+    """A declared kernel; a SeqmixError names the nearest match if there is none."""
     key = Key(op, paradigm, backend)
     if key not in KERNELS:
         for module in ON_DEMAND.get(backend, ()):
@@ -174,7 +173,7 @@ def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
 
 
 def reference(op: str, paradigm: Paradigm) -> Kernel:
-    """The kernel of a paradigm that runs everywhere; the op's module has been imported.
+    """The kernel of a paradigm that runs everywhere; the op's module must have been imported.
 
     Raises:
         SeqmixError: none was declared.
@@ -186,7 +185,7 @@ def reference(op: str, paradigm: Paradigm) -> Kernel:
 
 
 def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """The kernel of a backend; the reference where that has none of this paradigm, or is `auto` and not resolved."""
+    """The kernel of a backend; the reference if it has none of this paradigm, or is an unresolved `auto`."""
     key = Key(op, paradigm, backend)
     if key not in KERNELS and not torch.compiler.is_compiling():
         for module in ON_DEMAND.get(backend, ()):
@@ -196,6 +195,6 @@ def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
 
 @cache
 def installed(library: str) -> bool:
-    """Whether a library is there, which is not imported for it."""
+    """Whether a library is installed, without importing it."""
     # an uninstalled package may leave a folder, which is not a package
     return getattr(find_spec(library), "origin", None) is not None

@@ -15,15 +15,15 @@ into chunks of C. Three bodies compute everything (triton_kernels.py):
     step         one token: the state is read, updated in place, and read out
 
 That a state between chunks and a band inside them is enough is Eq. 7 of the RetNet paper (arXiv 2307.08621) and its
-derivative; a band for all four products is what lets dq, dk and dv be one launch, which reads the chunk once. Decays a
-token and head, which the paper does not have, enter through the clocks of triton_kernels.py, and the gradient of
+derivative; a band for all four products is what lets dq, dk and dv be one launch, which reads the chunk once. Decays
+per token and head, which the paper does not have, enter through the clocks of triton_kernels.py, and the gradient of
 a log-decay is that of chunkwise.py.
 
 Accumulators, decays, and the states that walk are float32. What is stored between the bodies has the inputs' dtype,
 since it is an operand of a matrix product next; in float16 a state beyond 65,504 overflows there. Products of float32
 are float32, never TF32.
 
-This module needs no triton: it is imported where a kernel is launched.
+This module does not import triton: that happens where a kernel is launched.
 """
 
 import torch

@@ -8,12 +8,12 @@ is a function of two indices, which the compiler puts into the kernel; the place
 tensors that it reads there. Which tiles the kernel visits is decided by the lowest and highest place and document of
 each block of 128 queries or keys, so nothing here is as large as T x M:
 
-    none of it visible    by these bounds, the tile is passed over
-    all of it visible     by these bounds, the function is not asked
-    else                  it is asked for every pair, so a bound that is too wide costs time and never correctness
+    none of it visible    by these bounds, the tile is skipped
+    all of it visible     by these bounds, the function is not called
+    else                  it is called for every pair, so a bound that is too wide costs time, never correctness
 
-The kernel exists in compiled code. Where no compiler is at work, FlexAttention computes all scores at once: on a CPU,
-where that is of use in tests, it is left at that; on a GPU the call is compiled.
+The kernel exists in compiled code only. In eager mode FlexAttention materializes all scores: on a CPU, where tests use
+it, that is left as it is; on a GPU the call is compiled.
 
 FlexAttention is imported where it is called.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-"""Queries or keys that are passed over together; FlexAttention's own default."""
+"""Queries or keys that are skipped together; FlexAttention's own default."""
 
 MIN_WIDTH = 16
 """Of keys and values, in its kernels for GPUs: the smallest product that their matrix instructions have."""

@@ -2,7 +2,7 @@
 
     segment                        xformers' mask
     alone                          LowerTriangularMask
-    with as long a past a row      LowerTriangularFromBottomRightMask
+    all rows with equal caches     LowerTriangularFromBottomRightMask
       either, under a window       LowerTriangularFromBottomRightLocalAttentionMask
     packed documents               BlockDiagonalCausalMask
       under a window               BlockDiagonalCausalLocalAttentionMask
