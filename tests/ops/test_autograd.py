@@ -44,26 +44,26 @@ class Toy(NamedTuple):
 
 
 def fake(call):
-    kept = call.x.new_empty(call.x.shape if call.needs_grad else 0)
-    return call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape[:-1]), kept
+    scaled = call.x.new_empty(call.x.shape if call.needs_grad else 0)
+    return call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape[:-1]), scaled
 
 
 def forward(call):
     SEEN.append(torch.is_autocast_enabled("cpu"))
-    kept = call.factor * call.mask * call.x
-    y = kept if call.weight is None else kept * call.weight
+    scaled = call.factor * call.mask * call.x
+    y = scaled if call.weight is None else scaled * call.weight
     y = y.clone() if call.bias is None else y + call.bias
-    return y, y.sum(-1), kept.contiguous() if call.needs_grad else kept.new_empty(0)
+    return y, y.sum(-1), scaled.contiguous() if call.needs_grad else scaled.new_empty(0)
 
 
 def backward(call, gradients):
     SEEN.append((torch.is_autocast_enabled("cpu"), gradients.wanted, [d is not None for d in gradients.outputs]))
-    (d_y, d_sum), (kept,) = gradients.outputs, gradients.saved
+    (d_y, d_sum), (scaled,) = gradients.outputs, gradients.saved
     above = torch.zeros_like(call.x) if d_y is None else d_y
     above = above if d_sum is None else above + d_sum[..., None]
     weight = 1 if call.weight is None else call.weight
     # more than is wanted, and the bias too late: what is missing is zero
-    found = {"x": (call.factor * call.mask * above * weight).mT.contiguous().mT, "weight": (kept * above).sum((0, 1))}
+    found = {"x": (call.factor * call.mask * above * weight).mT.contiguous().mT, "weight": (scaled * above).sum((0, 1))}
     return found | ({} if call.negative else {"bias": above.sum((0, 1)).double()})
 
 
@@ -96,41 +96,35 @@ def gradients(outputs, call):
     return torch.autograd.grad(loss, leaves)
 
 
+def passes(op, arguments, **options):
+    assert set(torch.library.opcheck(op.default, arguments, **options).values()) == {"SUCCESS"}
+
+
 CALLS = list(product((True, False), (True, False), (None, [], [1, 2])))
 
 
 @pytest.mark.parametrize(("weight", "bias", "cuts"), CALLS)
 def test_outputs_and_gradients_are_those_of_torchs_operations(weight, bias, cuts):
     call = toy(weight=weight, bias=bias, cuts=cuts)
-    y, total, kept = OP(call)
-    assert kept.shape == call.x.shape
+    y, total, saved = OP(call)
+    assert saved.shape == call.x.shape
     exactly((y, total), plain(call))
     exactly(gradients((y, total), call), gradients(plain(call), call))
 
 
 @pytest.mark.parametrize(
     ("call", "grad"),
-    [
-        ((True, True, [1, 2]), ("x", "weight", "bias")),
-        ((True, False, []), ("x",)),
-        ((False, True, None), ("bias",)),
-        ((True, True, None), ()),
-        ((False, False, [1]), ()),
-    ],
+    [((True, True, [1, 2]), ("x", "weight", "bias")), ((False, True, None), ("bias",)), ((False, False, [1]), ())],
     ids=str,
 )
 def test_it_passes_opcheck(call, grad):
     weight, bias, cuts = call
     call = toy(weight=weight, bias=bias, cuts=cuts, grad=grad)
-    results = torch.library.opcheck(torch.ops.seqmix.test_toy.default, OP.checked(call))
-    assert set(results.values()) == {"SUCCESS"}
-    kept, wanted = OP(toy()._replace(x=call.x))[2], [True, weight, False]
-    arguments = (None, torch.randn(2, 3).double(), *OP.checked(toy()), kept.detach(), wanted)
-    arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    results = torch.library.opcheck(
-        torch.ops.seqmix.test_toy_backward.default, tuple(arguments), test_utils=("test_schema", "test_faketensor")
-    )
-    assert set(results.values()) == {"SUCCESS"}
+    passes(torch.ops.seqmix.test_toy, OP.checked(call))
+    saved, wanted = OP(toy()._replace(x=call.x))[2], [True, weight, False]
+    arguments = (None, torch.randn(2, 3).double(), *OP.checked(toy()), saved.detach(), wanted)
+    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    passes(torch.ops.seqmix.test_toy_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, False)])
@@ -145,13 +139,13 @@ def test_it_is_one_node_of_one_graph_for_all_sizes(weight, bias):
         outputs = compiled(call)
         exactly(outputs, plain(call))
         exactly(gradients(outputs, call), gradients(plain(call), call))
-        graphs = graphs or counter.frame_count  # a number that is no integer makes a compiler begin twice
+        graphs = graphs or counter.frame_count  # a number that is not an integer makes a compiler begin twice
     assert counter.frame_count == graphs
     targets = [node.target for node in counter.graphs[-1].graph.nodes if "test_toy" in str(node.target)]
     assert targets == [torch.ops.seqmix.test_toy.default]
 
 
-def test_it_is_told_whether_a_backward_pass_may_follow():
+def test_it_knows_whether_a_backward_pass_may_follow():
     assert [OP(toy(grad=grad))[2].numel() for grad in ((), ("x",), ("bias",))] == [0, 24, 24]
     with torch.no_grad():
         assert OP(toy())[2].numel() == 0
@@ -169,22 +163,18 @@ def test_a_gradient_that_is_not_wanted_is_not_returned(grad):
         if isinstance(leaf, Tensor):
             assert (leaf.grad is not None) == (name in grad)
     # and the backward op has nothing in its place
-    kept = torch.zeros_like(call.x).detach()
-    found = torch.ops.seqmix.test_toy_backward(torch.ones_like(kept), None, *call, kept, [True, False, False])
+    scaled = torch.zeros_like(call.x).detach()
+    found = torch.ops.seqmix.test_toy_backward(torch.ones_like(scaled), None, *call, scaled, [True, False, False])
     assert [x.numel() for x in found] == [24, 0, 0]
 
 
-def test_a_gradient_that_is_missing_is_zero():
-    call = toy(negative=True)
-    *_, of_bias = gradients(OP(call)[:2], call)
-    exactly(of_bias, torch.zeros(4, dtype=torch.float64))
-
-
-def test_a_gradient_lies_and_is_as_the_input():
-    call = toy(dtype=torch.float32)
-    for gradient, leaf in zip(gradients(OP(call)[:2], call), call[:3], strict=True):
+def test_gradients_are_zero_where_missing_and_have_the_layout_of_the_input():
+    call = toy(negative=True, dtype=torch.float32)
+    found = gradients(OP(call)[:2], call)
+    for gradient, leaf in zip(found, call[:3], strict=True):
         assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
         assert gradient.is_contiguous()
+    exactly(found[2], torch.zeros(4))
 
 
 def test_an_output_on_which_nothing_depends_has_no_gradient():
@@ -192,10 +182,10 @@ def test_an_output_on_which_nothing_depends_has_no_gradient():
     _, total, _ = OP(call)
     total.sum().backward()
     assert SEEN[-1][2] == [False, True]
-    # what is saved is no output, and its gradient is nobody's
-    _, _, kept = OP(toy())
+    # what is saved is not an output: its gradient is ignored
+    _, _, scaled = OP(toy())
     before = len(SEEN)
-    kept.sum().backward()
+    scaled.sum().backward()
     assert len(SEEN) == before
 
 
@@ -210,23 +200,22 @@ def test_activations_can_be_recomputed():
     exactly(gradients(recomputed, call), expected)
 
 
-def test_second_derivatives_are_refused_by_a_sentence():
+def test_second_derivatives_are_refused():
     call = toy()
     (gradient,) = torch.autograd.grad(OP(call)[0].square().sum(), call.x, create_graph=True)
-    with pytest.raises(SeqmixError, match=r"^test_toy has no second derivatives: its gradients cannot be") as error:
+    with pytest.raises(SeqmixError, match=r"test_toy.*second") as error:
         gradient.sum().backward()
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias"])
-def test_forward_mode_is_refused_by_a_sentence(name):
+def test_forward_mode_is_refused(name):
     call = toy(grad=())
-    with pytest.raises(SeqmixError, match=r"^test_toy has no forward-mode differentiation, only backward$"):
-        torch.func.jvp(lambda x: OP(call._replace(**{name: x}))[0], (getattr(call, name),), (getattr(call, name),))
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(getattr(call, name), torch.ones_like(getattr(call, name)))
-        with pytest.raises(SeqmixError, match="test_toy has no forward-mode"):
-            OP(call._replace(**{name: dual}))
+    x = getattr(call, name)
+    with pytest.raises(SeqmixError, match=r"test_toy.*forward-mode"):
+        torch.func.jvp(lambda x: OP(call._replace(**{name: x}))[0], (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(SeqmixError, match=r"test_toy.*forward-mode"):
+        OP(call._replace(**{name: forward_ad.make_dual(x, torch.ones_like(x))}))
 
 
 def test_autocast_is_off_inside_forward_and_backward():
@@ -239,9 +228,6 @@ def test_autocast_is_off_inside_forward_and_backward():
     assert [seen if isinstance(seen, bool) else seen[0] for seen in SEEN] == [False, False]
     assert_close((outputs, found), (plain(call), expected), rtol=1e-6, atol=1e-6)
     assert {x.dtype for x in (*outputs, *found)} == {torch.float32}
-
-
-# ---- one input, one output
 
 
 class Single(NamedTuple):
@@ -258,15 +244,12 @@ TWICE = Op(
 )
 
 
-def test_one_input_and_one_output_are_no_tuples_to_torch():
+def test_one_input_and_one_output_are_not_tuples_to_torch():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     (y,) = TWICE(Single(x))
     exactly(torch.autograd.grad(y.sum(), x), (torch.full_like(x, 2),))
-    assert set(torch.library.opcheck(torch.ops.seqmix.test_twice.default, (x,)).values()) == {"SUCCESS"}
+    passes(torch.ops.seqmix.test_twice, (x,))
     assert torch.autograd.gradcheck(lambda x: TWICE(Single(x)), x)
-
-
-# ---- an input that is written
 
 
 class Step(NamedTuple):
@@ -296,8 +279,7 @@ def test_an_input_may_be_written_in_place():
     (y,) = ADD(Step(x, state))
     exactly((y, state), (2 * (1 + x), 1 + x))
     assert (state.data_ptr(), state._version > version) == (where, True)
-    results = torch.library.opcheck(torch.ops.seqmix.test_add.default, (x, state))
-    assert set(results.values()) == {"SUCCESS"}
+    passes(torch.ops.seqmix.test_add, (x, state))
 
 
 def test_a_compiler_sees_that_it_is_written():
@@ -305,11 +287,6 @@ def test_a_compiler_sees_that_it_is_written():
         return [ADD(Step(x, state))[0] for _ in range(2)], 3 * state
 
     x, states = torch.randn(3), [torch.ones(3), torch.ones(3)]
-    found, expected = (
-        function(x, state)
-        for function, state in zip(
-            (torch.compile(steps, fullgraph=True, backend="aot_eager"), steps), states, strict=True
-        )
-    )
-    exactly(found, expected)
+    compiled = torch.compile(steps, fullgraph=True, backend="aot_eager")
+    exactly(compiled(x, states[0]), steps(x, states[1]))
     exactly(*states)

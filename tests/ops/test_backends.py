@@ -20,6 +20,11 @@ ON_GPU = replace(PROBE, device=torch.device("cuda"))
 CHUNKWISE = reference("decay", Paradigm.CHUNKWISE)
 
 
+needs_triton = pytest.mark.skipif(
+    find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton"
+)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered():
     choose.cache_clear()
@@ -38,27 +43,26 @@ def test_auto_is_the_reference_on_a_cpu():
     assert choose("softmax", "auto", PROBE) == dict.fromkeys(Paradigm, "sdpa")
 
 
-@pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
-def test_auto_is_what_passes_its_trial_and_is_told_once(trial, caplog):
+@needs_triton
+def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog):
     caplog.set_level(logging.INFO, logger="seqmix")
     trial(None)
     triton = {Paradigm.PARALLEL: "reference", Paradigm.RECURRENT: "triton", Paradigm.CHUNKWISE: "triton"}
     assert [choose("decay", "auto", ON_GPU) for _ in range(3)] == [triton] * 3
-    assert caplog.messages == [f"decay {name} on cuda in torch.float32: triton" for name in ("chunkwise", "recurrent")]
+    for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
+        assert all(word in message for word in ("decay", paradigm, "cuda", "float32", "triton"))
     assert described("decay", triton) == "triton"
 
 
-@pytest.mark.skipif(find("decay", Paradigm.CHUNKWISE, "triton").unsupported(ON_GPU) != [], reason="needs triton")
+@needs_triton
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
     trial(None)
     found = choose("decay", backend, replace(ON_GPU, log_decay="B T H K"))
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
     assert described("decay", found) == "triton (recurrent)"
-    (told,) = caplog.messages
-    assert told.endswith(
-        "chunkwise on cuda in torch.float32: the reference, since one log-decay per key dimension is not supported"
-    )
+    (message,) = caplog.messages
+    assert all(word in message for word in ("chunkwise", "reference", "log-decay per key dimension"))
 
 
 def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
@@ -66,7 +70,7 @@ def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
     assert choose("decay", "auto", ON_GPU) == dict.fromkeys(Paradigm, "reference")
     assert len(caplog.messages) == 2
     for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
-        assert message.startswith(f"decay {paradigm} on cuda in torch.float32: the reference, since ")
+        assert f"decay {paradigm}" in message
 
 
 @pytest.mark.parametrize("log_decay", [None, "H", "B T H", "B T H K"])
@@ -81,7 +85,7 @@ def late(x):
     return output.roll(1, 1), state
 
 
-def forgets_the_state_s_gradient(x):
+def without_the_gradient_of_the_state(x):
     return decay_chunkwise(x._replace(initial_state=x.initial_state.detach() + 0 * x.initial_state))
 
 
@@ -96,18 +100,18 @@ def broken(x):
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    ("function", "named"),
     [
-        (late, "was wrong in a trial: output is off by 1.4e"),
-        (forgets_the_state_s_gradient, "was wrong in a trial: the gradient of initial_state is off by 1.0e"),
-        (half_a_chunk, "was wrong in a trial: final state is off by"),
-        (broken, "failed in a trial: RuntimeError: no code for this device"),
+        (late, ["output", "1.4e"]),
+        (without_the_gradient_of_the_state, ["gradient of initial_state", "1.0e"]),
+        (half_a_chunk, ["final state"]),
+        (broken, ["RuntimeError: no code for this device"]),
     ],
 )
-def test_a_trial_finds_what_is_wrong(function, reason):
+def test_a_trial_finds_what_is_wrong(function, named):
     found = disagreement(replace(CHUNKWISE, function=function), PROBE)
-    assert found is not None
-    assert found.startswith(f"decay/chunkwise/reference {reason}")
+    assert all(word in found for word in ("decay/chunkwise/reference", *named))
+    assert "\n" not in found
 
 
 def test_a_trial_of_a_step_is_one_token():
@@ -116,14 +120,17 @@ def test_a_trial_of_a_step_is_one_token():
     assert disagreement(counted, PROBE) is None
     assert read == [1]
     doubles = replace(step, function=lambda x: step.function(x._replace(q=2 * x.q)))
-    assert "output is off by 1.0e+00" in (disagreement(doubles, PROBE) or "")
+    assert "output" in disagreement(doubles, PROBE)
 
 
 def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
-    with pytest.raises(SeqmixError, match=r"backend fla cannot run: .*takes bfloat16, float16, not float32.*CUDA"):
+    with pytest.raises(SeqmixError, match=r"fla .*bfloat16, float16.* float32.*CUDA"):
         choose("decay", "fla", PROBE)
-    with pytest.raises(SeqmixError, match="decay has no backend 'flex'; there are auto, "):
+    with pytest.raises(SeqmixError, match=r"decay .*'flex'.* auto, "):
         choose("decay", "flex", PROBE)
+    config = load_config("retnet-tiny", ["model.blocks.ret.mixer.backend=fla"])
+    with pytest.raises(SeqmixError, match=r"model\.blocks\.ret\.mixer: .*fla"):
+        build_model(config.model)
 
 
 def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
@@ -142,21 +149,14 @@ def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
     assert {(probe.device.type, probe.dtype) for _, probe in asked} == {("cpu", torch.bfloat16)}
 
 
-def test_a_model_says_which_block_names_a_backend_that_cannot_run():
-    config = load_config("retnet-tiny", ["model.blocks.ret.mixer.backend=fla"])
-    with pytest.raises(SeqmixError, match=r"model\.blocks\.ret\.mixer: backend fla cannot run: "):
-        build_model(config.model)
-
-
 @torch.no_grad()
 def test_the_layer_calls_the_backend_that_was_resolved(monkeypatch):
-    attention = load_config("attention-tiny", ["model.blocks.attn.mixer.backend=flex"]).model
-    plain = load_config("attention-tiny").model
+    plain = build_model(load_config("attention-tiny").model).eval()
+    model = build_model(load_config("attention-tiny", ["model.blocks.attn.mixer.backend=flex"]).model).eval()
     tokens = torch.arange(20)[None]
-    model = build_model(attention).eval()
     called = []
     flex = find("softmax", Paradigm.PARALLEL, "flex")
     counted = replace(flex, function=lambda x: called.append(1) or flex.function(x))
     monkeypatch.setitem(module.KERNELS, flex.key, counted)
-    torch.testing.assert_close(model(tokens).logits, build_model(plain).eval()(tokens).logits)
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
     assert len(called) == 4

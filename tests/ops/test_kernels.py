@@ -1,4 +1,4 @@
-"""Every declared kernel keeps what it declares, wherever it can run; and what declarations and reports say."""
+"""Every declared kernel against its contract, wherever it can run; declarations and reports."""
 
 import os
 import textwrap
@@ -21,9 +21,7 @@ from seqmix.testing import (
     check_kernel,
     kernel_check,
     parametrize_kernels,
-    reproduce_kernel,
 )
-from seqmix.testing.parametrize import BoundCheck
 
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
 PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=16, value_width=16)
@@ -47,9 +45,6 @@ def test_every_paradigm_has_a_reference(op, paradigm):
     ]
 
 
-# ---- declarations
-
-
 def interpreted_only(probe):
     """The limits of a kernel that is written in Triton."""
     if probe.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -67,7 +62,8 @@ def test_reasons_are_those_of_the_dtype_and_of_the_limits(monkeypatch):
     (reason,) = TRITON.unsupported(PROBE)
     assert "TRITON_INTERPRET=1" in reason
     dtype, reason = TRITON.unsupported(replace(PROBE, dtype=torch.bfloat16))
-    assert dtype == "decay/chunkwise/stand-in takes float32, not bfloat16"
+    assert "decay/chunkwise/stand-in" in dtype
+    assert "bfloat16" in dtype
     assert "TRITON_INTERPRET=1" in reason
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert TRITON.unsupported(PROBE) == []
@@ -106,31 +102,26 @@ def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
     assert refused.status is Status.PASSED
     assert dtypes > {torch.float32}
     assert drift.status is Status.SKIPPED
-    assert "declares nothing that this asks for" in drift.reason
+    assert "decay/chunkwise/stand-in" in drift.reason
 
 
 def test_a_kernel_is_declared_once_and_found(monkeypatch):
     monkeypatch.setattr("seqmix.ops.kernels.KERNELS", dict(KERNELS))
     assert declare(TRITON) is TRITON
     assert find("decay", Paradigm.CHUNKWISE, "stand-in") is TRITON
-    with pytest.raises(
-        SeqmixError, match=r"there is a kernel decay/chunkwise/stand-in already: seqmix.ops.decay.chunkwise.decay_ch"
-    ):
+    with pytest.raises(SeqmixError, match=r"decay/chunkwise/stand-in .*decay_chunkwise"):
         declare(TRITON)
-    with pytest.raises(SeqmixError, match=r"there is no kernel decay/chunkwise/referense.*decay/chunkwise/reference"):
+    with pytest.raises(SeqmixError, match=r"referense.*decay/chunkwise/reference"):
         find("decay", Paradigm.CHUNKWISE, "referense")
 
 
 def test_references_refuse_what_they_would_round():
     q = torch.ones(1, 2, 1, 1, dtype=torch.int64)
     for function in (decay_recurrence, softmax_attention):
-        with pytest.raises(SeqmixError, match=r"q, k and v must have one dtype of float64, .*; given are int64, int64"):
+        with pytest.raises(SeqmixError, match=r"float64, .* int64, int64"):
             function(q, q, q, paradigm=Paradigm.PARALLEL)
-        with pytest.raises(SeqmixError, match="given are float32, float64, float32"):
+        with pytest.raises(SeqmixError, match="float32, float64, float32"):
             function(q.float(), q.double(), q.float())
-
-
-# ---- reports
 
 
 def off_by_a_step(x):
@@ -146,51 +137,27 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     monkeypatch.setitem(KERNELS, WRONG.key, WRONG)
     (outcome,) = check_kernel(WRONG, checks=["outputs_are_the_definitions"]).outcomes
     assert outcome.status is Status.FAILED
-    first, what, where, *rest = outcome.reason.splitlines()
-    assert first.startswith("the kernel decay/chunkwise/off_by_a_step fails outputs_are_the_definitions: Output and")
-    assert what == "against the definition:"
-    assert where.startswith("  the output differs in 2 of 2 elements in head 0 of 1, by up to ")
-    assert ", first at step 0, head 0, row 0, V 0: " in where
+    named = ["decay/chunkwise/off_by_a_step", "outputs_are_the_definitions", "2 of 2", "step 0, head 0, row 0, V 0"]
+    assert all(words in outcome.reason for words in named)
     assert outcome.case == DecayCase(lengths=(2,), chunk_size=1)
+    rest = outcome.reason.splitlines()
     snippet = textwrap.dedent("\n".join(rest[rest.index("To reproduce:") + 1 :]))
-    with pytest.raises(CheckFailure, match="the output differs in 2 of 2"):
+    with pytest.raises(CheckFailure, match="2 of 2"):
         exec(snippet)
 
 
 def test_a_case_is_shown_as_python():
     case = DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, cu_seqlens_dtype=torch.int32)
-    shown = "DecayCase(dtype=torch.float16, lengths=(3, 0), packed=True, cu_seqlens_dtype=torch.int32)"
-    assert repr(case) == shown
-    assert eval(shown) == case
-
-
-def test_one_case_can_be_run():
-    reproduce_kernel("gradients_are_the_definitions", REFERENCE, DecayCase(lengths=(3,), grad=("q", "k")))
-    with pytest.raises(CheckFailure, match="the gradient of v differs in"):
-        reproduce_kernel("gradients_are_the_definitions", WRONG, DecayCase(lengths=(3,), grad=("v",)))
-
-
-def test_a_failure_may_be_expected():
-    name = "outputs_are_the_definitions"
-    (outcome,) = check_kernel(WRONG, checks=[name], expected_failures={name: "steps"}).outcomes
-    assert (outcome.status, outcome.reason) == (Status.EXPECTED_FAILURE, "steps")
-    (outcome,) = check_kernel(REFERENCE, checks=[name], examples=10, expected_failures={name: "steps"}).outcomes
-    assert outcome.status is Status.FAILED
-    assert "passed, and was expected to fail: steps" in outcome.reason
-    mark = parametrize_kernels([WRONG], expected_failures={str(WRONG.key): {name: "steps"}}).mark
-    bound: BoundCheck = mark.args[1][list(KERNEL_CHECKS).index(name)].values[0]
-    with pytest.raises(pytest.xfail.Exception, match="steps"):
-        bound()
+    assert eval(repr(case)) == case
+    assert "seed" not in repr(case)  # what is a default is left out
 
 
 def test_what_does_not_exist_is_refused():
-    with pytest.raises(
-        SeqmixError, match=r"there is no check 'outputs_are_the_definition'.*outputs_are_the_definitions"
-    ):
+    with pytest.raises(SeqmixError, match=r"'outputs_are_the_definition'.*outputs_are_the_definitions"):
         check_kernel(REFERENCE, checks=["outputs_are_the_definition"])
-    with pytest.raises(SeqmixError, match="the op hyena has no definition to test kernels by; ops that have: decay"):
+    with pytest.raises(SeqmixError, match=r"hyena .*decay"):
         check_kernel(replace(REFERENCE, op="hyena"))
-    with pytest.raises(ValueError, match="there is a check outputs_are_the_definitions already"):
+    with pytest.raises(ValueError, match="outputs_are_the_definitions"):
         kernel_check(share=1)(KERNEL_CHECKS["outputs_are_the_definitions"].test)
 
 

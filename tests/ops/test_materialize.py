@@ -1,4 +1,4 @@
-"""What should be formed once is formed once: seen in the code that inductor writes for a CPU."""
+"""What should be computed once is computed once: seen in the code that inductor writes for a CPU."""
 
 import re
 
@@ -29,7 +29,7 @@ def loops_around(source: str, call: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "loops"), [(materialize, 1), (lambda x, dim: x, 2)], ids=["materialized", "as it is"])
-def test_a_decay_is_not_formed_for_every_entry_of_a_state(form, loops):
+def test_a_decay_is_not_recomputed_for_every_entry_of_a_state(form, loops):
     torch._dynamo.reset()
 
     def step(state):

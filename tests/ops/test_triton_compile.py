@@ -85,7 +85,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """In place of the module of jitted functions: keeps what would be launched."""
+    """In place of the module of jitted functions: records what would be launched."""
 
     def __init__(self) -> None:
         self.kernels = triton_launch.kernels()
@@ -122,7 +122,7 @@ def chunkwise(
     shapes = {None: None, "H": (heads,), "B T H": (1, length, heads)}
     a = None if decay is None else torch.zeros(shapes[decay], requires_grad=learned)
     q, k, v = (torch.zeros(1, length, heads, width, dtype=dtype).requires_grad_() for width in (widths[0], *widths))
-    borders = torch.tensor([0, length // 2, length]) if packed else None
+    boundaries = torch.tensor([0, length // 2, length]) if packed else None
     state = torch.zeros(2 if packed else 1, heads, *widths, requires_grad=True)
     recorder = Recorder()
     with (
@@ -131,7 +131,7 @@ def chunkwise(
         patch.object(decay_triton, "configuration_of", lambda _: configuration),
     ):
         found = decay_recurrence(
-            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=borders, backend="triton"
+            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=boundaries, backend="triton"
         )
         torch.autograd.backward([found.output, found.final_state], [v.detach(), state.detach()])
     return recorder.launches
@@ -155,11 +155,11 @@ class Needs(NamedTuple):
     """What a compiled kernel takes."""
 
     registers: int
-    """A thread."""
+    """Per thread."""
     spilled: int
-    """Bytes a thread, of the stack or of local memory: registers that did not suffice."""
+    """Bytes per thread, of the stack or of local memory: registers that did not suffice."""
     shared: int
-    """Bytes a block."""
+    """Bytes per block."""
     tensor_cores: int
     """Warpgroup products in the code."""
     old_tensor_cores: int
@@ -172,7 +172,7 @@ class Needs(NamedTuple):
         narrow = recorded.arguments.get("x", recorded.arguments.get("q")) if products else None
         faults = []
         if self.spilled:
-            faults.append(f"spills {self.spilled} bytes a thread")
+            faults.append(f"spills {self.spilled} bytes per thread")
         if self.shared > SHARED_LIMIT:
             faults.append(f"takes {self.shared} bytes of shared memory, of {SHARED_LIMIT}")
         if self.registers * threads > 65536:
@@ -276,7 +276,7 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
 def main(words: list[str]) -> int:
     """Compile the whole table, or of it what has all the words in its name; the number of what does not fit."""
     start, seen, wrong = time.perf_counter(), set(), 0
-    print(f"Triton {triton.__version__}, sm_90; registers a thread, bytes of shared memory, warpgroup products")
+    print(f"Triton {triton.__version__}, sm_90; registers per thread, bytes of shared memory, warpgroup products")
     for name, launches in everything():
         for recorded in launches if all(word in name.split() for word in words) else []:
             source = recorded.source()
