@@ -1,28 +1,21 @@
-"""The delta family against flash-linear-attention's plain references (fla-core 0.6.0), and the Gated DeltaNet layer
-against transformers' Qwen3-Next.
-
-All cast to float32 inside: agreement is to 3e-5.
+"""The delta family against flash-linear-attention's plain references, and the Gated DeltaNet layer against
+transformers' Qwen3-Next.
 """
 
 import math
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from inspect import unwrap
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
+from fla_oracles import agree, loaded, needs_fla, with_gradients
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.ops.delta import delta_rule
 
-# not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
-needs_fla = pytest.mark.skipif(
-    getattr(find_spec("fla"), "origin", None) is None, reason="needs pip install --no-deps fla-core"
-)
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
 
 PARADIGMS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
@@ -41,16 +34,8 @@ every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
 
 
 def theirs(oracle):
-    """One of their functions, by its file, with the arguments of ours: it gives output and final state, or None.
-
-    These are plain torch, but importing fla needs triton, and takes seconds.
-    """
-    op = "gated_delta_rule" if ORACLES[oracle] else "delta_rule"
-    path = Path(find_spec("fla").submodule_search_locations[0], "ops", op, "naive.py")
-    spec = spec_from_file_location(f"fla_naive_{op}", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, oracle)
+    """One of their functions with the arguments of ours: it gives output and final state, or None."""
+    function = getattr(loaded("gated_delta_rule" if ORACLES[oracle] else "delta_rule"), oracle)
 
     def heads_first(*arguments):
         output, state = function(*arguments)
@@ -62,7 +47,7 @@ def theirs(oracle):
     return {
         "delta_rule_recurrence": lambda q, k, v, b, a, s: heads_first(*swapped(q, k, v, b), s),
         "delta_rule_chunkwise": lambda q, k, v, b, a, s: heads_first(*swapped(q, k, v, b), 16),
-        # what it calls the second is no state
+        # what it calls the second is not a state
         "delta_rule_parallel": lambda q, k, v, b, a, s: (heads_first(*swapped(q, k, v, b), 32, 16)[0], None),
         "naive_recurrent_gated_delta_rule": lambda q, k, v, b, a, s: function(q, k, v, b, a, None, s, True),
         "naive_chunk_gated_delta_rule": lambda q, k, v, b, a, s: function(q, k, v, a, b, CHUNK, None, s, True),
@@ -82,20 +67,6 @@ def ours(paradigm, *arguments, **options):
     *segment, state = arguments
     how = {"paradigm": paradigm, "chunk_size": CHUNK}
     return delta_rule(*segment, initial_state=state, output_final_state=True, **how, **options)
-
-
-def with_gradients(function, arguments):
-    """Output, final state, and the gradient of each argument (None where it plays no part)."""
-    arguments = [None if x is None else x.clone().requires_grad_() for x in arguments]
-    results = [x for x in function(*arguments) if x is not None]
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in results)
-    gradients = torch.autograd.grad(loss, [x for x in arguments if x is not None], allow_unused=True)
-    return [x.detach() for x in results], gradients
-
-
-def agree(actual, expected):
-    assert_close(actual, expected, rtol=3e-5, atol=3e-5)
 
 
 @needs_fla
@@ -122,11 +93,11 @@ def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
 @every_paradigm
 @pytest.mark.parametrize("oracle", ["delta_rule_recurrence", "naive_recurrent_gated_delta_rule"])
 def test_packed_documents_are_theirs_one_by_one(oracle, paradigm):
-    borders = [0, 5, 6, 40, T]
+    boundaries = [0, 5, 6, 40, T]
     *segment, _ = inputs(ORACLES[oracle], batch=1)
     states = torch.randn(4, H, K, V, generator=torch.Generator().manual_seed(2))
-    output, final = ours(paradigm, *segment, states, cu_seqlens=torch.tensor(borders))
-    for n, (start, end) in enumerate(pairwise(borders)):
+    output, final = ours(paradigm, *segment, states, cu_seqlens=torch.tensor(boundaries))
+    for n, (start, end) in enumerate(pairwise(boundaries)):
         document = (None if x is None else x[:, start:end] for x in segment)
         agree([output[:, start:end], final[n : n + 1]], list(theirs(oracle)(*document, states[n : n + 1])))
 

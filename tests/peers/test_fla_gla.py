@@ -1,39 +1,25 @@
-"""GLA, gated retention and lightning attention around flash-linear-attention's recurrences (fla-core 0.6.0).
+"""GLA, gated retention and lightning attention around flash-linear-attention's recurrences.
 
-fla-core has no layers: their recurrence stands between our projections and a norm written out. Their plain references
-cast to float32 inside: agreement is to 3e-5.
+fla-core has no layers: their recurrence stands between our projections and a norm written out.
 """
 
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
+from fla_oracles import agree, loaded, needs_fla
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_retention import GatedRetentionConfig
 from seqmix.mixers.gla import GLAConfig
 from seqmix.mixers.lightning import LightningConfig
 
-# not importorskip: it would also skip where fla is installed and its import fails; an uninstalled one leaves a folder
-INSTALLED = getattr(find_spec("fla"), "origin", None) is not None
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs pip install --no-deps fla-core")
+pytestmark = needs_fla
 
 B, T, D_MODEL, N_HEADS = 2, 40, 48, 3
 every_paradigm = pytest.mark.parametrize("paradigm", list(Paradigm))
-
-
-def loaded(op, file):
-    """One of their modules, by its file: importing fla needs triton, and takes seconds."""
-    path = Path(find_spec("fla").submodule_search_locations[0], "ops", op, f"{file}.py")
-    spec = spec_from_file_location(f"fla_{op}_{file}", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def layer(config, **place):
@@ -61,13 +47,13 @@ def agree_in_pieces(ours, paradigm, x, theirs):
         second, state = function(x[:, 17:], state)
         y, memory = torch.cat((first, second), 1), getattr(state, "memory", state)
         results.append((y, memory, *torch.autograd.grad((y * x.detach().cos()).sum(), [x, *parameters])))
-    assert_close(*results, rtol=3e-5, atol=3e-5, check_dtype=False)
+    agree(*results)
 
 
 @every_paradigm
 def test_gla_is_theirs(paradigm):
     ours, x = layer(GLAConfig(n_heads=N_HEADS, gate_logit_normalizer=2.0, chunk_size=16))
-    recurrence = loaded("gla", "naive").naive_recurrent_gla
+    recurrence = loaded("gla").naive_recurrent_gla
 
     def theirs(x, state):
         q, k, v, gate = heads(ours, x)
@@ -83,7 +69,7 @@ def test_gla_is_theirs(paradigm):
 def test_gated_retention_is_their_simple_gla(paradigm):
     config = GatedRetentionConfig(n_heads=N_HEADS, gate_logit_normalizer=2.0, rotation="none", chunk_size=16)
     ours, x = layer(config)
-    recurrence = loaded("simple_gla", "naive").naive_recurrent_simple_gla
+    recurrence = loaded("simple_gla").naive_recurrent_simple_gla
 
     def theirs(x, state):
         q, k, v, gate, logits = heads(ours, x)
@@ -96,7 +82,7 @@ def test_gated_retention_is_their_simple_gla(paradigm):
 @every_paradigm
 @pytest.mark.parametrize("layer_idx", [0, 3])
 def test_lightning_with_transnormers_decays_is_theirs(paradigm, layer_idx, monkeypatch):
-    recurrence = loaded("simple_gla", "naive").naive_recurrent_simple_gla
+    recurrence = loaded("simple_gla").naive_recurrent_simple_gla
 
     def chunk_simple_gla(q, k, v, scale, g_gamma, initial_state, output_final_state, **options):
         return recurrence(q, k, v, g_gamma.expand(q.shape[:3]), scale, initial_state, output_final_state)

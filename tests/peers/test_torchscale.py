@@ -40,7 +40,7 @@ def torchscale():
             from torchscale.architecture.config import RetNetConfig
             from torchscale.architecture.retnet import RetNetRelPos
             from torchscale.component.multiscale_retention import MultiScaleRetention
-        finally:  # nobody else may find modules that were built on stubs
+        finally:  # no other test may find modules that were built on stubs
             for name in [name for name in sys.modules if name.split(".")[0] == "torchscale"]:
                 del sys.modules[name]
     return SimpleNamespace(Config=RetNetConfig, RelPos=RetNetRelPos, Retention=MultiScaleRetention)
@@ -98,18 +98,14 @@ def agree(actual, expected):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_output_and_gradient_are_those_of_their_modes(torchscale, paradigm, mode):
+def test_output_gradient_and_state_are_those_of_their_modes(torchscale, paradigm, mode):
     pair = Pair(torchscale)
     ours = pair.with_gradient(lambda x: pair.ours(x, paradigm=paradigm)[0])
     agree(ours, pair.with_gradient(lambda x: pair.their_mode(mode, x)))
-
-
-@pytest.mark.parametrize("paradigm", PARADIGMS)
-@torch.no_grad()
-def test_state_is_theirs(torchscale, paradigm):
-    pair = Pair(torchscale)
-    state = pair.ours(pair.x, paradigm=paradigm, return_state=True)[1]
-    agree(state.memory, pair.recurrent(pair.x)[1])
+    if mode == "recurrent":
+        with torch.no_grad():
+            state = pair.ours(pair.x, paradigm=paradigm, return_state=True)[1]
+            agree(state.memory, pair.recurrent(pair.x)[1])
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -133,7 +129,7 @@ def test_rotation_and_row_normaliser_are_theirs(torchscale):
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 def test_without_the_head_norm_only_their_recurrent_mode_is_ours(torchscale, paradigm):
-    # their parallel mode also divides by max(|sum of scores|, 1), which no recurrence can form; their chunks moreover
+    # their parallel mode also divides by max(|sum of scores|, 1), which no recurrence can form; their chunks also
     # count a row's decays from the start of its chunk
     pair = Pair(torchscale, normed=False)
     ours = pair.with_gradient(lambda x: pair.ours(x, paradigm=paradigm)[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch.testing import assert_close
+from transformer_models import LENGTH, VOCAB, agree, compare_logits, state_dict
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
@@ -24,8 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 PARADIGMS = list(Paradigm)
-D_MODEL, N_HEADS, VOCAB, WINDOW = 48, 4, 50, 7
-LENGTH = 30
+D_MODEL, N_HEADS, WINDOW = 48, 4, 7
 FIELDS = {
     "hidden_size": D_MODEL,
     "intermediate_size": 64,
@@ -47,7 +47,7 @@ def mixer_weights(theirs):
 
 
 def layers(n_kv_heads):
-    """Their layer as a function of x, positions and cache, its configuration, and ours with the same weights."""
+    """Their layer as a function of x, and ours with the same weights."""
     torch.manual_seed(0)
     config = LlamaConfig(**FIELDS, num_key_value_heads=n_kv_heads)
     theirs, rotary = LlamaAttention(config, layer_idx=0).double(), LlamaRotaryEmbedding(config)
@@ -56,11 +56,10 @@ def layers(n_kv_heads):
     ours = ours.build(D_MODEL, layer_idx=0, n_layers=1).double()
     ours.load_state_dict(mixer_weights(theirs))
 
-    def function(x, start=0, cache=None):
-        positions = torch.arange(start, start + x.shape[1])[None]
-        return theirs(x, rotary(x, positions), None, cache)[0]  # without a mask it is causal
+    def function(x):
+        return theirs(x, rotary(x, torch.arange(x.shape[1])[None]), None)[0]  # without a mask it is causal
 
-    return function, config, ours
+    return function, ours
 
 
 def models(window):
@@ -76,29 +75,22 @@ def models(window):
     ffn = {"kind": "swiglu", "expansion": 64 / D_MODEL}
     blocks = {"attn": {"mixer": mixer, "ffn": ffn, "norm": norm}}
     ours = build_model(ModelConfig(d_model=D_MODEL, n_layers=2, vocab_size=VOCAB, blocks=blocks, norm=norm))
-    weights = {
-        "embedding.weight": theirs.model.embed_tokens.weight,
-        "norm.weight": theirs.model.norm.weight,
-        "head.weight": theirs.lm_head.weight,
-    }
-    for i, block in enumerate(theirs.model.layers):
-        weights |= {f"blocks.{i}.mixer.{name}": x for name, x in mixer_weights(block.self_attn).items()}
-        weights[f"blocks.{i}.mixer_norm.weight"] = block.input_layernorm.weight
-        weights[f"blocks.{i}.ffn_norm.weight"] = block.post_attention_layernorm.weight
-        weights |= {f"blocks.{i}.ffn.{name}": x for name, x in block.mlp.state_dict().items()}
+    layers = [
+        {f"mixer.{name}": x for name, x in mixer_weights(block.self_attn).items()}
+        | {"mixer_norm.weight": block.input_layernorm.weight, "ffn_norm.weight": block.post_attention_layernorm.weight}
+        | {f"ffn.{name}": x for name, x in block.mlp.state_dict().items()}
+        for block in theirs.model.layers
+    ]
+    weights = state_dict(theirs.model.embed_tokens, theirs.model.norm, theirs.lm_head, layers)
     ours = ours.double()
     ours.load_state_dict(weights)
     return theirs, ours
 
 
-def agree(actual, expected):
-    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @pytest.mark.parametrize("n_kv_heads", [1, 2, N_HEADS])
 def test_a_layers_output_and_gradient_are_llamas(n_kv_heads, paradigm):
-    theirs, _, ours = layers(n_kv_heads)
+    theirs, ours = layers(n_kv_heads)
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     results = []
     for function in (lambda x: ours(x, paradigm=paradigm)[0], theirs):
@@ -109,37 +101,12 @@ def test_a_layers_output_and_gradient_are_llamas(n_kv_heads, paradigm):
     agree(*results)
 
 
-@pytest.mark.parametrize("paradigm", PARADIGMS)
-@torch.no_grad()
-def test_a_layer_decodes_after_a_prompt_as_llamas_with_its_cache(paradigm):
-    theirs, config, ours = layers(n_kv_heads=2)
-    x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
-    cache = DynamicCache(config=config)
-    y, state = ours(x[:, :20], paradigm=paradigm, return_state=True)
-    agree(y, theirs(x[:, :20], 0, cache))
-    for t in range(20, LENGTH):
-        y, state = ours.step(x[:, t : t + 1], state)
-        agree(y, theirs(x[:, t : t + 1], t, cache))
-    agree(state.keys, rearrange(cache.layers[0].keys, "b g s (pair k) -> b s g (k pair)", pair=2))
-    agree(state.values, cache.layers[0].values.transpose(1, 2))
-
-
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "mistral"])
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @torch.no_grad()
 def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm, window):
     theirs, ours = models(window)
-    tokens = torch.randint(VOCAB, (2, LENGTH))
-    logits = theirs(tokens, use_cache=False).logits
-    agree(ours(tokens, paradigm=paradigm).logits, logits)
-    packed = ours(tokens.reshape(1, -1), paradigm=paradigm, cu_seqlens=torch.tensor([0, LENGTH, 2 * LENGTH]))
-    agree(packed.logits, logits.reshape(1, -1, VOCAB))
-    cache, state = DynamicCache(config=theirs.config), None
-    for piece in [slice(0, 12), slice(12, 20), *(slice(t, t + 1) for t in range(20, LENGTH))]:
-        output = ours(tokens[:, piece], state, paradigm=paradigm, return_state=True)
-        state = output.state
-        agree(output.logits, logits[:, piece])
-        agree(output.logits, theirs(tokens[:, piece], None, None, cache).logits)
+    compare_logits(ours, theirs, {"past_key_values": DynamicCache(config=theirs.config)}, paradigm)
 
 
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
