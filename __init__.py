@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 _ROOMS = ("registry", "mixers", "models", "training")
-"""Where the names above live, from the ground up: one that is found is imported with what it imports itself."""
+"""The packages of the names above, lowest layer first: importing one imports only those below it."""
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a room, imported when it is asked for: the command answers --help without torch."""
+    """A public name or a package, imported on first use: the command answers --help without torch."""
     if name in _ROOMS:
         return import_module(f".{name}", __name__)
     if name in __all__:

@@ -1,49 +1,50 @@
-"""The `seqmix` command: a table of commands, each imported when it is called, and one sentence for what goes wrong."""
+"""The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
 import atexit
 import os
+import platform
 import signal
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from inspect import cleandoc
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
-    "train": "Train a model.",
-    "generate": "Continue a text with a trained model.",
-    "evaluate": "Measure a trained model at longer texts than it has learned from.",
-    "export": "Write a trained model to one safetensors file, with its configuration in the metadata.",
-    "tokenize": "Tokenize text once, into a file that training maps instead of reading.",
-    "mixers": "List the registered mixers and what they declare.",
-    "check": "Test that a mixer or a kernel keeps the contract, or show the smallest case in which it does not.",
-    "bench": "Measure speed and memory beside what is installed of other implementations.",
-    "bench-gpu": "Measure all that a GPU is needed for: kernels, conformance, benchmarks, the paper's comparisons.",
+    "train": "Train a model from a preset or a YAML file, or resume a run.",
+    "generate": "Generate text with a trained model.",
+    "evaluate": "Evaluate a trained model on the validation split, at sequence lengths beyond that of training.",
+    "export": "Export a trained model to one safetensors file, with its configuration in the metadata.",
+    "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
+    "mixers": "List the available mixers and their traits: paradigms, state, packing.",
+    "check": "Test a mixer or a kernel against the contract, and show the smallest failing case.",
+    "bench": "Benchmark throughput, latency and peak memory against other installed implementations.",
+    "bench-gpu": "Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
-    "paper": "Measure claims of the RetNet paper, each by its name.",
-    "plot": "Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.",
-    "show": "Show what a model costs, by layer, without allocating it: parameters, operations, state, activations.",
-    "schema": "Print the JSON schema of a configuration, for editors that complete YAML.",
+    "paper": "Reproduce claims of the RetNet paper by name.",
+    "plot": "Plot the metrics of runs: loss, learning rate, gradient norm, throughput, memory.",
+    "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
+    "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }
 """Each is a function in a file of its name in commands/, which has its options; the line here begins its docstring."""
 
 
 class LazyGroup(TyperGroup):
-    """The commands: their names and lines are known, and the one that is called is imported. torch takes seconds."""
+    """The commands: names and summaries are known; only the command called is imported, as torch takes seconds."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types have moved between versions
-        """The command that a command line names, with its options."""
+        """The command named on the command line, with its options."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, imported(str(name)), rest
 
 
 def imported(name: str) -> TyperCommand:
-    """A command with the options of its function, whose docstring is the help."""
+    """A command with the options of its function; the docstring is its help."""
     word = name.replace("-", "_")
     function = getattr(import_module(f".commands.{word}", __package__), word)
-    # the terminal breaks lines: typer would break them where a docstring does, too
+    # the terminal wraps lines; typer would also keep the line breaks of the docstring
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name, help="\n\n".join(paragraphs))(function)
@@ -52,22 +53,36 @@ def imported(name: str) -> TyperCommand:
     return command
 
 
+def print_versions(asked: bool) -> None:
+    """Print the versions and exit; torch's comes from its metadata, as importing it is slow."""
+    if asked:
+        own, torch = import_module(str(__package__)).__version__, metadata.version("torch")
+        typer.echo(f"seqmix {own} (torch {torch}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_versions, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train, evaluate and benchmark language models whose sequence mixer is a plug-in, from one YAML file."""
+
+
 def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
-    # as `python -m` does: a configuration may name classes of modules that lie here (kind: my_mixers:MyConfig)
+    # as `python -m` does: a configuration may name classes of modules in this folder (kind: my_mixers:MyConfig)
     sys.path.insert(0, "")
     columns = os.environ.get("COLUMNS", "")
-    if not columns.isdecimal() or int(columns) == 0:  # 0 is said where nobody knows, and nothing would be printed
+    if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
         os.environ.pop("COLUMNS", None)
-    commands = LazyGroup(
-        name="seqmix",
-        help="Sequence mixers as plug-ins: train a language model from one YAML file, swap its mixer, generate.",
-        commands={name: TyperCommand(name, help=line) for name, line in COMMANDS.items()},
-        no_args_is_help=True,
-        rich_markup_mode="rich",
-    )
+    app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+    app.callback()(options)
+    group = typer.main.get_group(app)
+    for name, line in COMMANDS.items():
+        group.add_command(TyperCommand(name, help=line))
     try:
-        commands(prog_name="seqmix")
+        group(prog_name="seqmix")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -77,19 +92,19 @@ def main() -> None:
             typer.secho(f"error: {sentence}", err=True, fg="red")
         sys.exit(2)
     finally:
-        # first of all, as what was registered last: torch's own ends take a while, and a second Ctrl-C is no news
+        # registered last, so called first: torch's exit handlers take a while, and a second Ctrl-C must be silent
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def explanation(error: Exception) -> str | None:
-    """One sentence for the user; nothing where another process says it; None for an error that is a bug."""
+    """One sentence for the user; empty if another process reports it; None for an error that is a bug."""
     from .registry import ElsewhereError, SeqmixError
 
     match error:
         case SeqmixError():
-            return "" if isinstance(error, ElsewhereError) or _said_by_another_process() else str(error)
+            return "" if isinstance(error, ElsewhereError) or _reported_by_another_process() else str(error)
         case OSError(filename=str() | bytes() | int()):
-            # what no command has foreseen of a file that was named: a name too long, a folder without permission
+            # what no command foresees about a file: a name that is too long, a folder without permission
             return f"{error.filename} cannot be used: {error.strerror}"
         case MemoryError() | RuntimeError():
             from .models import is_out_of_memory
@@ -100,8 +115,8 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
-def _said_by_another_process() -> bool:
-    """Whether another process of this machine meets the same error: what is wrong before processes have joined."""
+def _reported_by_another_process() -> bool:
+    """Whether another process of this machine has the same error: true before the process group exists."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     import torch.distributed as dist

@@ -1,1 +1,1 @@
-"""The commands: one file each, its options beside what it does."""
+"""The commands: one file each, with its options and what it does."""

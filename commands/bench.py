@@ -83,7 +83,7 @@ def bench(
         Path | None, typer.Option("--plot", help="Draw time and memory: .html, .svg, .png, .pdf.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Measure speed and memory beside what is installed of other implementations.
+    """Benchmark throughput, latency and peak memory against other installed implementations.
 
     All models have as many parameters, run warm, and take turns in one run. Ratios are to the first; shares are of
     what the machine can do at most, measured in the same rounds. What cannot run is shown with its reason.

@@ -1,4 +1,4 @@
-"""`seqmix bench-gpu`: what a machine with a GPU is asked in one go."""
+"""`seqmix bench-gpu`: everything that needs a GPU, in one command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +11,22 @@ from ..registry import SeqmixError, require_name
 
 
 def bench_gpu(
-    out: Annotated[Path, typer.Option(help="The folder that figures are written to.")],
-    only: Annotated[list[str] | None, typer.Option(help="Run these parts alone.", metavar="|".join(GROUPS))] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds a part may take.")] = 600.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only these parts; may be repeated.", metavar="|".join(GROUPS))
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Time limit per part, in seconds.")] = 600.0,
 ) -> None:
-    """Measure all that a GPU is needed for: kernels, conformance, benchmarks, the paper's comparisons.
+    """Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.
 
-    Every part runs in a process of its own; a crash loses nothing else, and what was measured is not measured again.
+    Each part runs in its own process: a crash ends only that part. Finished parts are skipped when you run it again.
 
     [bold]seqmix bench-gpu --out gpu[/bold]
     """
     for name in only or ():
         require_name("part", name, GROUPS)
     if not torch.cuda.is_available():
-        raise SeqmixError("this measures on a GPU, and torch finds none")
+        raise SeqmixError("bench-gpu needs a CUDA GPU, and torch finds none")
     memory = torch.cuda.get_device_properties(0).total_memory
     parts = [part for part in plan(memory) if not only or part.group in only]
     outcomes = measure(parts, out, lambda part, file: run_process(part, file, seconds=time_limit), typer.echo)

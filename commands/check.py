@@ -54,7 +54,7 @@ def check(
         bool, typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers.")
     ] = True,
 ) -> None:
-    """Test that a mixer or a kernel keeps the contract, or show the smallest case in which it does not.
+    """Test a mixer or a kernel against the contract, and show the smallest failing case.
 
     A kind is checked in all its options, a configuration as it stands. Exits with 1 if a check fails.
 

@@ -1,4 +1,4 @@
-"""`seqmix compare`: a study from its file to its results, and what the terminal shows of it."""
+"""`seqmix compare`: run a study from its file, and show its results on the terminal."""
 
 import shlex
 from pathlib import Path
@@ -21,17 +21,21 @@ from .study_progress import StudyProgress
 
 def compare(
     study: Annotated[
-        str | None, typer.Argument(help="A study's YAML file, or the name of one of --list.", metavar="STUDY")
+        str | None, typer.Argument(help="A study: a YAML file, or a name from --list.", metavar="STUDY")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The study's folder; studies/NAME by default.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at once; one a core or GPU by default.", min=1)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study and show it; train nothing.")] = False,
-    list_all: Annotated[bool, typer.Option("--list", help="List the studies that come with the package.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output folder; studies/NAME by default.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate the study and show its runs, without training.")
+    ] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the studies that the package ships.")] = False,
 ) -> None:
     """Train several models under identical conditions and compare them.
 
-    Every run is an ordinary one in the study's folder, and so are results.json, tables and a report. Called again, it
-    goes on where it was stopped. Exits with 1 if runs failed.
+    The study's folder holds every run, results.json, tables and an HTML report. Run the command again to resume a study
+    that was stopped. The exit status is 1 if runs failed.
 
     [bold]seqmix compare recall[/bold]
 
@@ -55,16 +59,16 @@ def compare(
     show(results, console)
     again = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
-        console.print(f"stopped, with a checkpoint of every run; go on with: {again}")
+        console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
         raise typer.Exit(130)
     console.print(f"{folder} has report.html, results.json, the tables and every run")
     if outcome.failed:
-        console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; try them again with: {again}")
+        console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the summary, what was the same for all, and what to know beside it."""
+    """Print the summary, the conditions that all runs share, and notes."""
     head, rows = summary_table(results)
     if rows:
         console.print(plain_table(*head, rows=rows, overflow="fold"))
@@ -73,7 +77,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def _show_plan(planned: Plan, console: Console) -> None:
-    """What would be made."""
+    """Print what would run."""
     if planned.study.question:
         console.print(planned.study.question)
     entries = [entry_result(entry) for entry in planned.entries]

@@ -1,4 +1,4 @@
-"""What commands print to: a terminal, or a file or pipe, which is as wide as it must be; tables and notes."""
+"""Console output: a terminal, or a file or pipe of unlimited width; tables and notes."""
 
 import os
 from collections.abc import Iterable
@@ -10,28 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 WIDE = 200
-"""Columns where there is no terminal, and no COLUMNS says how many: a table is not folded."""
+"""Columns without a terminal, unless COLUMNS is set: tables are not folded."""
 
 
 def terminal(*, quiet: bool = False) -> Console:
-    """A console of standard output; what is printed is no markup, as paths and names are not.
+    """A console on standard output, without markup: paths and names are printed as they are.
 
     Args:
-        quiet: whether it prints nothing.
+        quiet: whether to print nothing.
     """
     console = Console(markup=False, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width, console.soft_wrap = WIDE, True  # a line of a file is a line
+        console.width, console.soft_wrap = WIDE, True  # lines in a file are never wrapped
     return console
 
 
 def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: Any) -> Table:
-    """A table with lines above and below its heads alone, as narrow as its cells.
+    """A table as narrow as its cells, with lines only around the header.
 
     Args:
-        columns: the heads.
+        columns: the headers.
         rows: the cells.
-        options: those of rich's `add_column`, for all columns.
+        options: of rich's `add_column`, for all columns.
     """
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
@@ -42,5 +42,5 @@ def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: An
 
 
 def note(text: str) -> None:
-    """Say something beside what is printed, on standard error."""
+    """Print a note on standard error."""
     typer.secho(f"note: {text}", err=True, fg="yellow")

@@ -1,4 +1,4 @@
-"""`seqmix evaluate`: a run on texts of other lengths, as tables and JSON."""
+"""`seqmix evaluate`: validation loss by sequence length and by context length, as tables and JSON."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from .console import note, plain_table, terminal
 from .options import Checkpoint, Device, JsonFile, Run, checkpoint_choice, require_device, require_writable
 
 LARGEST_PARALLEL = 8192
-"""Tokens of a sequence up to which the quadratic paradigm is measured unasked."""
+"""The longest sequence that the quadratic paradigm evaluates by default, in tokens."""
 
 
 def evaluate(
@@ -25,8 +25,8 @@ def evaluate(
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="Tokens of a sequence; may be given several times. By default 1, 2, 4, 8 and 16 times those of "
-            "training, as far as the text goes.",
+            help="Sequence length in tokens; may be repeated. By default 1, 2, 4, 8 and 16 times the training length, "
+            "as far as the validation split allows.",
             min=1,
             metavar="TOKENS",
         ),
@@ -34,33 +34,33 @@ def evaluate(
     paradigm: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure by this one, and then by others; by default by each that all layers declare, and parallel "
-            "up to 8,192 tokens."
+            help="Paradigm (parallel, recurrent, chunkwise); may be repeated. By default all that every layer "
+            "declares, parallel only up to 8,192 tokens."
         ),
     ] = None,
     context: Annotated[
         list[int] | None,
         typer.Option(
-            help="Measure how the same tokens gain from so much text; may be given several times.",
+            help="Context length in tokens; may be repeated. The same tokens are scored after each context.",
             min=1,
             metavar="TOKENS",
         ),
     ] = None,
     scored: Annotated[
         int | None,
-        typer.Option(help="Tokens at the end that contexts are about; a quarter of the shortest by default.", min=1),
+        typer.Option(help="With --context: tokens scored; a quarter of the shortest context by default.", min=1),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(help="Tokens that are read at each length, about; a batch at least.", min=1)
+        int, typer.Option(help="Approximate number of tokens evaluated per length; at least one batch.", min=1)
     ] = 16384,
     checkpoint: Checkpoint = "newest",
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a trained model at longer texts than it has learned from.
+    """Evaluate a trained model on the validation split, at sequence lengths beyond that of training.
 
-    By length, with the loss by position in the sequence, in every paradigm; or by context: the same tokens after more
-    and less text.
+    By length: the loss, and the loss by position, in every paradigm. With --context: the loss of the same tokens after
+    contexts of several lengths.
 
     [bold]seqmix evaluate runs/retnet-tiny[/bold]
 
@@ -72,23 +72,23 @@ def evaluate(
     contexts = sorted(set(context or []))
     lengths = sorted(set(length or [])) or ([] if contexts else [times * trained for times in TIMES])
     source = open_text(config, run, [*(length or []), *contexts])
-    if not length:  # as far as the text goes
+    if not length:  # as far as the validation split allows
         available = len(source.corpus.validation)
         if (left_out := [each for each in lengths if each >= available]) and len(left_out) < len(lengths):
-            note(f"{source.name} has {available:,} validation tokens: nothing is measured at {_list(left_out)}")
+            note(f"{source.name} has {available:,} validation tokens: skipping lengths {_list(left_out)}")
         lengths = [each for each in lengths if each < available]
     model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
     declared = common_paradigms(model)
     for name in paradigm or []:
         if name not in declared:
             names = f"{', '.join(declared) or 'none'}{nearest(name, declared)}"
-            raise SeqmixError(f"no paradigm {name!r} is declared by all layers; by all: {names}")
+            raise SeqmixError(f"paradigm {name!r} is not declared by all layers; declared by all: {names}")
     chosen = list(map(Paradigm, paradigm or declared))
     if lengths and not chosen:
-        raise SeqmixError("the layers of this model declare no paradigm in common, so none can be measured by length")
+        raise SeqmixError("the layers of this model have no paradigm in common: evaluation by length is not possible")
     evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
     console = terminal()
-    with console.status("the texts are read", spinner="dots") as status:
+    with console.status("reading the validation split", spinner="dots") as status:
 
         def measured(length: int) -> Sequence[Paradigm]:
             status.update(f"{length:,} tokens by {_list(chosen)}")
@@ -107,18 +107,18 @@ def evaluate(
 
 def _show(evaluation: Evaluation, console: Console) -> None:
     if evaluation.lengths:
-        console.print("Nats a token of text held out; every sequence starts from nothing.")
+        console.print("Validation loss in nats/token; every sequence starts without a state.")
         console.print(_lengths(evaluation))
         differing = [found for found in evaluation.lengths if len(found.losses) > 1]
         if differing:
             paradigms = _list(max((found.losses for found in differing), key=len))
             difference = max(found.difference for found in differing)
-            console.print(f"By {paradigms}, no token's loss differs by more than {difference:.1e} nats.\n")
-        console.print("The same by position in the sequence:")
+            console.print(f"Between {paradigms}, the loss of a token differs by at most {difference:.1e} nats.\n")
+        console.print("By position in the sequence:")
         console.print(_positions(evaluation))
     if evaluation.contexts:
         scored = f"the last {evaluation.scored:,} tokens of a sequence"
-        console.print(f"Nats a token of {scored}, after more and less of it:")
+        console.print(f"Validation loss in nats/token of {scored}, by context length:")
         rows = [(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}") for found in evaluation.contexts]
         console.print(plain_table("context", "loss", "tokens scored", rows=rows, justify="right"))
 
@@ -134,7 +134,7 @@ def _lengths(evaluation: Evaluation) -> Table:
 
 
 def _positions(evaluation: Evaluation) -> Table:
-    """A line for each stretch of positions, a column for each length; by the first paradigm."""
+    """A row per range of positions, a column per length; in the first paradigm."""
     table = plain_table("positions", *(f"{found.length:,}" for found in evaluation.lengths), justify="right")
     columns = [{place.start: place for place in found.positions} for found in evaluation.lengths]
     for start in sorted({start for column in columns for start in column}):

@@ -1,4 +1,4 @@
-"""`seqmix export`: a trained model as one file."""
+"""`seqmix export`: a trained model in one file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,10 @@ from .options import Checkpoint, Run, checkpoint_choice
 
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="The file, which must not exist.", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="Output file (.safetensors); must not exist.", metavar="FILE")],
     checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Write a trained model to one safetensors file, with its configuration in the metadata.
+    """Export a trained model to one safetensors file, with its configuration in the metadata.
 
     [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
 

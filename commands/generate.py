@@ -53,7 +53,7 @@ def generate(
         typer.Option(help="Write there what was read and generated, for --state to go on from.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Continue a text with a trained model.
+    """Generate text with a trained model.
 
     Prefill computes the prompt chunkwise, then every token costs one recurrent decode step. The run's
     own copy of its tokenizer encodes and decodes.

@@ -1,13 +1,13 @@
-"""`seqmix mixers`: what is registered, and what it declares."""
+"""`seqmix mixers`: the available mixers and their traits."""
 
 from ..mixers import MIXERS, Paradigm
 from .console import plain_table, terminal
 
 
 def mixers() -> None:
-    """List the registered mixers and what they declare.
+    """List the available mixers and their traits: paradigms, state, packing.
 
-    Where plug-ins come from is told, and which of them cannot be imported.
+    Plug-ins are listed with the module they come from, or the reason why they cannot be imported.
     """
     console = terminal()
     table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
@@ -18,7 +18,7 @@ def mixers() -> None:
         try:
             traits = MIXERS.resolve(kind).example().traits
         except ValueError as error:
-            table.add_row(kind, f"not known without a configuration: {error}")
+            table.add_row(kind, f"depends on the configuration: {error}")
             continue
         table.add_row(
             kind,
@@ -28,7 +28,7 @@ def mixers() -> None:
             "yes" if traits.shift_invariant else "no",
         )
     console.print(table)
-    console.print("These are the default configurations; options can change them (a window bounds attention's state).")
+    console.print("Traits of the default configurations; options can change them (a window bounds attention's state).")
     for kind, module in foreign.items():
         console.print(f"{kind} comes from {module}")
     for name, reason in MIXERS.broken().items():

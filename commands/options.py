@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and what their values must be."""
+"""Arguments and options shared by commands, and checks of their values."""
 
 import os
 from pathlib import Path
@@ -13,21 +13,21 @@ from ..training import Choice
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Changes as dotted.path=value, the value in YAML: training.steps=100 "
+        help="Configuration overrides as dotted.path=value, the value in YAML: training.steps=100 "
         'model.blocks.ret.mixer="{kind: attention, n_heads: 4}"',
         metavar="[KEY=VALUE]...",
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="A folder that `seqmix train` wrote.", metavar="RUN")]
+Run = Annotated[Path, typer.Argument(help="A run directory, written by `seqmix train`.", metavar="RUN")]
 Checkpoint = Annotated[
-    str, typer.Option(help="Which one: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
+    str, typer.Option(help="Checkpoint: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
-Device = Annotated[str, typer.Option(help="Where: cpu, cuda, ...")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures.", metavar="FILE")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 
 def checkpoint_choice(checkpoint: str) -> Choice:
-    """The value of --checkpoint; a SeqmixError where it is none."""
+    """Parse the value of --checkpoint; raises a SeqmixError if it is invalid."""
     if checkpoint == "newest" or checkpoint == "best":
         return checkpoint
     if checkpoint.isascii() and checkpoint.isdigit():
@@ -39,7 +39,7 @@ def checkpoint_choice(checkpoint: str) -> Choice:
 
 
 def require_device(device: str) -> torch.device:
-    """The device of a name; a SeqmixError where it is not there."""
+    """The device with this name; raises a SeqmixError if it is not available."""
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -47,7 +47,7 @@ def require_device(device: str) -> torch.device:
 
 
 def require_writable(*files: Path | None) -> None:
-    """Refuse files that could not be written at the end, by a SeqmixError that says why."""
+    """Raise a SeqmixError, with the reason, for files that could not be written at the end."""
     for file in filter(None, files):
         folder = file.absolute().parent
         if not folder.is_dir():

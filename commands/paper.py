@@ -12,19 +12,19 @@ GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
 
 def paper(
     claims: Annotated[list[str], typer.Argument(help=f"{', '.join((*CLAIMS, *GROUPS))}.", metavar="CLAIM...")],
-    scale: Annotated[Scale, typer.Option(help="The size of models, and of what they read.")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(help="Runs at once.", min=1)] = None,
+    scale: Annotated[Scale, typer.Option(help="Size of the models and of the data.")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(help="Number of runs in parallel.", min=1)] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
-            help="Where results are kept; for docs/explanation/paper.md by default, which has those of cpu alone."
+            help="Folder for the results; by default, for cpu, the folder that docs/explanation/paper.md is made from."
         ),
     ] = None,
 ) -> None:
-    """Measure claims of the RetNet paper, each by its name.
+    """Reproduce claims of the RetNet paper by name.
 
-    `learned` are all in which something is learned, half an hour; `timed` need a machine that does nothing else;
-    --scale gpu has the paper's sizes, on text of your own. What was finished is not measured again.
+    `learned` trains models, for half an hour in all; `timed` needs an idle machine; --scale gpu has the paper's sizes,
+    on your own text. Finished measurements are not repeated.
 
     [bold]seqmix paper table6[/bold]
 

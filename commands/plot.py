@@ -19,7 +19,7 @@ def plot(
         Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg, .png or .pdf.", metavar="FILE")
     ] = Path("plot.html"),
 ) -> None:
-    """Draw what runs have measured: loss, learning rate, gradient norm, throughput, memory.
+    """Plot the metrics of runs: loss, learning rate, gradient norm, throughput, memory.
 
     Works while they train, too.
 

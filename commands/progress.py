@@ -1,4 +1,4 @@
-"""A run on the terminal: a progress bar, the evaluations, and how to go on."""
+"""A run on the terminal: a progress bar, evaluations, and how to resume."""
 
 import math
 import os
@@ -21,19 +21,19 @@ from .console import terminal
 
 NATS_PER_BIT = math.log(2)
 SECONDS_BETWEEN_LINES = 10.0
-"""At least so long, where there is no terminal to draw on."""
+"""At least, without a terminal."""
 
 
 def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> bool:
-    """Train, and show it. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
+    """Train with progress. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
 
     Returns:
-        Whether training has ended: all steps are made, or further ones would make it no better.
+        Whether training has finished: after all steps, or by early stopping.
 
     Raises:
-        SeqmixError: training cannot start or go on.
+        SeqmixError: training cannot start or continue.
     """
-    console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
+    console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # only rank 0 prints
     shown = Steps(console, config.training)
     source, done, early = None, 0, False
     try:
@@ -45,8 +45,8 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                         source = event.source
                         console.print(_start(event, config.training.steps))
                         if config.training.compile:
-                            console.print("the first step compiles: seconds to minutes for each kind of block")
-                        shown.start(done)  # not before: what cannot start shows its error and nothing else
+                            console.print("compiling in the first step: seconds to minutes for each kind of block")
+                        shown.start(done)  # not before: if training cannot start, only the error is shown
                     case Noted():
                         console.print(event.text)
                     case Compiled():
@@ -58,14 +58,14 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
                     case StoppedEarly():
                         early = True
                         console.print(
-                            f"step {done}: stopped, for no evaluation has been better than that of step "
+                            f"step {done}: stopped early: no evaluation has been better than that of step "
                             f"{event.best_step}: {event.best_loss:.4f} nats/token"
                         )
     finally:
         shown.stop()
     quoted = shlex.quote(str(run))
     if done < config.training.steps and not early:
-        console.print(f"stopped with a checkpoint; go on with: seqmix train --resume {quoted}")
+        console.print(f"stopped with a checkpoint; resume with: seqmix train --resume {quoted}")
         return False
     if source is None or source.tokenizer is not None:
         console.print(f'try it: seqmix generate {quoted} --prompt "def "')
@@ -73,7 +73,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
 
 
 class Steps:
-    """The steps of a run: a bar that moves on a terminal, a line now and then in a file or a pipe."""
+    """The steps of a run: a progress bar on a terminal, an occasional line in a file or a pipe."""
 
     def __init__(self, console: Console, settings: TrainingConfig) -> None:
         self.console, self.settings = console, settings
@@ -90,18 +90,18 @@ class Steps:
         )
         self.task = self.bar.add_task("train", total=settings.steps, measured="")
         self.recent: deque[tuple[float, float]] = deque(maxlen=20)
-        """Tokens a second of the last steps, and seconds from each to the next, evaluations aside."""
+        """Of the last steps: tokens per second, and seconds between steps without evaluations."""
         self.before, self.printed = time.monotonic(), -math.inf
-        """When the last step was made, and the last line printed."""
+        """When the last step ended, and the last line was printed."""
 
     def start(self, done: int) -> None:
-        """Draw the bar, `done` steps being made."""
+        """Draw the bar with `done` completed steps."""
         self.bar.update(self.task, completed=done)
         if self.console.is_terminal:
             self.bar.start()
 
     def step(self, event: Stepped) -> None:
-        """Move the bar, or print a line if one is due."""
+        """Advance the bar, or print a line if one is due."""
         now, steps = time.monotonic(), self.settings.steps
         self.recent.append((event.tokens_per_second, now - self.before))
         self.before = now
@@ -115,13 +115,13 @@ class Steps:
             self.console.print(f"step {event.step} of {steps}: {measured}, {left} left")
 
     def stop(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar where it is."""
         if self.bar.live.is_started:
             self.bar.stop()
 
 
 def _start(event: Started, steps: int) -> str:
-    """What is trained, and on what."""
+    """The model, the device and the data."""
     source = event.source
     where = f"{event.device}" if event.processes == 1 else f"{event.processes} processes ({event.device.type})"
     line = f"{event.parameters:,} parameters on {where}, {event.precision}; {source.name}: {source.summary}"
@@ -129,7 +129,7 @@ def _start(event: Started, steps: int) -> str:
 
 
 def _measured(event: Stepped, speed: float) -> str:
-    """Loss, speed, and what they take."""
+    """Loss, throughput, utilization and memory."""
     parts = [f"loss {event.loss:.3f}", f"{speed:,.0f} tokens/s"]
     if event.mfu is not None:
         parts.append(f"{event.mfu:.0%} of peak")
@@ -139,9 +139,9 @@ def _measured(event: Stepped, speed: float) -> str:
 
 
 def _evaluation(event: Evaluated, source: Source | None) -> str:
-    """One line: nats a token, of text bits a byte, of a task the share of right answers.
+    """One line: nats per token, bits per byte for text, accuracy for a task.
 
-    At the end, how far below the frequencies of tokens alone.
+    The final one compares with the entropy of token frequencies.
     """
     bytes_per_token = None if source is None else source.bytes_per_token
     entropy = None if source is None else source.unigram_entropy

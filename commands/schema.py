@@ -1,4 +1,4 @@
-"""`seqmix schema`: what editors complete YAML with."""
+"""`seqmix schema`: the JSON schema for editors."""
 
 import json
 from typing import Annotated
@@ -11,7 +11,7 @@ from ..training import RunConfig
 
 
 def schema(
-    study: Annotated[bool, typer.Option("--study", help="That of a study, which `compare` reads.")] = False,
+    study: Annotated[bool, typer.Option("--study", help="Print the schema of a study, for `seqmix compare`.")] = False,
 ) -> None:
-    """Print the JSON schema of a configuration, for editors that complete YAML."""
+    """Print the JSON schema of a configuration, for YAML completion in editors."""
     typer.echo(json.dumps(json_schema(Study if study else RunConfig), indent=2))

@@ -1,4 +1,4 @@
-"""`seqmix show`: what a model costs."""
+"""`seqmix show`: the cost of a model."""
 
 import json
 from dataclasses import asdict
@@ -17,16 +17,16 @@ def show(
     config: Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; data.sequence_length by default.", min=1, max=2**31)
+        int | None, typer.Option(help="Sequence length in tokens; data.sequence_length by default.", min=1, max=2**31)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model costs, by layer, without allocating it: parameters, operations, state, activations."""
+    """Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations."""
     print_cost(load_config(config, overrides or []), length, as_json=as_json)
 
 
 def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = False) -> None:
-    """Print the cost of a configuration's model for sequences of `length` tokens, the run's own by default."""
+    """Print the cost of a configuration's model; `length` is data.sequence_length by default."""
     cost = account(config.model, length=length or config.data.sequence_length)
     if as_json:
         typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
@@ -34,7 +34,7 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
     console = terminal()
     table = plain_table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
-    for layer, run in groupby(cost.layers):  # equal layers share a line
+    for layer, run in groupby(cost.layers):  # equal layers share a row
         count = len(list(run))
         name = f"{index}" if count == 1 else f"{index}-{index + count - 1}"
         table.add_row(name, layer.block, layer.mixer, *_cells(layer))
@@ -48,7 +48,7 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
     )
     console.print(
         f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
-        f"{si_bytes(cost.state_bytes)}. Activations are what training keeps of one sequence of {cost.length:,} tokens."
+        f"{si_bytes(cost.state_bytes)}. Activations: what training stores for one sequence of {cost.length:,} tokens."
     )
     per_step = config.training.batch_size * config.data.sequence_length
     tokens = per_step * config.training.steps

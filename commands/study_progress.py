@@ -1,4 +1,4 @@
-"""A study on the terminal: a bar over all runs and a line for each that is being made; plain lines off a terminal."""
+"""A study on the terminal: a bar over all runs and one for each active run; plain lines without a terminal."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,30 +14,30 @@ from .progress import SECONDS_BETWEEN_LINES
 
 
 class Forecast:
-    """How much of a study is done, and when it will be: runs count by their operations."""
+    """Progress of a study and the time left; runs are weighted by their FLOPs."""
 
     def __init__(self, weights: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
         self.weights, self.clock = weights, clock
-        """Operations of each run that is to be made."""
+        """FLOPs of each run that is not finished."""
         self.shares: dict[str, float] = {}
         self.first: dict[str, float] = {}
-        """Shares that runs had when they began: they were made before."""
+        """Shares at the start, done by an earlier call."""
         self.began = clock()
 
     def move(self, run: str, share: float) -> None:
-        """A share of a run is made."""
+        """Record the share of a run that is done."""
         self.first.setdefault(run, share)
         self.shares[run] = share
 
     @property
     def share(self) -> float:
-        """Of all work."""
+        """The share of all work that is done."""
         total = sum(self.weights.values())
         return sum(self.weights[run] * share for run, share in self.shares.items()) / total if total else 1.0
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far; None where there is none yet."""
+        """At the present rate; None before there is one."""
         made = sum(self.weights[run] * (share - self.first[run]) for run, share in self.shares.items())
         if made <= 0:
             return None
@@ -45,14 +45,14 @@ class Forecast:
 
 
 class StudyProgress(Observer):
-    """Shows it; as a context, leaves nothing on the screen that moves."""
+    """Shows the progress; a context manager that stops the bars at the end."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console.print)
         self.console = console
         self.forecast = Forecast({})
         self.left, self.total = 0, 0
-        """Runs that are not finished, and all."""
+        """Unfinished runs, and all runs."""
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
         self.bar = Progress(
@@ -85,13 +85,13 @@ class StudyProgress(Observer):
             self.bar.start()
 
     def started(self, run: PlannedRun) -> None:
-        """Give a run a line."""
+        """Add a bar for a run."""
         self.tasks[run.name] = self.bar.add_task(run.name, total=run.config.training.steps, value="starting")
         if not self.console.is_terminal:
             super().started(run)
 
     def moved(self, run: PlannedRun, message: Message) -> None:
-        """Move its bar, and that of the whole."""
+        """Advance the bar of a run, and the bar over all runs."""
         if "step" not in message:
             return
         steps, step = run.config.training.steps, message["step"]
@@ -105,7 +105,7 @@ class StudyProgress(Observer):
             self.console.print(f"{self._count()}, {run.name} at step {step} of {steps}, {value}{left}")
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
-        """Take its line away, and say how it ended."""
+        """Remove the bar of a run, and report how it ended."""
         self.bar.remove_task(self.tasks.pop(run.name))
         if problem is None:
             self.forecast.move(run.name, 1.0)
@@ -117,7 +117,7 @@ class StudyProgress(Observer):
         super().ended(run, problem)
 
     def timing(self, what: str) -> None:
-        """Say what is timed, beside the bar over all runs."""
+        """Show what is being timed, next to the bar over all runs."""
         self.bar.update(self.whole, value=f"timing {what}")
 
     def _move_whole(self) -> None:

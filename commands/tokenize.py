@@ -1,4 +1,4 @@
-"""`seqmix tokenize`: a vocabulary where one is wanted, and a token file."""
+"""`seqmix tokenize`: text to a token file, and optionally a BPE tokenizer trained on it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,25 +22,25 @@ def tokenize(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text files, JSON lines and folders, and fields of `data` as key=value: text_field=body "
+            help="Text files, JSON Lines files and folders; and fields of `data` as key=value: text_field=body "
             'dataset="{path: wikitext, name: wikitext-2-raw-v1}"',
             metavar="[SOURCE]... [KEY=VALUE]...",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The token file that is written: FILE.tokens.", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="Output token file, FILE.tokens.", metavar="FILE")],
     tokenizer: Annotated[
-        str, typer.Option(help="bytes, or a tokenizer.json; with --train-bpe, the one that is written.")
+        str, typer.Option(help="bytes, or a tokenizer.json file; with --train-bpe, the tokenizer file to write.")
     ] = "bytes",
     train_bpe: Annotated[
         int | None,
         typer.Option(
-            help="Learn this many byte pairs and bytes from the text first, the begin token counted; written beside "
-            "FILE as FILE.json, unless --tokenizer says where.",
+            help="Train a byte-level BPE tokenizer of this vocabulary size on the text first; it is written to "
+            "FILE.json, or to --tokenizer.",
             metavar="VOCAB",
         ),
     ] = None,
 ) -> None:
-    """Tokenize text once, into a file that training maps instead of reading.
+    """Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.
 
     [bold]seqmix tokenize books/ --out books.tokens --train-bpe 8192[/bold]
 
@@ -49,7 +49,7 @@ def tokenize(
     config = _config(sources)
     vocabulary = Path(tokenizer) if tokenizer != ByteTokenizer.identity else out.with_suffix(".json")
     if out.suffix != TOKENS:
-        raise SeqmixError(f"a token file is called FILE{TOKENS}, which tells it from text, and --out is {out}")
+        raise SeqmixError(f"a token file is named FILE{TOKENS}, and --out is {out}")
     if out.exists():
         raise SeqmixError(f"{out} exists already: remove it, or write elsewhere with --out")
     if train_bpe is not None and vocabulary.exists():
@@ -67,7 +67,7 @@ def tokenize(
             return iter(progress.track(read_documents(config), description=doing))
 
         if train_bpe is not None:
-            named = ((document.name, document.text) for document in documents("documents learned from"))
+            named = ((document.name, document.text) for document in documents("documents for BPE training"))
             chosen = learn(named, train_bpe, vocabulary)
         else:
             chosen = load_tokenizer(tokenizer)
@@ -81,7 +81,7 @@ def tokenize(
 
 
 def _config(sources: Sequence[str]) -> TextConfig:
-    """The paths and changes among the sources."""
+    """Split the sources into paths and overrides of `data`."""
     changes = [source for source in sources if source.partition("=")[0].partition(".")[0] in TextConfig.model_fields]
     paths = [source for source in sources if source not in changes]
     config = load(TextConfig, None, changes, presets=PRESETS)

@@ -1,4 +1,4 @@
-"""`seqmix train`: a new run, or one that goes on."""
+"""`seqmix train`: a new run, or a resumed one."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,18 +18,18 @@ def train(
         str | None, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")
     ] = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The folder the run is written to; runs/NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with a stopped run, exactly where it stopped.", metavar="RUN")
+        Path | None, typer.Option(help="Resume a stopped run exactly where it stopped.", metavar="RUN")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the configuration and show it; train nothing.")
+        bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
     ] = False,
 ) -> None:
-    """Train a model.
+    """Train a model from a preset or a YAML file, or resume a run.
 
-    Writes its configuration, metrics.jsonl and checkpoints to runs/NAME. With no data.paths, it reads the source of
-    Python's standard library. Ctrl-C stops after the step, with a checkpoint.
+    The run directory runs/NAME gets config.yaml, metrics.jsonl and checkpoints. Without data.paths, the training data
+    is the source of Python's standard library. Ctrl-C stops after the current step, with a checkpoint.
 
     [bold]seqmix train retnet-tiny[/bold]
 
@@ -43,8 +43,8 @@ def train(
         changes = [*([] if config is None else [config]), *(overrides or [])]
         if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
             raise SeqmixError(
-                f"--resume goes on with the run's own configuration, {resume}/config.yaml, which may be edited: give "
-                "it no CONFIG, changes or options, except distributed.KEY=VALUE for other processes"
+                f"--resume uses the configuration of the run, {resume}/config.yaml, which you may edit: it takes no "
+                "CONFIG, overrides or options, except distributed.KEY=VALUE for another number of processes"
             )
         loaded, run = read_config(resume, changes), resume
     elif config is None:
@@ -58,4 +58,4 @@ def train(
         return
     keep_freed_memory()
     if not run_with_progress(loaded, run, resume=resume is not None):
-        raise typer.Exit(130)  # what a shell reports of an interrupted command: `train && generate` must not go on
+        raise typer.Exit(130)  # the shell's status of an interrupted command: `train && generate` must stop

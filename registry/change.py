@@ -1,4 +1,4 @@
-"""A document becomes a change of a configuration: deprecated names of fields become today's, and kinds are said."""
+"""Apply a document to a configuration: deprecated field names become the current ones, default kinds are filled in."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from .registry import Registry
 from .tree import Node
 
 _warned: dict[str, dict[Any, Any]] = {}
-"""What `warnings` remembers of each source, to show a warning once."""
+"""The record that `warnings` needs for each source to show a warning once."""
 
 
 def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
-    """Merge a document into the tree that it changes, both of a class's configuration.
+    """Merge a document into the tree that it changes, both for the same configuration class.
 
-    A field's deprecated name changes what today's name has, and a warning names its line. A mapping that says no `kind`
-    where there is none to change has the default kind.
+    A deprecated field name sets the current field, and a warning names its line. A mapping without a `kind` gets the
+    default kind, unless the base has a kind there.
     """
-    document = _renewed(document, cls, base, "")
+    document = _renamed(document, cls, base, "")
     return document if base is None else base.merge(document)
 
 
-def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
-    """A mapping of a class's fields; `base` is what it changes, and `path` leads to it."""
+def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
+    """A mapping of a class's fields under their current names; `base` is what it changes, and `path` leads to it."""
     entries: dict[str, Node] = {}
     given = node.entries or {}
     for key, entry in given.items():
@@ -38,12 +38,12 @@ def _renewed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
             warnings.warn_explicit(sentence, FutureWarning, source, line, registry=shown)
         field = cls.model_fields.get(name)
         annotation = None if field is None else field.rebuild_annotation()
-        entries[name] = _renewed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
+        entries[name] = _renamed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
     return Node(entries, node.origin)
 
 
-def _renewed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
-    """The value of a field, whose annotation tells the classes in it."""
+def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
+    """The value of a field; the annotation has the classes in it."""
     if node.entries is None:
         return node
     classes = []
@@ -52,13 +52,13 @@ def _renewed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
             return _with_kind(node, part, base, path)
         if get_origin(part) is dict:
             entries = {
-                key: _renewed_entry(entry, get_args(part)[1], base and base.child(key), f"{path}{key}.")
+                key: _renamed_entry(entry, get_args(part)[1], base and base.child(key), f"{path}{key}.")
                 for key, entry in node.entries.items()
             }
             return Node(entries, node.origin)
         if isinstance(part, type) and issubclass(part, Config):
             classes.append(part)
-    return _renewed(node, classes[0], base, path) if len(classes) == 1 else node
+    return _renamed(node, classes[0], base, path) if len(classes) == 1 else node
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
@@ -67,14 +67,14 @@ def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str
         kind = Node(registry.default_kind, node.origin)
         node = Node({"kind": kind, **(node.entries or {})}, node.origin)
     cls: type[Config] = Config
-    with suppress(ConfigError):  # validation tells it
+    with suppress(ConfigError):  # validation reports it
         if kind and isinstance(kind.value, str):
             cls = registry.resolve(kind.value)
-    return _renewed(node, cls, base, path)
+    return _renamed(node, cls, base, path)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """An annotation, and all that stands inside of it."""
+    """An annotation and everything nested in it."""
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)

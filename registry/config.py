@@ -1,4 +1,4 @@
-"""The base of every configuration."""
+"""The base class of every configuration."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from .errors import nearest
 
 
 class Config(BaseModel):
-    """A frozen value that is checked when it is made.
+    """A frozen pydantic model, validated when it is created.
 
-    Unknown keys are errors, and nothing is converted: `true` is no integer, and neither is "8". A string under a field
-    is its documentation. Lists become tuples, since a frozen value holds nothing that can change: declare `tuple[...]`,
+    Unknown keys are errors, and nothing is converted: neither `true` nor "8" is an integer. A string under a field is
+    its documentation. Lists become tuples, since a frozen value holds nothing that can change: declare `tuple[...]`,
     not `list[...]`. A field whose type YAML cannot write (an enum, a path) takes `Field(strict=False)`.
     """
 
@@ -28,7 +28,7 @@ class Config(BaseModel):
     )
 
     deprecated_names: ClassVar[Mapping[str, str]] = {}
-    """Old names of fields, each with today's: taken for one minor version, with a warning. A subclass inherits them."""
+    """Deprecated field names, each with the current one: accepted for one minor version, with a warning; inherited."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_mapping(cls, value: Any) -> Any:
-        """Refuse unknown keys before anything else: a missing key may be no more than what a typo leaves behind."""
+        """Refuse unknown keys before anything else: a missing key may only be the result of a typo."""
         if not isinstance(value, Mapping):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
@@ -63,17 +63,17 @@ class Config(BaseModel):
 
 
 def deprecation(old: str, new: str) -> str:
-    """What is said of a field under its deprecated name."""
-    return f"{old} is deprecated: it is {new} now, and the next minor version takes that name only"
+    """The warning for a field under its deprecated name."""
+    return f"{old} is deprecated, use {new}: the next minor version removes the old name"
 
 
 def refusal(sentence: str) -> PydanticCustomError:
-    """An error of pydantic's that says a sentence, in which braces are only braces."""
+    """A pydantic error with this message, in which braces are literal."""
     return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
 
 
 def _without_lists(value: Any) -> Any:
-    """Plain data with tuples for lists; named tuples and other values of a class of their own stay as they are."""
+    """Plain data with tuples for lists; named tuples and other classes are left unchanged."""
     if type(value) in (list, tuple):
         return tuple(_without_lists(item) for item in value)
     if type(value) is dict:

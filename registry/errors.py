@@ -7,19 +7,19 @@ from typing import Any
 
 
 class SeqmixError(ValueError):
-    """Something a user can put right, in one sentence; the commands print it and exit with status 2."""
+    """An error that the user can fix, in one sentence; the commands print it and exit with status 2."""
 
     def __str__(self) -> str:
-        # names and values are quoted as a file has them, and a terminal would obey some characters
+        # names and values are quoted from files, and a terminal would interpret control characters
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
 
 
 class ElsewhereError(SeqmixError):
-    """Another process of the same run has failed and tells why; this one ends without a word."""
+    """Another process of the same run has failed and reports why; this one exits silently."""
 
 
 class ConfigError(SeqmixError):
-    """A configuration is wrong, or what it names cannot be had."""
+    """A configuration is wrong, or something that it names is not available."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

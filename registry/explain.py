@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences that say where a value was written, what it is, and what it may be."""
+"""Turn pydantic's errors into sentences: where a value was written, what it is, and what is allowed."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from .errors import nearest, shown
 from .tree import COMMAND_LINE, Node
 
 _SHOWN = 5
-"""Errors that are told; the rest is counted."""
+"""Errors that are reported; the rest is counted."""
 
 _NEEDS = {
     "int_type": "an integer",
@@ -37,11 +37,11 @@ _NEEDS = {
     "string_too_long": "a length <= {max_length}",
     "string_pattern_mismatch": "a string like {pattern}",
 }
-"""What a value needs to be, by pydantic's type of error; for other types its own words are used."""
+"""What a value needs to be, by pydantic's error type; other types keep pydantic's message."""
 
 
 class _Need(NamedTuple):
-    """What a value should be; each branch of a union says one."""
+    """What a value should be; each branch of a union has one."""
 
     needs: str
     given: Any
@@ -49,11 +49,11 @@ class _Need(NamedTuple):
 
 
 def explain(error: ValidationError, tree: Node) -> str:
-    """One line an error, at most five, each with its origin, the keys that lead to it, and a sentence."""
+    """One line per error, at most five: the origin, the keys that lead to the value, and a sentence."""
     by_place: dict[str, list[str | _Need]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
-            continue  # pydantic counts the items that are right: those that are wrong are told
+            continue  # pydantic counts the valid items: the invalid ones have errors of their own
         by_place.setdefault(_place(detail, tree), []).append(_problem(detail))
     lines = [place + sentence for place, problems in by_place.items() for sentence in _sentences(problems)]
     if len(lines) > _SHOWN:
@@ -62,7 +62,7 @@ def explain(error: ValidationError, tree: Node) -> str:
 
 
 def _sentences(problems: Sequence[str | _Need]) -> Iterator[str]:
-    """What is wrong in one place. The branches of a union are one need: "needs a number or 'auto'"."""
+    """What is wrong in one place. The branches of a union become one: "needs a number or 'auto'"."""
     yield from (problem for problem in problems if isinstance(problem, str))
     if branches := [problem for problem in problems if isinstance(problem, _Need)]:
         needs, given = " or ".join(dict.fromkeys(branch.needs for branch in branches)), branches[0].given
@@ -78,7 +78,7 @@ def _place(detail: ErrorDetails, tree: Node) -> str:
     keys, node = tree.find(location)
     place = str(node.origin)
     if kind in ("value_error", "assertion_error") and COMMAND_LINE in {part.origin.source for part in node.parts()}:
-        # parts that do not go together: some are of the command line, and all may be
+        # a conflict between fields, of which some or all were set on the command line
         place += f", changed on the {COMMAND_LINE}" if place != COMMAND_LINE else ""
     path = "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in keys).removeprefix(".")
     return f"{place}: {path}: " if path else f"{place}: "

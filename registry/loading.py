@@ -1,4 +1,4 @@
-"""Loading a configuration from a preset or file with overrides, and writing it down again."""
+"""Load a configuration from a preset or file with overrides, and dump it as YAML."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ C = TypeVar("C", bound=Config)
 def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (), *, presets: Path) -> C:
     """Read a configuration.
 
-    A file may say `extends: <preset, or file relative to this one>`: it is then a difference. Mappings merge key by
+    A file with `extends: <preset, or file relative to this one>` holds the differences from it. Mappings merge key by
     key; lists, scalars and null replace what was there, and so does a mapping with another `kind`.
 
     Args:
@@ -31,7 +31,7 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
         presets: the folder of the presets, one file `<name>.yaml` each.
 
     Raises:
-        ConfigError: what is wrong, in which line of which file, and what is allowed; one line an error, at most five.
+        ConfigError: what is wrong, in which line of which file, and what is allowed; one line per error, at most five.
     """
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for assignment in overrides:
@@ -43,7 +43,7 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
 
 
 def dump(config: Config) -> str:
-    """YAML text of the whole configuration, keys in the order of its fields, that `load` reads as an equal one."""
+    """The whole configuration as YAML, keys in the order of the fields; `load` reads an equal one from it."""
     return write(config.model_dump(mode="json"))
 
 
@@ -51,21 +51,22 @@ def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
     """Apply one change, `dotted.path=value`, to the tree of a class's configuration.
 
     Raises:
-        ConfigError: it is no such change, its value is no YAML, or its path leads through a value that is no mapping.
+        ConfigError: it is not of that form, its value is not YAML, or its path leads through a value that is not a
+            mapping.
     """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(
-            f"{COMMAND_LINE}: {assignment!r} is no change; write dotted.path=value, such as model.n_layers=2"
+            f"{COMMAND_LINE}: {assignment!r} is not a change; write dotted.path=value, such as model.n_layers=2"
         )
     try:
         value = parse(text, COMMAND_LINE) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
         reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
-        if (first := text.lstrip()[:1]) in "*&!%@`":  # each has a meaning of its own where a scalar begins
-            reason += f"; a text that begins with {first} is quoted, for the shell too: '{path}=\"{text}\"'"
-        raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is no YAML: {reason}") from error
+        if (first := text.lstrip()[:1]) in "*&!%@`":  # YAML indicators at the start of a scalar
+            reason += f"; quote a text that begins with {first}, for the shell too: '{path}=\"{text}\"'"
+        raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is not YAML: {reason}") from error
     return change(tree, _difference(tree, keys, 0, value), cls)
 
 
@@ -75,8 +76,6 @@ def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node)
         return value
     if base is not None and base.entries is None:
         path, parent = ".".join(keys), ".".join(keys[:depth])
-        raise ConfigError(
-            f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), and not a mapping"
-        )
+        raise ConfigError(f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), not a mapping")
     inner = _difference(base and base.child(keys[depth]), keys, depth + 1, value)
     return Node({keys[depth]: inner}, base.origin if base else value.origin)

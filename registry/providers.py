@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from .errors import ConfigError, nearest
 
 Provider = type | str
-"""What provides a kind: a class of the program, a path to one, `my_package.my_module:MyConfig`, or a module alone."""
+"""What provides a kind: a class, a dotted path to one, `my_package.my_module:MyConfig`, or a module."""
 
 
 def files(package: str) -> Iterator[tuple[str, Provider]]:
-    """The modules of a package whose text says `kind: Literal["<the module's own name>"]`, by that name."""
+    """The modules of a package whose text has `kind: Literal["<the module's own name>"]`, by that name."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations if spec else None) or []:
         for file in Path(folder).glob("*.py"):
@@ -38,16 +38,16 @@ def module_of(provider: Provider) -> str:
 
 
 def load(provider: Provider, base: type[BaseModel]) -> Any:
-    """What a provider provides, imported and unchecked; passes on whatever the import raises.
+    """Import what a provider names, without checking it; exceptions of the import propagate.
 
     Raises:
-        ConfigError: it is no path, or the module lacks what it promises.
+        ConfigError: the path is malformed, or the module has no such class.
     """
     if not isinstance(provider, str):
         return provider
     module, colon, name = provider.partition(":")
     if colon and not (module and name):
-        raise ConfigError(f"{provider!r} is no path like my_package.my_module:MyConfig")
+        raise ConfigError(f"{provider!r} is not a path like my_package.my_module:MyConfig")
     imported = importlib.import_module(module)
     if colon:
         try:
@@ -67,7 +67,7 @@ def path_of(config: type) -> str:
 
 
 def kind_of(config: type[BaseModel]) -> str | None:
-    """The one word in the `kind: Literal["word"]` of a class; None where it declares none."""
+    """The word in the `kind: Literal["word"]` of a class; None where it declares none."""
     field = config.model_fields.get("kind")
     words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return words[0] if len(words) == 1 and isinstance(words[0], str) else None
@@ -77,11 +77,11 @@ def require_kind(candidate: object, base: type[BaseModel]) -> str:
     """The kind of a configuration of a family.
 
     Raises:
-        ConfigError: the candidate is no subclass of the base, is abstract, or declares no kind.
+        ConfigError: the candidate is not a subclass of the base, is abstract, or declares no kind.
     """
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         name = path_of(candidate) if isinstance(candidate, type) else repr(candidate)
-        raise ConfigError(f"{name} is no subclass of {path_of(base)}")
+        raise ConfigError(f"{name} is not a subclass of {path_of(base)}")
     if inspect.isabstract(candidate):
         lacks = ", ".join(sorted(candidate.__abstractmethods__))
         raise ConfigError(f"{path_of(candidate)} is abstract: it lacks {lacks}")

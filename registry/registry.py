@@ -20,15 +20,15 @@ DEFAULT_KIND = "x-default-kind"
 """The key of a JSON schema that names the kind of a mapping without one."""
 
 _describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
-"""The families whose JSON schema is being made."""
+"""The families whose JSON schema is being generated."""
 
 
 class Registry(Generic[C]):
     """The kinds of one family.
 
     A kind comes from a file of the family's own package, from an entry point of an installed distribution, from a class
-    that the program registers, or from a dotted path written in place of a kind. It is looked up when a configuration
-    is validated, so whatever joins late is found.
+    that the program registers, or from a dotted path in place of a kind. It is looked up when a configuration is
+    validated, so a kind that is added later is found.
 
     A registry is also the annotation of a field that holds a configuration of its family:
 
@@ -44,15 +44,15 @@ class Registry(Generic[C]):
         entry_points: str | None = None,
         default_kind: str | None = None,
     ) -> None:
-        """Open a registry.
+        """Create a registry.
 
         Args:
             family: what errors call a member, e.g. "mixer".
             base: the class that every configuration of the family extends.
             package: full name of the package of the built-in kinds: module `retention` is the kind `retention` if its
-                text says `kind: Literal["retention"]`.
+                text has `kind: Literal["retention"]`.
             entry_points: the group in which distributions offer `kind = "module:ConfigClass"`; None for no group.
-            default_kind: the kind of a mapping that says none; None where each must say its own.
+            default_kind: the kind of a mapping without one; None where every mapping must have its own.
         """
         self.family = family
         self.base = base
@@ -64,10 +64,10 @@ class Registry(Generic[C]):
     def register(self, config: type[D]) -> type[D]:
         """Add a class of the running program; usable as a decorator.
 
-        A class of the same module and name replaces the one before, as when a notebook's cell runs again.
+        A class of the same module and name replaces the previous one, as when a notebook cell runs again.
 
         Raises:
-            ConfigError: the class is no configuration of the family, or another class provides its kind.
+            ConfigError: the class is not a configuration of the family, or another class provides its kind.
         """
         kind, added = require_kind(config, self.base), cast(type[C], config)
         before = self._registered.get(kind, added)
@@ -80,9 +80,9 @@ class Registry(Generic[C]):
         return config
 
     def kinds(self) -> list[str]:
-        """The kinds that can be had, sorted.
+        """The available kinds, sorted.
 
-        Built-in files are not imported for it; plug-ins are, for the broken ones to be left out.
+        Built-in files are not imported; plug-ins are, so that broken ones are left out.
         """
         broken = self.broken()
         return sorted(kind for kind in self._providers() if kind not in broken)
@@ -92,7 +92,7 @@ class Registry(Generic[C]):
         return {kind: self.resolve(kind) for kind in sorted(kind for kind, _ in files(self._package))}
 
     def broken(self) -> dict[str, str]:
-        """The plug-ins that cannot be had, by kind, each with its reason: its import fails, or its kind is taken."""
+        """The broken plug-ins by kind, each with the reason: its import fails, or its kind is taken."""
         reasons = {}
         for kind, _ in entry_points(self._group):
             try:
@@ -120,7 +120,7 @@ class Registry(Generic[C]):
             config = load(provider, self.base)
             own = require_kind(config, self.base)
             if ":" not in kind and own != kind:
-                raise ConfigError(f"{path_of(config)} says kind {own!r}")
+                raise ConfigError(f"{path_of(config)} declares kind {own!r}")
         except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
             source = f"{self.family} kind {kind!r} of module {module_of(provider)}"
@@ -140,7 +140,7 @@ class Registry(Generic[C]):
         return next(iter(found.values()))
 
     def _providers(self) -> dict[str, dict[str, Provider]]:
-        """Who provides each kind, by module: it counts once, in whatever ways it offers the kind."""
+        """The providers of each kind by module: a module counts once, however often it offers the kind."""
         found: dict[str, dict[str, Provider]] = {}
         for kind, provider in (*self._registered.items(), *files(self._package), *entry_points(self._group)):
             found.setdefault(kind, {}).setdefault(module_of(provider), provider)
@@ -159,9 +159,9 @@ class Registry(Generic[C]):
         return core_schema.with_info_plain_validator_function(self._validated, serialization=serialization)
 
     def _validated(self, value: Any, info: core_schema.ValidationInfo) -> Config:
-        """An instance as it is, and a mapping by its kind.
+        """An instance unchanged, and a mapping by its kind.
 
-        The union of a family's kinds is formed here, not when a class is made: pydantic's own unions cannot grow.
+        The union of a family's kinds is formed here, not when a class is defined: pydantic's own unions cannot grow.
         """
         if isinstance(value, self.base):
             return value
@@ -179,7 +179,7 @@ class Registry(Generic[C]):
         return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
 
     def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All fields, and the kind whatever a caller leaves out: a path where that leads to another class."""
+        """All fields, always with the kind: a dotted path where the kind would name another class."""
         kind = require_kind(type(value), self.base)
         with suppress(ConfigError):
             if self.resolve(kind) is type(value):
@@ -187,10 +187,10 @@ class Registry(Generic[C]):
         return {**handler(value), "kind": path_of(type(value))}
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """One of all kinds, told apart by `kind`, or anything of a dotted path."""
+        """One of all kinds, discriminated by `kind`, or any mapping whose kind is a dotted path."""
         configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
         outer = _describing.get()
-        if self in outer:  # a kind that holds kinds of its own family: they are being described already
+        if self in outer:  # a kind that contains kinds of its own family: refer to their definitions
             configs = {kind: core_schema.definition_reference_schema(_ref(config)) for kind, config in configs.items()}
         token = _describing.set((*outer, self))
         try:

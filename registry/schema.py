@@ -9,10 +9,10 @@ from .sources import EXTENDS
 
 
 def json_schema(cls: type[Config]) -> dict[str, Any]:
-    """The JSON schema of files that `load` reads as this class, differences included.
+    """The JSON schema of files that `load` reads as this class, with or without `extends`.
 
-    A file that extends another may leave out any key, so none is required, except `kind` where it tells which keys are
-    allowed; and a mapping without `kind` changes the one that it extends.
+    A file that extends another may leave out any key, so none is required, except `kind` where it decides which keys
+    are allowed; and a mapping without `kind` changes the one that it extends.
     """
     schema = cls.model_json_schema()
     for definition in (schema, *schema.get("$defs", {}).values()):
@@ -22,13 +22,13 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
     for part in list(_parts(schema)):
         if "discriminator" in part and "oneOf" in part:
             part["oneOf"].append(_without_kind(part, schema))
-    extends = {"type": "string", "description": "The preset or file of which this file is a difference."}
+    extends = {"type": "string", "description": "The preset or file from which this file differs."}
     schema["properties"] = {EXTENDS: extends, **schema.get("properties", {})}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """A mapping that says no kind: it changes one of any kind, and editors propose the keys of the default one."""
+    """A mapping without a kind: it changes one of any kind, and editors propose the keys of the default kind."""
     mapping: dict[str, Any] = {"type": "object", "not": {"required": ["kind"]}}
     if (kind := union.get(DEFAULT_KIND)) is not None:
         definition = schema["$defs"][union["discriminator"]["mapping"][kind].rpartition("/")[2]]
@@ -37,7 +37,7 @@ def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, An
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:
-    """All mappings inside of a schema, itself included."""
+    """All mappings in a schema, itself included."""
     if isinstance(schema, dict):
         yield schema
     if isinstance(schema, dict | list):

@@ -1,4 +1,4 @@
-"""From the name of a preset or a file to one tree: files that extend each other, merged."""
+"""Read a preset or file into one tree, merged with what it extends."""
 
 import os
 from pathlib import Path
@@ -11,33 +11,33 @@ from .tree import Node, Origin
 from .yaml import parse
 
 EXTENDS = "extends"
-"""The key that names the preset or file of which a file is a difference."""
+"""The key that names the preset or file that a file changes."""
 
 
 def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path = Path()) -> Node:
-    """The mapping that a source stands for, merged into all that it extends.
+    """The mapping in a source, merged into everything that it extends.
 
     Args:
         source: the name of a preset, or a YAML file. A word is a file if it has a suffix .yaml or .yml or a separator,
             or exists as one.
         presets: the folder of the presets, one file `<name>.yaml` each.
-        cls: the class of the configuration, whose deprecated names and default kinds are then put right; or any.
-        folder: where a word's file lies.
+        cls: the class of the configuration, for its deprecated names and default kinds.
+        folder: the folder of a word's file.
 
     Raises:
-        ConfigError: a source is unknown, unreadable or no YAML mapping, or files extend each other in a circle.
+        ConfigError: a source is unknown, unreadable or not a YAML mapping, or files extend each other in a circle.
     """
     path = source if isinstance(source, Path) else _locate(source, folder, presets, "")
     return _read(path, presets, (), "", cls)
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
-    """What a preset or file says, merged into all that it extends, as plain data; `read` tells the errors."""
+    """A preset or file, merged into everything that it extends, as plain data; raises as `read` does."""
     return read(source, presets).plain()
 
 
 def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config]) -> Node:
-    """The tree of a file; `chain` are the files that led here, and `named_at` opens errors about the file as such."""
+    """The tree of a file; `chain` has the files that extend it, and `named_at` begins errors about the file itself."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
         raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
@@ -64,7 +64,7 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
 
 
 def _document(path: Path, named_at: str) -> Node:
-    """The mapping that a file holds."""
+    """The mapping in a file."""
     name = _name(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -90,5 +90,5 @@ def _is_file(path: Path) -> bool:
 
 
 def _name(path: Path) -> str:
-    """A path as errors print it: from the working directory where it lies below, for it to be short and clickable."""
+    """A path as errors print it: relative to the working directory if inside it, to be short and clickable."""
     return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)

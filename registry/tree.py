@@ -8,7 +8,7 @@ Scalar = str | int | float | bool | None
 Key = str | int
 
 COMMAND_LINE = "command line"
-"""What errors call the command line."""
+"""The name of the command line in errors."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Origin:
     source: str
     """A file, or `COMMAND_LINE`."""
     line: int | None = None
-    """Counted from 1; None where there are no lines."""
+    """Counted from 1; None on the command line."""
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its origin: in a mapping the place of its key, else its own."""
+    """A value and its origin: the place of its key in a mapping, otherwise its own."""
 
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin
@@ -45,7 +45,7 @@ class Node:
         return self.value
 
     def parts(self) -> "Iterator[Node]":
-        """All values inside of it, itself first."""
+        """All values in it, itself first."""
         yield self
         if isinstance(self.value, Mapping | tuple):
             for node in self.value.values() if isinstance(self.value, Mapping) else self.value:
@@ -54,14 +54,14 @@ class Node:
     def merge(self, difference: "Node") -> "Node":
         """This value, changed by a difference.
 
-        Mappings merge key by key. All else is replaced: scalars, null, lists, and a mapping whose `kind` changes, since
-        the keys of one kind mean nothing to another.
+        Mappings merge key by key. Everything else is replaced: scalars, null, lists, and a mapping whose `kind`
+        changes, since the keys of one kind mean nothing to another.
         """
         if self.entries is None or difference.entries is None:
             return difference
         kind, new_kind = self.child("kind"), difference.child("kind")
         if kind is not None and new_kind is not None and kind.plain() != new_kind.plain():
-            # it is missing what its new kind needs because of whoever changed the kind
+            # if keys of the new kind are missing, the error belongs where the kind was changed
             return Node(difference.entries, new_kind.origin)
         merged = {
             key: before.merge(node) if (before := self.child(key)) else node for key, node in difference.entries.items()
@@ -71,7 +71,7 @@ class Node:
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
         """The deepest value on the way along a location, and the keys that lead to it.
 
-        What is no key is passed over: pydantic puts the names of a union's branches among the keys.
+        Parts that are not keys are skipped: pydantic puts the names of union branches among the keys.
         """
         keys: tuple[Key, ...] = ()
         node = self
@@ -82,7 +82,7 @@ class Node:
         return keys, node
 
     def child(self, key: Key) -> "Node | None":
-        """The entry of a mapping or the item of a list; None where there is none."""
+        """The entry of a mapping or the item of a list; None if it does not exist."""
         if isinstance(self.value, Mapping):
             return self.value.get(key) if isinstance(key, str) else None
         if isinstance(self.value, tuple) and isinstance(key, int) and key < len(self.value):

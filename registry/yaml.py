@@ -1,4 +1,4 @@
-"""YAML text to a tree of values that know their lines, and values to YAML text.
+"""Parse YAML into a tree of values that know their lines, and write values as YAML.
 
 It is YAML 1.2, by ruamel.yaml: only `true` and `false` are booleans, `010` is ten, and `1e-3` is a number. Keys and
 dates are strings.
@@ -19,12 +19,12 @@ from .errors import ConfigError
 from .tree import COMMAND_LINE, Node, Origin
 
 MOST_VALUES = 100_000
-"""Of a document, where an alias counts as all that it names: a few lines of aliases of aliases stand for billions."""
+"""The limit for a document, aliases expanded: a few lines of nested aliases can expand to billions of values."""
 
 _TAG = "tag:yaml.org,2002:"
 _CONVERTED = ("null", "bool", "int", "float")
 _STRINGS = ("str", "timestamp", "value", "merge")
-"""A date, `=` and `<<` are strings where they are values."""
+"""A date, `=` and `<<` are strings as values."""
 
 
 def parse(text: str, source: str) -> Node | None:
@@ -32,13 +32,13 @@ def parse(text: str, source: str) -> Node | None:
 
     Args:
         text: the document.
-        source: what errors call it; they name lines too, where it is not `COMMAND_LINE`.
+        source: its name in errors, which also name lines unless it is `COMMAND_LINE`.
 
     Returns:
-        The tree, or None where there is no document.
+        The tree, or None for an empty document.
 
     Raises:
-        ConfigError: the text is no YAML, gives a key twice, or holds what a configuration has no use for, such as tags.
+        ConfigError: the text is not YAML, gives a key twice, or uses what a configuration does not need, such as tags.
     """
     loader = YAML(typ="safe", pure=True)
     try:
@@ -56,7 +56,7 @@ def parse(text: str, source: str) -> Node | None:
 
 
 def write(value: Any, *, in_one_line: bool = False) -> str:
-    """The YAML text of dicts, lists and scalars, keys in their order, that `parse` reads as the same values."""
+    """Dicts, lists and scalars as YAML, keys in their order; `parse` reads the same values from it."""
     dumper = YAML(typ="safe", pure=True)
     dumper.Representer = _Representer
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,7 +69,7 @@ def write(value: Any, *, in_one_line: bool = False) -> str:
 
 
 class _Builder:
-    """Turns ruamel's nodes into ours."""
+    """Turns ruamel's nodes into `Node`s."""
 
     def __init__(self, constructor: Any, source: str) -> None:
         self._constructor = constructor
@@ -77,10 +77,10 @@ class _Builder:
         self._values = 0
         """So far."""
         self._built: dict[Any, tuple[Node, int] | None] = {}
-        """Trees, and the values in each; None for those that are not finished."""
+        """Trees, and the number of values in each; None while one is being built."""
 
     def build(self, node: Any) -> Node:
-        """The tree of a node. What an anchor names is built once."""
+        """The tree of a node. An anchored node is built once."""
         before = self._values
         if node not in self._built:
             self._built[node] = None
@@ -91,9 +91,9 @@ class _Builder:
             tree, size = built
             self._values += size
         else:
-            raise self._error(node, "an alias stands inside of what it names")
+            raise self._error(node, "an alias is inside the value that it names")
         if self._values > MOST_VALUES:
-            raise self._error(node, f"a document has at most {MOST_VALUES:,} values, aliases written out")
+            raise self._error(node, f"a document has at most {MOST_VALUES:,} values, aliases expanded")
         return tree
 
     def _value(self, node: Any) -> Any:
@@ -111,7 +111,9 @@ class _Builder:
             return self._constructor.construct_object(node)
         except (ValueError, LookupError) as error:
             digits = len(node.value)  # Python refuses to read thousands of them
-            sentence = f"a number of {digits} digits is too long" if digits > 1000 else f"{node.value!r} is no {tag}"
+            sentence = (
+                f"a number of {digits} digits is too long" if digits > 1000 else f"{node.value!r} is not a valid {tag}"
+            )
             raise self._error(node, sentence) from error
 
     def _mapping(self, node: Any) -> dict[str, Node]:
@@ -121,7 +123,7 @@ class _Builder:
                 line = _origin(self._source, first[word].start_mark).line
                 raise self._error(key, f"key {word!r} is given twice" + (f", first in line {line}" if line else ""))
             first[word] = key
-        self._constructor.flatten_mapping(node)  # puts what `<<` merges before the node's own entries
+        self._constructor.flatten_mapping(node)  # puts entries merged by `<<` before the node's own
         return {
             self._key(key): replace(self.build(value), origin=_origin(self._source, key.start_mark))
             for key, value in node.value
@@ -141,7 +143,7 @@ def _origin(source: str, mark: Any) -> Origin:
 
 
 class _Representer(SafeRepresenter):
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 every value is written out where it stands
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 aliases are never written
         return True
 
 

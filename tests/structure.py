@@ -1,23 +1,17 @@
-"""Measure the house: how long the code is, how it hangs together, and how much of it is plumbing.
+"""Measure the code base: its length, its layering, and how much of it is plumbing.
 
     python tests/structure.py [ROOT]
 
-prints a table for any checkout of this repository, the present one by default. test_structure.py holds the limits.
+prints a table for any checkout of this repository, the present one by default. test_structure.py enforces the limits.
 
-What is counted:
-
-- **lines**: all lines of all Python files of the library: those outside `tests/`, `docs/` (scripts that write
-  pages) and `examples/`; a room is a folder of the root, or the root's own files. The code before the second edition
-  has 30,727.
-- **circles**: sets of modules of which each imports the others, directly or by way of others. Relative names are
-  resolved, and an import inside a function or under `TYPE_CHECKING` counts as any other. That a module's package is
-  imported before it does not count.
-- **plumbing**: lines of the ops that only hand arguments on, over all their lines. These are
-    - signatures: from `def` to the colon that ends it, without decorators;
-    - passed arguments: of a call that takes several lines, those lines after the function's name that hold nothing but
-      names, attributes and constants, with `*`, `**`, a sign or `key=` before them. A line with an expression is
-      something computed; a lone bracket is not counted.
-- **recurring lines**: of the lines of a mixer's file that are not blank, without their indentation, those that stand in
+- **lines**: all lines of the library's Python files: those outside `tests/`, `docs/` and `examples/`; by folder of the
+  root (`.` for the root's own files).
+- **import cycles**: sets of modules that import each other, directly or through others. Imports inside functions and
+  under `TYPE_CHECKING` count; the implicit import of a module's package does not.
+- **plumbing**: the share of lines of the ops that only pass arguments on: signatures, from `def` to their colon; and,
+  in calls of several lines, those lines with nothing but names, attributes and constants, with `*`, `**`, a sign or
+  `key=` before them. A lone bracket is not counted.
+- **recurring lines**: of the lines of a mixer's file that are not blank, without indentation, those that are also in
   at least three other mixers' files.
 """
 
@@ -35,7 +29,7 @@ NOT_OURS = {"build", "dist", "runs", "studies", "site"}
 """Folders of the root that git ignores."""
 NOT_LIBRARY = {"tests", "docs", "examples"}
 OTHER_FAMILIES = {"softmax", "convolution"}
-"""Ops that make a mixer none of the decay or delta family."""
+"""Ops of mixers outside the decay and delta families."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class File:
 
 
 def files(root: Path) -> list[File]:
-    """All Python files of a checkout but those of hidden, ignored and installed folders."""
+    """All Python files of a checkout, without hidden, ignored and installed folders."""
     return [File(path.relative_to(root), path.read_text(encoding="utf-8")) for path in sorted(_walk(root, root))]
 
 
@@ -79,9 +73,6 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 def _is_foreign(folder: Path, root: Path) -> bool:
     ignored = folder.parent == root and folder.name in NOT_OURS
     return ignored or folder.name.startswith(".") or (folder / "pyvenv.cfg").exists()
-
-
-# ---- circles
 
 
 def imports(file: File, modules: set[str]) -> set[str]:
@@ -100,7 +91,7 @@ def imports(file: File, modules: set[str]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected parts of a graph that have more than one member (Tarjan's algorithm), largest first."""
+    """The strongly connected components of a graph with more than one member (Tarjan's algorithm), largest first."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     path: list[str] = []
@@ -126,11 +117,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted((circle for circle in found if len(circle) > 1), key=len, reverse=True)
 
 
-# ---- plumbing
-
-
 def signature_lines(text: str) -> set[int]:
-    """Numbers of the lines of all signatures, from `def` to its colon."""
+    """Line numbers of all signatures, from `def` to the colon."""
     found: set[int] = set()
     start, depth = None, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -145,7 +133,7 @@ def signature_lines(text: str) -> set[int]:
 
 
 def passing_lines(tree: ast.Module) -> set[int]:
-    """Numbers of the lines of calls that hold plain arguments alone."""
+    """Line numbers of calls that have only plain arguments."""
     found: set[int] = set()
     for call in ast.walk(tree):
         if isinstance(call, ast.Call):
@@ -168,11 +156,8 @@ def _is_plain(node: ast.expr) -> bool:
     return False
 
 
-# ---- mixers
-
-
 def recurring_lines(texts: dict[str, str]) -> dict[str, list[str]]:
-    """By file, those of its lines that stand in at least three of the others."""
+    """By file, its lines that are in at least three of the others."""
     lines = {name: _stripped(text) for name, text in texts.items()}
     sets = {name: set(own) for name, own in lines.items()}
     return {
@@ -186,17 +171,14 @@ def _stripped(text: str) -> list[str]:
 
 
 def example_of(readme: str) -> str:
-    """The mixer that a README writes: its Python block that begins with a file's name and defines a mixer."""
+    """The mixer of a README: the Python block that begins with a file name and defines a mixer."""
     blocks = re.findall(r"^```python\n(# \w+\.py\n.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     return next((block for block in blocks if re.search(r"^class \w+\(.*Mixer", block, re.MULTILINE)), "")
 
 
-# ---- the house
-
-
 @dataclass(frozen=True)
 class House:
-    """A checkout."""
+    """A checkout of the repository."""
 
     files: list[File]
     readme: str = ""
@@ -229,7 +211,7 @@ class House:
         return name, lines / self.length
 
     def longer_than(self, limit: int) -> dict[str, int]:
-        """Lines of the files that are longer, but for Triton kernels."""
+        """Lines of the files that are longer, except Triton kernels."""
         return {
             str(file.path): file.length
             for file in self.outside
@@ -260,7 +242,7 @@ class House:
 
     @cached_property
     def mixers(self) -> dict[str, File]:
-        """The built-in mixers by kind: the files of mixers/ that say `kind: Literal["<the file's name>"]`."""
+        """The built-in mixers by kind: the files of mixers/ with `kind: Literal["<the file's name>"]`."""
         return {
             file.path.stem: file
             for file in self.files
@@ -303,9 +285,6 @@ def _total(plumbing: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
     return signatures, passed, lines
 
 
-# ---- limits
-
-
 def _percent(limit: float, shares: dict[str, float]) -> list[str]:
     return [f"{name}: {value:.1%}" for name, value in shares.items() if value > limit]
 
@@ -325,10 +304,10 @@ LIMITS: dict[str, tuple[str, Callable[[House], list[str]]]] = {
         lambda h: _percent(0.25, {n: lines / h.length for n, lines in h.rooms.items()}),
     ),
     "files": (
-        "no file above 450 lines but Triton kernels",
+        "no file above 450 lines except Triton kernels",
         lambda h: [f"{name}: {lines}" for name, lines in h.longer_than(450).items()],
     ),
-    "circles": ("no circle of imports", lambda h: [" - ".join(circle) for circle in h.circles]),
+    "circles": ("no import cycle", lambda h: [" - ".join(circle) for circle in h.circles]),
     "plumbing": ("signatures and passed arguments at most 12 % of the ops", _plumbing),
     "mixers": (
         "mixers of the decay and delta families at most 100 lines each",
@@ -337,11 +316,11 @@ LIMITS: dict[str, tuple[str, Callable[[House], list[str]]]] = {
     "recurring": ("at most a quarter of a mixer recurs in three others", lambda h: _percent(0.25, h.recurring)),
     "example": ("the README's mixer at most 45 lines", lambda h: [f"{h.example}"] if not 0 < h.example <= 45 else []),
 }
-"""By name: what is allowed, and who offends against it."""
+"""By name: the limit, and what exceeds it."""
 
 
 def table(house: House) -> str:
-    """What is measured, a few lines each."""
+    """The measurements as text."""
     name, biggest = house.biggest_room
     signatures, passed, lines = _total(house.plumbing)
     other = {name: counts for name, counts in house.plumbing.items() if not _is_kernel(name)}
@@ -350,7 +329,7 @@ def table(house: House) -> str:
         ("biggest room", f"{name}, {biggest:.1%}"),
         *((f"  {room}", f"{lines:,} ({lines / house.length:.1%})") for room, lines in house.rooms.items()),
         ("files above 450 lines", ", ".join(f"{n} {lines}" for n, lines in house.longer_than(450).items()) or "none"),
-        ("circles of imports", f"{len(house.circles)}"),
+        ("import cycles", f"{len(house.circles)}"),
         *((f"  of {len(circle)}", ", ".join(circle)) for circle in house.circles),
         ("plumbing of the ops", f"{share(signatures, passed, lines):.1%} of {lines:,} lines"),
         ("  signatures", f"{signatures:,} ({signatures / lines:.1%})"),
@@ -365,7 +344,7 @@ def table(house: House) -> str:
     ]
     width = max(len(head) for head, _ in rows) + 2
     verdicts = [
-        f"{'not yet' if offenders(house) else 'kept':{width}}{rule}: {allowed}"
+        f"{'exceeded' if offenders(house) else 'ok':{width}}{rule}: {allowed}"
         for rule, (allowed, offenders) in LIMITS.items()
     ]
     return "\n".join([*(f"{head:{width}}{value}" for head, value in rows), "", *verdicts])

@@ -1,4 +1,4 @@
-"""Results of studies as they may come out: a recall task, text with speed and a paper's figures, few runs, a sweep."""
+"""Results of studies for tests: a recall task, text with speed and a paper's figures, few runs, a sweep."""
 
 import math
 from statistics import fmean, stdev

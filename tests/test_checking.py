@@ -136,7 +136,7 @@ BAD_CHECKS = {
     "module": (["forgetful.py"], "forgetful.py is a module: name its configuration, forgetful:MyConfig"),
     "missing file": (["no.yaml"], "no file no.yaml"),
     "no module": (["nothere:Config"], "No module named 'nothere'"),
-    "no mixer": (["forgetful:Forgetful"], "forgetful:Forgetful is no subclass of .*MixerConfig"),
+    "no mixer": (["forgetful:Forgetful"], "forgetful:Forgetful is .*subclass of .*MixerConfig"),
     "unknown field": (["retention", "n_head=2"], "unknown key 'n_head'; .*did you mean \"n_heads\""),
     "wrong value": (["retention", "n_heads=two"], "n_heads: needs an integer, and was given 'two'"),
     "wrong value in a file": (["bad.yaml"], "bad.yaml:2: n_heads: needs a number > 0, and was given 0"),

@@ -66,7 +66,7 @@ def names(pages: list[Path]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a text to learn; modules imported and mixers registered there are forgotten."""
+    """A working directory with a text to learn; modules imported and mixers registered there are removed."""
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 40)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

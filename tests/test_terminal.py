@@ -1,4 +1,4 @@
-"""What commands print to: a file is as wide as its tables, a terminal as wide as it is."""
+"""Console output: a file is as wide as its tables, a terminal keeps its width."""
 
 from io import StringIO
 
@@ -17,7 +17,7 @@ def table():
     return made
 
 
-def test_in_a_file_nothing_is_folded(table, monkeypatch, capsys):
+def test_tables_in_a_file_are_not_folded(table, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     console = terminal()
     console.print(table)
@@ -29,13 +29,13 @@ def test_in_a_file_nothing_is_folded(table, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("columns", "whole"), [("60", False), ("180", True)])
-def test_columns_are_as_many_as_asked_for(table, monkeypatch, capsys, columns, whole):
+def test_columns_are_those_of_the_environment(table, monkeypatch, capsys, columns, whole):
     monkeypatch.setenv("COLUMNS", columns)
     terminal().print(table)
     assert ("gated_delta_net-lr0.002-seed1" in capsys.readouterr().out) == whole
 
 
-def test_names_are_no_markup(capsys):
+def test_names_are_not_markup(capsys):
     terminal().print("runs/[bold]x[/bold]")
     assert "runs/[bold]x[/bold]" in capsys.readouterr().out
 

@@ -177,7 +177,7 @@ def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_refuses(refused, tmp_path):
-    assert refused("bench-gpu", "--out", "gpu") == "this measures on a GPU, and torch finds none"
+    assert "GPU" in refused("bench-gpu", "--out", "gpu")
     assert not (tmp_path / "gpu").exists()
 
 

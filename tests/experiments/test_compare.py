@@ -210,7 +210,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
         process.join(300)
         if number == signal.SIGTERM:
             assert process.exitcode == 130
-            assert "every run; go on with: seqmix compare small.yaml" in output.read_text()
+            assert "with: seqmix compare small.yaml" in output.read_text()
             assert [run.status for run in read_results(folder).runs] == ["missing", "missing"]
         else:
             assert process.exitcode == -signal.SIGKILL

@@ -18,9 +18,9 @@ CASES = (
     {"batch": 2, "length": 1, "state": True, "final": True},
     {"batch": 2, "length": 5, "state": True, "final": True},
     # over no rank's border, over all, at it, one token, none
-    {"batch": 1, "length": 5, "borders": [0, 3, 15]},
-    {"batch": 1, "length": 5, "borders": [0, 5, 5, 6, 10, 14, 15], "state": True, "final": True},
-    {"batch": 1, "length": 1, "borders": [0, 0, 1, 3, 3], "state": True},
+    {"batch": 1, "length": 5, "cu_seqlens": [0, 3, 15]},
+    {"batch": 1, "length": 5, "cu_seqlens": [0, 5, 5, 6, 10, 14, 15], "state": True, "final": True},
+    {"batch": 1, "length": 1, "cu_seqlens": [0, 0, 1, 3, 3], "state": True},
 )
 MIXERS_OF_ALL_OPS = (
     ("retention", {"n_heads": 2, "chunk_size": 4}),
@@ -80,7 +80,7 @@ def test_a_state_that_grows_is_not_handed_on(ranks):
 
 
 def test_wrong_borders_are_refused(ranks):
-    case = {"paradigm": "chunkwise", "batch": 1, "length": 5, "borders": [0, 5]}
+    case = {"paradigm": "chunkwise", "batch": 1, "length": 5, "cu_seqlens": [0, 5]}
     with pytest.raises(AssertionError, match="cu_seqlens must rise from 0 to the 15 tokens given"):
         ranks("mixer_as_one", "retention", {"n_heads": 2}, [case], whole=False)
 

@@ -14,59 +14,53 @@ def add(family, kind: str, text: str | None = None) -> str:
     return module
 
 
-def test_a_plug_in_is_a_kind(family):
-    module = add(family, "star")
-    assert family.registry.kinds() == ["circle", "square", "star"]
-    assert family.registry.origin("star") == module
-    assert family.registry.resolve("star")(size=2).area() == 4
+@pytest.fixture
+def holder(family):
+    return create_model("Holder", __base__=Config, shape=(Annotated[family.base, family.registry], ...))
 
 
-def test_a_plug_in_is_not_imported_for_another_kind(family):
+def test_a_plug_in_is_a_kind_that_is_imported_when_it_is_used(family, holder):
     module = add(family, "star")
     family.registry.resolve("circle")
     assert module not in sys.modules
+    assert family.registry.kinds() == ["circle", "square", "star"]
+    assert family.registry.origin("star") == module
+    assert holder(shape={"kind": "star", "size": 2}).shape.area() == 4
+    assert Registry("shape", family.base, package=family.package).kinds() == ["circle", "square"]  # of no group
 
 
-def test_a_plug_in_installed_after_a_field_was_declared_joins(family):
-    Holder = create_model("Holder", __base__=Config, shape=(Annotated[family.base, family.registry], ...))
-    add(family, "star")
-    assert Holder(shape={"kind": "star", "size": 2}).shape.kind == "star"
-
-
-def test_a_group_of_another_family_is_not_read(family):
-    add(family, "star")
-    assert Registry("shape", family.base, package=family.package).kinds() == ["circle", "square"]
-
-
-def test_a_plug_in_that_fails_to_import_is_told_by_name_module_and_exception(family):
-    module = add(family, "star", "import no_such_library")
-    with pytest.raises(ConfigError) as raised:
-        family.registry.resolve("star")
-    assert str(raised.value) == (
-        f"shape kind 'star' of module {module} cannot be loaded: ModuleNotFoundError: No module named 'no_such_library'"
-    )
-
-
-@pytest.mark.parametrize("text", ["import no_such_library", "def", "1 / 0", "raise KeyError('two\\nlines')", ""])
-def test_a_broken_plug_in_breaks_nothing_else(family, text):
-    add(family, "star", text)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("def", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise RuntimeError('one\\ntwo')", "RuntimeError: one"),
+        ("", "starConfig"),
+        ("from json import JSONDecoder as starConfig", "json.decoder:JSONDecoder"),
+    ],
+)
+def test_a_broken_plug_in_is_reported_with_its_module_and_reason_and_breaks_nothing_else(
+    family, holder, tmp_path, text, reason
+):
+    module = add(family, "star", text)
     add(family, "moon")
     assert family.registry.kinds() == ["circle", "moon", "square"]
     assert family.registry.resolve("moon")(size=1)
-    assert list(family.registry.broken()) == ["star"]
-
-
-def test_the_reason_of_a_broken_plug_in_is_one_line(family):
-    add(family, "star", "raise RuntimeError('one\\ntwo')")
-    assert family.registry.broken()["star"].endswith("RuntimeError: one")
-
-
-def test_a_broken_plug_in_is_told_where_a_file_asks_for_it(family, tmp_path):
-    Holder = create_model("Holder", __base__=Config, shape=(Annotated[family.base, family.registry], ...))
-    add(family, "star", "import no_such_library")
+    with pytest.raises(ConfigError) as raised:
+        family.registry.resolve("star")
+    assert family.registry.broken() == {"star": str(raised.value)}
+    assert all(word in str(raised.value) for word in ("'star'", module, reason))
+    assert "\n" not in str(raised.value)
     (tmp_path / "run.yaml").write_text("shape:\n  kind: star\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml:2: shape\.kind: shape kind 'star' of module"):
-        load(Holder, tmp_path / "run.yaml", presets=tmp_path)
+    with pytest.raises(ConfigError, match=rf"run\.yaml:2: shape\.kind: .*'star' .*{module}"):
+        load(holder, tmp_path / "run.yaml", presets=tmp_path)
+
+
+def test_a_plug_in_whose_class_declares_another_kind_is_broken(family):
+    module = family.module("moons", family.shape("moon"))
+    family.plug_in("star", f"{module}:moonConfig")
+    assert all(word in family.registry.broken()["star"] for word in (f"{module}:moonConfig", "'moon'"))
 
 
 def test_two_plug_ins_of_one_name_are_an_error_that_names_both(family):
@@ -75,43 +69,24 @@ def test_two_plug_ins_of_one_name_are_an_error_that_names_both(family):
     family.plug_in("star", f"{second}:starConfig")
     with pytest.raises(ConfigError) as raised:
         family.registry.resolve("star")
-    assert first in str(raised.value)
-    assert second in str(raised.value)
+    assert all(module in str(raised.value) for module in (first, second))
     assert "star" not in family.registry.kinds()
     assert family.registry.broken() == {"star": str(raised.value)}
 
 
-def test_one_plug_in_found_twice_is_one_plug_in(family):
-    module = add(family, "star")
-    family.plug_in("star", f"{module}:starConfig")
-    assert family.registry.origin("star") == module
-
-
-def test_a_plug_in_with_the_name_of_a_built_in_is_an_error_that_names_both(family):
+def test_a_plug_in_of_a_kind_that_is_built_in_or_registered_is_an_error_that_names_both(family):
     module = add(family, "circle")
-    with pytest.raises(ConfigError, match=rf"'circle' is provided by {family.package}\.circle and by {module}"):
+    with pytest.raises(ConfigError, match=rf"'circle' .*{family.package}\.circle .*{module}"):
         family.registry.resolve("circle")
-
-
-def test_a_class_with_the_kind_of_a_plug_in_is_refused(family):
     module = add(family, "star")
     other = family.module("other", family.shape("star"))
-    with pytest.raises(ConfigError, match=f"'star' is provided by {module} and by {other}"):
+    with pytest.raises(ConfigError, match=f"'star' .*{module} .*{other}"):
         family.registry.register(family.registry.resolve(f"{other}:starConfig"))
 
 
-def test_a_plug_in_may_register_its_class_as_well(family):
-    add(family, "star")
+def test_one_plug_in_may_be_found_twice_and_registered(family):
+    module = add(family, "star")
+    family.plug_in("star", f"{module}:starConfig")
+    assert family.registry.origin("star") == module
     config = family.registry.register(family.registry.resolve("star"))
     assert family.registry.resolve("star") is config
-
-
-def test_a_plug_in_whose_class_says_another_kind_is_broken(family):
-    module = family.module("moons", family.shape("moon"))
-    family.plug_in("star", f"{module}:moonConfig")
-    assert family.registry.broken()["star"].endswith(f"{module}:moonConfig says kind 'moon'")
-
-
-def test_a_plug_in_of_another_family_is_broken(family):
-    family.plug_in("star", "json:JSONDecoder")
-    assert "json.decoder:JSONDecoder is no subclass of" in family.registry.broken()["star"]

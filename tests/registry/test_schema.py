@@ -53,24 +53,21 @@ def kinds_of(union: dict[str, Any]) -> dict[str, str]:
     return union["discriminator"]["mapping"]
 
 
-def test_a_field_is_one_of_all_kinds_told_apart_by_kind(family, schema):
-    shape = schema["properties"]["shape"]
-    assert shape["discriminator"]["propertyName"] == "kind"
-    assert kinds_of(shape) == {k: f"#/$defs/{k}Config" for k in ("circle", "square")}
-    assert [{"$ref": ref} for ref in kinds_of(shape).values()] == shape["oneOf"][:2]
-
-
-def test_a_field_that_may_be_null_has_the_kinds_and_null(schema):
+def test_a_field_is_a_union_of_its_kinds_a_dotted_path_or_a_difference_without_kind(schema):
+    shape, init = schema["properties"]["shape"], schema["properties"]["init"]
     kinds, null = schema["properties"]["other"]["anyOf"]
-    assert kinds_of(kinds).keys() == {"circle", "square"}
+    assert shape["discriminator"]["propertyName"] == "kind"
+    assert kinds_of(shape) == kinds_of(kinds) == {k: f"#/$defs/{k}Config" for k in ("circle", "square")}
     assert null == {"type": "null"}
+    assert [{"$ref": ref} for ref in kinds_of(shape).values()] == shape["oneOf"][:2]
+    path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+    without_kind = {"type": "object", "not": {"required": ["kind"]}}
+    assert path in shape["oneOf"]
+    assert without_kind in shape["oneOf"]
+    assert without_kind in init["oneOf"]
 
 
-def test_every_kind_is_defined(schema):
-    assert {"circleConfig", "squareConfig", "Paper", "Normal"} <= schema["$defs"].keys()
-
-
-def test_a_plug_in_joins(family):
+def test_plug_ins_are_in_the_schema_unless_they_are_broken(family):
     module = family.module("stars", family.shape("star"))
     family.plug_in("star", f"{module}:starConfig")
     family.plug_in("moon", "no_such_module:Moon")
@@ -78,48 +75,20 @@ def test_a_plug_in_joins(family):
     assert kinds_of(json_schema(Run)["properties"]["shape"]).keys() == {"circle", "square", "star"}
 
 
-def test_a_dotted_path_is_allowed(schema):
-    path = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
-    assert path in schema["properties"]["shape"]["oneOf"]
-
-
-def test_a_difference_may_leave_out_the_kind(schema):
-    without_kind = {"type": "object", "not": {"required": ["kind"]}}
-    assert without_kind in schema["properties"]["shape"]["oneOf"]
-    assert without_kind in schema["properties"]["init"]["oneOf"]
-
-
-def test_nothing_is_required_but_a_kind(schema):
+def test_nothing_is_required_but_a_kind_and_only_known_keys_are_allowed(schema):
+    circle, normal = schema["$defs"]["circleConfig"], schema["$defs"]["Normal"]
     assert "required" not in schema
-    assert {d: schema["$defs"][d].get("required") for d in ("circleConfig", "Normal")} == {
-        "circleConfig": ["kind"],
-        "Normal": ["kind"],
-    }
-
-
-def test_extends_is_allowed_at_the_top(schema):
+    assert circle["required"] == normal["required"] == ["kind"]
+    assert schema["additionalProperties"] is circle["additionalProperties"] is False
+    assert circle["properties"]["size"]["description"] == "How large it is."
     assert schema["properties"]["extends"]["type"] == "string"
-    assert "extends" not in schema["$defs"]["circleConfig"]["properties"]
+    assert "extends" not in circle["properties"]
 
 
-def test_unknown_keys_are_not_allowed(schema):
-    assert schema["additionalProperties"] is False
-    assert schema["$defs"]["circleConfig"]["additionalProperties"] is False
-
-
-def test_docstrings_of_fields_are_descriptions(schema):
-    assert schema["$defs"]["circleConfig"]["properties"]["size"]["description"] == "How large it is."
-
-
-def test_kinds_that_hold_kinds_are_described():
+def test_kinds_that_contain_kinds_are_described_read_and_written():
     schema = json_schema(Tree)
-    assert kinds_of(schema["$defs"]["Branch"]["properties"]["inner"]["items"]) == {
-        "branch": "#/$defs/Branch",
-        "leaf": "#/$defs/Leaf",
-    }
-
-
-def test_kinds_that_hold_kinds_are_read_and_written():
+    inner = kinds_of(schema["$defs"]["Branch"]["properties"]["inner"]["items"])
+    assert inner == {"branch": "#/$defs/Branch", "leaf": "#/$defs/Leaf"}
     data = {"root": {"kind": "branch", "inner": ({"kind": "leaf"}, {"kind": "branch", "inner": ()})}}
     assert Tree.model_validate(data).model_dump() == data
 
