@@ -81,22 +81,22 @@ def mixer_as_one(
     mixer.cp_group = None if in_turn else context()
     for case in cases:
         paradigm, wanted = case["paradigm"], case.get("final", False)
-        borders = torch.tensor(case["borders"]) if "borders" in case else None
+        cu_seqlens = torch.tensor(case["cu_seqlens"]) if "cu_seqlens" in case else None
         x = torch.randn(case["batch"], context().size * case["length"], 16, dtype=torch.float64)
-        rows, state = case["batch"] if borders is None else len(borders) - 1, None
+        rows, state = case["batch"] if cu_seqlens is None else len(cu_seqlens) - 1, None
         if case.get("state"):
             before = torch.randn(rows, 5, 16, dtype=torch.float64)
             state = detach(mixer_alone(before, return_state=True)[1])
 
-        def alone(x, s, paradigm=paradigm, borders=borders, wanted=wanted):
-            return mixer_alone(x, s, paradigm=paradigm, cu_seqlens=borders, return_state=wanted)
+        def alone(x, s, paradigm=paradigm, cu_seqlens=cu_seqlens, wanted=wanted):
+            return mixer_alone(x, s, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=wanted)
 
-        def shared(x, s, paradigm=paradigm, borders=borders, wanted=wanted):
+        def shared(x, s, paradigm=paradigm, cu_seqlens=cu_seqlens, wanted=wanted):
             if in_turn:
                 start, size = context().start(x.shape[1]), context().size
-                documents = Documents.of(borders, x.shape[1], start, size * x.shape[1])
+                documents = Documents.of(cu_seqlens, x.shape[1], start, size * x.shape[1])
                 return mix_in_turn(mixer, x, Call(Paradigm(paradigm), s, documents, wanted, cp_group=context()))
-            return mixer(x, s, paradigm=paradigm, cu_seqlens=borders, return_state=wanted)
+            return mixer(x, s, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=wanted)
 
         theirs = _everything(mixer_alone, alone, x, state, 1) if whole else None
         ours = _everything(mixer, shared, context().part(x), state, context().size)
@@ -154,14 +154,14 @@ def model_as_one(preset: str) -> None:
     alone, shared = (build_model(config, dtype=torch.float64) for _ in range(2))
     shared.set_cp_group(context())
     cases = ((2, 12, None, False), (2, 13, None, True), (1, 14, torch.tensor([0, 5, 9, 14, 14]), False))
-    for rows, length, borders, checkpointed in cases:
+    for rows, length, cu_seqlens, checkpointed in cases:
         alone.activation_checkpointing = shared.activation_checkpointing = checkpointed
         tokens, targets = torch.randint(256, (2, rows, length), generator=torch.Generator().manual_seed(length))
         targets[:, 3] = -100
         losses = []
         for model in (alone, shared):
             model.zero_grad()
-            losses.append(model(tokens, targets=targets, reduction="sum", cu_seqlens=borders).loss)
+            losses.append(model(tokens, targets=targets, reduction="sum", cu_seqlens=cu_seqlens).loss)
             losses[-1].backward()
         total = losses[1].detach().clone()
         dist.all_reduce(total)
