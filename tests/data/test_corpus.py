@@ -198,7 +198,7 @@ def test_evaluation_covers_the_stream_once(batch_size, extra):
     # the padding of the last batch is not
     assert inputs[counted].tolist() == list(range(12 * 8))
     assert targets[counted].tolist() == list(range(1, 12 * 8 + 1))
-    limited = evaluation_batches(stream, 8, batch_size, 12)  # a limit above the stream is no limit
+    limited = evaluation_batches(stream, 8, batch_size, 12)  # a limit beyond the stream has no effect
     assert all(torch.equal(a.targets, b.targets) for a, b in zip(limited, batches, strict=True))
 
 

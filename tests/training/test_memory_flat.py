@@ -81,7 +81,7 @@ def test_nothing_comes_to_stay(tmp_path):
     held = warm(found)
     assert held[-1].step == STEPS - EVERY
     assert len({each.tensors for each in held}) == 1
-    if STEPS >= 200:  # a line through fewer is no line
+    if STEPS >= 200:  # fewer points do not make a line
         assert growth(held) <= ALLOWED
     assert all(0 < each.bytes <= each.peak + 2**20 for each in held)
 
