@@ -64,15 +64,11 @@ def files(root: Path) -> list[File]:
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
     for path in folder.iterdir():
+        ignored = path.name.startswith(".") or (folder == root and path.name in NOT_OURS)
         if path.is_file() and path.suffix == ".py":
             yield path
-        elif path.is_dir() and not _is_foreign(path, root):
+        elif path.is_dir() and not ignored and not (path / "pyvenv.cfg").exists():
             yield from _walk(path, root)
-
-
-def _is_foreign(folder: Path, root: Path) -> bool:
-    ignored = folder.parent == root and folder.name in NOT_OURS
-    return ignored or folder.name.startswith(".") or (folder / "pyvenv.cfg").exists()
 
 
 def imports(file: File, modules: set[str]) -> set[str]:
@@ -91,30 +87,19 @@ def imports(file: File, modules: set[str]) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of a graph with more than one member (Tarjan's algorithm), largest first."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    path: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        order[node] = lowest[node] = len(order)
-        path.append(node)
-        for target in sorted(graph[node]):
-            if target not in order:
-                visit(target)
-                lowest[node] = min(lowest[node], lowest[target])
-            elif target in path:
-                lowest[node] = min(lowest[node], order[target])
-        if lowest[node] == order[node]:
-            at = path.index(node)
-            found.append(sorted(path[at:]))
-            del path[at:]
-
-    for node in sorted(graph):
-        if node not in order:
-            visit(node)
-    return sorted((circle for circle in found if len(circle) > 1), key=len, reverse=True)
+    """The strongly connected components of a graph with more than one member, largest first."""
+    reached: dict[str, set[str]] = {}
+    for node in graph:
+        seen, open_ = set[str](), [node]
+        while open_:
+            new = graph[open_.pop()] - seen
+            seen |= new
+            open_ += new
+        reached[node] = seen
+    found = {
+        tuple(sorted({node, *(other for other in seen if node in reached[other])})) for node, seen in reached.items()
+    }
+    return sorted((list(circle) for circle in found if len(circle) > 1), key=lambda circle: (-len(circle), circle))
 
 
 def signature_lines(text: str) -> set[int]:
@@ -212,11 +197,8 @@ class House:
 
     def longer_than(self, limit: int) -> dict[str, int]:
         """Lines of the files that are longer, except Triton kernels."""
-        return {
-            str(file.path): file.length
-            for file in self.outside
-            if file.length > limit and not _is_kernel(file.path.name)
-        }
+        long = [file for file in self.outside if file.length > limit and "triton_kernels" not in file.path.name]
+        return {str(file.path): file.length for file in long}
 
     @cached_property
     def circles(self) -> list[list[str]]:
@@ -229,7 +211,7 @@ class House:
 
     @cached_property
     def plumbing(self) -> dict[str, tuple[int, int, int]]:
-        """Of each op's file: lines of signatures, other lines of passed arguments, and all lines."""
+        """Of each op's file: lines of signatures, other lines of passed arguments, all lines."""
         found = {}
         for file in self.ops:
             signatures = signature_lines(file.text)
@@ -243,21 +225,18 @@ class House:
     @cached_property
     def mixers(self) -> dict[str, File]:
         """The built-in mixers by kind: the files of mixers/ with `kind: Literal["<the file's name>"]`."""
-        return {
-            file.path.stem: file
-            for file in self.files
-            if file.path.parts[:-1] == ("mixers",) and f'kind: Literal["{file.path.stem}"]' in file.text
-        }
+        files = {file.path.stem: file for file in self.files if file.path.parts[:-1] == ("mixers",)}
+        return {name: file for name, file in files.items() if f'kind: Literal["{name}"]' in file.text}
 
     @cached_property
     def families(self) -> list[str]:
         """The mixers of the decay and delta families: those that call no other op."""
         modules = {file.module for file in self.ops}
-        return [
-            kind
+        ops = {
+            kind: {part for op in imports(file, modules) for part in op.split(".")}
             for kind, file in self.mixers.items()
-            if not any(set(name.split(".")) & OTHER_FAMILIES for name in imports(file, modules))
-        ]
+        }
+        return [kind for kind, called in ops.items() if not called & OTHER_FAMILIES]
 
     @cached_property
     def recurring(self) -> dict[str, float]:
@@ -269,10 +248,6 @@ class House:
     def example(self) -> int:
         """Lines of the README's mixer."""
         return len(example_of(self.readme).splitlines())
-
-
-def _is_kernel(name: str) -> bool:
-    return "triton_kernels" in name
 
 
 def share(signatures: int, passed: int, lines: int) -> float:
@@ -323,36 +298,29 @@ def table(house: House) -> str:
     """The measurements as text."""
     name, biggest = house.biggest_room
     signatures, passed, lines = _total(house.plumbing)
-    other = {name: counts for name, counts in house.plumbing.items() if not _is_kernel(name)}
     rows = [
         ("lines outside tests", f"{house.length:,}"),
-        ("biggest room", f"{name}, {biggest:.1%}"),
+        ("biggest folder", f"{name}, {biggest:.1%}"),
         *((f"  {room}", f"{lines:,} ({lines / house.length:.1%})") for room, lines in house.rooms.items()),
         ("files above 450 lines", ", ".join(f"{n} {lines}" for n, lines in house.longer_than(450).items()) or "none"),
-        ("import cycles", f"{len(house.circles)}"),
-        *((f"  of {len(circle)}", ", ".join(circle)) for circle in house.circles),
-        ("plumbing of the ops", f"{share(signatures, passed, lines):.1%} of {lines:,} lines"),
-        ("  signatures", f"{signatures:,} ({signatures / lines:.1%})"),
-        ("  passed arguments", f"{passed:,} ({passed / lines:.1%})"),
-        ("  without Triton kernels", f"{share(*_total(other)):.1%}"),
-        ("mixers", f"lines, of which recur (* neither decay nor delta); {_recurring_share(house):.0%} recur in all"),
+        ("import cycles", "; ".join(", ".join(circle) for circle in house.circles) or "none"),
+        (
+            "plumbing of the ops",
+            f"{house.plumbing_share:.1%} of {lines:,} lines: {signatures:,} signatures, {passed:,} arguments",
+        ),
+        ("mixers", "lines, share of recurring lines (* neither decay nor delta)"),
         *(
             (f"  {kind}{'' if kind in house.families else ' *'}", f"{file.length}, {house.recurring[kind]:.0%}")
             for kind, file in house.mixers.items()
         ),
         ("README's mixer", f"{house.example} lines"),
+        *(
+            ("exceeded" if offenders(house) else "ok", f"{rule}: {allowed}")
+            for rule, (allowed, offenders) in LIMITS.items()
+        ),
     ]
     width = max(len(head) for head, _ in rows) + 2
-    verdicts = [
-        f"{'exceeded' if offenders(house) else 'ok':{width}}{rule}: {allowed}"
-        for rule, (allowed, offenders) in LIMITS.items()
-    ]
-    return "\n".join([*(f"{head:{width}}{value}" for head, value in rows), "", *verdicts])
-
-
-def _recurring_share(house: House) -> float:
-    lines = {kind: len(_stripped(file.text)) for kind, file in house.mixers.items()}
-    return sum(lines[kind] * house.recurring[kind] for kind in lines) / max(sum(lines.values()), 1)
+    return "\n".join(f"{head:{width}}{value}" for head, value in rows)
 
 
 if __name__ == "__main__":

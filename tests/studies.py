@@ -11,8 +11,8 @@ MACHINE = {
     "threads": 2,
     "device": "cpu",
     "torch": "2.13.0",
-    "seqmix": "0.1.0",
-    "commit": "4f2c1e9",
+    "seqmix": "0.1",
+    "commit": "4f2",
 }
 MIXERS = {
     "retention": ("retention", 65536, False, 0.81),
@@ -119,14 +119,14 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         if best[0].get("accuracy") is not None:
             row["accuracy"] = spread([r["accuracy"] for r in best])
+            slices = best[0]["accuracy_by"].items()
             row["accuracy_by"] = {
-                name: {key: spread([r["accuracy_by"][name][key] for r in best]) for key in slices}
-                for name, slices in best[0]["accuracy_by"].items()
+                axis: {key: spread([r["accuracy_by"][axis][key] for r in best]) for key in keys}
+                for axis, keys in slices
             }
         if lengths := best[0].get("validation_loss_by_length"):
-            row["validation_loss_by_length"] = {
-                key: spread([r["validation_loss_by_length"][key] for r in best]) for key in lengths
-            }
+            by = "validation_loss_by_length"
+            row[by] = {key: spread([r[by][key] for r in best]) for key in lengths}
         rows.append(row)
     return rows
 
@@ -152,19 +152,11 @@ def study(
 
 def recall() -> dict[str, Any]:
     """Five mixers, three seeds, two learning rates, a task with slices of difficulty."""
-    runs = [
-        run(
-            name,
-            seed,
-            rate,
-            0.02 + 2 * (1 - best) * (1.0 if rate == 1e-3 else 1.3),
-            accuracy=best * (1.0 if rate == 1e-3 else 0.9),
-            speed=30000.0 + 4000 * i,
-        )
-        for i, (name, (_, _, _, best)) in enumerate(MIXERS.items())
-        for rate in (3e-4, 1e-3)
-        for seed in range(3)
-    ]
+    runs = []
+    for i, (name, (_, _, _, best)) in enumerate(MIXERS.items()):
+        for rate, worse, share in ((3e-4, 1.3, 0.9), (1e-3, 1.0, 1.0)):
+            loss, how = 0.02 + 2 * (1 - best) * worse, {"accuracy": best * share, "speed": 30000.0 + 4000 * i}
+            runs += [run(name, seed, rate, loss, **how) for seed in range(3)]
     return study("recall", "Which mixer recalls the most pairs of key and value?", list(MIXERS), runs)
 
 
@@ -183,86 +175,41 @@ def text() -> dict[str, Any]:
             runs.append(made)
     lengths = [512, 1024, 2048, 4096, 8192, 16384]
     slow = {"retention": 0.0, "attention": 1.0, "Mamba-2": 0.05}
-    train = [
-        {
-            "entry": n,
-            "length": t,
-            "tokens_per_second": 42000 / (1 + slow[n] * t / 3000),
-            "memory_bytes": 4e8 + 3e4 * t * (1 + slow[n] * t / 8000),
-        }
-        for n in names
-        for t in lengths
-    ]
-    decode = [
-        {
-            "entry": n,
-            "context": t,
-            "seconds": 0.0021 * (1 + slow[n] * t / 2000),
-            "memory_bytes": 1e8 + 2e3 * t * slow[n],
-            "state_bytes": 512 * t if n == "attention" else 65536,
-        }
-        for n in names
-        for t in lengths
-    ]
+    train, decode = [], []
+    for n in names:
+        for t in lengths:
+            speed, memory = 42000 / (1 + slow[n] * t / 3000), 4e8 + 3e4 * t * (1 + slow[n] * t / 8000)
+            train.append({"entry": n, "length": t, "tokens_per_second": speed, "memory_bytes": memory})
+            step, memory = 0.0021 * (1 + slow[n] * t / 2000), 1e8 + 2e3 * t * slow[n]
+            state = {"state_bytes": 512 * t if n == "attention" else 65536}
+            decode.append({"entry": n, "context": t, "seconds": step, "memory_bytes": memory} | state)
+    best = "Perplexity of the best transformer of the same size"
     paper = [
         {"label": "In-domain perplexity", "entry": "retention", "theirs": 26.05, "ours": 4.95},
-        {
-            "label": "Perplexity of the best transformer of the same size",
-            "entry": "attention",
-            "theirs": 27.0,
-            "ours": 5.2,
-        },
+        {"label": best, "entry": "attention", "theirs": 27.0, "ours": 5.2},
     ]
-    return study(
-        "text",
-        "Does retention reach attention's loss, and at what cost?",
-        names,
-        runs,
-        speed={"train": train, "decode": decode},
-        paper=paper,
-    )
+    question = "Does retention reach attention's loss, and at what cost?"
+    return study("text", question, names, runs, speed={"train": train, "decode": decode}, paper=paper)
 
 
 def few() -> dict[str, Any]:
     """One run that finished, one that failed, one that was not run, and no question."""
     runs = [run("retention", 0, 1e-3, 1.9)]
-    for status, error, seed in (
-        (
-            "failed",
-            "the loss is not finite at step 31: blocks.0.mixer is the first module whose output is not finite",
-            1,
-        ),
-        ("missing", None, 2),
-    ):
-        runs.append(
-            {
-                "name": f"Mamba-2-lr0.001-seed{seed}",
-                "entry": "Mamba-2",
-                "seed": seed,
-                "learning_rate": 1e-3,
-                "variant": {},
-                "status": status,
-                "error": error,
-            }
-        )
+    problem = "the loss is not finite at step 31: blocks.0.mixer is the first module whose output is not finite"
+    for status, error, seed in (("failed", problem, 1), ("missing", None, 2)):
+        made = {"name": f"Mamba-2-lr0.001-seed{seed}", "entry": "Mamba-2", "seed": seed, "learning_rate": 1e-3}
+        runs.append(made | {"variant": {}, "status": status, "error": error})
     return study("few", None, ["retention", "Mamba-2"], runs)
 
 
 def varied() -> dict[str, Any]:
     """Two mixers at four values of one field."""
-    runs = [
-        run(
-            name,
-            seed,
-            1e-3,
-            0.05 + 0.2 * i * (1 + k),
-            accuracy=max(0.1, 0.98 - 0.12 * k * (1 + i)),
-            variant={"data.pairs": pairs},
-        )
-        for i, name in enumerate(("attention", "retention"))
-        for k, pairs in enumerate((8, 16, 32, 64))
-        for seed in range(2)
-    ]
+    runs = []
+    for i, name in enumerate(("attention", "retention")):
+        for k, pairs in enumerate((8, 16, 32, 64)):
+            accuracy, variant = max(0.1, 0.98 - 0.12 * k * (1 + i)), {"data.pairs": pairs}
+            loss = 0.05 + 0.2 * i * (1 + k)
+            runs += [run(name, seed, 1e-3, loss, accuracy=accuracy, variant=variant) for seed in range(2)]
     return study("varied", "How many pairs does each recall?", ["attention", "retention"], runs, x_label="pairs")
 
 

@@ -299,19 +299,14 @@ def test_an_invalid_number_of_columns_is_ignored(seqmix, monkeypatch, columns):
     assert seqmix("show", "retnet-tiny").out == whole != ""
 
 
-def test_show_json_is_the_account(seqmix):
-    done = seqmix("show", "hybrid-tiny", "--json", "--length", "100")
-    cost = json.loads(done.out)
-    assert (done.status, done.err) == (0, "")
-    assert cost["length"] == 100
+def test_show_json_is_the_account_at_the_length_of_the_configuration_or_another(seqmix):
+    for arguments, length in (["--length", "100"], 100), ([], 256), (["data.sequence_length=64"], 64):
+        done = seqmix("show", "hybrid-tiny", "--json", *arguments)
+        cost = json.loads(done.out)
+        assert (done.status, done.err, cost["length"]) == (0, "", length)
     assert [layer["block"] for layer in cost["layers"]] == ["ret", "ret", "ret", "attn"]
     assert cost["parameters"] == cost["body_parameters"] + cost["embedding_parameters"]
     assert cost["parameters"] > sum(layer["parameters"] for layer in cost["layers"])
-
-
-def test_show_uses_the_length_of_the_configuration_by_default(seqmix):
-    for changes, length in ((), 256), (("data.sequence_length=64",), 64):
-        assert json.loads(seqmix("show", "retnet-tiny", *changes, "--json").out)["length"] == length
 
 
 def test_mixers_lists_every_kind_and_what_it_declares(seqmix):
@@ -402,16 +397,10 @@ def test_a_bad_configuration_is_one_sentence(refused, command, case):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(
-    "change", ["data.paths=[nowhere.txt]", "data.paths=[empty.txt]", 'data.glob="*.md"', "data.paths=[short.txt]"]
-)
-def test_a_text_that_cannot_be_used_is_one_sentence(refused, change):
-    Path("empty.txt").touch()
+def test_a_text_that_cannot_be_used_is_one_sentence(refused):
     Path("short.txt").write_text("short")
-    Path("folder").mkdir()
-    Path("folder/text.txt").write_text("text " * 100)
-    found = refused("train", "retnet-tiny", *SMALL, "data.paths=[folder]", change)
-    assert re.search(r"(nowhere|empty|short)\.txt|folder.*\*\.md", found)
+    for name in ("nowhere.txt", "short.txt"):
+        assert name in refused("train", "retnet-tiny", *SMALL, f"data.paths=[{name}]")
     assert not Path("runs").exists()
 
 
@@ -471,10 +460,8 @@ def test_a_checkpoint_that_is_missing_damaged_or_of_another_model_is_one_sentenc
     [
         (["--prompt", ""], "prompt"),
         (["--prompt", "a", "--prompt", ""], "prompt"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature .*0.001.* -1"),
         (["--prompt", "a", "--seed", "99999999999999999999"], "seed .*2\\^63"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p .* 1.5"),
-        (["--prompt", "a", "--top-k", "0"], "top_k .* 0"),
     ],
     ids=str,
 )

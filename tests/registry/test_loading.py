@@ -158,14 +158,11 @@ def test_files_extend_presets_and_files_relative_to_themselves(presets):
     assert load(Run, "tiny.yaml", presets=presets).name == "mine"
 
 
-def test_a_mixer_of_another_kind_replaces_the_whole_mixer(presets):
-    config = run(presets, "extends: tiny\nmodel: {blocks: {ret: {kind: attention}}}")
-    assert config.model.blocks == {"ret": Attention()}
-
-
 def test_overrides_are_applied_last_and_in_order(presets):
     config = run(presets, "extends: tiny\nrate: 1", "rate=2", "model.n_layers=8", "model.n_layers=9")
     assert (config.rate, config.model.n_layers, config.model.d_model) == (2, 9, 64)
+    config = run(presets, "extends: tiny\nmodel: {blocks: {ret: {kind: attention}}}")
+    assert config.model.blocks == {"ret": Attention()}  # another kind replaces the mixer
 
 
 RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
