@@ -16,8 +16,8 @@ from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmar
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
 from ..benchmarks.suite import Report, Settings, run
-from ..experiments.drawing import draw, require_drawable
-from ..experiments.timings import charts_of
+from ..experiments.figures.writer import COLUMN, draw, require_drawable
+from ..experiments.timings import figures_of
 from ..registry import SeqmixError, require_name
 from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
@@ -141,8 +141,8 @@ def bench(
         json_file.write_text(to_json(report), encoding="utf-8")
     if markdown_file is not None:
         markdown_file.write_text(markdown(report), encoding="utf-8")
-    if plot_file is not None and (charts := charts_of(report)):
-        draw(charts, plot_file, title=report.title, text=conditions(report))
+    if plot_file is not None and (figures := figures_of(report)):
+        draw(figures, plot_file, width=2 * COLUMN, title=report.title, text=conditions(report))
     show(report, terminal())
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from ..experiments.collect import entry_result
 from ..experiments.plan import Plan, plan
-from ..experiments.results import Results
+from ..experiments.report import REPORT_FILE
+from ..experiments.results import RESULTS_FILE, Results
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import notes, state_size, summary_table
@@ -61,7 +62,11 @@ def compare(
     if outcome.stopped:
         console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
         raise typer.Exit(130)
-    console.print(f"{folder} has report.html, results.json, the tables and every run")
+    written = ", ".join([*([REPORT_FILE] if (folder / REPORT_FILE).is_file() else []), RESULTS_FILE])
+    console.print(f"{folder} has {written}, the tables and every run")
+    if not (folder / REPORT_FILE).is_file():
+        later = f"pip install 'seqmix[plots]' && seqmix plot {shlex.quote(str(folder))}"
+        console.print(f"{REPORT_FILE} needs altair and vl-convert-python, which are not installed; write it with: {later}")
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`seqmix plot`: the curves of runs in one file."""
+"""`seqmix plot`: the figures of runs or of a study, as a page or for a paper."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,37 +6,93 @@ from typing import Annotated
 
 import typer
 
-from ..experiments.curves import charts_of, read_curves
-from ..experiments.drawing import draw, require_drawable
-from ..registry import SeqmixError
+from ..experiments.curves import figures_of, read_curves
+from ..experiments.figures.figure import Figure
+from ..experiments.figures.writer import COLUMN, draw, require_drawable
+from ..experiments.plots import Plots
+from ..experiments.report import REPORT_FILE, write_report
+from ..experiments.results import RESULTS_FILE, read_results
+from ..registry import SeqmixError, require_name
+from ..training.logging import METRICS_FILE
+
+NARROWEST, WIDEST = 1.5, 30.0
+"""Inches."""
 
 
 def plot(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders that `seqmix train` wrote, drawn over each other.", metavar="RUN...")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders that `seqmix train` wrote, drawn over each other; or one that `seqmix compare` wrote.",
+            metavar="STUDY|RUN...",
+        ),
     ],
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw this figure, such as loss; all by default. May be given several times.", metavar="NAME"),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="What is written: a page, .html; or a drawing, .svg, .png or .pdf.", metavar="FILE")
-    ] = Path("plot.html"),
+        Path | None,
+        typer.Option(
+            help="What is written: a page, .html; or a drawing, .pdf, .svg or .png. plot.html by default; of a study its "
+            "report.html.",
+            metavar="FILE",
+        ),
+    ] = None,
+    width: Annotated[
+        float, typer.Option(help="Inches, of a drawing: a paper's column; 6.75 for two columns.", metavar="INCHES")
+    ] = COLUMN,
 ) -> None:
-    """Plot the metrics of runs: loss, learning rate, gradient norm, throughput, memory.
+    """Draw what runs or a study measured: an interactive page, or figures for a paper.
 
-    Works while they train, too.
+    Works while runs train, too.
 
-    [bold]seqmix plot runs/retnet-tiny[/bold]
+    [bold]seqmix plot runs/retnet-tiny runs/attention-tiny[/bold]
 
-    [bold]seqmix plot runs/retnet-tiny runs/attention-tiny --out both.svg[/bold]
+    [bold]seqmix plot studies/recall --figure accuracy-by-pairs --out recall.pdf[/bold]
     """
+    if not NARROWEST <= width <= WIDEST:
+        raise SeqmixError(f"--width is {width:g} inches; allowed: from {NARROWEST:g} to {WIDEST:g}")
+    study = _study(folders)
+    if study is not None and out is None and not figure:
+        typer.echo(f"{write_report(read_results(study), study)} is written")
+        return
+    out = out or Path("plot.html")
     require_drawable("--out", out)
-    found = [read_curves(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
-    charts = charts_of(found)
-    if not charts:
-        given = ", ".join(map(str, runs))
+    if study is not None:
+        results = read_results(study)
+        title, text = results.question or results.name, f"The study {results.name}."
+        figures = Plots(results).all()
+    else:
+        runs = [read_curves(run, name) for run, name in zip(folders, names_of(folders), strict=True)]
+        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+        text = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in runs) + "."
+        figures = figures_of(runs)
+    if not figures:
+        given = ", ".join(map(str, folders))
         raise SeqmixError(f"{given}: no measurement is a finite number, so there is nothing to draw")
-    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    made = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in found)
-    draw(charts, out, title=title, text=f"{made}.")
-    typer.echo(f"{out} is drawn")
+    draw(_chosen(figures, figure or []), out, width=width, title=title, text=text)
+    typer.echo(f"{out} is written")
+
+
+def _study(folders: Sequence[Path]) -> Path | None:
+    """The folder of a study, if one was given; a SeqmixError where it was not given alone."""
+    studies = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
+    if studies and len(folders) > 1:
+        raise SeqmixError(f"{studies[0]} is a study ({RESULTS_FILE}), which is drawn alone; {len(folders)} were given")
+    for folder in folders:
+        if not studies and folder.is_dir() and not (folder / METRICS_FILE).is_file():
+            raise SeqmixError(
+                f"{folder} is not a run ({METRICS_FILE}, by `seqmix train`), nor a study ({RESULTS_FILE}, by "
+                "`seqmix compare`)"
+            )
+    return studies[0] if studies else None
+
+
+def _chosen(figures: Sequence[Figure], names: Sequence[str]) -> list[Figure]:
+    for name in names:
+        require_name("figure", name, [figure.name for figure in figures])
+    return [figure for figure in figures if not names or figure.name in names]
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from seqmix.experiments import svg
-from seqmix.experiments.chart import Axis, Chart, Line, Point
+from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
+from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.files import write_file
-from seqmix.experiments.markup import xml
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import Results, read_results
@@ -57,16 +56,21 @@ NAMES = {
 
 
 def files(kept: Path = KEPT) -> dict[Path, str]:
-    """The page with its tables, and the drawing of each claim that the paper draws."""
-    pages = {TARGET: fill(TARGET, {claim: part(claim, kept) for claim in PARTS})}
+    """The page with its tables."""
+    return {TARGET: fill(TARGET, {claim: part(claim, kept) for claim in PARTS})}
+
+
+def drawings(kept: Path = KEPT) -> dict[Path, str]:
+    """The drawing of each claim that the paper draws."""
+    found = {}
     for claim, draw in DRAWN.items():
         if results := _read(claim, kept):
             named = [
-                replace(chart, lines=[replace(line, name=NAMES[line.name]) for line in chart.lines])
-                for chart in draw(*results)
+                replace(figure, series=[replace(one, name=NAMES[one.name]) for one in figure.series])
+                for figure in draw(*results)
             ]
-            pages[PICTURES / f"{claim}.svg"] = xml(svg.document(named, 2))
-    return pages
+            found[PICTURES / f"{claim}.svg"] = adaptive(named, 6.0)
+    return found
 
 
 def part(claim: str, kept: Path) -> list[str]:
@@ -172,27 +176,27 @@ PARTS: dict[str, Callable[..., list[str]]] = {
 # ---- pictures
 
 
-def drawn_figure6(*found: Results) -> list[Chart]:
+def drawn_figure6(*found: Results) -> list[Figure]:
     """Time, and weights with state, for one sequence and for eight."""
-    charts = []
+    figures = []
     for batch, results in zip(BATCHES.values(), found, strict=True):
-        time = next(chart for chart in Plots(results).speed() if chart.title == "Time of one token")
-        charts.append(replace(time, title=f"{time.title}, {batch}"))
-        lines = []
+        time = next(figure for figure in Plots(results).speed() if figure.name == "decode-time")
+        figures.append(replace(time, title=f"{time.title}, {batch}"))
+        series = []
         for style, (entry, weights) in enumerate(_weights(results).items()):
             rows = [row for row in results.speed.decode if row.entry == entry]
-            lines.append(Line(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
-        memory = Axis("memory", unit="bytes", zero=True, log=False)
-        charts.append(Chart(f"Weights and state, {batch}", "", time.x, memory, lines))
-    return charts
+            series.append(Series(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
+        memory, name = Axis("memory", unit="bytes", zero=True, log=False), f"memory-{batch.replace(' ', '-')}"
+        figures.append(Figure(name, f"Weights and state, {batch}", "", time.x, memory, series))
+    return [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(figures)]
 
 
-DRAWN: dict[str, Callable[..., list[Chart]]] = {
-    "figure5": lambda results: [chart for chart in Plots(results).outcomes() if " over " in chart.title],
+DRAWN: dict[str, Callable[..., list[Figure]]] = {
+    "figure5": lambda results: [figure for figure in Plots(results).outcomes() if " over " in figure.title],
     "table4": lambda results: Plots(results).speed(),
     "figure6": drawn_figure6,
 }
-"""The charts of the claims that the paper draws."""
+"""The figures of the claims that the paper draws."""
 
 
 # ---- figures
@@ -266,5 +270,5 @@ def _mib(size: float) -> str:
 
 
 if __name__ == "__main__":
-    for file, text in files().items():
+    for file, text in (files() | drawings()).items():
         write_file(text, file)

@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, TypeVar
 
 from ..registry import Config, ConfigError
@@ -19,8 +20,8 @@ from .study import PaperFigure
 from .summary import summarise
 
 C = TypeVar("C", bound=Config)
-RUNS = "runs"
-"""The folder of the runs in a study's."""
+RUNS, JOBS_FILE = "runs", "jobs.jsonl"
+"""In a study's folder: that of the runs, and a line for each process that made one: how many ran at once."""
 EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by_length")
 """What of a run is that of its final evaluation."""
 LARGEST_EXPONENT = 700.0
@@ -28,7 +29,7 @@ LARGEST_EXPONENT = 700.0
 
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
-    """What is there of a study.
+    """What was found by a study.
 
     Args:
         plan: its runs.
@@ -36,7 +37,11 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
         failed: why runs failed, by their names.
         speed: what was timed.
     """
-    runs = [run_result(run, folder / RUNS / run.name, error=failed.get(run.name)) for run in plan.runs]
+    crowds = _at_once(folder / JOBS_FILE)
+    runs = [
+        run_result(run, folder / RUNS / run.name, error=failed.get(run.name), at_once=crowds.get(run.name))
+        for run in plan.runs
+    ]
     summary = summarise(runs, plan.study.learning_rates)
     return Results(
         name=plan.name,
@@ -80,8 +85,10 @@ def is_same(run: PlannedRun, folder: Path) -> bool:
         return False
 
 
-def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> RunResult:
-    """What a run's folder tells; `error` is why it failed."""
+def run_result(
+    run: PlannedRun, folder: Path, *, error: str | None = None, at_once: int | None = None
+) -> RunResult:
+    """What a run's folder holds; `error` is why it failed, `at_once` how many runs shared the machine at most."""
     lines = _measurements(folder) if is_same(run, folder) else []
     add_time(lines, run.tokens_per_step)
     logged = [line for line in lines if "loss" in line]
@@ -89,6 +96,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
     final: Measurement = next((line for line in evaluated if line.get("final")), {})
     for line in lines:
         line["flops"] = 3.0 * run.cost.flops_per_token * line["tokens"]
+    speeds = [line["tokens_per_second"] for line in logged]
     memory = [line["memory_bytes"] for line in logged if line.get("memory_bytes") is not None]
     return RunResult(
         name=run.name,
@@ -96,16 +104,30 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None) -> Ru
         seed=run.config.seed,
         learning_rate=run.config.training.learning_rate,
         variant=dict(run.variant),
+        sequence_length=run.config.data.sequence_length,
+        alone=None if at_once is None else at_once == 1,
         **run.cost._asdict(),
         status="finished" if final else "failed" if error is not None else "missing",
         error=None if final else error,
         seconds=logged[-1]["seconds"] if logged else None,
-        tokens_per_second=median(line["tokens_per_second"] for line in logged) if logged else None,
+        tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second_range=(cuts[0], cuts[-1]) if (cuts := len(speeds) > 1 and quantiles(speeds)) else None,
         peak_memory_bytes=max(memory, default=None),
         **{name: final[name] for name in EVALUATED if name in final},
         history=tuple(_of(Point, line) for line in logged),
         evaluations=tuple(_of(EvaluationPoint, line) for line in evaluated),
     )
+
+
+def _at_once(file: Path) -> dict[str, int]:
+    """By run, how many ran at once at most, of those whose processes are known."""
+    found: dict[str, int] = {}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # a line that is cut short
+            made = json.loads(line)
+            found[made["run"]] = max(found.get(made["run"], 0), made["at_once"])
+    return found
 
 
 def _of(kind: type[C], line: Mapping[str, Any]) -> C:

@@ -1,4 +1,4 @@
-"""The curves of runs at hand, from what they have written so far."""
+"""The figures of runs at hand, from what they have written so far."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ..registry import ConfigError, SeqmixError, nearest, read_mapping
 from ..training import PRESETS
 from ..training.logging import METRICS_FILE
 from ..training.run_dir import CONFIG_FILE
-from .chart import ACCURACY, LOSS, Axis, Chart, Line, Point, drawable
+from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .measurements import Measurement, add_time, read_measurements
 
 
@@ -34,15 +34,15 @@ def read_curves(run: Path, name: str) -> Curves:
 
     Args:
         run: the folder that `seqmix train` wrote.
-        name: what its lines are called.
+        name: what its series are called.
 
     Raises:
-        SeqmixError: it is no run directory, or has measured nothing yet.
+        SeqmixError: it is not a run directory, or has measured nothing yet.
     """
     try:
         lines = read_measurements(run)
     except OSError as error:
-        raise SeqmixError(f"{run} is no run: {_missing(run, error)}") from error
+        raise SeqmixError(f"{run} is not a run: {_missing(run, error)}") from error
     if not lines:
         raise SeqmixError(f"{run} has no measurement in {METRICS_FILE} yet: try again after its first steps")
     if (tokens := _tokens_per_step(run / CONFIG_FILE)) is not None:
@@ -70,47 +70,51 @@ def _tokens_per_step(config: Path) -> int | None:
         return None
 
 
-def charts_of(runs: Sequence[Curves]) -> list[Chart]:
+def figures_of(runs: Sequence[Curves]) -> list[Figure]:
     """Loss over tokens and over time, accuracy, learning rate, gradient norm, throughput and memory."""
     known = all("tokens" in line for run in runs for line in (*run.steps, *run.evaluations))
-    over = Axis("tokens" if known else "steps")
-
     across = "tokens" if known else "step"
-    faint = "Faint: batches of training, as they are logged. With markers: the evaluations."
+    over = Axis("tokens" if known else "steps", log=False)
 
-    def losses(across: str) -> list[Line]:
-        lines = []
+    def losses(across: str) -> list[Series]:
+        found = []
         for i, run in enumerate(runs):
-            lines.append(_line(run.name, i, run.steps, across, "loss", faint=bool(run.evaluations)))
-            lines.append(_line(run.name, i, run.evaluations, across, "validation_loss"))
-        return lines
+            found.append(_series(run.name, i, run.steps, across, "loss", faint=bool(run.evaluations)))
+            found.append(_series(run.name, i, run.evaluations, across, "validation_loss"))
+        return found
 
-    def over_steps(title: str, caption: str, y: Axis, key: str) -> Chart:
-        found = [run.evaluations if key == "accuracy" else run.steps for run in runs]
-        return Chart(
-            title, caption, over, y, [_line(runs[i].name, i, part, across, key) for i, part in enumerate(found)]
-        )
+    def each(name: str, title: str, caption: str, y: Axis, key: str, smooth: bool = False) -> Figure:
+        found = [
+            _series(run.name, i, run.evaluations if key == "accuracy" else run.steps, across, key)
+            for i, run in enumerate(runs)
+        ]
+        return Figure(name, title, caption, over, y, found, smooth=smooth)
 
-    rate, speed = Axis("learning rate", zero=True, log=False), Axis("tokens per second", zero=True)
-    memory = Axis("peak memory", unit="bytes", zero=True)
+    faint = "Faint: training batches, as logged. With markers: the evaluations."
+    shared = f"{faint} Time is that of training steps; what else ran on the machine is in it."
+    rate, speed = Axis("learning rate", zero=True, log=False), Axis("tokens per second", zero=True, log=False)
+    memory, norm = Axis("peak memory", unit="bytes", zero=True, log=False), Axis("gradient norm")
+    time = Axis("time of training steps", unit="seconds", log=False)
     return drawable(
         [
-            Chart("Loss", faint, over, LOSS, losses(across)),
-            Chart("Loss over time", faint, Axis("time of training steps", unit="seconds"), LOSS, losses("seconds")),
-            over_steps("Accuracy", "The share of asked tokens that are right, in evaluations.", ACCURACY, "accuracy"),
-            over_steps("Learning rate", "As the schedule has it.", rate, "learning_rate"),
-            over_steps("Gradient norm", "Before it is clipped.", Axis("gradient norm"), "gradient_norm"),
-            over_steps("Throughput", "Of the logged steps.", speed, "tokens_per_second"),
-            over_steps("Memory", "The most taken so far.", memory, "memory_bytes"),
+            Figure("loss", "Loss", faint, over, LOSS, losses(across), smooth=True),
+            Figure("loss-time", "Loss over time", shared, time, LOSS, losses("seconds"), smooth=True),
+            each("accuracy", "Accuracy", "The share of target tokens that are right.", ACCURACY, "accuracy"),
+            each("learning-rate", "Learning rate", "As the schedule sets it.", rate, "learning_rate"),
+            each("gradient-norm", "Gradient norm", "Before clipping.", norm, "gradient_norm", smooth=True),
+            each("throughput", "Throughput", "Of the logged steps.", speed, "tokens_per_second", smooth=True),
+            each("memory", "Peak memory", "The most that was allocated so far.", memory, "memory_bytes"),
         ]
     )
 
 
-def _line(name: str, style: int, found: Sequence[Measurement], across: str, key: str, *, faint: bool = False) -> Line:
+def _series(
+    name: str, style: int, found: Sequence[Measurement], across: str, key: str, *, faint: bool = False
+) -> Series:
     points = [Point(_number(line.get(across)), _number(line.get(key))) for line in found]
-    return Line(name, points, style, faint)
+    return Series(name, points, style, faint)
 
 
 def _number(value: Any) -> float:
-    """A measured number; what is none is not drawn."""
+    """A measured number; anything else is not drawn."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

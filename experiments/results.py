@@ -21,10 +21,12 @@ COSTS = ("parameters", "flops_per_token", "state_bytes")
 """Fields of what a model costs."""
 AccuracyBy = dict[str, dict[str, float]]
 """Share of right answers, by the name of a difficulty and its value."""
+Range = tuple[float, float]
+"""The lowest and the highest of what was measured, or its quartiles."""
 
 
 class ResultsError(SeqmixError):
-    """A file is no results of a study."""
+    """A file does not hold the results of a study."""
 
 
 def where(variant: Mapping[str, Any]) -> str:
@@ -96,6 +98,10 @@ class RunResult(Config):
     """The peak."""
     variant: dict[str, Any] = Field(default_factory=dict)
     """Values by dotted path."""
+    sequence_length: int | None = None
+    """Tokens of a training sequence."""
+    alone: bool | None = None
+    """Whether no other run of the study shared the machine with it: only then are its times its own."""
     parameters: int | None = None
     flops_per_token: float | None = None
     """Operations per token of matrix products, forward."""
@@ -107,6 +113,8 @@ class RunResult(Config):
     seconds: float | None = None
     tokens_per_second: float | None = None
     """The median of logged steps."""
+    tokens_per_second_range: Range | None = None
+    """Their quartiles."""
     peak_memory_bytes: int | None = None
     validation_loss: float | None = None
     """Of the final evaluation, as are accuracies."""
@@ -141,6 +149,8 @@ class SummaryRow(Config):
     state_bytes: int | None = None
     tokens_per_second: float | None = None
     """The median over seeds."""
+    tokens_per_second_range: Range | None = None
+    """The lowest and the highest quartile of the seeds."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
@@ -153,8 +163,9 @@ class TrainSpeedRow(Config):
     entry: str
     length: int
     tokens_per_second: float | None = None
+    tokens_per_second_range: Range | None = None
     memory_bytes: float | None = None
-    """Held at most by a step beyond parameters and optimizer."""
+    """Peak memory of a step beyond parameters and optimizer."""
     skipped: str | None = None
     """Why there are no figures."""
 
@@ -166,14 +177,24 @@ class DecodeSpeedRow(Config):
     context: int
     seconds: float | None = None
     """Of a token."""
+    seconds_range: Range | None = None
     memory_bytes: float | None = None
-    """Held at most by a call beyond parameters and state."""
+    """Peak memory of a call beyond parameters and state."""
     state_bytes: int | None = None
     skipped: str | None = None
 
 
 class SpeedResult(Config):
-    """What was timed."""
+    """What was timed, all entries interleaved; figures are medians, and ranges their lowest and highest."""
+
+    repeat: int | None = None
+    """Rounds."""
+    threads: int | None = None
+    """Of a CPU; None on a GPU."""
+    tokens: int | None = None
+    """Tokens of a training step at most, in whole sequences."""
+    batch: int | None = None
+    """Sequences that are decoded at once."""
 
     train: tuple[TrainSpeedRow, ...] = ()
     decode: tuple[DecodeSpeedRow, ...] = ()
@@ -218,7 +239,7 @@ class Results(Config):
         names = {entry.name for entry in self.entries}
         for row in (*self.runs, *self.summary, *self.speed.train, *self.speed.decode, *self.paper):
             if row.entry not in names:
-                raise ValueError(f"a figure is of {row.entry!r}, which is no entry: {', '.join(sorted(names))}")
+                raise ValueError(f"a figure is of {row.entry!r}, which is not an entry: {', '.join(sorted(names))}")
         return self
 
 
@@ -237,7 +258,7 @@ def read_results(path: str | Path) -> Results:
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         place = "".join(f"{key}." for key in detail["loc"])[:-1]
-        raise ResultsError(f"{file} is no results of a study: {f'{place}: ' if place else ''}{detail['msg']}") from None
+        raise ResultsError(f"{file} does not hold the results of a study: {f'{place}: ' if place else ''}{detail['msg']}") from None
 
 
 def write(results: Results, folder: Path) -> Path:

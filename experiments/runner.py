@@ -26,10 +26,11 @@ from ..training.checkpoint import CheckpointError, checkpoints, find
 from ..training.interrupt import StopRequest
 from ..training.logging import METRICS_FILE
 from . import lock, results, speed
-from .collect import RUNS, collect, is_finished, is_same
+from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same
 from .plan import Plan, PlannedRun
-from .report import write_report
+from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult
+from .figures.writer import PlotsMissingError
 from .study import StudyError
 from .tables import write_tables
 from .worker import FINISHED, STOPPED
@@ -108,7 +109,10 @@ def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResu
     found = collect(plan, folder, failed=failed, speed=timed)
     results.write(found, folder)
     write_tables(found, folder)
-    write_report(found, folder)
+    try:
+        write_report(found, folder)
+    except PlotsMissingError:
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # one of other results
     return found
 
 
@@ -127,6 +131,7 @@ def make_runs(
     waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))
     outcome, messages = Outcome(), Queue[tuple["_Process", Message | None]]()
+    at_once = min(jobs, len(waiting))
     slots, running = list(range(jobs)), set["_Process"]()
     gpus = visible_gpus()
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
@@ -140,6 +145,8 @@ def make_runs(
                 run, slot = waiting.pop(0), slots.pop(0)
                 _clear(run, folder / RUNS / run.name, observer)
                 gpu = gpus[slot % len(gpus)] if gpus else None
+                with (folder / JOBS_FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"run": run.name, "at_once": at_once}) + "\n")
                 running.add(_Process(run, folder, plan.study.threads, slot, gpu, messages))
                 observer.started(run)
             try:
@@ -183,7 +190,7 @@ def visible_gpus() -> list[str]:
 def _clear(run: PlannedRun, folder: Path, observer: Observer) -> None:
     """Make room for a run, or leave what it can resume from."""
     if folder.exists() and not checkpoints(folder):
-        shutil.rmtree(folder)  # it was killed before there was anything to keep
+        shutil.rmtree(folder)  # it was killed before there was anything to save
     elif folder.exists() and (why := _why_again(run, folder)):
         places = (folder.with_name(f"{folder.name}.before-{number}") for number in count(1))
         aside = folder.rename(next(place for place in places if not place.exists()))

@@ -48,7 +48,7 @@ def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResul
     """Time all entries, unless the folder has what was timed of the same ones; None where the study asks for nothing.
 
     Raises:
-        KeyboardInterrupt: it was stopped before the end; nothing is kept.
+        KeyboardInterrupt: it was stopped before the end; nothing is saved.
     """
     if (speed := plan.study.speed) is None:
         return None
@@ -99,13 +99,25 @@ def _measured(
     if speed.decode is not None:
         decode = rows(_DecodeSpeed(settings(lengths=speed.decode.contexts, batch=speed.decode.batch)))
     return SpeedResult(
+        repeat=speed.repeat,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        tokens=speed.train and speed.train.tokens,
+        batch=speed.decode and speed.decode.batch,
         train=tuple(
-            TrainSpeedRow(length=row.length, tokens_per_second=row.tokens_per_second, **_shared(row)) for row in train
+            TrainSpeedRow(
+                length=row.length,
+                tokens_per_second=row.tokens_per_second,
+                tokens_per_second_range=row.seconds
+                and ((row.tokens or 0) / row.seconds.high, (row.tokens or 0) / row.seconds.low),
+                **_shared(row),
+            )
+            for row in train
         ),
         decode=tuple(
             DecodeSpeedRow(
                 context=row.length,
-                seconds=None if row.seconds is None else row.seconds.median,
+                seconds=row.seconds and row.seconds.median,
+                seconds_range=row.seconds and (row.seconds.low, row.seconds.high),
                 state_bytes=row.state_bytes,
                 **_shared(row),
             )

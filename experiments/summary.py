@@ -8,13 +8,13 @@ from .results import COSTS, Results, RunResult, Statistic, SummaryRow
 
 
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
-    """A row an entry and variant, at the rate with the lowest mean final validation loss.
+    """One row per entry and variant, at the rate with the lowest mean final validation loss.
 
-    Of rates at which fewer seeds finished than at another one none is taken: a rate that diverges is no good one.
+    A rate at which fewer seeds finished than at another is not taken: it diverges.
 
     Args:
         runs: all runs of a study.
-        rates: the grid of learning rates, to tell whether the best one lies at its edge.
+        rates: the grid of learning rates, to see whether the best one lies at its edge.
     """
     groups: dict[str, dict[float, list[RunResult]]] = {}
     for run in runs:
@@ -53,6 +53,7 @@ def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] |
 
 
 def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highest"] | None) -> SummaryRow:
+    ranges = [run.tokens_per_second_range for run in runs if run.tokens_per_second_range is not None]
     speeds, accuracies = _values(runs, "tokens_per_second"), _values(runs, "accuracy")
     return SummaryRow(
         entry=runs[0].entry,
@@ -62,6 +63,7 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         seeds=len(runs),
         **{cost: getattr(runs[0], cost) for cost in COSTS},
         tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second_range=(min(ranges)[0], max(high for _, high in ranges)) if ranges else None,
         validation_loss=statistic(_values(runs, "validation_loss")),
         accuracy=statistic(accuracies) if accuracies else None,
         accuracy_by={name: _by_key([run.accuracy_by.get(name, {}) for run in runs]) for name in runs[0].accuracy_by},

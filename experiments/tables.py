@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from .chart import quantity
 from .differences import leaves
 from .pages import table
 from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, where
 from .summary import best_first
+from .units import number, quantity
 
 
 def notes(results: Results) -> Iterator[str]:
@@ -20,6 +20,8 @@ def notes(results: Results) -> Iterator[str]:
                 f"{row.entry}{where(row.variant)}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} "
                 f"that was tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
             )
+    if any(map(speed_of(results)[0], results.summary)):
+        yield speed_of(results)[1]
     for run in results.runs:
         if run.status == "failed":
             yield f"{run.name} failed: {run.error}"
@@ -30,7 +32,7 @@ def notes(results: Results) -> Iterator[str]:
 
 Row = TypeVar("Row")
 Columns: TypeAlias = Sequence[tuple[str, Callable[[Row], Any]]]
-"""Heads, and what stands below each in a row."""
+"""Heads, and the cell of each in a row."""
 
 
 def filled(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -40,9 +42,51 @@ def filled(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[
     return [head for head, _ in used], list(zip(*(cells for _, cells in used), strict=True))
 
 
+def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
+    """The one speed of a table: its text for each row, and how it was measured.
+
+    Where training was timed, entry beside entry, it is that speed at the training length or the length nearest to it;
+    else that of the runs' own steps, which may have shared the machine.
+    """
+    trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
+    lengths = {row.length for row in results.speed.train if row.tokens_per_second is not None}
+    if lengths and not any(row.variant for row in results.summary):
+        at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
+        timed = {row.entry: row for row in results.speed.train if row.length == at}
+
+        def cell(row: SummaryRow) -> str:
+            found = timed.get(row.entry)
+            return _speed(found and found.tokens_per_second, found and found.tokens_per_second_range)
+
+        how = [f"tokens/s: training steps at {at:,} tokens a sequence", _conditions(results)]
+        return cell, ", ".join(filter(None, how)) + "; in brackets the lowest and the highest."
+    alone = all(run.alone for run in results.runs if run.status == "finished")
+    shared = "each run had the machine to itself" if alone else "runs may have shared the machine: no measure of speed"
+    note = f"tokens/s: the median of the runs' own logged steps, in brackets the quartiles; {shared}."
+    return lambda row: _speed(row.tokens_per_second, row.tokens_per_second_range), note
+
+
+def _speed(value: float | None, spread: tuple[float, float] | None) -> str:
+    if value is None:
+        return ""
+    return number(value) + (f" [{number(spread[0])}, {number(spread[1])}]" if spread else "")
+
+
+def _conditions(results: Results) -> str:
+    """How training steps were timed."""
+    speed = results.speed
+    parts = [
+        f"{max(1, speed.tokens):,} tokens a step at most" if speed.tokens else "",
+        f"{speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else "",
+        f"medians of {speed.repeat} interleaved rounds" if speed.repeat else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """The head and the rows of the summary's table."""
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
+    speed, _ = speed_of(results)
     rated = len({run.learning_rate for run in results.runs}) > 1
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
@@ -53,7 +97,7 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
         ("learning rate", lambda row: f"{row.learning_rate:g}" if rated else ""),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
         ("state", lambda row: state_size(results.entry_of(row))),
-        ("tokens/s", lambda row: "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"),
+        ("tokens/s", speed),
     ]
     return filled(best_first(results), columns)
 

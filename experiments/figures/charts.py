@@ -1,0 +1,145 @@
+"""Figures as Altair charts: one for a page, to point at and to zoom, and one for a paper. Only the writer needs Altair.
+
+A spec's colours are CSS variables (`theme`), which the page defines and a drawing resolves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+from altair.utils.schemapi import debug_mode
+
+from . import theme
+from .figure import Axis, Figure, Scale
+
+NUMBER = (
+    "datum.value == 0 ? '0' : abs(datum.value) >= 1e4 ? format(datum.value, '.4~s') : "
+    "abs(datum.value) < 1e-3 ? format(datum.value, '.2~e') : format(datum.value, ',.6~r')"
+)
+"""The text of a tick: 0.25, 2,000, 200k, 3e-4."""
+HEIGHT = 0.62
+"""Of a plot, over its width."""
+
+
+def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
+    """By axis and kind, Vega-Lite's scales that the axis may have; the first is what it starts with."""
+
+    def scale(axis: Axis, kind: str, padding: int) -> dict[str, Any]:
+        if kind == "log":
+            return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": padding}
+        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks, "padding": 0 if axis.zero else padding}
+
+    axes = {"x": figure.x, "y": figure.y}
+    return {at: {kind: scale(axes[at], kind, 8) for kind in found.kinds} for at, found in figure.scales().items()}
+
+
+def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
+    """The chart of a figure. An interactive one has `shown`, the names of its series that are to be seen, and no legend."""
+    names = {one.name: one.style for one in figure.series}
+    found, rows = figure.scales(), figure.rows()
+    base = alt.Chart()
+    spread = any(row["low"] < row["high"] for row in rows if "low" in row)
+    dodge: dict[str, Any] = {"xOffset": alt.expr("datum.dodge || 0")} if any("dodge" in row for row in rows) else {}
+    layers: list[alt.Chart | alt.LayerChart] = []
+    if spread and figure.banded:
+        band = base.mark_area(opacity=0.16, clip=True).transform_filter("isValid(datum.low)")
+        layers.append(band.encode(y="low:Q", y2="high:Q"))
+    elif spread:
+        bar = base.mark_rule(strokeWidth=1.2, clip=True, **dodge).transform_filter("isValid(datum.low)")
+        layers.append(bar.encode(y="low:Q", y2="high:Q"))
+    if figure.joined:
+        faint = base.mark_line(strokeWidth=1, opacity=0.4, clip=True).transform_filter("datum.faint")
+        lines = base.mark_line(strokeWidth=1.6, clip=True, **dodge).transform_filter("!datum.faint")
+        layers += [faint] if any("faint" in row for row in rows) else []
+        layers.append(lines.encode(strokeDash=_by_style("strokeDash", names, [theme.dash(s) for s in names.values()])))
+    marker = base.mark_point(filled=True, opacity=1, size=30, clip=True, **dodge).transform_filter("datum.marker")
+    shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
+    layers.append(marker.encode(shape=shape))
+    layers += [_mark(place, label) for place, label in figure.marks.items()]
+    if interactive:
+        layers.append(_pointed_at(base, figure, found, dodge))
+    colors = _by_style("color", names, [theme.color(style) for style in names.values()], legend=not interactive)
+    first = {at: next(iter(kinds.values()), None) for at, kinds in scales(figure).items()}
+    drawn = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(
+        x=_axis(alt.X, "x", figure.x, found["x"], first["x"]),
+        y=_axis(alt.Y, "y", figure.y, found["y"], first["y"]),
+        color=colors,
+    )
+    if interactive:
+        shown = alt.param("shown", value=list(names))
+        drawn = drawn.add_params(shown).transform_filter("indexof(shown, datum.series) >= 0")
+    return drawn
+
+
+def page_spec(figure: Figure) -> dict[str, Any]:
+    """Vega-Lite's spec of a figure on a page, as wide as its place."""
+    with debug_mode(False):  # which checks the same parts time and again; the tests check whole specs
+        drawn = chart(figure, interactive=True).properties(
+            width="container", height=210, description=f"{figure.title}. {figure.caption}"
+        )
+        spec = drawn.to_dict(validate=False)
+    fit = {"type": "fit-x", "contains": "padding"}
+    return spec | {"datasets": {figure.name: figure.rows()}, "config": theme.config(11.5), "autosize": fit}
+
+
+def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[str, Any]:
+    """Vega-Lite's spec of figures on paper, with one legend; `width` is that of one plot, in points."""
+    names = max((len(one.name) for figure in figures for one in figure.series), default=1)
+    size = {"width": width, "height": round(HEIGHT * width)}
+    with debug_mode(False):
+        drawn = [chart(figure).properties(**size) for figure in figures]
+        if len(drawn) > 1:
+            titled = (one.properties(title=figure.title) for one, figure in zip(drawn, figures, strict=True))
+            drawn = [alt.concat(*titled, columns=columns)]
+        spec = drawn[0].to_dict(validate=False)
+    config = theme.config(8) | {"aria": False}
+    room = (width + 40) * min(columns, len(figures))
+    config["legend"] |= {"orient": "top", "columns": max(1, int(room / (4.4 * names + 26)))}
+    return spec | {"datasets": {figure.name: figure.rows() for figure in figures}, "config": config, "padding": 2}
+
+
+def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any] | None) -> Any:
+    if axis.names:
+        names = alt.Axis(labelAngle=0, labelLimit=90)
+        return kind(f"{field}:O", title=scale.label, sort=list(axis.names), axis=names)
+    shown = alt.Axis(labelExpr=NUMBER, labelOverlap=True, tickCount=6)
+    if axis.ticks:
+        shown = alt.Axis(labelExpr="format(datum.value, ',~r')", labelOverlap=True, values=[t / scale.divisor for t in axis.ticks])
+    return kind(f"{field}:Q", title=scale.label, scale=first or alt.Undefined, axis=shown)
+
+
+def _by_style(channel: str, names: dict[str, int], values: list[Any], *, legend: bool = True) -> Any:
+    scale = alt.Scale(domain=list(names), range=values)
+    kind = {"color": alt.Color, "shape": alt.Shape, "strokeDash": alt.StrokeDash}[channel]
+    shown = alt.Legend(title=None) if legend and channel == "color" and len(names) > 1 else None
+    return kind("series:N", scale=scale, legend=shown)
+
+
+def _mark(place: float, label: str) -> alt.LayerChart:
+    """A vertical line and its name."""
+    base = alt.Chart(alt.InlineData([{"x": place, "label": label}]))
+    plain = {"color": alt.value("var(--muted)"), "x": alt.X("x:Q")}
+    rule = base.mark_rule(strokeDash=[3, 3], clip=True).encode(**plain, y=alt.value(0), y2=alt.value("height"))
+    text = base.mark_text(align="left", dx=3, dy=5, clip=True).encode(**plain, y=alt.value(0), text="label:N")
+    return alt.layer(rule, text)
+
+
+def _pointed_at(base: alt.Chart, figure: Figure, found: dict[str, Scale], dodge: dict[str, Any]) -> alt.Chart:
+    """What a pointer reads: the nearest point, which lights up; and zoom and pan of the axes that have numbers."""
+    number = ",.8~r"
+    read = [
+        alt.Tooltip("series:N", title=" "),
+        alt.Tooltip("x:N" if figure.x.names else "x:Q", title=found["x"].label, **({} if figure.x.names else {"format": number})),
+        alt.Tooltip("y:Q", title=found["y"].label, format=",.5~r"),
+    ]
+    if any(point.low < point.high for one in figure.series for point in one.points):
+        read += [alt.Tooltip(f"{end}:Q", title=word, format=",.5~r") for end, word in (("low", "from"), ("high", "to"))]
+    near = alt.selection_point(name="near", on="pointerover", nearest=True, empty=False, clear="pointerout")
+    zoom = alt.selection_interval(
+        name="zoom",
+        bind="scales",
+        zoom="wheel![event.ctrlKey || event.altKey || event.metaKey]",
+        encodings=["y"] if figure.x.names else ["x", "y"],
+    )
+    points = base.mark_point(filled=True, size=70, clip=True, **dodge).transform_filter("!datum.faint")
+    return points.encode(opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)), tooltip=read).add_params(near, zoom)

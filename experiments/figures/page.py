@@ -1,0 +1,48 @@
+"""A page of HTML in one file, without network: Vega with the figures' specs, light and dark, wide and narrow, and on paper."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import theme
+from .figure import Figure, legend
+
+HERE = Path(__file__).parent
+
+
+def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **values: Any) -> str:
+    """A page.
+
+    Args:
+        figures: all that it shows.
+        template: what lays it out; it may extend page.html.
+        values: what the template shows beside them, by name.
+
+    Raises:
+        SeqmixError: what draws the figures is not installed.
+    """
+    import jinja2
+
+    from .writer import charts_module, vega
+
+    charts = charts_module()
+    loader = jinja2.FileSystemLoader([template.parent, HERE])
+    engine = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    specs = {}
+    for figure in figures:
+        found = charts.scales(figure)
+        specs[figure.name] = {"spec": charts.page_spec(figure), "scales": found, "smooth": figure.smooth}
+    return engine.get_template(template.name).render(
+        values,
+        figures=figures,
+        styles=legend(figures),
+        switches={name: {at: list(kinds) for at, kinds in one["scales"].items()} for name, one in specs.items()},
+        legend=legend,
+        theme=theme,
+        # within a script nothing ends it but its tag
+        specs=json.dumps(specs, ensure_ascii=False).replace("</", "<\\/"),
+        style=theme.style_sheet(":root") + (HERE / "page.css").read_text(encoding="utf-8"),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        vega=vega(),
+    )

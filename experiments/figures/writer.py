@@ -1,0 +1,134 @@
+"""A file of figures: a page, or a drawing of the size of a paper's column, as its name ends.
+
+The one file that imports Altair and vl-convert, and only when something is drawn.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...registry import SeqmixError, nearest
+from ..files import write_file
+from . import page, theme
+from .figure import Figure
+
+ENDINGS = (".html", ".svg", ".png", ".pdf")
+COLUMN = 3.25
+"""The width of a paper's column, in inches."""
+POINTS, DOTS = 72, 300
+"""Of an inch: a spec's units, and a picture's."""
+
+
+class PlotsMissingError(SeqmixError):
+    """What draws figures is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__("figures need altair and vl-convert-python: pip install 'seqmix[plots]'")
+
+
+def converter() -> Any:
+    """vl-convert; a PlotsMissingError where it is not installed."""
+    try:
+        import vl_convert
+    except ModuleNotFoundError:
+        raise PlotsMissingError from None
+    return vl_convert
+
+
+def charts_module() -> ModuleType:
+    """What makes Altair's charts; a PlotsMissingError where Altair is not installed."""
+    try:
+        from . import charts
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("altair"):
+            raise
+        raise PlotsMissingError from None
+    return charts
+
+
+def require_drawable(option: str, file: Path) -> None:
+    """Refuse a file that could not be drawn; `option` is which one has it.
+
+    Raises:
+        SeqmixError: its name ends in something else, or what draws it is not installed.
+    """
+    ending = file.suffix.lower()
+    if ending not in ENDINGS:
+        raise SeqmixError(
+            f"{option} {file}: the name must end in one of {', '.join(ENDINGS)}{nearest(ending, ENDINGS)}"
+        )
+    converter()
+    charts_module()
+
+
+def draw(figures: Sequence[Figure], file: Path, *, width: float = COLUMN, **values: Any) -> None:
+    """Draw figures, at least one.
+
+    Args:
+        figures: what is drawn.
+        file: where; what its name ends in says how.
+        width: inches, of a drawing.
+        values: what a page shows beside them: its title and a text.
+
+    Raises:
+        SeqmixError: what draws it is not installed, or the file cannot be written.
+    """
+    ending = file.suffix.lower()
+    if ending == ".html":
+        write_file(page.render(figures, **values), file)
+        return
+    drawn = theme.resolved(drawing(figures, width))
+    if ending == ".pdf":
+        write_file(converter().svg_to_pdf(drawn), file)
+    elif ending == ".png":
+        write_file(converter().svg_to_png(drawn, scale=DOTS / POINTS), file)
+    else:
+        inches = re.sub(r'width="([\d.]+)" height="([\d.]+)"', r'width="\1pt" height="\2pt"', drawn, count=1)
+        write_file(inches, file)
+
+
+def drawing(figures: Sequence[Figure], width: float) -> str:
+    """SVG in points, its colours CSS variables: figures side by side where there is room for two."""
+    charts, convert = charts_module(), converter()
+    columns = 2 if width > 1.5 * COLUMN and len(figures) > 1 else 1
+    whole = POINTS * width
+    plot = whole / columns - 44
+    for _ in range(2):  # what labels take is known once they are drawn
+        drawn = convert.vegalite_to_svg(charts.paper_spec(figures, round(plot, 1), columns))
+        size = re.search(r'width="([\d.]+)" height="([\d.]+)"', drawn)
+        assert size is not None
+        if abs(excess := float(size[1]) - whole) < 0.6:
+            break
+        plot -= excess / columns
+    return drawn
+
+
+def adaptive(figures: Sequence[Figure], width: float, scale: float = 1.5) -> str:
+    """SVG for a page of documentation: light or dark as its reader's system is, and as many times larger."""
+    drawn = drawing(figures, width)
+    style = f"<style>{theme.style_sheet('svg')}</style>"
+
+    def larger(size: re.Match[str]) -> str:
+        return f'width="{scale * float(size[1]):g}" height="{scale * float(size[2]):g}"'
+
+    opened, rest = re.sub(r'width="([\d.]+)" height="([\d.]+)"', larger, drawn, count=1).split(">", 1)
+    return f"{opened}>{style}{rest}\n"
+
+
+def vega() -> str:
+    """The JavaScript of Vega, Vega-Lite and Vega-Embed; bundling takes seconds, so the user's cache keeps it."""
+    convert = converter()
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    file = Path(root) / "seqmix" / f"vega-{convert.__version__}.js"
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        bundle = convert.javascript_bundle().replace("</script", "<\\/script")
+        try:
+            write_file(bundle, file)
+        except SeqmixError:  # a home that cannot be written
+            pass
+        return bundle
