@@ -66,7 +66,9 @@ def compare(
     console.print(f"{folder} has {written}, the tables and every run")
     if not (folder / REPORT_FILE).is_file():
         later = f"pip install 'seqmix[plots]' && seqmix plot {shlex.quote(str(folder))}"
-        console.print(f"{REPORT_FILE} needs altair and vl-convert-python, which are not installed; write it with: {later}")
+        console.print(
+            f"{REPORT_FILE} needs altair and vl-convert-python, which are not installed; write it with: {later}"
+        )
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)

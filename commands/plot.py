@@ -10,7 +10,7 @@ from ..experiments.curves import figures_of, read_curves
 from ..experiments.figures.figure import Figure
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
 from ..experiments.plots import Plots
-from ..experiments.report import REPORT_FILE, write_report
+from ..experiments.report import write_report
 from ..experiments.results import RESULTS_FILE, read_results
 from ..registry import SeqmixError, require_name
 from ..training.logging import METRICS_FILE
@@ -29,13 +29,15 @@ def plot(
     ],
     figure: Annotated[
         list[str] | None,
-        typer.Option(help="Draw this figure, such as loss; all by default. May be given several times.", metavar="NAME"),
+        typer.Option(
+            help="Draw this figure, such as loss; all by default. May be given several times.", metavar="NAME"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="What is written: a page, .html; or a drawing, .pdf, .svg or .png. plot.html by default; of a study its "
-            "report.html.",
+            help="What is written: a page, .html; or a drawing, .pdf, .svg or .png. plot.html by default; of a study, "
+            "its report.html.",
             metavar="FILE",
         ),
     ] = None,

@@ -69,7 +69,7 @@ def drawings(kept: Path = KEPT) -> dict[Path, str]:
                 replace(figure, series=[replace(one, name=NAMES[one.name]) for one in figure.series])
                 for figure in draw(*results)
             ]
-            found[PICTURES / f"{claim}.svg"] = adaptive(named, 6.0)
+            found[PICTURES / f"{claim}.svg"] = adaptive(named, 6.0 if named[1:] else 4.0)
     return found
 
 

@@ -85,9 +85,7 @@ def is_same(run: PlannedRun, folder: Path) -> bool:
         return False
 
 
-def run_result(
-    run: PlannedRun, folder: Path, *, error: str | None = None, at_once: int | None = None
-) -> RunResult:
+def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_once: int | None = None) -> RunResult:
     """What a run's folder holds; `error` is why it failed, `at_once` how many runs shared the machine at most."""
     lines = _measurements(folder) if is_same(run, folder) else []
     add_time(lines, run.tokens_per_step)

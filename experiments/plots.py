@@ -129,7 +129,9 @@ class Plots:
         said_name = name.replace("_", " ")
         axis, place = _axis_of(self.results.x_label or said_name, keys)
         points = {
-            row.entry: _course({place[repr(key)]: value for key, value in row.accuracy_by[name].items()}, axis, ACCURACY)
+            row.entry: _course(
+                {place[repr(key)]: value for key, value in row.accuracy_by[name].items()}, axis, ACCURACY
+            )
             for row in rows
         }
         caption = "The share of target tokens that are right, "
@@ -144,7 +146,9 @@ class Plots:
         points = {entry: _course(values, axis, VALIDATION) for entry, values in found.items()}
         caption = "Validation loss at each sequence length: flat or falling is a model that extrapolates."
         marks = self.trained_at
-        return Figure("loss-by-length", "Loss over length", caption, axis, VALIDATION, self._series(points), marks=marks)
+        return Figure(
+            "loss-by-length", "Loss over length", caption, axis, VALIDATION, self._series(points), marks=marks
+        )
 
     def _variants(self) -> Iterator[Figure]:
         """The score over what was varied, if that is one field."""
@@ -172,7 +176,8 @@ class Plots:
             caption += f" The state of {growing} grows with the sequence: its size is that at the training length."
         axis = Axis("state of one sequence", unit="bytes", log=True)
         points = {
-            row.entry: _course({float(entries[row.entry].state_bytes): self.score(row)}, axis, self.axis) for row in rows
+            row.entry: _course({float(entries[row.entry].state_bytes): self.score(row)}, axis, self.axis)
+            for row in rows
         }
         title, series = f"{self.measured} and state", self._series(points)
         yield Figure("state", title, caption, axis, self.axis, series, joined=False)
@@ -196,7 +201,9 @@ class Plots:
         yield Figure("learning-rate", title, caption, axis, self.axis, self._series(points))
 
     def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, caption: str) -> Figure:
-        over, label = ("length", "sequence length (tokens)") if name.startswith("train") else ("context", "context (tokens)")
+        over, label = (
+            ("length", "sequence length (tokens)") if name.startswith("train") else ("context", "context (tokens)")
+        )
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
         for row in sorted(rows, key=attrgetter(over)):
             if (value := getattr(row, measure)) is not None:

@@ -258,7 +258,9 @@ def read_results(path: str | Path) -> Results:
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         place = "".join(f"{key}." for key in detail["loc"])[:-1]
-        raise ResultsError(f"{file} does not hold the results of a study: {f'{place}: ' if place else ''}{detail['msg']}") from None
+        raise ResultsError(
+            f"{file} does not hold the results of a study: {f'{place}: ' if place else ''}{detail['msg']}"
+        ) from None
 
 
 def write(results: Results, folder: Path) -> Path:

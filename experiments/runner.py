@@ -27,10 +27,10 @@ from ..training.interrupt import StopRequest
 from ..training.logging import METRICS_FILE
 from . import lock, results, speed
 from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same
+from .figures.writer import PlotsMissingError
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult
-from .figures.writer import PlotsMissingError
 from .study import StudyError
 from .tables import write_tables
 from .worker import FINISHED, STOPPED

@@ -3,6 +3,7 @@
 A spec's colours are CSS variables (`theme`), which the page defines and a drawing resolves.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,17 +25,17 @@ HEIGHT = 0.62
 def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
     """By axis and kind, Vega-Lite's scales that the axis may have; the first is what it starts with."""
 
-    def scale(axis: Axis, kind: str, padding: int) -> dict[str, Any]:
+    def scale(axis: Axis, kind: str) -> dict[str, Any]:
         if kind == "log":
-            return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": padding}
-        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks, "padding": 0 if axis.zero else padding}
+            return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": 8}
+        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks, "padding": 8}
 
     axes = {"x": figure.x, "y": figure.y}
-    return {at: {kind: scale(axes[at], kind, 8) for kind in found.kinds} for at, found in figure.scales().items()}
+    return {at: {kind: scale(axes[at], kind) for kind in found.kinds} for at, found in figure.scales().items()}
 
 
 def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
-    """The chart of a figure. An interactive one has `shown`, the names of its series that are to be seen, and no legend."""
+    """The chart of a figure. An interactive one has no legend, and `shown`, the names of the series that are seen."""
     names = {one.name: one.style for one in figure.series}
     found, rows = figure.scales(), figure.rows()
     base = alt.Chart()
@@ -85,14 +86,14 @@ def page_spec(figure: Figure) -> dict[str, Any]:
 def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[str, Any]:
     """Vega-Lite's spec of figures on paper, with one legend; `width` is that of one plot, in points."""
     names = max((len(one.name) for figure in figures for one in figure.series), default=1)
-    size = {"width": width, "height": round(HEIGHT * width)}
+    size: dict[str, Any] = {"width": width, "height": round(HEIGHT * width)}
     with debug_mode(False):
-        drawn = [chart(figure).properties(**size) for figure in figures]
-        if len(drawn) > 1:
-            titled = (one.properties(title=figure.title) for one, figure in zip(drawn, figures, strict=True))
-            drawn = [alt.concat(*titled, columns=columns)]
-        spec = drawn[0].to_dict(validate=False)
-    config = theme.config(8) | {"aria": False}
+        if len(figures) == 1:
+            spec = chart(figures[0]).properties(**size).to_dict(validate=False)
+        else:
+            titled = [chart(figure).properties(**size, title=figure.title) for figure in figures]
+            spec = alt.concat(*titled, columns=columns).to_dict(validate=False)
+    config: dict[str, Any] = theme.config(8) | {"aria": False}
     room = (width + 40) * min(columns, len(figures))
     config["legend"] |= {"orient": "top", "columns": max(1, int(room / (4.4 * names + 26)))}
     return spec | {"datasets": {figure.name: figure.rows() for figure in figures}, "config": config, "padding": 2}
@@ -104,7 +105,9 @@ def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any]
         return kind(f"{field}:O", title=scale.label, sort=list(axis.names), axis=names)
     shown = alt.Axis(labelExpr=NUMBER, labelOverlap=True, tickCount=6)
     if axis.ticks:
-        shown = alt.Axis(labelExpr="format(datum.value, ',~r')", labelOverlap=True, values=[t / scale.divisor for t in axis.ticks])
+        shown = alt.Axis(
+            labelExpr="format(datum.value, ',~r')", labelOverlap=True, values=[t / scale.divisor for t in axis.ticks]
+        )
     return kind(f"{field}:Q", title=scale.label, scale=first or alt.Undefined, axis=shown)
 
 
@@ -115,7 +118,7 @@ def _by_style(channel: str, names: dict[str, int], values: list[Any], *, legend:
     return kind("series:N", scale=scale, legend=shown)
 
 
-def _mark(place: float, label: str) -> alt.LayerChart:
+def _mark(place: float, label: str) -> Any:
     """A vertical line and its name."""
     base = alt.Chart(alt.InlineData([{"x": place, "label": label}]))
     plain = {"color": alt.value("var(--muted)"), "x": alt.X("x:Q")}
@@ -126,14 +129,16 @@ def _mark(place: float, label: str) -> alt.LayerChart:
 
 def _pointed_at(base: alt.Chart, figure: Figure, found: dict[str, Scale], dodge: dict[str, Any]) -> alt.Chart:
     """What a pointer reads: the nearest point, which lights up; and zoom and pan of the axes that have numbers."""
-    number = ",.8~r"
-    read = [
-        alt.Tooltip("series:N", title=" "),
-        alt.Tooltip("x:N" if figure.x.names else "x:Q", title=found["x"].label, **({} if figure.x.names else {"format": number})),
-        alt.Tooltip("y:Q", title=found["y"].label, format=",.5~r"),
-    ]
+    # what is pointed at is a cell around the nearest point, whose datum is that point's mark
+    row = "(datum.datum || datum)"
+    read = {
+        "series": f"{row}.series",
+        found["x"].label: f"{row}.x" if figure.x.names else f"format({row}.x, ',.8~r')",
+        found["y"].label: f"format({row}.y, ',.5~r')",
+    }
     if any(point.low < point.high for one in figure.series for point in one.points):
-        read += [alt.Tooltip(f"{end}:Q", title=word, format=",.5~r") for end, word in (("low", "from"), ("high", "to"))]
+        read |= {word: f"format({row}.{end}, ',.5~r')" for end, word in (("low", "from"), ("high", "to"))}
+    tooltip = alt.expr(f"{{{', '.join(f'{json.dumps(label)}: {value}' for label, value in read.items())}}}")
     near = alt.selection_point(name="near", on="pointerover", nearest=True, empty=False, clear="pointerout")
     zoom = alt.selection_interval(
         name="zoom",
@@ -141,5 +146,6 @@ def _pointed_at(base: alt.Chart, figure: Figure, found: dict[str, Scale], dodge:
         zoom="wheel![event.ctrlKey || event.altKey || event.metaKey]",
         encodings=["y"] if figure.x.names else ["x", "y"],
     )
-    points = base.mark_point(filled=True, size=70, clip=True, **dodge).transform_filter("!datum.faint")
-    return points.encode(opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)), tooltip=read).add_params(near, zoom)
+    points = base.mark_point(filled=True, size=70, clip=True, tooltip=tooltip, **dodge).transform_filter("!datum.faint")
+    lit = alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
+    return points.encode(opacity=lit).add_params(near, zoom)

@@ -26,7 +26,7 @@
     const shown = spec.params.find(param => param.name === "shown"), names = shown.value;
     let view;
     const seen = () => names.filter(name => !hidden.has(name));
-    const data = () => smooth && smoothing ? smoothed(rows) : rows;
+    const data = () => structuredClone(smooth && smoothing ? smoothed(rows) : rows);  // Vega marks the rows it is given
     return {
       async draw() {
         for (const input of all(".log", box.closest("figure"))) {

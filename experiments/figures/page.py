@@ -1,4 +1,4 @@
-"""A page of HTML in one file, without network: Vega with the figures' specs, light and dark, wide and narrow, and on paper."""
+"""A page of HTML in one file that needs no network: Vega and the figures' specs, light and dark, wide and narrow."""
 
 import json
 from collections.abc import Sequence

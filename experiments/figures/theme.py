@@ -89,6 +89,6 @@ def config(font: float) -> dict[str, Any]:
             "symbolSize": 4 * font,
             "offset": 4,
         },
-        "title": {"color": "var(--ink)", "fontSize": font + 1, "anchor": "start", "frame": "group", "offset": 6},
+        "title": {"color": "var(--ink)", "fontSize": font + 0.5, "anchor": "start", "frame": "group", "offset": 6},
         "concat": {"spacing": 14},
     }

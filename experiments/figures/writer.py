@@ -6,6 +6,7 @@ The one file that imports Altair and vl-convert, and only when something is draw
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,14 +97,14 @@ def drawing(figures: Sequence[Figure], width: float) -> str:
     columns = 2 if width > 1.5 * COLUMN and len(figures) > 1 else 1
     whole = POINTS * width
     plot = whole / columns - 44
-    for _ in range(2):  # what labels take is known once they are drawn
-        drawn = convert.vegalite_to_svg(charts.paper_spec(figures, round(plot, 1), columns))
-        size = re.search(r'width="([\d.]+)" height="([\d.]+)"', drawn)
-        assert size is not None
-        if abs(excess := float(size[1]) - whole) < 0.6:
-            break
-        plot -= excess / columns
-    return drawn
+
+    def drawn(plot: float) -> str:
+        return convert.vegalite_to_svg(charts.paper_spec(figures, round(plot, 1), columns))
+
+    size = re.search(r'width="([\d.]+)"', first := drawn(plot))
+    # what labels take is known once they are drawn
+    excess = float(size[1]) - whole if size else 0.0
+    return first if abs(excess) < 0.6 else drawn(plot - excess / columns)
 
 
 def adaptive(figures: Sequence[Figure], width: float, scale: float = 1.5) -> str:
@@ -127,8 +128,6 @@ def vega() -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         bundle = convert.javascript_bundle().replace("</script", "<\\/script")
-        try:
+        with suppress(SeqmixError):  # a home that cannot be written
             write_file(bundle, file)
-        except SeqmixError:  # a home that cannot be written
-            pass
         return bundle

@@ -1,16 +1,15 @@
-"""`seqmix plot`: runs that go on, were killed, or are none."""
+"""`seqmix plot`: runs that go on, were killed, or are none, and studies."""
 
 import json
-import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
+from studies import few, recall
 
 from seqmix.commands.plot import names_of
-from seqmix.experiments.curves import charts_of, read_curves
-
-SVG = "{http://www.w3.org/2000/svg}"
+from seqmix.experiments.curves import figures_of, read_curves
+from seqmix.experiments.figures import writer
+from seqmix.experiments.results import Results, write
 
 
 def step(n: int, **changes) -> dict:
@@ -29,62 +28,46 @@ LINES = [
 ]
 
 
-def write_run(folder: Path, lines: list[dict] = LINES, *, torn: str = "", config: bool = True) -> Path:
+def write_run(folder: Path, lines: list[dict] = LINES, *, torn: str = "", config: str | None = "4") -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
-    if config:
-        (folder / "config.yaml").write_text("training: {batch_size: 4}\ndata: {sequence_length: 250}\n")
+    if config is not None:
+        (folder / "config.yaml").write_text(f"training: {{batch_size: {config}}}\ndata: {{sequence_length: 250}}\n")
     return folder
 
 
-def curve(run: Path, title: str, place: int = 0) -> list[tuple[float, float]]:
-    (found,) = (chart for chart in charts_of([read_curves(run, "run")]) if chart.title == title)
-    return [(point.x, point.y) for point in found.lines[place].points]
-
-
-def test_losses_lie_over_tokens_and_over_time(tmp_path):
-    run = write_run(tmp_path / "run")
-    assert curve(run, "Loss") == [(1000, 4.9), (2000, 4.8), (4000, 4.6)]
-    assert curve(run, "Loss", 1) == [(2000, 4.5), (4000, 4.0)]
-    # a step of 1000 tokens at 1000 tokens a second, one at 2000, two at 4000
-    assert curve(run, "Loss over time") == [(1.0, 4.9), (1.5, 4.8), (2.0, 4.6)]
-    assert curve(run, "Loss over time", 1) == [(1.5, 4.5), (2.0, 4.0)]
+def drawn(run: Path) -> dict[str, list[list[tuple[float, float]]]]:
+    """Points of every series, by figure."""
+    figures = figures_of([read_curves(run, "run")])
+    return {figure.name: [[(p.x, p.y) for p in one.points] for one in figure.series] for figure in figures}
 
 
 def test_everything_that_was_measured_is_drawn(tmp_path):
-    charts = charts_of([read_curves(write_run(tmp_path / "run"), "run")])
-    assert [chart.title for chart in charts] == [
-        "Loss", "Loss over time", "Accuracy", "Learning rate", "Gradient norm", "Throughput", "Memory",
-    ]  # fmt: skip
+    found = drawn(write_run(tmp_path / "run"))
+    assert list(found) == ["loss", "loss-time", "accuracy", "learning-rate", "gradient-norm", "throughput", "memory"]
+    assert found["loss"] == [[(1000, 4.9), (2000, 4.8), (4000, 4.6)], [(2000, 4.5), (4000, 4.0)]]
+    # a step of 1000 tokens at 1000 tokens a second, one at 2000, two at 4000
+    assert found["loss-time"] == [[(1.0, 4.9), (1.5, 4.8), (2.0, 4.6)], [(1.5, 4.5), (2.0, 4.0)]]
     without = [{k: v for k, v in step(n).items() if k != "memory_bytes"} for n in (1, 2)]
-    titles = [chart.title for chart in charts_of([read_curves(write_run(tmp_path / "other", without), "run")])]
-    assert "Memory" not in titles
-    assert "Accuracy" not in titles
+    assert not {"memory", "accuracy"} & set(drawn(write_run(tmp_path / "other", without)))
 
 
 @pytest.mark.parametrize("torn", ['{"step": 5, "loss": 4.', "\x00\x00\x00", '"a word"\n', '{"step": "5"}\n', "[]\n"])
-def test_a_line_cut_short_is_none(tmp_path, torn):
-    run = write_run(tmp_path / "run", torn=torn)
-    assert curve(run, "Loss") == [(1000, 4.9), (2000, 4.8), (4000, 4.6)]
+def test_a_line_cut_short_is_left_out(tmp_path, torn):
+    assert drawn(write_run(tmp_path / "run", torn=torn))["loss"][0] == [(1000, 4.9), (2000, 4.8), (4000, 4.6)]
 
 
-def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
-    run = write_run(tmp_path / "run", [*LINES, step(5, loss=float("nan"), gradient_norm=float("inf"))])
-    assert curve(run, "Loss")[-1] == (4000, 4.6)
-    assert curve(run, "Throughput")[-1] == (5000, 5000.0)
+def test_a_value_that_is_not_finite_is_left_out(tmp_path):
+    found = drawn(write_run(tmp_path / "run", [*LINES, step(5, loss=float("nan"), gradient_norm=float("inf"))]))
+    assert found["loss"][0][-1] == (4000, 4.6)
+    assert found["throughput"][0][-1] == (5000, 5000.0)
 
 
-def test_without_a_configuration_curves_lie_over_steps(tmp_path):
-    charts = charts_of([read_curves(write_run(tmp_path / "run", config=False), "run")])
-    assert charts[0].x.label == "steps"
-    assert [point.x for point in charts[0].lines[0].points] == [1, 2, 4]
-    assert "Loss over time" not in [chart.title for chart in charts]
-
-
-def test_with_a_damaged_configuration_curves_lie_over_steps(tmp_path):
-    run = write_run(tmp_path / "run")
-    (run / "config.yaml").write_text("training: {batch_size: a}\ndata: {sequence_length: 250}\n")
-    assert curve(run, "Loss") == [(1, 4.9), (2, 4.8), (4, 4.6)]
+@pytest.mark.parametrize("config", [None, "a"])
+def test_without_a_whole_configuration_curves_lie_over_steps(tmp_path, config):
+    found = drawn(write_run(tmp_path / "run", config=config))
+    assert found["loss"][0] == [(1, 4.9), (2, 4.8), (4, 4.6)]
+    assert "loss-time" not in found
 
 
 def test_names_tell_runs_apart():
@@ -96,77 +79,86 @@ def test_names_tell_runs_apart():
 # ---- the command
 
 
-def test_runs_are_drawn_over_each_other(seqmix, tmp_path):
+@pytest.fixture
+def folders(tmp_path):
+    """Runs of every kind, and a study."""
     write_run(tmp_path / "one")
     write_run(tmp_path / "two<b>")
-    done = seqmix("plot", "one", "two<b>")
-    assert (done.status, done.err) == (0, "")
-    assert done.out == "plot.html is drawn\n"
-    text = Path("plot.html").read_text()
-    assert text.count("<figure>") == 7
-    assert "two&lt;b&gt; has made 4 steps" in text
-    assert not re.search(r"<script|https?://(?!www\.w3\.org)|two<b>", text)
-
-
-def test_a_drawing_is_svg(seqmix, tmp_path):
-    write_run(tmp_path / "one")
-    assert seqmix("plot", "one", "--out", "new/folder/one.svg").status == 0
-    root = ElementTree.parse("new/folder/one.svg").getroot()
-    assert root.tag == f"{SVG}svg"
-    assert [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "title"][:2] == [
-        "Loss",
-        "Loss over time",
-    ]
-
-
-def test_a_picture_is_png(seqmix, tmp_path):
-    pytest.importorskip("vl_convert")
-    write_run(tmp_path / "one")
-    assert seqmix("plot", "one", "--out", "one.png").status == 0
-    assert Path("one.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_needs_what_converts_it(refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
-    write_run(tmp_path / "one")
-    assert "pip install 'seqmix[plots]'" in refused("plot", "one", "--out", "one.png")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["on"], 'on is no run: it does not exist; did you mean "one"?'),
-        (["text.txt"], "text.txt is no run: it is a file; a run is a folder that `seqmix train` wrote"),
-        (["empty"], "empty is no run: it holds no metrics.jsonl; a run is a folder that `seqmix train` wrote"),
-        (["begun"], "begun has no measurement in metrics.jsonl yet: try again after its first steps"),
-        (["ruined"], "ruined: no measurement is a finite number, so there is nothing to draw"),
-        (["one", "./one"], "one is given twice"),
-        (
-            ["one", "--out", "a.htm"],
-            '--out a.htm: the name must end in one of .html, .svg, .png, .pdf; did you mean ".html"?',
-        ),
-        (["one", "--out", "plot"], "--out plot: the name must end in one of .html, .svg, .png, .pdf"),
-        (["one", "--out", "text.txt/a.svg"], "text.txt/a.svg cannot be written: text.txt is no folder"),
-        (["one", "--out", "folder.html"], "folder.html cannot be written: Is a directory"),
-    ],
-)
-def test_what_cannot_be_drawn_is_said_in_one_sentence(refused, tmp_path, arguments, said):
-    write_run(tmp_path / "one")
     write_run(tmp_path / "begun", [], torn='{"st')
     write_run(tmp_path / "ruined", [{"step": 1, "loss": float("nan")}])
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.html").mkdir()
-    assert refused("plot", *arguments) == said
-    assert not list(tmp_path.glob("**/.*.partial"))
+    write(Results.model_validate(recall()), tmp_path / "recall")
+    return tmp_path
+
+
+def test_runs_are_drawn_over_each_other(seqmix, folders):
+    pytest.importorskip("altair")
+    done = seqmix("plot", "one", "two<b>")
+    assert (done.status, done.err) == (0, "")
+    text = Path("plot.html").read_text()
+    assert text.count("<figure ") == 7
+    assert "two&lt;b&gt; has made 4 steps" in text
+    assert "two<b>" not in text.partition("<script")[0]
+
+
+def test_one_figure_is_drawn_for_a_paper(seqmix, folders):
+    pytest.importorskip("altair")
+    assert seqmix("plot", "one", "--figure", "loss", "--out", "new/folder/one.svg").status == 0
+    text = Path("new/folder/one.svg").read_text()
+    assert "loss (nats per token)" in text
+    assert "gradient norm" not in text
+    assert seqmix("plot", "recall", "--figure", "state", "--out", "state.pdf", "--width", "6.75").status == 0
+    assert Path("state.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_study_s_report_is_written_again(seqmix, folders):
+    pytest.importorskip("altair")
+    write(Results.model_validate(few()), folders / "few")
+    assert seqmix("plot", "few").status == 0
+    assert "the loss is not finite at step 31" in (folders / "few" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("missing", ["vl_convert", "altair"])
+def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
+    monkeypatch.delitem(__import__("sys").modules, writer.__name__.replace("writer", "charts"), raising=False)
+    monkeypatch.delattr("seqmix.experiments.figures.charts", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, missing, None)
+    assert "pip install 'seqmix[plots]'" in refused("plot", "one")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["on"], ["on", '"one"']),
+        (["text.txt"], ["text.txt", "file"]),
+        (["empty"], ["empty", "metrics.jsonl", "results.json"]),
+        (["begun"], ["begun", "metrics.jsonl"]),
+        (["ruined"], ["ruined", "finite"]),
+        (["one", "./one"], ["one", "twice"]),
+        (["one", "recall"], ["recall", "alone"]),
+        (["one", "--figure", "los"], ["'los'", "loss-time", '"loss"']),
+        (["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["learning-rate", '"accuracy-by-pairs"']),
+        (["one", "--out", "a.htm"], ["--out", "a.htm", ".svg", '".html"']),
+        (["one", "--out", "plot"], ["--out", "plot", ".png"]),
+        (["one", "--width", "0.5"], ["--width", "0.5", "1.5"]),
+        (["one", "--figure", "loss", "--out", "text.txt/a.svg"], ["text.txt/a.svg", "folder"]),
+        (["one", "--figure", "loss", "--out", "folder.html"], ["folder.html", "directory"]),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(refused, folders, arguments, named):
+    pytest.importorskip("altair")
+    said = refused("plot", *arguments)
+    assert [word for word in named if word not in said] == []
+    assert not list(folders.glob("**/.*.partial"))
 
 
 def test_a_real_run_is_drawn(seqmix):
+    pytest.importorskip("altair")
     tiny = ["data={paths: [text.txt], sequence_length: 16}", "model.d_model=32"]
     training = (
         "training={steps: 4, batch_size: 2, warmup_steps: 1, evaluate_every: 2, evaluation_batches: 1, log_every: 1}"
     )
     assert seqmix("train", "retnet-tiny", *tiny, training, "--out", "run").status == 0
-    assert seqmix("plot", "run").status == 0
-    (loss, *_) = charts_of([read_curves(Path("run"), "run")])
-    assert [point.x for point in loss.lines[0].points] == [32, 64, 96, 128]
-    assert [point.x for point in loss.lines[1].points] == [64, 128]
+    assert seqmix("plot", "run", "--figure", "loss").status == 0
+    assert [[x for x, _ in series] for series in drawn(Path("run"))["loss"]] == [[32, 64, 96, 128], [64, 128]]

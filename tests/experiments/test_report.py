@@ -1,104 +1,181 @@
-"""What a report says: its answer, its order, what failed, and nothing that a name could break."""
+"""What a report says: its answer, its order, what failed, and the numbers of results.json, whatever names are."""
 
 import json
 import re
+from functools import cache
+from html import unescape
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from studies import STUDIES, few, recall, text, varied
 
-from seqmix.experiments.report import REPORT_FILE, measured, render, write_report
-from seqmix.experiments.results import Results, Statistic
+from seqmix.experiments.plots import Plots
+from seqmix.experiments.report import REPORT_FILE, answer, measured, render, write_report
+from seqmix.experiments.results import Results, Statistic, read_results, write
 from seqmix.registry import SeqmixError
 
+pytest.importorskip("altair")
 
-def rendered(study: dict[str, Any]) -> str:
-    return render(Results.model_validate(json.loads(json.dumps(study))))
+
+def results(study: dict[str, Any]) -> Results:
+    return Results.model_validate(json.loads(json.dumps(study)))
+
+
+def plots(study: dict[str, Any]) -> Plots:
+    return Plots(results(study))
+
+
+def said(study: dict[str, Any]) -> str:
+    return answer(plots(study)).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@cache
+def page(study: str) -> str:
+    return render(results(STUDIES[study]()))
+
+
+def specs(page: str) -> dict[str, Any]:
+    return json.loads(re.findall(r'<script type="application/json" id="specs">(.*?)</script>', page, re.S)[0])
+
+
+def body(page: str) -> str:
+    return page[page.index("<main>") : page.index("<script")]
+
+
+def table(page: str, label: str) -> list[list[str]]:
+    """The cells of a table, without what is drawn in them."""
+    found = re.findall(rf'aria-label="{label}.*?</table>', page, re.S)[0]
+    plain = re.sub(r"<span.*?</span>", "", found)
+    rows = re.findall(r"<tr>(.*?)</tr>", plain, re.S)
+    return [[unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)] for row in rows]
 
 
 def headings(page: str) -> list[str]:
-    return re.findall(r"<h2>(.*?)</h2>", page)
-
-
-def lead(page: str) -> str:
-    return re.sub("\N{NO-BREAK SPACE}", " ", re.findall(r'class="lead">(.*?)<', page)[0])
-
-
-def titles(page: str) -> list[str]:
-    return re.findall(r"<h3>(.*?)</h3>", page)
+    return re.findall(r"<h2>(.*?)</h2>", body(page))
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_report_is_one_file_without_script(study):
-    page = rendered(STUDIES[study]())
-    assert not re.search(r"<script|<iframe|<img|@import|url\(|\bsrc=", page)
-    assert re.findall(r'href="(.*?)"', page) == ["data:,"]
-    assert not re.search(r"https?://", page)
-    assert len(page) < 150_000
-    assert page.count("<h1>") == 1
-    assert page.count('role="img"') == page.count("<figcaption>") == len(titles(page)) > 0
+def test_a_report_is_one_file(study):
+    shown = body(page(study))
+    assert not re.search(r"<iframe|<img|@import|url\(|\bsrc=|https?://", shown)
+    assert re.findall(r'href="(.*?)"', page(study).partition("<body>")[0]) == ["data:,"]
+    assert page(study).count("</script>") == 3
+    assert shown.count("<h1>") == 1
+    assert set(re.findall(r'data-figure="(.*?)"', shown)) == set(specs(page(study)))
 
 
-def test_the_answer_names_who_is_best():
-    page = rendered(recall())
-    assert "<h1>Which mixer recalls the most pairs of key and value?</h1>" in page
-    assert lead(page) == "attention reaches an accuracy of 92.9 ± 0.5 %, gated DeltaNet comes next with 90.5 ± 1.0 %."
-    order = re.findall(r'scope="row">.*?<span>(.*?)</span>', page)[:5]
+def test_the_answer_names_what_is_best():
+    assert "<h1>Which mixer recalls the most pairs of key and value?</h1>" in page("recall")
+    assert (
+        said(recall()) == "attention reaches an accuracy of 92.9 ± 0.5 %, gated DeltaNet comes next with 90.5 ± 1.0 %."
+    )
+    order = [row[0] for row in table(page("recall"), "Results of all entries")[1:]]
     assert order == ["attention", "gated DeltaNet", "Mamba-2", "retention", "linear attention"]
+    assert said(text()).startswith("retention reaches a validation loss of 1.6")
+    assert [row[0] for row in table(page("text"), "Results of all")[1:]] == ["retention", "attention", "Mamba-2"]
 
 
-def test_text_is_compared_by_its_loss():
-    page = rendered(text())
-    assert lead(page).startswith("retention reaches a validation loss of 1.6")
-    assert re.findall(r'scope="row">.*?<span>(.*?)</span>', page)[:3] == ["retention", "attention", "Mamba-2"]
-
-
-def test_a_difference_within_the_spread_is_called_one():
+def test_the_answer_says_what_may_be_chance():
     study = recall()
     for row in study["summary"]:
         row["accuracy"] = {"mean": 0.9 if row["entry"] == "attention" else 0.88, "spread": 0.02}
-    assert lead(rendered(study)).endswith("The difference is within the spread of the seeds.")
-
-
-def test_one_seed_is_no_evidence():
-    study = text()
+    assert "within the spread" in said(study)
     for row in study["summary"]:
-        row["seeds"], row["validation_loss"]["spread"] = 1, None
-    assert lead(rendered(study)).endswith("With one seed, how much of this is chance is not known.")
+        row["seeds"], row["accuracy"]["spread"] = 1, None
+    assert "one seed" in said(study)
 
 
 def test_variants_are_compared_each_for_itself():
-    page = rendered(varied())
-    assert re.match(r"At pairs 8: attention reaches .* At pairs 64: attention reaches", lead(page))
-    assert "Accuracy over pairs" in titles(page)
-    assert [title for title in titles(page) if title.startswith("Loss over tokens")] == [
-        f"Loss over tokens: pairs {pairs}" for pairs in (8, 16, 32, 64)
-    ]
+    assert re.match(r"At pairs 8: attention reaches .* At pairs 64: attention reaches", said(varied()))
+    names = [figure.name for figure in plots(varied()).all()]
+    assert "over-pairs" in names
+    assert [name for name in names if name.startswith("loss")] == ["loss-1", "loss-2", "loss-3", "loss-4"]
 
 
 def test_only_what_there_are_data_for_is_drawn():
-    assert titles(rendered(recall())) == [
-        "Accuracy by pairs", "Accuracy and state", "Accuracy over learning rate", "Loss over tokens",
-        "Loss over computation", "Loss over time", "Accuracy over tokens",
+    assert [figure.name for figure in plots(recall()).all()] == [
+        "accuracy-by-pairs", "state", "learning-rate", "loss", "loss-flops", "accuracy",
     ]  # fmt: skip
-    assert titles(rendered(text())) == [
-        "Loss over length", "Validation loss and state", "Loss over tokens", "Loss over computation", "Loss over time",
-        "Training speed", "Memory of training", "Time of one token", "Memory of decoding", "State of one sequence",
+    assert [figure.name for figure in plots(text()).all()] == [
+        "loss-by-length", "state", "loss", "loss-flops", "train-speed", "train-memory", "decode-time", "decode-memory",
+        "decode-state",
     ]  # fmt: skip
-    assert headings(rendered(text())) == [
-        "What came out", "How they learnt", "What speed and memory they take", "Beside the paper",
-        "What was held equal", "To do it again",
+    assert headings(page("text")) == [
+        "What came out", "How training went", "Speed and memory", "Beside the paper", "What was held equal",
+        "To do it again",
     ]  # fmt: skip
+
+
+def test_loss_over_time_is_of_runs_that_had_the_machine_alone():
+    study = recall()
+    for run in study["runs"]:
+        run["alone"] = True
+    assert "loss-time" in [figure.name for figure in plots(study).curves()]
+    study["runs"][0]["alone"] = False
+    assert "loss-time" not in [figure.name for figure in plots(study).curves()]
+
+
+def test_the_training_length_is_marked():
+    study = text()
+    for run in study["runs"]:
+        run["sequence_length"] = 512
+    marked = {figure.name: figure.marks for figure in plots(study).all() if figure.marks}
+    assert marked == {name: {512.0: "trained"} for name in ("loss-by-length", "train-speed", "train-memory")}
+
+
+def test_the_page_has_the_numbers_of_results_json(tmp_path):
+    study = text()
+    for row in study["speed"]["train"]:
+        row["tokens_per_second_range"] = [0.9 * row["tokens_per_second"], 1.1 * row["tokens_per_second"]]
+    study["speed"] |= {"repeat": 5, "threads": 1, "tokens": 2048}
+    write(results(study), tmp_path)
+    found = read_results(tmp_path)
+    made = write_report(found, tmp_path).read_text()
+    data = {name: one["spec"]["datasets"][name] for name, one in specs(made).items()}
+    rows = {name: {(row["series"], row["x"]): row for row in found} for name, found in data.items()}
+    for row in found.summary:
+        for length, loss in row.validation_loss_by_length.items():
+            drawn = rows["loss-by-length"][row.entry, float(length)]
+            assert (drawn["y"], drawn["high"] - drawn["y"]) == pytest.approx((loss.mean, loss.spread))
+        runs = [run for run in found.runs if run.entry == row.entry]
+        for points in zip(*(run.evaluations for run in runs), strict=True):
+            drawn = rows["loss"][row.entry, points[0].tokens]
+            losses = [point.validation_loss for point in points]
+            assert (drawn["y"], drawn["low"], drawn["high"]) == pytest.approx((fmean(losses), min(losses), max(losses)))
+    for row in found.speed.train:
+        drawn = rows["train-speed"][row.entry, row.length]
+        assert (drawn["y"], drawn["low"], drawn["high"]) == pytest.approx(
+            (row.tokens_per_second, *row.tokens_per_second_range)
+        )
+    for row in found.speed.decode:
+        assert rows["decode-time"][row.entry, row.context]["y"] == pytest.approx(1e3 * row.seconds)
+        assert rows["decode-state"][row.entry, row.context]["y"] == pytest.approx(row.state_bytes / 2**10)
+    head, *cells = table(made, "Results of all entries")
+    for row, line in zip(Plots(found).ranked(), cells, strict=True):
+        shown = dict(zip(head, line, strict=True))
+        assert shown["entry"] == row.entry
+        assert shown["validation loss"] == measured(row.validation_loss)
+        # one speed, that of the plot, with its spread and how it was measured
+        timed = next(one for one in found.speed.train if (one.entry, one.length) == (row.entry, 16384))
+        low, high = timed.tokens_per_second_range
+        shown = [float(number.replace(",", "").replace("k", "e3")) for number in re.findall(r"[\d.,]+\dk?", line[-1])]
+        assert shown == pytest.approx([timed.tokens_per_second, low, high], rel=5e-3)
+    assert re.search(r"tokens/s: .*16,384 tokens.*2,048 tokens.*1 thread.*5 interleaved", made)
+
+
+def test_without_a_timed_speed_the_table_says_whose_it_is():
+    assert re.search("tokens/s: .*own logged steps.*may have shared", page("recall"))
 
 
 def test_a_band_is_that_of_the_seeds():
-    page = rendered(recall())
-    curves = page[page.index("How they learnt") : page.index("What was held equal")]
-    assert curves.count('class="band"') == 4 * 5
     one = recall()
+    bands = [row for figure in plots(one).curves() for row in figure.rows() if "low" in row]
+    assert all(row["low"] <= row["y"] + 1e-9 and row["y"] <= row["high"] + 1e-9 for row in bands)
+    assert len({row["series"] for row in bands}) == 5
     one["runs"] = [run for run in one["runs"] if run["seed"] == 0]
-    page = rendered(one)
-    assert 'class="band"' not in page[page.index("How they learnt") : page.index("What was held equal")]
+    assert not [row for figure in plots(one).curves() for row in figure.rows() if "low" in row]
 
 
 def test_curves_are_those_of_the_best_learning_rate():
@@ -106,64 +183,48 @@ def test_curves_are_those_of_the_best_learning_rate():
     for run in study["runs"]:
         if run["learning_rate"] == 3e-4:
             run["evaluations"] = [point | {"validation_loss": 777.0} for point in run["evaluations"]]
-    assert "777" not in rendered(study)
+    assert max(row["y"] for figure in plots(study).curves() for row in figure.rows() if "loss" in figure.name) < 777
 
 
 def test_runs_that_are_evaluated_once_have_curves_of_training():
     study = text()
     for run in study["runs"]:
         run["evaluations"] = run["evaluations"][-1:]
-    page = rendered(study)
-    assert "training loss (nats per token)" in page
-    assert "Loss over tokens" in titles(page)
+    loss = plots(study).curves()[0]
+    assert (loss.name, loss.y.label) == ("loss", "training loss (nats per token)")
 
 
 def test_failures_stand_there_with_their_reasons():
-    page = rendered(few())
-    assert "2 runs of 3 did not finish" in page
-    assert headings(page)[2:4] == ["What was held equal", "Failures"]
-    assert "the loss is not finite at step 31" in page
-    assert "Failures" not in headings(rendered(recall()))
-
-
-def test_a_study_in_which_nothing_finished_has_a_report():
+    assert "2 of 3 runs did not finish" in page("few")
+    assert headings(page("few"))[2:4] == ["What was held equal", "Failures"]
+    assert "the loss is not finite at step 31" in page("few")
+    assert "Failures" not in headings(page("recall"))
     study = few()
-    study["runs"] = [run | {"status": "failed", "error": "no memory"} for run in study["runs"]]
-    study["summary"] = []
-    page = rendered(study)
-    assert lead(page) == "No run has finished, so there is nothing to compare."
-    assert titles(page) == []
+    study["runs"], study["summary"] = study["runs"][1:], []
+    nothing = render(results(study))
+    assert "No run has finished" in nothing
+    assert specs(nothing) == {}
 
 
 def test_what_was_equal_is_shown_with_what_was_not():
-    page = rendered(text())
-    assert "Of one seed, every entry reads the same batches in the same order." in page
-    assert "parameters 1,234,311 by blocks.main.ffn.expansion = 2.1" in page
-    fields = page[page.index("What differs between the models") :]
-    assert re.findall(r'scope="row">([\w.]+)</th>', fields)[:2] == [
-        "blocks.main.mixer.kind",
-        "blocks.main.ffn.expansion",
-    ]
-    assert "n_layers: 4\n" in page[page.index("What is the same in all models") :]
+    assert "Of one seed, every entry reads the same batches in the same order." in page("text")
+    assert [
+        "attention",
+        "parameters 1,234,311 by blocks.main.ffn.expansion = 2.1 (wanted 1,234,000; +0.01 %)",
+    ] in table(page("text"), "What was made equal")
+    fields = [row[0] for row in table(page("text"), "Fields that differ")]
+    assert fields == ["field", "blocks.main.mixer.kind", "blocks.main.ffn.expansion"]
+    assert "n_layers: 4\n" in page("text").partition("What is the same in all models")[2]
+    assert ["In-domain perplexity", "retention", "26.05", "4.95"] in table(page("text"), "The paper")
 
 
-def test_a_paper_s_figures_have_their_decimals():
-    page = rendered(text())
-    assert '<td data-head="paper">26.05</td><td data-head="here">4.95</td>' in page
-
-
-def test_what_was_not_timed_is_said():
+def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():
     study = text()
     study["speed"]["train"].append({"entry": "attention", "length": 65536, "skipped": "it takes 3 minutes a step"})
-    page = rendered(study)
-    assert "training at 65,536" in page
-    assert "it takes 3 minutes a step" in page
-
-
-def test_the_edge_of_the_learning_rates_is_said():
-    study = recall()
     study["summary"][0]["at_edge"] = "highest"
-    assert "0.001, highest tried" in rendered(study)
+    made = render(results(study))
+    assert ["attention", "training at 65,536", "it takes 3 minutes a step"] in table(made, "What was not timed")
+    assert "0.001, highest tried" in [cell for row in table(made, "Results of all") for cell in row]
 
 
 def test_names_are_text_whatever_they_are():
@@ -172,29 +233,26 @@ def test_names_are_text_whatever_they_are():
     study = json.loads(source)
     study["question"] = "Is <i>this</i> & that text?"
     study["runs"][1]["error"] = "</table><h2>broken"
-    page = rendered(study)
-    assert "<script" not in page
-    assert "<b>" not in page
-    assert "Is &lt;i&gt;this&lt;/i&gt; &amp; that text?" in page
-    assert "broken" not in headings(page)
+    made = render(results(study))
+    assert "<b>" not in body(made)
+    assert made.count("</script>") == 3
+    assert "Is &lt;i&gt;this&lt;/i&gt; &amp; that text?" in made
+    assert "broken" not in headings(made)
+    assert {row["series"] for row in specs(made)["loss"]["spec"]["datasets"]["loss"]} == {"</svg><b>r"}
 
 
 def test_the_file_is_replaced_whole(tmp_path):
-    results = Results.model_validate(few())
     (tmp_path / REPORT_FILE).write_text("old")
-    assert write_report(results, tmp_path) == tmp_path / REPORT_FILE
-    assert (tmp_path / REPORT_FILE).read_text() == render(results)
+    assert write_report(results(few()), tmp_path) == tmp_path / REPORT_FILE
+    assert (tmp_path / REPORT_FILE).read_text() == page("few")
     assert [file.name for file in tmp_path.iterdir()] == [REPORT_FILE]
-
-
-def test_a_file_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SeqmixError, match=r"report\.html cannot be written: .*file is no folder"):
-        write_report(Results.model_validate(few()), tmp_path / "file")
+    with pytest.raises(SeqmixError, match=re.escape(str(Path("file") / REPORT_FILE))):
+        write_report(results(few()), tmp_path / "file")
 
 
 @pytest.mark.parametrize(
-    ("value", "share", "said"),
+    ("value", "share", "shown"),
     [
         (None, False, ""),
         (Statistic(mean=1.23456, spread=0.0123), False, "1.235 ± 0.012"),
@@ -204,5 +262,5 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path):
         (Statistic(mean=0.5, spread=0.0), True, "50.0 ± 0.0 %"),
     ],
 )
-def test_a_mean_is_said_with_its_spread(value, share, said):
-    assert measured(value, share=share).replace("\N{NO-BREAK SPACE}", " ") == said
+def test_a_mean_is_shown_with_its_spread(value, share, shown):
+    assert measured(value, share=share).replace("\N{NO-BREAK SPACE}", " ") == shown

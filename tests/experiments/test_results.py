@@ -11,7 +11,6 @@ from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
 from seqmix.experiments.plots import Plots
-from seqmix.experiments.report import render
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
@@ -92,7 +91,7 @@ def test_the_best_comes_first():
     assert [row.entry for row in best_first(results(runs))] == ["b", "c", "a"]
     page = markdown(results(runs))
     assert page.index("| b |") < page.index("| c |") < page.index("| a |")
-    # the report's order is no other, of equal accuracies too
+    # the report has the same order, of equal accuracies too
     assert [row.entry for row in Plots(results(runs)).ranked()] == ["b", "c", "a"]
 
 
@@ -114,13 +113,8 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
     page = markdown(found)
     assert "| 8 | 2.0000 ± 0.0000 | 3 | 0.001 | 800 | 8 KiB | 7,002 |" in page
     assert "| 16 | 1.0000 ± 0.0000 | 3 | 0.001 | 1,600 | 16 KiB | 510 |" in page
-    report = render(found)
-    for cell in ("800", "1,600", "8G", "16G", "8 KiB", "16 KiB", "510"):
-        assert f">{cell}</td>" in report, cell
-    points = {
-        x for chart in Plots(found).outcomes() if chart.title.endswith("state") for x, *_ in chart.lines[0].points
-    }
-    assert points <= {16384.0}
+    (state,) = [figure for figure in Plots(found).outcomes() if figure.name == "state"] or [None]
+    assert state is None or {point.x for point in state.series[0].points} == {16384.0}
 
 
 @pytest.mark.parametrize(("loss", "ours"), [(1.0, math.e), (1e5, None)])
@@ -173,10 +167,10 @@ def test_results_are_read_as_they_were_written(tmp_path):
     ("text", "said"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is no results of a study: Invalid JSON"),
-        ("{}", "is no results of a study: name: Field required"),
-        ("[]", "is no results of a study: "),
-        (json.dumps({"format": 2}), "is no results of a study: "),
+        ("{", "does not hold the results of a study: Invalid JSON"),
+        ("{}", "does not hold the results of a study: name: Field required"),
+        ("[]", "does not hold the results of a study: "),
+        (json.dumps({"format": 2}), "does not hold the results of a study: "),
     ],
 )
 def test_a_file_that_is_no_results(tmp_path, text, said):
@@ -191,7 +185,7 @@ def test_a_file_that_is_no_results(tmp_path, text, said):
 def test_a_figure_of_nobody_is_refused():
     found = results([run("a", 1.0)]).model_dump(mode="json")
     found["runs"][0]["entry"] = "b"
-    with pytest.raises(ValueError, match="a figure is of 'b', which is no entry: a"):
+    with pytest.raises(ValueError, match=r"'b'.*entry: a"):
         Results.model_validate(found)
 
 

@@ -1,0 +1,225 @@
+"""Figures as values, their colours, and what Altair and vl-convert make of them."""
+
+import math
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from seqmix.experiments.figures import theme
+from seqmix.experiments.figures.figure import (
+    ACCURACY,
+    Axis,
+    Figure,
+    Point,
+    Series,
+    drawable,
+    legend,
+    resolve,
+    thinned,
+)  # fmt: skip
+from seqmix.experiments.figures.writer import adaptive, draw
+from seqmix.experiments.units import number, quantity
+
+X, Y = Axis("x"), Axis("y")
+
+
+def figure(*columns, name="some", x=X, y=Y, **more) -> Figure:
+    """A figure of one series with the columns x and y, and those of a spread."""
+    return Figure(name, "Some", "c", x, y, [Series("a", [Point(*p) for p in zip(*columns, strict=True)])], **more)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (0.25, "0.25"), (3e-4, "3e-4"), (1.5e-9, "1.5e-9"), (-0.5, "-0.5"), (42, "42"), (1234.4, "1,234"),
+        (9999, "9,999"), (10_000, "10k"), (204_800, "205k"), (999_600, "1M"), (1.5e6, "1.5M"), (7.2e15, "7.2P"),
+    ],
+)  # fmt: skip
+def test_a_number_is_short(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "kinds"),
+    [
+        (Y, [1.0, 19.0], ("linear", "log")),
+        (Y, [1.0, 21.0], ("log", "linear")),
+        (Axis("y", log=True), [1.0, 2.0], ("log", "linear")),
+        (Axis("y", log=False), [1.0, 1e6], ("linear", "log")),
+        (Axis("y", ticks=[512, 4096]), [512, 4096], ("log", "linear")),
+        (Y, [0.0, 1e6], ("linear",)),
+        (Axis("y", log=True), [-1.0, 2.0], ("linear",)),
+        (Axis("memory", noise=2.0**20), [2e5, 3e9], ("linear",)),  # the allocator's noise is not blown up
+        (Axis("slice", names=["easy", "hard"]), [], ()),
+    ],
+)
+def test_an_axis_may_be_logarithmic_where_its_values_allow_it(axis, values, kinds):
+    assert resolve(axis, values).kinds == kinds
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "label"),
+    [
+        (Axis("memory", unit="bytes"), [1e8, 3e9], "memory (MiB)"),
+        (Axis("memory", unit="bytes"), [1e9, 3e9], "memory (GiB)"),
+        (Axis("time", unit="seconds"), [0.002, 0.01], "time (ms)"),
+        (Axis("time", unit="seconds"), [100, 200], "time (min)"),
+        (ACCURACY, [0.2, 0.9], "accuracy (%)"),
+        (Axis("tokens"), [1, 2], "tokens"),
+    ],
+)
+def test_the_unit_suits_the_values(axis, values, label):
+    assert resolve(axis, values).label == label
+    assert quantity(3e9, "bytes") == "2.79 GiB"
+
+
+def test_points_that_are_not_finite_are_left_out():
+    first, third = Point(1, 4.0, 3.0, 5.0), Point(3, 6.0, 5.0, 7.0)
+    one = Series("a", [first, Point(2, math.nan, 0.0, 0.0), third, Point(math.inf, 7.0, 0.0, 0.0)])
+    nothing = Series("b", [Point(1, math.nan)])
+    (found,) = drawable([Figure("f", "t", "c", X, Y, [one, nothing])])
+    assert [series.points for series in found.series] == [[first, third]]
+    assert drawable([Figure("f", "t", "c", X, Y, [nothing])]) == []
+
+
+def test_a_thinned_line_keeps_its_extremes():
+    values = [float(i % 7) for i in range(10_000)]
+    values[4321], values[8765] = 99.0, -99.0
+    kept = list(thinned(values, 240))
+    assert {0, 4321, 8765, 9_999} <= set(kept)
+    assert len(kept) <= 242
+    assert kept == sorted(kept)
+    assert list(thinned(values[:200], 240)) == list(range(200))
+
+
+def test_rows_are_in_the_units_of_the_axes():
+    rows = figure([1, 2], [0.5, 0.25], [0.4, 0.2], [0.6, 0.3], y=ACCURACY).rows()
+    assert [(row["x"], row["y"], row["low"], row["high"]) for row in rows] == [
+        (1, 50, 40, pytest.approx(60)),
+        (2, 25, 20, 30),
+    ]
+
+
+def test_error_bars_do_not_hide_each_other():
+    series = [Series(name, [Point(1, 2, 1, 3), Point(2, 2, 1, 3)]) for name in "abc"]
+    bars = Figure("f", "t", "c", X, Y, series)
+    assert not bars.banded
+    assert len({row["dodge"] for row in bars.rows() if row["x"] == 1}) == 3
+    curves = Figure("f", "t", "c", X, Y, series, smooth=True)
+    assert curves.banded
+    assert not [row for row in curves.rows() if "dodge" in row]
+
+
+def test_a_legend_has_each_name_once():
+    points = [Point(1, 1)]
+    series = [Series("b", points, style=1), Series("a", points), Series("b", points, style=1, faint=True)]
+    assert list(legend([Figure("f", "t", "c", X, Y, series)] * 2).items()) == [("a", 0), ("b", 1)]
+
+
+# ---- drawings
+
+
+AWKWARD = [
+    figure([1, 2, 3], [1e-9, 2e-9, 1.5e-9], name="tiny"),
+    figure([1, 1e6, 1e14], [1e15, 5e15, 9e15], name="huge", x=Axis("x", unit="bytes")),
+    figure([1, 1e3, 1e9], [1e-12, 1.0, 1e12], name="decades"),
+    figure([1, 2, 3], [7, 7, 7], name="flat"),
+    figure([1, 2, 3], [0, 0, 0], name="zero", y=ACCURACY),
+    figure([-5, 2, 3], [-4, 0, -8], name="below"),
+    figure([1], [2], [1], [3], name="one"),
+    figure([1, 4], [2, 3], name="marked", marks={2.0: "trained"}),
+    figure(["easy", "hard"], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], name="names", x=Axis("x", names=["easy", "hard"])),
+    Figure("many", "t", "c", X, Y, [Series(f"s{i}", [Point(k, k + i) for k in range(99)], i) for i in range(20)]),
+]
+
+
+@pytest.mark.parametrize("awkward", AWKWARD, ids=lambda one: one.name)
+def test_a_spec_is_vega_lite(awkward):
+    alt = pytest.importorskip("altair")
+    from seqmix.experiments.figures import charts
+
+    for spec in (charts.page_spec(awkward), charts.paper_spec([awkward], 200, 1)):
+        alt.Chart.from_dict({key: value for key, value in spec.items() if key != "datasets"})  # which checks it
+        assert spec["datasets"][awkward.name] == awkward.rows()
+
+
+@pytest.mark.parametrize(("width", "count"), [(3.25, 1), (6.75, 2), (6.75, 3)])
+def test_a_drawing_has_the_width_of_its_column(tmp_path, width, count):
+    pytest.importorskip("altair")
+    file = tmp_path / "figure.svg"
+    draw(AWKWARD[7 : 7 + count], file, width=width)
+    text = file.read_text()
+    size = re.search(r'width="([\d.]+)pt"', text)
+    assert float(size[1]) == pytest.approx(72 * width, abs=1.5)
+    assert {float(font) for font in re.findall(r'font-size="([\d.]+)px"', text)} <= {8.0, 8.5}
+    assert "var(" not in text
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_a_drawing_may_be_a_picture(tmp_path, ending, begins):
+    pytest.importorskip("altair")
+    draw([AWKWARD[6]], tmp_path / f"a.{ending}")
+    content = (tmp_path / f"a.{ending}").read_bytes()
+    assert content.startswith(begins)
+    if ending == "pdf":
+        assert re.search(rb"/MediaBox \[0 0 23[345]", content)
+
+
+def test_a_drawing_for_a_page_is_light_and_dark():
+    pytest.importorskip("altair")
+    text = adaptive([AWKWARD[6]], 4.0)
+    assert theme.LIGHT["paper"] in text
+    assert re.search(rf"prefers-color-scheme:dark.*{theme.DARK['paper']}", text)
+    assert 'fill="var(--line-0)"' in text
+
+
+# ---- colours are seen on their page, and told apart by people with each kind of colour vision
+
+
+SCHEMES = {"light": (theme.LIGHT, theme.LIGHT_LINES), "dark": (theme.DARK, theme.DARK_LINES)}
+SIGHT = {
+    "usual": np.eye(3),
+    # Machado, Oliveira and Fernandes (2009), severity 1
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def linear(color: str) -> np.ndarray:
+    """Linear light, red, green and blue, of a colour of sRGB."""
+    value = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio of luminances."""
+    low, high = sorted(float(linear(color) @ [0.2126, 0.7152, 0.0722]) for color in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def lab(light: np.ndarray) -> np.ndarray:
+    """CIE 1976 L*a*b* of linear sRGB, white D65."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ light.clip(0, 1)
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_everything_stands_out_from_the_page(scheme):
+    names, lines = SCHEMES[scheme]
+    for ground in (names["paper"], names["panel"]):
+        assert contrast(names["ink"], ground) > 7
+        assert contrast(names["muted"], ground) > 4.5
+    assert [line for line in lines if contrast(line, names["paper"]) < 3] == []
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_lines_are_told_apart(scheme, sight):
+    seen = [lab(np.array(SIGHT[sight]) @ linear(color)) for color in SCHEMES[scheme][1]]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 14
+    looks = {(theme.color(i), tuple(theme.dash(i)), theme.shape(i)) for i in range(24)}
+    assert len(looks) == 24
