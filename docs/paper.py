@@ -192,7 +192,7 @@ def drawn_figure6(*found: Results) -> list[Figure]:
 
 
 DRAWN: dict[str, Callable[..., list[Figure]]] = {
-    "figure5": lambda results: [figure for figure in Plots(results).outcomes() if " over " in figure.title],
+    "figure5": lambda results: [figure for figure in Plots(results).outcomes() if "-over-" in figure.name],
     "table4": lambda results: Plots(results).speed(),
     "figure6": drawn_figure6,
 }

@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
-from .summary import best_first, statistic
+from .summary import statistic
 from .timings import NOISE
 
 VALIDATION, TRAINING = Axis(f"validation {LOSS.label}", log=False), Axis(f"training {LOSS.label}", log=False)
@@ -50,7 +52,7 @@ class Plots:
         self.alone = all(run.alone for run in finished)
         """Whether no run shared the machine with another: only then can their times be compared."""
         self.has_accuracy = any(row.accuracy is not None for row in results.summary)
-        self.axis, self.measured = (ACCURACY, "Accuracy") if self.has_accuracy else (VALIDATION, "Validation loss")
+        self.axis, self.measured = (ACCURACY, "accuracy") if self.has_accuracy else (VALIDATION, "validation loss")
         """What the study compares by."""
         lengths = sorted({run.sequence_length for run in results.runs if run.sequence_length is not None})
         self.trained_at = dict.fromkeys(map(float, lengths), "trained")
@@ -59,10 +61,6 @@ class Plots:
     def score(self, row: SummaryRow) -> Statistic | None:
         """What a study compares by: accuracy of tasks, validation loss of text."""
         return row.accuracy if self.has_accuracy else row.validation_loss
-
-    def ranked(self) -> list[SummaryRow]:
-        """The summary, best first, variant by variant."""
-        return best_first(self.results)
 
     def all(self) -> list[Figure]:
         """Every figure, outcomes first."""
@@ -75,11 +73,9 @@ class Plots:
         if self.variants[MOST_VARIANTS:]:
             return []
         if self.variants[1:]:
-            varied = enumerate(self.variants, 1)
-            return drawable(
-                self._curve(f"loss-{i}", f"Loss over tokens: {said(variant)}", "tokens", self.course, variant)
-                for i, variant in varied
-            )
+            titles = ((f"Loss over tokens: {said(variant)}", variant) for variant in self.variants)
+            made = (self._curve(f"loss-{i}", t, "tokens", self.course, v) for i, (t, v) in enumerate(titles, 1))
+            return drawable(made)
         made = [
             self._curve("loss", "Loss over tokens", "tokens", self.course),
             self._curve("loss-flops", "Loss over computation", "flops", self.course),
@@ -126,29 +122,18 @@ class Plots:
     def _difficulty(self, name: str) -> Figure:
         rows = self._of_best_variant(row for row in self.results.summary if name in row.accuracy_by)
         keys = dict.fromkeys(key for row in self.results.summary for key in row.accuracy_by.get(name, ()))
-        said_name = name.replace("_", " ")
-        axis, place = _axis_of(self.results.x_label or said_name, keys)
-        points = {
-            row.entry: _course(
-                {place[repr(key)]: value for key, value in row.accuracy_by[name].items()}, axis, ACCURACY
-            )
-            for row in rows
-        }
+        axis, place = _axis_of(self.results.x_label or name.replace("_", " "), keys)
+        values = {row.entry: {place[repr(key)]: value for key, value in row.accuracy_by[name].items()} for row in rows}
         caption = "The share of target tokens that are right, "
         caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
-        title = f"Accuracy by {said_name}"
-        return Figure(f"accuracy-by-{slug(name)}", title, caption, axis, ACCURACY, self._series(points))
+        return self._scores(f"accuracy by {name.replace('_', ' ')}", caption, axis, ACCURACY, values)
 
     def _lengths(self) -> Figure:
         rows = self._of_best_variant(self.results.summary)
         found = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
         axis = Axis("sequence length (tokens)", ticks=sorted({x for values in found.values() for x in values}))
-        points = {entry: _course(values, axis, VALIDATION) for entry, values in found.items()}
         caption = "Validation loss at each sequence length: flat or falling is a model that extrapolates."
-        marks = self.trained_at
-        return Figure(
-            "loss-by-length", "Loss over length", caption, axis, VALIDATION, self._series(points), marks=marks
-        )
+        return replace(self._scores("loss by length", caption, axis, VALIDATION, found), marks=self.trained_at)
 
     def _variants(self) -> Iterator[Figure]:
         """The score over what was varied, if that is one field."""
@@ -158,12 +143,10 @@ class Plots:
         (key,) = keys
         label = said_key(key)
         axis, place = _axis_of(label, [variant.get(key) for variant in self.variants])
-        scores: dict[str, dict[float | str, Statistic | None]] = {entry: {} for entry in self.styles}
+        scores: dict[str, dict[Any, Statistic | None]] = {entry: {} for entry in self.styles}
         for row in self.results.summary:
             scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
-        points = {entry: _course(found, axis, self.axis) for entry, found in scores.items()}
-        title, caption = f"{self.measured} over {label}", f"Each entry at each value of {label}."
-        yield Figure(f"over-{slug(label)}", title, caption, axis, self.axis, self._series(points))
+        yield self._scores(f"{self.measured} over {label}", f"Each entry at each {label}.", axis, self.axis, scores)
 
     def _states(self) -> Iterator[Figure]:
         rows = self._of_best_variant(self.results.summary)
@@ -175,35 +158,27 @@ class Plots:
         if growing := " and ".join(name for name, entry in entries.items() if entry.state_grows):
             caption += f" The state of {growing} grows with the sequence: its size is that at the training length."
         axis = Axis("state of one sequence", unit="bytes", log=True)
-        points = {
-            row.entry: _course({float(entries[row.entry].state_bytes): self.score(row)}, axis, self.axis)
-            for row in rows
-        }
-        title, series = f"{self.measured} and state", self._series(points)
-        yield Figure("state", title, caption, axis, self.axis, series, joined=False)
+        scores = {row.entry: {float(entries[row.entry].state_bytes): self.score(row)} for row in rows}
+        yield replace(self._scores(f"{self.measured} by state", caption, axis, self.axis, scores), joined=False)
 
     def _learning_rates(self) -> Iterator[Figure]:
         rates = sorted({run.learning_rate for run in self.results.runs})
         if len(rates) < 2:
             return
-        axis = Axis("learning rate", log=True, ticks=rates)
-        points: dict[str, list[Point]] = {}
+        scores: dict[str, dict[Any, Statistic | None]] = {}
         for row in self._of_best_variant(self.results.summary):
-            ends: dict[float, list[float]] = {rate: [] for rate in rates}
+            ends: dict[float, list[float]] = {}
             for run in self.results.runs:
                 end = run.accuracy if self.has_accuracy else run.validation_loss
                 if (run.entry, run.variant) == (row.entry, row.variant) and end is not None:
-                    ends[run.learning_rate].append(end)
-            means = {rate: statistic(found) for rate, found in ends.items() if found}
-            points[row.entry] = _course(means, axis, self.axis)
+                    ends.setdefault(run.learning_rate, []).append(end)
+            scores[row.entry] = {rate: statistic(found) for rate, found in ends.items()}
         caption = "The end of every run. An entry whose best is at the edge may be better beyond it."
-        title = f"{self.measured} over learning rate"
-        yield Figure("learning-rate", title, caption, axis, self.axis, self._series(points))
+        axis = Axis("learning rate", log=True, ticks=rates)
+        yield self._scores(f"{self.measured} by learning rate", caption, axis, self.axis, scores)
 
     def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, caption: str) -> Figure:
-        over, label = (
-            ("length", "sequence length (tokens)") if name.startswith("train") else ("context", "context (tokens)")
-        )
+        over = "length" if name.startswith("train") else "context"
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
         for row in sorted(rows, key=attrgetter(over)):
             if (value := getattr(row, measure)) is not None:
@@ -211,14 +186,22 @@ class Plots:
                 points[row.entry].append(Point(getattr(row, over), value, *spread))
         if any(point.low < point.high for found in points.values() for point in found):
             caption += f" Medians of {self.results.speed.repeat} rounds, from the lowest to the highest."
+        label, marks = ("sequence length (tokens)", self.trained_at) if over == "length" else ("context (tokens)", {})
         axis = Axis(label, ticks=sorted({getattr(row, over) for row in rows}))
-        marks = self.trained_at if over == "length" else {}
         return Figure(name, title, caption, axis, AXES[measure], self._series(points), marks=marks)
 
     # ---- what they share
 
     def _series(self, points: Mapping[str, Sequence[Point]]) -> list[Series]:
         return [Series(entry, found, self.styles[entry]) for entry, found in points.items()]
+
+    def _scores(
+        self, title: str, caption: str, x: Axis, y: Axis, values: Mapping[str, Mapping[Any, Statistic | None]]
+    ) -> Figure:
+        """Means and deviations by entry and place, called by its title."""
+        series = self._series({entry: _course(found, x, y) for entry, found in values.items()})
+        name = re.sub("[ _]", "-", title.removeprefix("validation "))
+        return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
 
     def _runs(self, row: SummaryRow) -> list[RunResult]:
         """The finished runs that a line of the summary sums up."""
@@ -276,11 +259,6 @@ def said(variant: Mapping[str, Any]) -> str:
 def said_key(key: str) -> str:
     """The last part of a dotted path, in words."""
     return key.rpartition(".")[2].replace("_", " ")
-
-
-def slug(text: str) -> str:
-    """A name in a command: words joined by hyphens."""
-    return text.replace("_", "-").replace(" ", "-")
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from .files import write_file
 from .plots import Plots, said
 from .results import Machine, Results, RunResult, Statistic, SummaryRow
 from .study import shipped
+from .summary import best_first
 from .tables import Columns, filled, speed_of, state_size
 from .units import number, quantity
 
@@ -83,9 +84,9 @@ def answer(plots: Plots) -> str:
     if not any(plots.score(row) for row in plots.results.summary):
         return "No run has finished, so there is nothing to compare."
     if len(plots.variants) <= 1:
-        return _sentence(plots, plots.ranked())
+        return _sentence(plots, best_first(plots.results))
     return " ".join(
-        f"At {said(end)}: {_sentence(plots, [row for row in plots.ranked() if row.variant == end])}"
+        f"At {said(end)}: {_sentence(plots, [row for row in best_first(plots.results) if row.variant == end])}"
         for end in (plots.variants[0], plots.variants[-1])
     )
 
@@ -122,7 +123,7 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
         ("state", lambda row: state_size(results.entry_of(row))),
         ("tokens/s", speed_of(results)[0]),
     ]
-    return filled(plots.ranked(), columns)
+    return filled(best_first(plots.results), columns)
 
 
 def _notes(results: Results) -> str:

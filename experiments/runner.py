@@ -27,7 +27,7 @@ from ..training.interrupt import StopRequest
 from ..training.logging import METRICS_FILE
 from . import lock, results, speed
 from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same
-from .figures.writer import PlotsMissingError
+from .figures.libraries import PlotsMissingError
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult

@@ -260,7 +260,8 @@ OPTIONAL += ["pytest"]
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
     "seqmix.experiments.figures.charts": {"altair"},
-    "seqmix.experiments.figures.writer": {"vl_convert"},
+    "seqmix.experiments.figures.libraries": {"vl_convert"},
+    "seqmix.experiments.figures.page": {"jinja2"},
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},

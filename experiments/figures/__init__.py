@@ -1,1 +1,1 @@
-"""Figures: values (`figure`), their colours (`theme`), Altair charts of them (`charts`), a page, a file (`writer`)."""
+"""Figures: values (`figure`), colours (`theme`), Altair charts (`charts`, `libraries`), a `page`, a file (`writer`)."""

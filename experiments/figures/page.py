@@ -7,6 +7,7 @@ from typing import Any
 
 from . import theme
 from .figure import Figure, legend
+from .libraries import charts_module, vega
 
 HERE = Path(__file__).parent
 
@@ -22,9 +23,7 @@ def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **
     Raises:
         SeqmixError: what draws the figures is not installed.
     """
-    import jinja2
-
-    from .writer import charts_module, vega
+    import jinja2  # which Altair and torch need, too
 
     charts = charts_module()
     loader = jinja2.FileSystemLoader([template.parent, HERE])

@@ -1,53 +1,21 @@
-"""A file of figures: a page, or a drawing of the size of a paper's column, as its name ends.
+"""A file of figures: a page, or a drawing of the size of a paper's column, as its name ends."""
 
-The one file that imports Altair and vl-convert, and only when something is drawn.
-"""
-
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ...registry import SeqmixError, nearest
 from ..files import write_file
 from . import page, theme
 from .figure import Figure
+from .libraries import charts_module, converter
 
 ENDINGS = (".html", ".svg", ".png", ".pdf")
 COLUMN = 3.25
 """The width of a paper's column, in inches."""
 POINTS, DOTS = 72, 300
 """Of an inch: a spec's units, and a picture's."""
-
-
-class PlotsMissingError(SeqmixError):
-    """What draws figures is not installed."""
-
-    def __init__(self) -> None:
-        super().__init__("figures need altair and vl-convert-python: pip install 'seqmix[plots]'")
-
-
-def converter() -> Any:
-    """vl-convert; a PlotsMissingError where it is not installed."""
-    try:
-        import vl_convert
-    except ModuleNotFoundError:
-        raise PlotsMissingError from None
-    return vl_convert
-
-
-def charts_module() -> ModuleType:
-    """What makes Altair's charts; a PlotsMissingError where Altair is not installed."""
-    try:
-        from . import charts
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("altair"):
-            raise
-        raise PlotsMissingError from None
-    return charts
 
 
 def require_drawable(option: str, file: Path) -> None:
@@ -117,17 +85,3 @@ def adaptive(figures: Sequence[Figure], width: float, scale: float = 1.5) -> str
 
     opened, rest = re.sub(r'width="([\d.]+)" height="([\d.]+)"', larger, drawn, count=1).split(">", 1)
     return f"{opened}>{style}{rest}\n"
-
-
-def vega() -> str:
-    """The JavaScript of Vega, Vega-Lite and Vega-Embed; bundling takes seconds, so the user's cache keeps it."""
-    convert = converter()
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    file = Path(root) / "seqmix" / f"vega-{convert.__version__}.js"
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        bundle = convert.javascript_bundle().replace("</script", "<\\/script")
-        with suppress(SeqmixError):  # a home that cannot be written
-            write_file(bundle, file)
-        return bundle

@@ -8,7 +8,6 @@ from studies import few, recall
 
 from seqmix.commands.plot import names_of
 from seqmix.experiments.curves import figures_of, read_curves
-from seqmix.experiments.figures import writer
 from seqmix.experiments.results import Results, write
 
 
@@ -108,7 +107,9 @@ def test_one_figure_is_drawn_for_a_paper(seqmix, folders):
     text = Path("new/folder/one.svg").read_text()
     assert "loss (nats per token)" in text
     assert "gradient norm" not in text
-    assert seqmix("plot", "recall", "--figure", "state", "--out", "state.pdf", "--width", "6.75").status == 0
+    assert (
+        seqmix("plot", "recall", "--figure", "accuracy-by-state", "--out", "state.pdf", "--width", "6.75").status == 0
+    )
     assert Path("state.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -121,7 +122,7 @@ def test_a_study_s_report_is_written_again(seqmix, folders):
 
 @pytest.mark.parametrize("missing", ["vl_convert", "altair"])
 def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
-    monkeypatch.delitem(__import__("sys").modules, writer.__name__.replace("writer", "charts"), raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "seqmix.experiments.figures.charts", raising=False)
     monkeypatch.delattr("seqmix.experiments.figures.charts", raising=False)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     assert "pip install 'seqmix[plots]'" in refused("plot", "one")
@@ -138,7 +139,7 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
         (["one", "./one"], ["one", "twice"]),
         (["one", "recall"], ["recall", "alone"]),
         (["one", "--figure", "los"], ["'los'", "loss-time", '"loss"']),
-        (["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["learning-rate", '"accuracy-by-pairs"']),
+        (["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["accuracy-by-state", '"accuracy-by-pairs"']),
         (["one", "--out", "a.htm"], ["--out", "a.htm", ".svg", '".html"']),
         (["one", "--out", "plot"], ["--out", "plot", ".png"]),
         (["one", "--width", "0.5"], ["--width", "0.5", "1.5"]),

@@ -14,6 +14,7 @@ from studies import STUDIES, few, recall, text, varied
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.report import REPORT_FILE, answer, measured, render, write_report
 from seqmix.experiments.results import Results, Statistic, read_results, write
+from seqmix.experiments.summary import best_first
 from seqmix.registry import SeqmixError
 
 pytest.importorskip("altair")
@@ -90,17 +91,17 @@ def test_the_answer_says_what_may_be_chance():
 def test_variants_are_compared_each_for_itself():
     assert re.match(r"At pairs 8: attention reaches .* At pairs 64: attention reaches", said(varied()))
     names = [figure.name for figure in plots(varied()).all()]
-    assert "over-pairs" in names
-    assert [name for name in names if name.startswith("loss")] == ["loss-1", "loss-2", "loss-3", "loss-4"]
+    assert "accuracy-over-pairs" in names
+    assert [name for name in names if re.match(r"loss-\d", name)] == ["loss-1", "loss-2", "loss-3", "loss-4"]
 
 
 def test_only_what_there_are_data_for_is_drawn():
     assert [figure.name for figure in plots(recall()).all()] == [
-        "accuracy-by-pairs", "state", "learning-rate", "loss", "loss-flops", "accuracy",
+        "accuracy-by-pairs", "accuracy-by-state", "accuracy-by-learning-rate", "loss", "loss-flops", "accuracy",
     ]  # fmt: skip
     assert [figure.name for figure in plots(text()).all()] == [
-        "loss-by-length", "state", "loss", "loss-flops", "train-speed", "train-memory", "decode-time", "decode-memory",
-        "decode-state",
+        "loss-by-length", "loss-by-state", "loss", "loss-flops", "train-speed", "train-memory", "decode-time",
+        "decode-memory", "decode-state",
     ]  # fmt: skip
     assert headings(page("text")) == [
         "What came out", "How training went", "Speed and memory", "Beside the paper", "What was held equal",
@@ -153,7 +154,7 @@ def test_the_page_has_the_numbers_of_results_json(tmp_path):
         assert rows["decode-time"][row.entry, row.context]["y"] == pytest.approx(1e3 * row.seconds)
         assert rows["decode-state"][row.entry, row.context]["y"] == pytest.approx(row.state_bytes / 2**10)
     head, *cells = table(made, "Results of all entries")
-    for row, line in zip(Plots(found).ranked(), cells, strict=True):
+    for row, line in zip(best_first(found), cells, strict=True):
         shown = dict(zip(head, line, strict=True))
         assert shown["entry"] == row.entry
         assert shown["validation loss"] == measured(row.validation_loss)

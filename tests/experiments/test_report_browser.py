@@ -72,6 +72,12 @@ def labels(seen: Any, figure: str) -> list[str]:
     return seen.eval_on_selector_all(f"#{figure} .role-axis-label text", "all => all.map(e => e.textContent)")
 
 
+def changes(seen: Any, figure: str, before: list[str]) -> None:
+    """Wait until the texts beside a figure's axes are others."""
+    texts = f"[...document.querySelectorAll('#{figure} .role-axis-label text')].map(e => e.textContent)"
+    seen.wait_for_function(f"before => {texts}.join() != before.join()", arg=before)
+
+
 def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
     seen = look(report)
     blue, orange, green = map(rgb, theme.LIGHT_LINES[:3])
@@ -99,11 +105,7 @@ def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
     # an axis becomes logarithmic
     before = labels(seen, "decode-state")
     seen.locator("#decode-state .log[data-axis=y]").click()
-    seen.wait_for_function(
-        "before => [...document.querySelectorAll('#decode-state .role-axis-label text')]"
-        ".map(e => e.textContent).join() != before",
-        arg=",".join(before),
-    )
+    changes(seen, "decode-state", before)
     assert "0" in labels(seen, "decode-state")
 
     # curves are smoothed: they begin where they began, and end higher, as losses fall
@@ -118,10 +120,11 @@ def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
     assert first.startswith("M")
 
     # the wheel scrolls the page, and zooms with Ctrl
+    seen.locator("#loss").scroll_into_view_if_needed()
     box = seen.locator("#loss .chart").bounding_box()
     seen.mouse.move(box["x"] + box["width"] / 2, box["y"] + 80)
     place, shown = seen.evaluate("scrollY"), labels(seen, "loss")
-    seen.mouse.wheel(0, 120)
+    seen.mouse.wheel(0, 40)
     seen.wait_for_function("place => scrollY != place", arg=place)
     assert labels(seen, "loss") == shown
     box = seen.locator("#loss .chart").bounding_box()
@@ -129,10 +132,7 @@ def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
     seen.keyboard.down("Control")
     seen.mouse.wheel(0, -600)
     seen.keyboard.up("Control")
-    seen.wait_for_function(
-        "shown => [...document.querySelectorAll('#loss .role-axis-label text')].map(e => e.textContent).join() != shown",
-        arg=",".join(shown),
-    )
+    changes(seen, "loss", shown)
 
 
 def test_a_phone_has_it_whole_and_dark(look, report):
