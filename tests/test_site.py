@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from seqmix.models import build_meta
 from seqmix.training.presets import single_kind_presets
 
 ROOT = Path(__file__).resolve().parents[1]
