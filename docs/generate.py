@@ -118,15 +118,20 @@ def _parameter(parameter: Any, types: dict[str, Any]) -> tuple[str, str, str]:
     meaning = _unmarked(parameter.help or "").replace("|", r"\|")
     default = parameter.default
     if parameter.param_type_name == "argument":
-        name = (parameter.metavar or parameter.name.upper()).replace("|", r"\|")
+        name = _choices(parameter.metavar or parameter.name.upper())
         return f"`{name}`", "*required*" if parameter.required else "", meaning
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     if parameter.is_flag:
         shown = {True: parameter.opts, False: parameter.secondary_opts}.get(default, [])
         return names, f"`{shown[0]}`" if shown and parameter.secondary_opts else "", meaning
-    takes = parameter.metavar or _metavar(types[parameter.name])
-    names = ", ".join(f"`{name} {takes}`".replace("|", r"\|") for name in parameter.opts)
+    takes = _choices(parameter.metavar or _metavar(types[parameter.name]))
+    names = ", ".join(f"`{name} {takes}`" for name in parameter.opts)
     return names, "*required*" if parameter.required else "" if default is None else f"`{default}`", meaning
+
+
+def _choices(metavar: str) -> str:
+    """Choices as `{a,b}`: a table's cells end at `|`."""
+    return f"{{{metavar.replace('|', ',')}}}" if "|" in metavar else metavar
 
 
 def _metavar(hint: Any) -> str:

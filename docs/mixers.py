@@ -56,22 +56,24 @@ def files(study: str | None = None) -> dict[Path, str]:
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
-    """What each mixer is and declares, as its tiny preset configures it (or in an example of it)."""
+    """What each mixer is, and what it declares as its tiny preset configures it (or in an example of it)."""
     configured = {mixer_kind(preset): preset for preset in presets.values()}
     words = {True: "yes", False: "no"}
-    heads = ["mixer", "paper", "recurrence", "state size", "paradigms"]
-    rows = []
+    formulas, traits = [], []
     for kind, cls in MIXERS.built_in().items():
         preset = configured.get(kind)
         config = cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer
         papers = ARXIV.sub(LINK, ", ".join(dict.fromkeys(ARXIV.findall(_docstring(kind).partition("\n\n")[0]))))
-        paradigms = ", ".join(paradigm for paradigm in Paradigm if paradigm in config.traits.paradigms)
+        formulas.append((f"[`{kind}`](#{kind})", papers, _recurrence(kind), _state(kind, config)))
         width = 64 if preset is None else preset.model.d_model
         parallel = config.build(width, layer_idx=0, n_layers=1).supports_context_parallel
-        answers = config.traits.packing, parallel, config.traits.shift_invariant
-        cells = [f"[`{kind}`](#{kind})", papers, _recurrence(kind), _state(kind, config), paradigms]
-        rows.append([*cells, *(words[answer] for answer in answers)])
-    return table([*heads, "packing", "context parallelism", "shift-invariant"], rows)
+        answers = *(paradigm in config.traits.paradigms for paradigm in Paradigm), config.traits.packing, parallel
+        traits.append((f"`{kind}`", *(words[answer] for answer in (*answers, config.traits.shift_invariant))))
+    return [
+        *table(["mixer", "paper", "recurrence", "state size"], formulas),
+        "",
+        *table(["mixer", *Paradigm, "packing", "context parallelism", "shift-invariant"], traits),
+    ]
 
 
 def _recurrence(kind: str) -> str:

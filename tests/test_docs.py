@@ -246,12 +246,3 @@ def test_the_layout_names_every_folder():
     assert all((ROOT / name).is_dir() for name in folders)
     packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     assert packages - folders == set()
-
-
-def test_the_site_builds(tmp_path):
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config as load_site
-
-    build(load_site(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
