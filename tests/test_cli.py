@@ -347,10 +347,15 @@ print("MODULES", *sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert re.findall(r"STATUS (\d)", done.stdout) == ["0", "0", "2", "2"]
-    python = ".".join(map(str, sys.version_info[:3]))
-    assert done.stdout.startswith(f"seqmix {library.__version__} (torch {torch.__version__}, Python {python})\n")
     assert "'train'" in done.stderr
     assert not {"torch", "numpy", "yaml", "seqmix.registry"} & set(done.stdout.partition("MODULES")[2].split())
+
+
+def test_version_is_of_seqmix_torch_and_python(seqmix):
+    python = ".".join(map(str, sys.version_info[:3]))
+    done = seqmix("--version")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == f"seqmix {library.__version__} (torch {torch.__version__}, Python {python})\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -417,6 +422,7 @@ def test_a_folder_that_no_weights_can_be_read_from_is_one_sentence(refused):
 @pytest.mark.parametrize("extra", [["retnet-tiny"], ["--out", "elsewhere"], ["--dry-run"], ["retnet-tiny", "seed=1"]])
 def test_resume_takes_nothing_else(refused, run, extra):
     assert f"{run}/config.yaml" in refused("train", "--resume", str(run), *extra)
+    assert re.search("CONFIG .*--resume", refused("train"))
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
