@@ -95,6 +95,7 @@ def test_a_ring_without_window_never_overflows(paradigm, packed):
         ({"cu_seqlens": torch.tensor([0, 6])}, "B = 1.* 2"),
         ({"k": torch.zeros(2, 6, 3, 4).double(), "v": torch.zeros(2, 6, 3, 4).double()}, "divide"),
         ({"v": torch.zeros(2, 6, 4, 4).double()}, "divide"),
+        ({"v": torch.zeros(2, 5, 2, 4).double()}, r"\[2, 6, 4, 4\], \[2, 6, 2, 4\], \[2, 5, 2, 4\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, named):

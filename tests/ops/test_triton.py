@@ -76,7 +76,7 @@ def test_kernel(check):
 
 CASES = {
     "a chunk and a token": {"lengths": [17], "n_heads": 2, "chunk_size": 16},
-    "many tiles": {"lengths": [18], "key_width": 48, "value_width": 80, "chunk_size": 16},
+    "several tiles": {"lengths": [18], "key_width": 32, "value_width": 48, "chunk_size": 16},
     "more keys than values": {"lengths": [33], "key_width": 80, "chunk_size": 32},
     "documents": {"lengths": [0, 17, 1, 0, 20, 0], "packed": True, "chunk_size": 16},
     "documents of one token": {"lengths": [1, 1, 1], "packed": True, "n_heads": 2},
