@@ -18,7 +18,7 @@ LAYERNORM = {"kind": "layernorm"}
 
 
 def build(**fields: Any):
-    """A float64 block in which no two parameters are alike."""
+    """A float64 block with random parameters."""
     config = BlockConfig(**{"mixer": MIXER, "ffn": FFN, "norm": LAYERNORM} | fields)
     block = Block(config, D_MODEL, layer_idx=0, n_layers=1).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def layernorm(x, weight):
 
 
 class Recorder(nn.Module):
-    """Stands in for a mixer: returns a constant and remembers what it was given."""
+    """Stands in for a mixer: returns a constant and records its arguments."""
 
     def __init__(self, value: float, state: Any = None) -> None:
         super().__init__()
@@ -62,11 +62,6 @@ def test_both_branches_read_a_normed_copy_and_add_to_the_stream():
     after_mixer = x + mixed
     expected = after_mixer + block.ffn(layernorm(after_mixer, block.ffn_norm.weight))
     assert_close(block(x)[0], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_the_two_norms_are_two_modules():
-    block = build()
-    assert block.mixer_norm is not block.ffn_norm
     assert block.mixer_norm.weight is not block.ffn_norm.weight
 
 
@@ -75,20 +70,19 @@ def test_a_block_without_ffn_only_mixes():
     mixed, _ = block.mixer(layernorm(x, block.mixer_norm.weight))
     assert_close(block(x)[0], x + mixed, rtol=1e-9, atol=1e-9)
     assert {name.partition(".")[0] for name, _ in block.named_parameters()} == {"mixer_norm", "mixer"}
+    block.reset_parameters()
+    assert_close(block.mixer_norm.weight, torch.ones(D_MODEL, dtype=torch.float64))
 
 
-def test_an_ffn_must_be_given_or_be_null():
-    with pytest.raises(ValidationError, match="ffn"):
-        BlockConfig(mixer=MIXER, norm=LAYERNORM)
-
-
-def test_dropout_is_off_in_evaluation():
-    with_dropout, without = build(dropout=0.5), build()
-    assert torch.equal(with_dropout(tokens())[0], without(tokens())[0])
+@pytest.mark.parametrize("fields", [{}, *({"ffn": None, "dropout": p} for p in (-0.1, 1.0, float("nan")))], ids=str)
+def test_an_ffn_is_given_or_null_and_dropout_a_probability(fields):
+    with pytest.raises(ValidationError, match="dropout" if fields else "ffn"):
+        BlockConfig(mixer=MIXER, norm=LAYERNORM, **fields)
 
 
 @pytest.mark.parametrize("branch", ["mixer", "ffn"])
 def test_dropout_thins_the_output_of_each_branch_in_training(branch):
+    assert torch.equal(build(dropout=0.5)(tokens())[0], build()(tokens())[0])  # in evaluation
     block = build(dropout=0.25).train()
     block.mixer = Recorder(1.0 if branch == "mixer" else 0.0)
     block.ffn = Constant() if branch == "ffn" else None
@@ -104,35 +98,25 @@ def test_dropout_never_touches_the_stream_itself():
     assert torch.equal(block(x)[0], x)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_dropout_outside_of_its_range_is_refused(dropout):
-    with pytest.raises(ValidationError, match="dropout"):
-        BlockConfig(mixer=MIXER, ffn=FFN, norm=LAYERNORM, dropout=dropout)
-
-
 def test_arguments_reach_the_mixer_and_its_state_comes_back():
     block = build()
     block.mixer = Recorder(0.0, state=("after",))
-    borders = torch.tensor([0, 2, 5])
+    boundaries = torch.tensor([0, 2, 5])
     _, state = block(
-        tokens(batch_size=1), ("before",), paradigm=Paradigm.RECURRENT, cu_seqlens=borders, return_state=True
+        tokens(batch_size=1), ("before",), paradigm=Paradigm.RECURRENT, cu_seqlens=boundaries, return_state=True
     )
     given = block.mixer.given
     assert state == ("after",)
     assert given["state"] == ("before",)
     assert given["paradigm"] is Paradigm.RECURRENT
-    assert given["cu_seqlens"] is borders
+    assert given["cu_seqlens"] is boundaries
     assert given["return_state"] is True
-
-
-def test_no_state_is_asked_for_unless_wanted():
-    block = build()
-    assert block(tokens())[1] is None
-    assert block(tokens(), return_state=True)[1] is not None
+    block(tokens())
+    assert block.mixer.given["return_state"] is False
 
 
 class SizedConfig(MixerConfig):
-    """A mixer that remembers the sizes it was built for."""
+    """A mixer that records the sizes it was built for."""
 
     kind: Literal["sized"] = "sized"
     paradigm: Paradigm = Paradigm.PARALLEL
@@ -160,9 +144,3 @@ def test_reset_parameters_reaches_every_parameter():
             parameter.fill_(torch.nan)
     block.reset_parameters()
     assert not any(parameter.isnan().any() for parameter in block.parameters())
-
-
-def test_reset_parameters_of_a_block_without_ffn():
-    block = build(ffn=None)
-    block.reset_parameters()
-    assert_close(block.mixer_norm.weight, torch.ones(D_MODEL, dtype=torch.float64))

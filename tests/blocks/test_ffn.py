@@ -64,16 +64,11 @@ def test_a_swiglu_is_its_formula(activation):
     assert_close(ffn(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_defaults_are_the_names_on_the_label():
-    assert MlpConfig(expansion=4.0).activation == "gelu"
-    assert SwigluConfig(expansion=4.0).activation == "silu"
-
-
 def test_a_swiglu_of_8_3_has_as_many_parameters_as_an_mlp_of_4():
-    def count(config):
-        return sum(p.numel() for p in config.build(384).parameters())
-
-    assert count(SwigluConfig(expansion=8 / 3)) == count(MlpConfig(expansion=4.0))
+    mlp, swiglu = MlpConfig(expansion=4.0), SwigluConfig(expansion=8 / 3)
+    assert (mlp.activation, swiglu.activation) == ("gelu", "silu")
+    counts = [sum(p.numel() for p in config.build(384).parameters()) for config in (mlp, swiglu)]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +89,6 @@ def test_the_hidden_width_is_rounded_and_then_raised_to_a_multiple(expansion, d_
 
 
 @pytest.mark.parametrize("config", [MlpConfig(expansion=2.0), SwigluConfig(expansion=2.0)])
-def test_every_token_is_mapped_by_itself(config):
-    ffn, x = config.build(D_MODEL).double(), tokens()
-    alone = torch.cat([ffn(x[:, i : i + 1]) for i in range(x.shape[1])], dim=1)
-    assert_close(ffn(x), alone, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("config", [MlpConfig(expansion=2.0), SwigluConfig(expansion=2.0)])
 def test_flops_are_those_that_torch_counts(config):
     ffn = config.build(D_MODEL).double()
     with FlopCounterMode(display=False) as counter:
@@ -118,15 +106,18 @@ def test_linear_layers_start_as_torch_starts_them(config):
         assert 0.98 * bound < weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("fields", [{"expansion": 0.0}, {"expansion": -1.0}, {"expansion": 2.0, "multiple_of": 0}])
-def test_widths_that_are_none_are_refused(fields):
-    with pytest.raises(ValidationError):
-        MlpConfig(**fields)
-
-
-def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValidationError, match="'gelu', 'silu' or 'relu'"):
-        MlpConfig(expansion=2.0, activation="tanh")
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"expansion": 0.0}, "expansion"),
+        ({"expansion": -1.0}, "expansion"),
+        ({"multiple_of": 0}, "multiple_of"),
+        ({"activation": "tanh"}, "'gelu', 'silu' or 'relu'"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, words):
+    with pytest.raises(ValidationError, match=words):
+        MlpConfig(**{"expansion": 2.0} | fields)
 
 
 def test_the_files_of_the_folder_are_the_kinds():
@@ -135,7 +126,7 @@ def test_the_files_of_the_folder_are_the_kinds():
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_match():
-    with pytest.raises(ValidationError, match=r"unknown ffn kind 'swiglo'.*did you mean \"swiglu\""):
+    with pytest.raises(ValidationError, match=r"'swiglo'.*\"swiglu\""):
         BlockConfig(
             mixer={"kind": "retention", "n_heads": 2},
             ffn={"kind": "swiglo", "expansion": 2.0},

@@ -65,29 +65,22 @@ def test_an_rmsnorm_is_its_formula(eps):
 
 
 @pytest.mark.parametrize(
-    ("config", "eps", "names"), [(LayerNormConfig(), 1e-5, ["weight"]), (RmsNormConfig(), 1e-6, ["weight"])]
+    ("config", "eps", "names"),
+    [
+        (LayerNormConfig(), 1e-5, ["weight"]),
+        (LayerNormConfig(bias=True), 1e-5, ["weight", "bias"]),
+        (RmsNormConfig(), 1e-6, ["weight"]),
+    ],
 )
-def test_defaults(config, eps, names):
+def test_a_norm_starts_as_the_plain_formula(config, eps, names):
     assert config.eps == eps
-    assert [name for name, _ in config.build(D_MODEL).named_parameters()] == names
-
-
-def test_a_bias_is_an_option_of_layernorm():
-    assert [name for name, _ in LayerNormConfig(bias=True).build(D_MODEL).named_parameters()] == ["weight", "bias"]
-
-
-@pytest.mark.parametrize("config", [LayerNormConfig, RmsNormConfig])
-def test_a_negative_eps_is_refused(config):
-    with pytest.raises(ValidationError, match="eps"):
-        config(eps=-1e-9)
-
-
-@pytest.mark.parametrize("config", [LayerNormConfig(bias=True), RmsNormConfig()])
-def test_a_norm_starts_as_the_plain_formula(config):
     norm = randomised(config.build(D_MODEL))
     norm.reset_parameters()
+    assert [name for name, _ in norm.named_parameters()] == names
     for name, parameter in norm.named_parameters():
         assert_close(parameter, torch.full_like(parameter, 1.0 if name == "weight" else 0.0))
+    with pytest.raises(ValidationError, match="eps"):
+        type(config)(eps=-1e-9)
 
 
 def test_the_files_of_the_folder_are_the_kinds():

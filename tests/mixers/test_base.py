@@ -1,4 +1,4 @@
-"""What the base class refuses and fills in, for every built-in mixer; the contract itself is in test_conformance.py."""
+"""What the base class refuses and fills in; the conformance kit tests the contract itself, for every mixer."""
 
 from dataclasses import replace
 from typing import Literal
@@ -11,10 +11,9 @@ from torch import nn
 from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
 
 D_MODEL = 12
-BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
 
 
-@pytest.fixture(params=BUILT_IN)
+@pytest.fixture(params=["retention", "attention", "hyena"])
 def config(request):
     return MIXERS.resolve(request.param).example()
 
@@ -31,73 +30,70 @@ def seen_by(mixer, monkeypatch):
     return seen
 
 
-# ---- what is refused
-
-
 def test_what_is_not_declared_is_refused(mixer, monkeypatch):
-    x, kept = torch.randn(1, 4, D_MODEL), mixer.paradigm
-    monkeypatch.setattr(mixer, "traits", replace(mixer.traits, paradigms=frozenset({kept}), packing=False))
-    for other in set(Paradigm) - {kept}:
-        with pytest.raises(ContractError, match=f"{mixer.kind} has no paradigm '{other}'; it declares {kept}"):
+    x, declared = torch.randn(1, 4, D_MODEL), mixer.paradigm
+    monkeypatch.setattr(mixer, "traits", replace(mixer.traits, paradigms=frozenset({declared}), packing=False))
+    for other in set(Paradigm) - {declared}:
+        with pytest.raises(ContractError, match=f"{mixer.kind}.* '{other}'.* {declared}"):
             mixer(x, paradigm=other)
-    if kept is not Paradigm.RECURRENT:
-        with pytest.raises(ContractError, match="has no paradigm 'recurrent'"):
+    if declared is not Paradigm.RECURRENT:
+        with pytest.raises(ContractError, match="'recurrent'"):
             mixer.step(x[:, :1], mixer.init_state(1))
-    with pytest.raises(ContractError, match=f"{mixer.kind} does not declare packing"):
+    with pytest.raises(ContractError, match=f"{mixer.kind}.* packing.*cu_seqlens"):
         mixer(x, cu_seqlens=torch.tensor([0, 4]))
     mixer(x)
 
 
-def test_a_paradigm_that_is_none_is_told_the_nearest(mixer):
-    with pytest.raises(ContractError, match=r"has no paradigm 'recurent'; it declares .*did you mean \"recurrent\""):
+def test_an_unknown_paradigm_names_the_nearest(mixer):
+    with pytest.raises(ContractError, match=r"'recurent'.*\"recurrent\""):
         mixer(torch.randn(1, 4, D_MODEL), paradigm="recurent")
 
 
-@pytest.mark.parametrize("shape", [(2, 0, D_MODEL), (4, D_MODEL)])
-def test_shapes_that_do_not_fit_are_refused(mixer, shape):
-    with pytest.raises(ContractError, match=r"takes \[batch, tokens >= 1, d_model\], and was given \[\d, "):
-        mixer(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_a_dtype_that_is_not_the_parameters_is_refused(mixer, dtype):
-    with pytest.raises(ContractError, match=f"has parameters of torch.float32 and was given {dtype}: convert"):
-        mixer(torch.zeros(1, 4, D_MODEL, dtype=dtype))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((2, 0, D_MODEL), torch.float32, r"\[2, 0, 12\]"),
+        ((4, D_MODEL), torch.float32, r"\[4, 12\]"),
+        ((1, 4, D_MODEL), torch.float64, "torch.float32.*torch.float64"),
+        ((1, 4, D_MODEL), torch.bfloat16, "torch.float32.*torch.bfloat16"),
+        ((1, 4, D_MODEL), torch.int64, "torch.float32.*torch.int64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(mixer, shape, dtype, words):
+    with pytest.raises(ContractError, match=f"{mixer.kind}.*{words}"):
+        mixer(torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "borders", "sentence"),
+    ("batch_size", "cu_seqlens", "words"),
     [
-        (2, torch.tensor([0, 4]), "a batch of 2 and boundaries"),
-        (1, torch.tensor([[0, 4]]), r"a batch of 1 and boundaries \[1, 2\]"),
-        (1, torch.tensor([0.0, 4.0]), r"boundaries \[2\] torch.float32"),
-        (1, torch.tensor([0, 3]), "must rise from 0 to the 4 tokens given"),
-        (1, torch.tensor([1, 4]), "must rise from 0"),
-        (1, torch.tensor([0, 3, 1, 4]), "must rise from 0"),
-        (1, torch.tensor([0, 5]), "must rise from 0"),
-        (1, torch.tensor([0]), "must rise from 0"),
-        (1, torch.tensor([], dtype=torch.int64), "must rise from 0"),
+        (2, torch.tensor([0, 4]), "2"),
+        (1, torch.tensor([[0, 4]]), r"\[1, 2\]"),
+        (1, torch.tensor([0.0, 4.0]), r"\[2\] torch.float32"),
+        *(
+            (1, torch.tensor(given, dtype=torch.int64), "cu_seqlens.* 0 .*4 tokens")
+            for given in ([0, 3], [1, 4], [0, 3, 1, 4], [0, 5], [0], [])
+        ),
     ],
+    ids=str,
 )
-def test_borders_that_do_not_fit_are_refused(mixer, batch_size, borders, sentence):
-    assert mixer.traits.packing
+def test_document_boundaries_that_do_not_fit_are_refused(mixer, batch_size, cu_seqlens, words):
     for paradigm in mixer.traits.paradigms:
-        with pytest.raises(ContractError, match=sentence):
-            mixer(torch.randn(batch_size, 4, D_MODEL), paradigm=paradigm, cu_seqlens=borders)
+        with pytest.raises(ContractError, match=words):
+            mixer(torch.randn(batch_size, 4, D_MODEL), paradigm=paradigm, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_a_state_of_other_sequences_is_refused(mixer, rows):
-    x, borders = torch.randn(3, 4, D_MODEL), torch.tensor([0, 2, 2, 4])
+def test_a_state_of_another_batch_size_is_refused(mixer, rows):
+    x, cu_seqlens = torch.randn(3, 4, D_MODEL), torch.tensor([0, 2, 2, 4])
     for paradigm in mixer.traits.paradigms:
-        with pytest.raises(ContractError, match=f"3 sequences and a state of {rows}"):
-            mixer(x, mixer.init_state(rows), paradigm=paradigm)
-        with pytest.raises(ContractError, match=f"3 sequences and a state of {rows}"):
-            mixer(x[:1], mixer.init_state(rows), paradigm=paradigm, cu_seqlens=borders)
+        for given, options in ((x, {}), (x[:1], {"cu_seqlens": cu_seqlens})):
+            with pytest.raises(ContractError, match=f"{mixer.kind}.*3.*{rows}"):
+                mixer(given, mixer.init_state(rows), paradigm=paradigm, **options)
 
 
 def test_a_step_is_one_token(mixer):
-    with pytest.raises(ContractError, match="a step mixes one token, and 2 were given"):
+    with pytest.raises(ContractError, match="2"):
         mixer.step(torch.randn(1, 2, D_MODEL), mixer.init_state(1))
 
 
@@ -116,7 +112,7 @@ class OneWayConfig(MixerConfig):
 
 def test_a_default_paradigm_must_be_declared():
     assert OneWayConfig().paradigm is Paradigm.RECURRENT
-    with pytest.raises(ValidationError, match="one_way has no paradigm 'parallel'; it declares recurrent"):
+    with pytest.raises(ValidationError, match=r"one_way.*'parallel'.*recurrent"):
         OneWayConfig(paradigm="parallel")
 
 
@@ -126,18 +122,18 @@ def traits(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "words"),
     [
-        ({"paradigms": [Paradigm.PARALLEL]}, r"Traits.paradigms needs a frozenset of Paradigm.PARALLEL, .* given \["),
-        ({"paradigms": frozenset()}, "needs a frozenset of Paradigm.PARALLEL"),
-        ({"paradigms": frozenset({"paralel"})}, r"needs a frozenset of Paradigm.PARALLEL, .*'paralel'"),
-        ({"state": "grows"}, "Traits.state needs 'constant' or 'growing', and was given 'grows'; did you mean"),
-        ({"packing": None}, "Traits.packing needs True or False, and was given None"),
-        ({"shift_invariant": 1}, "Traits.shift_invariant needs True or False, and was given 1"),
+        ({"paradigms": [Paradigm.PARALLEL]}, r"frozenset .*Paradigm.PARALLEL.* \["),
+        ({"paradigms": frozenset()}, "frozenset .*Paradigm.PARALLEL"),
+        ({"paradigms": frozenset({"paralel"})}, "Paradigm.PARALLEL.*'paralel'"),
+        ({"state": "grows"}, "'constant' or 'growing'.*'grows'.*\"growing\""),
+        ({"packing": None}, "None"),
+        ({"shift_invariant": 1}, "1"),
     ],
 )
-def test_traits_that_are_none_are_refused(changes, sentence):
-    with pytest.raises(ContractError, match=sentence):
+def test_wrong_traits_are_refused(changes, words):
+    with pytest.raises(ContractError, match=f"Traits.{next(iter(changes))} .*{words}"):
         traits(**changes)
 
 
@@ -147,37 +143,31 @@ def test_paradigms_may_be_declared_by_name():
 
 
 @pytest.mark.parametrize(
-    ("broken", "sentence"),
-    [
-        (lambda self: self.nope, "one_way: traits raised AttributeError: .*nope"),
-        (lambda self: {"packing": True}, "one_way: traits has to be a Traits\\(...\\), and is {'packing': True}"),
-    ],
+    ("broken", "words"),
+    [(lambda self: self.nope, "AttributeError.*nope"), (lambda self: {"packing": True}, "Traits.*{'packing': True}")],
 )
-def test_traits_that_cannot_be_had_are_told(broken, sentence):
+def test_broken_traits_are_an_error_of_the_configuration(broken, words):
     config = type("BrokenConfig", (OneWayConfig,), {"traits": property(broken), "__module__": __name__})
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(ValidationError, match=f"one_way: traits .*{words}"):
         config()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("wrong", "words"),
     [
-        (lambda y, state: None, "mix has to return \\(output, state\\), and returned a NoneType"),
-        (lambda y, state: y, "returned a Tensor"),
-        (lambda y, state: (y, state, None), "returned a tuple of 3"),
-        (lambda y, state: (None, state), "has to return a tensor as output, and returned a NoneType"),
-        (lambda y, state: (y[..., :6], state), r"the segment's shape \[2, 4, 12\], and returned one of \[2, 4, 6\]"),
+        (lambda y, state: None, "NoneType"),
+        (lambda y, state: y, "Tensor"),
+        (lambda y, state: (y, state, None), "tuple of 3"),
+        (lambda y, state: (None, state), "NoneType"),
+        (lambda y, state: (y[..., :6], state), r"\[2, 4, 12\].*\[2, 4, 6\]"),
     ],
 )
-def test_a_result_that_is_no_output_and_state_is_refused(mixer, monkeypatch, wrong, sentence):
+def test_a_result_that_is_not_output_and_state_is_refused(mixer, monkeypatch, wrong, words):
     # two rows: a tensor of two could be taken for a pair
     inner = mixer.mix
     monkeypatch.setattr(mixer, "mix", lambda *arguments: wrong(*inner(*arguments)))
-    with pytest.raises(ContractError, match=f"^{mixer.kind}: .*{sentence}"):
+    with pytest.raises(ContractError, match=f"^{mixer.kind}: mix .*{words}"):
         mixer(torch.randn(2, 4, D_MODEL))
-
-
-# ---- what is filled in
 
 
 class Plain(SequenceMixer):
@@ -196,13 +186,13 @@ class Plain(SequenceMixer):
         return 0
 
 
-def test_without_parameters_buffers_tell_the_device_and_dtype():
+def test_without_parameters_buffers_have_the_device_and_dtype():
     mixer, x = Plain(OneWayConfig()), torch.randn(2, 3, 4)
-    with pytest.raises(ContractError, match="one_way has neither a parameter nor a buffer of floating-point numbers"):
+    with pytest.raises(ContractError, match=r"one_way.*register_buffer"):
         mixer(x)
     mixer.inner = nn.Module()
     mixer.inner.register_buffer("positions", torch.arange(3))
-    with pytest.raises(ContractError, match="nothing tells its device and dtype"):
+    with pytest.raises(ContractError, match="register_buffer"):
         _ = mixer.device
     mixer.inner.register_buffer("one", torch.ones(1))
     assert (mixer.dtype, mixer.double().dtype, mixer.to("meta").device.type) == (torch.float32, torch.float64, "meta")
@@ -234,9 +224,6 @@ def test_the_configured_paradigm_is_the_default_for_every_length(config, monkeyp
         assert seen == [paradigm, paradigm]
 
 
-# ---- examples
-
-
 class ExampleConfig(OneWayConfig):
     kind: Literal["example"] = "example"
     width: int = Field(gt=1, examples=[4, 2])
@@ -259,8 +246,7 @@ class RefusedExampleConfig(OneWayConfig):
     width: int = Field(gt=1, examples=[1])
 
 
-def test_an_example_that_cannot_be_made_is_told():
-    with pytest.raises(ContractError, match="field name is required and has no examples: give name="):
-        NamelessConfig.example()
-    with pytest.raises(ContractError, match=r"field width refuses the first of its own examples: .* than 1"):
-        RefusedExampleConfig.example()
+@pytest.mark.parametrize(("config", "words"), [(NamelessConfig, " name .*name="), (RefusedExampleConfig, " width .*1")])
+def test_a_field_without_a_valid_example_is_named(config, words):
+    with pytest.raises(ContractError, match=f"{config.__name__}.*{words}"):
+        config.example()

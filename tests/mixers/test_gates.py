@@ -66,5 +66,5 @@ def test_a_gated_norm_stays_in_the_range_of_float16(norm, gate):
     assert y.half().isfinite().all()
 
 
-def test_parts_are_no_kind_of_mixer():
-    assert not {"gates", "parts", "qkv", "traits", "state"} & set(MIXERS.kinds())
+def test_parts_are_not_mixers():
+    assert not {"gates", "parts", "qkv", "short_convolution", "traits", "state"} & set(MIXERS.kinds())

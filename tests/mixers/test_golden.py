@@ -27,7 +27,7 @@ def agree(actual, expected):
 
 
 def retention_weights(prefix):
-    """Their separate projections as ours."""
+    """Their separate projections, fused as here."""
     projections = [GOLDEN[f"{prefix}.{name}_proj.weight"] for name in "qkvg"]
     return {"in_proj.weight": torch.cat(projections), "out_proj.weight": GOLDEN[f"{prefix}.out_proj.weight"]}
 
@@ -58,14 +58,14 @@ def layer(**change):
     return mixer
 
 
-def model(**change):
+def model():
     norm = {"kind": "rmsnorm", "eps": 0.0}
     ffn = {"kind": "swiglu", "expansion": 1.5, "activation": "silu"}
     config = ModelConfig(
         d_model=64,
         n_layers=2,
         vocab_size=50,
-        blocks={"ret": {"mixer": MIXER | change, "ffn": ffn, "norm": norm}},
+        blocks={"ret": {"mixer": MIXER, "ffn": ffn, "norm": norm}},
         norm=norm,
     )
     built = build_model(config, dtype=torch.float64)
@@ -109,10 +109,8 @@ def test_decoding_after_a_prompt_gives_their_logits():
 @pytest.mark.parametrize(
     "change",
     [
-        {"decay": "log_uniform"},
-        {"decay": "none"},
-        {"rotation": "rope"},
-        {"rotation": "none"},
+        *({"decay": decay} for decay in ("log_uniform", "none")),
+        *({"rotation": rotation} for rotation in ("rope", "none")),
         {"head_norm": "group"},
         {"norm_eps": 1e-3},
     ],
@@ -123,8 +121,6 @@ def test_another_variant_does_not_agree(change):
     y, _ = layer(**change)(GOLDEN["layer.x"])
     with pytest.raises(AssertionError, match="not close"):
         agree(y, GOLDEN["layer.y"])
-    with pytest.raises(AssertionError, match="not close"):
-        agree(model(**change)(GOLDEN["tokens"]).logits, GOLDEN["logits"])
 
 
 @torch.no_grad()

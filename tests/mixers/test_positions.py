@@ -36,12 +36,12 @@ def documents(draw):
 @settings(deadline=None)
 @given(documents())
 def test_packed_positions_count_from_each_documents_offset(packed):
-    lengths, offsets, borders = packed
+    lengths, offsets, boundaries = packed
     length = sum(lengths)
-    row = Documents.of(borders, length)
-    assert (row.number, row.boundaries) == (len(lengths), tuple(borders.tolist()))
-    equal(row.of_token, document_of_token(borders, length).tolist())
-    equal(document_of_token(borders, length), [n for n, size in enumerate(lengths) for _ in range(size)])
+    row = Documents.of(boundaries, length)
+    assert (row.number, row.boundaries) == (len(lengths), tuple(boundaries.tolist()))
+    equal(row.of_token, document_of_token(boundaries, length).tolist())
+    equal(document_of_token(boundaries, length), [n for n, size in enumerate(lengths) for _ in range(size)])
     fresh = [t for size in lengths for t in range(size)]
     equal(token_positions(length, None, row, CPU), [fresh])
     continued = [offset + t for size, offset in zip(lengths, offsets, strict=True) for t in range(size)]
@@ -50,7 +50,7 @@ def test_packed_positions_count_from_each_documents_offset(packed):
     equal(advance(torch.tensor(offsets), 1, length, row, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)])
 
 
-def test_rows_of_a_batch_have_offsets_of_their_own():
+def test_rows_of_a_batch_have_their_own_offsets():
     equal(token_positions(3, None, None, CPU), [[0, 1, 2]])
     equal(token_positions(3, torch.tensor([0, 7]), None, CPU), [[0, 1, 2], [7, 8, 9]])
     equal(advance(None, 2, 3, None, CPU), [3, 3])
@@ -131,7 +131,7 @@ def test_rotation_turns_interleaved_pairs(layout, compiled, dtype):
     exactly(leaf.grad.double(), turned(upstream.double(), -positions, theta), tolerance)
 
 
-def test_rotation_takes_the_gradient_of_a_sum():
+def test_rotation_takes_the_gradient_of_a_sum():  # whose strides are 0
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     positions, theta = torch.arange(3)[None], frequencies(4, "rope", 10000.0, CPU)
     rotate(x, rotation(positions, theta, x.dtype)).sum().backward()

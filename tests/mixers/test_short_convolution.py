@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from seqmix.mixers import MIXERS
 from seqmix.mixers.parts import ShortConvolution
 from seqmix.ops.call import Call
 from seqmix.ops.convolution import short_convolution
 
 
-def call(x, state=None, borders=None, wanted=False):
-    return Call.of("parallel", x.shape[1], state, wanted, borders)
+def call(x, state=None, boundaries=None, wanted=False):
+    return Call.of("parallel", x.shape[1], state, wanted, boundaries)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -21,10 +20,10 @@ def test_it_is_the_op_and_the_activation(bias, activation):
     torch.manual_seed(0)
     module = ShortConvolution(6, 4, bias=bias, activation=activation)
     x, state = torch.randn(1, 7, 6), torch.randn(2, 3, 6)
-    borders = torch.tensor([0, 2, 7])
-    y, after = module(x, call(x, state, borders, wanted=True))
+    boundaries = torch.tensor([0, 2, 7])
+    y, after = module(x, call(x, state, boundaries, wanted=True))
     expected, last = short_convolution(
-        x, module.weight, module.bias, initial_state=state, output_final_state=True, cu_seqlens=borders
+        x, module.weight, module.bias, initial_state=state, output_final_state=True, cu_seqlens=boundaries
     )
     assert_close(y, F.silu(expected) if activation == "silu" else expected)
     assert_close(after, last)
@@ -50,7 +49,3 @@ def test_the_state_has_the_parameters_dtype_under_autocast():
     y, after = module(x, call(x, state, wanted=True))
     assert (y.dtype, after.dtype) == (torch.bfloat16, torch.float32)
     assert module.to(torch.bfloat16).init_state(2).dtype == torch.bfloat16
-
-
-def test_it_is_no_mixer():
-    assert "short_convolution" not in MIXERS.kinds()
