@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_norm": "rms",
     },
 }
-"""Mixers beside the defaults, by a name of ours."""
+"""Mixers beside the defaults, by name."""
 
 
 def mixer(name: str) -> dict[str, Any]:

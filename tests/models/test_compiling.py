@@ -1,4 +1,4 @@
-"""Blocks compiled kind by kind: as many graphs as there are kinds and uses, and none that another model pays for."""
+"""Blocks compiled kind by kind: one graph per kind and use, and models that do not count against each other."""
 
 from copy import deepcopy
 
@@ -26,16 +26,7 @@ KINDS = (
 """With a second retention: ten."""
 
 
-@pytest.fixture(autouse=True)
-def _no_graphs_are_left(monkeypatch):
-    # the compiler's front end alone: it is what counts graphs, and inductor takes seconds for each
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    counters.clear()
+pytestmark = pytest.mark.usefixtures("plainly_compiled")
 
 
 def graphs() -> int:
@@ -76,7 +67,7 @@ def test_ten_kinds_in_one_process_make_three_graphs_each(model_of):
     assert not counters["graph_break"]
 
 
-def test_models_do_not_pay_for_each_other(model_of):
+def test_models_do_not_count_against_each_other(model_of):
     first, second = model_of("retention"), model_of("retention")
     for model in (first, second):
         compile_blocks(model)
@@ -87,7 +78,7 @@ def test_models_do_not_pay_for_each_other(model_of):
     assert graphs() == made == 6
 
 
-def test_a_model_stays_what_it_was(model_of):
+def test_names_and_hooks_stay(model_of):
     model = model_of("retention", "attention")
     names, calls = list(model.state_dict()), []
     model.blocks[0].register_forward_hook(lambda *_: calls.append(1))

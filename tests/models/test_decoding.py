@@ -1,4 +1,4 @@
-"""Decoding token by token: compiled, held in fixed places and captured, it is what plain steps give."""
+"""Decoding token by token: compiled, in static buffers and captured, it gives what eager steps give."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +20,7 @@ STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0)
 
 
 @torch.no_grad()
-def plain(model, state, steps=None):
+def eager(model, state, steps=None):
     paradigms, logits = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE), []
     for tokens in STEPS[:steps]:
         after = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
@@ -40,7 +40,7 @@ def places(state):
 def test_steps_are_the_models(model_of, each_mixer):
     model = model_of(*each_mixer)
     _, state = prefill(model, PROMPTS, max_length=20)
-    expected = plain(model, clone(state))
+    expected = eager(model, clone(state))
     assert_close(decoded(Decoder(model, state)), expected)
 
 
@@ -48,97 +48,24 @@ def test_steps_are_the_models(model_of, each_mixer):
 def test_compiled_steps_are_the_models_and_one_graph(model_of):
     model = model_of("retention", "attention", n_layers=4)
     _, state = prefill(model, PROMPTS, max_length=20)
-    expected = plain(model, clone(state))
+    expected = eager(model, clone(state))
     decoder = Decoder(model, state, compiled=True)
     assert_close(decoded(decoder), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     # other prompts, of other lengths
     _, state = prefill(model, [torch.arange(7), torch.arange(9)], max_length=20)
-    assert_close(decoded(Decoder(model, clone(state), compiled=True)), plain(model, clone(state)))
+    assert_close(decoded(Decoder(model, clone(state), compiled=True)), eager(model, clone(state)))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_prompts_are_read_without_the_graphs_of_training(model_of):
+def test_prefill_does_not_use_the_graphs_of_training(model_of):
     model = model_of("retention")
     compile_blocks(model)
     for length in (3, 5, 8):
         prefill(model, [torch.arange(length)], max_length=20)
     assert counters["stats"]["unique_graphs"] == 0
-
-
-class FakeCapture:
-    """What replays a graph, without one: the same step in the same places."""
-
-    made = 0
-
-    def __init__(self, held):
-        self.held = held
-        held.warm_up()
-        type(self).made += 1
-
-    def replay(self, tokens):
-        self.held.tokens.copy_(tokens)
-        self.held()
-        return self.held.logits
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    monkeypatch.setattr(module, "_Captured", FakeCapture)
-    FakeCapture.made = 0
-
-    def decoder_of(model, state):
-        decoder = Decoder(model, state)
-        decoder._may_capture = True
-        return decoder
-
-    return decoder_of
-
-
-def test_a_held_step_is_the_models_in_places_that_stay(model_of, each_mixer, captured):
-    model = model_of(*each_mixer)
-    _, state = prefill(model, PROMPTS, max_length=20)
-    expected = plain(model, clone(state))
-    decoder = captured(model, state)
-    logits = [decoder.step(tokens).clone() for tokens in STEPS[:2]]
-    held = decoder._captured.held
-    before = places(held.state)
-    logits += [decoder.step(tokens).clone() for tokens in STEPS[2:]]
-    assert_close(torch.stack(logits), expected)
-    assert places(held.state) == before
-    assert FakeCapture.made == 1
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
-    model = model_of("attention", "hyena", "retention")
-    _, state = prefill(model, PROMPTS, max_length=3 + steps)  # full after the steps, of the longer prompt
-    expected = plain(model, clone(state), steps)
-    decoder = captured(model, state)
-    assert_close(torch.stack([decoder.step(tokens).clone() for tokens in STEPS[:steps]]), expected)
-    assert FakeCapture.made == (steps > 1)
-
-
-def test_a_step_may_write_a_state_in_its_place_and_a_call_of_the_model_may_not(model_of, captured, monkeypatch):
-    allowed = []
-
-    kernel = reference("decay", Paradigm.RECURRENT)
-
-    def in_place(x):
-        output, state = kernel.function(x)
-        allowed.append(may_overwrite())
-        return output, x.initial_state.copy_(state) if may_overwrite() else state
-
-    monkeypatch.setitem(KERNELS, kernel.key, replace(kernel, function=in_place))
-    model = model_of("retention", "gla")
-    _, state = prefill(model, PROMPTS, max_length=20)
-    expected = plain(model, clone(state))
-    assert not any(allowed)
-    allowed.clear()
-    assert_close(decoded(captured(model, state)), expected)
-    assert all(allowed)
 
 
 class Recorded(module.Held):
@@ -150,7 +77,12 @@ class Recorded(module.Held):
 
 
 class FakeGraph:
-    """A CUDA graph by its rules: what is called while it captures does not run, and a replay runs it in its places."""
+    """A CUDA graph by its rules: calls during the capture do not run, and a replay runs them in their buffers."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
 
     def replay(self):
         Recorded.latest()
@@ -166,36 +98,78 @@ def capturing(graph):
     held.logits.copy_(logits)
 
 
-class FakeStream:
-    def wait_stream(self, other):
-        pass
-
-
-def test_what_captures_replays_the_model_up_to_the_last_slot(model_of, monkeypatch):
+@pytest.fixture
+def captured(monkeypatch):
+    stream = type("FakeStream", (), {"wait_stream": lambda self, other: None})
     for name, fake in {
-        "Stream": FakeStream,
-        "current_stream": FakeStream,
+        "Stream": stream,
+        "current_stream": stream,
         "stream": lambda _: nullcontext(),
         "CUDAGraph": FakeGraph,
         "graph": capturing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(module, "Held", Recorded)
-    model = model_of("attention", "retention", "hyena")
-    _, state = prefill(model, PROMPTS, max_length=3 + len(STEPS))  # no room for a step more
-    expected = plain(model, clone(state))
-    decoder = Decoder(model, state)
-    decoder._may_capture = True
-    assert_close(decoded(decoder), expected)
-    assert isinstance(decoder._captured.graph, FakeGraph)
+    FakeGraph.made = 0
+
+    def decoder_of(model, state):
+        decoder = Decoder(model, state)
+        decoder._may_capture = True
+        return decoder
+
+    return decoder_of
 
 
-def test_a_state_that_grows_is_not_captured(model_of, captured):
+def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captured):
+    model = model_of(*each_mixer)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = eager(model, clone(state))
+    decoder = captured(model, state)
+    logits = [decoder.step(tokens).clone() for tokens in STEPS[:2]]
+    held = decoder._captured.held
+    before = places(held.state)
+    logits += [decoder.step(tokens).clone() for tokens in STEPS[2:]]
+    assert_close(torch.stack(logits), expected)
+    assert places(held.state) == before
+    assert FakeGraph.made == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, len(STEPS)])
+def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
+    model = model_of("attention", "hyena", "retention")
+    _, state = prefill(model, PROMPTS, max_length=3 + steps)  # full after the steps, of the longer prompt
+    expected = eager(model, clone(state), steps)
+    decoder = captured(model, state)
+    assert_close(torch.stack([decoder.step(tokens).clone() for tokens in STEPS[:steps]]), expected)
+    assert FakeGraph.made == (steps > 1)
+
+
+def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(model_of, captured, monkeypatch):
+    allowed = []
+
+    kernel = reference("decay", Paradigm.RECURRENT)
+
+    def in_place(x):
+        output, state = kernel.function(x)
+        allowed.append(may_overwrite())
+        return output, x.initial_state.copy_(state) if may_overwrite() else state
+
+    monkeypatch.setitem(KERNELS, kernel.key, replace(kernel, function=in_place))
+    model = model_of("retention", "gla")
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = eager(model, clone(state))
+    assert not any(allowed)
+    allowed.clear()
+    assert_close(decoded(captured(model, state)), expected)
+    assert all(allowed)
+
+
+def test_a_growing_state_is_not_captured(model_of, captured):
     model = model_of("attention")
     _, state = prefill(model, PROMPTS)  # no max_length: caches grow
-    expected = plain(model, clone(state))
+    expected = eager(model, clone(state))
     assert_close(decoded(captured(model, state)), expected)
-    assert FakeCapture.made == 0
+    assert FakeGraph.made == 0
 
 
 @pytest.fixture
@@ -223,7 +197,7 @@ def test_it_is_compiled_where_it_pays_once_tokens_have_come(model_of, tokens, pa
 
 
 @pytest.mark.usefixtures("plainly_compiled", "early")
-def test_it_is_not_compiled_where_a_stop_text_may_end_it(model_of):
+def test_it_is_not_compiled_where_a_stop_string_may_end_it(model_of):
     pieces = list(stream_text(model_of("retention"), ["ab"], max_new_tokens=8, stop=["\0" * 9]))
     assert pieces
     assert counters["stats"]["unique_graphs"] == 0

@@ -1,4 +1,4 @@
-"""Generation: prompts read at once, tokens one by one; what a full forward pass over the same text would choose."""
+"""Generation: prefill and decode choose what a full forward pass over the same text would; sampling; streaming."""
 
 import itertools
 import math
@@ -32,9 +32,6 @@ def generated(model, given, count=6, sampling=GREEDY, **options):
     return torch.stack(list(generate_tokens(model, given, max_new_tokens=count, sampling=sampling, **options)), dim=1)
 
 
-# ---- tokens
-
-
 def test_a_prompt_in_a_batch_is_continued_as_alone(model_of, each_mixer):
     model = model_of(*each_mixer)
     together = generated(model, prompts())
@@ -50,7 +47,7 @@ def test_steps_choose_what_a_full_forward_pass_would(model_of, each_mixer):
         assert torch.equal(model(text[None]).logits[0].argmax(-1)[len(prompt) - 1 : -1], new)
 
 
-def test_prefill_gives_the_logits_and_state_behind_every_prompt(model_of, each_mixer):
+def test_prefill_gives_the_logits_and_state_after_every_prompt(model_of, each_mixer):
     model = model_of(*each_mixer)
     logits, state = prefill(model, prompts(), max_length=20)
     more = torch.randint(0, 257, (4, 3), generator=torch.Generator().manual_seed(4))
@@ -61,7 +58,7 @@ def test_prefill_gives_the_logits_and_state_behind_every_prompt(model_of, each_m
         assert_close(following[i], whole[len(prompt) :], rtol=1e-9, atol=1e-9)
 
 
-def test_prompts_are_read_chunkwise_and_tokens_are_recurrent_steps(model_of):
+def test_prefill_is_chunkwise_and_decoding_recurrent(model_of):
     model, calls = model_of("retention", "attention"), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((args[0].shape, kwargs["paradigm"])), with_kwargs=True
@@ -83,35 +80,37 @@ def restrict(model, **traits):
 
 
 @pytest.mark.parametrize(
-    "traits", [{"packing": False}, *({"paradigms": frozenset({paradigm})} for paradigm in Paradigm)], ids=str
+    ("mixer", "traits"),
+    [
+        ("attention", {"packing": False}),
+        ("retention", {"packing": False}),
+        *(("retention", {"paradigms": frozenset({paradigm})}) for paradigm in Paradigm),
+    ],
+    ids=str,
 )
-def test_a_mixer_that_declares_less_generates_the_same(model_of, traits):
-    expected = generated(model_of("retention"), prompts())
-    assert torch.equal(generated(restrict(model_of("retention"), **traits), prompts()), expected)
-
-
-def test_a_cache_without_packing_generates_the_same(model_of):
-    expected = generated(model_of("attention"), prompts())
-    assert torch.equal(generated(restrict(model_of("attention"), packing=False), prompts()), expected)
+def test_a_mixer_that_declares_less_generates_the_same(model_of, mixer, traits):
+    expected = generated(model_of(mixer), prompts())
+    assert torch.equal(generated(restrict(model_of(mixer), **traits), prompts()), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_no_more_tokens_are_computed_than_asked_for(model_of, count):
-    model, calls = model_of("retention"), []
+    model, calls = model_of("retention").train(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert len(list(generate_tokens(model, prompts(), max_new_tokens=count, sampling=GREEDY))) == count
     assert len(calls) == count
+    assert model.training  # as the caller set it
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_tokens_at_all_are_refused(model_of, count):
-    with pytest.raises(SeqmixError, match=f"max_new_tokens must be at least 1, and is {count}"):
+    with pytest.raises(SeqmixError, match=f"max_new_tokens .* {count}"):
         generated(model_of("retention"), prompts(), count=count)
 
 
 @pytest.mark.parametrize("given", [[], [torch.tensor([], dtype=torch.int64)], [torch.tensor([1]), torch.tensor([])]])
 def test_a_prompt_without_tokens_is_refused(model_of, given):
-    with pytest.raises(SeqmixError, match="a prompt has no tokens: give at least one"):
+    with pytest.raises(SeqmixError, match="prompt"):
         generated(model_of("retention"), given)
 
 
@@ -122,19 +121,10 @@ def test_tokens_above_the_vocabulary_are_never_chosen(model_of):
     assert generated(model, prompts(), count=30, vocab_size=10, sampling=Sampling()).max() < 10
 
 
-def test_the_training_mode_is_the_caller_s(model_of):
-    model = model_of("retention").train()
-    generated(model, prompts())
-    assert model.training
-
-
-def test_nothing_is_kept_for_a_gradient(model_of):
+def test_prefill_saves_nothing_for_a_gradient(model_of):
     model = model_of("attention")
     logits, state = prefill(model, prompts())
     assert not any(leaf.requires_grad for leaf in tree_leaves((logits, state)))
-
-
-# ---- cost of a step
 
 
 class Work(TorchDispatchMode):
@@ -154,7 +144,7 @@ class Work(TorchDispatchMode):
 
 
 def decoded(model, length, at):
-    """Decode a number of tokens; the work of some of the steps, and the state's bytes behind every step."""
+    """Decode a number of tokens; the work of some of the steps, and the bytes of the state after every step."""
     logits, state = prefill(model, [torch.tensor([1])], max_length=length + 1)
     work, sizes = {}, []
     with torch.no_grad():
@@ -171,25 +161,19 @@ def decoded(model, length, at):
 @pytest.mark.parametrize(
     "mixer", ["retention", "linear_attention", "learnable retention", "windowed attention", "attention"]
 )
-def test_a_step_costs_the_same_wherever_it_is(model_of, mixer):
-    # attention's cache was allocated for all tokens to come: it reads all of it, so the bound is the allocation
-    work, sizes = decoded(model_of(mixer), 200, at=(5, 200))
-    assert work[5] == work[200]
+def test_a_step_costs_the_same_at_every_position(model_of, mixer):
+    # attention's cache was allocated for all tokens to come: a step reads all of it, so the bound is the allocation
+    work, sizes = decoded(model_of(mixer), 60, at=(5, 60))
+    assert work[5] == work[60]
     assert len(set(sizes)) == 1
 
 
-def test_the_state_of_a_constant_mixer_does_not_know_how_much_will_come(model_of):
+def test_a_cache_is_allocated_once_for_all_tokens_and_a_constant_state_is_not(model_of):
     model = model_of("retention", "linear_attention")
-    assert decoded(model, 3, at=())[1][-1] == decoded(model, 100, at=())[1][-1] == nbytes(model.init_state(1))
-
-
-def test_the_cache_of_attention_is_allocated_once_for_all_that_will_come(model_of):
+    assert decoded(model, 3, at=())[1][-1] == decoded(model, 30, at=())[1][-1] == nbytes(model.init_state(1))
     model = model_of("attention")
     keys_and_values = 2 * 2 * model.config.d_model * 8  # two layers, float64
     assert decoded(model, 9, at=())[1][-1] == 10 * keys_and_values + 2 * 8
-
-
-# ---- choosing
 
 
 def logits_of(*probabilities):
@@ -202,41 +186,41 @@ def drawn(logits, sampling, count=4000, seed=0):
     return Counter(chosen.tolist())
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e6])
-def test_extreme_temperatures_choose_all_the_same(temperature):
-    assert drawn(torch.tensor([[-50.0, 50.0]]), Sampling(temperature=temperature), count=10)
-
-
 def test_temperature_0_takes_the_most_probable():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
     assert sample(logits, GREEDY).tolist() == [1, 0]
+    for temperature in (1e-3, 1e6):  # the extremes still choose
+        assert drawn(torch.tensor([[-50.0, 50.0]]), Sampling(temperature=temperature), count=10)
 
 
-def test_top_1_takes_the_most_probable():
-    assert drawn(logits_of(0.3, 0.45, 0.25), Sampling(top_k=1)) == {1: 4000}
-
-
-@pytest.mark.parametrize(
-    ("k", "support"), [(1, {3}), (2, {3, 1}), (3, {3, 1, 0}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
-)
-def test_top_k_keeps_the_k_most_probable(k, support):
-    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_k=k))) == support
+FOUR = (0.2, 0.3, 0.1, 0.4)
 
 
 @pytest.mark.parametrize(
-    ("p", "support"),
+    ("probabilities", "fields", "support"),
     [
-        (1e-9, {3}),
-        (0.39, {3}),
-        (0.41, {3, 1}),
-        (0.69, {3, 1}),
-        (0.71, {3, 1, 0}),
-        (0.91, {0, 1, 2, 3}),
-        (1.0, {0, 1, 2, 3}),
+        (FOUR, {"top_k": 1}, {3}),
+        (FOUR, {"top_k": 2}, {3, 1}),
+        (FOUR, {"top_k": 3}, {3, 1, 0}),
+        (FOUR, {"top_k": 4}, {0, 1, 2, 3}),
+        (FOUR, {"top_k": 9}, {0, 1, 2, 3}),
+        (FOUR, {"top_p": 1e-9}, {3}),
+        (FOUR, {"top_p": 0.39}, {3}),
+        (FOUR, {"top_p": 0.41}, {3, 1}),
+        (FOUR, {"top_p": 0.69}, {3, 1}),
+        (FOUR, {"top_p": 0.71}, {3, 1, 0}),
+        (FOUR, {"top_p": 0.91}, {0, 1, 2, 3}),
+        (FOUR, {"top_p": 1.0}, {0, 1, 2, 3}),
+        # 0.4 and 0.3 of the whole are 4/7 and 3/7 of what top_k leaves
+        (FOUR, {"top_k": 2, "top_p": 0.5}, {3}),
+        # the temperature comes first: 0.8 and 0.2 are 0.94 and 0.06 at 0.5, and 0.67 and 0.33 at 2
+        ((0.8, 0.2), {"temperature": 0.5, "top_p": 0.85}, {0}),
+        ((0.8, 0.2), {"temperature": 2.0, "top_p": 0.85}, {0, 1}),
     ],
+    ids=str,
 )
-def test_top_p_keeps_the_most_probable_that_together_reach_it(p, support):
-    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_p=p))) == support
+def test_top_k_and_top_p_leave_the_most_probable(probabilities, fields, support):
+    assert set(drawn(logits_of(*probabilities), Sampling(**fields))) == support
 
 
 @pytest.mark.parametrize(("p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
@@ -244,12 +228,7 @@ def test_a_nucleus_that_is_reached_exactly_takes_no_more(p, count):
     assert len(drawn(torch.zeros(1, 4), Sampling(top_p=p))) == count
 
 
-def test_top_p_is_reached_by_what_top_k_has_left():
-    # 0.4 and 0.3 of the whole are 4/7 and 3/7 of what is left
-    assert set(drawn(logits_of(0.2, 0.3, 0.1, 0.4), Sampling(top_k=2, top_p=0.5))) == {3}
-
-
-def test_rows_have_a_nucleus_of_their_own():
+def test_rows_have_their_own_nucleus():
     logits = torch.cat([logits_of(0.9, 0.04, 0.03, 0.03), logits_of(0.02, 0.32, 0.33, 0.33)]).repeat(2000, 1)
     chosen = sample(logits, Sampling(top_p=0.9), torch.Generator().manual_seed(0))
     assert set(chosen[0::2].tolist()) == {0}
@@ -266,13 +245,6 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature):
         assert found[token] / count == pytest.approx(share, abs=4 * deviation)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_comes_before_the_nucleus(temperature):
-    # 0.8 and 0.2 are 0.94 and 0.06 at temperature 0.5, and 0.67 and 0.33 at 2
-    support = set(drawn(logits_of(0.8, 0.2), Sampling(temperature=temperature, top_p=0.85)))
-    assert support == ({0} if temperature < 1 else {0, 1})
-
-
 def test_tokens_are_a_function_of_the_seed(model_of):
     model = model_of("retention")
     torch.manual_seed(1)
@@ -285,28 +257,21 @@ def test_tokens_are_a_function_of_the_seed(model_of):
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("field", "values", "words"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 (greedy) or at least 0.001, and is -0.1"),
-        ({"temperature": 1e-9}, "temperature must be 0 (greedy) or at least 0.001, and is 1e-09"),
-        ({"temperature": math.nan}, "temperature must be 0 (greedy) or at least 0.001, and is nan"),
-        ({"temperature": math.inf}, "temperature must be 0 (greedy) or at least 0.001, and is inf"),
-        ({"seed": -1}, "the seed must be from 0 to 2^63 - 1, and is -1"),
-        ({"seed": 2**63}, "the seed must be from 0 to 2^63 - 1, and is 9223372036854775808"),
-        ({"top_k": 0}, "top_k must be 1 or more, and is 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, and is 0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, and is 1.1"),
-        ({"top_p": math.nan}, "top_p must be above 0 and at most 1, and is nan"),
+        ("temperature", [-0.1, 1e-9, math.nan, math.inf], "0 0.001"),
+        ("seed", [-1, 2**63], "0 63"),
+        ("top_k", [0], "1"),
+        ("top_p", [0.0, 1.1, math.nan], "0 1"),
     ],
-    ids=str,
 )
-def test_a_value_out_of_its_range_is_one_sentence(fields, sentence):
-    with pytest.raises(SeqmixError) as raised:
-        Sampling(**fields)
-    assert str(raised.value) == sentence
+def test_a_value_out_of_its_range_is_named_with_the_range(field, values, words):
+    for value in values:
+        with pytest.raises(SeqmixError) as raised:
+            Sampling(**{field: value})
+        for word in (field, f"{value:g}" if isinstance(value, float) else str(value), *words.split()):
+            assert word in str(raised.value)
 
-
-# ---- text
 
 TEXT_MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=257), tokenizer=ByteTokenizer())
 """All that `stream_text` itself asks of a model."""
@@ -337,19 +302,30 @@ def streamed(*prompts: str, **options) -> list[list[str]]:
     return [list(parts) for parts in zip(*pieces, strict=True)]
 
 
-def test_text_comes_byte_by_byte_and_without_the_prompt(script):
-    script("abc")
-    assert streamed() == [["a", "b", "c", ""]]
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces"),
+    [
+        ("abc", [], ["a", "b", "c", ""]),
+        # a character comes with its last byte
+        ("aé€😀b", [], ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]),
+        # no part of a stop string, and what is held back as soon as it cannot be one, or at the end
+        ("a ENx ENDb", ["END"], ["a", " ", "", "", "ENx", " ", "", "", ""]),
+        ("ENEND", ["END"], ["", "", "EN", "", ""]),
+        ("aEN", ["END"], ["a", "", "", "EN"]),
+    ],
+)
+def test_text_is_streamed_as_soon_as_it_is_certain(script, text, stop, pieces):
+    script(text)
+    assert streamed(stop=stop) == [pieces]
 
 
-def test_a_character_comes_when_its_last_byte_has(script):
-    script("aé€😀b")
-    assert streamed() == [["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]]
-
-
-def test_bytes_that_are_no_text_are_replaced(script):
-    script(b"a\xffb\xe2\x82")
-    assert "".join(streamed()[0]) == "a\ufffdb\ufffd"
+@pytest.mark.parametrize(
+    ("text", "stop", "whole"),
+    [(b"a\xffb\xe2\x82", [], "a\ufffdb\ufffd"), (b"aEN\xe2\x82", ["END"], "aEN\ufffd")],
+)
+def test_invalid_bytes_are_replaced(script, text, stop, whole):
+    script(text)
+    assert "".join(streamed(stop=stop)[0]) == whole
 
 
 @pytest.mark.parametrize(
@@ -374,29 +350,9 @@ def test_bytes_that_are_no_text_are_replaced(script):
         ("one\n\ntwo", ["\n\n"], "one"),
     ],
 )
-def test_a_text_ends_before_a_stop_text(script, text, stop, expected):
+def test_a_text_ends_before_a_stop_string(script, text, stop, expected):
     script(text)
     assert "".join(streamed(stop=stop)[0]) == expected
-
-
-def test_nothing_of_a_stop_text_is_ever_let_out(script):
-    script("a ENx ENDb")
-    assert streamed(stop=["END"]) == [["a", " ", "", "", "ENx", " ", "", "", ""]]
-
-
-def test_what_is_held_back_comes_as_soon_as_it_is_no_stop_text(script):
-    script("ENEND")
-    assert streamed(stop=["END"]) == [["", "", "EN", "", ""]]
-
-
-def test_what_is_held_back_comes_at_the_end(script):
-    script("aEN")
-    assert streamed(stop=["END"]) == [["a", "", "", "EN"]]
-
-
-def test_a_character_cut_short_at_the_end_is_replaced_behind_what_is_held_back(script):
-    script(b"aEN\xe2\x82")
-    assert "".join(streamed(stop=["END"])[0]) == "aEN\ufffd"
 
 
 def test_generation_ends_when_all_texts_have(script):
@@ -405,13 +361,13 @@ def test_generation_ends_when_all_texts_have(script):
     assert len(steps) == len("longer END")
 
 
-def test_a_text_that_has_ended_stays_silent_while_others_go_on(script):
+def test_a_text_that_has_ended_stays_silent_while_others_continue(script):
     script("aEND!END!", "bcdefghij")
     assert ["".join(parts) for parts in streamed("x", "y", stop=["END"])] == ["a", "bcdefghij"]
 
 
 def first_stop(text: str, stop: list[str]) -> str:
-    """The text before the first stop text, by looking at every beginning of it."""
+    """The text before the first stop string, by looking at every prefix of it."""
     for end in range(len(text) + 1):
         if found := [text[:end].find(word) for word in stop if word and word in text[:end]]:
             return text[: min(found)]
@@ -419,7 +375,7 @@ def first_stop(text: str, stop: list[str]) -> str:
 
 
 @given(st.text("ab€", max_size=12), st.lists(st.text("ab€", max_size=4), max_size=3))
-def test_streaming_with_stop_texts_is_cutting_the_whole_text(text, stop):
+def test_streaming_with_stop_strings_is_cutting_the_whole_text(text, stop):
     piecewise = seqmix.models.generate._Text(ByteTokenizer().decoder(), tuple(stop))
     pieces = [piecewise.add(byte) for byte in text.encode()]
     expected = first_stop(text, stop)
@@ -452,33 +408,31 @@ def test_a_model_that_wants_the_begin_token_still_writes_bytes(model_of):
     assert generate_text(model, ["ab"], max_new_tokens=8, sampling=GREEDY)[0]
 
 
-@pytest.mark.parametrize("given", [[""], ["a", ""]])
-def test_an_empty_prompt_is_one_sentence(model_of, given):
-    with pytest.raises(SeqmixError, match=r"^the prompt is empty: give at least one character$"):
-        generate_text(model_of("retention"), given)
-
-
-@pytest.mark.parametrize(("texts", "options"), [("def ", {}), (["def "], {"stop": "END"})])
-def test_a_text_in_place_of_a_list_is_one_sentence(model_of, texts, options):
-    # it would be a list of its characters
-    with pytest.raises(SeqmixError, match=r"^(prompts|stop) is a list of texts: give \['(def |END)'\]$"):
-        generate_text(model_of("retention"), texts, **options)
-
-
-def test_no_prompt_is_one_sentence(model_of):
-    with pytest.raises(SeqmixError, match=r"^a prompt has no tokens: give at least one$"):
-        generate_text(model_of("retention"), [])
-
-
-def test_a_model_of_fewer_tokens_than_bytes_is_one_sentence(model_of):
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        ([""], {}, "prompt"),
+        (["a", ""], {}, "prompt"),
+        ([], {}, "prompt"),
+        # it would be a list of its characters
+        ("def ", {}, "prompts ['def ']"),
+        (["def "], {"stop": "END"}, "stop ['END']"),
+    ],
+)
+def test_texts_that_cannot_be_continued_are_refused(model_of, texts, options, words):
     with pytest.raises(SeqmixError) as raised:
+        generate_text(model_of("retention"), texts, **options)
+    assert all(word in str(raised.value) for word in words.split(" ", 1))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model_of):
+    with pytest.raises(SeqmixError, match=r"257.*100"):
         generate_text(model_of("retention", vocab_size=100), ["a"])
-    assert str(raised.value) == "text needs a model of 257 tokens (bytes), and this one has 100"
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_that_has_diverged_is_one_sentence(model_of, temperature):
+def test_a_model_that_has_diverged_is_refused(model_of, temperature):
     model = model_of("retention")
     model.embedding.weight.data[256] = math.nan
-    with pytest.raises(SeqmixError, match=r"^the model gives logits that are not finite"):
+    with pytest.raises(SeqmixError, match="finite"):
         generate_text(model, ["a"], sampling=Sampling(temperature=temperature))

@@ -1,4 +1,4 @@
-"""Any two mixers make a model that trains, resumes to the bit, and decodes: all pairs of those that are built in."""
+"""Any two built-in mixers make a model that trains, resumes to the bit, and decodes."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def losses(run):
 
 @torch.no_grad()
 def continued(model, prompt, steps, *, again):
-    """The greedy continuation and its logits: token by token, or the whole text read again for every token."""
+    """The greedy continuation and its logits: token by token, or from the whole text for every token."""
     output = model(prompt[None], return_state=True)
     text, seen = prompt[None], []
     for _ in range(steps):

@@ -44,23 +44,15 @@ def test_blocks_are_built_in_the_order_of_the_pattern(model_of):
     assert [block.mixer.kind for block in model.blocks] == [*HYBRID, *HYBRID[:2]]
 
 
-# ---- state
-
-
-def test_a_state_is_asked_for(model_of, each_mixer):
-    model = model_of(*each_mixer)
-    assert model(tokens()).state is None
-    assert len(model(tokens(), return_state=True).state) == model.config.n_layers
-
-
-def test_the_state_of_a_hybrid_is_a_tuple_with_one_entry_a_layer(model_of):
+def test_the_state_of_a_hybrid_is_a_tuple_with_one_entry_per_layer(model_of):
     model = model_of("retention", "attention")
+    assert model(tokens()).state is None
     for state in (model(tokens(), return_state=True).state, model.init_state(1)):
         assert type(state) is tuple
         assert [type(entry) for entry in state] == [MatrixState, GrowingCache]
 
 
-@pytest.mark.parametrize("cut", range(1, LENGTH))
+@pytest.mark.parametrize("cut", [1, 4, 5, LENGTH - 1])
 def test_two_pieces_are_the_whole(model_of, cut):
     model, x = model_of(*HYBRID), tokens(batch_size=2)
     whole = model(x, return_state=True)
@@ -82,36 +74,27 @@ def test_many_pieces_are_the_whole(model_of, each_mixer, paradigm):
 
 
 @pytest.mark.parametrize("max_length", [None, LENGTH, LENGTH + 9])
-def test_the_state_of_nothing_read_is_no_state(model_of, each_mixer, max_length):
+def test_the_initial_state_is_no_state(model_of, each_mixer, max_length):
     model, x = model_of(*each_mixer), tokens(batch_size=2)
     exactly(model(x, model.init_state(2, max_length=max_length)).logits, model(x).logits)
 
 
-def test_rows_of_a_state_go_on_by_themselves(model_of):
+def test_rows_of_a_state_continue_independently(model_of):
     model, x, more = model_of(*HYBRID), tokens(batch_size=3), tokens(4, batch_size=2, seed=2)
     state = model(x, return_state=True).state
     chosen = model(more, select(clone(state), torch.tensor([2, 0]))).logits
     exactly(chosen, model(torch.cat([x[[2, 0]], more], dim=1)).logits[:, LENGTH:])
 
 
-# ---- paradigms
-
-
-@pytest.mark.parametrize("paradigms", list(itertools.product(Paradigm, repeat=2)))
-def test_each_layer_may_have_a_paradigm_of_its_own(model_of, paradigms):
-    model, x = model_of("retention", "attention"), tokens(batch_size=2)
-    exactly(model(x, paradigm=paradigms).logits, model(x).logits)
-
-
-def test_each_layer_is_given_its_own_paradigm(model_of):
+def test_each_layer_has_its_own_paradigm(model_of):
     model, seen = model_of("retention", "attention"), []
     for block in model.blocks:
         block.mixer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["paradigm"]), with_kwargs=True
         )
-    model(tokens(), paradigm=(Paradigm.RECURRENT, Paradigm.CHUNKWISE))
-    model(tokens(), paradigm=Paradigm.PARALLEL)
-    model(tokens())
+    mixed = model(tokens(), paradigm=(Paradigm.RECURRENT, Paradigm.CHUNKWISE)).logits
+    exactly(mixed, model(tokens(), paradigm=Paradigm.PARALLEL).logits)
+    exactly(mixed, model(tokens()).logits)
     assert seen == [Paradigm.RECURRENT, Paradigm.CHUNKWISE, Paradigm.PARALLEL, Paradigm.PARALLEL, None, None]
 
 
@@ -128,30 +111,27 @@ def test_the_first_declared_paradigm_is_preferred(model_of):
 def test_a_paradigm_that_a_layer_lacks_is_refused(model_of):
     model = model_of("retention")
     model.blocks[1].mixer.traits = PARALLEL_ONLY
-    with pytest.raises(ContractError, match="has no paradigm 'recurrent'; it declares parallel"):
+    with pytest.raises(ContractError, match=r"'recurrent'.*parallel"):
         model(tokens(), paradigm=Paradigm.RECURRENT)
-    with pytest.raises(ContractError, match="does not declare packing"):
+    with pytest.raises(ContractError, match="packing"):
         model(tokens(), paradigm=Paradigm.PARALLEL, cu_seqlens=torch.tensor([0, 3, LENGTH]))
 
 
 def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
     model = model_of("retention", "attention")
-    with pytest.raises(ContractError, match="3 entries, and the model has 2 layers"):
+    with pytest.raises(ContractError, match=r"paradigms.*3.*2 layers"):
         model(tokens(), paradigm=(Paradigm.PARALLEL,) * 3)
-    with pytest.raises(ContractError, match="1 entries, and the model has 2 layers"):
+    with pytest.raises(ContractError, match=r"state.*1.*2 layers"):
         model(tokens(), model.init_state(1)[:1])
-
-
-# ---- packing
 
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, paradigm):
     model, lengths = model_of(*each_mixer), [3, 1, 0, 6, 3]
     documents = [tokens(length, seed=seed) for seed, length in enumerate(lengths)]
-    borders = torch.tensor([0, *itertools.accumulate(lengths)])
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)])
     by = model.prefer(paradigm)
-    packed = model(torch.cat(documents, dim=1), paradigm=by, cu_seqlens=borders, return_state=True)
+    packed = model(torch.cat(documents, dim=1), paradigm=by, cu_seqlens=boundaries, return_state=True)
     alone = [model(document, return_state=True) for document in documents if document.shape[1]]
     exactly(packed.logits, torch.cat([out.logits for out in alone], dim=1))
     more = tokens(2, batch_size=5, seed=9)
@@ -161,9 +141,6 @@ def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, para
     )
 
 
-# ---- select
-
-
 def test_only_the_selected_logits_are_computed(model_of):
     model, x = model_of("retention"), tokens(batch_size=2)
     rows = torch.tensor([LENGTH + 3, 0, 5])
@@ -171,17 +148,7 @@ def test_only_the_selected_logits_are_computed(model_of):
     model.head.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
     exactly(model(x, select=rows).logits, model(x).logits.flatten(0, 1)[rows])
     assert widths[0] == (3, model.config.d_model)
-
-
-def test_selecting_does_not_change_the_state(model_of):
-    model, x = model_of(*HYBRID), tokens()
-    same_state(
-        model(x, return_state=True, select=torch.tensor([0])).state,
-        model(x, return_state=True).state,
-    )
-
-
-# ---- training
+    same_state(model(x, return_state=True, select=rows).state, model(x, return_state=True).state)
 
 
 def test_every_parameter_has_a_gradient(model_of, each_mixer):
@@ -199,42 +166,35 @@ def test_dropout_thins_the_embedding_in_training_alone(model_of):
     model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.train()(x)
     assert seen[0].count_nonzero().item() / seen[0].numel() == pytest.approx(0.5, abs=0.05)
-    kept = seen[0] != 0
-    exactly(seen[0][kept], 2 * model.embedding(x)[kept])
-
-
-def test_the_device_is_that_of_the_parameters(model_of):
-    assert model_of("retention").device == torch.device("cpu")
-
-
-# ---- activation checkpointing
+    left = seen[0] != 0
+    exactly(seen[0][left], 2 * model.embedding(x)[left])
 
 
 def of_a_step(model, *, seed=0):
-    """The loss, the gradients, and how many numbers forward keeps for backward, parameters apart."""
-    kept = {}
+    """The loss, the gradients, and how many numbers forward saves for backward, without parameters."""
+    saved = {}
     parameters = {p.data_ptr() for p in model.parameters()}
 
-    def keep(x):
+    def save(x):
         if x.data_ptr() not in parameters:
-            kept[x.data_ptr()] = x.numel()
+            saved[x.data_ptr()] = x.numel()
         return x
 
     torch.manual_seed(seed)
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         loss = model(tokens(64, 2), targets=tokens(64, 2, seed=2), reduction="sum").loss
-    size = sum(kept.values())
+    size = sum(saved.values())
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, size
 
 
 @pytest.mark.parametrize(("kinds", "compiled"), [(HYBRID, False), (("retention",), True)])
-def test_checkpointing_keeps_the_inputs_of_blocks_and_changes_nothing(model_of, kinds, compiled):
+def test_activation_checkpointing_saves_the_inputs_of_blocks_and_changes_nothing(model_of, kinds, compiled):
     model = model_of(*kinds, n_layers=6, dropout=0.1).train()
     for block in model.blocks:
         block.dropout.p = 0.1
-    loss, gradients, kept = of_a_step(model)
+    loss, gradients, saved = of_a_step(model)
     torch._dynamo.reset()
     if compiled:
         for block in model.blocks:
@@ -244,8 +204,8 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_changes_nothing(model_of, 
     exactly(again, loss)
     for name, gradient in gradients.items():
         exactly(same[name], gradient)
-    inputs = (model.config.n_layers + 4) * 2 * 64 * model.config.d_model  # and what embedding, norm and loss keep
+    inputs = (model.config.n_layers + 4) * 2 * 64 * model.config.d_model  # and what embedding, norm and loss save
     logits = 2 * 64 * model.config.vocab_size
     assert fewer <= inputs + logits + 1000
-    assert kept > 3 * fewer
+    assert saved > 3 * fewer
     torch._dynamo.reset()

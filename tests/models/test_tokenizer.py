@@ -11,26 +11,16 @@ from seqmix import SeqmixError
 from seqmix.models import ByteTokenizer, load_tokenizer, train_bpe
 
 
-def test_the_begin_token_opens_a_text():
-    assert torch.equal(ByteTokenizer().encode("aé"), torch.tensor([256, 0x61, 0xC3, 0xA9]))
-    assert torch.equal(ByteTokenizer().encode(""), torch.tensor([256]))
-
-
-def test_bytes_that_the_command_line_could_not_decode_come_back():
-    assert ByteTokenizer().encode(b"a\xff".decode(errors="surrogateescape")).tolist() == [256, 0x61, 0xFF]
-
-
-def test_half_of_a_surrogate_pair_is_refused():
-    with pytest.raises(SeqmixError, match=r"no character at 1: '\\ud800'"):
-        ByteTokenizer().encode("a\ud800")
-
-
-def test_tokens_are_int64():
-    assert ByteTokenizer().encode("a").dtype is torch.int64
-
-
-def test_the_vocabulary_is_the_bytes_and_the_begin_token():
-    assert (ByteTokenizer.vocab_size, ByteTokenizer.begin) == (257, 256)
+def test_bytes_are_opened_by_the_begin_token():
+    bytes_ = load_tokenizer("bytes")
+    assert isinstance(bytes_, ByteTokenizer)
+    assert (bytes_.vocab_size, bytes_.begin) == (257, 256)
+    assert torch.equal(bytes_.encode("aé"), torch.tensor([256, 0x61, 0xC3, 0xA9]))
+    assert torch.equal(bytes_.encode(""), torch.tensor([256]))
+    # as a command line has bytes that are not UTF-8
+    assert bytes_.encode(b"a\xff".decode(errors="surrogateescape")).tolist() == [256, 0x61, 0xFF]
+    with pytest.raises(SeqmixError, match=r"1: '\\ud800'"):
+        bytes_.encode("a\ud800")
 
 
 @given(st.text())
@@ -43,16 +33,10 @@ def test_decoding_gives_the_text_back_byte_by_byte(text):
 @pytest.mark.parametrize(
     ("given", "text"), [(b"a\xffb", "a\ufffdb"), (b"\xe2\x82", "\ufffd"), (b"\xe2\x82a", "\ufffda")]
 )
-def test_bytes_that_are_no_text_are_replaced(given, text):
+def test_invalid_bytes_are_replaced(given, text):
     decoder = ByteTokenizer().decoder()
     assert "".join(decoder(b) for b in given) + decoder(None) == text
 
-
-def test_load_tokenizer_knows_bytes():
-    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
-
-
-# ---- subwords
 
 TEXTS = ["the mixer reads a token and writes its state. ", "der Mixer liest, und schreibt: Zustände, 状態, 🙂! "]
 
@@ -76,22 +60,20 @@ def decoded(tokenizer, tokens) -> str:
     return "".join([decoder(token) for token in tokens] + [decoder(None)])
 
 
-def test_a_learned_vocabulary_has_as_many_tokens_as_asked_for(subwords):
+def test_a_trained_vocabulary_has_the_size_asked_for(subwords, tmp_path):
     assert (subwords.vocab_size, subwords.begin) == (300, 299)
     tokens = subwords.encode(TEXTS[0])
     assert tokens[0] == 299
     assert tokens[1:].max() < 299
     assert len(tokens) < len(TEXTS[0]) / 2
     assert tokens.dtype is torch.int64
-
-
-def test_the_same_text_gives_the_same_vocabulary(subwords, tmp_path):
+    # the same text, the same vocabulary
     documents = [(str(n), (text * 20).encode()) for n, text in enumerate(TEXTS)]
     assert train_bpe(documents, 300, tmp_path / "again.json").identity == subwords.identity
     assert train_bpe(documents, 299, tmp_path / "other.json").identity != subwords.identity
 
 
-# the fixture is of the module, and makes nothing anew
+# the fixture is of the module
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_subwords_give_any_text_back_token_by_token(subwords, text):
@@ -141,33 +123,31 @@ def test_a_vocabulary_with_holes_and_special_tokens_is_read(tmp_path):
     assert tokenizer.encode("a b a b").tolist() == [largest + 1, 0, 7, 0, 7]
 
 
-def test_what_is_no_tokenizer_is_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"), [("no.json", "No such file `bytes`"), ("", "Is a directory"), ("other.json", "tokenizer.json")]
+)
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name, words):
     pytest.importorskip("tokenizers")
     (tmp_path / "other.json").write_text('{"version": 1}')
-    for file, sentence in (
-        (tmp_path / "no.json", "cannot be read: No such file or directory; data.tokenizer is `bytes` or a tokeniz"),
-        (tmp_path, "cannot be read: Is a directory"),
-        (tmp_path / "other.json", "is no tokenizer.json: "),
-    ):
-        with pytest.raises(SeqmixError) as raised:
-            load_tokenizer(file)
-        assert str(raised.value).startswith(f"the tokenizer {file} {sentence}")
-        assert "\n" not in str(raised.value)
+    with pytest.raises(SeqmixError) as raised:
+        load_tokenizer(tmp_path / name)
+    assert all(word in str(raised.value) for word in (str(tmp_path / name), *words.split()))
+    assert "\n" not in str(raised.value)
 
 
-def test_bytes_that_are_no_text_have_no_subwords(subwords):
-    with pytest.raises(SeqmixError, match=r"^a.bin is no UTF-8 text: byte 0xff at 2; the tokenizer `bytes` takes any"):
+def test_a_document_that_is_not_utf8_is_named(subwords):
+    with pytest.raises(SeqmixError, match=r"a\.bin .*0xff at 2.*`bytes`"):
         list(subwords.encode_documents([("b.txt", b"ok"), ("a.bin", b"ab\xff")]))
 
 
-def test_a_vocabulary_without_all_bytes_is_refused(tmp_path):
+def test_a_vocabulary_holds_all_bytes(tmp_path):
     pytest.importorskip("tokenizers")
-    with pytest.raises(SeqmixError, match=r"at least 257 tokens .* and 256 were asked for"):
+    with pytest.raises(SeqmixError, match=r"257 .*256"):
         train_bpe([("a", b"a")], 256, tmp_path / "a.json")
     assert train_bpe([("a", b"a")], 257, tmp_path / "a.json").vocab_size == 257
 
 
-def test_without_the_library_the_sentence_says_what_to_install(monkeypatch, tmp_path):
+def test_without_the_library_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(SeqmixError, match=r"needs tokenizers: pip install 'seqmix\[data\]'"):
+    with pytest.raises(SeqmixError, match=r"seqmix\[data\]"):
         load_tokenizer(tmp_path / "tokenizer.json")
