@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqmix.blocks import FFNS, Block, BlockConfig
+from seqmix.blocks import FFNS, NORMS, Block, BlockConfig
 from seqmix.blocks.ffn.mlp import MlpConfig
 from seqmix.blocks.ffn.swiglu import SwigluConfig
 
@@ -47,21 +47,17 @@ def tokens():
     return torch.randn(2, 5, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("config", [MlpConfig, SwigluConfig])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_an_mlp_is_its_formula(activation):
-    ffn, x = MlpConfig(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
+def test_a_network_is_its_formula(config, activation):
+    ffn, x = config(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
     assert ffn.up_proj.weight.shape == (15, D_MODEL)
-    expected = ACTIVATIONS[activation](x @ ffn.up_proj.weight.T) @ ffn.down_proj.weight.T
-    assert_close(ffn(x), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_swiglu_is_its_formula(activation):
-    ffn, x = SwigluConfig(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
-    gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
-    assert gate.shape == up.shape == (15, D_MODEL)
-    expected = (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
-    assert_close(ffn(x), expected, rtol=1e-9, atol=1e-9)
+    up, act = x @ ffn.up_proj.weight.T, ACTIVATIONS[activation]
+    hidden = act(up) if config is MlpConfig else act(x @ ffn.gate_proj.weight.T) * up
+    assert_close(ffn(x), hidden @ ffn.down_proj.weight.T, rtol=1e-9, atol=1e-9)
+    with FlopCounterMode(display=False) as counter:
+        ffn(x[:1])
+    assert ffn.flops(5) == counter.get_total_flops() > 0
 
 
 def test_a_swiglu_of_8_3_has_as_many_parameters_as_an_mlp_of_4():
@@ -88,14 +84,6 @@ def test_the_hidden_width_is_rounded_and_then_raised_to_a_multiple(expansion, d_
     assert config.build(d_model).up_proj.out_features == width
 
 
-@pytest.mark.parametrize("config", [MlpConfig(expansion=2.0), SwigluConfig(expansion=2.0)])
-def test_flops_are_those_that_torch_counts(config):
-    ffn = config.build(D_MODEL).double()
-    with FlopCounterMode(display=False) as counter:
-        ffn(tokens()[:1])
-    assert ffn.flops(5) == counter.get_total_flops() > 0
-
-
 @pytest.mark.parametrize("config", [MlpConfig(expansion=4.0), SwigluConfig(expansion=4.0)])
 def test_linear_layers_start_as_torch_starts_them(config):
     ffn = config.build(64)
@@ -120,9 +108,10 @@ def test_wrong_fields_are_refused(fields, words):
         MlpConfig(**{"expansion": 2.0} | fields)
 
 
-def test_the_files_of_the_folder_are_the_kinds():
-    folder = Path(importlib.import_module("seqmix.blocks.ffn").__file__).parent
-    assert FFNS.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+@pytest.mark.parametrize(("name", "registry"), [("ffn", FFNS), ("norm", NORMS)])
+def test_the_files_of_a_folder_are_the_kinds(name, registry):
+    folder = Path(importlib.import_module(f"seqmix.blocks.{name}").__file__).parent
+    assert registry.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_match():

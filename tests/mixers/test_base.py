@@ -44,9 +44,11 @@ def test_what_is_not_declared_is_refused(mixer, monkeypatch):
     mixer(x)
 
 
-def test_an_unknown_paradigm_names_the_nearest(mixer):
+def test_an_unknown_paradigm_names_the_nearest_and_a_step_is_one_token(mixer):
     with pytest.raises(ContractError, match=r"'recurent'.*\"recurrent\""):
         mixer(torch.randn(1, 4, D_MODEL), paradigm="recurent")
+    with pytest.raises(ContractError, match="2"):
+        mixer.step(torch.randn(1, 2, D_MODEL), mixer.init_state(1))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +94,6 @@ def test_a_state_of_another_batch_size_is_refused(mixer, rows):
                 mixer(given, mixer.init_state(rows), paradigm=paradigm, **options)
 
 
-def test_a_step_is_one_token(mixer):
-    with pytest.raises(ContractError, match="2"):
-        mixer.step(torch.randn(1, 2, D_MODEL), mixer.init_state(1))
-
-
 class OneWayConfig(MixerConfig):
     kind: Literal["one_way"] = "one_way"
     paradigm: Paradigm = Field(default=Paradigm.RECURRENT, strict=False)
@@ -133,13 +130,10 @@ def traits(**changes):
     ],
 )
 def test_wrong_traits_are_refused(changes, words):
-    with pytest.raises(ContractError, match=f"Traits.{next(iter(changes))} .*{words}"):
-        traits(**changes)
-
-
-def test_paradigms_may_be_declared_by_name():
     named = traits(paradigms=frozenset({"parallel", "recurrent"}))
     assert all(type(paradigm) is Paradigm for paradigm in named.paradigms)
+    with pytest.raises(ContractError, match=f"Traits.{next(iter(changes))} .*{words}"):
+        traits(**changes)
 
 
 @pytest.mark.parametrize(
@@ -208,20 +202,16 @@ def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
     assert mixer(x)[1] is None
 
 
-def test_a_paradigm_may_be_given_by_name(mixer, monkeypatch):
-    seen = seen_by(mixer, monkeypatch)
-    for paradigm in mixer.traits.paradigms:
-        mixer(torch.randn(1, 7, D_MODEL), paradigm=str(paradigm))
-        assert seen.pop() is paradigm
-
-
-def test_the_configured_paradigm_is_the_default_for_every_length(config, monkeypatch):
+def test_the_paradigm_is_the_configured_one_or_the_calls(config, monkeypatch):
     for paradigm in config.traits.paradigms:
         mixer = config.model_copy(update={"paradigm": paradigm}).build(D_MODEL, layer_idx=0, n_layers=1)
         seen = seen_by(mixer, monkeypatch)
         mixer(torch.randn(1, 1, D_MODEL))
         mixer(torch.randn(1, 5, D_MODEL))
         assert seen == [paradigm, paradigm]
+        for other in mixer.traits.paradigms:
+            mixer(torch.randn(1, 7, D_MODEL), paradigm=str(other))  # by name
+            assert seen.pop() is other
 
 
 class ExampleConfig(OneWayConfig):

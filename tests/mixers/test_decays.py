@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formulas import D_MODEL, build, exactly, lightning_lambdas, projections, tokens
-from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS, Paradigm
 
@@ -142,34 +141,3 @@ def test_low_precision_stays_near_over_many_tokens(kind, length, tolerance, fiel
         for paradigm in sorted(mixer.traits.paradigms):
             y = mixer(x.to(dtype), paradigm=paradigm)[0].double()
             assert (y - exact)[:, -100:].norm() / exact[:, -100:].norm() <= tolerance
-
-
-@pytest.mark.parametrize(("kind", "atol"), [("retention", 1e-2), ("linear_attention", 2e-2)])
-@pytest.mark.parametrize("length", [1, 9])
-def test_autocast_keeps_the_state_wide(kind, atol, length):
-    mixer = build(kind, torch.float32)
-    mixer.reset_parameters()
-    x = tokens(length + 4)
-    exact = mixer.double()(x)[0][:, 4:]
-    mixer.float()
-    x = x.float()
-    for paradigm in PARADIGMS:
-        with torch.autocast("cpu", torch.bfloat16):
-            _, state = mixer(x[:, :4], paradigm=paradigm, return_state=True)
-            y, state = mixer(x[:, 4:], state, paradigm=paradigm, return_state=True)
-        assert state.memory.dtype == torch.float32
-        assert y.dtype == torch.bfloat16
-        assert_close(y.double(), exact, rtol=5e-2, atol=atol)
-
-
-STATES = [("retention", {}, 8), ("linear_attention", {"expand_v": 2.0}, 9), ("lightning", {"expand_v": 2.0}, 8)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kind", "fields", "width"), STATES, ids=[case[0] for case in STATES])
-def test_the_state_is_as_declared(kind, fields, width, dtype):
-    mixer = build(kind, dtype, **fields)
-    for read, state in ((0, mixer.init_state(5)), (3, mixer(tokens(3, 5, dtype), return_state=True)[1])):
-        assert state.memory.shape == (5, 3, 4, width)
-        assert state.memory.dtype == torch.promote_types(dtype, torch.float32)
-        assert (state.position.tolist(), state.position.dtype) == ([read] * 5, torch.int64)

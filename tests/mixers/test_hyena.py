@@ -7,12 +7,10 @@ from typing import Literal
 import pytest
 import torch
 import torch._dynamo.testing
-from formulas import assert_follows, exactly
+from formulas import assert_follows, convolved, exactly
 
 from seqmix import Paradigm, Sampling, build_model, generate_text, load_config
-from seqmix.mixers import ContractError
 from seqmix.mixers.hyena import AllocatedHyenaState, GrowingHyenaState, Hyena, HyenaConfig
-from seqmix.mixers.state import concatenate
 from seqmix.testing import check_mixer
 
 PARADIGMS = [Paradigm.PARALLEL, Paradigm.RECURRENT]
@@ -46,25 +44,17 @@ def filter_at(mixer: Hyena, t):
 
 def written_out(mixer: Hyena, x):
     """The layer from position 0: every convolution as a sum over pairs of tokens."""
-    config, weight = mixer.config, mixer.convolution.weight
-    filters = [filter_at(mixer, t) for t in range(x.shape[1])]
-    rows = []
-    for row in x:
-        inputs = [mixer.in_proj.weight @ token for token in row]
-        streams = [
-            mixer.convolution.bias
-            + sum(weight[:, -1 - i] * inputs[t - i] for i in range(min(t + 1, config.short_conv)))
-            for t in range(len(row))
-        ]
-        v, *gates = zip(*(stream.split(D_MODEL) for stream in streams), strict=True)
-        n = 0
-        for order, gate in enumerate(gates):
-            if order or config.first_filter:
-                v = [sum(filters[t - i][n] * v[i] for i in range(t + 1)) for t in range(len(v))]
-                n += 1
-            v = [a * b for a, b in zip(gate, v, strict=True)]
-        rows.append(torch.stack(v) @ mixer.out_proj.weight.T)
-    return torch.stack(rows)
+    config, length = mixer.config, x.shape[1]
+    filters = [filter_at(mixer, t) for t in range(length)]
+    streams = mixer.convolution.bias + convolved(x @ mixer.in_proj.weight.T, mixer.convolution.weight)
+    v, *gates = streams.chunk(config.order + 1, dim=-1)
+    n = 0
+    for order, gate in enumerate(gates):
+        if order or config.first_filter:
+            v = torch.stack([sum(filters[t - i][n] * v[:, i] for i in range(t + 1)) for t in range(length)], 1)
+            n += 1
+        v = gate * v
+    return v @ mixer.out_proj.weight.T
 
 
 OPTIONS = {
@@ -114,12 +104,6 @@ def test_more_tokens_than_the_state_has_room_for_are_computed_without_a_final_st
         exactly(y.view(2, 6, D_MODEL), whole[:, 3:])
 
 
-def test_states_of_different_lengths_are_not_concatenated():
-    states = [build()(tokens(length), return_state=True)[1] for length in (3, 5)]
-    with pytest.raises(ContractError, match=r"\(3, 2, 6\).*\(5, 2, 6\).*max_length"):
-        concatenate(states)
-
-
 def test_filters_do_not_depend_on_how_many_are_asked_for():
     mixer = build()
     exactly(mixer.filters(5), mixer.filters(40)[..., :5], tolerance=1e-14)
@@ -162,11 +146,9 @@ def test_a_model_of_one_paradigm_generates():
     config = load_config("hyena-tiny").model
     block = config.blocks["hyena"].model_copy(update={"mixer": ParallelOnlyConfig(**SMALL)})
     model = build_model(config.model_copy(update={"d_model": 16, "n_layers": 2, "blocks": {"hyena": block}})).eval()
-    # prompts of several lengths are packed, and every token is computed from the whole text or from the state
-    options = {"max_new_tokens": 5, "sampling": Sampling(temperature=0)}
-    for prompt, text in zip(
-        ("to be ", "to be or "), generate_text(model, ["to be ", "to be or "], **options), strict=True
-    ):
+    # prompts of several lengths are packed
+    prompts, options = ["to be ", "to be or "], {"max_new_tokens": 5, "sampling": Sampling(temperature=0)}
+    for prompt, text in zip(prompts, generate_text(model, prompts, **options), strict=True):
         tokens = torch.tensor([[256, *prompt.encode()]])
         for _ in range(5):
             tokens = torch.cat((tokens, model(tokens).logits[:, -1:, :256].argmax(-1)), dim=1)

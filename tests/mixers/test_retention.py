@@ -1,11 +1,10 @@
 """Retention: the paper's decays and row normaliser, and what cancels under the head norm."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from formulas import build, exactly, projections, tokens, written_out
+from formulas import build, exactly, projections, tokens
 from torch import nn
 from torch.testing import assert_close
 
@@ -139,16 +138,3 @@ def test_it_can_be_built_without_memory():
     mixer.to_empty(device="cpu").reset_parameters()
     exactly(mixer.decay(CPU), build("retention").decay(CPU), 1e-6)
     assert build("retention", decay="none").decay(CPU) is None
-
-
-def test_a_packed_row_restarts_positions_and_decays():
-    mixer = build("retention")
-    x = tokens(12, batch_size=1)
-    boundaries = torch.tensor([0, 5, 5, 12])
-    for paradigm in PARADIGMS:
-        y, state = mixer(x, paradigm=paradigm, cu_seqlens=boundaries, return_state=True)
-        for a, b in pairwise(boundaries.tolist()):
-            if a < b:
-                exactly(y[:, a:b], written_out(mixer, x[:, a:b])[0])
-        assert_close(state.position, torch.tensor([5, 0, 7]), rtol=0, atol=0)
-        assert not state.memory[1].any()

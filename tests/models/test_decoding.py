@@ -37,13 +37,6 @@ def places(state):
     return [leaf.data_ptr() for leaf in to_dict(state).values()]
 
 
-def test_steps_are_the_models(model_of, each_mixer):
-    model = model_of(*each_mixer)
-    _, state = prefill(model, PROMPTS, max_length=20)
-    expected = eager(model, clone(state))
-    assert_close(decoded(Decoder(model, state)), expected)
-
-
 @pytest.mark.usefixtures("plainly_compiled")
 def test_compiled_steps_are_the_models_and_one_graph(model_of):
     model = model_of("retention", "attention", n_layers=4)
