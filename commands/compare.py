@@ -62,13 +62,9 @@ def compare(
     if outcome.stopped:
         console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
         raise typer.Exit(130)
-    written = ", ".join([*([REPORT_FILE] if (folder / REPORT_FILE).is_file() else []), RESULTS_FILE])
-    console.print(f"{folder} has {written}, the tables and every run")
-    if not (folder / REPORT_FILE).is_file():
-        later = f"pip install 'seqmix[plots]' && seqmix plot {shlex.quote(str(folder))}"
-        console.print(
-            f"{REPORT_FILE} needs altair and vl-convert-python, which are not installed; write it with: {later}"
-        )
+    console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
+    later = f"it needs pip install 'seqmix[plots]'; then: seqmix plot {shlex.quote(str(folder))}"
+    console.print(f"{folder / REPORT_FILE} is {'written' if (folder / REPORT_FILE).is_file() else f'missing: {later}'}")
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)

@@ -15,9 +15,6 @@ from ..experiments.results import RESULTS_FILE, read_results
 from ..registry import SeqmixError, require_name
 from ..training.logging import METRICS_FILE
 
-NARROWEST, WIDEST = 1.5, 30.0
-"""Inches."""
-
 
 def plot(
     folders: Annotated[
@@ -53,8 +50,8 @@ def plot(
 
     [bold]seqmix plot studies/recall --figure accuracy-by-pairs --out recall.pdf[/bold]
     """
-    if not NARROWEST <= width <= WIDEST:
-        raise SeqmixError(f"--width is {width:g} inches; allowed: from {NARROWEST:g} to {WIDEST:g}")
+    if not 1.5 <= width <= 30:
+        raise SeqmixError(f"--width is {width:g} inches; allowed: from 1.5 to 30")
     study = _study(folders)
     if study is not None and out is None and not figure:
         typer.echo(f"{write_report(read_results(study), study)} is written")
@@ -62,8 +59,7 @@ def plot(
     out = out or Path("plot.html")
     require_drawable("--out", out)
     if study is not None:
-        results = read_results(study)
-        title, text = results.question or results.name, f"The study {results.name}."
+        title = text = (results := read_results(study)).name
         figures = Plots(results).all()
     else:
         runs = [read_curves(run, name) for run, name in zip(folders, names_of(folders), strict=True)]
@@ -84,10 +80,7 @@ def _study(folders: Sequence[Path]) -> Path | None:
         raise SeqmixError(f"{studies[0]} is a study ({RESULTS_FILE}), which is drawn alone; {len(folders)} were given")
     for folder in folders:
         if not studies and folder.is_dir() and not (folder / METRICS_FILE).is_file():
-            raise SeqmixError(
-                f"{folder} is not a run ({METRICS_FILE}, by `seqmix train`), nor a study ({RESULTS_FILE}, by "
-                "`seqmix compare`)"
-            )
+            raise SeqmixError(f"{folder} is not a run, which has {METRICS_FILE}, nor a study, which has {RESULTS_FILE}")
     return studies[0] if studies else None
 
 

@@ -52,10 +52,9 @@ def read_curves(run: Path, name: str) -> Curves:
 
 
 def _missing(run: Path, error: OSError) -> str:
-    if run.is_file():
-        return "it is a file; a run is a folder that `seqmix train` wrote"
-    if run.is_dir():
-        return f"it holds no {METRICS_FILE}; a run is a folder that `seqmix train` wrote"
+    if run.exists():
+        why = "it is a file" if run.is_file() else f"it holds no {METRICS_FILE}"
+        return f"{why}; a run is a folder that `seqmix train` wrote"
     siblings = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
     return f"it does not exist{nearest(run.name, siblings)}" if isinstance(error, FileNotFoundError) else str(error)
 

@@ -17,20 +17,17 @@ from .timings import NOISE
 VALIDATION, TRAINING = Axis(f"validation {LOSS.label}", log=False), Axis(f"training {LOSS.label}", log=False)
 MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
 """The axis of each field of a point."""
+RATE, STATE = Axis("tokens per second", zero=True, log=False), Axis("state", unit="bytes")
+MEMORY = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
+TIME = Axis("time per token", unit="seconds", zero=True, log=False)
 COSTS = {
-    "train-speed": ("Training speed", "tokens_per_second", "Higher is faster."),
-    "train-memory": ("Memory of training", "memory_bytes", "Peak of a step, beyond parameters and optimizer."),
-    "decode-time": ("Time per decoded token", "seconds", "Lower is faster; flat is a constant cost."),
-    "decode-memory": ("Memory of decoding", "memory_bytes", "Peak for a token, beyond parameters and state."),
-    "decode-state": ("State of one sequence", "state_bytes", "Flat is a constant size."),
+    "train-speed": ("Training speed", "tokens_per_second", RATE, "Higher is faster."),
+    "train-memory": ("Memory of training", "memory_bytes", MEMORY, "Of a step, beyond parameters and optimizer."),
+    "decode-time": ("Time per decoded token", "seconds", TIME, "Lower is faster; flat is a constant cost."),
+    "decode-memory": ("Memory of decoding", "memory_bytes", MEMORY, "For a token, beyond parameters and state."),
+    "decode-state": ("State of one sequence", "state_bytes", STATE, "Flat is a constant size."),
 }
-"""Title, field and caption of the figures of what was timed."""
-AXES = {
-    "tokens_per_second": Axis("tokens per second", zero=True, log=False),
-    "memory_bytes": Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE),
-    "seconds": Axis("time per token", unit="seconds", zero=True, log=False),
-    "state_bytes": Axis("state", unit="bytes"),
-}
+"""Title, field, axis and caption of the figures of what was timed."""
 MOST_VARIANTS = 4
 """Variants whose curves are drawn, a figure each; of more, the ends are compared."""
 
@@ -93,10 +90,8 @@ class Plots:
 
     def speed(self) -> list[Figure]:
         """What training and decoding cost."""
-        speed = self.results.speed
-        return drawable(
-            self._cost(name, speed.train if name.startswith("train") else speed.decode, *COSTS[name]) for name in COSTS
-        )
+        rows = {"train": self.results.speed.train, "decode": self.results.speed.decode}
+        return drawable(self._cost(name, rows[name.partition("-")[0]], *COSTS[name]) for name in COSTS)
 
     # ---- one figure each
 
@@ -177,7 +172,7 @@ class Plots:
         axis = Axis("learning rate", log=True, ticks=rates)
         yield self._scores(f"{self.measured} by learning rate", caption, axis, self.axis, scores)
 
-    def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, caption: str) -> Figure:
+    def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, y: Axis, caption: str) -> Figure:
         over = "length" if name.startswith("train") else "context"
         points: dict[str, list[Point]] = {entry: [] for entry in self.styles}
         for row in sorted(rows, key=attrgetter(over)):
@@ -188,7 +183,7 @@ class Plots:
             caption += f" Medians of {self.results.speed.repeat} rounds, from the lowest to the highest."
         label, marks = ("sequence length (tokens)", self.trained_at) if over == "length" else ("context (tokens)", {})
         axis = Axis(label, ticks=sorted({getattr(row, over) for row in rows}))
-        return Figure(name, title, caption, axis, AXES[measure], self._series(points), marks=marks)
+        return Figure(name, title, caption, axis, y, self._series(points), marks=marks)
 
     # ---- what they share
 

@@ -31,6 +31,10 @@ def render(results: Results) -> str:
     plots = Plots(results)
     same, different = compared({entry.name: entry.config for entry in results.entries})
     names = [entry.name for entry in results.entries]
+    counts = (
+        f"{len(names)} entr{'y' if len(names) == 1 else 'ies'}, {len(results.runs)} run{'s' * (len(results.runs) != 1)}"
+    )
+    machine = _machine(results.machine)
     sections = [
         ("What came out", plots.outcomes()),
         ("How training went", plots.curves()),
@@ -42,7 +46,9 @@ def render(results: Results) -> str:
         title=results.question or results.name,
         results=results,
         entry_styles=plots.styles,
-        facts=_facts(results),
+        facts=" · ".join(
+            filter(None, [results.name if results.question else "", counts, results.created[:10], *machine])
+        ),
         answer=answer(plots),
         unfinished=[run for run in results.runs if run.status != "finished"],
         sections=sections,
@@ -58,24 +64,11 @@ def render(results: Results) -> str:
             "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
             "learning rates": ", ".join(map(number, sorted({run.learning_rate for run in results.runs}))),
             "created": results.created,
-            "machine": _machine(results.machine),
-            "versions": ", ".join(_versions(results.machine)),
+            "machine": ", ".join(filter(None, machine)),
             "commit": results.machine.commit,
         },
         command="seqmix plot STUDY",
         study=results.name if results.name in shipped() else f"{results.name}.yaml",
-    )
-
-
-def _facts(results: Results) -> str:
-    return " · ".join(
-        [
-            *([results.name] if results.question else []),
-            f"{_count(len(results.entries), 'entry', 'entries')}, {_count(len(results.runs), 'run')}",
-            results.created[:10],
-            *filter(None, [_machine(results.machine)]),
-            *_versions(results.machine),
-        ]
     )
 
 
@@ -177,14 +170,8 @@ def _like(value: float | None, other: float) -> str:
     return "" if value is None else f"{value:.{max(2, len(f'{other:g}'.partition('.')[2]))}f}"
 
 
-def _machine(machine: Machine) -> str:
-    parts = [machine.processor, machine.device, _count(machine.threads, "thread") if machine.threads else None]
-    return ", ".join(part for part in parts if part)
-
-
-def _versions(machine: Machine) -> list[str]:
-    return [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
-
-
-def _count(number: int, one: str, more: str | None = None) -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
+def _machine(machine: Machine) -> list[str]:
+    """What computed it, and with which versions."""
+    threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
+    versions = [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
+    return [", ".join(filter(None, [machine.processor, machine.device, threads])), *versions]

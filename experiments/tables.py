@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from .differences import leaves
 from .pages import table
-from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, where
+from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
 from .summary import best_first
 from .units import number, quantity
 
@@ -48,39 +48,27 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
     Where training was timed, entry beside entry, it is that speed at the training length or the length nearest to it;
     else that of the runs' own steps, which may have shared the machine.
     """
-    trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
-    lengths = {row.length for row in results.speed.train if row.tokens_per_second is not None}
+    speed, trained = results.speed, {run.sequence_length for run in results.runs if run.sequence_length is not None}
+    lengths = {row.length for row in speed.train if row.tokens_per_second is not None}
     if lengths and not any(row.variant for row in results.summary):
         at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
-        timed = {row.entry: row for row in results.speed.train if row.length == at}
-
-        def cell(row: SummaryRow) -> str:
-            found = timed.get(row.entry)
-            return _speed(found and found.tokens_per_second, found and found.tokens_per_second_range)
-
-        how = [f"tokens/s: training steps at {at:,} tokens a sequence", _conditions(results)]
-        return cell, ", ".join(filter(None, how)) + "; in brackets the lowest and the highest."
+        timed = {row.entry: row for row in speed.train if row.length == at}
+        how = f"tokens/s: training steps at {at:,} tokens a sequence"
+        how += f", {speed.tokens:,} tokens a step at most" if speed.tokens else ""
+        how += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
+        how += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
+        return lambda row: _speed(timed.get(row.entry)), f"{how}; in brackets the lowest and the highest."
     alone = all(run.alone for run in results.runs if run.status == "finished")
     shared = "each run had the machine to itself" if alone else "runs may have shared the machine: no measure of speed"
     note = f"tokens/s: the median of the runs' own logged steps, in brackets the quartiles; {shared}."
-    return lambda row: _speed(row.tokens_per_second, row.tokens_per_second_range), note
+    return _speed, note
 
 
-def _speed(value: float | None, spread: tuple[float, float] | None) -> str:
-    if value is None:
+def _speed(row: SummaryRow | TrainSpeedRow | None) -> str:
+    if row is None or row.tokens_per_second is None:
         return ""
-    return number(value) + (f" [{number(spread[0])}, {number(spread[1])}]" if spread else "")
-
-
-def _conditions(results: Results) -> str:
-    """How training steps were timed."""
-    speed = results.speed
-    parts = [
-        f"{max(1, speed.tokens):,} tokens a step at most" if speed.tokens else "",
-        f"{speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else "",
-        f"medians of {speed.repeat} interleaved rounds" if speed.repeat else "",
-    ]
-    return ", ".join(filter(None, parts))
+    spread = row.tokens_per_second_range
+    return number(row.tokens_per_second) + (f" [{number(spread[0])}, {number(spread[1])}]" if spread else "")
 
 
 def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:

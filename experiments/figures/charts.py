@@ -80,7 +80,7 @@ def page_spec(figure: Figure) -> dict[str, Any]:
         )
         spec = drawn.to_dict(validate=False)
     fit = {"type": "fit-x", "contains": "padding"}
-    return spec | {"datasets": {figure.name: figure.rows()}, "config": theme.config(11.5), "autosize": fit}
+    return _with_rows(spec, [figure]) | {"config": theme.config(11.5), "autosize": fit}
 
 
 def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[str, Any]:
@@ -96,7 +96,11 @@ def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[st
     config: dict[str, Any] = theme.config(8) | {"aria": False}
     room = (width + 40) * min(columns, len(figures))
     config["legend"] |= {"orient": "top", "columns": max(1, int(room / (4.4 * names + 26)))}
-    return spec | {"datasets": {figure.name: figure.rows() for figure in figures}, "config": config, "padding": 2}
+    return _with_rows(spec, figures) | {"config": config, "padding": 2}
+
+
+def _with_rows(spec: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any]:
+    return spec | {"datasets": spec.get("datasets", {}) | {figure.name: figure.rows() for figure in figures}}
 
 
 def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any] | None) -> Any:

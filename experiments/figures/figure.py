@@ -31,10 +31,8 @@ class Series:
 
     name: str
     points: Sequence[Point]
-    style: int = 0
-    """Which colour, marker and dash: the same name has the same style in every figure."""
-    faint: bool = False
-    """Whether it is drawn below the others, as what is measured often and noisily."""
+    style: int = 0  # which colour, marker and dash: the same name has the same style in every figure
+    faint: bool = False  # drawn below the others, as what is measured often and noisily
 
 
 @dataclass(frozen=True)
@@ -42,29 +40,20 @@ class Axis:
     """What is measured."""
 
     label: str
-    unit: str = ""
-    """bytes, seconds and share (1 is 100 %) are converted to a unit that suits; others stand as they are."""
-    log: bool | None = None
-    """Whether it starts logarithmic; None: where the values span decades."""
-    zero: bool = False
-    """Whether a linear axis begins at zero."""
-    ticks: Sequence[float] = ()
-    """Values that have a tick; none for round numbers."""
-    names: Sequence[str] = ()
-    """Categories, in their order: the axis has no numbers."""
-    noise: float = 0.0
-    """What is smaller is noise: the axis is never logarithmic where a value is."""
+    unit: str = ""  # bytes, seconds and share (1 is 100 %) are converted to a unit that suits
+    log: bool | None = None  # whether it starts logarithmic; None: where the values span decades
+    zero: bool = False  # whether a linear axis begins at zero
+    ticks: Sequence[float] = ()  # values that have a tick; none for round numbers
+    names: Sequence[str] = ()  # categories, in their order: the axis has no numbers
+    noise: float = 0.0  # what is smaller is noise: the axis is never logarithmic where a value is
 
 
 class Scale(NamedTuple):
     """An axis for its values."""
 
-    label: str
-    """With the unit."""
-    divisor: float
-    """What the unit is of the values."""
-    kinds: Sequence[str]
-    """What the axis may be, linear and log, and first what it starts as; none for categories."""
+    label: str  # with the unit
+    divisor: float  # what the unit is of the values
+    kinds: Sequence[str]  # linear and log, where the axis may be that, and first what it starts as
 
 
 LOSS = Axis("loss (nats per token)", log=False)
@@ -75,20 +64,15 @@ ACCURACY = Axis("accuracy", unit="share", zero=True, log=False)
 class Figure:
     """What is drawn over two axes."""
 
-    name: str
-    """What `seqmix plot --figure` calls it."""
+    name: str  # as `seqmix plot --figure` has it
     title: str
-    caption: str
-    """What is seen, in a sentence or two."""
+    caption: str  # what is seen, in a sentence or two
     x: Axis
     y: Axis
     series: Sequence[Series] = ()
-    joined: bool = True
-    """Whether points are joined by a line."""
-    marks: Mapping[float, str] = field(default_factory=dict)
-    """Vertical lines and what they are called, by place."""
-    smooth: bool = False
-    """Whether a page may smooth it."""
+    joined: bool = True  # whether points are joined by a line
+    marks: Mapping[float, str] = field(default_factory=dict)  # vertical lines and what they are called, by place
+    smooth: bool = False  # whether a page may smooth it
 
     @property
     def banded(self) -> bool:

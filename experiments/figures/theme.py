@@ -14,16 +14,8 @@ DARK_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", 
 """Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further series take them again, dashed."""
 COLORS = len(LIGHT_LINES)
 DASHES = ([1, 0], [5, 3], [2, 2])
-MARKERS = {
-    "circle": "●",
-    "square": "■",
-    "triangle-up": "▲",
-    "diamond": "◆",
-    "cross": "✚",
-    "triangle-down": "▼",
-    "triangle-right": "▶",
-    "triangle-left": "◀",
-}
+SHAPES = "circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"
+MARKERS = dict(zip(SHAPES, "●■▲◆✚▼▶◀", strict=True))
 """Vega's shapes, and what a legend in text shows for them."""
 FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
@@ -40,7 +32,7 @@ def dash(style: int) -> list[int]:
 
 def shape(style: int) -> str:
     """The shape of a series' markers."""
-    return list(MARKERS)[style % len(MARKERS)]
+    return SHAPES[style % len(SHAPES)]
 
 
 def colors(dark: bool = False) -> dict[str, str]:
@@ -80,15 +72,9 @@ def config(font: float) -> dict[str, Any]:
         "axis": muted | text | lines | {"labelPadding": 3, "titlePadding": 5, "tickSize": 3},
         "axisX": {"grid": False, "labelFlush": False},
         "axisY": {"domain": False, "ticks": False},
-        "legend": {
-            "labelColor": "var(--ink)",
-            "labelFontSize": font,
-            "labelLimit": 0,
-            "columnPadding": 10,
-            "rowPadding": 1,
-            "symbolSize": 4 * font,
-            "offset": 4,
-        },
+        "legend": {"labelColor": "var(--ink)", "labelFontSize": font, "labelLimit": 0, "symbolSize": 4 * font}
+        | {"columnPadding": 10, "rowPadding": 1, "offset": 4},
         "title": {"color": "var(--ink)", "fontSize": font + 0.5, "anchor": "start", "frame": "group", "offset": 6},
+        "text": {"fontSize": font},
         "concat": {"spacing": 14},
     }

@@ -16,6 +16,7 @@ COLUMN = 3.25
 """The width of a paper's column, in inches."""
 POINTS, DOTS = 72, 300
 """Of an inch: a spec's units, and a picture's."""
+SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)"')
 
 
 def require_drawable(option: str, file: Path) -> None:
@@ -55,8 +56,7 @@ def draw(figures: Sequence[Figure], file: Path, *, width: float = COLUMN, **valu
     elif ending == ".png":
         write_file(converter().svg_to_png(drawn, scale=DOTS / POINTS), file)
     else:
-        inches = re.sub(r'width="([\d.]+)" height="([\d.]+)"', r'width="\1pt" height="\2pt"', drawn, count=1)
-        write_file(inches, file)
+        write_file(SIZE.sub(r'width="\1pt" height="\2pt"', drawn, count=1), file)
 
 
 def drawing(figures: Sequence[Figure], width: float) -> str:
@@ -69,9 +69,8 @@ def drawing(figures: Sequence[Figure], width: float) -> str:
     def drawn(plot: float) -> str:
         return convert.vegalite_to_svg(charts.paper_spec(figures, round(plot, 1), columns))
 
-    size = re.search(r'width="([\d.]+)"', first := drawn(plot))
     # what labels take is known once they are drawn
-    excess = float(size[1]) - whole if size else 0.0
+    excess = float(SIZE.findall(first := drawn(plot))[0][0]) - whole
     return first if abs(excess) < 0.6 else drawn(plot - excess / columns)
 
 
@@ -80,8 +79,6 @@ def adaptive(figures: Sequence[Figure], width: float, scale: float = 1.5) -> str
     drawn = drawing(figures, width)
     style = f"<style>{theme.style_sheet('svg')}</style>"
 
-    def larger(size: re.Match[str]) -> str:
-        return f'width="{scale * float(size[1]):g}" height="{scale * float(size[2]):g}"'
-
-    opened, rest = re.sub(r'width="([\d.]+)" height="([\d.]+)"', larger, drawn, count=1).split(">", 1)
+    width, height = (scale * float(side) for side in SIZE.findall(drawn)[0])
+    opened, rest = SIZE.sub(f'width="{width:g}" height="{height:g}"', drawn, count=1).split(">", 1)
     return f"{opened}>{style}{rest}\n"

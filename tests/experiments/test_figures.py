@@ -155,6 +155,7 @@ def test_a_drawing_has_the_width_of_its_column(tmp_path, width, count):
     assert float(size[1]) == pytest.approx(72 * width, abs=1.5)
     assert {float(font) for font in re.findall(r'font-size="([\d.]+)px"', text)} <= {8.0, 8.5}
     assert "var(" not in text
+    assert ">trained</text>" in text
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
