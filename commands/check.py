@@ -78,9 +78,9 @@ def check(
         mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model}
         if given := [name for name, value in mixers_alone.items() if value]:
             raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
-        told = partial(_line, console, headings=[])
+        print_line = partial(_line, console, headings=[])
         asked = {"checks": only or None, "device": device, "examples": examples, "seed": seed, "shrink": shrink}
-        _conclude(console, [(str(kernel.key), check_kernel(kernel, **asked, on_outcome=told))])
+        _conclude(console, [(str(kernel.key), check_kernel(kernel, **asked, on_outcome=print_line))])
         return
     if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
         raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
@@ -89,7 +89,7 @@ def check(
         require_name("paradigm", name, list(Paradigm))
     reports = []
     for config in configs:
-        # the heading comes with the first line, when nothing that is given can be wrong
+        # the heading comes with the first line, after all arguments are known to be valid
         headings = [f"{source_of(config)} on {device}" + (", and its options" if vary else "")]
         with console.status("") as status:
             report = check_mixer(
@@ -113,7 +113,7 @@ def check(
 
 
 def kernel_of(source: str) -> Kernel | None:
-    """The kernel that is called op/paradigm/backend; None where none is meant, a SeqmixError where there is no such."""
+    """The kernel that is called op/paradigm/backend; None where none is meant, a SeqmixError if unknown."""
     if source.count("/") != 2 or Path(source).exists() or source.endswith((".yaml", ".yml")):
         return None
     kernels = all_kernels()
@@ -158,7 +158,7 @@ def _class_of(kind: str) -> type[MixerConfig]:
         raise SeqmixError(f"{kind!r} lacks {lacks} the colon: write my_module:MyConfig")
     try:
         return MIXERS.resolve(kind)
-    except SystemExit as error:  # what else an import raises, the registry tells
+    except SystemExit as error:  # what else an import raises, the registry reports
         raise SeqmixError(f"module {module} calls sys.exit({error.code}) when it is imported") from None
 
 
@@ -169,7 +169,7 @@ def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
     try:
         return load(cls, None, [*given, *changes], presets=PRESETS)
     except ConfigError as error:
-        # the command line is to blame for what it says, not for what the class says of itself
+        # the command line is responsible for its own changes, not for the examples of the class
         said = {change.partition("=")[0].partition(".")[0] for change in changes}
         fields, cause = {name: value for name, value in filled.items() if name not in said}, error.__cause__
         if isinstance(cause, ValidationError) and (sentence := cls.example_error(cause, fields, alone=not said)):
@@ -186,7 +186,7 @@ def _case(status: Status, check: "Check", tried: int) -> None:
 
 
 def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
-    """A line a check as it ends, after headings that are still to be printed."""
+    """One line per check as it ends, after headings that are still to be printed."""
     while headings:
         console.print(headings.pop(), soft_wrap=True)
     cases = f"{outcome.examples:5} {'case ' if outcome.examples == 1 else 'cases'} {outcome.seconds:6.1f} s"
@@ -201,7 +201,7 @@ def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
 
 
 def _summary(console: Console, reports: Sequence["Report"]) -> None:
-    """A line a mixer."""
+    """One line per mixer."""
     rows = []
     for report in reports:
         count = Counter(str(outcome.status) for outcome in report.outcomes)

@@ -88,7 +88,7 @@ def parametrize_kernels(
         options: as `check_kernel` has them.
 
     Raises:
-        SeqmixError: there is no such check or kernel, or nothing to test.
+        SeqmixError: a check or kernel that does not exist, or nothing to test.
     """
     tested = list(KERNELS.values() if kernels is None else kernels)
     if not tested:

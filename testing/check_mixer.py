@@ -111,7 +111,7 @@ def parametrize_checks(
         options: as `check_mixer` has them.
 
     Raises:
-        SeqmixError: there is no such check or kind, or nothing to test.
+        SeqmixError: a check or kind that does not exist, or nothing to test.
     """
     if isinstance(configs, MixerConfig) or not all(isinstance(config, MixerConfig) for config in configs):
         raise SeqmixError(f"parametrize_checks needs a list of configurations, and was given {configs!r}")

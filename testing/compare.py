@@ -93,8 +93,8 @@ def near(name: str, what: str, actual: Tensor, exact: Tensor, tolerance: float, 
     """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
     last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
 
-    Single rows may be far off: a norm of narrow heads divides by almost nothing where a head's output happens to be
-    almost nothing. Of a few numbers nothing but that they are finite is asked. `floor` is a root mean square of an
+    Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero.
+    A few numbers need only be finite. `floor` is a root mean square of an
     element below which nothing can be distinguished from zero.
 
     Raises:

@@ -50,7 +50,7 @@ class Tested(ABC, Generic[C]):
         """Run a check on a case; raises where its property does not hold."""
 
     def renewed(self) -> Self:
-        """The same, without memory of any call."""
+        """The same subject, not called before."""
         return self
 
     @abstractmethod

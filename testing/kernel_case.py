@@ -32,8 +32,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 WIDTHS = ((1, 1), (1, 2), (3, 1), (2, 3), (5, 8), (16, 16), (20, 24))
 """Key and value widths."""
 
-# around the sizes of tiles
-LENGTHS = st.integers(1, 9) | st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 70])
+# one in three around the sizes of tiles
+LENGTHS = st.integers(1, 9) | st.integers(10, 14) | st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 70])
 CHUNK_SIZES = st.integers(1, 10) | st.sampled_from([16, 17, 32, 40, 64])
 
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")

@@ -75,7 +75,7 @@ def a_cut_changes_nothing(trial: KernelTrial) -> None:
 @kernel_check(share=0.06, draw=KernelDraw(asks=carried_low, tokens=st.just(128)))
 def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     """In 16 bits, many tokens one by one, each from the final state before, are as exact as they are at once: a state
-    that is rounded for every token forgets."""
+    that is rounded at every token drifts."""
     case, inputs = trial.case, trial.leaves()
     outputs = _in_pieces(trial, inputs, [(1,) * case.rows] * case.length)
     trial.compare("one by one, against the definition of the whole", outputs)
@@ -95,12 +95,12 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
     """No input is written, not even with its own values, and no result is a view of one; but for a cache, without
     gradients, where the next is wanted."""
     inputs, before = trial.leaves(), trial.leaves()
-    kept = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
+    versions = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
     results = _results(trial, inputs)
-    for name, version in kept.items():
+    for name, version in versions.items():
         same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
         require(same, f"{name} was written in place")
-    memory = {inputs[name].untyped_storage().data_ptr(): name for name in kept if inputs[name].numel()}
+    memory = {inputs[name].untyped_storage().data_ptr(): name for name in versions if inputs[name].numel()}
     for name, result in results.items():
         shared = memory.get(result.untyped_storage().data_ptr()) if result.numel() else None
         require(shared is None, f"{name} is a view of {shared}")
@@ -136,7 +136,7 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
 
     def tangents(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         with dual_level():
-            # a dual is no view of numbers that are repeated
+            # a dual cannot be a view of numbers that are repeated
             primals = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in directions}
             duals = {name: make_dual(x, directions[name].to(x)) for name, x in primals.items()}
             outputs = {name: x for name, x in function(inputs | duals).items() if x.is_floating_point()}
@@ -186,7 +186,7 @@ def _in_pieces(trial: KernelTrial, inputs: Tensors, pieces: list[tuple[int, ...]
 
 
 class _CustomOps(TorchDispatchMode):
-    """Remembers the first call of every op that is not torch's own."""
+    """Records the first call of every op that is not torch's own."""
 
     def __init__(self) -> None:
         super().__init__()

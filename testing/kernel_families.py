@@ -35,7 +35,7 @@ class DecayCase(KernelCase):
     weakest: float = 0.0
     """What is taken from all of them: none is above its negative."""
     resets: tuple[int, ...] = ()
-    """Tokens whose log-decay is -inf; heads, where it is fixed a head."""
+    """Tokens whose log-decay is -inf; heads, where there is one scalar per head."""
     resets_one_key: bool = False
     """Whether a reset is one of the first key dimension alone."""
 
@@ -54,7 +54,7 @@ class DecayCase(KernelCase):
         if probe.log_decay is None:
             return heads
         length = sum(lengths) if probe.packed else lengths[0]
-        # of decays a head one alone, or there would be nothing left
+        # of one scalar per head a single one, or nothing would be left
         some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
         return heads | {
             "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
@@ -215,7 +215,7 @@ class SoftmaxCase(KernelCase):
     cache: Literal["growing", "ring"] = "growing"
     """The kind of the initial state."""
     reads: tuple[int, ...] = ()
-    """Tokens that each row or document has read."""
+    """Length of the prefix of each row or document."""
     capacity: int = 0
     """Slots of the initial state."""
 

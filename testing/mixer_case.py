@@ -12,8 +12,8 @@ from ..ops.paradigm import Paradigm
 from .source import WrittenCase
 
 Start = Literal["none", "initial", "read", "moved"]
-"""What comes before the segment: None; the state of nothing read; a state that has read a few tokens; such a state with
-every float in it moved, so that it is no state that any short text leads to."""
+"""The state before the segment: None; the initial state; the state after a prefix of a few tokens; such a state with
+every float in it moved, so that no short prefix leads to it."""
 
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
@@ -62,6 +62,8 @@ class Draw:
     """One piece in so many, on average, has one of `LENGTHS` instead; 0 is none."""
     longest: int = max(LENGTHS)
     """The longest of them."""
+    fixed_tokens: int = 0
+    """Tokens of each in the cases that run in any case; as many as are drawn at most by default."""
     batch_size: tuple[int, int] = (1, 3)
     """Sequences, at least and at most, but for the large ones."""
     crowded: int = 0
@@ -77,10 +79,13 @@ class Draw:
     def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype."""
         usual = Case(
-            lengths=(self.tokens[1],) * self.pieces[0], batch_size=self.batch_size[0], start=self.starts[-1], seed=1
+            lengths=(self.fixed_tokens or self.tokens[1],) * self.pieces[0],
+            batch_size=self.batch_size[0],
+            start=self.starts[-1],
+            seed=1,
         )
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
-        found = [replace(usual, lengths=lengths) for lengths in long if self.long]
+        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed_tokens]
         if self.crowded:
             found += [replace(usual, batch_size=CROWD)]
         if len(self.dtypes) > 1:

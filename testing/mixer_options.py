@@ -1,7 +1,7 @@
 """The options of a configuration that a check varies.
 
-Literals and booleans are tried in every value, `X | None` in None too. Of numbers there is no telling which are
-sensible: a field's `examples` (pydantic's own) say so, and come before anything else.
+Literals and booleans are tried in every value, `X | None` in None too. Sensible numbers come from a
+field's `examples` (pydantic's own), which are tried before anything else.
 """
 
 from collections.abc import Callable, Iterable

@@ -36,7 +36,7 @@ class Subject:
 
     Raises:
         SeqmixError: an argument is wrong: the configuration fits no width, or not the one given; a paradigm is not
-            declared; a field refuses its own examples; there is no such device.
+            declared; a field refuses its own examples; the device does not exist.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Subject:
         self._built: dict[Any, SequenceMixer | None] = {}
 
     def renewed(self) -> "Subject":
-        """The same with mixers of its own, which have seen no call."""
+        """The same with mixers of its own, that have not been called."""
         return Subject(self.config, **self.arguments)
 
     # ---- what cases are drawn from
@@ -135,7 +135,7 @@ class Subject:
 
     def probe(self) -> None:
         """Build the mixer and call it once in every paradigm, before every check says in words of its own what is wrong
-        with every call; a ContractError where what it returns is no output and state, too."""
+        with every call; a ContractError where it does not return output and state, too."""
         # one that no check is given: a mixer may remember calls
         mixer = self._build({}, torch.float64)
         assert mixer is not None
@@ -161,7 +161,7 @@ def build(config: MixerConfig, d_model: int) -> SequenceMixer:
     with _refusals(f"{config.kind}: build", BuildError):
         mixer = config.build(d_model, layer_idx=0, n_layers=1)
     if not isinstance(mixer, SequenceMixer):
-        raise BuildError(f"{config.kind}: build returned {mixer!r}, which is no SequenceMixer")
+        raise BuildError(f"{config.kind}: build returned {mixer!r}, which is not a SequenceMixer")
     if not hasattr(mixer, "traits"):
         raise BuildError(f"{config.kind}: {type(mixer).__name__}.__init__ has to call super().__init__(config)")
     return mixer

@@ -1,4 +1,4 @@
-"""How checks end, and which of them are asked for, of mixers and of kernels alike."""
+"""How checks end, and which are selected, for mixers and for kernels."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field

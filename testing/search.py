@@ -71,7 +71,7 @@ def search(
         if not failed:
             passed += 1
 
-    settled = settings(
+    options = settings(
         max_examples=examples,
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         database=None,
@@ -81,7 +81,7 @@ def search(
         report_multiple_bugs=False,
         print_blob=False,
     )
-    run = settled(given(case=cases)(once))
+    run = options(given(case=cases)(once))
     # hypothesis mixes in numbers that it reads from the source of whatever modules are imported: with the same seed,
     # another test that ran before, or a plug-in, would make other cases. It has no setting for that; what is switched
     # off is not public: a test says if it has gone
@@ -112,8 +112,8 @@ def describe_error(error: Exception) -> str:
 
 
 def where_raised(error: Exception) -> str:
-    """An exception that is not a check's own, and the line to look at: the last of the mixer's author, as what he calls
-    (torch, the ops of seqmix) raises where he cannot help it; of a built-in mixer, the last of seqmix below the kit."""
+    """An exception that is not a check's own, and the line to look at: the last of the mixer's author, not of
+    what that calls (torch, the ops of seqmix); of a built-in mixer, the last of seqmix below the kit."""
     frames = list(traceback.walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
     own = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a module that it makes up

@@ -1,4 +1,4 @@
-"""Rows of a batch are sequences of their own, and a tensor's strides are nobody's business."""
+"""Rows of a batch are independent sequences, and a tensor's strides do not matter."""
 
 import torch
 from torch import Tensor

@@ -56,7 +56,7 @@ def decoding_compiles_once(trial: Trial) -> None:
         y, _ = trial.decode(x, trial.mixer.init_state(len(x), max_length=x.shape[1]), step)
     trial.compare("compiled steps against the whole", (y, None), (trial.mix(x, None)[0], None))
     count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
-    require(counter.frame_count == 1, f"{count}: something that changes with every token is no tensor")
+    require(counter.frame_count == 1, f"{count}: something that changes with every token is not a tensor")
 
 
 @contextmanager

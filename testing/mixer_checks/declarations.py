@@ -1,4 +1,4 @@
-"""What a mixer says of itself is so: refusals, round trips, initialisation, cost."""
+"""A mixer's declarations hold: refusals, round trips, initialisation, cost."""
 
 from collections.abc import Callable
 from functools import partial
@@ -127,9 +127,7 @@ def flops_are_as_declared(trial: Trial) -> None:
         counted = []
         for wanted in (False, True):
             given = None if state is None else clone(state)
-            with torch.no_grad():
-                call = partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)
-                counted.append(count_flops(call))
+            counted.append(count_flops(partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)))
         declared = trial.mixer.flops(trial.case.length, paradigm, context)
         slack = 2 if paradigm is Paradigm.RECURRENT else 1
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are"

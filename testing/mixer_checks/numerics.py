@@ -20,13 +20,16 @@ from ..mixer_trial import Trial, learnable, named_leaves, named_results
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-"""Values that are compared as they are."""
+"""Values that are compared by ==."""
 
 STEPS = 160
 """Tokens decoded one by one: a state that is rounded at every token drifts."""
 
 
-@check(share=0.2, draw=Draw(pieces=(2, 3), tokens=(12, 30), batch_size=(2, 2), starts=("none", "read"), dtypes=LOW))
+@check(
+    share=0.2,
+    draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed_tokens=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
+)
 def low_precision_is_near_float64(trial: Trial) -> None:
     """In float32, bfloat16 and float16, output, final state and gradients are finite and near float64 on the same
     rounded numbers, with a state carried along."""
@@ -58,12 +61,12 @@ def low_precision_is_near_float64(trial: Trial) -> None:
             try:
                 near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor)
             except CheckFailure:
-                # a head's output may happen to be almost nothing, and its norm divides by it: no mixer can do better
+                # where a head's output is almost zero, its norm divides by almost zero: no mixer can do better
                 if not moved_by_rounding(name):
                     raise
 
 
-@check(share=0.1, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
+@check(share=0.06, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
 def long_decoding_does_not_drift(trial: Trial) -> None:
     """The state is wide: after many segments of one token, low precision is as near float64 as after one segment."""
     exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
@@ -120,7 +123,7 @@ def _is_coarse(leaf: Tensor) -> bool:
     return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
 
 
-UNMOVED = Draw(tokens=(24, 40), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,))
+UNMOVED = Draw(tokens=(16, 32), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,))
 
 
 @check(share=0.15, draw=UNMOVED)
@@ -144,7 +147,7 @@ def autocast_changes_only_precision(trial: Trial) -> None:
             require(gradient.isfinite().all(), f"{paradigm} under autocast: the gradient of {name} is not finite")
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 300), batch_size=(1, 1), dtypes=LOW))
+@check(share=0.15, draw=Draw(tokens=(1, 40), fixed_tokens=300, long=4, batch_size=(1, 1), dtypes=LOW))
 def extremes_are_finite(trial: Trial) -> None:
     """Long segments and long runs of zeros, in 16 bits too, and inputs of a thousand (so extreme gates and decays), but
     in float16, give finite results and gradients."""
@@ -195,7 +198,7 @@ def results_are_deterministic(trial: Trial) -> None:
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     before = torch.random.get_rng_state()
     tensors = dict(trial.mixer.named_parameters()) | dict(trial.mixer.named_buffers())
-    kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for paradigm in trial.paradigms:
         first = trial.differentiate(trial.call(paradigm), x, state)
         # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
@@ -207,11 +210,11 @@ def results_are_deterministic(trial: Trial) -> None:
         for name in sorted(held.keys() | found_later.keys()):
             same = _same(held.get(name), found_later.get(name))
             sentence = f"{paradigm}: {name} is another after a call on other tokens, as many as before"
-            require(same, f"{sentence}: what a call leaves behind is its result alone")
+            require(same, f"{sentence}: a call may leave nothing on the module")
     require(torch.equal(before, torch.random.get_rng_state()), "mixing drew numbers from the global generator")
     with trial.differences("parameters and buffers after mixing against before", 0) as found:
         for name, tensor in tensors.items():
-            found.tensor(name, tensor.detach(), kept[name])
+            found.tensor(name, tensor.detach(), saved[name])
 
 
 def _held(mixer: SequenceMixer[Any]) -> dict[str, object]:
@@ -249,8 +252,8 @@ def _children(value: object) -> dict[str, object]:
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype
-        return alike and torch.equal(one.nan_to_num(), other.nan_to_num())
+        comparable = one.shape == other.shape and one.dtype == other.dtype
+        return comparable and torch.equal(one.nan_to_num(), other.nan_to_num())
     return type(one) is type(other) and (one == other or repr(one) == repr(other) == "nan")
 
 

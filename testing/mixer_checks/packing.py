@@ -1,4 +1,4 @@
-"""Documents packed into one row are sequences of their own."""
+"""Packed documents (varlen, `cu_seqlens`) are independent sequences."""
 
 from itertools import accumulate
 

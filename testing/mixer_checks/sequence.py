@@ -35,8 +35,8 @@ def paradigms_agree(trial: Trial) -> None:
         # every boundary in a long segment counts: an output depends on no later token, so a part gives the whole's
         for length in (length for length in LENGTHS if length < trial.case.length):
             with trial.differences(f"{paradigm} on {length} tokens against {trial.reference} on more") as found:
-                part, _ = trial.call(paradigm)(x[:, :length], None if state is None else clone(state))
-                found.tensor("the output", part.detach(), expected[0]["the output"][:, :length], "BTD")
+                part, _ = trial.mix(x[:, :length], state, paradigm=paradigm)
+                found.tensor("the output", part, expected[0]["the output"][:, :length], "BTD")
 
 
 @check(share=0.75, draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True))
@@ -76,7 +76,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
 def steps_equal_the_whole(trial: Trial) -> None:
     """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""
     x, state = trial.tokens(), trial.state()
-    # None is no state to step from
+    # a step needs a state
     given = trial.mixer.init_state(trial.case.batch_size) if state is None else clone(state)
     stepped = trial.decode(x, given)
     for paradigm in trial.paradigms:
@@ -113,8 +113,9 @@ def chunk_size_changes_nothing(trial: Trial) -> None:
     )
     others = sorted(size for size in accepted if size != own)
     # small ones have boundaries in a short segment, and the largest has none in most
+    rebuilt = {size: trial.rebuilt(chunk_size=size) for size in (*others[:1], *others[-1:])}
     for paradigm in trial.paradigms:
         expected = trial.mix(x, state, paradigm=paradigm)
-        for size in sorted({*others[:1], *others[-1:]}):
-            actual = trial.mix(x, state, trial.rebuilt(chunk_size=size), paradigm=paradigm)
+        for size, mixer in rebuilt.items():
+            actual = trial.mix(x, state, mixer, paradigm=paradigm)
             trial.compare(f"{paradigm}, chunk_size {size} against {own}", actual, expected)

@@ -31,7 +31,7 @@ class SpecimenConfig(MixerConfig):
     denominator: bool = True
     """Whether outputs are divided by the sum of what decays have left of every token's 1."""
     chunk_size: int = Field(default=4, gt=0)
-    """Tokens a chunk; changes the cost, never the result."""
+    """Chunk length in tokens; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """The paradigm of training and evaluation."""
 
@@ -51,14 +51,14 @@ class SpecimenConfig(MixerConfig):
 
 
 class SpecimenState(NamedTuple):
-    """What the specimen keeps of the tokens it has read."""
+    """The state of the specimen: a summary of the processed prefix."""
 
     memory: Float[Tensor, "B H K V"]
     """S."""
     weight: Float[Tensor, "B H"]
     """z."""
     position: Int[Tensor, " B"]
-    """Tokens read."""
+    """Tokens processed."""
 
 
 class Specimen(SequenceMixer[SpecimenState]):
@@ -76,7 +76,7 @@ class Specimen(SequenceMixer[SpecimenState]):
     def reset_parameters(self) -> None:
         for projection in (self.in_proj, self.decay_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
-        # a memory of hundreds of tokens: a short one forgets what went wrong
+        # a memory of hundreds of tokens: in a short one an error decays
         nn.init.constant_(self.decay_proj.bias, 6.0)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> SpecimenState:
@@ -115,11 +115,11 @@ class Specimen(SequenceMixer[SpecimenState]):
         return y, SpecimenState(memory, weight, self.advanced(state, x, call))
 
     def before(self, state, rows):
-        """What came before; None is nothing read."""
+        """The state before the segment; None is the initial state."""
         return self.init_state(rows) if state is None else state
 
     def unpack(self, tokens, packed, rows):
-        """A row a document, of all tokens: those of others write nothing and do not decay."""
+        """One row per document, of all tokens: those of others write nothing and do not decay."""
         mine = (packed == torch.arange(rows, device=packed.device)[:, None])[:, None]
         q, *rest = tokens
         return [q, *(torch.where(mine[..., None] if x.ndim == 4 else mine, x, 0) for x in rest)]
@@ -173,10 +173,10 @@ class Specimen(SequenceMixer[SpecimenState]):
     def parallel(self, tokens, memory, weight):
         """All pairs of tokens at once."""
         q, k, v, a, one = tokens
-        left, kept = self.decays(a), a.cumsum(-1).exp()
-        o = (self.scores(q, k) * left) @ v + kept[..., None] * (q @ memory)
-        z = (left * one[..., None, :]).sum(-1) + kept * weight[..., None]
-        memory = (k * left[..., -1, :, None]).mT @ v + kept[..., -1, None, None] * memory
+        left, decayed = self.decays(a), a.cumsum(-1).exp()
+        o = (self.scores(q, k) * left) @ v + decayed[..., None] * (q @ memory)
+        z = (left * one[..., None, :]).sum(-1) + decayed * weight[..., None]
+        memory = (k * left[..., -1, :, None]).mT @ v + decayed[..., -1, None, None] * memory
         # a view would keep all of z alive
         return o, z, memory, z[..., -1].clone()
 
@@ -204,7 +204,7 @@ class Specimen(SequenceMixer[SpecimenState]):
 
     def decays(self, a):
         """What is left of token j at token i, [B H T T]; 0 where j comes after i."""
-        # every stretch is a sum of its own: the difference of two running sums forgets small decays behind large ones
+        # every stretch is a sum of its own: the difference of two running sums rounds small decays after large ones
         between = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
         future = torch.ones(between.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
         return between.masked_fill(future, -torch.inf).exp()
@@ -237,12 +237,12 @@ class CachedConfig(MixerConfig):
 
 
 class Cache(NamedTuple):
-    """All that was read."""
+    """The KV cache."""
 
     keys: Float[Tensor, "B S D"]
     values: Float[Tensor, "B S D"]
     length: Int[Tensor, " B"]
-    """Tokens read."""
+    """Tokens processed."""
 
 
 class Cached(SequenceMixer[Cache]):

@@ -1,0 +1,278 @@
+"""Wrong mixers: the equations of the contract, packing, batches, states and positions."""
+
+from dataclasses import replace
+
+import torch
+
+from seqmix.mixers.state import detach, select
+from seqmix.ops.packing import Documents
+
+from .registry import mutant
+from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState
+
+
+@mutant(check="paradigms_agree")
+class BackwardLeavesOutFarPairs(Specimen):
+    """The parallel form's backward pass leaves out pairs of tokens far apart. After NX-AI/mlstm_kernels #16: on a new
+    GPU the fused backward was wrong while the forward was right."""
+
+    def scores(self, q, k):
+        scores = super().scores(q, k)
+        far = torch.ones_like(scores, dtype=torch.bool).tril(-99)
+        return torch.where(far, scores.detach(), scores)
+
+
+@mutant(check="paradigms_agree")
+class TakesALengthForWholeBlocks(Specimen):
+    """The parallel form takes 129 tokens for blocks of 128, and doubles the last. After fla #1143 and #907: masks of
+    tails."""
+
+    def parallel(self, tokens, memory, weight):
+        o, *rest = super().parallel(tokens, memory, weight)
+        return (torch.cat((o[:, :, :128], 2 * o[:, :, 128:]), dim=2) if o.shape[2] == 129 else o), *rest
+
+
+@mutant(check="pieces_equal_the_whole")
+class CacheCountsSegments(Cached):
+    """The cache counts segments, not tokens. After fla #126: a cache's offset advanced by the number of heads."""
+
+    def extended(self, state, k, v):
+        cache = super().extended(state, k, v)
+        return cache._replace(length=cache.length - k.shape[1] + 1)
+
+
+@mutant(check="gradients_flow_through_states")
+class CachesWithoutGrad(Cached):
+    """In decoding, the cache is detached. After fla PRs #636, #1131 and #1181: recurrent kernels without a backward
+    pass."""
+
+    def extended(self, state, k, v):
+        return super().extended(state if state is None or k.shape[1] > 1 else detach(state), k, v)
+
+
+@mutant(check="steps_equal_the_whole")
+class GivesOutOneStateTwice(Specimen):
+    """init_state returns the same tensors again, and steps write in place: one sequence starts where another ended.
+    After athms/mad-lab: the recurrent form of its linear attention mutates its argument."""
+
+    given = None
+
+    def init_state(self, batch_size, *, max_length=None):
+        if max_length is not None:
+            return super().init_state(batch_size)
+        if self.given is None or len(self.given.position) != batch_size:
+            self.given = super().init_state(batch_size)
+        return self.given
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or x.shape[1] > 1 or torch.is_grad_enabled():
+            return y, after
+        return y, SpecimenState(*(old.copy_(new) for old, new in zip(call.state, after, strict=True)))
+
+
+@mutant(check="the_future_changes_nothing")
+class MasksTheFutureWithANumber(Specimen):
+    """The causal mask is -28 in the exponent, so e^-28 of the future leaks: a comparison at 1e-9 lets it pass."""
+
+    def decays(self, a):
+        leak = torch.full((a.shape[-1],) * 2, -28.0, device=a.device, dtype=a.dtype).exp().triu(1)
+        return super().decays(a) + leak
+
+
+@mutant(check="the_future_changes_nothing")
+class SeesPastTheEndOfABlock(Specimen):
+    """The last token of the first 16 reads the one after it, in every paradigm. After fla #1143 and #907: masks of
+    tails."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if x.shape[1] > 16:
+            v = torch.cat((v[:, :, :15], v[:, :, 15:16] + 0.1 * v[:, :, 16:17], v[:, :, 16:]), dim=2)
+        return qk, v, a
+
+
+@mutant(check="chunk_size_changes_nothing")
+class ScalesByTheChunk(Specimen):
+    """The chunk size is part of the map, in all paradigms. After microsoft/torchscale #77: the chunkwise form
+    differed."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v * self.config.chunk_size**-0.5, a
+
+
+@mutant(check="documents_are_sequences")
+class FirstRowSpeaksForAll(Specimen):
+    """All rows have the position of the first. After fla #515: RetNet did not run on sequences of different lengths in
+    one batch, because of its rotary cache."""
+
+    def positions(self, state, x, call):
+        if call.documents is not None:
+            return super().positions(state, x, call)
+        return super().positions(state._replace(position=state.position[:1]), x, call)
+
+
+@mutant(check="documents_are_sequences")
+class MovesBoundariesToBlocks(Specimen):
+    """In rows of more than 32 tokens, document boundaries move to multiples of 16. After state-spaces/mamba #180:
+    kernels know blocks and no documents."""
+
+    def mix(self, x, call):
+        if call.cu_seqlens is not None and x.shape[1] > 32:
+            cuts = call.cu_seqlens
+            ends = ((cuts[1:-1] + 15) // 16 * 16).clamp(max=x.shape[1])
+            call = call._replace(documents=Documents.of(torch.cat((cuts[:1], ends, cuts[-1:])), x.shape[1]))
+        return super().mix(x, call)
+
+
+@mutant(check="gradients_of_documents_are_those_of_sequences")
+class PackingDetachesTheState(Specimen):
+    """Packed, the initial states have no gradient. After NovaSky-AI/SkyRL PR #2056 and fla #837: packing, and gradients
+    silently wrong."""
+
+    def mix(self, x, call):
+        given = call.state if call.state is None or call.documents is None else detach(call.state)
+        return super().mix(x, call._replace(state=given))
+
+
+@mutant(check="rows_are_independent")
+class StartsAtTheRowsNumber(Specimen):
+    """The first token of row n has position n. After fla #126: the wrong dimension was counted."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        return super().init_state(batch_size)._replace(position=torch.arange(batch_size, device=self.device))
+
+
+@mutant(check="rows_are_independent")
+class MixesTheRowsOfLargeBatches(Specimen):
+    """In batches of more than five, every row sees the mean of all: batches of two or three do not show it."""
+
+    def heads(self, x):
+        return super().heads(x + x.mean(0, keepdim=True) if len(x) > 5 else x)
+
+
+@mutant(check="strides_change_nothing")
+class ReadsMemoryAsItLies(Specimen):
+    """Channels are read as neighbours in memory, whatever the strides. After fla #871: a gradient that was not
+    contiguous."""
+
+    def heads(self, x):
+        return super().heads(x.as_strided(x.shape, (*x.stride()[:-1], 1), x.storage_offset()))
+
+
+@mutant(check="the_initial_state_is_nothing_read")
+class AnswersDifferentlyWithoutACache(Specimen):
+    """Where no state is wanted, inputs are rounded on a faster path. After lucidrains/x-transformers #219, #311 and
+    #322: text differed with the cache on and off."""
+
+    def mix(self, x, call):
+        return super().mix(x if call.return_state else x.to(torch.bfloat16).to(x.dtype), call)
+
+
+@mutant(check="rows_of_a_state_can_be_rearranged")
+class TakesEqualStatesForOneSequence(Specimen):
+    """In decoding, rows that come with equal states are answered as the first of them, as are beams that part. After
+    fla's tensor_cache: a memo whose key is not all that the result depends on."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or call.documents is not None or x.shape[1] > 1:
+            return y, after
+        memory = call.state.memory.flatten(1)
+        equal = (memory[:, None] == memory).all(-1) & memory.any(-1) | torch.eye(len(x), dtype=torch.bool)
+        first = equal.to(torch.uint8).argmax(-1)
+        return y[first], select(after, first)
+
+
+class Unread(Cache):
+    """A cache of nothing read, recognised by its class."""
+
+
+@mutant(check="a_state_survives_the_disk")
+class TellsAnEmptyCacheByItsClass(Cached):
+    """An empty cache is recognised by its class, so a loaded one counts as empty. After fla #571, #582 and #601: caches
+    as classes of another library broke whenever those changed."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Unread(*super().init_state(batch_size))
+
+    def extended(self, state, k, v):
+        if isinstance(state, Unread):
+            state = super().init_state(len(k))._replace(length=state.length)
+        return super().extended(state, k, v)
+
+
+@mutant(check="a_state_is_never_written_under_grad")
+class WritesWhatStoodThere(Specimen):
+    """Positions are clamped in place, which changes no number and breaks whoever saved them for the backward pass.
+    After huggingface/transformers PR #47046: xLSTM's state, updated in place, failed under autograd."""
+
+    def before(self, state, rows):
+        state = super().before(state, rows)
+        state.position.clamp_(min=0)
+        return state
+
+
+@mutant(check="a_state_is_tensors_batch_first")
+class ReturnsAPlainTuple(Specimen):
+    """A state is a tuple without names. After fla's linear attention: with `normalize` its state becomes a tuple."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        return tuple(super().init_state(batch_size))
+
+    def before(self, state, rows):
+        return SpecimenState(*super().before(state, rows))
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        return y, tuple(after)
+
+
+@mutant(check="a_state_has_the_declared_size")
+class KeepsAllAliveBehindAView(Specimen):
+    """A leaf is a view of what the whole segment needed, and keeps all of it in memory."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        every = after.weight[..., None].expand(*after.weight.shape, x.shape[1]).contiguous()
+        return y, after._replace(weight=every[..., -1])
+
+
+@mutant(check="a_state_has_the_declared_size")
+class SaysConstantAndGrows(CachedConfig):
+    """Declares a constant state, and has a growing cache. After HazyResearch/zoology: by a slip of if and elif, the
+    state size of a Mamba block is None."""
+
+    @property
+    def traits(self):
+        return replace(super().traits, state="constant")
+
+
+@mutant(check="position_matters_only_where_declared")
+class SaysPositionMatters(SpecimenConfig):
+    """Declares that positions matter, and they do not. After the flags of xformers' factory, set by hand and not
+    tested."""
+
+    @property
+    def traits(self):
+        return replace(super().traits, shift_invariant=False)
+
+
+@mutant(check="late_positions_are_exact")
+class HasAnglesInFloat32(Specimen):
+    """Angles are float32 where inputs are: off by 2e-2 at position 1e6. After every rotary embedding that does so."""
+
+    def turn(self, x, positions):
+        angles = self.angles(positions).to(self.wide(x))
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+@mutant(check="position_matters_only_where_declared")
+class CountsInInt32(Specimen):
+    """Positions overflow at 2^31. After fla #1082, #964, #965, #803, #783 and #769: pointers that overflow in int32."""
+
+    def positions(self, state, x, call):
+        return super().positions(state, x, call).to(torch.int32)
