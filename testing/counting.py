@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.flops
 
 
+@cache
+def _is_composite(op: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
 class _Counter(TorchDispatchMode):
     """torch's formulas, summed over all ops that run; torch's own counter also keeps a tally by module, which costs
     three times as much as what it counts here."""
@@ -44,6 +50,9 @@ class _Counter(TorchDispatchMode):
         if body := self.bodies.get(packet):
             with self:
                 return body(*args, **kwargs)
+        if packet not in flop_registry and _is_composite(func):  # a body runs below autograd, which would decompose it
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if packet is torch.ops.aten.baddbmm_:  # torch counts baddbmm, but not in place
             self.flops += 2 * math.prod(args[1].shape) * args[2].shape[-1]

@@ -186,7 +186,7 @@ class TakesEqualStatesForOneSequence(Specimen):
 
 
 class Unread(Cache):
-    """A cache of nothing read, recognised by its class."""
+    """An empty cache, recognised by its class."""
 
 
 @mutant(check="a_state_survives_the_disk")

@@ -23,28 +23,21 @@ from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
 
 
 class SpecimenConfig(MixerConfig):
-    """Retention whose decay depends on the token, with a denominator."""
-
     kind: Literal["specimen"] = "specimen"
     n_heads: int = Field(default=2, gt=0)
-    """Heads."""
     denominator: bool = True
     """Whether outputs are divided by the sum of what decays have left of every token's 1."""
     chunk_size: int = Field(default=4, gt=0)
     """Chunk length in tokens; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
-    """The paradigm of training and evaluation."""
 
     layer: ClassVar[type["Specimen"]]
-    """What is built."""
 
     @property
     def traits(self) -> Traits:
-        """All paradigms; the rotation sees distances alone."""
         return Traits(paradigms=frozenset(Paradigm), state="constant", packing=True, shift_invariant=True)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Specimen":
-        """Build the layer."""
         if d_model % (2 * self.n_heads):
             raise ContractError(f"{self.n_heads} heads of even width do not divide d_model = {d_model}")
         return self.layer(self, d_model)
@@ -58,12 +51,9 @@ class SpecimenState(NamedTuple):
     weight: Float[Tensor, "B H"]
     """z."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
 
 
 class Specimen(SequenceMixer[SpecimenState]):
-    """The layer of `SpecimenConfig`."""
-
     def __init__(self, config: SpecimenConfig, d_model: int) -> None:
         super().__init__(config)
         self.config = config
@@ -94,8 +84,6 @@ class Specimen(SequenceMixer[SpecimenState]):
         pairs = whole * size**2 + ragged**2
         # scores and their product with the values; the state is read, and written
         return 2 * length * weights + self.config.n_heads * 4 * (pairs * self.width + length * self.width**2)
-
-    # ---- what a call does
 
     def mix(self, x, call):
         packed = None if call.documents is None else call.documents.of_token
@@ -128,8 +116,6 @@ class Specimen(SequenceMixer[SpecimenState]):
         """Of every token what its own document's row has, [1 H T ...]."""
         return x.transpose(1, 2)[packed, torch.arange(len(packed), device=packed.device)].transpose(0, 1)[None]
 
-    # ---- what goes in
-
     def heads(self, x):
         """Queries with keys [B 2H T K], values [B H T V] and log-decays [B H T]."""
         qkv = self.in_proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
@@ -160,15 +146,10 @@ class Specimen(SequenceMixer[SpecimenState]):
     def advanced(self, state, x, call):
         return call.advance(x, state.position)
 
-    # ---- the map, in three ways: (q S, z) for every token, then S and z after the last
-
     def attend(self, paradigm, tokens, state):
-        way = {
-            Paradigm.PARALLEL: self.parallel,
-            Paradigm.RECURRENT: self.recurrent,
-            Paradigm.CHUNKWISE: self.chunkwise,
-        }
-        return way[paradigm](tokens, state.memory, state.weight)
+        compute = self.parallel if paradigm is Paradigm.PARALLEL else self.chunkwise
+        compute = self.recurrent if paradigm is Paradigm.RECURRENT else compute
+        return compute(tokens, state.memory, state.weight)
 
     def parallel(self, tokens, memory, weight):
         """All pairs of tokens at once."""
@@ -217,22 +198,16 @@ SpecimenConfig.layer = Specimen
 
 
 class CachedConfig(MixerConfig):
-    """Softmax attention of one head, without positions."""
-
     kind: Literal["cached"] = "cached"
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """The only one."""
 
     layer: ClassVar[type["Cached"]]
-    """What is built."""
 
     @property
     def traits(self) -> Traits:
-        """One paradigm, and a state that grows."""
         return Traits(paradigms=frozenset([Paradigm.PARALLEL]), state="growing", packing=False, shift_invariant=True)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Cached":
-        """Build the layer."""
         return self.layer(self, d_model)
 
 
@@ -242,12 +217,9 @@ class Cache(NamedTuple):
     keys: Float[Tensor, "B S D"]
     values: Float[Tensor, "B S D"]
     length: Int[Tensor, " B"]
-    """Tokens processed."""
 
 
 class Cached(SequenceMixer[Cache]):
-    """The layer of `CachedConfig`."""
-
     def __init__(self, config: CachedConfig, d_model: int) -> None:
         super().__init__(config)
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
