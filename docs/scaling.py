@@ -1,6 +1,6 @@
 """Write what docs/how-to/multi-gpu.md and docs/appendix/estimates.md compute: `python docs/scaling.py`.
 
-What a context sends is counted in a layer of each tiny preset, on tensors without memory. Memory, traffic and time of
+What context parallelism sends is counted in a layer of each tiny preset, on meta tensors. Memory, traffic and time of
 the large model follow from `seqmix.account` by the formulas of the page.
 """
 
