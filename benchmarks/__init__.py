@@ -4,7 +4,7 @@ measure, machine, products   interleaved times; what the machine can do; the pro
 suite                        one benchmark: implementations warm, measured, and what they are shares of
 op, models                   the benchmarks: of an op; of whole models that are trained, read and decode
 learn                        what small models reach on a text, and in what time
-peers/                       the models: ours, the same written by hand, and a file for each other project
+peers/                       the models: ours, the same hand-written, and a file for each other project
 report                       a table's cells, JSON, Markdown, plot
 gpu                          all that needs a GPU, in one go
 """

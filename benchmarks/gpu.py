@@ -4,7 +4,7 @@
 
 Every part runs in a process of its own with a time limit, and its figures are written when it ends: a crash, or memory
 that runs out, loses nothing else. Parts whose figures lie in DIR already are not run again. DIR/gpu.json and
-DIR/gpu.md are written anew after each part.
+DIR/gpu.md are rewritten after each part.
 """
 
 import json
@@ -130,7 +130,7 @@ def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
 
 
 def measure(
-    parts: Sequence[Part], out: Path, runner: Callable[[Part, Path], str | None], told: Callable[[str], None]
+    parts: Sequence[Part], out: Path, runner: Callable[[Part, Path], str | None], note: Callable[[str], None]
 ) -> list[Outcome]:
     """Run what has not been run, and write what there is after each part; `runner` returns what went wrong."""
     folder = out / "parts"
@@ -141,7 +141,7 @@ def measure(
         began = time.perf_counter()
         problem = part.skipped
         if problem is None and not file.exists():
-            told(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
+            note(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
             problem = runner(part, file)
             if problem is None and not part.measures:
                 file.write_text("{}\n", encoding="utf-8")  # passed

@@ -109,7 +109,7 @@ def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], o
     Args:
         changes: of the configuration, `data.paths=[text.txt]` among them.
         only: names of what is trained; all when empty.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Raises:
         SeqmixError: a change, a name or the text cannot be used.
@@ -149,6 +149,6 @@ def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], o
         rows=rows,
         notes=(
             f"{config.training.steps:,} steps of {config.training.batch_size} sequences, or five eighths of them; ms "
-            f"are of the whole training, by rounds of {TURN} steps. Nats per token of all that is held out.",
+            f"are of the whole training, by rounds of {TURN} steps. Nats per token of the whole validation split.",
         ),
     )

@@ -89,7 +89,7 @@ class Rates:
 
 
 def with_peak_memory(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """What a call returns, and bytes that it held at most beyond what was held before; None where it cannot be told.
+    """What a call returns, and bytes that it held at most beyond what was held before; None where it is unknown.
 
     On a GPU by torch's allocator; on Linux by the peak of the process's resident memory, which the kernel can reset.
     Memory that was freed is given back before: what is reused would not be counted.

@@ -81,7 +81,7 @@ def interleaved(
         repeat: rounds; in each, every call runs once.
         clock: seconds.
         synchronize: waits until the device has done what it was given.
-        on_call: told the name of each call before it runs.
+        on_call: called with the name of each call before it runs.
     """
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     for names in turns(list(calls), repeat):

@@ -40,7 +40,7 @@ def markdown(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """All figures: seconds, bytes, tokens a second, with lowest and highest."""
+    """All figures: seconds, bytes, tokens per second, with lowest and highest."""
     rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in report.rows]
     return json.dumps(asdict(report) | {"rows": rows}, indent=2) + "\n"
 

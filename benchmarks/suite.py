@@ -1,7 +1,7 @@
 """One benchmark: entries for every implementation and length, warm, interleaved, with what they are shares of.
 
 What cannot run here, does not fit, or would take too long is a row that says why; nobody's failure ends the run.
-Whether a call fits is told from the same implementation at shorter lengths.
+Whether a call fits is predicted from the same implementation at shorter lengths.
 """
 
 import math
@@ -48,7 +48,7 @@ class Settings:
     cpu_time: bool = False
     """Whether the processor's time is measured, which neighbours on a busy machine stretch least."""
     limit: float = 120.0
-    """Seconds that one call may take at most, by what is told from shorter lengths."""
+    """Seconds that one call may take at most, as predicted from shorter lengths."""
     shares: bool = True
     """Whether the machine's rates and the products alone are timed, which shares follow from."""
     rates: Rates | None = None
@@ -82,7 +82,7 @@ class Row:
     """Why there are no figures."""
     parameters: int | None = None
     tokens: int | None = None
-    """Tokens a step."""
+    """Tokens per step."""
     seconds: Spread | None = None
     """Of a step."""
     ratio: Spread | None = None
@@ -95,7 +95,7 @@ class Row:
     """Beyond what was held before the step."""
     state_bytes: int | None = None
     loss: float | None = None
-    """Nats a token of what was held out, where something was learned."""
+    """Nats per token of the validation split, where something was learned."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -163,7 +163,7 @@ class Benchmark(ABC):
 
 
 def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None) -> Report:  # noqa: ARG005
-    """Measure; `progress` is told what is being done.
+    """Measure; `progress` is called with what is being done.
 
     Raises:
         SeqmixError: there is no implementation of a name of `only`.
@@ -193,7 +193,7 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
     if seconds["product"]:
         machine["product_flops_per_second"] = rates.flops / Spread.of(seconds["product"]).median
         machine["copy_bytes_per_second"] = rates.moved / Spread.of(seconds["copy"]).median
-    told = {"model", "device", "dtype", "rates", "only"}
+    reported = {"model", "device", "dtype", "rates", "only"}
     return Report(
         benchmark=benchmark.name,
         title=benchmark.title,
@@ -202,7 +202,7 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
             "dtype": str(settings.dtype).removeprefix("torch."),
             "d_model": settings.model.d_model,
             "n_layers": settings.model.n_layers,
-            **{name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name not in told},
+            **{name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name not in reported},
         },
         rows=rows,
         notes=tuple(notes),

@@ -130,7 +130,7 @@ def bench(
         measure = partial(run, BENCHMARKS[what](settings))
     console = Console(stderr=True, markup=False)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    # seldom drawn anew: it runs beside what is measured
+    # seldom redrawn: it runs beside what is measured
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
     ) as bar:

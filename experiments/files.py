@@ -16,6 +16,6 @@ def write_file(content: str | bytes, file: Path) -> Path:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        reason = f"{file.parent} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        reason = f"{file.parent} is not a folder" if isinstance(error, FileExistsError) else error.strerror
         raise SeqmixError(f"{file} cannot be written: {reason}") from error
     return file

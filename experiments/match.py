@@ -135,7 +135,7 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
         length: tokens of a sequence.
 
     Raises:
-        MatchError: there is no such field, or it is no number; or no value comes near enough, and it says which one
+        MatchError: the field does not exist or is not a number; or no value comes near enough, and the nearest is named
             comes nearest, and how near.
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
@@ -169,7 +169,7 @@ class _Knob:
         """The field at a dotted path, where `*` stands for all keys of a mapping that have it.
 
         Raises:
-            MatchError: there is none, or it is no number.
+            MatchError: the field does not exist, or is not a number.
         """
         # a block that no layer is of costs nothing
         used = model.model_copy(update={"blocks": {name: model.blocks[name] for name in dict.fromkeys(model.layers)}})
@@ -225,7 +225,7 @@ def _number_of(owner: Config, place: tuple[str, ...]) -> type:
     for kind in (float, int):
         if kind in (annotation, *get_args(annotation)):
             return kind
-    raise MatchError(f"{'.'.join(place)} is no number that could be turned")
+    raise MatchError(f"{'.'.join(place)} is not a number that could be changed")
 
 
 # ---- the search

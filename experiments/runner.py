@@ -165,7 +165,7 @@ def make_runs(
             if problem is not None and not (outcome.stopped and process.code == STOPPED):
                 outcome.failed[process.run.name] = problem
     finally:
-        for process in running:  # a second Ctrl-C, or an error of ours
+        for process in running:  # a second Ctrl-C, or an error in this process
             process.popen.kill()
         for process in running:
             process.popen.wait()

@@ -128,7 +128,7 @@ class PaperFigure(Config):
     theirs: float
     """The paper's."""
     ours: Literal["perplexity", "validation_loss", "accuracy"] = "perplexity"
-    """What of ours stands beside it; perplexity is e to the validation loss."""
+    """Which of our measurements it is compared with; perplexity is e to the validation loss."""
 
 
 class Study(Config):

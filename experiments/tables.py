@@ -54,7 +54,7 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
         at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
         timed = {row.entry: row for row in speed.train if row.length == at}
         how = f"tokens/s: training steps at {at:,} tokens a sequence"
-        how += f", {speed.tokens:,} tokens a step at most" if speed.tokens else ""
+        how += f", {speed.tokens:,} tokens per step at most" if speed.tokens else ""
         how += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
         how += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
         return lambda row: _speed(timed.get(row.entry)), f"{how}; in brackets the lowest and the highest."

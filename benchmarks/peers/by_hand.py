@@ -44,7 +44,7 @@ def why_not(config: ModelConfig) -> str | None:
             and not block.dropout
         )
     what = "retention, an mlp with gelu, layernorm, embeddings that are not tied, no dropout"
-    return None if plain else f"only a RetNet as the paper has it is written by hand: {what}"
+    return None if plain else f"only a RetNet as the paper has it is hand-written: {what}"
 
 
 class HandWrittenLayer(nn.Module):

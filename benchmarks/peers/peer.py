@@ -1,6 +1,6 @@
 """What a model must offer to be measured, and the size that all of them have.
 
-All have the width, the layers and the vocabulary of one configuration of ours, and as many parameters: the width of
+All have the width, the layers and the vocabulary of one seqmix configuration, and as many parameters: the width of
 their feed-forward networks makes up for what their mixers have less.
 """
 
