@@ -8,7 +8,7 @@ from .differences import compared, shown
 from .figures import page
 from .files import write_file
 from .plots import Plots, said
-from .results import Machine, Results, RunResult, Statistic, SummaryRow
+from .results import Machine, Results, Statistic, SummaryRow
 from .study import shipped
 from .summary import best_first
 from .tables import Columns, filled, speed_of, state_size
@@ -54,12 +54,13 @@ def render(results: Results) -> str:
         sections=sections,
         summary=_summary(results, plots),
         notes=_notes(results),
-        skipped=_skipped(results),
+        skipped=[row for row in (*results.speed.train, *results.speed.decode) if row.skipped],
         paper=[(row.label, row.entry, f"{row.theirs:g}", _like(row.ours, row.theirs)) for row in results.paper],
         matched=[(entry.name, entry.matched) for entry in results.entries if entry.matched],
         different=[(field, *(shown(values.get(name, "")) for name in names)) for field, values in different.items()],
         same="\n".join(f"{field}: {shown(value)}" for field, value in same.items()),
-        runs=_runs(results),
+        number=number,
+        quantity=quantity,
         again={
             "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
             "learning rates": ", ".join(map(number, sorted({run.learning_rate for run in results.runs}))),
@@ -129,27 +130,6 @@ def _notes(results: Results) -> str:
     notes.append("Loss in nats per token; state is that of one sequence.")
     cell, how = speed_of(results)
     return " ".join([*notes, *([how] if any(map(cell, results.summary)) else [])])
-
-
-def _skipped(results: Results) -> list[tuple[str, str, str]]:
-    """What was not timed, and why."""
-    speed = results.speed
-    rows = [(row.entry, f"training at {row.length:,}", row.skipped) for row in speed.train if row.skipped]
-    return rows + [(row.entry, f"decoding after {row.context:,}", row.skipped) for row in speed.decode if row.skipped]
-
-
-def _runs(results: Results) -> tuple[list[str], list[tuple[Any, ...]]]:
-    columns: Columns[RunResult] = [
-        ("run", lambda run: run.name),
-        ("status", lambda run: run.status),
-        ("seed", lambda run: str(run.seed)),
-        ("learning rate", lambda run: number(run.learning_rate)),
-        ("accuracy", lambda run: "" if run.accuracy is None else f"{run.accuracy:.1%}"),
-        ("validation loss", lambda run: "" if run.validation_loss is None else f"{run.validation_loss:.4f}"),
-        ("peak memory", lambda run: quantity(run.peak_memory_bytes, "bytes")),
-        ("training time", lambda run: quantity(run.seconds, "seconds")),
-    ]
-    return filled(results.runs, columns)
 
 
 # ---- numbers in words

@@ -13,16 +13,7 @@ HERE = Path(__file__).parent
 
 
 def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **values: Any) -> str:
-    """A page.
-
-    Args:
-        figures: all that it shows.
-        template: what lays it out; it may extend page.html.
-        values: what the template shows beside them, by name.
-
-    Raises:
-        SeqmixError: what draws the figures is not installed.
-    """
+    """The page that a template lays out, which has `values` by name; a SeqmixError where Altair is not installed."""
     import jinja2  # which Altair and torch need, too
 
     charts = charts_module()

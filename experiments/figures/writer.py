@@ -35,13 +35,7 @@ def require_drawable(option: str, file: Path) -> None:
 
 
 def draw(figures: Sequence[Figure], file: Path, *, width: float = COLUMN, **values: Any) -> None:
-    """Draw figures, at least one.
-
-    Args:
-        figures: what is drawn.
-        file: where; what its name ends in says how.
-        width: inches, of a drawing.
-        values: what a page shows beside them: its title and a text.
+    """Draw at least one figure as the file's name ends; a drawing is `width` inches wide, a page shows `values` too.
 
     Raises:
         SeqmixError: what draws it is not installed, or the file cannot be written.

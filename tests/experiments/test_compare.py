@@ -18,6 +18,7 @@ import workers
 
 from seqmix.experiments import lock, runner
 from seqmix.experiments.collect import is_finished
+from seqmix.experiments.figures.libraries import PlotsMissingError
 from seqmix.experiments.lock import locked
 from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
@@ -136,6 +137,17 @@ def test_tables(made):
     assert "| entry | validation loss | seeds | learning rate | parameters | state | tokens/s |" in page
     assert "- broken-seed0 failed: step 2: the loss is nan" in page
     assert "- attention: parameters 11,344 by" in page
+
+
+def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monkeypatch):
+    def missing(*arguments):
+        raise PlotsMissingError
+
+    monkeypatch.chdir(made[0])
+    monkeypatch.setattr(runner, "write_report", missing)
+    (tmp_path / "report.html").write_text("of other results")
+    runner._write(plan(load_study(Path("small.yaml")), Path("small.yaml")), tmp_path, {})
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "runs.csv", "summary.csv", "summary.md"}
 
 
 def test_finished_runs_are_not_made_again(made, monkeypatch):
