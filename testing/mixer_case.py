@@ -62,7 +62,7 @@ class Draw:
     """One piece in so many, on average, has one of `LENGTHS` instead; 0 is none."""
     longest: int = max(LENGTHS)
     """The longest of them."""
-    fixed_tokens: int = 0
+    fixed: int = 0
     """Tokens of each in the cases that run in any case; as many as are drawn at most by default."""
     batch_size: tuple[int, int] = (1, 3)
     """Sequences, at least and at most, but for the large ones."""
@@ -78,14 +78,10 @@ class Draw:
 
     def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype."""
-        usual = Case(
-            lengths=(self.fixed_tokens or self.tokens[1],) * self.pieces[0],
-            batch_size=self.batch_size[0],
-            start=self.starts[-1],
-            seed=1,
-        )
+        lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
+        usual = Case(lengths=lengths, batch_size=self.batch_size[0], start=self.starts[-1], seed=1)
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
-        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed_tokens]
+        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed]
         if self.crowded:
             found += [replace(usual, batch_size=CROWD)]
         if len(self.dtypes) > 1:

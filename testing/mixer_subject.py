@@ -76,8 +76,6 @@ class Subject:
         """The same with mixers of its own, that have not been called."""
         return Subject(self.config, **self.arguments)
 
-    # ---- what cases are drawn from
-
     @property
     def traits(self) -> Traits:
         """Those of the mixer, with no other paradigms than those under test and the reference."""
@@ -97,8 +95,6 @@ class Subject:
             return self.mixer(options) is not None
         except BuildError:  # a case of it shows what is broken
             return True
-
-    # ---- mixers
 
     def mixer(self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> SequenceMixer | None:
         """The mixer with these options, in evaluation mode; None where they do not go together.

@@ -51,8 +51,6 @@ class Trial:
         """The paradigm that others are compared with."""
         return reference_paradigm(self.config)
 
-    # ---- tensors
-
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers, drawn in float64 on the CPU: the same on every device."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -86,8 +84,6 @@ class Trial:
     def index(self, *rows: int) -> Tensor:
         """Rows of a state, as `select` takes them."""
         return torch.tensor(rows, device=self.subject.device)
-
-    # ---- what is done with the mixer
 
     def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
         """The mixer as a function of a segment and a state."""
@@ -166,8 +162,6 @@ class Trial:
         other = other.to(self.subject.device, dtype or self.case.dtype).eval()
         other.load_state_dict(self.mixer.state_dict())
         return other
-
-    # ---- comparing
 
     def differences(self, what: str, tolerance: float = EXACT) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""

@@ -127,7 +127,9 @@ def flops_are_as_declared(trial: Trial) -> None:
         counted = []
         for wanted in (False, True):
             given = None if state is None else clone(state)
-            counted.append(count_flops(partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)))
+            with torch.no_grad():
+                call = partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)
+                counted.append(count_flops(call))
         declared = trial.mixer.flops(trial.case.length, paradigm, context)
         slack = 2 if paradigm is Paradigm.RECURRENT else 1
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are"

@@ -28,7 +28,7 @@ STEPS = 160
 
 @check(
     share=0.2,
-    draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed_tokens=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
+    draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
 )
 def low_precision_is_near_float64(trial: Trial) -> None:
     """In float32, bfloat16 and float16, output, final state and gradients are finite and near float64 on the same
@@ -147,7 +147,7 @@ def autocast_changes_only_precision(trial: Trial) -> None:
             require(gradient.isfinite().all(), f"{paradigm} under autocast: the gradient of {name} is not finite")
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 40), fixed_tokens=300, long=4, batch_size=(1, 1), dtypes=LOW))
+@check(share=0.15, draw=Draw(tokens=(1, 40), fixed=300, long=4, batch_size=(1, 1), dtypes=LOW))
 def extremes_are_finite(trial: Trial) -> None:
     """Long segments and long runs of zeros, in 16 bits too, and inputs of a thousand (so extreme gates and decays), but
     in float16, give finite results and gradients."""

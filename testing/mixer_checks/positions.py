@@ -40,9 +40,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
             require(off <= allowed, f"{paradigm}: traits.shift_invariant is True, and {later}")
 
 
-LATE = Draw(
-    tokens=(12, 24), fixed_tokens=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16)
-)
+LATE = Draw(tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16))
 
 
 @check(share=0.15, draw=LATE)
