@@ -58,18 +58,8 @@ def test_dropout_is_left_out_for_all():
 def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     monkeypatch.setattr("seqmix.benchmarks.peers.ours.compile_blocks", lambda model: 1)
-    bench(
-        "train",
-        *SMALL,
-        "--length",
-        "32",
-        "--tokens",
-        "32",
-        "--compile",
-        "--activation-checkpointing",
-        "--json",
-        "out.json",
-    )
+    options = "--length", "32", "--tokens", "32", "--compile", "--activation-checkpointing", "--json", "out.json"
+    bench("train", *SMALL, *options)
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert rows["seqmix-compiled"]["share"] is not None
     assert {"seqmix", "by-hand", "by-hand-compiled", "gpt-sdpa", "gpt-sdpa-compiled"} <= set(rows)
@@ -78,17 +68,10 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ("trian",),
-            "there is no benchmark 'trian'; benchmarks: op, train, decode, prefill, learn; did you mean",
-        ),
+        (("trian",), 'did you mean "train"'),
         (("op", "retnet-tyni"), "did you mean"),
         (("op", *SMALL, "model.d_modle=3"), "d_modle"),
-        (
-            ("op", *SMALL, "--only", "chunkwize"),
-            "there is no implementation 'chunkwize'; implementations: chunkwise, chunkwise-bfloat16, triton, parallel, "
-            'torchscale-chunkwise, torchscale-parallel, fla, sdpa, eager; did you mean "chunkwise"?',
-        ),
+        (("op", *SMALL, "--only", "chunkwize"), 'did you mean "chunkwise"'),
         (("train", *SMALL, "--only", "seqmix-compiled"), "there is no implementation 'seqmix-compiled'"),
         (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--length", str(2**30)), "--length is 1,073,741,824; allowed: from 1 to 16,777,216"),
@@ -97,10 +80,7 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("train", *SMALL, "--tokens", "-1"), "--tokens is -1; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--limit", "-1"), "--limit is -1.0; allowed: at least 0"),
         (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
-        (
-            ("op", *SMALL, "--dtype", "float23"),
-            "there is no number format 'float23'; number formats: float32, bfloat16; did you mean \"float32\"?",
-        ),
+        (("op", *SMALL, "--dtype", "float23"), 'bfloat16; did you mean "float32"'),
         (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
         (("op", "attention-tiny"), "bench op times retention, and the model's mixers are attention"),
         (("op", *SMALL, "--json", "no/such/out.json"), "no/such/out.json cannot be written: there is no folder "),

@@ -142,29 +142,29 @@ def test_patience_is_refused(planned, small):
         (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "a field of model, data or training, and steps is none"),
         (
             ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
-            "paper has a figure of 'retenton'; entries: retention; did you mean \"retention\"?",
+            "'retenton'.*\"retention\"?",
         ),
         # what would be changed twice, once in vain
         (
             ALONE + "entries: {a: {training: {learning_rate: 0.5}}}\nlearning_rates: [0.1, 0.2]\n",
-            "entries.a has a learning rate, and all entries are tried with learning_rates: leave one of them out",
+            "entries.a has a learning rate",
         ),
         (
             ALONE + "mixers: [retention]\ntraining: {learning_rate: 0.5}\nlearning_rates: [0.1, 0.2]\n",
-            "training has a learning rate, and all entries are tried with learning_rates: leave one of them out",
+            "training has a learning rate",
         ),
         (
             ALONE + "entries: {a: {set: {model.d_model: 64}}}\nvary: {model.d_model: [16, 32]}\n",
-            "vary changes model.d_model of all entries, and entries.a model.d_model of its own",
+            "entries.a model.d_model",
         ),
         (
             ALONE + "entries: {a: {model: {blocks: {ret: {mixer: {gate: none}}}}}}\nvary: {model.blocks.ret: [1]}\n",
-            "vary changes model.blocks.ret of all entries, and entries.a model.blocks.ret.mixer.gate of its own",
+            "a model.blocks.ret.mixer.gate",
         ),
         (
             ALONE + "mixers: [retention]\nvary: {model.blocks.ret.ffn.expansion: [1, 2]}\n"
             "match: {parameters: 100, knob: blocks.*.ffn.expansion}\n",
-            "vary changes model.blocks.ret.ffn.expansion, and so does the knob blocks.*.ffn.expansion of a match",
+            "knob blocks.",
         ),
         # what only a resolved entry tells
         (
@@ -172,27 +172,12 @@ def test_patience_is_refused(planned, small):
             "small.yaml: training.carry_state",
         ),
         (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
-        (
-            ALONE + "entries: {a: {model: {n_layer: 2}}}\n",
-            "small.yaml: entries.a: model.n_layer: unknown key 'n_layer'; allowed: .*",
-        ),
+        (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "entries.a: model.n_layer"),
         (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "unknown preset 'retnet-tinny'; .*\"retnet-tiny\"?"),
-        (
-            ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n",
-            "small.yaml: vary: data.sequence_lenth: unknown key 'sequence_lenth'",
-        ),
-        (
-            ALONE + "mixers: [retention]\nmatch: {parameters: other, knob: n_layers}\n",
-            "'other' is no entry (retention) and no configuration: unknown preset 'other'",
-        ),
-        (
-            ALONE + "mixers: [retention]\nmatch: {parameters: 1000000, knob: n_layer}\n",
-            "retention cannot be matched: knob n_layer: a model has no 'n_layer'; .*\"n_layers\"?",
-        ),
-        (
-            ALONE + "mixers: [retention]\nvary: {data.paths: [[a/b], [a_b]]}\n",
-            "two runs would be called retention-pathsa_b-seed0",
-        ),
+        (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "vary: data.sequence_lenth"),
+        (ALONE + "mixers: [retention]\nmatch: {parameters: other, knob: n_layers}\n", "'other'"),
+        (ALONE + "mixers: [retention]\nmatch: {parameters: 1000000, knob: n_layer}\n", "'n_layer'.*\"n_layers\"?"),
+        (ALONE + "mixers: [retention]\nvary: {data.paths: [[a/b], [a_b]]}\n", "retention-pathsa_b-seed0"),
     ],
 )
 def test_errors(written, study, said):
