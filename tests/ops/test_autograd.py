@@ -10,7 +10,6 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from seqmix.ops.autograd import Op
 from seqmix.registry import SeqmixError
@@ -112,39 +111,6 @@ def test_outputs_and_gradients_are_those_of_torchs_operations(weight, bias, cuts
     exactly(gradients((y, total), call), gradients(plain(call), call))
 
 
-@pytest.mark.parametrize(
-    ("call", "grad"),
-    [((True, True, [1, 2]), ("x", "weight", "bias")), ((False, True, None), ("bias",)), ((False, False, [1]), ())],
-    ids=str,
-)
-def test_it_passes_opcheck(call, grad):
-    weight, bias, cuts = call
-    call = toy(weight=weight, bias=bias, cuts=cuts, grad=grad)
-    passes(torch.ops.seqmix.test_toy, OP.checked(call))
-    saved, wanted = OP(toy()._replace(x=call.x))[2], [True, weight, False]
-    arguments = (None, torch.randn(2, 3).double(), *OP.checked(toy()), saved.detach(), wanted)
-    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    passes(torch.ops.seqmix.test_toy_backward, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, False)])
-def test_it_is_one_node_of_one_graph_for_all_sizes(weight, bias):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda call: OP(call)[:2], fullgraph=True, dynamic=True, backend=counter)
-    graphs = 0
-    for rows in (5, 7, 9):  # no other size: a compiler takes equal ones for one
-        call = toy(weight=weight, bias=bias, cuts=[1])
-        call = call._replace(x=torch.randn(2, rows, 4, dtype=torch.float64, requires_grad=True))
-        outputs = compiled(call)
-        exactly(outputs, plain(call))
-        exactly(gradients(outputs, call), gradients(plain(call), call))
-        graphs = graphs or counter.frame_count  # a number that is not an integer makes a compiler begin twice
-    assert counter.frame_count == graphs
-    targets = [node.target for node in counter.graphs[-1].graph.nodes if "test_toy" in str(node.target)]
-    assert targets == [torch.ops.seqmix.test_toy.default]
-
-
 def test_it_knows_whether_a_backward_pass_may_follow():
     assert [OP(toy(grad=grad))[2].numel() for grad in ((), ("x",), ("bias",))] == [0, 24, 24]
     with torch.no_grad():
@@ -187,17 +153,6 @@ def test_an_output_on_which_nothing_depends_has_no_gradient():
     before = len(SEEN)
     scaled.sum().backward()
     assert len(SEEN) == before
-
-
-def test_activations_can_be_recomputed():
-    call = toy()
-    expected = gradients(OP(call)[:2], call)
-    recomputed = checkpoint(
-        lambda *leaves: OP(call._replace(**dict(zip(Toy._fields, leaves, strict=False))))[:2],
-        *call[:3],
-        use_reentrant=False,
-    )
-    exactly(gradients(recomputed, call), expected)
 
 
 def test_second_derivatives_are_refused():

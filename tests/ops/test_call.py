@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS, Call, Paradigm
-from seqmix.ops import packing
 from seqmix.ops.context_parallel import ContextParallel
-from seqmix.ops.packing import Documents, stretches
+from seqmix.ops.packing import Documents
 from seqmix.registry import SeqmixError
 
 LENGTHS = [0, 3, 0, 1, 5]
@@ -31,15 +30,6 @@ STATE = State(torch.zeros(5, 2), torch.tensor([0, 7, 1, 2, 9]))
 
 def equal(actual, expected):
     assert_close(actual, torch.tensor(expected), rtol=0, atol=0)
-
-
-def test_calls_and_documents_are_immutable():
-    call = Call.of("chunkwise", LENGTH, cu_seqlens=BOUNDARIES)
-    for value, name in ((call, "paradigm"), (call, "state"), (call.documents, "cu_seqlens"), (call.documents, "more")):
-        with pytest.raises(AttributeError):
-            setattr(value, name, None)
-    assert isinstance(call.documents.boundaries, tuple)
-    assert hash(call.paradigm) == hash(Paradigm.CHUNKWISE)
 
 
 def test_a_call_is_made_in_the_words_of_fla():
@@ -106,15 +96,6 @@ def test_positions_and_rows_are_those_of_rows_or_documents(documents, cp_group):
     equal(call.advance(x, STATE.position), [0, 10, 1, 3, 14])
 
 
-def test_known_boundaries_are_not_read_again(monkeypatch):
-    found = stretches(1, LENGTH, BOUNDARIES)
-    monkeypatch.setattr(packing, "read_boundaries", None)
-    assert stretches(1, LENGTH, BOUNDARIES, [0, 0, 3, 3, 4, 9]) == found
-    assert [stretch.stop - stretch.start for stretch in found] == LENGTHS
-    ((rows, first, last),) = stretches(2, LENGTH, None)
-    assert (rows, first, last) == (slice(0, 2), 0, LENGTH)
-
-
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_the_boundaries_of_a_packed_row_are_read_once_a_call(kind, monkeypatch):
     mixer = MIXERS.resolve(kind).example().build(12, layer_idx=0, n_layers=1)
@@ -127,22 +108,3 @@ def test_the_boundaries_of_a_packed_row_are_read_once_a_call(kind, monkeypatch):
         y.sum().backward()
         assert len(listed) == 1, paradigm
         assert listed[0] is BOUNDARIES
-
-
-def test_a_call_passes_into_a_graph_and_out_of_it(counter):
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def graph(x, state, boundaries):
-        call = Call.of("chunkwise", x.shape[1], state, True, boundaries).enter("position")
-        return call, call.positions(x, call.state), call.advance(x, call.state)
-
-    for lengths in (LENGTHS, [4, 0, 0, 5, 0], [3, 3, 3, 3, 3]):
-        boundaries, x = torch.tensor([0, *accumulate(lengths)]), torch.zeros(1, sum(lengths), 2)
-        expected = Call.of("chunkwise", sum(lengths), STATE, True, boundaries).enter("position")
-        call, positions, read = graph(x, STATE, boundaries)
-        assert type(call) is Call
-        assert type(call.documents) is Documents
-        assert call.documents.boundaries is None  # a compiler sees no numbers
-        assert_close(call.documents.of_token, expected.documents.of_token)
-        assert_close((positions, read), (expected.positions(x, STATE.position), expected.advance(x, STATE.position)))
-    assert counter.frame_count == 1

@@ -1,6 +1,5 @@
 """The decay family beside its kernel checks (test_kernels.py): groups of chunks, resets, numerics, compilers."""
 
-import math
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -41,29 +40,6 @@ def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
     assert report.passed, report
 
 
-@pytest.mark.parametrize("log_decay", DECAYS)
-@pytest.mark.parametrize("lengths", [[130, 130], [63, 0, 70]], ids=str)
-@every_paradigm
-def test_more_tokens_than_a_block_of_saved_states(paradigm, log_decay, lengths):
-    case = case_of(log_decay, lengths, packed=len(lengths) > 2, strength=0.1, chunk_size=48)
-    reproduce_kernel("gradients_are_the_definitions", reference("decay", paradigm), case)
-
-
-@pytest.mark.parametrize("log_decay", ["B T H", "B T H K"])
-@pytest.mark.parametrize("reset", [0, 3, 4, 15, 16, 19])
-@every_paradigm
-def test_nothing_is_left_of_what_is_before_a_reset(paradigm, log_decay, reset):
-    case = case_of(log_decay, [20, 20], resets=(reset,), chunk_size=20 if reset > 8 else 4)
-    inputs = {name: x.requires_grad_() for name, x in case.inputs(CPU).items()}
-    output, state = run(case, paradigm, inputs)
-    later = {name: x[:, reset:] for name, x in inputs.items() if name != "state"}
-    exactly((output[:, reset:], state), run(case, paradigm, later))
-    grads = torch.autograd.grad(output[:, reset:].sum() + state.sum(), list(inputs.values()))
-    for name, gradient in zip(inputs, grads, strict=True):
-        before = gradient if name == "state" else gradient[:, : reset + (name == "log_decay")]
-        exactly(before, torch.zeros_like(before))
-
-
 @pytest.mark.parametrize("log_decay", DECAYS[1:])
 @every_paradigm
 def test_a_reset_at_every_token_is_the_definition_and_finite(paradigm, log_decay):
@@ -71,19 +47,6 @@ def test_a_reset_at_every_token_is_the_definition_and_finite(paradigm, log_decay
         case = case_of(log_decay, [9, 9], resets=tuple(range(9)), initial_state=has_state)
         case = replace(case, grad=tuple(name for name in case.grad if has_state or name != "state"))
         reproduce_kernel("gradients_are_the_definitions", reference("decay", paradigm), case)
-
-
-@every_paradigm
-def test_a_worked_example(paradigm):
-    # gamma = 1/2:  S = 4/2 + 1, 3/2 + 2, 3.5/2 + 3
-    q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, 3, 1, 1) for x in ([1, 1, 2], [1, 2, 1], [1, 1, 3]))
-    log_decay = torch.tensor([-math.log(2)], dtype=torch.float64)
-    state = torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64)
-    output, final = decay_recurrence(
-        q, k, v, log_decay, initial_state=state, output_final_state=True, paradigm=paradigm
-    )
-    exactly(output.flatten(), torch.tensor([3, 3.5, 9.5], dtype=torch.float64))
-    exactly(final.item(), 4.75)
 
 
 @pytest.mark.parametrize(("paradigm", "length"), [(Paradigm.PARALLEL, 5), (Paradigm.RECURRENT, 1)])
@@ -148,53 +111,6 @@ def test_gradients_of_strong_decays_are_exact_for_their_size(paradigm, log_decay
     )
     errors = (actual - expected).flatten(2).norm(dim=2) / expected.flatten(2).norm(dim=2)
     assert errors.max() <= 2e-5  # of each token; measured at most 3.5e-6
-
-
-@pytest.mark.parametrize("length", [1, 9])
-@pytest.mark.parametrize("log_decay", [None, "H", "B T H K"])
-@every_paradigm
-def test_autocast_changes_nothing(paradigm, log_decay, length):
-    case = case_of(log_decay, [length], dtype=torch.float32)
-    autocast = torch.autocast("cpu", torch.bfloat16)(decay_recurrence)
-    bit_for_bit(differentiate(case, paradigm, function=autocast), differentiate(case, paradigm))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        case_of("H", [9, 9], initial_state=False, grad=("q", "k", "v", "log_decay")),
-        case_of("B T H K", [4, 0, 5], packed=True),
-        case_of("H", [1, 1]),
-    ],
-    ids=["head", "key packed", "one token"],
-)
-@every_paradigm
-def test_compiles_into_one_graph_with_gradients(paradigm, case):
-    torch._dynamo.reset()
-    compiled = torch.compile(decay_recurrence, fullgraph=True, backend="aot_eager")
-    exactly(differentiate(case, paradigm, function=compiled), differentiate(case, paradigm))
-
-
-@every_paradigm
-def test_neither_data_nor_sizes_recompile(paradigm, counter):
-    compiled = torch.compile(decay_recurrence, fullgraph=True, backend=counter)
-
-    def compare(function, lengths, seed=0):
-        case = case_of("B T H", lengths, packed=True, resets=(seed,), seed=seed)
-        inputs = case.inputs(CPU)
-        exactly(run(case, paradigm, inputs, function), run(case, paradigm, inputs))
-
-    for seed, lengths in enumerate([[4, 5, 3], [0, 12, 0], [12, 0, 0]]):
-        compare(compiled, lengths, seed)
-    assert counter.frame_count == 1
-    for length in (13, 20):
-        compare(compiled, [0, 1, length])
-    assert counter.frame_count == 2
-    # no two of the sizes are equal, which a compiler would take for one
-    dynamic = torch.compile(decay_recurrence, fullgraph=True, backend=counter, dynamic=True)
-    for documents in (6, 7, 8):
-        compare(dynamic, [1] * (documents - 1) + [25 - documents])
-    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (4, 4), (11, 4), (12, 4), (3, 8)])

@@ -1,19 +1,15 @@
 """The delta family beside its kernel checks (test_kernels.py): what it means, its numerics, compilers, refusals."""
 
-import math
 from functools import partial
 
 import pytest
 import torch
-from recurrences import CPU, INPUTS, case_of, differentiate, run
+from recurrences import CPU, case_of, run
 from torch.testing import assert_close
 
 from seqmix.ops.delta import delta_flops, delta_rule, unit_norm
-from seqmix.ops.kernels import reference
 from seqmix.ops.paradigm import Paradigm
 from seqmix.registry import SeqmixError
-from seqmix.testing import reproduce_kernel
-from seqmix.testing.counting import count_flops
 from seqmix.testing.kernel_families import DeltaCase
 
 PARADIGMS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
@@ -21,27 +17,6 @@ case_of = partial(case_of, kind=DeltaCase, strength=0.3, rate=2.0)  # betas from
 every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
 every_decay = pytest.mark.parametrize("log_decay", [None, "H", "B T H"])
 exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
-
-
-@every_paradigm
-@every_decay
-@pytest.mark.parametrize("lengths", [[130, 130], [63, 0, 70]], ids=str)
-def test_more_tokens_than_a_block_of_saved_states(paradigm, log_decay, lengths):
-    case = case_of(log_decay, lengths, packed=len(lengths) > 2, n_heads=1, chunk_size=48)
-    reproduce_kernel("gradients_are_the_definitions", reference("delta", paradigm), case)
-
-
-@every_paradigm
-def test_a_worked_example(paradigm):
-    # the state decays to 1/2, then half of the error is written: 4/2 + (3 - 2)/2, 2.5/2 + (1 - 1.25)/2
-    q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, 2, 1, 1) for x in ([1, 2], [1, 1], [3, 1]))
-    beta, log_decay = torch.full((1, 2, 1), 0.5), torch.tensor([-math.log(2)], dtype=torch.float64)
-    state = torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64)
-    output, final = delta_rule(
-        q, k, v, beta, log_decay, initial_state=state, output_final_state=True, paradigm=paradigm
-    )
-    exactly(output.flatten(), torch.tensor([2.5, 2.25], dtype=torch.float64))
-    exactly(final.item(), 1.125)
 
 
 @every_paradigm
@@ -55,29 +30,6 @@ def test_what_was_written_is_read_and_replaced(paradigm):
     exactly(state[0, 0], values[[0, 5, 2, 3]])
 
 
-def test_all_tokens_at_once_are_a_triangular_inverse():
-    # what the module says of the parallel form: one chunk is one
-    inputs = case_of(None, [9, 9]).inputs(CPU)
-    q, k, v, b = (x.transpose(1, 2) for x in (*(inputs[name] for name in "qkv"), inputs["beta"][..., None]))
-    written = torch.linalg.inv(torch.eye(9) + (b * k @ k.mT).tril(-1)) @ (b * v)
-    expected = 0.7 * ((q @ k.mT).tril() @ written).transpose(1, 2)
-    exactly(delta_rule(*(inputs[name] for name in INPUTS[:4]), None, scale=0.7).output, expected)
-
-
-@every_paradigm
-@pytest.mark.parametrize("reset", [0, 3, 4, 15])
-def test_nothing_is_left_of_what_is_before_a_reset(paradigm, reset):
-    case = case_of("B T H", [20, 20], resets=(reset,), chunk_size=20 if reset > 8 else 4)
-    inputs = {name: x.requires_grad_() for name, x in case.inputs(CPU).items()}
-    output, state = run(case, paradigm, inputs)
-    later = {name: x[:, reset:] for name, x in inputs.items() if name != "state"}
-    exactly((output[:, reset:], state), run(case, paradigm, later))
-    gradients = torch.autograd.grad(output[:, reset:].sum(), list(inputs.values()))
-    for name, gradient in zip(inputs, gradients, strict=True):
-        before = gradient if name == "state" else gradient[:, :reset]
-        exactly(before, torch.zeros_like(before))
-
-
 @every_paradigm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_of_one_direction_are_well_behaved(paradigm, dtype):
@@ -89,62 +41,6 @@ def test_keys_of_one_direction_are_well_behaved(paradigm, dtype):
     for actual, expected in zip(run(case, paradigm, inputs), exact, strict=True):
         error = (actual.double() - expected).norm() / expected.norm()
         assert error <= (1e-4 if dtype == torch.float32 or actual.dtype == torch.float32 else 3e-3)
-
-
-@every_paradigm
-@pytest.mark.parametrize("length", [1, 9])
-def test_autocast_changes_nothing(paradigm, length):
-    case = case_of("B T H", [length], dtype=torch.float32)
-    plain = run(case, paradigm, case.inputs(CPU))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_close(run(case, paradigm, case.inputs(CPU)), plain, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("lengths", [[17, 17], [5, 0, 1, 11], [1, 1]], ids=str)
-@every_paradigm
-def test_compiles_into_one_graph_with_gradients(paradigm, lengths):
-    torch._dynamo.reset()
-    case = case_of("B T H", lengths, packed=len(lengths) > 2)
-    function = torch.compile(delta_rule, fullgraph=True, backend="aot_eager")
-    exactly(differentiate(case, paradigm, function=function), differentiate(case, paradigm))
-
-
-@every_paradigm
-def test_neither_data_nor_sizes_recompile(paradigm, counter):
-    compiled = torch.compile(delta_rule, fullgraph=True, backend=counter)
-
-    def compare(function, lengths):
-        case = case_of("B T H", lengths, packed=True)
-        exactly(run(case, paradigm, case.inputs(CPU), function), run(case, paradigm, case.inputs(CPU)))
-
-    for lengths in ([4, 5, 3], [0, 12, 0]):
-        compare(compiled, lengths)
-    assert counter.frame_count == 1
-    for length in (13, 20):
-        compare(compiled, [0, 1, length])
-    assert counter.frame_count == 2
-    # no two of the sizes are equal, which a compiler would take for one
-    dynamic = torch.compile(delta_rule, fullgraph=True, backend=counter, dynamic=True)
-    for documents in (6, 7, 8):
-        compare(dynamic, [1] * (documents - 1) + [25 - documents])
-    assert counter.frame_count == 3
-
-
-@pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (4, 4), (11, 4), (12, 4), (3, 8)])
-@pytest.mark.parametrize("context", [0, 5])
-@every_paradigm
-def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
-    sizes = {"n_heads": 3, "key_width": 4, "value_width": 6, "chunk_size": chunk_size, "initial_state": bool(context)}
-    case = case_of("H", [length] * 2, final_state=False, **sizes)
-    counted = count_flops(lambda: run(case, paradigm, case.inputs(CPU))) // (2 * 3)  # rows and heads
-    declared = delta_flops(paradigm, length, 4, 6, chunk_size=chunk_size, context=context)
-    if paradigm is Paradigm.CHUNKWISE:
-        assert counted == declared
-        return
-    # outer products are done as elementwise ones; the loop reads a state of zeros too
-    reads = length if context or length > 1 else 0
-    assert counted == (length + reads) * 2 * 4 * 6
-    assert declared == counted + (length - (reads > 0 and not context)) * 2 * 4 * 6
 
 
 def test_keys_are_made_of_norm_one_and_zeros_stay_zeros():

@@ -4,7 +4,6 @@ xformers' kernels need a GPU. Elsewhere dense attention by its own masks stands 
 them and back is tested.
 """
 
-import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -193,51 +192,11 @@ def test_flex_says_what_it_does_not_take():
         by_flex(*arguments, **options)
 
 
-def test_flex_on_a_cpu_is_without_backward_in_torch_too():
-    # once torch has one, a limit can go
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q = torch.randn(1, 1, 4, 16, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="CPU"):
-        flex_attention(q, q, q)
-
-
 def test_a_higher_order_op_skips_opcheck():
     flex = find("softmax", Paradigm.PARALLEL, "flex")
     (outcome,) = check_kernel(flex, checks=["dispatched_ops_pass_opcheck"]).outcomes
     assert outcome.status is Status.SKIPPED
     assert "higher-order" in outcome.reason
-
-
-@needs_xformers
-@given(segments(st.integers(1, 12)))
-@settings(max_examples=100, deadline=None)
-def test_xformers_masks_are_what_is_seen(drawn):
-    options, window = drawn
-    (q, k, v), given_ = inputs(**options, width=1)
-    cache, boundaries = given_["initial_state"], given_["cu_seqlens"]
-    offer = offer_of(k, v, cache, Documents.of(boundaries, k.shape[1]))
-    rows, length, offered = q.shape[0], q.shape[1], offer.keys.shape[1]
-    found = softmax_xformers.plan(
-        rows,
-        length,
-        None if cache is None else cache.length.tolist(),
-        None if boundaries is None else boundaries.tolist(),
-        capacity=options.get("capacity", 0),
-        ring=options.get("ring", False),
-        window=window,
-    )
-    mask = softmax_xformers.bias(found.queries, found.keys, window, apart=found.apart, device=CPU)
-    assert 0 not in found.queries
-    # every query of the batch against every key offered to it
-    expected = torch.block_diag(*seen(offer, length, window).expand(rows, -1, -1)).bool()
-    shape = (sum(found.queries), sum(found.keys)) if found.apart else (length, found.keys[0])
-    dense = mask.materialize(shape) > -math.inf
-    if not found.apart:
-        dense = torch.block_diag(*dense.expand(rows, -1, -1)).bool()
-    chosen = torch.arange(rows * offered) if found.chosen is None else found.chosen
-    actual = torch.zeros_like(expected).index_copy(1, chosen, dense)
-    assert_close(actual, expected)
 
 
 def test_only_what_a_query_can_see_is_gathered():
@@ -305,6 +264,7 @@ def standing_in(monkeypatch):
 def test_the_whole_kernel_but_for_xformers_own_is_the_definition(standing_in):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
     checks += ["inputs_are_left_alone", "what_is_not_taken_is_refused", "tangents_are_right_or_refused"]
+    checks += ["dispatched_ops_pass_opcheck"]
     report = check_kernel(standing_in, checks=checks, examples=60, shrink=False)
     assert [outcome.status for outcome in report.outcomes] == [Status.PASSED] * len(checks), report
 
@@ -337,18 +297,6 @@ def test_what_xformers_cannot_load_is_copied():
     for given_ in (x.mT, odd[..., :8], torch.zeros(193)[1:].view(2, 3, 4, 8)):
         assert readable(given_).is_contiguous()
         assert readable(given_) is not given_
-
-
-@needs_xformers
-def test_the_op_passes_opcheck(standing_in):
-    (q, k, v), options = inputs([3, 0, 4], packed=True, reads=[2, 1, 5], capacity=5, grad=True)
-    documents = Documents.of(options["cu_seqlens"], k.shape[1])
-    offer = offer_of(k.detach(), v.detach(), options["initial_state"], documents)
-    keys, values = (x.detach().requires_grad_() for x in (offer.keys, offer.values))
-    read, cu_seqlens = options["initial_state"].length, options["cu_seqlens"]
-    for boundaries in (None, cu_seqlens.tolist()):
-        arguments = (q, keys, values, read, cu_seqlens, boundaries, 5, False, 2, 0.3)
-        torch.library.opcheck(torch.ops.seqmix.softmax_xformers.default, arguments)
 
 
 def test_xformers_says_what_it_does_not_take(monkeypatch):

@@ -208,24 +208,6 @@ def tokens(decay, length=64, widths=(20, 40), heads=2, batch=2):
 
 
 @runs
-@pytest.mark.parametrize("decay", DECAYS)
-def test_steps_are_the_recurrence(decay):
-    q, k, v, a, state = tokens(decay, length=12)
-    if a is not None and a.ndim > 1:
-        a[1, 10] = -math.inf
-    wide = [None if x is None else x.double() for x in (q, k, v, a)]
-    expected, final = decay_recurrent(*wide, initial_state=state.double(), output_final_state=True)
-    where = state.data_ptr()
-    for t in range(q.shape[1]):
-        token = slice(t, t + 1)
-        rate = a if decay in (None, "H") else a[:, token]
-        output = decay_step_triton(call_of(q[:, token], k[:, token], v[:, token], rate, state))
-        torch.testing.assert_close(output.double(), expected[:, token], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
-    assert state.data_ptr() == where
-
-
-@runs
 @torch.no_grad()
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("initial", [True, False])
@@ -414,12 +396,3 @@ def test_offsets_inside_a_chunk_fit_32_bits():
     single = farther[:, :1]
     assert readable(single, 8) is single
     assert readable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1
-
-
-@pytest.mark.parametrize("function", [decay_recurrence, decay_chunkwise_triton])
-def test_it_refuses_as_the_reference_does(function):
-    q = torch.zeros(1, 3, 1, 4)
-    with pytest.raises(SeqmixError, match=r"chunk_size .* 0"):
-        function(q, q, q, None, chunk_size=0)
-    with pytest.raises(SeqmixError, match="log_decay"):
-        function(q, q, q, torch.zeros(2))

@@ -1,0 +1,115 @@
+"""What the decay family and the delta family share beside their kernel checks (test_kernels.py)."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from recurrences import CPU, case_of, differentiate, run
+from torch.testing import assert_close
+
+from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.delta import delta_rule
+from seqmix.ops.kernels import reference
+from seqmix.ops.paradigm import Paradigm
+from seqmix.testing import reproduce_kernel
+from seqmix.testing.kernel_families import DeltaCase
+
+exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
+PARADIGMS = {"decay": list(Paradigm), "delta": [Paradigm.RECURRENT, Paradigm.CHUNKWISE]}
+every = pytest.mark.parametrize(("family", "paradigm"), [(name, by) for name in PARADIGMS for by in PARADIGMS[name]])
+
+
+def calls(*decays):
+    """Every paradigm of both families, with the log-decays that they take."""
+    found = [(name, by, decay) for name in PARADIGMS for by in PARADIGMS[name] for decay in decays]
+    found = [call for call in found if (call[0], call[2]) != ("delta", "B T H K")]
+    return pytest.mark.parametrize(("family", "paradigm", "log_decay"), found)
+
+
+def make(family, log_decay, lengths, **fields):
+    if family == "delta":
+        fields = {"kind": DeltaCase, "strength": 0.3, "rate": 2.0} | fields  # betas from 0 to 2
+    return case_of(log_decay, lengths, packed=len(lengths) > 2, **fields)
+
+
+def op_of(family):
+    return decay_recurrence if family == "decay" else delta_rule
+
+
+@calls(None, "H", "B T H", "B T H K")
+@pytest.mark.parametrize("lengths", [[130, 130], [63, 0, 70]], ids=str)
+def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, lengths):
+    sizes = {"strength": 0.1} if family == "decay" else {"n_heads": 1}
+    case = make(family, log_decay, lengths, chunk_size=48, **sizes)
+    reproduce_kernel("gradients_are_the_definitions", reference(family, paradigm), case)
+
+
+@every
+def test_a_worked_example(family, paradigm):
+    """gamma = 1/2, from a state of 4; the delta rule with beta = 1/2 writes half of its error."""
+    steps = {
+        "decay": ([1, 1, 2], [1, 2, 1], [1, 1, 3], [3, 3.5, 9.5], 4.75),  # 4/2 + 1, 3/2 + 2, 3.5/2 + 3
+        "delta": ([1, 2], [1, 1], [3, 1], [2.5, 2.25], 1.125),  # 4/2 + (3 - 2)/2, 2.5/2 + (1 - 1.25)/2
+    }
+    *qkv, expected, last = steps[family]
+    q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, -1, 1, 1) for x in qkv)
+    options = {"initial_state": torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64), "output_final_state": True}
+    options |= {} if family == "decay" else {"beta": torch.full((1, 2, 1), 0.5)}
+    log_decay = torch.tensor([-math.log(2)], dtype=torch.float64)
+    output, final = op_of(family)(q, k, v, log_decay=log_decay, paradigm=paradigm, **options)
+    exactly(output.flatten(), torch.tensor(expected, dtype=torch.float64))
+    exactly(final.item(), last)
+
+
+@calls("B T H", "B T H K")
+@pytest.mark.parametrize("reset", [0, 3, 4, 15, 16, 19])
+def test_nothing_is_left_of_what_is_before_a_reset(family, paradigm, log_decay, reset):
+    case = make(family, log_decay, [20, 20], resets=(reset,), chunk_size=20 if reset > 8 else 4)
+    inputs = {name: x.requires_grad_() for name, x in case.inputs(CPU).items()}
+    output, state = run(case, paradigm, inputs)
+    later = {name: x[:, reset:] for name, x in inputs.items() if name != "state"}
+    exactly((output[:, reset:], state), run(case, paradigm, later))
+    gradients = torch.autograd.grad(output[:, reset:].sum() + state.sum(), list(inputs.values()))
+    for name, gradient in zip(inputs, gradients, strict=True):
+        before = gradient if name == "state" else gradient[:, : reset + (name == "log_decay")]
+        exactly(before, torch.zeros_like(before))
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@calls(None, "H", "B T H", "B T H K")
+def test_autocast_changes_nothing(family, paradigm, log_decay, length):
+    case = make(family, log_decay, [length], dtype=torch.float32)
+    autocast = torch.autocast("cpu", torch.bfloat16)(op_of(family))
+    assert_close(differentiate(case, paradigm, function=autocast), differentiate(case, paradigm), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [4, 0, 5], [1, 1]], ids=str)
+@calls("H", "B T H K", "B T H")
+def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, lengths):
+    torch._dynamo.reset()
+    case = make(family, log_decay, lengths)
+    compiled = torch.compile(op_of(family), fullgraph=True, backend="aot_eager")
+    exactly(differentiate(case, paradigm, function=compiled), differentiate(case, paradigm))
+
+
+@every
+def test_neither_data_nor_sizes_recompile(family, paradigm, counter):
+    compiled = torch.compile(op_of(family), fullgraph=True, backend=counter)
+
+    def compare(function, lengths, seed=0):
+        case = make(family, "B T H", lengths, resets=(seed,), seed=seed)
+        inputs = case.inputs(CPU)
+        exactly(run(case, paradigm, inputs, function), run(case, paradigm, inputs))
+
+    for seed, lengths in enumerate([[4, 5, 3], [0, 12, 0], [12, 0, 0]]):
+        compare(compiled, lengths, seed)
+    assert counter.frame_count == 1
+    for length in (13, 20):
+        compare(compiled, [0, 1, length])
+    assert counter.frame_count == 2
+    # no two of the sizes are equal, which a compiler would take for one
+    dynamic = torch.compile(op_of(family), fullgraph=True, backend=counter, dynamic=True)
+    for documents in (6, 7, 8):
+        compare(dynamic, [1] * (documents - 1) + [25 - documents])
+    assert counter.frame_count == 3
