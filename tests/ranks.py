@@ -261,18 +261,10 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
 
 
 SMALL = (
-    "model.d_model=16",
-    "model.n_layers=2",
-    "model.pattern=[ret, attn]",
-    "data.sequence_length=16",
-    "training.steps=6",
-    "training.batch_size=8",
-    "training.warmup_steps=2",
-    "training.evaluate_every=3",
-    "training.evaluation_batches=2",
-    "training.final_evaluation_batches=null",
-    "training.checkpoint_every=100",
-    "training.log_every=1",
+    *("model.d_model=16", "model.n_layers=2", "model.pattern=[ret, attn]", "data.sequence_length=16"),
+    *("training.steps=6", "training.batch_size=8", "training.warmup_steps=2", "training.evaluate_every=3"),
+    *("training.evaluation_batches=2", "training.final_evaluation_batches=null"),
+    *("training.checkpoint_every=100", "training.log_every=1"),
 )
 
 

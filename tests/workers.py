@@ -21,12 +21,6 @@ def command(*arguments: str) -> None:
     main()
 
 
-def command_heard(errors: str, *arguments: str) -> None:
-    """The same, with stderr in a file."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    command(*arguments)
-
-
 def command_of_rank(rank: int, size: int, port: int, *arguments: str) -> None:
     """The same as one of several processes, as torchrun starts them."""
     os.environ |= {

@@ -18,10 +18,6 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
         ({"schedule": "wsd"}, "decay_steps"),
         ({"schedule": "cosine", "decay_steps": 5}, "decay_steps .*wsd.*cosine"),
         ({"schedule": "wsd", "decay_steps": 95, "warmup_steps": 10}, "decay_steps .*10 \\+ 95 .*100"),
-        ({"betas": (0.9, 1.0)}, "betas.1\n"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"clip_norm": 0.0}, "clip_norm"),
-        ({"precision": "float16"}, "precision"),
     ],
     ids=str,
 )
@@ -30,27 +26,10 @@ def test_invalid_training_is_refused(fields, named):
         TrainingConfig(**TRAINING | fields)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"validation_fraction": 1.0},
-        {"split": "random"},
-        {"paths": ()},
-        {"paths": "a"},
-        {"glob": ""},
-        {"glob": "/etc/*"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)
 def test_invalid_data_is_refused(fields):
     with pytest.raises(ValidationError, match=next(iter(fields))):
         TextConfig(**fields)
-
-
-@pytest.mark.parametrize("change", [f"seed={seed}" for seed in ("-1", "1.5", "true", "2**31", "2147483648")])
-def test_a_seed_is_a_number_from_0(change):
-    with pytest.raises(ConfigError, match="seed"):
-        load_config("retnet-tiny", [change])
 
 
 def test_the_vocabulary_holds_all_bytes():

@@ -10,10 +10,11 @@ import torch
 from runs import DROPOUT, checkpoint_bytes, contents, metrics, refusal, require_same_run, run_of, stopped
 from safetensors.torch import load_file
 
+import seqmix
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
 from seqmix.data import TextConfig
 from seqmix.training import TrainingError, read_config
-from seqmix.training.checkpoint import Best, checkpoints, find, read_manifest, step_of
+from seqmix.training.checkpoint import checkpoints, read_manifest, step_of
 from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from seqmix.training.metrics import Measured
 from seqmix.training.optim import build_optimizer
@@ -283,16 +284,6 @@ def test_a_run_that_does_not_improve_stops(config_of, tmp_path, losses_are):
     assert run_of(config_of(*EARLY), tmp_path / "other", resume=True)[-1] == StoppedEarly(4, 2, 3)
 
 
-@pytest.mark.parametrize(("keep_best", "left"), [("true", [2, 4]), ("false", [4])])
-def test_the_best_step_is_retained_and_found(config_of, tmp_path, losses_are, keep_best, left):
-    losses_are(3, 2, 2.5, 2.7)
-    every = ("training.evaluate_every=1", "training.checkpoint_every=1", "training.keep_checkpoints=1")
-    run_of(config_of(*every, "training.steps=4", f"training.keep_best={keep_best}"), tmp_path / "run")
-    assert [step_of(folder) for folder in checkpoints(tmp_path / "run")] == left
-    assert find(tmp_path / "run", "best").manifest.step == left[0]
-    assert find(tmp_path / "run").manifest.best == Best(loss=2, step=2, evaluations_since=2)
-
-
 def notes(config: RunConfig, run) -> list[str]:
     """What is noted where a run is resumed."""
     return [event.text for event in of(Noted, run_of(config, run, resume=True))]
@@ -309,6 +300,10 @@ def test_a_resumed_run_notes_what_else_computed_it(config_of, tmp_path):
     assert re.search(rf"threads {threads} .*{threads + 1}", note)
     sessions = [json.loads(line) for line in (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()]
     assert [(session["step"], session["threads"]) for session in sessions] == [(0, threads), (1, threads + 1)]
+    for session in sessions:
+        assert (session["seed"], session["device"], session["precision"]) == (0, "cpu", "float32")
+        assert (session["seqmix"], session["torch"]) == (seqmix.__version__, torch.__version__)
+        assert all(session[name] for name in ("time", "python", "processor", "cores", "system"))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(config_of, tmp_path, whole):
