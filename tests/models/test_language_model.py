@@ -126,14 +126,6 @@ def test_only_the_selected_logits_are_computed(model_of):
     same_state(model(x, return_state=True, select=rows).state, model(x, return_state=True).state)
 
 
-def test_every_parameter_has_a_gradient(model_of):
-    model = model_of(*HYBRID).train()
-    x = tokens(batch_size=2)
-    F.cross_entropy(model(x).logits.flatten(0, 1), x.roll(-1, dims=1).flatten()).backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
-
-
 def test_dropout_thins_the_embedding_in_training_alone(model_of):
     model, plain, x = model_of("retention", dropout=0.5), model_of("retention"), tokens(64, batch_size=8)
     assert torch.equal(model(x).logits, plain(x).logits)
