@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import losses, refusal, run_of, stopped
 from streams import training_batch
-from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from seqmix import ConfigError, build_model, train
+from seqmix import ConfigError, build_model
 from seqmix.data import Batch, Stream, most_documents, pack, read_corpus
 from seqmix.models import IGNORED
-from seqmix.training.events import Evaluated, Stepped
 from seqmix.training.trainer import Trainer
 
 BEGIN = 256
@@ -152,24 +150,6 @@ def test_more_documents_than_the_bound_are_never_left_out():
     assert pack(batch, 2, BEGIN).cu_seqlens.tolist() == [0, 2, 4]
     with pytest.raises(RuntimeError, match="more documents"):
         pack(batch, 1, BEGIN)
-
-
-@pytest.mark.slow
-def test_packed_shapes_are_compiled_once(packed_config, tmp_path, monkeypatch):
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))
-    pattern = ("model.pattern=[ret, attn]", "model.blocks.ret.ffn=null", "model.blocks.attn.ffn=null")
-    config = packed_config("training.compile=true", *pattern, preset="hybrid-tiny")
-    graphs = [
-        counters["stats"]["unique_graphs"]
-        for event in train(config, tmp_path / "run")
-        if isinstance(event, Stepped | Evaluated)
-    ]
-    assert graphs[0] == 2  # one per kind
-    assert graphs[-1] == graphs[2] <= 4
-    torch._dynamo.reset()
 
 
 def test_a_mixer_that_does_not_declare_packing_is_refused(packed_config, monkeypatch):
