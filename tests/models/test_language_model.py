@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqmix import ContractError, Paradigm, Traits
-from seqmix.mixers.parts import MatrixState
 from seqmix.mixers.state import to_dict
-from seqmix.ops.softmax.cache import GrowingCache
 
 HYBRID = ("retention", "attention", "linear_attention")
 LENGTH = 13
@@ -38,14 +36,6 @@ def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
     for block in model.blocks:
         hidden, _ = block(hidden)
     exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
-
-
-def test_the_state_of_a_hybrid_is_a_tuple_with_one_entry_per_layer(model_of):
-    model = model_of("retention", "attention")
-    assert model(tokens()).state is None
-    for state in (model(tokens(), return_state=True).state, model.init_state(1)):
-        assert type(state) is tuple
-        assert [type(entry) for entry in state] == [MatrixState, GrowingCache]
 
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))

@@ -139,10 +139,3 @@ def test_what_does_not_exist_is_refused():
         check_kernel(replace(REFERENCE, op="hyena"))
     with pytest.raises(ValueError, match="outputs_are_the_definitions"):
         kernel_check(share=1)(KERNEL_CHECKS["outputs_are_the_definitions"].test)
-
-
-def test_every_declared_kernel_and_check_is_a_test():
-    mark = parametrize_kernels().mark
-    names = [case.id for case in mark.args[1]]
-    assert len(names) == len(KERNELS) * len(KERNEL_CHECKS)
-    assert "decay/chunkwise/reference-gradients_are_the_definitions" in names
