@@ -1,4 +1,4 @@
-"""The one value that describes a call: immutable, made once, and what is derived of boundaries is derived once."""
+"""The one value that describes a call: made once, and boundaries are read once."""
 
 import re
 from itertools import accumulate
@@ -7,11 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS, Call, Paradigm
-from seqmix.ops.context_parallel import ContextParallel
-from seqmix.ops.packing import Documents
 from seqmix.registry import SeqmixError
 
 LENGTHS = [0, 3, 0, 1, 5]
@@ -26,10 +23,6 @@ class State(NamedTuple):
 
 
 STATE = State(torch.zeros(5, 2), torch.tensor([0, 7, 1, 2, 9]))
-
-
-def equal(actual, expected):
-    assert_close(actual, torch.tensor(expected), rtol=0, atol=0)
 
 
 def test_a_call_is_made_in_the_words_of_fla():
@@ -60,40 +53,6 @@ def test_to_enter_is_to_read_one_leaf():
     assert nothing.enter("memory") is nothing
     with pytest.raises(AttributeError, match="memry"):
         call.enter("memry")
-
-
-def test_documents_are_what_their_boundaries_say():
-    documents = Documents.of(BOUNDARIES, LENGTH)
-    assert Documents.of(None, LENGTH) is None
-    assert documents.cu_seqlens is BOUNDARIES
-    assert documents.boundaries == (0, 0, 3, 3, 4, 9)
-    equal(documents.of_token, [1, 1, 1, 3, 4, 4, 4, 4, 4])
-    # one process's segment: its own tokens, and boundaries of the whole row
-    segment = Documents.of(BOUNDARIES, 3, 3, LENGTH)
-    equal(segment.of_token, [3, 4, 4])
-    assert segment.boundaries == documents.boundaries
-    with pytest.raises(SeqmixError, match=r"cu_seqlens .* 9 "):
-        Documents.of(BOUNDARIES[:-1], 3, 3, LENGTH)
-
-
-@pytest.mark.parametrize("documents", [None, Documents.of(BOUNDARIES, LENGTH)], ids=["batch", "packed"])
-@pytest.mark.parametrize("cp_group", [None, ContextParallel("no group is asked", rank=1, size=3)], ids=["alone", "cp"])
-def test_positions_and_rows_are_those_of_rows_or_documents(documents, cp_group):
-    call = Call(Paradigm.PARALLEL, documents=documents, cp_group=cp_group)
-    batch = 2 if documents is None else 1
-    x, start, size = torch.zeros(batch, LENGTH, 4), *((0, 1) if cp_group is None else (9, 3))
-    assert call.rows(batch) == (2 if documents is None else 5)
-    if documents is None:
-        equal(call.positions(x, None), [list(range(start, start + 9))])
-        equal(call.positions(x, torch.tensor([0, 4])), [[start + t + n for t in range(9)] for n in (0, 4)])
-        equal(call.advance(x, None), [9 * size] * 2)
-        equal(call.advance(x, torch.tensor([0, 4])), [9 * size, 9 * size + 4])
-        return
-    if cp_group is None:
-        equal(call.positions(x, None), [[0, 1, 2, 0, 0, 1, 2, 3, 4]])
-        equal(call.positions(x, STATE.position), [[7, 8, 9, 2, 9, 10, 11, 12, 13]])
-    equal(call.advance(x, None), LENGTHS)
-    equal(call.advance(x, STATE.position), [0, 10, 1, 3, 14])
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)

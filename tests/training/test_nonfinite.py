@@ -11,21 +11,9 @@ from seqmix.training.nonfinite import first_gradient, first_module
 ONES = torch.ones(1, 2)
 
 
-class Root(nn.Module):
-    def forward(self, x):
-        return (x - 1).sqrt(), None
-
-
 @pytest.fixture
 def heads():
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-
-
-def test_the_innermost_and_first_module_is_named():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh(), Root()), nn.Linear(2, 2))
-    assert first_module(model, lambda: model[:2](ONES)) == "1.1"  # the root of a negative number; outer ones follow
-    assert first_module(model, lambda: model[0](ONES)) is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -40,7 +28,7 @@ def test_a_parameter_of_its_own_that_is_at_fault_is_named(heads, compiled):
 
 
 def test_hooks_are_removed_also_where_the_call_fails(heads):
-    first_module(heads, lambda: heads(ONES))
+    assert first_module(heads, lambda: heads(ONES)) is None
     assert not torch.nn.modules.module._global_forward_hooks
     with pytest.raises(RuntimeError):
         first_module(heads, lambda: heads(torch.ones(1, 3)))
