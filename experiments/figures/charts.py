@@ -28,7 +28,8 @@ def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
     def scale(axis: Axis, kind: str) -> dict[str, Any]:
         if kind == "log":
             return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": 8}
-        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks, "padding": 8}
+        # padding would lead below zero
+        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks} | ({} if axis.zero else {"padding": 8})
 
     axes = {"x": figure.x, "y": figure.y}
     return {at: {kind: scale(axes[at], kind) for kind in found.kinds} for at, found in figure.scales().items()}
@@ -118,7 +119,7 @@ def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any]
 def _by_style(channel: str, names: dict[str, int], values: list[Any], *, legend: bool = True) -> Any:
     scale = alt.Scale(domain=list(names), range=values)
     kind = {"color": alt.Color, "shape": alt.Shape, "strokeDash": alt.StrokeDash}[channel]
-    shown = alt.Legend(title=None) if legend and channel == "color" and len(names) > 1 else None
+    shown = alt.Legend(title=None, symbolOpacity=1) if legend and channel == "color" and len(names) > 1 else None
     return kind("series:N", scale=scale, legend=shown)
 
 
