@@ -24,7 +24,7 @@ COMMANDS = {
     "bench-gpu": "Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
     "paper": "Reproduce claims of the RetNet paper by name.",
-    "plot": "Plot the metrics of runs: loss, learning rate, gradient norm, throughput, memory.",
+    "plot": "Draw what runs or a study measured: an interactive page, or figures for a paper.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }
