@@ -95,21 +95,18 @@ def test_what_cannot_be_reached_says_how_near_it_came():
 @pytest.mark.parametrize(
     ("knob", "said"),
     [
-        ("blocks.rat.ffn.expansion", "knob blocks.rat.ffn.expansion: blocks has no 'rat'; allowed: ret"),
-        (
-            "blocks.ret.ffn.expandion",
-            "knob blocks.ret.ffn.expandion: blocks.ret.ffn has no 'expandion'; allowed: kind, expansion, multiple_of, "
-            'activation; did you mean "expansion"?',
-        ),
-        ("blocks.ret.mixer.decay", "knob blocks.ret.mixer.decay: blocks.ret.mixer.decay is no number"),
-        ("blocks.ret", "knob blocks.ret: blocks.ret is no field"),
-        ("d_model.x", "knob d_model.x: d_model has no fields"),
+        ("blocks.rat.ffn.expansion", ("'rat'", "ret")),
+        ("blocks.ret.ffn.expandion", ("'expandion'", 'did you mean "expansion"')),
+        ("blocks.ret.mixer.decay", ("blocks.ret.mixer.decay",)),
+        ("blocks.ret", ("blocks.ret",)),
+        ("d_model.x", ("d_model",)),
     ],
 )
 def test_a_knob_that_is_none(knob, said):
     with pytest.raises(MatchError) as error:
         matched(load_config("retnet-tiny").model, "parameters", 1_000_000, knob)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(f"knob {knob}: ")
+    assert all(word in str(error.value) for word in said)
 
 
 @pytest.mark.parametrize(
