@@ -118,7 +118,7 @@ def test_a_compiling_step_is_announced(shown, monkeypatch, compiled):
     source = SimpleNamespace(name="text", summary="short", tokenizer=None)
     begun = Started(source, 9, torch.device("cpu"), torch.float32, 0)
     monkeypatch.setattr("seqmix.commands.progress.train", lambda *args, **options: iter([begun]))
-    assert ("compil" in shown(f"training.compile={compiled}")) == (compiled == "true")
+    assert ("in the first step" in shown(f"training.compile={compiled}")) == (compiled == "true")
 
 
 def test_a_run_that_stopped_early_has_ended(shown, monkeypatch):
