@@ -19,7 +19,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, account, cli, load_config
-from seqmix.testing import check_mixer
 from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,13 +138,6 @@ def test_the_readme_says_how_to_start():
         "pip install -e '.[test]' && pytest",
     ):
         assert line in text
-
-
-def test_the_mixer_of_the_readme_keeps_the_contract(folder):
-    (source,) = (block.text for block in blocks_of(ROOT / "README.md") if block.file == "average.py")
-    (folder / "average.py").write_text(source)
-    report = check_mixer(importlib.import_module("average").AverageConfig(n_heads=2), examples=30)
-    assert report.passed, report.failures[0].reason
 
 
 def test_the_lines_for_wandb_log_a_run(folder, monkeypatch):

@@ -23,6 +23,7 @@ PRESET = (
     "training.log_every=1",
 )
 # without feed-forward networks, for fewer kernels to build
+NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes minutes: --hypothesis-profile nightly")
 COMPILED = (*PRESET, "model.blocks.ret.ffn=null", "training.compile=true")
 
 
@@ -86,10 +87,9 @@ def require_uninterrupted(run: Path, other: Path) -> None:
     ("kills", "preset"),
     [
         pytest.param(5, PRESET, id="5"),
-        # ten times as often with --hypothesis-profile nightly
-        pytest.param(settings().max_examples // 10, PRESET, id="10", marks=pytest.mark.slow),
+        pytest.param(100, PRESET, id="100", marks=[pytest.mark.slow, NIGHTLY]),
         # every start compiles, or reads what was compiled
-        pytest.param(settings().max_examples // 50, COMPILED, id="compiled", marks=pytest.mark.slow),
+        pytest.param(20, COMPILED, id="compiled", marks=[pytest.mark.slow, NIGHTLY]),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(start, uninterrupted, tmp_path, kills, preset):
