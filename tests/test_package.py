@@ -6,49 +6,26 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from structure import File, House, imports
 
 import seqmix
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-NOT_SHIPPED = {"tests", "docs", "examples", "build", "dist", "runs", "site"}
-
-
-@cache
-def packages() -> dict[str, Path]:
-    """Every package of the library and its folder, as the folders have it."""
-    found = {"seqmix": ROOT}
-    for file in sorted(ROOT.rglob("__init__.py")):
-        parts = file.parent.relative_to(ROOT).parts
-        if parts and parts[0] not in NOT_SHIPPED and not any(part.startswith(".") for part in parts):
-            found[".".join(("seqmix", *parts))] = file.parent
-    return found
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the library and its file."""
-    return {
-        f"{package}.{file.stem}".removesuffix(".__init__"): file
-        for package, folder in packages().items()
-        for file in sorted(folder.glob("*.py"))
-    }
+MODULES = {file.module: file for file in House.at(ROOT).outside}
+PACKAGES = {name: ROOT / file.path.parent for name, file in MODULES.items() if file.path.name == "__init__.py"}
 
 
 def test_every_folder_is_a_package_in_the_wheel():
-    assert sorted(SETUPTOOLS["packages"]) == sorted(packages())
+    assert sorted(SETUPTOOLS["packages"]) == sorted(PACKAGES)
     assert SETUPTOOLS["package-dir"] == {"seqmix": "."}
-    for folder in {file.parent for file in ROOT.rglob("*.py")}:
-        parts = folder.relative_to(ROOT).parts
-        if parts and parts[0] not in NOT_SHIPPED and not any(part.startswith(".") for part in parts):
-            assert (folder / "__init__.py").exists(), f"{folder} has modules and is not a package"
+    for name, file in MODULES.items():
+        assert (ROOT / file.path).with_name("__init__.py").exists(), f"{name} lies in a folder that is not a package"
 
 
 def test_every_other_file_of_a_package_is_in_the_wheel():
@@ -56,10 +33,10 @@ def test_every_other_file_of_a_package_is_in_the_wheel():
         file
         for package, patterns in SETUPTOOLS["package-data"].items()
         for pattern in patterns
-        for file in packages()[package].glob(pattern)
+        for file in PACKAGES[package].glob(pattern)
     }
     assert ROOT / "py.typed" in shipped
-    for package, folder in packages().items():
+    for package, folder in PACKAGES.items():
         if package != "seqmix":  # the root holds the project's own files as well
             others = {file for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")}
             assert others <= shipped
@@ -90,7 +67,7 @@ def test_the_public_names_are_frozen():
     assert seqmix.__all__ == PUBLIC.split()
 
 
-@pytest.mark.parametrize("package", sorted(packages()))
+@pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_every_public_name_exists(package):
     module = importlib.import_module(package)
     for name in getattr(module, "__all__", []):
@@ -127,37 +104,14 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-@cache
-def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def imports(module: str, file: Path) -> Iterator[tuple[str, int]]:
-    """Full names of what a module imports anywhere in its text, in functions too, each with its line."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                full = f"{base}.{alias.name}"
-                # `from .x import y` names a module y, or a name of the module x
-                yield (full if full in modules() else base), node.lineno
-
-
 def test_every_module_has_a_floor():
-    homeless = [name for name in modules() if floor_of(name) is None and name not in ANYWHERE and name != "seqmix"]
+    homeless = [name for name in MODULES if floor_of(name) is None and name not in ANYWHERE and name != "seqmix"]
     assert not homeless, f"FLOORS lacks {homeless}"
 
 
-@pytest.mark.parametrize("module", sorted(set(modules()) - {"seqmix"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"seqmix"}))
 def test_a_floor_imports_only_floors_below_it(module):
-    for imported, line in imports(module, modules()[module]):
+    for imported, line in imports(MODULES[module], MODULES):
         if within(imported, "seqmix"):
             assert imported != "seqmix", f"{module}:{line} imports the public face"
             level = floor_of(imported)
@@ -165,13 +119,12 @@ def test_a_floor_imports_only_floors_below_it(module):
             assert level <= floor_of(module), f"{module}:{line} imports {imported}, a floor above it"
 
 
-def test_the_check_of_floors_sees_every_way_to_import(tmp_path):
-    file = tmp_path / "api.py"
-    file.write_text(
+def test_the_check_of_floors_sees_every_way_to_import():
+    text = (
         "from ..packing import x\nfrom ... import models\ndef f():\n    from ...mixers.contract import SequenceMixer\n"
         "if TYPE_CHECKING:\n    from seqmix.training.run import train\nimport seqmix.cli as cli\n"
     )
-    found = dict(imports("seqmix.ops.decay.api", file))
+    found = dict(imports(File(Path("ops/decay/api.py"), text), MODULES))
     assert found == {
         "seqmix.ops.packing": 1,
         "seqmix.models": 2,
@@ -184,9 +137,9 @@ def test_the_check_of_floors_sees_every_way_to_import(tmp_path):
     assert sorted(found, key=floor_of) == ground_up
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_library_imports_itself_relatively_and_unpickles_nothing(module):
-    for node in ast.walk(tree(modules()[module])):
+    for node in ast.walk(MODULES[module].tree):
         found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             found = [node.module]
@@ -196,13 +149,13 @@ def test_the_library_imports_itself_relatively_and_unpickles_nothing(module):
             assert ast.unparse(node.func) not in ("torch.load", "torch.save"), f"{module}:{node.lineno}"
 
 
-@pytest.mark.parametrize("module", sorted(name for name in modules() if within(name, "seqmix.ops")))
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if within(name, "seqmix.ops")))
 def test_an_op_uses_no_module(module):
-    file = modules()[module]
-    for imported, line in imports(module, file):
+    file = MODULES[module]
+    for imported, line in imports(file, MODULES):
         allowed = ("torch.nn.functional", "torch.nn.attention")
         assert not within(imported, "torch.nn") or imported.startswith(allowed), f"{module}:{line} imports {imported}"
-    for node in ast.walk(tree(file)):
+    for node in ast.walk(file.tree):
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
             assert "nn" not in [alias.name for alias in node.names], f"{module}:{node.lineno}"
         if isinstance(node, ast.Attribute):
@@ -211,9 +164,9 @@ def test_an_op_uses_no_module(module):
 
 
 def test_the_registry_imports_no_torch():
-    for name, file in modules().items():
+    for name, file in MODULES.items():
         if within(name, "seqmix.registry"):
-            assert not [line for imported, line in imports(name, file) if within(imported, "torch")]
+            assert not [line for imported, line in imports(file, MODULES) if within(imported, "torch")]
 
 
 OPTIONAL = [
@@ -296,7 +249,7 @@ def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_no
     for name in (*OPTIONAL, *LATE, "typer", *(f"seqmix.{package}" for package in AS_NEEDED)):
         assert not [module for module in new if within(module, name)], name
     built_in = [f"seqmix.mixers.{kind}" for kind in seqmix.MIXERS.kinds() if ":" not in kind]
-    built_in = [name for name in built_in if name in modules()]
+    built_in = [name for name in built_in if name in MODULES]
     assert len(built_in) >= 3
     assert not set(built_in) & set(new)
 
@@ -304,16 +257,16 @@ def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_no
 def test_required_libraries_are_declared():
     test = distributions(PROJECT["project"]["optional-dependencies"]["test"])
     allowed = {IMPORTED_AS.get(name, name) for name in REQUIRED} | {"pydantic_core"}
-    for name, file in modules().items():
+    for name, file in MODULES.items():
         here = allowed | MAY_IMPORT.get(name, set()) | (test if within(name, "seqmix.testing") else set())
-        for imported, line in imports(name, file):
+        for imported, line in imports(file, MODULES):
             top = imported.partition(".")[0]
             assert top in {"seqmix", *sys.stdlib_module_names, *here}, f"{name}:{line} imports {top}"
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_a_module_that_may_import_an_optional_library_does(module):
-    imported = {name.partition(".")[0] for name, _ in imports(module, modules()[module])}
+    imported = {name.partition(".")[0] for name, _ in imports(MODULES[module], MODULES)}
     assert MAY_IMPORT[module] <= imported
 
 
