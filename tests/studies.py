@@ -1,10 +1,17 @@
-"""Results of studies for tests: a recall task, text with speed and a paper's figures, few runs, a sweep."""
+"""Results of studies for tests: a recall task, text with speed and a paper's figures, few runs, a sweep.
+
+And figures of values that are awkward to draw.
+"""
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+
+from seqmix.experiments.figures.figure import ACCURACY, Axis, Figure, Point, Series
+from seqmix.experiments.results import RunResult
+from seqmix.experiments.summary import summarise
 
 MACHINE = {
     "processor": "Intel Xeon",
@@ -95,42 +102,6 @@ def run(
     return made
 
 
-def spread(values: list[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
-
-
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each entry and variant, the learning rate of the lowest loss."""
-    groups: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
-    for found in runs:
-        if found["status"] == "finished":
-            by_rate = groups.setdefault((found["entry"], repr(found["variant"])), {})
-            by_rate.setdefault(found["learning_rate"], []).append(found)
-    rows = []
-    for by_rate in groups.values():
-        rate, best = min(by_rate.items(), key=lambda pair: fmean(r["validation_loss"] for r in pair[1]))
-        row = {
-            "entry": best[0]["entry"],
-            "variant": best[0]["variant"],
-            "learning_rate": rate,
-            "seeds": len(best),
-            "tokens_per_second": fmean(r["tokens_per_second"] for r in best),
-            "validation_loss": spread([r["validation_loss"] for r in best]),
-        }
-        if best[0].get("accuracy") is not None:
-            row["accuracy"] = spread([r["accuracy"] for r in best])
-            slices = best[0]["accuracy_by"].items()
-            row["accuracy_by"] = {
-                axis: {key: spread([r["accuracy_by"][axis][key] for r in best]) for key in keys}
-                for axis, keys in slices
-            }
-        if lengths := best[0].get("validation_loss_by_length"):
-            by = "validation_loss_by_length"
-            row[by] = {key: spread([r[by][key] for r in best]) for key in lengths}
-        rows.append(row)
-    return rows
-
-
 def study(
     name: str, question: str | None, entries: list[str], runs: list[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
@@ -143,7 +114,7 @@ def study(
         "x_label": None,
         "entries": [entry(e, i) for i, e in enumerate(entries)],
         "runs": runs,
-        "summary": summary(runs),
+        "summary": [row.model_dump(mode="json") for row in summarise([RunResult(**found) for found in runs])],
         "fairness": ["Of one seed, every entry reads the same batches in the same order."],
         "speed": {"train": [], "decode": []},
         "paper": [],
@@ -214,3 +185,25 @@ def varied() -> dict[str, Any]:
 
 
 STUDIES = {"recall": recall, "text": text, "few": few, "varied": varied}
+
+
+X, Y = Axis("x"), Axis("y")
+
+
+def figure(*columns, name="some", x=X, y=Y, **more) -> Figure:
+    """A figure of one series with the columns x and y, and those of a spread."""
+    return Figure(name, "Some", "c", x, y, [Series("a", [Point(*p) for p in zip(*columns, strict=True)])], **more)
+
+
+AWKWARD = [
+    figure([1, 2, 3], [1e-9, 2e-9, 1.5e-9], name="tiny"),
+    figure([1, 1e6, 1e14], [1e15, 5e15, 9e15], name="huge", x=Axis("x", unit="bytes")),
+    figure([1, 1e3, 1e9], [1e-12, 1.0, 1e12], name="decades"),
+    figure([1, 2, 3], [7, 7, 7], name="flat"),
+    figure([1, 2, 3], [0, 0, 0], name="zero", y=ACCURACY),
+    figure([-5, 2, 3], [-4, 0, -8], name="below"),
+    figure([1], [2], [1], [3], name="one"),
+    figure([1, 4], [2, 3], name="marked", marks={2.0: "trained"}),
+    figure(["easy", "hard"], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], name="names", x=Axis("x", names=["easy", "hard"])),
+    Figure("many", "t", "c", X, Y, [Series(f"s{i}", [Point(k, k + i) for k in range(99)], i) for i in range(20)]),
+]

@@ -127,17 +127,9 @@ def test_results(made):
     assert all(row.seconds > 0 and row.state_bytes > 0 for row in found.speed.decode)
     (figure,) = found.paper
     assert (figure.theirs, round(figure.ours, 6)) == (26.05, round(2.718281828459045**run.validation_loss, 6))
-
-
-def test_tables(made):
-    folder = made[0] / "studies" / "small"
-    rows = list(csv.DictReader((folder / "runs.csv").open()))
+    rows = csv.DictReader((folder / "runs.csv").open())
     assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
-    assert [row["entry"] for row in csv.DictReader((folder / "summary.csv").open())] == ["retention", "attention"]
-    page = (folder / "summary.md").read_text()
-    assert "| entry | validation loss | seeds | learning rate | parameters | state | tokens/s |" in page
-    assert "- broken-seed0 failed: step 2: the loss is nan" in page
-    assert "- attention: parameters 11,344 by" in page
+    assert "- broken-seed0 failed: step 2: the loss is nan" in (folder / "summary.md").read_text()
 
 
 def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monkeypatch):
@@ -266,20 +258,9 @@ def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
         pass
 
 
-def test_commands_on_paper(seqmix, small):
-    Path("small.yaml").write_text(small)
-    done = seqmix("compare", "small.yaml", "--dry-run")
-    assert done.status == 0
-    assert "2 runs, about" in done.out
-    assert not Path("studies").exists()
-    assert seqmix("compare", "--list").status == 0
-
-
-def test_bad_input_is_one_sentence(refused, small):
+def test_bad_input_is_one_sentence(seqmix, refused, small):
     assert refused("compare").startswith("compare needs a STUDY")
-    assert refused("compare", "recal").startswith("there is no study 'recal'")
-    Path("small.yaml").write_text(small.replace("steps: 120", "steps: many"))
-    assert "training.steps: needs an integer" in refused("compare", "small.yaml")
+    assert "recall" in seqmix("compare", "--list").out
     Path("file").write_text("")
     Path("small.yaml").write_text(small)
     assert refused("compare", "small.yaml", "--out", "file").startswith("a study cannot be written to file")

@@ -152,14 +152,3 @@ def test_what_cannot_be_drawn_is_one_sentence(refused, folders, arguments, named
     said = refused("plot", *arguments)
     assert [word for word in named if word not in said] == []
     assert not list(folders.glob("**/.*.partial"))
-
-
-def test_a_real_run_is_drawn(seqmix):
-    pytest.importorskip("altair")
-    tiny = ["data={paths: [text.txt], sequence_length: 16}", "model.d_model=32"]
-    training = (
-        "training={steps: 4, batch_size: 2, warmup_steps: 1, evaluate_every: 2, evaluation_batches: 1, log_every: 1}"
-    )
-    assert seqmix("train", "retnet-tiny", *tiny, training, "--out", "run").status == 0
-    assert seqmix("plot", "run", "--figure", "loss").status == 0
-    assert [[x for x, _ in series] for series in drawn(Path("run"))["loss"]] == [[32, 64, 96, 128], [64, 128]]

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from studies import AWKWARD, X, Y, figure
 
 from seqmix.experiments.figures import theme
 from seqmix.experiments.figures.figure import (
@@ -21,13 +22,6 @@ from seqmix.experiments.figures.figure import (
 )  # fmt: skip
 from seqmix.experiments.figures.writer import adaptive, draw
 from seqmix.experiments.units import number, quantity
-
-X, Y = Axis("x"), Axis("y")
-
-
-def figure(*columns, name="some", x=X, y=Y, **more) -> Figure:
-    """A figure of one series with the columns x and y, and those of a spread."""
-    return Figure(name, "Some", "c", x, y, [Series("a", [Point(*p) for p in zip(*columns, strict=True)])], **more)
 
 
 @pytest.mark.parametrize(
@@ -119,20 +113,6 @@ def test_a_legend_has_each_name_once():
 
 
 # ---- drawings
-
-
-AWKWARD = [
-    figure([1, 2, 3], [1e-9, 2e-9, 1.5e-9], name="tiny"),
-    figure([1, 1e6, 1e14], [1e15, 5e15, 9e15], name="huge", x=Axis("x", unit="bytes")),
-    figure([1, 1e3, 1e9], [1e-12, 1.0, 1e12], name="decades"),
-    figure([1, 2, 3], [7, 7, 7], name="flat"),
-    figure([1, 2, 3], [0, 0, 0], name="zero", y=ACCURACY),
-    figure([-5, 2, 3], [-4, 0, -8], name="below"),
-    figure([1], [2], [1], [3], name="one"),
-    figure([1, 4], [2, 3], name="marked", marks={2.0: "trained"}),
-    figure(["easy", "hard"], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], name="names", x=Axis("x", names=["easy", "hard"])),
-    Figure("many", "t", "c", X, Y, [Series(f"s{i}", [Point(k, k + i) for k in range(99)], i) for i in range(20)]),
-]
 
 
 @pytest.mark.parametrize("awkward", AWKWARD, ids=lambda one: one.name)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import recall, text
+from studies import AWKWARD, figure, recall, text
 
 from seqmix.experiments.figures import page, theme
-from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
+from seqmix.experiments.figures.figure import Axis
 from seqmix.experiments.report import write_report
 from seqmix.experiments.results import Results
 
@@ -152,35 +152,22 @@ def test_a_phone_has_it_whole_and_dark(look, report):
     assert strokes(seen, "loss") == list(map(rgb, theme.LIGHT_LINES[:3]))
 
 
-def one(name: str, *columns: Any, x: Axis = Axis("x"), y: Axis = Axis("y")) -> Figure:  # noqa: B008
-    points = [Point(*values) for values in zip(*columns, strict=True)]
-    return Figure(name, name, "c", x, y, [Series("a", points)])
-
-
 def test_awkward_values_are_drawn_as_well(look, tmp_path):
-    share, names = Axis("accuracy", unit="share", zero=True), Axis("what", names=["the first slice", "one more slice"])
     powers = [2**i for i in range(7, 21)]
+    t, seconds = Axis("t", ticks=powers), Axis("time", unit="seconds")
     figures = [
-        one("tiny", [1, 2, 3], [1e-9, 2e-9, 1.5e-9]),
-        one("huge", [1, 1e6, 1e14], [1e15, 5e15, 9e15], x=Axis("x", unit="bytes")),
-        one("decades", [1, 1e3, 1e9], [1e-12, 1.0, 1e12]),
-        one("close", [1, 2, 3], [2.00001, 2.00002, 2.00003]),
-        one("flat", [1, 2, 3], [7, 7, 7]),
-        one("zero", [1, 2, 3], [0, 0, 0], y=share),
-        one("below", [-5, 2, 3], [-4, 0, -8]),
-        one("lengths", powers, [1e-3 * n for n in powers], x=Axis("t", ticks=powers), y=Axis("time", unit="seconds")),
-        one("names", list(names.names), [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], x=names, y=share),
+        *AWKWARD,
+        figure([1, 2, 3], [2.00001, 2.00002, 2.00003], name="close"),
+        figure(powers, [1e-3 * n for n in powers], name="lengths", x=t, y=seconds),
     ]
-    many = [Series(f"series {i}", [Point(k, k + i) for k in range(5000)], i) for i in range(20)]
-    figures.append(Figure("many", "Many", "c", Axis("x"), Axis("y"), many))
     file = tmp_path / "page.html"
     file.write_text(page.render(figures, title="awkward", text=""))
     seen = look(file, 390)
     assert seen.evaluate("document.documentElement.scrollWidth") == 390
-    for figure in figures:
-        assert len(strokes(seen, figure.name)) == len(figure.series), figure.name
-        assert len(set(labels(seen, figure.name))) >= 3, figure.name
-        sizes = seen.eval_on_selector_all(f"#{figure.name} svg", "all => all.map(e => e.getBoundingClientRect().width)")
+    for one in figures:
+        assert len(strokes(seen, one.name)) == len(one.series), one.name
+        assert len(set(labels(seen, one.name))) >= 3, one.name
+        sizes = seen.eval_on_selector_all(f"#{one.name} svg", "all => all.map(e => e.getBoundingClientRect().width)")
         assert all(250 < size <= 390 for size in sizes)
 
 

@@ -166,8 +166,6 @@ def test_results_are_read_as_they_were_written(tmp_path):
     [
         (None, "cannot be read: No such file"),
         ("{", "does not hold the results of a study: Invalid JSON"),
-        ("{}", "does not hold the results of a study: name: Field required"),
-        ("[]", "does not hold the results of a study: "),
         (json.dumps({"format": 2}), "does not hold the results of a study: "),
     ],
 )
@@ -206,9 +204,6 @@ def test_the_page_of_mixers_takes_a_study(tmp_path):
     assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
     assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
     file = tmp_path / "page.md"
-    file.write_text("x\n<!-- trained: begin -->\nold\n<!-- trained: end -->\ny")
-    page = module.fill(file, {"trained": lines})
-    assert page.startswith("x\n<!-- trained: begin -->\n\nTokens per second")
-    assert page.endswith("| `b` | 1,000 | 2.0000 |  |  |  |  |  |\n\n<!-- trained: end -->\ny")
-    with pytest.raises(SeqmixError, match="no region between <!-- other: begin -->"):
-        module.fill(file, {"other": []})
+    file.write_text("x")
+    with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
+        module.fill(file, {"trained": lines})
