@@ -18,7 +18,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
 from .state import S
-from .traits import ContractError, Traits, require_paradigm
+from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state_is_taken
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
 """Fields of mixers that choose how a map is computed: by the contract, they change nothing but its rounding."""
@@ -167,21 +167,25 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             The output [B T D], and the final state (None unless wanted).
 
         Raises:
-            ContractError: the mixer does not declare the paradigm or packing, the dtypes or shapes do not fit, or its
-                own `mix` returns something else than an output of the segment's shape and a state.
+            ContractError: the mixer does not declare the paradigm, a state in it, packing or compiling, the dtypes or
+                shapes do not fit, or its own `mix` returns something else than an output of the segment's shape and a
+                state.
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
         if not isinstance(paradigm, Paradigm):  # its name
             paradigm = Paradigm(paradigm)
         self._require_shapes(x, state, cu_seqlens)
+        in_turn = self.cp_group is not None and not self.supports_context_parallel
+        if state is not None or in_turn:  # from rank to rank goes a state
+            require_state_is_taken(paradigm, self.traits, self.kind)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            require_compiles(self.traits, self.kind)
         documents, backend = self._documents(x, cu_seqlens), self.backend_of(paradigm)
         call = Call(paradigm, state, documents, return_state, self.chunk_size, backend, self.cp_group)
-        if self.cp_group is None or self.supports_context_parallel:
-            result = self.mix(x, call)
-        else:
-            result = mix_in_turn(self, x, call)
-        if not torch.compiler.is_compiling():  # a graph needs no guard for what the eager call has shown
+        result = mix_in_turn(self, x, call) if in_turn else self.mix(x, call)
+        if not compiling:  # a graph needs no guard for what the eager call has shown
             self._require_result(result, x)
         y, final_state = result
         return y, final_state if return_state else None

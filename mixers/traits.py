@@ -23,6 +23,10 @@ class Traits:
     """Whether it honours `cu_seqlens` (several documents in one row)."""
     shift_invariant: bool
     """Whether the output is independent of absolute position."""
+    parallel_from_state: bool = True
+    """Whether the parallel paradigm takes a state; it returns a final state in any case."""
+    compiles: bool = True
+    """Whether it can be compiled with `torch.compile` (fullgraph)."""
 
     def __post_init__(self) -> None:
         names = self.paradigms
@@ -34,9 +38,15 @@ class Traits:
         if self.state not in ("constant", "growing"):
             hint = nearest(str(self.state), ("constant", "growing"))
             raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
-        for name in ("packing", "shift_invariant"):
+        for name in ("packing", "shift_invariant", "parallel_from_state", "compiles"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
+        if not any(map(self.takes_state, self.paradigms)):
+            raise ContractError("Traits.parallel_from_state is False, and no other paradigm is there to take a state")
+
+    def takes_state(self, paradigm: Paradigm) -> bool:
+        """Whether a segment can be mixed from a state in this paradigm."""
+        return self.parallel_from_state or paradigm is not Paradigm.PARALLEL
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
@@ -47,3 +57,16 @@ def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
             f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}"
             f"{nearest(str(paradigm), allowed)}"
         )
+
+
+def require_state_is_taken(paradigm: Paradigm, traits: Traits, kind: str) -> None:
+    """Refuse a state in a paradigm that takes none."""
+    if not traits.takes_state(paradigm):
+        others = ", ".join(sorted(traits.paradigms - {paradigm}))
+        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {others}")
+
+
+def require_compiles(traits: Traits, kind: str) -> None:
+    """Refuse to compile a mixer that cannot be compiled."""
+    if not traits.compiles:
+        raise ContractError(f"{kind} cannot be compiled (traits.compiles is False): use it without torch.compile")

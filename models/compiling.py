@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import Block
+from ..mixers.traits import require_compiles
 from ..ops.materialize import written
 from ..registry import SeqmixError
 from .language_model import LanguageModel
@@ -31,7 +32,11 @@ def compile_blocks(model: LanguageModel) -> int:
 
     Returns:
         The number of kinds, each of which is compiled at its first call.
+
+    Raises:
+        ContractError: a mixer cannot be compiled.
     """
+    _require_compiles(model)
     forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
     for kind, block in zip(model.config.layers, model.blocks, strict=True):
         # of the instance: hooks and parameter names stay as they are
@@ -44,7 +49,9 @@ def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -
 
     Raises:
         CompileError: the compiler has failed; raised by the call, before anything is computed.
+        ContractError: a mixer cannot be compiled.
     """
+    _require_compiles(model)
     functions = _compiled.setdefault(model, {})
     if function not in functions:
         compiled = torch.compile(copy_of(function, function.__name__), fullgraph=True, **options)
@@ -59,6 +66,11 @@ def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -
 
         functions[function] = call
     return functions[function]
+
+
+def _require_compiles(model: LanguageModel) -> None:
+    for block in model.blocks:
+        require_compiles(block.mixer.traits, block.mixer.kind)
 
 
 def compiler_failure(error: Any) -> str | None:

@@ -66,7 +66,7 @@ def decode_step(
     model: LanguageModel, tokens: Int[Tensor, " N"], state: ModelState
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
     """One token per row, eagerly."""
-    paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+    paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE, from_state=True)
     output = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
     return output.logits[:, 0], output.state
 

@@ -107,7 +107,8 @@ def generate_tokens(
     if not logits.isfinite().all():
         raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
     decoder = Decoder(model, state, compiled=compiled is True)
-    compile_at = compiled_after(max_new_tokens) if compiled is None else None
+    by_itself = compiled is None and all(block.mixer.traits.compiles for block in model.blocks)
+    compile_at = compiled_after(max_new_tokens) if by_itself else None
     written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
         written.append(sample(logits[:, :vocab_size], sampling, generator))

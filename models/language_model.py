@@ -199,9 +199,10 @@ class LanguageModel(nn.Module):
             block.mixer.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True)
         )
 
-    def prefer(self, *paradigms: Paradigm) -> tuple[Paradigm, ...]:
-        """For each layer, the first of these paradigms that it declares."""
-        declared = [block.mixer.traits.paradigms for block in self.blocks]
+    def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> tuple[Paradigm, ...]:
+        """For each layer, the first of these paradigms that it declares, and `from_state` one that takes a state."""
+        traits = [block.mixer.traits for block in self.blocks]
+        declared = [{p for p in layer.paradigms if layer.takes_state(p) or not from_state} for layer in traits]
         return tuple(next(p for p in (*paradigms, *Paradigm) if p in layer) for layer in declared)
 
     @property

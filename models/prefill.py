@@ -87,7 +87,7 @@ def prefill_segment(
     model: LanguageModel, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, wanted: Tensor
 ) -> tuple[Tensor, ModelState | None]:
     """One segment [B T]: the logits of the selected tokens, and the state after it."""
-    paradigms = model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+    paradigms = model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=state is not None)
     output = model(tokens, state, paradigm=paradigms, cu_seqlens=cu_seqlens, return_state=True, select=wanted)
     return output.logits, output.state
 

@@ -102,6 +102,11 @@ def recurrent(config: MixerConfig) -> str | None:
     return None if "recurrent" in config.traits.paradigms else "traits.paradigms has no recurrent"
 
 
+def compilable(config: MixerConfig) -> str | None:
+    """Compiling."""
+    return None if config.traits.compiles else "traits.compiles is False"
+
+
 def several_paradigms(config: MixerConfig) -> str | None:
     """Two paradigms."""
     (*others, one) = sorted(config.traits.paradigms)

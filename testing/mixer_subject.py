@@ -175,8 +175,10 @@ def _refusals(what: str, error_class: type[ContractError] = ContractError) -> It
 
 
 def reference_paradigm(config: MixerConfig) -> Paradigm:
-    """The paradigm that others are compared with: the recurrent, which is nearest to a definition."""
-    return Paradigm.RECURRENT if Paradigm.RECURRENT in config.traits.paradigms else config.paradigm
+    """The paradigm that others are compared with: the recurrent, which is nearest to a definition; it takes a state."""
+    traits = config.traits
+    candidates = (Paradigm.RECURRENT, config.paradigm, *Paradigm)
+    return next(p for p in candidates if p in traits.paradigms and traits.takes_state(p))
 
 
 def _require_device(device: str | torch.device) -> torch.device:

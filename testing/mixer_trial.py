@@ -85,9 +85,15 @@ class Trial:
         """Rows of a state, as `select` takes them."""
         return torch.tensor(rows, device=self.subject.device)
 
+    def after(self, paradigm: Paradigm | None) -> Paradigm:
+        """This paradigm (None: the default), or the reference where it takes no state."""
+        paradigm = paradigm or self.mixer.paradigm
+        return paradigm if self.mixer.traits.takes_state(paradigm) else self.reference
+
     def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
-        """The mixer as a function of a segment and a state."""
-        return partial(mixer or self.mixer, paradigm=paradigm, return_state=True, **options)
+        """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
+        mixed = partial(mixer or self.mixer, return_state=True, **options)
+        return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
     def mix(self, x: Tensor, state: Any, mixer: SequenceMixer | None = None, **options: Any) -> tuple[Tensor, Any]:
         """Output and final state without grad, where a state given may be consumed."""

@@ -6,27 +6,28 @@ from functools import partial
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ..check import check, packing, recurrent
+from ..check import check, compilable, packing, recurrent
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
 ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
+PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",))
 
 
-@check(share=0, draw=ONE, compiles=True)
+@check(compilable, share=0, draw=ONE, compiles=True)
 def training_compiles_into_one_graph(trial: Trial) -> None:
     """Forward and backward compile with fullgraph, give what eager gives, and recompile for no data."""
-    _compiles(trial, partial(trial.mixer, return_state=True))
+    _compiles(trial, trial.call())
 
 
-@check(packing, share=0, draw=Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",)), compiles=True)
+@check(compilable, packing, share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
     """Packed training compiles with fullgraph and does not recompile for other boundaries, empty documents included."""
     device = trial.subject.device
     boundaries = [torch.tensor(cuts, device=device) for cuts in ([0, 3, 6, 9], [0, 0, 5, 9], [0, 9, 9, 9])]
     # the state of a growing cache has its own shape for every packing: only the output is compared
-    _compiles(trial, lambda x, state, **options: (trial.mixer(x, state, **options)[0], None), boundaries)
+    _compiles(trial, lambda x, state, **options: (trial.call(**options)(x, state)[0], None), boundaries)
 
 
 def _compiles(trial, function, boundaries=(None, None)):
@@ -45,7 +46,7 @@ def _compiles(trial, function, boundaries=(None, None)):
     require(count == 1, f"{len(boundaries)} calls of equal shapes compiled {count} graphs: something depends on data")
 
 
-@check(recurrent, share=0, draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)), compiles=True)
+@check(compilable, recurrent, share=0, draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)), compiles=True)
 def decoding_compiles_once(trial: Trial) -> None:
     """A step from an allocated state compiles with fullgraph, once for all tokens."""
     torch._dynamo.reset()

@@ -31,6 +31,8 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
     if Paradigm.RECURRENT not in mixer.traits.paradigms:
         _refused("a step without the recurrent paradigm", lambda: mixer.step(x[:, :1], mixer.init_state(2)))
     _refused("a paradigm that does not exist", lambda: mixer(x, paradigm="paralel"), "paralel")
+    for paradigm in sorted(p for p in mixer.traits.paradigms if not mixer.traits.takes_state(p)):
+        _refused(f"a state in the {paradigm} paradigm", lambda p=paradigm: mixer(x, mixer.init_state(2), paradigm=p))
     packed = x.reshape(1, 8, -1)
     if mixer.traits.packing:
         for wrong in ([0, 4], [1, 8], [0, 5, 3, 8]):
@@ -45,7 +47,7 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
     _refused("float32 tokens for float64 parameters", lambda: mixer(x.float()), "float32")
     _refused("an empty segment", lambda: mixer(x[:, :0]))
     _refused("tokens without a batch", lambda: mixer(x[0]))
-    _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3)), "3")
+    _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3), paradigm=trial.reference), "3")
 
 
 @check(share=0.12, draw=ONCE)
@@ -123,7 +125,7 @@ def flops_are_as_declared(trial: Trial) -> None:
     elementwise)."""
     x, context = trial.tokens(), 0 if trial.case.start == "none" else 1 + trial.case.seed % 7
     state = trial.mix(trial.tokens(length=context), None)[1] if context else None
-    for paradigm in trial.paradigms:
+    for paradigm in trial.paradigms if state is None else filter(trial.mixer.traits.takes_state, trial.paradigms):
         counted = []
         for wanted in (False, True):
             given = None if state is None else clone(state)

@@ -63,7 +63,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
     head, tail = x.split([trial.case.length - lengths[-1], lengths[-1]], dim=1)
 
     def truncated(x, given):
-        _, between = trial.mixer(head, given, return_state=True)
+        _, between = trial.call()(head, given)
         return last(x, detach(between))
 
     _, between = trial.mix(head, state)

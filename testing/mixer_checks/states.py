@@ -46,7 +46,7 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
             _, state = trial.mix(more[:, :read], state, paradigm=paradigm)
         try:
             with torch.no_grad():
-                y, _ = trial.mixer(more[:, read:], state, paradigm=paradigm)
+                y, _ = trial.mixer(more[:, read:], state, paradigm=trial.after(paradigm))
         except SeqmixError:
             continue
         what = f"{paradigm}, {more.shape[1]} tokens, {read} of them read before, with room for {room} in the state"

@@ -127,6 +127,8 @@ def traits(**changes):
         ({"state": "grows"}, "'constant' or 'growing'.*'grows'.*\"growing\""),
         ({"packing": None}, "None"),
         ({"shift_invariant": 1}, "1"),
+        ({"parallel_from_state": False, "paradigms": frozenset({"parallel"})}, "no other paradigm"),
+        ({"compiles": "no"}, "'no'"),
     ],
 )
 def test_wrong_traits_are_refused(changes, words):
