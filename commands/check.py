@@ -1,27 +1,33 @@
 """`seqmix check`: what is to be checked, and how the conformance kit's outcomes are shown."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 import typer
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.status import Status
 
+from ..experiments.files import write_file
 from ..mixers import MIXERS, MixerConfig, Paradigm
 from ..ops.kernels import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name
 from ..training import PRESETS, load_config
+from .check_files import Tested, as_json, as_junit
 from .console import plain_table, terminal
+from .options import JsonFile, require_writable
 
 if TYPE_CHECKING:
-    from ..testing import Check, Outcome, Report
-    from ..testing.outcome import Outcomes
+    from ..testing import Check, Outcome
+
+QUICK = 10
+"""Examples of --quick."""
 
 
 def check(
@@ -40,76 +46,127 @@ def check(
     paradigm: Annotated[
         list[str] | None, typer.Option(help="Check this paradigm (against the reference); all by default.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run this check; all by default.", metavar="CHECK")] = None,
-    examples: Annotated[int, typer.Option(help="Cases of the largest check; others take a share.", min=1)] = 100,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this check; may be repeated; all by default.", metavar="CHECK")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few seconds: 10 examples, and no check that compiles, if not asked for.")
+    ] = False,
+    examples: Annotated[
+        int | None, typer.Option(help="Cases of the largest check, 100 by default; others take a share.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="The cases are a function of it.")] = 0,
     d_model: Annotated[
         int | None, typer.Option(help="Width of the residual stream; small by default.", min=1, max=2**16)
     ] = None,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Allowed in a dtype, relative to the norm: bfloat16=0.05; may be repeated.", metavar="DTYPE=NUMBER"
+        ),
+    ] = None,
+    expected_failure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A check that is known to fail, and why; it fails if it passes. May be repeated.",
+            metavar="CHECK=REASON",
+        ),
+    ] = None,
     compile_with: Annotated[
-        Literal["aot_eager", "inductor", "none"],
-        typer.Option("--compile", help="What the checks that compile use; none skips them."),
-    ] = "aot_eager",
+        Literal["aot_eager", "inductor", "none"] | None,
+        typer.Option("--compile", help="What the checks that compile use, aot_eager by default; none skips them."),
+    ] = None,
     shrink: Annotated[
         bool, typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers.")
     ] = True,
+    json_file: JsonFile = None,
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", help="Write all results as JUnit XML.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Test a mixer or a kernel against the contract, and show the smallest failing case.
 
     A kind is checked in all its options, a configuration as it stands. Exits with 1 if a check fails.
 
-    [bold]seqmix check retention[/bold]
+    [bold]seqmix check retention --quick[/bold]
 
     [bold]seqmix check attention window=4 --device cuda[/bold]
 
     [bold]seqmix check my_mixers:MyConfig --only paradigms_agree --examples 1000[/bold]
 
-    [bold]seqmix check decay/chunkwise/triton --device cuda[/bold]
+    [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
     try:
-        from ..testing import CHECKS, check_kernel, check_mixer
+        from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
         from ..testing.source import source as source_of
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
         raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[test]'") from None
-    console = terminal()
-    if (kernel := kernel_of(source)) is not None:
-        mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model}
+    require_writable(json_file, junit_file)
+    console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)
+    asked: dict[str, Any] = {"checks": only or None, "device": device, "examples": chosen, "seed": seed}
+    asked |= {"shrink": shrink, "expected_failures": dict(_pairs("--expected-failure CHECK=REASON", expected_failure))}
+    found, left_out = list[Tested](), list[str]()
+    if kernel is not None:
+        mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model, "--tolerance": tolerance}
         if given := [name for name, value in mixers_alone.items() if value]:
             raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
-        print_line = partial(_line, console, headings=[])
-        asked = {"checks": only or None, "device": device, "examples": examples, "seed": seed, "shrink": shrink}
-        _conclude(console, [(str(kernel.key), check_kernel(kernel, **asked, on_outcome=print_line))])
-        return
-    if left_out := [name for name in only or [] if name in CHECKS and CHECKS[name].compiles and compile_with == "none"]:
-        raise SeqmixError(f"--compile none leaves out {left_out[0]}, which --only asks for")
-    configs, vary = mixers_of(source, changes or [])
-    for name in paradigm or []:
-        require_name("paradigm", name, list(Paradigm))
-    reports = []
-    for config in configs:
-        # the heading comes with the first line, after all arguments are known to be valid
-        headings = [f"{source_of(config)} on {device}" + (", and its options" if vary else "")]
-        with console.status("") as status:
-            report = check_mixer(
-                config,
-                checks=only or None,
-                d_model=d_model,
-                device=device,
-                paradigms=tuple(map(Paradigm, paradigm or [])) or None,
-                examples=examples,
-                seed=seed,
-                vary=vary,
-                compiles=compile_with != "none",
-                compile_backend="aot_eager" if compile_with == "none" else compile_with,
-                shrink=shrink,
-                on_outcome=partial(_line, console, headings=headings),
-                on_case=partial(_case, status),
-            )
-        reports.append(report)
-    _summary(console, reports)
-    _conclude(console, [(report.config.kind, report) for report in reports])
+        report = check_kernel(kernel, **asked, on_outcome=partial(_line, console, headings=[]))
+        found = [Tested(str(kernel.key), {}, report.outcomes)]
+    else:
+        compiler = compile_with or ("none" if quick else "aot_eager")
+        left_out = [name for name, each in CHECKS.items() if each.compiles and compiler == "none"]
+        if refused := [name for name in only or [] if name in left_out]:
+            option = "--compile none" if compile_with else "--quick"
+            raise SeqmixError(f"{option} leaves out {refused[0]}, which --only asks for")
+        configs, vary = mixers_of(source, changes or [])
+        for name in paradigm or []:
+            require_name("paradigm", name, list(Paradigm))
+        asked |= {"d_model": d_model, "paradigms": tuple(map(Paradigm, paradigm or [])) or None, "vary": vary}
+        asked |= {"tolerances": _tolerances(tolerance), "compiles": compiler != "none"}
+        asked |= {"compile_backend": "aot_eager" if compiler == "none" else compiler}
+        for config in configs:
+            # the heading comes with the first line, after all arguments are known to be valid
+            headings = [f"{source_of(config)} on {device}" + (", and its options" if vary else "")]
+            with console.status("") as status:
+                asked |= {"on_outcome": partial(_line, console, headings=headings), "on_case": partial(_case, status)}
+                report = check_mixer(config, **asked)
+            about = {"config": to_jsonable_python(config, fallback=repr), "d_model": report.d_model}
+            found.append(Tested(config.kind, about, report.outcomes))
+        _summary(console, found)
+    if quick:
+        without = f", and without {', '.join(left_out)}" if left_out and not only else ""
+        console.print(f"quick: {chosen} examples (the default is {EXAMPLES}){without}", soft_wrap=True)
+    if json_file is not None:
+        write_file(as_json(found, seed=seed), json_file)
+    if junit_file is not None:
+        write_file(as_junit(found), junit_file)
+    _conclude(console, found)
+
+
+def _pairs(option: str, given: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    """Names and values of an option that is written NAME=VALUE and may be repeated."""
+    for text in given or []:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name or not value:
+            raise SeqmixError(f"write {option}: {text!r} was given")
+        yield name, value
+
+
+def _tolerances(given: Sequence[str] | None) -> dict[torch.dtype, float]:
+    from ..testing.compare import LOW_PRECISION
+
+    dtypes, found = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}, {}
+    for name, text in _pairs("--tolerance DTYPE=NUMBER", given):
+        require_name("dtype with a tolerance", name, dtypes)
+        try:
+            found[dtypes[name]] = float(text)
+        except ValueError:
+            found[dtypes[name]] = math.nan
+        if not 0 < found[dtypes[name]] < math.inf:
+            raise SeqmixError(f"--tolerance {name} needs a number above 0, and was given {text!r}")
+    return found
 
 
 def kernel_of(source: str) -> Kernel | None:
@@ -196,27 +253,25 @@ def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
     elif outcome.status == "failed":
         console.print(f"{text} {cases}", style="red")
         console.print("\n".join(f"      {line}" for line in outcome.reason.splitlines()), soft_wrap=True)
-    else:
-        console.print(f"{text} {cases}")
+    else:  # an expected failure has its reason
+        console.print(f"{text} {cases}" + (f"  {outcome.reason}" if outcome.reason else ""), soft_wrap=True)
 
 
-def _summary(console: Console, reports: Sequence["Report"]) -> None:
+def _summary(console: Console, found: Sequence[Tested]) -> None:
     """One line per mixer."""
+    statuses = ("passed", "failed", "expected failure", "skipped")
     rows = []
-    for report in reports:
-        count = Counter(str(outcome.status) for outcome in report.outcomes)
-        numbers = [report.d_model, count["passed"], count["failed"], count["skipped"]]
-        cases = f"{sum(outcome.examples for outcome in report.outcomes):,}"
-        seconds = f"{sum(outcome.seconds for outcome in report.outcomes):.1f}"
-        rows.append((report.config.kind, *map(str, numbers), cases, seconds))
-    console.print(plain_table("mixer", "d_model", "passed", "failed", "skipped", "cases", "seconds", rows=rows))
+    for one in found:
+        cases = f"{sum(outcome.examples for outcome in one.outcomes):,}"
+        numbers = [one.about["d_model"], *map(one.count, statuses), cases, f"{one.seconds:.1f}"]
+        rows.append((one.kind, *map(str, numbers)))
+    console.print(plain_table("mixer", "d_model", *statuses, "cases", "seconds", rows=rows))
 
 
-def _conclude(console: Console, reports: Iterable[tuple[str, "Outcomes"]]) -> None:
+def _conclude(console: Console, found: Sequence[Tested]) -> None:
     """Say what fails of what, and exit with 1 if anything does."""
-    failing = [(name, report.failures) for name, report in reports if report.failures]
-    for name, failures in failing:
-        names = ", ".join(outcome.check.name for outcome in failures)
-        console.print(f"{name} fails {names}", style="red", soft_wrap=True)
-    if failing:
+    for one in found:
+        if names := [outcome.check.name for outcome in one.outcomes if outcome.status == "failed"]:
+            console.print(f"{one.kind} fails {', '.join(names)}", style="red", soft_wrap=True)
+    if any(one.count("failed") for one in found):
         raise typer.Exit(1)

@@ -125,12 +125,13 @@ def _run(
     if expected is not None:
         return ended(Status.EXPECTED_FAILURE, expected)
     lines = [f"{tested.name} fails {check.name}: {check.property}", *describe_error(error).splitlines()]
+    script: tuple[str, ...] = ()
     if case is not None:
         lines += [*tested.described, f"The smallest case: {case!r}"]
         lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
-        script = tested.script(check, case) if alone else tested.script(check, None, **asked)
+        script = tuple(tested.script(check, case) if alone else tested.script(check, None, **asked))
         lines += [f"    {line}" for line in script]
-    return ended(Status.FAILED, "\n".join(lines))
+    return ended(Status.FAILED, "\n".join(lines), script=script)
 
 
 @contextmanager

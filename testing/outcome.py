@@ -31,6 +31,8 @@ class Outcome:
     seconds: float = 0.0
     case: Any = None
     """Of a failure, the smallest case found."""
+    script: tuple[str, ...] = ()
+    """Of a failure on a case, the lines that reproduce it."""
 
 
 @dataclass

@@ -1,12 +1,16 @@
 """The check command: what can be checked, what it prints, and its exit status."""
 
+import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from seqmix import __version__ as seqmix_version
 from seqmix.ops.kernels import KERNELS, all_kernels
 from seqmix.testing import CHECKS
 
@@ -32,12 +36,13 @@ def test_check_prints_one_line_per_check_and_a_table(seqmix):
     # a check's share of the examples, and the cases that run in any case
     assert counts[0] >= 4
     assert counts[1] >= 1
-    assert re.search(rf"retention +12 +2 +0 +0 +{sum(counts)} ", done.out)
+    assert re.search(rf"retention +12 +2 +0 +0 +0 +{sum(counts)} ", done.out)
 
 
 def test_every_check_runs_by_default_and_compiling_can_be_left_out(seqmix):
-    done = seqmix("check", "retention", "--examples", "1", "--compile", "none")
+    done = seqmix("check", "retention", "--examples", "1", "--quick")
     assert done.status == 0
+    assert re.search("quick: 1 examples .* 100.* without training_compiles.*, decoding_compiles_once", done.out)
     found = re.findall(r"^  ([✓-]) (\w+) ", done.out, re.M)
     assert [name for _, name in found] == list(CHECKS)
     assert {name for mark, name in found if mark == "-"} == {name for name, check in CHECKS.items() if check.compiles}
@@ -55,6 +60,54 @@ def test_a_failure_is_status_1_with_the_smallest_case(forgetful):
     assert SMALLEST not in first
     # cases that shrinking tries are not counted
     assert re.search(r"(\d+) cases", done.out)[1] == re.search(r"(\d+) cases", first)[1]
+
+
+def test_results_are_files_for_other_programs(forgetful, monkeypatch):
+    def raising(*_):
+        raise RuntimeError("\x1b[1m<no state> &")
+
+    monkeypatch.setattr("seqmix.mixers.retention.Retention.resize_state", raising)
+    options = (
+        "dtypes_are_kept",
+        "--only",
+        "a_state_survives_the_disk",
+        "--seed",
+        "3",
+        "--examples",
+        "4",
+        "--no-shrink",
+    )
+    files = ("--json", "found.json", "--junit", "found.xml")
+    assert forgetful("--only", *options, *files, "--expected-failure", "paradigms_agree=no state").status == 1
+    found = json.loads(Path("found.json").read_text())
+    assert (found["seqmix"], found["torch"], found["seed"]) == (seqmix_version, torch.__version__, 3)
+    (tested,) = found["tested"]
+    assert (tested["kind"], tested["d_model"], tested["config"]["n_heads"]) == ("forgetful", 12, 2)
+    checks = {check["name"]: check for check in tested["checks"]}
+    assert [check["status"] for check in checks.values()] == ["expected failure", "failed", "passed"]
+    assert checks["paradigms_agree"]["reason"] == "no state"
+    failed = checks["a_state_survives_the_disk"]
+    assert failed["property"] == CHECKS["a_state_survives_the_disk"].property
+    assert failed["case"] in failed["reproduce"][-2]
+    assert failed["examples"] > 0
+    assert failed["seconds"] > 0
+    (suite,) = ElementTree.parse("found.xml").getroot()
+    counts = {name: suite.get(name) for name in ("name", "tests", "failures", "errors", "skipped")}
+    assert counts == {"name": "forgetful", "tests": "3", "failures": "1", "errors": "0", "skipped": "1"}
+    ends = {case.get("name"): [(end.tag, end.get("message")) for end in case] for case in suite}
+    assert ends["dtypes_are_kept"] == []
+    assert ends["paradigms_agree"] == [("skipped", "expected failure: no state")]
+    assert "?[1m<no state> &" in suite.find(".//failure").text
+    assert not list(Path().glob("*partial*"))
+
+
+def test_tolerances_and_expected_failures_are_those_of_the_kit(seqmix, forgetful):
+    assert forgetful("--expected-failure", "paradigms_agree=it ignores its state").status == 0
+    low = ("check", "retention", "--only", "low_precision_is_near_float64", "--examples", "1", "--no-shrink")
+    assert seqmix(*low).status == 0
+    done = seqmix(*low, "--tolerance", "bfloat16=1e-9", "--tolerance", "float32=0.1")
+    assert done.status == 1
+    assert "tolerances={torch.bfloat16: 1e-09, torch.float32: 0.1}" in done.out
 
 
 def test_a_paradigm_that_is_right_passes_alone(seqmix, forgetful):
@@ -121,6 +174,23 @@ BAD_CHECKS = {
         ["retention", "--only", "decoding_compiles_once", "--compile", "none"],
         "--compile none .*decoding_compiles_once.*--only",
     ),
+    "check that --quick leaves out": (
+        ["retention", "--only", "decoding_compiles_once", "--quick"],
+        "--quick .*decoding_compiles_once.*--only",
+    ),
+    "expected failure of no check": (
+        ["retention", "--expected-failure", "paradigm_agree=why"],
+        "'paradigm_agree'.*\"paradigms_agree\"",
+    ),
+    "expected failure without a reason": (
+        ["retention", "--expected-failure", "paradigms_agree="],
+        "CHECK=REASON.*'paradigms_agree='",
+    ),
+    "unknown dtype": (["retention", "--tolerance", "bfloat=1"], "'bfloat'.*float16.*\"bfloat16\""),
+    "tolerance of zero": (["retention", "--tolerance", "bfloat16=0"], "bfloat16 .*above 0.*'0'"),
+    "tolerance without a number": (["retention", "--tolerance", "bfloat16=big"], "bfloat16 .*above 0.*'big'"),
+    "a folder as a file": (["retention", "--json", "."], "folder"),
+    "tolerance of a kernel": ([STEP, "--tolerance", "float32=1"], f"{STEP} .*--tolerance"),
     "unknown paradigm": (["retention", "--paradigm", "chunk"], "'chunk'.*parallel, recurrent"),
     "undeclared paradigm": (["strange:OneWayConfig", "--paradigm", "parallel"], "'parallel'.*chunkwise"),
     "unknown device": (["retention", "--device", "gpu"], "'gpu'"),
