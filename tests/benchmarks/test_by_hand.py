@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,13 +37,11 @@ def traced(call):
 
 @pytest.fixture
 def both(model):
-    def make(config=model, *, compiled=False, activation_checkpointing=False):
+    def make(config=model, *, activation_checkpointing=False):
         pair = [kind(Size(config), CPU, torch.float32) for kind in (Seqmix, ByHand)]
         for peer in pair:
             if activation_checkpointing:
                 peer.recompute_activations()
-            if compiled:
-                peer.compile("train")
         return pair
 
     return make
@@ -115,13 +112,6 @@ def test_one_more_operation_is_seen(what, part, both):
     # adds nothing, in one operation
     module.forward = lambda x, *args, **kwargs: forward(x + 0.0, *args, **kwargs)
     assert traced(what(ours)) != traced(what(by_hand))
-
-
-def test_another_shape_or_dtype_is_seen():
-    x = torch.ones(4, 6)
-    assert traced(lambda: x @ x.T) != traced(lambda: x.T @ x)
-    assert traced(lambda: x * 2) != traced(lambda: x.double() * 2)
-    assert traced(lambda: F.silu(x)) != traced(lambda: F.gelu(x))
 
 
 def test_the_results_are_the_same_bit_for_bit(both):

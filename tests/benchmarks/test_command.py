@@ -74,11 +74,9 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "--only", "chunkwize"), 'did you mean "chunkwise"'),
         (("train", *SMALL, "--only", "seqmix-compiled"), "there is no implementation 'seqmix-compiled'"),
         (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),
-        (("op", *SMALL, "--length", str(2**30)), "--length is 1,073,741,824; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--repeat", "4"), "--repeat is 4; allowed: from 5 to 10,000"),
         (("op", *SMALL, "--batch", "0"), "--batch is 0; allowed: from 1 to 1,048,576"),
         (("train", *SMALL, "--tokens", "-1"), "--tokens is -1; allowed: from 1 to 16,777,216"),
-        (("op", *SMALL, "--limit", "-1"), "--limit is -1.0; allowed: at least 0"),
         (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
         (("op", *SMALL, "--dtype", "float23"), 'bfloat16; did you mean "float32"'),
         (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
@@ -90,11 +88,6 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
 )
 def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, sentence, refused_at_once):
     assert sentence in refused_at_once(*arguments)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_sentence(refused_at_once):
-    assert refused_at_once("op", *SMALL, "--device", "cuda").startswith("device 'cuda' cannot be used here: ")
 
 
 def test_a_file_that_must_not_be_written_is_told_at_once(refused_at_once, monkeypatch):

@@ -11,7 +11,6 @@ from seqmix.benchmarks.report import from_json, markdown, to_json
 from seqmix.benchmarks.suite import Report, Row
 from seqmix.commands.bench import show
 from seqmix.experiments.figures import theme
-from seqmix.experiments.figures.writer import draw
 from seqmix.experiments.timings import figures_of
 
 MACHINE = {
@@ -122,13 +121,3 @@ def test_several_parts_have_a_figure_each(report):
     rows = [*report.rows, row("seqmix", 512, 20.0, what="forward + backward")]
     names = [figure.name for figure in figures_of(Report(**(vars(report) | {"rows": rows})))]
     assert names == ["train", "train-forward-backward", "memory"]
-
-
-@pytest.mark.parametrize(
-    ("ending", "begins"), [("html", b"<!doctype"), ("svg", b"<svg"), ("png", b"\x89PNG"), ("pdf", b"%PDF")]
-)
-def test_a_plot_is_a_page_a_drawing_or_a_picture(report, tmp_path, ending, begins):
-    pytest.importorskip("altair")
-    file = tmp_path / f"plot.{ending}"
-    draw(figures_of(report), file, title=report.title, text="")
-    assert file.read_bytes().startswith(begins)

@@ -173,7 +173,6 @@ RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
     [
         ("", [], "run.yaml:1: ", ["'model'"]),
         ("- a", [], "run.yaml:1: ", ['["a"]']),
-        ("8", [], "run.yaml:1: ", ["8"]),
         ("null", [], "run.yaml:1: ", ["null"]),
         *((f"name: a\nextends: {value}", [], "run.yaml:2: extends: ", words) for value, words in SOURCES),
         ("name: a\nextends: [tiny]", [], "run.yaml:2: extends: ", ['["tiny"]']),
