@@ -17,12 +17,24 @@ every float in it moved, so that no short prefix leads to it."""
 
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
+Use = Literal["evaluation", "training", "frozen", "truncated"]
+"""How a mixer is called: evaluated with its final state; trained without one; the same where the tokens want no
+gradient, as after a frozen embedding; trained with one, as by truncated backpropagation through time."""
+
+USES: tuple[Use, ...] = ("evaluation", "training", "frozen", "truncated")
+
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
 """Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two. The first cross a boundary; they
 are what a failure shrinks to."""
 
+BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
+
 CROWD = 9
 """Rows of a large batch: above a small power of two, up to which rows may be handled another way."""
+
+
+LAYERS = 3
+"""Layers of the model that a mixer is built for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +50,11 @@ class Case(WrittenCase):
     """One per piece, where pieces have their own."""
     rows: tuple[int, ...] = ()
     """Rows of a state, in the order they are taken."""
+    use: Use = "evaluation"
+    scale: float = 1.0
+    """Standard deviation of the tokens' numbers."""
+    layer: int = 0
+    """The layer's index, of `LAYERS`."""
     seed: int = 0
     dtype: torch.dtype = torch.float64
     """Of parameters and inputs."""
@@ -73,11 +90,13 @@ class Draw:
     """Whether every piece has its own paradigm."""
     rows: bool = False
     """Whether rows of the state are chosen."""
+    uses: tuple[Use, ...] = ("evaluation",)
+    scales: tuple[float, ...] = (1.0,)
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 
     def fixed_cases(self, traits: Traits) -> list[Case]:
-        """What is not left to chance: long segments in every paradigm, a large batch, each dtype."""
+        """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
         usual = Case(lengths=lengths, batch_size=self.batch_size[0], start=self.starts[-1], seed=1)
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
@@ -86,6 +105,8 @@ class Draw:
             found += [replace(usual, batch_size=CROWD)]
         if len(self.dtypes) > 1:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
+        found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
+        found += [replace(usual, scale=scale) for scale in self.scales[1:]]
         if not self.paradigms:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
@@ -93,7 +114,7 @@ class Draw:
     def cases(self, traits: Traits, options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Case]:
         """The strategy."""
         paradigm = st.sampled_from(sorted(traits.paradigms))
-        long = [length for length in LENGTHS if length <= self.longest]
+        long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         tokens = _sometimes(self.long, long, self.tokens)
         rows = _sometimes(self.crowded, [CROWD], self.batch_size)
 
@@ -107,6 +128,9 @@ class Draw:
                 start=draw(st.sampled_from(self.starts)),
                 paradigms=tuple(draw(paradigm) for _ in lengths) if self.paradigms else (),
                 rows=tuple(draw(st.lists(st.integers(0, batch_size - 1), min_size=1, max_size=4))) if self.rows else (),
+                use=draw(st.sampled_from(self.uses)),
+                scale=draw(st.sampled_from(self.scales)),
+                layer=draw(st.integers(0, LAYERS - 1)),
                 seed=draw(st.integers(0, 2**16)),
                 dtype=draw(st.sampled_from(self.dtypes)),
                 options=draw(options),

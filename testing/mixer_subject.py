@@ -14,6 +14,7 @@ from ..mixers.traits import ContractError, Traits, require_paradigm
 from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
+from .mixer_case import LAYERS
 from .mixer_options import changed, require_examples, strategy
 from .search import where_raised
 
@@ -96,24 +97,26 @@ class Subject:
         except BuildError:  # a case of it shows what is broken
             return True
 
-    def mixer(self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> SequenceMixer | None:
-        """The mixer with these options, in evaluation mode; None where they do not go together.
+    def mixer(
+        self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64, layer: int = 0
+    ) -> SequenceMixer | None:
+        """The mixer of a layer with these options, in evaluation mode; None where they do not go together.
 
         Parameters are those of initialisation, moved a little: a zero or a one of initialisation would hide errors.
         """
-        key = (repr(sorted(options.items())), dtype)
+        key = (repr(sorted(options.items())), dtype, layer)
         if key not in self._built:
-            self._built[key] = self._build(dict(options), dtype)
+            self._built[key] = self._build(dict(options), dtype, layer)
         return self._built[key]
 
-    def _build(self, options: dict[str, Any], dtype: torch.dtype) -> SequenceMixer | None:
+    def _build(self, options: dict[str, Any], dtype: torch.dtype, layer: int = 0) -> SequenceMixer | None:
         config = changed(self.config, options)
         if config is None:
             return None
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                mixer = build(config, self.d_model)
+                mixer = build(config, self.d_model, layer)
                 # as a model's builder does: `build` need not initialise
                 with _refusals(f"{mixer.kind}: reset_parameters", BuildError):
                     mixer.reset_parameters()
@@ -152,10 +155,10 @@ class Subject:
                 raise ContractError(f"{what} {wanted}, and returned a {type(after).__name__}")
 
 
-def build(config: MixerConfig, d_model: int) -> SequenceMixer:
-    """The mixer of a configuration; a `BuildError` where it raises no SeqmixError of its own, or gives no mixer."""
+def build(config: MixerConfig, d_model: int, layer: int = 0) -> SequenceMixer:
+    """The mixer of a layer of `LAYERS`; a `BuildError` where it raises no SeqmixError of its own, or gives no mixer."""
     with _refusals(f"{config.kind}: build", BuildError):
-        mixer = config.build(d_model, layer_idx=0, n_layers=1)
+        mixer = config.build(d_model, layer_idx=layer, n_layers=LAYERS)
     if not isinstance(mixer, SequenceMixer):
         raise BuildError(f"{config.kind}: build returned {mixer!r}, which is not a SequenceMixer")
     if not hasattr(mixer, "traits"):

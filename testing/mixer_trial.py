@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import reject
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import clone, map_state, to_dict
@@ -32,12 +33,13 @@ class Trial:
 
     def __init__(self, subject: Subject, case: Case) -> None:
         self.subject, self.case = subject, case
-        config, mixer = changed(subject.config, dict(case.options)), subject.mixer(case.options, case.dtype)
+        config, mixer = changed(subject.config, dict(case.options)), subject.mixer(case.options, case.dtype, case.layer)
         if config is None or mixer is None:
             reject()
         self.config: MixerConfig = config
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)
+        self._training: SequenceMixer | None = None
 
     @property
     def paradigms(self) -> list[Paradigm]:
@@ -59,7 +61,8 @@ class Trial:
     def tokens(self, batch_size: int | None = None, length: int | None = None) -> Tensor:
         """A segment; of the case's size by default."""
         batch_size = self.case.batch_size if batch_size is None else batch_size
-        return self.randn(batch_size, self.case.length if length is None else length, self.subject.d_model)
+        length = self.case.length if length is None else length
+        return self.randn(batch_size, length, self.subject.d_model) * self.case.scale
 
     def like(self, x: Tensor) -> Tensor:
         """Normal numbers of this shape and dtype."""
@@ -95,6 +98,27 @@ class Trial:
         mixed = partial(mixer or self.mixer, return_state=True, **options)
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
+    def used(self, paradigm: Paradigm | None = None, **options: Any) -> Call:
+        """The mixer as the case uses it, without dropout: see `Use`."""
+        if self.case.use == "evaluation":
+            return self.call(paradigm, **options)
+        if self._training is None:
+            self._training = self.without_dropout().train()
+        training, wanted = self._training, self.case.use == "truncated"
+        return partial(training, paradigm=paradigm, return_state=wanted, **options)
+
+    def without_dropout(self) -> SequenceMixer:
+        """The mixer with the same parameters, with no dropout in training."""
+        none: dict[str, Any] = {n: 0.0 for n, v in self.config if "dropout" in n and isinstance(v, float) and v}
+        other = self.rebuilt(**(none if changed(self.config, none) is not None else {}))
+        for name, parameter in self.mixer.named_parameters():  # gradients are of the same
+            module, _, leaf = name.rpartition(".")
+            other.get_submodule(module)._parameters[leaf] = parameter
+        for module in other.modules():
+            if isinstance(module, _DropoutNd):
+                module.p = 0.0
+        return other
+
     def mix(self, x: Tensor, state: Any, mixer: SequenceMixer | None = None, **options: Any) -> tuple[Tensor, Any]:
         """Output and final state without grad, where a state given may be consumed."""
         with torch.no_grad():
@@ -129,8 +153,9 @@ class Trial:
         *,
         mixer: SequenceMixer | None = None,
         zeros: Mapping[str, Tensor] | None = None,
+        used: bool = False,
     ) -> tuple[dict[str, Tensor], Any]:
-        """Output and gradients by name, and the final state.
+        """Output and gradients by name, and the final state: of these, what the case's use gives.
 
         Args:
             call: what is differentiated.
@@ -138,13 +163,17 @@ class Trial:
             state: what comes before.
             mixer: whose parameters; the case's by default.
             zeros: by name of a result, where the gradient from above is zero as well; the result itself by default.
+            used: whether the call is one that the case's use makes, whose tokens may want no gradient.
         """
-        x, state = x.detach().requires_grad_(), as_leaves(state)
+        frozen = self.case.use == "frozen"
+        x, state = x.detach().requires_grad_(not (used and frozen)), as_leaves(state)
         y, after = call(x, state)
+        after = after if self.case.use in ("evaluation", "truncated") else None
         results = named_results(y, after)
         if not any(result.requires_grad for result in results.values()):
             raise CheckFailure("neither output nor final state has a gradient")
-        leaves = {"the input": x, **named_leaves("the state's", state), **learnable(mixer or self.mixer)}
+        leaves = {} if frozen else {"the input": x}
+        leaves |= {**named_leaves("the state's", state), **learnable(mixer or self.mixer)}
         found = gradients(results, self._above(zeros or results), leaves)
         named = {f"the gradient of {name}": gradient for name, gradient in found.items()}
         return {"the output": y.detach(), **named}, None if after is None else map_state(Tensor.detach, after)
@@ -164,7 +193,7 @@ class Trial:
             refused = ", ".join(f"{name}={value}" for name, value in options.items())
             declared = ", which its traits declare" if options.keys() == {"paradigm"} else ""
             raise CheckFailure(f"the configuration refuses {refused}{declared}")
-        other = build(config, self.subject.d_model)
+        other = build(config, self.subject.d_model, self.case.layer)
         other = other.to(self.subject.device, dtype or self.case.dtype).eval()
         other.load_state_dict(self.mixer.state_dict())
         return other

@@ -10,7 +10,7 @@ import torch
 from ...mixers.state import clone, detach, select
 from ..check import check, chunked, recurrent, several_paradigms
 from ..compare import require
-from ..mixer_case import LENGTHS, Draw
+from ..mixer_case import LENGTHS, USES, Draw
 from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
 
@@ -21,7 +21,7 @@ EVERY = 70
 """Tokens up to which a segment is cut at every one."""
 
 
-@check(several_paradigms, share=1, draw=Draw(tokens=(1, 11), long=8))
+@check(several_paradigms, share=1, draw=Draw(tokens=(1, 11), long=8, uses=USES))
 def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
     lengths around the boundaries of blocks of up to 128 tokens too."""
@@ -30,7 +30,7 @@ def paradigms_agree(trial: Trial) -> None:
     # where the reference alone is asked for, it is compared with all others
     others = {*trial.paradigms} - {trial.reference} or trial.mixer.traits.paradigms - {trial.reference}
     for paradigm in sorted(others):
-        actual = trial.differentiate(trial.call(paradigm), x, state)
+        actual = trial.differentiate(trial.used(paradigm), x, state, used=True)
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         # every boundary in the longest segment counts: an output depends on no later token, so a part gives the whole's
         for length in sorted(LENGTHS)[:-1] if trial.case.length == max(LENGTHS) else ():
@@ -48,27 +48,28 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     trial.compare("pieces against the whole", trial.in_pieces(*pieces)(x, state), whole)
 
 
-@check(share=0.25, draw=Draw(pieces=(2, 3), tokens=(1, 5), long=7, longest=65, batch_size=(1, 2), paradigms=True))
+@check(share=0.25, draw=Draw(pieces=(2, 3), tokens=(1, 5), long=7, longest=65, batch_size=(1, 2), paradigms=True, uses=("evaluation", "truncated")))
 def gradients_flow_through_states(trial: Trial) -> None:
     """Backpropagation through a chain of states equals that through the whole, and a detached state ends it."""
     x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
 
-    in_pieces = trial.in_pieces(*map(trial.call, trial.case.paradigms))
-    actual = trial.differentiate(in_pieces, x, state)
+    in_pieces = trial.in_pieces(*map(trial.used, trial.case.paradigms))
+    actual = trial.differentiate(in_pieces, x, state, used=True)
     expected = trial.differentiate(trial.call(trial.reference), x, state)
     trial.compare("backpropagation through pieces against the whole", actual, expected)
 
     # truncated: the last piece, from the state that the first ones left
-    last = trial.call(trial.case.paradigms[-1])
+    first, last = trial.used(), trial.used(trial.case.paradigms[-1])
     head, tail = x.split([trial.case.length - lengths[-1], lengths[-1]], dim=1)
 
     def truncated(x, given):
-        _, between = trial.call()(head, given)
+        _, between = first(head, given)
         return last(x, detach(between))
 
     _, between = trial.mix(head, state)
-    actual = trial.differentiate(truncated, tail, state)
-    expected = trial.differentiate(lambda x, _: last(x, between), tail, state)
+    actual = trial.differentiate(truncated, tail, state, used=True)
+    whole = trial.call(trial.reference)
+    expected = trial.differentiate(lambda x, _: whole(x, between), tail, state)
     trial.compare("truncated backpropagation against the last piece alone", actual, expected)
 
 
