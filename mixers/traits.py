@@ -27,6 +27,8 @@ class Traits:
     """Whether the parallel paradigm takes a state; it returns a final state in any case."""
     compiles: bool = True
     """Whether it can be compiled with `torch.compile` (fullgraph)."""
+    surrogate_gradients: bool = False
+    """Whether the backward pass is another function's derivative, as of a straight-through estimator."""
 
     def __post_init__(self) -> None:
         names = self.paradigms
@@ -38,7 +40,7 @@ class Traits:
         if self.state not in ("constant", "growing"):
             hint = nearest(str(self.state), ("constant", "growing"))
             raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
-        for name in ("packing", "shift_invariant", "parallel_from_state", "compiles"):
+        for name in ("packing", "shift_invariant", "parallel_from_state", "compiles", "surrogate_gradients"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
         if not any(map(self.takes_state, self.paradigms)):

@@ -116,3 +116,8 @@ def several_paradigms(config: MixerConfig) -> str | None:
 def chunked(config: MixerConfig) -> str | None:
     """`chunk_size`."""
     return None if "chunk_size" in type(config).model_fields else "the configuration has no chunk_size"
+
+
+def exact_gradients(config: MixerConfig) -> str | None:
+    """A backward pass that is the derivative of the forward."""
+    return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None

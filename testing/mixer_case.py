@@ -21,7 +21,13 @@ Use = Literal["evaluation", "training", "frozen", "truncated"]
 """How a mixer is called: evaluated with its final state; trained without one; the same where the tokens want no
 gradient, as after a frozen embedding; trained with one, as by truncated backpropagation through time."""
 
-USES: tuple[Use, ...] = ("evaluation", "training", "frozen", "truncated")
+IN_WORDS: dict[Use, str] = {
+    "evaluation": "evaluated",
+    "training": "trained, no final state wanted",
+    "frozen": "trained, tokens without gradient",
+    "truncated": "trained, a final state wanted",
+}
+USES: tuple[Use, ...] = tuple(IN_WORDS)
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
 """Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two. The first cross a boundary; they

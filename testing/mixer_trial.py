@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..mixers.state import clone, map_state, to_dict
 from ..ops.paradigm import Paradigm
 from .compare import EXACT, CheckFailure, Differences
 from .gradients import gradients
-from .mixer_case import Case, Start
+from .mixer_case import IN_WORDS, Case, Start
 from .mixer_options import changed
 from .mixer_subject import Subject, build, reference_paradigm
 
@@ -83,6 +84,18 @@ class Trial:
                 # by factors above 0: denominators stay positive, and the empty slots of a cache stay empty
                 state = map_state(lambda x: x * self.like(x).exp() if x.is_floating_point() else x, state)
         return state
+
+    @property
+    def use(self) -> str:
+        """How the case calls the mixer, in words."""
+        return IN_WORDS[self.case.use]
+
+    def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
+        """`cu_seqlens` of the case's lengths; None where it packs nothing: one length, several rows, or no packing."""
+        lengths = self.case.lengths
+        if len(lengths) == 1 or self.case.batch_size > 1 or not self.mixer.traits.packing:
+            return None
+        return torch.tensor([0, *accumulate(lengths)], dtype=dtype, device=self.subject.device)
 
     def index(self, *rows: int) -> Tensor:
         """Rows of a state, as `select` takes them."""

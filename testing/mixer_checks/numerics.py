@@ -171,26 +171,6 @@ def extremes_are_finite(trial: Trial) -> None:
                 require(part.isfinite().all(), f"{paradigm} in {trial.case.dtype}, {what}: {name} is not finite")
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 9)))
-def modes_change_nothing(trial: Trial) -> None:
-    """Training mode, with dropout set to 0, and grad mode switched off give what evaluation with gradients gives."""
-    x, state = trial.tokens(), trial.state()
-    none = {name: 0.0 for name, value in trial.config if "dropout" in name and isinstance(value, float) and value}
-    none: dict[str, Any] = none if changed(trial.config, none) is not None else {}
-    if none:
-        trial.mixer = trial.rebuilt(**none)
-    training = trial.rebuilt(**none).train()
-    for module in training.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-    for paradigm in trial.paradigms:
-        expected, after = trial.differentiate(trial.call(paradigm), x, state)
-        without = trial.mix(x, state, paradigm=paradigm)
-        trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
-        trained = trial.differentiate(trial.call(paradigm, training), x, state, mixer=training)
-        trial.compare(f"{paradigm}, in training mode against evaluation", trained, (expected, after))
-
-
 @check(share=0.12, draw=Draw(tokens=(1, 9)))
 def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward; no random number is drawn, and no parameter,

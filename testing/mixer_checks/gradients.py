@@ -1,0 +1,93 @@
+"""Gradients are the derivatives of what is computed, in every way that training calls a mixer."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ...mixers.state import from_dict, to_dict
+from ..check import check, exact_gradients
+from ..compare import require
+from ..mixer_case import USES, Draw
+from ..mixer_trial import Trial, learnable, named_results
+
+STEPS = (1e-4, 1e-5, 1e-6)
+"""Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
+
+ALLOWED = 1e-6
+"""Between a derivative and differences, relative to the sum of the absolute values of its terms."""
+
+
+@check(share=0.12, draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), uses=USES))
+def modes_change_nothing(trial: Trial) -> None:
+    """Training mode (without dropout), a call that wants no final state, tokens that want no gradient, and grad mode
+    switched off give what evaluation with gradients gives."""
+    x, state = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+        expected, after = trial.differentiate(trial.call(paradigm), x, state)
+        if trial.case.use == "evaluation":
+            without = trial.mix(x, state, paradigm=paradigm)
+            trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
+        else:
+            used = trial.differentiate(trial.used(paradigm), x, state, used=True)
+            trial.compare(f"{paradigm}, as {trial.use} against evaluation", used, (expected, after))
+
+
+@check(exact_gradients, share=0.12, draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES))
+def gradients_are_derivatives(trial: Trial) -> None:
+    """Gradients of tokens, state and parameters are the derivatives: central differences in float64 agree, packed
+    documents included."""
+    boundaries = trial.boundaries()
+    x, state = trial.tokens(), trial.state(trial.case.batch_size if boundaries is None else len(trial.case.lengths))
+    packed = {} if boundaries is None else {"cu_seqlens": boundaries}
+    leaves = {"the tokens": x, **{f"the state's {name}": leaf for name, leaf in to_dict(state or ()).items()}}
+    leaves |= {f"the parameter {name}": parameter.detach() for name, parameter in learnable(trial.mixer).items()}
+    # an empty slot of a cache stays empty
+    along = {name: trial.like(leaf) * (leaf != 0) for name, leaf in leaves.items() if leaf.is_floating_point()}
+    above: dict[str, Tensor] = {}
+
+    def loss(moved: Mapping[str, Tensor], paradigm: object, mixer: torch.nn.Module) -> Tensor:
+        own = {name: moved.get(f"the parameter {name}", p) for name, p in mixer.named_parameters()}
+        before = None if state is None else from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
+        wanted = trial.case.use in ("evaluation", "truncated")
+        y, after = functional_call(
+            mixer, own, (moved["the tokens"], before), {"paradigm": paradigm, "return_state": wanted, **packed}
+        )
+        results = named_results(y, after)
+        if not above:
+            above.update({name: trial.like(result) * (result.detach() != 0) for name, result in results.items()})
+        return sum((above[name] * result).sum() for name, result in results.items())
+
+    def rate(names: list[str], step: float) -> float:
+        def at(steps: float) -> float:
+            moved = {name: leaf + steps * step * along[name] if name in names else leaf for name, leaf in leaves.items()}
+            with torch.no_grad():
+                return loss(moved, trial.reference, trial.mixer).item()
+
+        return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
+
+    mixer = trial.mixer if trial.case.use == "evaluation" else trial.without_dropout().train()
+    for paradigm in trial.paradigms:
+        wanted = {name: leaves[name].detach().clone().requires_grad_() for name in along}
+        if trial.case.use == "frozen":
+            wanted["the tokens"] = leaves["the tokens"]
+        total = loss({**leaves, **wanted}, paradigm, mixer)
+        roots = {name: leaf for name, leaf in wanted.items() if leaf.requires_grad}
+        require(total.requires_grad or not roots, f"{paradigm}: the output has no gradient")
+        found = torch.autograd.grad(total, [*roots.values()], materialize_grads=True)
+        slopes = {name: (along[name] * g).sum().item() for name, g in zip(roots, found, strict=True)}
+        size = sum((along[name] * g).abs().sum().item() for name, g in zip(roots, found, strict=True))
+        if not _agrees([*slopes], slopes, size, rate):
+            wrong = [name for name in slopes if not _agrees([name], slopes, size, rate)] or [*slopes]
+            off = {name: rate([name], STEPS[1]) for name in wrong}
+            text = ", ".join(f"{name} ({slopes[name]:.6g}, and differences give {off[name]:.6g})" for name in wrong)
+            use = "" if trial.case.use == "evaluation" else f", as {trial.use}"
+            require(False, f"{paradigm}{use}: the gradient is not the derivative of {text}")
+
+
+def _agrees(
+    names: list[str], slopes: Mapping[str, float], size: float, rate: Callable[[list[str], float], float]
+) -> bool:
+    slope = sum(slopes[name] for name in names)
+    return any(abs(rate(names, step) - slope) <= ALLOWED * size for step in STEPS)
