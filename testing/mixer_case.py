@@ -36,7 +36,7 @@ are what a failure shrinks to."""
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 
 CROWD = 9
-"""Rows of a large batch: above a small power of two, up to which rows may be handled another way."""
+"""Rows of a large batch, or documents beside a few: above a small power of two, up to which rows may be handled another way."""
 
 
 LAYERS = 3
@@ -85,6 +85,10 @@ class Draw:
     """One piece in so many, on average, has one of `LENGTHS` instead; 0 is none."""
     longest: int = max(LENGTHS)
     """The longest of them."""
+    many: int = 0
+    """One case in so many, on average, has up to `CROWD` more pieces; 0 is none."""
+    lists: tuple[tuple[int, ...], ...] = ()
+    """Lengths of further cases that run in any case."""
     fixed: int = 0
     """Tokens of each in the cases that run in any case; as many as are drawn at most by default."""
     batch_size: tuple[int, int] = (1, 3)
@@ -106,7 +110,8 @@ class Draw:
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
         usual = Case(lengths=lengths, batch_size=self.batch_size[0], start=self.starts[-1], seed=1)
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
-        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed]
+        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
+        found += [replace(usual, lengths=lengths) for lengths in self.lists]
         if self.crowded:
             found += [replace(usual, batch_size=CROWD)]
         if len(self.dtypes) > 1:
@@ -123,10 +128,12 @@ class Draw:
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         tokens = _sometimes(self.long, long, self.tokens)
         rows = _sometimes(self.crowded, [CROWD], self.batch_size)
+        least, most = self.pieces
+        pieces = _sometimes(self.many, range(most + 1, most + CROWD), self.pieces) if self.many else st.just(most)
 
         @st.composite
         def case(draw: Callable[..., Any]) -> Case:
-            lengths = draw(st.lists(tokens, min_size=self.pieces[0], max_size=self.pieces[1]).filter(sum))
+            lengths = draw(st.lists(tokens, min_size=least, max_size=draw(pieces)).filter(sum))
             batch_size = draw(rows)
             return Case(
                 lengths=tuple(lengths),

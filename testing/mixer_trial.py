@@ -91,9 +91,9 @@ class Trial:
         return IN_WORDS[self.case.use]
 
     def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
-        """`cu_seqlens` of the case's lengths; None where it packs nothing: one length, several rows, or no packing."""
+        """`cu_seqlens` of the case's lengths; None of several rows, or without packing."""
         lengths = self.case.lengths
-        if len(lengths) == 1 or self.case.batch_size > 1 or not self.mixer.traits.packing:
+        if self.case.batch_size > 1 or not self.mixer.traits.packing:
             return None
         return torch.tensor([0, *accumulate(lengths)], dtype=dtype, device=self.subject.device)
 

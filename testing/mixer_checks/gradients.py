@@ -49,7 +49,9 @@ def gradients_are_derivatives(trial: Trial) -> None:
 
     def loss(moved: Mapping[str, Tensor], paradigm: object, mixer: torch.nn.Module) -> Tensor:
         own = {name: moved.get(f"the parameter {name}", p) for name, p in mixer.named_parameters()}
-        before = None if state is None else from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
+        before = (
+            None if state is None else from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
+        )
         wanted = trial.case.use in ("evaluation", "truncated")
         y, after = functional_call(
             mixer, own, (moved["the tokens"], before), {"paradigm": paradigm, "return_state": wanted, **packed}
@@ -61,7 +63,9 @@ def gradients_are_derivatives(trial: Trial) -> None:
 
     def rate(names: list[str], step: float) -> float:
         def at(steps: float) -> float:
-            moved = {name: leaf + steps * step * along[name] if name in names else leaf for name, leaf in leaves.items()}
+            moved = {
+                name: leaf + steps * step * along[name] if name in names else leaf for name, leaf in leaves.items()
+            }
             with torch.no_grad():
                 return loss(moved, trial.reference, trial.mixer).item()
 

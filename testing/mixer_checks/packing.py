@@ -1,73 +1,118 @@
 """Packed documents (varlen, `cu_seqlens`) are independent sequences."""
 
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...mixers.state import concatenate, select
+from ...mixers.state import concatenate, map_state, select
 from ..check import check, packing
-from ..mixer_case import Draw
-from ..mixer_trial import Trial
+from ..mixer_case import USES, Draw
+from ..mixer_trial import Call, Trial
 
-DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, batch_size=(1, 1))
+LISTS = ((0, 0, 3, 0, 0, 5, 0), (1, 2, 0, 1) * 75, (70, 0, 65))
+"""Documents that are not left to chance: empty ones first, last and adjacent; more than 256; long ones."""
+
+DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1))
 
 
 @check(packing, share=0.5, draw=DOCUMENTS)
 def documents_are_sequences(trial: Trial) -> None:
     """Packed documents, empty ones too, give what each gives alone: output, final state, and what is read later."""
-    lengths = trial.case.lengths
-    x, state = trial.tokens(), trial.state(len(lengths))
-    following = trial.tokens(len(lengths), 2)
-    initial = trial.mixer.init_state(len(lengths)) if state is None else state
+    x, state = trial.tokens(), states_of_documents(trial)
+    following = trial.tokens(len(trial.case.lengths), 2)
     # int32 is what flash-attention takes, int64 what torch makes
-    boundaries = _boundaries(trial, torch.int32 if trial.case.seed % 2 else torch.int64)
+    boundaries = trial.boundaries(torch.int32 if trial.case.seed % 2 else torch.int64)
     for paradigm in trial.paradigms:
         y, states = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm)
         z, _ = trial.mix(following, states)
-        for n, document in enumerate(x.split(lengths, dim=1)):
-            row = trial.index(n)
-            alone, after = select(initial, row), select(states, row)
-            start = sum(lengths[:n])
-            with trial.differences(f"{paradigm}, document {n} of {len(lengths)} packed against it alone") as found:
-                if lengths[n]:
-                    expected, alone = trial.mix(document, alone, paradigm=paradigm)
-                    found.tensor("the output", y[:, start : start + lengths[n]], expected, "BTD")
+        what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"
+        with trial.differences(what) as found:
+            for rows, part, after in alone(trial, trial.mix, x, state, paradigm=paradigm):
+                if part is not None:
+                    found.tensor(f"document {rows[0]}'s output", documents(y, trial.case.lengths, rows), part, "NTD")
                 # a growing state may hold a document's tokens in more room than it would need alone
+                index = trial.index(*rows)
                 if trial.mixer.traits.state == "constant":
-                    found.state("the final state", after, alone)
-                found.tensor("the output of two tokens later", z[row], trial.mix(following[row], alone)[0], "BTD")
+                    found.state(f"document {rows[0]}'s final state", select(states, index), after)
+                later, _ = trial.mix(following[index], after)
+                found.tensor(f"document {rows[0]}'s output of two tokens later", z[index], later, "NTD")
 
 
-@check(packing, share=0.25, draw=DOCUMENTS)
+@check(
+    packing,
+    share=0.25,
+    draw=Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=12, lists=LISTS[:1], batch_size=(1, 1), uses=USES),
+)
 def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
-    """Gradients of packed documents, of their states too, are those of each document alone."""
-    lengths = trial.case.lengths
-    x, state = trial.tokens(), trial.state(len(lengths))
-    boundaries = _boundaries(trial, torch.int64)
+    """Gradients of packed documents, of their states too, are those of each document alone, in every way of training;
+    gradients from above need not be contiguous."""
+    x, state, lengths = trial.tokens(), states_of_documents(trial), trial.case.lengths
+    boundaries = trial.boundaries()
     # a growing state may hold a document's tokens in more room than it would need alone
     keep_state = trial.mixer.traits.state == "constant"
 
-    def one_by_one(x, state):
-        outputs, states = [], []
-        for n, document in enumerate(x.split(lengths, dim=1)):
-            after = select(trial.mixer.init_state(len(lengths)) if state is None else state, trial.index(n))
-            if lengths[n]:
-                y, after = trial.call()(document, after)
-                outputs.append(y)
-            states.append(after)
-        return torch.cat(outputs, dim=1), concatenate(states) if keep_state else None
+    def one_by_one(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        groups = list(alone(trial, trial.call(), x, state))
+        return together(groups, lengths), in_order(groups) if keep_state else None
 
     expected = trial.differentiate(one_by_one, x, state)
     for paradigm in trial.paradigms:
 
         def packed(x, state, paradigm=paradigm):
-            y, states = trial.call(paradigm, cu_seqlens=boundaries)(x, state)
+            y, states = trial.used(paradigm, cu_seqlens=boundaries)(x, state)
+            # the gradient of a strided view is strided
+            y = torch.stack((y, y), dim=-1)[..., 0] if trial.case.seed % 2 else y
             return y, states if keep_state else None
 
-        actual = trial.differentiate(packed, x, state)
-        trial.compare(f"{paradigm}, packed documents against each alone", actual, expected)
+        actual = trial.differentiate(packed, x, state, used=True)
+        what = f"{paradigm}, {trial.use}, documents of {described(trial)} tokens packed against each alone"
+        trial.compare(what, actual, expected)
 
 
-def _boundaries(trial: Trial, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([0, *accumulate(trial.case.lengths)], dtype=dtype, device=trial.subject.device)
+def described(trial: Trial) -> str:
+    """The documents' lengths."""
+    lengths = trial.case.lengths
+    return ", ".join(map(str, lengths[:8])) + (f" and {len(lengths) - 8} more" if len(lengths) > 8 else "")
+
+
+def states_of_documents(trial: Trial) -> Any:
+    """A state for every document; every other case as rows of a larger batch are, which are not contiguous."""
+    state = trial.state(len(trial.case.lengths))
+    if state is None or trial.case.seed % 2:
+        return state
+    return map_state(lambda leaf: torch.stack((leaf, leaf), dim=1)[:, 0], state)
+
+
+Group = tuple[list[int], Tensor | None, Any]
+"""Documents of one length: their numbers, their outputs [N T D] (None of empty ones) and their final states."""
+
+
+def alone(trial: Trial, call: Call, x: Tensor, state: Any, **options: Any) -> list[Group]:
+    """What each document gives that is not packed; those of one length are the rows of a batch."""
+    lengths, groups = trial.case.lengths, []
+    initial = trial.mixer.init_state(len(lengths)) if state is None else state
+    for length in dict.fromkeys(lengths):
+        rows = [n for n, other in enumerate(lengths) if other == length]
+        before = select(initial, trial.index(*rows))
+        mixed = call(documents(x, lengths, rows), before, **options) if length else (None, before)
+        groups.append((rows, *mixed))
+    return groups
+
+
+def documents(x: Tensor, lengths: tuple[int, ...], rows: list[int]) -> Tensor:
+    """Documents of one length of a packed row, as a batch: [1 T D] -> [N T D]."""
+    parts = x[0].split(lengths)
+    return torch.stack([parts[row] for row in rows])
+
+
+def together(groups: list[Group], lengths: tuple[int, ...]) -> Tensor:
+    """The packed row of outputs: [1 T D]."""
+    parts = {row: y for rows, ys, _ in groups if ys is not None for row, y in zip(rows, ys, strict=True)}
+    return torch.cat([parts[row] for row in range(len(lengths)) if row in parts])[None]
+
+
+def in_order(groups: list[Group]) -> Any:
+    """The final states, one row per document."""
+    rows = [row for group, _, _ in groups for row in group]
+    return select(concatenate([after for _, _, after in groups]), torch.tensor(rows).argsort())

@@ -48,7 +48,18 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     trial.compare("pieces against the whole", trial.in_pieces(*pieces)(x, state), whole)
 
 
-@check(share=0.25, draw=Draw(pieces=(2, 3), tokens=(1, 5), long=7, longest=65, batch_size=(1, 2), paradigms=True, uses=("evaluation", "truncated")))
+@check(
+    share=0.25,
+    draw=Draw(
+        pieces=(2, 3),
+        tokens=(1, 5),
+        long=7,
+        longest=65,
+        batch_size=(1, 2),
+        paradigms=True,
+        uses=("evaluation", "truncated"),
+    ),
+)
 def gradients_flow_through_states(trial: Trial) -> None:
     """Backpropagation through a chain of states equals that through the whole, and a detached state ends it."""
     x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
