@@ -36,7 +36,8 @@ are what a failure shrinks to."""
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 
 CROWD = 9
-"""Rows of a large batch, or documents beside a few: above a small power of two, up to which rows may be handled another way."""
+"""Rows of a large batch, or documents beside a few: above a small power of two, up to which rows may be handled another
+way."""
 
 
 LAYERS = 3
@@ -66,6 +67,11 @@ class Case(WrittenCase):
     """Of parameters and inputs."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration that differ from the one under test."""
+
+    @property
+    def final_state(self) -> bool:
+        """Whether its use wants a final state."""
+        return self.use in ("evaluation", "truncated")
 
     @property
     def length(self) -> int:

@@ -1,7 +1,7 @@
 """What a check does with a mixer on one case."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -40,7 +40,6 @@ class Trial:
         self.config: MixerConfig = config
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)
-        self._training: SequenceMixer | None = None
 
     @property
     def paradigms(self) -> list[Paradigm]:
@@ -108,17 +107,17 @@ class Trial:
 
     def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
         """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
-        mixed = partial(mixer or self.mixer, return_state=True, **options)
+        mixed = partial(mixer or self.mixer, **{"return_state": True, **options})
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
     def used(self, paradigm: Paradigm | None = None, **options: Any) -> Call:
         """The mixer as the case uses it, without dropout: see `Use`."""
-        if self.case.use == "evaluation":
-            return self.call(paradigm, **options)
-        if self._training is None:
-            self._training = self.without_dropout().train()
-        training, wanted = self._training, self.case.use == "truncated"
-        return partial(training, paradigm=paradigm, return_state=wanted, **options)
+        return self.call(paradigm, self.mixer_in_use, return_state=self.case.final_state, **options)
+
+    @cached_property
+    def mixer_in_use(self) -> SequenceMixer:
+        """The mixer in the case's mode, without dropout in training."""
+        return self.mixer if self.case.use == "evaluation" else self.without_dropout().train()
 
     def without_dropout(self) -> SequenceMixer:
         """The mixer with the same parameters, with no dropout in training."""
@@ -181,7 +180,7 @@ class Trial:
         frozen = self.case.use == "frozen"
         x, state = x.detach().requires_grad_(not (used and frozen)), as_leaves(state)
         y, after = call(x, state)
-        after = after if self.case.use in ("evaluation", "truncated") else None
+        after = after if self.case.final_state else None
         results = named_results(y, after)
         if not any(result.requires_grad for result in results.values()):
             raise CheckFailure("neither output nor final state has a gradient")

@@ -52,10 +52,9 @@ def gradients_are_derivatives(trial: Trial) -> None:
         before = (
             None if state is None else from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
         )
-        wanted = trial.case.use in ("evaluation", "truncated")
-        y, after = functional_call(
-            mixer, own, (moved["the tokens"], before), {"paradigm": paradigm, "return_state": wanted, **packed}
-        )
+        options = {"paradigm": paradigm if state is None else trial.after(paradigm), **packed}
+        options["return_state"] = trial.case.final_state
+        y, after = functional_call(mixer, own, (moved["the tokens"], before), options)
         results = named_results(y, after)
         if not above:
             above.update({name: trial.like(result) * (result.detach() != 0) for name, result in results.items()})
@@ -71,12 +70,11 @@ def gradients_are_derivatives(trial: Trial) -> None:
 
         return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
 
-    mixer = trial.mixer if trial.case.use == "evaluation" else trial.without_dropout().train()
     for paradigm in trial.paradigms:
         wanted = {name: leaves[name].detach().clone().requires_grad_() for name in along}
         if trial.case.use == "frozen":
             wanted["the tokens"] = leaves["the tokens"]
-        total = loss({**leaves, **wanted}, paradigm, mixer)
+        total = loss({**leaves, **wanted}, paradigm, trial.mixer_in_use)
         roots = {name: leaf for name, leaf in wanted.items() if leaf.requires_grad}
         require(total.requires_grad or not roots, f"{paradigm}: the output has no gradient")
         found = torch.autograd.grad(total, [*roots.values()], materialize_grads=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, map_state, to_dict
@@ -15,7 +14,6 @@ from ..check import check
 from ..compare import FEW, GRADIENTS, CheckFailure, near, require
 from ..gradients import gradients
 from ..mixer_case import Draw
-from ..mixer_options import changed
 from ..mixer_trial import Trial, learnable, named_leaves, named_results
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
