@@ -52,21 +52,6 @@ def test_an_unknown_paradigm_names_the_nearest_and_a_step_is_one_token(mixer):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "words"),
-    [
-        ((2, 0, D_MODEL), torch.float32, r"\[2, 0, 12\]"),
-        ((4, D_MODEL), torch.float32, r"\[4, 12\]"),
-        ((1, 4, D_MODEL), torch.float64, "torch.float32.*torch.float64"),
-        ((1, 4, D_MODEL), torch.bfloat16, "torch.float32.*torch.bfloat16"),
-        ((1, 4, D_MODEL), torch.int64, "torch.float32.*torch.int64"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused(mixer, shape, dtype, words):
-    with pytest.raises(ContractError, match=f"{mixer.kind}.*{words}"):
-        mixer(torch.zeros(shape, dtype=dtype))
-
-
-@pytest.mark.parametrize(
     ("batch_size", "cu_seqlens", "words"),
     [
         (2, torch.tensor([0, 4]), "2"),

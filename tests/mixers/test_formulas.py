@@ -1,10 +1,12 @@
 """Mixers with queries, keys and values per head are their papers' equations, in every option."""
 
 import pytest
+import torch
 from formulas import assert_follows, build, tokens, written_out
 
 from seqmix.mixers import MIXERS
-from seqmix.mixers.parts import QKVConfig
+from seqmix.mixers.parts import GatedNorm, QKVConfig
+from seqmix.testing.mixer_options import alternatives, changed
 
 BUILT_IN = {kind: MIXERS.resolve(kind) for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
 KINDS = [kind for kind, config in BUILT_IN.items() if issubclass(config, QKVConfig)]
@@ -21,6 +23,7 @@ SHARED = [
     {"rotation": "rope", "rotation_base": 100.0, "gate": "swish"},
     {"rotation": "retnet", "head_norm": "rms", "norm_eps": 0.01},
     {"head_norm": "none", "short_conv": 1},
+    {"short_conv": 0},
 ]
 OWN = {
     "retention": [
@@ -31,6 +34,7 @@ OWN = {
         {"learnable_decay": True},
         {"row_norm": False, "norm_eps": 0.1},
         {"expand_k": 0.25, "rotation": "none"},  # keys of 1
+        {"n_heads": 6},  # and of a single pair
         {"row_norm": False, "decay": "none", **PLAIN},
     ],
     "gated_retention": [{"gate_logit_normalizer": 1.0}, {"rotation": "none", "n_heads": 4}],  # keys of 3
@@ -70,3 +74,42 @@ def test_every_kind_of_the_family_has_cases():
 @pytest.mark.parametrize(("kind", "fields"), list(cases()))
 def test_output_state_and_gradients_are_the_formulas(kind, fields):
     assert_follows(build(kind, **fields), written_out, tokens(20 if kind == "gla" else 11))
+
+
+VARIED = {
+    "short_conv": {2, None},
+    "qk_norm": {"l2", "rms", "none"},
+    "rotation": {"rope", "retnet", "none"},
+    "gate": {"swish", "sigmoid", "none"},
+    "head_norm": {"group", "rms", "none"},
+    "norm_affine": {True, False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_options_are_described_and_varied_by_the_conformance_kit(kind):
+    config = BUILT_IN[kind].example()
+    varied = alternatives(config)
+    for name, values in VARIED.items():
+        if (kind, name) in REFUSED:
+            assert name not in varied
+            continue
+        assert {*varied[name], getattr(config, name)} >= values, name
+        # one of them makes a configuration, by itself or beside what it goes with
+        beside = {"denominator": False} if kind == "linear_attention" else {}
+        assert any(changed(config, {name: value, **beside}) for value in varied[name])
+    # where a mixer has its own default too
+    fields = BUILT_IN[kind].model_json_schema()["properties"]
+    assert all(field.get("description") or name == "kind" for name, field in fields.items())
+    assert config.expand_v == fields["expand_v"]["default"]
+
+
+@pytest.mark.parametrize("norm", ["rms", "group"])
+@pytest.mark.parametrize("gate", ["swish", "sigmoid"])
+def test_a_gated_norm_stays_in_the_range_of_float16(norm, gate):
+    x, given = torch.randn(2, 1, 64).sign().half() * 6e4
+    layer = GatedNorm(64, norm, gate, affine=True, eps=1e-6)  # its parameter is wide, as under autocast
+    y = layer(x, given / 10000)
+    assert y.dtype == torch.float32
+    assert y.isfinite().all()
+    assert y.half().isfinite().all()

@@ -1,17 +1,13 @@
-"""Positions, angles and rotations, dense and packed."""
+"""Angles and rotations, dense and packed."""
 
-import itertools
 import math
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from seqmix.mixers.parts.rotary import frequencies, rotate, rotation
-from seqmix.ops.packing import Documents, advance, document_of_token, token_positions
 
 CPU = torch.device("cpu")
 TURN = Fraction("6.28318530717958647692528676655900576839433879875021164194988918461563281257")
@@ -19,55 +15,6 @@ TURN = Fraction("6.2831853071795864769252867665590057683943387987502116419498891
 
 def exactly(actual, expected, tolerance=1e-12):
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def equal(actual, expected):
-    assert_close(actual, torch.tensor(expected), rtol=0, atol=0)
-
-
-@st.composite
-def documents(draw):
-    lengths = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(sum))
-    offsets = draw(st.lists(st.integers(0, 10**7), min_size=len(lengths), max_size=len(lengths)))
-    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
-    return lengths, offsets, torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
-
-
-@settings(deadline=None)
-@given(documents())
-def test_packed_positions_count_from_each_documents_offset(packed):
-    lengths, offsets, boundaries = packed
-    length = sum(lengths)
-    row = Documents.of(boundaries, length)
-    assert (row.number, row.boundaries) == (len(lengths), tuple(boundaries.tolist()))
-    equal(row.of_token, document_of_token(boundaries, length).tolist())
-    equal(document_of_token(boundaries, length), [n for n, size in enumerate(lengths) for _ in range(size)])
-    fresh = [t for size in lengths for t in range(size)]
-    equal(token_positions(length, None, row, CPU), [fresh])
-    continued = [offset + t for size, offset in zip(lengths, offsets, strict=True) for t in range(size)]
-    equal(token_positions(length, torch.tensor(offsets), row, CPU), [continued])
-    equal(advance(None, 1, length, row, CPU), lengths)
-    equal(advance(torch.tensor(offsets), 1, length, row, CPU), [a + b for a, b in zip(offsets, lengths, strict=True)])
-
-
-def test_rows_of_a_batch_have_their_own_offsets():
-    equal(token_positions(3, None, None, CPU), [[0, 1, 2]])
-    equal(token_positions(3, torch.tensor([0, 7]), None, CPU), [[0, 1, 2], [7, 8, 9]])
-    equal(advance(None, 2, 3, None, CPU), [3, 3])
-    equal(advance(torch.tensor([0, 7]), 2, 3, None, CPU), [3, 10])
-
-
-def test_schedules_of_angles():
-    rope = frequencies(8, "rope", 10000.0, CPU)
-    retnet = frequencies(8, "retnet", 10000.0, CPU)
-    assert rope.dtype == retnet.dtype == torch.float64
-    exactly(rope, torch.tensor([1, 1e-1, 1e-2, 1e-3], dtype=torch.float64))
-    # the authors' schedule reaches 1/base
-    exactly(retnet, torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4], dtype=torch.float64))
-    exactly(retnet, 1 / 10000 ** torch.linspace(0, 1, 4, dtype=torch.float64))
-    exactly(frequencies(4, "rope", 100.0, CPU), torch.tensor([1, 0.1], dtype=torch.float64))
-    for schedule in ("rope", "retnet"):
-        exactly(frequencies(2, schedule, 10000.0, CPU), torch.ones(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("position", [0, 1, 12345, 1_000_000, 2**31 + 5])
@@ -80,14 +27,6 @@ def test_angles_are_exact_far_out(position):
     cos, sin = ([function(angle) for angle in angles] for function in (math.cos, math.sin))
     assert_close(by.cos.flatten(), torch.tensor(cos, dtype=torch.float64), rtol=0, atol=tolerance)
     assert_close(by.sin.flatten(), torch.tensor(sin, dtype=torch.float64), rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_angles_are_cast_after_they_are_formed(dtype):
-    positions, theta = torch.tensor([[1_000_000, 999_983]]), frequencies(64, "rope", 10000.0, CPU)
-    by, exact = rotation(positions, theta, dtype), rotation(positions, theta, torch.float64)
-    assert by.cos.dtype == by.sin.dtype == dtype
-    assert_close(by, type(by)(*(x.to(dtype) for x in exact)), rtol=0, atol=0)
 
 
 def turned(x, positions, theta):
@@ -136,15 +75,3 @@ def test_rotation_takes_the_gradient_of_a_sum():  # whose strides are 0
     positions, theta = torch.arange(3)[None], frequencies(4, "rope", 10000.0, CPU)
     rotate(x, rotation(positions, theta, x.dtype)).sum().backward()
     exactly(x.grad, turned(torch.ones_like(x), -positions, theta))
-
-
-def test_products_depend_on_distances_alone():
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 8, 1, 6, dtype=torch.float64, generator=generator)
-    theta = frequencies(6, "rope", 10000.0, CPU)
-
-    def products(start):
-        by = rotation(torch.arange(start, start + 8)[None], theta, torch.float64)
-        return torch.einsum("bihk,bjhk->ij", rotate(q, by), rotate(k, by))
-
-    exactly(products(1_000_000), products(0), 1e-8)
