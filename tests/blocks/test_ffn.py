@@ -1,8 +1,6 @@
-"""Feed-forward networks: the formulas written out, the hidden width, and kinds from elsewhere."""
+"""Feed-forward networks: the formulas written out, and the hidden width."""
 
-import importlib
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqmix.blocks import FFNS, NORMS, Block, BlockConfig
 from seqmix.blocks.ffn.mlp import MlpConfig
 from seqmix.blocks.ffn.swiglu import SwigluConfig
 
@@ -21,26 +18,6 @@ ACTIVATIONS = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
 }
-
-MINE = """
-from typing import Literal
-from torch import nn
-from seqmix.blocks import FeedForward, FfnConfig
-
-class SquareConfig(FfnConfig):
-    kind: Literal["square"] = "square"
-    expansion: float = 1.0
-    def build(self, d_model):
-        return Square(self, d_model)
-
-class Square(FeedForward):
-    def __init__(self, config, d_model):
-        super().__init__()
-        self.proj = nn.Linear(d_model, config.hidden_width(d_model), bias=False)
-        self.back = nn.Linear(config.hidden_width(d_model), d_model, bias=False)
-    def forward(self, x):
-        return self.back(self.proj(x).square())
-"""
 
 
 def tokens():
@@ -106,35 +83,3 @@ def test_linear_layers_start_as_torch_starts_them(config):
 def test_wrong_fields_are_refused(fields, words):
     with pytest.raises(ValidationError, match=words):
         MlpConfig(**{"expansion": 2.0} | fields)
-
-
-@pytest.mark.parametrize(("name", "registry"), [("ffn", FFNS), ("norm", NORMS)])
-def test_the_files_of_a_folder_are_the_kinds(name, registry):
-    folder = Path(importlib.import_module(f"seqmix.blocks.{name}").__file__).parent
-    assert registry.kinds() == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
-
-
-def test_an_unknown_kind_is_refused_with_the_nearest_match():
-    with pytest.raises(ValidationError, match=r"'swiglo'.*\"swiglu\""):
-        BlockConfig(
-            mixer={"kind": "retention", "n_heads": 2},
-            ffn={"kind": "swiglo", "expansion": 2.0},
-            norm={"kind": "layernorm"},
-        )
-
-
-def test_a_dotted_path_is_a_kind(tmp_path, monkeypatch):
-    (tmp_path / "my_ffns.py").write_text(MINE)
-    monkeypatch.syspath_prepend(tmp_path)
-    config = BlockConfig(
-        mixer={"kind": "retention", "n_heads": 1},
-        ffn={"kind": "my_ffns:SquareConfig", "expansion": 3.0},
-        norm={"kind": "layernorm"},
-    )
-    assert config.model_dump()["ffn"]["kind"] == "my_ffns:SquareConfig"
-    block = Block(config, D_MODEL, layer_idx=0, n_layers=1).double().eval()
-    x = tokens()
-    expected = (x @ block.ffn.proj.weight.T).square() @ block.ffn.back.weight.T
-    assert block.ffn.proj.out_features == 18
-    assert_close(block.ffn(x), expected, rtol=1e-9, atol=1e-9)
-    assert block(x)[0].shape == x.shape
