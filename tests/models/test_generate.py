@@ -133,17 +133,11 @@ FOUR = (0.2, 0.3, 0.1, 0.4)
 @pytest.mark.parametrize(
     ("probabilities", "fields", "support"),
     [
-        (FOUR, {"top_k": 1}, {3}),
         (FOUR, {"top_k": 2}, {3, 1}),
-        (FOUR, {"top_k": 3}, {3, 1, 0}),
-        (FOUR, {"top_k": 4}, {0, 1, 2, 3}),
         (FOUR, {"top_k": 9}, {0, 1, 2, 3}),
         (FOUR, {"top_p": 1e-9}, {3}),
         (FOUR, {"top_p": 0.39}, {3}),
         (FOUR, {"top_p": 0.41}, {3, 1}),
-        (FOUR, {"top_p": 0.69}, {3, 1}),
-        (FOUR, {"top_p": 0.71}, {3, 1, 0}),
-        (FOUR, {"top_p": 0.91}, {0, 1, 2, 3}),
         (FOUR, {"top_p": 1.0}, {0, 1, 2, 3}),
         # 0.4 and 0.3 of the whole are 4/7 and 3/7 of what top_k leaves
         (FOUR, {"top_k": 2, "top_p": 0.5}, {3}),
@@ -157,12 +151,8 @@ def test_top_k_and_top_p_leave_the_most_probable(probabilities, fields, support)
     assert set(drawn(logits_of(*probabilities), Sampling(**fields))) == support
 
 
-@pytest.mark.parametrize(("p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
-def test_a_nucleus_that_is_reached_exactly_takes_no_more(p, count):
-    assert len(drawn(torch.zeros(1, 4), Sampling(top_p=p))) == count
-
-
-def test_rows_have_their_own_nucleus():
+def test_rows_have_their_own_nucleus_and_one_that_is_reached_exactly_takes_no_more():
+    assert len(drawn(torch.zeros(1, 4), Sampling(top_p=0.5))) == 2
     logits = torch.cat([logits_of(0.9, 0.04, 0.03, 0.03), logits_of(0.02, 0.32, 0.33, 0.33)]).repeat(2000, 1)
     chosen = sample(logits, Sampling(top_p=0.9), torch.Generator().manual_seed(0))
     assert set(chosen[0::2].tolist()) == {0}

@@ -1,6 +1,4 @@
-"""The contract of a whole model: pieces, packing and paradigms change nothing."""
-
-import itertools
+"""A whole model: its layers, their paradigms, and what it computes on demand."""
 
 import pytest
 import torch
@@ -38,19 +36,6 @@ def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
     exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
 
 
-@pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_many_pieces_are_the_whole(model_of, each_mixer, paradigm):
-    model, x = model_of(*each_mixer), tokens(batch_size=2)
-    state, logits = None, []
-    for piece in x.split([1, 4, 1, 5, 2], dim=1):
-        out = model(piece, state, paradigm=model.prefer(paradigm), return_state=True)
-        state = out.state
-        logits.append(out.logits)
-    whole = model(x, return_state=True)
-    exactly(torch.cat(logits, dim=1), whole.logits)
-    same_state(state, whole.state)
-
-
 def test_each_layer_has_its_own_paradigm(model_of):
     model, seen = model_of("retention", "attention"), []
     for block in model.blocks:
@@ -73,37 +58,12 @@ def test_the_first_declared_paradigm_is_preferred(model_of):
     )
 
 
-def test_a_paradigm_that_a_layer_lacks_is_refused(model_of):
-    model = model_of("retention")
-    model.blocks[1].mixer.traits = PARALLEL_ONLY
-    with pytest.raises(ContractError, match=r"'recurrent'.*parallel"):
-        model(tokens(), paradigm=Paradigm.RECURRENT)
-    with pytest.raises(ContractError, match="packing"):
-        model(tokens(), paradigm=Paradigm.PARALLEL, cu_seqlens=torch.tensor([0, 3, LENGTH]))
-
-
 def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
     model = model_of("retention", "attention")
     with pytest.raises(ContractError, match=r"paradigms.*3.*2 layers"):
         model(tokens(), paradigm=(Paradigm.PARALLEL,) * 3)
     with pytest.raises(ContractError, match=r"state.*1.*2 layers"):
         model(tokens(), model.init_state(1)[:1])
-
-
-@pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_packed_documents_are_documents_by_themselves(model_of, each_mixer, paradigm):
-    model, lengths = model_of(*each_mixer), [3, 1, 0, 6, 3]
-    documents = [tokens(length, seed=seed) for seed, length in enumerate(lengths)]
-    boundaries = torch.tensor([0, *itertools.accumulate(lengths)])
-    by = model.prefer(paradigm)
-    packed = model(torch.cat(documents, dim=1), paradigm=by, cu_seqlens=boundaries, return_state=True)
-    alone = [model(document, return_state=True) for document in documents if document.shape[1]]
-    exactly(packed.logits, torch.cat([out.logits for out in alone], dim=1))
-    more = tokens(2, batch_size=5, seed=9)
-    following = model(more, packed.state).logits[[0, 1, 3, 4]]
-    exactly(
-        following, torch.cat([model(x[None], o.state).logits for x, o in zip(more[[0, 1, 3, 4]], alone, strict=True)])
-    )
 
 
 def test_only_the_selected_logits_are_computed(model_of):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from seqmix import Sampling, SeqmixError, generate_text
 from seqmix.mixers.state import clone, nbytes, to_dict
-from seqmix.models import PromptCache, cache_text, cache_tokens, generate_tokens, prefill, stream_text
+from seqmix.models import PromptCache, cache_text, cache_tokens, generate_tokens, stream_text
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [torch.arange(40, 40 + length) for length in (5, 2, 9)]
@@ -30,18 +30,6 @@ def test_generation_continues_as_in_one_pass(model_of, each_mixer):
     # it is a value: not written, and the same again
     assert_close(to_dict(cache.state), to_dict(before), rtol=0, atol=0)
     assert torch.equal(generated(model, [], 7, after=cache), second)
-
-
-@pytest.mark.parametrize("room", [None, 30])
-def test_logits_after_a_cache_are_those_of_the_whole_text(model_of, each_mixer, room):
-    model, caches = model_of(*each_mixer), []
-    new = generated(model, PROMPTS, 5, on_end=caches.append)
-    (cache,) = caches
-    _, texts = cache.broadcast([torch.tensor([1, 2])])
-    logits, _ = prefill(model, texts, state=cache.resized_state(model, room))
-    for prompt, tokens, found in zip(PROMPTS, new, logits, strict=True):
-        whole = torch.cat([prompt, tokens, torch.tensor([1, 2])])
-        assert_close(found, model(whole[None]).logits[0, -1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_prefix_serves_many_continuations(model_of, each_mixer):
@@ -149,15 +137,3 @@ def test_a_stop_string_is_part_of_the_cache(model_of):
     (cache,) = caches
     assert chr(cache.recent[0, -1]) == stop
     assert cache.lengths.tolist() == [3 + whole.index(stop) + 1]
-
-
-@pytest.mark.usefixtures("plainly_compiled")
-def test_it_continues_compiled(model_of):
-    model, cache = model_of("retention", "attention"), None
-    whole, parts = generated(model, PROMPTS, 12), []
-    for count in (5, 7):
-        caches = []
-        options = {"max_new_tokens": count, "sampling": GREEDY, "compiled": True, "after": cache}
-        parts += generate_tokens(model, PROMPTS if cache is None else [], on_end=caches.append, **options)
-        (cache,) = caches
-    assert torch.equal(torch.stack(parts, dim=1), whole)
