@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import losses, refusal, run_of, stopped
+from runs import refusal
 from streams import training_batch
 from torch.testing import assert_close
 
@@ -101,12 +101,6 @@ def test_a_run_has_the_order_that_is_asked_for(packed_config, order):
     trainer.train_step(1)
     expected = training_batch(trainer.source.corpus.train, LENGTH, 4, seed=0, step=1, order=order)
     assert torch.equal(seen[0], expected.inputs)
-
-
-def test_a_resumed_packed_run_is_the_uninterrupted_one(packed_config, tmp_path):
-    config = packed_config("data.order=epochs")
-    events = stopped(config, tmp_path / "run", 3) + run_of(config, tmp_path / "run", resume=True)
-    assert losses(events) == losses(run_of(config, tmp_path / "whole"))
 
 
 streams = st.lists(st.integers(1, 12), min_size=1, max_size=30).map(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import checkpoint_bytes, losses, run_of
+from runs import checkpoint_bytes
 
 from seqmix import Sampling, generate_text, load_run
 from seqmix.data import TokenFile
@@ -92,15 +92,6 @@ def test_what_cannot_be_tokenized_is_named(refused, arguments, named):
     assert re.search(named, refused("tokenize", *arguments))
     assert not Path("a.tokens").exists()
     assert Path("text.json").read_text() == "mine"
-
-
-def test_a_run_on_mapped_bytes_is_the_run_on_text(config_of, text, tmp_path, seqmix):
-    file = tokenize(seqmix, str(text)).path
-    changes = ("data.order=epochs", "data.packing=true")
-    configs = (config_of(*changes), config_of(*changes, f"data.paths=[{file}]"))
-    found = [losses(run_of(config, tmp_path / f"run{n}")) for n, config in enumerate(configs)]
-    assert found[0] == found[1]
-    assert len(found[0]) == 9
 
 
 def test_a_run_has_its_own_vocabulary_and_generates_with_it(seqmix, bpe):

@@ -3,12 +3,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from seqmix.registry import Config, ConfigError, Registry, dump, load
-from seqmix.registry.yaml import write
 
 
 class MixerConfig(Config):
@@ -231,24 +230,6 @@ def test_there_is_a_line_for_each_of_five_errors_and_a_count_of_the_others(prese
     ]
     lines = error(presets, "\n".join(f"key{n}: 1" for n in range(8))).split("\n")
     assert (len(lines), re.findall(r"\d", lines[5])) == (6, ["3"])
-
-
-keys = st.sampled_from(["name", "rate", "model", "d_model", "blocks", "pattern", "kind", "n_heads", "extends", "x"])
-words = st.sampled_from(["retention", "attention", "json:dumps", "tiny", "x"])
-data = st.recursive(
-    st.none() | st.integers(0, 9) | words,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=4),
-)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # presets are only read
-@given(st.dictionaries(keys, data, max_size=4))
-def test_any_file_is_read_or_refused(presets, values):
-    try:
-        found = dump(run(presets, write(values)))
-    except ConfigError as problem:
-        found = str(problem)
-    assert found
 
 
 names = st.text(max_size=4)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import seqmix
-from seqmix import ConfigError, build_model, load_run, train
+from seqmix import build_model, load_run, train
 from seqmix.training import CheckpointError, checkpoint, read_config
 from seqmix.training.checkpoint import Best, Manifest, checkpoints, find, verify, write
 from seqmix.training.optim import build_optimizer
@@ -353,11 +353,3 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path, make, what):
         make(tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'run'} .*{what}"):
         read_config(tmp_path / "run")
-
-
-def test_a_configuration_that_is_no_longer_valid_names_line_and_key(config_of, tmp_path):
-    stopped(config_of(), tmp_path / "run", 1)
-    file = tmp_path / "run" / "config.yaml"
-    file.write_text(file.read_text().replace("n_layers", "n_layer"))
-    with pytest.raises(ConfigError, match=r"config\.yaml:\d+: model\.n_layer.*\"n_layers\""):
-        load_run(tmp_path / "run")

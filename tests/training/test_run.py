@@ -80,17 +80,6 @@ def test_the_same_seed_is_the_same_run(config_of, tmp_path, whole):
     assert metrics(tmp_path / "run") != metrics(whole(config_of(*DROPOUT, "seed=1")))
 
 
-@pytest.mark.parametrize(("kind", "step"), [(Stepped, 1), (Evaluated, 2), (Stepped, 3), (Evaluated, 4), (Stepped, 5)])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config_of, tmp_path, whole, kind, step):
-    config, run = config_of(*DROPOUT), tmp_path / "run"
-    saved = stopped(config, run, step, kind)[-1]
-    assert (type(saved), saved.step) == (Saved, step)
-    started, *rest = run_of(read_config(run), run, resume=True)
-    assert started.step == step
-    assert steps(Stepped, rest) == list(range(step + 1, 7))
-    require_same_run(run, whole(config))
-
-
 CARRY = ("training.carry_state=true", "training.evaluate_every=100", "training.keep_best=false")
 HYBRID = ("model.n_layers=4", "model.pattern=[ret, attn]", "model.blocks.attn.mixer.window=8")
 
