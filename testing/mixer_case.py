@@ -114,7 +114,7 @@ class Draw:
     def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
-        usual = Case(lengths=lengths, batch_size=self.batch_size[0], start=self.starts[-1], seed=1)
+        usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=1, dtype=self.dtypes[0])
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         found += [replace(usual, lengths=lengths) for lengths in self.lists]

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, map_state, to_dict
-from ..check import check
+from ...ops.paradigm import Paradigm
+from ..check import check, packing
 from ..compare import FEW, GRADIENTS, CheckFailure, near, require
-from ..gradients import gradients
-from ..mixer_case import Draw
-from ..mixer_trial import Trial, learnable, named_leaves, named_results
+from ..mixer_case import USES, Draw
+from ..mixer_trial import Call, Trial, named_leaves, named_results
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
@@ -31,9 +31,51 @@ STEPS = 160
 def low_precision_is_near_float64(trial: Trial) -> None:
     """In float32, bfloat16 and float16, output, final state and gradients are finite and near float64 on the same
     rounded numbers, with a state carried along."""
-    exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
-    x, state = trial.tokens(), trial.state()
-    whole = trial.call(trial.reference, exact)
+    x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
+    calls = {f"{p} in {trial.case.dtype}": trial.in_pieces(trial.call(p)) for p in trial.paradigms}
+    _near_float64(trial, calls, trial.call(trial.reference, exact), x, state, exact)
+
+
+@check(
+    packing,
+    share=0.12,
+    draw=Draw(pieces=(2, 4), tokens=(0, 16), many=8, lists=((0, 70, 9, 0),), batch_size=(1, 1), uses=USES, dtypes=LOW),
+)
+def packing_keeps_precision(trial: Trial) -> None:
+    """In float32, bfloat16 and float16, packed documents are as near float64 as sequences: output, final state and
+    gradients, in every way of training."""
+    x, state, exact = trial.tokens(), trial.state(len(trial.case.lengths)), trial.rebuilt(torch.float64)
+    # a growing state may hold a document's tokens in more room than it would need alone
+    keep_state, boundaries = trial.mixer.traits.state == "constant", trial.boundaries()
+
+    def kept(call: Call) -> Call:
+        def mixed(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            y, after = call(x, state)
+            return y, after if keep_state else None
+
+        return mixed
+
+    calls = {
+        f"{p}, {trial.use}, packed documents in {trial.case.dtype}": kept(trial.used(p, cu_seqlens=boundaries))
+        for p in trial.paradigms
+    }
+    whole = kept(trial.call(trial.reference, exact, cu_seqlens=boundaries))  # in float64 they are sequences
+    _near_float64(trial, calls, whole, x, state, exact)
+
+
+def _near_float64(
+    trial: Trial,
+    calls: Mapping[str, Call],
+    whole: Call,
+    x: Tensor,
+    state: Any,
+    exact: SequenceMixer,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compare what calls give with what the whole gives in float64, by the tolerance of a dtype: the case's by
+    default."""
+    dtype = trial.case.dtype if dtype is None else dtype
+    tolerance = trial.subject.tolerances[dtype]
     expected, exact_after = trial.differentiate(whole, x.double(), _wide(state), mixer=exact)
     results = named_results(expected.pop("the output"), exact_after)
     numbers = torch.cat([gradient.flatten() for gradient in expected.values()])
@@ -42,7 +84,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
 
     def moved_by_rounding(name: str) -> bool:
         """Whether the exact gradient moves by as much as half of what is allowed if the tokens are rounded once."""
-        generator, unit = torch.Generator(x.device).manual_seed(0), torch.finfo(trial.case.dtype).eps / 2
+        generator, unit = torch.Generator(x.device).manual_seed(0), torch.finfo(dtype).eps / 2
         for _ in range(3):
             noise = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device=x.device) - 1
             moved, _ = trial.differentiate(whole, x.double() * (1 + unit * noise), _wide(state), mixer=exact)
@@ -50,9 +92,8 @@ def low_precision_is_near_float64(trial: Trial) -> None:
                 return True
         return False
 
-    for paradigm in trial.paradigms:
-        what = f"{paradigm} in {trial.case.dtype}"
-        found, after = trial.differentiate(trial.in_pieces(trial.call(paradigm)), x, state, zeros=results)
+    for what, call in calls.items():
+        found, after = trial.differentiate(call, x, state, zeros=results, used=True)
         for name, result in named_results(found.pop("the output"), after).items():
             near(name, what, result, results[name], tolerance)
         for name, gradient in found.items():
@@ -121,28 +162,46 @@ def _is_coarse(leaf: Tensor) -> bool:
     return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
 
 
-UNMOVED = Draw(tokens=(16, 32), batch_size=(2, 2), starts=("none", "initial", "read"), dtypes=(torch.float32,))
+AUTOCAST = Draw(
+    tokens=(16, 32), batch_size=(2, 2), starts=("none", "initial", "read"), uses=USES, dtypes=(torch.float32,)
+)
 
 
-@check(share=0.15, draw=UNMOVED)
+@check(share=0.15, draw=AUTOCAST)
 def autocast_changes_only_precision(trial: Trial) -> None:
-    """Under autocast to bfloat16 the output is near float64, gradients are finite, and a state's leaves keep their
-    dtypes."""
-    tolerance, device = trial.subject.tolerances[torch.bfloat16], trial.subject.device.type
-    x, state = trial.tokens(), trial.state()
-    exact = trial.rebuilt(torch.float64)
-    expected, _ = trial.mix(x.double(), _wide(state), exact, paradigm=trial.reference)
+    """Under autocast to bfloat16, output, final state and gradients are near float64, packed documents too, and a
+    state's leaves keep their dtypes."""
+    device, length = trial.subject.device.type, trial.case.length
+    x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
     initial = to_dict(trial.mixer.init_state(trial.case.batch_size))
-    for paradigm in trial.paradigms:
-        with torch.autocast(device, torch.bfloat16):
-            y, after = trial.call(paradigm)(x, state)
-        near("the output", f"{paradigm} under autocast", y, expected, tolerance)
-        for name, leaf in to_dict(after).items():
-            sentence = f"{paradigm} under autocast: the state's {name} is {leaf.dtype}, not {initial[name].dtype}"
-            require(leaf.dtype == initial[name].dtype, sentence)
-        found = gradients({"y": y.float()}, {"y": 2 * y.detach().float()}, learnable(trial.mixer))
-        for name, gradient in found.items():
-            require(gradient.isfinite().all(), f"{paradigm} under autocast: the gradient of {name} is not finite")
+    packed: dict[str, Tensor] = {}
+    if trial.mixer.traits.packing and trial.case.seed % 2:  # the rows as documents
+        packed["cu_seqlens"] = torch.arange(0, x.numel() + 1, length, device=x.device)[: len(x) + 1]
+        x = x.flatten(0, 1)[None]
+    keep_state = not packed or trial.mixer.traits.state == "constant"
+
+    def under(what: str, paradigm: Paradigm) -> Call:
+        used = trial.used(paradigm, **packed)
+
+        def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            with torch.autocast(device, torch.bfloat16):
+                y, after = used(x, state)
+            for name, leaf in to_dict(after or ()).items():
+                sentence = f"{what}: the state's {name} is {leaf.dtype}, not {initial[name].dtype}"
+                require(leaf.dtype == initial[name].dtype, sentence)
+            return y, after if keep_state else None
+
+        return call
+
+    whole = trial.call(trial.reference, exact, **packed)
+
+    def expected(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, after = whole(x, state)
+        return y, after if keep_state else None
+
+    described = {f"{paradigm} under autocast, {trial.use}": paradigm for paradigm in trial.paradigms}
+    calls = {what: under(what, paradigm) for what, paradigm in described.items()}
+    _near_float64(trial, calls, expected, x, state, exact, torch.bfloat16)
 
 
 @check(share=0.15, draw=Draw(tokens=(1, 40), fixed=300, long=4, batch_size=(1, 1), dtypes=LOW))
