@@ -1,0 +1,92 @@
+"""Wrong mixers: right where they are evaluated, wrong in a way of using them (training, packing, precision, layers)."""
+
+import torch
+
+from .registry import mutant
+from .specimen import Cached, Specimen
+
+
+@mutant(check="gradients_of_documents_are_those_of_sequences")
+class LeaksWhereNoStateIsWanted(Specimen):
+    """Packed documents are one sequence where no final state is wanted, as in training. After huggingface/transformers:
+    Mamba2Mixer ignores `cu_seq_lens` where its kernels are missing."""
+
+    def mix(self, x, call):
+        if call.documents is None or call.return_state:
+            return super().mix(x, call)
+        return super().mix(x, call._replace(documents=None, state=None))
+
+
+@mutant(check="modes_change_nothing")
+class HalvesGradientsOfFrozenTokens(Specimen):
+    """Gradients of parameters are half where the tokens want none, as after a frozen embedding. After fla #875: a
+    backward pass that counts on every input to want a gradient."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return (qk, v, a) if x.requires_grad or not v.requires_grad else (qk, (v + v.detach()) / 2, a)
+
+
+@mutant(check="modes_change_nothing")
+class IsAnotherInLongTraining(Specimen):
+    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: `attn_mode` is replaced by
+    the length."""
+
+    def divide(self, o, z):
+        return o if self.training and o.shape[2] > 9 else super().divide(o, z)
+
+
+@mutant(check="gradients_flow_through_states")
+class DetachesTheStateInTraining(Specimen):
+    """In training mode the state given is detached, so that nothing learns through it. After fla PR #1181: no gradient
+    of the initial state."""
+
+    def before(self, state, rows):
+        state = super().before(state, rows)
+        return state._replace(memory=state.memory.detach()) if self.training else state
+
+
+@mutant(check="gradients_are_derivatives")
+class ForgetsTheDenominatorInBackward(Specimen):
+    """The backward pass takes the denominator for a constant, in all paradigms. After NX-AI/mlstm_kernels #16: a
+    gradient that is wrong in code that all forms share."""
+
+    def divide(self, o, z):
+        return super().divide(o, z.detach())
+
+
+@mutant(check="gradients_are_derivatives")
+class ScalesTheGradientOfAParameter(Cached):
+    """A mixer with one paradigm doubles the gradient of its projection."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return q, k, 2 * v - v.detach()
+
+
+@mutant(check="documents_are_sequences")
+class CountsDocumentsInEightBits(Specimen):
+    """Numbers of documents overflow after 255: the next ones are taken for the first. After fla #752: indices of
+    documents in a narrow type."""
+
+    def unpack(self, tokens, packed, rows):
+        return super().unpack(tokens, packed % 256, rows)
+
+
+@mutant(check="packing_keeps_precision")
+class PacksInBFloat16(Specimen):
+    """In float32, packed values are rounded to bfloat16. After fla #36: one path was computed in another precision."""
+
+    def unpack(self, tokens, packed, rows):
+        q, k, v, *rest = super().unpack(tokens, packed, rows)
+        return [q, k, v if v.dtype == torch.float64 else v.to(torch.bfloat16).to(v.dtype), *rest]
+
+
+@mutant(check="autocast_changes_only_precision")
+class HalvesGradientsUnderAutocast(Specimen):
+    """Under autocast a gradient is half of what it should be. After fla #559: custom functions without autocast's
+    decorators."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, (v + v.detach()) / 2 if torch.is_autocast_enabled("cpu") else v, a
