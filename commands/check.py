@@ -77,7 +77,7 @@ def check(
         typer.Option("--compile", help="What the checks that compile use, aot_eager by default; none skips them."),
     ] = None,
     shrink: Annotated[
-        bool, typer.Option("--shrink/--no-shrink", help="Look for the smallest case that fails; slow for slow mixers.")
+        bool, typer.Option("--shrink/--no-shrink", help="Reduce a case that fails to the smallest, in at most 10 s.")
     ] = True,
     json_file: JsonFile = None,
     junit_file: Annotated[

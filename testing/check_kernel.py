@@ -51,7 +51,7 @@ def check_kernel(
         device: where it is tested.
         examples: examples asked for; each check takes its share.
         seed: of the cases drawn; None leaves it to hypothesis.
-        shrink: whether the smallest counterexample is searched for.
+        shrink: whether a case that fails is reduced, to the fewest tokens and options.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
         on_outcome: called with each check's outcome as it is known.
 
@@ -123,6 +123,9 @@ class TestedKernel(Tested[KernelCase]):
 
     def _asked(self, check: KernelCheck) -> list[Probe]:
         return [probe for probe in self.probes if check.draw.asks(self.kernel, probe)]
+
+    def simpler(self, check: KernelCheck, case: KernelCase) -> Iterable[KernelCase]:
+        return (one for one in case.simpler() if check.draw.asks(self.kernel, one.probe(self.device)))
 
     def attempt(self, check: KernelCheck, case: KernelCase) -> None:
         with strict_numerics():

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from hypothesis import reject
+from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
 from ..mixers.contract import MixerConfig
@@ -63,7 +63,7 @@ def check_mixer(
         tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
         compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
-        shrink: whether the smallest counterexample is searched for.
+        shrink: whether a case that fails is reduced, to the fewest tokens and options.
         on_outcome: called after each check.
         on_case: called after each case, with the number of cases that the check has tried, smaller ones included.
 
@@ -146,6 +146,9 @@ class TestedMixer(Tested[Case]):
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
         return check.draw.fixed_cases(self.subject.traits)
 
+    def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
+        return check.draw.simpler(case)
+
     def attempt(self, check: MixerCheck, case: Case) -> None:
         if check.compiles:  # runs as in use
             check.test(Trial(self.subject, case))
@@ -153,7 +156,7 @@ class TestedMixer(Tested[Case]):
         with strict_numerics():
             trial = Trial(self.subject, case)
             if check.skip_reason(trial.config):
-                reject()
+                raise UnsatisfiedAssumption
             check.test(trial)
 
     def renewed(self) -> "TestedMixer":

@@ -1,4 +1,4 @@
-"""The engine of mixer and kernel checks: it runs them on drawn cases, and reports the smallest that fails."""
+"""The engine of mixer and kernel checks: it runs them on drawn cases, and reports a small one that fails."""
 
 import time
 from abc import ABC, abstractmethod
@@ -48,6 +48,10 @@ class Tested(ABC, Generic[C]):
     @abstractmethod
     def attempt(self, check: Check, case: C) -> None:
         """Run a check on a case; raises where its property does not hold."""
+
+    @abstractmethod
+    def simpler(self, check: Check, case: C) -> Iterable[C]:
+        """Cases that are simpler in one respect, the best first; some may not be cases of what is tested."""
 
     def renewed(self) -> Self:
         """The same subject, not called before."""
@@ -108,8 +112,8 @@ def _run(
             tested.cases(check),
             examples=check.examples(asked["examples"]),
             seed=asked["seed"],
-            shrink=shrink,
             fixed=tested.fixed_cases(check),
+            simpler=partial(tested.simpler, check) if shrink else None,
             on_case=on_case,
         )
         alone = True
@@ -127,7 +131,7 @@ def _run(
     lines = [f"{tested.name} fails {check.name}: {check.property}", *describe_error(error).splitlines()]
     script: tuple[str, ...] = ()
     if case is not None:
-        lines += [*tested.described, f"The smallest case: {case!r}"]
+        lines += [*tested.described, f"The {'smallest ' if shrink else ''}case: {case!r}"]
         lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
         script = tuple(tested.script(check, case) if alone else tested.script(check, None, **asked))
         lines += [f"    {line}" for line in script]

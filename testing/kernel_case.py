@@ -18,6 +18,7 @@ from torch import Tensor
 from ..ops.kernels import Kernel, Probe
 from .compare import require
 from .gradients import gradients
+from .shrink import fewer
 from .source import WrittenCase
 
 Tensors = dict[str, Tensor]
@@ -106,6 +107,10 @@ class KernelCase(WrittenCase, ABC):
     """The dimensions of each float tensor; the first of a state are its rows."""
     state: ClassVar[tuple[str, ...]]
     """The leaves of a state."""
+    per_row: ClassVar[tuple[str, ...]] = ("lengths", "cuts")
+    """The fields that have an item for each row or document."""
+    at_once: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
+    """Fields that go together: a simpler case has the defaults of all."""
     adds_up: ClassVar[bool]
     """Whether a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
 
@@ -159,6 +164,29 @@ class KernelCase(WrittenCase, ABC):
     @abstractmethod
     def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
         """What cases of this op hold beside what all do."""
+
+    def simpler(self) -> Iterator[Self]:
+        """Cases that are simpler in one respect, of the same dtype; a kernel may not take what some ask."""
+        rows, defaults = range(len(self.lengths)), vars(type(self)())
+        for i in rows if len(rows) > 1 else ():
+            rest = {name: value[:i] + value[i + 1 :] for name in self.per_row if (value := getattr(self, name))}
+            if any(rest["lengths"]):
+                yield replace(self, **rest)
+        for some in ([i] for i in rows) if self.packed else [rows]:
+            for short in fewer(self.lengths[some[0]], 0 if self.packed else 1):
+                lengths = tuple(short if i in some else length for i, length in enumerate(self.lengths))
+                if any(lengths):
+                    yield replace(self, lengths=lengths, cuts=tuple(map(min, self.cuts, lengths)))
+        if len(rows) == 1:
+            yield replace(self, packed=False)
+        for most in fewer(max(self.cuts, default=0), 0):
+            yield replace(self, cuts=tuple(min(cut, most) for cut in self.cuts))
+        fixed = {"dtype", "packed", "grad", *self.per_row, *itertools.chain(*self.at_once)}
+        for names in (*self.at_once, *((name,) for name in defaults if name not in fixed)):
+            case = replace(self, **{name: defaults[name] for name in names})
+            gone = [*(["log_decay"] if case.log_decay is None else []), *([] if case.initial_state else self.state)]
+            yield replace(case, grad=tuple(name for name in self.grad if name not in gone))
+        yield from (replace(self, grad=grad) for grad in ((), *((name,) for name in self.grad)))
 
     def probe(self, device: torch.device) -> Probe:
         """What this case asks of a kernel."""

@@ -5,7 +5,7 @@ Notation: B batch, T tokens, H heads, G key heads, K key width, V value width, N
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -223,6 +223,8 @@ class SoftmaxCase(KernelCase):
     windows = (False, True)
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "keys": "NSHK", "values": "NSHV"}
     state = ("keys", "values", "length")
+    per_row = (*KernelCase.per_row, "reads")
+    at_once = (*KernelCase.at_once, ("n_heads", "n_kv_heads"), ("initial_state", "cache", "reads", "capacity"))
     adds_up = False
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -244,6 +246,10 @@ class SoftmaxCase(KernelCase):
             capacity = longest if window is None else min(window, longest)
         capacity += draw(st.integers(0, 3))
         return found | {"cache": cache, "reads": tuple(reads), "capacity": max(capacity, int(cache == "ring"))}
+
+    def simpler(self) -> Iterator[Self]:
+        # the capacity of a ring is that of its window
+        yield from (case for case in super().simpler() if not case.initial_state or case.window == self.window)
 
     def probe(self, device: torch.device) -> Probe:
         return replace(super().probe(device), window=self.window is not None)

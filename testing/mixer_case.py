@@ -1,6 +1,7 @@
 """One case of a mixer check: everything that was drawn, in a form that shrinks and can be written down."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from ..mixers.traits import Traits
 from ..ops.paradigm import Paradigm
+from .shrink import fewer
 from .source import WrittenCase
 
 Start = Literal["none", "initial", "read", "moved"]
@@ -30,8 +32,7 @@ IN_WORDS: dict[Use, str] = {
 USES: tuple[Use, ...] = tuple(IN_WORDS)
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
-"""Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two. The first cross a boundary; they
-are what a failure shrinks to."""
+"""Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two."""
 
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 
@@ -128,6 +129,32 @@ class Draw:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
 
+    def simpler(self, case: Case) -> Iterator[Case]:
+        """Cases that are simpler in one respect, within what is drawn; options may be none of the configuration."""
+        lengths, options, own = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
+        for size in (2, 16):  # the second boundary of small chunks may do for one that many tokens lead to
+            if size < own and case.length > 4 * size:
+                short = tuple(min(length, max(2 * size + 1, self.tokens[0])) for length in lengths)
+                yield replace(case, lengths=short, options=options | {"chunk_size": size})
+        for i in range(len(lengths)) if len(lengths) > self.pieces[0] else ():
+            rest = lengths[:i] + lengths[i + 1 :]
+            if sum(rest):
+                yield replace(case, lengths=rest, paradigms=case.paradigms[:i] + case.paradigms[i + 1 :])
+        for i, length in enumerate(lengths):
+            for short in fewer(length, self.tokens[0]):
+                if short or case.length > length:
+                    yield replace(case, lengths=(*lengths[:i], short, *lengths[i + 1 :]))
+        for rows in fewer(case.batch_size, self.batch_size[0]):
+            yield replace(case, batch_size=rows, rows=tuple(min(row, rows - 1) for row in case.rows))
+        starts = [start for start in STARTS if start in self.starts]
+        yield from (replace(case, start=start) for start in starts[: starts.index(case.start)])
+        for name in options:
+            yield replace(case, options={other: value for other, value in options.items() if other != name})
+        yield from (replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < own < math.inf)
+        yield from (replace(case, paradigms=(one,) * len(lengths)) for one in dict.fromkeys(case.paradigms))
+        yield from (replace(case, rows=case.rows[:i]) for i in range(1, len(case.rows)))
+        yield replace(case, seed=0)
+
     def cases(self, traits: Traits, options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Case]:
         """The strategy."""
         paradigm = st.sampled_from(sorted(traits.paradigms))
@@ -159,10 +186,7 @@ class Draw:
 
 
 def _sometimes(one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> st.SearchStrategy[int]:
-    """One of the rare one time in so many, never if that is 0; else at least and at most the usual.
-
-    One list, and not one of two strategies: so a rare one shrinks to any usual one, and not only to the smallest.
-    """
+    """One of the rare one time in so many, never if that is 0; else at least and at most the usual."""
     numbers = range(usual[0], usual[1] + 1)
     if not one_in:
         return st.integers(*usual)

@@ -52,10 +52,7 @@ def chunk_sizes(
 def strategy(
     config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Changes of the configuration: any few fields, and a chunk size small enough for short segments.
-
-    A shrunk case changes nothing but the chunk size.
-    """
+    """Changes of the configuration: any few fields, and a chunk size small enough for short segments."""
     sizes = chunk_sizes(config, accepts)
     chunks = {"chunk_size": st.sampled_from(sizes)} if sizes else {}
     fields = {name: st.sampled_from(values) for name, values in alternatives(config).items()} if vary else {}

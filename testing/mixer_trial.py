@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from hypothesis import reject
+from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -36,7 +36,7 @@ class Trial:
         self.subject, self.case = subject, case
         config, mixer = changed(subject.config, dict(case.options)), subject.mixer(case.options, case.dtype, case.layer)
         if config is None or mixer is None:
-            reject()
+            raise UnsatisfiedAssumption
         self.config: MixerConfig = config
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)

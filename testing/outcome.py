@@ -30,7 +30,7 @@ class Outcome:
     """Cases run, until one failed."""
     seconds: float = 0.0
     case: Any = None
-    """Of a failure, the smallest case found."""
+    """Of a failure, the case: the smallest found, where cases are reduced."""
     script: tuple[str, ...] = ()
     """Of a failure on a case, the lines that reproduce it."""
 

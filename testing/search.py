@@ -1,4 +1,4 @@
-"""Looking for the smallest case on which a check raises, and where it was raised."""
+"""Looking for a small case on which a check raises, and where it was raised."""
 
 import sys
 import traceback
@@ -14,6 +14,7 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.strategies import SearchStrategy
 
 from .compare import CheckFailure
+from .shrink import shrink
 
 C = TypeVar("C")
 
@@ -24,9 +25,9 @@ class Found(NamedTuple, Generic[C]):
     """What a search found."""
 
     error: Exception | None
-    """Of the smallest case; None if nothing raised."""
+    """Of the case; None if nothing raised."""
     case: C | None
-    """The smallest case on which it raised."""
+    """The case on which it raised, reduced where that was asked for."""
     examples: int
     """Cases run until one raised, that one included; neither those that are not possible nor those of shrinking."""
 
@@ -37,19 +38,19 @@ def search(
     *,
     examples: int,
     seed: int | None,
-    shrink: bool,
     fixed: Iterable[C] = (),
+    simpler: Callable[[C], Iterable[C]] | None = None,
     on_case: Callable[[int], None] | None = None,
 ) -> Found[C]:
-    """Try cases until one raises, then smaller ones.
+    """Try cases until one raises, then simpler ones.
 
     Args:
         attempt: raises where something is wrong.
         cases: what is drawn from.
         examples: cases at most, before one raises.
         seed: of the cases; None leaves it to hypothesis.
-        shrink: whether smaller cases are tried.
-        fixed: cases that are tried where none of those drawn raises: a small one is found first.
+        fixed: cases that are tried where none of those drawn raises.
+        simpler: gives simpler cases than the one that raised; None leaves it as it was found.
         on_case: called with the number of cases tried, after each.
     """
     tried = passed = 0
@@ -73,7 +74,7 @@ def search(
 
     options = settings(
         max_examples=examples,
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        phases=[Phase.generate],
         database=None,
         deadline=None,
         suppress_health_check=cast("Collection[HealthCheck]", list(HealthCheck)),
@@ -101,8 +102,12 @@ def search(
         case, error = failed[-1]
         return Found(CheckFailure(f"{FLAKY}\n{describe_error(error)}"), case, passed + 1)
     except Exception as error:
-        # the last failure that hypothesis runs is the smallest
-        return Found(error, failed[-1][0] if failed else None, passed + bool(failed))
+        if not failed:
+            return Found(error, None, passed)
+        case = failed[-1][0]
+        if simpler is not None:
+            case, error = shrink(once, case, error, simpler)
+        return Found(error, case, passed + 1)
     return Found(None, None, passed)
 
 

@@ -16,7 +16,7 @@ from seqmix.testing import CHECKS
 
 QUICK = ("--only", "paradigms_agree", "--examples", "4")
 STEP = "decay/recurrent/reference"
-SMALLEST = "Case(start='initial', options={'chunk_size': 3})"
+SMALLEST = "The smallest case: Case(start='initial')\n"
 
 
 @pytest.fixture
@@ -275,4 +275,5 @@ def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
     done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
     assert done.status == 1
     assert re.search("✗ outputs_are_the_definitions", done.out)
+    assert re.search(r"The smallest case: DecayCase\((dtype=[\w.]+)?\)\n", done.out)
     assert done.out.endswith(f"{STEP} fails outputs_are_the_definitions\n")

@@ -1,6 +1,8 @@
 """What the kit reports of a wrong mixer."""
 
+import importlib
 import re
+import subprocess
 import sys
 import textwrap
 from enum import Enum
@@ -24,7 +26,7 @@ def snippet_of(outcome):
 def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(forgetful, failure):
     tried = []
     outcome = failure(forgetful, "paradigms_agree", on_case=lambda check, count: tried.append((check.name, count)))
-    assert outcome.case == Case(start="initial", options={"chunk_size": 3})
+    assert outcome.case == Case(start="initial")
     first, versus, difference, *rest = outcome.reason.splitlines()
     assert first == f"forgetful fails paradigms_agree: {CHECKS['paradigms_agree'].property}"
     assert "chunkwise against recurrent" in versus
@@ -63,7 +65,52 @@ def test_a_case_shrinks_to_the_fewest_tokens_on_which_it_fails(mixing, failure):
         return (y + x[:, 2:3].sum() if x.shape[1] >= 3 else y), after
 
     outcome = failure(mixing(leaks_from_the_third_token_on), "the_future_changes_nothing")
-    assert outcome.case == Case(lengths=(3,), options=outcome.case.options)
+    assert outcome.case == Case(lengths=(3,))
+
+
+WRONG_FROM_100_TOKENS_ON = """
+from typing import Literal
+
+from seqmix.mixers.retention import Retention, RetentionConfig
+
+
+class LateConfig(RetentionConfig):
+    kind: Literal["late"] = "late"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return Late(self, d_model)
+
+
+class Late(Retention):
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        return (WRONG if x.shape[1] >= 100 else y), after
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found", "raised"),
+    [
+        (
+            "y + (call.paradigm == 'parallel')",
+            "parallel .*\n.*the output differs in .* first at step 0",
+            "CheckFailure: ",
+        ),
+        ("1 / 0", r"raised ZeroDivisionError: .*late\.py:17, in mix\)", "ZeroDivisionError: "),
+    ],
+    ids=["another output", "an error"],
+)
+def test_a_case_that_always_runs_is_reduced_and_its_lines_run(tmp_path, monkeypatch, failure, wrong, found, raised):
+    (tmp_path / "late.py").write_text(WRONG_FROM_100_TOKENS_ON.replace("WRONG", wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "late", raising=False)
+    config = importlib.import_module("late").LateConfig(n_heads=2)
+    outcome = failure(config, "paradigms_agree", examples=1)
+    assert outcome.case == Case(lengths=(100,))
+    assert re.search(found, outcome.reason)
+    script = [sys.executable, "-c", "\n".join(outcome.script)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert re.search(rf"^\S*{raised}", done.stderr, re.MULTILINE)
 
 
 def test_an_error_of_the_mixer_is_reported_with_its_line(mixing, failure):
