@@ -10,40 +10,34 @@ exactly as many tensors are alive after every evaluation. COMPILE=1 compiles blo
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from seqmix.training import load_config, train
 from seqmix.training.events import Evaluated, Saved, Started
-from seqmix.training.memory import peak_memory
 
 STEPS = int(os.environ.get("STEPS", "60"))
 EVERY = 10  # steps between evaluations
 ALLOWED = 2**21  # bytes that the process may grow by
 
 
-class Held(NamedTuple):
-    """The memory of the process after an evaluation: bytes now, their peak, and tensors that came after the start."""
-
-    step: int
-    bytes: int
-    peak: int
-    tensors: int
-
-
-def measured(steps: int, folder: Path, *, compiled: bool = False) -> Iterator[Held]:
-    """Train, and measure after every evaluation but the final one, which has more batches."""
+def measured(folder: Path) -> Iterator[tuple[int, int, int]]:
+    """Train; after every evaluation but the last: the step, bytes, and tensors that came after the start."""
     words = np.array(["what", "was", "read", "is", "saved", "and", "written", "again", "by", "others"])
     (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 10_000)))
+    compiled = str("COMPILE" in os.environ).lower()
     changes = [
         *("model.d_model=32", "model.n_layers=2", "model.dropout=0.1", "data.sequence_length=64"),
-        *(f"data.paths=[{folder / 'text.txt'}]", f"training.steps={steps}", "training.batch_size=4"),
+        *(f"data.paths=[{folder / 'text.txt'}]", f"training.steps={STEPS}", "training.batch_size=4"),
         *(f"training.evaluate_every={EVERY}", "training.evaluation_batches=4", "training.checkpoint_every=100"),
-        *("training.warmup_steps=10", "training.log_every=1", f"training.compile={str(compiled).lower()}"),
+        *(
+            "training.warmup_steps=10",
+            "training.log_every=1",
+            f"training.compile={compiled}",
+        ),
     ]
     try:
         for event in train(load_config("retnet-tiny", changes), folder / "run"):
@@ -55,30 +49,18 @@ def measured(steps: int, folder: Path, *, compiled: bool = False) -> Iterator[He
                 gc.collect()
                 alive = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
                 resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-                yield Held(event.step, resident, peak_memory(torch.device("cpu")) or 0, alive)
+                yield event.step, resident, alive
     finally:
         gc.unfreeze()
 
 
-def warm(held: Sequence[Held]) -> list[Held]:
-    """The measurements after a tenth of the steps, when caches are full."""
-    return [each for each in held if each.step > held[-1].step / 10]
-
-
-def growth(held: Sequence[Held]) -> float:
-    """Bytes by which a line through all measurements rises."""
-    steps = [each.step for each in held]
-    slope = np.polyfit(steps, [each.bytes for each in held], 1)[0]
-    return float(slope * (steps[-1] - steps[0]))
-
-
 def test_nothing_comes_to_stay(tmp_path):
-    found = list(measured(STEPS, tmp_path, compiled="COMPILE" in os.environ))
-    for each in found[:: max(len(found) // 10, 1)]:
-        print(f"step {each.step:,}: {each.bytes / 2**20:.1f} MiB, at most {each.peak / 2**20:.1f}; {each.tensors:,}")
-    held = warm(found)
-    assert held[-1].step == STEPS - EVERY
-    assert len({each.tensors for each in held}) == 1
+    found = list(measured(tmp_path))
+    for step, size, tensors in found[:: max(len(found) // 10, 1)]:
+        print(f"step {step:,}: {size / 2**20:.1f} MiB; {tensors:,}")
+    # after a tenth of the steps, when caches are full
+    steps, sizes, alive = zip(*(each for each in found if each[0] > STEPS / 10), strict=True)
+    assert steps[-1] == STEPS - EVERY
+    assert len(set(alive)) == 1
     if STEPS >= 200:  # fewer points do not make a line
-        assert growth(held) <= ALLOWED
-    assert all(0 < each.bytes <= each.peak + 2**20 for each in held)
+        assert np.polyfit(steps, sizes, 1)[0] * (steps[-1] - steps[0]) <= ALLOWED
