@@ -100,6 +100,6 @@ def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(rank
         assert long == short
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "delta_net", "attention"])
+@pytest.mark.parametrize("kind", ["retention", "delta_net", "attention"])
 def test_a_mixer_under_context_parallelism_is_one_graph(ranks, kind):
     ranks("compiled", kind, dict(MIXERS_OF_ALL_OPS)[kind])
