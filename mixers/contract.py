@@ -17,7 +17,7 @@ from ..ops.packing import Documents
 from ..ops.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
-from .state import S
+from .state import S, is_inexact, map_state
 from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state_is_taken
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
@@ -122,7 +122,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
     written in place; without, a growing state may be (it is donated: the caller clones what it needs again). Positions
-    live in the state, as an integer tensor [B].
+    live in the state, as an int64 tensor [B] named `position` or `length`.
     """
 
     traits: Traits
@@ -227,6 +227,23 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             ContractError: the processed prefix is longer than max_length.
         """
         return state
+
+    def perturb_state(self, state: S, generator: torch.Generator) -> S:
+        """A state that no short prefix leads to: the conformance kit continues from it.
+
+        Every float is multiplied by a random factor above 0. A mixer whose leaves depend on each other, as those of a
+        symmetric matrix do, overrides this method.
+
+        Args:
+            state: the state after some tokens.
+            generator: where random numbers come from, on the CPU.
+        """
+
+        def moved(leaf: Tensor) -> Tensor:
+            factor = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).exp()
+            return leaf * factor.to(leaf.device, leaf.real.dtype) if is_inexact(leaf) else leaf
+
+        return map_state(moved, state)
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -52,12 +52,12 @@ def nbytes(state: tuple[Any, ...]) -> int:
 
 
 def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
-    """All leaves by name ("0.memory"), contiguous, as safetensors takes them."""
+    """All leaves by name ("0.memory"), contiguous, complex ones as pairs of real numbers, as safetensors takes them."""
     leaves: dict[str, Tensor] = {}
 
     def visit(node: Tensor | tuple[Any, ...], path: tuple[str, ...]) -> None:
         if isinstance(node, Tensor):
-            leaves[".".join(path)] = node.contiguous()
+            leaves[".".join(path)] = as_real(node).contiguous()
             return
         for name, child in zip(_names(node), node, strict=True):
             visit(child, (*path, name))
@@ -80,10 +80,26 @@ def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
 
     def build(node: Any, path: tuple[str, ...]) -> Any:
         if isinstance(node, Tensor):
-            return leaves[".".join(path)]
+            leaf = leaves[".".join(path)]
+            return torch.view_as_complex(leaf) if node.is_complex() and not leaf.is_complex() else leaf
         return _like(node, [build(child, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
 
     return build(like, ())
+
+
+def is_inexact(x: Tensor) -> bool:
+    """Whether its numbers are real or complex, so that they have gradients."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def is_position(leaf: str) -> bool:
+    """Whether a leaf of this name counts the tokens read."""
+    return leaf.rpartition(".")[2] in ("position", "length")
+
+
+def as_real(x: Tensor) -> Tensor:
+    """The same numbers, a complex one as a pair of real ones in a last dimension."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _join(leaves: list[Tensor]) -> Tensor:

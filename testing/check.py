@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ..mixers.contract import MixerConfig
+from ..mixers.contract import MixerConfig, SequenceMixer
+from ..mixers.state import is_position, to_dict
 from ..ops.kernels import Kernel
 from .kernel_case import KernelDraw
 from .kernel_trial import KernelTrial
@@ -26,7 +27,7 @@ class Check(Generic[S, D, T]):
     """One sentence: the function's docstring."""
     test: Callable[[T], None]
     """Raises where the property does not hold."""
-    needs: tuple[Callable[[S], str | None], ...]
+    needs: tuple[Callable[..., str | None], ...]
     """Each gives the reason why there is nothing to test (the trait, by name), or None."""
     draw: D
     """What a case holds."""
@@ -39,9 +40,9 @@ class Check(Generic[S, D, T]):
         """How many cases to run where `asked` were asked for."""
         return max(1, round(asked * self.share))
 
-    def skip_reason(self, subject: S) -> str | None:
-        """Why it does not apply."""
-        return next((reason for need in self.needs if (reason := need(subject))), None)
+    def skip_reason(self, *subject: Any) -> str | None:
+        """Why it does not apply to a kernel, or to a configuration and its mixer."""
+        return next((reason for need in self.needs if (reason := need(*subject))), None)
 
 
 MixerCheck = Check[MixerConfig, Draw, Trial]
@@ -55,7 +56,10 @@ KERNEL_CHECKS: dict[str, KernelCheck] = {}
 
 
 def check(
-    *needs: Callable[[MixerConfig], str | None], share: float = 0.1, draw: Draw | None = None, compiles: bool = False
+    *needs: Callable[[MixerConfig, SequenceMixer], str | None],
+    share: float = 0.1,
+    draw: Draw | None = None,
+    compiles: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
@@ -92,32 +96,43 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
 # ---- what checks of mixers need
 
 
-def packing(config: MixerConfig) -> str | None:
+def packing(config: MixerConfig, _: SequenceMixer) -> str | None:
     """Packing."""
     return None if config.traits.packing else "traits.packing is False"
 
 
-def recurrent(config: MixerConfig) -> str | None:
+def recurrent(config: MixerConfig, _: SequenceMixer) -> str | None:
     """The recurrent paradigm."""
     return None if "recurrent" in config.traits.paradigms else "traits.paradigms has no recurrent"
 
 
-def compilable(config: MixerConfig) -> str | None:
+def compilable(config: MixerConfig, _: SequenceMixer) -> str | None:
     """Compiling."""
     return None if config.traits.compiles else "traits.compiles is False"
 
 
-def several_paradigms(config: MixerConfig) -> str | None:
+def positioned(_: MixerConfig, mixer: SequenceMixer) -> str | None:
+    """A position in the state."""
+    named = any(map(is_position, to_dict(mixer.init_state(1))))
+    return None if named else "the state has no leaf named position or length"
+
+
+def shiftable(config: MixerConfig, mixer: SequenceMixer) -> str | None:
+    """Shift invariance, or a position in the state."""
+    return None if config.traits.shift_invariant else positioned(config, mixer)
+
+
+def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
     """Two paradigms."""
     (*others, one) = sorted(config.traits.paradigms)
     return None if others else f"traits.paradigms has {one} alone"
 
 
-def chunked(config: MixerConfig) -> str | None:
+def chunked(config: MixerConfig, _: SequenceMixer) -> str | None:
     """`chunk_size`."""
     return None if "chunk_size" in type(config).model_fields else "the configuration has no chunk_size"
 
 
-def exact_gradients(config: MixerConfig) -> str | None:
+def exact_gradients(config: MixerConfig, _: SequenceMixer) -> str | None:
     """A backward pass that is the derivative of the forward."""
     return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None

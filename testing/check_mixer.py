@@ -138,7 +138,7 @@ class TestedMixer(Tested[Case]):
         self.described = (f"The configuration: {source(subject.config)}",)
 
     def skip_reason(self, check: MixerCheck) -> str | None:
-        return check.skip_reason(self.subject.config)
+        return check.skip_reason(self.subject.config, self.subject.mixer({}))
 
     def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
         return check.draw.cases(self.subject.traits, self.subject.options)
@@ -155,7 +155,7 @@ class TestedMixer(Tested[Case]):
             return
         with strict_numerics():
             trial = Trial(self.subject, case)
-            if check.skip_reason(trial.config):
+            if check.skip_reason(trial.config, trial.mixer):
                 raise UnsatisfiedAssumption
             check.test(trial)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..mixers.contract import MixerConfig, SequenceMixer
-from ..mixers.state import clone, map_state, to_dict
+from ..mixers.state import as_real, clone, is_inexact, map_state, to_dict
 from ..ops.paradigm import Paradigm
 from .compare import EXACT, CheckFailure, Differences
 from .gradients import gradients
@@ -80,8 +80,7 @@ class Trial:
         with torch.no_grad():
             _, state = self.mixer(self.tokens(rows, length), return_state=True)
             if start == "moved":
-                # by factors above 0: denominators stay positive, and the empty slots of a cache stay empty
-                state = map_state(lambda x: x * self.like(x).exp() if x.is_floating_point() else x, state)
+                state = self.mixer.perturb_state(state, self.generator)
         return state
 
     @property
@@ -187,7 +186,7 @@ class Trial:
         leaves = {} if frozen else {"the input": x}
         leaves |= {**named_leaves("the state's", state), **learnable(mixer or self.mixer)}
         found = gradients(results, self._above(zeros or results), leaves)
-        named = {f"the gradient of {name}": gradient for name, gradient in found.items()}
+        named = {f"the gradient of {name}": as_real(gradient) for name, gradient in found.items()}
         return {"the output": y.detach(), **named}, None if after is None else map_state(Tensor.detach, after)
 
     def _above(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -222,9 +221,16 @@ class Trial:
             found.state("the final state", actual[1], expected[1])
 
 
+def leaves_of(state: Any) -> dict[str, Tensor]:
+    """The leaves of a state by name, themselves: those of `to_dict` may be copies, which have no gradient."""
+    found: list[Tensor] = []
+    map_state(lambda leaf: found.append(leaf) or leaf, state)
+    return dict(zip(to_dict(state), found, strict=True))
+
+
 def float_leaves(state: Any) -> dict[str, Tensor]:
     """The leaves of a state that have gradients."""
-    return {name: leaf for name, leaf in to_dict(state or ()).items() if leaf.is_floating_point()}
+    return {name: leaf for name, leaf in leaves_of(state or ()).items() if is_inexact(leaf)}
 
 
 def named_leaves(whose: str, state: Any) -> dict[str, Tensor]:
@@ -234,12 +240,12 @@ def named_leaves(whose: str, state: Any) -> dict[str, Tensor]:
 
 def named_results(y: Tensor, after: Any) -> dict[str, Tensor]:
     """Output and float leaves of the final state, by name in a report."""
-    return {"the output": y, **named_leaves("the final state's", after)}
+    return {"the output": y} | {name: as_real(leaf) for name, leaf in named_leaves("the final state's", after).items()}
 
 
 def as_leaves(state: Any) -> Any:
     """The state as leaves of a new graph."""
-    return None if state is None else map_state(lambda x: x.detach().requires_grad_(x.is_floating_point()), state)
+    return None if state is None else map_state(lambda x: x.detach().requires_grad_(is_inexact(x)), state)
 
 
 def learnable(mixer: SequenceMixer) -> dict[str, Tensor]:

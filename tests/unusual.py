@@ -6,6 +6,7 @@ Notation: B rows, T tokens, D channels; u_t is a projection of token t, in the d
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import create_model
 from torch import nn
 
@@ -29,31 +30,28 @@ class UnusualConfig(MixerConfig):
 
 
 class Unusual(SequenceMixer):
-    """Tokens are projected, go one by one through `token`, and are projected again."""
+    """Tokens are projected, go one by one through `token` or at once through `parallel`, and are projected again."""
 
     declares: ClassVar[dict] = {}
-    inputs = 1
-    """u_t has so many times D numbers."""
-    products = 0
-    """Multiplications of a token's matrix products beside the projections."""
+    inputs: ClassVar[int] = 1
+    """u_t has so many times D numbers; none is no projections."""
 
     def __init_subclass__(cls):
         name = cls.__name__.lower()
-        config = create_model(cls.__name__ + "Config", __base__=UnusualConfig, kind=(Literal[name], name))
-        config.layer = cls
-        cls.config = config
-        UNUSUAL.append(config())
+        cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, kind=(Literal[name], name))
+        cls.config_class.layer = cls
+        UNUSUAL.append(cls.config_class())
 
     def __init__(self, config, d_model):
         super().__init__(config)
         self.width = d_model
-        self.in_proj = nn.Linear(d_model, self.inputs * d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
-        self.build()
+        if self.inputs:
+            self.in_proj, self.out_proj = nn.Linear(d_model, self.inputs * d_model), nn.Linear(d_model, d_model)
+        self.parts()
         self.reset_parameters()
 
-    def build(self):
-        """What else it has."""
+    def parts(self):
+        """What it has beside projections."""
 
     def reset_parameters(self):
         for module in self.children():
@@ -62,17 +60,25 @@ class Unusual(SequenceMixer):
     def zeros(self, *shape, dtype=None):
         return torch.zeros(shape, dtype=dtype or self.state_dtype, device=self.device)
 
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, self.width))
+
     def flops(self, length, paradigm, context=0):
-        pairs = length**2 * self.width if paradigm is Paradigm.PARALLEL else 0
-        return 2 * (length * (self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.products) + pairs)
+        weights = self.inputs and (self.inputs + 1) * self.width**2
+        return 2 * (length * weights + self.products(length, paradigm))
+
+    def products(self, length, paradigm):
+        """Multiplications of the matrix products between the projections."""
+        return 0
 
     def mix(self, x, call):
         state = self.init_state(len(x)) if call.state is None else call.state
-        u = self.in_proj(x)
+        u = self.in_proj(x) if self.inputs else x
         with torch.autocast(x.device.type, enabled=False):
             mixed = self.parallel if call.paradigm is Paradigm.PARALLEL else self.recurrent
             o, state = mixed(u.to(self.state_dtype), state)
-        return self.out_proj(o.to(u.dtype)), state
+        o = o.to(u.dtype)
+        return self.out_proj(o) if self.inputs else o, state
 
     def recurrent(self, u, state):
         outputs = []
@@ -89,7 +95,7 @@ class Memory(NamedTuple):
 class LearnedStart(Unusual):
     """h_t = h_{t-1} / 2 + u_t from a learned h_0."""
 
-    def build(self):
+    def parts(self):
         self.start = nn.Parameter(torch.empty(self.width))
 
     def reset_parameters(self):
@@ -109,8 +115,328 @@ class NoState(LearnedStart):
 
     declares: ClassVar = {"paradigms": PARALLEL, "parallel_from_state": False}
 
+    def products(self, length, paradigm):
+        return length**2 * self.width if paradigm is Paradigm.PARALLEL else 0
+
     def parallel(self, u, state):
         t = torch.arange(u.shape[1], device=u.device)
         weights = (0.5 ** (t[:, None] - t).to(u.dtype)).tril()
         h = weights @ u + 0.5 ** (t[:, None] + 1) * self.start.to(u.dtype)
         return h, Memory(h[:, -1].clone())
+
+
+class LogSpaceGRU(Unusual):
+    """minGRU on logarithms: log h_t = log(exp(log(1 - z_t) + log h_{t-1}) + exp(log z_t + log g(u_t))), h_0 = 0."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+    inputs = 2
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, self.width) - torch.inf)
+
+    def gates(self, u):
+        z, g = u.chunk(2, dim=-1)
+        log_g = torch.where(g >= 0, (g.relu() + 0.5).log(), -F.softplus(-g))
+        return -F.softplus(z), log_g - F.softplus(-z)
+
+    def token(self, u, state):
+        kept, added = self.gates(u)
+        h = torch.logaddexp(kept + state.memory, added)
+        return h.exp(), Memory(h)
+
+    def parallel(self, u, state):
+        kept, added = self.gates(u)
+        kept = kept.cumsum(1)
+        future = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=u.device).triu(1)[..., None]
+        each = (kept[:, :, None] - kept[:, None] + added[:, None]).masked_fill(future, -torch.inf)
+        h = torch.cat((each, (kept + state.memory[:, None])[:, :, None]), dim=2).logsumexp(2)
+        return h.exp(), Memory(h[:, -1].clone())
+
+
+class S4D(Unusual):
+    """x_t = a x_{t-1} + u_t, y_t = Re(c x_t) with complex a and c; in parallel a convolution by FFT."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+
+    def parts(self):
+        self.decay, self.angle = nn.Parameter(torch.empty(self.width, 4)), nn.Parameter(torch.empty(self.width, 4))
+        self.c = nn.Parameter(torch.empty(self.width, 4, 2))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.constant_(self.decay, -1.0)
+        self.angle.data.copy_(torch.arange(4) / 4)
+        nn.init.normal_(self.c)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, self.width, 4, dtype=self.state_dtype.to_complex()))
+
+    def weights(self):
+        wide = [part.to(self.state_dtype) for part in (self.decay, self.angle, self.c)]
+        return torch.complex(-wide[0].exp(), wide[1]), torch.view_as_complex(wide[2])
+
+    def token(self, u, state):
+        log_a, c = self.weights()
+        x = log_a.exp() * state.memory + u[..., None]
+        return (c * x).real.sum(-1), Memory(x)
+
+    def parallel(self, u, state):
+        (log_a, c), length = self.weights(), u.shape[1]
+        t = torch.arange(length + 1, device=u.device, dtype=u.dtype)[:, None, None]
+        powers = (log_a * t).exp()
+        kernel = (c * powers[:-1]).real.sum(-1)
+        y = torch.fft.irfft(torch.fft.rfft(u, 2 * length, 1) * torch.fft.rfft(kernel, 2 * length, 0), 2 * length, 1)
+        y = y[:, :length] + (c * powers[1:] * state.memory[:, None]).real.sum(-1)
+        last = (powers[:-1].flip(0) * u[..., None]).sum(1)
+        return y, Memory(powers[-1] * state.memory + last)
+
+
+class Ring(NamedTuple):
+    keys: torch.Tensor
+    values: torch.Tensor
+    filled: torch.Tensor
+    slot: torch.Tensor
+
+
+class SinksInARing(Unusual):
+    """Attention to the first two tokens and the last four: `slot` is the next to be written, from 5 back to 2."""
+
+    inputs = 3
+
+    def init_state(self, batch_size, *, max_length=None):
+        keys = self.zeros(batch_size, 6, self.width, dtype=self.dtype)
+        filled, slot = self.zeros(batch_size, 6, dtype=torch.bool), self.zeros(batch_size, dtype=torch.int64)
+        return Ring(keys, keys.clone(), filled, slot)
+
+    def products(self, length, paradigm):
+        return length * 12 * self.width
+
+    def token(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        written = F.one_hot(state.slot, 6).bool()
+        keys, values = (
+            torch.where(written[..., None], new.to(old.dtype)[:, None], old)
+            for new, old in ((k, state.keys), (v, state.values))
+        )
+        filled = state.filled | written
+        scores = (q[:, None] @ keys.to(q.dtype).mT)[:, 0].masked_fill(~filled, -torch.inf)
+        o = (scores.softmax(-1)[:, None] @ values.to(q.dtype))[:, 0]
+        return o, Ring(keys, values, filled, torch.where(state.slot < 5, state.slot + 1, 2))
+
+
+class Cell(NamedTuple):
+    h: torch.Tensor
+    c: torch.Tensor
+
+
+class LSTM(Unusual):
+    """An LSTM from a learned h_0 and c_0."""
+
+    inputs = 4
+
+    def parts(self):
+        self.recurrence = nn.Linear(self.width, 4 * self.width, bias=False)
+        self.start = nn.Parameter(torch.empty(2, self.width))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.normal_(self.start)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Cell(*self.start.to(self.state_dtype).tanh()[:, None].expand(-1, batch_size, -1))
+
+    def products(self, length, paradigm):
+        return length * 4 * self.width**2
+
+    def token(self, u, state):
+        gates = u + F.linear(state.h, self.recurrence.weight.to(u.dtype))
+        i, f, o, g = gates.chunk(4, dim=-1)
+        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        return h, Cell(h, c)
+
+
+class NegativeDecays(Unusual):
+    """y_t = h_{t-1} and h_t = a h_{t-1} + u_t with a in (-1, 1), and no other parameter: nothing is drawn."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+    inputs = 0
+
+    def parts(self):
+        self.decay = nn.Parameter(torch.empty(self.width))
+
+    def reset_parameters(self):
+        self.decay.data.copy_(torch.linspace(-2, 2, self.width))
+
+    def token(self, u, state):
+        return state.memory, Memory(self.decay.to(u.dtype).tanh() * state.memory + u)
+
+    def parallel(self, u, state):
+        t, a = torch.arange(u.shape[1], device=u.device)[:, None], self.decay.to(u.dtype).tanh()
+        weights = torch.where(t >= t.mT, a[:, None, None] ** (t - t.mT).clamp(min=0), 0)
+        h = (weights.permute(1, 2, 0) * u[:, None]).sum(2) + a ** (t + 1) * state.memory[:, None]
+        return torch.cat((state.memory[:, None], h[:, :-1]), dim=1), Memory(h[:, -1].clone())
+
+
+class MLSTMState(NamedTuple):
+    memory: torch.Tensor
+    weight: torch.Tensor
+    largest: torch.Tensor
+
+
+class MLSTM(Unusual):
+    """xLSTM's matrix memory, stabilised by the largest logarithm m of a gate: what is stored is C e^-m and n e^-m."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+    inputs = 4
+
+    def init_state(self, batch_size, *, max_length=None):
+        memory = self.zeros(batch_size, self.width, self.width)
+        return MLSTMState(memory, memory[:, 0].clone(), memory[:, 0, 0] - torch.inf)
+
+    def products(self, length, paradigm):
+        recurrent = paradigm is Paradigm.RECURRENT
+        return length * self.width**2 * (1 if recurrent else 2) + (0 if recurrent else 2 * length**2 * self.width)
+
+    def heads(self, u):
+        q, k, v, gates = u.chunk(4, dim=-1)
+        return q, k / self.width**0.5, v, gates[..., 0], F.logsigmoid(gates[..., 1] + 3)
+
+    def divide(self, h, weight, largest):
+        return h / torch.maximum(weight.abs(), (-largest).clamp(max=30).exp())[..., None]
+
+    def token(self, u, state):
+        q, k, v, i, f = self.heads(u)
+        m = torch.maximum(f + state.largest, i)
+        kept, k = (f + state.largest - m).exp()[:, None], (i - m).exp()[:, None] * k
+        memory = kept[..., None] * state.memory + k[..., None] * v[:, None]
+        weight = kept * state.weight + k
+        return self.divide((q[:, None] @ memory)[:, 0], (q * weight).sum(-1), m), MLSTMState(memory, weight, m)
+
+    def parallel(self, u, state):
+        q, k, v, i, f = self.heads(u)
+        passed = f[..., None].expand(*f.shape, f.shape[-1]).tril(-1).cumsum(-2) + i[:, None]
+        passed = passed.masked_fill(torch.ones_like(passed, dtype=torch.bool).triu(1), -torch.inf)
+        before = f.cumsum(1) + state.largest[:, None]
+        m = torch.maximum(before, passed.amax(-1))
+        left, kept = (passed - m[..., None]).exp(), (before - m).exp()
+        scores = torch.einsum("bid,bjd->bij", q, k) * left
+        h = scores @ v + kept[..., None] * (q @ state.memory)
+        o = self.divide(h, scores.sum(-1) + kept * (q * state.weight[:, None]).sum(-1), m)
+        k, kept = left[:, -1, :, None] * k, kept[:, -1, None]
+        memory = torch.einsum("bjk,bjv->bkv", k, v) + kept[..., None] * state.memory
+        return o, MLSTMState(memory, k.sum(1) + kept * state.weight, m[:, -1].clone())
+
+
+class TorchGRU(Unusual):
+    """`nn.GRU`, which torch.compile does not take."""
+
+    declares: ClassVar = {"compiles": False}
+
+    def parts(self):
+        self.gru = nn.GRU(self.width, self.width, batch_first=True)
+
+    def products(self, length, paradigm):
+        return length * 6 * self.width**2
+
+    def recurrent(self, u, state):
+        weights = {name: weight.to(u.dtype) for name, weight in self.gru.named_parameters()}
+        h, last = torch.func.functional_call(self.gru, weights, (u, state.memory[None]))
+        return h, Memory(last[0])
+
+
+class Ridge(NamedTuple):
+    gram: torch.Tensor
+    products: torch.Tensor
+
+
+class Mesa(Unusual):
+    """y_t = q_t R_t^-1 S_t with R_t = I + sum of k k^T and S_t = sum of k v^T: R is positive definite."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+    inputs = 3
+
+    def init_state(self, batch_size, *, max_length=None):
+        gram = self.zeros(batch_size, self.width, self.width)
+        return Ridge(gram + torch.eye(self.width, dtype=gram.dtype, device=gram.device), gram)
+
+    def products(self, length, paradigm):
+        return length * self.width**2
+
+    def perturb_state(self, state, generator):
+        k, moved = super().perturb_state(Ridge(torch.ones_like(state.gram), state.products), generator)
+        return Ridge(state.gram + k @ k.mT / self.width, moved)
+
+    def read(self, q, state):
+        solved = torch.cholesky_solve(q[..., None], torch.linalg.cholesky(state.gram))
+        return (solved.mT @ state.products)[..., 0, :]
+
+    def token(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        state = Ridge(state.gram + k[..., None] * k[:, None], state.products + k[..., None] * v[:, None])
+        return self.read(q, state), state
+
+    def parallel(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        products = ((k[..., None] * other[:, :, None]).cumsum(1) for other in (k, v))
+        every = Ridge(*(old[:, None] + new for old, new in zip(state, products, strict=True)))
+        return self.read(q, every), Ridge(*(leaf[:, -1].clone() for leaf in every))
+
+
+class HardGates(Unusual):
+    """A token is skipped, h_t = h_{t-1}, where its gate is below 0; of others the three largest channels are kept."""
+
+    declares: ClassVar = {"surrogate_gradients": True}
+    inputs = 2
+
+    def token(self, u, state):
+        u, gate = u.chunk(2, dim=-1)
+        soft = gate.sum(-1, keepdim=True).sigmoid()
+        hard = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+        kept = torch.zeros_like(u).scatter(-1, u.topk(3, dim=-1).indices, 1.0)
+        h = hard * (kept * u + state.memory / 2) + (1 - hard) * state.memory
+        return h, Memory(h)
+
+
+class Paged(NamedTuple):
+    slots: torch.Tensor
+    pages: torch.Tensor
+    odd: torch.Tensor
+    read: torch.Tensor
+
+
+class Pages(Unusual):
+    """y_t = (-1)^t u_t + u_{t-3}, through complex slots, a page table, a flag and a count that ends at 3."""
+
+    declares: ClassVar = {"shift_invariant": False}
+
+    def init_state(self, batch_size, *, max_length=None):
+        slots = self.zeros(batch_size, 3, self.width, dtype=self.state_dtype.to_complex())
+        odd, read = (self.zeros(batch_size, dtype=dtype) for dtype in (torch.bool, torch.int32))
+        return Paged(slots, torch.arange(3, device=self.device).repeat(batch_size, 1), odd, read)
+
+    def token(self, u, state):
+        oldest = F.one_hot(state.pages[:, 0], 3).bool()[..., None]
+        old = torch.where(oldest, state.slots, 0).sum(1)
+        new = torch.complex(u.cos(), u.sin())
+        o = torch.where(state.odd[:, None], -u, u) + old.real * (state.read[:, None] == 3) + old.imag
+        read = (state.read + 1).clamp(max=3)
+        slots = torch.where(oldest, new[:, None], state.slots)
+        return o, Paged(slots, state.pages.roll(-1, dims=1), ~state.odd, read)
+
+
+class Transposed(Unusual):
+    """Linear attention whose memory is a transposed tensor."""
+
+    inputs = 3
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, self.width, self.width).mT)
+
+    def products(self, length, paradigm):
+        return length * self.width**2
+
+    def token(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        memory = state.memory.mT / 2 + k[..., None] * v[:, None]
+        return (q[:, None] @ memory)[:, 0], Memory(memory.mT)

@@ -12,7 +12,7 @@ from ..compare import require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, learnable, named_results
 
-STEPS = (1e-4, 1e-5, 1e-6)
+STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
 
 ALLOWED = 1e-6
@@ -45,6 +45,11 @@ def gradients_are_derivatives(trial: Trial) -> None:
     leaves |= {f"the parameter {name}": parameter.detach() for name, parameter in learnable(trial.mixer).items()}
     # an empty slot of a cache stays empty
     along = {name: trial.like(leaf) * (leaf != 0) for name, leaf in leaves.items() if leaf.is_floating_point()}
+    if state is not None:  # towards another state: one where its leaves depend on each other
+        for name, other in to_dict(trial.mixer.perturb_state(state, trial.generator)).items():
+            leaf = leaves[f"the state's {name}"]
+            if leaf.is_floating_point():
+                along[f"the state's {name}"] = torch.where(leaf.isfinite(), other - leaf, 0).detach()
     above: dict[str, Tensor] = {}
 
     def loss(moved: Mapping[str, Tensor], paradigm: object, mixer: torch.nn.Module) -> Tensor:

@@ -4,18 +4,24 @@ f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) =
 """
 
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...mixers.state import clone, detach, select
+from ...ops.paradigm import Paradigm
 from ..check import check, chunked, recurrent, several_paradigms
-from ..compare import require
+from ..compare import EXACT, require
 from ..mixer_case import LENGTHS, USES, Draw
 from ..mixer_options import chunk_sizes
-from ..mixer_trial import Trial
+from ..mixer_trial import Trial, named_results
 
 CANDIDATES = tuple(2**n for n in range(12))
 """Chunk sizes that a configuration may take; the smallest and the largest are compared."""
+
+MANY = 64
+"""Tokens tried where one seems to be ignored."""
 
 EVERY = 70
 """Tokens up to which a segment is cut at every one."""
@@ -97,7 +103,7 @@ def steps_equal_the_whole(trial: Trial) -> None:
 
 @check(share=0.2, draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2)))
 def the_future_changes_nothing(trial: Trial) -> None:
-    """The output at a token depends on no later token, and does depend on the token itself."""
+    """The output at a token depends on no later token, and the token is read, there or later."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     # of every token but the first, and of a long segment around the boundaries of blocks
     cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
@@ -112,8 +118,17 @@ def the_future_changes_nothing(trial: Trial) -> None:
         for cut, as_given, changed_later in zip(cuts, y.split(len(x)), y_other.split(len(x)), strict=True):
             with trial.differences(f"{paradigm}, other tokens from step {cut} on", 1e-12) as found:
                 found.tensor("the output before them", changed_later[:, :cut], as_given[:, :cut], "BTD")
-            reads = (as_given[:, cut] != changed_later[:, cut]).any()
-            require(reads, f"{paradigm}: the output at step {cut} ignores the token there")
+            reads = (as_given[:, cut] != changed_later[:, cut]).any() or _is_read(trial, x, state, cut, paradigm)
+            require(reads, f"{paradigm}: the token at step {cut} is ignored, there and later")
+
+
+def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) -> bool:
+    """Whether any of many tokens at a step, as a gate may be shut for most, changes an output or the final state."""
+    copies = trial.index(*[0] * MANY)
+    others = x[copies].clone()
+    others[:, cut] = trial.tokens(MANY, 1)[:, 0]
+    y, after = trial.mix(others, None if state is None else select(state, copies), paradigm=paradigm)
+    return any(((leaf - leaf[:1]).abs() > EXACT).any() for leaf in named_results(y, after).values())
 
 
 @check(chunked, share=0.25, draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)))

@@ -1,29 +1,37 @@
 """A state is a value: it can be saved, batched, split, reordered and used again."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...mixers.state import clone, concatenate, from_dict, map_state, select, to_dict
+from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check
 from ..compare import require
 from ..mixer_case import Draw
-from ..mixer_trial import Trial, as_leaves, float_leaves, learnable
+from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
 
 @check(share=0.15, draw=Draw(tokens=(1, 8), starts=("none",)))
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
-    """No state, `init_state` and a state allocated for `max_length` tokens are the same beginning."""
+    """No state, `init_state` and a state allocated for `max_length` tokens are the same beginning; where it is learned,
+    gradients reach it from either."""
     x, following = trial.tokens(), trial.tokens(length=1)
     batch_size, length = trial.case.batch_size, trial.case.length
     for paradigm in trial.paradigms:
         nothing = trial.mix(x, None, paradigm=paradigm)
         initial = trial.mix(x, trial.mixer.init_state(batch_size), paradigm=paradigm)
         trial.compare(f"{paradigm}, init_state() against no state", initial, nothing)
+        call = trial.call(paradigm)
+        learned, unsaid = (
+            trial.differentiate(lambda x, _, call=call, start=start: call(x, start()), x, None)
+            for start in (partial(trial.mixer.init_state, batch_size), lambda: None)
+        )
+        trial.compare(f"{paradigm}, gradients from init_state() against no state", learned, unsaid)
         y, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
         with trial.differences(f"{paradigm}, init_state(max_length={length + 1}) against no state") as found:
             found.tensor("the output", y, nothing[0], "BTD")
@@ -103,15 +111,15 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     x, given = trial.tokens(), trial.state()
     for paradigm in trial.paradigms:
         for state in (given, as_leaves(given)):
-            before, versions = clone(state), [leaf._version for leaf in _leaves(state)]
+            before, versions = clone(state), [leaf._version for leaf in leaves_of(state).values()]
             y, after = trial.call(paradigm)(x, state)
-            total = y.sum() + sum(leaf.sum() for leaf in float_leaves(after).values())
+            total = sum(result.sum() for result in named_results(y, after).values())
             roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
             if roots and total.requires_grad:
                 torch.autograd.grad(total, roots, allow_unused=True)
             with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as found:
                 found.state("the state", state, before)
-            same = [leaf._version for leaf in _leaves(state)] == versions
+            same = [leaf._version for leaf in leaves_of(state).values()] == versions
             require(same, f"{paradigm}: a state was written in place, if only with its own values")
         # consumed or not, its clone is as good as it was
         first, second = (trial.mix(x, given, paradigm=paradigm) for _ in range(2))
@@ -147,22 +155,19 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
             _, state = trial.mix(trial.tokens(length=length), state, paradigm=paradigm)
             sizes.append(_memory(state))
         grows = sizes[0] < sizes[1] < sizes[2]
-        constant = len({_memory(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
+        # a learned beginning may be a view of a parameter
+        constant = len({nbytes(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
         text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32 and 64 tokens"
         declared = trial.mixer.traits.state
         require(constant if declared == "constant" else grows, f"{text}, and traits.state is {declared}")
 
 
 def _memory(state: Any) -> int:
-    """Bytes that a state keeps alive: a view holds all that it is a view of."""
-    storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in _leaves(state)}
-    return sum(storages.values())
-
-
-def _leaves(state: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_state(lambda leaf: found.append(leaf) or leaf, state)
-    return found
+    """Bytes that a state keeps alive: a view holds all that it is a view of; expanded rows count one by one."""
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves_of(state).values()
+    }
+    return max(sum(storages.values()), nbytes(state))
 
 
 def _is_state(state: Any) -> bool:

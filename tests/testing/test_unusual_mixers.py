@@ -16,7 +16,7 @@ def test_no_check_refuses_a_right_mixer(config):
 
 
 def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
-    mixer = NoState.config().build(12, layer_idx=0, n_layers=1)
+    mixer = NoState.config_class().build(12, layer_idx=0, n_layers=1)
     x = torch.ones(2, 3, 12)
     _, state = mixer(x, paradigm="parallel", return_state=True)
     with pytest.raises(ContractError, match=r"nostate takes no state in the parallel paradigm.* recurrent"):
