@@ -191,5 +191,5 @@ class NamelessConfig(OneWayConfig):
 
 
 def test_a_field_without_an_example_is_named():
-    with pytest.raises(ContractError, match="NamelessConfig.* name .*name="):
+    with pytest.raises(ContractError, match=r"NamelessConfig.* name .*name="):
         NamelessConfig.example()
