@@ -48,7 +48,7 @@ def as_json(found: Sequence[Tested], *, seed: int) -> str:
 def _fields(outcome: "Outcome") -> dict[str, Any]:
     ended = {name: getattr(outcome, name) for name in ("status", "reason", "examples", "seconds")}
     case = None if outcome.case is None else repr(outcome.case)
-    about = {"name": outcome.check.name, "property": outcome.check.property}
+    about = {name: getattr(outcome.check, name) for name in ("name", "property", "use")}
     return {**about, **ended, "case": case, "reproduce": list(outcome.script)}
 
 

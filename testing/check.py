@@ -35,6 +35,8 @@ class Check(Generic[S, D, T]):
     """Cases, as a share of the examples asked for; 0 means one."""
     compiles: bool = False
     """Whether it compiles: slow, and left out of quick runs."""
+    use: str = ""
+    """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
 
     def examples(self, asked: int) -> int:
         """How many cases to run where `asked` were asked for."""
@@ -60,24 +62,25 @@ def check(
     share: float = 0.1,
     draw: Draw | None = None,
     compiles: bool = False,
+    use: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
     Raises:
         ValueError: its name is taken, or it has no docstring.
     """
-    return _registers(CHECKS, needs=needs, share=share, draw=draw or Draw(), compiles=compiles)
+    return _registers(CHECKS, needs=needs, share=share, draw=draw or Draw(), compiles=compiles, use=use)
 
 
 def kernel_check(
-    *needs: Callable[[Kernel], str | None], share: float, draw: KernelDraw | None = None
+    *needs: Callable[[Kernel], str | None], share: float, draw: KernelDraw | None = None, use: str = ""
 ) -> Callable[[Callable[[KernelTrial], None]], Callable[[KernelTrial], None]]:
     """Register a function of a `KernelTrial` as a check of kernels; its docstring is the property.
 
     Raises:
         ValueError: its name is taken, or it has no docstring.
     """
-    return _registers(KERNEL_CHECKS, needs=needs, share=share, draw=draw or KernelDraw())
+    return _registers(KERNEL_CHECKS, needs=needs, share=share, draw=draw or KernelDraw(), use=use)
 
 
 def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..., None]], Any]:

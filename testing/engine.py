@@ -128,7 +128,9 @@ def _run(
         return ended(Status.FAILED, f"{check.name} passed, and was expected to fail: {expected}")
     if expected is not None:
         return ended(Status.EXPECTED_FAILURE, expected)
-    lines = [f"{tested.name} fails {check.name}: {check.property}", *describe_error(error).splitlines()]
+    lines = [f"{tested.name} fails {check.name}: {check.property}"]
+    lines += [f"This breaks: {check.use}"] if check.use else []
+    lines += describe_error(error).splitlines()
     script: tuple[str, ...] = ()
     if case is not None:
         lines += [*tested.described, f"The {'smallest ' if shrink else ''}case: {case!r}"]

@@ -46,13 +46,17 @@ def calls_no_higher_order_op(kernel: Kernel) -> str | None:
     return reason if kernel.higher_order else None
 
 
-@kernel_check(share=1.0, draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe)))
+@kernel_check(
+    share=1.0,
+    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe)),
+    use="every call: the numbers are wrong",
+)
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
     """Output and final state are those of the definition: every element, and shape, dtype and kind of state."""
     trial.compare("against the definition", trial.run(trial.leaves()))
 
 
-@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad))
+@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad), use="training: the gradients are wrong")
 def gradients_are_the_definitions(trial: KernelTrial) -> None:
     """Gradients of any of the inputs, through output or final state or both, are those of the definition, and with
     gradients the outputs are too."""
@@ -61,7 +65,11 @@ def gradients_are_the_definitions(trial: KernelTrial) -> None:
     trial.compare("with gradients, against the definition", outputs, trial.gradients(outputs, inputs))
 
 
-@kernel_check(share=0.5, draw=KernelDraw(asks=in_pieces, cut=True))
+@kernel_check(
+    share=0.5,
+    draw=KernelDraw(asks=in_pieces, cut=True),
+    use="prefill in pieces, decoding after it and backpropagation through states",
+)
 def a_cut_changes_nothing(trial: KernelTrial) -> None:
     """Tokens in two pieces, the second from the first's final state, give what the definition gives at once: output,
     final state, and gradients through the state between."""
@@ -72,7 +80,11 @@ def a_cut_changes_nothing(trial: KernelTrial) -> None:
     trial.compare("in two pieces, against the definition of the whole", outputs, gradients)
 
 
-@kernel_check(share=0.06, draw=KernelDraw(asks=carried_low, tokens=st.just(128)))
+@kernel_check(
+    share=0.06,
+    draw=KernelDraw(asks=carried_low, tokens=st.just(128)),
+    use="long generation in 16 bits: it drifts away from what prefill gives",
+)
 def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     """In 16 bits, many tokens one by one, each from the final state before, are as exact as they are at once: a state
     that is rounded at every token drifts."""
@@ -81,7 +93,7 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     trial.compare("one by one, against the definition of the whole", outputs)
 
 
-@kernel_check(share=0.15)
+@kernel_check(share=0.15, use="reproducible runs, and activation checkpointing, which runs forward twice")
 def results_are_deterministic(trial: KernelTrial) -> None:
     """Twice the same arguments give the same bits, forward and backward."""
     first, second = (_results(trial, trial.leaves()) for _ in range(2))
@@ -90,7 +102,9 @@ def results_are_deterministic(trial: KernelTrial) -> None:
             found.tensor(name, second[name], tensor, trial.case.axes_of(name.removeprefix("the gradient of ")))
 
 
-@kernel_check(share=0.15)
+@kernel_check(
+    share=0.15, use="using a state again (beam search, a prompt cache), and backward passes that need the inputs"
+)
 def inputs_are_left_alone(trial: KernelTrial) -> None:
     """No input is written, not even with its own values, and no result is a view of one; but for a cache, without
     gradients, where the next is wanted."""
@@ -106,7 +120,11 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
         require(shared is None, f"{name} is a view of {shared}")
 
 
-@kernel_check(share=0.2, draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW))
+@kernel_check(
+    share=0.2,
+    draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW),
+    use="the choice of a kernel: what it cannot compute, it computes wrongly without a word",
+)
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     """A dtype that is not declared, and whatever `limits` has a reason against, is an error, never a number."""
     inputs = trial.leaves()
@@ -124,7 +142,11 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     raise CheckFailure(f"it gave numbers (the output is {outputs['output'].dtype}), and declares: {reasons}")
 
 
-@kernel_check(share=0.1, draw=KernelDraw(asks=with_grad, tokens=FEW))
+@kernel_check(
+    share=0.1,
+    draw=KernelDraw(asks=with_grad, tokens=FEW),
+    use="forward-mode differentiation (torch.func.jvp): its results are silently wrong",
+)
 def tangents_are_right_or_refused(trial: KernelTrial) -> None:
     """Forward-mode differentiation is that of the definition, or an error: of a custom op that has a backward formula
     alone, torch would take the tangent for zero."""
@@ -157,7 +179,12 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
             found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
 
 
-@kernel_check(calls_no_higher_order_op, share=0.04, draw=KernelDraw(tokens=FEW))
+@kernel_check(
+    calls_no_higher_order_op,
+    share=0.04,
+    draw=KernelDraw(tokens=FEW),
+    use="torch.compile: compiled code is refused, or differs from eager",
+)
 def dispatched_ops_pass_opcheck(trial: KernelTrial) -> None:
     """`torch.library.opcheck` has nothing against the custom ops that a call dispatches, forward and backward, with the
     arguments that they get: schemas, fakes, autograd formulas, and compiled with dynamic shapes."""

@@ -146,8 +146,9 @@ class Draw:
                     yield replace(case, lengths=(*lengths[:i], short, *lengths[i + 1 :]))
         for rows in fewer(case.batch_size, self.batch_size[0]):
             yield replace(case, batch_size=rows, rows=tuple(min(row, rows - 1) for row in case.rows))
-        starts = [start for start in STARTS if start in self.starts]
-        yield from (replace(case, start=start) for start in starts[: starts.index(case.start)])
+        drawn = {"start": [start for start in STARTS if start in self.starts], "use": self.uses, "scale": self.scales}
+        for name, values in {**drawn, "layer": range(LAYERS)}.items():
+            yield from (replace(case, **{name: value}) for value in values[: values.index(getattr(case, name))])
         for name in options:
             yield replace(case, options={other: value for other, value in options.items() if other != name})
         yield from (replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < own < math.inf)

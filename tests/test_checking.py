@@ -88,6 +88,7 @@ def test_results_are_files_for_other_programs(forgetful, monkeypatch):
     assert checks["paradigms_agree"]["reason"] == "no state"
     failed = checks["a_state_survives_the_disk"]
     assert failed["property"] == CHECKS["a_state_survives_the_disk"].property
+    assert failed["use"] == CHECKS["a_state_survives_the_disk"].use
     assert failed["case"] in failed["reproduce"][-2]
     assert failed["examples"] > 0
     assert failed["seconds"] > 0
@@ -274,6 +275,6 @@ def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
     monkeypatch.setitem(KERNELS, right.key, replace(right, function=lambda q, *rest: right.function(2 * q, *rest)))
     done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
     assert done.status == 1
-    assert re.search("✗ outputs_are_the_definitions", done.out)
+    assert re.search(r"✗ outputs_are_the_definitions.*\n.*\n +This breaks: every call", done.out)
     assert re.search(r"The smallest case: DecayCase\((dtype=[\w.]+)?\)\n", done.out)
     assert done.out.endswith(f"{STEP} fails outputs_are_the_definitions\n")
