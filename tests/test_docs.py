@@ -5,15 +5,15 @@ file; `console` blocks show a command and its output, in which `...` stands for 
 """
 
 import contextlib
-import importlib.util
 import io
 import re
+import runpy
 import shlex
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
@@ -130,16 +130,6 @@ def test_a_page_does_what_it_says(page, folder):
                 done.add(command)
 
 
-def test_the_readme_says_how_to_start():
-    text = (ROOT / "README.md").read_text()
-    for line in (
-        "pip install -e . && seqmix train retnet-tiny",
-        'seqmix generate runs/retnet-tiny --prompt "def "',
-        "pip install -e '.[test]' && pytest",
-    ):
-        assert line in text
-
-
 def test_the_lines_for_wandb_log_a_run(folder, monkeypatch):
     (code,) = (block.text for block in blocks_of(ROOT / "docs" / "how-to" / "logging.md") if block.language == "py")
     assert '["training.steps=200"]' in code
@@ -167,18 +157,9 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
     assert "ConvolutionConfig" in seqmix("seqmix schema")[0]
 
 
-def generator(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["generate", "mixers", "paper", "scaling", "tasks"])
 def test_what_is_generated_is_up_to_date(name):
-    files = generator(name).files()
+    files = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["files"]()
     for file, text in files.items():
         assert file.read_text(encoding="utf-8") == text, f"run: python docs/{name}.py"
     pictures = {file for file in files if file.suffix == ".svg"}

@@ -169,18 +169,6 @@ def test_the_registry_imports_no_torch():
             assert not [line for imported, line in imports(file, MODULES) if within(imported, "torch")]
 
 
-OPTIONAL = [
-    "altair",
-    "vl_convert",
-    "triton",
-    "xformers",
-    "fla",
-    "hypothesis",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "pytest",
-]
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
     "seqmix.experiments.figures.charts": {"altair"},
@@ -246,7 +234,8 @@ def test_an_import_prints_nothing_and_takes_half_a_second_beyond_torch(probes):
 
 def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_not_asked_for(probes):
     new = probes[0][2]
-    for name in (*OPTIONAL, *LATE, "typer", *(f"seqmix.{package}" for package in AS_NEEDED)):
+    optional = {"xformers", "hypothesis", "datasets", "tokenizers", "pytest"}.union(*MAY_IMPORT.values())
+    for name in (*optional, *LATE, "typer", *(f"seqmix.{package}" for package in AS_NEEDED)):
         assert not [module for module in new if within(module, name)], name
     built_in = [f"seqmix.mixers.{kind}" for kind in seqmix.MIXERS.kinds() if ":" not in kind]
     built_in = [name for name in built_in if name in MODULES]

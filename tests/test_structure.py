@@ -70,55 +70,42 @@ def numbered(text: str, mark: str) -> set[int]:
     return {number for number, line in enumerate(text.splitlines(), 1) if mark in line}
 
 
-def test_lines_of_signatures_are_counted():
+def test_lines_of_signatures_and_of_passed_arguments_are_counted():
     text = """
 @decorated(
     by=1,
 )
-def short(q, k): return q  # here
+def short(q, k): return q  # signature
 
-def long(  # here
-    q: Float[Tensor, "B T H K"],  # here
-    *,  # here
-    by=lambda x: x[1:],  # here
-) -> tuple[Tensor, Tensor]:  # here
-    return [lambda x: x, {1: 2}]
-
-class Layer:
-    async def step(self,  # here
-        x):  # here
-        pass
-"""
-    assert signature_lines(text) == numbered(text, "# here")
-
-
-def test_lines_that_pass_arguments_on_are_counted():
-    text = """
-one = f(q, k, v)
-y = f(
-    q,  # here
-    k, -scale, *rest,  # here
-    w, w + 1,
-    initial_state=state.memory,  # here
-    chunk_size=64,  # here
-    log_decay=g.float(),
-    beta=beta if beta is None else 1,
-    v=h(
-        v,  # here
-        cu_seqlens,  # here
-    ),
-    **options,  # here
-)
 class Layer(
     Base,
 ):
-    pass
+    async def step(  # signature
+        self,  # signature
+        q: Float[Tensor, "B T H K"],  # signature
+        by=lambda x: x[1:],  # signature
+    ) -> tuple[Tensor, Tensor]:  # signature
+        return [lambda x: x, {1: 2}]
+
+one = f(q, k, v)
+y = f(
+    q,  # passed
+    k, -scale, *rest,  # passed
+    w, w + 1,
+    initial_state=state.memory,  # passed
+    log_decay=g.float(),
+    beta=beta if beta is None else 1,
+    v=h(
+        v,  # passed
+    ),
+    **options,  # passed
+)
 found = [
     q,
-    k,
 ]
 """
-    assert passing_lines(ast.parse(text)) == numbered(text, "# here")
+    assert signature_lines(text) == numbered(text, "# signature")
+    assert passing_lines(ast.parse(text)) == numbered(text, "# passed") | {3}
 
 
 def test_a_line_in_three_other_files_recurs():

@@ -156,45 +156,29 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")} == before
 
 
-def test_a_run_of_another_configuration_is_laid_aside(made, monkeypatch):
-    folder, *_ = made
-    monkeypatch.chdir(folder)
-    study = load_study(Path("small.yaml"))
-    changed = study.model_copy(update={"training": {**study.training, "warmup_steps": 3}})
-    planned, shown = plan(changed, Path("small.yaml")), Quiet()
-    run = planned.runs[0]
-    place = folder / "studies" / "small" / "runs" / run.name
-    assert not is_finished(run, place)
-    runner._clear(run, place, shown)
-    aside = place.with_name("retention-seed0.before-1")
-    try:
-        assert not place.exists()
-        assert read_config(aside).training.warmup_steps == 1
-        assert shown.notes == [
-            f"retention-seed0 has another configuration than before and is trained again; what was there is now {aside}"
-        ]
-    finally:
-        aside.rename(place)
-
-
 @pytest.mark.parametrize(
-    ("file", "why"),
+    ("damaged", "why"),
     [
+        (None, "has another configuration than before"),
         ("metrics.jsonl", "lacks measurements in metrics.jsonl"),
         ("checkpoints/*/model.safetensors", "has no checkpoint that is intact"),
     ],
 )
-def test_a_run_that_is_damaged_for_good_is_laid_aside(made, tmp_path, monkeypatch, file, why):
+def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeypatch, damaged, why):
     monkeypatch.chdir(made[0])
-    run = plan(load_study(Path("small.yaml")), Path("small.yaml")).runs[0]
+    study = load_study(Path("small.yaml"))
+    if damaged is None:
+        study = study.model_copy(update={"training": {**study.training, "warmup_steps": 3}})
+    run = plan(study, Path("small.yaml")).runs[0]
     place, shown = shutil.copytree(Path("studies/small/runs", run.name), tmp_path / run.name), Quiet()
-    for damaged in place.glob(file):
-        damaged.write_bytes(b"")
-    (place / "metrics.jsonl").write_bytes(b"")
+    if damaged is not None:
+        for file in (place / "metrics.jsonl", *place.glob(damaged)):
+            file.write_bytes(b"")
     assert not is_finished(run, place)
     runner._clear(run, place, shown)
-    aside = f"{place}.before-1"
-    assert (place.exists(), (Path(aside) / "config.yaml").exists()) == (False, True)
+    aside = place.with_name(f"{run.name}.before-1")
+    assert not place.exists()
+    assert read_config(aside).training.warmup_steps == 1
     assert shown.notes == [f"{run.name} {why} and is trained again; what was there is now {aside}"]
 
 

@@ -1,8 +1,8 @@
 """Results as values: over seeds, the best learning rate, files that are none, tables, and the page of mixers."""
 
-import importlib.util
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -197,13 +197,11 @@ def test_time_left_is_of_what_is_left():
 
 
 def test_the_page_of_mixers_takes_a_study(tmp_path):
-    spec = importlib.util.spec_from_file_location("docs_mixers", ROOT / "docs" / "mixers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    lines = module.trained(results([run("a", 1.25), run("a", 1.75, seed=1), run("b", 2.0), run("b", None, seed=1)]))
+    page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
+    lines = page["trained"](results([run("a", 1.25), run("a", 1.75, seed=1), run("b", 2.0), run("b", None, seed=1)]))
     assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
     assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
     file = tmp_path / "page.md"
     file.write_text("x")
     with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
-        module.fill(file, {"trained": lines})
+        page["fill"](file, {"trained": lines})

@@ -1,9 +1,9 @@
 """The paper's claims: the studies are what it describes, and what is kept of them is what its page says."""
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,11 +32,8 @@ def planned(claim: str, scale: claims.Scale):
 
 
 @pytest.fixture
-def page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_paper", ROOT / "docs" / "paper.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def page() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "paper.py")))
 
 
 # ---- studies

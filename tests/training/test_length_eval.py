@@ -132,9 +132,7 @@ def test_what_cannot_be_evaluated_is_named(evaluate):
         (["--length", "999999"], "999,999 .*1,000,000"),
         (["--paradigm", "recurent"], "'recurent'.*chunkwise, parallel"),
         (["--context", "16", "--scored", "17"], r"17\b.* 16\b"),
-        (["--device", "nowhere"], "'nowhere'"),
         (["--json", "no/x.json"], "no/x.json"),
-        (["--checkpoint", "99"], "99"),
     ):
         done = evaluate(*arguments)
         assert done.status == 2
