@@ -33,10 +33,11 @@ class Differences:
     Args:
         what: what is compared with what ("recurrent against parallel").
         tolerance: allowed, relative and absolute; 0 means bit for bit.
+        relative_to_largest: whether the absolute one is relative to the largest number of a tensor instead.
     """
 
-    def __init__(self, what: str, tolerance: float = EXACT) -> None:
-        self.what, self.tolerance = what, tolerance
+    def __init__(self, what: str, tolerance: float = EXACT, *, relative_to_largest: bool = False) -> None:
+        self.what, self.tolerance, self.relative_to_largest = what, tolerance, relative_to_largest
         self.lines: list[str] = []
 
     def __enter__(self) -> "Differences":
@@ -54,7 +55,10 @@ class Differences:
             self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
         else:
             tolerance = self.tolerance if actual.is_floating_point() else 0
-            wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=tolerance)
+            size = (
+                expected.abs().nan_to_num(posinf=0).max().item() if self.relative_to_largest and expected.numel() else 1
+            )
+            wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=tolerance * max(1, size))
             self.lines += _difference(name, actual, expected, wrong, axes)
 
     def close(

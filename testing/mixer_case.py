@@ -124,7 +124,7 @@ class Draw:
         if len(self.dtypes) > 1:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
-        found += [replace(usual, scale=scale) for scale in self.scales[1:]]
+        found += [replace(usual, scale=scale) for scale in {*self.scales} - {1.0}]
         if not self.paradigms:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]

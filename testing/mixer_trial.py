@@ -211,7 +211,8 @@ class Trial:
 
     def differences(self, what: str, tolerance: float = EXACT) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""
-        return Differences(what, tolerance)
+        # large numbers cancel: what is left is rounded as they are
+        return Differences(what, tolerance, relative_to_largest=self.case.scale > 1)
 
     def compare(self, what: str, actual: Result, expected: Result, tolerance: float = EXACT) -> None:
         """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""

@@ -24,6 +24,9 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch
 DRAWS = 8
 """How often what may be ill-conditioned is rounded."""
 
+LONG = 700
+"""Tokens of a long segment: more than a few blocks, and than an integer of 8 bits counts."""
+
 STEPS = 160
 """Tokens decoded one by one: a state that is rounded at every token drifts."""
 
@@ -129,6 +132,34 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
 
     moved = _moved(trial, decoded, x, exact.init_state(1, max_length=STEPS), {"the output": expected})
     near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
+
+
+LENGTHY = Draw(tokens=(LONG - 99, LONG), batch_size=(1, 1), starts=("none", "initial"), scales=(1.0, 30.0), dtypes=LOW)
+
+
+@check(share=0.04, draw=LENGTHY)
+def long_segments_do_not_drift(trial: Trial) -> None:
+    """At the end of hundreds of tokens low precision is as near float64 as at the start, in every paradigm, with
+    extreme gates and decays too."""
+    exact, (dtype, length) = trial.rebuilt(torch.float64), (trial.case.dtype, trial.case.length)
+    # the sum of as many tokens is rounded as often, in float32 by what is allowed at all
+    tolerance = trial.subject.tolerances[dtype] * (max(1, length / 64) ** 0.5 if dtype == torch.float32 else 1)
+    x, state, last = trial.tokens(), trial.state(), length // 8
+    x = x / trial.case.scale if dtype == torch.float16 else x  # whose largest number is 65,504
+
+    def ends(y: Tensor, after: Any) -> dict[str, Tensor]:
+        return named_results(y[:, -last:], after)
+
+    expected = ends(*trial.mix(x.double(), _wide(state), exact))
+    unit = torch.finfo(dtype).eps / 2
+    moved = ends(*trial.mix(x.double() * (1 + unit * trial.like(x).double()), _wide(state), exact))
+    for paradigm in trial.paradigms:
+        found = ends(*trial.mix(x, state, paradigm=paradigm))
+        what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
+        for name, result in expected.items():
+            # no mixer can do better than what one rounding of the tokens changes
+            moves = ((moved[name] - result).norm() / result.norm().clamp(min=1e-30)).item()
+            near(name, what, found[name], result, max(tolerance, 8 * moves))
 
 
 @check(share=0.15, draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)))

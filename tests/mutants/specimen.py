@@ -242,7 +242,7 @@ class Cached(SequenceMixer[Cache]):
         q, k, v = self.heads(x)
         cache = self.extended(call.state, k, v)
         scores = (q @ cache.keys.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~self.seen(*scores.shape[1:], x.device), -torch.inf).softmax(-1)
+        weights = self.masked(scores, ~self.seen(*scores.shape[1:], x.device)).softmax(-1)
         return self.out_proj(weights.to(cache.values.dtype) @ cache.values), cache
 
     def heads(self, x):
@@ -253,6 +253,9 @@ class Cached(SequenceMixer[Cache]):
         keys, values, length = self.init_state(len(k)) if state is None else state
         keys, values = (torch.cat((old, new.to(old.dtype)), dim=1) for old, new in ((keys, k), (values, v)))
         return Cache(keys, values, length + k.shape[1])
+
+    def masked(self, scores, unseen):
+        return scores.masked_fill(unseen, -torch.inf)
 
     def seen(self, queries, keys, device):
         """Which keys a query sees: the last query sees all."""

@@ -90,3 +90,33 @@ class HalvesGradientsUnderAutocast(Specimen):
     def heads(self, x):
         qk, v, a = super().heads(x)
         return qk, (v + v.detach()) / 2 if torch.is_autocast_enabled("cpu") else v, a
+
+
+@mutant(check="long_segments_do_not_drift")
+class SubtractsRunningSums(Specimen):
+    """What is left of a token is the difference of two running sums of log-decays, which float32 rounds where they are
+    large. After fla: `g.cumsum` over a whole segment instead of a chunk."""
+
+    def decays(self, a):
+        passed = a.cumsum(-1)
+        future = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).triu(1)
+        return (passed[..., None] - passed[..., None, :]).masked_fill(future, -torch.inf).exp()
+
+
+@mutant(check="long_segments_do_not_drift")
+class CountsInTheTokensDtype(Specimen):
+    """Positions inside a segment are numbers of the tokens' dtype: bfloat16 counts to 256. After every rotary embedding
+    that does so."""
+
+    def positions(self, state, x, call):
+        positions = super().positions(state, x, call)
+        first = positions[:, :1]
+        return first + (positions - first).to(x.dtype).to(torch.int64)
+
+
+@mutant(check="the_future_changes_nothing")
+class MasksScoresWithTenThousand(Cached):
+    """The causal mask is -10,000, which large scores pass. After huggingface/transformers, whose early masks were."""
+
+    def masked(self, scores, unseen):
+        return scores.masked_fill(unseen, -1e4)
