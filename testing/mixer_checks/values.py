@@ -3,18 +3,20 @@
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...mixers.state import clone, concatenate, map_state, select, to_dict
-from ...registry import SeqmixError
+from ...mixers.contract import SequenceMixer
+from ...mixers.state import clone, concatenate, select, to_dict
 from ..check import check
-from ..compare import require
+from ..compare import CheckFailure, require
+from ..gradients import gradients
 from ..mixer_case import LAYERS, Draw
-from ..mixer_options import alternatives, changed
-from ..mixer_trial import Trial, learnable
+from ..mixer_options import alternatives
+from ..mixer_trial import Trial, learnable, leaves_of
 
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
@@ -38,23 +40,28 @@ def results_share_no_memory(trial: Trial) -> None:
 
 @check(share=0.06, draw=ONCE)
 def copies_are_as_good(trial: Trial) -> None:
-    """A deep copy of a mixer, and one that was pickled, give the same bits and share nothing; so does a copied state."""
+    """A deep copy of a mixer, and a pickled one, give the same bits and share nothing; a copied state is as good."""
     x, mixer = trial.tokens(), trial.mixer
     expected = trial.mix(x, None)
-    copies = {"a deep copy": copy.deepcopy(mixer)}
+    ways: dict[str, Callable[[SequenceMixer], SequenceMixer]] = {"a deep copy": copy.deepcopy}
     cls = type(mixer)
     # a class inside a function cannot be pickled, which is not the mixer's fault
     if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls:
-        copies["a pickled mixer"] = pickle.loads(pickle.dumps(mixer))
-    for what, other in copies.items():
+        ways["a pickled mixer"] = lambda mixer: pickle.loads(pickle.dumps(mixer))
+    for what, copied in ways.items():
+        try:
+            other = copied(mixer)
+        except Exception as error:
+            raise CheckFailure(f"{what} cannot be made: {type(error).__name__}: {error}") from error
         trial.compare(f"{what} against the mixer", trial.mix(x, None, other), expected, tolerance=0)
         with torch.no_grad():
-            for tensor in (*other.parameters(), *other.buffers()):
-                tensor.zero_()
+            for parameter in other.parameters():
+                parameter.zero_()
         trial.compare(f"the mixer after {what} was changed against before", trial.mix(x, None), expected, tolerance=0)
-    if expected[1] is not None:
-        y, after = (trial.mix(x, state) for state in (expected[1], copy.deepcopy(expected[1])))
-        trial.compare("from a deep copy of a state against from the state", after, y, tolerance=0)
+        changed = not torch.equal(trial.mix(x, None, other)[0], expected[0])
+        require(changed or not learnable(mixer), f"{what} does not read its own parameters")
+    again, once = (trial.mix(x, state) for state in (copy.deepcopy(expected[1]), expected[1]))
+    trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
 
 
 @check(share=0.06, draw=ONCE)
@@ -64,10 +71,11 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     like = {name: (leaf.shape, leaf.dtype) for name, leaf in to_dict(trial.mixer.init_state(2)).items()}
     first, second = trial.mixer.init_state(2), trial.mixer.init_state(2)
     with torch.no_grad():
-        for leaf in to_dict(first).values():
-            leaf.zero_() if leaf.is_floating_point() else leaf.fill_(0)
         kept = clone(second)
-        map_state(lambda leaf: leaf.copy_(torch.ones_like(leaf)) if _owned(leaf) else leaf, first)
+        for leaf in leaves_of(first).values():
+            # a broadcast number cannot be written
+            if leaf.numel() and 0 not in leaf.stride():
+                leaf.copy_(torch.ones_like(leaf))
     with trial.differences("one initial state after another was written against before", 0) as found:
         found.state("the state", second, kept)
     with torch.device("meta"):
@@ -79,6 +87,87 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     require(not elsewhere, f"init_state of a mixer on meta makes {', '.join(elsewhere)} on another device")
 
 
-def _owned(leaf: Tensor) -> bool:
-    """Whether it can be written: not a broadcast number."""
-    return leaf.numel() > 0 and 0 not in [s for s, n in zip(leaf.stride(), leaf.shape, strict=True) if n > 1]
+@check(share=0.2, draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)))
+def rows_may_differ_in_length(trial: Trial) -> None:
+    """States of sequences of different lengths, each begun with the same `max_length`, go on together in one batch as
+    each would alone, and can be split again."""
+    lengths, rows = trial.case.lengths, range(len(trial.case.lengths))
+    parts = [trial.tokens(1, length) for length in lengths]
+    following = trial.tokens(len(lengths), 3)
+    room = max(lengths) + 2 * following.shape[1]
+    for paradigm in trial.paradigms:
+        states = [trial.mix(part, trial.mixer.init_state(1, max_length=room), paradigm=paradigm)[1] for part in parts]
+        y, after = trial.mix(following, concatenate(states), paradigm=paradigm)
+        z, _ = trial.mix(following, after, paradigm=paradigm)
+        what = f"{paradigm}, rows of {', '.join(map(str, lengths))} tokens together against each alone"
+        with trial.differences(what) as found:
+            for row in rows:
+                expected, alone = trial.mix(following[row : row + 1], states[row], paradigm=paradigm)
+                found.tensor(f"row {row}'s output", y[row : row + 1], expected, "BTD")
+                later = trial.mix(following[row : row + 1], alone, paradigm=paradigm)[0]
+                found.tensor(f"row {row}'s output later", z[row : row + 1], later, "BTD")
+                split = trial.mix(following[row : row + 1], select(after, trial.index(row)), paradigm=paradigm)[0]
+                found.tensor(f"row {row}'s output after the split", split, later, "BTD")
+
+
+@check(share=0.04, draw=Draw(tokens=(6, 6), batch_size=(1, 1), starts=("none",)))
+def tokens_are_counted_by_integers(trial: Trial) -> None:
+    """No floating-point leaf of a state counts tokens: float32 counts to 2^24."""
+    lengths = (3, 4, 9)
+    for paradigm in trial.paradigms:
+        states = [to_dict(trial.mix(trial.tokens(length=n), None, paradigm=paradigm)[1]) for n in lengths]
+        for name, first in states[0].items():
+            leaves = [state[name] for state in states]
+            if first.is_floating_point() and first.numel() and all(leaf.shape == first.shape for leaf in leaves):
+                added = [leaf - first + lengths[0] for leaf in leaves]
+                counts = all((leaf == n).all() for leaf, n in zip(added, lengths, strict=True))
+                sentence = f"{paradigm}: the state's {name} counts tokens in {first.dtype}"
+                require(not counts, f"{sentence}; positions are int64")
+
+
+@check(share=0.01, draw=ONCE)
+def every_option_changes_something(trial: Trial) -> None:
+    """Every value of an option that a check varies changes parameters, results, gradients, costs, or what is refused,
+    beside some values of the others."""
+    config, others = trial.subject.config, alternatives(trial.subject.config)
+    if not trial.subject.vary:
+        return
+    beside = [{}] + [{name: value} for name, values in others.items() for value in values[:2]]
+    x = trial.tokens(2, 9)
+    known: dict[str, object] = {}
+
+    def described(options: dict[str, Any]) -> Any:
+        key = repr(sorted(options.items()))
+        if key not in known:
+            known[key] = _describe(trial, options, x)
+        return known[key]
+
+    for name, values in others.items():
+        for value in values:
+            pairs = (({name: value, **options}, options) for options in beside if name not in options)
+            changes = any(described(with_value) != described(without) for with_value, without in pairs)
+            own = getattr(config, name)
+            require(changes, f"option {name}: {value!r} gives what {own!r} gives, beside any other option tried")
+
+
+def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
+    """What options make, in numbers that can be compared; None where they do not go together."""
+    mixer = trial.subject.mixer(options)
+    if mixer is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixer.train()
+        try:
+            y, after = mixer(x, return_state=True)
+        finally:
+            mixer.eval()
+    parameters = learnable(mixer)
+    found = gradients({"y": y}, {"y": torch.ones_like(y)}, parameters)
+    with torch.no_grad():
+        numbers = [y, *found.values(), *mixer.parameters(), *mixer.buffers(), *to_dict(after).values()]
+    return (
+        mixer.traits,
+        mixer.flops(9, mixer.paradigm),
+        [(n.shape, n.detach().double().sum().item()) for n in numbers],
+    )

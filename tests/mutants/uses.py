@@ -1,9 +1,10 @@
 """Wrong mixers: right where they are evaluated, wrong in a way of using them (training, packing, precision, layers)."""
 
 import torch
+import torch.nn.functional as F
 
 from .registry import mutant
-from .specimen import Cached, Specimen
+from .specimen import Cached, Specimen, SpecimenConfig
 
 
 @mutant(check="gradients_of_documents_are_those_of_sequences")
@@ -120,3 +121,62 @@ class MasksScoresWithTenThousand(Cached):
 
     def masked(self, scores, unseen):
         return scores.masked_fill(unseen, -1e4)
+
+
+@mutant(check="results_share_no_memory")
+class CachesTheTokensThemselves(Cached):
+    """The cache holds the tokens, in the caller's own memory: what is written there later becomes the past."""
+
+    def mix(self, x, call):
+        seen = x if call.state is None else torch.cat((call.state.keys, x), dim=1)
+        y, after = super().mix(seen, call._replace(state=None))
+        return y[:, -x.shape[1] :], after._replace(keys=seen)
+
+
+@mutant(check="copies_are_as_good")
+class ProjectsByAClosure(Specimen):
+    """The projection is a function that closes over the module, so that a copy reads the original's parameters."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.project = lambda x: F.linear(x, self.in_proj.weight)
+
+    def heads(self, x):
+        qkv = self.project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        qk, v = qkv.split((2 * self.config.n_heads, self.config.n_heads), dim=1)
+        return qk, v, super().heads(x)[2]
+
+
+@mutant(check="init_state_is_where_the_mixer_is")
+class StartsOnTheDefaultDevice(Specimen):
+    """Positions of the initial state are on the default device, wherever the mixer is."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        return super().init_state(batch_size)._replace(position=torch.zeros(batch_size, dtype=torch.int64))
+
+
+@mutant(check="rows_may_differ_in_length")
+class AllRowsAreAtTheLongest(Specimen):
+    """All rows of a batch have the position of the longest. After huggingface/transformers: `cache_position` is one
+    number for all rows."""
+
+    def positions(self, state, x, call):
+        if call.documents is not None:
+            return super().positions(state, x, call)
+        return super().positions(state._replace(position=state.position.amax().expand(len(x))), x, call)
+
+
+@mutant(check="tokens_are_counted_by_integers")
+class CountsInItsDenominator(Specimen):
+    """Nothing decays, and the denominator counts tokens in floating point: after 2^24 float32 counts no further."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v, 0 * a
+
+
+@mutant(check="every_option_changes_something")
+class HasAnOptionThatNothingReads(SpecimenConfig):
+    """An option is accepted and read by nothing. After fla #427: `conv_bias` was."""
+
+    normalize: bool = True
