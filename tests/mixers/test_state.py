@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from seqmix.mixers import ContractError
-from seqmix.mixers.state import clone, concatenate, detach, from_dict, map_state, nbytes, select, to_dict
+from seqmix.mixers.state import clone, concatenate, from_dict, nbytes, to_dict
 
 
 class Matrix(NamedTuple):
@@ -76,27 +76,6 @@ def test_other_leaves_are_refused(like, names, words):
         from_dict(like, {name: torch.zeros(1) for name in names})
 
 
-def test_map_reaches_every_leaf_and_keeps_the_types():
-    doubled = map_state(lambda x: 2 * x, model_state())
-    assert isinstance(doubled[1], Pair)
-    assert isinstance(doubled[1].left, Matrix)
-    for name, leaf in to_dict(model_state()).items():
-        assert_close(to_dict(doubled)[name], 2 * leaf)
-
-
-def test_rows_are_selected_in_the_order_given_and_repeated():
-    chosen = select(model_state(), torch.tensor([2, 0, 0, 1]))
-    for name, leaf in to_dict(model_state()).items():
-        assert_close(to_dict(chosen)[name], torch.stack([leaf[2], leaf[0], leaf[0], leaf[1]]), rtol=0, atol=0)
-    assert nbytes(select(model_state(), torch.tensor([], dtype=torch.int64))) == 0
-
-
-def test_concatenation_undoes_selection():
-    state = model_state()
-    same(concatenate([select(state, torch.tensor(rows)) for rows in ([0], [1, 2])]), state)
-    same(concatenate([state]), state)
-
-
 @pytest.mark.parametrize(
     ("states", "words"),
     [
@@ -111,28 +90,10 @@ def test_states_that_do_not_fit_are_not_concatenated(states, words):
         concatenate(states)
 
 
-def test_a_clone_shares_nothing():
-    state = model_state()
-    copy = clone(state)
-    same(copy, state)
-    for leaf in to_dict(copy).values():
-        leaf.zero_()
-    same(state, model_state())
-
-
-def test_detaching_cuts_the_graph_and_copies_nothing():
-    memory = torch.ones(2, 3, requires_grad=True)
-    state = (Matrix(memory * 2, torch.arange(2)),)
-    cut = detach(state)
-    assert state[0].memory.requires_grad
-    assert not cut[0].memory.requires_grad
-    assert cut[0].memory.data_ptr() == state[0].memory.data_ptr()
-
-
-def test_gradients_pass_through_selection_and_cloning():
+def test_gradients_pass_through_cloning():
     memory = torch.ones(3, 2, requires_grad=True)
-    select(clone((Matrix(memory, torch.arange(3)),)), torch.tensor([0, 2, 2]))[0].memory.sum().backward()
-    assert_close(memory.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]))
+    clone((Matrix(memory, torch.arange(3)),))[0].memory.sum().backward()
+    assert_close(memory.grad, torch.ones(3, 2))
 
 
 def test_bytes_are_those_of_all_leaves():
