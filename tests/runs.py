@@ -1,14 +1,17 @@
 """Small runs: their events, their metrics and checkpoints to the bit, and what is refused."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from seqmix import RunConfig, SeqmixError, train
+from seqmix import RunConfig, SeqmixError, build_model, train
 from seqmix.training.checkpoint import checkpoints
+from seqmix.training.trainer import Trainer
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")
 
@@ -37,6 +40,26 @@ def metrics(run: Path) -> list[dict]:
     measured = {"tokens_per_second", "mfu", "memory_bytes"}
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
+def steps_of(run: Path) -> int:
+    """Steps that a run has measured."""
+    file = run / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.exists() else 0
+
+
+def wait_for_steps(run: Path, steps: int, alive: Callable[[], bool]) -> None:
+    """Wait until a run in another process has measured as many steps, or is not alive."""
+    waited = time.monotonic() + 300
+    while steps_of(run) < steps and alive():
+        assert time.monotonic() < waited, f"{steps_of(run)} of {steps} steps within five minutes"
+        time.sleep(0.001)
+
+
+def trainer_of(config: RunConfig) -> Trainer:
+    """A trainer by plain gradient descent: a difference of the gradients shows in proportion."""
+    model = build_model(config.model, seed=config.seed)
+    return Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:

@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import metrics, wait_for_steps
 
 import seqmix as library
 from seqmix import MIXERS, load_config, train
@@ -110,13 +110,9 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = Path("runs/retnet-tiny/metrics.jsonl")
+    run = Path("runs/retnet-tiny")
     try:
-        waited = time.monotonic() + 300
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < waited, "no step within five minutes"
-            time.sleep(0.05)
+        wait_for_steps(run, 4, lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
@@ -124,8 +120,8 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
     assert process.returncode == 130
     assert err == ""
     assert "seqmix train --resume runs/retnet-tiny" in out
-    (folder,) = checkpoints(Path("runs/retnet-tiny"))
-    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    (folder,) = checkpoints(run)
+    steps = [line["step"] for line in metrics(run) if "loss" in line]
     assert int(folder.name.removeprefix("step-")) == steps[-1] == len(steps)
 
 

@@ -75,18 +75,8 @@ def test_every_public_name_exists(package):
 
 
 FLOORS = [
-    {"seqmix.registry"},
-    {"seqmix.ops"},
-    {"seqmix.mixers"},
-    {"seqmix.testing"},
-    {"seqmix.blocks"},
-    {"seqmix.models"},
-    {"seqmix.data"},
-    {"seqmix.training"},
-    {"seqmix.benchmarks"},
-    {"seqmix.experiments"},
-    {"seqmix.commands"},
-    {"seqmix.cli", "seqmix.__main__"},
+    *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "benchmarks", "experiments"),
+    *("commands", "cli", "__main__"),
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
 
@@ -95,9 +85,9 @@ ANYWHERE = {"seqmix.configs"}
 
 
 def floor_of(module: str) -> int | None:
-    """The floor of a module: that of the longest name that it is or lies in; None for the roof and for data."""
-    owners = [(len(name), level) for level, names in enumerate(FLOORS) for name in names if within(module, name)]
-    return max(owners)[1] if owners else None
+    """The floor of a module; None for the roof and for data."""
+    name = module.removeprefix("seqmix.").partition(".")[0]
+    return FLOORS.index(name) if name in FLOORS else None
 
 
 def within(module: str, package: str) -> bool:

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import refusal
+from runs import refusal, trainer_of
 from streams import training_batch
 from torch.testing import assert_close
 
 from seqmix import ConfigError, build_model
 from seqmix.data import Batch, Stream, most_documents, pack, read_corpus
 from seqmix.models import IGNORED
-from seqmix.training.trainer import Trainer
 
 BEGIN = 256
 LENGTH = 16
@@ -48,11 +47,6 @@ def alone(batch: Batch) -> list[Batch]:
 
 def loss_sum(model, inputs, targets):
     return model(inputs, targets=targets, reduction="sum").loss
-
-
-def trainer_of(config) -> Trainer:
-    model = build_model(config.model)
-    return Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import workers
+from runs import wait_for_steps
 
 from seqmix.experiments import lock, runner
 from seqmix.experiments.collect import is_finished
@@ -189,12 +189,9 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
     moments, folder = random.Random(0), tmp_path / "studies" / "small"
     for number, name in ((signal.SIGTERM, "retention-seed0"), (signal.SIGKILL, "attention-seed0")):
         process, output = start(tmp_path, "compare", "small.yaml", "--jobs", "1")
-        wanted, waited = moments.randrange(60), time.monotonic() + 300
-        file = folder / "runs" / name / "metrics.jsonl"
-        while not file.exists() or file.read_text().count('"loss"') <= wanted:
-            assert process.is_alive(), output.read_text()
-            assert time.monotonic() < waited
-            time.sleep(0.002)
+        wanted, run = moments.randrange(60), folder / "runs" / name
+        wait_for_steps(run, wanted + 1, process.is_alive)
+        assert process.is_alive(), output.read_text()
         os.kill(process.pid, number)
         process.join(300)
         if number == signal.SIGTERM:
@@ -204,7 +201,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
         else:
             assert process.exitcode == -signal.SIGKILL
         with locked(folder, print):  # its runs have ended
-            assert wanted < losses(file.parent)[-1][0] < 120
+            assert wanted < losses(run)[-1][0] < 120
     status, printed = command(tmp_path, "compare", "small.yaml")
     assert status == 0
     assert "1 of 2 runs are finished already" in printed

@@ -14,6 +14,7 @@ import torch
 import workers
 from hypothesis import settings
 from ranks import Ranks
+from runs import wait_for_steps
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -237,11 +238,7 @@ def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(process
     for target in (2, 9, 14) if settings().max_examples < 1000 else (*range(1, 19), 17, 18):
         begin = ("--resume", run) if (run / "config.yaml").exists() else (*changes, "--out", run)
         started = start(processes, "train", *begin)
-        waited, metrics = time.monotonic() + 120, run / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count('"loss"') < target:
-            assert time.monotonic() < waited
-            assert all(process.is_alive() for process in started)
-            time.sleep(0.01)
+        wait_for_steps(run, target, lambda started=started: all(process.is_alive() for process in started))
         time.sleep(moments.random() * 0.05)
         for process in started[:: moments.choice((1, -1))]:
             process.kill()

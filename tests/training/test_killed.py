@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import workers
 from hypothesis import settings
-from runs import checkpoint_bytes, require_same_run
+from runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
 
 from seqmix.training.checkpoint import checkpoints, verify
 
@@ -67,12 +67,6 @@ def finish(process) -> None:
     assert process.exitcode == 0
 
 
-def steps_of(run: Path) -> int:
-    """Steps that the run has measured."""
-    file = run / "metrics.jsonl"
-    return file.read_text().count('"loss"') if file.exists() else 0
-
-
 def require_uninterrupted(run: Path, other: Path) -> None:
     require_same_run(run, other)
     for folder in (run, other):
@@ -96,10 +90,7 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(start, uninterrup
     run, moments = tmp_path / "run", random.Random(kills)
     for target in sorted(moments.randrange(STEPS - 10) for _ in range(kills)):
         process = start(run, preset=preset)
-        waited = time.monotonic() + 600
-        while steps_of(run) < target and process.is_alive():
-            assert time.monotonic() < waited
-            time.sleep(0.001)
+        wait_for_steps(run, target, process.is_alive)
         time.sleep(moments.random() * 0.02)
         process.kill()
         process.join(60)

@@ -4,16 +4,15 @@ import math
 from itertools import pairwise
 
 import pytest
+import runs
 import torch
 from runs import DROPOUT
 from torch.testing import assert_close
 
-from seqmix import build_model
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training.nonfinite import NotFiniteError
 from seqmix.training.optim import learning_rate
-from seqmix.training.trainer import Trainer
 
 FROZEN = "training.learning_rate=1.0e-30"
 CARRY = ("training.carry_state=true", FROZEN)
@@ -21,14 +20,7 @@ CARRY = ("training.carry_state=true", FROZEN)
 
 @pytest.fixture
 def trainer_of(config_of):
-    """A trainer by plain gradient descent: a difference of the gradients shows in proportion."""
-
-    def make(*overrides, **options) -> Trainer:
-        config = config_of(*overrides, **options)
-        model = build_model(config.model, seed=config.seed)
-        return Trainer(config, config.open_data(), model, torch.optim.SGD(model.parameters()))
-
-    return make
+    return lambda *overrides: runs.trainer_of(config_of(*overrides))
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count(trainer_of, tmp_path):
