@@ -88,6 +88,12 @@ class Unusual(SequenceMixer):
         return torch.stack(outputs, dim=1), state
 
 
+def between(log_decay):
+    """The sum of [B T D] from token j + 1 to token i, [B D T T]; -inf where j comes after i."""
+    x = log_decay.mT[..., None].expand(-1, -1, -1, log_decay.shape[1])
+    return x.tril(-1).cumsum(-2).masked_fill(torch.ones_like(x, dtype=torch.bool).triu(1), -torch.inf)
+
+
 class Memory(NamedTuple):
     memory: torch.Tensor
 
@@ -146,10 +152,8 @@ class LogSpaceGRU(Unusual):
 
     def parallel(self, u, state):
         kept, added = self.gates(u)
-        kept = kept.cumsum(1)
-        future = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=u.device).triu(1)[..., None]
-        each = (kept[:, :, None] - kept[:, None] + added[:, None]).masked_fill(future, -torch.inf)
-        h = torch.cat((each, (kept + state.memory[:, None])[:, :, None]), dim=2).logsumexp(2)
+        each = between(kept) + added.mT[:, :, None]
+        h = torch.cat((each, (kept.cumsum(1) + state.memory[:, None]).mT[..., None]), dim=-1).logsumexp(-1).mT
         return h.exp(), Memory(h[:, -1].clone())
 
 
@@ -315,8 +319,7 @@ class MLSTM(Unusual):
 
     def parallel(self, u, state):
         q, k, v, i, f = self.heads(u)
-        passed = f[..., None].expand(*f.shape, f.shape[-1]).tril(-1).cumsum(-2) + i[:, None]
-        passed = passed.masked_fill(torch.ones_like(passed, dtype=torch.bool).triu(1), -torch.inf)
+        passed = between(f[..., None])[:, 0] + i[:, None]
         before = f.cumsum(1) + state.largest[:, None]
         m = torch.maximum(before, passed.amax(-1))
         left, kept = (passed - m[..., None]).exp(), (before - m).exp()

@@ -116,14 +116,20 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}"
     expected = expected[:, -last:]
 
+    start = exact.init_state(1, max_length=STEPS)
+    moved = _moved({"the output": expected}, _step_by_step(trial, exact, last), x, start, trial.case.dtype)
+    near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
+
+
+def _step_by_step(trial: Trial, exact: SequenceMixer, last: int) -> Callable[[Tensor, Any], dict[str, Tensor]]:
+    """The last outputs and the final state, by name, where the state is rounded to float32 after every token."""
     step, rounded = trial.call(trial.reference, exact), _rounding(torch.float32)
 
     def decoded(x: Tensor, state: Any) -> dict[str, Tensor]:
-        return {"the output": trial.decode(x, state, lambda x, state: step(x, rounded(state)))[0][:, -last:]}
+        y, after = trial.decode(x, state, lambda token, state: step(token, rounded(state)))
+        return named_results(y[:, -last:], after)
 
-    start = exact.init_state(1, max_length=STEPS)
-    moved = _moved({"the output": expected}, decoded, x, start, trial.case.dtype)
-    near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
+    return decoded
 
 
 LENGTHY = Draw(tokens=(LONG - 99, LONG), batch_size=(1, 1), starts=("none", "initial"), scales=(1.0, 30.0), dtypes=LOW)
@@ -145,13 +151,15 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     expected = ends(*trial.mix(x.double(), _wide(state), exact))
     unit = torch.finfo(dtype).eps / 2
     moved = ends(*trial.mix(x.double() * (1 + unit * trial.like(x).double()), _wide(state), exact))
+    start = state or exact.init_state(1, max_length=length)
+    rows_moved = _moved(expected, _step_by_step(trial, exact, last), x, start, dtype)
     for paradigm in trial.paradigms:
         found = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
             # no mixer can do better than what one rounding of the tokens changes
             moves = ((moved[name] - result).norm() / result.norm().clamp(min=1e-30)).item()
-            near(name, what, found[name], result, max(tolerance, 8 * moves))
+            near(name, what, found[name], result, max(tolerance, 8 * moves), moved=rows_moved)
 
 
 @check(share=0.15, draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)))
