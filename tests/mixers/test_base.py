@@ -23,13 +23,6 @@ def mixer(config):
     return config.build(D_MODEL, layer_idx=0, n_layers=1)
 
 
-def seen_by(mixer, monkeypatch):
-    """The paradigms that the mixer's own method is called with."""
-    seen, inner = [], mixer.mix
-    monkeypatch.setattr(mixer, "mix", lambda x, call: seen.append(call.paradigm) or inner(x, call))
-    return seen
-
-
 def test_packing_that_is_not_declared_is_refused(mixer, monkeypatch):
     monkeypatch.setattr(mixer, "traits", replace(mixer.traits, packing=False))
     with pytest.raises(ContractError, match=f"{mixer.kind}.* packing.*cu_seqlens"):
@@ -164,7 +157,8 @@ def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
 def test_the_paradigm_is_the_configured_one_or_the_calls(config, monkeypatch):
     for paradigm in config.traits.paradigms:
         mixer = config.model_copy(update={"paradigm": paradigm}).build(D_MODEL, layer_idx=0, n_layers=1)
-        seen = seen_by(mixer, monkeypatch)
+        seen, inner = [], mixer.mix
+        monkeypatch.setattr(mixer, "mix", lambda x, call, to=seen, f=inner: to.append(call.paradigm) or f(x, call))
         mixer(torch.randn(1, 1, D_MODEL))
         mixer(torch.randn(1, 5, D_MODEL))
         assert seen == [paradigm, paradigm]

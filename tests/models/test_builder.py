@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from dispatched import Watched
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seqmix import (
     ContractError,
@@ -16,19 +15,6 @@ from seqmix.mixers.attention import Attention
 from seqmix.models import build_meta
 
 
-class Devices(TorchDispatchMode):
-    """Collects the devices of all tensors that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.seen |= {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
-        return out
-
-
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
@@ -38,9 +24,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_building_on_meta_makes_no_tensor_elsewhere(config_of, each_mixer):
-    with Devices() as devices:
+    with Watched() as watched:
         model = build_meta(config_of(*each_mixer))
-    assert devices.seen == {"meta"}
+    assert {x.device.type for _, results in watched.seen for x in results} == {"meta"}
     assert all(parameter.is_meta for parameter in model.parameters())
 
     def shapes(model):

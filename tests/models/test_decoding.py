@@ -39,7 +39,7 @@ def places(state):
 
 @pytest.mark.usefixtures("plainly_compiled")
 def test_compiled_steps_are_the_models_and_one_graph(model_of):
-    model = model_of("retention", "attention", n_layers=4)
+    model = model_of("retention", "attention")
     _, state = prefill(model, PROMPTS, max_length=20)
     expected = eager(model, clone(state))
     decoder = Decoder(model, state, compiled=True)

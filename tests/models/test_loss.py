@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import Watched
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seqmix import SeqmixError
 from seqmix.models import IGNORED, linear_cross_entropy
@@ -57,22 +56,11 @@ def test_parts_are_the_whole():
 @pytest.mark.usefixtures("in_parts")
 def test_all_logits_are_never_in_memory():
     hidden, weight, targets = data(torch.float32)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-            largest = max([largest, *sizes])
-            return out
 
     def largest_of(loss):
-        nonlocal largest
-        largest = 0
-        with Watch():
+        with Watched() as watched:
             loss(hidden, weight, targets).backward()
-        return largest
+        return watched.largest
 
     assert largest_of(linear_cross_entropy) <= max(AT_ONCE, weight.numel())
     whole = largest_of(lambda h, w, t: F.cross_entropy(h @ w.T, t, ignore_index=IGNORED, reduction="sum"))

@@ -6,12 +6,12 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import Watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.models import build_model
@@ -28,22 +28,11 @@ def _any_size(monkeypatch):
     monkeypatch.setattr(module, "USE_ONEDNN", True)
 
 
-class Calls(TorchDispatchMode):
-    """Counts the products that oneDNN computes."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.seqmix.linear.default
-        return func(*args, **(kwargs or {}))
-
-
 def asked(call):
-    with Calls() as calls:
+    """How many products oneDNN computes."""
+    with Watched() as watched:
         call()
-    return calls.count
+    return sum(op is torch.ops.seqmix.linear.default for op, _ in watched.seen)
 
 
 def random(*shape, seed=0, **options):

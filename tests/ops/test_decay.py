@@ -6,9 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmix.ops import chunks
 from seqmix.ops.decay import decay_flops, decay_recurrence
@@ -126,20 +126,6 @@ def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
     assert counted == 3 * (expected - outer)
 
 
-class Results(TorchDispatchMode):
-    """Remembers what the family's ops return."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "seqmix":
-            self.seen.append(result)
-        return result
-
-
 @pytest.mark.parametrize("log_decay", DECAYS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("paradigm", OPS)
@@ -148,9 +134,9 @@ def test_states_for_a_backward_pass_are_saved_only_if_there_is_one_and_are_linea
         sizes = []
         for length in (256, 512):
             case = case_of(log_decay, [length // 2] * 2 if packed else [length], packed=packed, chunk_size=16)
-            with torch.set_grad_enabled(grad_mode), Results() as results:
+            with torch.set_grad_enabled(grad_mode), Watched() as watched:
                 run(case, paradigm, {name: x.requires_grad_(name in names) for name, x in case.inputs(CPU).items()})
-            ((_, _, states),) = results.seen
+            ((_, _, states),) = [results for op, results in watched.seen if op.namespace == "seqmix"]
             sizes.append(states.numel())
         assert bool(sizes[0]) is saved
         assert sizes[1] <= 2 * sizes[0]

@@ -84,7 +84,7 @@ def test_autocast_changes_nothing(family, paradigm, log_decay, length):
     assert_close(differentiate(case, paradigm, function=autocast), differentiate(case, paradigm), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("lengths", [[9, 9], [4, 0, 5], [1, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [[9, 9], [4, 0, 5]], ids=str)
 @calls("H", "B T H K", "B T H")
 def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, lengths):
     torch._dynamo.reset()
