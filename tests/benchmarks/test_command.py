@@ -69,8 +69,6 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
     ("arguments", "sentence"),
     [
         (("trian",), 'did you mean "train"'),
-        (("op", "retnet-tyni"), "did you mean"),
-        (("op", *SMALL, "model.d_modle=3"), "d_modle"),
         (("op", *SMALL, "--only", "chunkwize"), 'did you mean "chunkwise"'),
         (("train", *SMALL, "--only", "seqmix-compiled"), "there is no implementation 'seqmix-compiled'"),
         (("op", *SMALL, "--length", "0"), "--length is 0; allowed: from 1 to 16,777,216"),

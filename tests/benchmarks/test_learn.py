@@ -45,7 +45,6 @@ def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
         (["retnet-tiny"], "bench learn has models of its own and takes changes alone, and was given 'retnet-tiny'"),
         ([*CHANGES, "--only", "retenton"], "there is no implementation 'retenton'; .*did you mean \"retention"),
         (["data.paths=[no.txt]"], "the corpus no.txt does not exist"),
-        (["training.step=3"], "did you mean"),
     ],
 )
 def test_what_cannot_be_learned_is_one_sentence(refused, arguments, sentence):

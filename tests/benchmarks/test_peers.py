@@ -40,19 +40,12 @@ def test_sizes_are_equal_for_every_model_of_ours(preset):
 
 @pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
 @torch.no_grad()
-def test_a_step_goes_on_from_what_was_read(kind, model):
+def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewed(kind, model):
     peer = built(kind, model)
     peer.module.eval()
     tokens = torch.randint(7, (2, 9))
     logits, _ = peer.step(tokens[:, 8], peer.read(tokens[:, :8]))
     assert_close(logits, peer.logits(tokens)[:, -1], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
-@torch.no_grad()
-def test_a_random_state_is_that_of_its_context_and_is_renewed(kind, model):
-    peer = built(kind, model)
-    peer.module.eval()
     state, token = peer.state_after(8, 2, 3), torch.ones(2, dtype=torch.int64)
     first, after = peer.step(token, state)
     peer.step(token, after)

@@ -81,18 +81,11 @@ def sessions(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "sessions.jsonl").read_text().splitlines()]
 
 
-def test_a_failure_is_reported_and_ends_no_other_run(made):
-    _, status, printed = made
-    assert status == 1
-    assert "broken-seed0 failed: step 2: the loss is nan" in printed
-    assert "retention-seed0 is finished" in printed
-    assert "attention-seed0 is finished" in printed
-    assert "1 of 3 runs failed" in printed
-    assert "with: seqmix compare small.yaml" in printed
-
-
 def test_results(made):
-    folder = made[0] / "studies" / "small"
+    root, status, printed = made
+    assert status == 1
+    assert "1 of 3 runs failed" in printed
+    folder = root / "studies" / "small"
     found = read_results(folder)
     assert found == read_results(folder / "results.json")
     assert (found.name, found.question) == ("small", "Does it run?")

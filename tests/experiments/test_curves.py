@@ -141,7 +141,6 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
         (["one", "--figure", "los"], ["'los'", "loss-time", '"loss"']),
         (["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["accuracy-by-state", '"accuracy-by-pairs"']),
         (["one", "--out", "a.htm"], ["--out", "a.htm", ".svg", '".html"']),
-        (["one", "--out", "plot"], ["--out", "plot", ".png"]),
         (["one", "--width", "0.5"], ["--width", "0.5", "1.5"]),
         (["one", "--figure", "loss", "--out", "text.txt/a.svg"], ["text.txt/a.svg", "folder"]),
         (["one", "--figure", "loss", "--out", "folder.html"], ["folder.html", "directory"]),

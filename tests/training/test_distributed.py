@@ -97,14 +97,16 @@ def require_same_checkpoint(one, other, **tolerance):
     [
         ({}, (*TWENTY, "training.grad_accum_steps=2")),
         *(
-            (layout, (*TWENTY, *mixers))
+            (layout, changes)
             for layout in ({"shard": 2}, CP)
-            for mixers in (("model.pattern=[ret]",), ("model.pattern=[attn]",), ("model.pattern=[attn]", LINEAR))
+            for changes in (
+                *(("model.pattern=[ret]",), ("model.pattern=[attn]",), ("model.pattern=[attn]", LINEAR)),
+                (*TWENTY, PACKED),
+            )
         ),
-        *((layout, (*TWENTY, PACKED)) for layout in ({"shard": 2}, CP)),
         ({"data": 2}, ("training.optimizer=muon",)),
-        (CP, (*TWENTY, "training.activation_checkpointing=true")),
-        (CP, (*TWENTY, "data.sequence_length=17", LINEAR)),
+        (CP, ("training.activation_checkpointing=true",)),
+        (CP, ("data.sequence_length=17", LINEAR)),
         (CP, (DELTA, PACKED)),
         *((layout, kind) for kind in (CARRIED, MQAR) for layout in ({}, CP)),
         pytest.param(CP, COMPILED, marks=pytest.mark.slow),
@@ -126,7 +128,7 @@ def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, chan
 @pytest.mark.parametrize("packed", [(), (PACKED,)], ids=["", "packed"])
 @pytest.mark.parametrize("layout", [("data=2", "shard=2"), ("data=2", "context=2"), ("shard=2", "context=2")], ids=str)
 def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, packed):
-    changes = [f"data.paths=[{documents if packed else text}]", *TWENTY, *packed]
+    changes = [f"data.paths=[{documents if packed else text}]", *packed]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
     require_same(together, alone, 2 if "context=2" in layout else 4)

@@ -5,18 +5,6 @@ import sys
 import pytest
 from runs import metrics, refusal, run_of
 
-from seqmix.training.logging import Metrics
-
-
-def test_metrics_after_the_resumed_step_are_deleted(tmp_path):
-    log = Metrics(tmp_path)
-    log.begin(0)
-    for step in range(1, 5):
-        log.record({"step": step, "loss": float(step)})
-    log.begin(2)
-    log.record({"step": 3, "loss": 0.5})
-    assert metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5}]
-
 
 def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
