@@ -1,9 +1,12 @@
 """torch.compile: one graph, whatever the data."""
 
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ..check import check, compilable, packing, recurrent
@@ -11,33 +14,66 @@ from ..compare import CheckFailure, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-ONE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
-PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",))
+NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
+STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
+PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",), uses=("training",))
+SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), uses=("training",))
 
 
-@check(compilable, share=0, draw=ONE, compiles=True)
+@check(compilable, share=0, draw=NOTHING, compiles=True)
 def training_compiles_into_one_graph(trial: Trial) -> None:
-    """Forward and backward compile with fullgraph, give what eager gives, and recompile for no data."""
+    """Training, forward and backward, compiles with fullgraph in every paradigm, gives what eager gives, and recompiles
+    for no data."""
+    for paradigm in trial.paradigms:
+        _compiles(trial, trial.used(paradigm))
+
+
+@check(compilable, share=0, draw=STATE, compiles=True)
+def segments_compile_into_one_graph(trial: Trial) -> None:
+    """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
     _compiles(trial, trial.call())
 
 
 @check(compilable, packing, share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
     """Packed training compiles with fullgraph and does not recompile for other boundaries, empty documents included."""
-    device = trial.subject.device
-    boundaries = [torch.tensor(cuts, device=device) for cuts in ([0, 3, 6, 9], [0, 0, 5, 9], [0, 9, 9, 9])]
-    # the state of a growing cache has its own shape for every packing: only the output is compared
-    _compiles(trial, lambda x, state, **options: (trial.call(**options)(x, state)[0], None), boundaries)
+    boundaries = [_cuts(trial, cuts) for cuts in ((0, 3, 6, 9), (0, 0, 5, 9), (0, 9, 9, 9))]
+    _compiles(trial, lambda x, state, **options: trial.used(**options)(x, state), boundaries)
 
 
-def _compiles(trial, function, boundaries=(None, None)):
+@check(compilable, share=0, draw=SIZES, compiles=True)
+def graphs_follow_sizes(trial: Trial) -> None:
+    """Compiled once, a mixer gives what eager gives for other numbers of tokens, rows and packed documents; the
+    compiler may make further graphs."""
+
+    def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+        return trial.used(**options)(x, state)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=trial.subject.compile_backend)
+    # of several documents, and of one that is a row; a graph that holds a size is wrong at the next
+    packed = ((0, 3, 8), (0, 5, 6, 11), (0, 2, 9, 9, 14)) if trial.mixer.traits.packing else ()
+    calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 8), (3, 11), (1, 5))]
+    calls += [(trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)}) for cuts in packed]
+    for x, options in calls:
+        expected = trial.differentiate(partial(function, **options), x, None)
+        with _one_graph():
+            actual = trial.differentiate(partial(compiled, **options), x, None)
+        what = f"compiled against eager, {list(x.shape)} after other sizes"
+        trial.compare(f"{what}, documents {options['cu_seqlens'].tolist()}" if options else what, actual, expected)
+
+
+def _cuts(trial: Trial, cuts: tuple[int, ...]) -> Tensor:
+    return torch.tensor(cuts, device=trial.subject.device)
+
+
+def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[Tensor | None] = (None, None)) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(trial.subject.compile_backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    rows = trial.case.batch_size if boundaries[0] is None else len(boundaries[0]) - 1
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}
-        x, state = trial.tokens(), trial.state(rows)
+        x, state = trial.tokens(), trial.state(trial.case.batch_size if cuts is None else len(cuts) - 1)
         expected = trial.differentiate(partial(function, **options), x, state)
         with _one_graph():
             actual = trial.differentiate(partial(compiled, **options), x, state)

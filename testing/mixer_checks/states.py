@@ -146,18 +146,18 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
         require(leaves == wanted, f"{source} has the leaves {leaves}, init_state {wanted}")
 
 
-@check(share=0.1, draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)))
+@check(share=0.05, draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)))
 def a_state_has_the_declared_size(trial: Trial) -> None:
     """A constant state never grows; a growing one does."""
     for paradigm in trial.paradigms:
         sizes, state = [], None
-        for length in (16, 16, 32):
+        for length in (16, 16, 32, 600):
             _, state = trial.mix(trial.tokens(length=length), state, paradigm=paradigm)
             sizes.append(_memory(state))
-        grows = sizes[0] < sizes[1] < sizes[2]
+        grows = sizes == sorted(set(sizes))
         # a learned beginning may be a view of a parameter
         constant = len({nbytes(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
-        text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32 and 64 tokens"
+        text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32, 64 and 664 tokens"
         declared = trial.mixer.traits.state
         require(constant if declared == "constant" else grows, f"{text}, and traits.state is {declared}")
 

@@ -20,8 +20,7 @@ class LeaksWhereNoStateIsWanted(Specimen):
 
 @mutant(check="modes_change_nothing")
 class HalvesGradientsOfFrozenTokens(Specimen):
-    """Gradients of parameters are half where the tokens want none, as after a frozen embedding. After fla #875: a
-    backward pass that counts on every input to want a gradient."""
+    """Gradients of parameters are half where the tokens want none, as after a frozen embedding."""
 
     def heads(self, x):
         qk, v, a = super().heads(x)
@@ -30,8 +29,7 @@ class HalvesGradientsOfFrozenTokens(Specimen):
 
 @mutant(check="modes_change_nothing")
 class IsAnotherInLongTraining(Specimen):
-    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: `attn_mode` is replaced by
-    the length."""
+    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: in training `attn_mode` has no effect."""
 
     def divide(self, o, z):
         return o if self.training and o.shape[2] > 9 else super().divide(o, z)
@@ -39,8 +37,8 @@ class IsAnotherInLongTraining(Specimen):
 
 @mutant(check="gradients_flow_through_states")
 class DetachesTheStateInTraining(Specimen):
-    """In training mode the state given is detached, so that nothing learns through it. After fla PR #1181: no gradient
-    of the initial state."""
+    """In training mode the state given is detached, so that nothing learns through it. After fla PRs #636, #1131 and
+    #1181: recurrent kernels without a backward pass."""
 
     def before(self, state, rows):
         state = super().before(state, rows)
@@ -49,8 +47,7 @@ class DetachesTheStateInTraining(Specimen):
 
 @mutant(check="gradients_are_derivatives")
 class ForgetsTheDenominatorInBackward(Specimen):
-    """The backward pass takes the denominator for a constant, in all paradigms. After NX-AI/mlstm_kernels #16: a
-    gradient that is wrong in code that all forms share."""
+    """The backward pass takes the denominator for a constant, in all paradigms."""
 
     def divide(self, o, z):
         return super().divide(o, z.detach())
@@ -67,8 +64,7 @@ class ScalesTheGradientOfAParameter(Cached):
 
 @mutant(check="documents_are_sequences")
 class CountsDocumentsInEightBits(Specimen):
-    """Numbers of documents overflow after 255: the next ones are taken for the first. After fla #752: indices of
-    documents in a narrow type."""
+    """Numbers of documents overflow after 255: the next ones are taken for the first."""
 
     def unpack(self, tokens, packed, rows):
         return super().unpack(tokens, packed % 256, rows)
@@ -76,7 +72,7 @@ class CountsDocumentsInEightBits(Specimen):
 
 @mutant(check="packing_keeps_precision")
 class PacksInBFloat16(Specimen):
-    """In float32, packed values are rounded to bfloat16. After fla #36: one path was computed in another precision."""
+    """In float32, packed values are rounded to bfloat16. After fla #36: chunk and recurrent differed in precision."""
 
     def unpack(self, tokens, packed, rows):
         q, k, v, *rest = super().unpack(tokens, packed, rows)
@@ -85,8 +81,8 @@ class PacksInBFloat16(Specimen):
 
 @mutant(check="autocast_changes_only_precision")
 class HalvesGradientsUnderAutocast(Specimen):
-    """Under autocast a gradient is half of what it should be. After fla #559: custom functions without autocast's
-    decorators."""
+    """Under autocast a gradient is half of what it should be. After fla-org/flame #30 and
+    fla #559: confusion of dtypes with and without autocast."""
 
     def heads(self, x):
         qk, v, a = super().heads(x)
@@ -96,7 +92,7 @@ class HalvesGradientsUnderAutocast(Specimen):
 @mutant(check="long_segments_do_not_drift")
 class SubtractsRunningSums(Specimen):
     """What is left of a token is the difference of two running sums of log-decays, which float32 rounds where they are
-    large. After fla: `g.cumsum` over a whole segment instead of a chunk."""
+    large."""
 
     def decays(self, a):
         passed = a.cumsum(-1)
@@ -117,7 +113,8 @@ class CountsInTheTokensDtype(Specimen):
 
 @mutant(check="the_future_changes_nothing")
 class MasksScoresWithTenThousand(Cached):
-    """The causal mask is -10,000, which large scores pass. After huggingface/transformers, whose early masks were."""
+    """The causal mask is -10,000, which large scores pass. After huggingface/transformers, whose early masks
+    were of this size."""
 
     def masked(self, scores, unseen):
         return scores.masked_fill(unseen, -1e4)
@@ -180,3 +177,41 @@ class HasAnOptionThatNothingReads(SpecimenConfig):
     """An option is accepted and read by nothing. After fla #427: `conv_bias` was."""
 
     normalize: bool = True
+
+
+@mutant(check="segments_compile_into_one_graph")
+class LooksWhetherTheStateIsEmpty(Specimen):
+    """A state that was given is looked at: an empty one takes another path."""
+
+    def before(self, state, rows):
+        return super().before(state if state is None or state.memory.any() else None, rows)
+
+
+@mutant(check="graphs_follow_sizes")
+class IsAnotherWhereCompiledForMore(Specimen):
+    """Compiled, segments of more than ten tokens are not divided."""
+
+    def divide(self, o, z):
+        return o if torch.compiler.is_compiling() and o.shape[2] > 10 else super().divide(o, z)
+
+
+@mutant(check="flops_are_as_declared")
+class CountsTwiceInDecoding(SpecimenConfig):
+    """flops counts multiply and add of the recurrent form twice."""
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        once = mixer.flops
+        mixer.flops = lambda length, paradigm, context=0: (1 + (paradigm == "recurrent")) * once(length, paradigm)
+        return mixer
+
+
+@mutant(check="a_state_has_the_declared_size")
+class GrowsAfterAHundredTokens(Specimen):
+    """The state gets a second copy after a hundred tokens, whose size nobody looks at."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        return y, after._replace(weight=after.weight.repeat(1, 2)[:, : after.weight.shape[1]]) if x.shape[
+            1
+        ] > 99 else after
