@@ -102,7 +102,7 @@ def check(
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[test]'") from None
+        raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[check]'") from None
     require_writable(json_file, junit_file)
     console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)
     asked: dict[str, Any] = {"checks": only or None, "device": device, "examples": chosen, "seed": seed}

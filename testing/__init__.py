@@ -10,7 +10,7 @@
     def test_kernel(check):
         check()
 
-Needs hypothesis (`pip install 'seqmix[test]'`).
+Needs hypothesis (`pip install 'seqmix[check]'`).
 """
 
 from . import kernel_checks, mixer_checks  # noqa: F401  importing them registers the checks

@@ -10,11 +10,15 @@ from hypothesis import core, settings
 from ..registry import SeqmixError, nearest
 from .outcome import Outcomes, Status, chosen_names, known_names
 
+COMMAND_LINE: dict[str, Any] = {}
+"""Options given to pytest itself (pytest_plugin.py), which hold whatever tests say."""
+
 
 @dataclass(frozen=True)
 class BoundCheck:
     """A check with its mixer or kernel, as pytest passes it to a test."""
 
+    name: str
     run: Callable[..., Outcomes]
     options: Mapping[str, Any]
 
@@ -24,7 +28,7 @@ class BoundCheck:
 
         if fixed := sorted({"checks", "expected_failures"} & options.keys()):
             raise SeqmixError(f"{fixed[0]} is given where tests are made of checks, not where one is run")
-        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
+        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options, **COMMAND_LINE}
         try:
             report = self.run(**given)
         except SeqmixError as error:  # nothing that a traceback of the kit would explain
@@ -64,7 +68,7 @@ def parametrized(
     for label, name, run in tested:
         for check in chosen:
             reasons = {other: why for other, why in expected.get(name, {}).items() if other == check}
-            bound = BoundCheck(partial(run, checks=[check], expected_failures=reasons), options)
+            bound = BoundCheck(check, partial(run, checks=[check], expected_failures=reasons), options)
             cases.append(pytest.param(bound, id=f"{label}-{check}"))
     return pytest.mark.parametrize("check", cases)
 

@@ -261,7 +261,7 @@ def test_without_hypothesis_check_says_what_to_install(refused, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     # as where it is not installed
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    assert "pip install 'seqmix[test]'" in refused("check", "retention")
+    assert "pip install 'seqmix[check]'" in refused("check", "retention")
 
 
 def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):

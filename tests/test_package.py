@@ -76,7 +76,7 @@ def test_every_public_name_exists(package):
 
 FLOORS = [
     *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "benchmarks", "experiments"),
-    *("commands", "cli", "__main__"),
+    *("commands", "cli", "__main__", "pytest_plugin"),
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
 
@@ -161,6 +161,7 @@ def test_the_registry_imports_no_torch():
 
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
+    "seqmix.pytest_plugin": {"pytest"},
     "seqmix.experiments.figures.charts": {"altair"},
     "seqmix.experiments.figures.libraries": {"vl_convert"},
     "seqmix.experiments.figures.page": {"jinja2"},
@@ -234,10 +235,10 @@ def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_no
 
 
 def test_required_libraries_are_declared():
-    test = distributions(PROJECT["project"]["optional-dependencies"]["test"])
+    kit = distributions(PROJECT["project"]["optional-dependencies"]["check"])
     allowed = {IMPORTED_AS.get(name, name) for name in REQUIRED} | {"pydantic_core"}
     for name, file in MODULES.items():
-        here = allowed | MAY_IMPORT.get(name, set()) | (test if within(name, "seqmix.testing") else set())
+        here = allowed | MAY_IMPORT.get(name, set()) | (kit if within(name, "seqmix.testing") else set())
         for imported, line in imports(file, MODULES):
             top = imported.partition(".")[0]
             assert top in {"seqmix", *sys.stdlib_module_names, *here}, f"{name}:{line} imports {top}"

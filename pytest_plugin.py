@@ -1,0 +1,44 @@
+"""Options of pytest for the conformance tests of any project: `--seqmix-check NAME` and `--seqmix-examples N`.
+
+pytest imports this whenever seqmix is installed, so it imports nothing of the library but what the tests have imported.
+"""
+
+import sys
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("seqmix", "conformance of mixers and kernels, as seqmix.testing checks it")
+    text = "of the tests that seqmix.testing makes of checks, run those of this one; may be repeated"
+    group.addoption("--seqmix-check", action="append", default=[], metavar="NAME", help=text)
+    text = "cases of the largest check, whatever the tests ask for; others take a share"
+    group.addoption("--seqmix-examples", type=int, metavar="N", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not selected, and hand on the number of examples."""
+    if "seqmix.testing" not in sys.modules:  # no test is one of the kit
+        return
+    from .registry import SeqmixError, require_name
+    from .testing.check import CHECKS, KERNEL_CHECKS
+    from .testing.parametrize import COMMAND_LINE, BoundCheck
+
+    names, examples = set(config.getoption("seqmix_check") or ()), config.getoption("seqmix_examples")
+    try:
+        for name in names:
+            require_name("check", name, [*CHECKS, *KERNEL_CHECKS])
+    except SeqmixError as error:
+        raise pytest.UsageError(str(error)) from None
+    if examples is not None:
+        if examples < 1:
+            raise pytest.UsageError(f"--seqmix-examples needs an integer >= 1, and was given {examples}")
+        COMMAND_LINE["examples"] = examples
+    kept, left_out = [], []
+    for item in items:
+        check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
+        (left_out if names and isinstance(check, BoundCheck) and check.name not in names else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
