@@ -26,13 +26,14 @@ def log_decay(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gla", "gated_retention"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chosen_decays_are_wide(kind, dtype, log_decay):
+def test_chosen_decays_are_wide_and_reach_zero(kind, dtype, log_decay):
     mixer, x = build(kind, dtype), tokens(3, 5, dtype)
     with torch.autocast("cpu", torch.bfloat16):
         narrowed = log_decay(mixer, x)
     for a in (narrowed, log_decay(mixer, x)):
         assert a.dtype == torch.promote_types(dtype, torch.float32)
         assert ((a < 0) & (a > -1)).all()  # 1 in bfloat16
+    assert log_decay(mixer, 1e5 * x).min() < -100  # a gate that closes erases what came before
 
 
 def test_decays_of_gla_start_near_those_of_a_gate_half_open(log_decay):

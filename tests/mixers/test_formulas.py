@@ -8,7 +8,7 @@ from seqmix.mixers import MIXERS
 from seqmix.mixers.parts import GatedNorm, QKVConfig
 from seqmix.testing.mixer_options import alternatives, changed
 
-BUILT_IN = {kind: MIXERS.resolve(kind) for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
+BUILT_IN = MIXERS.built_in()
 KINDS = [kind for kind, config in BUILT_IN.items() if issubclass(config, QKVConfig)]
 WIDTHS = {"expand_k": 0.5, "expand_v": 2.0}
 PLAIN = {"short_conv": None, "qk_norm": "none", "rotation": "none", "gate": "none", "head_norm": "none"}

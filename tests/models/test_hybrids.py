@@ -14,7 +14,7 @@ from seqmix import MIXERS, Paradigm, Sampling, load_config, load_run
 from seqmix.models import generate_tokens, prefill
 from seqmix.training.checkpoint import checkpoints
 
-BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
+BUILT_IN = sorted(MIXERS.built_in())
 
 
 SMALL = (

@@ -14,7 +14,7 @@ from seqmix.registry import SeqmixError
 LENGTHS = [0, 3, 0, 1, 5]
 BOUNDARIES = torch.tensor([0, *accumulate(LENGTHS)])
 LENGTH = sum(LENGTHS)
-BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
+BUILT_IN = sorted(MIXERS.built_in())
 
 
 class State(NamedTuple):
