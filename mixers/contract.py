@@ -17,7 +17,7 @@ from ..ops.packing import Documents
 from ..ops.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
-from .state import S, is_inexact, map_state
+from .state import S, from_dict, is_inexact, map_state, to_dict
 from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state_is_taken
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
@@ -244,6 +244,20 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return leaf * factor.to(leaf.device, leaf.real.dtype) if is_inexact(leaf) else leaf
 
         return map_state(moved, state)
+
+    def shift_state(self, state: S, tokens: int) -> S:
+        """The state as if so many more tokens had been read before all that it holds, for the conformance kit.
+
+        Integers named `position` or `length` are moved. A mixer overrides this method where another leaf is its
+        position, or where none is, and returns the state as it is: a cache's length may count what the cache holds.
+
+        Args:
+            state: the state.
+            tokens: by how many its position moves.
+        """
+        leaves = to_dict(state)
+        moved = {name for name in leaves if name.rpartition(".")[2] in ("position", "length")}
+        return from_dict(state, {name: leaf + tokens if name in moved else leaf for name, leaf in leaves.items()})
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -92,11 +92,6 @@ def is_inexact(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def is_position(leaf: str) -> bool:
-    """Whether a leaf of this name counts the tokens read."""
-    return leaf.rpartition(".")[2] in ("position", "length")
-
-
 def as_real(x: Tensor) -> Tensor:
     """The same numbers, a complex one as a pair of real ones in a last dimension."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

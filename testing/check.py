@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from ..mixers.contract import MixerConfig, SequenceMixer
-from ..mixers.state import is_position, to_dict
+from ..mixers.state import to_dict
 from ..ops.kernels import Kernel
 from .kernel_case import KernelDraw
 from .kernel_trial import KernelTrial
@@ -116,8 +118,14 @@ def compilable(config: MixerConfig, _: SequenceMixer) -> str | None:
 
 def positioned(_: MixerConfig, mixer: SequenceMixer) -> str | None:
     """A position in the state."""
-    named = any(map(is_position, to_dict(mixer.init_state(1))))
-    return None if named else "the state has no leaf named position or length"
+    return None if positions(mixer) else "shift_state moves no leaf of the state"
+
+
+def positions(mixer: SequenceMixer) -> list[str]:
+    """The leaves of the state that a position moves."""
+    state = mixer.init_state(1)
+    moved = to_dict(mixer.shift_state(state, 1))
+    return [name for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)]
 
 
 def shiftable(config: MixerConfig, mixer: SequenceMixer) -> str | None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import create_model
 from torch import nn
 
-from seqmix import MixerConfig, Paradigm, SequenceMixer, Traits
+from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
+from seqmix.mixers.state import concatenate, select
 
 UNUSUAL: list[MixerConfig] = []
 RECURRENT, PARALLEL = frozenset([Paradigm.RECURRENT]), frozenset([Paradigm.RECURRENT, Paradigm.PARALLEL])
@@ -72,13 +73,25 @@ class Unusual(SequenceMixer):
         return 0
 
     def mix(self, x, call):
-        state = self.init_state(len(x)) if call.state is None else call.state
+        state = self.init_state(call.rows(len(x))) if call.state is None else call.state
         u = self.in_proj(x) if self.inputs else x
         with torch.autocast(x.device.type, enabled=False):
             mixed = self.parallel if call.paradigm is Paradigm.PARALLEL else self.recurrent
-            o, state = mixed(u.to(self.state_dtype), state)
+            o, state = (
+                mixed(u.to(self.state_dtype), state) if call.documents is None else self.packed(mixed, u, state, call)
+            )
         o = o.to(u.dtype)
         return self.out_proj(o) if self.inputs else o, state
+
+    def packed(self, mixed, u, state, call):
+        """Documents one by one."""
+        outputs, states = [], []
+        for n, document in enumerate(u.to(self.state_dtype).split(call.cu_seqlens.diff().tolist(), dim=1)):
+            row = select(state, torch.tensor([n]))
+            o, row = mixed(document, row) if document.shape[1] else (document[..., : self.width], row)
+            outputs.append(o)
+            states.append(row)
+        return torch.cat(outputs, dim=1), concatenate(states)
 
     def recurrent(self, u, state):
         outputs = []
@@ -101,6 +114,8 @@ class Memory(NamedTuple):
 class LearnedStart(Unusual):
     """h_t = h_{t-1} / 2 + u_t from a learned h_0."""
 
+    declares: ClassVar = {"packing": True, "compiles": False}
+
     def parts(self):
         self.start = nn.Parameter(torch.empty(self.width))
 
@@ -119,7 +134,7 @@ class LearnedStart(Unusual):
 class NoState(LearnedStart):
     """The parallel form has no place for a state."""
 
-    declares: ClassVar = {"paradigms": PARALLEL, "parallel_from_state": False}
+    declares: ClassVar = {"paradigms": PARALLEL, "parallel_from_state": False, "packing": True, "compiles": False}
 
     def products(self, length, paradigm):
         return length**2 * self.width if paradigm is Paradigm.PARALLEL else 0
@@ -443,3 +458,80 @@ class Transposed(Unusual):
         q, k, v = u.chunk(3, dim=-1)
         memory = state.memory.mT / 2 + k[..., None] * v[:, None]
         return (q[:, None] @ memory)[:, 0], Memory(memory.mT)
+
+
+class Counted(NamedTuple):
+    memory: torch.Tensor
+    position: torch.Tensor
+
+
+class LearnedPositions(Unusual):
+    """h_t = h_{t-1} / 2 + u_t + E_t with a table E of 1024 positions; further ones are refused."""
+
+    declares: ClassVar = {"shift_invariant": False}
+
+    def parts(self):
+        self.table = nn.Embedding(1024, self.width)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
+
+    def token(self, u, state):
+        if not torch.compiler.is_compiling() and state.position.amax() >= 1024:
+            raise ContractError(f"{self.kind} has a table of 1024 positions, and was given more tokens")
+        h = state.memory / 2 + u + self.table(state.position).to(u.dtype)
+        return h, Counted(h, state.position + 1)
+
+
+class Experts(Unusual):
+    """Each token is written to one of eight memories, each with a scale of its own: few tokens reach a scale."""
+
+    def parts(self):
+        self.scales = nn.ParameterList(nn.Parameter(torch.empty(())) for _ in range(8))
+
+    def reset_parameters(self):
+        for module in (self.in_proj, self.out_proj):
+            module.reset_parameters()
+        for scale in self.scales:
+            nn.init.normal_(scale, mean=1)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, 8, self.width))
+
+    def token(self, u, state):
+        routes = u[:, :8].softmax(-1)
+        chosen = F.one_hot(routes.argmax(-1), 8) * routes * torch.stack([*self.scales]).to(u.dtype)
+        memory = state.memory * 0.9 + chosen[..., None] * u[:, None]
+        return memory.sum(1), Memory(memory)
+
+
+class Pool(NamedTuple):
+    keys: torch.Tensor
+    length: torch.Tensor
+
+
+class PagedCache(Unusual):
+    """Attention to all tokens, whose cache grows by pages of 48; its length counts what the cache holds."""
+
+    declares: ClassVar = {"state": "growing"}
+
+    def init_state(self, batch_size, *, max_length=None):
+        keys = self.zeros(batch_size, 0, self.width, dtype=self.dtype)
+        return Pool(keys, self.zeros(batch_size, dtype=torch.int64))
+
+    def shift_state(self, state, tokens):
+        return state
+
+    def flops(self, length, paradigm, context=0):
+        slots = sum(-(-(context + n) // 48) * 48 for n in range(1, length + 1))
+        return super().flops(length, paradigm) + 4 * slots * self.width
+
+    def token(self, u, state):
+        keys, length = state
+        if int(length.amax()) == keys.shape[1]:
+            keys = torch.cat((keys, keys.new_zeros(len(keys), 48, self.width)), dim=1)
+        slots = torch.arange(keys.shape[1], device=u.device)
+        keys = torch.where((slots == length[:, None])[..., None], u.to(keys.dtype)[:, None], keys)
+        wide = keys.to(u.dtype)
+        scores = (u[:, None] @ wide.mT).masked_fill((slots > length[:, None])[:, None], -torch.inf)
+        return (scores.softmax(-1) @ wide)[:, 0], Pool(keys, length + 1)

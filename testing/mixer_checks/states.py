@@ -154,7 +154,8 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
         for length in (16, 16, 32, 600):
             _, state = trial.mix(trial.tokens(length=length), state, paradigm=paradigm)
             sizes.append(_memory(state))
-        grows = sizes == sorted(set(sizes))
+        # by pages of many tokens, perhaps
+        grows = sizes == sorted(sizes) and sizes[-2] < sizes[-1]
         # a learned beginning may be a view of a parameter
         constant = len({nbytes(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
         text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32, 64 and 664 tokens"
