@@ -37,11 +37,12 @@ class Unusual(SequenceMixer):
     inputs: ClassVar[int] = 1
     """u_t has so many times D numbers; none is no projections."""
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls, right=True):
         name = cls.__name__.lower()
         cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, kind=(Literal[name], name))
         cls.config_class.layer = cls
-        UNUSUAL.append(cls.config_class())
+        if right:
+            UNUSUAL.append(cls.config_class())
 
     def __init__(self, config, d_model):
         super().__init__(config)
@@ -188,7 +189,9 @@ class S4D(Unusual):
         nn.init.normal_(self.c)
 
     def init_state(self, batch_size, *, max_length=None):
-        return Memory(self.zeros(batch_size, self.width, 4, dtype=self.state_dtype.to_complex()))
+        return Memory(
+            self.zeros(batch_size, self.width, 4, dtype=torch.promote_types(self.state_dtype, torch.complex64))
+        )
 
     def weights(self):
         wide = [part.to(self.state_dtype) for part in (self.decay, self.angle, self.c)]
@@ -429,7 +432,7 @@ class Pages(Unusual):
     declares: ClassVar = {"shift_invariant": False}
 
     def init_state(self, batch_size, *, max_length=None):
-        slots = self.zeros(batch_size, 3, self.width, dtype=self.state_dtype.to_complex())
+        slots = self.zeros(batch_size, 3, self.width, dtype=torch.promote_types(self.state_dtype, torch.complex64))
         odd, read = (self.zeros(batch_size, dtype=dtype) for dtype in (torch.bool, torch.int32))
         return Paged(slots, torch.arange(3, device=self.device).repeat(batch_size, 1), odd, read)
 

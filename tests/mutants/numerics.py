@@ -181,6 +181,17 @@ class LeavesTheBias(Specimen):
             nn.init.xavier_uniform_(projection.weight)
 
 
+@mutant(check="every_parameter_is_initialised")
+class SeedsItself(Specimen):
+    """reset_parameters draws from a generator of its own, so that all layers start equal. After HazyResearch/zoology,
+    whose data generator seeds the global one."""
+
+    def reset_parameters(self):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / 4)
+
+
 @mutant(check="every_parameter_learns")
 class HasAGateThatNothingReads(Specimen):
     """A parameter is built and never used. After fla #427: `conv_bias` was accepted and unused."""

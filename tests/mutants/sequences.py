@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from seqmix.mixers.state import detach, select
 from seqmix.ops.packing import Documents
@@ -168,6 +169,27 @@ class AnswersDifferentlyWithoutACache(Specimen):
 
     def mix(self, x, call):
         return super().mix(x if call.return_state else x.to(torch.bfloat16).to(x.dtype), call)
+
+
+@mutant(check="the_initial_state_is_nothing_read")
+class DetachesItsBeginning(Specimen):
+    """The initial memory is learned, but not from a state that init_state makes. After fla PRs #636, #1131 and #1181:
+    gradients of initial states were lost."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        heads = self.config.n_heads
+        self.start = nn.Parameter(torch.ones(heads, self.width, self.width, device=self.in_proj.weight.device))
+
+    def init_state(self, batch_size, *, max_length=None):
+        state = super().init_state(batch_size)
+        return state._replace(memory=state.memory + self.start.detach().to(self.state_dtype))
+
+    def before(self, state, rows):
+        if state is not None:
+            return state
+        state = super().before(state, rows)
+        return state._replace(memory=state.memory + (self.start - self.start.detach()).to(self.state_dtype))
 
 
 @mutant(check="rows_of_a_state_can_be_rearranged")

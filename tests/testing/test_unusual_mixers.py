@@ -1,18 +1,22 @@
-"""The kit refuses no right mixer, however unlike the built-in ones."""
+"""The kit refuses no right mixer, however unlike the built-in ones; and what a trait excludes is refused by name."""
 
 import pytest
 import torch
-from unusual import UNUSUAL, NoState
+from unusual import UNUSUAL, Counted, NoState, TorchGRU, Unusual
 
 from seqmix import ContractError
-from seqmix.testing import CHECKS, check_mixer
+from seqmix.testing import CHECKS, Status, check_mixer
+
+COMPILED = {"s4d", "torchgru"}
 
 
 @pytest.mark.parametrize("config", UNUSUAL, ids=lambda config: config.kind)
 def test_no_check_refuses_a_right_mixer(config):
-    report = check_mixer(config, examples=8, compiles=False)
+    report = check_mixer(config, examples=8, compiles=config.kind in COMPILED)
     assert [outcome.check.name for outcome in report.outcomes] == list(CHECKS)
     assert {outcome.check.name: outcome.reason for outcome in report.failures} == {}
+    skipped = {outcome.reason for outcome in report.outcomes if outcome.status is Status.SKIPPED}
+    assert config.traits.compiles or config.kind not in COMPILED or "traits.compiles is False" in skipped
 
 
 def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
@@ -24,3 +28,25 @@ def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
     mixer.cp_group = object()
     with pytest.raises(ContractError, match="takes no state in the parallel"):
         mixer(x, paradigm="parallel")
+
+
+def test_what_cannot_be_compiled_is_refused_by_name():
+    mixer = TorchGRU.config_class().build(12, layer_idx=0, n_layers=1)
+    with pytest.raises(Exception, match=r"torchgru cannot be compiled \(traits.compiles is False\)"):
+        torch.compile(mixer, fullgraph=True, backend="eager")(torch.ones(2, 3, 12))
+
+
+def test_a_position_is_found_whatever_its_name(failure):
+    class Counts(Unusual, right=False):
+        def init_state(self, batch_size, *, max_length=None):
+            return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
+
+        def shift_state(self, state, tokens):
+            return state
+
+        def token(self, u, state):
+            h = state.memory / 2 + u
+            return h * state.position.to(u.dtype).cos()[:, None], Counted(h, state.position + 1)
+
+    outcome = failure(Counts.config_class(), "position_matters_only_where_declared")
+    assert "840 tokens later, which changed position alone" in outcome.reason
