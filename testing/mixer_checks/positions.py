@@ -17,8 +17,8 @@ PREFIX = 64
 """Prefix length of the earlier of two positions: a window's cache is full (of zeros) then."""
 
 
-SETTLED = 840
-"""Tokens after which a memory that fades has settled; a multiple of the number of slots that most rings have."""
+REPEATED = 840
+"""Tokens after which a memory that fades no longer changes; a multiple of the number of slots that most rings have."""
 
 
 @check(shiftable, share=0.12, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)))
@@ -74,18 +74,18 @@ def late_positions_are_exact(trial: Trial) -> None:
 
 
 def _no_count_matters(trial: Trial, x: Tensor) -> None:
-    """Where a state without a leaf that can be shifted has settled under a token that is read again and again, but for
-    integers that count tokens, the count may not matter."""
-    prefix = trial.tokens(length=1).expand(-1, SETTLED, -1)
+    """Of a state without a position: where a token that is read again and again changes integers that count alone, the
+    counts may not matter."""
+    prefix = trial.tokens(length=1).expand(-1, REPEATED, -1)
     _, early = trial.mix(prefix, None)
     _, late = trial.mix(prefix, early)
     before, after = to_dict(early), to_dict(late)
-    counts = [name for name, leaf in before.items() if torch.equal(after[name], leaf + SETTLED)]
+    counts = [name for name, leaf in before.items() if torch.equal(after[name], leaf + REPEATED)]
     same = all(_close(after[name], leaf) for name, leaf in before.items() if name not in counts)
     for paradigm in trial.paradigms if same else ():
         y, y_later = (trial.mix(x, state, paradigm=trial.after(paradigm))[0] for state in (early, late))
         with trial.differences(
-            f"{paradigm}, {SETTLED} tokens later, which changed {' and '.join(counts)} alone"
+            f"{paradigm}, {REPEATED} tokens later, which changed {' and '.join(counts)} alone"
         ) as found:
             found.tensor("the output", y_later, y, "BTD")
 

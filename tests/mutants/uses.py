@@ -29,7 +29,8 @@ class HalvesGradientsOfFrozenTokens(Specimen):
 
 @mutant(check="modes_change_nothing")
 class IsAnotherInLongTraining(Specimen):
-    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: in training `attn_mode` has no effect."""
+    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: in training `attn_mode` has
+    no effect."""
 
     def divide(self, o, z):
         return o if self.training and o.shape[2] > 9 else super().divide(o, z)
