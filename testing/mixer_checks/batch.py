@@ -9,7 +9,11 @@ from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
 
-@check(share=0.25, draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4))
+@check(
+    use="any batch: a sequence's result depends on its neighbours",
+    share=0.25,
+    draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4),
+)
 def rows_are_independent(trial: Trial) -> None:
     """A sequence gives the same alone as beside others in a batch."""
     x, state = trial.tokens(), trial.state()
@@ -21,7 +25,11 @@ def rows_are_independent(trial: Trial) -> None:
             trial.compare(f"{paradigm}, row {n} of {len(x)} against it alone", (y[row], select(states, row)), alone)
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 8), batch_size=(1, 3)))
+@check(
+    use="any call with slices or transposed tensors, as of a fused projection: other numbers are read",
+    share=0.15,
+    draw=Draw(tokens=(1, 8), batch_size=(1, 3)),
+)
 def strides_change_nothing(trial: Trial) -> None:
     """Inputs, states and gradients from above that are not contiguous give what contiguous ones give."""
     x, state = trial.tokens(), trial.state()

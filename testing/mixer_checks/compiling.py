@@ -20,7 +20,7 @@ PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial"
 SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), uses=("training",))
 
 
-@check(compilable, share=0, draw=NOTHING, compiles=True)
+@check(compilable, use="training with torch.compile", share=0, draw=NOTHING, compiles=True)
 def training_compiles_into_one_graph(trial: Trial) -> None:
     """Training, forward and backward, compiles with fullgraph in every paradigm, gives what eager gives, and recompiles
     for no data."""
@@ -28,20 +28,26 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
         _compiles(trial, trial.used(paradigm))
 
 
-@check(compilable, share=0, draw=STATE, compiles=True)
+@check(compilable, use="prefill and truncated backpropagation with torch.compile", share=0, draw=STATE, compiles=True)
 def segments_compile_into_one_graph(trial: Trial) -> None:
     """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
     _compiles(trial, trial.call())
 
 
-@check(compilable, packing, share=0, draw=PACKED, compiles=True)
+@check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
     """Packed training compiles with fullgraph and does not recompile for other boundaries, empty documents included."""
     boundaries = [_cuts(trial, cuts) for cuts in ((0, 3, 6, 9), (0, 0, 5, 9), (0, 9, 9, 9))]
     _compiles(trial, lambda x, state, **options: trial.used(**options)(x, state), boundaries)
 
 
-@check(compilable, share=0, draw=SIZES, compiles=True)
+@check(
+    compilable,
+    use="compiled training or evaluation where lengths, batches or documents change",
+    share=0,
+    draw=SIZES,
+    compiles=True,
+)
 def graphs_follow_sizes(trial: Trial) -> None:
     """Compiled once, a mixer gives what eager gives for other numbers of tokens, rows and packed documents; the
     compiler may make further graphs."""
@@ -82,7 +88,14 @@ def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[T
     require(count == 1, f"{len(boundaries)} calls of equal shapes compiled {count} graphs: something depends on data")
 
 
-@check(compilable, recurrent, share=0, draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)), compiles=True)
+@check(
+    compilable,
+    recurrent,
+    use="decoding with torch.compile: it compiles at every token",
+    share=0,
+    draw=Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",)),
+    compiles=True,
+)
 def decoding_compiles_once(trial: Trial) -> None:
     """A step from an allocated state compiles with fullgraph, once for all tokens."""
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ from ..mixer_trial import Trial, learnable
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 
-@check(share=0.12, draw=ONCE)
+@check(use="any call with a wrong argument: it computes something else instead of refusing", share=0.12, draw=ONCE)
 def what_is_not_declared_is_refused(trial: Trial) -> None:
     """A paradigm, packing, dtype, shape or state that does not fit is refused by a ContractError, never computed."""
     mixer, x = trial.mixer, trial.tokens()
@@ -53,7 +53,7 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
     _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3), paradigm=trial.reference), "3")
 
 
-@check(share=0.12, draw=ONCE)
+@check(use="runs from YAML: another mixer is built than was written", share=0.12, draw=ONCE)
 def configurations_round_trip(trial: Trial) -> None:
     """A configuration survives YAML; the mixer has its kind, traits and, at any length, its default paradigm."""
     config, mixer, x = trial.config, trial.mixer, trial.tokens()
@@ -71,7 +71,7 @@ def configurations_round_trip(trial: Trial) -> None:
             trial.compare(f"the default paradigm against {paradigm} at {length} tokens", unsaid, given, tolerance=0)
 
 
-@check(share=0.1, draw=ONCE)
+@check(use="checkpoints: a loaded mixer is another", share=0.1, draw=ONCE)
 def parameters_round_trip(trial: Trial) -> None:
     """A state_dict holds everything: loaded into a new mixer it gives the same bits."""
     x = trial.tokens()
@@ -83,7 +83,7 @@ def parameters_round_trip(trial: Trial) -> None:
         trial.compare(f"{paradigm}, loaded parameters", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
 
 
-@check(share=0.1, draw=ONCE)
+@check(use="models built on meta, and sharded training: parameters are uninitialised", share=0.1, draw=ONCE)
 def every_parameter_is_initialised(trial: Trial) -> None:
     """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
     them, from the global generator alone."""
@@ -112,7 +112,9 @@ def every_parameter_is_initialised(trial: Trial) -> None:
     require(moved or not draws.random, "reset_parameters gives the same parameters whatever the seed")
 
 
-@check(share=0.1, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)))
+@check(
+    use="training: a parameter never changes", share=0.1, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",))
+)
 def every_parameter_learns(trial: Trial) -> None:
     """Every parameter that is not frozen has a finite gradient that is not zero, in every paradigm."""
     parameters = learnable(trial.mixer)
@@ -133,6 +135,7 @@ def every_parameter_learns(trial: Trial) -> None:
 
 
 @check(
+    use="reported FLOPs and MFU",
     share=0.2,
     draw=Draw(tokens=(1, 20), lists=((1,), (64,), (300,)), batch_size=(1, 1), starts=("none", "initial", "read")),
 )

@@ -20,7 +20,11 @@ ALLOWED = 1e-6
 """Between a derivative and differences, relative to the sum of the absolute values of its terms."""
 
 
-@check(share=0.12, draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), uses=USES))
+@check(
+    use="training: it computes another function than evaluation, or other gradients",
+    share=0.12,
+    draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), uses=USES),
+)
 def modes_change_nothing(trial: Trial) -> None:
     """Training mode (without dropout), a call that wants no final state, tokens that want no gradient, and grad mode
     switched off give what evaluation with gradients gives."""
@@ -35,7 +39,12 @@ def modes_change_nothing(trial: Trial) -> None:
             trial.compare(f"{paradigm}, as {trial.use} against evaluation", used, (expected, after))
 
 
-@check(exact_gradients, share=0.12, draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES))
+@check(
+    exact_gradients,
+    use="training: gradients are wrong",
+    share=0.12,
+    draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES),
+)
 def gradients_are_derivatives(trial: Trial) -> None:
     """Gradients of tokens, state and parameters are the derivatives: central differences in float64 agree, packed
     documents included."""

@@ -35,6 +35,7 @@ STEPS = 160
 
 
 @check(
+    use="training and evaluation in low precision",
     share=0.2,
     draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
 )
@@ -48,6 +49,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
 
 @check(
     packing,
+    use="packed training in low precision",
     share=0.12,
     draw=Draw(pieces=(2, 4), tokens=(0, 16), many=8, lists=((0, 70, 9, 0),), batch_size=(1, 1), uses=USES, dtypes=LOW),
 )
@@ -105,7 +107,11 @@ def _near_float64(
             near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor, moved=moved)
 
 
-@check(share=0.06, draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW))
+@check(
+    use="long decoding in low precision: errors add up",
+    share=0.06,
+    draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW),
+)
 def long_decoding_does_not_drift(trial: Trial) -> None:
     """The state is wide: after many segments of one token, low precision is as near float64 as after one segment."""
     exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
@@ -135,7 +141,7 @@ def _step_by_step(trial: Trial, exact: SequenceMixer, last: int) -> Callable[[Te
 LENGTHY = Draw(tokens=(LONG - 99, LONG), batch_size=(1, 1), starts=("none", "initial"), scales=(1.0, 30.0), dtypes=LOW)
 
 
-@check(share=0.04, draw=LENGTHY)
+@check(use="long sequences in low precision: errors add up", share=0.04, draw=LENGTHY)
 def long_segments_do_not_drift(trial: Trial) -> None:
     """At the end of hundreds of tokens low precision is as near float64 as at the start, in every paradigm, with
     extreme gates and decays too."""
@@ -162,7 +168,11 @@ def long_segments_do_not_drift(trial: Trial) -> None:
             near(name, what, found[name], result, max(tolerance, 8 * moves), moved=rows_moved)
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)))
+@check(
+    use="decoding in low precision: a state is rounded at every token",
+    share=0.15,
+    draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)),
+)
 def dtypes_are_kept(trial: Trial) -> None:
     """Output has the input's dtype, and a state's leaves those of init_state: float32 at least, and not rounded to
     less, but for leaves whose numbers are only copied once they are there (a cache), which may have the parameters'."""
@@ -223,7 +233,7 @@ AUTOCAST = Draw(
 )
 
 
-@check(share=0.15, draw=AUTOCAST)
+@check(use="mixed precision (autocast)", share=0.15, draw=AUTOCAST)
 def autocast_changes_only_precision(trial: Trial) -> None:
     """Under autocast to bfloat16, output, final state and gradients are near float64, packed documents too, and a
     state's leaves keep their dtypes."""
@@ -260,7 +270,11 @@ def autocast_changes_only_precision(trial: Trial) -> None:
     _near_float64(trial, calls, expected, x, state, exact, torch.bfloat16)
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 40), fixed=300, long=4, batch_size=(1, 1), dtypes=LOW))
+@check(
+    use="training: extreme inputs give NaN or inf",
+    share=0.15,
+    draw=Draw(tokens=(1, 40), fixed=300, long=4, batch_size=(1, 1), dtypes=LOW),
+)
 def extremes_are_finite(trial: Trial) -> None:
     """Long segments and long runs of zeros, in 16 bits too, and inputs of a thousand (so extreme gates and decays), but
     in float16, give finite results and gradients."""
@@ -284,7 +298,7 @@ def extremes_are_finite(trial: Trial) -> None:
                 require(part.isfinite().all(), f"{paradigm} in {trial.case.dtype}, {what}: {name} is not finite")
 
 
-@check(share=0.12, draw=Draw(tokens=(1, 9)))
+@check(use="repeated calls: one call changes what the next one gives", share=0.12, draw=Draw(tokens=(1, 9)))
 def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward; no random number is drawn, and no parameter,
     buffer or attribute of a module holds anything of a call."""

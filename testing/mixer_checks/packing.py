@@ -16,7 +16,9 @@ LISTS = ((0, 0, 3, 0, 0, 5, 0), (1, 2, 0, 1) * 75, (70, 0, 65))
 DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1))
 
 
-@check(packing, share=0.5, draw=DOCUMENTS)
+@check(
+    packing, use="packed text: documents leak into each other, or start from a wrong state", share=0.5, draw=DOCUMENTS
+)
 def documents_are_sequences(trial: Trial) -> None:
     """Packed documents, empty ones too, give what each gives alone: output, final state, and what is read later."""
     x, state = trial.tokens(), states_of_documents(trial)
@@ -41,6 +43,7 @@ def documents_are_sequences(trial: Trial) -> None:
 
 @check(
     packing,
+    use="training on packed text: gradients leak between documents",
     share=0.25,
     draw=Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=12, lists=LISTS[:1], batch_size=(1, 1), uses=USES),
 )

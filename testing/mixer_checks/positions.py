@@ -21,7 +21,12 @@ REPEATED = 840
 """Tokens after which a memory that fades no longer changes; a multiple of the number of slots that most rings have."""
 
 
-@check(shiftable, share=0.12, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)))
+@check(
+    shiftable,
+    use="long text: late tokens are mixed in another way than early ones",
+    share=0.12,
+    draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)),
+)
 def position_matters_only_where_declared(trial: Trial) -> None:
     """Where shift invariance is declared, the same tokens give the same after 64, a million and 2^31 others, or so many
     are refused; elsewhere they do not."""
@@ -54,7 +59,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 LATE = Draw(tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16))
 
 
-@check(positioned, share=0.15, draw=LATE)
+@check(positioned, use="long text in low precision: late positions are rounded", share=0.15, draw=LATE)
 def late_positions_are_exact(trial: Trial) -> None:
     """After a million tokens float32 and bfloat16 are as near float64 as at the start, or so many are refused."""
     exact = trial.rebuilt(torch.float64)

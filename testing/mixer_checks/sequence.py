@@ -30,7 +30,12 @@ EVERY = 70
 """Tokens up to which a segment is cut at every one."""
 
 
-@check(several_paradigms, share=1, draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE)))
+@check(
+    several_paradigms,
+    use="training in one paradigm and decoding in another: the model is another",
+    share=1,
+    draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE)),
+)
 def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
     lengths around the boundaries of blocks of up to 128 tokens too."""
@@ -48,7 +53,11 @@ def paradigms_agree(trial: Trial) -> None:
                 found.tensor("the output", part, expected[0]["the output"][:, :length], "BTD")
 
 
-@check(share=0.75, draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True))
+@check(
+    use="prefill in pieces, and decoding after a prompt",
+    share=0.75,
+    draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
+)
 def pieces_equal_the_whole(trial: Trial) -> None:
     """A segment at once equals its pieces in order, each in any paradigm, from any state."""
     x, state = trial.tokens(), trial.state()
@@ -58,6 +67,7 @@ def pieces_equal_the_whole(trial: Trial) -> None:
 
 
 @check(
+    use="training on long sequences piece by piece",
     share=0.25,
     draw=Draw(
         pieces=(2, 3),
@@ -93,7 +103,12 @@ def gradients_flow_through_states(trial: Trial) -> None:
     trial.compare("truncated backpropagation against the last piece alone", actual, expected)
 
 
-@check(recurrent, share=0.2, draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2)))
+@check(
+    recurrent,
+    use="decoding: it gives another text than the model was trained for",
+    share=0.2,
+    draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2)),
+)
 def steps_equal_the_whole(trial: Trial) -> None:
     """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""
     x, state = trial.tokens(), trial.state()
@@ -104,7 +119,11 @@ def steps_equal_the_whole(trial: Trial) -> None:
         trial.compare(f"steps against {paradigm}", stepped, trial.mix(x, state, paradigm=paradigm))
 
 
-@check(share=0.2, draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2), scales=(1.0, LARGE)))
+@check(
+    use="training: tokens see the future, so that the loss is too low",
+    share=0.2,
+    draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2), scales=(1.0, LARGE)),
+)
 def the_future_changes_nothing(trial: Trial) -> None:
     """The output at a token depends on no later token, and the token is read, there or later."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
@@ -136,7 +155,12 @@ def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) 
     return any(((leaf - leaf[:1]).abs() > EXACT).any() for leaf in named_results(y, after).values())
 
 
-@check(chunked, share=0.25, draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)))
+@check(
+    chunked,
+    use="chunk_size: it changes the model, not its cost",
+    share=0.25,
+    draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)),
+)
 def chunk_size_changes_nothing(trial: Trial) -> None:
     """Output and final state do not depend on chunk_size."""
     x, state, own = trial.tokens(), trial.state(), trial.config.model_dump()["chunk_size"]

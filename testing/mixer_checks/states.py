@@ -16,7 +16,11 @@ from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
 
-@check(share=0.15, draw=Draw(tokens=(1, 8), starts=("none",)))
+@check(
+    use="the start of a text: it depends on how the state was made",
+    share=0.15,
+    draw=Draw(tokens=(1, 8), starts=("none",)),
+)
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
     """No state, `init_state` and a state allocated for `max_length` tokens are the same beginning; where it is learned,
     gradients reach it from either."""
@@ -61,7 +65,11 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
         trial.compare(what, (y, None), (whole[:, read:], None))
 
 
-@check(share=0.2, draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True))
+@check(
+    use="beam search and batched decoding: rows of a state are mixed up",
+    share=0.2,
+    draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
+)
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
     """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would."""
     x, state, rows = trial.tokens(), trial.state(), trial.case.rows
@@ -78,7 +86,7 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
         trial.compare(f"{paradigm}, rows {list(rows)} split and joined", joined, expected)
 
 
-@check(share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
+@check(use="saved prompts: text goes on in another way", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
 def a_state_survives_the_disk(trial: Trial) -> None:
     """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
     x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
@@ -105,7 +113,11 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
         found.state("the state", trial.mixer.resize_state(trial.mixer.resize_state(least, length + more), None), least)
 
 
-@check(share=0.25, draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")))
+@check(
+    use="truncated backpropagation, and prompts that are used again",
+    share=0.25,
+    draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")),
+)
 def a_state_is_never_written_under_grad(trial: Trial) -> None:
     """Under autograd a state given keeps its values; without, a clone of it gives the same again."""
     x, given = trial.tokens(), trial.state()
@@ -126,7 +138,11 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
         trial.compare(f"{paradigm}, the second of two clones of a state", second, first, tolerance=0)
 
 
-@check(share=0.12, draw=Draw(tokens=(1, 6), batch_size=(2, 5)))
+@check(
+    use="everything that is done with states: beams, saving, moving between devices",
+    share=0.12,
+    draw=Draw(tokens=(1, 6), batch_size=(2, 5)),
+)
 def a_state_is_tensors_batch_first(trial: Trial) -> None:
     """A state is a NamedTuple of tensors, one row per sequence, on the parameters' device; no Python numbers."""
     rows = trial.case.batch_size
@@ -146,7 +162,11 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
         require(leaves == wanted, f"{source} has the leaves {leaves}, init_state {wanted}")
 
 
-@check(share=0.05, draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)))
+@check(
+    use="memory in decoding: it grows where it should not",
+    share=0.05,
+    draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
+)
 def a_state_has_the_declared_size(trial: Trial) -> None:
     """A constant state never grows; a growing one does."""
     for paradigm in trial.paradigms:

@@ -22,7 +22,9 @@ from ..mixer_trial import Trial, learnable, leaves_of
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 
-@check(share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
+@check(
+    use="decoding with reused buffers: the past is overwritten", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
+)
 def results_share_no_memory(trial: Trial) -> None:
     """Writing into the output, or into the tokens afterwards, changes neither the final state nor a parameter."""
     x, state = trial.tokens(), trial.state()
@@ -39,7 +41,7 @@ def results_share_no_memory(trial: Trial) -> None:
                 found.tensor(name, parameter.detach(), saved)
 
 
-@check(share=0.06, draw=ONCE)
+@check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.06, draw=ONCE)
 def copies_are_as_good(trial: Trial) -> None:
     """A deep copy of a mixer, and a pickled one, give the same bits and share nothing; a copied state is as good."""
     x, mixer = trial.tokens(), trial.mixer
@@ -65,7 +67,7 @@ def copies_are_as_good(trial: Trial) -> None:
     trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
 
 
-@check(share=0.06, draw=ONCE)
+@check(use="decoding on a GPU, and models built on meta", share=0.06, draw=ONCE)
 def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     """`init_state` is on the mixer's device, meta included, with the same shapes and dtypes; each call gives new
     memory."""
@@ -88,7 +90,11 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     require(not elsewhere, f"init_state of a mixer on meta makes {', '.join(elsewhere)} on another device")
 
 
-@check(share=0.2, draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)))
+@check(
+    use="batched decoding of prompts of different lengths",
+    share=0.2,
+    draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)),
+)
 def rows_may_differ_in_length(trial: Trial) -> None:
     """States of sequences of different lengths, each begun with the same `max_length`, go on together in one batch as
     each would alone, and can be split again, if a growing one leaves room."""
@@ -116,7 +122,11 @@ def rows_may_differ_in_length(trial: Trial) -> None:
                 found.tensor(f"row {row}'s output after the split", split, later, "BTD")
 
 
-@check(share=0.04, draw=Draw(tokens=(6, 6), batch_size=(1, 1), starts=("none",)))
+@check(
+    use="text of millions of tokens: the counter stops",
+    share=0.04,
+    draw=Draw(tokens=(6, 6), batch_size=(1, 1), starts=("none",)),
+)
 def tokens_are_counted_by_integers(trial: Trial) -> None:
     """No floating-point leaf of a state counts tokens: float32 counts to 2^24."""
     lengths = (3, 4, 9)
@@ -131,7 +141,7 @@ def tokens_are_counted_by_integers(trial: Trial) -> None:
                 require(not counts, f"{sentence}; positions are int64")
 
 
-@check(share=0.01, draw=ONCE)
+@check(use="ablations: an option is accepted and does nothing", share=0.01, draw=ONCE)
 def every_option_changes_something(trial: Trial) -> None:
     """Every value of an option that a check varies changes parameters, results, gradients, costs, or what is refused,
     beside some values of the others."""
