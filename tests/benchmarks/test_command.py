@@ -43,11 +43,6 @@ def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
     assert "| T | implementation |" in (tmp_path / "out.md").read_text().replace("| what ", "")
 
 
-def test_changes_alone_change_the_default_model(bench, tmp_path):
-    bench("decode", *SMALL[1:], "--length", "8", "--only", "seqmix", "--json", "out.json")
-    assert json.loads((tmp_path / "out.json").read_text())["settings"]["d_model"] == 32
-
-
 def test_dropout_is_left_out_for_all():
     model = model_to_measure("retnet-200m", [])
     assert model.dropout == 0

@@ -94,8 +94,10 @@ def test_a_narrow_terminal_is_spared_columns_and_never_cut(report):
 
 
 def test_several_parts_are_told_apart(report):
-    rows = [*report.rows, row("seqmix", 512, 20.0, what="other")]
-    assert "| what | T | implementation |" in markdown(Report(**(vars(report) | {"rows": rows})))
+    rows = [*report.rows, row("seqmix", 512, 20.0, what="forward + backward")]
+    both = Report(**(vars(report) | {"rows": rows}))
+    assert "| what | T | implementation |" in markdown(both)
+    assert [figure.name for figure in figures_of(both)] == ["train", "train-forward-backward", "memory"]
 
 
 def test_nothing_but_skipped_rows_is_a_report(report):
@@ -115,9 +117,3 @@ def test_time_and_memory_are_drawn_over_the_length(report):
     assert theme.color(compiled.style) == theme.color(seqmix.style) != theme.color(llama.style)
     assert theme.dash(compiled.style) != theme.dash(seqmix.style)
     assert [point.y for point in memory.series[0].points] == [3 * 2**20] * 2
-
-
-def test_several_parts_have_a_figure_each(report):
-    rows = [*report.rows, row("seqmix", 512, 20.0, what="forward + backward")]
-    names = [figure.name for figure in figures_of(Report(**(vars(report) | {"rows": rows})))]
-    assert names == ["train", "train-forward-backward", "memory"]

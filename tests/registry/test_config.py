@@ -64,8 +64,3 @@ def test_an_alias_is_a_known_key():
         size: int = Field(alias="width")
 
     assert Aliased.model_validate({"width": 3}).size == 3
-
-
-def test_an_instance_is_taken_unchanged():
-    inner = Inner(n_heads=2)
-    assert Outer(inner=inner).inner is inner

@@ -34,7 +34,7 @@ class Training(Config):
     grad_accum_steps: int = Field(default=1, gt=0)
     rates: dict[str, float] = Field(default_factory=dict)
 
-    deprecated_names: ClassVar = {"accumulate": "grad_accum_steps", "learning_rates": "rates"}
+    deprecated_names: ClassVar = {"accumulate": "grad_accum_steps"}
 
 
 class Run(Config):
@@ -75,12 +75,6 @@ def test_the_last_value_wins_under_either_name(below, above, last):
     assert read(text)[0].training.grad_accum_steps == 3
     run, warned = read(text, f"training.{last}=2")
     assert (run.training.grad_accum_steps, len(warned)) == (2, [below, above, last].count("accumulate"))
-
-
-def test_mappings_merge_under_either_name():
-    Path("base.yaml").write_text("training: {rates: {a: 1, b: 1}}")
-    run, _ = read("extends: base.yaml\ntraining: {learning_rates: {b: 2}}", "training.learning_rates.c=3")
-    assert run.training.rates == {"a": 1, "b": 2, "c": 3}
 
 
 def test_a_name_is_deprecated_only_for_the_kind_that_declares_it():

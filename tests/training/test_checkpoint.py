@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import contents, refusal, require_same_run, run_of, stopped
+from runs import contents, refusal, require_same_run, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -83,15 +83,6 @@ def test_a_checkpoint_comes_back_to_the_bit(config_of, tmp_path, kind, moments):
             assert torch.equal(state[f"{key}.{name}"], value)
             assert torch.equal(its.state[theirs][key], value)
             assert its.state[theirs][key].dtype is value.dtype
-
-
-def test_tied_embeddings_are_written_once_and_stay_tied(config_of, tmp_path):
-    config = config_of("model.tie_embeddings=true")
-    stopped(config, tmp_path / "run", 1)
-    assert "head.weight" not in load_file(latest(tmp_path / "run") / FILES[0])
-    model = load_run(tmp_path / "run")
-    assert model.head.weight is model.embedding.weight
-    run_of(config, tmp_path / "run", resume=True)
 
 
 def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of, tmp_path):
