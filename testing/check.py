@@ -147,3 +147,9 @@ def chunked(config: MixerConfig, _: SequenceMixer) -> str | None:
 def exact_gradients(config: MixerConfig, _: SequenceMixer) -> str | None:
     """A backward pass that is the derivative of the forward."""
     return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None
+
+
+def context_parallel(_: MixerConfig, mixer: SequenceMixer) -> str | None:
+    """Its own context parallelism."""
+    own = mixer.supports_context_parallel
+    return None if own else "supports_context_parallel is False: states go from rank to rank, as for any mixer"

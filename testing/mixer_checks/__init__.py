@@ -1,3 +1,6 @@
 """The checks of mixers, one file a subject; importing a file registers its checks, in this order."""
 
-from . import sequence, gradients, packing, batch, states, values, positions, numerics, declarations, compiling  # noqa: F401, I001
+# ruff: noqa: F401, I001
+from . import sequence, gradients, packing, batch
+from . import states, values, positions, numerics
+from . import declarations, context_parallel, compiling

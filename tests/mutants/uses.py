@@ -216,3 +216,13 @@ class GrowsAfterAHundredTokens(Specimen):
         return y, after._replace(weight=after.weight.repeat(1, 2)[:, : after.weight.shape[1]]) if x.shape[
             1
         ] > 99 else after
+
+
+@mutant(check="segments_of_ranks_are_the_whole")
+class SaysThatItSplits(Specimen):
+    """Declares its own context parallelism, and takes every rank's segment for the first."""
+
+    supports_context_parallel = True
+
+    def mix(self, x, call):
+        return super().mix(x, call._replace(documents=None, cp_group=None) if call.cp_group else call)

@@ -1,0 +1,98 @@
+"""Context parallelism, where a mixer offers its own: processes are threads here, and what they gather is one graph."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.state import clone
+from ...ops.context_parallel import ContextParallel
+from ..check import check, context_parallel
+from ..compare import require
+from ..mixer_case import Draw
+from ..mixer_trial import Call, Trial
+
+
+@dataclass(frozen=True)
+class Threads(ContextParallel):
+    """Ranks as threads: what each gathers are the tensors of all, with the graphs that made them."""
+
+    barrier: threading.Barrier = field(kw_only=True)
+    tensors: list[Tensor | None] = field(kw_only=True)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """A tensor of every rank, stacked."""
+        self.tensors[self.rank] = x
+        self.barrier.wait()
+        every = [tensor for tensor in self.tensors if tensor is not None]
+        self.barrier.wait()
+        shapes = {tuple(tensor.shape) for tensor in every}
+        require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
+        return torch.stack(every)
+
+
+DRAW = Draw(pieces=(2, 3), tokens=(1, 9), long=6, longest=65, batch_size=(1, 2))
+
+
+@check(
+    context_parallel,
+    use="context parallelism: a sequence over several processes is another than on one",
+    share=0.12,
+    draw=DRAW,
+)
+def segments_of_ranks_are_the_whole(trial: Trial) -> None:
+    """Over several ranks, packed documents too, output, final state and gradients are those of one: no process but
+    this one is needed to see it."""
+    ranks, length = len(trial.case.lengths), trial.case.lengths[0]
+    packed: dict[str, Tensor] = {}
+    if trial.case.batch_size == 1 and trial.mixer.traits.packing and trial.case.seed % 2:
+        cuts = torch.randint(0, ranks * length + 1, (2,), generator=trial.generator).sort().values.tolist()
+        packed["cu_seqlens"] = torch.tensor([0, *cuts, ranks * length], device=trial.subject.device)
+    x = trial.tokens(length=ranks * length)
+    state = trial.state(3 if packed else trial.case.batch_size)
+    # a growing state may hold a row's tokens in more room than it would need on one rank
+    keep_state = trial.mixer.traits.state == "constant"
+
+    def whole(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, after = trial.call(trial.reference, **packed)(x, state)
+        return y, after if keep_state else None
+
+    expected = trial.differentiate(whole, x, state)
+    for paradigm in trial.paradigms:
+        for rank in range(ranks) if keep_state else (0,):
+            call = _over_ranks(trial, ranks, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank, keep_state)
+            actual = trial.differentiate(call, x, state)
+            what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
+            trial.compare(what, actual, expected)
+
+
+def _over_ranks(trial: Trial, size: int, calls: Callable[[Any], Call], kept: int, keep_state: bool) -> Call:
+    """A call by several ranks, each with its segment; the final state is that of one of them."""
+
+    def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        barrier, tensors = threading.Barrier(size, timeout=60), [None] * size
+        groups = [Threads("threads", rank, size, barrier=barrier, tensors=tensors) for rank in range(size)]
+
+        def run(group: Threads) -> tuple[Tensor, Any]:
+            mixer = trial.without_dropout()
+            mixer.cp_group = group
+            try:
+                return calls(mixer)(group.part(x), state if state is None or torch.is_grad_enabled() else clone(state))
+            except BaseException:
+                barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(size) as pool:
+            futures = [pool.submit(run, group) for group in groups]
+        # the error of the rank that failed, not of those that waited for it
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        results = [future.result() for future in futures]
+        return torch.cat([y for y, _ in results], dim=1), results[kept][1] if keep_state else None
+
+    return call
