@@ -41,6 +41,7 @@ class Unusual(SequenceMixer):
         name = cls.__name__.lower()
         cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, kind=(Literal[name], name))
         cls.config_class.layer = cls
+        globals()[cls.config_class.__name__] = cls.config_class
         if right:
             UNUSUAL.append(cls.config_class())
 

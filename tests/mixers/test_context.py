@@ -36,6 +36,11 @@ MIXERS_OF_ALL_OPS = (
     ("attention", {"n_heads": 2, "window": 4, "positions": "xpos", "chunk_size": 3}),
     ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
+    # states of any dtype, and a learned beginning
+    ("unusual:S4DConfig", {}),
+    ("unusual:PagesConfig", {}),
+    ("unusual:LSTMConfig", {}),
+    ("unusual:LearnedStartConfig", {}),
 )
 IDS = [" ".join((kind, *(f"{k}={v}" for k, v in fields.items()))) for kind, fields in MIXERS_OF_ALL_OPS]
 
@@ -55,6 +60,7 @@ def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
     first, *others = sorted(config.traits.paradigms, key=lambda p: p is not config.paradigm)
     cases = [{"paradigm": first.value, **case} for case in CASES]
     cases += [{"paradigm": other.value, **case} for other in others for case in CASES[2:5:2]]
+    cases = [case for case in cases if config.traits.packing or "cu_seqlens" not in case]
     ranks("mixer_as_one", kind, fields, cases)
 
 
