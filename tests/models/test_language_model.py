@@ -7,6 +7,8 @@ from torch.testing import assert_close
 
 from seqmix import ContractError, Paradigm, Traits
 from seqmix.mixers.state import to_dict
+from seqmix.models import compile_blocks
+from seqmix.models.prefill import prefill
 
 HYBRID = ("retention", "attention", "linear_attention")
 LENGTH = 13
@@ -56,6 +58,21 @@ def test_the_first_declared_paradigm_is_preferred(model_of):
         Paradigm.PARALLEL,  # the only one it has, although nobody asked for it
         Paradigm.CHUNKWISE,
     )
+
+
+def test_a_paradigm_that_takes_no_state_is_used_for_prompts_alone(model_of, monkeypatch):
+    """And what cannot be compiled is refused before anything is."""
+    model, x = model_of("unusual:NoStateConfig"), tokens()
+    wanted = model(x).logits
+    used = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: used.append(k["paradigm"]) or forward(*a, **k))
+    logits, state = prefill(model, [x[0, :4]])
+    logits, _ = prefill(model, [x[0, 4:]], state=state)
+    assert used == [(Paradigm.PARALLEL,) * 2, (Paradigm.RECURRENT,) * 2]
+    exactly(logits[0], wanted[0, -1])
+    with pytest.raises(ContractError, match=r"nostate cannot be compiled"):
+        compile_blocks(model)
 
 
 def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
