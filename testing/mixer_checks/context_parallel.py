@@ -4,13 +4,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
 from ...ops.context_parallel import ContextParallel
+from ...ops.paradigm import Paradigm
 from ..check import check, context_parallel
 from ..compare import require
 from ..mixer_case import Draw
@@ -64,17 +67,22 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     expected = trial.differentiate(whole, x, state)
     for paradigm in trial.paradigms:
         for rank in range(ranks) if keep_state else (0,):
-            call = _over_ranks(trial, ranks, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank, keep_state)
+            call = _over_ranks(trial, ranks, partial(_of, trial, paradigm, packed), rank, keep_state)
             actual = trial.differentiate(call, x, state)
             what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
             trial.compare(what, actual, expected)
 
 
-def _over_ranks(trial: Trial, size: int, calls: Callable[[Any], Call], kept: int, keep_state: bool) -> Call:
+def _of(trial: Trial, paradigm: Paradigm, packed: dict[str, Tensor], mixer: SequenceMixer) -> Call:
+    return trial.call(paradigm, mixer, **packed)
+
+
+def _over_ranks(trial: Trial, size: int, calls: Callable[[SequenceMixer], Call], kept: int, keep_state: bool) -> Call:
     """A call by several ranks, each with its segment; the final state is that of one of them."""
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        barrier, tensors = threading.Barrier(size, timeout=60), [None] * size
+        barrier = threading.Barrier(size, timeout=60)
+        tensors: list[Tensor | None] = [None] * size
         groups = [Threads("threads", rank, size, barrier=barrier, tensors=tensors) for rank in range(size)]
 
         def run(group: Threads) -> tuple[Tensor, Any]:

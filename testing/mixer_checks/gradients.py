@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...mixers.state import from_dict, to_dict
+from ...ops.paradigm import Paradigm
 from ..check import check, exact_gradients
 from ..compare import require
 from ..gradients import gradients
@@ -62,18 +63,16 @@ def gradients_are_derivatives(trial: Trial) -> None:
                 along[f"the state's {name}"] = torch.where(leaf.isfinite(), other - leaf, 0).detach()
     above: dict[str, Tensor] = {}
 
-    def loss(moved: Mapping[str, Tensor], paradigm: object, mixer: torch.nn.Module) -> Tensor:
+    def loss(moved: Mapping[str, Tensor], paradigm: Paradigm, mixer: torch.nn.Module) -> Tensor:
         own = {name: moved.get(f"the parameter {name}", p) for name, p in mixer.named_parameters()}
-        before = (
-            None if state is None else from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
-        )
+        before = state and from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
         options = {"paradigm": paradigm if state is None else trial.after(paradigm), **packed}
         options["return_state"] = trial.case.final_state
         y, after = functional_call(mixer, own, (moved["the tokens"], before), options)
         results = named_results(y, after)
         if not above:
             above.update({name: trial.like(result) * (result.detach() != 0) for name, result in results.items()})
-        return sum((above[name] * result).sum() for name, result in results.items())
+        return torch.stack([(above[name] * result).sum() for name, result in results.items()]).sum()
 
     def rate(names: list[str], step: float) -> float:
         def at(steps: float) -> float:

@@ -125,7 +125,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
         for state in (given, as_leaves(given)):
             before, versions = clone(state), [leaf._version for leaf in leaves_of(state).values()]
             y, after = trial.call(paradigm)(x, state)
-            total = sum(result.sum() for result in named_results(y, after).values())
+            total = torch.stack([result.double().sum() for result in named_results(y, after).values()]).sum()
             roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
             if roots and total.requires_grad:
                 torch.autograd.grad(total, roots, allow_unused=True)
