@@ -113,7 +113,7 @@ def _run(
             examples=check.examples(asked["examples"]),
             seed=asked["seed"],
             fixed=tested.fixed_cases(check),
-            simpler=partial(tested.simpler, check) if shrink else None,
+            simpler=partial(tested.simpler, check) if shrink and expected is None else None,
             on_case=on_case,
         )
         alone = True

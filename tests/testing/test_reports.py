@@ -27,8 +27,9 @@ def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(fo
     tried = []
     outcome = failure(forgetful, "paradigms_agree", on_case=lambda check, count: tried.append((check.name, count)))
     assert outcome.case == Case(start="initial")
-    first, versus, difference, *rest = outcome.reason.splitlines()
+    first, breaks, versus, difference, *rest = outcome.reason.splitlines()
     assert first == f"forgetful fails paradigms_agree: {CHECKS['paradigms_agree'].property}"
+    assert breaks == f"This breaks: {CHECKS['paradigms_agree'].use}"
     assert "chunkwise against recurrent" in versus
     assert re.search(r"gradient of the state's memory .* 144 of 144 ", difference)
     assert rest[0].endswith("ForgetfulConfig(n_heads=2)")
@@ -128,7 +129,7 @@ def test_output_and_state_without_any_gradient_are_a_failure(mixing, failure):
         y, after = inner(*given)
         return y.detach(), None if after is None else type(after)(*(leaf.detach() for leaf in after))
 
-    assert "gradient" in failure(mixing(detached), "paradigms_agree", shrink=False).reason.splitlines()[1]
+    assert "in_proj.weight" in failure(mixing(detached), "gradients_are_derivatives", shrink=False).reason
 
 
 def test_a_result_that_depends_on_earlier_calls_is_reported_as_such(mixing, failure):

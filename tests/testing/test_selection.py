@@ -282,7 +282,7 @@ class OneOfThreeConfig(RetentionConfig):
 
 def test_a_declared_paradigm_that_the_configuration_refuses_is_a_failure(failure):
     reason = failure(OneOfThreeConfig(n_heads=2), "configurations_round_trip").reason
-    assert "paradigm=chunkwise" in reason.splitlines()[1]
+    assert "paradigm=chunkwise" in reason.splitlines()[2]
 
 
 class RefusedConfig(RetentionConfig):
