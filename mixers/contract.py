@@ -18,7 +18,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
 from .state import S, from_dict, is_inexact, map_state, to_dict
-from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state_is_taken
+from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state, require_state_is_taken
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
 """Fields of mixers that choose how a map is computed: by the contract, they change nothing but its rounding."""
@@ -167,9 +167,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             The output [B T D], and the final state (None unless wanted).
 
         Raises:
-            ContractError: the mixer does not declare the paradigm, a state in it, packing or compiling, the dtypes or
-                shapes do not fit, or its own `mix` returns something else than an output of the segment's shape and a
-                state.
+            ContractError: the mixer does not declare the paradigm, a state in it or at all, packing or compiling, the
+                dtypes or shapes do not fit, or its own `mix` returns something else than an output of the segment's
+                shape and a state.
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
@@ -179,6 +179,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         in_turn = self.cp_group is not None and not self.supports_context_parallel
         if state is not None or in_turn:  # from rank to rank goes a state
             require_state_is_taken(paradigm, self.traits, self.kind)
+        if return_state:
+            require_state(self.traits, self.kind)
         compiling = torch.compiler.is_compiling()
         if compiling:
             require_compiles(self.traits, self.kind)

@@ -1,4 +1,4 @@
-"""What can be done with any state: nested tuples (NamedTuples) of tensors, batch first in every leaf.
+"""What can be done with any state: nested tuples (NamedTuples) of tensors, batch first in every leaf; None has no leaf.
 
 A model's state is a tuple with one opaque entry per layer, so everything here works on one layer and on a whole model.
 """
@@ -59,7 +59,7 @@ def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
         if isinstance(node, Tensor):
             leaves[".".join(path)] = as_real(node).contiguous()
             return
-        for name, child in zip(_names(node), node, strict=True):
+        for name, child in zip(_names(node), node, strict=True) if node is not None else ():
             visit(child, (*path, name))
 
     visit(state, ())
@@ -112,6 +112,8 @@ def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[Any, ...]
     first = states[0]
     if isinstance(first, Tensor):
         return function(list(states))
+    if all(state is None for state in states):
+        return None
     if any(type(other) is not type(first) or len(other) != len(first) for other in states):
         kinds = " and ".join(sorted({f"{type(state).__name__} of {len(state)}" for state in states}))
         raise ContractError(f"states in one batch are of one kind, and these are {kinds}")

@@ -17,8 +17,8 @@ class Traits:
 
     paradigms: frozenset[Paradigm]
     """The paradigms it has. All of them compute the same map."""
-    state: Literal["constant", "growing"]
-    """How the state's size depends on the sequence length."""
+    state: Literal["constant", "growing", "none"]
+    """How the state's size depends on the sequence length; "none" of a mixer that neither takes nor returns one."""
     packing: bool
     """Whether it honours `cu_seqlens` (several documents in one row)."""
     shift_invariant: bool
@@ -37,18 +37,25 @@ class Traits:
             raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
         # a name is equal to its paradigm, but is not printed as one; and a set could change
         object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
-        if self.state not in ("constant", "growing"):
-            hint = nearest(str(self.state), ("constant", "growing"))
-            raise ContractError(f"Traits.state needs 'constant' or 'growing', and was given {self.state!r}{hint}")
+        if self.state not in (states := ("constant", "growing", "none")):
+            hint = nearest(str(self.state), states)
+            raise ContractError(
+                f"Traits.state needs 'constant', 'growing' or 'none', and was given {self.state!r}{hint}"
+            )
         for name in ("packing", "shift_invariant", "parallel_from_state", "compiles", "surrogate_gradients"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
-        if not any(map(self.takes_state, self.paradigms)):
+        if self.has_state and not any(map(self.takes_state, self.paradigms)):
             raise ContractError("Traits.parallel_from_state is False, and no other paradigm is there to take a state")
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state: what was read before a segment, or what a segment leaves."""
+        return self.state != "none"
 
     def takes_state(self, paradigm: Paradigm) -> bool:
         """Whether a segment can be mixed from a state in this paradigm."""
-        return self.parallel_from_state or paradigm is not Paradigm.PARALLEL
+        return self.has_state and (self.parallel_from_state or paradigm is not Paradigm.PARALLEL)
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
@@ -61,8 +68,17 @@ def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
         )
 
 
+def require_state(traits: Traits, kind: str) -> None:
+    """Refuse a state, given or wanted, where a mixer has none."""
+    if not traits.has_state:
+        raise ContractError(
+            f"{kind} has no state (traits.state is 'none'): it mixes whole sequences, and cannot decode"
+        )
+
+
 def require_state_is_taken(paradigm: Paradigm, traits: Traits, kind: str) -> None:
     """Refuse a state in a paradigm that takes none."""
+    require_state(traits, kind)
     if not traits.takes_state(paradigm):
         others = ", ".join(sorted(traits.paradigms - {paradigm}))
         raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {others}")

@@ -14,6 +14,7 @@ Needs hypothesis (`pip install 'seqmix[check]'`).
 """
 
 from . import kernel_checks, mixer_checks  # noqa: F401  importing them registers the checks
+from .adapt import adapt
 from .check import CHECKS, KERNEL_CHECKS, Check, check, kernel_check
 from .check_kernel import check_kernel, parametrize_kernels, reproduce_kernel
 from .check_mixer import Report, check_mixer, parametrize_checks, reproduce
@@ -43,6 +44,7 @@ __all__ = [
     "SoftmaxCase",
     "Status",
     "Trial",
+    "adapt",
     "check",
     "check_kernel",
     "check_mixer",

@@ -12,6 +12,7 @@ from ..ops.kernels import Kernel
 from .kernel_case import KernelDraw
 from .kernel_trial import KernelTrial
 from .mixer_case import Draw
+from .mixer_options import alternatives
 from .mixer_trial import Trial
 
 S = TypeVar("S")
@@ -101,9 +102,29 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
 # ---- what checks of mixers need
 
 
+def declares(what: str, words: str) -> Callable[[MixerConfig, SequenceMixer], str | None]:
+    """What a module of another project may not have (`undeclared` of the adapted mixer says why), also in words."""
+
+    def need(_: MixerConfig, mixer: SequenceMixer) -> str | None:
+        return getattr(mixer, "undeclared", {}).get(what)
+
+    need.__doc__ = words
+    return need
+
+
+def optional(config: MixerConfig, _: SequenceMixer) -> str | None:
+    """Options."""
+    return None if alternatives(config) else "the configuration has no options to vary"
+
+
 def packing(config: MixerConfig, _: SequenceMixer) -> str | None:
     """Packing."""
     return None if config.traits.packing else "traits.packing is False"
+
+
+def stateful(config: MixerConfig, _: SequenceMixer) -> str | None:
+    """A state."""
+    return None if config.traits.has_state else "traits.state is none"
 
 
 def recurrent(config: MixerConfig, _: SequenceMixer) -> str | None:

@@ -141,13 +141,13 @@ class TestedMixer(Tested[Case]):
         return check.skip_reason(self.subject.config, self.subject.mixer({}))
 
     def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
-        return check.draw.cases(self.subject.traits, self.subject.options)
+        return check.draw.of(self.subject.traits).cases(self.subject.traits, self.subject.options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
-        return check.draw.fixed_cases(self.subject.traits)
+        return check.draw.of(self.subject.traits).fixed_cases(self.subject.traits)
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
-        return check.draw.simpler(case)
+        return check.draw.of(self.subject.traits).simpler(case)
 
     def attempt(self, check: MixerCheck, case: Case) -> None:
         if check.compiles:  # runs as in use

@@ -112,6 +112,10 @@ class Draw:
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 
+    def of(self, traits: Traits) -> "Draw":
+        """What of it there is for a mixer: one that has no state begins from nothing."""
+        return self if traits.has_state else replace(self, starts=("none",))
+
     def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]

@@ -139,18 +139,19 @@ class Subject:
         mixer = self._build({}, torch.float64)
         assert mixer is not None
         kind, x = mixer.kind, torch.ones(2, 3, self.d_model, dtype=torch.float64, device=self.device)
+        stateful = self.traits.has_state
         with _refusals(f"{kind}: init_state"):
-            state = mixer.init_state(2)
+            state = mixer.init_state(2) if stateful else ()
         named = type(state).__name__
         if not isinstance(state, tuple):
             raise ContractError(f"{kind}: init_state returned a {named}; a state is a NamedTuple of tensors")
         for paradigm in sorted(self.traits.paradigms, key=lambda paradigm: paradigm is not mixer.paradigm):
             with torch.no_grad(), _refusals(f"{kind}: a call in the {paradigm} paradigm"):
-                y, after = mixer(x, paradigm=paradigm, return_state=True)
+                y, after = mixer(x, paradigm=paradigm, return_state=stateful)
             what = f"{kind}: the {paradigm} paradigm"
             if not y.is_floating_point():
                 raise ContractError(f"{what} returned an output of {y.dtype} for an input of {x.dtype}")
-            if not isinstance(after, tuple):
+            if stateful and not isinstance(after, tuple):
                 wanted = f"has to return a {named} as the final state, where one is wanted"
                 raise ContractError(f"{what} {wanted}, and returned a {type(after).__name__}")
 
@@ -181,7 +182,7 @@ def reference_paradigm(config: MixerConfig) -> Paradigm:
     """The paradigm that others are compared with: the recurrent, which is nearest to a definition; it takes a state."""
     traits = config.traits
     candidates = (Paradigm.RECURRENT, config.paradigm, *Paradigm)
-    return next(p for p in candidates if p in traits.paradigms and traits.takes_state(p))
+    return next(p for p in candidates if p in traits.paradigms and (traits.takes_state(p) or not traits.has_state))
 
 
 def _require_device(device: str | torch.device) -> torch.device:
@@ -208,6 +209,7 @@ def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> 
 
 def _width(config: MixerConfig, d_model: int | None) -> int:
     """The width given, if it fits, or the first that does."""
+    d_model = getattr(config, "fixed_d_model", None) if d_model is None else d_model
     if d_model is not None:
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
             raise SeqmixError(f"d_model needs an integer >= 1, and was given {d_model!r}")

@@ -83,6 +83,10 @@ class Trial:
                 state = self.mixer.perturb_state(state, self.generator)
         return state
 
+    def initial_state(self, rows: int) -> Any:
+        """The initial state; None where the mixer has none."""
+        return self.mixer.init_state(rows) if self.mixer.traits.has_state else None
+
     @property
     def use(self) -> str:
         """How the case calls the mixer, in words."""
@@ -106,12 +110,17 @@ class Trial:
 
     def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
         """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
-        mixed = partial(mixer or self.mixer, **{"return_state": True, **options})
+        mixed = partial(mixer or self.mixer, **{"return_state": self.mixer.traits.has_state, **options})
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
     def used(self, paradigm: Paradigm | None = None, **options: Any) -> Call:
         """The mixer as the case uses it, without dropout: see `Use`."""
-        return self.call(paradigm, self.mixer_in_use, return_state=self.case.final_state, **options)
+        return self.call(paradigm, self.mixer_in_use, return_state=self.final_state, **options)
+
+    @property
+    def final_state(self) -> bool:
+        """Whether the case's use wants a final state, and there is one."""
+        return self.case.final_state and self.mixer.traits.has_state
 
     @cached_property
     def mixer_in_use(self) -> SequenceMixer:
@@ -179,7 +188,7 @@ class Trial:
         frozen = self.case.use == "frozen"
         x, state = x.detach().requires_grad_(not (used and frozen)), as_leaves(state)
         y, after = call(x, state)
-        after = after if self.case.final_state else None
+        after = after if self.final_state else None
         results = named_results(y, after)
         leaves = {} if frozen else {"the input": x}
         leaves |= {**named_leaves("the state's", state), **learnable(mixer or self.mixer)}

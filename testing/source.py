@@ -12,6 +12,8 @@ from ..registry import Config
 
 def source(value: Any) -> str:
     """A value as Python that makes it; of a configuration, the fields that are not the default."""
+    if isinstance(written := getattr(value, "written", None), str):  # of what has no source
+        return written
     if isinstance(value, Config):
         known = type(value).model_fields
         return call_source(type(value).__name__, given(vars(value), {name: f.default for name, f in known.items()}))

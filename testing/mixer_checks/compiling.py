@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ..check import check, compilable, packing, recurrent
+from ..check import check, compilable, packing, recurrent, stateful
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
@@ -17,6 +17,7 @@ from ..mixer_trial import Trial
 NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
 STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
 PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",), uses=("training",))
+MANY = Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",))
 SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), uses=("training",))
 
 
@@ -28,7 +29,14 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
         _compiles(trial, trial.used(paradigm))
 
 
-@check(compilable, use="prefill and truncated backpropagation with torch.compile", share=0, draw=STATE, compiles=True)
+@check(
+    stateful,
+    compilable,
+    use="prefill and truncated backpropagation with torch.compile",
+    share=0,
+    draw=STATE,
+    compiles=True,
+)
 def segments_compile_into_one_graph(trial: Trial) -> None:
     """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
     _compiles(trial, trial.call())
@@ -89,6 +97,7 @@ def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[T
 
 
 @check(
+    stateful,
     compilable,
     recurrent,
     use="decoding with torch.compile: it compiles at every token",

@@ -14,7 +14,7 @@ from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
 from ...registry import dump
 from ...registry.yaml import parse
-from ..check import check
+from ..check import check, declares
 from ..compare import CheckFailure, require
 from ..counting import count_flops
 from ..gradients import gradients
@@ -24,18 +24,23 @@ from ..mixer_trial import Trial, learnable
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 
-@check(use="any call with a wrong argument: it computes something else instead of refusing", share=0.12, draw=ONCE)
+@check(
+    declares("refusals", "A mixer of its own"),
+    use="any call with a wrong argument: it computes something else instead of refusing",
+    share=0.12,
+    draw=ONCE,
+)
 def what_is_not_declared_is_refused(trial: Trial) -> None:
     """A paradigm, packing, dtype, shape or state that does not fit is refused by a ContractError, never computed."""
     mixer, x = trial.mixer, trial.tokens()
-    boundaries = torch.tensor([0, 4, 8], device=x.device)
+    state, boundaries = trial.initial_state(2) or (x[:, 0],), torch.tensor([0, 4, 8], device=x.device)
     for paradigm in sorted(set(Paradigm) - mixer.traits.paradigms):
         _refused(f"the undeclared paradigm {paradigm}", lambda p=paradigm: mixer(x, paradigm=p), str(paradigm))
     if Paradigm.RECURRENT not in mixer.traits.paradigms:
-        _refused("a step without the recurrent paradigm", lambda: mixer.step(x[:, :1], mixer.init_state(2)))
+        _refused("a step without the recurrent paradigm", lambda: mixer.step(x[:, :1], state))
     _refused("a paradigm that does not exist", lambda: mixer(x, paradigm="paralel"), "paralel")
     for paradigm in sorted(p for p in mixer.traits.paradigms if not mixer.traits.takes_state(p)):
-        _refused(f"a state in the {paradigm} paradigm", lambda p=paradigm: mixer(x, mixer.init_state(2), paradigm=p))
+        _refused(f"a state in the {paradigm} paradigm", lambda p=paradigm: mixer(x, state, paradigm=p))
     packed = x.reshape(1, 8, -1)
     if mixer.traits.packing:
         for wrong in ([0, 4], [1, 8], [0, 5, 3, 8]):
@@ -50,10 +55,18 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
     _refused("float32 tokens for float64 parameters", lambda: mixer(x.float()), "float32")
     _refused("an empty segment", lambda: mixer(x[:, :0]))
     _refused("tokens without a batch", lambda: mixer(x[0]))
-    _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3), paradigm=trial.reference), "3")
+    if mixer.traits.has_state:
+        _refused("a state of 3 sequences for 2", lambda: mixer(x, mixer.init_state(3), paradigm=trial.reference), "3")
+    else:
+        _refused("a final state, which it has none of", lambda: mixer(x, return_state=True), "state")
 
 
-@check(use="runs from YAML: another mixer is built than was written", share=0.12, draw=ONCE)
+@check(
+    declares("yaml", "A configuration in YAML"),
+    use="runs from YAML: another mixer is built than was written",
+    share=0.12,
+    draw=ONCE,
+)
 def configurations_round_trip(trial: Trial) -> None:
     """A configuration survives YAML; the mixer has its kind, traits and, at any length, its default paradigm."""
     config, mixer, x = trial.config, trial.mixer, trial.tokens()
@@ -83,7 +96,12 @@ def parameters_round_trip(trial: Trial) -> None:
         trial.compare(f"{paradigm}, loaded parameters", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
 
 
-@check(use="models built on meta, and sharded training: parameters are uninitialised", share=0.1, draw=ONCE)
+@check(
+    declares("reset_parameters", "`reset_parameters`"),
+    use="models built on meta, and sharded training: parameters are uninitialised",
+    share=0.1,
+    draw=ONCE,
+)
 def every_parameter_is_initialised(trial: Trial) -> None:
     """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
     them, from the global generator alone."""
@@ -135,6 +153,7 @@ def every_parameter_learns(trial: Trial) -> None:
 
 
 @check(
+    declares("flops", "A declared cost"),
     use="reported FLOPs and MFU",
     share=0.2,
     draw=Draw(tokens=(1, 20), lists=((1,), (64,), (300,)), batch_size=(1, 1), starts=("none", "initial", "read")),
@@ -146,12 +165,12 @@ def flops_are_as_declared(trial: Trial) -> None:
     state = trial.mix(trial.tokens(length=context), None)[1] if context else None
     for paradigm in trial.paradigms if state is None else filter(trial.mixer.traits.takes_state, trial.paradigms):
         counted = []
-        for wanted in (False, True):
+        for wanted in (False, trial.mixer.traits.has_state):
             given = None if state is None else clone(state)
             with torch.no_grad():
                 call = partial(trial.mixer, x, given, paradigm=paradigm, return_state=wanted)
                 counted.append(count_flops(call))
-        numbers = sum(leaf.numel() for leaf in to_dict(trial.mixer.init_state(1)).values())
+        numbers = sum(leaf.numel() for leaf in to_dict(trial.initial_state(1)).values())
         declared = trial.mixer.flops(trial.case.length, paradigm, context)
         # torch.einsum multiplies elementwise where it would sum over one token, as in a ragged chunk
         size = {Paradigm.RECURRENT: 1, Paradigm.CHUNKWISE: trial.mixer.chunk_size}.get(paradigm, trial.case.length)

@@ -67,7 +67,7 @@ def gradients_are_derivatives(trial: Trial) -> None:
         own = {name: moved.get(f"the parameter {name}", p) for name, p in mixer.named_parameters()}
         before = state and from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
         options = {"paradigm": paradigm if state is None else trial.after(paradigm), **packed}
-        options["return_state"] = trial.case.final_state
+        options["return_state"] = trial.final_state
         y, after = functional_call(mixer, own, (moved["the tokens"], before), options)
         results = named_results(y, after)
         if not above:

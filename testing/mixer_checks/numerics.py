@@ -12,7 +12,7 @@ from torch import Tensor
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, is_inexact, map_state, to_dict
 from ...ops.paradigm import Paradigm
-from ..check import check, packing, positions
+from ..check import check, packing, positions, stateful
 from ..compare import FEW, GRADIENTS, near, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial, named_leaves, named_results
@@ -43,7 +43,9 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     """In float32, bfloat16 and float16, output, final state and gradients are finite and near float64 on the same
     rounded numbers, with a state carried along."""
     x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
-    calls = {f"{p} in {trial.case.dtype}": trial.in_pieces(trial.call(p)) for p in trial.paradigms}
+    calls = {f"{p} in {trial.case.dtype}": trial.call(p) for p in trial.paradigms}
+    if trial.mixer.traits.has_state:
+        calls = {what: trial.in_pieces(call) for what, call in calls.items()}
     _near_float64(trial, calls, trial.call(trial.reference, exact), x, state, exact)
 
 
@@ -108,6 +110,7 @@ def _near_float64(
 
 
 @check(
+    stateful,
     use="long decoding in low precision: errors add up",
     share=0.06,
     draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW),
@@ -157,8 +160,11 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     expected = ends(*trial.mix(x.double(), _wide(state), exact))
     unit = torch.finfo(dtype).eps / 2
     moved = ends(*trial.mix(x.double() * (1 + unit * trial.like(x).double()), _wide(state), exact))
-    start = state or exact.init_state(1, max_length=length)
-    rows_moved = _moved(expected, _step_by_step(trial, exact, last), x, start, dtype)
+    if trial.mixer.traits.has_state:
+        start = state or exact.init_state(1, max_length=length)
+        rows_moved = _moved(expected, _step_by_step(trial, exact, last), x, start, dtype)
+    else:
+        rows_moved = _moved(expected, lambda x, _: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:
         found = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
@@ -177,7 +183,7 @@ def dtypes_are_kept(trial: Trial) -> None:
     """Output has the input's dtype, and a state's leaves those of init_state: float32 at least, and not rounded to
     less, but for leaves whose numbers are only copied once they are there (a cache), which may have the parameters'."""
     mixer, x, state = trial.mixer, trial.tokens(), trial.state()
-    initial = to_dict(mixer.init_state(trial.case.batch_size))
+    initial = to_dict(trial.initial_state(trial.case.batch_size))
     for name, leaf in initial.items():
         if name in positions(mixer):
             require(leaf.dtype == torch.int64, f"init_state: {name} is {leaf.dtype}; positions are int64")
@@ -239,7 +245,7 @@ def autocast_changes_only_precision(trial: Trial) -> None:
     state's leaves keep their dtypes."""
     device, length = trial.subject.device.type, trial.case.length
     x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
-    initial = to_dict(trial.mixer.init_state(trial.case.batch_size))
+    initial = to_dict(trial.initial_state(trial.case.batch_size))
     packed: dict[str, Tensor] = {}
     if trial.mixer.traits.packing and trial.case.seed % 2:  # the rows as documents
         packed["cu_seqlens"] = torch.arange(0, x.numel() + 1, length, device=x.device)[: len(x) + 1]

@@ -94,7 +94,7 @@ Group = tuple[list[int], Tensor | None, Any]
 def alone(trial: Trial, call: Call, x: Tensor, state: Any, **options: Any) -> list[Group]:
     """What each document gives that is not packed; those of one length are the rows of a batch."""
     lengths, groups = trial.case.lengths, []
-    initial = trial.mixer.init_state(len(lengths)) if state is None else state
+    initial = trial.initial_state(len(lengths)) if state is None else state
     for length in dict.fromkeys(lengths):
         rows = [n for n, other in enumerate(lengths) if other == length]
         before = select(initial, trial.index(*rows))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import to_dict
 from ...registry import SeqmixError
-from ..check import check, positioned, positions, shiftable
+from ..check import check, positioned, positions, shiftable, stateful
 from ..compare import EXACT, near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
@@ -22,6 +22,7 @@ REPEATED = 840
 
 
 @check(
+    stateful,
     shiftable,
     use="long text: late tokens are mixed in another way than early ones",
     share=0.12,
@@ -59,7 +60,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 LATE = Draw(tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16))
 
 
-@check(positioned, use="long text in low precision: late positions are rounded", share=0.15, draw=LATE)
+@check(stateful, positioned, use="long text in low precision: late positions are rounded", share=0.15, draw=LATE)
 def late_positions_are_exact(trial: Trial) -> None:
     """After a million tokens float32 and bfloat16 are as near float64 as at the start, or so many are refused."""
     exact = trial.rebuilt(torch.float64)

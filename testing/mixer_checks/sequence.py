@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...mixers.state import clone, detach, select
 from ...ops.paradigm import Paradigm
-from ..check import check, chunked, recurrent, several_paradigms
+from ..check import check, chunked, recurrent, several_paradigms, stateful
 from ..compare import EXACT, require
 from ..mixer_case import LENGTHS, USES, Draw
 from ..mixer_options import chunk_sizes
@@ -54,6 +54,7 @@ def paradigms_agree(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     use="prefill in pieces, and decoding after a prompt",
     share=0.75,
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
@@ -67,6 +68,7 @@ def pieces_equal_the_whole(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     use="training on long sequences piece by piece",
     share=0.25,
     draw=Draw(
@@ -104,6 +106,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     recurrent,
     use="decoding: it gives another text than the model was trained for",
     share=0.2,

@@ -10,13 +10,14 @@ from torch import Tensor
 from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check
+from ..check import check, stateful
 from ..compare import require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
 
 @check(
+    stateful,
     use="the start of a text: it depends on how the state was made",
     share=0.15,
     draw=Draw(tokens=(1, 8), starts=("none",)),
@@ -66,6 +67,7 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
 
 
 @check(
+    stateful,
     use="beam search and batched decoding: rows of a state are mixed up",
     share=0.2,
     draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
@@ -86,7 +88,9 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
         trial.compare(f"{paradigm}, rows {list(rows)} split and joined", joined, expected)
 
 
-@check(use="saved prompts: text goes on in another way", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2)))
+@check(
+    stateful, use="saved prompts: text goes on in another way", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
+)
 def a_state_survives_the_disk(trial: Trial) -> None:
     """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
     x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
@@ -114,6 +118,7 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
 
 
 @check(
+    stateful,
     use="truncated backpropagation, and prompts that are used again",
     share=0.25,
     draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")),
@@ -139,6 +144,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     use="everything that is done with states: beams, saving, moving between devices",
     share=0.12,
     draw=Draw(tokens=(1, 6), batch_size=(2, 5)),
@@ -163,6 +169,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     use="memory in decoding: it grows where it should not",
     share=0.05,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate, select, to_dict
 from ...registry import SeqmixError
-from ..check import check
+from ..check import check, declares, optional, stateful
 from ..compare import CheckFailure, require
 from ..gradients import gradients
 from ..mixer_case import LAYERS, Draw
@@ -67,7 +67,7 @@ def copies_are_as_good(trial: Trial) -> None:
     trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
 
 
-@check(use="decoding on a GPU, and models built on meta", share=0.06, draw=ONCE)
+@check(stateful, use="decoding on a GPU, and models built on meta", share=0.06, draw=ONCE)
 def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     """`init_state` is on the mixer's device, meta included, with the same shapes and dtypes; each call gives new
     memory."""
@@ -91,6 +91,8 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
 
 
 @check(
+    stateful,
+    declares("rows", "Rows of their own lengths"),
     use="batched decoding of prompts of different lengths",
     share=0.2,
     draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)),
@@ -123,6 +125,7 @@ def rows_may_differ_in_length(trial: Trial) -> None:
 
 
 @check(
+    stateful,
     use="text of millions of tokens: the counter stops",
     share=0.04,
     draw=Draw(tokens=(6, 6), batch_size=(1, 1), starts=("none",)),
@@ -141,7 +144,7 @@ def tokens_are_counted_by_integers(trial: Trial) -> None:
                 require(not counts, f"{sentence}; positions are int64")
 
 
-@check(use="ablations: an option is accepted and does nothing", share=0.01, draw=ONCE)
+@check(optional, use="ablations: an option is accepted and does nothing", share=0.01, draw=ONCE)
 def every_option_changes_something(trial: Trial) -> None:
     """Every value of an option that a check varies changes parameters, results, gradients, costs, or what is refused,
     beside some values of the others."""
@@ -175,7 +178,7 @@ def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
         torch.manual_seed(0)
         mixer.train()
         try:
-            y, after = mixer(x, return_state=True)
+            y, after = mixer(x, return_state=mixer.traits.has_state)
         finally:
             mixer.eval()
     parameters = learnable(mixer)

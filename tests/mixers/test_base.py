@@ -74,7 +74,7 @@ def traits(**changes):
         ({"paradigms": [Paradigm.PARALLEL]}, r"frozenset .*Paradigm.PARALLEL.* \["),
         ({"paradigms": frozenset()}, "frozenset .*Paradigm.PARALLEL"),
         ({"paradigms": frozenset({"paralel"})}, "Paradigm.PARALLEL.*'paralel'"),
-        ({"state": "grows"}, "'constant' or 'growing'.*'grows'.*\"growing\""),
+        ({"state": "grows"}, "'constant', 'growing' or 'none'.*'grows'.*\"growing\""),
         ({"packing": None}, "None"),
         ({"shift_invariant": 1}, "1"),
         ({"parallel_from_state": False, "paradigms": frozenset({"parallel"})}, "no other paradigm"),
