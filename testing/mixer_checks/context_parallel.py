@@ -51,7 +51,7 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     """Over several ranks, packed documents too, output, final state and gradients are those of one: no process but
     this one is needed to see it."""
     ranks, length = len(trial.case.lengths), trial.case.lengths[0]
-    packed: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
     if trial.case.batch_size == 1 and trial.mixer.traits.packing and trial.case.seed % 2:
         cuts = torch.randint(0, ranks * length + 1, (2,), generator=trial.generator).sort().values.tolist()
         packed["cu_seqlens"] = torch.tensor([0, *cuts, ranks * length], device=trial.subject.device)
@@ -73,7 +73,7 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
             trial.compare(what, actual, expected)
 
 
-def _of(trial: Trial, paradigm: Paradigm, packed: dict[str, Tensor], mixer: SequenceMixer) -> Call:
+def _of(trial: Trial, paradigm: Paradigm, packed: dict[str, Any], mixer: SequenceMixer) -> Call:
     return trial.call(paradigm, mixer, **packed)
 
 
