@@ -152,7 +152,8 @@ class Draw:
             yield replace(case, batch_size=rows, rows=tuple(min(row, rows - 1) for row in case.rows))
         drawn = {"start": [start for start in STARTS if start in self.starts], "use": self.uses, "scale": self.scales}
         for name, values in {**drawn, "layer": range(LAYERS)}.items():
-            yield from (replace(case, **{name: value}) for value in values[: values.index(getattr(case, name))])
+            now = getattr(case, name)  # of a case that always runs, it may be none of those that are drawn
+            yield from (replace(case, **{name: value}) for value in values[: values.index(now) if now in values else 0])
         for name in options:
             yield replace(case, options={other: value for other, value in options.items() if other != name})
         yield from (replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < own < math.inf)
