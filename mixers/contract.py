@@ -346,7 +346,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 "or use torch.autocast"
             )
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if state and isinstance(state[0], Tensor) and (given := state[0].shape[0]) != rows:
+        first: Any = state
+        while isinstance(first, tuple) and first:  # parts may have states of their own
+            first = first[0]
+        if isinstance(first, Tensor) and (given := first.shape[0]) != rows:
             raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")
         if cu_seqlens is None:
             return

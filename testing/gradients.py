@@ -11,7 +11,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Gradients by name of the input, a leaf, from those above of some outputs; zero where nothing depends on it."""
     roots = {name: outputs[name] for name in above if outputs[name].requires_grad}
-    if not roots:
+    if not roots or not inputs:
         return {name: torch.zeros_like(x) for name, x in inputs.items()}
     gradients = [above[name].to(root.dtype) for name, root in roots.items()]
     found = torch.autograd.grad([*roots.values()], [*inputs.values()], gradients, materialize_grads=True)

@@ -447,21 +447,26 @@ class Pages(Unusual):
         return o, Paged(slots, state.pages.roll(-1, dims=1), ~state.odd, read)
 
 
+class Layers(NamedTuple):
+    inner: Memory
+    recent: torch.Tensor
+
+
 class Transposed(Unusual):
-    """Linear attention whose memory is a transposed tensor."""
+    """Linear attention after a shift by one token: a state within a state, whose memory is a transposed tensor."""
 
     inputs = 3
 
     def init_state(self, batch_size, *, max_length=None):
-        return Memory(self.zeros(batch_size, self.width, self.width).mT)
+        return Layers(Memory(self.zeros(batch_size, self.width, self.width).mT), self.zeros(batch_size, 3 * self.width))
 
     def products(self, length, paradigm):
         return length * self.width**2
 
     def token(self, u, state):
-        q, k, v = u.chunk(3, dim=-1)
-        memory = state.memory.mT / 2 + k[..., None] * v[:, None]
-        return (q[:, None] @ memory)[:, 0], Memory(memory.mT)
+        q, k, v = (u + state.recent).chunk(3, dim=-1)
+        memory = state.inner.memory.mT / 2 + k[..., None] * v[:, None]
+        return (q[:, None] @ memory)[:, 0], Layers(Memory(memory.mT), u)
 
 
 class Counted(NamedTuple):
@@ -539,3 +544,25 @@ class PagedCache(Unusual):
         wide = keys.to(u.dtype)
         scores = (u[:, None] @ wide.mT).masked_fill((slots > length[:, None])[:, None], -torch.inf)
         return (scores.softmax(-1) @ wide)[:, 0], Pool(keys, length + 1)
+
+
+class Mean(Unusual):
+    """The mean of all tokens, without a parameter."""
+
+    inputs = 0
+
+    def parts(self):
+        self.register_buffer("one", torch.empty(1))
+
+    def reset_parameters(self):
+        self.one.fill_(1)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
+
+    def shift_state(self, state, tokens):
+        return state
+
+    def token(self, u, state):
+        h, position = state.memory + u, state.position + 1
+        return h / position[:, None].to(h.dtype), Counted(h, position)

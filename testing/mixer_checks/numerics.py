@@ -44,9 +44,11 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     rounded numbers, with a state carried along."""
     x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
     calls = {f"{p} in {trial.case.dtype}": trial.call(p) for p in trial.paradigms}
+    whole = rounded = trial.call(trial.reference, exact)
     if trial.mixer.traits.has_state:
         calls = {what: trial.in_pieces(call) for what, call in calls.items()}
-    _near_float64(trial, calls, trial.call(trial.reference, exact), x, state, exact)
+        rounded = _step_by_step(trial, exact)
+    _near_float64(trial, calls, whole, x, state, exact, rounded=rounded)
 
 
 @check(
@@ -85,19 +87,20 @@ def _near_float64(
     state: Any,
     exact: SequenceMixer,
     dtype: torch.dtype | None = None,
+    rounded: Call | None = None,
 ) -> None:
     """Compare what calls give with what the whole gives in float64, by the tolerance of a dtype: the case's by
-    default."""
+    default. `rounded` gives the same with roundings on the way, where it is not the whole itself."""
     dtype = trial.case.dtype if dtype is None else dtype
     tolerance = trial.subject.tolerances[dtype]
     expected, exact_after = trial.differentiate(whole, x.double(), _wide(state), mixer=exact)
     results = named_results(expected.pop("the output"), exact_after)
-    numbers = torch.cat([gradient.flatten() for gradient in expected.values()])
+    numbers = torch.cat([x.new_zeros(1), *(gradient.flatten() for gradient in expected.values())])
     # a gradient may be zero but for rounding, as that of a key's bias under a softmax is
     floor = 0.1 * numbers.square().mean().sqrt().item()
 
     def named(x: Tensor, state: Any) -> dict[str, Tensor]:
-        found, after = trial.differentiate(whole, x, state, mixer=exact, zeros=results)
+        found, after = trial.differentiate(rounded or whole, x, state, mixer=exact, zeros=results)
         return named_results(found.pop("the output"), after) | found
 
     moved = _moved(expected | results, named, x, state, dtype)
@@ -126,19 +129,29 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     expected = expected[:, -last:]
 
     start = exact.init_state(1, max_length=STEPS)
-    moved = _moved({"the output": expected}, _step_by_step(trial, exact, last), x, start, trial.case.dtype)
+    stepped = torch.no_grad()(_step_by_step(trial, exact))
+    moved = _moved(
+        {"the output": expected},
+        lambda x, state: {"the output": stepped(x, state)[0][:, -last:]},
+        x,
+        start,
+        trial.case.dtype,
+    )
     near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
 
 
-def _step_by_step(trial: Trial, exact: SequenceMixer, last: int) -> Callable[[Tensor, Any], dict[str, Tensor]]:
-    """The last outputs and the final state, by name, where the state is rounded to float32 after every token."""
+def _step_by_step(trial: Trial, exact: SequenceMixer) -> Call:
+    """The exact map, of which the state is rounded to float32 after every token."""
     step, rounded = trial.call(trial.reference, exact), _rounding(torch.float32)
 
-    def decoded(x: Tensor, state: Any) -> dict[str, Tensor]:
-        y, after = trial.decode(x, state, lambda token, state: step(token, rounded(state)))
-        return named_results(y[:, -last:], after)
+    def stepped(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs = []
+        for token in x.split(1, dim=1):
+            y, state = step(token, rounded(state))
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
 
-    return decoded
+    return stepped
 
 
 LENGTHY = Draw(tokens=(LONG - 99, LONG), batch_size=(1, 1), starts=("none", "initial"), scales=(1.0, 30.0), dtypes=LOW)
@@ -162,7 +175,8 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     moved = ends(*trial.mix(x.double() * (1 + unit * trial.like(x).double()), _wide(state), exact))
     if trial.mixer.traits.has_state:
         start = state or exact.init_state(1, max_length=length)
-        rows_moved = _moved(expected, _step_by_step(trial, exact, last), x, start, dtype)
+        stepped = torch.no_grad()(_step_by_step(trial, exact))
+        rows_moved = _moved(expected, lambda x, state: ends(*stepped(x, state)), x, start, dtype)
     else:
         rows_moved = _moved(expected, lambda x, _: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:
@@ -385,7 +399,7 @@ def _rounding(dtype: torch.dtype) -> Callable[[Any], Any]:
 
     def rounded(leaf: Tensor) -> Tensor:
         noise = 2 * torch.rand(leaf.shape, generator=generator, dtype=torch.float64) - 1
-        return leaf * (1 + unit * noise.to(leaf.device)) if is_inexact(leaf) else leaf
+        return leaf * (1 + unit * noise.to(leaf.device)) if is_inexact(leaf) else leaf.clone()
 
     return lambda state: None if state is None else map_state(rounded, state)
 
