@@ -466,7 +466,7 @@ class Transposed(Unusual):
     def token(self, u, state):
         q, k, v = (u + state.recent).chunk(3, dim=-1)
         memory = state.inner.memory.mT / 2 + k[..., None] * v[:, None]
-        return (q[:, None] @ memory)[:, 0], Layers(Memory(memory.mT), u)
+        return (q[:, None] @ memory)[:, 0], Layers(Memory(memory.mT), u.clone())
 
 
 class Counted(NamedTuple):
