@@ -15,7 +15,7 @@ from ..ops.kernels import KERNELS, Kernel, Probe, all_kernels
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
 from .engine import EXAMPLES, Tested, run_checks, strict_numerics
-from .kernel_case import KernelCase
+from .kernel_case import WIDE, KernelCase
 from .kernel_families import FAMILIES
 from .kernel_trial import KernelTrial
 from .outcome import Outcome, Outcomes, chosen_names
@@ -49,7 +49,7 @@ def check_kernel(
         kernel: what is tested; it need not have been declared.
         checks: names of the checks to run; all by default.
         device: where it is tested.
-        examples: examples asked for; each check takes its share.
+        examples: examples asked for; each check takes its share. Fewer than the default have fewer fixed cases too.
         seed: of the cases drawn; None leaves it to hypothesis.
         shrink: whether a case that fails is reduced, to the fewest tokens and options.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
@@ -60,7 +60,8 @@ def check_kernel(
     """
     asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
     asked |= {"expected_failures": expected_failures, "on_outcome": on_outcome}
-    return KernelReport(kernel, outcomes=run_checks(TestedKernel(kernel, torch.device(device)), KERNEL_CHECKS, **asked))
+    tested = TestedKernel(kernel, torch.device(device), examples)
+    return KernelReport(kernel, outcomes=run_checks(tested, KERNEL_CHECKS, **asked))
 
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
@@ -103,26 +104,37 @@ class TestedKernel(Tested[KernelCase]):
 
     what = "kernel"
 
-    def __init__(self, kernel: Kernel, device: torch.device) -> None:
+    def __init__(self, kernel: Kernel, device: torch.device, examples: int = EXAMPLES) -> None:
         self.kernel, self.device, self.name = kernel, device, f"the kernel {kernel.key}"
+        self.examples = examples
         if kernel.op not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise SeqmixError(f"the op {kernel.op} has no definition to test kernels by; ops that have: {known}")
-        self.probes = list(FAMILIES[kernel.op].probes(device))
+        family = FAMILIES[kernel.op]
+        self.probes, self.wide = list(family.probes(device)), list(family.probes(device, WIDE))
 
     def skip_reason(self, check: KernelCheck) -> str | None:
         if reason := check.skip_reason(self.kernel):
             return reason
-        reasons = [self.kernel.unsupported(probe) for probe in self.probes]
+        reasons = [self.kernel.unsupported(probe) for probe in (*self.probes, *self.wide)]
         if all(reasons):  # the least that keeps the kernel from anything
             return "; ".join(min(reasons, key=len))
-        return None if self._asked(check) else f"{self.kernel.key} declares nothing that this asks for"
+        asked = self._asked(check, self.probes) or self._asked(check, self.wide)
+        return None if asked else f"{self.kernel.key} declares nothing that this asks for"
 
     def cases(self, check: KernelCheck) -> SearchStrategy[KernelCase]:
-        return FAMILIES[self.kernel.op].cases(self._asked(check), check.draw)
+        usual, wide = (self._asked(check, probes) for probes in (self.probes, self.wide))
+        return FAMILIES[self.kernel.op].cases(usual, wide, check.draw)
 
-    def _asked(self, check: KernelCheck) -> list[Probe]:
-        return [probe for probe in self.probes if check.draw.asks(self.kernel, probe)]
+    def fixed_cases(self, check: KernelCheck) -> list[KernelCase]:
+        probes = self._asked(check, self.probes) or self._asked(check, self.wide)
+        asks = partial(check.draw.asks, self.kernel)
+        found = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
+        # a kernel that is slow to run, as in an interpreter, is asked for few
+        return found[: len(found) * self.examples // EXAMPLES]
+
+    def _asked(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
+        return [probe for probe in probes if check.draw.asks(self.kernel, probe)]
 
     def simpler(self, check: KernelCheck, case: KernelCase) -> Iterable[KernelCase]:
         return (one for one in case.simpler() if check.draw.asks(self.kernel, one.probe(self.device)))

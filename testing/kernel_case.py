@@ -23,9 +23,13 @@ from .source import WrittenCase
 
 Tensors = dict[str, Tensor]
 
-Layout = Literal["contiguous", "fused", "expanded"]
-"""How tensors lie in memory: fused means queries, keys and values as slices of one projection, the others transposed;
-expanded means rows of a state, and gradients from above, as one number repeated."""
+Layout = Literal["contiguous", "fused", "heads_first", "sliced", "expanded"]
+"""How tensors lie in memory. Fused: queries, keys and values are slices of one projection, the others transposed. Heads
+first: heads before tokens, and of a state keys before heads. Sliced: every tensor is a slice of one with more features,
+and a state's rows are parts of larger ones; what lies between is NaN. Expanded: rows of a state, and gradients from
+above, are one number repeated."""
+
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "fused", "heads_first", "sliced", "expanded")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.complex64)
 """The last two are for kernels to refuse."""
@@ -33,9 +37,40 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 WIDTHS = ((1, 1), (1, 2), (3, 1), (2, 3), (5, 8), (16, 16), (20, 24))
 """Key and value widths."""
 
+WIDE = ((33, 40), (40, 33), (64, 64), (72, 65), (64, 128), (130, 3), (3, 130), (257, 2), (2, 513))
+"""Rare ones: a second tile, ragged or whole; the widths of layers; wider than kernels take."""
+
 # one in three around the sizes of tiles
 LENGTHS = st.integers(1, 9) | st.integers(10, 14) | st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 70])
 CHUNK_SIZES = st.integers(1, 10) | st.sampled_from([16, 17, 32, 40, 64])
+HEADS = st.integers(1, 3)
+
+Rare = Literal["wide", "heads", "rows", "chunks"]
+"""What one case in a few has more of: wide keys or values; many heads; many rows or documents; chunks of `LARGE`."""
+
+RARE: tuple[Rare | None, ...] = (*[None] * 36, "wide", "heads", "rows", "chunks")
+
+LARGE = 128
+"""A chunk as layers have it."""
+
+LONG = st.sampled_from([LARGE, LARGE - 1, LARGE + 1, 200, 260])
+"""Lengths for it."""
+
+MANY = st.sampled_from([5, 9])
+"""Heads or rows: above a small power of two."""
+
+CROWD = (0, *[0, 1, 2, 0, 0, 1] * 50, 3, 0, 0)
+"""Lengths of documents, more than a byte counts: empty ones first, last and side by side."""
+
+FIXED: tuple[Mapping[str, Any], ...] = (
+    {"lengths": (17,), "key_width": 33, "value_width": 72, "layout": "sliced", "chunk_size": 16},
+    {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_width": 5, "layout": "heads_first"},
+    {"lengths": (260,), "key_width": 5, "value_width": 8, "chunk_size": LARGE, "layout": "fused"},
+    {"lengths": CROWD, "packed": True, "key_width": 2, "value_width": 3, "chunk_size": 32},
+    {"lengths": (9, 9), "key_width": 130, "value_width": 40, "layout": "heads_first"},
+    {"lengths": (0, 129, 0, 0, 131, 0), "packed": True, "key_width": 3, "value_width": 2, "chunk_size": LARGE},
+)
+"""What cases that are not left to chance hold, the first ones first where few are asked for."""
 
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")
 """What a case and a probe both hold."""
@@ -65,6 +100,10 @@ class KernelDraw:
     """Lengths of rows and documents."""
     cut: bool = False
     """Whether rows and documents are cut."""
+    rare: bool = False
+    """Whether a few cases have more of something than usual."""
+    fixed: bool = False
+    """Whether the cases that are not left to chance run."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -111,67 +150,121 @@ class KernelCase(WrittenCase, ABC):
     """The fields that have an item for each row or document."""
     at_once: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
     """Fields that go together: a simpler case has the defaults of all."""
+    fixed: ClassVar[tuple[Mapping[str, Any], ...]] = FIXED
+    """What cases that are not left to chance hold."""
     adds_up: ClassVar[bool]
     """Whether a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
 
     # ---- what is drawn
 
     @classmethod
-    def probes(cls, device: torch.device) -> Iterator[Probe]:
+    def probes(cls, device: torch.device, widths: Sequence[tuple[int, int]] = WIDTHS) -> Iterator[Probe]:
         """Everything that a kernel of the op can be asked to run, the simplest first."""
         names = (*PROBED, "window", "needs_grad")
         flags = itertools.product((False, True), repeat=3)
-        asked = itertools.product(DTYPES, WIDTHS, cls.decays, flags, cls.windows, (False, True))
-        for dtype, widths, log_decay, states, window, needs_grad in asked:
+        asked = itertools.product(DTYPES, widths, cls.decays, flags, cls.windows, (False, True))
+        for dtype, pair, log_decay, states, window, needs_grad in asked:
             if not needs_grad or dtype != torch.int64:
-                values: tuple[Any, ...] = (dtype, *widths, log_decay, *states, window, needs_grad)
+                values: tuple[Any, ...] = (dtype, *pair, log_decay, *states, window, needs_grad)
                 yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod
-    def cases(cls, probes: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
-        """Cases of what is probed, as a check wants them."""
+    def cases(cls, probes: Sequence[Probe], wide: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
+        """Cases of what is probed, in usual and in wide sizes, as a check wants them."""
+        probes = probes or wide
         carried = [probe for probe in probes if probe.initial_state and probe.final_state] or probes
+        # every other case has both states: most of what is wrong is wrong there
+        usual = st.sampled_from(probes) | st.sampled_from(carried)
+        rarely, widely = st.sampled_from(RARE if wanted.rare else [None]), st.sampled_from(wide or probes)
+        few = wanted.tokens.map(lambda length: min(length, 9))
+        tokens: dict[Rare | None, st.SearchStrategy[int]] = {None: wanted.tokens, "heads": few, "rows": few}
+        tokens |= {"wide": wanted.tokens.map(lambda length: min(length, 33)), "chunks": LONG}
+        documents = {rare: st.lists(st.just(0) | length, min_size=1, max_size=4) for rare, length in tokens.items()}
+        documents |= {"rows": st.lists(st.just(0) | few, min_size=5, max_size=20)}
+        documents |= {"chunks": st.lists(st.just(0) | LONG, min_size=1, max_size=3)}
+        rows = {rare: MANY if rare == "rows" else st.integers(1, 2) for rare in tokens}
+        heads = dict.fromkeys(tokens, HEADS) | {"heads": MANY, "wide": st.integers(1, 2)}
 
         @st.composite
         def case(draw: Callable[..., Any]) -> Self:
-            # every other case has both states: most of what is wrong is wrong there
-            probe = draw(st.sampled_from(probes) | st.sampled_from(carried))
-            if probe.packed:
-                lengths = draw(st.lists(st.just(0) | wanted.tokens, min_size=1, max_size=4).filter(sum))
-            else:
-                lengths = [draw(wanted.tokens)] * draw(st.integers(1, 2))
+            rare: Rare | None = draw(rarely)
+            probe = draw(widely if rare == "wide" else usual)
+            lengths = draw(documents[rare].filter(sum)) if probe.packed else [draw(tokens[rare])] * draw(rows[rare])
             cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if wanted.cut]
-            decays, state = ["log_decay"] if probe.log_decay else [], cls.float_state() if probe.initial_state else ()
-            leaves = [*"qkv", *cls.extras, *decays, *state]
+            leaves = cls.leaves_of_probe(probe)
             some = st.lists(st.sampled_from(leaves), min_size=1, unique=True)
             common = {
                 **{name: getattr(probe, name) for name in PROBED},
                 "lengths": tuple(lengths),
                 "grad": tuple(draw(st.just(leaves) | some)) if probe.needs_grad else (),
                 "upstream": draw(st.sampled_from(["both", "output", "state"])) if probe.final_state else "both",
-                "layout": draw(st.sampled_from(["contiguous", "fused", "expanded"])),
+                "layout": draw(st.sampled_from(LAYOUTS)),
                 "scale": draw(st.sampled_from([None, 0.7])),
-                "chunk_size": draw(CHUNK_SIZES),
+                "chunk_size": LARGE if rare == "chunks" else draw(CHUNK_SIZES),
                 "cu_seqlens_dtype": draw(st.sampled_from([torch.int64, torch.int32])),
                 "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
                 "seed": draw(st.integers(0, 2**16)),
             }
-            return cls(**common, **cls.details(draw, probe, lengths, common["layout"]))
+            return cls(**common, **cls.details(draw, probe, lengths, common["layout"], heads[rare]))
 
         return case()
 
     @classmethod
+    def fixed_cases(
+        cls, probes: Sequence[Probe], asks: Callable[[Probe], bool], wanted: KernelDraw
+    ) -> "list[KernelCase]":
+        """The fixed cases that a check wants, each with other options, in the first dtype of what is probed."""
+        found: list[KernelCase] = []
+        for number, fields in enumerate(cls.fixed if wanted.fixed else ()):
+            asked = {"packed": False, **fields}
+            sizes = {name: fields[name] for name in ("key_width", "value_width")}
+            of_dtype = (replace(probe, **sizes) for probe in probes if probe.dtype == probes[0].dtype)
+            given = [name for name in PROBED if name in asked]
+            possible = [p for p in dict.fromkeys(of_dtype) if all(getattr(p, name) == asked[name] for name in given)]
+            possible = [probe for probe in possible if asks(probe)]
+            possible = [probe for probe in possible if probe.initial_state and probe.final_state] or possible
+            if possible:
+                probe = possible[-1 - number % len(possible)]
+                asked |= {name: getattr(probe, name) for name in PROBED}
+                asked["cuts"] = tuple(length - length // 2 for length in fields["lengths"]) if wanted.cut else ()
+                asked["grad"] = tuple(cls.leaves_of_probe(probe)) if probe.needs_grad else ()
+                found.append(cls(**asked).with_details(probe))
+        return found
+
+    def with_details(self, probe: Probe) -> "KernelCase":
+        """A fixed case with what cases of this op hold beside what all do."""
+        del probe
+        return self
+
+    @classmethod
+    def leaves_of_probe(cls, probe: Probe) -> list[str]:
+        """The inputs that have gradients."""
+        state = cls.float_state() if probe.initial_state else ()
+        return [*"qkv", *cls.extras, *(["log_decay"] if probe.log_decay else []), *state]
+
+    @classmethod
     @abstractmethod
-    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+    def details(
+        cls,
+        draw: Callable[..., Any],
+        probe: Probe,
+        lengths: Sequence[int],
+        layout: Layout,
+        heads: st.SearchStrategy[int],
+    ) -> dict[str, Any]:
         """What cases of this op hold beside what all do."""
 
     def simpler(self) -> Iterator[Self]:
         """Cases that are simpler in one respect, of the same dtype; a kernel may not take what some ask."""
         rows, defaults = range(len(self.lengths)), vars(type(self)())
-        for i in rows if len(rows) > 1 else ():
-            rest = {name: value[:i] + value[i + 1 :] for name in self.per_row if (value := getattr(self, name))}
-            if any(rest["lengths"]):
-                yield replace(self, **rest)
+        size = len(rows) // 2
+        while size:  # halves first, or many documents would take as many attempts
+            for i in rows[::size]:
+                per_row = {name: value for name in self.per_row if (value := getattr(self, name))}
+                rest = {name: value[:i] + value[i + size :] for name, value in per_row.items()}
+                if any(rest["lengths"]):
+                    yield replace(self, **rest)
+            size //= 2
         for some in ([i] for i in rows) if self.packed else [rows]:
             for short in fewer(self.lengths[some[0]], 0 if self.packed else 1):
                 lengths = tuple(short if i in some else length for i, length in enumerate(self.lengths))
@@ -247,7 +340,8 @@ class KernelCase(WrittenCase, ABC):
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
         """What the kernel makes of them: `output`, and the leaves of the final state if it is wanted."""
         output, state = kernel.function(self.call(inputs))
-        require((state is not None) == self.final_state, f"the final state is {state} (wanted: {self.final_state})")
+        given, wanted = ("None" if x else "given" for x in (state is None, not self.final_state))
+        require(given == wanted, f"the final state is {given}, and is wanted: {self.final_state}")
         return {"output": output} | ({} if state is None else self.leaves_of(state))
 
     @abstractmethod
@@ -298,24 +392,36 @@ class KernelCase(WrittenCase, ABC):
         """The gradient from above of an output."""
         generator = torch.Generator().manual_seed(self.seed + 1 + len(name))
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        return self.laid_out(noise.to(device, self.dtype_of(name)), dim=-1)
+        return self.laid_out(name, noise.to(device, self.dtype_of(name)), dim=-1)
 
-    def laid_out(self, x: Tensor, dim: int) -> Tensor:
+    def laid_out(self, name: str, x: Tensor, dim: int = 0) -> Tensor:
         """A tensor in the case's layout; the dimension is that along which it may be one number repeated."""
         if self.layout == "contiguous":
             return x.contiguous()
         if self.layout == "expanded":
             return x.narrow(dim, 0, 1).contiguous().expand_as(x)
-        return x.repeat_interleave(2)[::2] if x.ndim == 1 else x.mT.contiguous().mT
+        if self.layout == "sliced":
+            return _slice_of_more(x, 2 if self.axes_of(name)[:2] == "BT" else min(1, x.ndim - 1))
+        if x.ndim == 1:
+            return x.repeat_interleave(2)[::2]
+        if self.layout == "heads_first" and x.ndim > 2:
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return x.mT.contiguous().mT
 
     def heads(self, randn: Callable[..., Tensor], n_kv_heads: int, device: torch.device) -> Tensors:
         """Queries, keys and values. Their mean is 1: sums grow with T, as they must to show what is lost on the way."""
         heads, widths = (self.n_heads, n_kv_heads, n_kv_heads), (self.key_width, self.key_width, self.value_width)
         sizes = [n * width for n, width in zip(heads, widths, strict=True)]
-        parts = (1 + randn(self.rows, self.length, sum(sizes))).to(device, self.dtype).split(sizes, dim=-1)
-        split = zip("qkv", parts, heads, strict=True)
+        projected = (1 + randn(self.rows, self.length, sum(sizes))).to(device, self.dtype)
+        if self.layout == "sliced":
+            projected = _slice_of_more(projected, 2)
+        split = zip("qkv", projected.split(sizes, dim=-1), heads, strict=True)
         found = {name: part.unflatten(-1, (n, -1)) for name, part, n in split}
-        return found if self.layout == "fused" else {name: x.contiguous() for name, x in found.items()}
+        if self.layout in ("fused", "sliced"):
+            return found
+        if self.layout == "heads_first":
+            return {name: self.laid_out(name, x) for name, x in found.items()}
+        return {name: x.contiguous() for name, x in found.items()}
 
     def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
         """The boundaries of packed documents."""
@@ -355,6 +461,16 @@ class KernelCase(WrittenCase, ABC):
 def leaves(tensors: Tensors, names: Collection[str]) -> Tensors:
     """The tensors as a graph's leaves, those named with grad."""
     return {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
+
+
+def _slice_of_more(x: Tensor, dim: int) -> Tensor:
+    """The same numbers as a slice of a tensor with more features, those from `dim` on, whose other numbers are NaN."""
+    features = x.flatten(dim) if x.ndim > dim + 1 else x
+    others = 0 if x.dtype == torch.int64 else torch.nan
+    more = x.new_full((*features.shape[:-1], features.shape[-1] + 3), others)
+    found = more.narrow(-1, 1, features.shape[-1])
+    found.copy_(features)
+    return found.unflatten(dim, x.shape[dim:])
 
 
 def wide(x: Tensor) -> Tensor:

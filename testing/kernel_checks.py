@@ -48,7 +48,7 @@ def calls_no_higher_order_op(kernel: Kernel) -> str | None:
 
 @kernel_check(
     share=1.0,
-    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe)),
+    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe), rare=True, fixed=True),
     use="every call: the numbers are wrong",
 )
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
@@ -56,7 +56,9 @@ def outputs_are_the_definitions(trial: KernelTrial) -> None:
     trial.compare("against the definition", trial.run(trial.leaves()))
 
 
-@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad), use="training: the gradients are wrong")
+@kernel_check(
+    share=1.0, draw=KernelDraw(asks=with_grad, rare=True, fixed=True), use="training: the gradients are wrong"
+)
 def gradients_are_the_definitions(trial: KernelTrial) -> None:
     """Gradients of any of the inputs, through output or final state or both, are those of the definition, and with
     gradients the outputs are too."""
@@ -67,7 +69,7 @@ def gradients_are_the_definitions(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.5,
-    draw=KernelDraw(asks=in_pieces, cut=True),
+    draw=KernelDraw(asks=in_pieces, cut=True, rare=True, fixed=True),
     use="prefill in pieces, decoding after it and backpropagation through states",
 )
 def a_cut_changes_nothing(trial: KernelTrial) -> None:
@@ -93,7 +95,11 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     trial.compare("one by one, against the definition of the whole", outputs)
 
 
-@kernel_check(share=0.15, use="reproducible runs, and activation checkpointing, which runs forward twice")
+@kernel_check(
+    share=0.15,
+    draw=KernelDraw(rare=True),
+    use="reproducible runs, and activation checkpointing, which runs forward twice",
+)
 def results_are_deterministic(trial: KernelTrial) -> None:
     """Twice the same arguments give the same bits, forward and backward."""
     first, second = (_results(trial, trial.leaves()) for _ in range(2))
@@ -103,7 +109,9 @@ def results_are_deterministic(trial: KernelTrial) -> None:
 
 
 @kernel_check(
-    share=0.15, use="using a state again (beam search, a prompt cache), and backward passes that need the inputs"
+    share=0.15,
+    draw=KernelDraw(rare=True),
+    use="using a state again (beam search, a prompt cache), and backward passes that need the inputs",
 )
 def inputs_are_left_alone(trial: KernelTrial) -> None:
     """No input is written, not even with its own values, and no result is a view of one; but for a cache, without
@@ -122,7 +130,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.2,
-    draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW),
+    draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW, rare=True),
     use="the choice of a kernel: what it cannot compute, it computes wrongly without a word",
 )
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:

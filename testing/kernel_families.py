@@ -20,7 +20,7 @@ from ..ops.recurrence import Recurrence, require_recurrence
 from ..ops.softmax.cache import GrowingCache, RingCache
 from ..ops.softmax.call import Attention, require_attention
 from .compare import require
-from .kernel_case import Exact, KernelCase, Layout, Tensors
+from .kernel_case import FIXED, Exact, KernelCase, Layout, Tensors
 
 SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
 """The dimensions of what every op has."""
@@ -40,6 +40,8 @@ class DecayCase(KernelCase):
     """Whether a reset is one of the first key dimension alone."""
 
     decays = (None, "H", "B T H", "B T H K")
+    # where decays are strong, differences of large sums are noise
+    fixed = (*FIXED, {"lengths": (14,) * 2, "key_width": 3, "value_width": 2, "log_decay": "B T H", "weakest": 9.0})
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
     state = ("state",)
     adds_up = True
@@ -48,15 +50,22 @@ class DecayCase(KernelCase):
         return self.wide if name in ("log_decay", "state") else self.dtype
 
     @classmethod
-    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+    def details(
+        cls,
+        draw: Callable[..., Any],
+        probe: Probe,
+        lengths: Sequence[int],
+        layout: Layout,
+        heads: st.SearchStrategy[int],
+    ) -> dict[str, Any]:
         del layout
-        heads = {"n_heads": draw(st.integers(1, 3))}
+        found = {"n_heads": draw(heads)}
         if probe.log_decay is None:
-            return heads
+            return found
         length = sum(lengths) if probe.packed else lengths[0]
         # of one scalar per head a single one, or nothing would be left
         some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
-        return heads | {
+        return found | {
             "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
             "weakest": draw(st.sampled_from([0.0, 0.0, 0.0, 9.0])),
             "resets": draw(st.just(()) | some | some | st.just(tuple(range(length)))),
@@ -73,10 +82,10 @@ class DecayCase(KernelCase):
             tokens = a if a.ndim == 1 else a.transpose(0, 1)
             for reset in self.resets:
                 tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
-            inputs["log_decay"] = self.laid_out(a.to(device, self.wide), dim=0)
+            inputs["log_decay"] = self.laid_out("log_decay", a.to(device, self.wide))
         if self.initial_state:
             state = randn(len(self.lengths), self.n_heads, self.key_width, self.value_width)
-            inputs["state"] = self.laid_out(state.to(device, self.wide), dim=0)
+            inputs["state"] = self.laid_out("state", state.to(device, self.wide))
         return inputs
 
     def call(self, inputs: Tensors) -> Recurrence:
@@ -149,9 +158,16 @@ class DeltaCase(DecayCase):
         return self.wide if name == "beta" else super().dtype_of(name)
 
     @classmethod
-    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
+    def details(
+        cls,
+        draw: Callable[..., Any],
+        probe: Probe,
+        lengths: Sequence[int],
+        layout: Layout,
+        heads: st.SearchStrategy[int],
+    ) -> dict[str, Any]:
         # a state of small betas remembers everything
-        return super().details(draw, probe, lengths, layout) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        return super().details(draw, probe, lengths, layout, heads) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
@@ -159,7 +175,7 @@ class DeltaCase(DecayCase):
             inputs["k"].copy_(F.normalize(inputs["k"].double(), dim=-1))
         beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
         beta = self.rate * (0.5 + beta).clamp(0, 1)
-        return inputs | {"beta": self.laid_out(beta.to(device, self.wide), dim=0)}
+        return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide))}
 
     def define(self, inputs: Tensors) -> Tensors:
         """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
@@ -231,10 +247,18 @@ class SoftmaxCase(KernelCase):
         return {"length": torch.int64, "log_decay": self.wide}.get(name, self.dtype)
 
     @classmethod
-    def details(cls, draw: Callable[..., Any], probe: Probe, lengths: Sequence[int], layout: Layout) -> dict[str, Any]:
-        n_kv_heads = draw(st.integers(1, 2))
+    def details(
+        cls,
+        draw: Callable[..., Any],
+        probe: Probe,
+        lengths: Sequence[int],
+        layout: Layout,
+        heads: st.SearchStrategy[int],
+    ) -> dict[str, Any]:
+        # many heads are those of keys, or of queries that share one
+        n_kv_heads, shared = (draw(order) for order in draw(st.permutations([heads, st.integers(1, 2)])))
         window = draw(st.integers(1, 9) | st.sampled_from([16, 40])) if probe.window else None
-        found = {"n_heads": n_kv_heads * draw(st.integers(1, 2)), "n_kv_heads": n_kv_heads, "window": window}
+        found = {"n_heads": n_kv_heads * shared, "n_kv_heads": n_kv_heads, "window": window}
         if not probe.initial_state:
             return found
         reads = [draw(st.integers(0, 9)) for _ in lengths]
@@ -246,6 +270,11 @@ class SoftmaxCase(KernelCase):
             capacity = longest if window is None else min(window, longest)
         capacity += draw(st.integers(0, 3))
         return found | {"cache": cache, "reads": tuple(reads), "capacity": max(capacity, int(cache == "ring"))}
+
+    def with_details(self, probe: Probe) -> KernelCase:
+        window, rows = 16 if probe.window else None, len(self.lengths)
+        case = replace(self, n_kv_heads=self.n_heads, window=window)
+        return replace(case, reads=(2,) * rows, capacity=3) if self.initial_state else case
 
     def simpler(self) -> Iterator[Self]:
         # the capacity of a ring is that of its window
@@ -271,7 +300,7 @@ class SoftmaxCase(KernelCase):
                 for n, read in enumerate(self.reads):
                     slots, _ = self.slots(read, self.cache, self.capacity)
                     x[n, slots] = randn(len(slots), self.n_kv_heads, width)
-                inputs[name] = self.laid_out(x.to(device, self.dtype), dim=0)
+                inputs[name] = self.laid_out(name, x.to(device, self.dtype))
             inputs["length"] = torch.tensor(self.reads, device=device)
         return inputs
 
