@@ -92,6 +92,9 @@ class Differences:
 FEW = 8
 """Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
 
+ROUNDINGS = 4
+"""How much further than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
+
 
 def near(
     name: str,
@@ -109,7 +112,8 @@ def near(
     Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero.
     A few numbers need only be finite. `floor` is a root mean square of an
     element below which nothing can be distinguished from zero. `moved` gives, by name, how far each row of the exact
-    tensor moves where what it is computed from is rounded: rows that it moves further than is allowed do not count.
+    tensor moves where what it is computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much
+    does not count.
 
     Raises:
         CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.
@@ -125,7 +129,7 @@ def near(
     size = max(exact.norm(dim=-1).mean().item(), floor * exact.shape[-1] ** 0.5)
     typical = _typical(error)
     if typical > tolerance * size and moved is not None:
-        error = torch.where(moved(name) > tolerance * size, 0, error)
+        error = torch.where(error <= ROUNDINGS * moved(name), 0, error)
         typical = _typical(error)
     if typical > tolerance * size:
         off = f"off by {typical / size:.1e} of its norm, and {tolerance:.1e} is allowed" if size else "not zero"

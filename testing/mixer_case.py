@@ -36,9 +36,11 @@ LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
 
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 
-CROWD = 9
-"""Rows of a large batch, or documents beside a few: above a small power of two, up to which rows may be handled another
-way."""
+CROWDS = (9, 33)
+"""Rows of a large batch: above powers of two, up to which rows may be handled another way."""
+
+MANY = 9
+"""Documents beside a few."""
 
 
 LAYERS = 3
@@ -63,6 +65,8 @@ class Case(WrittenCase):
     """Standard deviation of the tokens' numbers."""
     layer: int = 0
     """The layer's index, of `LAYERS`."""
+    wide: bool = False
+    """Whether the mixer has several tiles of channels or many heads, and not the fewest that fit."""
     seed: int = 0
     dtype: torch.dtype = torch.float64
     """Of parameters and inputs."""
@@ -93,7 +97,7 @@ class Draw:
     longest: int = max(LENGTHS)
     """The longest of them."""
     many: int = 0
-    """One case in so many, on average, has up to `CROWD` more pieces; 0 is none."""
+    """One case in so many, on average, has up to `MANY` more pieces; 0 is none."""
     lists: tuple[tuple[int, ...], ...] = ()
     """Lengths of further cases that run in any case."""
     fixed: int = 0
@@ -101,7 +105,7 @@ class Draw:
     batch_size: tuple[int, int] = (1, 3)
     """Sequences, at least and at most, but for the large ones."""
     crowded: int = 0
-    """One batch in so many, on average, has `CROWD` rows instead; 0 is none."""
+    """One batch in so many, on average, has one of `CROWDS` as rows instead; 0 is none."""
     starts: tuple[Start, ...] = STARTS
     paradigms: bool = False
     """Whether every piece has its own paradigm."""
@@ -109,6 +113,8 @@ class Draw:
     """Whether rows of the state are chosen."""
     uses: tuple[Use, ...] = ("evaluation",)
     scales: tuple[float, ...] = (1.0,)
+    wide: int = 0
+    """One case in so many, on average, has a wide mixer, if one fits; 0 is none."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 
@@ -124,11 +130,12 @@ class Draw:
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         found += [replace(usual, lengths=lengths) for lengths in self.lists]
         if self.crowded:
-            found += [replace(usual, batch_size=CROWD)]
+            found += [replace(usual, batch_size=rows) for rows in CROWDS]
         if len(self.dtypes) > 1:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
         found += [replace(usual, scale=scale) for scale in {*self.scales} - {1.0}]
+        found += [replace(usual, wide=True)] if self.wide else []
         if not self.paradigms:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
@@ -151,7 +158,7 @@ class Draw:
         for rows in fewer(case.batch_size, self.batch_size[0]):
             yield replace(case, batch_size=rows, rows=tuple(min(row, rows - 1) for row in case.rows))
         drawn = {"start": [start for start in STARTS if start in self.starts], "use": self.uses, "scale": self.scales}
-        for name, values in {**drawn, "layer": range(LAYERS)}.items():
+        for name, values in {**drawn, "layer": range(LAYERS), "wide": (False, True)}.items():
             now = getattr(case, name)  # of a case that always runs, it may be none of those that are drawn
             yield from (replace(case, **{name: value}) for value in values[: values.index(now) if now in values else 0])
         for name in options:
@@ -166,9 +173,9 @@ class Draw:
         paradigm = st.sampled_from(sorted(traits.paradigms))
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         tokens = _sometimes(self.long, long, self.tokens)
-        rows = _sometimes(self.crowded, [CROWD], self.batch_size)
+        rows = _sometimes(self.crowded, CROWDS, self.batch_size)
         least, most = self.pieces
-        pieces = _sometimes(self.many, range(most + 1, most + CROWD), self.pieces) if self.many else st.just(most)
+        pieces = _sometimes(self.many, range(most + 1, most + MANY), self.pieces) if self.many else st.just(most)
 
         @st.composite
         def case(draw: Callable[..., Any]) -> Case:
@@ -183,6 +190,7 @@ class Draw:
                 use=draw(st.sampled_from(self.uses)),
                 scale=draw(st.sampled_from(self.scales)),
                 layer=draw(st.integers(0, LAYERS - 1)),
+                wide=draw(st.integers(1, self.wide)) == self.wide if self.wide else False,
                 seed=draw(st.integers(0, 2**16)),
                 dtype=draw(st.sampled_from(self.dtypes)),
                 options=draw(options),

@@ -1,7 +1,7 @@
 """A mixer under test: its configuration, and the modules that are built of it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -98,32 +98,37 @@ class Subject:
             return True
 
     def mixer(
-        self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64, layer: int = 0
+        self,
+        options: Mapping[str, Any],
+        dtype: torch.dtype = torch.float64,
+        layer: int = 0,
+        d_model: int | None = None,
     ) -> SequenceMixer | None:
         """The mixer of a layer with these options, in evaluation mode; None where they do not go together.
 
         Parameters are those of initialisation, moved a little: a zero or a one of initialisation would hide errors.
         """
-        key = (repr(sorted(options.items())), dtype, layer)
+        d_model = self.d_model if d_model is None else d_model
+        key = (repr(sorted(options.items())), dtype, layer, d_model)
         if key not in self._built:
-            self._built[key] = self._build(dict(options), dtype, layer)
+            self._built[key] = self._build(dict(options), dtype, layer, d_model)
         return self._built[key]
 
-    def _build(self, options: dict[str, Any], dtype: torch.dtype, layer: int = 0) -> SequenceMixer | None:
+    def _build(self, options: dict[str, Any], dtype: torch.dtype, layer: int, d_model: int) -> SequenceMixer | None:
         config = changed(self.config, options)
         if config is None:
             return None
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                mixer = build(config, self.d_model, layer)
+                mixer = build(config, d_model, layer)
                 # as a model's builder does: `build` need not initialise
                 with _refusals(f"{mixer.kind}: reset_parameters", BuildError):
                     mixer.reset_parameters()
         except BuildError:
             raise
         except SeqmixError:
-            if not options:
+            if not options and d_model == self.d_model:
                 raise
             return None
         generator = torch.Generator().manual_seed(1)
@@ -132,11 +137,21 @@ class Subject:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return mixer.to(self.device, dtype).eval()
 
+    @cached_property
+    def wide(self) -> int:
+        """A width of several tiles of channels, or many heads; the usual one where no larger one fits."""
+        for d_model in D_MODELS:
+            if d_model >= 8 * self.d_model:
+                with suppress(SeqmixError):
+                    build(self.config, d_model)
+                    return d_model
+        return self.d_model
+
     def probe(self) -> None:
         """Build the mixer and call it once in every paradigm, before every check says in words of its own what is wrong
         with every call; a ContractError where it does not return output and state, too."""
         # one that no check is given: a mixer may remember calls
-        mixer = self._build({}, torch.float64)
+        mixer = self._build({}, torch.float64, 0, self.d_model)
         assert mixer is not None
         kind, x = mixer.kind, torch.ones(2, 3, self.d_model, dtype=torch.float64, device=self.device)
         stateful = self.traits.has_state

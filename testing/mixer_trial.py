@@ -34,7 +34,11 @@ class Trial:
 
     def __init__(self, subject: Subject, case: Case) -> None:
         self.subject, self.case = subject, case
-        config, mixer = changed(subject.config, dict(case.options)), subject.mixer(case.options, case.dtype, case.layer)
+        self.d_model = subject.wide if case.wide else subject.d_model
+        config, mixer = (
+            changed(subject.config, dict(case.options)),
+            subject.mixer(case.options, case.dtype, case.layer, self.d_model),
+        )
         if config is None or mixer is None:
             raise UnsatisfiedAssumption
         self.config: MixerConfig = config
@@ -62,7 +66,7 @@ class Trial:
         """A segment; of the case's size by default."""
         batch_size = self.case.batch_size if batch_size is None else batch_size
         length = self.case.length if length is None else length
-        return self.randn(batch_size, length, self.subject.d_model) * self.case.scale
+        return self.randn(batch_size, length, self.d_model) * self.case.scale
 
     def like(self, x: Tensor) -> Tensor:
         """Normal numbers of this shape and dtype."""
@@ -211,7 +215,7 @@ class Trial:
             refused = ", ".join(f"{name}={value}" for name, value in options.items())
             declared = ", which its traits declare" if options.keys() == {"paradigm"} else ""
             raise CheckFailure(f"the configuration refuses {refused}{declared}")
-        other = build(config, self.subject.d_model, self.case.layer)
+        other = build(config, self.d_model, self.case.layer)
         other = other.to(self.subject.device, dtype or self.case.dtype).eval()
         other.load_state_dict(self.mixer.state_dict())
         return other

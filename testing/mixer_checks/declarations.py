@@ -106,11 +106,11 @@ def every_parameter_is_initialised(trial: Trial) -> None:
     """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
     them, from the global generator alone."""
     with torch.device(trial.subject.device), torch.random.fork_rng():
-        alone = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
+        alone = trial.config.build(trial.d_model, layer_idx=0, n_layers=1)
     # memory that nothing filled is NaN here
     _filled(alone, "built alone, {} is uninitialised: end __init__ with self.reset_parameters()")
     with torch.device("meta"):
-        mixer = trial.config.build(trial.subject.d_model, layer_idx=0, n_layers=1)
+        mixer = trial.config.build(trial.d_model, layer_idx=0, n_layers=1)
     mixer = mixer.to_empty(device=trial.subject.device)
     filled, draws = [], _Draws()
     for seed in (0, 0, 1):

@@ -24,7 +24,7 @@ ALLOWED = 1e-6
 @check(
     use="training: it computes another function than evaluation, or other gradients",
     share=0.12,
-    draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), uses=USES),
+    draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), crowded=6, uses=USES, wide=6),
 )
 def modes_change_nothing(trial: Trial) -> None:
     """Training mode (without dropout), a call that wants no final state, tokens that want no gradient, and grad mode

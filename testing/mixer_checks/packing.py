@@ -13,7 +13,7 @@ from ..mixer_trial import Call, Trial
 LISTS = ((0, 0, 3, 0, 0, 5, 0), (1, 2, 0, 1) * 75, (70, 0, 65))
 """Documents that are not left to chance: empty ones first, last and adjacent; more than 256; long ones."""
 
-DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1))
+DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1), wide=10)
 
 
 @check(

@@ -82,7 +82,7 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     with trial.differences("one initial state after another was written against before", 0) as found:
         found.state("the state", second, kept)
     with torch.device("meta"):
-        mixer = trial.config.build(trial.subject.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)
+        mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)
     on_meta = to_dict(mixer.to(trial.case.dtype).init_state(2))
     found_there = {name: (leaf.shape, leaf.dtype) for name, leaf in on_meta.items()}
     require(found_there == like, f"init_state of a mixer on meta has {found_there}, and elsewhere {like}")

@@ -226,3 +226,19 @@ class SaysThatItSplits(Specimen):
 
     def mix(self, x, call):
         return super().mix(x, call._replace(documents=None, cp_group=None) if call.cp_group else call)
+
+
+@mutant(check="paradigms_agree")
+class ScoresByOneTile(Specimen):
+    """The parallel form's scores are of the first 32 channels of a head: a second tile is never read."""
+
+    def scores(self, q, k):
+        return super().scores(q[..., :32], k[..., :32])
+
+
+@mutant(check="rows_are_independent")
+class MixesTheRowsBeyondABlock(Specimen):
+    """Rows from the 33rd on read the tokens of the first."""
+
+    def heads(self, x):
+        return super().heads(torch.cat((x[:32], x[:1].expand(len(x) - 32, -1, -1))) if len(x) > 32 else x)
