@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.status import Status
+from torch import nn
 
 from ..experiments.files import write_file
-from ..mixers import MIXERS, MixerConfig, Paradigm
+from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.kernels import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name
 from ..training import PRESETS, load_config
@@ -34,8 +36,9 @@ def check(
     source: Annotated[
         str,
         typer.Argument(
-            help="A mixer kind (retention), a dotted path (my_mixers:MyConfig), a preset, or a YAML file of a run or "
-            "of one mixer; or a kernel (decay/chunkwise/triton).",
+            help="A mixer kind (retention), a dotted path (my_mixers:MyConfig, or any nn.Module), a preset, or a YAML "
+            "file of a run or of one mixer; a class of transformers (hf:transformers.models.llama.modeling_llama:"
+            "LlamaModel); or a kernel (decay/chunkwise/triton).",
             metavar="MIXER",
         ),
     ],
@@ -79,6 +82,10 @@ def check(
     shrink: Annotated[
         bool, typer.Option("--shrink/--no-shrink", help="Reduce a case that fails to the smallest, in at most 10 s.")
     ] = True,
+    hf_config: Annotated[
+        str,
+        typer.Option("--config", help="Fields of a class of transformers' configuration, as YAML or JSON, or a file."),
+    ] = "",
     json_file: JsonFile = None,
     junit_file: Annotated[
         Path | None, typer.Option("--junit", help="Write all results as JUnit XML.", metavar="FILE")
@@ -120,7 +127,7 @@ def check(
         if refused := [name for name in only or [] if name in left_out]:
             option = "--compile none" if compile_with else "--quick"
             raise SeqmixError(f"{option} leaves out {refused[0]}, which --only asks for")
-        configs, vary = mixers_of(source, changes or [])
+        configs, vary = mixers_of(source, changes or [], hf_config)
         for name in paradigm or []:
             require_name("paradigm", name, list(Paradigm))
         asked |= {"d_model": d_model, "paradigms": tuple(map(Paradigm, paradigm or [])) or None, "vary": vary}
@@ -179,15 +186,24 @@ def kernel_of(source: str) -> Kernel | None:
     return kernels.get(source)
 
 
-def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfig], bool]:
+def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> tuple[list[MixerConfig], bool]:
     """The mixers that a kind, dotted path, preset or file names, and whether their options are to be varied.
 
     A kind is an example of itself, checked in its options too; a configuration is checked as it stands. A file holds
-    the configuration of a run, or of one mixer (it says `kind` then).
+    the configuration of a run, or of one mixer (it says `kind` then). A dotted path may name a configuration that is
+    made already, as by `adapt`, or an `nn.Module`; `hf:` and a path name a class of transformers.
 
     Raises:
         SeqmixError: what is wrong with it, in one sentence.
     """
+    if source.startswith("hf:"):
+        from ..testing.adapters import hf
+
+        return list(hf.named(source.removeprefix("hf:"), hf_config, changes, presets=PRESETS)), False
+    if hf_config:
+        raise SeqmixError(f"--config is for classes of transformers, hf:MODULE:CLASS, and {source!r} was given")
+    if not changes and (adapted := _adapted(source)) is not None:
+        return [adapted], False
     kinds = MIXERS.kinds()
     if source in kinds or (":" in source and not Path(source).exists()):
         return [_example(_class_of(source), changes)], not changes
@@ -206,6 +222,20 @@ def mixers_of(source: str, changes: Sequence[str] = ()) -> tuple[list[MixerConfi
         return [load(_class_of(str(mapping["kind"])), source, changes, presets=PRESETS)], False
     blocks = load_config(source, changes).model.blocks
     return list({repr(block.mixer): block.mixer for block in blocks.values()}.values()), False
+
+
+def _adapted(path: str) -> MixerConfig | None:
+    """The configuration or the module that a dotted path names; None where it names another thing, or nothing."""
+    from ..testing import adapt
+
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (Exception, SystemExit):
+        return None
+    if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, SequenceMixer):
+        return adapt(found)
+    return found if isinstance(found, MixerConfig) else None
 
 
 def _class_of(kind: str) -> type[MixerConfig]:

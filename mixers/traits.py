@@ -29,6 +29,8 @@ class Traits:
     """Whether it can be compiled with `torch.compile` (fullgraph)."""
     surrogate_gradients: bool = False
     """Whether the backward pass is another function's derivative, as of a straight-through estimator."""
+    differentiable: bool = True
+    """Whether there are gradients at all; decoding with a cache that is written in place has none."""
 
     def __post_init__(self) -> None:
         names = self.paradigms
@@ -42,8 +44,8 @@ class Traits:
             raise ContractError(
                 f"Traits.state needs 'constant', 'growing' or 'none', and was given {self.state!r}{hint}"
             )
-        for name in ("packing", "shift_invariant", "parallel_from_state", "compiles", "surrogate_gradients"):
-            if not isinstance(value := getattr(self, name), bool):
+        for name, value in vars(self).items():
+            if name not in ("paradigms", "state") and not isinstance(value, bool):
                 raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
         if self.has_state and not any(map(self.takes_state, self.paradigms)):
             raise ContractError("Traits.parallel_from_state is False, and no other paradigm is there to take a state")

@@ -165,6 +165,11 @@ def chunked(config: MixerConfig, _: SequenceMixer) -> str | None:
     return None if "chunk_size" in type(config).model_fields else "the configuration has no chunk_size"
 
 
+def differentiable(config: MixerConfig, _: SequenceMixer) -> str | None:
+    """Gradients."""
+    return None if config.traits.differentiable else "traits.differentiable is False"
+
+
 def exact_gradients(config: MixerConfig, _: SequenceMixer) -> str | None:
     """A backward pass that is the derivative of the forward."""
     return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None

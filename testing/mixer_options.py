@@ -26,7 +26,7 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
     """Values to try for each field, beside the one it has."""
     found: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
-        if name in FIXED:
+        if name in FIXED or name in getattr(config, "not_varied", ()):
             continue
         values = [*(field.examples or []), *_values(field.annotation)]
         if values := [value for value in values if value != getattr(config, name)]:

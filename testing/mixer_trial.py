@@ -189,6 +189,10 @@ class Trial:
             zeros: by name of a result, where the gradient from above is zero as well; the result itself by default.
             used: whether the call is one that the case's use makes, whose tokens may want no gradient.
         """
+        if not self.mixer.traits.differentiable:
+            with torch.no_grad():
+                y, after = call(x, state if state is None else clone(state))
+            return {"the output": y}, after if self.final_state else None
         frozen = self.case.use == "frozen"
         x, state = x.detach().requires_grad_(not (used and frozen)), as_leaves(state)
         y, after = call(x, state)

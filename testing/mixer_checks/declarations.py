@@ -14,7 +14,7 @@ from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
 from ...registry import dump
 from ...registry.yaml import parse
-from ..check import check, declares
+from ..check import check, declares, differentiable
 from ..compare import CheckFailure, require
 from ..counting import count_flops
 from ..gradients import gradients
@@ -131,7 +131,10 @@ def every_parameter_is_initialised(trial: Trial) -> None:
 
 
 @check(
-    use="training: a parameter never changes", share=0.1, draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",))
+    differentiable,
+    use="training: a parameter never changes",
+    share=0.1,
+    draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)),
 )
 def every_parameter_learns(trial: Trial) -> None:
     """Every parameter that is not frozen has a finite gradient that is not zero, in every paradigm."""

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from ...mixers.state import from_dict, to_dict
 from ...ops.paradigm import Paradigm
-from ..check import check, exact_gradients
+from ..check import check, differentiable, exact_gradients
 from ..compare import require
 from ..gradients import gradients
 from ..mixer_case import USES, Draw
@@ -41,6 +41,7 @@ def modes_change_nothing(trial: Trial) -> None:
 
 
 @check(
+    differentiable,
     exact_gradients,
     use="training: gradients are wrong",
     share=0.12,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import concatenate, map_state, select
-from ..check import check, packing
+from ..check import check, differentiable, packing
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial
 
@@ -42,6 +42,7 @@ def documents_are_sequences(trial: Trial) -> None:
 
 
 @check(
+    differentiable,
     packing,
     use="training on packed text: gradients leak between documents",
     share=0.25,

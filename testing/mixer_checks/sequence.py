@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...mixers.state import clone, detach, select
 from ...ops.paradigm import Paradigm
-from ..check import check, chunked, recurrent, several_paradigms, stateful
+from ..check import check, chunked, differentiable, recurrent, several_paradigms, stateful
 from ..compare import EXACT, require
 from ..mixer_case import LENGTHS, USES, Draw
 from ..mixer_options import chunk_sizes
@@ -68,6 +68,7 @@ def pieces_equal_the_whole(trial: Trial) -> None:
 
 
 @check(
+    differentiable,
     stateful,
     use="training on long sequences piece by piece",
     share=0.25,

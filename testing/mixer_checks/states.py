@@ -10,7 +10,7 @@ from torch import Tensor
 from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, stateful
+from ..check import check, differentiable, stateful
 from ..compare import require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
@@ -118,6 +118,7 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
 
 
 @check(
+    differentiable,
     stateful,
     use="truncated backpropagation, and prompts that are used again",
     share=0.25,
