@@ -103,13 +103,9 @@ def check(
 
     [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
-    try:
-        from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
-        from ..testing.source import source as source_of
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
-        raise SeqmixError("check needs hypothesis, which draws the cases: pip install 'seqmix[check]'") from None
+    from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
+    from ..testing.source import source as source_of
+
     require_writable(json_file, junit_file)
     console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)
     asked: dict[str, Any] = {"checks": only or None, "device": device, "examples": chosen, "seed": seed}

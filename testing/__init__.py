@@ -1,16 +1,14 @@
 """The conformance kit: any mixer and any kernel, built-in or your own, is tested against its contract.
 
-    from seqmix.testing import parametrize_checks, parametrize_kernels
+from seqmix.testing import parametrize_checks, parametrize_kernels
 
-    @parametrize_checks([MyConfig(n_heads=2)])
-    def test_conformance(check):
-        check()
+@parametrize_checks([MyConfig(n_heads=2)])
+def test_conformance(check):
+    check()
 
-    @parametrize_kernels([my_kernel])
-    def test_kernel(check):
-        check()
-
-Needs hypothesis (`pip install 'seqmix[check]'`).
+@parametrize_kernels([my_kernel])
+def test_kernel(check):
+    check()
 """
 
 from . import kernel_checks, mixer_checks  # noqa: F401  importing them registers the checks

@@ -161,6 +161,8 @@ class Draw:
         for name, values in {**drawn, "layer": range(LAYERS), "wide": (False, True)}.items():
             now = getattr(case, name)  # of a case that always runs, it may be none of those that are drawn
             yield from (replace(case, **{name: value}) for value in values[: values.index(now) if now in values else 0])
+        # some go together: without one alone the others may be refused
+        yield from (replace(case, options=few) for few in ({}, {"chunk_size": own}) if {*few} < {*options})
         for name in options:
             yield replace(case, options={other: value for other, value in options.items() if other != name})
         yield from (replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < own < math.inf)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -254,14 +253,6 @@ def test_what_cannot_be_checked_is_one_line(refused, case):
     Path("other.yaml").write_text("name: me\n")
     arguments, named = BAD_CHECKS[case]
     assert re.search(named, refused("check", *arguments))
-
-
-def test_without_hypothesis_check_says_what_to_install(refused, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("seqmix.testing")]:
-        monkeypatch.delitem(sys.modules, name)
-    # as where it is not installed
-    monkeypatch.setitem(sys.modules, "hypothesis", None)
-    assert "pip install 'seqmix[check]'" in refused("check", "retention")
 
 
 def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
