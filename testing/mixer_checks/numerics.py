@@ -21,14 +21,17 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Values that are compared by ==."""
 
-DRAWS = 8
-"""How often what may be ill-conditioned is rounded."""
+DRAWS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
+"""Roundings that move what may be ill-conditioned, as multiples of two: larger ones find a threshold that is near."""
 
 LONG = 700
 """Tokens of a long segment: more than a few blocks, and than an integer of 8 bits counts."""
 
 MANY = 24
 """Tokens after which the numbers of a sum have as many bits as a float32 has."""
+
+JUMP = 3
+"""How many times further than what is smooth a row moves that crosses a threshold."""
 
 STEPS = 160
 """Tokens decoded one by one: a state that is rounded at every token drifts."""
@@ -393,9 +396,10 @@ def _wide(state):
     )
 
 
-def _rounding(dtype: torch.dtype) -> Callable[[Any], Any]:
-    """What moves numbers in float64, or those of a state, at random by as much as two roundings to a dtype do."""
-    generator, unit = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
+def _rounding(dtype: torch.dtype, seed: int = 0, times: int = 1) -> Callable[[Any], Any]:
+    """What moves numbers in float64, or those of a state, at random by as much as two roundings to a dtype do, so many
+    times."""
+    generator, unit = torch.Generator().manual_seed(seed), times * torch.finfo(dtype).eps
 
     def rounded(leaf: Tensor) -> Tensor:
         noise = 2 * torch.rand(leaf.shape, generator=generator, dtype=torch.float64) - 1
@@ -416,9 +420,15 @@ def _moved(
 
     @cache
     def rows() -> dict[str, Tensor]:
-        inputs, before = _rounding(dtype), _rounding(torch.float32)
-        found = [exact(inputs(x.double()), before(_wide(state))) for _ in range(DRAWS)]
-        moves = {name: [(draw[name] - result).norm(dim=-1) for draw in found] for name, result in results.items()}
-        return {name: torch.stack(draws).amax(0) for name, draws in moves.items()}
+        moves = {name: torch.zeros_like(result.norm(dim=-1)) for name, result in results.items()}
+        for seed, times in enumerate(DRAWS):
+            inputs, before = _rounding(dtype, seed, times), _rounding(torch.float32, seed, times)
+            found = exact(inputs(x.double()), before(_wide(state)))
+            for name, far in moves.items():
+                here = (found[name] - results[name]).norm(dim=-1)
+                # what is smooth moves as many times further, and what jumps does not
+                here = torch.where(here > JUMP * times * far, here, here / times) if times > 1 else here
+                moves[name] = torch.maximum(far, here)
+        return moves
 
     return lambda name: rows()[name]
