@@ -92,7 +92,7 @@ class Differences:
 FEW = 8
 """Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
 
-ROUNDINGS = 4
+ROUNDINGS = 2
 """How much further than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
 
 
