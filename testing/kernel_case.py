@@ -62,9 +62,13 @@ MANY = st.sampled_from([5, 9])
 CROWD = (0, *[0, 1, 2, 0, 0, 1] * 50, 3, 0, 0)
 """Lengths of documents, more than a byte counts: empty ones first, last and side by side."""
 
+_BATCH: Mapping[str, Any] = {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_width": 5}
+
 FIXED: tuple[Mapping[str, Any], ...] = (
     {"lengths": (17,), "key_width": 33, "value_width": 72, "layout": "sliced", "chunk_size": 16},
-    {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_width": 5, "layout": "heads_first"},
+    {**_BATCH, "layout": "heads_first"},
+    {**_BATCH, "log_decay": "H"},
+    {**_BATCH, "log_decay": "B T H", "layout": "fused"},
     {"lengths": (260,), "key_width": 5, "value_width": 8, "chunk_size": LARGE, "layout": "fused"},
     {"lengths": CROWD, "packed": True, "key_width": 2, "value_width": 3, "chunk_size": 32},
     {"lengths": (9, 9), "key_width": 130, "value_width": 40, "layout": "heads_first"},

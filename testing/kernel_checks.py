@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from ..ops.kernels import Kernel, Probe
 from .check import kernel_check
 from .compare import CheckFailure, Differences, require
-from .kernel_case import KernelDraw, Tensors, taken, wide
+from .gradients import gradients
+from .kernel_case import KernelDraw, Tensors, leaves, taken, wide
 from .kernel_families import FAMILIES
 from .kernel_trial import KernelTrial
 
@@ -26,6 +27,11 @@ FEW = st.integers(1, 9)
 def with_grad(kernel: Kernel, probe: Probe) -> bool:
     """What it takes with gradients."""
     return probe.needs_grad and taken(kernel, probe)
+
+
+def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
+    """What it takes with gradients, in the dtype that has the most digits of those it takes."""
+    return probe.dtype == min(kernel.tolerances, key=lambda dtype: torch.finfo(dtype).eps) and with_grad(kernel, probe)
 
 
 def in_pieces(kernel: Kernel, probe: Probe) -> bool:
@@ -185,6 +191,41 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
         for name, tangent in exact.items():
             size = trial.exact.outputs_terms[name] + tangent.abs()
             found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
+
+
+@kernel_check(
+    share=0.1,
+    draw=KernelDraw(asks=widest_with_grad, tokens=FEW),
+    use="penalties on gradients, and Hessians: they are silently wrong",
+)
+def second_derivatives_are_right_or_refused(trial: KernelTrial) -> None:
+    """Second derivatives are those of the definition, or an error: a backward pass that is computed of bare numbers
+    would leave them out."""
+    case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
+    given = {name: wide(x) for name, x in case.inputs(cpu).items()}
+    directions = {name: randn(given[name].shape) for name in case.grad}
+
+    def second(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        outputs, varied = function(inputs), {name: inputs[name] for name in case.grad}
+        above = {
+            name: case.cotangent(name, outputs[name].detach(), cpu).to(outputs[name]) for name in case.differentiated
+        }
+        first = gradients(outputs, above, varied, create_graph=True)
+        return gradients(first, {name: direction.to(first[name]) for name, direction in directions.items()}, varied)
+
+    exact = second(case.define, leaves(given, case.grad))
+    try:
+        actual = second(trial.run, trial.leaves())
+    except CheckFailure:
+        raise
+    except Exception:
+        return
+    lost = 100 * torch.finfo(case.dtype).eps
+    with Differences("second derivatives against the definition's", 0.1) as found:
+        for name, derivative in exact.items():
+            size = derivative.abs() + derivative.abs().mean() + lost
+            shown = f"the second derivative of {name}"
+            found.close(shown, actual[name], derivative, case.dtype_of(name), size, case.axes_of(name))
 
 
 @kernel_check(

@@ -15,6 +15,7 @@ from .registry import kernel_mutant
 
 DECAY = reference("decay", Paradigm.CHUNKWISE)
 decay_chunkwise = DECAY.function
+decay_parallel = reference("decay", Paradigm.PARALLEL).function
 softmax_parallel = reference("softmax", Paradigm.PARALLEL).function
 
 
@@ -60,6 +61,76 @@ def leaves_out_the_last_key_without_a_final_state(x):
     """Without a final state the last token's keys get no gradient (a path rarely taken, as in fla #863 and #875)."""
     k = torch.cat((x.k[:, :-1], x.k[:, -1:].detach()), dim=1)
     return decay_chunkwise(x if x.output_final_state else x._replace(k=k))
+
+
+TILE = 32
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def leaves_out_the_ragged_last_tile(x):
+    """Tiles of the values' width are counted by a division that rounds down: a ragged last one is left out."""
+    output, state = decay_chunkwise(x)
+    computed = max(output.shape[3] // TILE, 1) * TILE
+    return torch.cat((output[..., :computed], 0 * output[..., computed:]), dim=3), state
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def repeats_the_decays_of_four_heads(x):
+    """Decays per head are read four at a time, and further heads get those of the first four."""
+    a = x.log_decay
+    return decay_chunkwise(x if a is None or a.ndim > 1 else x._replace(log_decay=a[torch.arange(len(a)) % 4]))
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def counts_documents_in_a_byte(x):
+    """The number of a document is a byte: document 256 starts from the state of document 0."""
+    state = x.initial_state
+    wrong = state is not None and x.cu_seqlens is not None
+    return decay_chunkwise(x._replace(initial_state=state[torch.arange(len(state)) % 256]) if wrong else x)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def decays_a_large_last_chunk_as_a_whole_one(x):
+    """The state after a ragged last chunk, where chunks have 128 tokens, has decayed by 128."""
+    output, state = decay_chunkwise(x)
+    a, over = x.log_decay, -x.q.shape[1] % 128
+    if state is None or a is None or a.ndim > 1 or x.cu_seqlens is not None or x.chunk_size < 128:
+        return output, state
+    return output, state * (over * a).exp()[:, None, None]
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def takes_heads_for_neighbours(x):
+    """A token's heads are taken to follow each other in memory, which they do not where heads come before tokens."""
+    row, token, _, feature = x.q.stride()
+    strides = (row, token, x.q.shape[3], feature)
+    return decay_chunkwise(x._replace(q=x.q.as_strided(x.q.shape, strides, x.q.storage_offset())))
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def takes_rows_of_a_state_for_neighbours(x):
+    """The rows of a state are taken to follow each other in memory, which parts of larger ones do not."""
+    state = x.initial_state
+    if state is not None and state[0].is_contiguous() and state.stride(0):
+        strides = (state[0].numel(), *state.stride()[1:])
+        x = x._replace(initial_state=state.as_strided(state.shape, strides, state.storage_offset()))
+    return decay_chunkwise(x)
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def adds_up_the_gradients_of_four_rows(x):
+    """The gradient of decays per head is the sum over at most four rows of the batch."""
+    a, rows = x.log_decay, x.q.shape[0]
+    if a is None or a.ndim > 1 or rows <= 4:
+        return decay_chunkwise(x)
+
+    def part(some, log_decay):
+        state = None if x.initial_state is None else x.initial_state[some]
+        q, k, v = (tensor[some] for tensor in (x.q, x.k, x.v))
+        return decay_chunkwise(x._replace(q=q, k=k, v=v, log_decay=log_decay, initial_state=state))
+
+    outputs, states = zip(part(slice(4), a), part(slice(4, rows), a.detach()), strict=True)
+    return torch.cat(outputs), torch.cat(states) if x.output_final_state else None
 
 
 class Telescoped(torch.autograd.Function):
@@ -151,6 +222,24 @@ def has_a_tangent_of_zero(x):
     """A custom op has a backward formula alone, and its tangent is silently zero."""
     output, state, _ = torch.ops.seqmix.decay_chunkwise(*x._replace(needs_grad=x.probe().needs_grad))
     return output, state if x.output_final_state else None
+
+
+class Numbers(torch.autograd.Function):
+    """The identity, whose backward pass returns numbers without a graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return d_x.detach()
+
+
+@kernel_mutant(check="second_derivatives_are_right_or_refused", paradigm=Paradigm.PARALLEL)
+def has_gradients_without_a_graph(x):
+    """A backward pass calls functions of bare numbers, so its second derivatives are silently incomplete."""
+    return decay_parallel(x._replace(q=Numbers.apply(x.q)))
 
 
 @torch.library.custom_op("mutants::scaled_state", mutates_args=())
