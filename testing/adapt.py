@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, create_model
+from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -167,52 +167,6 @@ class _InFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Parts(NamedTuple):
-    """The arguments of `adapt`."""
-
-    make: Callable[[int], nn.Module]
-    call: Calls
-    state: Begins | None
-    flops: Callable[[Any, int, Paradigm, int], int] | None
-    traits: Traits
-    d_model: int | None
-
-
-class _GivenConfig(AdaptedConfig):
-    """What `adapt` makes."""
-
-    parts: ClassVar[_Parts]
-
-    @property
-    def written(self) -> str:
-        """As a report has it."""
-        return f"adapt({self.kind}, ...)"
-
-    @property
-    def traits(self) -> Traits:
-        return self.parts.traits
-
-    @property
-    def fixed_d_model(self) -> int | None:
-        return self.parts.d_model
-
-    def module(self, d_model: int) -> nn.Module:
-        return self.parts.make(d_model)
-
-    def call(self, module: Any, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:
-        return self.parts.call(module, x, state, cu_seqlens, return_state)
-
-    def state(self, module: Any, batch_size: int) -> tuple[Any, ...]:
-        assert self.parts.state is not None
-        return self.parts.state(module, batch_size)
-
-    def flops(self, module: Any, length: int, paradigm: Paradigm, context: int) -> int | None:
-        return None if self.parts.flops is None else self.parts.flops(module, length, paradigm, context)
-
-    def undeclared(self, module: Any) -> dict[str, str]:
-        return {"yaml": "what adapt made is not written as YAML"} | super().undeclared(module)
-
-
 def adapt(
     module: nn.Module | Callable[[int], nn.Module],
     *,
@@ -239,23 +193,31 @@ def adapt(
     Raises:
         ContractError: an argument does not fit the others, in one sentence.
     """
-    kind = kind or (type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", "module"))
-    make, usual = module, {"packing": False, "shift_invariant": False, "state": "none"}
+    name = kind or (type(module) if isinstance(module, nn.Module) else module).__name__.strip("<>")
+    make: Callable[[int], nn.Module] = module
     if isinstance(module, nn.Module):
         if d_model is None:
-            raise ContractError(f"adapt was given a {kind}, whose width it cannot know: give d_model=")
+            raise ContractError(f"adapt was given a {name}, whose width it cannot know: give d_model=")
         make = lambda _: copy.deepcopy(module).to(torch.get_default_device())  # noqa: E731
-    elif not callable(module):
-        raise ContractError(f"adapt takes an nn.Module or a function of d_model, and was given {module!r}")
-    for name in traits or {}:
-        require_name("trait", name, [field.name for field in fields(Traits)])
-    paradigms = {Paradigm.PARALLEL, Paradigm.RECURRENT} if state is not None else {Paradigm.PARALLEL}
-    usual |= {"state": "constant"} if state is not None else {}
-    declared = Traits(**{"paradigms": frozenset(paradigms), **usual, **(traits or {})})
+    for trait in traits or {}:
+        require_name("trait", trait, [field.name for field in fields(Traits)])
+    paradigms = frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT} if state is not None else {Paradigm.PARALLEL})
+    assumed = {"packing": False, "shift_invariant": False, "state": "none" if state is None else "constant"}
+    declared = Traits(**{"paradigms": paradigms, **assumed, **(traits or {})})
     if declared.has_state is (state is None):
         raise ContractError(f"adapt was given traits.state {declared.state!r} and {'no ' * (state is None)}state=")
-    name = kind.strip("<>")
-    made = create_model(f"{name}Config", __base__=_GivenConfig, kind=(Literal[name], name))
-    made.parts = _Parts(make, call or (lambda module, x, *_: (module(x), None)), state, flops, declared, d_model)
+    calls, undeclared = call or (lambda module, x, *_: (module(x), None)), {"yaml": "what adapt makes is not in YAML"}
+    given = {
+        "module": lambda _, d_model: make(d_model),
+        "call": lambda _, *given: calls(*given),
+        "state": lambda _, module, batch_size: state(module, batch_size) if state else None,
+        "flops": lambda _, *given: None if flops is None else flops(*given),
+        "undeclared": lambda self, module: undeclared | AdaptedConfig.undeclared(self, module),
+        "traits": property(lambda _: declared),
+        "fixed_d_model": property(lambda _: d_model),
+        "written": property(lambda _: f"adapt({name}, ...)"),
+    }
+    typed = {"__module__": __name__, "__annotations__": {"kind": Literal[name]}, "kind": name}
+    made: Any = type(f"{name}Config", (AdaptedConfig,), typed | given)
     made.layer = type(name, (Adapted,), {})  # which cannot be imported, so nobody tries to pickle functions
     return made()

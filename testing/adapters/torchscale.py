@@ -1,0 +1,108 @@
+"""The retention layer of torchscale in its three modes: recurrent, parallel, and chunkwise with a `chunk`."""
+
+import sys
+from functools import cache
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, Literal, NamedTuple
+from unittest.mock import patch
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...mixers.traits import ContractError, Traits
+from ...ops.paradigm import Paradigm
+from ..adapt import Adapted, AdaptedConfig, Result
+
+
+class RetentionState(NamedTuple):
+    """What its recurrent mode carries, which is the same number of tokens for all rows."""
+
+    memory: Tensor
+    """Divided by the square root of the sum of decays, [B H V K]."""
+    position: Tensor
+    """Tokens read, [B]."""
+
+
+class TorchscaleConfig(AdaptedConfig):
+    """torchscale's `MultiScaleRetention`, decoded token by token, in its parallel mode or in chunks."""
+
+    kind: Literal["torchscale"] = "torchscale"
+    n_heads: int = Field(default=2, gt=0)
+    """Heads."""
+    chunk: int = Field(default=0, ge=0)
+    """Tokens of a chunk; 0 is the parallel mode."""
+
+    layer: ClassVar[type[Adapted]] = type("Torchscale", (Adapted,), {})  # no pickle finds modules built on stubs
+
+    @property
+    def traits(self) -> Traits:
+        paradigms = frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT})
+        # the sum of decays is that of the tokens read, and the norm's eps is beside it
+        usual = {"packing": False, "shift_invariant": False, "compiles": False}
+        return Traits(paradigms=paradigms, state="constant", parallel_from_state=False, **usual)
+
+    def undeclared(self, module: Any) -> dict[str, str]:
+        return {"rows": "a call has one position for all rows"} | super().undeclared(module.rel_pos)
+
+    def module(self, d_model: int) -> nn.Module:
+        return _Layer(d_model, self.n_heads, self.chunk)
+
+    def state(self, module: Any, batch_size: int) -> RetentionState:
+        like = module.retention.out_proj.weight
+        size = len(like) // self.n_heads
+        position = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        return RetentionState(like.new_zeros(batch_size, self.n_heads, size, size), position)
+
+    def call(self, module: Any, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:  # noqa: ARG002
+        if x.shape[1] == 1:
+            return module.step(x, self.state(module, len(x)) if state is None else state)
+        y = module(x)
+        if return_state:  # its other modes leave none
+            state = self.state(module, len(x))
+            for token in x.split(1, dim=1):
+                _, state = module.step(token, state)
+        return y, state
+
+
+class _Layer(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, chunk: int) -> None:
+        super().__init__()
+        theirs, self.chunk = _theirs(), chunk
+        names = {"decoder_embed_dim": d_model, "decoder_retention_heads": n_heads, "recurrent_chunk_size": chunk or 1}
+        args = theirs.Config(**names)
+        self.rel_pos = theirs.RelPos(args)
+        self.retention = theirs.Retention(args, d_model, d_model, n_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        if not self.chunk:
+            return self.retention(x, self.rel_pos(length))
+        padded = nn.functional.pad(x, (0, 0, 0, -length % self.chunk))  # as its decoder does
+        rel_pos = self.rel_pos(padded.shape[1], chunkwise_recurrent=True)
+        return self.retention(padded, rel_pos, chunkwise_recurrent=True)[:, :length]
+
+    def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
+        read, decay = int(state.position[0]), self.rel_pos.decay.exp()
+        held = {"prev_key_value": state.memory, "scale": (1 - decay**read) / (1 - decay)} if read else {}
+        y = self.retention(x, self.rel_pos(read + 1, activate_recurrent=True), False, held)
+        return y, RetentionState(held["prev_key_value"], state.position + 1)
+
+
+@cache
+def _theirs() -> SimpleNamespace:
+    """Its classes. Its RetNet imports fairscale and timm, of which nothing here is used: stubs stand for them."""
+    names = ["fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"]
+    stubs: dict[str, Any] = {name: ModuleType(name) for name in names}
+    stubs["fairscale.nn"].checkpoint_wrapper = stubs["fairscale.nn"].wrap = None
+    stubs["timm.models.layers"].drop_path = None
+    with patch.dict(sys.modules, stubs):  # and nobody else finds modules that were built on stubs
+        try:
+            from torchscale.architecture.config import RetNetConfig  # pyright: ignore[reportMissingImports]
+            from torchscale.architecture.retnet import RetNetRelPos  # pyright: ignore[reportMissingImports]
+            from torchscale.component.multiscale_retention import (  # pyright: ignore[reportMissingImports]
+                MultiScaleRetention,
+            )
+        except ModuleNotFoundError as error:
+            raise ContractError(f"{error.name} is not installed: pip install --no-deps torchscale") from None
+    return SimpleNamespace(Config=RetNetConfig, RelPos=RetNetRelPos, Retention=MultiScaleRetention)
