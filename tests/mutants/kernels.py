@@ -90,13 +90,16 @@ def counts_documents_in_a_byte(x):
 
 
 @kernel_mutant(check="outputs_are_the_definitions")
-def decays_a_large_last_chunk_as_a_whole_one(x):
-    """The state after a ragged last chunk, where chunks have 128 tokens, has decayed by 128."""
+def starts_a_large_last_chunk_from_nothing(x):
+    """A ragged last chunk, where chunks have 128 tokens, does not read the state of those before."""
     output, state = decay_chunkwise(x)
-    a, over = x.log_decay, -x.q.shape[1] % 128
-    if state is None or a is None or a.ndim > 1 or x.cu_seqlens is not None or x.chunk_size < 128:
+    a, whole = x.log_decay, x.q.shape[1] // 128 * 128
+    if x.chunk_size < 128 or x.cu_seqlens is not None or whole in (0, x.q.shape[1]):
         return output, state
-    return output, state * (over * a).exp()[:, None, None]
+    q, k, v = (tensor[:, whole:] for tensor in (x.q, x.k, x.v))
+    a = a if a is None or a.ndim == 1 else a[:, whole:]
+    last, _ = decay_chunkwise(x._replace(q=q, k=k, v=v, log_decay=a, initial_state=None))
+    return torch.cat((output[:, :whole], last), dim=1), state
 
 
 @kernel_mutant(check="outputs_are_the_definitions")
