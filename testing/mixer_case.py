@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any, Literal
 
 import torch
@@ -170,41 +171,39 @@ class Draw:
         yield from (replace(case, rows=case.rows[:i]) for i in range(1, len(case.rows)))
         yield replace(case, seed=0)
 
-    def cases(self, traits: Traits, options: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Case]:
-        """The strategy."""
-        paradigm = st.sampled_from(sorted(traits.paradigms))
-        long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
-        tokens = _sometimes(self.long, long, self.tokens)
-        rows = _sometimes(self.crowded, CROWDS, self.batch_size)
-        least, most = self.pieces
-        pieces = _sometimes(self.many, range(most + 1, most + MANY), self.pieces) if self.many else st.just(most)
+    def cases(self, traits: Traits, options: Callable[[Random], dict[str, Any]]) -> st.SearchStrategy[Case]:
+        """The strategy: hypothesis draws a number, which all of a case is a function of.
 
-        @st.composite
-        def case(draw: Callable[..., Any]) -> Case:
-            lengths = draw(st.lists(tokens, min_size=least, max_size=draw(pieces)).filter(sum))
-            batch_size = draw(rows)
+        Drawn by a strategy for each field, cases would repeat: hypothesis makes new ones from parts of old ones, of a
+        hundred not a dozen lengths differed.
+        """
+        long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
+        few, most = self.pieces
+
+        def case(number: int) -> Case:
+            chance, lengths = Random(number), ()
+            pieces = _sometimes(chance, self.many, range(most + 1, most + MANY), (few, most))
+            while not sum(lengths):
+                lengths = tuple(_sometimes(chance, self.long, long, self.tokens) for _ in range(pieces))
+            rows = _sometimes(chance, self.crowded, CROWDS, self.batch_size)
             return Case(
-                lengths=tuple(lengths),
-                batch_size=batch_size,
-                start=draw(st.sampled_from(self.starts)),
-                paradigms=tuple(draw(paradigm) for _ in lengths) if self.paradigms else (),
-                rows=tuple(draw(st.lists(st.integers(0, batch_size - 1), min_size=1, max_size=4))) if self.rows else (),
-                use=draw(st.sampled_from(self.uses)),
-                scale=draw(st.sampled_from(self.scales)),
-                layer=draw(st.integers(0, LAYERS - 1)),
-                wide=draw(st.integers(1, self.wide)) == self.wide if self.wide else False,
-                seed=draw(st.integers(0, 2**16)),
-                dtype=draw(st.sampled_from(self.dtypes)),
-                options=draw(options),
+                lengths=lengths,
+                batch_size=rows,
+                start=chance.choice(self.starts),
+                paradigms=tuple(chance.choice(sorted(traits.paradigms)) for _ in lengths) if self.paradigms else (),
+                rows=tuple(chance.choices(range(rows), k=chance.randint(1, 4))) if self.rows else (),
+                use=chance.choice(self.uses),
+                scale=chance.choice(self.scales),
+                layer=chance.randrange(LAYERS),
+                wide=self.wide > 0 and chance.randrange(self.wide) == 0,
+                seed=chance.randrange(2**16),
+                dtype=chance.choice(self.dtypes),
+                options=options(chance),
             )
 
-        return case()
+        return st.integers(0, 2**64 - 1).map(case)
 
 
-def _sometimes(one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> st.SearchStrategy[int]:
+def _sometimes(chance: Random, one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> int:
     """One of the rare one time in so many, never if that is 0; else at least and at most the usual."""
-    numbers = range(usual[0], usual[1] + 1)
-    if not one_in:
-        return st.integers(*usual)
-    times = max(1, round((one_in - 1) * len(rare) / len(numbers)))
-    return st.sampled_from([*(number for number in numbers for _ in range(times)), *rare])
+    return chance.choice(rare) if one_in and chance.randrange(one_in) == 0 else chance.randint(*usual)

@@ -5,10 +5,10 @@ field's `examples` (pydantic's own), which are tried before anything else.
 """
 
 from collections.abc import Callable, Iterable
+from random import Random
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ..mixers.contract import MixerConfig
@@ -49,15 +49,18 @@ def chunk_sizes(
     return [size for size in sizes if size == own or accepts({"chunk_size": size})]
 
 
-def strategy(
+def drawn_options(
     config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
-) -> st.SearchStrategy[dict[str, Any]]:
-    """Changes of the configuration: any few fields, and a chunk size small enough for short segments."""
-    sizes = chunk_sizes(config, accepts)
-    chunks = {"chunk_size": st.sampled_from(sizes)} if sizes else {}
-    fields = {name: st.sampled_from(values) for name, values in alternatives(config).items()} if vary else {}
-    unchanged = st.fixed_dictionaries(chunks)
-    return st.one_of(unchanged, st.fixed_dictionaries(chunks, optional=fields)) if fields else unchanged
+) -> Callable[[Random], dict[str, Any]]:
+    """What draws changes of the configuration: any few fields, and a chunk size small enough for short segments."""
+    sizes, fields = chunk_sizes(config, accepts), alternatives(config) if vary else {}
+
+    def draw(chance: Random) -> dict[str, Any]:
+        options = {"chunk_size": chance.choice(sizes)} if sizes else {}
+        few = [name for name in fields if chance.random() < 0.5] if chance.random() < 0.5 else []
+        return options | {name: chance.choice(fields[name]) for name in few}
+
+    return draw
 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:

@@ -1,13 +1,13 @@
 """A mixer under test: its configuration, and the modules that are built of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from random import Random
 from typing import Any
 
 import torch
-from hypothesis.strategies import SearchStrategy
 
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.traits import ContractError, Traits, require_paradigm
@@ -15,7 +15,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
 from .mixer_case import LAYERS
-from .mixer_options import changed, require_examples, strategy
+from .mixer_options import changed, drawn_options, require_examples
 from .search import where_raised
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
@@ -86,9 +86,9 @@ class Subject:
         return replace(declared, paradigms=frozenset((*self.paradigms, reference_paradigm(self.config))))
 
     @cached_property
-    def options(self) -> SearchStrategy[dict[str, Any]]:
+    def options(self) -> Callable[[Random], dict[str, Any]]:
         """Changes of the configuration."""
-        return strategy(self.config, vary=self.vary, accepts=self.accepts)
+        return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
