@@ -88,17 +88,22 @@ class HFConfig(AdaptedConfig):
         return _Layer(layer, config)
 
     def undeclared(self, module: Any) -> dict[str, str]:
-        return super().undeclared(module.layer)
+        sliding = self.use == "decoding" and any(
+            getattr(layer, "is_sliding", 0) for layer in module.template()[0].layers
+        )
+        windows = {"size": "the cache of a window grows until it is full"} if sliding else {}
+        return windows | super().undeclared(module.layer)
 
     def _config(self) -> Any:
         cls = _config_class(_class(self.path))
-        known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
+        known = [*(name for name in inspect.signature(cls).parameters if name != "kwargs"), *cls.attribute_map]
         for name in self.config:
             if name not in (allowed := [*known, "attn_implementation"]):
                 end = nearest(name, allowed)
                 raise ContractError(f"{cls.__name__} has no field {name!r}; allowed: {', '.join(allowed)}{end}")
         width = self.fixed_d_model
         usual = {**SMALL, "intermediate_size": 2 * width, "head_dim": width // 2}
+        usual |= {name: 0.0 for name in known if "drop" in name}  # its layers read their fields, which no kit can set
         small = {name: value for name, value in usual.items() if name in known}
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in self.config.items()}
         try:
@@ -206,8 +211,9 @@ class _Layer(nn.Module):
             return DynamicCache(config=self.config)
         made = copy.deepcopy(self.template()[0])
         for name, (holder, key) in _places(made):
-            # a cache writes into its tensors
-            holder[key] = getattr(state, name).clone()
+            leaf = getattr(state, name)
+            # a cache writes into its tensors, and counts all rows as one
+            holder[key] = leaf.clone() if isinstance(holder[key], Tensor) else int(leaf[0])
         return made
 
     def state_of(self, cache: Any) -> Any:
@@ -219,7 +225,7 @@ def _places(cache: Any) -> Iterator[tuple[str, tuple[dict[Any, Any], Any]]]:
     """Where a cache holds its tensors, by name."""
     for number, layer in enumerate(cache.layers):
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor):
+            if (isinstance(value, Tensor) and value.ndim > 1) or name == "cumulative_length":
                 yield f"{name}_{number}", (vars(layer), name)
             elif isinstance(value, dict):
                 for key in (key for key, held in value.items() if isinstance(held, Tensor)):
@@ -227,7 +233,11 @@ def _places(cache: Any) -> Iterator[tuple[str, tuple[dict[Any, Any], Any]]]:
 
 
 def _named(cache: Any) -> Iterator[tuple[str, Tensor]]:
-    return ((name, holder[key]) for name, (holder, key) in _places(cache))
+    """The tensors of a cache by name; what it counts is one per row."""
+    found = {name: holder[key] for name, (holder, key) in _places(cache)}
+    rows = next((leaf for leaf in found.values() if isinstance(leaf, Tensor)), None)
+    for name, leaf in found.items():
+        yield name, leaf if isinstance(leaf, Tensor) else rows.new_full((len(rows),), leaf, dtype=torch.int64)
 
 
 @cache

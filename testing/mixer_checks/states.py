@@ -10,7 +10,7 @@ from torch import Tensor
 from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, differentiable, stateful
+from ..check import check, declares, differentiable, stateful
 from ..compare import require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
@@ -171,6 +171,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
 
 @check(
     stateful,
+    declares("size", "A state that grows or not"),
     use="memory in decoding: it grows where it should not",
     share=0.05,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
