@@ -182,12 +182,56 @@ class Op(Generic[I]):
 
     def _refuse_twice(self, ctx: Any, *gradients: Tensor | None) -> Any:
         del ctx, gradients
-        raise SeqmixError(f"{self.name} has no second derivatives: its gradients cannot be differentiated again")
+        raise no_second_derivatives(self.name)
 
 
 def _results(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """What an op returns: a schema with one result has no tuple."""
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def no_second_derivatives(name: str) -> SeqmixError:
+    """What an op refuses them with."""
+    return SeqmixError(f"{name} has no second derivatives: its gradients cannot be differentiated again")
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, *gradients: Tensor) -> Outputs:  # noqa: ARG004 torch's signature
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:  # noqa: ARG004
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # noqa: ARG004
+        raise no_second_derivatives(ctx.name)
+
+
+def differentiable_once(name: str, output: Tensor, called: str) -> Tensor:
+    """The output of an op of torch's own, which says by its name that there are no second derivatives.
+
+    Args:
+        name: as the error has it.
+        output: of the op.
+        called: how the name of its node in the graph begins; other ways to compute the same may have second derivatives.
+    """
+    node = None if torch.compiler.is_compiling() else output.grad_fn
+    if node is not None and type(node).__name__.startswith(called):
+
+        def refuse(gradients: Sequence[Tensor | None], _: Any) -> Sequence[Tensor | None] | None:
+            if not torch.is_grad_enabled():  # no graph is made of this backward pass
+                return None
+            wanted = iter(_Once.apply(name, *(x for x in gradients if x is not None)))
+            return tuple(None if x is None else next(wanted) for x in gradients)
+
+        node.register_hook(refuse)
+    return output
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..autograd import differentiable_once
 from .cache import GrowingCache, Offer, final_cache, offer_written
 from .call import Attention, AttentionOutput, factored, require_range, visible_keys
 
@@ -76,4 +77,6 @@ def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H 
         scale=x.scale,
         enable_gqa=q.shape[2] != keys.shape[2],
     )
+    # its fused kernels have none, and torch's own error names what nobody has called
+    output = differentiable_once("softmax attention", output, "ScaledDotProduct")
     return output.transpose(1, 2).to(x.q.dtype)

@@ -22,6 +22,7 @@ from seqmix.testing import (
     kernel_check,
     parametrize_kernels,
 )
+from seqmix.testing.kernel_families import FAMILIES
 
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
 PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=16, value_width=16)
@@ -96,6 +97,28 @@ def test_references_refuse_what_they_would_round():
             function(q, q, q, paradigm=Paradigm.PARALLEL)
         with pytest.raises(SeqmixError, match="float32, float64, float32"):
             function(q.float(), q.double(), q.float())
+
+
+REFERENCES = [kernel for kernel in KERNELS.values() if kernel.reference]
+
+
+@pytest.mark.parametrize("kernel", REFERENCES, ids=lambda kernel: str(kernel.key))
+def test_second_derivatives_are_computed_or_refused_in_one_sentence(kernel):
+    q, k, v = (torch.randn(1, 6, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    case = replace(FAMILIES[kernel.op](), lengths=(6,), key_width=4, value_width=4, chunk_size=4, grad=(*"qkv",))
+    inputs = case.inputs(torch.device("cpu")) | {"q": q, "k": k, "v": v}
+    output = case.run(kernel, inputs)["output"]
+    first = torch.autograd.grad(output.square().sum(), (q, k, v), create_graph=True)
+    again = sum(gradient.square().sum() for gradient in first)
+    if kernel.key[:2] == ("decay", "parallel"):  # torch's own operations
+        exact = case.define({"q": q, "k": k, "v": v})["output"]
+        exact_first = torch.autograd.grad(exact.square().sum(), (q, k, v), create_graph=True)
+        exact_again = sum(gradient.square().sum() for gradient in exact_first)
+        torch.testing.assert_close(*(torch.autograd.grad(x, (q, k, v)) for x in (again, exact_again)))
+        return
+    with pytest.raises(SeqmixError, match=f"^{kernel.op}.* has no second derivatives") as error:
+        again.backward()
+    assert "\n" not in str(error.value)
 
 
 def off_by_a_step(x):
