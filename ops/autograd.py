@@ -219,7 +219,7 @@ def differentiable_once(name: str, output: Tensor, called: str) -> Tensor:
     Args:
         name: as the error has it.
         output: of the op.
-        called: how the name of its node in the graph begins; other ways to compute the same may have second derivatives.
+        called: how the name of its node in the graph begins; other ways to compute the same may have them.
     """
     node = None if torch.compiler.is_compiling() else output.grad_fn
     if node is not None and type(node).__name__.startswith(called):
