@@ -171,7 +171,7 @@ class Draw:
         yield from (replace(case, rows=case.rows[:i]) for i in range(1, len(case.rows)))
         yield replace(case, seed=0)
 
-    def cases(self, traits: Traits, options: Callable[[Random], dict[str, Any]]) -> st.SearchStrategy[Case]:
+    def cases(self, traits: Traits, options: Callable[[Random, bool], dict[str, Any]]) -> st.SearchStrategy[Case]:
         """The strategy: hypothesis draws a number, which all of a case is a function of.
 
         Drawn by a strategy for each field, cases would repeat: hypothesis makes new ones from parts of old ones, of a
@@ -198,7 +198,7 @@ class Draw:
                 wide=self.wide > 0 and chance.randrange(self.wide) == 0,
                 seed=chance.randrange(2**16),
                 dtype=chance.choice(self.dtypes),
-                options=options(chance),
+                options=options(chance, number > 0),  # 0 is what hypothesis tries first
             )
 
         return st.integers(0, 2**64 - 1).map(case)

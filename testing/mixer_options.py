@@ -51,13 +51,14 @@ def chunk_sizes(
 
 def drawn_options(
     config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
-) -> Callable[[Random], dict[str, Any]]:
-    """What draws changes of the configuration: any few fields, and a chunk size small enough for short segments."""
+) -> Callable[[Random, bool], dict[str, Any]]:
+    """What draws changes of the configuration: any few fields, or none if there are to be no changes, and a chunk size
+    small enough for short segments."""
     sizes, fields = chunk_sizes(config, accepts), alternatives(config) if vary else {}
 
-    def draw(chance: Random) -> dict[str, Any]:
+    def draw(chance: Random, changes: bool) -> dict[str, Any]:
         options = {"chunk_size": chance.choice(sizes)} if sizes else {}
-        few = [name for name in fields if chance.random() < 0.5] if chance.random() < 0.5 else []
+        few = [name for name in fields if chance.random() < 0.5] if changes and chance.random() < 0.5 else []
         return options | {name: chance.choice(fields[name]) for name in few}
 
     return draw

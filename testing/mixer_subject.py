@@ -86,7 +86,7 @@ class Subject:
         return replace(declared, paradigms=frozenset((*self.paradigms, reference_paradigm(self.config))))
 
     @cached_property
-    def options(self) -> Callable[[Random], dict[str, Any]]:
+    def options(self) -> Callable[[Random, bool], dict[str, Any]]:
         """Changes of the configuration."""
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
