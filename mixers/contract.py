@@ -123,6 +123,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
     written in place; without, a growing state may be (it is donated: the caller clones what it needs again). Positions
     live in the state, as an int64 tensor [B] named `position` or `length`.
+
+    Packed documents do not see each other, but NaN or infinity in one may reach the others of its row.
     """
 
     traits: Traits

@@ -1,7 +1,8 @@
 """One training step and one evaluation: loss, gradients, state, precision."""
 
 import math
-from itertools import pairwise
+from collections import Counter
+from itertools import chain, pairwise
 
 import pytest
 import runs
@@ -180,4 +181,20 @@ def test_a_loss_that_is_not_finite_names_its_module(trainer_of):
     trainer = trainer_of(*DROPOUT, "training.grad_accum_steps=2")
     trainer.model.blocks[1].mixer.out_proj.weight.data[3, 3] = math.inf
     with pytest.raises(NotFiniteError, match=r"nan.* blocks\.1\.mixer\.out_proj, .*weight"):
+        trainer.train_step(0)
+
+
+def test_a_loss_that_is_not_finite_names_the_document_of_a_packed_row(trainer_of, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number:02}").write_text(f"a short text, {chr(ord('0') + number)}. " * 2)
+    trainer = trainer_of(f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "model.blocks.ret.dropout=0.0")
+    inputs, _, boundaries = trainer.source.packed(trainer.batch(0))
+    rows = [inputs[0, start:stop].unique().tolist() for start, stop in pairwise(boundaries.tolist())]
+    count = Counter(chain(*rows))  # in how many documents a token is
+    token, number = next((token, n) for n, row in enumerate(rows) for token in row if count[token] == 1)
+    trainer.model.embedding.weight.data[token] = math.nan
+    tokens = rf"tokens {boundaries[number]} to {boundaries[number + 1] - 1}"
+    named = rf"nan.* embedding, whose weight is not finite, in document {number} of the packed row \({tokens}\)$"
+    with pytest.raises(NotFiniteError, match=named):
         trainer.train_step(0)
