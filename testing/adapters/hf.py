@@ -235,7 +235,7 @@ def _places(cache: Any) -> Iterator[tuple[str, tuple[dict[Any, Any], Any]]]:
 def _named(cache: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a cache by name; what it counts is one per row."""
     found = {name: holder[key] for name, (holder, key) in _places(cache)}
-    rows = next((leaf for leaf in found.values() if isinstance(leaf, Tensor)), None)
+    rows = next(leaf for leaf in found.values() if isinstance(leaf, Tensor))
     for name, leaf in found.items():
         yield name, leaf if isinstance(leaf, Tensor) else rows.new_full((len(rows),), leaf, dtype=torch.int64)
 
