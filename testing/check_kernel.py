@@ -15,8 +15,9 @@ from ..ops.kernels import KERNELS, Kernel, Probe, all_kernels
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
 from .engine import EXAMPLES, Tested, run_checks, strict_numerics
-from .kernel_case import WIDE, KernelCase
+from .kernel_case import KernelCase
 from .kernel_families import FAMILIES
+from .kernel_sizes import WIDE
 from .kernel_trial import KernelTrial
 from .outcome import Outcome, Outcomes, chosen_names
 from .parametrize import parametrized

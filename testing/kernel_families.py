@@ -20,7 +20,8 @@ from ..ops.recurrence import Recurrence, require_recurrence
 from ..ops.softmax.cache import GrowingCache, RingCache
 from ..ops.softmax.call import Attention, require_attention
 from .compare import require
-from .kernel_case import FIXED, Exact, KernelCase, Layout, Tensors
+from .kernel_case import Exact, KernelCase, Tensors
+from .kernel_sizes import FIXED, Layout
 
 SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
 """The dimensions of what every op has."""
