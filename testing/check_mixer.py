@@ -1,7 +1,7 @@
 """Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -144,7 +144,10 @@ class TestedMixer(Tested[Case]):
         return check.draw.of(self.subject.traits).cases(self.subject.traits, self.subject.options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
-        return check.draw.of(self.subject.traits).fixed_cases(self.subject.traits)
+        draw = check.draw.of(self.subject.traits)
+        met = self.subject.pairs if draw.pairs else []
+        short = Case((5,), start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
+        return draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
         return check.draw.of(self.subject.traits).simpler(case)

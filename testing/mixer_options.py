@@ -64,6 +64,24 @@ def drawn_options(
     return draw
 
 
+def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: int = 24) -> list[dict[str, Any]]:
+    """A few changes of the configuration in which any two values of two options meet, if they go together."""
+    chance, fields = Random(0), {**alternatives(config)}
+    values = [(name, value) for name, others in fields.items() for value in others]
+    left = [(one, other) for n, one in enumerate(values) for other in values[n + 1 :] if one[0] != other[0]]
+    found: list[dict[str, Any]] = []
+    while left and len(found) < most:
+        options = dict(left.pop(0))
+        if not accepts(options):
+            continue
+        for name, value in chance.sample(values, len(values)):
+            if name not in options and accepts(options | {name: value}):
+                options[name] = value
+        left = [pair for pair in left if not all(options.get(name) == value for name, value in pair)]
+        found.append(options)
+    return found
+
+
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
     """The configuration with other options; None where they do not go together."""
     if not options:

@@ -15,7 +15,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
 from .mixer_case import LAYERS
-from .mixer_options import changed, drawn_options, require_examples
+from .mixer_options import changed, drawn_options, pairs, require_examples
 from .search import where_raised
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
@@ -90,6 +90,11 @@ class Subject:
         """Changes of the configuration."""
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Changes in which any two values of two options meet."""
+        return pairs(self.config, self.accepts) if self.vary else []
+
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
         try:
@@ -140,11 +145,10 @@ class Subject:
     @cached_property
     def wide(self) -> int:
         """A width of several tiles of channels, or many heads; the usual one where no larger one fits."""
-        for d_model in D_MODELS:
-            if d_model >= 8 * self.d_model:
-                with suppress(SeqmixError):
-                    build(self.config, d_model)
-                    return d_model
+        for times in (12, 16, 8):  # heads of 72 channels, where two of six are the fewest: a ragged tile after 64
+            with suppress(SeqmixError):
+                build(self.config, times * self.d_model)
+                return times * self.d_model
         return self.d_model
 
     def probe(self) -> None:

@@ -1,6 +1,7 @@
 """Gradients are the derivatives of what is computed, in every way that training calls a mixer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,6 +39,39 @@ def modes_change_nothing(trial: Trial) -> None:
         else:
             used = trial.differentiate(trial.used(paradigm), x, state, used=True)
             trial.compare(f"{paradigm}, as {trial.use} against evaluation", used, (expected, after))
+
+
+@check(
+    use="fine-tuning: with other parameters frozen, those that learn get other gradients",
+    share=0.03,
+    draw=Draw(tokens=(5, 9), batch_size=(2, 2), starts=("none", "initial")),
+)
+def frozen_parameters_change_no_gradient(trial: Trial) -> None:
+    """A parameter that learns alone, while all others and the tokens are frozen, has the gradient that it has among
+    all."""
+    x, state, parameters = trial.tokens(), trial.state(), learnable(trial.mixer)
+    for paradigm in trial.paradigms:
+        given = paradigm if state is None else trial.after(paradigm)
+        y, _ = trial.mixer(x.detach().requires_grad_(), state, paradigm=given)
+        above = {"y": trial.like(y)}
+        expected = gradients({"y": y}, above, parameters)
+        with trial.differences(f"{paradigm}, parameters that learn alone against all together") as found:
+            for name, parameter in parameters.items():
+                with _frozen([other for other in parameters.values() if other is not parameter]):
+                    y, _ = trial.mixer(x, state, paradigm=given)
+                    alone = gradients({"y": y}, above, {name: parameter})
+                found.tensor(f"the gradient of {name}", alone[name], expected[name])
+
+
+@contextmanager
+def _frozen(parameters: list[Tensor]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 @check(

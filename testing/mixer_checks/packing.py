@@ -10,8 +10,9 @@ from ..check import check, differentiable, packing
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial
 
-LISTS = ((0, 0, 3, 0, 0, 5, 0), (1, 2, 0, 1) * 75, (70, 0, 65))
-"""Documents that are not left to chance: empty ones first, last and adjacent; more than 256; long ones."""
+LISTS = ((0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (1, 2, 0, 1) * 75, (70, 0, 65))
+"""Documents that are not left to chance: one token between empty ones; empty ones first, last and
+adjacent; more than 256; long ones."""
 
 DOCUMENTS = Draw(pieces=(1, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1), wide=10)
 
@@ -25,7 +26,10 @@ def documents_are_sequences(trial: Trial) -> None:
     following = trial.tokens(len(trial.case.lengths), 2)
     # int32 is what flash-attention takes, int64 what torch makes
     boundaries = trial.boundaries(torch.int32 if trial.case.seed % 2 else torch.int64)
+    # as many documents and tokens as before, with other boundaries: nothing may be left of those
+    others = torch.cat((boundaries[:1], boundaries.diff().flip(0).cumsum(0))).to(boundaries.dtype)
     for paradigm in trial.paradigms:
+        trial.mix(x, state, cu_seqlens=others, paradigm=paradigm)
         y, states = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm)
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"

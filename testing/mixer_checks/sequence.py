@@ -34,7 +34,7 @@ EVERY = 70
     several_paradigms,
     use="training in one paradigm and decoding in another: the model is another",
     share=1,
-    draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10),
+    draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, pairs=True),
 )
 def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at

@@ -72,15 +72,22 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     """`init_state` is on the mixer's device, meta included, with the same shapes and dtypes; each call gives new
     memory."""
     like = {name: (leaf.shape, leaf.dtype) for name, leaf in to_dict(trial.mixer.init_state(2)).items()}
-    first, second = trial.mixer.init_state(2), trial.mixer.init_state(2)
-    with torch.no_grad():
+    for room in (None, 6):
+        first, second = (trial.mixer.init_state(2, max_length=room) for _ in range(2))
         kept = clone(second)
-        for leaf in leaves_of(first).values():
-            # a broadcast number cannot be written
-            if leaf.numel() and 0 not in leaf.stride():
-                leaf.copy_(torch.ones_like(leaf))
-    with trial.differences("one initial state after another was written against before", 0) as found:
-        found.state("the state", second, kept)
+        # a broadcast number cannot be written
+        leaves = {name: leaf for name, leaf in leaves_of(first).items() if leaf.numel() and 0 not in leaf.stride()}
+        with torch.no_grad():
+            for number, leaf in enumerate(leaves.values()):
+                leaf.fill_(number + 2)
+        tied = [
+            name for number, (name, leaf) in enumerate(leaves.items()) if (leaf != leaf.new_full((), number + 2)).any()
+        ]
+        require(not tied, f"init_state: writing into another leaf of the state writes into {' and '.join(tied)}")
+        with trial.differences(
+            f"init_state(2, max_length={room}) after another was written against before", 0
+        ) as found:
+            found.state("the state", second, kept)
     with torch.device("meta"):
         mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)
     on_meta = to_dict(mixer.to(trial.case.dtype).init_state(2))
@@ -122,6 +129,9 @@ def rows_may_differ_in_length(trial: Trial) -> None:
                 found.tensor(f"row {row}'s output later", z[row : row + 1], later, "BTD")
                 split = trial.mix(following[row : row + 1], select(after, trial.index(row)), paradigm=paradigm)[0]
                 found.tensor(f"row {row}'s output after the split", split, later, "BTD")
+            trimmed = trial.mixer.resize_state(clone(after), None)
+            w, _ = trial.mix(following, trimmed, paradigm=paradigm)
+            found.tensor("the output from the state without spare room", w, z, "BTD")
 
 
 @check(

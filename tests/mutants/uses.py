@@ -1,5 +1,7 @@
 """Wrong mixers: right where they are evaluated, wrong in a way of using them (training, packing, precision, layers)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
@@ -242,3 +244,71 @@ class MixesTheRowsBeyondABlock(Specimen):
 
     def heads(self, x):
         return super().heads(torch.cat((x[:32], x[:1].expand(len(x) - 32, -1, -1))) if len(x) > 32 else x)
+
+
+@mutant(check="results_are_deterministic")
+class OverwritesTheGradientFromAbove(Specimen):
+    """The backward pass is computed in the memory of the gradient that it is given."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        return _InPlace.apply(y), after
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        same = gradient.clone()
+        gradient.zero_()
+        return same
+
+
+@mutant(check="frozen_parameters_change_no_gradient")
+class NeedsTheProjectionToLearn(Specimen):
+    """Where the projection is frozen, gates get no gradient, as of a fused backward that is skipped."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v, a if qk.requires_grad else a.detach()
+
+
+@mutant(check="documents_are_sequences")
+class RemembersTheDocumentsOfASize(Specimen):
+    """The document of every token is cached by the numbers of tokens and documents."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.known = {}
+
+    def unpack(self, tokens, packed, rows):
+        return super().unpack(tokens, self.known.setdefault((len(packed), rows), packed), rows)
+
+
+@mutant(check="init_state_is_where_the_mixer_is")
+class BeginsInOnePlace(Specimen):
+    """States that are allocated for decoding share their memory: two texts at once overwrite each other."""
+
+    def init_state(self, batch_size, *, max_length=None):
+        if max_length is None:
+            return super().init_state(batch_size)
+        if getattr(self, "room", None) is None or len(self.room.position) != batch_size:
+            self.room = super().init_state(batch_size)
+        return self.room
+
+
+@mutant(check="paradigms_agree")
+class HasTwoOptionsThatDoNotGoTogether(SpecimenConfig):
+    """With two options together, and only then, the parallel form is another."""
+
+    first: Literal["a", "b", "c"] = "a"
+    second: Literal["a", "b", "c"] = "a"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        if self.first == self.second == "c":
+            mixer.scores = lambda q, k: 2 * q @ k.mT
+        return mixer
