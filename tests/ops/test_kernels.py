@@ -24,8 +24,9 @@ from seqmix.testing import (
 )
 from seqmix.testing.kernel_families import FAMILIES
 
+CPU = torch.device("cpu")
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
-PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=16, value_width=16)
+PROBE = Probe(device=CPU, dtype=torch.float32, key_width=16, value_width=16)
 
 
 @pytest.mark.conformance
@@ -99,6 +100,38 @@ def test_references_refuse_what_they_would_round():
             function(q.float(), q.double(), q.float())
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.__name__)
+def test_a_layout_changes_where_numbers_are_and_not_what_they_are(family):
+    sizes = {"lengths": (3, 3), "n_heads": 2, "key_width": 4, "value_width": 5, "log_decay": family.decays[-1]}
+    sizes |= {"n_kv_heads": 2} if hasattr(family, "n_kv_heads") else {}
+    contiguous = family(**sizes).inputs(CPU)
+    assert all(x.is_contiguous() for x in contiguous.values())
+    for layout in ("fused", "heads_first", "sliced"):
+        for name, x in family(**sizes, layout=layout).inputs(CPU).items():
+            assert torch.equal(x, contiguous[name])
+            assert not x.is_contiguous() or x.ndim == 1
+    assert family(**sizes, layout="sliced").inputs(CPU)["v"]._base.isnan().any()
+
+
+@pytest.mark.parametrize(("kernel", "most"), [(REFERENCE, 9), (find("softmax", Paradigm.PARALLEL, "sdpa"), 6)])
+def test_fixed_cases_run_after_those_drawn_and_fewer_with_few_examples(kernel, most, monkeypatch):
+    cases = []
+    for name in ("gradients_are_the_definitions", "a_cut_changes_nothing"):
+        only_kept = replace(KERNEL_CHECKS[name], test=lambda trial: cases.append(trial.case), share=1.0)
+        monkeypatch.setitem(KERNEL_CHECKS, name, only_kept)
+    for examples in (100, 50, 10):
+        cases.clear()
+        check_kernel(kernel, checks=["gradients_are_the_definitions"], examples=examples)
+        assert len(cases[examples:]) == most * examples // 100
+        assert all(case.grad for case in cases)
+    cases.clear()
+    check_kernel(kernel, checks=["a_cut_changes_nothing"])
+    fixed = cases[100:]
+    assert any(len(case.lengths) > 256 for case in fixed)
+    assert any(case.length > 128 == case.chunk_size for case in fixed)
+    assert all(sum(case.cuts) for case in fixed)
+
+
 REFERENCES = [kernel for kernel in KERNELS.values() if kernel.reference]
 
 
@@ -106,7 +139,7 @@ REFERENCES = [kernel for kernel in KERNELS.values() if kernel.reference]
 def test_second_derivatives_are_computed_or_refused_in_one_sentence(kernel):
     q, k, v = (torch.randn(1, 6, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     case = replace(FAMILIES[kernel.op](), lengths=(6,), key_width=4, value_width=4, chunk_size=4, grad=(*"qkv",))
-    inputs = case.inputs(torch.device("cpu")) | {"q": q, "k": k, "v": v}
+    inputs = case.inputs(CPU) | {"q": q, "k": k, "v": v}
     output = case.run(kernel, inputs)["output"]
     first = torch.autograd.grad(output.square().sum(), (q, k, v), create_graph=True)
     again = sum(gradient.square().sum() for gradient in first)

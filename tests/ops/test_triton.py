@@ -19,7 +19,7 @@ from recurrences import CPU, case_of, differentiate
 
 from seqmix import build_model
 from seqmix.models import Decoder, ModelConfig, prefill
-from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
 from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, decay_step_triton
 from seqmix.ops.decay.triton_launch import INTERPRETED, choose, chunk_table, configurations, readable
@@ -100,6 +100,31 @@ def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size):
     for length in (1, 127, 128, 129, 300):
         compare(decay, [length, length], n_heads=2, tolerance=tolerance, **sizes)
     compare(decay, [130, 0, 1, 200], packed=True, tolerance=tolerance, **sizes)
+
+
+nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a minute: --hypothesis-profile nightly")
+
+
+@runs
+@pytest.mark.skipif(NATIVE, reason="on a GPU these are in use")
+@pytest.mark.parametrize(
+    ("widths", "lengths"),
+    [
+        ((64, 64), [129]),
+        pytest.param((128, 128), [129], marks=nightly),
+        pytest.param((64, 128), [260], marks=nightly),
+        pytest.param((72, 130), [65], marks=nightly),
+        pytest.param((128, 64), [0, 129, 0, 0, 40, 0], marks=nightly),
+        pytest.param((256, 512), [65], marks=nightly),
+    ],
+)
+@pytest.mark.parametrize("decay", [None, "H", "B T H"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
+    # a few large tiles take the interpreter less time than many small ones
+    monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, max(widths)))
+    sizes = {"key_width": widths[0], "value_width": widths[1], "chunk_size": 128}
+    compare(decay, lengths, packed=len(lengths) > 1, **sizes)
 
 
 def compare(decay, lengths, *, tolerance=2e-6, **fields):
