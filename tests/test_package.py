@@ -171,6 +171,8 @@ MAY_IMPORT = {
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},
     "seqmix.benchmarks.peers.torchscale": {"torchscale"},
+    "seqmix.testing.adapters.hf": {"transformers"},
+    "seqmix.testing.adapters.torchscale": {"torchscale"},
 }
 """Modules that need an optional library, and are imported where it is used."""
 IMPORTED_AS = {"ruamel.yaml": "ruamel"}

@@ -107,10 +107,13 @@ class HFConfig(AdaptedConfig):
         small = {name: value for name, value in usual.items() if name in known}
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in self.config.items()}
         try:
-            return cls(**(small | given))
+            made = cls(**(small | given))
         except Exception as error:  # every release has its own
             reason = str(error).strip().splitlines()[-1].strip()
             raise ContractError(f"{cls.__name__} refuses {dict(self.config)}: {reason}") from error
+        if made.hidden_size != width:
+            raise ContractError(f"{cls.__name__} has a width of {made.hidden_size}: give it as hidden_size")
+        return made
 
     def state(self, module: Any, batch_size: int) -> Any:
         return module.initial(batch_size)
@@ -272,7 +275,8 @@ def named(path: str, config: str, changes: Sequence[str], *, presets: Path) -> l
     if not re.fullmatch(r"[\w.]+:\w+", path):
         example = "hf:transformers.models.llama.modeling_llama:LlamaModel"
         raise SeqmixError(f"write hf:MODULE:CLASS, such as {example}; hf:{path} was given")
-    tree = parse(Path(config).read_text() if Path(config).is_file() else config, "--config")
+    is_file = not {"{", ":"} & {*config} and Path(config).is_file()
+    tree = parse(Path(config).read_text(encoding="utf-8") if is_file else config, "--config")
     fields = {} if tree is None else tree.plain()
     if not isinstance(fields, dict):
         raise SeqmixError(f"--config needs fields of a configuration, or a file of them, and was given {config!r}")
