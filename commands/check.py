@@ -104,6 +104,7 @@ def check(
     [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
     from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
+    from ..testing.mixer_options import not_varied
     from ..testing.source import source as source_of
 
     require_writable(json_file, junit_file)
@@ -132,6 +133,8 @@ def check(
         for config in configs:
             # the heading comes with the first line, after all arguments are known to be valid
             headings = [f"{source_of(config)} on {device}" + (", and its options" if vary else "")]
+            if vary and (fixed := not_varied(config)):
+                headings = [f"{headings[0]} (but {', '.join(fixed)}: no examples are declared)"]
             with console.status("") as status:
                 asked |= {"on_outcome": partial(_line, console, headings=headings), "on_case": partial(_case, status)}
                 report = check_mixer(config, **asked)

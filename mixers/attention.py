@@ -43,7 +43,7 @@ class AttentionConfig(MixerConfig):
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "none"] = "rope"
     """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; or `none`."""
-    rope_base: float = Field(default=10000.0, gt=1)
+    rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """The base of the angles."""
     window: int | None = Field(default=None, gt=0, examples=[4, 1])
     """Keys that a query sees, its own included; all when null. It bounds the state."""

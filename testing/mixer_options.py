@@ -34,6 +34,12 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
     return found
 
 
+def not_varied(config: MixerConfig) -> list[str]:
+    """Fields of which no other value is known: numbers without `examples`."""
+    varied = alternatives(config)
+    return [name for name in type(config).model_fields if name not in FIXED and name not in varied]
+
+
 def chunk_sizes(
     config: MixerConfig,
     accepts: Callable[[dict[str, Any]], bool] | None = None,

@@ -26,6 +26,7 @@ def documents_are_sequences(trial: Trial) -> None:
     following = trial.tokens(len(trial.case.lengths), 2)
     # int32 is what flash-attention takes, int64 what torch makes
     boundaries = trial.boundaries(torch.int32 if trial.case.seed % 2 else torch.int64)
+    assert boundaries is not None  # this check needs packing, and draws one row
     # as many documents and tokens as before, with other boundaries: nothing may be left of those
     others = torch.cat((boundaries[:1], boundaries.diff().flip(0).cumsum(0))).to(boundaries.dtype)
     for paradigm in trial.paradigms:
