@@ -50,6 +50,11 @@ def test_classes_of_transformers_decode_as_they_train(path):
         (MAMBA2 + "Mamba2Mixer", {"use": "decoding", "config": {"time_step_limit": (0.1, 0.8)}}, DECODING[2]),
         (MAMBA2 + "Mamba2Mixer", {"use": "packed"}, "documents_are_sequences"),
         (f"{MODELS}mamba.modeling_mamba:MambaMixer", {"use": "decoding"}, DECODING[1]),
+        (
+            f"{MODELS}recurrent_gemma.modeling_recurrent_gemma:RecurrentGemmaModel",
+            {"use": "decoding", "config": {"num_hidden_layers": 3}},
+            "results_are_deterministic",
+        ),
         (LLAMA + "LlamaModel", {"use": "decoding"}, "long_segments_do_not_drift"),
         (LLAMA + "LlamaAttention", {"mask": False, "config": {"attn_implementation": "eager"}}, DECODING[3]),
         (LLAMA + "LlamaAttention", {"mask": False, "use": "decoding"}, DECODING[1]),
