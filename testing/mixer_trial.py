@@ -212,6 +212,17 @@ class Trial:
             above[name] = noise.to(result.device) * (result.detach() != 0)
         return above
 
+    def sensitivity(
+        self, call: Call, x: Tensor, state: Any, results: tuple[dict[str, Tensor], Any]
+    ) -> dict[str, float]:
+        """How far outputs, gradients and state move, by name, where tokens move by 1e-10 of themselves: large numbers
+        cancel, and what is left is as far off in any order of computing it."""
+        moved, after = self.differentiate(call, x * (1 + 1e-10 * self.like(x)), state)
+        pairs = {name: (moved[name], result) for name, result in results[0].items()}
+        leaves = float_leaves(after)
+        pairs |= {f"the final state's {n}": (leaves[n], leaf) for n, leaf in float_leaves(results[1]).items()}
+        return {name: 10 * (one - other).abs().max().item() for name, (one, other) in pairs.items() if one.numel()}
+
     def rebuilt(self, dtype: torch.dtype | None = None, **options: Any) -> SequenceMixer:
         """The same parameters in a mixer of other options or dtype."""
         config = changed(self.config, options)
@@ -224,14 +235,20 @@ class Trial:
         other.load_state_dict(self.mixer.state_dict())
         return other
 
-    def differences(self, what: str, tolerance: float = EXACT) -> Differences:
+    def differences(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""
-        # large numbers cancel: what is left is rounded as they are
-        return Differences(what, tolerance, relative_to_largest=self.case.scale > 1)
+        return Differences(what, tolerance, slack)
 
-    def compare(self, what: str, actual: Result, expected: Result, tolerance: float = EXACT) -> None:
+    def compare(
+        self,
+        what: str,
+        actual: Result,
+        expected: Result,
+        tolerance: float = EXACT,
+        slack: Mapping[str, float] | None = None,
+    ) -> None:
         """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""
-        with self.differences(what, tolerance) as found:
+        with self.differences(what, tolerance, slack) as found:
             if actual[0] is not None and expected[0] is not None:
                 found.tensors(*({"the output": y} if isinstance(y, Tensor) else y for y in (actual[0], expected[0])))
             found.state("the final state", actual[1], expected[1])
