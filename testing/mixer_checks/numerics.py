@@ -118,7 +118,7 @@ def _near_float64(
 @check(
     stateful,
     use="long decoding in low precision: errors add up",
-    share=0.06,
+    share=0.1,
     draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW),
 )
 def long_decoding_does_not_drift(trial: Trial) -> None:
