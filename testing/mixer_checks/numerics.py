@@ -123,7 +123,7 @@ def _near_float64(
 )
 def long_decoding_does_not_drift(trial: Trial) -> None:
     """The state is wide: after many segments of one token, low precision is as near float64 as after one segment."""
-    exact, tolerance = trial.rebuilt(torch.float64), trial.subject.tolerances[trial.case.dtype]
+    exact, tolerance = trial.rebuilt(torch.float64), _after(STEPS, trial)
     x = trial.tokens()
     expected, _ = trial.mix(x.double(), None, exact)
     y, _ = trial.decode(x, trial.mixer.init_state(1, max_length=STEPS), trial.call(trial.reference))
@@ -141,6 +141,12 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
         trial.case.dtype,
     )
     near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
+
+
+def _after(length: int, trial: Trial) -> float:
+    """The tolerance after so many tokens: a decay that float32 rounds once is as many roundings off after as many."""
+    dtype = trial.case.dtype
+    return trial.subject.tolerances[dtype] * (max(1, length / 64) if dtype == torch.float32 else 1)
 
 
 def _step_by_step(trial: Trial, exact: SequenceMixer) -> Call:
@@ -172,8 +178,7 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     """At the end of hundreds of tokens low precision is as near float64 as at the start, in every paradigm, with
     extreme gates and decays too."""
     exact, (dtype, length) = trial.rebuilt(torch.float64), (trial.case.dtype, trial.case.length)
-    # a decay that is rounded to float32 once is as many roundings off after as many tokens
-    tolerance = trial.subject.tolerances[dtype] * (max(1, length / 64) if dtype == torch.float32 else 1)
+    tolerance = _after(length, trial)
     x, state, last = trial.tokens(), trial.state(), length // 8
     x = x / trial.case.scale if dtype == torch.float16 else x  # whose largest number is 65,504
 
