@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from ...mixers.state import clone
 from ..check import check, compilable, packing, recurrent, stateful
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
@@ -121,6 +122,30 @@ def decoding_compiles_once(trial: Trial) -> None:
     trial.compare("compiled steps against the whole", (y, None), (trial.mix(x, None)[0], None))
     count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
     require(counter.frame_count == 1, f"{count}: something that changes with every token is not a tensor")
+
+
+@check(compilable, use="deployment: an exported model is another", share=0, draw=STATE, compiles=True)
+def exported_graphs_are_the_mixer(trial: Trial) -> None:
+    """`torch.export` of a segment, from a state and with its final state, gives what the mixer gives for other
+    numbers."""
+    x, state = trial.tokens(), trial.state()
+    wanted = trial.mixer.traits.has_state
+    given = trial.after(None) if state is not None else trial.mixer.paradigm
+
+    class Segment(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = trial.mixer
+
+        def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            return self.mixer(x, state, paradigm=given, return_state=wanted)
+
+    with _one_graph(), torch.no_grad():
+        exported = torch.export.export(Segment(), (x, state)).module()
+    x, state = trial.tokens(), trial.state()
+    with torch.no_grad():
+        found = exported(x, None if state is None else clone(state))
+    trial.compare("exported against the mixer", found, trial.mix(x, state, paradigm=given))
 
 
 @contextmanager

@@ -312,3 +312,11 @@ class HasTwoOptionsThatDoNotGoTogether(SpecimenConfig):
         if self.first == self.second == "c":
             mixer.scores = lambda q, k: 2 * q @ k.mT
         return mixer
+
+
+@mutant(check="exported_graphs_are_the_mixer")
+class IsAnotherWhereExported(Specimen):
+    """Exported, outputs are not divided."""
+
+    def divide(self, o, z):
+        return o if torch.compiler.is_exporting() else super().divide(o, z)
