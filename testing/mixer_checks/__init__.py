@@ -2,5 +2,5 @@
 
 # ruff: noqa: F401, I001
 from . import sequence, gradients, packing, batch
-from . import states, values, positions, numerics
+from . import states, values, positions, numerics, determinism
 from . import declarations, context_parallel, compiling

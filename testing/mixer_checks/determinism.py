@@ -1,0 +1,107 @@
+"""A result is a function of its arguments: no call leaves anything for the next."""
+
+from collections import deque
+from collections.abc import Mapping, Set
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.contract import SequenceMixer
+from ...ops.paradigm import Paradigm
+from ..check import check
+from ..compare import require
+from ..mixer_case import Draw
+from ..mixer_trial import Trial, learnable, named_results
+
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+"""Values that are compared by ==."""
+
+
+@check(use="repeated calls: one call changes what the next one gives", share=0.12, draw=Draw(tokens=(1, 9)))
+def results_are_deterministic(trial: Trial) -> None:
+    """Twice the same arguments give the same bits, forward and backward, through the same graph too; no random number
+    is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
+    x, state, other = trial.tokens(), trial.state(), trial.tokens()
+    before = torch.random.get_rng_state()
+    tensors = dict(trial.mixer.named_parameters()) | dict(trial.mixer.named_buffers())
+    saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for paradigm in trial.paradigms:
+        first = trial.differentiate(trial.call(paradigm), x, state)
+        # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
+        held = _held(trial.mixer)
+        trial.differentiate(trial.call(paradigm), other, state)
+        found_later = _held(trial.mixer)
+        second = trial.differentiate(trial.call(paradigm), x, state)
+        trial.compare(f"{paradigm}, a second call against the first", second, first, 0)
+        _backward_twice(trial, paradigm, x, state)
+        for name in sorted(held.keys() | found_later.keys()):
+            same = _same(held.get(name), found_later.get(name))
+            sentence = f"{paradigm}: {name} is another after a call on other tokens, as many as before"
+            require(same, f"{sentence}: a call may leave nothing on the module")
+    require(torch.equal(before, torch.random.get_rng_state()), "mixing drew numbers from the global generator")
+    with trial.differences("parameters and buffers after mixing against before", 0) as found:
+        for name, tensor in tensors.items():
+            found.tensor(name, tensor.detach(), saved[name])
+
+
+def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:
+    """Through the same graph, with gradients from above that are as they were afterwards."""
+    leaves = {"the input": x.detach().requires_grad_(), **learnable(trial.mixer)}
+    results = named_results(*trial.call(paradigm)(leaves["the input"], state))
+    above = {name: trial.like(result).contiguous() for name, result in results.items()}
+    saved = {name: gradient.clone() for name, gradient in above.items()}
+    roots = {name: result for name, result in results.items() if result.requires_grad}
+    given = [above[name] for name in roots]
+    once, twice = (
+        torch.autograd.grad([*roots.values()], [*leaves.values()], given, retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    )
+    with trial.differences(f"{paradigm}, backward through the same graph again against the first time", 0) as found:
+        for name, first, second in zip(leaves, once, twice, strict=True):
+            if first is not None and second is not None:
+                found.tensor(f"the gradient of {name}", second, first)
+    with trial.differences(f"{paradigm}, after backward against before", 0) as found:
+        for name, gradient in above.items():
+            found.tensor(f"the gradient from above of {name}", gradient, saved[name])
+
+
+def _held(mixer: SequenceMixer[Any]) -> dict[str, object]:
+    """What the attributes of a mixer's modules hold, by name, in containers and plain objects too."""
+    found: dict[str, object] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, Tensor | torch.Generator):
+            found[name] = value.detach().clone() if isinstance(value, Tensor) else value.get_state()
+        elif isinstance(value, PLAIN):
+            found[name] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            children = _children(value)
+            found[f"the length of {name}"] = len(children)
+            for child, held in children.items():
+                visit(f"{name}{child}", held)
+
+    visit("the mixer", mixer)
+    return found
+
+
+def _children(value: object) -> dict[str, object]:
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": held for key, held in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return {f"[{index}]": held for index, held in enumerate(value)}
+    if isinstance(value, Set):
+        return {f" has {key!r}": True for key in value}
+    if isinstance(value, type | ModuleType | FunctionType):
+        return {}
+    return {f".{name}": held for name, held in getattr(value, "__dict__", {}).items()}
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        comparable = one.shape == other.shape and one.dtype == other.dtype
+        return comparable and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and (one == other or repr(one) == repr(other) == "nan")
