@@ -124,7 +124,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     written in place; without, a growing state may be (it is donated: the caller clones what it needs again). Positions
     live in the state, as an int64 tensor [B] named `position` or `length`.
 
-    Packed documents do not see each other, but NaN or infinity in one may reach the others of its row.
+    All of it is stated for finite numbers: NaN or infinity at a token may reach earlier tokens, and other documents of
+    its row.
     """
 
     traits: Traits

@@ -320,3 +320,14 @@ class IsAnotherWhereExported(Specimen):
 
     def divide(self, o, z):
         return o if torch.compiler.is_exporting() else super().divide(o, z)
+
+
+@mutant(check="paradigms_agree")
+class IsAnotherInLaterLayers(SpecimenConfig):
+    """In all layers but the first, the parallel form's scores are scaled."""
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        if layer_idx:
+            mixer.scores = lambda q, k: 1.01 * q @ k.mT
+        return mixer

@@ -151,6 +151,8 @@ def test_cases_are_a_function_of_the_seed_not_of_what_is_imported(cases, tmp_pat
     """Hypothesis takes numbers from the source of modules that happen to be there."""
     first = [cases(seed, examples=60) for seed in range(4)]
     assert {len(found) for found in first} == {60}
+    # no example is wasted on what was seen
+    assert min(len({repr(case) for case in found}) for found in first) == 60
     assert first[0] != first[1]
     numbers = ", ".join(str(n) for n in range(101, 2**16, 131))
     (tmp_path / "full_of_numbers.py").write_text(f"NUMBERS = [{numbers}]\n")
