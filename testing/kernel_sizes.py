@@ -54,6 +54,7 @@ FIXED: tuple[Mapping[str, Any], ...] = (
     {**_BATCH, "log_decay": "B T H", "layout": "fused"},
     {"lengths": (260,), "key_width": 5, "value_width": 8, "chunk_size": LARGE, "layout": "fused"},
     {"lengths": CROWD, "packed": True, "key_width": 2, "value_width": 3, "chunk_size": 32},
+    {"lengths": (140,), "key_width": 2, "value_width": 3, "chunk_size": 2},
     {"lengths": (9, 9), "key_width": 130, "value_width": 40, "layout": "heads_first"},
     {"lengths": (0, 129, 0, 0, 131, 0), "packed": True, "key_width": 3, "value_width": 2, "chunk_size": LARGE},
 )

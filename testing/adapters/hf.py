@@ -170,7 +170,7 @@ class _Layer(nn.Module):
         return given
 
     def _mask(self, x: Tensor, cache: Any, positions: Tensor) -> Any:
-        from transformers import masking_utils
+        from transformers import masking_utils  # pyright: ignore[reportMissingImports]
 
         make = masking_utils.create_causal_mask
         if getattr(self.layer, "sliding_window", None) is not None:
@@ -185,7 +185,7 @@ class _Layer(nn.Module):
         """A cache after one token, and its tensors after one and after two; made once for every dtype and device."""
         like = next(self.parameters())
         if (key := (like.dtype, like.device)) not in self.templates:
-            from transformers import DynamicCache
+            from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
             found, training = [], self.training
             self.eval()
@@ -209,7 +209,7 @@ class _Layer(nn.Module):
     def cache_of(self, state: Any) -> Any:
         """A new cache that holds a state."""
         if state is None:
-            from transformers import DynamicCache
+            from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
             return DynamicCache(config=self.config)
         made = copy.deepcopy(self.template()[0])

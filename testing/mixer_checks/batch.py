@@ -33,17 +33,23 @@ def rows_are_independent(trial: Trial) -> None:
 def strides_change_nothing(trial: Trial) -> None:
     """Inputs, states and gradients from above that are not contiguous give what contiguous ones give."""
     x, state = trial.tokens(), trial.state()
+    # time first is what other libraries have
+    lay = _time_first if trial.case.seed % 3 == 0 else _strided
     for paradigm in trial.paradigms:
         call = trial.call(paradigm)
 
         def strided(x, state, call=call):
-            y, after = call(_strided(x), None if state is None else map_state(_strided, state))
+            y, after = call(lay(x), None if state is None else map_state(_strided, state))
             # the gradient of a strided view is strided
-            return _strided(y), map_state(_strided, after)
+            return lay(y), map_state(_strided, after)
 
         expected = trial.differentiate(call, x, state)
         actual = trial.differentiate(strided, x, state)
         trial.compare(f"{paradigm}, strided inputs against contiguous ones", actual, expected)
+
+
+def _time_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _strided(x: Tensor) -> Tensor:

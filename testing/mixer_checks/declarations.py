@@ -12,13 +12,13 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, to_dict
 from ...mixers.traits import ContractError
 from ...ops.paradigm import Paradigm
-from ...registry import dump
+from ...registry import SeqmixError, dump
 from ...registry.yaml import parse
 from ..check import check, declares, differentiable
 from ..compare import CheckFailure, require
 from ..counting import count_flops
 from ..gradients import gradients
-from ..mixer_case import Draw
+from ..mixer_case import LAYERS, Draw
 from ..mixer_trial import Trial, learnable
 
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
@@ -51,6 +51,8 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
         _refused("packed documents in a batch of two", lambda: mixer(x, cu_seqlens=torch.tensor([0, 4])))
     else:
         _refused("packed documents, which it does not declare", lambda: mixer(packed, cu_seqlens=boundaries), "packing")
+    for width in (1, 7, 13):
+        _built_or_refused(trial, width)
     _refused("integer tokens", lambda: mixer(x.long()), "int64")
     _refused("float32 tokens for float64 parameters", lambda: mixer(x.float()), "float32")
     _refused("an empty segment", lambda: mixer(x[:, :0]))
@@ -119,8 +121,14 @@ def every_parameter_is_initialised(trial: Trial) -> None:
                 if tensor.is_floating_point():
                     tensor.fill_(torch.nan)
             torch.manual_seed(seed)
+            before = {name: id(parameter) for name, parameter in mixer.named_parameters()}
             with draws:
                 mixer.reset_parameters()
+            after = {name: id(parameter) for name, parameter in mixer.named_parameters()}
+            replaced = [name for name, one in after.items() if one != before.get(name, one)]
+            require(
+                not replaced, f"reset_parameters makes new parameters: {', '.join(replaced)}; an optimizer has the old"
+            )
         filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
         _filled(mixer, "reset_parameters leaves {} uninitialised")
     with trial.differences("reset_parameters with the same seed", 0) as found:
@@ -196,6 +204,16 @@ class _Draws(TorchDispatchMode):
 def _filled(mixer: SequenceMixer, sentence: str) -> None:
     for name, tensor in (*mixer.named_parameters(), *mixer.named_buffers()):
         require(not tensor.is_floating_point() or tensor.isfinite().all(), sentence.format(name))
+
+
+def _built_or_refused(trial: Trial, d_model: int) -> None:
+    try:
+        trial.config.build(d_model, layer_idx=0, n_layers=LAYERS)
+    except SeqmixError:
+        pass
+    except Exception as error:
+        sentence = f"build with d_model = {d_model} raised {type(error).__name__} instead of a SeqmixError: {error}"
+        raise CheckFailure(sentence.splitlines()[0]) from error
 
 
 def _refused(what: str, call: Callable[[], object], word: str = "") -> None:

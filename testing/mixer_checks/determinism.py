@@ -62,6 +62,15 @@ def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> 
         for name, first, second in zip(leaves, once, twice, strict=True):
             if first is not None and second is not None:
                 found.tensor(f"the gradient of {name}", second, first)
+    with trial.differences(f"{paradigm}, gradients added to ones against ones and gradients", 1e-12) as found:
+        for parameter in learnable(trial.mixer).values():
+            parameter.grad = torch.ones_like(parameter)
+        torch.autograd.backward([*roots.values()], given)
+        for (name, parameter), gradient in zip(learnable(trial.mixer).items(), once[1:], strict=True):
+            added, parameter.grad = parameter.grad, None
+            expected = torch.ones_like(parameter) if gradient is None else 1 + gradient
+            if added is not None:
+                found.tensor(f"the gradient of {name}", added, expected)
     with trial.differences(f"{paradigm}, after backward against before", 0) as found:
         for name, gradient in above.items():
             found.tensor(f"the gradient from above of {name}", gradient, saved[name])

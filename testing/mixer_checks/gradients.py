@@ -13,7 +13,7 @@ from ..check import check, differentiable, exact_gradients
 from ..compare import require
 from ..gradients import gradients
 from ..mixer_case import USES, Draw
-from ..mixer_trial import Trial, learnable, named_results
+from ..mixer_trial import Trial, as_leaves, learnable, named_leaves, named_results
 
 STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
@@ -25,7 +25,7 @@ ALLOWED = 1e-6
 @check(
     use="training: it computes another function than evaluation, or other gradients",
     share=0.12,
-    draw=Draw(tokens=(1, 11), long=4, batch_size=(1, 2), crowded=6, uses=USES, wide=6),
+    draw=Draw(tokens=(1, 11), long=4, lists=((65,), (130,), (300,)), batch_size=(1, 2), crowded=6, uses=USES, wide=6),
 )
 def modes_change_nothing(trial: Trial) -> None:
     """Training mode (without dropout), a call that wants no final state, tokens that want no gradient, and grad mode
@@ -44,11 +44,10 @@ def modes_change_nothing(trial: Trial) -> None:
 @check(
     use="fine-tuning: with other parameters frozen, those that learn get other gradients",
     share=0.03,
-    draw=Draw(tokens=(5, 9), batch_size=(2, 2), starts=("none", "initial")),
+    draw=Draw(tokens=(5, 9), batch_size=(2, 2), starts=("none", "read")),
 )
 def frozen_parameters_change_no_gradient(trial: Trial) -> None:
-    """A parameter that learns alone, while all others and the tokens are frozen, has the gradient that it has among
-    all."""
+    """A parameter, or a state, that learns alone, while all else is frozen, has the gradient that it has among all."""
     x, state, parameters = trial.tokens(), trial.state(), learnable(trial.mixer)
     for paradigm in trial.paradigms:
         given = paradigm if state is None else trial.after(paradigm)
@@ -61,6 +60,13 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
                     y, _ = trial.mixer(x, state, paradigm=given)
                     alone = gradients({"y": y}, above, {name: parameter})
                 found.tensor(f"the gradient of {name}", alone[name], expected[name])
+            if state is not None and (leaves := named_leaves("the state's", before := as_leaves(state))):
+                y, _ = trial.mixer(x, before, paradigm=given)
+                among = gradients({"y": y}, above, leaves)
+                with _frozen([*parameters.values()]):
+                    y, _ = trial.mixer(x, before, paradigm=given)
+                    alone = gradients({"y": y}, above, leaves)
+                found.tensors(alone, among)
 
 
 @contextmanager

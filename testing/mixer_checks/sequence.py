@@ -17,8 +17,11 @@ from ..mixer_case import LENGTHS, USES, Draw
 from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial, named_results
 
-CANDIDATES = tuple(2**n for n in range(12))
-"""Chunk sizes that a configuration may take; the smallest and the largest are compared."""
+RAGGED = 24
+"""A chunk that is no power of two: what handles it in blocks of 16 has a ragged one."""
+
+CANDIDATES = (*(2**n for n in range(12)), RAGGED)
+"""Chunk sizes that a configuration may take; the smallest, the largest and this one are compared."""
 
 MANY = 64
 """Tokens tried where one seems to be ignored."""
@@ -178,7 +181,7 @@ def chunk_size_changes_nothing(trial: Trial) -> None:
     )
     others = sorted(size for size in accepted if size != own)
     # small ones have boundaries in a short segment, and the largest has none in most
-    rebuilt = {size: trial.rebuilt(chunk_size=size) for size in (*others[:1], *others[-1:])}
+    rebuilt = {size: trial.rebuilt(chunk_size=size) for size in {*others[:1], *others[-1:], *({RAGGED} & {*others})}}
     for paradigm in trial.paradigms:
         expected = trial.mix(x, state, paradigm=paradigm)
         for size, mixer in rebuilt.items():

@@ -132,6 +132,13 @@ def rows_may_differ_in_length(trial: Trial) -> None:
             trimmed = trial.mixer.resize_state(clone(after), None)
             w, _ = trial.mix(following, trimmed, paradigm=paradigm)
             found.tensor("the output from the state without spare room", w, z, "BTD")
+            if len(set(lengths)) > 1:
+                tight = trial.mixer.resize_state(concatenate([clone(state) for state in states]), max(lengths) + 1)
+                try:
+                    v, _ = trial.mix(following, tight, paradigm=paradigm)
+                except (SeqmixError, RuntimeError):  # the longest does not fit
+                    continue
+                found.tensor("the output from a state with room for one more", v, y, "BTD")
 
 
 @check(
