@@ -165,7 +165,7 @@ def _tolerances(given: Sequence[str] | None) -> dict[torch.dtype, float]:
 
     dtypes, found = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}, {}
     for name, text in _pairs("--tolerance DTYPE=NUMBER", given):
-        require_name("dtype with a tolerance", name, dtypes)
+        require_name("low-precision dtype", name, dtypes)
         try:
             found[dtypes[name]] = float(text)
         except ValueError:
