@@ -4,7 +4,8 @@ Notation: n processes, T tokens each; rank r has the tokens r T to (r+1) T - 1 o
 group takes the rank's own tokens, documents and initial states of the whole row, and returns the outputs of the rank's
 own tokens and the final state of the whole row. How segments compose is a family's own:
 
-    decay, delta    S_r = M_r S_{r-1} + U_r      every rank gathers all (M, U): one state each, whatever T
+    decay, delta,
+    scan            S_r = M_r S_{r-1} + U_r      every rank gathers all (M, U): one state each, whatever T
     short conv      the last W-1 inputs of the ranks before
     softmax         every rank gathers all keys and values
     long conv       every rank gathers all inputs

@@ -1,0 +1,214 @@
+"""The scan family: a state that decays and is written element by element.
+
+Notation: B batch, T tokens, C channels, K keys, N packed documents; a = log_decay.
+
+    scan        h_t = exp(a_t) h_{t-1} + x_t                  state  [C], or of any shape; the output is h_t
+    selective   h_t = exp(step_t rate) h_{t-1} + k_t x_t^T    state  [K C]; o_t = q_t h_t
+
+The recurrent paradigm goes token by token, the chunkwise one by blocks of `chunk_size` tokens, several of them side by
+side. Both are linear in T, forward and backward. A log-decay of -inf is legal and resets the state.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...registry import SeqmixError
+from ..autograd import Op
+from ..call import Call
+from ..kernels import FLOATS
+from ..packing import Documents
+from ..paradigm import Paradigm
+from ..recurrence import require_chunk_size, require_packing
+from .blocks import wide
+from .elementwise import SCAN, Scan
+from .selective import SELECTIVE, Selective
+
+SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
+"""Those that the family has."""
+
+X = TypeVar("X", Scan, Selective)
+
+
+class ScanOutput(NamedTuple):
+    """What a scan returns."""
+
+    output: Float[Tensor, "B T *_"]
+    """In the dtype of x."""
+    final_state: Float[Tensor, "N *_"] | None
+    """float32 (float64 of float64 inputs); None unless wanted."""
+
+
+def scan_recurrence(
+    x: Float[Tensor, "B T *E"],
+    log_decay: Float[Tensor, "B T *E"],
+    *,
+    initial_state: Float[Tensor, "N *E"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
+    chunk_size: int = 64,
+) -> ScanOutput:
+    """h_t = exp(log_decay_t) h_{t-1} + x_t for every element by itself; the output is h_t.
+
+    Args:
+        x: what is written, [B T C], or with further dimensions.
+        log_decay: natural log of the decay, <= 0, -inf allowed; of the shape of x.
+        initial_state: it decays before the first token is added; None means zeros.
+        output_final_state: as in `Call.of`, like the arguments below.
+
+    Raises:
+        SeqmixError: shapes or dtypes do not fit; the paradigm does not exist, or is the parallel one; an input has a
+            tangent, as there is no forward-mode differentiation but of one token.
+    """
+    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
+    return scan(x, log_decay, call)
+
+
+def scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
+    """The same for mixers, which pass a `Call`; the state is [N *E].
+
+    In a context-parallel group it is computed twice: for what the segment does with any state, and from its own.
+    """
+    if x.shape != log_decay.shape or x.ndim < 3 or x.shape[1] < 1:
+        raise SeqmixError(
+            f"x and log_decay must be [B T C], or with further dimensions, and T >= 1; given are {list(x.shape)}, "
+            f"{list(log_decay.shape)}"
+        )
+    given = Scan(x, log_decay, *_common(call))
+    _require((x, log_decay), call, tuple(x.shape[2:]))
+    if _is_step(x, call):
+        h = log_decay[:, 0].to(wide(x)).exp() * _state(x, call, x.shape[2:]) + x[:, 0].to(wide(x))
+        return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
+    if call.cp_group is None:
+        return _output(SCAN, given)
+    return _in_group(SCAN, given, call, log_decay.to(wide(x)))
+
+
+def selective_recurrence(
+    x: Float[Tensor, "B T C"],
+    step: Float[Tensor, "B T C"],
+    rate: Float[Tensor, "K C"],
+    k: Float[Tensor, "B T K"],
+    q: Float[Tensor, "B T K"],
+    *,
+    initial_state: Float[Tensor, "N K C"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
+    chunk_size: int = 16,
+) -> ScanOutput:
+    """h_t = exp(step_t rate) h_{t-1} + k_t x_t^T, and q_t h_t as output; states exist for a few blocks at a time.
+
+    Args:
+        x: what is written, a scalar per channel.
+        step: step sizes, >= 0.
+        rate: <= 0, the log-decay per unit of step.
+        k: keys.
+        q: queries.
+        initial_state: it decays before the first token is added; None means zeros.
+        output_final_state: as in `Call.of`, like the arguments below.
+
+    Raises:
+        SeqmixError: as of `scan_recurrence`.
+    """
+    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
+    return selective_scan(x, step, rate, k, q, call)
+
+
+def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor, call: Call) -> ScanOutput:
+    """The same for mixers, which pass a `Call`; the state is [N K C]."""
+    shapes = [list(tensor.shape) for tensor in (x, step, rate, k, q)]
+    if x.ndim != 3 or x.shape[1] < 1 or rate.ndim != 2 or shapes != _selective_shapes(x, rate):
+        raise SeqmixError(
+            "x and step must be [B T C] with T >= 1, the rate [K C], k and q [B T K]; given are "
+            f"{', '.join(map(str, shapes))}"
+        )
+    _require((x, step, rate, k, q), call, tuple(rate.shape))
+    dtype = wide(x)
+    if _is_step(x, call):
+        decay = (step[:, 0, None].to(dtype) * rate.to(dtype)).exp()
+        written = k[:, 0, :, None].to(dtype) * x[:, 0, None].to(dtype)
+        h = decay * _state(x, call, rate.shape) + written
+        o = (q[:, 0, None].to(dtype) @ h).to(x.dtype)
+        return ScanOutput(o, h if call.return_state else None)
+    given = Selective(x, step, rate, k, q, *_common(call))
+    if call.cp_group is None:
+        return _output(SELECTIVE, given)
+    return _in_group(SELECTIVE, given, call, step.to(dtype)[:, :, None], rate.to(dtype))
+
+
+def _selective_shapes(x: Tensor, rate: Tensor) -> list[list[int]]:
+    (batch, length, channels), keys = x.shape, rate.shape[0]
+    return [[batch, length, channels]] * 2 + [[keys, channels]] + [[batch, length, keys]] * 2
+
+
+def _common(call: Call) -> tuple[Any, ...]:
+    """The fields of a call that all scans have, of the tokens of this process."""
+    return (
+        call.state,
+        call.cu_seqlens,
+        None if call.documents is None else call.documents.boundaries,
+        call.chunk_size,
+        call.return_state,
+        call.paradigm is Paradigm.RECURRENT,
+    )
+
+
+def _is_step(x: Tensor, call: Call) -> bool:
+    """Whether plain operations compute it, which a compiler fuses with what surrounds them: decoding."""
+    one = x.shape[1] == 1 and call.paradigm is Paradigm.RECURRENT
+    return one and call.documents is None and call.cp_group is None
+
+
+def _state(x: Tensor, call: Call, shape: torch.Size) -> Tensor:
+    if call.state is None:
+        return x.new_zeros((x.shape[0], *shape), dtype=wide(x))
+    return call.state.to(wide(x))
+
+
+def _output(op: Op[X], x: X) -> ScanOutput:
+    output, final_state, _ = op(x)
+    return ScanOutput(output, final_state if x.output_final_state else None)
+
+
+def _in_group(op: Op[X], x: X, call: Call, log_decay: Tensor, rate: Tensor | None = None) -> ScanOutput:
+    """M of a segment, S -> M S + U, is exp of its log-decays' sum, which `rate` multiplies if it is given."""
+    cp, documents, length = call.cp_group, call.documents, x.x.shape[1]
+    assert cp is not None
+    local = cp.local(documents, length)
+    packed: tuple[Any, Any] = (None, None) if local is None else (local.cu_seqlens, local.boundaries)
+    x = x._replace(cu_seqlens=packed[0], boundaries=packed[1])
+    _, written, _ = op(x._replace(initial_state=None, output_final_state=True))
+    total = _of_last(log_decay, documents).sum(1)
+    transition = (total if rate is None else total * rate).exp()
+    state = cp.entry(transition, cp.last_row(written, documents), call.state, documents, length, torch.mul)
+    found = _output(op, x._replace(initial_state=state))
+    final = None if found.final_state is None else cp.final(found.final_state, documents, length)
+    return ScanOutput(found.output, final)
+
+
+def _of_last(log_decay: Tensor, documents: Documents | None) -> Tensor:
+    """Log-decays of the last document's tokens, and zeros for others."""
+    if documents is None:
+        return log_decay
+    counted = (documents.of_token == documents.of_token[-1]).view(-1, *[1] * (log_decay.ndim - 2))
+    return torch.where(counted, log_decay, 0)
+
+
+def _require(tensors: tuple[Tensor, ...], call: Call, shape: tuple[int, ...]) -> None:
+    """Refuse dtypes, states, packing and paradigms that no scan takes."""
+    x = tensors[0]
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
+        raise SeqmixError(
+            f"a scan is of floating-point numbers, and was given {', '.join(str(t.dtype) for t in tensors)}"
+        )
+    if call.paradigm is Paradigm.PARALLEL:
+        raise SeqmixError("a scan is recurrent or chunkwise, not parallel")
+    require_packing(x, call.cu_seqlens)
+    require_chunk_size(call.chunk_size)
+    needed = [call.rows(x.shape[0]), *shape]
+    if call.state is not None and list(call.state.shape) != needed:
+        raise SeqmixError(f"the initial state must be {needed}, and is {list(call.state.shape)}")

@@ -1,0 +1,324 @@
+"""The engine of recurrences whose state is a vector, element by element: blocks of tokens, side by side.
+
+Notation: B batch, T tokens, E the shape of a state, N packed documents; a = log_decay, all of it per element.
+
+    h_t = exp(a_t) h_{t-1} + w_t                                                 state  [E]
+    g_t = dh_t + exp(a_{t+1}) g_{t+1}         dw_t = g_t         da_t = g_t exp(a_t) h_{t-1}
+
+A step of one token is often shorter than the call of an operation. So n blocks of m tokens are computed side by side:
+what each makes of a zero state, then the n states before them, one after another, then every token from these. Each
+token is read twice, whatever T is. Decays are only ever multiplied with, never divided by, and no gradient is a
+difference of sums: factors below the smallest number are 0, as what they stand for is.
+
+The forward pass saves the blocks' entry states; the backward pass recomputes the rest. Packed documents need no blocks
+of their own: at a document's first token the decay is 0, and what is kept of the document's initial state is written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..autograd import Gradients, Op
+from ..chunks import Group, groups
+from ..packing import Stretch, read_boundaries
+
+ELEMENTS = 2**18
+"""Of the states of a group's tokens at most, where it is more than one block: what fits into a CPU cache."""
+
+I = TypeVar("I", bound=Any)  # noqa: E741 inputs
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+class Rule(ABC, Generic[I]):
+    """A family: the terms of its recurrence, and what is read of its states.
+
+    Its inputs are a NamedTuple with `initial_state` [N *E] (or None), `cu_seqlens`, `boundaries`, `chunk_size`,
+    `output_final_state`, `needs_grad`, and `single`: whether blocks are computed one by one. Tensors of a group of
+    blocks are [m n B *], a token's of all blocks and rows side by side.
+    """
+
+    @abstractmethod
+    def output(self, x: I) -> Tensor:
+        """Empty room for the output, [B T *]."""
+
+    @abstractmethod
+    def shape(self, x: I) -> tuple[int, ...]:
+        """E."""
+
+    @abstractmethod
+    def terms(self, x: I, group: Group) -> tuple[Tensor, Tensor]:
+        """a and w of a group, [m n B *E], wide and of nobody else: both are overwritten."""
+
+    @abstractmethod
+    def read(self, x: I, group: Group, states: Tensor) -> Tensor:
+        """The output of a group, [m n B *], from the states after its tokens."""
+
+    @abstractmethod
+    def d_states(self, x: I, group: Group, d_output: Tensor) -> Tensor:
+        """dh_t, what the output alone makes of it: [m n B *E], overwritten; d_output is [m n B *]."""
+
+    @abstractmethod
+    def gradients(self, x: I, group: Group, found: "Found", out: dict[str, Tensor]) -> None:
+        """Fills or adds the gradients of the family's own inputs, which `out` has by name, those wanted."""
+
+
+class Found(NamedTuple):
+    """What the backward pass knows of a group, [m n B *E] each, and the output's gradient, [m n B *]."""
+
+    states: Tensor
+    """h_t."""
+    d_written: Tensor
+    """dw_t."""
+    d_log_decay: Tensor
+    """da_t."""
+    d_output: Tensor
+
+
+def scan_op(name: str, inputs: type[I], rule: Rule[I]) -> Op[I]:
+    """The op of a family: output, final state [N *E], and the blocks' entry states [blocks B *E]."""
+    return Op(
+        name,
+        inputs,
+        fake=lambda x: _allocate(x, rule),
+        forward=lambda x: _forward(x, rule),
+        backward=lambda x, gradients: _backward(x, gradients, rule),
+        saves=1,
+    )
+
+
+def tokens_first(x: Tensor, group: Group) -> Tensor:
+    """A group's tokens of [B T *] as [m n B *]; a view."""
+    batch, _, *rest = x.shape
+    row, token, *inner = x.stride()
+    return x.as_strided(
+        (group.length, group.chunks, batch, *rest),
+        (token, group.length * token, row, *inner),
+        x.storage_offset() + group.start * token,
+    )
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of states and sums: float32, or float64 of float64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---- packed documents
+
+
+class Edges(NamedTuple):
+    """The documents' first tokens in a group: where they are, and whose they are."""
+
+    token: Tensor
+    block: Tensor
+    document: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of [m n 1 *], a copy of these tokens: [documents *]."""
+        return x[self.token, self.block, 0]
+
+    def put(self, x: Tensor, values: Tensor | float) -> None:
+        """Write them."""
+        x[self.token, self.block, 0] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
+
+
+class Layout(NamedTuple):
+    """Where the documents of a packed row that hold tokens begin and end."""
+
+    document: Tensor
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor | None, boundaries: Sequence[int] | None, length: int) -> "Layout | None":
+        """None where nothing is packed; may read the boundaries from the device."""
+        if cu_seqlens is None:
+            return None
+        found = torch.tensor(read_boundaries(cu_seqlens, length) if boundaries is None else boundaries)
+        document = (found.diff() > 0).nonzero()[:, 0]
+        return cls(document, found[document], found[document + 1] - 1)
+
+    def firsts(self, group: Group) -> Edges:
+        """The first tokens in a group."""
+        return self._edges(self.first, group)
+
+    def lasts(self, group: Group) -> Edges:
+        """The last ones."""
+        return self._edges(self.last, group)
+
+    def _edges(self, tokens: Tensor, group: Group) -> Edges:
+        inside = (tokens >= group.start) & (tokens < group.stop)
+        at = tokens[inside] - group.start
+        return Edges(at % group.length, at // group.length, self.document[inside])
+
+
+def _kept(x: Any, edges: Edges, like: Tensor) -> Tensor:
+    """The initial states of documents, [documents *E]."""
+    if x.initial_state is None:
+        return like.new_zeros(len(edges.document), *like.shape[1:])
+    return x.initial_state[edges.document].to(like.dtype)
+
+
+# ---- blocks
+
+
+def _run(decay: Tensor, written: Tensor, state: Tensor) -> None:
+    """The states after each token in place of what is written, [m ..], from those before the first, [..]."""
+    for factor, h in zip(decay.unbind(), written.unbind(), strict=True):
+        h.addcmul_(factor, state)
+        state = h
+
+
+def _exits(decay: Tensor, written: Tensor) -> Tensor:
+    """The states after the last tokens, from zero: [m ..] -> [..]."""
+    (first, *factors), (state, *rest) = decay.unbind(), written.unbind()
+    del first
+    state = state.clone()
+    for factor, w in zip(factors, rest, strict=True):
+        torch.addcmul(w, factor, state, out=state)
+    return state
+
+
+def _run_back(decay: Tensor, d_states: Tensor) -> None:
+    """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
+    factors, g = decay.unbind(), d_states.unbind()
+    for t in range(len(g) - 2, -1, -1):
+        g[t].addcmul_(factors[t + 1], g[t + 1])
+
+
+def _exits_back(decay: Tensor, d_states: Tensor) -> Tensor:
+    """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
+    factors, above = decay.unbind(), d_states.unbind()
+    state = above[-1].clone()
+    for t in range(len(above) - 2, -1, -1):
+        torch.addcmul(above[t], factors[t + 1], state, out=state)
+    return state.mul_(factors[0])
+
+
+def _chain(first: Tensor, total: Tensor, inside: Tensor, out: Tensor, order: Sequence[int]) -> None:
+    """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
+    state = first
+    for at, i in enumerate(order):
+        if at:
+            state = torch.addcmul(inside[order[at - 1]], total[order[at - 1]], state)
+        out[i] = state
+
+
+def _groups(x: Any, output: Tensor, elements: int) -> list[Group]:
+    most = 1 if x.single else max(ELEMENTS // max(output.shape[0] * elements * x.chunk_size, 1), 1)
+    return groups(Stretch(slice(None), 0, output.shape[1]), x.chunk_size, most)
+
+
+class _Terms(NamedTuple):
+    """A group's recurrence, ready to run."""
+
+    decay: Tensor
+    written: Tensor
+    total: Tensor | None
+    """The decay of whole blocks, [n B *E], where there are several."""
+    kept: Tensor | None
+    """The decays of the documents' first tokens, in whose place zeros stand."""
+
+
+def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None) -> _Terms:
+    log_decay, written = rule.terms(x, group)
+    kept = None
+    if firsts is not None:
+        kept = firsts.of(log_decay).exp()
+        firsts.put(log_decay, -torch.inf)
+        if x.initial_state is not None:
+            firsts.put(written, firsts.of(written) + kept * _kept(x, firsts, kept))
+    total = log_decay.sum(0).exp_() if group.chunks > 1 else None
+    return _Terms(log_decay.exp_(), written, total, kept)
+
+
+def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
+    output, shape = rule.output(x), rule.shape(x)
+    batch, length = output.shape[:2]
+    rows = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    blocks = -(-length // x.chunk_size) if x.needs_grad else 0
+    dtype = wide(output)
+    final = output.new_empty((rows, *shape) if x.output_final_state else (0,), dtype=dtype)
+    return output, final, output.new_empty((blocks, batch, *shape), dtype=dtype)
+
+
+def _forward(x: Any, rule: Rule[Any]) -> Outputs:
+    output, final, entries = _allocate(x, rule)
+    layout, index = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1]), 0
+    initial = torch.zeros_like(final) if x.initial_state is None else x.initial_state.to(final.dtype)
+    # of packed documents, it is the first token that continues one
+    continues = layout is None and x.initial_state is not None
+    state = initial if continues else entries.new_zeros(entries.shape[1:])
+    if layout is not None and x.output_final_state:
+        final.copy_(initial)  # of documents without tokens
+    for group in _groups(x, output, state[0].numel()):
+        firsts = None if layout is None else layout.firsts(group)
+        terms = _terms(x, rule, group, firsts)
+        entered = (
+            entries[index : index + group.chunks]
+            if x.needs_grad
+            else terms.written.new_empty((group.chunks, *state.shape))
+        )
+        index += group.chunks
+        if terms.total is None:
+            entered[0] = state
+        else:
+            _chain(state, terms.total, _exits(terms.decay, terms.written), entered, range(group.chunks))
+        _run(terms.decay, terms.written, entered)
+        tokens_first(output, group).copy_(rule.read(x, group, terms.written))
+        state = terms.written[-1, -1]
+        if layout is not None and x.output_final_state:
+            lasts = layout.lasts(group)
+            final[lasts.document] = lasts.of(terms.written)
+    if layout is None and x.output_final_state:
+        final.copy_(state)
+    return output, final, entries
+
+
+def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor]:
+    (d_output, d_final), (entries,) = gradients.outputs, gradients.saved
+    output = rule.output(x)
+    d_output = torch.zeros_like(output) if d_output is None else d_output
+    d_final = None if d_final is None or not d_final.numel() else d_final.to(entries.dtype)
+    layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
+    out = {name: torch.zeros_like(getattr(x, name), dtype=entries.dtype) for name in gradients.wanted}
+    d_initial = out.pop("initial_state", None)
+    if layout is not None and d_initial is not None and d_final is not None:
+        d_initial.copy_(d_final)  # of documents without tokens
+    # the gradient of the state after the group
+    above = entries.new_zeros(entries.shape[1:]) if d_final is None or layout is not None else d_final
+    cuts = _groups(x, output, above[0].numel())
+    index = len(entries)
+    for group in reversed(cuts):
+        index -= group.chunks
+        entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
+        terms = _terms(x, rule, group, firsts)
+        _run(terms.decay, terms.written, entered)
+        d_above = tokens_first(d_output, group)
+        d_states = rule.d_states(x, group, d_above)
+        if layout is not None and d_final is not None:
+            lasts = layout.lasts(group)
+            lasts.put(d_states, lasts.of(d_states) + d_final[lasts.document])
+        if terms.total is None:
+            d_states[-1, 0] += above
+        else:
+            inside, after = _exits_back(terms.decay, d_states), torch.empty_like(entered)
+            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1))
+            d_states[-1] += after
+        _run_back(terms.decay, d_states)
+        above = terms.decay[0, 0] * d_states[0, 0]
+        before = torch.cat((entered[None], terms.written[:-1]))
+        if firsts is not None and terms.kept is not None:
+            firsts.put(terms.decay, terms.kept)
+            firsts.put(before, _kept(x, firsts, terms.kept))
+            if d_initial is not None:
+                d_initial[firsts.document] = terms.kept * firsts.of(d_states)
+        d_log_decay = before.mul_(terms.decay).mul_(d_states)
+        rule.gradients(x, group, Found(terms.written, d_states, d_log_decay, d_above), out)
+    if d_initial is not None:
+        if layout is None:
+            d_initial.copy_(above)
+        out["initial_state"] = d_initial
+    return out

@@ -1,0 +1,65 @@
+"""The scan of channels that are independent of each other: the state is what is read.
+
+h_t = exp(a_t) h_{t-1} + x_t                    output  h_t
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..chunks import Group
+from .blocks import Found, Rule, scan_op, tokens_first, wide
+
+
+class Scan(NamedTuple):
+    """One call of the scan."""
+
+    x: Tensor
+    """[B T *E]."""
+    log_decay: Tensor
+    """[B T *E]."""
+    initial_state: Tensor | None
+    """[N *E]."""
+    cu_seqlens: Tensor | None
+    boundaries: Sequence[int] | None
+    chunk_size: int
+    output_final_state: bool
+    single: bool
+    needs_grad: bool = False
+
+
+class Elementwise(Rule[Scan]):
+    """The family of `Scan`."""
+
+    def output(self, x: Scan) -> Tensor:
+        return x.x.new_empty(x.x.shape)
+
+    def shape(self, x: Scan) -> tuple[int, ...]:
+        return tuple(x.x.shape[2:])
+
+    def terms(self, x: Scan, group: Group) -> tuple[Tensor, Tensor]:
+        return _own(x.log_decay, group, wide(x.x)), _own(x.x, group, wide(x.x))
+
+    def read(self, x: Scan, group: Group, states: Tensor) -> Tensor:  # noqa: ARG002
+        return states
+
+    def d_states(self, x: Scan, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
+        return _copy(d_output, wide(x.x))
+
+    def gradients(self, x: Scan, group: Group, found: Found, out: dict[str, Tensor]) -> None:  # noqa: ARG002
+        for name, gradient in {"x": found.d_written, "log_decay": found.d_log_decay}.items():
+            if name in out:
+                tokens_first(out[name], group).copy_(gradient)
+
+
+def _own(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    return _copy(tokens_first(x, group), dtype)
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+SCAN = scan_op("scan", Scan, Elementwise())
