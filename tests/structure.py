@@ -28,7 +28,7 @@ from pathlib import Path
 NOT_OURS = {"build", "dist", "runs", "studies", "site"}
 """Folders of the root that git ignores."""
 NOT_LIBRARY = {"tests", "docs", "examples"}
-OTHER_FAMILIES = {"softmax", "convolution"}
+OTHER_FAMILIES = {"softmax", "convolution", "scan"}
 """Ops of mixers outside the decay and delta families."""
 
 

@@ -1,6 +1,7 @@
 """What mixers are made of: a mixer of a known family takes these and states its equations."""
 
 from ...ops.call import Call
+from ...ops.paradigm import Paradigm
 from ...ops.recurrence import RecurrenceOutput
 from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
@@ -22,6 +23,7 @@ __all__ = [
     "MatrixState",
     "MatrixStateConfig",
     "MatrixStateMixer",
+    "Paradigm",
     "QKVConfig",
     "QKVMixer",
     "RecurrenceOutput",

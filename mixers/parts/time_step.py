@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .matrix_state import MatrixStateConfig
 
 
-def _in_range(least: float, most: float) -> AfterValidator:
+def in_range(least: float, most: float) -> AfterValidator:
     """The check of a field of two numbers in order: beyond these bounds float32 or float16 has no numbers left."""
 
     def check(given: tuple[float, float]) -> tuple[float, float]:
@@ -39,12 +39,12 @@ Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | Non
 class TimeStepFields(MatrixStateConfig):
     """Fields of a mixer with step sizes and decay rates."""
 
-    time_step_range: Annotated[tuple[float, float], _in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
+    time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
     """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
     1e-6 to 1e3; Mamba-2's code raises those below 1e-4 to that."""
     time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
     """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
-    a_range: Annotated[tuple[float, float], _in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
+    a_range: Annotated[tuple[float, float], in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
     """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
 
 

@@ -1,0 +1,74 @@
+"""A vector, or a few per channel, as the state: what every mixer of the scan family has, whatever its projections."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from ...ops.call import Call
+from ...ops.paradigm import Paradigm
+from ...ops.scan import SCAN_PARADIGMS
+from ..contract import MixerConfig, SequenceMixer
+from ..traits import Traits
+from .matrix_state import Chunk
+from .short_convolution import ShortConvolution
+
+
+class ScanConfig(MixerConfig):
+    """Fields of every mixer of the scan family."""
+
+    chunk_size: Chunk = 64
+    paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
+    """The paradigm of training and evaluation."""
+
+    @property
+    def traits(self) -> Traits:
+        """The family's paradigms, and a constant state; positions do not matter."""
+        return Traits(paradigms=SCAN_PARADIGMS, state="constant", packing=True, shift_invariant=True)
+
+
+class ScanState(NamedTuple):
+    """The state after a prefix."""
+
+    memory: Float[Tensor, "B *E"]
+    """h, float32 or float64."""
+    recent: Float[Tensor, "B W-1 C"]
+    """The last inputs of the short convolution, oldest first; empty without one."""
+    position: Int[Tensor, " B"]
+    """Tokens processed."""
+
+
+class ScanMixer(SequenceMixer[ScanState]):
+    """A mixer whose state is [B *E]; a subclass passes E, sets `convolution` if it has one, and writes `mix`."""
+
+    supports_context_parallel = True
+    convolution: ShortConvolution | None
+
+    def __init__(self, config: Any, *memory: int) -> None:
+        super().__init__(config)
+        self.config, self.memory, self.convolution = config, memory, None
+
+    def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor]:
+        """The short convolution of x, and its last inputs: the leaf `recent` of the state, if they are wanted."""
+        if self.convolution is not None:
+            x, recent = self.convolution(x, call.enter("recent"))
+        else:
+            recent = None if call.state is None else call.state.recent
+        return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if recent is None else recent
+
+    def state_after(self, x: Tensor, memory: Tensor | None, recent: Tensor, call: Call) -> ScanState | None:
+        """The state after the segment x, if it is wanted."""
+        if memory is None:
+            return None
+        return ScanState(memory, recent, call.advance(x, None if call.state is None else call.state.position))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> ScanState:
+        del max_length
+        if self.convolution is None:
+            recent = torch.zeros(batch_size, 0, 0, device=self.device, dtype=self.dtype)
+        else:
+            recent = self.convolution.init_state(batch_size)
+        memory = torch.zeros(batch_size, *self.memory, device=self.device, dtype=self.state_dtype)
+        return ScanState(memory, recent, torch.zeros(batch_size, device=self.device, dtype=torch.int64))

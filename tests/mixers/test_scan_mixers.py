@@ -1,0 +1,65 @@
+"""Mixers of the scan family against their papers' equations, token by token in plain operations, in every option."""
+
+import math
+
+import pytest
+import torch
+from formulas import D_MODEL, assert_follows, convolved, tokens
+
+from seqmix.mixers import MIXERS
+from seqmix.mixers.parts.scan_state import ScanConfig
+
+
+def build(kind, dtype=torch.float64, **fields):
+    """A small mixer in which no parameter is all ones or zeros, which would hide that it is there."""
+    torch.manual_seed(0)
+    config = MIXERS.resolve(kind)(**{"chunk_size": 4} | SMALL[kind] | fields)
+    mixer = config.build(D_MODEL, layer_idx=1, n_layers=3).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return mixer
+
+
+def rg_lru(mixer, x):
+    config, width = mixer.config, mixer.width
+    u, gate = (x @ mixer.in_proj.weight.T + mixer.in_proj.bias).split(width, -1)
+    u = convolved(u, mixer.convolution.weight) + mixer.convolution.bias
+    h, outputs, size = x.new_zeros(len(x), width), [], width // config.n_heads
+    for t in range(x.shape[1]):
+        r, i = [], []
+        for head in range(config.n_heads):
+            own = u[:, t, head * size : (head + 1) * size]
+            logits = own @ mixer.gate_weight[head] + mixer.gate_bias[head]
+            r.append(1 / (1 + (-logits[:, :size]).exp()))
+            i.append(1 / (1 + (-logits[:, size:]).exp()))
+        a = (-8 * (1 + mixer.rate.exp()).log() * torch.cat(r, -1)).exp()
+        kept = 1.0 if config.unit_start and t == 0 else (1 - a**2).sqrt()
+        h = a * h + kept * torch.cat(i, -1) * u[:, t]
+        outputs.append(h)
+    gelu = 0.5 * gate * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())
+    return (torch.stack(outputs, 1) * gelu) @ mixer.out_proj.weight.T + mixer.out_proj.bias, h
+
+
+SMALL = {"rg_lru": {"n_heads": 3}}
+OPTIONS = {"rg_lru": [{}, {"unit_start": False, "short_conv": 2}, {"n_heads": 1, "expand": 0.5, "short_conv": 1}]}
+CASES = [pytest.param(kind, fields, id=f"{kind} {fields}") for kind, of in OPTIONS.items() for fields in of]
+
+
+def test_every_kind_of_the_family_has_cases():
+    kinds = {kind for kind, config in MIXERS.built_in().items() if issubclass(config, ScanConfig)}
+    assert set(OPTIONS) == set(SMALL) == kinds
+
+
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_output_state_and_gradients_are_the_formulas(kind, fields):
+    assert_follows(build(kind, **fields), globals()[kind], tokens(11))
+
+
+def test_closed_gates_of_rg_lru_have_finite_gradients():
+    # a = 1, and the square root of 0
+    mixer, x = build("rg_lru", torch.float32), tokens(9, dtype=torch.float32).requires_grad_()
+    torch.nn.init.constant_(mixer.gate_bias, -200.0)
+    y, state = mixer(x, return_state=True)
+    gradients = torch.autograd.grad(y.sum() + state.memory.sum(), [x, *mixer.parameters()])
+    assert all(part.isfinite().all() for part in (y, state.memory, *gradients))
