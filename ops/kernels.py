@@ -53,6 +53,8 @@ class Probe:
     final_state: bool = False
     """Whether the state after the last token is wanted."""
     needs_grad: bool = False
+    scores: tuple[str, ...] = ()
+    """What changes scores beside their scale, decay and window, by the names of the op's arguments."""
 
 
 class Key(NamedTuple):

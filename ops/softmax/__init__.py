@@ -1,16 +1,19 @@
 """The softmax family: attention."""
 
 from .api import Backend, softmax, softmax_attention, softmax_flops
-from .cache import Cache, GrowingCache, RingCache, empty_cache, moved
+from .cache import Cache, ForgettingCache, GrowingCache, RingCache, empty_cache, key_cache, moved, stored_as
 
 __all__ = [
     "Backend",
     "Cache",
+    "ForgettingCache",
     "GrowingCache",
     "RingCache",
     "empty_cache",
+    "key_cache",
     "moved",
     "softmax",
     "softmax_attention",
     "softmax_flops",
+    "stored_as",
 ]

@@ -16,12 +16,13 @@ The decay of a pair is a product of two factors relative to a reference r, the m
 Keys are cached without their factor, so no factor ever depends on an absolute position.
 """
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...registry import SeqmixError, nearest
 from ..call import Call
 from ..kernels import chosen, declare_references
 from ..paradigm import Paradigm
@@ -33,30 +34,41 @@ Backend = Literal["auto", "sdpa", "flex", "xformers"]
 """The kernel backend: `auto` is resolved when a model is built; `sdpa` and `flex` are torch's."""
 
 
-def softmax(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Call,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    log_decay: Tensor | None = None,
-) -> AttentionOutput:
+class SoftmaxOptions(TypedDict, total=False):
+    """What changes scores; `softmax_attention` describes them."""
+
+    scale: float | None
+    window: int | None
+    log_decay: Float[Tensor, " K"] | None
+    log_forget: Float[Tensor, "B T H"] | None
+    slopes: Float[Tensor, " H"] | None
+    softcap: float | None
+    sinks: Float[Tensor, " H"] | None
+    value_dims: int | None
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Unpack[SoftmaxOptions]) -> AttentionOutput:
     """The same for mixers, which pass a `Call`; the state is a KV cache. The tensors are those of `softmax_attention`.
 
-    In a context-parallel group every process gathers all keys and values, and SDPA computes it, whatever the backend.
+    In a context-parallel group every process gathers all keys, values and gates, and SDPA computes it, whatever the
+    backend.
     """
+    if unknown := [name for name in options if name not in SoftmaxOptions.__annotations__]:
+        raise SeqmixError(f"softmax has no option {unknown[0]!r}{nearest(unknown[0], SoftmaxOptions.__annotations__)}")
     cp, documents, length = call.cp_group, call.documents, q.shape[1]
     if cp is not None:
-        k, v, documents = cp.gather_tokens(k), cp.gather_tokens(v), cp.whole(documents, length)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    x = Attention(q, k, v, factor, window, log_decay, call.state, documents, call.return_state, call.chunk_size)
+        k, documents = cp.gather_tokens(k), cp.whole(documents, length)
+        v = cp.gather_tokens(v) if options.get("value_dims") is None else k[..., :0]
+        if (log_forget := options.get("log_forget")) is not None:
+            options["log_forget"] = cp.gather_tokens(log_forget)
+    if options.get("scale") is None:
+        options["scale"] = q.shape[-1] ** -0.5
+    x = Attention(q, k, v, 1.0, call.state, documents, call.return_state, call.chunk_size)._replace(**options)
     require_attention(x, 1 if cp is None else cp.size)
     if cp is None:
         return chosen("softmax", call.paradigm, call.backend).function(x)
     size = call.chunk_size if call.paradigm is Paradigm.CHUNKWISE else length
-    require_range(log_decay, min(size, length), q.dtype)
+    require_range(x.log_decay, min(size, length), q.dtype)
     return attend_in_blocks(x, size, cp.start(length)), x.final()
 
 
@@ -65,15 +77,13 @@ def softmax_attention(
     k: Float[Tensor, "B T G K"],
     v: Float[Tensor, "B T G V"],
     *,
-    scale: float | None = None,
-    window: int | None = None,
-    log_decay: Float[Tensor, " K"] | None = None,
     initial_state: Cache | None = None,
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
     paradigm: Paradigm | str = Paradigm.PARALLEL,
     chunk_size: int = 512,
     backend: str = "sdpa",
+    **options: Unpack[SoftmaxOptions],
 ) -> AttentionOutput:
     """The same for those who call an op by itself; its further options are those of `Call.of`.
 
@@ -81,23 +91,30 @@ def softmax_attention(
         q: queries.
         k: keys.
         v: values.
-        scale: factor of the scores, 1/sqrt(K) by default.
-        window: keys that a query sees, its own included; None means all.
-        log_decay: natural log of the decay per token of distance, for each key dimension, <= 0.
         initial_state: what was read before; None means nothing. A `RingCache` is written in place if a final state is
             wanted and grad mode is off, except with packed documents; a state is never written in grad mode.
         output_final_state: whether the cache after the last token is wanted. It is of the kind of the initial state;
-            without one, a ring of `window` slots under a window, else a growing cache.
+            without one, a ring of `window` slots under a window, else a growing cache; under forget gates a
+            `ForgettingCache` of it.
         chunk_size: queries per block of the chunkwise paradigm; changes the cost, never the result.
+        options: keywords:
+            `scale`, the factor of the scores, 1/sqrt(K) by default;
+            `window`, the keys that a query sees, its own included; None means all;
+            `log_decay [K]`, the natural log of the decay per token of distance, for each key dimension, <= 0;
+            `log_forget [B T H]`, the natural log of each token's forget gate, <= 0;
+            `slopes [H]`, what is taken from a score per token of distance;
+            `softcap`, the bound of scores before gates and slopes, above 0;
+            `sinks [H]`, the score of one more key, without a value;
+            `value_dims`, where values are the first so many dimensions of the keys, and v is [B T G 0].
 
     Raises:
-        SeqmixError: shapes, dtypes or the documents' boundaries do not fit.
+        SeqmixError: shapes, dtypes or the documents' boundaries do not fit, or the backend has not all of it.
         RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
             which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
             the boundaries too.
     """
     call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return softmax(q, k, v, call, scale=scale, window=window, log_decay=log_decay)
+    return softmax(q, k, v, call, **options)
 
 
 def softmax_flops(

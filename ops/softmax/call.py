@@ -1,6 +1,7 @@
 """One call of softmax attention (notation of api.py): what every kernel takes, and what no kernel takes."""
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from ..autograd import needs_grad
 from ..kernels import Probe
 from ..packing import Documents, require_async
 from ..recurrence import require_chunk_size, require_floats, require_packing
-from .cache import Cache, Offer, final_cache, offer_of
+from .cache import Cache, ForgettingCache, KeyCache, Offer, final_cache, key_cache, offer_of, offer_written, row_of
+from .forget import forgotten, offered_sums, written_sums
 
 
 class Attention(NamedTuple):
@@ -23,30 +25,92 @@ class Attention(NamedTuple):
     """Of all T tokens of the row, where q is of one process's."""
     v: Float[Tensor, "B T G V"]
     scale: float
-    window: int | None
-    """Keys that a query sees, its own included; None means all."""
-    log_decay: Float[Tensor, " K"] | None
-    """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     cache: Cache | None
     """What was read before; None means nothing."""
     documents: Documents | None
     """Those of a packed row; caches then have one row per document."""
     output_final_state: bool
     chunk_size: int
+    window: int | None = None
+    """Keys that a query sees, its own included; None means all."""
+    log_decay: Float[Tensor, " K"] | None = None
+    """Natural log of the decay per token of distance, for each key dimension, <= 0."""
+    log_forget: Float[Tensor, "B T H"] | None = None
+    """Natural log of each token's forget gate, <= 0; of all tokens of the row, as k."""
+    slopes: Float[Tensor, " H"] | None = None
+    """What is taken from a score per token of distance (ALiBi)."""
+    softcap: float | None = None
+    """The bound of scores, before gates and slopes."""
+    sinks: Float[Tensor, " H"] | None = None
+    """The score of one more key, without a value."""
+    value_dims: int | None = None
+    """Values are the first dimensions of the keys, so many, and v is empty; None where they have their own."""
 
     def final(self) -> Cache | None:
         """The cache after the segment, if it is wanted."""
         if not self.output_final_state:
             return None
-        return final_cache(self.k, self.v, self.window, self.cache, self.documents)
+        return final_cache(self.k, self.v, self.window, self.cache, self.documents, self.log_forget)
+
+    @property
+    def kept(self) -> KeyCache | None:
+        """The keys and values that were read before."""
+        return None if self.cache is None else key_cache(self.cache)
 
     def offer(self) -> Offer:
         """The keys and values that the queries may see: the old cache's, then the segment's."""
-        return offer_of(self.k, self.v, self.cache, self.documents)
+        offer = offer_of(self.k, self.v, self.kept, self.documents)
+        if self.log_forget is not None:
+            past = self.cache if isinstance(self.cache, ForgettingCache) else None
+            offer = offer._replace(sums=offered_sums(self.log_forget, past, self.documents))
+        return self._with_values(offer)
+
+    def written(self, after: Cache) -> Offer:
+        """The same of a cache that has taken the segment in already."""
+        assert self.cache is not None
+        offer = offer_written(key_cache(after), self.cache.length, self.k)
+        if self.log_forget is not None and isinstance(after, ForgettingCache):
+            offer = offer._replace(sums=written_sums(self.log_forget, after))
+        return self._with_values(offer)
+
+    def _with_values(self, offer: Offer) -> Offer:
+        return offer if self.value_dims is None else offer._replace(values=offer.keys[..., : self.value_dims])
+
+    def bias(self, places: Tensor, offer: Offer) -> Float[Tensor, "_ H T M"] | None:
+        """What is added to the scores of queries at `places`, float32 or float64; None is nothing."""
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        bias = None if offer.sums is None else forgotten(offer.sums).to(wide)
+        if self.slopes is not None:
+            distance = (places[:, None] - offer.places[:, None]).to(wide)
+            sloped = -self.slopes[:, None, None].to(wide) * distance[:, None]
+            bias = sloped if bias is None else bias + sloped
+        return bias
+
+    def by_document(self) -> list["Attention"]:
+        """The call as one of each document, which cost their sum; itself where the host does not know them."""
+        if self.documents is None or self.documents.boundaries is None:
+            return [self]
+        spans = enumerate(pairwise(self.documents.boundaries))
+        return [self._document(n, slice(*span)) for n, span in spans if span[0] < span[1]]
+
+    def _document(self, number: int, tokens: slice) -> "Attention":
+        return self._replace(
+            q=self.q[:, tokens],
+            k=self.k[:, tokens],
+            v=self.v[:, tokens],
+            log_forget=None if self.log_forget is None else self.log_forget[:, tokens],
+            cache=None if self.cache is None else row_of(self.cache, number),
+            documents=None,
+        )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """What changes scores beside their scale, decay and window, by name."""
+        return tuple(name for name in ("log_forget", "slopes", "softcap", "sinks") if getattr(self, name) is not None)
 
     def probe(self) -> Probe:
         """What this call asks of a kernel."""
-        cached = () if self.cache is None else self.cache[:2]
+        cached = () if self.kept is None else self.kept[:2]
         return Probe(
             device=self.q.device,
             dtype=self.q.dtype,
@@ -55,7 +119,13 @@ class Attention(NamedTuple):
             log_decay=None if self.log_decay is None else "K",
             window=self.window is not None,
             needs_grad=needs_grad(self.q, self.k, self.v, self.log_decay, *cached),
+            scores=self.scores,
         )
+
+
+def without_scores(backend: str, probe: Probe) -> list[str]:
+    """The reason why a backend that knows scores of products alone cannot run what it is asked, if there is one."""
+    return [f"{backend} has no {' and no '.join(probe.scores)}, as sdpa has"] if probe.scores else []
 
 
 AttentionOutput = tuple[Float[Tensor, "B T H V"], Cache | None]
@@ -130,12 +200,42 @@ def require_attention(x: Attention, segments: int = 1) -> None:
         raise SeqmixError(f"log_decay must be one scalar per key dimension [{key_dim}], is {list(x.log_decay.shape)}")
     require_packing(q, None if x.documents is None else x.documents.cu_seqlens)
     require_chunk_size(x.chunk_size)
-    rows = q.shape[0] if x.documents is None else x.documents.number
-    if x.cache is not None:
-        needed = ([rows, n_kv_heads, key_dim], [rows, n_kv_heads, v.shape[3]], [rows])
-        given = ([*leaf.shape[:1], *leaf.shape[2:]] for leaf in x.cache)
-        if any(a != b for a, b in zip(needed, given, strict=True)):
-            raise SeqmixError(
-                f"the cache must have {rows} rows of {n_kv_heads} heads of {key_dim} (keys) and {v.shape[3]} (values); "
-                f"its leaves are {', '.join(str(list(leaf.shape)) for leaf in x.cache)}"
-            )
+    _require_scores(x)
+    _require_cache(x, q.shape[0] if x.documents is None else x.documents.number)
+
+
+def _require_scores(x: Attention) -> None:
+    """Refuse what does not fit the heads, or is no bound of scores."""
+    n_heads = x.q.shape[2]
+    shapes = {"log_forget": (*x.k.shape[:2], n_heads), "slopes": (n_heads,), "sinks": (n_heads,)}
+    for name, shape in shapes.items():
+        given = getattr(x, name)
+        if given is not None and (given.shape != shape or not given.is_floating_point()):
+            raise SeqmixError(f"{name} must be floats {list(shape)}, is {list(given.shape)} of {given.dtype}")
+    if x.softcap is not None and not 0 < x.softcap < math.inf:
+        raise SeqmixError(f"softcap bounds scores, so it is a number above 0 (None for no bound), and is {x.softcap}")
+    widest = x.k.shape[3]
+    if x.value_dims is not None and not (0 < x.value_dims <= widest and x.v.shape[3] == 0):
+        raise SeqmixError(
+            f"value_dims are from 1 to the {widest} of the keys, with an empty v; given are {x.value_dims} and "
+            f"{list(x.v.shape)}"
+        )
+
+
+def _require_cache(x: Attention, rows: int) -> None:
+    """Refuse a cache of another call."""
+    if x.cache is None:
+        return
+    if isinstance(x.cache, ForgettingCache) != (x.log_forget is not None):
+        kept, given = ("has", "not given") if x.log_forget is None else ("has no", "given")
+        raise SeqmixError(f"the cache {kept} forget gates, and log_forget is {given}: they go together")
+    kept, (n_kv_heads, key_dim), value_dim = key_cache(x.cache), x.k.shape[2:], x.v.shape[3]
+    needed = [[rows, n_kv_heads, key_dim], [rows, n_kv_heads, value_dim], [rows]]
+    leaves = list(kept)
+    if isinstance(x.cache, ForgettingCache):
+        needed, leaves = [*needed, [rows, x.q.shape[2]]], [*leaves, x.cache.log_forget]
+    if needed != [[*leaf.shape[:1], *leaf.shape[2:]] for leaf in leaves]:
+        raise SeqmixError(
+            f"the cache must have {rows} rows of {n_kv_heads} heads of {key_dim} (keys) and {value_dim} (values); "
+            f"its leaves are {', '.join(str(list(leaf.shape)) for leaf in leaves)}"
+        )

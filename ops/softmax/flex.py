@@ -31,7 +31,7 @@ from ..kernels import Kernel, Probe, declare
 from ..paradigm import Paradigm
 from .api import TOLERANCES
 from .cache import Offer
-from .call import Attention, AttentionOutput, factored, require_range
+from .call import Attention, AttentionOutput, factored, require_range, without_scores
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -45,7 +45,7 @@ MIN_WIDTH = 16
 
 def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
-    device, reasons = probe.device.type, []
+    device, reasons = probe.device.type, without_scores("flex", probe)
     if device not in ("cpu", "cuda"):
         return [f"it runs on CUDA devices and CPUs, not on {device}"]
     if device == "cpu" and probe.needs_grad:

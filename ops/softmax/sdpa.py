@@ -1,5 +1,7 @@
 """Softmax attention by torch's own scaled dot product attention, in all paradigms (notation of api.py)."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,18 +9,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..autograd import differentiable_once
-from .cache import GrowingCache, Offer, final_cache, offer_written
+from ..recurrent import no_autocast
+from .cache import GrowingCache, Offer
 from .call import Attention, AttentionOutput, factored, require_range, visible_keys
+from .weights import weighed
 
 
 def softmax_parallel(x: Attention) -> AttentionOutput:
     """All queries at once, against the cache and the segment's own keys.
 
     Without cache, window and packing this is one call of SDPA with its own causal mask. Otherwise the mask is explicit:
-    a byte per pair.
+    a byte per pair, a float under gates or slopes. Documents whose boundaries the host knows are read one by one.
     """
-    require_range(x.log_decay, x.q.shape[1], x.q.dtype)
-    return _attend(x, x.offer()), x.final()
+    return _each(x, _at_once), x.final()
 
 
 def softmax_recurrent(x: Attention) -> AttentionOutput:
@@ -27,12 +30,13 @@ def softmax_recurrent(x: Attention) -> AttentionOutput:
     Where a query could need what the cache has evicted by then (several tokens under a window), and where documents are
     packed, the queries read the old cache and the new tokens.
     """
-    require_range(x.log_decay, x.q.shape[1], x.q.dtype)
-    keeps_all = isinstance(x.cache, GrowingCache) or x.window is None or x.q.shape[1] == 1
+    keeps_all = isinstance(x.kept, GrowingCache) or x.window is None or x.q.shape[1] == 1
     if x.cache is not None and x.output_final_state and x.documents is None and keeps_all:
-        final_state = final_cache(x.k, x.v, x.window, x.cache, None)
-        return _attend(x, offer_written(final_state, x.cache.length, x.k)), final_state
-    return _attend(x, x.offer()), x.final()
+        require_range(x.log_decay, x.q.shape[1], x.q.dtype)
+        final_state = x.final()
+        assert final_state is not None
+        return _attend(x, x.written(final_state)), final_state
+    return _each(x, _at_once), x.final()
 
 
 def softmax_chunkwise(x: Attention) -> AttentionOutput:
@@ -41,10 +45,25 @@ def softmax_chunkwise(x: Attention) -> AttentionOutput:
     Time is quadratic in T, and linear under a window. Memory is linear in T, forward and backward: one block's mask and
     decayed keys at a time, recomputed in the backward pass (a third more work than storing them). The loop over blocks
     is a Python loop, which a compiler unrolls for every T: T / C copies of a few operations. With packed documents
-    every block reads every document's cache.
+    whose boundaries only the device knows, every block reads every document's cache.
     """
-    require_range(x.log_decay, min(x.chunk_size, x.q.shape[1]), x.q.dtype)
-    return attend_in_blocks(x, x.chunk_size), x.final()
+
+    def in_blocks(part: Attention) -> Tensor:
+        require_range(x.log_decay, min(x.chunk_size, part.q.shape[1]), x.q.dtype)
+        return attend_in_blocks(part, x.chunk_size)
+
+    return _each(x, in_blocks), x.final()
+
+
+def _each(x: Attention, attend: Callable[[Attention], Tensor]) -> Float[Tensor, "B T H V"]:
+    """Document by document, where their boundaries are known."""
+    outputs = [attend(part) for part in x.by_document()]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _at_once(x: Attention) -> Float[Tensor, "B T H V"]:
+    require_range(x.log_decay, x.q.shape[1], x.q.dtype)
+    return _attend(x, x.offer())
 
 
 def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "B T H V"]:
@@ -63,20 +82,29 @@ def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "
 
 def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read an offer."""
-    length, window, values = x.q.shape[1], x.window, offer.values
+    length, window = x.q.shape[1], x.window
     q, keys = factored(x.q, start, offer, x.log_decay)
     places = torch.arange(start, start + length, device=q.device)
-    plain = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
-    mask = None if plain else visible_keys(places, offer, window)
+    whole = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
+    if whole and not x.scores:
+        return _fused(q, keys, offer.values, x.scale, None)
+    seen, bias = visible_keys(places, offer, window), x.bias(places, offer)
+    if x.softcap is not None or x.sinks is not None:
+        return weighed(x, q, keys, offer.values, seen, bias)
+    with no_autocast(q.device):  # it would narrow the bias
+        return _fused(q, keys, offer.values, x.scale, seen if bias is None else bias.masked_fill(~seen, -torch.inf))
+
+
+def _fused(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Float[Tensor, "B T H V"]:
     output = scaled_dot_product_attention(
         q.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
-        scale=x.scale,
+        scale=scale,
         enable_gqa=q.shape[2] != keys.shape[2],
     )
     # its fused kernels have none, and torch's own error names what nobody has called
     output = differentiable_once("softmax attention", output, "ScaledDotProduct")
-    return output.transpose(1, 2).to(x.q.dtype)
+    return output.transpose(1, 2).to(q.dtype)

@@ -32,7 +32,7 @@ from ..autograd import Gradients, Op, needs_grad
 from ..kernels import Kernel, Probe, declare, installed
 from ..paradigm import Paradigm
 from .cache import RingCache
-from .call import Attention, AttentionOutput, factored, require_range
+from .call import Attention, AttentionOutput, factored, require_range, without_scores
 
 FLASH_WIDTH = 256
 """The widest heads of the kernels for 16 bits."""
@@ -40,7 +40,7 @@ FLASH_WIDTH = 256
 
 def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
-    reasons = []
+    reasons = without_scores("xformers", probe)
     if not installed("xformers"):
         reasons.append("xformers is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
@@ -93,16 +93,17 @@ def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
     Raises:
         SeqmixError: `KERNEL` does not take this.
     """
+    KERNEL.require(x.probe())
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)
-    offer = x.offer()
+    offer, kept = x.offer(), x.kept
     query, keys = factored(x.q, 0, offer, x.log_decay)
     inputs = _Inputs(
         *(query, keys, offer.values),
-        None if x.cache is None else x.cache.length,
+        None if kept is None else kept.length,
         None if x.documents is None else x.documents.cu_seqlens,
         None if x.documents is None else x.documents.boundaries,
-        0 if x.cache is None else x.cache.keys.shape[1],
-        isinstance(x.cache, RingCache),
+        0 if kept is None else kept.keys.shape[1],
+        isinstance(kept, RingCache),
         x.window or 0,
         x.scale,
     )

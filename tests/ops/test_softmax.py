@@ -173,6 +173,17 @@ def test_flops_are_what_a_counter_counts(paradigm, window, context, length):
     assert count_flops(partial(call, **options)) == expected
 
 
+@every_paradigm
+@pytest.mark.parametrize("context", [0, 5])
+def test_packed_documents_cost_the_sum_of_theirs(paradigm, context):
+    lengths = (5, 0, 3, 8)
+    state = GrowingCache(*ring(context, batch_size=4, read=context)) if context else None
+    options = {"cu_seqlens": torch.tensor([0, 5, 5, 8, 16]), "initial_state": state, "chunk_size": 3}
+    call = partial(softmax_attention, *make(batch_size=1, length=16), paradigm=paradigm, **options)
+    one = partial(softmax_flops, paradigm, key_dim=4, value_dim=4, chunk_size=3, context=context)
+    assert count_flops(call) == 4 * sum(one(length) for length in lengths if length)
+
+
 @pytest.mark.parametrize("case", ["growing", "window", "packed"])
 @every_paradigm
 def test_compiles_into_one_graph_with_gradients(paradigm, case):

@@ -1,0 +1,44 @@
+"""Softmax attention by its scores, written out, where torch's SDPA has no word for it (notation of api.py).
+
+    w_nm = exp(s_nm - L_n)          L_n = log sum_m exp(s_nm)          o_n = sigmoid(L_n - sink) sum_m w_nm v_m
+
+All in float32 or wider: of a score of 30 in bfloat16 nothing is left behind the decimal point.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..recurrent import no_autocast
+from .call import Attention
+
+
+def weighed(
+    x: Attention,
+    q: Float[Tensor, "B T H K"],
+    keys: Float[Tensor, "B M G K"],
+    values: Float[Tensor, "B M G V"],
+    seen: Bool[Tensor, "_ 1 T M"],
+    bias: Float[Tensor, "_ H T M"] | None,
+) -> Float[Tensor, "B T H V"]:
+    """What queries read of keys and values; the cap and the sinks are the call's."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    (_, length, n_heads, _), groups = q.shape, keys.shape[2]
+
+    def by_group(y: Tensor) -> Tensor:  # the heads that share a key are rows of one product
+        return y.unflatten(1, (groups, -1)).flatten(2, 3)
+
+    def by_head(y: Tensor) -> Tensor:
+        return y.unflatten(2, (n_heads // groups, length)).flatten(1, 2)
+
+    with no_autocast(q.device):
+        queries = by_group(q.transpose(1, 2).to(wide) * x.scale)
+        scores = by_head(queries @ keys.permute(0, 2, 3, 1).to(wide))
+        if x.softcap is not None:
+            scores = x.softcap * (scores / x.softcap).tanh()
+        scores = (scores if bias is None else scores + bias).masked_fill(~seen, -torch.inf)
+        output = by_head(by_group(scores.softmax(-1)) @ values.transpose(1, 2).to(wide))
+        if x.sinks is not None:
+            share = (scores.logsumexp(-1) - x.sinks[:, None].to(wide)).sigmoid()
+            output = output * share[..., None]
+    return output.transpose(1, 2).to(q.dtype)
