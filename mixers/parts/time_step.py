@@ -48,6 +48,14 @@ class TimeStepFields(MatrixStateConfig):
     """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
 
 
+def step_bias(uniform: Float[Tensor, "*batch"], steps: tuple[float, float]) -> Float[Tensor, "*batch"]:
+    """What softplus makes steps of, which lie between two numbers where `uniform` lies between 0 and 1, evenly in their
+    logarithm."""
+    low, high = map(math.log, steps)
+    step = (low + (high - low) * uniform).exp()
+    return step + torch.log(-torch.expm1(-step))
+
+
 class TimeStepDecay(nn.Module):
     """The step sizes and log-decays of heads, each with a rate e^{A_log} and a bias b.
 
@@ -77,9 +85,7 @@ class TimeStepDecay(nn.Module):
         uniform = torch.rand(2, *self.A_log.shape, device=self.A_log.device)
         low, high = self.rates
         self.A_log.copy_((high - (high - low) * uniform[0]).log())  # from above a lowest rate of 0
-        low, high = map(math.log, self.steps)
-        step = (low + (high - low) * uniform[1]).exp()
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # what softplus makes it of
+        self.dt_bias.copy_(step_bias(uniform[1], self.steps))
 
     def forward(self, dt: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
         """Step sizes and log-decays, float32 or float64: 16 bits cannot tell 0.999 from 1."""

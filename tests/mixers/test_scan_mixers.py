@@ -41,8 +41,26 @@ def rg_lru(mixer, x):
     return (torch.stack(outputs, 1) * gelu) @ mixer.out_proj.weight.T + mixer.out_proj.bias, h
 
 
-SMALL = {"rg_lru": {"n_heads": 3}}
-OPTIONS = {"rg_lru": [{}, {"unit_start": False, "short_conv": 2}, {"n_heads": 1, "expand": 0.5, "short_conv": 1}]}
+def mamba(mixer, x):
+    width, n = len(mixer.D), len(mixer.A_log)
+    u, z = (x @ mixer.in_proj.weight.T).split(width, -1)
+    u = convolved(u, mixer.convolution.weight) + mixer.convolution.bias
+    u = u * u.sigmoid()
+    dt, b, c = (u @ mixer.x_proj.weight.T).split([mixer.dt_proj.in_features, n, n], -1)
+    step = (1 + (dt @ mixer.dt_proj.weight.T + mixer.dt_proj.bias).exp()).log()
+    h, outputs = x.new_zeros(len(x), n, width), []
+    for t in range(x.shape[1]):
+        kept = (-step[:, t, None] * mixer.A_log.exp()).exp()
+        h = kept * h + b[:, t, :, None] * (step[:, t] * u[:, t])[:, None]
+        outputs.append((c[:, t, :, None] * h).sum(1) + mixer.D * u[:, t])
+    return (torch.stack(outputs, 1) * z * z.sigmoid()) @ mixer.out_proj.weight.T, h
+
+
+SMALL = {"rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
+OPTIONS = {
+    "mamba": [{}, {"dt_rank": 3, "d_state": 1, "short_conv": 1}, {"expand": 0.5, "chunk_size": 3}],
+    "rg_lru": [{}, {"unit_start": False, "short_conv": 2}, {"n_heads": 1, "expand": 0.5, "short_conv": 1}],
+}
 CASES = [pytest.param(kind, fields, id=f"{kind} {fields}") for kind, of in OPTIONS.items() for fields in of]
 
 

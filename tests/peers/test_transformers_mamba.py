@@ -1,0 +1,80 @@
+"""Mamba against transformers' (5.24), on its path in plain torch, which is asked to compute in float64 throughout."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from formulas import exactly
+
+from seqmix.mixers.mamba import MambaConfig as Config
+from seqmix.ops.scan import SCAN_PARADIGMS
+
+# not importorskip: it would also skip where transformers is installed and its import fails
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
+
+from transformers import DynamicCache, MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+every_paradigm = pytest.mark.parametrize("paradigm", sorted(SCAN_PARADIGMS))
+LENGTH, D_MODEL, D_STATE = 30, 12, 5
+
+
+@pytest.fixture(autouse=True)
+def _their_float_is_double(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+
+
+def their_parameters(theirs):
+    """By our names."""
+    names = {"A_log": theirs.A_log, "D": theirs.D}
+    names |= {"convolution.weight": theirs.conv1d.weight, "convolution.bias": theirs.conv1d.bias}
+    parts = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight")
+    return names | {name: theirs.get_parameter(name) for name in parts}
+
+
+def as_ours(name, x):
+    """One of their tensors as it lies here."""
+    return x.T if name == "A_log" else x.squeeze(1) if name == "convolution.weight" else x
+
+
+@pytest.fixture
+def layers():
+    """Their layer, its configuration, and ours with the same weights."""
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=D_MODEL, state_size=D_STATE, time_step_rank=2, num_hidden_layers=1)
+    theirs = MambaMixer(config, 0).double()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ours = Config(d_state=D_STATE, dt_rank=2, chunk_size=8).build(D_MODEL, layer_idx=0, n_layers=1).double()
+    ours.load_state_dict({name: as_ours(name, x) for name, x in their_parameters(theirs).items()})
+    return theirs, config, ours
+
+
+@every_paradigm
+def test_output_and_gradients_are_theirs(layers, paradigm):
+    theirs, _, ours = layers
+    x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
+    our_leaves, their_leaves = {"x": x.clone().requires_grad_()}, {"x": x.clone().requires_grad_()}
+    y, their_y = ours(our_leaves["x"], paradigm=paradigm)[0], theirs(their_leaves["x"])
+    exactly(y, their_y)
+    our_leaves, their_leaves = our_leaves | dict(ours.named_parameters()), their_leaves | their_parameters(theirs)
+    gradients = torch.autograd.grad(y, list(our_leaves.values()), dy)
+    their_gradients = torch.autograd.grad(their_y, [their_leaves[name] for name in our_leaves], dy)
+    for name, mine, wanted in zip(our_leaves, gradients, their_gradients, strict=True):
+        exactly(mine, as_ours(name, wanted))
+
+
+@every_paradigm
+@torch.no_grad()
+def test_a_prompt_and_steps_are_theirs_with_the_cache(layers, paradigm):
+    theirs, config, ours = layers
+    x, cache = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64), DynamicCache(config=config)
+    y, state = ours(x[:, :20], paradigm=paradigm, return_state=True)
+    exactly(y, theirs(x[:, :20], cache))
+    for t in range(20, LENGTH):
+        y, state = ours.step(x[:, t : t + 1], state)
+        exactly(y, theirs(x[:, t : t + 1], cache))
+    exactly(state.memory.mT, cache.get_recurrent_state(0, state_idx=0))
+    exactly(state.recent.mT, cache.get_conv_state(0, state_idx=0)[..., -3:])
