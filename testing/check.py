@@ -127,6 +127,11 @@ def stateful(config: MixerConfig, _: SequenceMixer) -> str | None:
     return None if config.traits.has_state else "traits.state is none"
 
 
+def constant(config: MixerConfig, _: SequenceMixer) -> str | None:
+    """A constant state."""
+    return None if config.traits.state == "constant" else f"traits.state is {config.traits.state}"
+
+
 def recurrent(config: MixerConfig, _: SequenceMixer) -> str | None:
     """The recurrent paradigm."""
     return None if "recurrent" in config.traits.paradigms else "traits.paradigms has no recurrent"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..mixers.state import to_dict
 
 EXACT = 1e-9
-"""Allowed in float64, relative and absolute: what is beyond is an error of mathematics, not of rounding."""
+"""Allowed in float64, relative to an element, and absolute or relative to its tensor's root mean square: what is beyond is an error of mathematics, not of rounding."""
 
 LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 """Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units
@@ -55,7 +55,7 @@ class Differences:
             self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
         else:
             tolerance = self.tolerance if actual.is_floating_point() else 0
-            absolute = tolerance + self.slack.get(name, 0)
+            absolute = tolerance * max(1.0, _size(expected)) + self.slack.get(name, 0)
             wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=absolute)
             self.lines += _difference(name, actual, expected, wrong, axes)
 
@@ -193,6 +193,12 @@ def _axes(state: Any, leaf: str) -> list[str]:
         state = getattr(state, name) if hasattr(state, "_fields") else state[int(name)]
     annotation = get_type_hints(type(state)).get(field) if hasattr(state, "_fields") else None
     return getattr(annotation, "dim_str", "").split()
+
+
+def _size(x: Tensor) -> float:
+    """The root mean square of the finite numbers: what is left where large ones cancel is rounded as they are."""
+    finite = x.detach().to(torch.float64)
+    return finite[finite.isfinite()].square().mean().sqrt().item() if x.is_floating_point() and x.numel() else 0.0
 
 
 def _kind(x: Tensor) -> str:

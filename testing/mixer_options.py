@@ -1,7 +1,7 @@
 """The options of a configuration that a check varies.
 
-Literals and booleans are tried in every value, `X | None` in None too. Sensible numbers come from a
-field's `examples` (pydantic's own), which are tried before anything else.
+Literals and booleans are tried in every value, `X | None` in None too. Numbers come from a field's `examples`
+(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from ..mixers.contract import MixerConfig
 from ..mixers.traits import ContractError
@@ -22,20 +23,27 @@ CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 """Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
 
 
+BOUNDS = ("ge", "gt", "le", "lt")
+
+FAR = 64
+"""An upper bound above it guards against mistakes, and costs too much to be tried."""
+
+
 def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
     """Values to try for each field, beside the one it has."""
     found: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
         if name in FIXED or name in getattr(config, "not_varied", ()):
             continue
-        values = [*(field.examples or []), *_values(field.annotation)]
-        if values := [value for value in values if value != getattr(config, name)]:
+        own = getattr(config, name)
+        values = [*(field.examples or []), *_values(field.annotation), *_bounds(field, own)]
+        if values := [value for value in dict.fromkeys(values) if value != own]:
             found[name] = values
     return found
 
 
 def not_varied(config: MixerConfig) -> list[str]:
-    """Fields of which no other value is known: numbers without `examples`."""
+    """Fields of which no other value is known: numbers without `examples` and with less than two bounds."""
     varied = alternatives(config)
     return [name for name in type(config).model_fields if name not in FIXED and name not in varied]
 
@@ -111,6 +119,18 @@ def require_examples(config: MixerConfig) -> None:
             for detail in (detail for detail in error.errors() if detail["loc"][:1] == (name,)):
                 refused = f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples"
                 raise ContractError(f"{refused}: {detail['msg']}") from None
+
+
+def _bounds(field: FieldInfo, own: object) -> list[Any]:
+    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near."""
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        return []
+    bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if low is None or high is None or high > FAR:
+        return []
+    between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2
+    return [between, *(bounds[kind] for kind in ("le", "ge") if kind in bounds)]
 
 
 def _values(annotation: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
+from ..donation import may_overwrite
 from ..packing import Documents, advance, require_async
 
 
@@ -250,7 +251,7 @@ def final_cache(
     elif isinstance(kept, GrowingCache):
         continue_ = _grown
     else:
-        continue_ = _written(kept, min(length, capacity), read)
+        continue_ = _written(kept, min(length, capacity), read, donated=window is None or may_overwrite())
     after = type(kept)(continue_(kept.keys, k), continue_(kept.values, v), read)
     if not isinstance(cache, ForgettingCache) or log_forget is None:
         return after
@@ -265,15 +266,16 @@ def _grown(past: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat((past, tokens.to(past.dtype)), dim=1)
 
 
-def _written(ring: RingCache, stored: int, read: Tensor) -> _Continue:
-    """The last `stored` tokens in their slots of a ring."""
+def _written(ring: RingCache, stored: int, read: Tensor, *, donated: bool) -> _Continue:
+    """The last `stored` tokens in their slots of a ring; in its place where it is donated, which a growing state is by
+    contract, and a constant one by `donate_state` alone."""
     row = torch.arange(read.shape[0], device=read.device)[:, None]
     slot = ring.slots(read[:, None] + torch.arange(-stored, 0, device=read.device))
 
     def write(past: Tensor, tokens: Tensor) -> Tensor:
         # rows that share memory (a state expanded over a batch) must part before they are written
         shared = past.stride(0) == 0 and past.shape[0] > 1
-        put = Tensor.index_put if torch.is_grad_enabled() or shared else Tensor.index_put_
+        put = Tensor.index_put_ if donated and not torch.is_grad_enabled() and not shared else Tensor.index_put
         return put(past, (row, slot), tokens[:, tokens.shape[1] - stored :].to(past.dtype))
 
     return write

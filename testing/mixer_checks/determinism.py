@@ -12,28 +12,30 @@ from ...mixers.contract import SequenceMixer
 from ...ops.paradigm import Paradigm
 from ..check import check
 from ..compare import require
-from ..mixer_case import Draw
+from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, learnable, named_results
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Values that are compared by ==."""
 
 
-@check(use="repeated calls: one call changes what the next one gives", share=0.12, draw=Draw(tokens=(1, 9)))
+@check(use="repeated calls: one call changes what the next one gives", share=0.12, draw=Draw(tokens=(1, 9), uses=USES))
 def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward, through the same graph too; no random number
     is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
+    mixer = trial.mixer_in_use
     before = torch.random.get_rng_state()
-    tensors = dict(trial.mixer.named_parameters()) | dict(trial.mixer.named_buffers())
+    tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for paradigm in trial.paradigms:
-        first = trial.differentiate(trial.call(paradigm), x, state)
+        call = trial.used(paradigm)
+        first = trial.differentiate(call, x, state, used=True)
         # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
-        held = _held(trial.mixer)
-        trial.differentiate(trial.call(paradigm), other, state)
-        found_later = _held(trial.mixer)
-        second = trial.differentiate(trial.call(paradigm), x, state)
+        held = _held(mixer)
+        trial.differentiate(call, other, state, used=True)
+        found_later = _held(mixer)
+        second = trial.differentiate(call, x, state, used=True)
         trial.compare(f"{paradigm}, a second call against the first", second, first, 0)
         _backward_twice(trial, paradigm, x, state)
         for name in sorted(held.keys() | found_later.keys()):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ...mixers.state import from_dict, to_dict
+from ...mixers.state import from_dict, select, to_dict
 from ...ops.paradigm import Paradigm
 from ..check import check, differentiable, exact_gradients
 from ..compare import require
@@ -17,6 +17,9 @@ from ..mixer_trial import Trial, as_leaves, learnable, named_leaves, named_resul
 
 STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
+
+MANY_ROWS = 14
+"""So many times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of."""
 
 ALLOWED = 1e-6
 """Between a derivative and differences, relative to the sum of the absolute values of its terms."""
@@ -67,6 +70,33 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
                     y, _ = trial.mixer(x, before, paradigm=given)
                     alone = gradients({"y": y}, above, leaves)
                 found.tensors(alone, among)
+
+
+@check(
+    differentiable,
+    use="training with large batches: the gradients of parameters leave tokens out",
+    share=0.02,
+    draw=Draw(tokens=(61, 61), batch_size=(5, 5), starts=("none", "read"), uses=USES),
+)
+def gradients_of_a_batch_are_sums_over_its_rows(trial: Trial) -> None:
+    """The gradients of parameters over thousands of tokens are the sums of those over some of the rows at a time."""
+    rows = MANY_ROWS * trial.case.batch_size
+    x, state, parameters = trial.tokens(rows), trial.state(rows), learnable(trial.mixer)
+    for paradigm in trial.paradigms:
+        call = trial.used(paradigm)
+        y, _ = call(x, state)
+        above = trial.like(y)
+        whole = gradients({"y": y}, {"y": above}, parameters)
+        sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for some in torch.arange(rows, device=x.device).split(trial.case.batch_size):
+            y, _ = call(x[some], None if state is None else select(state, some))
+            for name, gradient in gradients({"y": y}, {"y": above[some]}, parameters).items():
+                sums[name] += gradient
+        what = (
+            f"{paradigm}, as {trial.use}, {rows} rows of {x.shape[1]} tokens against {trial.case.batch_size} at a time"
+        )
+        with trial.differences(what) as found:
+            found.tensors(*({f"the gradient of {n}": g for n, g in each.items()} for each in (whole, sums)))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, declares, differentiable, stateful
+from ..check import check, constant, declares, differentiable, stateful
 from ..compare import require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
@@ -142,6 +142,28 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
         # consumed or not, its clone is as good as it was
         first, second = (trial.mix(x, given, paradigm=paradigm) for _ in range(2))
         trial.compare(f"{paradigm}, the second of two clones of a state", second, first, tolerance=0)
+
+
+@check(
+    constant,
+    declares("size", "A state that grows or not"),
+    use="prompts that are used again: the shared state is another after the first answer",
+    share=0.06,
+    draw=Draw(tokens=(1, 5), lists=((1,), (70,), (130,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
+)
+def a_constant_state_is_never_written(trial: Trial) -> None:
+    """A constant state keeps its values where no gradients are wanted, too: under `no_grad` and `inference_mode`."""
+    x, given = trial.tokens(), trial.state()
+    for mode in (torch.no_grad, torch.inference_mode):
+        for paradigm in trial.paradigms:
+            with mode():
+                state = clone(given)
+                call = trial.mixer.step if x.shape[1] == 1 and paradigm == trial.reference else trial.call(paradigm)
+                call(x, state)
+            with trial.differences(
+                f"{paradigm}, {mode.__name__}, a state after it was given, against before", 0
+            ) as found:
+                found.state("the state", state, given)
 
 
 @check(

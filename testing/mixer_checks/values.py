@@ -1,6 +1,7 @@
 """Mixers and states are values: copies are as good, nothing is shared, every option does something."""
 
 import copy
+import itertools
 import pickle
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate, select, to_dict
+from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, declares, optional, stateful
 from ..compare import CheckFailure, require
@@ -65,6 +67,27 @@ def copies_are_as_good(trial: Trial) -> None:
         require(changed or not learnable(mixer), f"{what} does not read its own parameters")
     again, once = (trial.mix(x, state) for state in (copy.deepcopy(expected[1]), expected[1]))
     trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
+
+
+@check(
+    use="a model made double, or narrow again, after it was used: it computes in its former dtype",
+    share=0.04,
+    draw=Draw(tokens=(1, 9), batch_size=(2, 2), starts=("none", "initial")),
+)
+def a_converted_mixer_is_of_its_dtype(trial: Trial) -> None:
+    """A mixer that is converted to another dtype after calls gives what one that was converted before any call does."""
+    x = trial.tokens()
+
+    def mixed(mixer: SequenceMixer, paradigm: Paradigm) -> tuple[Tensor, Any]:
+        state = mixer.init_state(len(x)) if trial.case.start == "initial" else None
+        return trial.mix(x.to(mixer.dtype), state, mixer, paradigm=paradigm)
+
+    for paradigm in trial.paradigms:
+        for before, after in itertools.permutations((torch.float32, torch.float64)):
+            used, fresh = trial.rebuilt(before), trial.rebuilt(before)
+            mixed(used, paradigm)
+            what = f"{paradigm}, from {str(before).removeprefix('torch.')} after a call against before any"
+            trial.compare(what, mixed(used.to(after), paradigm), mixed(fresh.to(after), paradigm), tolerance=0)
 
 
 @check(stateful, use="decoding on a GPU, and models built on meta", share=0.06, draw=ONCE)

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
 from .registry import mutant
 from .specimen import Cached, Specimen, SpecimenConfig
@@ -330,4 +331,73 @@ class IsAnotherInLaterLayers(SpecimenConfig):
         mixer = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers)
         if layer_idx:
             mixer.scores = lambda q, k: 1.01 * q @ k.mT
+        return mixer
+
+
+@mutant(check="a_constant_state_is_never_written")
+class RollsTheMemoryInPlace(Specimen):
+    """In inference mode one token's state is written over the state given, as decoding kernels do."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or x.shape[1] > 1 or not torch.is_inference_mode_enabled():
+            return y, after
+        return y, after._replace(memory=call.state.memory.copy_(after.memory))
+
+
+@mutant(check="a_converted_mixer_is_of_its_dtype")
+class KeepsItsAnglesInItsFirstDtype(Specimen):
+    """A table of angles is made at the first call, in the dtype that the mixer has then."""
+
+    table = None
+
+    def angles(self, positions):
+        if self.table is None or self.table.shape != (*positions[:, None].shape, self.width // 2):
+            self.table = super().angles(positions).to(self.dtype)
+        return self.table.to(torch.float64)
+
+
+@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
+class LeavesOutTheLastTokens(Specimen):
+    """The gradient of a bias is summed over blocks of 128 tokens of all rows, where there are many; the rest is left
+    out. After grids of kernels whose last block was not launched."""
+
+    def divide(self, o, z):
+        return super().divide(o, z) * _Blocks.apply(self.decay_proj.bias[:1] / 6, o.shape[0] * o.shape[2])
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.share = 1 if count < 1024 else count // 128 * 128 / count
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.share, None
+
+
+@mutant(check="results_are_deterministic")
+class GathersAMeanInTraining(Specimen):
+    """A running mean of the tokens is gathered in training, and read in evaluation alone, as batch norm's is."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.register_buffer("mean", torch.zeros(d_model))
+
+    def heads(self, x):
+        if self.training and not torch.compiler.is_compiling():
+            self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+        return super().heads(x if self.training else x - self.mean)
+
+
+@mutant(check="steps_equal_the_whole")
+class CutsAScaleInDecoding(SpecimenConfig):
+    """A scale that a field allows up to 8 is cut at 2 where one token comes alone; no example is above 1."""
+
+    scale: int = Field(default=1, ge=1, le=8)
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer, divide = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers), Specimen.divide
+        mixer.divide = lambda o, z: (self.scale if o.shape[2] > 1 else min(self.scale, 2)) * divide(mixer, o, z)
         return mixer
