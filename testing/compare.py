@@ -10,7 +10,8 @@ from torch import Tensor
 from ..mixers.state import to_dict
 
 EXACT = 1e-9
-"""Allowed in float64, relative to an element, and absolute or relative to its tensor's root mean square: what is beyond is an error of mathematics, not of rounding."""
+"""Allowed in float64, relative to an element, and absolute, or relative to the tensor's root mean square where that is
+above 1: what is beyond is an error of mathematics, not of rounding."""
 
 LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 """Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units
