@@ -45,7 +45,7 @@ class HyenaConfig(MixerConfig):
 
     deprecated_names: ClassVar = {"conv_size": "short_conv"}
     kind: Literal["hyena"] = "hyena"
-    order: int = Field(default=2, gt=0, le=16, examples=[1, 3])
+    order: int = Field(default=2, gt=0, le=4, examples=[1, 3])
     """Gates, each after a long convolution."""
     first_filter: bool = True
     """Whether there is one before the first gate, as in the paper; the authors' code has none."""

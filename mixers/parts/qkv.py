@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...ops.call import Call
@@ -63,6 +63,12 @@ class QKVConfig(MatrixStateConfig):
     gate: OutputGate = "swish"
     head_norm: OutputNorm = "rms"
     norm_affine: Affine = False
+
+    @model_validator(mode="after")
+    def _a_base_has_a_rotation(self) -> "QKVConfig":
+        if self.rotation == "none" and self.rotation_base != type(self).model_fields["rotation_base"].default:
+            raise ValueError(f"rotation_base = {self.rotation_base} turns nothing: rotation is none")
+        return self
 
 
 class QKV(NamedTuple):
