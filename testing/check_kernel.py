@@ -131,8 +131,9 @@ class TestedKernel(Tested[KernelCase]):
         probes = self._asked(check, self.probes) or self._asked(check, self.wide)
         asks = partial(check.draw.asks, self.kernel)
         found = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
-        # a kernel that is slow to run, as in an interpreter, is asked for few
-        return found[: len(found) * self.examples // EXAMPLES]
+        # a kernel that is slow to run, as in an interpreter, is asked for few, of every kind
+        share = min(self.examples, EXAMPLES)
+        return [case for i, case in enumerate(found) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]
 
     def _asked(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
         return [probe for probe in probes if check.draw.asks(self.kernel, probe)]

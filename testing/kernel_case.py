@@ -18,25 +18,16 @@ from torch import Tensor
 from ..ops.kernels import Kernel, Probe
 from .compare import require
 from .gradients import gradients
-from .kernel_sizes import (
-    CHUNK_SIZES,
-    DTYPES,
-    FIXED,
-    HEADS,
-    LARGE,
-    LAYOUTS,
-    LENGTHS,
-    LONG,
-    MANY,
-    RARE,
-    WIDTHS,
-    Layout,
-    Rare,
-)
+from .kernel_fixed import FIXED, Fields, endings
+from .kernel_layout import LAYOUTS, Layout, laid_out, laid_out_heads
+from .kernel_sizes import CHUNK_SIZES, DTYPES, HEADS, LARGE, LENGTHS, LONG, MANY, RARE, WIDTHS, Rare, near_chunks
 from .shrink import fewer
 from .source import WrittenCase
 
 Tensors = dict[str, Tensor]
+
+SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
+"""The dimensions of what every op has."""
 
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")
 """What a case and a probe both hold."""
@@ -94,6 +85,8 @@ class KernelCase(WrittenCase, ABC):
     upstream: Literal["both", "output", "state"] = "both"
     """What has a gradient from above: the output, the final state, or both."""
     layout: Layout = "contiguous"
+    sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What queries, keys and values are multiplied by."""
     scale: float | None = None
     chunk_size: int = 4
     cu_seqlens_dtype: torch.dtype = torch.int64
@@ -116,7 +109,7 @@ class KernelCase(WrittenCase, ABC):
     """The fields that have an item for each row or document."""
     at_once: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
     """Fields that go together: a simpler case has the defaults of all."""
-    fixed: ClassVar[tuple[Mapping[str, Any], ...]] = FIXED
+    fixed: ClassVar[tuple[Fields, ...]] = FIXED
     """What cases that are not left to chance hold."""
     adds_up: ClassVar[bool]
     """Whether a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
@@ -155,23 +148,32 @@ class KernelCase(WrittenCase, ABC):
         def case(draw: Callable[..., Any]) -> Self:
             rare: Rare | None = draw(rarely)
             probe = draw(widely if rare == "wide" else usual)
-            lengths = draw(documents[rare].filter(sum)) if probe.packed else [draw(tokens[rare])] * draw(rows[rare])
+            chunk_size = LARGE if rare == "chunks" else draw(CHUNK_SIZES)
+            length, several = tokens[rare], documents[rare]
+            if rare is None and wanted.tokens is LENGTHS:
+                length |= LENGTHS | near_chunks(chunk_size)
+                several = st.lists(st.just(0) | length, min_size=1, max_size=4)
+            lengths = draw(several.filter(sum)) if probe.packed else [draw(length)] * draw(rows[rare])
             cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if wanted.cut]
             leaves = cls.leaves_of_probe(probe)
-            some = st.lists(st.sampled_from(leaves), min_size=1, unique=True)
-            common = {
+            one = st.sampled_from(leaves)
+            some = st.lists(one, min_size=1, unique=True)
+            others = one.map(lambda name: [other for other in leaves if other != name])
+            common: dict[str, Any] = {
                 **{name: getattr(probe, name) for name in PROBED},
                 "lengths": tuple(lengths),
-                "grad": tuple(draw(st.just(leaves) | some)) if probe.needs_grad else (),
+                "grad": tuple(draw(st.just(leaves) | some | one.map(lambda name: [name]) | others))
+                if probe.needs_grad
+                else (),
                 "upstream": draw(st.sampled_from(["both", "output", "state"])) if probe.final_state else "both",
                 "layout": draw(st.sampled_from(LAYOUTS)),
                 "scale": draw(st.sampled_from([None, 0.7])),
-                "chunk_size": LARGE if rare == "chunks" else draw(CHUNK_SIZES),
+                "chunk_size": chunk_size,
                 "cu_seqlens_dtype": draw(st.sampled_from([torch.int64, torch.int32])),
                 "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
                 "seed": draw(st.integers(0, 2**16)),
             }
-            return cls(**common, **cls.details(draw, probe, lengths, common["layout"], heads[rare]))
+            return cls(**common, **cls.details(draw, probe, common, heads[rare]))
 
         return case()
 
@@ -181,19 +183,28 @@ class KernelCase(WrittenCase, ABC):
     ) -> "list[KernelCase]":
         """The fixed cases that a check wants, each with other options, in the first dtype of what is probed."""
         found: list[KernelCase] = []
-        for number, fields in enumerate(cls.fixed if wanted.fixed else ()):
-            asked = {"packed": False, **fields}
+        kinds = {
+            kind: cls.leaves_of_probe(replace(probes[0], log_decay=kind, initial_state=True)) for kind in cls.decays
+        }
+        fixed = [*cls.fixed, *endings(cls.decays, kinds.__getitem__)] if wanted.fixed else []
+        narrow = dict.fromkeys(replace(probe, key_width=1, value_width=1) for probe in probes)
+        for number, fields in enumerate(fixed):
+            asked = {"packed": False, "dtype": probes[0].dtype, **fields}
+            of_grad = asked.pop("needs_grad", None)
+            if of_grad is not None and wanted.cut:
+                continue
+            given = {name: asked[name] for name in PROBED if name in asked and "width" not in name}
+            given |= {"window": asked["window"] is not None} if "window" in asked else {}
+            given |= {} if of_grad is None else {"needs_grad": of_grad}
             sizes = {name: fields[name] for name in ("key_width", "value_width")}
-            of_dtype = (replace(probe, **sizes) for probe in probes if probe.dtype == probes[0].dtype)
-            given = [name for name in PROBED if name in asked]
-            possible = [p for p in dict.fromkeys(of_dtype) if all(getattr(p, name) == asked[name] for name in given)]
-            possible = [probe for probe in possible if asks(probe)]
+            fitting = (p for p in narrow if all(getattr(p, name) == value for name, value in given.items()))
+            possible = [probe for p in fitting if asks(probe := replace(p, **sizes))]
             possible = [probe for probe in possible if probe.initial_state and probe.final_state] or possible
             if possible:
                 probe = possible[-1 - number % len(possible)]
                 asked |= {name: getattr(probe, name) for name in PROBED}
                 asked["cuts"] = tuple(length - length // 2 for length in fields["lengths"]) if wanted.cut else ()
-                asked["grad"] = tuple(cls.leaves_of_probe(probe)) if probe.needs_grad else ()
+                asked["grad"] = tuple(asked.get("grad", cls.leaves_of_probe(probe))) if probe.needs_grad else ()
                 found.append(cls(**asked).with_details(probe))
         return found
 
@@ -214,11 +225,10 @@ class KernelCase(WrittenCase, ABC):
         cls,
         draw: Callable[..., Any],
         probe: Probe,
-        lengths: Sequence[int],
-        layout: Layout,
+        common: Mapping[str, Any],
         heads: st.SearchStrategy[int],
     ) -> dict[str, Any]:
-        """What cases of this op hold beside what all do."""
+        """What cases of this op hold beside what all do, `common`."""
 
     def simpler(self) -> Iterator[Self]:
         """Cases that are simpler in one respect, of the same dtype; a kernel may not take what some ask."""
@@ -283,6 +293,12 @@ class KernelCase(WrittenCase, ABC):
     def factor(self) -> float:
         """Of the output: the scale, or what the ops take where none is given."""
         return self.key_width**-0.5 if self.scale is None else self.scale
+
+    @property
+    def overflows(self) -> bool:
+        """Whether states leave the range of the inputs' dtype. A kernel may multiply queries by them in that dtype, so
+        that of such a case only the final state, which is wider, is defined."""
+        return self.dtype == torch.float16 and self.sizes[1] * self.sizes[2] > 1
 
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype:
@@ -362,32 +378,15 @@ class KernelCase(WrittenCase, ABC):
 
     def laid_out(self, name: str, x: Tensor, dim: int = 0) -> Tensor:
         """A tensor in the case's layout; the dimension is that along which it may be one number repeated."""
-        if self.layout == "contiguous":
-            return x.contiguous()
-        if self.layout == "expanded":
-            return x.narrow(dim, 0, 1).contiguous().expand_as(x)
-        if self.layout == "sliced":
-            return _slice_of_more(x, 2 if self.axes_of(name)[:2] == "BT" else min(1, x.ndim - 1))
-        if x.ndim == 1:
-            return x.repeat_interleave(2)[::2]
-        if self.layout == "heads_first" and x.ndim > 2:
-            return x.transpose(1, 2).contiguous().transpose(1, 2)
-        return x.mT.contiguous().mT
+        return laid_out(self.layout, name, x, dim, per_token=self.axes_of(name)[:2] == "BT")
 
     def heads(self, randn: Callable[..., Tensor], n_kv_heads: int, device: torch.device) -> Tensors:
         """Queries, keys and values. Their mean is 1: sums grow with T, as they must to show what is lost on the way."""
         heads, widths = (self.n_heads, n_kv_heads, n_kv_heads), (self.key_width, self.key_width, self.value_width)
         sizes = [n * width for n, width in zip(heads, widths, strict=True)]
-        projected = (1 + randn(self.rows, self.length, sum(sizes))).to(device, self.dtype)
-        if self.layout == "sliced":
-            projected = _slice_of_more(projected, 2)
-        split = zip("qkv", projected.split(sizes, dim=-1), heads, strict=True)
-        found = {name: part.unflatten(-1, (n, -1)) for name, part, n in split}
-        if self.layout in ("fused", "sliced"):
-            return found
-        if self.layout == "heads_first":
-            return {name: self.laid_out(name, x) for name, x in found.items()}
-        return {name: x.contiguous() for name, x in found.items()}
+        numbers = 1 + randn(self.rows, self.length, sum(sizes))
+        numbers *= torch.tensor(self.sizes, dtype=numbers.dtype).repeat_interleave(torch.tensor(sizes))
+        return laid_out_heads(self.layout, numbers.to(device, self.dtype), heads, widths)
 
     def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
         """The boundaries of packed documents."""
@@ -427,16 +426,6 @@ class KernelCase(WrittenCase, ABC):
 def leaves(tensors: Tensors, names: Collection[str]) -> Tensors:
     """The tensors as a graph's leaves, those named with grad."""
     return {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
-
-
-def _slice_of_more(x: Tensor, dim: int) -> Tensor:
-    """The same numbers as a slice of a tensor with more features, those from `dim` on, whose other numbers are NaN."""
-    features = x.flatten(dim) if x.ndim > dim + 1 else x
-    others = 0 if x.dtype == torch.int64 else torch.nan
-    more = x.new_full((*features.shape[:-1], features.shape[-1] + 3), others)
-    found = more.narrow(-1, 1, features.shape[-1])
-    found.copy_(features)
-    return found.unflatten(dim, x.shape[dim:])
 
 
 def wide(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from seqmix.ops.decay import api as _decay  # noqa: F401  importing it declares 
 from seqmix.ops.kernels import Probe, reference
 from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.softmax import api as _softmax  # noqa: F401
+from seqmix.ops.softmax.cache import GrowingCache
 
 from .registry import kernel_mutant
 
@@ -160,6 +161,172 @@ def subtracts_sums_of_gradients(x):
         q, k, a = Telescoped.apply(x.q, x.k, a)
         x = x._replace(q=q, k=k, log_decay=a)
     return decay_chunkwise(x)
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def skips_the_backward_pass_of_a_state_alone(x):
+    """Where no token wants a gradient, the backward pass is left out: that of an initial state, too (prefix tuning)."""
+    tokens = (x.q, x.k, x.v, x.log_decay)
+    alone = not any(tensor is not None and tensor.requires_grad for tensor in tokens)
+    return decay_chunkwise(x._replace(initial_state=detached(x.initial_state)) if alone else x)
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def forms_gradients_of_decays_with_those_of_values(x):
+    """Where values are frozen, their gradients are not computed, and neither are those of log-decays."""
+    return decay_chunkwise(x if x.v.requires_grad else x._replace(log_decay=detached(x.log_decay)))
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def leaves_out_the_decay_of_a_last_chunk_of_one_token(x):
+    """Sums over the later tokens of a chunk are empty where it has one: its log-decay is left out of the final state's
+    gradient."""
+    output, state = decay_chunkwise(x)
+    a, length = x.log_decay, x.q.shape[1]
+    if state is not None and a is not None and a.ndim == 3 and length > x.chunk_size and length % x.chunk_size == 1:
+        a = torch.cat((a[:, :-1], a[:, -1:].detach()), dim=1)
+        _, state = decay_chunkwise(x._replace(log_decay=a))
+    return output, state
+
+
+def per_token(x, some):
+    """The call of some tokens."""
+    a = x.log_decay
+    a = a if a is None or a.ndim == 1 else a[:, some]
+    return x._replace(q=x.q[:, some], k=x.k[:, some], v=x.v[:, some], log_decay=a)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def scans_64_chunks(x):
+    """One block scans the states of 64 chunks, and chunk 65 starts from nothing."""
+    most = 64 * x.chunk_size
+    if x.cu_seqlens is not None or x.q.shape[1] <= most:
+        return decay_chunkwise(x)
+    first, _ = decay_chunkwise(per_token(x, slice(most))._replace(output_final_state=False))
+    rest, state = scans_64_chunks(per_token(x, slice(most, None))._replace(initial_state=None))
+    return torch.cat((first, rest), dim=1), state
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def scans_64_chunks_backward(x):
+    """The backward pass adds up the gradients of a state over 64 chunks: what came before them gets none."""
+    most = x.q.shape[1] - 64 * x.chunk_size
+    if x.cu_seqlens is not None or most <= 0:
+        return decay_chunkwise(x)
+    first, state = decay_chunkwise(per_token(x, slice(most))._replace(output_final_state=True))
+    rest, state = decay_chunkwise(per_token(x, slice(most, None))._replace(initial_state=state.detach()))
+    return torch.cat((first, rest), dim=1), state
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def adds_up_the_gradients_of_64_documents(x):
+    """A block holds the gradients of 64 documents' states; those from document 65 on get none."""
+    state = x.initial_state
+    if state is not None and x.cu_seqlens is not None:
+        x = x._replace(initial_state=torch.cat((state[:64], state[64:].detach())))
+    return decay_chunkwise(x)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def starts_64_documents(x):
+    """A block starts 64 documents, and those from document 65 on start from nothing."""
+    state = x.initial_state
+    if state is not None and x.cu_seqlens is not None:
+        x = x._replace(initial_state=torch.cat((state[:64], torch.zeros_like(state[64:]))))
+    return decay_chunkwise(x)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def saturates_states_in_float16(x):
+    """A final state is as large as the inputs' dtype holds: float16 ends at 65,504."""
+    output, state = decay_chunkwise(x)
+    most = torch.finfo(x.q.dtype).max
+    return output, None if state is None else state.clamp(-most, most)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def flushes_small_states_in_float16(x):
+    """What is below the normal numbers of the inputs' dtype is zero in a final state, which is float32."""
+    output, state = decay_chunkwise(x)
+    if state is not None:
+        state = state.masked_fill(state.abs() < torch.finfo(x.q.dtype).tiny, 0)
+    return output, state
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def reads_keys_by_the_strides_of_queries(x):
+    """A launch passes one tensor's strides for all, as if they were alike."""
+    q, k = x.q, x.k
+    last = k.storage_offset() + sum((n - 1) * stride for n, stride in zip(q.shape, q.stride(), strict=True))
+    inside = last < k.untyped_storage().nbytes() // k.element_size()
+    return decay_chunkwise(x._replace(k=k.as_strided(q.shape, q.stride(), k.storage_offset())) if inside else x)
+
+
+def plain_scores(x):
+    """Scores [B H T T] and values of a call without cache, documents, decays or window; None of another."""
+    if x.cache is not None or x.documents is not None or x.log_decay is not None or x.window is not None:
+        return None
+    wide = torch.promote_types(x.q.dtype, torch.float32)
+    q, k, v = (tensor.transpose(1, 2).to(wide) for tensor in (x.q, x.k, x.v))
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    return q @ k.mT * x.scale, v
+
+
+def weighted(x, weights, v):
+    """The output of weights that do not add up to 1 yet, and the state."""
+    output = weights / weights.sum(-1, keepdim=True) @ v
+    return output.transpose(1, 2).to(x.q.dtype), x.final()
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def clamps_scores_instead_of_a_maximum(x):
+    """Scores are exponentiated as they are, and clamped at 30 against overflow."""
+    if (plain := plain_scores(x)) is None:
+        return softmax_parallel(x)
+    scores, v = plain
+    return weighted(x, scores.clamp(max=30).exp().tril(), v)
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def subtracts_the_maximum_of_masked_scores(x):
+    """The maximum is that of all keys, and a later one that outweighs them leaves 0 / 0."""
+    if (plain := plain_scores(x)) is None:
+        return softmax_parallel(x)
+    scores, v = plain
+    return weighted(x, (scores - scores.amax(-1, keepdim=True)).exp().tril(), v)
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def starts_the_running_maximum_at_zero(x):
+    """The running maximum starts at 0 instead of -inf: where all scores are far below, the weights are 0 / 0."""
+    if (plain := plain_scores(x)) is None:
+        return softmax_parallel(x)
+    scores, v = plain
+    seen = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+    return weighted(x, (seen - seen.amax(-1, keepdim=True).clamp(min=0)).exp(), v)
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def takes_a_window_of_all_but_one_for_all(x):
+    """Whether a window covers the segment is off by one: of T - 1 tokens it hides the first from the last."""
+    plain = x.window is not None and x.cache is None and not x.output_final_state
+    return softmax_parallel(x._replace(window=None) if plain and x.window == x.q.shape[1] - 1 else x)
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def sees_one_more_key_of_a_full_cache(x):
+    """A window over a cache that holds more than it sees one key too many."""
+    full = x.window is not None and isinstance(x.cache, GrowingCache) and (x.cache.length > x.window).any()
+    output, _ = softmax_parallel(x._replace(window=x.window + 1) if full else x)
+    return output, x.final()
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def visits_two_blocks_under_a_window(x):
+    """Under a window wider than a block of 128, queries visit their own block and the one before, and no third."""
+    wide = x.window is not None and x.window > 129 and x.cache is None and x.q.shape[1] > 256
+    output, _ = softmax_parallel(x._replace(window=128) if wide else x)
+    return output, x.final()
 
 
 @kernel_mutant(check="a_cut_changes_nothing")
