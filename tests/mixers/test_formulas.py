@@ -68,7 +68,7 @@ def cases():
 
 
 def test_every_kind_of_the_family_has_cases():
-    assert set(OWN) == set(KINDS) == set(BUILT_IN) - {"attention", "hyena", "mamba", "mamba2", "rg_lru"}
+    assert set(OWN) == set(KINDS) == set(BUILT_IN) - {"attention", "hyena", "mamba", "mamba2", "min_gru", "rg_lru"}
 
 
 @pytest.mark.parametrize(("kind", "fields"), list(cases()))

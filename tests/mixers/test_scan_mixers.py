@@ -56,8 +56,24 @@ def mamba(mixer, x):
     return (torch.stack(outputs, 1) * z * z.sigmoid()) @ mixer.out_proj.weight.T, h
 
 
-SMALL = {"rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
+def min_gru(mixer, x):
+    config = mixer.config
+    if config.short_conv:
+        x = convolved(x, mixer.convolution.weight) + mixer.convolution.bias
+    w_z, w_h = mixer.in_proj.weight.chunk(2)
+    h, outputs = x.new_zeros(len(x), len(w_z)), []
+    for t in range(x.shape[1]):
+        z, v = 1 / (1 + (-x[:, t] @ w_z.T).exp()), x[:, t] @ w_h.T
+        if config.candidate == "positive":
+            v = v.clamp(min=0) + 1 / (1 + (-v.clamp(max=0)).exp())
+        h = (1 - z) * h + z * v
+        outputs.append(h)
+    return torch.stack(outputs, 1) @ mixer.out_proj.weight.T, h
+
+
+SMALL = {"min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
 OPTIONS = {
+    "min_gru": [{}, {"candidate": "linear", "expand": 2.0}, {"short_conv": 3}],
     "mamba": [{}, {"dt_rank": 3, "d_state": 1, "short_conv": 1}, {"expand": 0.5, "chunk_size": 3}],
     "rg_lru": [{}, {"unit_start": False, "short_conv": 2}, {"n_heads": 1, "expand": 0.5, "short_conv": 1}],
 }

@@ -1,0 +1,70 @@
+"""minGRU (Feng et al., "Were RNNs All We Needed?", arXiv 2410.01201, §3.1 and Appendix B.3).
+
+    z_t = sigmoid(x_t W_z)                  v_t = g(x_t W_h)
+    h_t = (1 - z_t) h_{t-1} + z_t v_t
+    y   = h W_O
+
+g(v) = v + 1/2 above 0 and sigmoid(v) below: the paper's log-space variant, the one that it trains, needs what is
+positive. The scan here takes no logarithm of states, so `candidate: linear`, the plain variant, has any sign. With a
+short convolution, x is convolved by channel first, as in the paper's language models. Projections have no bias.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..ops.scan import scan
+from .parts import Call, Paradigm, ShortConvolution
+from .parts.matrix_state import ShortConv
+from .parts.scan_state import ScanConfig, ScanMixer, ScanState
+from .parts.widths import head_width
+
+
+class MinGRUConfig(ScanConfig):
+    """minGRU: a gated recurrent unit whose gate does not see the state."""
+
+    kind: Literal["min_gru"] = "min_gru"
+    expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
+    """Width of the state over d_model."""
+    candidate: Literal["positive", "linear"] = "positive"
+    """What a projection becomes before it is written: g of it, or itself."""
+    short_conv: ShortConv = None
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "MinGRU":
+        return MinGRU(self, d_model)
+
+
+class MinGRU(ScanMixer):
+    """The layer of `MinGRUConfig`."""
+
+    def __init__(self, config: MinGRUConfig, d_model: int) -> None:
+        width = head_width(d_model, config.expand, 1, "expand")
+        super().__init__(config, width)
+        self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
+        self.out_proj = nn.Linear(width, d_model, bias=False)
+        if config.short_conv:
+            self.convolution = ShortConvolution(d_model, config.short_conv, bias=True, activation="none")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's layers."""
+        for part in (self.in_proj, self.out_proj, self.convolution):
+            if part is not None:
+                part.reset_parameters()
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
+        u, recent = self.convolve(x, call)
+        projected = self.in_proj(u)
+        gate, v = projected.to(self.state_dtype).chunk(2, dim=-1)
+        if self.config.candidate == "positive":
+            v = torch.where(v >= 0, v + 0.5, v.sigmoid())
+        # the logarithm of 1 - z, which as such would round to 0 too early
+        h, memory = scan(gate.sigmoid() * v, F.logsigmoid(-gate), call.enter("memory"))
+        return self.out_proj(h.to(projected.dtype)), self.state_after(x, memory, recent, call)
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return 2 * length * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
