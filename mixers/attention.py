@@ -1,11 +1,20 @@
 """Softmax attention with grouped heads, a sliding window, and relative positions (arXiv 1706.03762, 2305.13245).
 
     q, k, v = x W_Q, x W_K, x W_V by head          rope, xpos: q and k turn by the angle n theta at position n
-    o_n = sum_m softmax_m(q_n . k_m / sqrt(K)) v_m          over the keys  max(0, n - window + 1) <= m <= n
+    s_nm = q_n . k_m / sqrt(K)
+    o_n = sum_m softmax_m(s_nm) v_m          over the keys  max(0, n - window + 1) <= m <= n
     xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
 
-xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code. The state is a
-KV cache; its keys are turned but not shrunk. Differs from the RetNet paper's Transformer baseline: no biases.
+    qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head, before they turn (Qwen3)
+    softcap        s <- c tanh(s / c)                        (Gemma 2)
+    forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
+    alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H
+    sinks          softmax over the keys and one more score  a parameter per head (gpt-oss)
+    gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
+
+xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
+2108.12409, FoX arXiv 2503.02130. The state is a KV cache; its keys are turned but not shrunk, and under a
+forget gate each has the gate of its token. Differs from the RetNet paper's Transformer baseline: no biases.
 """
 
 from typing import Literal
@@ -18,17 +27,28 @@ from torch import Tensor, nn
 from ..ops.call import Call
 from ..ops.kernels import Probe
 from ..ops.paradigm import Paradigm
-from ..ops.softmax import Backend, Cache, GrowingCache, RingCache, empty_cache, moved, softmax, softmax_flops
+from ..ops.softmax import (
+    Backend,
+    Cache,
+    GrowingCache,
+    RingCache,
+    SoftmaxOptions,
+    empty_cache,
+    key_cache,
+    moved,
+    softmax,
+    softmax_flops,
+    stored_as,
+)
 from .contract import MixerConfig, SequenceMixer, require_room
-from .parts import divisors, nearest_of, rotated
+from .parts import Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
+from .parts.distances import alibi_slopes, xpos_log_decay
+from .parts.gates import gate_decay
+from .parts.widths import rotary_dim
 from .traits import ContractError, Traits
 
 AttentionState = Cache
 """The KV cache: a ring buffer under a window or with max_length, else a growing cache."""
-
-XPOS_GAMMA = 0.4
-XPOS_BASE = 512
-"""Tokens after which a product has shrunk by zeta."""
 
 
 class AttentionConfig(MixerConfig):
@@ -41,10 +61,25 @@ class AttentionConfig(MixerConfig):
     """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when null."""
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
-    positions: Literal["rope", "xpos", "none"] = "rope"
-    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; or `none`."""
+    positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
+    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; `alibi` lowers scores
+    with distance instead; or `none`."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """The base of the angles."""
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
+    """The share of a head's dimensions that `rope` turns: the first of them."""
+    qk_norm: Literal["rms", "none"] = "none"
+    """The norm of a head's queries and keys before they turn; `rms` has weights that all heads share."""
+    norm_eps: float = Field(default=1e-6, ge=0)
+    """Added to the mean square of that norm."""
+    softcap: float | None = Field(default=None, gt=0, examples=[2.0])
+    """The bound of scores, which approach it as tanh does; none when null."""
+    forget_gate: bool = False
+    """Whether keys fade: scores add the log forget gates of the tokens after the key, one gate per query head."""
+    sinks: bool = False
+    """Whether each head's softmax has one more score, a parameter, whose weight reads nothing."""
+    gate: Gate = "none"
+    """The output gate, element by element."""
     window: int | None = Field(default=None, gt=0, examples=[4, 1])
     """Keys that a query sees, its own included; all when null. It bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
@@ -61,11 +96,31 @@ class AttentionConfig(MixerConfig):
                 f"n_kv_heads must divide n_heads = {self.n_heads}, and {self.n_kv_heads} does not: "
                 f"choose one of {divisors(self.n_heads)}"
             )
-        if self.positions != "none" and self.head_dim is not None and self.head_dim % 2:
+        if self.turns and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(
                 f"{self.positions} turns pairs of dimensions, so head_dim must be even, not {self.head_dim}"
             )
+        if self.partial_rotary_factor != 1 and self.positions != "rope":
+            raise ValueError(
+                f"partial_rotary_factor = {self.partial_rotary_factor:g} is for positions = rope, and with "
+                f"{self.positions} it is 1"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _a_window_leaves_a_choice(self) -> "AttentionConfig":
+        unused = {"forget_gate": self.forget_gate, "qk_norm": self.qk_norm != "none" and not self.sinks}
+        if self.window == 1 and (names := [name for name, given in unused.items() if given]):
+            raise ValueError(
+                f"in a window of 1 the query's own key has all the weight: {' and '.join(names)} would learn nothing, "
+                "so 2 is the smallest"
+            )
+        return self
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys turn."""
+        return self.positions in ("rope", "xpos")
 
     @property
     def traits(self) -> Traits:
@@ -92,42 +147,78 @@ class Attention(SequenceMixer[AttentionState]):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
-        self.widths = [heads * self.head_dim for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        # one product for queries, keys and values
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.turns else 0
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.widths = {"q": queries, "k": keys, "v": keys}
+        if config.gate != "none":
+            self.widths["gate"] = queries
+        if config.forget_gate:
+            self.widths["forget"] = self.n_heads
+        # one product for all of it
+        self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
+        rms = config.qk_norm == "rms"
+        self.qk_norm = QKNorm((self.n_heads, self.n_kv_heads), self.head_dim, config.norm_eps) if rms else None
+        self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
+        self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
+        self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer."""
-        for projection in self.in_proj.weight.split(self.widths):
+        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer; gates' biases and
+        sinks of 0."""
+        for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
+        if self.qk_norm is not None:
+            self.qk_norm.reset_parameters()
+        for parameter in (self.forget_bias, self.sinks):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
-        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
-        if self.config.positions != "none":
-            positions = call.positions(x, None if call.state is None else call.state.length)
-            qk = rotated(qk, positions, "rope", self.config.rope_base)
-        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
-        log_decay = xpos_log_decay(self.head_dim, x.device) if self.config.positions == "xpos" else None
-        output, final_state = softmax(q, k, v, call, window=self.config.window, log_decay=log_decay)
+        q, k, v, more = self._project(x, call)
+        output, final_state = softmax(q, k, v, call, **self._scores(more))
         if final_state is not None:
-            # autocast narrows the keys and values of a new cache
-            keys, values = final_state.keys.to(self.dtype), final_state.values.to(self.dtype)
-            final_state = final_state._replace(keys=keys, values=values)
-        return self.out_proj(output.flatten(2)), final_state
+            final_state = stored_as(final_state, self.dtype)  # autocast narrows those of a new cache
+        gate = more["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in more else None
+        return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
+
+    def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Queries, keys and values by head, and what else is projected, by name."""
+        names, widths = list(self.widths)[3:], list(self.widths.values())
+        qkv, *others = self.in_proj(x).split([sum(widths[:3]), *widths[3:]], dim=-1)
+        heads = [self.n_heads + self.n_kv_heads, self.n_kv_heads]
+        qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        if self.config.turns:
+            positions = call.positions(x, None if call.state is None else call.state.length)
+            qk = rotated(qk, positions, "rope", self.config.rope_base, self.rotary_dim)
+        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+        return q, k, v, dict(zip(names, others, strict=True))
+
+    def _scores(self, more: dict[str, Tensor]) -> SoftmaxOptions:
+        """What changes the scores."""
+        options: SoftmaxOptions = {"window": self.config.window, "softcap": self.config.softcap, "sinks": self.sinks}
+        if self.config.positions == "xpos":
+            options["log_decay"] = xpos_log_decay(self.head_dim, self.device)
+        if self.config.positions == "alibi":
+            options["slopes"] = alibi_slopes(self.n_heads, self.device)
+        if self.forget_bias is not None:
+            options["log_forget"] = gate_decay(more["forget"].to(self.state_dtype) + self.forget_bias, 1)
+        return options
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:
         kind, capacity = self._room(max_length, 0)
         sizes = (self.n_kv_heads, self.head_dim, self.head_dim)
-        return empty_cache(kind, batch_size, capacity, sizes, self.in_proj.weight)
+        forget_heads = self.n_heads if self.config.forget_gate else None
+        return empty_cache(kind, batch_size, capacity, sizes, self.in_proj.weight, forget_heads)
 
     def resize_state(self, state: AttentionState, max_length: int | None) -> AttentionState:
         read = int(state.length.max())
         require_room(read, max_length, self.kind)
-        return moved(state, *self._room(max_length, min(read, state.keys.shape[1])))
+        return moved(state, *self._room(max_length, min(read, key_cache(state).keys.shape[1])))
 
     def _room(self, max_length: int | None, used: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
         """The kind of a cache and its slots: a ring buffer where something bounds it, else as many as are used."""
@@ -154,19 +245,20 @@ class Attention(SequenceMixer[AttentionState]):
             value_width=self.head_dim,
             log_decay="K" if self.config.positions == "xpos" else None,
             window=self.config.window is not None,
+            scores=tuple(name for name, changed in self._changes.items() if changed),
         )
 
-
-def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
-    """Natural log of xPos's factor per token of distance, float64, for interleaved pairs."""
-    pair = torch.arange(head_dim // 2, device=device, dtype=torch.float64)
-    zeta = (pair / (head_dim // 2) + XPOS_GAMMA) / (1 + XPOS_GAMMA)
-    return (zeta.log() / XPOS_BASE).repeat_interleave(2)
+    @property
+    def _changes(self) -> dict[str, bool]:
+        """Whether scores are changed by what kernels may not know, by the names of the op."""
+        config = self.config
+        capped, sloped = config.softcap is not None, config.positions == "alibi"
+        return {"log_forget": config.forget_gate, "slopes": sloped, "softcap": capped, "sinks": config.sinks}
 
 
 def _head_dim(config: AttentionConfig, d_model: int) -> int:
     """d_model / n_heads, or an error that names the nearest numbers of heads that would do."""
-    unit = 1 if config.positions == "none" else 2
+    unit = 2 if config.turns else 1
     workable = [n for n in divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
     if config.n_heads in workable:
         return d_model // config.n_heads

@@ -6,6 +6,7 @@ from ...ops.recurrence import RecurrenceOutput
 from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer
+from .qk_norm import QKNorm
 from .qkv import QKV, QKVConfig, QKVMixer
 from .rotary import Schedule, rotated
 from .short_convolution import ShortConvolution
@@ -24,6 +25,7 @@ __all__ = [
     "MatrixStateConfig",
     "MatrixStateMixer",
     "Paradigm",
+    "QKNorm",
     "QKVConfig",
     "QKVMixer",
     "RecurrenceOutput",

@@ -24,8 +24,12 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
     return base ** -(torch.arange(pairs, device=device, dtype=torch.float64) / steps)
 
 
-def rotated(x: Float[Tensor, "B T H K"], positions: Int[Tensor, "_ T"], schedule: Schedule, base: float) -> Tensor:
-    """Heads turned by the angles of their positions."""
+def rotated(
+    x: Float[Tensor, "B T H K"], positions: Int[Tensor, "_ T"], schedule: Schedule, base: float, dims: int | None = None
+) -> Float[Tensor, "B T H K"]:
+    """Heads turned by the angles of their positions; only their first `dims` dimensions, if given."""
+    if dims is not None and dims < x.shape[-1]:
+        return torch.cat((rotated(x[..., :dims], positions, schedule, base), x[..., dims:]), dim=-1)
     return rotate(x, rotation(positions, frequencies(x.shape[-1], schedule, base, x.device), x.dtype))
 
 

@@ -52,6 +52,23 @@ def heads_of(d_model: int, expand: float, head_dim: int, n_groups: int) -> int:
     return n_heads
 
 
+def rotary_dim(share: float, head_dim: int) -> int:
+    """The dimensions of a head that turn, in pairs.
+
+    Raises:
+        ContractError: `share * head_dim` is not even; it names the nearest shares that would do.
+    """
+    exact = share * head_dim
+    dims = round(exact)
+    if dims > 0 and dims % 2 == 0 and abs(dims - exact) <= 1e-6 * head_dim:
+        return dims
+    below = 2 * math.floor(exact / 2)
+    near = " or ".join(f"{n / head_dim:.10g}" for n in (below, below + 2) if 0 < n <= head_dim)
+    raise ContractError(
+        f"partial_rotary_factor * head_dim = {share:g} * {head_dim} = {exact:g} dimensions are no pairs; {near} are"
+    )
+
+
 def divisors(number: int) -> list[int]:
     """What divides a positive number, in order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]

@@ -1,6 +1,6 @@
 """The softmax family: attention."""
 
-from .api import Backend, softmax, softmax_attention, softmax_flops
+from .api import Backend, SoftmaxOptions, softmax, softmax_attention, softmax_flops
 from .cache import Cache, ForgettingCache, GrowingCache, RingCache, empty_cache, key_cache, moved, stored_as
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "ForgettingCache",
     "GrowingCache",
     "RingCache",
+    "SoftmaxOptions",
     "empty_cache",
     "key_cache",
     "moved",

@@ -60,7 +60,7 @@ class ForgettingCache(NamedTuple):
     """A cache under forget gates: with every key the gate of its own token.
 
     The gates themselves, and no running sum of them: after 100,000 tokens a sum in float32 has lost its decimals, and
-    one that every token renormalises has 100,000 roundings. `forget.py` adds them up anew, in float64.
+    one that every token renormalises has 100,000 roundings. `forget.py` adds them up in float64 at each call.
     """
 
     cache: KeyCache

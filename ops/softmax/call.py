@@ -14,7 +14,7 @@ from ..kernels import Probe
 from ..packing import Documents, require_async
 from ..recurrence import require_chunk_size, require_floats, require_packing
 from .cache import Cache, ForgettingCache, KeyCache, Offer, final_cache, key_cache, offer_of, offer_written, row_of
-from .forget import forgotten, offered_sums, written_sums
+from .forget import gate_bias, offered_sums, written_sums
 
 
 class Attention(NamedTuple):
@@ -79,7 +79,7 @@ class Attention(NamedTuple):
     def bias(self, places: Tensor, offer: Offer) -> Float[Tensor, "_ H T M"] | None:
         """What is added to the scores of queries at `places`, float32 or float64; None is nothing."""
         wide = torch.promote_types(self.q.dtype, torch.float32)
-        bias = None if offer.sums is None else forgotten(offer.sums).to(wide)
+        bias = None if offer.sums is None else gate_bias(offer.sums).to(wide)
         if self.slopes is not None:
             distance = (places[:, None] - offer.places[:, None]).to(wide)
             sloped = -self.slopes[:, None, None].to(wide) * distance[:, None]

@@ -38,7 +38,7 @@ def written_sums(
     return -_later(cache), own - own[:, -1:]
 
 
-def forgotten(sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]) -> Float[Tensor, "B H T M"]:
+def gate_bias(sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]) -> Float[Tensor, "B H T M"]:
     """What is added to the scores, float64."""
     of_key, of_query = (x.transpose(1, 2) for x in sums)
     return of_query[..., None] - of_key[:, :, None]

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from formulas import assert_follows
+from pydantic import ValidationError
 
 from seqmix.mixers.attention import Attention, AttentionConfig
 from seqmix.ops.softmax import GrowingCache, RingCache
+from seqmix.registry import SeqmixError
 
 D_MODEL = 24
 
@@ -23,27 +25,60 @@ def tokens(length, batch_size=2, dtype=torch.float64):
     return torch.randn(batch_size, length, D_MODEL, dtype=dtype, generator=generator)
 
 
+def rms(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def turned(x, config):
+    """Complex rotations, and xPos as its authors' code computes it (torchscale): queries, and keys."""
+    length, dims = x.shape[1], round(config.partial_rotary_factor * x.shape[-1])
+    pairs = torch.arange(0, dims, 2, dtype=x.dtype)
+    angles = torch.arange(length, dtype=x.dtype)[:, None] * config.rope_base ** -(pairs / dims)
+    magnitude = torch.ones_like(angles)
+    if config.positions == "xpos":
+        zeta = (pairs + 0.4 * dims) / (1.4 * dims)
+        magnitude = zeta ** ((torch.arange(length, dtype=x.dtype) - length // 2)[:, None] / 512)
+    first = torch.view_as_complex(x[..., :dims].unflatten(-1, (-1, 2)).contiguous())
+    turns = (torch.polar(m, angles)[:, None] for m in (magnitude, 1 / magnitude))
+    return [torch.cat((torch.view_as_real(first * turn).flatten(-2), x[..., dims:]), -1) for turn in turns]
+
+
+def slopes(n_heads):
+    """As ALiBi's paper has them: halves of halves where heads are a power of 2, else the next power's in between."""
+    if n_heads & (n_heads - 1) == 0:
+        return [2 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]
+    below = 2 ** math.floor(math.log2(n_heads))
+    return slopes(below) + slopes(2 * below)[::2][: n_heads - below]
+
+
 def written_out(mixer: Attention, x):
-    """The layer from position 0, with complex rotations and xPos as its authors' code computes it (torchscale)."""
+    """The layer from position 0."""
     config, length = mixer.config, x.shape[1]
-    q, k, v = (part.unflatten(-1, (-1, mixer.head_dim)) for part in mixer.in_proj(x).split(mixer.widths, dim=-1))
-    if config.positions != "none":
-        pairs = torch.arange(0, mixer.head_dim, 2, dtype=x.dtype)
-        theta = config.rope_base ** -(pairs / mixer.head_dim)
-        angles = torch.arange(length, dtype=x.dtype)[:, None] * theta
-        magnitude = torch.ones_like(angles)
-        if config.positions == "xpos":
-            zeta = (pairs + 0.4 * mixer.head_dim) / (1.4 * mixer.head_dim)
-            magnitude = zeta ** ((torch.arange(length, dtype=x.dtype) - length // 2)[:, None] / 512)
-        turn = torch.polar(magnitude, angles)[:, None], torch.polar(1 / magnitude, angles)[:, None]
-        pairwise = (torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) for y in (q, k))
-        q, k = (torch.view_as_real(y * t).flatten(-2) for y, t in zip(pairwise, turn, strict=True))
+    parts = dict(zip(mixer.widths, mixer.in_proj(x).split(list(mixer.widths.values()), dim=-1), strict=True))
+    q, k, v = (parts[name].unflatten(-1, (-1, mixer.head_dim)) for name in "qkv")
+    if config.qk_norm == "rms":
+        norm = mixer.qk_norm
+        q, k = rms(q, norm.q_weight, config.norm_eps), rms(k, norm.k_weight, config.norm_eps)
+    if config.positions in ("rope", "xpos"):
+        q, k = turned(q, config)[0], turned(k, config)[1]
     k, v = (y.repeat_interleave(mixer.n_heads // mixer.n_kv_heads, dim=2) for y in (k, v))
     scores = torch.einsum("bnhk,bmhk->bhnm", q, k) / math.sqrt(mixer.head_dim)
+    if config.softcap is not None:
+        scores = config.softcap * (scores / config.softcap).tanh()
     distance = torch.arange(length)[:, None] - torch.arange(length)
+    if config.positions == "alibi":
+        scores = scores - x.new_tensor(slopes(mixer.n_heads))[:, None, None] * distance
+    if config.forget_gate:
+        gates = 1 / (1 + (-parts["forget"] - mixer.forget_bias).exp())  # of later tokens up to the query's own
+        later = [[gates[:, m + 1 : n + 1].prod(1) for m in range(length)] for n in range(length)]
+        scores = scores + torch.stack([torch.stack(row, -1) for row in later], -2).log()
     visible = (distance >= 0) & (distance < (config.window or length))
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
-    return mixer.out_proj(torch.einsum("bhnm,bmhv->bnhv", weights, v).flatten(2))
+    weights = scores.masked_fill(~visible, -math.inf).exp()
+    total = weights.sum(-1, keepdim=True) + (mixer.sinks.exp()[:, None, None] if config.sinks else 0)
+    o = torch.einsum("bhnm,bmhv->bnhv", weights / total, v).flatten(2)
+    if config.gate != "none":
+        o = o * parts["gate"].sigmoid() * (parts["gate"] if config.gate == "swish" else 1)
+    return mixer.out_proj(o)
 
 
 @pytest.mark.parametrize("positions", ["rope", "xpos", "none"])
@@ -52,6 +87,62 @@ def written_out(mixer: Attention, x):
 def test_output_and_gradients_are_the_formula(positions, fields, window):
     mixer = build(positions=positions, window=window, **fields)
     assert_follows(mixer, lambda mixer, x: (written_out(mixer, x),), tokens(11))
+
+
+OPTIONS = [
+    {"positions": "alibi"},
+    {"positions": "alibi", "n_heads": 6, "softcap": 0.5},
+    {"forget_gate": True},
+    {"forget_gate": True, "positions": "none", "gate": "swish"},
+    {"forget_gate": True, "positions": "alibi", "sinks": True, "qk_norm": "rms"},
+    {"sinks": True},
+    {"softcap": 0.5, "positions": "xpos"},
+    {"gate": "sigmoid"},
+    {"qk_norm": "rms", "norm_eps": 0.1, "partial_rotary_factor": 0.5, "head_dim": 8},
+    {
+        **{"forget_gate": True, "sinks": True, "softcap": 1.0, "gate": "sigmoid", "qk_norm": "rms"},
+        **{"partial_rotary_factor": 0.25, "head_dim": 8},
+    },
+]
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: "-".join(map(str, fields)))
+@pytest.mark.parametrize("window", [None, 4])
+def test_with_its_options_too(window, fields):
+    mixer = build(window=window, **fields)
+    for parameter in (mixer.sinks, mixer.forget_bias, *(mixer.qk_norm or torch.nn.Module()).parameters()):
+        if parameter is not None:  # none that is all ones or zeros, which would hide that it is there
+            torch.nn.init.normal_(parameter)
+    assert_follows(mixer, lambda mixer, x: (written_out(mixer, x),), tokens(11))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"partial_rotary_factor": 0.5}, "0.3333333333 or 0.6666666667"),  # of 6 dimensions
+        ({"partial_rotary_factor": 0.1}, "0.3333333333"),
+        ({"partial_rotary_factor": 0.5, "positions": "xpos"}, "partial_rotary_factor .* rope"),
+        ({"window": 1, "forget_gate": True, "qk_norm": "rms"}, "forget_gate and qk_norm .* 2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(fields, named):
+    with pytest.raises((SeqmixError, ValidationError), match=named):
+        build(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"forget_gate": True}, {"positions": "alibi"}, {"softcap": 1.0}, {"sinks": True}])
+def test_a_backend_without_an_option_is_refused_when_the_model_is_built(fields):
+    mixer = build(backend="flex", dtype=torch.float32, **fields)
+    with pytest.raises(SeqmixError, match="flex has no"):
+        mixer.resolve_backend(torch.float32)
+
+
+def test_gates_are_float32_in_a_cache_of_16_bits():
+    mixer = build(forget_gate=True, dtype=torch.bfloat16)
+    for state in (mixer.init_state(3), mixer(tokens(7, 3, torch.bfloat16), return_state=True)[1]):
+        assert state.cache.keys.dtype == torch.bfloat16
+        assert state.log_forget.dtype == torch.float32
+        assert state.log_forget.shape == (*state.cache.keys.shape[:2], mixer.n_heads)
 
 
 @pytest.mark.parametrize(

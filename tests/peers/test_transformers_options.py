@@ -1,0 +1,133 @@
+"""Options of attention against the layers of transformers (5.24) that have them: Qwen3, Qwen3-Next, Gemma 2, gpt-oss.
+
+Their rotations, norms and, but for gpt-oss, their softmax compute in float32 whatever the dtype: 1e-5 is agreement.
+"""
+
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+from einops import rearrange
+from transformer_models import LENGTH, agree
+
+from seqmix.mixers import Paradigm
+from seqmix.mixers.attention import AttentionConfig
+
+# not importorskip: it would also skip where transformers is installed and its import fails
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
+
+from transformers import Gemma2Config, GptOssConfig, Qwen3Config, Qwen3NextConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
+
+D_MODEL, H, G, K, WINDOW = 24, 4, 2, 8, 7
+FIELDS = {
+    "hidden_size": D_MODEL,
+    "num_attention_heads": H,
+    "num_key_value_heads": G,
+    "head_dim": K,
+    "num_hidden_layers": 2,
+    "attention_bias": False,
+    "attn_implementation": "eager",
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+QWEN3_NEXT = ROPE | {"partial_rotary_factor": 0.5}
+KINDS = {
+    "qwen3": (Qwen3Attention, Qwen3RotaryEmbedding, Qwen3Config(**FIELDS), {"qk_norm": "rms"}),
+    "qwen3_next": (
+        Qwen3NextAttention,
+        Qwen3NextRotaryEmbedding,
+        Qwen3NextConfig(**FIELDS, rope_parameters=QWEN3_NEXT),
+        {"qk_norm": "rms", "gate": "sigmoid", "partial_rotary_factor": 0.5},
+    ),
+    "gemma2": (
+        Gemma2Attention,
+        Gemma2RotaryEmbedding,
+        Gemma2Config(
+            **FIELDS,
+            query_pre_attn_scalar=K,
+            attn_logit_softcapping=1.5,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        {"softcap": 1.5, "window": WINDOW},
+    ),
+    "gpt_oss": (
+        GptOssAttention,
+        GptOssRotaryEmbedding,
+        GptOssConfig(**FIELDS, sliding_window=WINDOW, rope_parameters=ROPE),
+        {"sinks": True, "window": WINDOW},
+    ),
+}
+
+
+def in_pairs(rows, turning):
+    """Of a head's rows, those that turn: theirs are pairs (j, j + half), ours (2j, 2j + 1)."""
+    rows = rows.unflatten(0, (-1, K))
+    turned = rearrange(rows[:, :turning], "h (pair k) ... -> h (k pair) ...", pair=2)
+    return torch.cat((turned, rows[:, turning:]), dim=1).flatten(0, 1)
+
+
+def weights_of(theirs, fields):
+    turning = round(fields.get("partial_rotary_factor", 1.0) * K)
+    q, gate = theirs.q_proj.weight, []
+    if "gate" in fields:  # by head, after its query
+        q, g = (x.flatten(0, 1) for x in q.unflatten(0, (H, 2, K)).unbind(1))
+        gate = [g]
+    k, v = theirs.k_proj.weight, theirs.v_proj.weight
+    found = {"in_proj.weight": torch.cat((in_pairs(q, turning), in_pairs(k, turning), v, *gate))}
+    if "qk_norm" in fields:
+        one = float("gate" in fields)  # Qwen3-Next adds 1
+        for name in "qk":
+            norm = getattr(theirs, f"{name}_norm").weight + one
+            found[f"qk_norm.{name}_weight"] = in_pairs(norm, turning)
+    if "sinks" in fields:
+        found["sinks"] = theirs.sinks
+    return found | {"out_proj.weight": theirs.o_proj.weight}
+
+
+def layers(kind):
+    """Their layer as a function of x, and ours with the same weights."""
+    torch.manual_seed(0)
+    attention, rotary, config, fields = KINDS[kind]
+    theirs = attention(config, layer_idx=0).double()
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and kind == "qwen3"), std=0.4)
+    ours = AttentionConfig(n_heads=H, n_kv_heads=G, head_dim=K, chunk_size=8, **fields)
+    ours = ours.build(D_MODEL, layer_idx=0, n_layers=1).double()
+    ours.load_state_dict(weights_of(theirs, fields))
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    seen = (distance >= 0) & (distance < fields.get("window", LENGTH))
+    mask = torch.zeros(LENGTH, LENGTH).double().masked_fill(~seen, -torch.inf)
+
+    def function(x):
+        return theirs(x, rotary(config)(x, torch.arange(LENGTH)[None]), mask)[0]
+
+    return function, ours
+
+
+@pytest.mark.parametrize("paradigm", list(Paradigm))
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_gradient_and_pieces_are_theirs(kind, paradigm):
+    theirs, ours = layers(kind)
+    x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
+
+    def in_pieces(x):
+        state, outputs = None, []
+        for start, stop in pairwise([0, 12, 13, 20, LENGTH]):
+            y, state = ours(x[:, start:stop], state, paradigm=paradigm, return_state=True)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+    results = []
+    for function in (theirs, lambda x: ours(x, paradigm=paradigm)[0], in_pieces):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(dy)
+        results.append((y, leaf.grad))
+    agree(results[1], results[0])
+    agree(results[2], results[0])
