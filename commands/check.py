@@ -233,8 +233,23 @@ def _adapted(path: str) -> MixerConfig | None:
     except (Exception, SystemExit):
         return None
     if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, SequenceMixer):
+        _require_width_alone(path, found)
         return adapt(found)
     return found if isinstance(found, MixerConfig) else None
+
+
+def _require_width_alone(path: str, module: type[nn.Module]) -> None:
+    """Refuse a class that cannot be made of a width alone."""
+    try:
+        with torch.device("meta"):
+            module(8)
+    except TypeError as error:
+        raise SeqmixError(
+            f"{path} is a module without the contract, and is not made of a width alone ({error}): "
+            "say how with seqmix.testing.adapt (docs/how-to/check-your-own-layer.md)"
+        ) from None
+    except Exception:  # of this width or device; the kit says what is wrong with others
+        return
 
 
 def _class_of(kind: str) -> type[MixerConfig]:

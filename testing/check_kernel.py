@@ -18,6 +18,7 @@ from .engine import EXAMPLES, Tested, run_checks, strict_numerics
 from .kernel_case import KernelCase
 from .kernel_families import FAMILIES
 from .kernel_sizes import WIDE
+from .kernel_source import kernel_source
 from .kernel_trial import KernelTrial
 from .outcome import Outcome, Outcomes, chosen_names
 from .parametrize import parametrized
@@ -146,11 +147,9 @@ class TestedKernel(Tested[KernelCase]):
             check.test(KernelTrial(self.kernel, case, self.device))
 
     def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> list[str]:
-        key, device = self.kernel.key, {} if self.device.type == "cpu" else {"device": str(self.device)}
-        lines, before = ["kernel = ...  # the one that was checked: it is not declared"], []
-        if KERNELS.get(key) is self.kernel:
-            lines = [f'kernel = find("{key.op}", Paradigm.{key.paradigm.name}, "{key.backend}")']
-            before = ["from seqmix.ops.kernels import find"]
+        device = {} if self.device.type == "cpu" else {"device": str(self.device)}
+        *before, made = kernel_source(self.kernel)
+        lines = [made]
         if case is None:
             kit = "check_kernel"
             lines += [call_source(kit, {"checks": [check.name], **asked, **device}, "kernel")]

@@ -81,6 +81,8 @@ def run_checks(
     names = chosen_names(checks, known)
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
         raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise SeqmixError(f"seed needs an integer >= 0, or None, and was given {seed!r}")
     outcomes, asked = [], {"examples": examples, "seed": seed}
     for check in (known[name] for name in names):
         reason = tested.skip_reason(check)

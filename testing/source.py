@@ -71,10 +71,15 @@ def _classes(value: Any) -> Iterator[type]:
 
 
 def _import(cls: type) -> str:
-    module, main = cls.__module__, sys.modules.get("__main__")
+    line = import_line(cls.__module__, cls.__qualname__)
+    return line or f"...  # {cls.__qualname__} of {cls.__module__}, which cannot be imported"
+
+
+def import_line(module: str, name: str) -> str | None:
+    """The line that imports a module's global; None of what is no module's global."""
+    main = sys.modules.get("__main__")
     if module == "__main__":  # of the script that ran, which is a module to others
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
         module = spec.name if spec is not None else Path(file).stem if file else ""
-    if not all(part.isidentifier() for part in module.split(".")) or "." in cls.__qualname__:
-        return f"...  # {cls.__qualname__} of {cls.__module__}, which cannot be imported"
-    return f"from {module} import {cls.__name__}"
+    parts = (*module.split("."), name)
+    return f"from {module} import {name}" if all(part.isidentifier() for part in parts) else None

@@ -205,6 +205,11 @@ BAD_CHECKS = {
     "changes of a kernel": ([STEP, "window=4"], f"{STEP} .*KEY=VALUE"),
     "check of mixers on a kernel": ([STEP, "--only", "paradigms_agree"], "'paradigms_agree'.*outputs_are"),
     "missing path": (["no/such/file"], "no/such/file"),
+    "negative seed": (["retention", "--seed", "-1"], "seed .*>= 0.*-1"),
+    "module of two widths": (
+        ["torch.nn:Linear"],
+        "torch.nn:Linear .*contract.*out_features.*adapt.*check-your-own-layer.md",
+    ),
 }
 
 STRANGE = """

@@ -1,6 +1,10 @@
 """Every declared kernel against its contract, wherever it can run; declarations and reports."""
 
+import importlib
 import os
+import re
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -176,6 +180,49 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     snippet = textwrap.dedent("\n".join(rest[rest.index("To reproduce:") + 1 :]))
     with pytest.raises(CheckFailure, match="2 of 2"):
         exec(snippet)
+
+
+OWN = """
+from dataclasses import replace
+
+from seqmix import Paradigm
+from seqmix.ops.decay.chunkwise import decay_chunkwise
+from seqmix.ops.kernels import find
+import seqmix.ops.decay
+
+
+def wide(probe):
+    return ["wide"] if probe.key_width > 64 else []
+
+
+def wrong(x):
+    output, state = decay_chunkwise(x)
+    return output.roll(1, 1), state
+
+
+reference = find("decay", Paradigm.CHUNKWISE, "reference")
+made = replace(reference, backend="own", function=wrong, limits=wide)
+kernels = [replace(reference, backend="other", function=wrong, reference=False, limits=wide)]
+kernels += [replace(made, function=lambda x: wrong(x))]
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "made"), [("made", "from own import made as kernel"), (0, 'kernel = Kernel(op="decay"')]
+)
+def test_lines_find_or_make_a_kernel_that_is_not_declared(tmp_path, monkeypatch, which, made):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    own = importlib.import_module("own")
+    kernel = own.made if which == "made" else own.kernels[which]
+    (outcome,) = check_kernel(kernel, checks=["outputs_are_the_definitions"]).outcomes
+    assert any(line.startswith(made.replace('"', "'")) for line in outcome.script)
+    script = [sys.executable, "-c", "\n".join(outcome.script)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert re.search(r"^\S*CheckFailure: ", done.stderr, re.MULTILINE), done.stderr
+    (outcome,) = check_kernel(own.kernels[1], checks=["outputs_are_the_definitions"]).outcomes
+    assert "kernel = ...  # the one that was checked: <lambda> is no global" in outcome.reason
 
 
 def test_what_does_not_exist_is_refused():
