@@ -105,6 +105,9 @@ def decays(mixer, x, projected):
         up = mixer.decay_proj.up
         logits = x @ mixer.decay_proj.down.weight.T @ up.weight.T + up.bias
         return (1 / (1 + (-logits).exp())).unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
+    if config.kind == "hgrn2":
+        forget, bound = 1 / (1 + (-projected["k"]).exp()), mixer.bound.sigmoid().flatten()
+        return (bound + (1 - bound) * forget).unflatten(-1, (config.n_heads, -1))
     if config.kind == "gated_delta_net":
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
         return (-mixer.decay.A_log.exp() * step).exp()[..., None]
@@ -140,6 +143,8 @@ def written_out(mixer, x):
     q, k, v = (y.unflatten(-1, (heads, -1)) for y in qkv.split([*mixer.widths.values()][:3], dim=-1))
     q, k = features(mixer, q), features(mixer, k)
     a = decays(mixer, x, projected).expand(*k.shape)
+    if config.kind == "hgrn2":
+        q, k = q * q.sigmoid(), 1 - a
     beta = projected.get("beta", x.new_zeros(())).sigmoid() * (2 if getattr(config, "allow_neg_eigval", False) else 1)
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
@@ -160,7 +165,7 @@ def written_out(mixer, x):
             o = o / weights.sqrt()
         outputs.append(o)
     o = torch.stack(outputs, 1)
-    o = o.flatten(2) if config.kind == "lightning" else o  # its norm is over all heads together
+    o = o.flatten(2) if config.kind in ("lightning", "hgrn2") else o  # its norm is over all heads together
     if config.head_norm == "group":
         o = o - o.mean(-1, keepdim=True)
     if config.head_norm != "none":

@@ -29,6 +29,7 @@ MIXERS_OF_ALL_OPS = (
     ("gated_retention", {"n_heads": 2, "chunk_size": 4}),
     ("lightning", {"n_heads": 2, "chunk_size": 4}),
     ("gla", {"n_heads": 2, "chunk_size": 4}),
+    ("hgrn2", {"n_heads": 2, "chunk_size": 4}),
     ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("rg_lru", {"n_heads": 2, "chunk_size": 4}),
     ("min_gru", {"chunk_size": 4}),

@@ -43,6 +43,7 @@ OWN = {
         {"expand_k": 1.0, "expand_v": 2.0},
         {"chunk_size": 7, "gate_rank": 1},
     ],
+    "hgrn2": [{"layer_idx": 2}, {"expand_k": 0.5, "gate": "sigmoid", "chunk_size": 7}],
     "lightning": [{"schedule": "transnormer"}, {"layer_idx": 0, "n_layers": 1}, {"layer_idx": 2}],
     "linear_attention": [
         {"feature_map": "relu", "eps": 0.1},
@@ -53,7 +54,12 @@ OWN = {
     "delta_net": [{"allow_neg_eigval": True}, {"gate": "swish", "norm_eps": 0.01}],
     "gated_delta_net": [{"allow_neg_eigval": True}, {"expand_k": 0.75, "expand_v": 1.5}],
 }
-REFUSED = {("delta_net", "qk_norm"), ("gated_delta_net", "qk_norm"), ("gla", "rotation")}
+REFUSED = {
+    *(("hgrn2", name) for name in ("short_conv", "qk_norm", "rotation", "rotation_base")),
+    *(("gla", name) for name in ("rotation", "rotation_base")),
+    ("delta_net", "qk_norm"),
+    ("gated_delta_net", "qk_norm"),
+}
 """Options with a single value; the reason stands beside the field."""
 
 
@@ -73,7 +79,7 @@ def test_every_kind_of_the_family_has_cases():
 
 @pytest.mark.parametrize(("kind", "fields"), list(cases()))
 def test_output_state_and_gradients_are_the_formulas(kind, fields):
-    assert_follows(build(kind, **fields), written_out, tokens(20 if kind == "gla" else 11))
+    assert_follows(build(kind, **fields), written_out, tokens(20 if kind in ("gla", "hgrn2") else 11))
 
 
 VARIED = {

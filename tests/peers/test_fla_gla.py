@@ -1,4 +1,4 @@
-"""GLA, gated retention and lightning attention around flash-linear-attention's recurrences.
+"""GLA, HGRN2, gated retention and lightning attention around flash-linear-attention's recurrences.
 
 fla-core has no layers: their recurrence stands between our projections and a norm written out.
 """
@@ -14,6 +14,7 @@ from fla_oracles import agree, loaded, needs_fla
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_retention import GatedRetentionConfig
 from seqmix.mixers.gla import GLAConfig
+from seqmix.mixers.hgrn2 import HGRN2Config
 from seqmix.mixers.lightning import LightningConfig
 
 pytestmark = needs_fla
@@ -61,6 +62,21 @@ def test_gla_is_theirs(paradigm):
         gk = F.logsigmoid(x @ ours.decay_proj.down.weight.T @ up.weight.T + up.bias).unflatten(-1, (N_HEADS, -1)) / 2
         output, state = recurrence(q, k, v, gk, state, True)
         return ours.out_proj((rms(output) * ours.norm.weight * F.silu(gate)).flatten(2)), state
+
+    agree_in_pieces(ours, paradigm, x, theirs)
+
+
+@every_paradigm
+def test_hgrn2_is_theirs_with_keys_that_decays_leave(paradigm):
+    ours, x = layer(HGRN2Config(n_heads=N_HEADS, chunk_size=16), layer_idx=1, n_layers=3)
+    recurrence = loaded("gla").naive_recurrent_gla
+
+    def theirs(x, state):
+        q, forget, v = heads(ours, x)
+        bound = torch.sigmoid(ours.bound)
+        forget = bound + (1 - bound) * torch.sigmoid(forget)
+        output, state = recurrence(F.silu(q), 1 - forget, v, forget.log(), state, True)
+        return ours.out_proj(rms(output.flatten(2)) * ours.norm.weight), state
 
     agree_in_pieces(ours, paradigm, x, theirs)
 

@@ -1,0 +1,76 @@
+"""HGRN2 (gated linear recurrent networks with state expansion; Qin et al., arXiv 2404.07904, §3.2).
+
+    q, v  = silu(x W_Q), x W_V by head
+    f_t   = gamma + (1 - gamma) sigmoid(x_t W_F)        one scalar per key dimension
+    S_t   = diag(f_t) S_{t-1} + (1 - f_t)^T v_t         o_t = q_t S_t / sqrt(K)
+    y     = RMSNorm(o) W_O                              the norm is over all heads, with weights
+
+What a key dimension keeps and what it takes add up to 1, so there are no keys. gamma, the lower bound, is 0 in the
+first of L layers and starts at l / L in layer l (from 0): deeper layers remember longer (HGRN, arXiv 2311.04823).
+Differs from the paper: there the bounds of all layers are one cumulative softmax, which begins at the same values; here
+each layer learns its own, one per key dimension. There is a factor 1/sqrt(K), which the norm hides but for its eps.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..ops.decay import decay
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
+from .parts.qkv import Affine, OutputGate
+
+
+class HGRN2Config(QKVConfig):
+    """HGRN2: a matrix state per head, whose decays and keys add up to 1."""
+
+    kind: Literal["hgrn2"] = "hgrn2"
+    short_conv: None = None  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
+    """None: silu after it would keep forget gates from closing."""
+    qk_norm: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """None: keys are what decays leave."""
+    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """None: decays that differ within a pair of dimensions do not commute with turning it."""
+    gate: OutputGate = "none"
+    norm_affine: Affine = True
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "HGRN2":
+        return HGRN2(self, d_model, layer_idx / n_layers)
+
+
+class HGRN2(QKVMixer):
+    """The layer of `HGRN2Config`; `bound` is where the lower bounds start, and 0 is for good."""
+
+    log_decay_shape = "B T H K"
+
+    def __init__(self, config: HGRN2Config, d_model: int, bound: float) -> None:
+        super().__init__(config, d_model)
+        self.start = bound
+        self.bound = nn.Parameter(torch.empty(self.n_heads, self.key_dim)) if bound else None
+        self.norm = self.output_norm(self.n_heads * self.value_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if (bound := getattr(self, "bound", None)) is not None:
+            nn.init.constant_(bound, math.log(self.start / (1 - self.start)))
+
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        log_forget, taken = self.gates(h.k.to(self.state_dtype))
+        return decay(F.silu(h.q), taken.to(h.q.dtype), h.v, log_forget, call)
+
+    def gates(self, logits: Float[Tensor, "B T H K"]) -> tuple[Tensor, Tensor]:
+        """Natural log of f_t, and 1 - f_t, wide: neither is formed as a difference from 1, where it is small."""
+        if self.bound is None:
+            return F.logsigmoid(logits), (-logits).sigmoid()
+        bound = self.bound.to(logits.dtype)
+        taken = (-bound).sigmoid() * (-logits).sigmoid()
+        little = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(logits))
+        return torch.where(taken < 0.5, torch.log1p(-taken.clamp(max=0.5)), little), taken
+
+    def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
+        # one norm over all heads
+        return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))
