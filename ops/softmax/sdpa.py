@@ -89,13 +89,23 @@ def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H 
     if whole and not x.scores:
         return _fused(q, keys, offer.values, x.scale, None)
     seen, bias = visible_keys(places, offer, window), x.bias(places, offer)
-    if x.softcap is not None or x.sinks is not None:
+    # SDPA has no fused kernel for two widths
+    if x.softcap is not None or x.sinks is not None or x.value_dims is not None:
         return weighed(x, q, keys, offer.values, seen, bias)
     with no_autocast(q.device):  # it would narrow the bias
         return _fused(q, keys, offer.values, x.scale, seen if bias is None else bias.masked_fill(~seen, -torch.inf))
 
 
 def _fused(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Float[Tensor, "B T H V"]:
+    """One call of SDPA, causal without a mask."""
+    n_heads, groups = q.shape[2], keys.shape[2]
+    if q.shape[1] == 1 and groups < n_heads:  # the heads that share a key are its queries, or it would be copied
+        rows = q.reshape(q.shape[0], groups, -1, q.shape[3]).transpose(1, 2)
+        if mask is None:
+            mask = q.new_ones(1, 1, 1, keys.shape[1], dtype=torch.bool)
+        elif mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], groups, -1, mask.shape[3])
+        return _fused(rows, keys, values, scale, mask).transpose(1, 2).reshape(*q.shape[:3], values.shape[3])
     output = scaled_dot_product_attention(
         q.transpose(1, 2),
         keys.transpose(1, 2),
@@ -103,7 +113,7 @@ def _fused(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor |
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=q.shape[2] != keys.shape[2],
+        enable_gqa=n_heads != groups,
     )
     # its fused kernels have none, and torch's own error names what nobody has called
     output = differentiable_once("softmax attention", output, "ScaledDotProduct")

@@ -33,12 +33,19 @@ def weighed(
 
     with no_autocast(q.device):
         queries = by_group(q.transpose(1, 2).to(wide) * x.scale)
-        scores = by_head(queries @ keys.permute(0, 2, 3, 1).to(wide))
+        scores = by_head(_product(queries, keys.permute(0, 2, 3, 1).to(wide)))
         if x.softcap is not None:
             scores = x.softcap * (scores / x.softcap).tanh()
         scores = (scores if bias is None else scores + bias).masked_fill(~seen, -torch.inf)
-        output = by_head(by_group(scores.softmax(-1)) @ values.transpose(1, 2).to(wide))
+        output = by_head(_product(by_group(scores.softmax(-1)), values.transpose(1, 2).to(wide)))
         if x.sinks is not None:
             share = (scores.logsumexp(-1) - x.sinks[:, None].to(wide)).sigmoid()
             output = output * share[..., None]
     return output.transpose(1, 2).to(q.dtype)
+
+
+def _product(x: Float[Tensor, "B G N M"], y: Float[Tensor, "B G M O"]) -> Float[Tensor, "B G N O"]:
+    """x @ y; on a CPU row by row, as torch copies y where its heads do not lie in the order of the batch: a cache's."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[0] == 1:
+        return x @ y
+    return torch.stack([a @ b for a, b in zip(x, y, strict=True)])
