@@ -112,11 +112,13 @@ class ContextParallel:
         documents: Documents | None,
         length: int,
         apply: Callable[[Tensor, Tensor], Tensor],
+        add: Callable[[Tensor, Tensor], Tensor] = torch.add,
     ) -> Tensor:
         """The state before this rank's segment of `length` tokens, of a recurrence whose segments are S -> M S + U.
 
         `transition` is M and `written` U of this segment; of packed documents, those of the one that it leaves
-        unfinished (one row). Initial state (None is zero) and documents are the whole row's; `apply` is M S.
+        unfinished (one row). Initial state (None is zero) and documents are the whole row's; `apply` is M S, and
+        `add` the sum.
         """
         transitions, states = self.gather(transition), self.gather(written)
         used = torch.arange(self.size, device=written.device) < self.rank
@@ -129,7 +131,7 @@ class ContextParallel:
             rows = written.new_zeros(shape) if initial_state is None else initial_state.to(written.dtype)
             state = rows.index_select(0, own)
         for i in range(self.size):
-            state = torch.where(used[i], apply(transitions[i], state) + states[i], state)
+            state = torch.where(used[i], add(apply(transitions[i], state), states[i]), state)
         return self.continued(state, rows, documents)
 
     def final(self, state: Tensor, documents: Documents | None, length: int) -> Tensor:

@@ -1,10 +1,21 @@
 """Recurrences whose state is a vector, element by element: h_t = a_t h_{t-1} + b_t."""
 
-from .api import SCAN_PARADIGMS, ScanOutput, scan, scan_recurrence, selective_recurrence, selective_scan
+from .api import (
+    SCAN_PARADIGMS,
+    ScanOutput,
+    log_scan,
+    log_scan_recurrence,
+    scan,
+    scan_recurrence,
+    selective_recurrence,
+    selective_scan,
+)
 
 __all__ = [
     "SCAN_PARADIGMS",
     "ScanOutput",
+    "log_scan",
+    "log_scan_recurrence",
     "scan",
     "scan_recurrence",
     "selective_recurrence",

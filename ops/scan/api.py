@@ -3,12 +3,14 @@
 Notation: B batch, T tokens, C channels, K keys, N packed documents; a = log_decay.
 
     scan        h_t = exp(a_t) h_{t-1} + x_t                  state  [C], or of any shape; the output is h_t
+    log scan    h_t = log(exp(a_t + h_{t-1}) + exp(x_t))      the same of exponentials, which floats cannot hold
     selective   h_t = exp(step_t rate) h_{t-1} + k_t x_t^T    state  [K C]; o_t = q_t h_t
 
 The recurrent paradigm goes token by token, the chunkwise one by blocks of `chunk_size` tokens, several of them side by
 side. Both are linear in T, forward and backward. A log-decay of -inf is legal and resets the state.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,12 +26,13 @@ from ..paradigm import Paradigm
 from ..recurrence import require_chunk_size, require_packing
 from .blocks import wide
 from .elementwise import SCAN, Scan
+from .logarithmic import LOG_SCAN, LogScan
 from .selective import SELECTIVE, Selective
 
 SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 """Those that the family has."""
 
-X = TypeVar("X", Scan, Selective)
+X = TypeVar("X", Scan, Selective, LogScan)
 
 
 class ScanOutput(NamedTuple):
@@ -72,19 +75,56 @@ def scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
 
     In a context-parallel group it is computed twice: for what the segment does with any state, and from its own.
     """
-    if x.shape != log_decay.shape or x.ndim < 3 or x.shape[1] < 1:
-        raise SeqmixError(
-            f"x and log_decay must be [B T C], or with further dimensions, and T >= 1; given are {list(x.shape)}, "
-            f"{list(log_decay.shape)}"
-        )
-    given = Scan(x, log_decay, *_common(call))
-    _require((x, log_decay), call, tuple(x.shape[2:]))
+    _require_alike(x, log_decay, call)
     if _is_step(x, call):
         h = log_decay[:, 0].to(wide(x)).exp() * _state(x, call, x.shape[2:]) + x[:, 0].to(wide(x))
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
-        return _output(SCAN, given)
-    return _in_group(SCAN, given, call, log_decay.to(wide(x)))
+        return _output(SCAN, Scan(x, log_decay, *_common(call)))
+    total = _of_last(log_decay.to(wide(x)), call.documents).sum(1)
+    return _in_group(SCAN, Scan(x, log_decay, *_common(call)), call, total.exp())
+
+
+def log_scan_recurrence(
+    x: Float[Tensor, "B T *E"],
+    log_decay: Float[Tensor, "B T *E"],
+    *,
+    initial_state: Float[Tensor, "N *E"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
+    chunk_size: int = 64,
+) -> ScanOutput:
+    """h_t = log(exp(log_decay_t + h_{t-1}) + exp(x_t)): `scan_recurrence` of exponentials that floats cannot hold.
+
+    Args:
+        x: logarithm of what is written, finite.
+        log_decay: as of `scan_recurrence`.
+        initial_state: None means -inf, the logarithm of 0.
+        output_final_state: as in `Call.of`, like the arguments below.
+
+    Raises:
+        SeqmixError: as of `scan_recurrence`.
+    """
+    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
+    return log_scan(x, log_decay, call)
+
+
+def log_scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
+    """The same for mixers, which pass a `Call`; the state is [N *E]."""
+    _require_alike(x, log_decay, call)
+    dtype = wide(x)
+    if _is_step(x, call):
+        before = x.new_full(x[:, 0].shape, -torch.inf, dtype=dtype) if call.state is None else call.state.to(dtype)
+        h = torch.logaddexp(x[:, 0].to(dtype), log_decay[:, 0].to(dtype) + before)
+        return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
+    if call.cp_group is None:
+        return _output(LOG_SCAN, LogScan(x, log_decay, *_common(call)))
+    if call.state is None:
+        start = x.new_full((call.rows(x.shape[0]), *x.shape[2:]), -torch.inf, dtype=dtype)
+        call = call._replace(state=start)
+    total = _of_last(log_decay.to(dtype), call.documents).sum(1)
+    return _in_group(LOG_SCAN, LogScan(x, log_decay, *_common(call)), call, total, torch.add, torch.logaddexp)
 
 
 def selective_recurrence(
@@ -137,7 +177,8 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor, 
     given = Selective(x, step, rate, k, q, *_common(call))
     if call.cp_group is None:
         return _output(SELECTIVE, given)
-    return _in_group(SELECTIVE, given, call, step.to(dtype)[:, :, None], rate.to(dtype))
+    total = _of_last(step.to(dtype), call.documents).sum(1)
+    return _in_group(SELECTIVE, given, call, (total[:, None] * rate.to(dtype)).exp())
 
 
 def _selective_shapes(x: Tensor, rate: Tensor) -> list[list[int]]:
@@ -174,17 +215,22 @@ def _output(op: Op[X], x: X) -> ScanOutput:
     return ScanOutput(output, final_state if x.output_final_state else None)
 
 
-def _in_group(op: Op[X], x: X, call: Call, log_decay: Tensor, rate: Tensor | None = None) -> ScanOutput:
-    """M of a segment, S -> M S + U, is exp of its log-decays' sum, which `rate` multiplies if it is given."""
+def _in_group(
+    op: Op[X],
+    x: X,
+    call: Call,
+    transition: Tensor,
+    apply: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
+) -> ScanOutput:
+    """Of a segment's tokens, where `transition` is M of S -> M S + U, the segment as a map of the state."""
     cp, documents, length = call.cp_group, call.documents, x.x.shape[1]
     assert cp is not None
     local = cp.local(documents, length)
     packed: tuple[Any, Any] = (None, None) if local is None else (local.cu_seqlens, local.boundaries)
     x = x._replace(cu_seqlens=packed[0], boundaries=packed[1])
     _, written, _ = op(x._replace(initial_state=None, output_final_state=True))
-    total = _of_last(log_decay, documents).sum(1)
-    transition = (total if rate is None else total * rate).exp()
-    state = cp.entry(transition, cp.last_row(written, documents), call.state, documents, length, torch.mul)
+    state = cp.entry(transition, cp.last_row(written, documents), call.state, documents, length, apply, add)
     found = _output(op, x._replace(initial_state=state))
     final = None if found.final_state is None else cp.final(found.final_state, documents, length)
     return ScanOutput(found.output, final)
@@ -196,6 +242,16 @@ def _of_last(log_decay: Tensor, documents: Documents | None) -> Tensor:
         return log_decay
     counted = (documents.of_token == documents.of_token[-1]).view(-1, *[1] * (log_decay.ndim - 2))
     return torch.where(counted, log_decay, 0)
+
+
+def _require_alike(x: Tensor, log_decay: Tensor, call: Call) -> None:
+    """Refuse what `scan` and `log_scan` do not take."""
+    if x.shape != log_decay.shape or x.ndim < 3 or x.shape[1] < 1:
+        raise SeqmixError(
+            f"x and log_decay must be [B T C], or with further dimensions, and T >= 1; given are {list(x.shape)}, "
+            f"{list(log_decay.shape)}"
+        )
+    _require((x, log_decay), call, tuple(x.shape[2:]))
 
 
 def _require(tensors: tuple[Tensor, ...], call: Call, shape: tuple[int, ...]) -> None:

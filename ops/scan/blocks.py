@@ -15,7 +15,7 @@ of their own: at a document's first token the decay is 0, and what is kept of th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ ELEMENTS = 2**18
 
 I = TypeVar("I", bound=Any)  # noqa: E741 inputs
 Outputs = tuple[Tensor, Tensor, Tensor]
+Step = Callable[..., Tensor]
 
 
 class Rule(ABC, Generic[I]):
@@ -100,6 +101,11 @@ def tokens_first(x: Tensor, group: Group) -> Tensor:
     )
 
 
+def own(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """The same as a copy."""
+    return tokens_first(x, group).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of states and sums: float32, or float64 of float64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -164,21 +170,35 @@ def _kept(x: Any, edges: Edges, like: Tensor) -> Tensor:
 # ---- blocks
 
 
-def _run(decay: Tensor, written: Tensor, state: Tensor) -> None:
-    """The states after each token in place of what is written, [m ..], from those before the first, [..]."""
+def run_blocks(
+    decay: Tensor, written: Tensor, total: Tensor | None, state: Tensor, entered: Tensor, step: Step = torch.addcmul
+) -> None:
+    """The states after each token in place of what is written, [m n ..], and those before each block, [n ..].
+
+    Args:
+        decay: what a state is multiplied with at each token, [m n ..].
+        written: what is added.
+        total: the same as `decay` for whole blocks, [n ..]; needed where there are several.
+        state: that before the first block, [..].
+        entered: where the states before the blocks are written.
+        step: the state after a token, of what is written, the decay and the state before it.
+    """
+    factors, h = decay.unbind(), written.unbind()
+    if len(entered) == 1 or total is None:
+        entered[0] = state
+    else:
+        inside = h[0].clone()
+        for t in range(1, len(h)):
+            step(h[t], factors[t], inside, out=inside)
+        _chain(state, total, inside, entered, range(len(entered)), step)
+    run_tokens(decay, written, entered, step)
+
+
+def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, step: Step = torch.addcmul) -> None:
+    """The same where the states before the blocks are known."""
+    state = entered
     for factor, h in zip(decay.unbind(), written.unbind(), strict=True):
-        h.addcmul_(factor, state)
-        state = h
-
-
-def _exits(decay: Tensor, written: Tensor) -> Tensor:
-    """The states after the last tokens, from zero: [m ..] -> [..]."""
-    (first, *factors), (state, *rest) = decay.unbind(), written.unbind()
-    del first
-    state = state.clone()
-    for factor, w in zip(factors, rest, strict=True):
-        torch.addcmul(w, factor, state, out=state)
-    return state
+        state = step(h, factor, state, out=h)
 
 
 def _run_back(decay: Tensor, d_states: Tensor) -> None:
@@ -197,16 +217,19 @@ def _exits_back(decay: Tensor, d_states: Tensor) -> Tensor:
     return state.mul_(factors[0])
 
 
-def _chain(first: Tensor, total: Tensor, inside: Tensor, out: Tensor, order: Sequence[int]) -> None:
+def _chain(
+    first: Tensor, total: Tensor, inside: Tensor, out: Tensor, order: Sequence[int], step: Step = torch.addcmul
+) -> None:
     """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
     state = first
     for at, i in enumerate(order):
         if at:
-            state = torch.addcmul(inside[order[at - 1]], total[order[at - 1]], state)
+            state = step(inside[order[at - 1]], total[order[at - 1]], state)
         out[i] = state
 
 
-def _groups(x: Any, output: Tensor, elements: int) -> list[Group]:
+def cuts(x: Any, output: Tensor, elements: int) -> list[Group]:
+    """The tokens of a call in groups of blocks, where a state has so many elements."""
     most = 1 if x.single else max(ELEMENTS // max(output.shape[0] * elements * x.chunk_size, 1), 1)
     return groups(Stretch(slice(None), 0, output.shape[1]), x.chunk_size, most)
 
@@ -253,7 +276,7 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
     state = initial if continues else entries.new_zeros(entries.shape[1:])
     if layout is not None and x.output_final_state:
         final.copy_(initial)  # of documents without tokens
-    for group in _groups(x, output, state[0].numel()):
+    for group in cuts(x, output, state[0].numel()):
         firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts)
         entered = (
@@ -262,11 +285,7 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
             else terms.written.new_empty((group.chunks, *state.shape))
         )
         index += group.chunks
-        if terms.total is None:
-            entered[0] = state
-        else:
-            _chain(state, terms.total, _exits(terms.decay, terms.written), entered, range(group.chunks))
-        _run(terms.decay, terms.written, entered)
+        run_blocks(terms.decay, terms.written, terms.total, state, entered)
         tokens_first(output, group).copy_(rule.read(x, group, terms.written))
         state = terms.written[-1, -1]
         if layout is not None and x.output_final_state:
@@ -289,13 +308,13 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         d_initial.copy_(d_final)  # of documents without tokens
     # the gradient of the state after the group
     above = entries.new_zeros(entries.shape[1:]) if d_final is None or layout is not None else d_final
-    cuts = _groups(x, output, above[0].numel())
+    groups_of = cuts(x, output, above[0].numel())
     index = len(entries)
-    for group in reversed(cuts):
+    for group in reversed(groups_of):
         index -= group.chunks
         entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts)
-        _run(terms.decay, terms.written, entered)
+        run_tokens(terms.decay, terms.written, entered)
         d_above = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_above)
         if layout is not None and d_final is not None:

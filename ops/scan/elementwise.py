@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Group
-from .blocks import Found, Rule, scan_op, tokens_first, wide
+from .blocks import Found, Rule, own, scan_op, tokens_first, wide
 
 
 class Scan(NamedTuple):
@@ -40,26 +40,18 @@ class Elementwise(Rule[Scan]):
         return tuple(x.x.shape[2:])
 
     def terms(self, x: Scan, group: Group) -> tuple[Tensor, Tensor]:
-        return _own(x.log_decay, group, wide(x.x)), _own(x.x, group, wide(x.x))
+        return own(x.log_decay, group, wide(x.x)), own(x.x, group, wide(x.x))
 
     def read(self, x: Scan, group: Group, states: Tensor) -> Tensor:  # noqa: ARG002
         return states
 
     def d_states(self, x: Scan, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
-        return _copy(d_output, wide(x.x))
+        return d_output.to(wide(x.x), copy=True, memory_format=torch.contiguous_format)
 
     def gradients(self, x: Scan, group: Group, found: Found, out: dict[str, Tensor]) -> None:  # noqa: ARG002
         for name, gradient in {"x": found.d_written, "log_decay": found.d_log_decay}.items():
             if name in out:
                 tokens_first(out[name], group).copy_(gradient)
-
-
-def _own(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    return _copy(tokens_first(x, group), dtype)
-
-
-def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 SCAN = scan_op("scan", Scan, Elementwise())

@@ -71,8 +71,28 @@ def min_gru(mixer, x):
     return torch.stack(outputs, 1) @ mixer.out_proj.weight.T, h
 
 
-SMALL = {"min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
+def rwkv4(mixer, x):
+    shifted = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
+    k, v, r = (
+        (mu * x + (1 - mu) * shifted) @ layer.weight.T
+        for mu, layer in (
+            (mixer.mix_k, mixer.k_proj),
+            (mixer.mix_v, mixer.v_proj),
+            (mixer.mix_r, mixer.r_proj),
+        )
+    )
+    w, num, den, outputs = mixer.time_decay.exp(), torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), []
+    for t in range(x.shape[1]):
+        now = (mixer.time_first + k[:, t]).exp()
+        outputs.append((num + now * v[:, t]) / (den + now))
+        num, den = ((-w).exp() * old + k[:, t].exp() * new for old, new in ((num, v[:, t]), (den, 1)))
+    y = (r.sigmoid() * torch.stack(outputs, 1)) @ mixer.out_proj.weight.T
+    return y, torch.stack((num / den, den.log()), 1)
+
+
+SMALL = {"rwkv4": {}, "min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
 OPTIONS = {
+    "rwkv4": [{}, {"expand": 1.5}],
     "min_gru": [{}, {"candidate": "linear", "expand": 2.0}, {"short_conv": 3}],
     "mamba": [{}, {"dt_rank": 3, "d_state": 1, "short_conv": 1}, {"expand": 0.5, "chunk_size": 3}],
     "rg_lru": [{}, {"unit_start": False, "short_conv": 2}, {"n_heads": 1, "expand": 0.5, "short_conv": 1}],

@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.scan import SCAN_PARADIGMS, blocks, scan_recurrence, selective_recurrence
+from seqmix.ops.scan import SCAN_PARADIGMS, blocks, log_scan_recurrence, scan_recurrence, selective_recurrence
 from seqmix.registry import SeqmixError
 
 C, K = 5, 3
+NOTHING = {log_scan_recurrence: -torch.inf}
 every_paradigm = pytest.mark.parametrize("paradigm", sorted(SCAN_PARADIGMS))
-every_op = pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence])
+every_op = pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence, log_scan_recurrence])
 every_layout = pytest.mark.parametrize(
     ("lengths", "packed"),
     [([1, 1], False), ([7, 7], False), ([30], False), ([5], True), ([0, 9, 0, 1, 1, 12, 8, 0], True)],
@@ -34,7 +35,7 @@ def tensors(op, lengths, packed, *, reset=0.1, strength=2.0, dtype=torch.float64
     batch, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     x, step = randn(batch, length, C), strength * torch.rand(batch, length, C, dtype=torch.float64)
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None
-    if op is scan_recurrence:
+    if op is not selective_recurrence:
         log_decay = (-step).masked_fill(torch.rand_like(step) < reset, -torch.inf)
         given = [x, log_decay, randn(len(lengths), C)]
     else:
@@ -47,9 +48,10 @@ def define(op, given, h):
     """For one sequence, [T *]: outputs, and the state after it."""
     outputs = []
     for t in range(len(given[0])):
-        if op is scan_recurrence:
+        if op is not selective_recurrence:
             x, log_decay = (tensor[t] for tensor in given)
-            h = log_decay.exp() * h + x
+            log = op is log_scan_recurrence
+            h = ((log_decay + h).exp() + x.exp()).log() if log else log_decay.exp() * h + x
             outputs.append(h)
         else:
             x, step, k, q = (given[i][t] for i in (0, 1, 3, 4))
@@ -86,7 +88,7 @@ def test_output_state_and_gradients_are_the_definition(op, paradigm, lengths, pa
     # without a state, and where none is wanted
     plain = call()
     assert plain.final_state is None
-    exactly(plain.output, by_definition(op, [*rest, torch.zeros_like(state)], lengths, packed)[0])
+    exactly(plain.output, by_definition(op, [*rest, torch.full_like(state, NOTHING.get(op, 0))], lengths, packed)[0])
 
 
 def _gradients(results, leaves, above, kept):
@@ -152,12 +154,12 @@ def test_it_is_one_node_for_a_compiler(op, packed, counter):
 def test_its_op_passes_opcheck(op, packed):
     given, boundaries = tensors(op, [4, 9] if packed else [13, 13], packed)
     numbers = None if boundaries is None else boundaries.tolist()
-    name = "scan" if op is scan_recurrence else "selective_scan"
+    name = op.__name__.removesuffix("_recurrence").replace("selective", "selective_scan")
     arguments = (*given, boundaries, numbers, 4, True, False, True)
     torch.library.opcheck(getattr(torch.ops.seqmix, name).default, arguments)
 
 
-@every_op
+@pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence])
 def test_memory_for_the_backward_pass_is_a_state_per_block(op):
     given, _ = tensors(op, [640], False)
     saved = []

@@ -1,0 +1,105 @@
+"""RWKV-4's time mixing (Peng et al., arXiv 2305.13048, Eq. 11 to 17).
+
+    r_t, k_t, v_t = (mu * x_t + (1 - mu) * x_{t-1}) W    a mu and a W for each of the three
+    wkv_t = (num_{t-1} + e^{u + k_t} v_t) / (den_{t-1} + e^{u + k_t})
+    num_t = e^{-w} num_{t-1} + e^{k_t} v_t              den_t = e^{-w} den_{t-1} + e^{k_t}
+    y     = (sigmoid(r) * wkv) W_o                      w = e^{decay} and u: one scalar per channel
+
+The state has what floats can hold of these sums: the mean b = num / den, and l = log den.
+
+    l_t = log(e^{l_{t-1} - w} + e^{k_t})                z_t = sigmoid(k_t + w - l_{t-1})
+    b_t = (1 - z_t) b_{t-1} + z_t v_t                   wkv_t = b_{t-1} + sigmoid(u + k_t - l_{t-1}) (v_t - b_{t-1})
+
+The authors' code keeps num and den over the exponential of a running maximum, to the same end. RWKV's channel mixing is
+no mixer but a feed-forward network.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..ops.convolution import convolve_short
+from ..ops.scan import log_scan, scan
+from .parts import Call, Paradigm
+from .parts.scan_state import ScanConfig, ScanMixer, ScanState
+from .parts.widths import head_width
+
+
+class RWKV4Config(ScanConfig):
+    """RWKV-4: a weighted mean per channel of all values, whose weights decay."""
+
+    kind: Literal["rwkv4"] = "rwkv4"
+    expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
+    """Width of the means over d_model."""
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV4":
+        return RWKV4(self, d_model, layer_idx, n_layers)
+
+
+class RWKV4(ScanMixer):
+    """The layer of `RWKV4Config`; decays and mixtures start as the authors' code has them for its depth."""
+
+    def __init__(self, config: RWKV4Config, d_model: int, layer_idx: int, n_layers: int) -> None:
+        self.width = head_width(d_model, config.expand, 1, "expand")
+        super().__init__(config, 2, self.width)
+        self.depth = layer_idx / max(n_layers - 1, 1), layer_idx / n_layers
+        self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(d_model)) for _ in range(3))
+        self.k_proj, self.v_proj, self.r_proj = (nn.Linear(d_model, self.width, bias=False) for _ in range(3))
+        self.time_decay, self.time_first = (nn.Parameter(torch.empty(self.width)) for _ in range(2))
+        self.out_proj = nn.Linear(self.width, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decays from e^-5 to e^3 and bonuses around log 0.3 by channel, mixtures by channel, orthogonal matrices."""
+        for layer in (self.k_proj, self.v_proj, self.r_proj, self.out_proj):
+            nn.init.orthogonal_(layer.weight, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
+        depth, left = self.depth[0], 1 - self.depth[1]
+        device, exact = self.device, torch.float64
+        channel = torch.arange(self.width, device=device, dtype=exact)
+        part = torch.arange(len(self.mix_k), device=device, dtype=exact) / len(self.mix_k)
+        self.time_decay.copy_(-5 + 8 * (channel / max(self.width - 1, 1)) ** (0.7 + 1.3 * depth))
+        self.time_first.copy_(torch.tensor(0.3).log() + 0.5 * ((channel + 1) % 3 - 1))
+        self.mix_k.copy_(part**left)
+        self.mix_v.copy_(part**left + 0.3 * depth)
+        self.mix_r.copy_(part ** (0.5 * left))
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
+        state = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state
+        wide = self.state_dtype
+        shifted, recent = _before(x, state.recent, call)
+        mixed = (torch.lerp(shifted, x, mu.to(x.dtype)) for mu in (self.mix_k, self.mix_v, self.mix_r))
+        k, v, r = (layer(y) for layer, y in zip((self.k_proj, self.v_proj, self.r_proj), mixed, strict=True))
+        k, v, dtype = k.to(wide), v.to(wide), v.dtype
+        mean, weight = state.memory.unbind(1)
+        log_decay = -self.time_decay.to(wide).exp()
+        weights, weight_after = log_scan(k, log_decay.expand_as(k), call._replace(state=weight))
+        old, _ = _before(weights, weight[:, None], call)
+        kept = old + log_decay - k  # the parts of the old and the new add up to 1, whatever is rounded
+        means, mean_after = scan((-kept).sigmoid() * v, F.logsigmoid(kept), call._replace(state=mean))
+        earlier, _ = _before(means, mean[:, None], call)
+        wkv = torch.lerp(earlier, v, (self.time_first.to(wide) + k - old).sigmoid())
+        y = self.out_proj((r.to(wide).sigmoid() * wkv).to(dtype))
+        if mean_after is None or weight_after is None or recent is None:
+            return y, None
+        memory = torch.stack((mean_after, weight_after), dim=1)
+        return y, self.state_after(x, memory, recent.to(self.dtype), call)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> ScanState:
+        state = super().init_state(batch_size)
+        memory = torch.stack((state.memory[:, 0], torch.full_like(state.memory[:, 1], -torch.inf)), dim=1)
+        recent = torch.zeros(batch_size, 1, len(self.mix_k), device=self.device, dtype=self.dtype)
+        return state._replace(memory=memory, recent=recent)
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return 2 * length * sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+
+
+def _before(x: Float[Tensor, "B T C"], first: Float[Tensor, "N 1 C"], call: Call) -> tuple[Tensor, Tensor | None]:
+    """x_{t-1} of every token, `first` of a row's or document's first one, and x of its last if states are wanted."""
+    older = torch.tensor([1.0, 0.0], device=x.device, dtype=x.dtype).expand(x.shape[2], 2)
+    return convolve_short(x, older, None, call._replace(state=first))

@@ -1,0 +1,114 @@
+"""The scan of logarithms: sums of exponentials that would leave the range of floats.
+
+    h_t = log(exp(a_t + h_{t-1}) + exp(x_t))        output  h_t; the state before all tokens is -inf
+
+It is what normalises exponential gates: exp(a_t + h_{t-1} - h_t) and exp(x_t - h_t), the parts of the old and the new,
+add up to 1. The backward pass is a linear scan with the first of them as decays, from the last token to the first.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import Gradients, Op
+from .blocks import Layout, cuts, own, run_blocks, tokens_first, wide
+from .elementwise import SCAN, Scan
+
+
+class LogScan(NamedTuple):
+    """One call of the scan of logarithms."""
+
+    x: Tensor
+    """[B T *E], finite."""
+    log_decay: Tensor
+    """[B T *E]."""
+    initial_state: Tensor | None
+    """[N *E]."""
+    cu_seqlens: Tensor | None
+    boundaries: Sequence[int] | None
+    chunk_size: int
+    output_final_state: bool
+    single: bool
+    needs_grad: bool = False
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where packed documents begin and end; inside an op only."""
+        return Layout.of(self.cu_seqlens, self.boundaries, self.x.shape[1])
+
+    @property
+    def initial(self) -> Tensor:
+        """The states before the first tokens, [N *E]."""
+        rows = self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        if self.initial_state is None:
+            return self.x.new_full((rows, *self.x.shape[2:]), -torch.inf, dtype=wide(self.x))
+        return self.initial_state.to(wide(self.x))
+
+
+def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The state after a token, of the state before it."""
+    return torch.logaddexp(written, factor + state, out=out)
+
+
+def _allocate(x: LogScan) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state, and the output again, wide, for the backward pass."""
+    final = torch.empty_like(x.initial if x.output_final_state else x.x.new_empty(0, dtype=wide(x.x)))
+    return x.x.new_empty(x.x.shape), final, x.x.new_empty(x.x.shape if x.needs_grad else 0, dtype=wide(x.x))
+
+
+def _forward(x: LogScan) -> tuple[Tensor, Tensor, Tensor]:
+    output, final, saved = _allocate(x)
+    layout, initial = x.layout, x.initial
+    if x.output_final_state:
+        final.copy_(initial)  # of documents without tokens
+    state = initial if layout is None else initial.new_full((1, *initial.shape[1:]), -torch.inf)
+    for group in cuts(x, output, state[0].numel()):
+        log_decay, h = own(x.log_decay, group, initial.dtype), own(x.x, group, initial.dtype)
+        if layout is not None:
+            firsts = layout.firsts(group)
+            firsts.put(h, log_step(firsts.of(h), firsts.of(log_decay), initial[firsts.document]))
+            firsts.put(log_decay, -torch.inf)
+        entered = h.new_empty(h.shape[1:])
+        run_blocks(log_decay, h, log_decay.sum(0), state, entered, log_step)
+        tokens_first(output, group).copy_(h)
+        if x.needs_grad:
+            tokens_first(saved, group).copy_(h)
+        state = h[-1, -1]
+        if layout is not None and x.output_final_state:
+            lasts = layout.lasts(group)
+            final[lasts.document] = lasts.of(h)
+    if layout is None and x.output_final_state:
+        final.copy_(state)
+    return output, final, saved
+
+
+def _backward(x: LogScan, gradients: Gradients) -> dict[str, Tensor]:
+    (d_output, d_final), (h,) = gradients.outputs, gradients.saved
+    above = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
+    layout, initial = x.layout, x.initial
+    row, first = (slice(None), 0) if layout is None else (0, layout.first)
+    document = slice(None) if layout is None else layout.document
+    d_initial = torch.zeros_like(initial)
+    if d_final is not None and d_final.numel():
+        above[row, -1 if layout is None else layout.last] += d_final[document].to(h.dtype)
+        if layout is not None:
+            d_initial.copy_(d_final)  # of documents without tokens
+    # the log of each token's part of the old
+    before = torch.cat((h[:, :1], h[:, :-1]), dim=1)
+    before[row, first] = initial[document]
+    kept = x.log_decay.to(h.dtype) + before - h
+    later = torch.cat((kept[:, 1:], torch.zeros_like(kept[:, :1])), dim=1)
+    if layout is not None:
+        later[0, layout.last] = -torch.inf
+    reversed_scan = Scan(above.flip(1), later.flip(1), None, None, None, x.chunk_size, False, x.single)
+    d_h = SCAN.forward(reversed_scan)[0].flip(1)
+    d_log_decay = d_h * kept.exp()
+    d_initial[document] = d_log_decay[row, first]
+    d_x = d_h * (x.x.to(h.dtype) - h).exp()
+    found = {"x": d_x, "log_decay": d_log_decay}
+    return found if x.initial_state is None else found | {"initial_state": d_initial}
+
+
+LOG_SCAN = Op("log_scan", LogScan, fake=_allocate, forward=_forward, backward=_backward, saves=1)
