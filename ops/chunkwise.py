@@ -28,6 +28,8 @@ class Tokens(NamedTuple):
     v: Tensor
     beta: Tensor | None
     """[G m 1]."""
+    a: Tensor | None
+    b: Tensor | None
 
 
 class ChunkStates(NamedTuple):
@@ -60,7 +62,7 @@ class Chunks(ABC):
     def backward(
         self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> Mapping[str, Tensor]:
-        """The gradients of a group: of q, k, v, beta [G m D], and of log_decay if it is wanted.
+        """The gradients of a group: of q, k, v, beta, a, b [G m D], and of log_decay if it is wanted.
 
         That of log_decay is [G m D], or [G] where the decays are fixed: all of a chunk's tokens together.
 
@@ -113,7 +115,8 @@ def _tokens(x: Recurrence, group: Group) -> Tokens:
     # what is multiplied with a view would be laid out as it is
     beta = None if x.beta is None else operand(x.beta[..., None], group, x.wide).contiguous()
     q, k, v = (operand(tensor, group, x.wide) for tensor in (x.q, x.k, x.v))
-    return Tokens(q, k, v, beta)
+    a, b = (None if tensor is None else operand(tensor, group, x.wide) for tensor in (x.a, x.b))
+    return Tokens(q, k, v, beta, a, b)
 
 
 def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +155,7 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
     if d_final_state is not None and not d_final_state.numel():
         d_final_state = None
     d_output = torch.zeros_like(x.v) if d_output is None else d_output
-    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta}
+    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b}
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
     if x.log_decay is not None and "log_decay" in gradients.wanted:
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide, memory_format=torch.contiguous_format)

@@ -49,6 +49,11 @@ class Documents(NamedTuple):
             require_async(rises, "cu_seqlens must rise from 0 to the number of tokens given")
         return cls(cu_seqlens, document_of_token(cu_seqlens, length, start), boundaries)
 
+    def repeated(self, n: int) -> "Documents":
+        """Those of a row in which each token is n tokens."""
+        boundaries = None if self.boundaries is None else tuple(n * boundary for boundary in self.boundaries)
+        return Documents(n * self.cu_seqlens, self.of_token.repeat_interleave(n), boundaries)
+
     @property
     def number(self) -> int:
         """Documents, empty ones included."""

@@ -47,6 +47,10 @@ class Recurrence(NamedTuple):
     chunk_size: int
     output_final_state: bool
     needs_grad: bool = False
+    a: Tensor | None = None
+    """[B T H K]: what reads the decayed state in the delta family; None is k."""
+    b: Tensor | None = None
+    """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
 
     @property
     def wide(self) -> torch.dtype:
@@ -81,7 +85,7 @@ class Recurrence(NamedTuple):
             key_width=self.q.shape[3],
             value_width=self.v.shape[3],
             log_decay=None if self.log_decay is None else names[self.log_decay.ndim],
-            needs_grad=needs_grad(self.q, self.k, self.v, self.log_decay, self.beta, self.initial_state),
+            needs_grad=needs_grad(*(x for x in self if isinstance(x, Tensor))),
         )
 
 
@@ -120,7 +124,7 @@ def recur(
     In a group the map is computed twice: once for what the segment does with any state, and then from the state that
     the segments before it leave.
 
-    Tensors are as in `Recurrence`; `given` is what the family has of `log_decay` and `beta`. No scale is 1/sqrt(K).
+    Tensors are as in `Recurrence`; `given` has the optional ones of the family. No scale is 1/sqrt(K).
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the kernel does not take them.
@@ -134,6 +138,8 @@ def recur(
         None if local is None else local.boundaries,
         k.shape[-1] ** -0.5 if scale is None else scale,
         *(call.chunk_size, call.return_state),
+        a=given.get("a"),
+        b=given.get("b"),
     )
     require_recurrence(x)
     if cp is None:
@@ -161,8 +167,12 @@ def require_recurrence(x: Recurrence) -> None:
             f"given is {list(x.beta.shape)} of {str(x.beta.dtype).removeprefix('torch.')}"
         )
     allowed = {"[H]": (heads,), "[B T H]": (batch, length, heads), "[B T H K]": (batch, length, heads, key_width)}
-    if x.beta is not None:
-        del allowed["[B T H K]"]
+    for name, tensor in (("a", x.a), ("b", x.b)):
+        if tensor is not None and (tensor.shape != x.k.shape or not tensor.is_floating_point()):
+            raise SeqmixError(
+                f"{name} must be floats [B T H K] like k, {list(x.k.shape)}; given is {list(tensor.shape)} of "
+                f"{str(tensor.dtype).removeprefix('torch.')}"
+            )
     if x.log_decay is not None and tuple(x.log_decay.shape) not in allowed.values():
         *names, last = allowed
         raise SeqmixError(

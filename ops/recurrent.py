@@ -40,7 +40,7 @@ class TokenRule(ABC):
     def write_backward(
         self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
     ) -> Tensor:
-        """What token t owes S_{t-1}; fills or adds its gradients of k, v, beta and log_decay.
+        """What token t owes S_{t-1}; fills or adds its gradients of k, v, beta, a, b and log_decay.
 
         Args:
             x: the call.
@@ -102,7 +102,7 @@ def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str, Tensor]:
     (d_output, d_final_state), (saved,) = gradients.outputs, gradients.saved
-    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "initial_state": x.initial_state}
+    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b, "initial_state": x.initial_state}
     out = {name: torch.zeros_like(tensor) for name, tensor in given.items() if tensor is not None}
     if x.log_decay is not None:
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)

@@ -94,6 +94,8 @@ class DecayCase(KernelCase):
             *(inputs[name] for name in "qkv"),
             log_decay=inputs.get("log_decay"),
             beta=inputs.get("beta"),
+            a=inputs.get("a"),
+            b=inputs.get("b"),
             initial_state=inputs.get("state"),
             cu_seqlens=self.cu_seqlens(inputs),
             boundaries=None,
@@ -151,7 +153,8 @@ class DeltaCase(DecayCase):
     rate: float = 1.0
     """The largest beta; the smallest is 0."""
 
-    decays = (None, "H", "B T H")
+    sign: ClassVar[int] = -1
+    """Of what was read, where it is written."""
     extras = ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
@@ -179,7 +182,7 @@ class DeltaCase(DecayCase):
 
     def define(self, inputs: Tensors) -> Tensors:
         """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
-        return self.replaced(inputs, lambda _, key, decay, state: (-_row(key, decay * state), state))
+        return self.replaced(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
         """The terms of a token's own sums: added up over tokens, as those of `decay`, they would grow while a state
@@ -188,7 +191,7 @@ class DeltaCase(DecayCase):
 
         def remember(_: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
             before.append(state.detach().abs())
-            return -_row(key, decay * state), state
+            return self.sign * _row(key, decay * state), state
 
         def exact(t: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
             return _row(key, decay * before[t]), state + (before[t] - state).detach()
@@ -217,10 +220,44 @@ class DeltaCase(DecayCase):
         return found._replace(gradients_terms=terms)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DplrCase(DeltaCase):
+    """One call of a kernel of the delta family where b is given (ops/dplr/api.py has its notation): a has norm 1, and
+    b is near -beta a."""
+
+    sign = 1
+    extras = ("a", "b")
+    axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "a": "BTHK", "b": "BTHK"}
+
+    def inputs(self, device: torch.device) -> Tensors:
+        inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)
+        a, e = torch.randn(2, *inputs["k"].shape, generator=generator, dtype=torch.float64)
+        a, beta = F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
+        pair = {"a": a, "b": -beta * a * (1 + e.clamp(-1, 1) / 4)}
+        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in pair.items()}
+
+    def replaced(
+        self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensors:
+        k, v, a, b = (inputs[name] for name in ("k", "v", "a", "b"))
+
+        def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
+            found, state = predict(t, a[:, t], decay, state)
+            written = k[:, t, :, :, None] * v[:, t, :, None] + b[:, t, :, :, None] * found[:, :, None]
+            return torch.addcmul(written, decay, state)
+
+        return self.recurrence(inputs, step)
+
+
 def _row(x: Tensor, state: Tensor) -> Tensor:
     """x^T S: [B H K], [B H K V] -> [B H V]."""
     return torch.einsum("bhk,bhkv->bhv", x, state)
 
 
-FAMILIES: dict[str, type[KernelCase]] = {"decay": DecayCase, "delta": DeltaCase, "softmax": SoftmaxCase}
+FAMILIES: dict[str, type[KernelCase]] = {
+    "decay": DecayCase,
+    "delta": DeltaCase,
+    "dplr": DplrCase,
+    "softmax": SoftmaxCase,
+}
 """Every op that kernels are declared for."""

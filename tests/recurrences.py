@@ -4,10 +4,12 @@ import torch
 
 from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.delta import delta_rule
+from seqmix.ops.dplr import dplr_recurrence
 from seqmix.testing import DecayCase
-from seqmix.testing.kernel_families import DeltaCase
+from seqmix.testing.kernel_families import DeltaCase, DplrCase
 
-INPUTS = ["q", "k", "v", "beta", "log_decay", "state"]
+INPUTS = ["q", "k", "v", "beta", "a", "b", "log_decay", "state"]
+OPS = {DecayCase: decay_recurrence, DeltaCase: delta_rule, DplrCase: dplr_recurrence}
 CPU = torch.device("cpu")
 
 
@@ -20,7 +22,7 @@ def case_of(log_decay, lengths, *, kind=DecayCase, **fields):
 
 def run(case, paradigm, inputs, function=None, **options):
     """Output, and the final state if the case wants one."""
-    function = function or (delta_rule if isinstance(case, DeltaCase) else decay_recurrence)
+    function = function or OPS[type(case)]
     arguments = [inputs.get(name) for name in (*"qkv", *case.extras, "log_decay")]
     options |= {"cu_seqlens": case.cu_seqlens(inputs), "chunk_size": case.chunk_size, "scale": case.scale}
     options |= {"initial_state": inputs.get("state"), "output_final_state": case.final_state}

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..call import Call
+from ..chunk_decays import pairs_by_halves
 from ..kernels import declare_references
 from ..packing import Documents
 from ..paradigm import Paradigm
@@ -128,18 +129,12 @@ def decay_flops(
         return length * length * per_pair + (length * per_state if context else 0)
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
-    pairs = whole * _halved(chunk_size) + _halved(ragged) if key_decays else squares
+    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
     inside = 2 * (pairs * key_width + squares * value_width)
     # every chunk but the first reads a state, every chunk but the last writes one
     last = ragged or chunk_size
     read = length if context else length - min(length, chunk_size)
     return inside + (read + length - last) * per_state
-
-
-def _halved(tokens: int) -> int:
-    """Pairs of tokens that are formed by halves: those of different tokens, once, of as many as a power of two."""
-    size = 1 << max(tokens - 1, 0).bit_length()
-    return size * (size - 1) // 2
 
 
 # Twice the worst of several thousand cases per function, or, if larger, what exp makes of exponents that do not

@@ -1,5 +1,5 @@
-"""The delta family: DeltaNet and Gated DeltaNet."""
+"""The delta family: DeltaNet, Gated DeltaNet, Kimi Delta Attention and DeltaProduct."""
 
-from .api import DELTA, delta, delta_flops, delta_rule, unit_norm
+from .api import DELTA, delta, delta_flops, delta_product, delta_rule, unit_norm
 
-__all__ = ["DELTA", "delta", "delta_flops", "delta_rule", "unit_norm"]
+__all__ = ["DELTA", "delta", "delta_flops", "delta_product", "delta_rule", "unit_norm"]

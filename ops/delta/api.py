@@ -1,25 +1,22 @@
 """The delta family: a matrix state in which a key's value is replaced, not added to (the delta rule).
 
-Notation: B batch, T tokens, H heads, K key width, V value width, C chunk, N packed documents; a = log_decay, b = beta.
+Notation: B batch, T tokens, H heads, K key width, V value width, C chunk, N packed documents; g = log_decay, b = beta.
 
-    S_t = exp(a_t) (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T       state  [H K V]
-        = P_t + b_t k_t (v_t - k_t^T P_t),  P_t = exp(a_t) S_{t-1}   the prediction is that of the decayed state
-    o_t = scale * q_t S_t                                            the query reads the updated state
+    S_t = (I - b_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + b_t k_t v_t^T         state  [H K V]
+        = P_t + b_t k_t (v_t - k_t^T P_t),  P_t = diag(exp(g_t)) S_{t-1}    the prediction is that of the decayed state
+    o_t = scale * q_t S_t                                                   the query reads the updated state
 
 The shape of `log_decay` selects the model: None (DeltaNet, arXiv 2406.06484), [H] or [B T H] (the gated delta rule,
-arXiv 2412.06464). A key's direction shrinks by 1 - b |k|^2, so b |k|^2 from 0 to 2 keeps the state bounded;
-above that it grows with every token, in every paradigm. Keys of norm 1 are the caller's: `unit_norm` makes them.
-
-The general family has S_t = (diag(exp(a_t)) + x_t y_t^T) S_{t-1} + k_t v_t^T, a diagonal and any rank-one matrix
-(RWKV-7); it is not built here.
+arXiv 2412.06464), [B T H K] (Kimi Delta Attention, arXiv 2510.26692). A key's direction shrinks by 1 - b |k|^2, so
+b |k|^2 from 0 to 2 keeps the state bounded; above that it grows with every token, in every paradigm. Keys of norm 1 are
+the caller's: `unit_norm` makes them. Several such steps per token are `delta_product`; what is read and what is written
+may differ in ops/dplr, which the same kernels compute.
 
 There is no parallel paradigm: the weight that token i gives token j depends on every key between the two, so the T x T
 matrix of weights is the inverse of a triangular one, and costs T^3. The chunkwise paradigm is that, chunk by chunk.
 
 As in decay.py, a log-decay of -inf is legal and resets the state, and log-decays are added up stretch by stretch.
 """
-
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +25,13 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..call import Call
-from ..decay.api import TOLERANCES
+from ..chunk_decays import pairs_by_halves
+from ..decay.api import TOLERANCES, LogDecay
 from ..kernels import declare_references
 from ..paradigm import Paradigm
 from ..recurrence import Family, Recurrence, RecurrenceOutput, Run, recur
 from .chunkwise import delta_chunkwise
 from .recurrent import delta_recurrent
-
-LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | None
-"""Natural logarithm of the decay, <= 0: fixed per head, or given for every token and head."""
 
 
 def delta(
@@ -47,8 +42,40 @@ def delta(
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    _require_paradigm(call.paradigm)
+    require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
+
+
+def delta_product(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T*n H K"],
+    v: Float[Tensor, "B T*n H V"],
+    beta: Float[Tensor, "B T*n H"],
+    log_decay: LogDecay,
+    call: Call,
+    *,
+    scale: float | None = None,
+) -> RecurrenceOutput:
+    """n steps of the delta rule per token, from one decay before the first to one query after the last (DeltaProduct,
+    arXiv 2502.10297): a transition of n Householder matrices.
+
+    The steps of a token are neighbours in k, v and beta. They are tokens of `delta`, so chunks count steps.
+
+    Raises:
+        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
+    """
+    batch, length, heads = q.shape[:3]
+    steps = k.shape[1] // length
+    if steps < 1 or k.shape[1] != steps * length:
+        raise SeqmixError(f"k must have a whole number of steps per token of q; given are {k.shape[1]} for {length}")
+    if steps > 1:
+        q = F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
+        if log_decay is not None:
+            a = log_decay.expand(batch, length, heads) if log_decay.ndim == 1 else log_decay
+            log_decay = F.pad(a[:, :, None], (0, 0) * (a.ndim - 2) + (0, steps - 1)).flatten(1, 2)
+        call = call._replace(documents=None if call.documents is None else call.documents.repeated(steps))
+    output, state = delta(q, k, v, beta, log_decay, call, scale=k.shape[3] ** -0.5 if scale is None else scale)
+    return RecurrenceOutput(output[:, steps - 1 :: steps], state)
 
 
 def delta_rule(
@@ -88,7 +115,7 @@ def delta_rule(
     return delta(q, k, v, beta, log_decay, call, scale=scale)
 
 
-def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+def segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
     """What a segment multiplies a state with, [B H K K], and what it writes: of the document it leaves unfinished.
 
     The map is linear in (state, values): columns of the identity, from which nothing is written, become those of M.
@@ -117,13 +144,22 @@ def unit_norm(x: Float[Tensor, "*batch K"], eps: float = 1e-6) -> Float[Tensor, 
 PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 
 
-def _require_paradigm(paradigm: Paradigm) -> None:
+def require_paradigm(paradigm: Paradigm) -> None:
+    """Refuse the parallel paradigm."""
     if paradigm not in PARADIGMS:
         raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has {', '.join(sorted(PARADIGMS))}")
 
 
 def delta_flops(
-    paradigm: Paradigm, length: int, key_width: int, value_width: int, *, chunk_size: int = 64, context: int = 0
+    paradigm: Paradigm,
+    length: int,
+    key_width: int,
+    value_width: int,
+    *,
+    chunk_size: int = 64,
+    context: int = 0,
+    key_decays: bool = False,
+    n_keys: int = 1,
 ) -> int:
     """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
 
@@ -131,39 +167,45 @@ def delta_flops(
 
     Args:
         paradigm: how it is computed, recurrent or chunkwise.
-        length: tokens of the segment.
+        length: tokens of the segment; steps of all tokens, of `delta_product`.
         key_width: K.
         value_width: V.
         chunk_size: chunk length in tokens.
         context: tokens read before; any adds the products with the initial state.
+        key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
+        n_keys: keys that a token writes with: two in ops/dplr, where b is given.
 
     Raises:
         SeqmixError: the paradigm does not exist.
     """
     per_state = 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
-        # prediction, write and query; the first token of all has nothing to predict from
-        return (3 * length - (not context)) * per_state
-    _require_paradigm(paradigm)
+        # prediction, writes and query; the first token of all has nothing to predict from
+        return ((2 + n_keys) * length - (n_keys if not context else 0)) * per_state
+    require_paradigm(paradigm)
     whole, ragged = divmod(length, chunk_size)
-    # queries and keys each meet the keys; T and the queries' weights each meet the values
-    inside = (whole * chunk_size**2 + ragged**2) * 4 * (key_width + value_width)
+    squares = whole * chunk_size**2 + ragged**2
+    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
+    # queries and what predicts each meet the keys; T, the queries' weights and those of given values meet the values
+    inside = 4 * n_keys * pairs * key_width + 4 * n_keys * squares * value_width
     # every chunk but the first reads a state twice, every chunk but the last writes one
     last = ragged or chunk_size
     read = length if context else length - min(length, chunk_size)
-    return inside + (2 * read + length - last) * per_state
+    return inside + (2 * read + n_keys * (length - last)) * per_state
 
 
 # Twice the worst of several thousand cases per function, or what exp makes of large exponents, as in decay/api.py. In
 # float32 chunks lose most where every key is the same and beta is 2: each transition is a reflection, and nothing
 # dies away.
+CHUNKWISE_TOLERANCES = TOLERANCES | {torch.float32: 2e-5}
+
 declare_references(
     "delta",
     {
         Paradigm.RECURRENT: (delta_recurrent, TOLERANCES),
-        Paradigm.CHUNKWISE: (delta_chunkwise, TOLERANCES | {torch.float32: 2e-5}),
+        Paradigm.CHUNKWISE: (delta_chunkwise, CHUNKWISE_TOLERANCES),
     },
 )
 
-DELTA = Family("delta", PARADIGMS, delta_flops, _segment, torch.matmul)
+DELTA = Family("delta", PARADIGMS, delta_flops, segment, torch.matmul)
 """What mixers know of the family."""

@@ -1,9 +1,14 @@
 """The delta family, token by token (notation of api.py).
 
-P_t = exp(a_t) S_{t-1}      e_t = v_t - k_t^T P_t       S_t = P_t + b_t k_t e_t^T
+P_t = exp(g_t) S_{t-1}      r_t = a_t^T P_t
 
-de_t = b_t dS_t^T k_t       dP_t = dS_t - k_t de_t^T    dS_{t-1}^+ = exp(a_t) dP_t
-dk_t = b_t dS_t e_t - P_t de_t      dv_t = de_t         db_t = <k_t, dS_t e_t>      da_t = <P_t, dP_t>
+of b = -beta k              e_t = v_t - r_t         S_t = P_t + beta_t k_t e_t^T
+                            de_t = beta_t dS_t^T k_t            dv_t = de_t             dr_t = -de_t
+                            dk_t = beta_t dS_t e_t              dbeta_t = <k_t, dS_t e_t>
+of any b                    S_t = P_t + b_t r_t^T + k_t v_t^T
+                            dr_t = dS_t^T b_t       db_t = dS_t r_t         dk_t = dS_t v_t         dv_t = dS_t^T k_t
+of both                     dP_t = dS_t + a_t dr_t^T            dS_{t-1}^+ = exp(g_t) dP_t
+                            da_t = P_t dr_t, part of dk_t where a is k          dg_t = <P_t, dP_t>
 """
 
 from collections.abc import Mapping
@@ -16,47 +21,72 @@ from ..recurrence import Recurrence
 from ..recurrent import TokenRule, add_decay_gradient, decay_at, no_autocast, outer, read, recurrent_kernel
 
 
-class _Delta(TokenRule):
+class DeltaRule(TokenRule):
+    """The equations above."""
+
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
-        assert x.beta is not None
         with no_autocast(x.q.device):
-            query, key, error = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
-            decayed = None
+            query, key, value = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
+            decayed, found = None, None
             if x.initial_state is not None:
                 decay = decay_at(x.log_decay, 0, x.wide)
                 decayed = x.initial_state.to(x.wide)
                 decayed = decayed * materialize(decay, 1) if isinstance(decay, Tensor) else decayed
-                error = error - materialize(key, 3) @ decayed
-            rate = x.beta[:, 0, :, None, None].to(x.wide)
-            state = materialize(key.transpose(2, 3), 2) * materialize(rate * error, 3)
+                reader = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
+                found = materialize(reader, 3) @ decayed
+                if x.b is None:
+                    value = value - found
+                else:
+                    decayed = decayed + materialize(x.b.transpose(1, 2).to(x.wide).transpose(2, 3), 2) * found
+            value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
+            state = materialize(key.transpose(2, 3), 2) * materialize(value, 3)
             if decayed is not None:
                 state = decayed + state
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
     def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
-        key, rate, decayed, error = self._predict(x, t, state)
-        return decayed + outer(key, rate * error)
+        key, value, decayed, found = self._read(x, t, state)
+        if x.b is not None:
+            return decayed + outer(x.b[:, t].to(x.wide), found) + outer(key, value)
+        return decayed + outer(key, self._rate(x, t) * (value - found))
 
     def write_backward(
         self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
     ) -> Tensor:
-        key, rate, decayed, error = self._predict(x, t, state)
-        written = torch.einsum("bhkv,bhv->bhk", d_state, error)
-        d_error = rate * read(key, d_state)
-        out["k"][:, t] = rate * written - torch.einsum("bhkv,bhv->bhk", decayed, d_error)
-        out["v"][:, t] = d_error
-        out["beta"][:, t] = (key * written).sum(2)
-        d_state = d_state - outer(key, d_error)
+        key, value, decayed, found = self._read(x, t, state)
+        if x.b is None:
+            written, rate = torch.einsum("bhkv,bhv->bhk", d_state, value - found), self._rate(x, t)
+            d_value = rate * read(key, d_state)
+            d_key, d_found = rate * written, -d_value
+            if x.beta is not None:
+                out["beta"][:, t] = (key * written).sum(2)
+        else:
+            d_value, d_key = read(key, d_state), torch.einsum("bhkv,bhv->bhk", d_state, value)
+            d_found = read(x.b[:, t].to(x.wide), d_state)
+            out["b"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, found)
+        d_reader = torch.einsum("bhkv,bhv->bhk", decayed, d_found)
+        if x.a is None:
+            d_key = d_key + d_reader
+        else:
+            out["a"][:, t] = d_reader
+        out["k"][:, t], out["v"][:, t] = d_key, d_value
+        d_state = d_state + outer(self._reader(x, t), d_found)
         add_decay_gradient(out, t, (decayed * d_state).sum(3))
         return decay_at(x.log_decay, t, x.wide) * d_state
 
-    def _predict(self, x: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k_t, b_t, P_t and e_t."""
-        assert x.beta is not None
-        key, value, rate = x.k[:, t].to(x.wide), x.v[:, t].to(x.wide), x.beta[:, t, :, None].to(x.wide)
+    def _read(self, x: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k_t, v_t, P_t and r_t."""
         decayed = decay_at(x.log_decay, t, x.wide) * state
-        return key, rate, decayed, value - read(key, decayed)
+        return x.k[:, t].to(x.wide), x.v[:, t].to(x.wide), decayed, read(self._reader(x, t), decayed)
+
+    def _reader(self, x: Recurrence, t: int) -> Tensor:
+        """a_t."""
+        return (x.k if x.a is None else x.a)[:, t].to(x.wide)
+
+    def _rate(self, x: Recurrence, t: int) -> Tensor | float:
+        """beta_t."""
+        return 1.0 if x.beta is None else x.beta[:, t, :, None].to(x.wide)
 
 
-delta_recurrent = recurrent_kernel("delta_recurrent", _Delta())
+delta_recurrent = recurrent_kernel("delta_recurrent", DeltaRule())

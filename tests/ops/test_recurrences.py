@@ -1,40 +1,38 @@
-"""What the decay family and the delta family share beside their kernel checks (test_kernels.py)."""
+"""What the decay family, the delta family and its general form share beside their kernel checks (test_kernels.py)."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
-from recurrences import CPU, case_of, differentiate, run
+from recurrences import CPU, OPS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops.decay import decay_recurrence
-from seqmix.ops.delta import delta_rule
 from seqmix.ops.kernels import reference
 from seqmix.ops.paradigm import Paradigm
 from seqmix.testing import reproduce_kernel
-from seqmix.testing.kernel_families import DeltaCase
+from seqmix.testing.kernel_families import FAMILIES
 
 exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
-PARADIGMS = {"decay": list(Paradigm), "delta": [Paradigm.RECURRENT, Paradigm.CHUNKWISE]}
+REPLACING = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
+PARADIGMS = {"decay": list(Paradigm), "delta": REPLACING, "dplr": REPLACING}
 every = pytest.mark.parametrize(("family", "paradigm"), [(name, by) for name in PARADIGMS for by in PARADIGMS[name]])
 
 
 def calls(*decays):
-    """Every paradigm of both families, with the log-decays that they take."""
+    """Every paradigm of every family, with the log-decays that they take."""
     found = [(name, by, decay) for name in PARADIGMS for by in PARADIGMS[name] for decay in decays]
-    found = [call for call in found if (call[0], call[2]) != ("delta", "B T H K")]
     return pytest.mark.parametrize(("family", "paradigm", "log_decay"), found)
 
 
 def make(family, log_decay, lengths, **fields):
-    if family == "delta":
-        fields = {"kind": DeltaCase, "strength": 0.3, "rate": 2.0} | fields  # betas from 0 to 2
-    return case_of(log_decay, lengths, packed=len(lengths) > 2, **fields)
+    if family != "decay":
+        fields = {"strength": 0.3, "rate": 2.0} | fields  # betas from 0 to 2
+    return case_of(log_decay, lengths, kind=FAMILIES[family], packed=len(lengths) > 2, **fields)
 
 
 def op_of(family):
-    return decay_recurrence if family == "decay" else delta_rule
+    return OPS[FAMILIES[family]]
 
 
 @calls(None, "H", "B T H", "B T H K")
@@ -47,15 +45,17 @@ def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, l
 
 @every
 def test_a_worked_example(family, paradigm):
-    """gamma = 1/2, from a state of 4; the delta rule with beta = 1/2 writes half of its error."""
+    """gamma = 1/2, from a state of 4; the delta rule with beta = 1/2 writes half of its error, as b = -1/2 does where
+    half of the value is written."""
     steps = {
         "decay": ([1, 1, 2], [1, 2, 1], [1, 1, 3], [3, 3.5, 9.5], 4.75),  # 4/2 + 1, 3/2 + 2, 3.5/2 + 3
         "delta": ([1, 2], [1, 1], [3, 1], [2.5, 2.25], 1.125),  # 4/2 + (3 - 2)/2, 2.5/2 + (1 - 1.25)/2
+        "dplr": ([1, 2], [1, 1], [1.5, 0.5], [2.5, 2.25], 1.125),
     }
     *qkv, expected, last = steps[family]
     q, k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, -1, 1, 1) for x in qkv)
     options = {"initial_state": torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64), "output_final_state": True}
-    options |= {} if family == "decay" else {"beta": torch.full((1, 2, 1), 0.5)}
+    options |= {"delta": {"beta": torch.full((1, 2, 1), 0.5)}, "dplr": {"a": k, "b": -k / 2}}.get(family, {})
     log_decay = torch.tensor([-math.log(2)], dtype=torch.float64)
     output, final = op_of(family)(q, k, v, log_decay=log_decay, paradigm=paradigm, **options)
     exactly(output.flatten(), torch.tensor(expected, dtype=torch.float64))
