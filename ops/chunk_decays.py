@@ -12,7 +12,7 @@ strong, and -inf would be NaN.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .chunks import Group, cut, sum_after
 from .recurrence import Recurrence
+
+Grads: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""dq, dk and da."""
 
 
 class Outer(NamedTuple):
@@ -59,9 +62,7 @@ class ChunkDecays(ABC):
         """A [G m*r m*c]."""
 
     @abstractmethod
-    def scores_backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scores_backward(self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None) -> Grads:
         """The parts of dq and dk that come through A, and the whole of da; consumes scores and d_scores, A's.
 
         `outer` is what comes through the states; None if da is not wanted, which then is None too.
@@ -91,9 +92,7 @@ class _ScalarChunk(ChunkDecays):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self._masked(torch.bmm(q, k.mT))
 
-    def scores_backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scores_backward(self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None) -> Grads:
         d_a, m = None, self.mask.shape[3]
         if outer is not None:
             read = None if outer.d_query is None else _vecdot(q, outer.d_query, m)
@@ -184,9 +183,7 @@ class _VectorChunk(ChunkDecays):
             _corners(scores, half * readers, half * keys).copy_(query @ key.mT)
         return scores[:, : q.shape[1], : k.shape[1]]
 
-    def scores_backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scores_backward(self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None) -> Grads:
         del scores
         readers, keys = q.shape[1] // self.length, k.shape[1] // self.length
         d_sums = None if outer is None else self._sums_gradients(q, k, outer)

@@ -47,19 +47,13 @@ def delta(
 
 
 def delta_product(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T*n H K"],
-    v: Float[Tensor, "B T*n H V"],
-    beta: Float[Tensor, "B T*n H"],
-    log_decay: LogDecay,
-    call: Call,
-    *,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
 ) -> RecurrenceOutput:
     """n steps of the delta rule per token, from one decay before the first to one query after the last (DeltaProduct,
     arXiv 2502.10297): a transition of n Householder matrices.
 
-    The steps of a token are neighbours in k, v and beta. They are tokens of `delta`, so chunks count steps.
+    Of q [B T H K] and log_decay there is one per token; the steps of a token are neighbours in k [B T*n H K],
+    v [B T*n H V] and beta [B T*n H]. They are tokens of `delta`, so chunks count steps.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.

@@ -30,15 +30,7 @@ from ..recurrent import recurrent_kernel
 
 
 def dplr(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    log_decay: LogDecay,
-    call: Call,
-    *,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, log_decay: LogDecay, call: Call, scale: float | None
 ) -> RecurrenceOutput:
     """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `dplr_recurrence`.
 
@@ -85,7 +77,7 @@ def dplr_recurrence(
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return dplr(q, k, v, a, b, log_decay, call, scale=scale)
+    return dplr(q, k, v, a, b, log_decay, call, scale)
 
 
 declare_references(
