@@ -46,7 +46,8 @@ def context_table() -> list[str]:
     for config in single_kind_presets().values():
         kind = mixer_kind(config)
         short, long = (received(config.model, tokens, ranks=2) for tokens in (2**12, 2**20))
-        how = "states" if short == long else "keys and values" if kind == "attention" else "inputs"
+        grows = {"attention": "keys and values", "latent_attention": "latents"}.get(kind, "inputs")
+        how = "states" if short == long else grows
         rows.append((f"`{kind}`", how, _size(short), _size(long)))
     return table(["mixer", "how segments meet", "4,096 tokens", "1,048,576 tokens"], rows)
 

@@ -27,21 +27,9 @@ from torch import Tensor, nn
 from ..ops.call import Call
 from ..ops.kernels import Probe
 from ..ops.paradigm import Paradigm
-from ..ops.softmax import (
-    Backend,
-    Cache,
-    GrowingCache,
-    RingCache,
-    SoftmaxOptions,
-    empty_cache,
-    key_cache,
-    moved,
-    softmax,
-    softmax_flops,
-    stored_as,
-)
-from .contract import MixerConfig, SequenceMixer, require_room
-from .parts import Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
+from ..ops.softmax import Backend, Cache, SoftmaxOptions, softmax, softmax_flops, stored_as
+from .contract import MixerConfig
+from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.widths import rotary_dim
@@ -136,14 +124,11 @@ class AttentionConfig(MixerConfig):
         return Attention(self, d_model)
 
 
-class Attention(SequenceMixer[AttentionState]):
+class Attention(CachedMixer):
     """The layer of `AttentionConfig`."""
-
-    supports_context_parallel = True
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__(config)
-        self.config = config
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
@@ -158,6 +143,7 @@ class Attention(SequenceMixer[AttentionState]):
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
         rms = config.qk_norm == "rms"
         self.qk_norm = QKNorm((self.n_heads, self.n_kv_heads), self.head_dim, config.norm_eps) if rms else None
+        self.forget_heads = self.n_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
         self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
@@ -209,21 +195,9 @@ class Attention(SequenceMixer[AttentionState]):
             options["log_forget"] = gate_decay(more["forget"].to(self.state_dtype) + self.forget_bias, 1)
         return options
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:
-        kind, capacity = self._room(max_length, 0)
-        sizes = (self.n_kv_heads, self.head_dim, self.head_dim)
-        forget_heads = self.n_heads if self.config.forget_gate else None
-        return empty_cache(kind, batch_size, capacity, sizes, self.in_proj.weight, forget_heads)
-
-    def resize_state(self, state: AttentionState, max_length: int | None) -> AttentionState:
-        read = int(state.length.max())
-        require_room(read, max_length, self.kind)
-        return moved(state, *self._room(max_length, min(read, key_cache(state).keys.shape[1])))
-
-    def _room(self, max_length: int | None, used: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
-        """The kind of a cache and its slots: a ring buffer where something bounds it, else as many as are used."""
-        bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
-        return RingCache if bounds else GrowingCache, min(bounds, default=used)
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        return self.n_kv_heads, self.head_dim, self.head_dim
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()

@@ -3,6 +3,7 @@
 from ...ops.call import Call
 from ...ops.paradigm import Paradigm
 from ...ops.recurrence import RecurrenceOutput
+from .cached import CachedMixer
 from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer
@@ -15,6 +16,7 @@ from .widths import divided, divisors, head_width, nearest_of
 
 __all__ = [
     "QKV",
+    "CachedMixer",
     "Call",
     "FixedDecay",
     "Gate",

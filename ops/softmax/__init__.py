@@ -1,16 +1,29 @@
 """The softmax family: attention."""
 
 from .api import Backend, SoftmaxOptions, softmax, softmax_attention, softmax_flops
-from .cache import Cache, ForgettingCache, GrowingCache, RingCache, empty_cache, key_cache, moved, stored_as
+from .cache import (
+    Cache,
+    ForgettingCache,
+    GrowingCache,
+    KeyCache,
+    RingCache,
+    empty_cache,
+    final_cache,
+    key_cache,
+    moved,
+    stored_as,
+)
 
 __all__ = [
     "Backend",
     "Cache",
     "ForgettingCache",
     "GrowingCache",
+    "KeyCache",
     "RingCache",
     "SoftmaxOptions",
     "empty_cache",
+    "final_cache",
     "key_cache",
     "moved",
     "softmax",

@@ -39,6 +39,9 @@ MIXERS_OF_ALL_OPS = (
     ("gated_delta_net", {"n_heads": 2, "chunk_size": 4, "short_conv": 7}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "chunk_size": 3}),
     ("attention", {"n_heads": 2, "window": 4, "positions": "xpos", "chunk_size": 3}),
+    ("attention", {"n_heads": 2, "forget_gate": True, "sinks": True, "softcap": 2.0, "chunk_size": 3}),
+    ("attention", {"n_heads": 2, "forget_gate": True, "positions": "alibi", "window": 4}),
+    ("latent_attention", {"n_heads": 2, "chunk_size": 3}),
     ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
     # states of any dtype, and a learned beginning
@@ -105,7 +108,7 @@ def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
 def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
     # what each rank receives in forward and backward for one layer with d_model 16
     (short,), (long,) = (set(ranks("bytes_received", kind, fields, length)) for length in (16, 64))
-    if kind in ("attention", "hyena"):
+    if kind in ("attention", "latent_attention", "hyena"):
         assert 3 * short < long <= 4 * short
     else:
         assert long == short

@@ -1,0 +1,194 @@
+"""Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434, §2.1).
+
+    c_t = RMSNorm(x_t W_DKV)                    one latent per token, R wide
+    r_t = x_t W_KR, turned by position          one rotary key for all heads, P wide
+    k_t = [c_t W_UK, r_t],  v_t = c_t W_UV      by head, K + P and V wide
+    q_t = [a_t W_UQ, a_t W_QR], its second part turned;  a = x, or RMSNorm(x W_DQ)
+    o_n = sum_m softmax_m(q_n . k_m / sqrt(K + P)) v_m      y = o W_O
+    absorbed:  q . k_m = [q_1 W_UK^T, q_2] . [c_m, r_m]     o = (sum_m p_m c_m) W_UV
+
+The state holds [c, r] of each token. The parallel and the chunkwise paradigm make keys and values of it; the recurrent
+one absorbs W_UK and W_UV into queries and outputs, and all heads read the latents themselves. So does a process that
+shares a sequence with others: they send latents alone.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..ops.call import Call
+from ..ops.kernels import Probe
+from ..ops.paradigm import Paradigm
+from ..ops.softmax import Backend, Cache, final_cache, softmax, softmax_flops, stored_as
+from .contract import MixerConfig
+from .parts import CachedMixer, GatedNorm, divided, rotated
+from .traits import Traits
+
+
+class LatentAttentionConfig(MixerConfig):
+    """Multi-head latent attention: keys and values are linear in one latent per token, which is all that is cached."""
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    n_heads: int = Field(gt=0, examples=[2, 1, 3])
+    """Heads."""
+    kv_lora_rank: int | None = Field(default=None, gt=0, examples=[5])
+    """Width R of the latent; 4 qk_nope_head_dim when null, as in the paper."""
+    q_lora_rank: int | None = Field(default=None, gt=0, examples=[6])
+    """Rank of the queries' projection, which has a norm in between; full when null."""
+    qk_nope_head_dim: int | None = Field(default=None, gt=0, examples=[3])
+    """Width K of a head's keys that do not turn; d_model / n_heads when null."""
+    qk_rope_head_dim: int | None = Field(default=None, gt=0, multiple_of=2, examples=[2])
+    """Width P of the keys that turn, which all heads share; half of K when null."""
+    v_head_dim: int | None = Field(default=None, gt=0, examples=[7])
+    """Width V of a head's values; K when null."""
+    rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
+    """The base of the angles."""
+    norm_eps: float = Field(default=1e-6, ge=0)
+    """Added to the mean square of the latents' norms."""
+    window: int | None = Field(default=None, gt=1, examples=[4])
+    """Keys that a query sees, its own included; all when null. It bounds the state."""
+    chunk_size: int = Field(default=512, gt=0, le=2**20)
+    """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
+    backend: Backend = "auto"
+    """The kernel backend of the parallel paradigm; changes the cost, never the result."""
+    paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
+    """The paradigm of training and evaluation."""
+
+    @property
+    def traits(self) -> Traits:
+        """All paradigms; only a window bounds the state."""
+        return Traits(
+            paradigms=frozenset(Paradigm),
+            state="growing" if self.window is None else "constant",
+            packing=True,
+            shift_invariant=True,
+        )
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "LatentAttention":
+        return LatentAttention(self, d_model)
+
+
+class LatentAttention(CachedMixer):
+    """The layer of `LatentAttentionConfig`; its state is a KV cache of one head: `keys` are [c, r], `values` empty."""
+
+    def __init__(self, config: LatentAttentionConfig, d_model: int) -> None:
+        super().__init__(config)
+        self.n_heads = config.n_heads
+        self.key_dim = config.qk_nope_head_dim or divided(
+            d_model, 1.0, "1", self.n_heads, "n_heads", f"{self.n_heads} heads do"
+        )
+        self.rotary_dim = config.qk_rope_head_dim or max(2, self.key_dim // 4 * 2)
+        self.value_dim = config.v_head_dim or self.key_dim
+        self.rank = config.kv_lora_rank or 4 * self.key_dim
+        queries = self.n_heads * (self.key_dim + self.rotary_dim)
+        self.widths = {"q": config.q_lora_rank or queries, "latent": self.rank, "rotary": self.rotary_dim}
+        self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
+        self.q_norm = _norm(config.q_lora_rank, config) if config.q_lora_rank else None
+        self.q_up = nn.Linear(config.q_lora_rank, queries, bias=False) if config.q_lora_rank else None
+        self.kv_norm = _norm(self.rank, config)
+        self.kv_up = nn.Linear(self.rank, self.n_heads * (self.key_dim + self.value_dim), bias=False)
+        self.out_proj = nn.Linear(self.n_heads * self.value_dim, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices, and norm weights of 1."""
+        for projection in self.in_proj.weight.split(list(self.widths.values())):
+            nn.init.xavier_uniform_(projection)
+        for up in (self.q_up, self.kv_up, self.out_proj):
+            if up is not None:
+                nn.init.xavier_uniform_(up.weight)
+        for norm in (self.q_norm, self.kv_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        return 1, self.rank + self.rotary_dim, 0
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Cache | None]:
+        q, latents = self._project(x, call)
+        # of several processes each gathers latents, not keys and values
+        absorbed = call.paradigm is Paradigm.RECURRENT or call.cp_group is not None
+        output, final_state = (self._absorbed if absorbed else self._expanded)(q, latents, call)
+        if final_state is not None:
+            final_state = stored_as(final_state, self.dtype)  # autocast narrows those of a new cache
+        return self.out_proj(output.flatten(2)), final_state
+
+    def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor]:
+        """Queries [B T H K+P] and latents with their rotary key [B T 1 R+P], both turned."""
+        a, latent, rotary = self.in_proj(x).split(list(self.widths.values()), dim=-1)
+        if self.q_norm is not None and self.q_up is not None:
+            a = self.q_up(self.q_norm(a, None).to(a.dtype))
+        plain, turning = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
+        positions = call.positions(x, None if call.state is None else call.state.length)
+        turned = rotated(torch.cat((turning, rotary[:, :, None]), dim=2), positions, "rope", self.config.rope_base)
+        latent = self.kv_norm(latent, None).to(turned.dtype)[:, :, None]
+        q = torch.cat((plain, turned[:, :, : self.n_heads]), dim=-1)
+        return q, torch.cat((latent, turned[:, :, self.n_heads :]), dim=-1)
+
+    def _expanded(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+        """Every head has its own keys and values, of the cached latents too."""
+        past, window = call.state, self.config.window
+        if past is not None:
+            keys, values = self._keys_and_values(past.keys.to(q.dtype))
+            past = past._replace(keys=keys, values=values)
+        keys, values = self._keys_and_values(latents)
+        output, _ = softmax(q, keys, values, call._replace(state=past, return_state=False), window=window)
+        if not call.return_state:
+            return output, None
+        return output, final_cache(latents, latents[..., :0], window, call.state, call.documents)
+
+    def _absorbed(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+        """All heads read latents, through queries that are as wide."""
+        to_keys, to_values = self._up().split([self.key_dim, self.value_dim], dim=1)
+        plain, turned = q.split([self.key_dim, self.rotary_dim], dim=-1)
+        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), turned), dim=-1)
+        output, final_state = softmax(
+            *(queries, latents, latents[..., :0], call),
+            scale=q.shape[-1] ** -0.5,
+            window=self.config.window,
+            value_dims=self.rank,
+        )
+        return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
+
+    def _up(self) -> Float[Tensor, "H K+V R"]:
+        """What makes keys and values of latents, by head."""
+        return self.kv_up.weight.unflatten(0, (self.n_heads, -1))
+
+    def _keys_and_values(self, latents: Float[Tensor, "_ M 1 R+P"]) -> tuple[Tensor, Tensor]:
+        """[_ M H K+P] and [_ M H V]."""
+        latent, rotary = latents.split([self.rank, self.rotary_dim], dim=-1)
+        both = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1))
+        plain, values = both.split([self.key_dim, self.value_dim], dim=-1)
+        return torch.cat((plain, rotary.expand(-1, -1, self.n_heads, -1)), dim=-1), values
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        absorbed = paradigm is Paradigm.RECURRENT
+        key, value = self.key_dim + self.rotary_dim, self.value_dim
+        options = {"window": self.config.window, "chunk_size": self.config.chunk_size, "context": context}
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
+        weights += 0 if self.q_up is None else self.q_up.weight.numel()
+        expanded = length + (0 if absorbed else self.cached(context))
+        widths = (self.rank + self.rotary_dim, self.rank) if absorbed else (key, value)
+        return (
+            2 * length * weights
+            + 2 * expanded * self.kv_up.weight.numel()
+            + self.n_heads * softmax_flops(paradigm, length, *widths, **options)
+        )
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:
+        return "softmax", Probe(
+            device=self.device,
+            dtype=dtype,
+            key_width=self.key_dim + self.rotary_dim,
+            value_width=self.value_dim,
+            window=self.config.window is not None,
+        )
+
+
+def _norm(width: int, config: LatentAttentionConfig) -> GatedNorm:
+    """An RMS norm with weights."""
+    return GatedNorm(width, "rms", "none", affine=True, eps=config.norm_eps)
