@@ -19,8 +19,8 @@ from ..ops.kernels import Kernel, Probe
 from .compare import require
 from .gradients import gradients
 from .kernel_fixed import FIXED, Fields, endings
-from .kernel_layout import LAYOUTS, Layout, laid_out, laid_out_heads
-from .kernel_sizes import CHUNK_SIZES, DTYPES, HEADS, LARGE, LENGTHS, LONG, MANY, RARE, WIDTHS, Rare, near_chunks
+from .kernel_layout import LAYOUTS, Layout, laid_out, laid_out_heads, spread
+from .kernel_sizes import CHUNK_SIZES, DTYPES, HEADS, LARGE, LENGTHS, LONG, MANY, RARE, WIDTHS, Rare, lengths_by_chunks
 from .shrink import fewer
 from .source import WrittenCase
 
@@ -151,7 +151,7 @@ class KernelCase(WrittenCase, ABC):
             chunk_size = LARGE if rare == "chunks" else draw(CHUNK_SIZES)
             length, several = tokens[rare], documents[rare]
             if rare is None and wanted.tokens is LENGTHS:
-                length |= LENGTHS | near_chunks(chunk_size)
+                length = lengths_by_chunks(chunk_size)
                 several = st.lists(st.just(0) | length, min_size=1, max_size=4)
             lengths = draw(several.filter(sum)) if probe.packed else [draw(length)] * draw(rows[rare])
             cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if wanted.cut]
@@ -391,7 +391,10 @@ class KernelCase(WrittenCase, ABC):
     def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
         """The boundaries of packed documents."""
         like = {"device": inputs["q"].device, "dtype": self.cu_seqlens_dtype}
-        return torch.tensor([0, *itertools.accumulate(self.lengths)], **like) if self.packed else None
+        if not self.packed:
+            return None
+        boundaries = torch.tensor([0, *itertools.accumulate(self.lengths)], **like)
+        return spread(boundaries) if self.layout in ("mixed", "sliced") else boundaries
 
     # ---- rows and documents
 

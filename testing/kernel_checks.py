@@ -107,11 +107,20 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
     use="reproducible runs, and activation checkpointing, which runs forward twice",
 )
 def results_are_deterministic(trial: KernelTrial) -> None:
-    """Twice the same arguments give the same bits, forward and backward."""
-    first, second = (_results(trial, trial.leaves()) for _ in range(2))
-    with Differences("a second call against the first", 0) as found:
-        for name, tensor in first.items():
-            found.tensor(name, second[name], tensor, trial.case.axes_of(name.removeprefix("the gradient of ")))
+    """Twice the same arguments give the same bits, forward and backward; so does a second backward pass of a graph that
+    is retained, or it is an error."""
+    inputs = trial.leaves()
+    outputs = trial.run(inputs)
+    first = _with_gradients(outputs, trial.gradients(outputs, inputs, retain_graph=True))
+    second = _results(trial, trial.leaves())
+    try:
+        again = _with_gradients({}, trial.gradients(outputs, inputs))
+    except Exception:  # of what is retained only in part
+        again = {}
+    for what, results in (("a second call against the first", second), ("a second backward pass of a graph", again)):
+        with Differences(what, 0) as found:
+            for name, tensor in results.items():
+                found.tensor(name, tensor, first[name], trial.case.axes_of(name.removeprefix("the gradient of ")))
 
 
 @kernel_check(
@@ -120,11 +129,16 @@ def results_are_deterministic(trial: KernelTrial) -> None:
     use="using a state again (beam search, a prompt cache), and backward passes that need the inputs",
 )
 def inputs_are_left_alone(trial: KernelTrial) -> None:
-    """No input is written, not even with its own values, and no result is a view of one; but for a cache, without
-    gradients, where the next is wanted."""
+    """No input and no gradient from above is written, not even with its own values, and no result is a view of an
+    input; but for a cache, without gradients, where the next is wanted."""
     inputs, before = trial.leaves(), trial.leaves()
     versions = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
-    results = _results(trial, inputs)
+    outputs = trial.run(inputs)
+    above = trial.above(outputs)
+    passed = {name: x._version for name, x in above.items()}
+    results = _with_gradients(outputs, trial.gradients(outputs, inputs, above))
+    for name, x in above.items():
+        require(x._version == passed[name], f"the gradient from above of {name} was written in place")
     for name, version in versions.items():
         same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
         require(same, f"{name} was written in place")
@@ -280,4 +294,8 @@ class _CustomOps(TorchDispatchMode):
 
 def _results(trial: KernelTrial, inputs: Tensors) -> Tensors:
     outputs = trial.run(inputs)
-    return outputs | {f"the gradient of {name}": x for name, x in trial.gradients(outputs, inputs).items()}
+    return _with_gradients(outputs, trial.gradients(outputs, inputs))
+
+
+def _with_gradients(outputs: Tensors, gradients: Tensors) -> Tensors:
+    return outputs | {f"the gradient of {name}": x for name, x in gradients.items()}

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..ops.kernels import Kernel, Probe
 from ..ops.recurrence import Recurrence, require_recurrence
 from .kernel_case import SEGMENT, Exact, KernelCase, Tensors
-from .kernel_fixed import ABOVE, BELOW, FIXED, STATES
+from .kernel_fixed import ABOVE, BELOW, FIXED, RESETS, STATES
+from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
 
 
@@ -40,6 +41,7 @@ class DecayCase(KernelCase):
     fixed = (
         *FIXED,
         *STATES,
+        *RESETS,
         {"lengths": (14,) * 2, "key_width": 3, "value_width": 2, "log_decay": "B T H", "weakest": 9.0},
     )
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
@@ -148,10 +150,11 @@ class DecayCase(KernelCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DeltaCase(DecayCase):
-    """One call of a kernel of the delta family (ops/delta/api.py has its notation); keys have norm 1."""
+    """One call of a kernel of the delta family (ops/delta/api.py has its notation); keys have one norm."""
 
     rate: float = 1.0
     """The largest beta; the smallest is 0."""
+    key_norm: float = 1.0
 
     sign: ClassVar[int] = -1
     """Of what was read, where it is written."""
@@ -170,12 +173,14 @@ class DeltaCase(DecayCase):
         heads: st.SearchStrategy[int],
     ) -> dict[str, Any]:
         # a state of small betas remembers everything
-        return super().details(draw, probe, common, heads) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        found = super().details(draw, probe, common, heads) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        return found | {"key_norm": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]))}
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
         if self.dtype.is_floating_point:  # others are for kernels to refuse
-            inputs["k"].copy_(F.normalize(inputs["k"].double(), dim=-1))
+            keys = writable(inputs["k"])
+            keys.copy_(self.key_norm * F.normalize(keys.double(), dim=-1))
         beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
         beta = self.rate * (0.5 + beta).clamp(0, 1)
         return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide))}

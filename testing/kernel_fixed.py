@@ -56,6 +56,14 @@ STATES: tuple[Fields, ...] = tuple(
 """States that float16 cannot hold, which are float32: above its range, and below its normal numbers."""
 
 
+RESETS: tuple[Fields, ...] = tuple(
+    {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
+    for log_decay, odd in (("B T H", 0), ("B T H K", 1))
+    for token, needs_grad in ((0, odd == 1), (2, odd == 0), (3, odd == 1), (6, odd == 0), (2, odd == 1))
+)
+"""Resets on the first token and the last, and on either side of a chunk's end."""
+
+
 def _windows() -> Iterator[Fields]:
     for window in range(1, 7):  # of 5 tokens in chunks of 3
         fields = {**_SMALL, "lengths": (5,), "window": window}
@@ -72,10 +80,15 @@ def _windows() -> Iterator[Fields]:
             }
     yield {**_SMALL, "lengths": (4, 0, 5, 6, 1), "packed": True, "window": 5}
     yield {**_SMALL, "lengths": (300,), "chunk_size": LARGE, "window": 150, "initial_state": False}
+    for read in (2**24 + 1, 2**31 + 3):  # float32 and int32 have no such number
+        for lengths in ((2, 2), (1,), (3, 0)):
+            ring = {"window": 4, "initial_state": True, "cache": "ring", "capacity": 4, "packed": 0 in lengths}
+            yield {**_SMALL, **ring, "lengths": lengths, "reads": (read, 2)[: len(lengths)], "needs_grad": False}
 
 
 WINDOWS = tuple(_windows())
-"""Windows around the lengths of chunks and of the segment, with caches around the window; and one of several blocks."""
+"""Windows around the lengths of chunks and of the segment, with caches around the window; one of several blocks; and
+after more tokens than an int32 counts."""
 
 _SCORED: Fields = {**_SMALL, "key_width": 5, "lengths": (9,), "log_decay": None}
 
@@ -108,10 +121,10 @@ def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[st
     for number, (length, log_decay) in enumerate(itertools.product(TAILS, decays)):
         fields = {**_SMALL, "lengths": (length,), "log_decay": log_decay, "final_state": True}
         yield fields | {"initial_state": number % 2 == 0, "needs_grad": False}
-        for more, upstream in enumerate(above):
+        for more, upstream in enumerate(above if length % 3 == 1 else above[1:]):
             initial_state = (number + more) % 2 == 0
             yield fields | {"upstream": upstream, "initial_state": initial_state, "needs_grad": True}
-    for log_decay, upstream in itertools.product(decays, above):
+    for log_decay, upstream in itertools.product(decays, above[1:]):
         fields = {**_SMALL, "lengths": (*TAILS, 0), "packed": True, "log_decay": log_decay, "final_state": True}
         yield fields | {"upstream": upstream, "needs_grad": True}
     for kind, log_decay in enumerate(decays):

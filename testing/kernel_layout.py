@@ -10,7 +10,7 @@ Layout = Literal["contiguous", "fused", "heads_first", "sliced", "expanded", "mi
 """Fused: queries, keys and values are slices of one projection, the others transposed. Heads first: heads before
 tokens, and of a state keys before heads. Sliced: every tensor is a slice of one with more features, and a state's rows
 are parts of larger ones; what lies between is NaN. Expanded: rows of a state, and gradients from above, are one number
-repeated. Mixed: queries, keys and values have different strides."""
+repeated, and heads share queries and keys. Mixed: queries, keys and values have different strides."""
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "fused", "heads_first", "sliced", "expanded", "mixed")
 
@@ -43,7 +43,20 @@ def laid_out_heads(layout: Layout, projected: Tensor, heads: Sequence[int], widt
         return found
     if layout in ("heads_first", "mixed"):
         return {name: laid_out(layout, name, x, 0, per_token=True) for name, x in found.items()}
-    return {name: x.contiguous() for name, x in found.items()}
+    found = {name: x.contiguous() for name, x in found.items()}
+    if layout == "expanded":
+        found |= {name: found[name][:, :, :1].expand_as(found[name]) for name in "qk"}
+    return found
+
+
+def writable(x: Tensor) -> Tensor:
+    """Heads [B T H *] without those that are the first's repeated."""
+    return x if x.stride(2) else x[:, :, :1]
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same numbers [N], as a column of a table that has each twice."""
+    return torch.stack((x, x), dim=1)[:, 0]
 
 
 def _slice_of_more(x: Tensor, dim: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The sizes of kernel cases that are drawn: the usual and the rare."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -19,11 +20,11 @@ LENGTHS = st.integers(1, 9) | st.integers(10, 14) | st.sampled_from([15, 16, 17,
 CHUNK_SIZES = st.integers(1, 10) | st.sampled_from([16, 17, 32, 40, 64])
 
 
-def near_chunks(chunk_size: int) -> st.SearchStrategy[int]:
-    """Lengths of whole chunks, and one token more or less."""
-    most = max(1, 70 // chunk_size)
-    lengths = {max(1, n * chunk_size + more) for n in range(1, min(most, 4) + 1) for more in (-1, 0, 1)}
-    return st.sampled_from(sorted(lengths))
+@cache
+def lengths_by_chunks(chunk_size: int) -> st.SearchStrategy[int]:
+    """The usual lengths, and those of whole chunks, and one token more or less."""
+    near = {n * chunk_size + more for n in range(1, min(70 // chunk_size, 4) + 1) for more in (-1, 0, 1)}
+    return LENGTHS | LENGTHS | st.sampled_from(sorted(near - {0}) or [1])
 
 
 HEADS = st.integers(1, 3)

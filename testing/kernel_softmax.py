@@ -20,6 +20,7 @@ from ..ops.softmax.call import Attention, require_attention
 from .compare import require
 from .kernel_case import SEGMENT, KernelCase, Tensors
 from .kernel_fixed import FIXED, SCORES, WINDOWS
+from .kernel_layout import writable
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -102,7 +103,7 @@ class SoftmaxCase(KernelCase):
         randn = self.randn()
         inputs = self.heads(randn, self.n_kv_heads, device)
         for token in self.loud:
-            inputs["k"][:, token % self.length] *= 30
+            writable(inputs["k"])[:, token % self.length] *= 30
         if self.log_decay is not None:
             # far from where the factors of one block of queries leave the dtype's range
             inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide) / self.length
@@ -162,7 +163,7 @@ class SoftmaxCase(KernelCase):
         del kernel
         if self.log_decay is None:
             return of_terms
-        span = self.length + max(self.reads, default=0)
+        span = self.length + min(self.capacity, max(self.reads, default=0))
         through = span * (absolute["q"].detach() * of_terms["q"]).sum((0, 1, 2))
         return of_terms | {"log_decay": of_terms["log_decay"] + through}
 

@@ -32,11 +32,15 @@ class KernelTrial:
         with torch.set_grad_enabled(bool(case.grad)):
             return case.run(self.kernel, inputs)
 
-    def gradients(self, outputs: Tensors, inputs: Tensors) -> Tensors:
-        """The case's gradients by name of the input."""
+    def above(self, outputs: Tensors) -> Tensors:
+        """The gradients from above of the case's outputs."""
         case = self.case
-        above = {name: case.cotangent(name, outputs[name].detach(), self.device) for name in case.differentiated}
-        return gradients(outputs, above, {name: inputs[name] for name in case.grad})
+        return {name: case.cotangent(name, outputs[name].detach(), self.device) for name in case.differentiated}
+
+    def gradients(self, outputs: Tensors, inputs: Tensors, above: Tensors | None = None, **options: bool) -> Tensors:
+        """The case's gradients by name of the input, from those `above`, the case's own by default."""
+        above = self.above(outputs) if above is None else above
+        return gradients(outputs, above, {name: inputs[name] for name in self.case.grad}, **options)
 
     def compare(self, what: str, outputs: Tensors, gradients: Tensors | None = None) -> None:
         """Shape, dtype and every element against the definition.

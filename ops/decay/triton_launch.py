@@ -109,7 +109,9 @@ class Launcher:
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
-        self.boundaries, self.firsts, self.table = cu_seqlens, None, None
+        # its kernels take no stride of the boundaries, which may be a column
+        self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.firsts, self.table = None, None
         if cu_seqlens is not None:
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
         self.rows = x.rows

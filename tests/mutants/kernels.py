@@ -4,20 +4,19 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from seqmix.ops.decay import api as _decay  # noqa: F401  importing it declares its kernels
+from seqmix.ops.delta import api as _delta  # noqa: F401
 from seqmix.ops.kernels import Probe, reference
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import api as _softmax  # noqa: F401
-from seqmix.ops.softmax.cache import GrowingCache
 
 from .registry import kernel_mutant
 
 DECAY = reference("decay", Paradigm.CHUNKWISE)
 decay_chunkwise = DECAY.function
+delta_chunkwise = reference("delta", Paradigm.CHUNKWISE).function
 decay_parallel = reference("decay", Paradigm.PARALLEL).function
-softmax_parallel = reference("softmax", Paradigm.PARALLEL).function
 
 
 def detached(x):
@@ -43,18 +42,6 @@ def reads_uninitialised_memory(x):
         x = x._replace(q=q, k=k, v=v)
     output, state = decay_chunkwise(x)
     return output[:, :length], state
-
-
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def aligns_the_mask_to_the_first_key(x):
-    """With a KV cache the causal mask is aligned to the first key instead of to the last (SDPA's is_causal)."""
-    right, state = softmax_parallel(x)
-    if x.cache is None or x.documents is not None:
-        return right, state
-    k, v = (torch.cat(pair, dim=1) for pair in ((x.cache.keys, x.k), (x.cache.values, x.v)))
-    q, k, v = (tensor.transpose(1, 2) for tensor in (x.q, k, v))
-    wrong = scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale, enable_gqa=True)
-    return wrong.transpose(1, 2), state
 
 
 @kernel_mutant(check="gradients_are_the_definitions")
@@ -262,71 +249,70 @@ def reads_keys_by_the_strides_of_queries(x):
     return decay_chunkwise(x._replace(k=k.as_strided(q.shape, q.stride(), k.storage_offset())) if inside else x)
 
 
-def plain_scores(x):
-    """Scores [B H T T] and values of a call without cache, documents, decays or window; None of another."""
-    if x.cache is not None or x.documents is not None or x.log_decay is not None or x.window is not None:
-        return None
-    wide = torch.promote_types(x.q.dtype, torch.float32)
-    q, k, v = (tensor.transpose(1, 2).to(wide) for tensor in (x.q, x.k, x.v))
-    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    return q @ k.mT * x.scale, v
+@kernel_mutant(check="outputs_are_the_definitions")
+def loses_a_reset_at_the_end_of_a_chunk(x):
+    """A reset on the last token of a chunk is undone: its decay is taken from the chunk's own sums alone."""
+    a = x.log_decay
+    if a is not None and a.ndim >= 3 and x.cu_seqlens is None:
+        last = (torch.arange(a.shape[1]) + 1) % x.chunk_size == 0
+        a = a.masked_fill(last.view(-1, *[1] * (a.ndim - 2)) & a.isinf(), 0)
+    return decay_chunkwise(x._replace(log_decay=a))
 
 
-def weighted(x, weights, v):
-    """The output of weights that do not add up to 1 yet, and the state."""
-    output = weights / weights.sum(-1, keepdim=True) @ v
-    return output.transpose(1, 2).to(x.q.dtype), x.final()
+@kernel_mutant(check="outputs_are_the_definitions")
+def reads_boundaries_as_neighbours(x):
+    """Boundaries are taken to follow each other in memory, as those of a column do not."""
+    at = x.cu_seqlens
+    if at is not None:
+        at = at.as_strided(at.shape, (1,), at.storage_offset()).clone()
+        at[-1] = x.q.shape[1]
+    return decay_chunkwise(x._replace(cu_seqlens=at))
 
 
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def clamps_scores_instead_of_a_maximum(x):
-    """Scores are exponentiated as they are, and clamped at 30 against overflow."""
-    if (plain := plain_scores(x)) is None:
-        return softmax_parallel(x)
-    scores, v = plain
-    return weighted(x, scores.clamp(max=30).exp().tril(), v)
+@kernel_mutant(check="outputs_are_the_definitions")
+def takes_shared_keys_for_one_head(x):
+    """Keys that heads share have a stride of 0, which is taken for a single head: the others read nothing."""
+    k = x.k
+    if k.shape[2] > 1 and k.stride(2) == 0:
+        k = torch.cat((k[:, :, :1], torch.zeros_like(k[:, :, 1:])), dim=2)
+    return decay_chunkwise(x._replace(k=k))
 
 
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def subtracts_the_maximum_of_masked_scores(x):
-    """The maximum is that of all keys, and a later one that outweighs them leaves 0 / 0."""
-    if (plain := plain_scores(x)) is None:
-        return softmax_parallel(x)
-    scores, v = plain
-    return weighted(x, (scores - scores.amax(-1, keepdim=True)).exp().tril(), v)
+@kernel_mutant(check="outputs_are_the_definitions", op="delta")
+def normalises_keys(x):
+    """Keys are normalised inside, which those of norm 1 do not show (fla's use_qk_l2norm_in_kernel)."""
+    return delta_chunkwise(x._replace(k=x.k / x.k.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)))
 
 
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def starts_the_running_maximum_at_zero(x):
-    """The running maximum starts at 0 instead of -inf: where all scores are far below, the weights are 0 / 0."""
-    if (plain := plain_scores(x)) is None:
-        return softmax_parallel(x)
-    scores, v = plain
-    seen = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
-    return weighted(x, (seen - seen.amax(-1, keepdim=True).clamp(min=0)).exp(), v)
+class Scaled(torch.autograd.Function):
+    """x * 1, whose backward pass keeps a factor in `memory`, or scales the gradient from above itself."""
+
+    @staticmethod
+    def forward(ctx, x, in_place):
+        ctx.factor, ctx.in_place = torch.full_like(x, 1), in_place
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, d_x):
+        repeated = any(size > 1 and stride == 0 for size, stride in zip(d_x.shape, d_x.stride(), strict=True))
+        if ctx.in_place:
+            return d_x if repeated else d_x.mul_(1), None
+        d_x = d_x * ctx.factor
+        ctx.factor.zero_()
+        return d_x, None
 
 
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def takes_a_window_of_all_but_one_for_all(x):
-    """Whether a window covers the segment is off by one: of T - 1 tokens it hides the first from the last."""
-    plain = x.window is not None and x.cache is None and not x.output_final_state
-    return softmax_parallel(x._replace(window=None) if plain and x.window == x.q.shape[1] - 1 else x)
+@kernel_mutant(check="results_are_deterministic")
+def writes_over_what_it_saved(x):
+    """A backward pass uses saved memory as its workspace: a second one from a retained graph is wrong."""
+    return decay_chunkwise(x._replace(v=Scaled.apply(x.v, False)))
 
 
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def sees_one_more_key_of_a_full_cache(x):
-    """A window over a cache that holds more than it sees one key too many."""
-    full = x.window is not None and isinstance(x.cache, GrowingCache) and (x.cache.length > x.window).any()
-    output, _ = softmax_parallel(x._replace(window=x.window + 1) if full else x)
-    return output, x.final()
-
-
-@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
-def visits_two_blocks_under_a_window(x):
-    """Under a window wider than a block of 128, queries visit their own block and the one before, and no third."""
-    wide = x.window is not None and x.window > 129 and x.cache is None and x.q.shape[1] > 256
-    output, _ = softmax_parallel(x._replace(window=128) if wide else x)
-    return output, x.final()
+@kernel_mutant(check="inputs_are_left_alone")
+def writes_over_the_gradient_from_above(x):
+    """A backward pass scales the gradient from above in place, which the caller, or another branch, still reads."""
+    output, state = decay_chunkwise(x)
+    return Scaled.apply(output, True), state
 
 
 @kernel_mutant(check="a_cut_changes_nothing")
