@@ -27,6 +27,10 @@ class BlockConfig(Config):
     """The norm before each of the two."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the outputs of mixer and ffn, in training."""
+    residual_scale: float = Field(default=1.0, gt=0)
+    """Factor of the outputs of mixer and ffn before they are added to the residual stream."""
+    shared: bool = False
+    """Whether all layers of this block have the same parameters; each has a state of its own."""
 
 
 class Block(nn.Module):
@@ -39,7 +43,7 @@ class Block(nn.Module):
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
         self.ffn_norm = config.norm.build(d_model) if config.ffn else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.residual_scale = nn.Dropout(config.dropout), config.residual_scale
 
     def reset_parameters(self) -> None:
         """Initialise every parameter, each module as its paper does."""
@@ -64,7 +68,12 @@ class Block(nn.Module):
         mixed, state = self.mixer(
             self.mixer_norm(x), state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state
         )
-        x = x + self.dropout(mixed)
+        x = self._added(x, mixed)
         if self.ffn is not None and self.ffn_norm is not None:
-            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+            x = self._added(x, self.ffn(self.ffn_norm(x)))
         return x, state
+
+    def _added(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual stream with a branch's output."""
+        branch = self.dropout(branch)
+        return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)

@@ -154,6 +154,8 @@ def _unmarked(text: str) -> str:
 
 def _section(config: type[Config]) -> str:
     schema = config.model_json_schema()
+    if "$ref" in schema:  # of one that holds others of its family
+        schema = {"$defs": schema["$defs"], **schema["$defs"][schema["$ref"].rpartition("/")[2]]}
     kind = schema["properties"].get("kind")
     name = f"`{kind['const']}`" if kind else config.__name__.removesuffix("Config")
     rows = []

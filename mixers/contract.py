@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any, ClassVar, Generic, Self, final
+from typing import Any, Generic, Self, final
 
 import torch
 from jaxtyping import Float, Int
@@ -129,7 +129,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     """
 
     traits: Traits
-    supports_context_parallel: ClassVar[bool] = False
+    supports_context_parallel: bool = False
     """Whether `mix` reads `call.cp_group` itself: x is then this rank's segment, and everything else the whole row's.
     Otherwise the state goes from rank to rank, each of which waits for the one before."""
 

@@ -53,7 +53,7 @@ def build_model(
     for name, tensor in _numbers(model).items():
         if tensor.isnan().any():
             raise ContractError(f"{name} was left uninitialised: reset_parameters of its module must set it")
-    for layer, block in zip(config.layers, model.blocks, strict=True):
+    for block, layer in model.distinct_blocks.items():
         try:
             block.mixer.resolve_backend(activations or dtype)
         except SeqmixError as error:

@@ -38,7 +38,7 @@ def compile_blocks(model: LanguageModel) -> int:
     """
     _require_compiles(model)
     forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
-    for kind, block in zip(model.config.layers, model.blocks, strict=True):
+    for block, kind in model.distinct_blocks.items():
         # of the instance: hooks and parameter names stay as they are
         block.forward = torch.compile(MethodType(forwards[kind], block), fullgraph=True)
     return len(forwards)

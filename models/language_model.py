@@ -1,6 +1,6 @@
 """The language model: embedding, layers, norm, output projection."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks import Block
+from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
 from ..ops.context_parallel import ContextParallel
@@ -44,7 +45,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         # a ModuleList has no type of its elements
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(_build(config, i) for i in range(config.n_layers)))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
@@ -60,6 +61,11 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
+    @property
+    def distinct_blocks(self) -> dict[Block, str]:
+        """The blocks, one that several layers share once, and their names in the configuration."""
+        return dict(zip(self.blocks, self.config.layers, strict=True))
+
     def set_cp_group(self, cp_group: ContextParallel | None) -> None:
         """Split every sequence over the ranks of a group, which all call the model with the same whole sequences.
 
@@ -74,14 +80,14 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter from torch's global generator, as `config.init` says."""
-        for block in self.blocks:
+        for block in self.distinct_blocks:
             block.reset_parameters()
         self.norm.reset_parameters()
         std = self.config.d_model**-0.5
         matrices = [self.embedding.weight, self.head.weight]
         if isinstance(self.config.init, NormalInit):
             std = self.config.init.std
-            matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+            matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding | ExpertLinear)]
         for matrix in matrices:
             nn.init.normal_(matrix, std=std)
 
@@ -216,6 +222,16 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.embedding.weight.device
+
+
+def _build_all(config: ModelConfig) -> Iterator[Block]:
+    """The block of every layer; those that share their parameters are one."""
+    shared: dict[str, Block] = {}
+    for index, name in enumerate(config.layers):
+        block = shared.get(name) or _build(config, index)
+        if config.blocks[name].shared:
+            shared[name] = block
+        yield block
 
 
 def _build(config: ModelConfig, index: int) -> Block:

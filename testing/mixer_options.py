@@ -37,8 +37,10 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
             continue
         own = getattr(config, name)
         values = [*(field.examples or []), *_values(field.annotation), *_bounds(field, own)]
-        if values := [value for value in dict.fromkeys(values) if value != own]:
-            found[name] = values
+        # a value may be a list, which is not hashed, and which the configuration makes another type of
+        others = [value for n, value in enumerate(values) if value not in values[:n]]
+        if others := [value for value in others if value != own and _accepted(config, name, value) != own]:
+            found[name] = others
     return found
 
 
@@ -119,6 +121,12 @@ def require_examples(config: MixerConfig) -> None:
             for detail in (detail for detail in error.errors() if detail["loc"][:1] == (name,)):
                 refused = f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples"
                 raise ContractError(f"{refused}: {detail['msg']}") from None
+
+
+def _accepted(config: MixerConfig, name: str, value: object) -> object:
+    """A value as the configuration holds it; as it is where it does not go with the others."""
+    other = changed(config, {name: value}) if isinstance(value, list | dict) else None
+    return value if other is None else getattr(other, name)
 
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:

@@ -234,11 +234,12 @@ class House:
 
     @cached_property
     def families(self) -> list[str]:
-        """The mixers of the decay and delta families: those that call no other op."""
+        """The mixers of the decay and delta families: those that call no other op, and are not made of mixers."""
         modules = {file.module for file in self.ops}
         ops = {
             kind: {part for op in imported(file, modules) for part in op.split(".")}
             for kind, file in self.mixers.items()
+            if "MIXERS" not in file.text
         }
         return [kind for kind, called in ops.items() if not called & OTHER_FAMILIES]
 

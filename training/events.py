@@ -57,6 +57,8 @@ class Stepped:
     """Throughput of this step."""
     mfu: float | None = None
     """Model FLOPs utilization; None where the device's peak is unknown."""
+    expert_violation: float | None = None
+    """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
     memory_bytes: int | None = None
     """Peak memory so far: of tensors on a GPU, else of the process; None where the system does not report it."""
 

@@ -176,7 +176,8 @@ class Course:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
         mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
         memory = peak_memory(self.trainer.model.device)
-        return Stepped(self.done, result.loss, result.learning_rate, result.gradient_norm, speed, mfu, memory)
+        loss, norm, rate, violation = result
+        return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory)
 
     def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
         """The evaluation after a step, and the final one if training ends with it.

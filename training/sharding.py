@@ -30,7 +30,7 @@ def shard(model: LanguageModel, groups: ProcessGroups) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     # by default it casts all inputs, states too
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in model.blocks:
+    for block in model.distinct_blocks:
         fully_shard(block, mesh=groups.mesh, mp_policy=policy)
     fully_shard(model, mesh=groups.mesh, mp_policy=policy)
     model.set_cp_group(groups.cp_group)

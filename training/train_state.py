@@ -28,8 +28,10 @@ def gather(model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | No
 
 
 def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
-    """The parameters by name, a tied one once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The parameters by name, a tied one once, and the buffers of the model's `state_dict`."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
 
 
 def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ class StepResult(NamedTuple):
     gradient_norm: float
     """Before clipping."""
     learning_rate: float
+    expert_violation: float | None = None
+    """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
 
 
 class Trainer:
@@ -85,7 +87,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state = concatenate(states) if states else None
-        return StepResult(loss, norm.item(), rate)
+        return StepResult(loss, norm.item(), rate, self._balance())
+
+    def _balance(self) -> float | None:
+        """Let every mixture of experts balance its load; the worst violation."""
+        ffns = [block.ffn for block in self.model.distinct_blocks if block.ffn is not None]
+        found = [violation for ffn in ffns if (violation := ffn.balance(self.groups.sum)) is not None]
+        return max(found, default=None)
 
     def evaluate(self, *, final: bool = False, length: int | None = None) -> Measured:
         """Evaluate the model on the validation split; every sequence starts from an empty state.

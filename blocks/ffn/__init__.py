@@ -47,6 +47,18 @@ class FeedForward(nn.Module, ABC):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
+    def balance(self, total: Callable[[Tensor], Tensor]) -> float | None:
+        """What a network does after an optimizer step: a mixture of experts balances its load.
+
+        Args:
+            total: the sum of a tensor over all processes.
+
+        Returns:
+            The largest load over the mean, minus 1 (arXiv 2408.15664's MaxVio); None where nothing is balanced.
+        """
+        del total
+        return None
+
     def flops(self, length: int) -> int:
         """Operations of the matrix products for `length` tokens, forward."""
         return 2 * length * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

@@ -28,9 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def mixer(name: str) -> dict[str, Any]:
     """A mixer with small chunks and two heads (of eight values), whatever else it may be."""
     given = VARIANTS.get(name, {"kind": name})
-    fields = MIXERS.resolve(given["kind"]).model_fields
+    cls = MIXERS.resolve(given["kind"])
     small = {"n_heads": 2, "head_dim": 8, "chunk_size": 4}
-    return {key: value for key, value in small.items() if key in fields} | given
+    return cls.example_fields() | {key: value for key, value in small.items() if key in cls.model_fields} | given
 
 
 def make_config(*mixers: str, **fields: Any) -> ModelConfig:

@@ -45,7 +45,7 @@ def test_the_parameters_are_a_function_of_the_seed(config_of, each_mixer):
     assert same(first, build_model(config, seed=5))
     assert not torch.equal(first.embedding.weight, build_model(config, seed=6).embedding.weight)
     one, other, *_ = build_model(config_of(each_mixer[0], n_layers=2)).blocks
-    assert not torch.equal(one.mixer.in_proj.weight, other.mixer.in_proj.weight)
+    assert not torch.equal(*(max(mixer.parameters(), key=torch.numel) for mixer in (one.mixer, other.mixer)))
 
 
 def test_a_parameter_that_nobody_initialises_is_named(config_of, monkeypatch):

@@ -1,0 +1,155 @@
+"""Mixers side by side on the same tokens, their outputs added (Falcon-H1, arXiv 2507.22448; Hymba, arXiv 2411.13676).
+
+    y = c_1 f_1(x) + c_2 f_2(x) + ..                 every f_i is a mixer with a state of its own
+
+A block then has attention's recall and a recurrence's constant state, where a hybrid of layers has one of them each.
+Falcon-H1 splits its channels among attention, Mamba-2 and the network; here every mixer sees all channels, and is as
+wide as its own configuration says. Hymba norms every output before the sum, which is not done here.
+"""
+
+from collections import namedtuple
+from functools import cache, reduce
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from ..ops.call import Call
+from ..ops.paradigm import Paradigm
+from .contract import MIXERS, MixerConfig, SequenceMixer
+from .traits import ContractError, Traits
+
+STATE = "ParallelHybridState"
+
+EXAMPLES = [
+    [{"kind": "retention", "n_heads": 2, "chunk_size": 3}, {"kind": "attention", "n_heads": 2}],
+    [{"kind": "mamba2", "head_dim": 6, "d_state": 4}, {"kind": "attention", "n_heads": 2, "window": 4}],
+]
+
+
+class ParallelHybridConfig(MixerConfig):
+    """Mixers side by side, whose outputs are added."""
+
+    kind: Literal["parallel_hybrid"] = "parallel_hybrid"
+    mixers: tuple[Annotated[MixerConfig, MIXERS], ...] = Field(min_length=2, strict=False, examples=EXAMPLES)
+    """Two mixers or more; their paradigms are those that all of them have."""
+    scales: tuple[float, ...] | None = Field(default=None, strict=False, examples=[[0.5, 2.0]])
+    """A factor of each mixer's output; 1 when null."""
+    paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
+    """The paradigm of training and evaluation, of all mixers."""
+
+    @field_validator("mixers", mode="after")
+    @classmethod
+    def _a_paradigm_is_common(cls, mixers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
+        if not _common(mixers):
+            each = "; ".join(f"{mixer.kind} has {', '.join(sorted(mixer.traits.paradigms))}" for mixer in mixers)
+            raise ValueError(f"no paradigm is common to all mixers: {each}")
+        return mixers
+
+    @model_validator(mode="after")
+    def _each_has_a_scale(self) -> "ParallelHybridConfig":
+        if self.scales is not None and len(self.scales) != len(self.mixers):
+            raise ValueError(f"scales needs a factor for each of {len(self.mixers)} mixers, and has {len(self.scales)}")
+        return self
+
+    @property
+    def traits(self) -> Traits:
+        """What all mixers declare; the state grows if one of them does."""
+        all_traits = [mixer.traits for mixer in self.mixers]
+        states = {traits.state for traits in all_traits}
+        return Traits(
+            paradigms=_common(self.mixers),
+            state=next(size for size in ("none", "growing", "constant") if size in states),
+            packing=all(traits.packing for traits in all_traits),
+            shift_invariant=all(traits.shift_invariant for traits in all_traits),
+            parallel_from_state=all(traits.parallel_from_state for traits in all_traits),
+            compiles=all(traits.compiles for traits in all_traits),
+            surrogate_gradients=any(traits.surrogate_gradients for traits in all_traits),
+            differentiable=all(traits.differentiable for traits in all_traits),
+        )
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "ParallelHybrid":
+        built = []
+        for number, mixer in enumerate(self.mixers):
+            try:
+                built.append(mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers))
+            except ContractError as error:
+                raise ContractError(f"mixers.{number}: {error}") from error
+        return ParallelHybrid(self, built)
+
+
+def _common(mixers: tuple[MixerConfig, ...]) -> frozenset[Paradigm]:
+    return reduce(frozenset.__and__, (mixer.traits.paradigms for mixer in mixers))
+
+
+@cache
+def state_type(count: int) -> Any:
+    """The type of the state of so many mixers: a NamedTuple of their states."""
+    state = namedtuple(f"{STATE}{count}", [f"mixer_{number}" for number in range(count)])
+    state.__module__ = __name__
+    return state
+
+
+def __getattr__(name: str) -> Any:
+    """The types of states by name, for pickle."""
+    if name.startswith(STATE) and name.removeprefix(STATE).isdigit():
+        return state_type(int(name.removeprefix(STATE)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class ParallelHybrid(SequenceMixer[Any]):
+    """The layer of `ParallelHybridConfig`."""
+
+    def __init__(self, config: ParallelHybridConfig, mixers: list[SequenceMixer[Any]]) -> None:
+        super().__init__(config)
+        self.mixers, self.state_type = nn.ModuleList(mixers), state_type(len(mixers))
+        self.scales = config.scales or (1.0,) * len(mixers)
+        self.supports_context_parallel = all(mixer.supports_context_parallel for mixer in mixers)
+
+    @property
+    def parts(self) -> list[SequenceMixer[Any]]:
+        """The mixers."""
+        return [*self.mixers]  # pyright: ignore[reportReturnType]  a ModuleList has no type of its elements
+
+    def reset_parameters(self) -> None:
+        """Each mixer as its paper does."""
+        for mixer in self.parts:
+            mixer.reset_parameters()
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Any]:
+        outputs, states = [], []
+        for number, (mixer, scale) in enumerate(zip(self.parts, self.scales, strict=True)):
+            own = call._replace(
+                state=None if call.state is None else call.state[number],
+                chunk_size=mixer.chunk_size,
+                backend=mixer.backend_of(call.paradigm),
+            )
+            y, state = mixer.mix(x, own)
+            outputs.append(y if scale == 1 else scale * y)
+            states.append(state)
+        return torch.stack(outputs).sum(0), self.state_type(*states) if call.return_state else None
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Any:
+        return self.state_type(*(mixer.init_state(batch_size, max_length=max_length) for mixer in self.parts))
+
+    def resize_state(self, state: Any, max_length: int | None) -> Any:
+        return self._each("resize_state", state, max_length)
+
+    def perturb_state(self, state: Any, generator: torch.Generator) -> Any:
+        return self._each("perturb_state", state, generator)
+
+    def shift_state(self, state: Any, tokens: int) -> Any:
+        return self._each("shift_state", state, tokens)
+
+    def _each(self, method: str, state: Any, argument: Any) -> Any:
+        parts = zip(self.parts, state, strict=True)
+        return self.state_type(*(getattr(mixer, method)(own, argument) for mixer, own in parts))
+
+    def resolve_backend(self, dtype: torch.dtype) -> None:
+        for mixer in self.parts:
+            mixer.resolve_backend(dtype)
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return sum(mixer.flops(length, paradigm, context) for mixer in self.parts)

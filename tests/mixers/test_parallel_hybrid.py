@@ -1,0 +1,61 @@
+"""Mixers side by side: a sum of mixers, each with its own state; what does not go together is refused."""
+
+import pickle
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from seqmix import ContractError, Paradigm, load_config
+from seqmix.mixers.parallel_hybrid import ParallelHybridConfig
+
+RETENTION = {"kind": "retention", "n_heads": 2, "chunk_size": 3}
+ATTENTION = {"kind": "attention", "n_heads": 2}
+HYENA = {"kind": "hyena"}
+DELTA = {"kind": "delta_net", "n_heads": 2}
+
+
+def test_it_is_the_sum_of_its_mixers():
+    config = ParallelHybridConfig(mixers=[RETENTION, ATTENTION, DELTA], scales=[1.0, 0.5, 2.0])
+    mixer = config.build(16, layer_idx=0, n_layers=1).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    y, state = mixer(x, return_state=True)
+    each = [part(x, paradigm="chunkwise", return_state=True) for part in mixer.mixers]
+    expected = each[0][0] + 0.5 * each[1][0] + 2 * each[2][0]
+    torch.testing.assert_close(y, expected)
+    assert type(state)._fields == ("mixer_0", "mixer_1", "mixer_2")
+    torch.testing.assert_close(state.mixer_2.memory, each[2][1].memory)
+    assert isinstance(pickle.loads(pickle.dumps(state)), type(state))
+
+
+def test_it_declares_what_all_declare():
+    traits = ParallelHybridConfig(mixers=[RETENTION, ATTENTION]).traits
+    assert (traits.paradigms, traits.state) == (frozenset(Paradigm), "growing")
+    traits = ParallelHybridConfig(mixers=[DELTA, {**ATTENTION, "window": 4}]).traits
+    assert (traits.paradigms, traits.state) == ({Paradigm.RECURRENT, Paradigm.CHUNKWISE}, "constant")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixers": [RETENTION]}, "at least 2"),
+        ({"mixers": [RETENTION, HYENA]}, "no paradigm 'chunkwise'; it declares parallel, recurrent"),
+        ({"mixers": [RETENTION, ATTENTION], "scales": [1.0]}, "a factor for each of 2 mixers, and has 1"),
+        ({"mixers": [RETENTION, {"kind": "retentoin"}]}, "did you mean"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises((ValidationError, ContractError), match=message):
+        ParallelHybridConfig(**fields)
+
+
+def test_the_mixer_that_does_not_fit_is_named():
+    config = ParallelHybridConfig(mixers=[RETENTION, {**ATTENTION, "n_heads": 3}])
+    with pytest.raises(ContractError, match=r"mixers\.1: 3 heads do not divide"):
+        config.build(16, layer_idx=0, n_layers=1)
+
+
+def test_yaml_nests_mixers():
+    mixer = load_config("parallel-hybrid-tiny").model.blocks["both"].mixer
+    assert [part.kind for part in mixer.mixers] == ["attention", "mamba2"]
