@@ -1,7 +1,7 @@
 """What a model costs, without allocating it: parameters, operations, state, activations, by layer.
 
 The model is built on `meta`; operations are counted by the modules' own formulas, activations by running one layer of
-each kind on fake tensors and adding up what autograd saves.
+each kind (of the same parameters) on fake tensors and adding up what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -77,17 +77,20 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         SeqmixError: a block does not fit `d_model`.
     """
     model = build_meta(config).to(dtype)
-    kinds = dict(zip(config.layers, model.blocks, strict=True))
-    saved = {name: _saved_bytes(block, length, config.d_model, dtype) for name, block in kinds.items()}
-    named = zip(config.layers, model.blocks, strict=True)
-    layers = tuple(_layer(name, block, length, saved[name]) for name, block in named)
+    saved: dict[object, int] = {}
+    layers = []
+    for name, block in zip(config.layers, model.blocks, strict=True):
+        kind = name, *((key, parameter.shape) for key, parameter in block.named_parameters())
+        if kind not in saved:
+            saved[kind] = _saved_bytes(block, length, config.d_model, dtype)
+        layers.append(_layer(name, block, length, saved[kind]))
     embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
     parameters = _count(model)
     # logits and their gradient, in float32, and the input of the output projection
     head = length * (2 * 4 * config.vocab_size + 2 * config.d_model * dtype.itemsize)
     return ModelCost(
         length=length,
-        layers=layers,
+        layers=tuple(layers),
         parameters=parameters,
         embedding_parameters=embedding,
         parameter_bytes=parameters * dtype.itemsize,
