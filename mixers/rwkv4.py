@@ -57,7 +57,9 @@ class RWKV4(ScanMixer):
     def reset_parameters(self) -> None:
         """Decays from e^-5 to e^3 and bonuses around log 0.3 by channel, mixtures by channel, orthogonal matrices."""
         for layer in (self.k_proj, self.v_proj, self.r_proj, self.out_proj):
-            nn.init.orthogonal_(layer.weight, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
+            matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # which 16 bits have no decomposition for
+            nn.init.orthogonal_(matrix, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
+            layer.weight.copy_(matrix)
         depth, left = self.depth[0], 1 - self.depth[1]
         device, exact = self.device, torch.float64
         channel = torch.arange(self.width, device=device, dtype=exact)
