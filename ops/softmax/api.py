@@ -101,7 +101,7 @@ def softmax_attention(
             `scale`, the factor of the scores, 1/sqrt(K) by default;
             `window`, the keys that a query sees, its own included; None means all;
             `log_decay [K]`, the natural log of the decay per token of distance, for each key dimension, <= 0;
-            `log_forget [B T H]`, the natural log of each token's forget gate, <= 0;
+            `log_forget [B T H]`, the natural log of each token's forget gate, <= 0 and finite;
             `slopes [H]`, what is taken from a score per token of distance;
             `softcap`, the bound of scores before gates and slopes, above 0;
             `sinks [H]`, the score of one more key, without a value;

@@ -79,11 +79,11 @@ class Attention(NamedTuple):
     def bias(self, places: Tensor, offer: Offer) -> Float[Tensor, "_ H T M"] | None:
         """What is added to the scores of queries at `places`, float32 or float64; None is nothing."""
         wide = torch.promote_types(self.q.dtype, torch.float32)
-        bias = None if offer.sums is None else gate_bias(offer.sums).to(wide)
+        bias = None if offer.sums is None else gate_bias(offer.sums, wide)
         if self.slopes is not None:
             distance = (places[:, None] - offer.places[:, None]).to(wide)
             sloped = -self.slopes[:, None, None].to(wide) * distance[:, None]
-            bias = sloped if bias is None else bias + sloped
+            bias = sloped if bias is None else bias.add_(sloped)
         return bias
 
     def by_document(self) -> list["Attention"]:

@@ -38,10 +38,20 @@ def written_sums(
     return -_later(cache), own - own[:, -1:]
 
 
-def gate_bias(sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]) -> Float[Tensor, "B H T M"]:
-    """What is added to the scores, float64."""
-    of_key, of_query = (x.transpose(1, 2) for x in sums)
-    return of_query[..., None] - of_key[:, :, None]
+def gate_bias(
+    sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]], dtype: torch.dtype
+) -> Float[Tensor, "B H T M"]:
+    """What is added to the scores, as exact as its float64 sums: c_n - c_m rounded to `dtype`.
+
+    In float32 a sum is two numbers, the nearest to it and the rest. Differences of the first are exact or far from 0.
+    """
+    of_key, of_query = (x.transpose(1, 2).contiguous() for x in sums)
+    of_key, of_query = of_key[:, :, None], of_query[..., None]
+    if dtype == torch.float64:
+        return of_query - of_key
+    near = [x.detach().to(dtype) for x in (of_query, of_key)]
+    rest = [(x - y.double()).to(dtype) for x, y in zip((of_query, of_key), near, strict=True)]
+    return (near[0] - near[1]).add_(rest[0]).sub_(rest[1])
 
 
 def _later(cache: ForgettingCache) -> Float[Tensor, "N S H"]:

@@ -93,7 +93,7 @@ def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H 
     if x.softcap is not None or x.sinks is not None or x.value_dims is not None:
         return weighed(x, q, keys, offer.values, seen, bias)
     with no_autocast(q.device):  # it would narrow the bias
-        return _fused(q, keys, offer.values, x.scale, seen if bias is None else bias.masked_fill(~seen, -torch.inf))
+        return _fused(q, keys, offer.values, x.scale, seen if bias is None else bias.masked_fill_(~seen, -torch.inf))
 
 
 def _fused(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Float[Tensor, "B T H V"]:

@@ -32,11 +32,12 @@ def weighed(
         return y.unflatten(2, (n_heads // groups, length)).flatten(1, 2)
 
     with no_autocast(q.device):
-        queries = by_group(q.transpose(1, 2).to(wide) * x.scale)
+        scale = x.scale if x.softcap is None else x.scale / x.softcap
+        queries = by_group(q.transpose(1, 2).to(wide) * scale)
         scores = by_head(_product(queries, keys.permute(0, 2, 3, 1).to(wide)))
-        if x.softcap is not None:
-            scores = x.softcap * (scores / x.softcap).tanh()
-        scores = (scores if bias is None else scores + bias).masked_fill(~seen, -torch.inf)
+        if x.softcap is not None:  # in place where no backward pass needs what was there
+            scores = scores.tanh_() * x.softcap
+        scores = (scores if bias is None else scores.add_(bias)).masked_fill_(~seen, -torch.inf)
         output = by_head(_product(by_group(scores.softmax(-1)), values.transpose(1, 2).to(wide)))
         if x.sinks is not None:
             share = (scores.logsumexp(-1) - x.sinks[:, None].to(wide)).sigmoid()
