@@ -108,6 +108,10 @@ def decays(mixer, x, projected):
     if config.kind == "hgrn2":
         forget, bound = 1 / (1 + (-projected["k"]).exp()), mixer.bound.sigmoid().flatten()
         return (bound + (1 - bound) * forget).unflatten(-1, (config.n_heads, -1))
+    if config.kind in ("kda", "gated_delta_net2"):
+        low = mixer.decay_proj
+        logits = (x @ low.down.weight.T @ low.up.weight.T).unflatten(-1, (config.n_heads, -1))
+        return (-mixer.decay.A_log.exp()[:, None] * torch.log1p((logits + mixer.decay.dt_bias).exp())).exp()
     if config.kind == "gated_delta_net":
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
         return (-mixer.decay.A_log.exp() * step).exp()[..., None]
@@ -138,14 +142,15 @@ def written_out(mixer, x):
     qkv = torch.cat([projected[name] for name in "qkv"], -1)
     if mixer.convolution is not None:
         qkv = convolved(qkv, mixer.convolution.weight)
-    if mixer.convolution is not None or config.kind in ("lightning", "delta_net", "gated_delta_net"):
+    if mixer.convolution is not None or config.kind == "lightning" or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
     q, k, v = (y.unflatten(-1, (heads, -1)) for y in qkv.split([*mixer.widths.values()][:3], dim=-1))
     q, k = features(mixer, q), features(mixer, k)
     a = decays(mixer, x, projected).expand(*k.shape)
     if config.kind == "hgrn2":
         q, k = q * q.sigmoid(), 1 - a
-    beta = projected.get("beta", x.new_zeros(())).sigmoid() * (2 if getattr(config, "allow_neg_eigval", False) else 1)
+    most = 2 if getattr(config, "allow_neg_eigval", False) else 1
+    beta = most * projected.get("beta", x.new_zeros(())).sigmoid()
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
     state, weights, outputs = x.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]), x.new_zeros(()), []
@@ -154,6 +159,10 @@ def written_out(mixer, x):
         if "beta" in projected:
             b = beta[:, t, :, None, None]
             state = state - b * key @ (key.mT @ state) + b * key * value
+        elif "erase" in projected:
+            written = projected["write"].sigmoid().unflatten(-1, (heads, -1))[:, t, :, None] * value
+            erased = most * projected["erase"].sigmoid().unflatten(-1, (heads, -1))[:, t, ..., None] * key
+            state = state - key @ (erased.mT @ state) + key * written
         else:
             state = state + key * value
         o = (q[:, t, :, None] @ state)[:, :, 0] * scale
@@ -172,6 +181,7 @@ def written_out(mixer, x):
         o = rms(o, config.norm_eps) * (1 if mixer.norm.weight is None else mixer.norm.weight)
     o = o.reshape(*x.shape[:2], -1)
     if config.gate != "none":
-        gate = projected["gate"]
+        low = getattr(mixer, "gate_proj", None)
+        gate = projected["gate"] if low is None else x @ low.down.weight.T @ low.up.weight.T
         o = o * gate.sigmoid() * (gate if config.gate == "swish" else 1)
     return o @ mixer.out_proj.weight.T, torch.cat((state, weights[..., None]), -1) if divided else state

@@ -104,6 +104,8 @@ class QKVMixer(MatrixStateMixer):
     """Of the Xavier-uniform start of what is projected and of the output; these are the RetNet authors'."""
     silu: ClassVar[bool] = False
     """Whether queries, keys and values go through silu without a short convolution, too."""
+    projects_gate: ClassVar[bool] = True
+    """Whether the output gate is one of the projections; else a mixer's own `project` adds it."""
 
     def __init__(self, config: Any, d_model: int, **more: int) -> None:
         super().__init__(config)
@@ -113,7 +115,7 @@ class QKVMixer(MatrixStateMixer):
         if config.rotation != "none" and self.key_dim % 2:
             raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        gate = {} if config.gate == "none" else {"gate": values}
+        gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
         self.widths = {"q": keys, "k": keys, "v": values, **gate, **more}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
         self.convolution = ShortConvolution(2 * keys + values, config.short_conv) if config.short_conv else None

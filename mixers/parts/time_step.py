@@ -64,6 +64,7 @@ class TimeStepDecay(nn.Module):
         rates: e^{A_log} at the start lies evenly between these two.
         steps: softplus(b) at the start lies between these two, evenly in its logarithm.
         limit: step sizes are clamped to these two (None: no highest); None for no limits.
+        key_dim: key dimensions of a head, each with a step size and a bias; None for one of a head.
     """
 
     def __init__(
@@ -72,25 +73,30 @@ class TimeStepDecay(nn.Module):
         rates: tuple[float, float] = (0.0, 16.0),
         steps: tuple[float, float] = (1e-3, 0.1),
         limit: tuple[float, float | None] | None = None,
+        key_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.rates, self.steps, self.limit = rates, steps, limit
         self.A_log = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads) if key_dim is None else torch.empty(n_heads, key_dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Rates and biases in their ranges."""
-        uniform = torch.rand(2, *self.A_log.shape, device=self.A_log.device)
+        uniform = [torch.rand(x.shape, device=x.device) for x in (self.A_log, self.dt_bias)]
         low, high = self.rates
         self.A_log.copy_((high - (high - low) * uniform[0]).log())  # from above a lowest rate of 0
         self.dt_bias.copy_(step_bias(uniform[1], self.steps))
 
-    def forward(self, dt: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
-        """Step sizes and log-decays, float32 or float64: 16 bits cannot tell 0.999 from 1."""
+    def forward(self, dt: Float[Tensor, "B T *H"]) -> tuple[Float[Tensor, "B T *H"], Float[Tensor, "B T *H"]]:
+        """Step sizes and log-decays, of [B T H], or [B T H K] where key dimensions have their own.
+
+        float32 or float64: 16 bits cannot tell 0.999 from 1.
+        """
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if self.limit is not None:
             step = step.clamp(*self.limit)
-        return step, -step * self.A_log.to(wide).exp()
+        rate = self.A_log.to(wide).exp()
+        return step, -step * (rate if self.dt_bias.ndim == 1 else rate[:, None])

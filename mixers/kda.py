@@ -1,0 +1,65 @@
+"""Kimi Delta Attention, KDA (Kimi Team, arXiv 2510.26692, Eq. 1 and §4).
+
+    q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
+    beta_t  = sigmoid(x_t W_b)  one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
+    alpha_t = exp(-e^{A_log} softplus(x_t W_1 W_2 + dt_bias))  one scalar per key dimension, a rate e^{A_log} per head
+    S_t     = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T          o_t = q_t S_t / sqrt(K)
+    y       = (sigmoid(x W_3 W_4) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
+
+Gated DeltaNet with a decay per key dimension. The maps of decays and output gate have the rank of a head's width. As in
+the released models the gate has no bias; the factor 1/sqrt(K) is hidden by the norm but for its eps.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ..ops.delta import delta
+from .delta_net import DeltaConfig, write_rate
+from .parts import QKV, Call, LowRank, QKVMixer, RecurrenceOutput, TimeStepDecay
+from .parts.qkv import OutputGate
+
+
+class KeyDecayConfig(DeltaConfig):
+    """Fields of the mixers of the delta family whose key dimensions decay each by themselves."""
+
+    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
+    """None: decays that differ within a pair of dimensions do not commute with turning it."""
+    gate: OutputGate = "sigmoid"
+    gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[3, None])
+    """Rank of the maps from tokens to decays and to the output gate; null for the width of a head's values."""
+
+
+class KDAConfig(KeyDecayConfig):
+    """KDA: a matrix state per head, each of whose key dimensions decays, and in which a key's value is replaced."""
+
+    kind: Literal["kda"] = "kda"
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "KDA":
+        return KDA(self, d_model, beta=self.n_heads)
+
+
+class KDA(QKVMixer):
+    """The layer of `KDAConfig`; the decays start as in the authors' code."""
+
+    log_decay_shape, silu, projects_gate = "B T H K", True, False
+
+    def __init__(self, config: KeyDecayConfig, d_model: int, **more: int) -> None:
+        super().__init__(config, d_model, **more)
+        rank, gate = config.gate_rank or self.value_dim, config.gate != "none"
+        self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False)
+        self.decay = TimeStepDecay(self.n_heads, rates=(1.0, 16.0), key_dim=self.key_dim)
+        self.gate_proj = LowRank(d_model, rank, self.n_heads * self.value_dim, bias=False) if gate else None
+
+    def project(self, x: Tensor, call: Call) -> QKV:
+        h = super().project(x, call)
+        return h if self.gate_proj is None else h._replace(gate=self.gate_proj(x).unflatten(-1, (self.n_heads, -1)))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """Natural log of alpha, [B T H K]."""
+        return self.decay(self.decay_proj(x).unflatten(-1, (self.n_heads, -1)))[1]
+
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
+        return delta(h.q, h.k, h.v, beta, self.log_decay(x), call)

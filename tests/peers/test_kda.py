@@ -1,0 +1,91 @@
+"""The KDA layer against transformers' Kimi Linear, and Gated DeltaNet-2 around flash-linear-attention's recurrence."""
+
+from importlib.util import find_spec
+from inspect import unwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fla_oracles import agree, loaded, needs_fla
+
+from seqmix.mixers import Paradigm
+from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
+from seqmix.mixers.kda import KDAConfig
+
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
+every_paradigm = pytest.mark.parametrize("paradigm", [Paradigm.RECURRENT, Paradigm.CHUNKWISE])
+
+
+@needs_transformers
+@every_paradigm
+def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+
+    # beside fla it calls fla's Triton kernels, which need a GPU
+    for name in ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"):
+        monkeypatch.setattr(kimi, name, unwrap(getattr(kimi, name)))
+    torch.manual_seed(0)
+    config = KimiLinearConfig(
+        hidden_size=32,
+        linear_num_heads=2,
+        linear_head_dim=16,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        rms_norm_eps=1e-5,
+    )
+    layer = kimi.KimiLinearDeltaAttention(config, 0)
+    torch.nn.init.uniform_(layer.o_norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(layer.forget_gate.A_log, -2, 1)
+    torch.nn.init.normal_(layer.forget_gate.dt_bias)
+    mixer = KDAConfig(n_heads=2, chunk_size=24).build(32, layer_idx=0, n_layers=1)
+    weights = {
+        "in_proj.weight": torch.cat([getattr(layer, f"{name}_proj").weight for name in ("q", "k", "v", "b")]),
+        "convolution.weight": layer.conv1d.weight[:, 0],
+        "decay_proj.down.weight": layer.forget_gate.f_a_proj.weight,
+        "decay_proj.up.weight": layer.forget_gate.f_b_proj.weight,
+        "decay.A_log": layer.forget_gate.A_log.flatten(),
+        "decay.dt_bias": layer.forget_gate.dt_bias.view(2, 16),
+        "gate_proj.down.weight": layer.g_a_proj.weight,
+        "gate_proj.up.weight": layer.g_b_proj.weight,
+        "norm.weight": layer.o_norm.weight,
+        "out_proj.weight": layer.o_proj.weight,
+    }
+    mixer.load_state_dict({name: x.detach() for name, x in weights.items()})
+    x = torch.randn(2, 70, 32)
+    results = []
+    for function in (layer, lambda x: mixer(x, paradigm=paradigm)[0]):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
+    agree(*results)
+
+
+@needs_fla
+@every_paradigm
+def test_gated_delta_net2_is_theirs(paradigm):
+    torch.manual_seed(0)
+    mixer = GatedDeltaNet2Config(n_heads=2, short_conv=None, chunk_size=16).build(32, layer_idx=0, n_layers=1).double()
+    recurrence = loaded("gdn2").naive_recurrent_gdn2
+
+    def heads(x):
+        return x.unflatten(-1, (2, -1))
+
+    def theirs(x, state):
+        q, k, v, erase, write = (heads(y) for y in mixer.in_proj(x).split([*mixer.widths.values()], dim=-1))
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+        g = -mixer.decay.A_log.exp()[:, None] * F.softplus(heads(mixer.decay_proj(x)) + mixer.decay.dt_bias)
+        o, state = recurrence(q, k, v, g, erase.sigmoid(), write.sigmoid(), None, state, True)
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
+        return mixer.out_proj((o * heads(mixer.gate_proj(x)).sigmoid()).flatten(2)), state
+
+    x, parameters, results = torch.randn(2, 40, 32).double().requires_grad_(), list(mixer.parameters()), []
+    for function in (lambda y, s: mixer(y, s, paradigm=paradigm, return_state=True), theirs):
+        first, state = function(x[:, :17], None)
+        second, state = function(x[:, 17:], state)
+        y = torch.cat((first, second), 1)
+        gradients = torch.autograd.grad((y * x.detach().cos()).sum(), [x, *parameters], materialize_grads=True)
+        results.append((y, getattr(state, "memory", state), *gradients))
+    agree(*results)
