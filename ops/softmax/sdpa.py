@@ -12,7 +12,7 @@ from ..autograd import differentiable_once
 from ..recurrent import no_autocast
 from .cache import GrowingCache, Offer
 from .call import Attention, AttentionOutput, factored, require_range, visible_keys
-from .weights import weighed
+from .weights import needs_weights, weighed
 
 
 def softmax_parallel(x: Attention) -> AttentionOutput:
@@ -89,8 +89,7 @@ def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H 
     if whole and not x.scores:
         return _fused(q, keys, offer.values, x.scale, None)
     seen, bias = visible_keys(places, offer, window), x.bias(places, offer)
-    # SDPA has no fused kernel for two widths
-    if x.softcap is not None or x.sinks is not None or x.value_dims is not None:
+    if needs_weights(x, bias):
         return weighed(x, q, keys, offer.values, seen, bias)
     with no_autocast(q.device):  # it would narrow the bias
         return _fused(q, keys, offer.values, x.scale, seen if bias is None else bias.masked_fill_(~seen, -torch.inf))

@@ -13,6 +13,20 @@ from ..recurrent import no_autocast
 from .call import Attention
 
 
+def needs_weights(x: Attention, bias: Tensor | None) -> bool:
+    """Whether SDPA cannot compute a call, or not well.
+
+    It has neither caps nor sinks, and no fused kernel for two widths. Beside queries of 16 bits it takes a wider bias,
+    but not everywhere: kernels of GPUs refuse it, or read its bytes as numbers of 16 bits.
+    """
+    return (
+        x.softcap is not None
+        or x.sinks is not None
+        or x.value_dims is not None
+        or (bias is not None and bias.dtype != x.q.dtype)
+    )
+
+
 def weighed(
     x: Attention,
     q: Float[Tensor, "B T H K"],

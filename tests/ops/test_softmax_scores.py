@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from fla_oracles import INSTALLED, agree, loaded, needs_fla, with_gradients
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from seqmix.ops.call import Call
 from seqmix.ops.kernels import find
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import ForgettingCache, RingCache, empty_cache, moved, softmax, softmax_attention
+from seqmix.ops.softmax import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax, softmax_attention
 from seqmix.registry import SeqmixError
 
 H, G, K, V = 4, 2, 4, 3
@@ -213,8 +214,24 @@ def test_gates_and_caps_are_not_rounded_to_16_bits(names, dtype):
         assert_close(found.double(), exact, rtol=0, atol=6 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("paradigm", PARADIGMS)
-@pytest.mark.parametrize("case", ["growing", "ring", "packed"])
+@pytest.mark.parametrize("names", [("log_forget",), ("slopes",)], ids="-".join)
+def test_torchs_sdpa_gets_no_bias_wider_than_its_queries(names, monkeypatch):
+    # on a GPU it raises, or reads a float32 bias as if it were of 16 bits
+    masks = []
+
+    def watched(*args, attn_mask, **options):
+        masks.append(attn_mask.dtype)
+        return scaled_dot_product_attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", watched)
+    tensors, fixed = segment(5)
+    given = {name: x.float() for name, x in (tensors | fixed).items() if name in (*names, "q", "k", "v")}
+    softmax_attention(**given)
+    softmax_attention(**given | {name: given[name].bfloat16() for name in "qkv"})
+    assert masks == [torch.float32]
+
+
+@pytest.mark.parametrize(("paradigm", "case"), list(zip(PARADIGMS, ["growing", "ring", "packed"], strict=True)))
 def test_it_compiles_into_one_graph(paradigm, case):
     given = chosen(*segment(6, 1), NAMES)
     heads = empty_cache(RingCache, 1 + (case == "packed"), 9, (G, K, V), torch.empty(0).double(), H)
