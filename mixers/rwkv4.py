@@ -22,10 +22,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.convolution import convolve_short
 from ..ops.scan import log_scan, scan
 from .parts import Call, Paradigm
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
+from .parts.token_shift import token_shift
 from .parts.widths import head_width
 
 
@@ -73,17 +73,17 @@ class RWKV4(ScanMixer):
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
         state = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state
         wide = self.state_dtype
-        shifted, recent = _before(x, state.recent, call)
+        shifted, recent = token_shift(x, state.recent, call)
         mixed = (torch.lerp(shifted, x, mu.to(x.dtype)) for mu in (self.mix_k, self.mix_v, self.mix_r))
         k, v, r = (layer(y) for layer, y in zip((self.k_proj, self.v_proj, self.r_proj), mixed, strict=True))
         k, v, dtype = k.to(wide), v.to(wide), v.dtype
         mean, weight = state.memory.unbind(1)
         log_decay = -self.time_decay.to(wide).exp()
         weights, weight_after = log_scan(k, log_decay.expand_as(k), call._replace(state=weight))
-        old, _ = _before(weights, weight[:, None], call)
+        old, _ = token_shift(weights, weight[:, None], call)
         kept = old + log_decay - k  # the parts of the old and the new add up to 1, whatever is rounded
         means, mean_after = scan((-kept).sigmoid() * v, F.logsigmoid(kept), call._replace(state=mean))
-        earlier, _ = _before(means, mean[:, None], call)
+        earlier, _ = token_shift(means, mean[:, None], call)
         wkv = torch.lerp(earlier, v, (self.time_first.to(wide) + k - old).sigmoid())
         y = self.out_proj((r.to(wide).sigmoid() * wkv).to(dtype))
         if mean_after is None or weight_after is None or recent is None:
@@ -99,9 +99,3 @@ class RWKV4(ScanMixer):
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         return 2 * length * sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
-
-
-def _before(x: Float[Tensor, "B T C"], first: Float[Tensor, "N 1 C"], call: Call) -> tuple[Tensor, Tensor | None]:
-    """x_{t-1} of every token, `first` of a row's or document's first one, and x of its last if states are wanted."""
-    older = torch.tensor([1.0, 0.0], device=x.device, dtype=x.dtype).expand(x.shape[2], 2)
-    return convolve_short(x, older, None, call._replace(state=first))

@@ -112,10 +112,18 @@ def decays(mixer, x, projected):
         low = mixer.decay_proj
         logits = (x @ low.down.weight.T @ low.up.weight.T).unflatten(-1, (config.n_heads, -1))
         return (-mixer.decay.A_log.exp()[:, None] * torch.log1p((logits + mixer.decay.dt_bias).exp())).exp()
+    if config.kind == "mlstm":
+        return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
     if config.kind == "gated_delta_net":
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
         return (-mixer.decay.A_log.exp() * step).exp()[..., None]
     return x.new_ones(())
+
+
+def capped(mixer, y):
+    """The logits of mLSTM's gates."""
+    cap = mixer.config.gate_soft_cap
+    return y if cap is None else cap * (y / cap).tanh()
 
 
 def features(mixer, y):
@@ -149,6 +157,10 @@ def written_out(mixer, x):
     a = decays(mixer, x, projected).expand(*k.shape)
     if config.kind == "hgrn2":
         q, k = q * q.sigmoid(), 1 - a
+    total, i = x.new_zeros(len(x), heads), None
+    if config.kind == "mlstm":
+        i = capped(mixer, projected["i"] + mixer.gate_bias[0]).exp()
+        k = i[..., None] * k
     most = 2 if getattr(config, "allow_neg_eigval", False) else 1
     beta = most * projected.get("beta", x.new_zeros(())).sigmoid()
     divided = getattr(config, "denominator", False)
@@ -166,6 +178,9 @@ def written_out(mixer, x):
         else:
             state = state + key * value
         o = (q[:, t, :, None] @ state)[:, :, 0] * scale
+        if i is not None:
+            weights, total = a[:, t] * weights + k[:, t], a[:, t, :, 0] * total + i[:, t]
+            o = o / (scale * (q[:, t] * weights).sum(-1, keepdim=True)).abs().clamp(min=1)
         if divided:
             weights = weights + k[:, t]
             o = o / ((q[:, t] * weights).sum(-1, keepdim=True) + config.eps)
@@ -184,4 +199,6 @@ def written_out(mixer, x):
         low = getattr(mixer, "gate_proj", None)
         gate = projected["gate"] if low is None else x @ low.down.weight.T @ low.up.weight.T
         o = o * gate.sigmoid() * (gate if config.gate == "swish" else 1)
-    return o @ mixer.out_proj.weight.T, torch.cat((state, weights[..., None]), -1) if divided else state
+    if divided or i is not None:
+        state = torch.cat((state, weights[..., None]), -1)
+    return o @ mixer.out_proj.weight.T, state if i is None else state / total[..., None, None]

@@ -60,6 +60,11 @@ def documentation_words(root: Path) -> dict[str, int]:
     return {name: len(GENERATED.sub("", (root / name).read_text(encoding="utf-8")).split()) for name in pages}
 
 
+def readme_lines(root: Path) -> int:
+    """Hand-written lines of the README: its table of mixers has a row for every file of theirs."""
+    return len(GENERATED.sub("", (root / "README.md").read_text(encoding="utf-8")).splitlines())
+
+
 def foreign_words(root: Path) -> dict[str, list[str]]:
     """Where each foreign word stands: `file:line`."""
     found: dict[str, list[str]] = {pattern: [] for pattern in FOREIGN}
@@ -85,7 +90,7 @@ def table(root: Path) -> str:
     pages = documentation_words(root)
     lines = [f"words of the documentation  {sum(pages.values()):,}"]
     lines += [f"  {name:40} {count:6,}" for name, count in sorted(pages.items(), key=lambda page: -page[1])]
-    lines += [f"lines of README.md  {len((root / 'README.md').read_text().splitlines())}"]
+    lines += [f"lines of README.md  {readme_lines(root)}"]
     lines += [f"test code over other code  {share_of_tests(root):.2f}", "foreign words (library, documentation, tests)"]
     for pattern, places in foreign_words(root).items():
         tests = sum(place.startswith("tests/") for place in places)

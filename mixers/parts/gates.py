@@ -52,12 +52,16 @@ class GatedNorm(nn.Module):
         gate: what the gate goes through.
         affine: whether the norm has weights.
         eps: added to the variance or the mean square.
+        heads: the last dimension but one, where each of its entries has weights of its own.
     """
 
-    def __init__(self, width: int, norm: HeadNorm, gate: Gate, *, affine: bool, eps: float) -> None:
+    def __init__(
+        self, width: int, norm: HeadNorm, gate: Gate, *, affine: bool, eps: float, heads: int | None = None
+    ) -> None:
         super().__init__()
         self.norm, self.gate, self.eps = norm, gate, eps
-        self.weight = nn.Parameter(torch.empty(width)) if affine and norm != "none" else None
+        shape = (width,) if heads is None else (heads, width)
+        self.weight = nn.Parameter(torch.empty(shape)) if affine and norm != "none" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,10 +73,13 @@ class GatedNorm(nn.Module):
         """The map; no gate where there is none."""
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         y, weight = x.to(wide), None if self.weight is None else self.weight.to(wide)
+        shared = weight if weight is not None and weight.ndim == 1 else None
         if self.norm == "group":
-            y = F.layer_norm(y, y.shape[-1:], weight, eps=self.eps)
+            y = F.layer_norm(y, y.shape[-1:], shared, eps=self.eps)
         elif self.norm == "rms":
-            y = F.rms_norm(y, y.shape[-1:], weight, self.eps)
+            y = F.rms_norm(y, y.shape[-1:], shared, self.eps)
+        if weight is not None and shared is None:
+            y = y * weight
         if gate is None or self.gate == "none":
             return y
         gate = gate.to(wide)

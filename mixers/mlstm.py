@@ -1,0 +1,131 @@
+"""mLSTM, the matrix memory of xLSTM (Beck et al., arXiv 2405.04517, Eq. 19 to 27), in the layer of xLSTM 7B (arXiv
+2503.13427, §3).
+
+    q, k, v = x W_Q, x W_K, x W_V by head
+    i_t, f_t = cap(x_t W_i + b_i), cap(x_t W_f + b_f)       cap(y) = c tanh(y / c)       one scalar per head
+    C_t = sigmoid(f_t) C_{t-1} + e^{i_t} k_t v_t^T          n_t = sigmoid(f_t) n_{t-1} + e^{i_t} k_t
+    o_t = q_t C_t / max(|q_t n_t|, sqrt(K))
+    y   = (sigmoid(x W_G) * LayerNorm(o)) W_O               the norm is per head, each channel has a weight
+
+Exponential gates leave the range of floats. With l_t = log(sigmoid(f_t) e^{l_{t-1}} + e^{i_t}), the state has l and the
+means A = C / e^l and n / e^l of what was written:
+
+    A_t = (1 - z_t) A_{t-1} + z_t k_t v_t^T                 z_t = sigmoid(i_t - log sigmoid(f_t) - l_{t-1})
+
+The paper divides by the exponential of a running maximum instead, to the same end. Differs from the layer of 7B, which
+adds 1e-6 to the denominator and starts input gates at -10: b_i is normal here, as in the first paper.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..ops.decay import decay
+from ..ops.scan import SCAN_PARADIGMS, log_scan
+from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
+from .parts.gates import GatedNorm
+from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
+from .parts.token_shift import token_shift
+
+LARGEST = 80.0
+"""Exponent at most: e^88 is the end of float32."""
+
+
+class MLSTMConfig(QKVConfig):
+    """mLSTM: a matrix state per head with exponential input gates, read through a normaliser."""
+
+    kind: Literal["mlstm"] = "mlstm"
+    expand_k: KeyExpansion = 0.5
+    gate: OutputGate = "sigmoid"
+    gate_soft_cap: float | None = Field(default=15.0, gt=0, le=40, examples=[5.0, None])
+    """c: input and forget gates' logits are at most so large; null for no limit, as in the first paper."""
+    head_norm: OutputNorm = "group"
+    norm_affine: Affine = True
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "MLSTM":
+        return MLSTM(self, d_model)
+
+
+class MLSTMState(NamedTuple):
+    """The state after a prefix."""
+
+    memory: Float[Tensor, "B H K V+1"]
+    """C and n over e^l, float32 or float64."""
+    weight: Float[Tensor, "B H"]
+    """l."""
+    recent: Float[Tensor, "B W-1 C"]
+    """The last inputs of the short convolution, oldest first; empty without one."""
+    position: Int[Tensor, " B"]
+    """Tokens processed."""
+
+
+class MLSTM(QKVMixer):
+    """The layer of `MLSTMConfig`."""
+
+    log_decay_shape = "B T H"
+
+    def __init__(self, config: MLSTMConfig, d_model: int) -> None:
+        super().__init__(config, d_model, i=config.n_heads, f=config.n_heads)
+        self.gate_bias = nn.Parameter(torch.empty(2, self.n_heads))
+        self.value_dim += 1  # of the state
+        self.reset_parameters()
+
+    def output_norm(self, width: int) -> GatedNorm:
+        config, heads = self.config, self.n_heads
+        return GatedNorm(
+            width, config.head_norm, config.gate, affine=config.norm_affine, eps=config.norm_eps, heads=heads
+        )
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if (bias := getattr(self, "gate_bias", None)) is not None:
+            with torch.no_grad():
+                nn.init.normal_(bias[0], std=0.1)
+                bias[1].copy_(torch.linspace(3, 6, self.n_heads))
+
+    def mix(  # pyright: ignore[reportIncompatibleMethodOverride] a state with another leaf
+        self, x: Float[Tensor, "B T D"], call: Call
+    ) -> tuple[Float[Tensor, "B T D"], MLSTMState | None]:
+        h = self.project(x, call)
+        weight = self.init_state(call.rows(x.shape[0])).weight if call.state is None else call.state.weight
+        # any way to compute it is one map
+        paradigm = call.paradigm if call.paradigm in SCAN_PARADIGMS else Paradigm.CHUNKWISE
+        scanned = call._replace(paradigm=paradigm, state=weight)
+        i, log_forget = self.gates(h)
+        weights, weight_after = log_scan(i, log_forget, scanned)
+        kept = token_shift(weights, weight[:, None], call)[0] + log_forget - i
+        more = {"kept": kept, "weights": weights}
+        o, memory = self.recur(x, h._replace(more=more), call.enter("memory"))
+        y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
+        after = self.state_after(x, memory, h.recent, call)
+        return y, None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
+
+    def gates(self, h: QKV) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
+        """i_t and log sigmoid(f_t), wide."""
+        wide, cap = self.state_dtype, self.config.gate_soft_cap
+        i, f = (h.more[name].to(wide) + b for name, b in zip("if", self.gate_bias.to(wide), strict=True))
+        if cap is not None:
+            i, f = (cap * torch.tanh(y / cap) for y in (i, f))
+        return i, F.logsigmoid(f)
+
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        # the old and the new have the parts sigmoid(kept) and sigmoid(-kept)
+        kept, weights = h.more["kept"], h.more["weights"]
+        k = (-kept).sigmoid()[..., None].to(h.k.dtype) * h.k
+        o, memory = decay(h.q, k, F.pad(h.v, (0, 1), value=1.0), F.logsigmoid(kept), call)
+        least = (-weights).clamp(max=LARGEST).exp()[..., None].to(o.dtype)
+        return RecurrenceOutput(o[..., :-1] / torch.maximum(o[..., -1:].abs(), least), memory)
+
+    def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # a denominator may be what is left of large terms: only the quotient may be narrow
+        return torch.promote_types(dtype, torch.float32)
+
+    def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, batch_size: int, *, max_length: int | None = None
+    ) -> MLSTMState:
+        state = super().init_state(batch_size)
+        return MLSTMState(state.memory, state.memory[:, :, 0, 0] - torch.inf, state.recent, state.position)
