@@ -114,7 +114,7 @@ def decays(mixer, x, projected):
         return (-mixer.decay.A_log.exp()[:, None] * torch.log1p((logits + mixer.decay.dt_bias).exp())).exp()
     if config.kind == "mlstm":
         return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
-    if config.kind == "gated_delta_net":
+    if config.kind == "gated_delta_net" or getattr(config, "forget_gate", False):
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
         return (-mixer.decay.A_log.exp() * step).exp()[..., None]
     return x.new_ones(())
@@ -152,8 +152,11 @@ def written_out(mixer, x):
         qkv = convolved(qkv, mixer.convolution.weight)
     if mixer.convolution is not None or config.kind == "lightning" or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
-    q, k, v = (y.unflatten(-1, (heads, -1)) for y in qkv.split([*mixer.widths.values()][:3], dim=-1))
-    q, k = features(mixer, q), features(mixer, k)
+    q, k, v = qkv.split([*mixer.widths.values()][:3], dim=-1)
+    steps, q = getattr(config, "n_steps", 1), features(mixer, q.unflatten(-1, (heads, -1)))
+    ks, vs = ([part.unflatten(-1, (heads, -1)) for part in y.chunk(steps, dim=-1)] for y in (k, v))
+    ks = [features(mixer, k) for k in ks]
+    k, v = ks[0], vs[0]
     a = decays(mixer, x, projected).expand(*k.shape)
     if config.kind == "hgrn2":
         q, k = q * q.sigmoid(), 1 - a
@@ -169,8 +172,9 @@ def written_out(mixer, x):
     for t in range(x.shape[1]):
         key, value, state = k[:, t, ..., None], v[:, t, :, None], a[:, t, ..., None] * state
         if "beta" in projected:
-            b = beta[:, t, :, None, None]
-            state = state - b * key @ (key.mT @ state) + b * key * value
+            for k, v, rate in zip(ks, vs, beta[:, t].chunk(steps, dim=-1), strict=True):
+                key, value, b = k[:, t, ..., None], v[:, t, :, None], rate[..., None, None]
+                state = state - b * key @ (key.mT @ state) + b * key * value
         elif "erase" in projected:
             written = projected["write"].sigmoid().unflatten(-1, (heads, -1))[:, t, :, None] * value
             erased = most * projected["erase"].sigmoid().unflatten(-1, (heads, -1))[:, t, ..., None] * key

@@ -69,6 +69,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     supports_context_parallel = True
     log_decay_shape: Literal["H", "B T H", "B T H K"] | None = None
     """The dimensions of its log-decays; None where nothing decays."""
+    steps: int = 1
+    """Steps of the recurrence per token."""
     n_heads: int
     key_dim: int
     value_dim: int
@@ -105,7 +107,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         widths = (self.key_dim, self.value_dim)
-        options = {"key_decays": True} if self.log_decay_shape == "B T H K" else {}
+        options: dict[str, int] = {"key_decays": True} if self.log_decay_shape == "B T H K" else {}
+        options |= {"steps": self.steps} if self.steps > 1 else {}
         per_head = self.family.flops(paradigm, length, *widths, chunk_size=self.chunk_size, context=context, **options)
         return 2 * length * weights + self.n_heads * per_head
 

@@ -75,8 +75,9 @@ class QKV(NamedTuple):
     """What is projected of a segment."""
 
     q: Float[Tensor, "B T H K"]
-    k: Float[Tensor, "B T H K"]
-    v: Float[Tensor, "B T H V"]
+    k: Float[Tensor, "B T*n H K"]
+    """Of n steps per token, side by side; n is 1 but for few mixers."""
+    v: Float[Tensor, "B T*n H V"]
     gate: Float[Tensor, "B T H V"] | None
     more: dict[str, Tensor]
     """What else the mixer projects, by name."""
@@ -116,9 +117,10 @@ class QKVMixer(MatrixStateMixer):
             raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
-        self.widths = {"q": keys, "k": keys, "v": values, **gate, **more}
+        written = self.steps * keys, self.steps * values
+        self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        self.convolution = ShortConvolution(2 * keys + values, config.short_conv) if config.short_conv else None
+        self.convolution = ShortConvolution(keys + sum(written), config.short_conv) if config.short_conv else None
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.reset_parameters()
@@ -162,16 +164,22 @@ class QKVMixer(MatrixStateMixer):
             qk, v, *others = self.in_proj(x).split([q + k, v, *rest], dim=-1)
             _, recent = self.convolve(qk, call)
         more = dict(zip(list(self.widths)[3:], others, strict=True))
-        qk, v = qk.unflatten(-1, (2 * self.n_heads, -1)), v.unflatten(-1, (self.n_heads, -1))
+        heads, written = self.n_heads, self.steps * self.n_heads
+        qk, v = qk.unflatten(-1, (heads + written, -1)), v.unflatten(-1, (written, -1))
         qk, positions = self.features(qk), None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
             if self.config.rotation != "none":  # the last of all: what is turned sees distances alone
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
-        q, k = qk.to(self.op_dtype(qk.dtype)).chunk(2, dim=2)
+        q, k = qk.to(self.op_dtype(qk.dtype)).split([heads, written], dim=2)
         gate = more.pop("gate", None)
         gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))
+        k, v = self.by_step(k), self.by_step(v)
         return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype)
+
+    def by_step(self, x: Float[Tensor, "B T n*H *rest"]) -> Float[Tensor, "B T*n H *rest"]:
+        """What a token has for each head and step, as one for each step after the other."""
+        return x if self.steps == 1 else x.unflatten(2, (self.steps, -1)).flatten(1, 2)
 
     @property
     def counts_positions(self) -> bool:

@@ -154,6 +154,7 @@ def delta_flops(
     context: int = 0,
     key_decays: bool = False,
     n_keys: int = 1,
+    steps: int = 1,
 ) -> int:
     """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
 
@@ -161,22 +162,24 @@ def delta_flops(
 
     Args:
         paradigm: how it is computed, recurrent or chunkwise.
-        length: tokens of the segment; steps of all tokens, of `delta_product`.
+        length: tokens of the segment.
         key_width: K.
         value_width: V.
         chunk_size: chunk length in tokens.
         context: tokens read before; any adds the products with the initial state.
         key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
         n_keys: keys that a token writes with: two in ops/dplr, where b is given.
+        steps: steps per token, of `delta_product`; of their writes, which are no matrix products, one is counted.
 
     Raises:
         SeqmixError: the paradigm does not exist.
     """
     per_state = 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
-        # prediction, writes and query; the first token of all has nothing to predict from
-        return ((2 + n_keys) * length - (n_keys if not context else 0)) * per_state
+        # predictions, writes and queries; the first token of all has nothing to predict from
+        return ((2 * steps + n_keys) * length - (n_keys if not context else 0)) * per_state
     require_paradigm(paradigm)
+    length *= steps
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
     pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares

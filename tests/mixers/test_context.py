@@ -38,6 +38,7 @@ MIXERS_OF_ALL_OPS = (
     ("mamba", {"d_state": 4, "chunk_size": 4}),
     ("delta_net", {"n_heads": 2, "chunk_size": 4}),
     ("gated_delta_net", {"n_heads": 2, "chunk_size": 4, "short_conv": 7}),
+    ("delta_product", {"n_heads": 2, "chunk_size": 4}),
     ("kda", {"n_heads": 2, "chunk_size": 4}),
     ("gated_delta_net2", {"n_heads": 2, "chunk_size": 4}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "chunk_size": 3}),

@@ -60,12 +60,13 @@ OWN = {
     "delta_net": [{"allow_neg_eigval": True}, {"gate": "swish", "norm_eps": 0.01}],
     "gated_delta_net": [{"allow_neg_eigval": True}, {"expand_k": 0.75, "expand_v": 1.5}],
     "kda": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5, "gate": "swish"}],
+    "delta_product": [{"n_steps": 3, "forget_gate": False}, {"allow_neg_eigval": False, **WIDTHS}, {"n_steps": 1}],
     "gated_delta_net2": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5}],
 }
 REFUSED = {
     *(("hgrn2", name) for name in ("short_conv", "qk_norm", "rotation", "rotation_base")),
     *(("gla", name) for name in ("rotation", "rotation_base")),
-    *((kind, "qk_norm") for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2")),
+    *((kind, "qk_norm") for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "delta_product")),
     *((kind, name) for kind in ("kda", "gated_delta_net2") for name in ("rotation", "rotation_base")),
 }
 """Options with a single value; the reason stands beside the field."""

@@ -1,4 +1,6 @@
-"""The KDA layer against transformers' Kimi Linear, and Gated DeltaNet-2 around flash-linear-attention's recurrence."""
+"""The KDA layer against transformers' Kimi Linear; Gated DeltaNet-2 and DeltaProduct around flash-linear-attention's
+recurrences, which stand between our projections and a norm written out: fla-core has no layers.
+"""
 
 from importlib.util import find_spec
 from inspect import unwrap
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla
 
 from seqmix.mixers import Paradigm
+from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
 from seqmix.mixers.kda import KDAConfig
 
@@ -62,30 +65,65 @@ def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
     agree(*results)
 
 
-@needs_fla
-@every_paradigm
-def test_gated_delta_net2_is_theirs(paradigm):
+def heads(x):
+    return x.unflatten(-1, (2, -1))
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def normed(mixer, o):
+    return o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
+
+
+def agree_in_pieces(config, paradigm, around):
+    """Output, state and gradients of all parameters; `around` makes a mixer a function of a piece and a state."""
     torch.manual_seed(0)
-    mixer = GatedDeltaNet2Config(n_heads=2, short_conv=None, chunk_size=16).build(32, layer_idx=0, n_layers=1).double()
-    recurrence = loaded("gdn2").naive_recurrent_gdn2
-
-    def heads(x):
-        return x.unflatten(-1, (2, -1))
-
-    def theirs(x, state):
-        q, k, v, erase, write = (heads(y) for y in mixer.in_proj(x).split([*mixer.widths.values()], dim=-1))
-        q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-        g = -mixer.decay.A_log.exp()[:, None] * F.softplus(heads(mixer.decay_proj(x)) + mixer.decay.dt_bias)
-        o, state = recurrence(q, k, v, g, erase.sigmoid(), write.sigmoid(), None, state, True)
-        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
-        return mixer.out_proj((o * heads(mixer.gate_proj(x)).sigmoid()).flatten(2)), state
-
+    mixer = config.build(32, layer_idx=0, n_layers=1).double()
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     x, parameters, results = torch.randn(2, 40, 32).double().requires_grad_(), list(mixer.parameters()), []
-    for function in (lambda y, s: mixer(y, s, paradigm=paradigm, return_state=True), theirs):
+    for function in (lambda y, s: mixer(y, s, paradigm=paradigm, return_state=True), around(mixer)):
         first, state = function(x[:, :17], None)
         second, state = function(x[:, 17:], state)
         y = torch.cat((first, second), 1)
-        gradients = torch.autograd.grad((y * x.detach().cos()).sum(), [x, *parameters], materialize_grads=True)
+        gradients = torch.autograd.grad((y * x.detach().cos()).sum(), [x, *parameters])
         results.append((y, getattr(state, "memory", state), *gradients))
     agree(*results)
+
+
+@needs_fla
+@every_paradigm
+def test_gated_delta_net2_is_theirs(paradigm):
+    recurrence = loaded("gdn2").naive_recurrent_gdn2
+
+    def around(mixer):
+        def theirs(x, state):
+            q, k, v, erase, write = (heads(y) for y in mixer.in_proj(x).split([*mixer.widths.values()], dim=-1))
+            g = -mixer.decay.A_log.exp()[:, None] * F.softplus(heads(mixer.decay_proj(x)) + mixer.decay.dt_bias)
+            q, k, v, erase, write = unit(F.silu(q)), unit(F.silu(k)), F.silu(v), erase.sigmoid(), write.sigmoid()
+            o, state = recurrence(q, k, v, g, erase, write, None, state, True)
+            return mixer.out_proj((normed(mixer, o) * heads(mixer.gate_proj(x)).sigmoid()).flatten(2)), state
+
+        return theirs
+
+    agree_in_pieces(GatedDeltaNet2Config(n_heads=2, short_conv=None, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@every_paradigm
+def test_delta_product_is_theirs(paradigm):
+    recurrence, n = loaded("gated_delta_product").naive_recurrent_gated_delta_product, 3
+
+    def around(mixer):
+        def theirs(x, state):
+            q, k, v, gate, beta, dt = mixer.in_proj(x).split([*mixer.widths.values()], dim=-1)
+            k, v, beta = (y.unflatten(-1, (n, -1)).flatten(1, 2) for y in (k, v, beta))
+            q, k, v = unit(F.silu(heads(q))), unit(F.silu(heads(k))), F.silu(heads(v))
+            g = -mixer.decay.A_log.exp() * F.softplus(dt + mixer.decay.dt_bias)
+            o, state = recurrence(q, k, v, g, 2 * beta.sigmoid(), 16**-0.5, None, state, True, n)
+            return mixer.out_proj((normed(mixer, o) * F.silu(heads(gate))).flatten(2)), state
+
+        return theirs
+
+    agree_in_pieces(DeltaProductConfig(n_heads=2, n_steps=n, short_conv=None, chunk_size=16), paradigm, around)

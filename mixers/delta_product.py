@@ -1,0 +1,53 @@
+"""DeltaProduct (Siems et al., arXiv 2502.10297), with the forget gate of its gated variant.
+
+    q, k_i, v_i = silu(conv(x W_Q)), silu(conv(x W_Ki)), silu(conv(x W_Vi)) by head;  q and k_i divided by their norms
+    beta_i  = sigmoid(x_t W_bi)   one scalar per head and step i = 1 .. n, from 0 to 1 (to 2 with allow_neg_eigval)
+    alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head, as in Gated DeltaNet; 1 without
+    S      <- alpha_t S;  then n times  S <- S + beta_i k_i (v_i - k_i^T S)^T          o_t = q_t S / sqrt(K)
+    y       = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
+
+A token's transition is a product of n Householder matrices, which can be any rotation of n dimensions where DeltaNet's
+is a reflection at most: with n = 1 it is Gated DeltaNet. The factor 1/sqrt(K) is hidden by the norm but for its eps.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ..ops.delta import delta_product
+from .delta_net import DeltaConfig, write_rate
+from .parts import QKV, Call, QKVMixer, RecurrenceOutput, TimeStepDecay
+
+
+class DeltaProductConfig(DeltaConfig):
+    """DeltaProduct: a matrix state per head, in which each token replaces the values of several keys, one by one."""
+
+    kind: Literal["delta_product"] = "delta_product"
+    n_steps: int = Field(default=2, gt=0, le=16, examples=[1, 3])
+    """n: keys that a token writes to."""
+    forget_gate: bool = True
+    """Whether the state decays before a token's steps."""
+    allow_neg_eigval: bool = True
+    """Whether beta goes up to 2: a step can then reflect, and two of them rotate."""
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "DeltaProduct":
+        return DeltaProduct(self, d_model)
+
+
+class DeltaProduct(QKVMixer):
+    """The layer of `DeltaProductConfig`; the decays start as in Gated DeltaNet."""
+
+    silu = True
+
+    def __init__(self, config: DeltaProductConfig, d_model: int) -> None:
+        self.steps, heads = config.n_steps, config.n_heads
+        gate = {"dt": heads} if config.forget_gate else {}
+        super().__init__(config, d_model, beta=self.steps * heads, **gate)
+        self.decay = TimeStepDecay(heads) if config.forget_gate else None
+        self.log_decay_shape = "B T H" if config.forget_gate else None
+
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        beta = write_rate(self.by_step(h.more["beta"]), self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
+        log_decay = None if self.decay is None else self.decay(h.more["dt"])[1]
+        return delta_product(h.q, h.k, h.v, beta, log_decay, call)
