@@ -3,6 +3,8 @@
 from .api import (
     SCAN_PARADIGMS,
     ScanOutput,
+    diagonal_recurrence,
+    diagonal_scan,
     log_scan,
     log_scan_recurrence,
     scan,
@@ -14,6 +16,8 @@ from .api import (
 __all__ = [
     "SCAN_PARADIGMS",
     "ScanOutput",
+    "diagonal_recurrence",
+    "diagonal_scan",
     "log_scan",
     "log_scan_recurrence",
     "scan",

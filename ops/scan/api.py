@@ -5,6 +5,7 @@ Notation: B batch, T tokens, C channels, K keys, N packed documents; a = log_dec
     scan        h_t = exp(a_t) h_{t-1} + x_t                  state  [C], or of any shape; the output is h_t
     log scan    h_t = log(exp(a_t + h_{t-1}) + exp(x_t))      the same of exponentials, which floats cannot hold
     selective   h_t = exp(step_t rate) h_{t-1} + k_t x_t^T    state  [K C]; o_t = q_t h_t
+    diagonal    h_t = exp(a + i angle) h_{t-1} + x_t          state  [K C], complex; o_t = Re(sum_k w h_t)
 
 The recurrent paradigm goes token by token, the chunkwise one by blocks of `chunk_size` tokens, several of them side by
 side. Both are linear in T, forward and backward. A log-decay of -inf is legal and resets the state.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from ..packing import Documents
 from ..paradigm import Paradigm
 from ..recurrence import require_chunk_size, require_packing
 from .blocks import wide
+from .diagonal import DIAGONAL, Diagonal
 from .elementwise import SCAN, Scan
 from .logarithmic import LOG_SCAN, LogScan
 from .selective import SELECTIVE, Selective
@@ -32,7 +35,7 @@ from .selective import SELECTIVE, Selective
 SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 """Those that the family has."""
 
-X = TypeVar("X", Scan, Selective, LogScan)
+X = TypeVar("X", Scan, Selective, LogScan, Diagonal)
 
 
 class ScanOutput(NamedTuple):
@@ -179,6 +182,76 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor, 
         return _output(SELECTIVE, given)
     total = _of_last(step.to(dtype), call.documents).sum(1)
     return _in_group(SELECTIVE, given, call, (total[:, None] * rate.to(dtype)).exp())
+
+
+def diagonal_recurrence(
+    x: Float[Tensor, "B T C"],
+    log_decay: Float[Tensor, "K C"],
+    angle: Float[Tensor, "K C"],
+    weight: Float[Tensor, "K C 2"],
+    *,
+    initial_state: Float[Tensor, "N K C 2"] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
+    chunk_size: int = 16,
+) -> ScanOutput:
+    """h_t = exp(log_decay + i angle) h_{t-1} + x_t, complex, and Re(sum_k weight h_t) as output.
+
+    Args:
+        x: what is written, a scalar per channel.
+        log_decay: natural log of the decays, <= 0, the same for all tokens.
+        angle: by which the states turn at each token.
+        weight: the output's complex weights, as pairs of real numbers, as states are.
+        initial_state: it decays before the first token is added; None means zeros.
+        output_final_state: as in `Call.of`, like the arguments below.
+
+    Raises:
+        SeqmixError: as of `scan_recurrence`.
+    """
+    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
+    return diagonal_scan(x, log_decay, angle, weight, call)
+
+
+def diagonal_scan(x: Tensor, log_decay: Tensor, angle: Tensor, weight: Tensor, call: Call) -> ScanOutput:
+    """The same for mixers, which pass a `Call`; the state is [N K C 2]."""
+    shapes = [list(tensor.shape) for tensor in (x, log_decay, angle, weight)]
+    if x.ndim != 3 or x.shape[1] < 1 or shapes[1:] != _diagonal_shapes(x, log_decay):
+        raise SeqmixError(
+            "x must be [B T C] with T >= 1, log_decay and angle [K C], the weight [K C 2]; given are "
+            f"{', '.join(map(str, shapes))}"
+        )
+    state = (*log_decay.shape, 2)
+    _require((x, log_decay, angle, weight), call, state)
+    dtype = wide(x)
+    if _is_step(x, call):
+        turned = _times(_polar(log_decay, angle).to(dtype), _state(x, call, torch.Size(state)))
+        h = turned + F.pad(x[:, 0, None, :, None].to(dtype), (0, 1))
+        real, imaginary = (weight.to(dtype) * h).unbind(-1)
+        return ScanOutput((real - imaginary).sum(1).to(x.dtype)[:, None], h if call.return_state else None)
+    given = Diagonal(x, log_decay, angle, weight, *_common(call))
+    if call.cp_group is None:
+        return _output(DIAGONAL, given)
+    counted = _of_last(x.new_ones(1, x.shape[1], 1, dtype=dtype), call.documents).sum()
+    transition = _polar(counted * log_decay.double(), counted * angle.double()).to(dtype)
+    return _in_group(DIAGONAL, given, call, transition[None], _times)
+
+
+def _diagonal_shapes(x: Tensor, log_decay: Tensor) -> list[list[int]]:
+    shape = [log_decay.shape[0], x.shape[2]]
+    return [shape, shape, [*shape, 2]]
+
+
+def _polar(log_decay: Tensor, angle: Tensor) -> Tensor:
+    """exp(log_decay + i angle) as pairs of real numbers."""
+    log_decay, angle = log_decay.double(), angle.double()  # an angle of many turns has few digits left
+    return log_decay.exp()[..., None] * torch.stack((angle.cos(), angle.sin()), dim=-1)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """The product of complex numbers, as pairs of real ones."""
+    (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
+    return torch.stack((a * c - b * d, a * d + b * c), dim=-1)
 
 
 def _selective_shapes(x: Tensor, rate: Tensor) -> list[list[int]]:

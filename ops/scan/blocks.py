@@ -41,6 +41,9 @@ class Rule(ABC, Generic[I]):
     blocks are [m n B *], a token's of all blocks and rows side by side.
     """
 
+    is_complex = False
+    """Whether states are complex: outside of the op they are pairs of real numbers, [N *E 2]."""
+
     @abstractmethod
     def output(self, x: I) -> Tensor:
         """Empty room for the output, [B T *]."""
@@ -51,7 +54,7 @@ class Rule(ABC, Generic[I]):
 
     @abstractmethod
     def terms(self, x: I, group: Group) -> tuple[Tensor, Tensor]:
-        """a and w of a group, [m n B *E], wide and of nobody else: both are overwritten."""
+        """a and w of a group, [m n B *E], wide and of nobody else: both are overwritten. Or a of all tokens, [*E]."""
 
     @abstractmethod
     def read(self, x: I, group: Group, states: Tensor) -> Tensor:
@@ -160,13 +163,6 @@ class Layout(NamedTuple):
         return Edges(at % group.length, at // group.length, self.document[inside])
 
 
-def _kept(x: Any, edges: Edges, like: Tensor) -> Tensor:
-    """The initial states of documents, [documents *E]."""
-    if x.initial_state is None:
-        return like.new_zeros(len(edges.document), *like.shape[1:])
-    return x.initial_state[edges.document].to(like.dtype)
-
-
 # ---- blocks
 
 
@@ -235,7 +231,7 @@ def cuts(x: Any, output: Tensor, elements: int) -> list[Group]:
 
 
 class _Terms(NamedTuple):
-    """A group's recurrence, ready to run."""
+    """A group's recurrence, ready to run; of complex decays, all but the first two are conjugated in backward."""
 
     decay: Tensor
     written: Tensor
@@ -245,16 +241,45 @@ class _Terms(NamedTuple):
     """The decays of the documents' first tokens, in whose place zeros stand."""
 
 
-def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None) -> _Terms:
+def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None, initial: Tensor | None) -> _Terms:
     log_decay, written = rule.terms(x, group)
+    if log_decay.ndim < written.ndim:
+        decay = log_decay.exp().to(written.dtype).expand_as(written)
+        total = (group.length * log_decay).exp().to(written.dtype).expand(written.shape[1:])
+        if firsts is not None:
+            decay, total = decay.clone(), total.clone()
+    else:
+        total = log_decay.sum(0).exp_()
+        decay = log_decay.exp_()
     kept = None
     if firsts is not None:
-        kept = firsts.of(log_decay).exp()
-        firsts.put(log_decay, -torch.inf)
-        if x.initial_state is not None:
-            firsts.put(written, firsts.of(written) + kept * _kept(x, firsts, kept))
-    total = log_decay.sum(0).exp_() if group.chunks > 1 else None
-    return _Terms(log_decay.exp_(), written, total, kept)
+        kept = firsts.of(decay)
+        firsts.put(decay, 0)
+        total[firsts.block, 0] = 0
+        if initial is not None:
+            firsts.put(written, firsts.of(written) + kept * initial[firsts.document])
+    return _Terms(decay, written, total if group.chunks > 1 else None, kept)
+
+
+def _conjugated(terms: _Terms) -> _Terms:
+    """What the backward pass multiplies with."""
+    if not terms.decay.is_complex():
+        return terms
+    # of fixed decays one is as good as all
+    one = terms.decay[0, 0, 0].conj_physical().expand_as(terms.decay)
+    decay = one if terms.decay.stride(0) == 0 else terms.decay.conj_physical()
+    total, kept = (None if y is None else y.conj_physical() for y in (terms.total, terms.kept))
+    return _Terms(decay, terms.written, total, kept)
+
+
+def _as_states(x: Tensor, rule: Rule[Any]) -> Tensor:
+    """What passes for states outside of the op, as states: [.. *E]; a view."""
+    return torch.view_as_complex(x) if rule.is_complex and x.numel() else x
+
+
+def _initial(x: Any, rule: Rule[Any], dtype: torch.dtype) -> Tensor | None:
+    """The states before all tokens, [N *E]."""
+    return None if x.initial_state is None else _as_states(x.initial_state.to(dtype).contiguous(), rule)
 
 
 def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
@@ -262,23 +287,28 @@ def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
     batch, length = output.shape[:2]
     rows = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     blocks = -(-length // x.chunk_size) if x.needs_grad else 0
-    dtype = wide(output)
+    dtype, shape = wide(output), (*shape, 2) if rule.is_complex else shape
     final = output.new_empty((rows, *shape) if x.output_final_state else (0,), dtype=dtype)
     return output, final, output.new_empty((blocks, batch, *shape), dtype=dtype)
 
 
 def _forward(x: Any, rule: Rule[Any]) -> Outputs:
-    output, final, entries = _allocate(x, rule)
+    results = _allocate(x, rule)
+    output, (final, entries) = results[0], (_as_states(y, rule) for y in results[1:])
     layout, index = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1]), 0
-    initial = torch.zeros_like(final) if x.initial_state is None else x.initial_state.to(final.dtype)
-    # of packed documents, it is the first token that continues one
-    continues = layout is None and x.initial_state is not None
-    state = initial if continues else entries.new_zeros(entries.shape[1:])
+    initial = _initial(x, rule, results[1].dtype)
+    if layout is None and initial is not None:
+        state = initial
+    else:  # of packed documents, it is the first token that continues one
+        kind = torch.complex64 if rule.is_complex else results[1].dtype
+        state = torch.zeros(
+            (output.shape[0], *rule.shape(x)), device=output.device, dtype=torch.promote_types(kind, results[1].dtype)
+        )
     if layout is not None and x.output_final_state:
-        final.copy_(initial)  # of documents without tokens
+        final.zero_() if initial is None else final.copy_(initial)  # of documents without tokens
     for group in cuts(x, output, state[0].numel()):
         firsts = None if layout is None else layout.firsts(group)
-        terms = _terms(x, rule, group, firsts)
+        terms = _terms(x, rule, group, firsts, initial)
         entered = (
             entries[index : index + group.chunks]
             if x.needs_grad
@@ -293,17 +323,19 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
             final[lasts.document] = lasts.of(terms.written)
     if layout is None and x.output_final_state:
         final.copy_(state)
-    return output, final, entries
+    return results
 
 
 def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor]:
-    (d_output, d_final), (entries,) = gradients.outputs, gradients.saved
-    output = rule.output(x)
+    (d_output, d_final), (saved,) = gradients.outputs, gradients.saved
+    output, entries = rule.output(x), _as_states(saved, rule)
     d_output = torch.zeros_like(output) if d_output is None else d_output
-    d_final = None if d_final is None or not d_final.numel() else d_final.to(entries.dtype)
+    d_final = None if d_final is None or not d_final.numel() else _as_states(d_final.to(saved.dtype).contiguous(), rule)
     layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
-    out = {name: torch.zeros_like(getattr(x, name), dtype=entries.dtype) for name in gradients.wanted}
-    d_initial = out.pop("initial_state", None)
+    given = {name: getattr(x, name) for name in gradients.wanted}
+    out = {name: y.new_zeros(y.shape, dtype=saved.dtype) for name, y in given.items()}
+    d_initial = _as_states(out["initial_state"], rule) if "initial_state" in out else None
+    initial = _initial(x, rule, saved.dtype)
     if layout is not None and d_initial is not None and d_final is not None:
         d_initial.copy_(d_final)  # of documents without tokens
     # the gradient of the state after the group
@@ -313,8 +345,9 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     for group in reversed(groups_of):
         index -= group.chunks
         entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
-        terms = _terms(x, rule, group, firsts)
+        terms = _terms(x, rule, group, firsts, initial)
         run_tokens(terms.decay, terms.written, entered)
+        terms = _conjugated(terms)
         d_above = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_above)
         if layout is not None and d_final is not None:
@@ -331,13 +364,11 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         before = torch.cat((entered[None], terms.written[:-1]))
         if firsts is not None and terms.kept is not None:
             firsts.put(terms.decay, terms.kept)
-            firsts.put(before, _kept(x, firsts, terms.kept))
+            before[firsts.token, firsts.block, 0] = 0 if initial is None else initial[firsts.document]
             if d_initial is not None:
                 d_initial[firsts.document] = terms.kept * firsts.of(d_states)
-        d_log_decay = before.mul_(terms.decay).mul_(d_states)
+        d_log_decay = before.conj_physical_().mul_(terms.decay).mul_(d_states)
         rule.gradients(x, group, Found(terms.written, d_states, d_log_decay, d_above), out)
-    if d_initial is not None:
-        if layout is None:
-            d_initial.copy_(above)
-        out["initial_state"] = d_initial
+    if d_initial is not None and layout is None:
+        d_initial.copy_(above)
     return out

@@ -34,6 +34,7 @@ MIXERS_OF_ALL_OPS = (
     ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("rg_lru", {"n_heads": 2, "chunk_size": 4}),
     ("rwkv4", {"chunk_size": 4}),
+    ("h3", {"d_state": 6, "chunk_size": 4}),
     ("min_gru", {"chunk_size": 4}),
     ("mamba", {"d_state": 4, "chunk_size": 4}),
     ("delta_net", {"n_heads": 2, "chunk_size": 4}),

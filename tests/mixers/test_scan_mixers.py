@@ -90,8 +90,22 @@ def rwkv4(mixer, x):
     return y, torch.stack((num / den, den.log()), 1)
 
 
-SMALL = {"rwkv4": {}, "min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
+def h3(mixer, x):
+    q, k, v = (x @ mixer.in_proj.weight.T).chunk(3, -1)
+    u = convolved(k, mixer.convolution.weight) * v
+    step, a = mixer.log_step.exp(), torch.complex(-mixer.A_log.exp(), mixer.A_imag)
+    b, c = ((step * a).exp() - 1) / a, torch.view_as_complex(mixer.C)
+    h, outputs = torch.zeros(len(x), *a.shape, dtype=a.dtype), []
+    for t in range(x.shape[1]):
+        # the discrete input weights stand at the output
+        h = (step * a).exp() * h + u[:, t, None]
+        outputs.append(q[:, t] * (2 * (c * b * h).sum(1).real + mixer.D * u[:, t]))
+    return torch.stack(outputs, 1) @ mixer.out_proj.weight.T, torch.view_as_real(h)
+
+
+SMALL = {"h3": {"d_state": 6}, "rwkv4": {}, "min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
 OPTIONS = {
+    "h3": [{}, {"d_state": 2, "short_conv": 1}],
     "rwkv4": [{}, {"expand": 1.5}],
     "min_gru": [{}, {"candidate": "linear", "expand": 2.0}, {"short_conv": 3}],
     "mamba": [{}, {"dt_rank": 3, "d_state": 1, "short_conv": 1}, {"expand": 0.5, "chunk_size": 3}],

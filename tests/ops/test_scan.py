@@ -8,13 +8,22 @@ import torch
 from torch.testing import assert_close
 
 from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.scan import SCAN_PARADIGMS, blocks, log_scan_recurrence, scan_recurrence, selective_recurrence
+from seqmix.ops.scan import (
+    SCAN_PARADIGMS,
+    blocks,
+    diagonal_recurrence,
+    log_scan_recurrence,
+    scan_recurrence,
+    selective_recurrence,
+)
 from seqmix.registry import SeqmixError
 
 C, K = 5, 3
 NOTHING = {log_scan_recurrence: -torch.inf}
 every_paradigm = pytest.mark.parametrize("paradigm", sorted(SCAN_PARADIGMS))
-every_op = pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence, log_scan_recurrence])
+every_op = pytest.mark.parametrize(
+    "op", [scan_recurrence, selective_recurrence, log_scan_recurrence, diagonal_recurrence]
+)
 every_layout = pytest.mark.parametrize(
     ("lengths", "packed"),
     [([1, 1], False), ([7, 7], False), ([30], False), ([5], True), ([0, 9, 0, 1, 1, 12, 8, 0], True)],
@@ -35,7 +44,10 @@ def tensors(op, lengths, packed, *, reset=0.1, strength=2.0, dtype=torch.float64
     batch, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     x, step = randn(batch, length, C), strength * torch.rand(batch, length, C, dtype=torch.float64)
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None
-    if op is not selective_recurrence:
+    if op is diagonal_recurrence:
+        log_decay, angle = -strength * torch.rand(K, C, dtype=torch.float64), 3 * randn(K, C)
+        given = [x, log_decay, angle, randn(K, C, 2), randn(len(lengths), K, C, 2)]
+    elif op is not selective_recurrence:
         log_decay = (-step).masked_fill(torch.rand_like(step) < reset, -torch.inf)
         given = [x, log_decay, randn(len(lengths), C)]
     else:
@@ -48,7 +60,12 @@ def define(op, given, h):
     """For one sequence, [T *]: outputs, and the state after it."""
     outputs = []
     for t in range(len(given[0])):
-        if op is not selective_recurrence:
+        if op is diagonal_recurrence:
+            x, log_decay, angle, weight = given
+            turn = torch.polar(log_decay.exp(), angle)
+            h = torch.view_as_real(turn * torch.view_as_complex(h.contiguous()) + x[t])
+            outputs.append((weight[..., 0] * h[..., 0] - weight[..., 1] * h[..., 1]).sum(0))
+        elif op is not selective_recurrence:
             x, log_decay = (tensor[t] for tensor in given)
             log = op is log_scan_recurrence
             h = ((log_decay + h).exp() + x.exp()).log() if log else log_decay.exp() * h + x
@@ -65,7 +82,7 @@ def by_definition(op, tensors, lengths, packed):
     rows = []
     for row, h in enumerate(state):
         start, stop = (sum(lengths[:row]), sum(lengths[: row + 1])) if packed else (0, lengths[0])
-        own = [x if x.ndim == 2 else x[0 if packed else row, start:stop] for x in given]
+        own = [x if len(x) == K else x[0 if packed else row, start:stop] for x in given]
         rows.append(define(op, own, h))
     outputs, states = zip(*rows, strict=True)
     return torch.cat(outputs)[None] if packed else torch.stack(outputs), torch.stack(states)
@@ -154,12 +171,16 @@ def test_it_is_one_node_for_a_compiler(op, packed, counter):
 def test_its_op_passes_opcheck(op, packed):
     given, boundaries = tensors(op, [4, 9] if packed else [13, 13], packed)
     numbers = None if boundaries is None else boundaries.tolist()
-    name = op.__name__.removesuffix("_recurrence").replace("selective", "selective_scan")
+    name = (
+        op.__name__.removesuffix("_recurrence")
+        .replace("selective", "selective_scan")
+        .replace("diagonal", "diagonal_scan")
+    )
     arguments = (*given, boundaries, numbers, 4, True, False, True)
     torch.library.opcheck(getattr(torch.ops.seqmix, name).default, arguments)
 
 
-@pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence])
+@pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence, diagonal_recurrence])
 def test_memory_for_the_backward_pass_is_a_state_per_block(op):
     given, _ = tensors(op, [640], False)
     saved = []
