@@ -9,17 +9,27 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """A linear map of low rank: x W1 W2, plus a bias if wanted, which starts at 0."""
+    """A map of low rank: act(x W1) W2, plus a bias if wanted, which starts at 0; linear but for an activation."""
 
-    def __init__(self, width_in: int, rank: int, width_out: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        rank: int,
+        width_out: int,
+        *,
+        bias: bool,
+        activation: Literal["none", "tanh", "sigmoid"] = "none",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.down = nn.Linear(width_in, rank, bias=False)
         self.up = nn.Linear(rank, width_out, bias=bias)
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
         """The map of the last dimension."""
-        return self.up(self.down(x))
+        low = self.down(x)
+        return self.up(low if self.activation == "none" else low.tanh() if self.activation == "tanh" else low.sigmoid())
 
     def reset_parameters(self) -> None:
         """Xavier-uniform matrices, and no bias."""

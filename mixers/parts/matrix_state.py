@@ -15,6 +15,7 @@ from ...ops.recurrence import Family
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits
 from .short_convolution import ShortConvolution
+from .token_shift import TokenShift
 
 Chunk = Annotated[int, Field(gt=0, le=2**20, description="Chunk length in tokens; changes the cost, never the result.")]
 ShortConv = Annotated[
@@ -74,7 +75,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     n_heads: int
     key_dim: int
     value_dim: int
-    convolution: ShortConvolution | None
+    convolution: ShortConvolution | TokenShift | None
 
     def __init__(self, config: MatrixStateConfig) -> None:
         super().__init__(config)
