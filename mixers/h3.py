@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import diagonal_scan
-from .parts import Call, Paradigm, ShortConvolution
+from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
@@ -59,9 +59,7 @@ class H3(ScanMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """S4D-Lin: A = -1/2 + i pi n; normal C and D, and torch's own for the rest."""
-        for part in (self.in_proj, self.convolution, self.out_proj):
-            if part is not None:
-                part.reset_parameters()
+        super().reset_parameters()
         self.log_step.uniform_(*map(math.log, self.config.time_step_range))
         nn.init.constant_(self.A_log, math.log(0.5))
         self.A_imag.copy_(math.pi * torch.arange(len(self.A_imag), device=self.device)[:, None])
@@ -89,6 +87,3 @@ class H3(ScanMixer):
         real, imaginary = (real * rate + imaginary * turn) / size, (imaginary * rate - real * turn) / size
         (a, b), c = (real, imaginary), 2 * c
         return log_decay, angle, torch.stack((a * c[..., 0] - b * c[..., 1], a * c[..., 1] + b * c[..., 0]), dim=-1)
-
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        return 2 * length * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

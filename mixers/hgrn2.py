@@ -48,29 +48,37 @@ class HGRN2(QKVMixer):
 
     def __init__(self, config: HGRN2Config, d_model: int, bound: float) -> None:
         super().__init__(config, d_model)
-        self.start = bound
-        self.bound = nn.Parameter(torch.empty(self.n_heads, self.key_dim)) if bound else None
+        self.forget = ForgetGate(self.n_heads, self.key_dim, bound)
         self.norm = self.output_norm(self.n_heads * self.value_dim)
+
+    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
+        log_forget, taken = self.forget(h.k.to(self.state_dtype))
+        return decay(F.silu(h.q), taken.to(h.q.dtype), h.v, log_forget, call)
+
+    def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
+        # one norm over all heads
+        return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))
+
+
+class ForgetGate(nn.Module):
+    """f_t of logits, with a lower bound per key dimension that starts at `bound`; there is none where that is 0."""
+
+    def __init__(self, n_heads: int, key_dim: int, bound: float) -> None:
+        super().__init__()
+        self.start = bound
+        self.bound = nn.Parameter(torch.empty(n_heads, key_dim)) if bound else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if (bound := getattr(self, "bound", None)) is not None:
-            nn.init.constant_(bound, math.log(self.start / (1 - self.start)))
+        """All bounds at the start."""
+        if self.bound is not None:
+            nn.init.constant_(self.bound, math.log(self.start / (1 - self.start)))
 
-    def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        log_forget, taken = self.gates(h.k.to(self.state_dtype))
-        return decay(F.silu(h.q), taken.to(h.q.dtype), h.v, log_forget, call)
-
-    def gates(self, logits: Float[Tensor, "B T H K"]) -> tuple[Tensor, Tensor]:
-        """Natural log of f_t, and 1 - f_t, wide: neither is formed as a difference from 1, where it is small."""
+    def forward(self, logits: Float[Tensor, "B T H K"]) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H K"]]:
+        """Natural log of f_t, and 1 - f_t: neither is formed as a difference from 1, where it is small."""
         if self.bound is None:
             return F.logsigmoid(logits), (-logits).sigmoid()
         bound = self.bound.to(logits.dtype)
         taken = (-bound).sigmoid() * (-logits).sigmoid()
         little = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(logits))
         return torch.where(taken < 0.5, torch.log1p(-taken.clamp(max=0.5)), little), taken
-
-    def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
-        # one norm over all heads
-        return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))

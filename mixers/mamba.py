@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import selective_scan
-from .parts import Call, Paradigm, ShortConvolution
+from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range, step_bias
@@ -62,14 +62,13 @@ class Mamba(ScanMixer):
         self.A_log = nn.Parameter(torch.empty(config.d_state, width))
         self.D = nn.Parameter(torch.empty(width))
         self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.products = self.A_log.numel()  # C h
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As the authors' code: torch's own for projections, rates of 1 to N in every channel (S4D-Real)."""
-        for part in (self.in_proj, self.convolution, self.x_proj, self.out_proj):
-            if part is not None:
-                part.reset_parameters()
+        super().reset_parameters()
         bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         self.dt_proj.bias.copy_(step_bias(torch.rand_like(self.D, dtype=torch.float64), self.config.time_step_range))
@@ -87,7 +86,3 @@ class Mamba(ScanMixer):
         )
         o = (o + self.D.to(wide) * u.to(wide)) * F.silu(gate.to(wide))
         return self.out_proj(o.to(u.dtype)), self.state_after(x, memory, recent, call)
-
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * length * (weights + self.A_log.numel())

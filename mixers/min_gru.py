@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import scan
-from .parts import Call, Paradigm, ShortConvolution
+from .parts import Call, ShortConvolution
 from .parts.matrix_state import ShortConv
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.widths import head_width
@@ -50,12 +50,6 @@ class MinGRU(ScanMixer):
             self.convolution = ShortConvolution(d_model, config.short_conv, bias=True, activation="none")
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """As torch's layers."""
-        for part in (self.in_proj, self.out_proj, self.convolution):
-            if part is not None:
-                part.reset_parameters()
-
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
         u, recent = self.convolve(x, call)
         projected = self.in_proj(u)
@@ -65,6 +59,3 @@ class MinGRU(ScanMixer):
         # the logarithm of 1 - z, which as such would round to 0 too early
         h, memory = scan(gate.sigmoid() * v, F.logsigmoid(-gate), call.enter("memory"))
         return self.out_proj(h.to(projected.dtype)), self.state_after(x, memory, recent, call)
-
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        return 2 * length * (self.in_proj.weight.numel() + self.out_proj.weight.numel())

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import scan
-from .parts import Call, Paradigm, ShortConvolution
+from .parts import Call, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
 from .parts.widths import head_width
@@ -72,16 +72,16 @@ class RGLRU(ScanMixer):
         self.gate_bias = nn.Parameter(torch.empty(config.n_heads, 2 * block))
         self.rate = nn.Parameter(torch.empty(self.width))
         self.out_proj = nn.Linear(self.width, d_model)
+        self.products = self.gate_weight.numel()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """LeCun-normal matrices, no biases, and decays in their range, as the paper has them."""
+        super().reset_parameters()
         for layer in (self.in_proj, self.out_proj):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
-        if self.convolution is not None:
-            self.convolution.reset_parameters()
         nn.init.normal_(self.gate_weight, std=self.gate_weight.shape[1] ** -0.5)
         nn.init.zeros_(self.gate_bias)
         low, high = self.config.a_range
@@ -102,10 +102,6 @@ class RGLRU(ScanMixer):
         h, memory = scan(written * i.flatten(2) * u.to(logits.dtype), log_decay, call.enter("memory"))
         y = self.out_proj((h * F.gelu(gate.to(h.dtype), approximate="tanh")).to(u.dtype))
         return y, self.state_after(x, memory, recent, call)
-
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        weights = (self.in_proj.weight, self.gate_weight, self.out_proj.weight)
-        return 2 * length * sum(weight.numel() for weight in weights)
 
 
 def _sqrt(v: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import log_scan, scan
-from .parts import Call, Paradigm
+from .parts import Call
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.token_shift import token_shift
 from .parts.widths import head_width
@@ -96,6 +96,3 @@ class RWKV4(ScanMixer):
         memory = torch.stack((state.memory[:, 0], torch.full_like(state.memory[:, 1], -torch.inf)), dim=1)
         recent = torch.zeros(batch_size, 1, len(self.mix_k), device=self.device, dtype=self.dtype)
         return state._replace(memory=memory, recent=recent)
-
-    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        return 2 * length * sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))

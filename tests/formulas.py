@@ -106,7 +106,7 @@ def decays(mixer, x, projected):
         logits = x @ mixer.decay_proj.down.weight.T @ up.weight.T + up.bias
         return (1 / (1 + (-logits).exp())).unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
     if config.kind == "hgrn2":
-        forget, bound = 1 / (1 + (-projected["k"]).exp()), mixer.bound.sigmoid().flatten()
+        forget, bound = 1 / (1 + (-projected["k"]).exp()), mixer.forget.bound.sigmoid().flatten()
         return (bound + (1 - bound) * forget).unflatten(-1, (config.n_heads, -1))
     if config.kind in ("kda", "gated_delta_net2"):
         low = mixer.decay_proj

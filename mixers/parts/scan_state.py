@@ -1,11 +1,11 @@
 """A vector, or a few per channel, as the state: what every mixer of the scan family has, whatever its projections."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops.call import Call
 from ...ops.paradigm import Paradigm
@@ -45,6 +45,8 @@ class ScanMixer(SequenceMixer[ScanState]):
 
     supports_context_parallel = True
     convolution: ShortConvolution | None
+    products = 0
+    """Multiplications of a token's matrix products outside of linear layers."""
 
     def __init__(self, config: Any, *memory: int) -> None:
         super().__init__(config)
@@ -63,6 +65,15 @@ class ScanMixer(SequenceMixer[ScanState]):
         if memory is None:
             return None
         return ScanState(memory, recent, call.advance(x, None if call.state is None else call.state.position))
+
+    def reset_parameters(self) -> None:
+        """Every layer as it resets itself, torch's own by default."""
+        for part in cast("Any", self.children()):
+            part.reset_parameters()
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * length * (weights + self.products)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ScanState:
         del max_length

@@ -73,7 +73,7 @@ def test_hgrn2_is_theirs_with_keys_that_decays_leave(paradigm):
 
     def theirs(x, state):
         q, forget, v = heads(ours, x)
-        bound = torch.sigmoid(ours.bound)
+        bound = torch.sigmoid(ours.forget.bound)
         forget = bound + (1 - bound) * torch.sigmoid(forget)
         output, state = recurrence(F.silu(q), 1 - forget, v, forget.log(), state, True)
         return ours.out_proj(rms(output.flatten(2)) * ours.norm.weight), state
