@@ -1,5 +1,5 @@
-"""The KDA layer against transformers' Kimi Linear; Gated DeltaNet-2 and DeltaProduct around flash-linear-attention's
-recurrences, which stand between our projections and a norm written out: fla-core has no layers.
+"""The KDA layer against transformers' Kimi Linear; Gated DeltaNet-2, DeltaProduct and RWKV-7 around
+flash-linear-attention's recurrences, which stand between our projections and a norm written out.
 """
 
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from seqmix.mixers import Paradigm
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
 from seqmix.mixers.kda import KDAConfig
+from seqmix.mixers.rwkv7 import RWKV7Config
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
 every_paradigm = pytest.mark.parametrize("paradigm", [Paradigm.RECURRENT, Paradigm.CHUNKWISE])
@@ -81,14 +82,15 @@ def agree_in_pieces(config, paradigm, around):
     """Output, state and gradients of all parameters; `around` makes a mixer a function of a piece and a state."""
     torch.manual_seed(0)
     mixer = config.build(32, layer_idx=0, n_layers=1).double()
-    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(mixer.norm_weight if hasattr(mixer, "norm_weight") else mixer.norm.weight, 0.5, 1.5)
     x, parameters, results = torch.randn(2, 40, 32).double().requires_grad_(), list(mixer.parameters()), []
     for function in (lambda y, s: mixer(y, s, paradigm=paradigm, return_state=True), around(mixer)):
         first, state = function(x[:, :17], None)
         second, state = function(x[:, 17:], state)
         y = torch.cat((first, second), 1)
         gradients = torch.autograd.grad((y * x.detach().cos()).sum(), [x, *parameters])
-        results.append((y, getattr(state, "memory", state), *gradients))
+        memory = state.memory if hasattr(state, "memory") else state[-1] if isinstance(state, tuple) else state
+        results.append((y, memory, *gradients))
     agree(*results)
 
 
@@ -127,3 +129,29 @@ def test_delta_product_is_theirs(paradigm):
         return theirs
 
     agree_in_pieces(DeltaProductConfig(n_heads=2, n_steps=n, short_conv=None, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@every_paradigm
+def test_rwkv7_is_theirs(paradigm):
+    recurrence = loaded("generalized_delta_rule/dplr").dplr_recurrence
+
+    def around(mixer):
+        def theirs(x, state):
+            before, memory = (torch.zeros(2, 1, 32).double(), None) if state is None else state
+            shifted = torch.cat((before, x[:, :-1]), dim=1)
+            xr, xw, xk, xv, xa, xg = (x + mu * (shifted - x) for mu in mixer.convolution.weight)
+            wr, wk, wv = mixer.in_proj.weight.chunk(3)
+            r, k, v, g = (heads(y) for y in (xr @ wr.T, xk @ wk.T, xv @ wv.T, mixer.decay_proj(xw)))
+            g, eta, kappa = -0.6065306597126334 * g.sigmoid(), heads(mixer.rate_proj(xa)).sigmoid(), k * mixer.removed
+            kappa, k = unit(kappa), k * (1 + (eta - 1) * mixer.replaced)
+            # it scales by 1/sqrt(K), and theirs reads the state before it decays
+            given = (y.transpose(1, 2).float() for y in (4 * r, k, v, -kappa, kappa * eta, g))
+            o, memory = recurrence(*given, memory)
+            o = F.group_norm(o.double().transpose(1, 2).flatten(0, 1).flatten(1), 2, eps=16e-5).view_as(r)
+            o = o * mixer.norm_weight + mixer.norm_bias + (r * k * mixer.bonus).sum(-1, keepdim=True) * v
+            return mixer.out_proj(o.flatten(2) * mixer.gate_proj(xg)), (x[:, -1:], memory)
+
+        return theirs
+
+    agree_in_pieces(RWKV7Config(n_heads=2, rank=4, chunk_size=16), paradigm, around)
