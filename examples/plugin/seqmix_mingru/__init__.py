@@ -7,6 +7,8 @@
 This is the paper's plain variant: h~ has any sign. In its log-space variant h~ passes through a positive function g,
 since h is computed from the logarithms of all terms. The scan below takes no logarithm, so it needs no g, and does not
 divide: it multiplies by numbers in [0, 1], to which a saturated gate is nothing special. Projections have no bias.
+
+seqmix has minGRU as `min_gru`, on an op of its own; this is what it takes from nothing but torch.
 """
 
 from typing import Literal, NamedTuple
