@@ -25,6 +25,8 @@ CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 
 BOUNDS = ("ge", "gt", "le", "lt")
 
+UNEVEN = (3, 6)
+
 FAR = 64
 """An upper bound above it guards against mistakes, and costs too much to be tried."""
 
@@ -45,7 +47,7 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
 
 
 def not_varied(config: MixerConfig) -> list[str]:
-    """Fields of which no other value is known: numbers without `examples` and with less than two bounds."""
+    """Fields of which no other value is known: numbers without `examples`, floats with less than two bounds."""
     varied = alternatives(config)
     return [name for name in type(config).model_fields if name not in FIXED and name not in varied]
 
@@ -130,11 +132,14 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
-    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near."""
+    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; integers
+    without an upper bound that are no power of two."""
     if isinstance(own, bool) or not isinstance(own, int | float):
         return []
     bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if isinstance(own, int) and low is not None and (high is None or high > FAR):
+        return list(UNEVEN)
     if low is None or high is None or high > FAR:
         return []
     between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2

@@ -62,11 +62,14 @@ class Trial:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return x.to(self.subject.device, dtype or self.case.dtype)
 
-    def tokens(self, batch_size: int | None = None, length: int | None = None) -> Tensor:
-        """A segment; of the case's size by default."""
+    def tokens(self, batch_size: int | None = None, length: int | None = None, *, blank: bool = False) -> Tensor:
+        """A segment; of the case's size by default. `blank`: about every third token is all zeros."""
         batch_size = self.case.batch_size if batch_size is None else batch_size
         length = self.case.length if length is None else length
-        return self.randn(batch_size, length, self.d_model) * self.case.scale
+        x = self.randn(batch_size, length, self.d_model) * self.case.scale
+        if blank:
+            x = x * (torch.rand(batch_size, length, 1, generator=self.generator) > 1 / 3).to(x.device)
+        return x
 
     def like(self, x: Tensor) -> Tensor:
         """Normal numbers of this shape and dtype."""

@@ -36,6 +36,9 @@ def modes_change_nothing(trial: Trial) -> None:
     x, state = trial.tokens(), trial.state()
     for paradigm in trial.paradigms:
         expected, after = trial.differentiate(trial.call(paradigm), x, state)
+        with torch.no_grad():  # as text is scored
+            unwanted = trial.mixer(x, state, paradigm=paradigm if state is None else trial.after(paradigm))
+        trial.compare(f"{paradigm}, neither gradients nor a state wanted", unwanted, (expected["the output"], None))
         if trial.case.use == "evaluation":
             without = trial.mix(x, state, paradigm=paradigm)
             trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))

@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
-from ...mixers.state import to_dict
+from ...mixers.state import clone, to_dict
 from ...registry import SeqmixError
 from ..check import check, positioned, positions, shiftable, stateful
 from ..compare import EXACT, near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-PREFIX = 64
-"""Prefix length of the earlier of two positions: a window's cache is full (of zeros) then."""
+PREFIX, FARTHEST = 64, 8192
+"""Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then."""
+
+BOUNDARIES = tuple(2**power - 4 for power in range(7, 14))
+"""Positions from which a few tokens cross a boundary of blocks."""
 
 
 REPEATED = 840
@@ -36,8 +39,10 @@ def position_matters_only_where_declared(trial: Trial) -> None:
     if positioned(trial.config, trial.mixer):
         _no_count_matters(trial, x)
         return
+    slots = [size for leaf in to_dict(trial.mixer.init_state(1)).values() for size in leaf.shape[1:]]
+    first = min(max(PREFIX, *slots), FARTHEST)
     for paradigm in trial.paradigms:
-        early = _outputs(trial, x, boundaries, PREFIX, paradigm)
+        early = _outputs(trial, x, boundaries, first, paradigm)
 
         def change(start, paradigm=paradigm, early=early):
             try:
@@ -47,13 +52,13 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 
         if not declared:
             # a normaliser over the prefix may be all but constant after a few dozen tokens
-            moves = max(change(0), change(1000)) > EXACT
+            moves = any(change(start) > EXACT for start in (0, 1000, *BOUNDARIES)) or _context_moves(trial, x, paradigm)
             require(moves, f"{paradigm}: traits.shift_invariant is False, and no shift changes anything")
             continue
         # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
-        for start, allowed in ((1000, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
+        for start, allowed in ((first + 936, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
             off = change(start)
-            later = f"{start - PREFIX:,} tokens later the same tokens give an output that is {off:.1e} off"
+            later = f"{start - first:,} tokens later the same tokens give an output that is {off:.1e} off"
             require(off <= allowed, f"{paradigm}: traits.shift_invariant is True, and {later}")
 
 
@@ -77,6 +82,14 @@ def late_positions_are_exact(trial: Trial) -> None:
                 if name in positions(trial.mixer):
                     sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
                     require((leaf >= start).all(), f"{sentence}; positions are int64")
+
+
+def _context_moves(trial: Trial, x: Tensor, paradigm: Any) -> bool:
+    """Whether what is read after some tokens depends on where they are."""
+    _, before = trial.mix(trial.tokens(length=PREFIX), None)
+    shifted = [trial.mixer.shift_state(clone(before), shift) for shift in (0, 3, 37)]
+    here, *others = (trial.mix(x, state, paradigm=paradigm)[0] for state in shifted)
+    return any(not _close(other, here) for other in others)
 
 
 def _no_count_matters(trial: Trial, x: Tensor) -> None:

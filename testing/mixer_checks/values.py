@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone, concatenate, select, to_dict
+from ...mixers.state import clone, concatenate, map_state, select, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, declares, optional, stateful
+from ..check import check, compilable, declares, optional, stateful
 from ..compare import CheckFailure, require
 from ..gradients import gradients
-from ..mixer_case import LAYERS, Draw
+from ..mixer_case import LAYERS, USES, Draw
 from ..mixer_options import alternatives
 from ..mixer_trial import Trial, learnable, leaves_of
 
@@ -121,6 +121,32 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
 
 
 @check(
+    compilable,
+    use="training on a GPU: a tensor is made on the CPU",
+    share=0.04,
+    draw=Draw(tokens=(1, 9), batch_size=(1, 2), starts=("none", "initial", "read"), uses=USES),
+)
+def calls_stay_on_the_device(trial: Trial) -> None:
+    """On meta a call needs no other device: whatever it makes is made where the tokens are."""
+    mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS).to("meta", trial.case.dtype)
+    mixer.train(trial.case.use != "evaluation")
+    x, state = trial.tokens(), trial.state()
+    elsewhere = None if state is None else map_state(lambda leaf: leaf.to("meta"), state)
+    for paradigm in trial.paradigms:
+        used = paradigm if state is None else trial.after(paradigm)
+        try:
+            y, after = mixer(x.to("meta"), elsewhere, paradigm=used, return_state=trial.final_state)
+        except (RuntimeError, NotImplementedError) as error:
+            # numbers cannot be looked at there, which is no mistake
+            said = str(error).partition("\n")[0]
+            require("device" not in said, f"{paradigm}: a call on meta raises {type(error).__name__}: {said}")
+            continue
+        leaves = {"the output": y, **{f"the state's {name}": leaf for name, leaf in to_dict(after or ()).items()}}
+        wrong = [name for name, leaf in leaves.items() if leaf.device.type != "meta"]
+        require(not wrong, f"{paradigm}: on meta {', '.join(wrong)} is on another device")
+
+
+@check(
     stateful,
     declares("rows", "Rows of their own lengths"),
     use="batched decoding of prompts of different lengths",
@@ -142,12 +168,20 @@ def rows_may_differ_in_length(trial: Trial) -> None:
             require(trial.mixer.traits.state == "growing", f"{paradigm}: states of {lengths} tokens differ in shape")
             continue
         y, after = trial.mix(following, together, paradigm=paradigm)
+        tight = trial.mixer.resize_state(clone(together), None)
+        steps = {"": together, " without spare room": tight}
+        steps = {
+            name: trial.decode(following[:, :1], clone(before), trial.call(trial.reference))[0]
+            for name, before in steps.items()
+        }
         z, _ = trial.mix(following, after, paradigm=paradigm)
         what = f"{paradigm}, rows of {', '.join(map(str, lengths))} tokens together against each alone"
         with trial.differences(what) as found:
             for row in rows:
                 expected, alone = trial.mix(following[row : row + 1], states[row], paradigm=paradigm)
                 found.tensor(f"row {row}'s output", y[row : row + 1], expected, "BTD")
+                for name, step in steps.items():
+                    found.tensor(f"row {row}'s output of a step{name}", step[row : row + 1], expected[:, :1], "BTD")
                 later = trial.mix(following[row : row + 1], alone, paradigm=paradigm)[0]
                 found.tensor(f"row {row}'s output later", z[row : row + 1], later, "BTD")
                 split = trial.mix(following[row : row + 1], select(after, trial.index(row)), paradigm=paradigm)[0]

@@ -401,3 +401,83 @@ class CutsAScaleInDecoding(SpecimenConfig):
         mixer, divide = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers), Specimen.divide
         mixer.divide = lambda o, z: (self.scale if o.shape[2] > 1 else min(self.scale, 2)) * divide(mixer, o, z)
         return mixer
+
+
+@mutant(check="thousands_of_tokens_agree")
+class ReadsTheNewestTwoThousand(Cached):
+    """Decoding reads the newest 2,048 keys: as many as its programs have. After split-KV kernels with a fixed grid."""
+
+    def seen(self, queries, keys, device):
+        seen = super().seen(queries, keys, device)
+        return seen & (torch.arange(keys, device=device) >= keys - 2048) if queries == 1 else seen
+
+
+@mutant(check="calls_stay_on_the_device")
+class CountsOnTheProcessor(Specimen):
+    """Angles are made of positions on the CPU, wherever the tokens are."""
+
+    def angles(self, positions):
+        pairs = torch.arange(self.width // 2, dtype=torch.float64)
+        return positions[:, None, :, None].to(torch.float64) * 100 ** -(2 * pairs / self.width)
+
+
+@mutant(check="documents_are_sequences")
+class TakesZerosForPadding(Specimen):
+    """In a packed row a token of zeros is taken for padding, at which nothing decays."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        padding = (x == 0).all(-1)[:, None]
+        return qk, v, torch.where(padding, 0, a) if self.packed else a
+
+    packed = False
+
+    def mix(self, x, call):
+        self.packed = call.documents is not None
+        try:
+            return super().mix(x, call)
+        finally:
+            self.packed = False
+
+
+@mutant(check="rows_may_differ_in_length")
+class SkipsTheMaskOfAFullCache(Specimen):
+    """One token after states of different lengths is turned by the angle of the longest: asked of one row alone."""
+
+    def positions(self, state, x, call):
+        if call.documents is not None or x.shape[1] > 1:
+            return super().positions(state, x, call)
+        return super().positions(state._replace(position=state.position.amax().expand(len(x))), x, call)
+
+
+@mutant(check="modes_change_nothing")
+class ScoresFromTheStart(Specimen):
+    """Where neither gradients nor a state are wanted, as text is scored, the state given is not read."""
+
+    def before(self, state, rows):
+        return super().before(state if torch.is_grad_enabled() or self.wanted else None, rows)
+
+    wanted = True
+
+    def mix(self, x, call):
+        self.wanted = call.return_state
+        try:
+            return super().mix(x, call)
+        finally:
+            self.wanted = True
+
+
+@mutant(check="steps_equal_the_whole")
+class HasDecaysForPowersOfTwo(SpecimenConfig):
+    """Decoding pads the decays of heads to a power of two, and shifts them where there are others."""
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer, recurrent = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers), Specimen.recurrent
+        even = self.n_heads & (self.n_heads - 1) == 0
+
+        def step(tokens, memory, weight):
+            q, k, v, a, one = tokens
+            return recurrent(mixer, (q, k, v, a if even or q.shape[2] > 1 else a.roll(1, 1), one), memory, weight)
+
+        mixer.recurrent = step
+        return mixer
