@@ -227,8 +227,8 @@ class DeltaCase(DecayCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DplrCase(DeltaCase):
-    """One call of a kernel of the delta family where b is given (ops/dplr/api.py has its notation): a has norm 1, and
-    b is near -beta a."""
+    """One call of a kernel of the delta family where b is given (ops/dplr/api.py has its notation): a has the norm of
+    keys, and b is near -beta a. What is removed and never written would leave nothing but roundings."""
 
     sign = 1
     extras = ("a", "b")
@@ -237,7 +237,7 @@ class DplrCase(DeltaCase):
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)
         a, e = torch.randn(2, *inputs["k"].shape, generator=generator, dtype=torch.float64)
-        a, beta = F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
+        a, beta = self.key_norm * F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
         pair = {"a": a, "b": -beta * a * (1 + e.clamp(-1, 1) / 4)}
         return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in pair.items()}
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..chunk_decays import ChunkDecays, Outer, among, decays_of, scaled
-from ..chunks import Group, most_chunks
+from ..chunks import ELEMENTS, Group
 from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
 from ..recurrence import Recurrence
 
@@ -55,9 +55,10 @@ class DeltaChunks(Chunks):
     """The mathematics above."""
 
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
-        # a chunk has about three times what one of the decay family has
-        # a chunk has about three times what one of the decay family has
-        self.most, self.needs_log_decay = max(most_chunks(x.k, x.v, x.chunk_size) // 3, 1), needs_log_decay
+        # of a chunk there are thrice the keys and values, and their pairs
+        batch, _, heads, width = x.k.shape
+        elements = 3 * batch * heads * x.chunk_size * (width + x.v.shape[3] + x.chunk_size)
+        self.most, self.needs_log_decay = max(2 * ELEMENTS // elements, 1), needs_log_decay
         self.decays, self.scale = decays_of(x, 1.0, 2), x.scale
         self.sign, self.c = (-1, 1) if x.b is None else (1, 2)
 
