@@ -25,7 +25,7 @@ CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 
 BOUNDS = ("ge", "gt", "le", "lt")
 
-UNEVEN = (3, 6)
+UNEVEN = 3
 
 FAR = 64
 """An upper bound above it guards against mistakes, and costs too much to be tried."""
@@ -132,14 +132,14 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
-    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; integers
-    without an upper bound that are no power of two."""
+    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; an
+    integer that is no power of two where there is no upper bound."""
     if isinstance(own, bool) or not isinstance(own, int | float):
         return []
     bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if isinstance(own, int) and low is not None and (high is None or high > FAR):
-        return list(UNEVEN)
+        return [UNEVEN]
     if low is None or high is None or high > FAR:
         return []
     between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2

@@ -1,7 +1,7 @@
 """Low precision, autocast and extremes."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from ..check import check, packing, positions, stateful
 from ..compare import FEW, GRADIENTS, near, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial, named_leaves, named_results
+
+Rounded = Callable[..., tuple[Tensor, Any]]
+"""Output and final state of a segment, a state, and `rounds`: whether there are roundings on the way."""
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
@@ -44,7 +47,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     rounded numbers, with a state carried along."""
     x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
     calls = {f"{p} in {trial.case.dtype}": trial.call(p) for p in trial.paradigms}
-    whole = rounded = trial.call(trial.reference, exact)
+    whole, rounded = trial.call(trial.reference, exact), None
     if trial.mixer.traits.has_state:
         calls = {what: trial.in_pieces(call) for what, call in calls.items()}
         rounded = _step_by_step(trial, exact)
@@ -87,7 +90,7 @@ def _near_float64(
     state: Any,
     exact: SequenceMixer,
     dtype: torch.dtype | None = None,
-    rounded: Call | None = None,
+    rounded: Rounded | None = None,
 ) -> None:
     """Compare what calls give with what the whole gives in float64, by the tolerance of a dtype: the case's by
     default. `rounded` gives the same with roundings on the way, where it is not the whole itself."""
@@ -99,8 +102,9 @@ def _near_float64(
     # a gradient may be zero but for rounding, as that of a key's bias under a softmax is
     floor = 0.1 * numbers.square().mean().sqrt().item()
 
-    def named(x: Tensor, state: Any) -> dict[str, Tensor]:
-        found, after = trial.differentiate(rounded or whole, x, state, mixer=exact, zeros=results)
+    def named(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
+        call = whole if rounded is None else partial(rounded, rounds=rounds)
+        found, after = trial.differentiate(call, x, state, mixer=exact, zeros=results)
         return named_results(found.pop("the output"), after) | found
 
     moved = _moved(named, x, state, dtype)
@@ -131,8 +135,8 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     start = exact.init_state(1, max_length=STEPS)
     stepped = torch.no_grad()(_step_by_step(trial, exact))
 
-    def ends(x: Tensor, state: Any) -> dict[str, Tensor]:
-        return {"the output": stepped(x, state)[0][:, -last:]}
+    def ends(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
+        return {"the output": stepped(x, state, rounds)[0][:, -last:]}
 
     moved = _moved(ends, x, start, trial.case.dtype)
     near("the output", what, y[:, -last:], expected, tolerance, moved=moved)
@@ -144,14 +148,14 @@ def _after(length: int, trial: Trial) -> float:
     return trial.subject.tolerances[dtype] * (max(1, length / 64) if dtype == torch.float32 else 1)
 
 
-def _step_by_step(trial: Trial, exact: SequenceMixer) -> Call:
-    """The exact map, of which the state is rounded to float32 after every token."""
+def _step_by_step(trial: Trial, exact: SequenceMixer) -> Rounded:
+    """The exact map, of which the state is rounded to float32 after every token, if it is."""
     step, rounded = trial.call(trial.reference, exact), _rounding(torch.float32)
 
-    def stepped(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def stepped(x: Tensor, state: Any, rounds: bool) -> tuple[Tensor, Any]:
         outputs = []
         for token in x.split(1, dim=1):
-            y, state = step(token, rounded(state))
+            y, state = step(token, rounded(state) if rounds else state)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
@@ -191,9 +195,9 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     if trial.mixer.traits.has_state:
         start = state or exact.init_state(1, max_length=length)
         stepped = torch.no_grad()(_step_by_step(trial, exact))
-        rows_moved = _moved(lambda x, state: ends(*stepped(x, state)), x, start, dtype)
+        rows_moved = _moved(lambda x, state, rounds: ends(*stepped(x, state, rounds)), x, start, dtype)
     else:
-        rows_moved = _moved(lambda x, _: ends(*trial.mix(x, None, exact)), x, None, dtype)
+        rows_moved = _moved(lambda x, *_: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:
         found = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
@@ -355,19 +359,20 @@ def _rounding(dtype: torch.dtype, seed: int = 0, times: int = 1) -> Callable[[An
 
 
 def _moved(
-    exact: Callable[[Tensor, Any], Mapping[str, Tensor]], x: Tensor, state: Any, dtype: torch.dtype
+    exact: Callable[[Tensor, Any, bool], Mapping[str, Tensor]], x: Tensor, state: Any, dtype: torch.dtype
 ) -> Callable[[str], Tensor]:
-    """How far each row of exact results moves, at most in a few draws, where what they are computed from is rounded.
-    Where that crosses a threshold, or almost nothing is left of what cancels, no mixer is near."""
+    """How far each row of exact results moves, at most in a few draws, where what they are computed from is rounded,
+    and so is what is on the way (`exact` with True). Where that crosses a threshold, or almost nothing is left of what
+    cancels, no mixer is near."""
 
     @cache
     def rows() -> dict[str, Tensor]:
         # of the same call: another paradigm's result may differ by more than roundings
-        results = exact(x.double(), _wide(state))
+        results = exact(x.double(), _wide(state), False)
         moves = {name: torch.zeros_like(result.norm(dim=-1)) for name, result in results.items()}
         for seed, times in enumerate(DRAWS):
             inputs, before = _rounding(dtype, seed, times), _rounding(torch.float32, seed, times)
-            found = exact(inputs(x.double()), before(_wide(state)))
+            found = exact(inputs(x.double()), before(_wide(state)), True)
             for name, far in moves.items():
                 here = (found[name] - results[name]).norm(dim=-1)
                 # what is smooth moves as many times further, and what jumps does not
