@@ -163,7 +163,8 @@ def add_decay_gradient(out: Mapping[str, Tensor], t: int, per_key: Tensor) -> No
 
 def read(x: Tensor, state: Tensor) -> Tensor:
     """x^T S of one token: [B H K], [B H K V] -> [B H V]."""
-    return torch.einsum("bhk,bhkv->bhv", x, state)
+    # where K is 1, einsum would multiply element by element, which counters of products do not see
+    return (x[..., None, :] @ state).squeeze(-2)
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
