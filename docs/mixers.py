@@ -33,6 +33,25 @@ LENGTH = 2048
 MATHEMATICS: dict[str, dict[str, Any]] = YAML(typ="safe").load(Path(__file__).with_name("mixers.yaml"))
 ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"
 
+USED_IN = {
+    "attention": "Llama, Qwen3, Gemma 3, gpt-oss",
+    "gated_delta_net": "Qwen3-Next",
+    "gated_retention": "YOCO",
+    "hyena": "StripedHyena, Evo",
+    "kda": "Kimi Linear",
+    "latent_attention": "DeepSeek-V2, DeepSeek-V3",
+    "lightning": "TransNormerLLM, MiniMax-01",
+    "mamba": "Falcon Mamba, Jamba",
+    "mamba2": "Nemotron-H, Zamba2, Falcon-H1",
+    "mlstm": "xLSTM",
+    "parallel_hybrid": "Falcon-H1",
+    "retention": "RetNet",
+    "rg_lru": "Griffin, RecurrentGemma",
+    "rwkv4": "RWKV-4",
+    "rwkv7": "RWKV-7",
+}
+"""Released models with the mixer; of the others there is a paper alone."""
+
 INLINE = {
     r"\b([a-z])_([a-z])\b": r"$\1_\2$",
     r"\b(alpha|beta)_t\b": r"$\\\1_t$",
@@ -64,13 +83,14 @@ def _traits(presets: dict[str, RunConfig]) -> list[str]:
         preset = configured.get(kind)
         config = cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer
         papers = ARXIV.sub(LINK, ", ".join(dict.fromkeys(ARXIV.findall(_docstring(kind).partition("\n\n")[0]))))
-        formulas.append((f"[`{kind}`](#{kind})", papers, _recurrence(kind), _state(kind, config)))
+        used = USED_IN.get(kind, "")
+        formulas.append((f"[`{kind}`](#{kind})", papers, _recurrence(kind), _state(kind, config), used))
         width = 64 if preset is None else preset.model.d_model
         parallel = config.build(width, layer_idx=0, n_layers=1).supports_context_parallel
         answers = *(paradigm in config.traits.paradigms for paradigm in Paradigm), config.traits.packing, parallel
         traits.append((f"`{kind}`", *(words[answer] for answer in (*answers, config.traits.shift_invariant))))
     return [
-        *table(["mixer", "paper", "recurrence", "state size"], formulas),
+        *table(["mixer", "paper", "recurrence", "state size", "models"], formulas),
         "",
         *table(["mixer", *Paradigm, "packing", "context parallelism", "shift-invariant"], traits),
     ]
