@@ -85,7 +85,7 @@ class _Reads:
 
 
 class _ScalarChunk(ChunkDecays):
-    """One decay for all key dimensions: A is a product with a mask scale * D [n B|1 H m*r m]."""
+    """One decay for all key dimensions: A is a product with a mask scale * D [n B|1 H|1 m*r m]."""
 
     def __init__(self, mask: Tensor, prefix: Tensor | None, suffix: Tensor | None, total: Tensor | None) -> None:
         self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
@@ -252,13 +252,13 @@ def pairs_by_halves(tokens: int) -> int:
 class _FixedDecays:
     """log_decay None or [H]: the same in every chunk, so formed once for the longest; shorter ones use its ends."""
 
-    def __init__(self, log_decay: Tensor | None, heads: int, size: int, reads: _Reads, like: Tensor) -> None:
+    def __init__(self, log_decay: Tensor | None, size: int, reads: _Reads, like: Tensor) -> None:
         token = torch.arange(size, device=like.device, dtype=like.dtype)
         self._distance = token[:, None] - token
         self.log_decay, self._reads = log_decay, reads
         self._formed: dict[int, ChunkDecays] = {}
         if log_decay is None:
-            self._pairs = like.new_ones(1, heads, size, size)
+            self._pairs = like.new_ones(1, 1, size, size)
             self._prefix = None if reads.scale == 1 else like.new_full((1, 1, size, 1), reads.scale)
             self._suffix = None
             return
@@ -306,7 +306,7 @@ def decays_of(x: Recurrence, scale: float, readers: int = 1) -> _FixedDecays | _
     like, size = x.q.new_empty(0, dtype=x.wide), min(x.chunk_size, x.q.shape[1])
     reads = _Reads(scale, readers, size, like)
     if x.log_decay is None or x.log_decay.ndim == 1:
-        return _FixedDecays(x.log_decay, x.q.shape[2], size, reads, like)
+        return _FixedDecays(x.log_decay, size, reads, like)
     return _GivenDecays(x.log_decay, reads, like)
 
 
