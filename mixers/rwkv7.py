@@ -73,7 +73,7 @@ class RWKV7(MatrixStateMixer):
             if isinstance(layer, LowRank | TokenShift):
                 layer.reset_parameters()
         for weight, gain in zip((*self.in_proj.weight.chunk(3), self.out_proj.weight), (1, 0.1, 1, 1), strict=True):
-            nn.init.orthogonal_(weight, gain=gain)
+            weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=gain))
         (layer_idx, n_layers), width = self.place, self.bonus.numel()
         channel = torch.arange(width, device=self.device, dtype=torch.float64)
         part, inner = channel / max(width - 1, 1), 2 * (channel % self.key_dim) / max(self.key_dim - 1, 1) - 1
