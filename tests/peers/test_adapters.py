@@ -76,8 +76,10 @@ def test_documents_of_a_model_are_kept_apart():
 @torchscale
 def test_chunks_of_torchscale_are_another_map():
     checks = [*DECODING[:3], "position_matters_only_where_declared"]
-    assert failing(TorchscaleConfig(), checks) == set()
-    assert failing(TorchscaleConfig(chunk=4), checks) == {"paradigms_agree"}
+    # after tokens of zeros the eps of its norm counts, and the scale of a state from pieces is another
+    zeros = {"pieces_equal_the_whole"}
+    assert failing(TorchscaleConfig(), checks) == zeros
+    assert failing(TorchscaleConfig(chunk=4), checks) == zeros | {"paradigms_agree"}
 
 
 @transformers
