@@ -6,6 +6,7 @@
     y   = (swish(x W_G) * RMSNorm(o)) W_O       the norm is per head, without weights
 
 It is retention with decays that the tokens choose. Values are as wide as the model, where retention's are twice that.
+Differs from the authors' code in two defaults: that has RetNet's angles (`rotation: retnet`) and an eps of 1e-5.
 """
 
 from typing import Literal

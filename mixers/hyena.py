@@ -14,8 +14,9 @@ parallel paradigm later tokens reach earlier ones through the rounding of FFTs, 
 
 Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
 projections and dropout, a k from 0 to K - 1, of which 0 says nothing, an s of t / (L - 1), and rates that are spread
-over all filters instead of over each. As there, the filters have one FFN but for its last layer, and its sines have
-frequencies that all its layers share.
+over all filters instead of over each. Its features are learned, with a learning rate of their own, and its runs have
+sines of frequency 14 or 10. As there, the filters have one FFN but for its last layer, and its sines have frequencies
+that all its layers share.
 """
 
 import math

@@ -10,7 +10,9 @@
 
 What surrounds the recurrence is MiniMax-01's with either schedule: no positions, and no 1/sqrt(K), which would cancel
 under the norm but for its eps. TransNormerLLM has silu on queries and keys alone, a norm without weights, a gate
-without a function, and rotated positions in its first layer. In a model of one layer l / (L - 1) is taken for 0.
+without a function, and rotated positions in its first layer. In a model of one layer l / (L - 1) is taken for 0. Where
+H is no power of two the formula holds as it is, as in transformers; MiniMax's code takes every other slope of the next
+power for the heads that are left over, as ALiBi does.
 """
 
 from typing import Literal

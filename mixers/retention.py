@@ -6,7 +6,8 @@
 
 Differs from the paper: of its three score normalisers, the first two are exact in every paradigm (the second in closed
 form from the token's position); the third, max(|sum of scores|, 1), cannot be formed in the recurrent paradigm and
-cancels under the head norm, so it is left out.
+cancels under the head norm, so it is left out. The authors' code has had an RMS norm per head since 2023 (`head_norm:
+rms`), where the paper has a group norm. W_O starts with its gain of 2^-1, which is 1 in the package that they released.
 """
 
 from typing import Literal
