@@ -198,8 +198,8 @@ def _axes(state: Any, leaf: str) -> list[str]:
 
 def _size(x: Tensor) -> float:
     """The root mean square of the finite numbers: what is left where large ones cancel is rounded as they are."""
-    finite = x.detach().to(torch.float64)
-    return finite[finite.isfinite()].square().mean().sqrt().item() if x.is_floating_point() and x.numel() else 0.0
+    finite = x.detach()[x.detach().isfinite()].to(torch.float64) if x.is_floating_point() else x.new_empty(0)
+    return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 
 
 def _kind(x: Tensor) -> str:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
+from ...mixers.state import clone
 from ...ops.paradigm import Paradigm
 from ..check import check
-from ..compare import require
+from ..compare import EXACT, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, learnable, named_results
+
+LOSS_SCALE = 2.0**16
+"""What losses are multiplied by in float16."""
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Values that are compared by ==."""
@@ -24,12 +28,17 @@ def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward, through the same graph too; no random number
     is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
-    mixer = trial.mixer_in_use
+    mixer, sampled = trial.mixer_in_use, trial.rebuilt()  # built first, which draws numbers
     before = torch.random.get_rng_state()
     tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    with torch.inference_mode():  # text is sampled between steps of training
+        trial.call(None, sampled)(x.clone(), None if state is None else clone(state))
     for paradigm in trial.paradigms:
+        after_sampling = trial.differentiate(trial.call(paradigm, sampled), x, state, mixer=sampled)
         call = trial.used(paradigm)
+        plain = trial.differentiate(trial.call(paradigm), x, state)
+        trial.compare(f"{paradigm}, after a call in inference mode against before", after_sampling, plain, 0)
         first = trial.differentiate(call, x, state, used=True)
         # what is made at a first call and depends on sizes alone, as a table of angles, is there now and stays
         held = _held(mixer)
@@ -64,6 +73,14 @@ def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> 
         for name, first, second in zip(leaves, once, twice, strict=True):
             if first is not None and second is not None:
                 found.tensor(f"the gradient of {name}", second, first)
+    above_scale = [LOSS_SCALE * gradient for gradient in given]
+    scaled = torch.autograd.grad(
+        [*roots.values()], [*leaves.values()], above_scale, retain_graph=True, allow_unused=True
+    )
+    with trial.differences(f"{paradigm}, gradients of a scaled loss against the loss's", EXACT) as found:
+        for name, first, large in zip(leaves, once, scaled, strict=True):
+            if first is not None and large is not None:
+                found.tensor(f"the gradient of {name}", large / LOSS_SCALE, first)
     with trial.differences(f"{paradigm}, gradients added to ones against ones and gradients", 1e-12) as found:
         for parameter in learnable(trial.mixer).values():
             parameter.grad = torch.ones_like(parameter)

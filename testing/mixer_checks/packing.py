@@ -30,8 +30,9 @@ def documents_are_sequences(trial: Trial) -> None:
     # as many documents and tokens as before, with other boundaries: nothing may be left of those
     others = torch.cat((boundaries[:1], boundaries.diff().flip(0).cumsum(0))).to(boundaries.dtype)
     for paradigm in trial.paradigms:
-        trial.mix(x, state, cu_seqlens=others, paradigm=paradigm)
-        y, states = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm)
+        reused = others.clone()  # one tensor, which a loader fills again
+        trial.mix(x, state, cu_seqlens=reused, paradigm=paradigm)
+        y, states = trial.mix(x, state, cu_seqlens=reused.copy_(boundaries), paradigm=paradigm)
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"
         with trial.differences(what) as found:

@@ -30,6 +30,12 @@ MANY = 64
 LARGE = 200.0
 """A scale at which scores are tens of thousands: a mask of -10,000 hides nothing, and what is clamped is clamped."""
 
+BLOCKS = (256, 512, 1024)
+"""Tokens that blocks divide."""
+
+MOVED = 3.0
+"""How far vectors are moved: by so much a gate is open, or closed."""
+
 EVERY = 70
 """Tokens up to which a segment is cut at every one."""
 
@@ -80,12 +86,38 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         found = trial.mix(more, state, paradigm=paradigm)
         trial.compare(f"{paradigm} against {trial.reference}, without gradients", found, whole)
+    _whole_blocks(trial, text, state)
     if trial.mixer.traits.has_state:
         y, _ = trial.mix(text, state)
         before = trial.mixer.init_state(1, max_length=length) if state is None else state
         stepped, _ = trial.decode(text[:, -2:], trial.mix(text[:, :-2], before)[1], trial.call(trial.reference))
         what = f"steps after {length - 2:,} tokens against {trial.mixer.paradigm}"
         trial.compare(what, (stepped, None), (y[:, -2:], None))
+
+
+def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
+    """Segments that blocks divide, by mixers whose vectors (of gates, of decays) are moved, so that one remembers."""
+    for shift in (MOVED, -MOVED) if trial.mixer.traits.has_state else ():
+        mixer = trial.rebuilt()
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.add_(shift if parameter.ndim == 1 else 0)
+        start, after = 0, state
+        for length in (length for length in BLOCKS if length <= text.shape[1]):
+            y, after = trial.mix(text[:, start:length], after, mixer, paradigm=trial.reference)
+            if not y.isfinite().all():  # such parameters are none
+                break
+            for paradigm in {*trial.paradigms} - {trial.reference}:
+                z, found = trial.mix(text[:, :length], state, mixer, paradigm=paradigm)
+                what = f"{paradigm}, {length} tokens against {trial.reference}, vectors moved by {shift:g}"
+                trial.compare(what, (z[:, start:], found), (y, after))
+            start = length
+        else:
+            token = text[:, start : start + 1]
+            y, _ = trial.decode(token, clone(after), trial.call(trial.reference, mixer))
+            whole, _ = trial.mix(text[:, : start + 1], state, mixer)
+            what = f"a step after {start} tokens against the whole, vectors moved by {shift:g}"
+            trial.compare(what, (y, None), (whole[:, start:], None))
 
 
 def _as_long_as_it_takes(trial: Trial) -> tuple[Tensor, Any]:

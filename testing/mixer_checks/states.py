@@ -127,8 +127,10 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
 def a_state_is_never_written_under_grad(trial: Trial) -> None:
     """Under autograd a state given keeps its values; without, a clone of it gives the same again."""
     x, given = trial.tokens(), trial.state()
+    roomy = trial.mixer.init_state(trial.case.batch_size, max_length=2 * trial.case.length)
+    _, roomy = trial.mix(trial.tokens(), roomy)
     for paradigm in trial.paradigms:
-        for state in (given, as_leaves(given)):
+        for state in (given, as_leaves(given), roomy):
             before, versions = clone(state), [leaf._version for leaf in leaves_of(state).values()]
             y, after = trial.call(paradigm)(x, state)
             total = torch.stack([result.double().sum() for result in named_results(y, after).values()]).sum()

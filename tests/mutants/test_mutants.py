@@ -62,7 +62,8 @@ class Tabled(Specimen):
 
     def heads(self, x):
         if self.table is None or len(self.table) < x.shape[1]:
-            self.table = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+            with torch.inference_mode(False):  # training follows
+                self.table = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
         return super().heads(x * self.table[: x.shape[1], None].to(x.dtype))
 
 

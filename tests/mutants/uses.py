@@ -481,3 +481,24 @@ class HasDecaysForPowersOfTwo(SpecimenConfig):
 
         mixer.recurrent = step
         return mixer
+
+
+@mutant(check="results_are_deterministic")
+class ClipsItsGradients(Specimen):
+    """The backward pass clips gradients at 10, as recurrent cells once did: a scaled loss has others."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient.clamp(-10, 10))
+        return y, after
+
+
+@mutant(check="thousands_of_tokens_agree")
+class CountsAWholeBlockTwice(Specimen):
+    """The tail beyond whole blocks of 256 tokens is `x[-(T % 256):]`, which of whole blocks is all of it."""
+
+    def parallel(self, tokens, memory, weight):
+        o, z, after, weights = super().parallel(tokens, memory, weight)
+        length = tokens[0].shape[2]
+        return o, z, 2 * after if length >= 256 and length % 256 == 0 else after, weights
