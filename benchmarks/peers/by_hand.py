@@ -84,7 +84,7 @@ class HandWrittenLayer(nn.Module):
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
         token = torch.arange(0, length, device=x.device)
         positions = token[None] if offset is None else offset[:, None] + token
-        q, k = rotated(qk, positions, "retnet", 10000.0).chunk(2, dim=2)
+        q, k = rotated(qk, positions, "retnet", 10000.0).split([self.n_heads, self.n_heads], dim=2)
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
         log_decay = torch.log1p(-self._leak(x.device))
         q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)

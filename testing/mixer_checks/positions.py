@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone, to_dict
+from ...mixers.state import to_dict
 from ...registry import SeqmixError
 from ..check import check, positioned, positions, shiftable, stateful
 from ..compare import EXACT, near, require
@@ -52,7 +52,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 
         if not declared:
             # a normaliser over the prefix may be all but constant after a few dozen tokens
-            moves = any(change(start) > EXACT for start in (0, 1000, *BOUNDARIES)) or _context_moves(trial, x, paradigm)
+            moves = any(change(start) > EXACT for start in (0, 1000, *BOUNDARIES))
             require(moves, f"{paradigm}: traits.shift_invariant is False, and no shift changes anything")
             continue
         # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
@@ -82,14 +82,6 @@ def late_positions_are_exact(trial: Trial) -> None:
                 if name in positions(trial.mixer):
                     sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
                     require((leaf >= start).all(), f"{sentence}; positions are int64")
-
-
-def _context_moves(trial: Trial, x: Tensor, paradigm: Any) -> bool:
-    """Whether what is read after some tokens depends on where they are."""
-    _, before = trial.mix(trial.tokens(length=PREFIX), None)
-    shifted = [trial.mixer.shift_state(clone(before), shift) for shift in (0, 3, 37)]
-    here, *others = (trial.mix(x, state, paradigm=paradigm)[0] for state in shifted)
-    return any(not _close(other, here) for other in others)
 
 
 def _no_count_matters(trial: Trial, x: Tensor) -> None:

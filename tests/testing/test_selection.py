@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from types import NoneType
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -317,6 +318,7 @@ def test_all_options_of_the_built_in_mixers_are_varied(kind):
     fixed = {"kind", "paradigm", "chunk_size", "backend"}
     types = {name: field.annotation for name, field in type(config).model_fields.items()}
     single = {name for name, cls in types.items() if get_origin(cls) is Literal and len(get_args(cls)) == 1}
+    single |= {name for name, cls in types.items() if cls in (None, NoneType)}
     assert types.keys() - alternatives(config).keys() <= continuous | of_the_start | fixed | single
 
 
