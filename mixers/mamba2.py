@@ -7,7 +7,7 @@
 
 A head is the decay op with q = C, k = B, v = dt u and one decay per token. The heads of a group share B and C, and the
 norm takes its mean over a group. As in the authors' code, the convolution has a bias, and A_log, D and b are one scalar
-per head. Differs: limits of the step hold in decoding; beside an FFN too W_O starts over sqrt(n_layers), not 2 n_layers.
+per head. Differs: limits of the step hold in decoding; beside an FFN W_O starts over sqrt(n_layers), not 2 n_layers.
 """
 
 import math
