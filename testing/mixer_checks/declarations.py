@@ -1,5 +1,6 @@
 """A mixer's declarations hold: refusals, round trips, initialisation, cost."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,7 +107,7 @@ def parameters_round_trip(trial: Trial) -> None:
 )
 def every_parameter_is_initialised(trial: Trial) -> None:
     """Built alone, every parameter and buffer is filled; built on meta, then given memory, `reset_parameters` fills
-    them, from the global generator alone."""
+    them, from the global generator alone, in 16 bits too."""
     with torch.device(trial.subject.device), torch.random.fork_rng():
         alone = trial.config.build(trial.d_model, layer_idx=0, n_layers=1)
     # memory that nothing filled is NaN here
@@ -131,6 +132,10 @@ def every_parameter_is_initialised(trial: Trial) -> None:
             )
         filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
         _filled(mixer, "reset_parameters leaves {} uninitialised")
+    narrow = copy.deepcopy(mixer).to(torch.bfloat16)  # some decompositions have no 16 bits
+    with torch.no_grad(), torch.random.fork_rng():
+        narrow.reset_parameters()
+    _filled(narrow, "in bfloat16 reset_parameters leaves {} uninitialised")
     with trial.differences("reset_parameters with the same seed", 0) as found:
         for name, tensor in filled[0].items():
             found.tensor(name, filled[1][name], tensor)
