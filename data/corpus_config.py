@@ -38,7 +38,9 @@ class CorpusConfig(DataConfig):
     text_field: str | None = Field(default="text", min_length=1)
     """The field with the text, in a JSON line or a row of a dataset; null reads .jsonl files as plain text."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face; the begin token follows its last token."""
+    """`bytes`, or a tokenizer.json of Hugging Face."""
+    begin_token: str | None = None
+    """The token of that tokenizer that opens a document, such as "<s>"; null for one that follows its last token."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
     """Validation split: `by_document` holds out documents by a hash of their text, so that duplicates share a split;
     `by_file` files, by a hash of their names; `tail` the end of every document; `auto` is tail for one document,
@@ -56,6 +58,12 @@ class CorpusConfig(DataConfig):
                 f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is not: {error}"
             ) from error
         return glob
+
+    @model_validator(mode="after")
+    def _bytes_have_their_begin_token(self) -> Self:
+        if self.begin_token is not None and self.tokenizer == ByteTokenizer.identity:
+            raise ValueError(f"begin_token = {self.begin_token!r} is for a tokenizer in a file; bytes have their own")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -76,7 +84,7 @@ class CorpusConfig(DataConfig):
             SeqmixError: it cannot be read, or has more tokens than the `vocab_size` of a model.
         """
         copy = None if run is None or self.tokenizer == ByteTokenizer.identity else run / TOKENIZER_FILE
-        tokenizer = load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer)
+        tokenizer = load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer, self.begin_token)
         if vocab_size is not None and vocab_size < tokenizer.vocab_size:
             raise SeqmixError(
                 f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, including the begin token, and "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..registry import SeqmixError
+from ..registry import SeqmixError, nearest
 from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
@@ -19,7 +19,7 @@ LEAST_VOCABULARY = 257
 
 
 class SubwordTokenizer(Tokenizer):
-    """The tokens of a vocabulary, followed by the begin token, which opens every document.
+    """The tokens of a vocabulary, and the begin token, which opens every document: one of them, or one that follows.
 
     Special tokens that the vocabulary's own template would add (`[CLS]`, `</s>`) are not added.
 
@@ -29,12 +29,13 @@ class SubwordTokenizer(Tokenizer):
 
     unit = "subwords"
 
-    def __init__(self, vocabulary: bytes, name: object) -> None:
+    def __init__(self, vocabulary: bytes, name: object, begin: str | None = None) -> None:
         """Read a vocabulary.
 
         Args:
             vocabulary: the content of a tokenizer.json.
             name: what errors call it.
+            begin: the token of the vocabulary that opens a document; None for one that follows the last.
         """
         try:
             self._map = _library().Tokenizer.from_buffer(vocabulary)
@@ -47,9 +48,16 @@ class SubwordTokenizer(Tokenizer):
         self._map.no_padding()
         self.vocabulary = vocabulary
         self.identity = f"sha256:{hashlib.sha256(vocabulary).hexdigest()}"
-        # ids may have holes
-        self.begin = max(self._map.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.vocab_size = self.begin + 1
+        tokens = self._map.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(tokens.values(), default=-1) + 1  # ids may have holes
+        if begin is None:
+            self.begin, self.vocab_size = self.vocab_size, self.vocab_size + 1
+        elif begin in tokens:
+            self.begin, self.identity = tokens[begin], f"{self.identity} {begin}"
+        else:
+            raise SeqmixError(
+                f"the tokenizer {name} has no token {begin!r} to open documents with{nearest(begin, tokens)}"
+            )
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
         """The tokens of UTF-8 text.
@@ -78,8 +86,8 @@ class SubwordTokenizer(Tokenizer):
         return decode
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face.
+def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
+    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face, with its begin token.
 
     Raises:
         SeqmixError: the file is missing or not a tokenizer, or the library that reads it is not installed.
@@ -89,7 +97,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     file = Path(name)
     _library()  # a missing library is reported before a missing file
     try:
-        return SubwordTokenizer(file.expanduser().read_bytes(), file)
+        return SubwordTokenizer(file.expanduser().read_bytes(), file, begin)
     except OSError as error:
         hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error

@@ -1,6 +1,6 @@
 """Tokenizers: the base class, and the byte tokenizer, which needs no training and no vocabulary.
 
-The last token of every tokenizer is the begin token, which opens a document. No text encodes to it.
+The begin token opens a document: the last token, to which no text encodes, unless a vocabulary's own is chosen.
 """
 
 import codecs
@@ -35,7 +35,7 @@ class Tokenizer(ABC):
     vocab_size: int
     """Number of tokens, the begin token among them."""
     begin: int
-    """The token that opens a document: the last one."""
+    """The token that opens a document."""
     vocabulary: bytes | None = None
     """The content of its tokenizer.json; None for bytes."""
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..models import LanguageModel, ModelConfig, SubwordTokenizer, build_model
+from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ..registry import load
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
@@ -58,6 +59,25 @@ def load_run(
     return model.eval()
 
 
+def read_weights(
+    run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
+) -> tuple[ModelConfig, dict[str, Tensor], bytes | None]:
+    """The model of a run, or of a file of `export_run`: its configuration, its tensors as they were written, and its
+    tokenizer.json (None for bytes).
+
+    Raises:
+        SeqmixError: as `load_run`.
+    """
+    if run.is_file():
+        config, found, tokenizer = _read_file(run)
+    else:
+        whole = read_config(run)
+        config, tokenizer = whole.model, whole.data.tokenizer_of(run)
+        folder = _found(run, choice, tell).folder
+        found, _ = checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL))
+    return config, found, None if tokenizer is None else tokenizer.vocabulary
+
+
 def export_run(
     run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
 ) -> int:
@@ -90,13 +110,18 @@ def export_run(
     return step
 
 
-def _load_checkpoint(
-    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
-) -> tuple[LanguageModel, int]:
+def _found(run: Path, choice: Choice, tell: Callable[[str], object]) -> checkpoint.Found:
     # damaged moments do not matter: only the parameters are needed
     found = checkpoint.find(run, choice, parts=(train_state.MODEL,))
     for note in found.notes:
         tell(note)
+    return found
+
+
+def _load_checkpoint(
+    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
+) -> tuple[LanguageModel, int]:
+    found = _found(run, choice, tell)
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
     train_state.load_model(found.folder, model)
@@ -104,17 +129,26 @@ def _load_checkpoint(
 
 
 def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
+    config, found, tokenizer = _read_file(file)
+    model = build_model(config, device=device)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    train_state.fill(file, found, train_state.parameters_of(model))
+    return model.eval()
+
+
+def _read_file(file: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
     found, metadata = checkpoint.read_tensors(file)
     try:
-        # only the model's part: the rest may be of another version
-        config = ModelConfig.model_validate(json.loads(metadata[EXPORTED_CONFIG])["model"])
+        # only what is needed: the rest may be of another version
+        whole = json.loads(metadata[EXPORTED_CONFIG])
+        config = ModelConfig.model_validate(whole["model"])
     except KeyError as error:
         raise CheckpointError(f"{file} has weights without a configuration: `seqmix export` writes both") from error
     except (ValueError, TypeError) as error:
         reason = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
-    model = build_model(config, device=device)
-    if EXPORTED_TOKENIZER in metadata:
-        model.tokenizer = SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}")
-    train_state.fill(file, found, train_state.parameters_of(model))
-    return model.eval()
+    if EXPORTED_TOKENIZER not in metadata:
+        return config, found, None
+    begin = whole.get("data", {}).get("begin_token")
+    return config, found, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin)

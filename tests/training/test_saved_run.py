@@ -72,8 +72,8 @@ def test_a_file_has_weights_and_configuration(run, tmp_path):
 
 def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
     class Vocabulary(ByteTokenizer):
-        def __init__(self, vocabulary: bytes, name: str) -> None:
-            del name
+        def __init__(self, vocabulary: bytes, name: str, begin: None) -> None:
+            del name, begin
             self.vocabulary = vocabulary
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("tokenizer: bytes", "tokenizer: own"))

@@ -1,0 +1,150 @@
+"""Conversion without the other library: what is refused, by name, and that a converted model generates."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from seqmix import SeqmixError, generate_text
+from seqmix.cli import imported
+from seqmix.convert import ARCHITECTURES, export_to, import_from
+from seqmix.convert.layout import Rule, part, plan, to_ours, to_theirs
+from seqmix.models import ModelConfig, build_model, train_bpe
+from seqmix.training import load_run
+
+FIELDS = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "rms_norm_eps": 1e-6}
+FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "eos_token_id": 7}
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder as transformers writes it."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    llama = ARCHITECTURES["llama"]
+    model = build_model(llama.config(FIELDS, "here"))
+    save_file(to_theirs(llama.rules(model), model.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(FIELDS))
+    train_bpe([("a text", b"def f(x): return x\n" * 50)], 290, folder / "tokenizer.json")
+    return folder
+
+
+def change(folder, **fields):
+    (folder / "config.json").write_text(json.dumps({**FIELDS, **fields}))
+
+
+def test_a_converted_model_generates_with_its_tokenizer_and_goes_back(theirs, tmp_path):
+    tokenizer = json.loads((theirs / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [{"id": 7, "content": "(", "special": True} | dict.fromkeys(FLAGS, False)]
+    (theirs / "tokenizer.json").write_text(json.dumps(tokenizer))
+    import_from(theirs, tmp_path / "ours")
+    model = load_run(tmp_path / "ours")
+    assert model.tokenizer.begin == 7
+    assert generate_text(model, ["def "], max_new_tokens=4)
+    export_to(tmp_path / "ours", tmp_path / "back", "llama", tell=print)
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", theirs))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
+        ({"attention_bias": True}, "attention_bias = true; what has a counterpart here is false"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters = .*linear.*without scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; what has a counterpart here is 'silu'"),
+        ({"clip_qkv": 8}, "clip_qkv = 8, a field that is not known here"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({"intermediate_size": 32}, r"mlp.gate_proj.weight has shape \[24, 16\], by config.json \[32, 16\]"),
+        ({"num_hidden_layers": 1}, r"has a tensor model.layers.1.* which nothing here takes"),
+        ({"num_hidden_layers": 3}, r"lacks the tensor model.layers.2"),
+        ({"tie_word_embeddings": True}, "has a tensor lm_head.weight"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_by_name(theirs, tmp_path, fields, words):
+    change(theirs, **fields)
+    with pytest.raises(SeqmixError, match=words) as found:
+        import_from(theirs, tmp_path / "ours")
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_pickles_and_other_folders_are_refused(theirs, tmp_path):
+    (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
+    with pytest.raises(SeqmixError, match=r"is a pickle, which may run any code.*save_file"):
+        import_from(theirs, tmp_path / "ours")
+    with pytest.raises(SeqmixError, match="does not exist"):
+        import_from(tmp_path / "nowhere", tmp_path / "ours")
+    (theirs / "pytorch_model.bin").unlink()
+    with pytest.raises(SeqmixError, match=r"has no .*safetensors"):
+        import_from(theirs, tmp_path / "ours")
+    (theirs / "tokenizer.json").unlink()
+    with pytest.raises(SeqmixError, match="--tokenizer bytes if its tokens are bytes"):
+        import_from(theirs, tmp_path / "ours")
+
+
+ATTENTION = {"kind": "attention", "n_heads": 4}
+FFN, NORM = {"kind": "swiglu", "expansion": 2.0, "multiple_of": 5}, {"kind": "rmsnorm"}
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"mixer": ATTENTION | {"softcap": 2.0}}, "mixer.softcap is 2.0, and in llama it is null"),
+        ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama has layers of attention, and .* is retention"),
+        ({"norm": {"kind": "layernorm"}}, "norm.kind is 'layernorm', and in llama it is 'rmsnorm'"),
+        ({"ffn": None}, "no counterpart in llama"),
+        ({}, None),
+    ],
+)
+def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words):
+    block = {"mixer": ATTENTION, "ffn": FFN, "norm": NORM} | block
+    model = ModelConfig(d_model=16, n_layers=2, vocab_size=300, blocks={"a": block}, norm=NORM)
+    if words is None:
+        assert ARCHITECTURES["llama"].fields(model)["intermediate_size"] == 35
+        return
+    with pytest.raises(SeqmixError, match=words):
+        ARCHITECTURES["llama"].fields(model)
+
+
+def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys):
+    command = imported("convert")
+    command([str(theirs), "--dry-run"], standalone_mode=False)
+    plan = capsys.readouterr().out
+    assert "blocks.{0,1}.mixer.in_proj.weight" in plan
+    assert "(h pair k) d -> (h k pair) d (pair = 2, k = 2)" in plan
+    command([str(theirs), "--to", str(tmp_path / "ours")], standalone_mode=False)
+    assert "has 17 tensors" in capsys.readouterr().out
+    for arguments, words in (
+        ([theirs], "needs --to DIR"),
+        ([tmp_path / "ours", "--to", tmp_path / "x"], "name what to write with --as"),
+        ([tmp_path / "ours", "--to", tmp_path / "x", "--as", "lama"], 'did you mean "llama"'),
+    ):
+        with pytest.raises(SeqmixError, match=words):
+            command([str(a) for a in arguments], standalone_mode=False)
+
+
+def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
+    parts = part("fused", 4, 3, pattern="(h two) d -> two d h", index=1, two=2), part("b", 3, 2)
+    rules = [
+        Rule("x", (6, 2), parts),
+        Rule("y", (3, 2), (part("fused", 4, 3, pattern="(h two) d -> two d h", index=0, two=2),)),
+    ]
+    theirs = {"fused": torch.arange(12).view(4, 3), "b": torch.arange(20, 26).view(3, 2)}
+    ours = to_ours(rules, theirs, "here", "", {})
+    assert ours["x"].tolist() == [[3, 9], [4, 10], [5, 11], [20, 21], [22, 23], [24, 25]]
+    back = to_theirs(rules, ours)
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    assert plan(rules)[0] == ("x", "[6 2]", "fused [4 3]", "rows 1 of 2: (h two) d -> two d h (two = 2), entry 1")
+    repeated = [Rule("z", (4,), (part("g", 2, pattern="h -> (h n)", n=2),))]
+    assert to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 6])})["g"].tolist() == [5, 6]
+    with pytest.raises(SeqmixError, match="z differs between heads"):
+        to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 7])})
+    with pytest.raises(AssertionError, match="leaves a part"):
+        to_theirs(rules[:1], ours)
