@@ -18,8 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.delta import DELTA, delta
-from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
-from .parts.matrix_state import ShortConv
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, ShortConv
 from .parts.qkv import Affine, OutputGate
 
 DeltaChunk = Annotated[

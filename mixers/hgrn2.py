@@ -28,9 +28,7 @@ class HGRN2Config(QKVConfig):
     """HGRN2: a matrix state per head, whose decays and keys add up to 1."""
 
     kind: Literal["hgrn2"] = "hgrn2"
-    short_conv: None = None  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """None: silu after it would keep forget gates from closing."""
-    qk_norm: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
+    qk_norm: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
     """None: keys are what decays leave."""
     rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
     """None: decays that differ within a pair of dimensions do not commute with turning it."""
@@ -44,7 +42,7 @@ class HGRN2Config(QKVConfig):
 class HGRN2(QKVMixer):
     """The layer of `HGRN2Config`; `bound` is where the lower bounds start, and 0 is for good."""
 
-    log_decay_shape = "B T H K"
+    log_decay_shape, activation = "B T H K", "none"  # silu would keep forget gates from closing
 
     def __init__(self, config: HGRN2Config, d_model: int, bound: float) -> None:
         super().__init__(config, d_model)

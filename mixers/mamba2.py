@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.decay import decay
-from .parts import Call, MatrixState, MatrixStateMixer, ShortConvolution, TimeStepDecay, TimeStepFields
+from .parts import Call, MatrixState, MatrixStateMixer, ShortConv, ShortConvolution, TimeStepDecay, TimeStepFields
 from .parts.widths import heads_of
 
 
@@ -36,8 +36,7 @@ class Mamba2Config(TimeStepFields):
     """Width of a head's keys B and queries C."""
     n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
     """Groups of heads; the heads of a group share B and C, and one norm."""
-    short_conv: int = Field(default=4, ge=2, le=64, examples=[2])
-    """Tokens that the short convolution sees."""
+    short_conv: ShortConv = 4
     norm_eps: float = Field(default=1e-5, ge=0)
     """Added to the norm's mean square."""
 
@@ -53,7 +52,7 @@ class Mamba2Config(TimeStepFields):
 class Mamba2(MatrixStateMixer):
     """The layer of `Mamba2Config`; `n_layers` makes the output small at the start, as the authors' models do."""
 
-    log_decay_shape = "B T H"
+    log_decay_shape, silu = "B T H", True
 
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
         super().__init__(config)
@@ -65,7 +64,7 @@ class Mamba2(MatrixStateMixer):
         # one product for gate, what is convolved (values, B, C) and step sizes
         self.in_widths = [values, sum(self.widths), self.n_heads]
         self.in_proj = nn.Linear(d_model, sum(self.in_widths), bias=False)
-        self.convolution = ShortConvolution(sum(self.widths), config.short_conv, bias=True)
+        self.convolution = ShortConvolution.of(config.short_conv, sum(self.widths), bias=True)
         self.decay = TimeStepDecay(self.n_heads, config.a_range, config.time_step_range, config.time_step_limit)
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm_weight = nn.Parameter(torch.empty(values))

@@ -18,8 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import scan
-from .parts import Call, ShortConvolution
-from .parts.matrix_state import ShortConv
+from .parts import Call, ShortConv, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.widths import head_width
 
@@ -46,8 +45,7 @@ class MinGRU(ScanMixer):
         super().__init__(config, width)
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
         self.out_proj = nn.Linear(width, d_model, bias=False)
-        if config.short_conv:
-            self.convolution = ShortConvolution(d_model, config.short_conv, bias=True, activation="none")
+        self.convolution = ShortConvolution.of(config.short_conv, d_model, bias=True, activation="none")
         self.reset_parameters()
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:

@@ -150,11 +150,13 @@ def written_out(mixer, x):
     qkv = torch.cat([projected[name] for name in "qkv"], -1)
     if mixer.convolution is not None:
         qkv = convolved(qkv, mixer.convolution.weight)
-    if mixer.convolution is not None or config.kind == "lightning" or config.family.name != "decay":
+    convolved_too = mixer.convolution is not None and config.kind != "hgrn2"
+    if convolved_too or config.kind == "lightning" or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
-    q, k, v = qkv.split([*mixer.widths.values()][:3], dim=-1)
+    q, projected["k"], v = qkv.split([*mixer.widths.values()][:3], dim=-1)
     steps, q = getattr(config, "n_steps", 1), features(mixer, q.unflatten(-1, (heads, -1)))
-    ks, vs = ([part.unflatten(-1, (heads, -1)) for part in y.chunk(steps, dim=-1)] for y in (k, v))
+    ks_vs = projected["k"], v
+    ks, vs = ([part.unflatten(-1, (heads, -1)) for part in y.chunk(steps, dim=-1)] for y in ks_vs)
     ks = [features(mixer, k) for k in ks]
     k, v = ks[0], vs[0]
     a = decays(mixer, x, projected).expand(*k.shape)

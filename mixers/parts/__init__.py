@@ -6,7 +6,7 @@ from ...ops.recurrence import RecurrenceOutput
 from .cached import CachedMixer
 from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
-from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer
+from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
 from .qk_norm import QKNorm
 from .qkv import QKV, QKVConfig, QKVMixer
 from .rotary import Schedule, rotated
@@ -32,6 +32,7 @@ __all__ = [
     "QKVMixer",
     "RecurrenceOutput",
     "Schedule",
+    "ShortConv",
     "ShortConvolution",
     "TimeStepDecay",
     "TimeStepFields",

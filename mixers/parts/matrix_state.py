@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ ShortConv = Annotated[
         ge=0,
         le=64,
         examples=[2, None],
-        description="Tokens that the short convolution of queries, keys and values sees, silu after it; 0 or null for "
-        "none.",
+        description="Tokens that the short convolution before the recurrence sees; 0 or null for none.",
     ),
 ]
 
@@ -70,6 +70,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     supports_context_parallel = True
     log_decay_shape: Literal["H", "B T H", "B T H K"] | None = None
     """The dimensions of its log-decays; None where nothing decays."""
+    silu: ClassVar[bool] = False
+    """Whether silu takes the place of a short convolution that is switched off, as it follows one."""
     steps: int = 1
     """Steps of the recurrence per token."""
     n_heads: int
@@ -85,6 +87,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         """The short convolution of x, and its last inputs if they are wanted: the leaf `recent` of the state."""
         if self.convolution is not None:
             return self.convolution(x, call.enter("recent"))
+        x = F.silu(x) if self.silu else x
         if call.state is not None:
             return x, call.state.recent if call.return_state else None
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if call.return_state else None

@@ -1,7 +1,7 @@
 """Queries, keys, values and an output gate per head, before and after a recurrence:
 
 q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, with whatever else a mixer projects
-q, k, v    = conv(q, k, v)                      by channel, if there is a short convolution; silu after it
+q, k, v    = silu(conv(q, k, v))                by channel, if there is a short convolution
 q, k       = norm(q), norm(k), turned by their positions
 o          = the recurrence of q, k, v          the mixer's own equations
 y          = (norm(o) * act(g)) W_O             per head
@@ -103,8 +103,8 @@ class QKVMixer(MatrixStateMixer):
 
     gains: ClassVar[tuple[float, float]] = (2**-2.5, 2**-1)
     """Of the Xavier-uniform start of what is projected and of the output; these are the RetNet authors'."""
-    silu: ClassVar[bool] = False
-    """Whether queries, keys and values go through silu without a short convolution, too."""
+    activation: ClassVar[Literal["silu", "none"]] = "silu"
+    """What follows the short convolution."""
     projects_gate: ClassVar[bool] = True
     """Whether the output gate is one of the projections; else a mixer's own `project` adds it."""
 
@@ -120,7 +120,8 @@ class QKVMixer(MatrixStateMixer):
         written = self.steps * keys, self.steps * values
         self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        self.convolution = ShortConvolution(keys + sum(written), config.short_conv) if config.short_conv else None
+        channels = keys + sum(written)
+        self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.reset_parameters()
@@ -159,7 +160,7 @@ class QKVMixer(MatrixStateMixer):
         if self.silu or self.convolution is not None:  # of queries, keys and values in one product
             qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
             qkv, recent = self.convolve(qkv, call)
-            qk, v = (qkv if self.convolution is not None else F.silu(qkv)).split([q + k, v], dim=-1)
+            qk, v = qkv.split([q + k, v], dim=-1)
         else:  # one split: backward joins the gradients of its parts once
             qk, v, *others = self.in_proj(x).split([q + k, v, *rest], dim=-1)
             _, recent = self.convolve(qk, call)

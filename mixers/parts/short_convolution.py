@@ -11,18 +11,25 @@ from torch import Tensor, nn
 from ...ops.call import Call
 from ...ops.convolution import convolve_short
 
+Activation = Literal["silu", "none"]
+
 
 class ShortConvolution(nn.Module):
     """A causal convolution of `width` channels over the newest `kernel_size` tokens, then silu (or nothing)."""
 
-    def __init__(
-        self, width: int, kernel_size: int, *, bias: bool = False, activation: Literal["silu", "none"] = "silu"
-    ) -> None:
+    def __init__(self, width: int, kernel_size: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
+
+    @classmethod
+    def of(
+        cls, kernel_size: int | None, width: int, *, bias: bool = False, activation: Activation = "silu"
+    ) -> "ShortConvolution | None":
+        """That of a field `short_conv`; None where it is 0 or null."""
+        return cls(width, kernel_size, bias=bias, activation=activation) if kernel_size else None
 
     def reset_parameters(self) -> None:
         """Uniform within 1/sqrt(kernel_size), as `nn.Conv1d`."""

@@ -48,7 +48,7 @@ WRONG = {
         ({"head_dim": HUGE}, "head_dim"),
         ({"d_state": HUGE}, "d_state"),
         ({"n_groups": HUGE}, "n_groups"),
-        ({"short_conv": 1}, "short_conv"),
+        ({"short_conv": 65}, "short_conv"),
         ({"a_range": (0.0, 1.0)}, "a_range 1e-06 1e+06 (0.0, 1.0)"),
         ({"a_range": (1.0, 1e7)}, "a_range 1e+06 (1.0, 10000000.0)"),
         ({"time_step_range": (0.2, 0.1)}, "time_step_range 1e-06 1000 (0.2, 0.1)"),

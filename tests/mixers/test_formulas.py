@@ -64,7 +64,7 @@ OWN = {
     "gated_delta_net2": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5}],
 }
 REFUSED = {
-    *(("hgrn2", name) for name in ("short_conv", "qk_norm", "rotation", "rotation_base")),
+    *(("hgrn2", name) for name in ("qk_norm", "rotation", "rotation_base")),
     *(("gla", name) for name in ("rotation", "rotation_base")),
     *((kind, "qk_norm") for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "delta_product")),
     *((kind, name) for kind in ("kda", "gated_delta_net2") for name in ("rotation", "rotation_base")),

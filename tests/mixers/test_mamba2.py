@@ -29,8 +29,9 @@ def written_out(mixer, x):
     config, (batch, length, _) = mixer.config, x.shape
     values, keys = mixer.n_heads * config.head_dim, config.n_groups * config.d_state
     z, u, b, c, dt = (x @ mixer.in_proj.weight.T).split([values, values, keys, keys, mixer.n_heads], -1)
-    ubc = torch.cat((u, b, c), -1)
-    mixed = mixer.convolution.bias + convolved(ubc, mixer.convolution.weight)
+    mixed = torch.cat((u, b, c), -1)
+    if mixer.convolution is not None:
+        mixed = mixer.convolution.bias + convolved(mixed, mixer.convolution.weight)
     u, b, c = (mixed * mixed.sigmoid()).split([values, keys, keys], -1)
     dt = (1 + (dt + mixer.decay.dt_bias).exp()).log()
     if config.time_step_limit is not None:
@@ -58,6 +59,8 @@ OPTIONS = {
     "one head": {"head_dim": 24, "short_conv": 2},
     "limits": {"time_step_limit": (0.3, 0.9)},
     "widths": {"expand": 0.5, "d_state": 7, "short_conv": 3},
+    "no convolution": {"short_conv": None},
+    "silu and a weight per channel": {"short_conv": 1, "n_groups": 2},
 }
 
 
