@@ -59,6 +59,11 @@ class Traits:
         """Whether a segment can be mixed from a state in this paradigm."""
         return self.has_state and (self.parallel_from_state or paradigm is not Paradigm.PARALLEL)
 
+    def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> Paradigm:
+        """The first of these paradigms that is declared, else any; `from_state` one that takes a state."""
+        declared = {p for p in self.paradigms if self.takes_state(p) or not from_state}
+        return next(p for p in (*paradigms, *Paradigm) if p in declared)
+
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
     """Refuse a paradigm that a mixer does not declare."""

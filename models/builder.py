@@ -53,11 +53,7 @@ def build_model(
     for name, tensor in _numbers(model).items():
         if tensor.isnan().any():
             raise ContractError(f"{name} was left uninitialised: reset_parameters of its module must set it")
-    for block, layer in model.distinct_blocks.items():
-        try:
-            block.mixer.resolve_backend(activations or dtype)
-        except SeqmixError as error:
-            raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
+    model.resolve_backends(activations or dtype)
     use_onednn_linear(model)
     return model
 

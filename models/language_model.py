@@ -15,6 +15,7 @@ from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
 from ..ops.context_parallel import ContextParallel
+from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
@@ -128,14 +129,46 @@ class LanguageModel(nn.Module):
             ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
             SeqmixError: the reduction is unknown.
         """
+        if targets is not None and not return_state:
+            tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
+        x, after = self.run_blocks(self.embed(tokens), state, paradigm, cu_seqlens, return_state)
+        logits = loss = predictions = None
+        if targets is None or select is not None:
+            logits = self.head(self.norm(x if select is None else x.flatten(0, 1)[select]))
+        if targets is not None:
+            loss, predictions = self._loss(x, targets, reduction, return_predictions)
+        return ModelOutput(logits, loss, after, predictions)
+
+    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
+        """The residual stream before the first block, of this rank's tokens."""
+        return self.dropout(self.embedding(self._part(tokens)))
+
+    def run_blocks(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: ModelState | None = None,
+        paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+        return_state: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
+        """The residual stream after the last block, before the last norm, and the state; arguments as in `forward`.
+
+        Args:
+            x: what `embed` gives, or embeddings of another origin.
+            state: what came before.
+            paradigm: for every layer, or one per layer.
+            cu_seqlens: document boundaries.
+            return_state: whether the state after the segment is wanted.
+
+        Raises:
+            ContractError: a layer does not declare the paradigm or packing, or there is not one state per layer.
+        """
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
         for what, given in (("state", states), ("paradigms", paradigms)):
             if len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
-        if targets is not None and not return_state:
-            tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
-        x, after = self.dropout(self.embedding(self._part(tokens))), []
+        after = []
         for block, before, how in zip(self.blocks, states, paradigms, strict=True):
             call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -143,12 +176,7 @@ class LanguageModel(nn.Module):
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None)
             x, final = call(x, before)
             after.append(final)
-        logits = loss = predictions = None
-        if targets is None or select is not None:
-            logits = self.head(self.norm(x if select is None else x.flatten(0, 1)[select]))
-        if targets is not None:
-            loss, predictions = self._loss(x, targets, reduction, return_predictions)
-        return ModelOutput(logits, loss, tuple(after) if return_state else None, predictions)
+        return x, tuple(after) if return_state else None
 
     def _loss(
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
@@ -207,9 +235,19 @@ class LanguageModel(nn.Module):
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> tuple[Paradigm, ...]:
         """For each layer, the first of these paradigms that it declares, and `from_state` one that takes a state."""
-        traits = [block.mixer.traits for block in self.blocks]
-        declared = [{p for p in layer.paradigms if layer.takes_state(p) or not from_state} for layer in traits]
-        return tuple(next(p for p in (*paradigms, *Paradigm) if p in layer) for layer in declared)
+        return tuple(block.mixer.traits.prefer(*paradigms, from_state=from_state) for block in self.blocks)
+
+    def resolve_backends(self, activations: torch.dtype) -> None:
+        """Choose the kernel backends of all layers, for the parameters' device and activations of this dtype.
+
+        Raises:
+            SeqmixError: a backend that a layer names cannot run here.
+        """
+        for block, layer in self.distinct_blocks.items():
+            try:
+                block.mixer.resolve_backend(activations)
+            except SeqmixError as error:
+                raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
 
     @property
     def backends(self) -> dict[str, str]:

@@ -69,13 +69,15 @@ def test_the_public_names_are_frozen():
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_every_public_name_exists(package):
+    if package == "seqmix.hf":
+        pytest.importorskip("transformers")
     module = importlib.import_module(package)
     for name in getattr(module, "__all__", []):
         assert hasattr(module, name)
 
 
 FLOORS = [
-    *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "convert", "benchmarks"),
+    *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "convert", "hf", "benchmarks"),
     *("experiments", "commands", "cli", "__main__", "pytest_plugin"),
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
@@ -163,6 +165,10 @@ def test_the_registry_imports_no_torch():
 
 MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
+    **{
+        name: {"transformers"}
+        for name in ("seqmix.hf", "seqmix.hf.cache", "seqmix.hf.configuration", "seqmix.hf.modeling")
+    },
     "seqmix.pytest_plugin": {"pytest"},
     "seqmix.experiments.figures.charts": {"altair"},
     "seqmix.experiments.figures.libraries": {"vl_convert"},
@@ -186,7 +192,7 @@ LATE = [
     "pandas",
 ]
 
-AS_NEEDED = ["cli", "commands", "experiments", "benchmarks", "testing"]
+AS_NEEDED = ["cli", "commands", "experiments", "benchmarks", "hf", "testing"]
 """Packages that a program which imports the library may not need."""
 
 

@@ -1,0 +1,19 @@
+"""Hugging Face transformers: our models as theirs, and our mixers in their models.
+
+Importing it registers `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` for the model type "seqmix".
+"""
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("seqmix.hf needs transformers: pip install 'seqmix[hf]'", name=error.name) from error
+
+from .cache import SeqmixCache
+from .configuration import SeqmixConfig
+from .modeling import SeqmixForCausalLM, SeqmixModel
+
+__all__ = ["SeqmixCache", "SeqmixConfig", "SeqmixForCausalLM", "SeqmixModel"]
+
+AutoConfig.register(SeqmixConfig.model_type, SeqmixConfig, exist_ok=True)
+AutoModel.register(SeqmixConfig, SeqmixModel, exist_ok=True)
+AutoModelForCausalLM.register(SeqmixConfig, SeqmixForCausalLM, exist_ok=True)

@@ -1,0 +1,180 @@
+"""`generate` of Hugging Face writes what ours does, in batches with padding too, and refuses what states cannot do."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hf_models import LENGTHS, PAD, ragged, tiny
+from torch.testing import assert_close
+
+transformers = pytest.importorskip("transformers")
+
+from seqmix import Sampling  # noqa: E402
+from seqmix.hf import SeqmixCache, SeqmixForCausalLM  # noqa: E402
+from seqmix.hf.cache import NAME  # noqa: E402
+from seqmix.models import generate_tokens  # noqa: E402
+from seqmix.training.presets import single_kind_presets  # noqa: E402
+
+EIGHT = ["retnet", "attention", "gla", "gated-delta-net", "mamba2", "hyena", "rwkv7", "mlstm"]
+NEW = 8
+
+
+def greedy(model, prompts, new=NEW):
+    """Ours."""
+    sampling = Sampling(temperature=0)
+    return torch.stack(list(generate_tokens(model, prompts, max_new_tokens=new, sampling=sampling, vocab_size=PAD)), 1)
+
+
+@pytest.mark.parametrize("preset", [*EIGHT, "hybrid", "zamba2"])
+def test_greedy_generation_of_a_ragged_batch_is_ours(preset):
+    model, (prompts, tokens, mask) = tiny(f"{preset}-tiny"), ragged()
+    found = SeqmixForCausalLM.wrap(model).generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found[:, : tokens.shape[1]], tokens)
+    assert torch.equal(found[:, tokens.shape[1] :], greedy(model, prompts))
+
+
+def stepwise(model, tokens, mask, first):
+    """Logits with a cache: `first` tokens, and then one by one."""
+    logits, cache = [], None
+    for start, stop in [(0, first), *((at, at + 1) for at in range(first, tokens.shape[1]))]:
+        output = model(tokens[:, start:stop], attention_mask=mask[:, :stop], **{NAME: cache}, use_cache=True)
+        cache = output[NAME]
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "row by row"])
+@pytest.mark.parametrize("preset", sorted(single_kind_presets()))
+@torch.no_grad()
+def test_a_padded_row_has_the_logits_of_the_row_alone(preset, packing):
+    model, (prompts, tokens, mask) = tiny(preset, "model.n_layers=2"), ragged((5, 12, 1))
+    for block in model.blocks:
+        block.mixer.traits = replace(block.mixer.traits, packing=block.mixer.traits.packing and packing)
+    wrapped = SeqmixForCausalLM.wrap(model)
+    for logits in (wrapped(tokens, attention_mask=mask).logits, stepwise(wrapped, tokens, mask, 9)):
+        for row, prompt in zip(logits, prompts, strict=True):
+            assert_close(row[-len(prompt) :], model(prompt[None]).logits[0], rtol=1e-9, atol=1e-9)
+    right = SeqmixForCausalLM.wrap(model)(tokens.flip(1), attention_mask=mask.flip(1), use_cache=False).logits
+    assert_close(right[0, :5], model(prompts[0].flip(0)[None]).logits[0], rtol=1e-9, atol=1e-9)
+
+
+def beam_search(model, prompt, beams, new):
+    """The most probable of the continuations that a beam search without a cache keeps."""
+    kept = [(0.0, prompt)]
+    for _ in range(new):
+        longer = []
+        for score, text in kept:
+            chances = model(text[None]).logits[0, -1].float()
+            chances = chances.log_softmax(-1)[:PAD]
+            longer += [
+                (score + chance, torch.cat((text, torch.tensor([i])))) for i, chance in enumerate(chances.tolist())
+            ]
+        kept = sorted(longer, key=lambda scored: -scored[0])[:beams]
+    return kept[0][1][len(prompt) :]
+
+
+@pytest.mark.parametrize("preset", ["retnet-tiny", "attention-tiny", "hyena-tiny"])
+@torch.no_grad()
+def test_beams_are_those_of_a_search_without_a_cache(preset):
+    # sharper than at initialisation, so that the beams cross
+    model, (prompts, tokens, mask) = tiny(preset, "model.n_layers=2"), ragged()
+    model.head.weight.mul_(2)
+    wrapped = SeqmixForCausalLM.wrap(model)
+    found = wrapped.generate(tokens, attention_mask=mask, max_new_tokens=6, num_beams=4, do_sample=False)
+    expected = torch.stack([beam_search(model, prompt, 4, 6) for prompt in prompts])
+    assert torch.equal(found[:, tokens.shape[1] :], expected)
+    assert not torch.equal(expected, greedy(model, prompts, 6))
+
+
+@pytest.mark.parametrize("preset", ["gla-tiny", "hybrid-tiny"])
+def test_sampling_with_a_cache_is_sampling_without(preset):
+    wrapped, (_, tokens, mask) = SeqmixForCausalLM.wrap(tiny(preset)), ragged()
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": True, "top_k": 20, "num_return_sequences": 2}
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(wrapped.generate(tokens, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+    assert len(found[0].unique(dim=0)) == 2 * len(LENGTHS)
+
+
+@pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
+def test_a_cache_continues_a_text_twice(preset):
+    wrapped, (_, tokens, mask) = SeqmixForCausalLM.wrap(tiny(preset)), ragged()
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = wrapped.generate(tokens, attention_mask=mask, max_new_tokens=4, **options)
+    mask = torch.cat((mask, torch.ones(3, 4, dtype=mask.dtype)), dim=1)
+    cache = getattr(first, NAME)
+    assert cache.get_seq_length() == tokens.shape[1] + 3
+    for given in (copy.deepcopy(cache), cache):
+        more = {"attention_mask": mask, "max_new_tokens": 70, "do_sample": False}
+        found = wrapped.generate(first.sequences, **{NAME: given}, **more)
+        assert torch.equal(found, wrapped.generate(first.sequences, **more))
+
+
+def test_text_is_streamed_as_ours():
+    model = tiny("retnet-tiny")
+    pieces = []
+
+    class Streamer(transformers.generation.BaseStreamer):
+        def put(self, value):
+            pieces.append(value.flatten().tolist())
+
+        def end(self):
+            pieces.append(None)
+
+    prompt = model.tokenizer.encode("def ")
+    SeqmixForCausalLM.wrap(model).generate(prompt[None], max_new_tokens=NEW, do_sample=False, streamer=Streamer())
+    assert pieces == [prompt.tolist(), *([token] for token in greedy(model, [prompt])[0].tolist()), None]
+
+
+def test_the_two_names_of_the_cache_and_logits_to_keep():
+    wrapped, (prompts, _, _) = SeqmixForCausalLM.wrap(tiny("retnet-tiny")), ragged()
+    whole = wrapped(prompts[1][None], use_cache=False)
+    assert whole[NAME] is None if NAME in whole else True
+    for name in ("cache", "past_key_values"):
+        cache = SeqmixCache(len(wrapped.model.blocks))
+        wrapped(prompts[1][None, :4], **{name: cache})
+        logits = wrapped(prompts[1][None, 4:], **{name: cache}, logits_to_keep=2).logits
+        assert_close(logits, whole.logits[:, -2:])
+    logits = wrapped(prompts[1][None], logits_to_keep=torch.tensor([3, 7])).logits
+    assert_close(logits, whole.logits[:, [3, 7]])
+    assert_close(wrapped(prompts[1][None], return_dict=False)[0], whole.logits)
+    embeddings = wrapped.get_input_embeddings()(prompts[1][None])
+    assert_close(wrapped(inputs_embeds=embeddings).logits, whole.logits)
+
+
+def call(**arguments):
+    return lambda model: model(torch.zeros(2, 3, dtype=torch.int64), **arguments)
+
+
+def generating(**arguments):
+    return lambda model: model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=2, **arguments)
+
+
+def cropped(model):
+    model(torch.zeros(2, 3, dtype=torch.int64))[NAME].crop(1)
+
+
+REFUSED = {
+    "assisted decoding": (generating(prompt_lookup_num_tokens=2), "not supported with stateful models"),
+    "another cache of generate": (generating(cache_implementation="static"), "has its own cache"),
+    "another cache": (call(past_key_values=transformers.DynamicCache()), "is a SeqmixCache, and a DynamicCache"),
+    "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names of one argument"),
+    "crop": (cropped, "cannot take tokens back"),
+    "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
+    "a short mask": (call(attention_mask=torch.ones(2, 2)), r"its shape is \(2, 2\)"),
+    "hidden states": (call(output_hidden_states=True), "use forward hooks"),
+    "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "not both"),
+    "packed rows": (call(position_ids=torch.tensor([[0, 1, 0]] * 2), use_cache=False), "one row"),
+    "packed documents with a cache": (call(cu_seq_lens_q=torch.tensor([0, 3]), use_cache=True), "leave no cache"),
+    "a new vocabulary": (lambda model: model.resize_token_embeddings(300), "vocabulary is fixed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_work_is_refused_by_one_sentence(case):
+    act, sentence = REFUSED[case]
+    with pytest.raises(ValueError, match=sentence):
+        act(SeqmixForCausalLM.wrap(tiny("retnet-tiny")))
