@@ -36,12 +36,17 @@ Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | Non
 """The type of a field that bounds step sizes, at most 1e3; .inf or null as the upper for none."""
 
 
-class TimeStepFields(MatrixStateConfig):
-    """Fields of a mixer with step sizes and decay rates."""
+class TimeStepRange(MatrixStateConfig):
+    """The field of a mixer with step sizes."""
 
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
     """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
-    1e-6 to 1e3; Mamba-2's code raises those below 1e-4 to that."""
+    1e-6 to 1e3; the authors' code raises those below 1e-4 to that."""
+
+
+class TimeStepFields(TimeStepRange):
+    """Fields of a mixer with step sizes and decay rates."""
+
     time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
     """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
     a_range: Annotated[tuple[float, float], in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)

@@ -32,6 +32,7 @@ MIXERS_OF_ALL_OPS = (
     ("hgrn2", {"n_heads": 2, "chunk_size": 4}),
     ("mlstm", {"n_heads": 2, "chunk_size": 4}),
     ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
+    ("mamba3", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("rg_lru", {"n_heads": 2, "chunk_size": 4}),
     ("rwkv4", {"chunk_size": 4}),
     ("h3", {"d_state": 6, "chunk_size": 4}),

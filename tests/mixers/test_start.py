@@ -65,6 +65,14 @@ def test_mamba2_starts_as_the_authors():
     assert mixer.norm_weight.eq(1).all()
 
 
+def test_mamba3_starts_as_the_authors():
+    mixer = build("mamba3", 400, n_layers=4, head_dim=1, d_state=16)
+    steps = F.softplus(mixer.dt_bias)
+    assert_close(torch.stack((steps.min(), steps.max())), torch.tensor([1e-3, 0.1]), rtol=5e-2, atol=0)
+    assert all((one == 1).all() for one in (mixer.key_bias, mixer.key_norm, mixer.D))
+    assert_close(mixer.out_proj.weight.abs().max().item(), 800**-0.5 / 2, rtol=1e-2, atol=0)
+
+
 def test_hyena_starts_as_the_authors():
     mixer = build("hyena", 64, sine_frequency=14.0)
     for layer in (mixer.in_proj, mixer.out_proj, *mixer.filter_layers, mixer.filter_out):

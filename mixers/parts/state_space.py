@@ -1,0 +1,77 @@
+"""What Mamba-2 and Mamba-3 share: projections, and groups of heads with one B and C (arXiv 2405.21060, §7)."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from .matrix_state import MatrixStateMixer
+from .time_step import TimeStepRange
+from .widths import heads_of
+
+
+class StateSpaceConfig(TimeStepRange):
+    """Fields of a mixer whose heads have a width, and whose groups of heads share keys B and queries C."""
+
+    expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
+    """Width of all values (and the gate) over d_model."""
+    head_dim: int = Field(default=64, gt=0, le=2**20, examples=[6, 12, 24])
+    """Width of a head's values; there are expand * d_model / head_dim heads."""
+    d_state: int = Field(default=128, gt=0, le=2**20, examples=[5, 1])
+    """Width of a head's keys B and queries C."""
+    n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
+    """Groups of heads; the heads of a group share B and C."""
+    norm_eps: float = Field(default=1e-5, ge=0)
+    """Added to the norm's mean square."""
+
+    @classmethod
+    def example_fields(cls) -> dict[str, Any]:
+        """Small heads: with the default ones, the smallest model would be 32 wide."""
+        return {"head_dim": 6, "d_state": 5}
+
+
+class StateSpaceMixer(MatrixStateMixer):
+    """A mixer with one projection of its input, to a gate, values and keys and queries of groups, and more.
+
+    A subclass adds its modules, calls `reset_parameters`, and writes `mix`.
+
+    Args:
+        config: the mixer's configuration.
+        d_model: width of the residual stream.
+        n_layers: of the model, for the start of the output projection.
+        more: widths of what else is projected; None for one scalar per head.
+
+    Raises:
+        ContractError: heads or groups do not divide the widths.
+    """
+
+    log_decay_shape = "B T H"
+
+    def __init__(self, config: Any, d_model: int, n_layers: int, *more: int | None) -> None:
+        super().__init__(config)
+        self.config, self.n_layers, self.n_groups = config, n_layers, config.n_groups
+        self.n_heads = heads_of(d_model, config.expand, config.head_dim, config.n_groups)
+        self.key_dim, self.value_dim = config.d_state, config.head_dim
+        values, keys = self.n_heads * config.head_dim, config.n_groups * config.d_state
+        self.widths = [values, keys, keys]
+        self.in_widths = [values, sum(self.widths), *(self.n_heads if width is None else width for width in more)]
+        self.in_proj = nn.Linear(d_model, sum(self.in_widths), bias=False)
+        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.D = nn.Parameter(torch.empty(self.n_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the authors' code: torch's own for the projections, that of the output over sqrt(n_layers)."""
+        parts: list[Any] = [part for part in self.children() if part is not self.out_proj]
+        for part in (*parts, self.out_proj):
+            part.reset_parameters()
+        self.out_proj.weight.div_(math.sqrt(self.n_layers))
+        nn.init.ones_(self.D)
+
+    def by_head(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T H K"]:
+        """B or C, the same for the heads of a group: a view where there is one group."""
+        by_group = x.unflatten(-1, (self.n_groups, 1, -1))
+        return by_group.expand(-1, -1, -1, self.n_heads // self.n_groups, -1).flatten(2, 3)
