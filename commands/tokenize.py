@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..data.files import Document, read_documents
+from ..data.files import TOKENS, Document, read_documents
 from ..data.kinds.text import TextConfig
 from ..data.stream import tokenized
-from ..data.token_file import TOKENS, write_token_file
+from ..data.token_file import write_token_file
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
 from ..registry import SeqmixError, load

@@ -11,9 +11,10 @@ import numpy as np
 from ..models import ByteTokenizer, Tokenizer
 from ..registry import SeqmixError
 from .corpus_config import CorpusConfig
-from .files import JSON_LINES, read_documents, source_files, source_name
+from .files import TOKENS, read_documents, source_files, source_name
+from .formats import has_rows
 from .stream import Store, Stream, digest, tokenized
-from .token_file import TOKENS, TokenFile
+from .token_file import TokenFile
 
 Tokens: TypeAlias = np.ndarray | Stream
 """A token stream, in memory or mapped: it has a length, and its slices are arrays."""
@@ -57,13 +58,12 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     """
     name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
     files = list(source_files(config))
-    suffixes = {path.suffix for _, path in files}
-    mapped = TOKENS in suffixes
+    mapped = any(path.suffix == TOKENS for _, path in files)
     stores = _mapped(files, tokenizer) if mapped else [_InMemory(config, tokenizer)]
     count = sum(len(store.ends) for store in stores)
     split = config.split
     if split == "auto":  # by_file is by_document where every file is one document
-        several = mapped or config.dataset is not None or (config.text_field is not None and JSON_LINES in suffixes)
+        several = mapped or config.dataset is not None or any(has_rows(path, config.text_field) for _, path in files)
         split = "tail" if count == 1 else "by_document" if several else "by_file"
     splits = [_split(store, split, config.validation_fraction) for store in stores]
     identity = hashlib.sha256(tokenizer.identity.encode())

@@ -1,5 +1,6 @@
 """Configuration of a text: its documents, tokenizer, and training and validation split."""
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -8,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from ..models import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from ..registry import Config, SeqmixError
 from .source import DataConfig
+
+UTF8, BYTES = "utf-8", "bytes"
+"""Encodings with a meaning of their own."""
 
 
 class DatasetConfig(Config):
@@ -29,14 +33,17 @@ class CorpusConfig(DataConfig):
     """A text, as documents, each of which starts with a begin token."""
 
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files and folders: text, JSON lines (.jsonl), or token files (.tokens) of `seqmix tokenize`; null reads Python's
-    own standard library, which every machine has."""
+    """Files and folders: text and JSON lines (.jsonl), each also as .gz, .xz, .bz2 or .zst; .parquet and .arrow; or
+    token files (.tokens) of `seqmix tokenize`. Null reads Python's own standard library, which every machine has."""
     dataset: DatasetConfig | None = None
     """A dataset instead of paths."""
     glob: str = "**/*"
     """Pattern of the files to read in a folder; hidden files are never read."""
     text_field: str | None = Field(default="text", min_length=1)
-    """The field with the text, in a JSON line or a row of a dataset; null reads .jsonl files as plain text."""
+    """The field with the text, in a JSON line or a row of a table or dataset; null reads .jsonl files as plain text."""
+    encoding: str = UTF8
+    """Encoding of text files and JSON lines, such as latin-1. Files that are not UTF-8 are refused, but for few odd
+    bytes; `bytes` takes any file as it is."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """`bytes`, or a tokenizer.json of Hugging Face."""
     begin_token: str | None = None
@@ -58,6 +65,14 @@ class CorpusConfig(DataConfig):
                 f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is not: {error}"
             ) from error
         return glob
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, encoding: str) -> str:
+        try:
+            return encoding if encoding == BYTES or "".encode(encoding) else codecs.lookup(encoding).name
+        except LookupError as error:
+            raise ValueError(f"encoding is bytes or an encoding of text, such as latin-1: {error}") from error
 
     @model_validator(mode="after")
     def _bytes_have_their_begin_token(self) -> Self:

@@ -1,4 +1,4 @@
-"""Sources of documents: text files, JSON lines, datasets, and Python's own standard library."""
+"""Sources of documents: files, datasets, and Python's own standard library."""
 
 import json
 import sysconfig
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..registry import SeqmixError, nearest
 from .corpus_config import CorpusConfig, DatasetConfig
+from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
-JSON_LINES = ".jsonl"
-"""Suffix of files with one document per line."""
+TOKENS = ".tokens"
+"""Suffix of token files."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files of `save_to_disk` in a folder of one split, and of several."""
 
@@ -74,25 +75,40 @@ def _documents(config: CorpusConfig) -> Iterator[Document]:
     elif config.paths is None:
         yield from _standard_library()
     for key, path in source_files(config):
-        yield from _read(key, path, config.text_field)
+        yield from _read(key, path, config)
 
 
-def _read(key: str, path: Path, field: str | None) -> Iterator[Document]:
-    """The documents of a file: one, or one per line of a JSON lines file with a text field."""
+def _read(key: str, path: Path, config: CorpusConfig) -> Iterator[Document]:
+    """The documents of a file: one, or one per line or row."""
+    field, suffix = config.text_field, format_of(path)[0]
+    if suffix == TOKENS:
+        raise SeqmixError(f"{path} is a token file: it holds tokens, and no text")
     try:
-        with path.open("rb") as file:
-            if path.suffix != JSON_LINES or field is None:
-                yield Document(key, str(path), file.read())
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    name = f"{path}:{number}"
-                    yield Document(key, name, _text(_mapping(name, line), field, name))
+        if not has_rows(path, field):
+            yield Document(key, str(path), read_text(path, config.encoding))
+        elif field is None:
+            raise SeqmixError(f"{path} has columns, and data.text_field, which names that of the text, is null")
+        else:
+            rows = _lines(path, config.encoding) if suffix == JSON_LINES else _rows_of(path, field)
+            for name, row in rows:
+                yield Document(key, name, _text(row, field, name))
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
 
 
-def _mapping(name: str, line: bytes) -> dict[str, object]:
+def _lines(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, object]]]:
+    for number, line in enumerate(read_lines(path, encoding), 1):
+        if line.strip():
+            name = f"{path}:{number}"
+            yield name, _mapping(name, line)
+
+
+def _rows_of(path: Path, field: str) -> Iterator[tuple[str, dict[str, object]]]:
+    for number, row in enumerate(read_rows(path, field)):
+        yield f"{path}, row {number}", row
+
+
+def _mapping(name: str, line: bytes | str) -> dict[str, object]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too

@@ -34,8 +34,6 @@ from ..models import Tokenizer
 from ..registry import SeqmixError
 from .stream import TokenDocument, digest
 
-TOKENS = ".tokens"
-"""Suffix of token files."""
 VERSION = "1"
 BLOCK = 2**16
 """Tokens per checksum."""

@@ -24,7 +24,9 @@ def folder(tmp_path):
 
 
 def read(*paths, **fields) -> Corpus:
-    return read_corpus(TextConfig(**{"paths": tuple(map(str, paths)), "sequence_length": 8} | fields))
+    return read_corpus(
+        TextConfig(**{"paths": tuple(map(str, paths)), "sequence_length": 8, "encoding": "bytes"} | fields)
+    )
 
 
 def error(*paths, **fields) -> str:

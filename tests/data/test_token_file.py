@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_no_file(tmp_path):
 
 
 def corpora(folder, file, **fields):
-    options = {"sequence_length": 8, "validation_fraction": 0.3} | fields
+    options = {"sequence_length": 8, "validation_fraction": 0.3, "encoding": "bytes"} | fields
     return (read_corpus(TextConfig(paths=(str(path),), **options)) for path in (folder, file))
 
 
