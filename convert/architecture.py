@@ -13,7 +13,7 @@ from ..registry import SeqmixError
 from ..registry.errors import shown
 from .layout import Part, Rule, part
 
-Layout = Mapping[str, str | Part | tuple[Part, ...]]
+Layout = dict[str, str | Part | tuple[Part, ...]]
 """Of a block, its tensors by name: a tensor of theirs in the same shape, or parts of several; relative to the layer."""
 
 HARMLESS = """
@@ -128,7 +128,6 @@ class Architecture(ABC):
 
     def derived(self, model: LanguageModel) -> dict[str, Tensor]:
         """Tensors that their code wants to read although it can compute them."""
-        del model
         return {}
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

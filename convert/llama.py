@@ -29,7 +29,6 @@ class Llama(Architecture):
 
     def window(self, c: Fields) -> int | None:
         """The window of all layers."""
-        del c
         return None
 
     def write(self, m: ModelConfig) -> dict[str, Any]:
@@ -85,13 +84,13 @@ class Qwen3(Llama):
         }
 
 
-def model_fields(c: Fields) -> dict[str, Any]:
-    """Fields of a model that have the same meaning in all of transformers."""
+def model_fields(c: Fields, *, tied: bool = False) -> dict[str, Any]:
+    """Fields of a model that have the same meaning everywhere; `tied` is the default of tie_word_embeddings."""
     return {
         "d_model": c.take("hidden_size"),
         "n_layers": c.take("num_hidden_layers"),
         "vocab_size": c.take("vocab_size"),
-        "tie_embeddings": c.take("tie_word_embeddings", False),
+        "tie_embeddings": c.take("tie_word_embeddings", tied),
     }
 
 
@@ -172,7 +171,7 @@ def attention(block: Block, at: str = "self_attn") -> Layout:
         sizes = {"pair": 2, "k": width // 2}
         return part(f"{at}.{name}.weight", heads * width, d_model, pattern=PAIRS, **sizes)
 
-    layout = {
+    layout: Layout = {
         "mixer.in_proj.weight": (
             turned("q_proj", mixer.n_heads),
             turned("k_proj", mixer.n_kv_heads),

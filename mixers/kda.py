@@ -7,7 +7,7 @@
     y       = (sigmoid(x W_3 W_4) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
 
 Gated DeltaNet with a decay per key dimension. The maps of decays and output gate have the rank of a head's width. As in
-the released models the gate has no bias; the factor 1/sqrt(K) is hidden by the norm but for its eps.
+the released models the gate has no bias unless asked for; the factor 1/sqrt(K) is hidden by the norm but for its eps.
 """
 
 from typing import Literal
@@ -29,6 +29,8 @@ class KeyDecayConfig(DeltaConfig):
     gate: OutputGate = "sigmoid"
     gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[3, None])
     """Rank of the maps from tokens to decays and to the output gate; null for the width of a head's values."""
+    gate_bias: bool = False
+    """Whether the output gate has a bias, as in fla's layer."""
 
 
 class KDAConfig(KeyDecayConfig):
@@ -50,7 +52,8 @@ class KDA(QKVMixer):
         rank, gate = config.gate_rank or self.value_dim, config.gate != "none"
         self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False)
         self.decay = TimeStepDecay(self.n_heads, rates=(1.0, 16.0), key_dim=self.key_dim)
-        self.gate_proj = LowRank(d_model, rank, self.n_heads * self.value_dim, bias=False) if gate else None
+        values, bias = self.n_heads * self.value_dim, config.gate_bias
+        self.gate_proj = LowRank(d_model, rank, values, bias=bias) if gate else None
 
     def project(self, x: Tensor, call: Call) -> QKV:
         h = super().project(x, call)
