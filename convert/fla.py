@@ -6,7 +6,7 @@ from ..blocks import Block
 from ..models import ModelConfig
 from .architecture import Architecture, Fields, Layout
 from .layout import part
-from .llama import model_fields, swiglu, written_fields
+from .llama import PAIRS, model_fields, swiglu, written_fields
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "beta": "b_proj", "dt": "a_proj"}
 """Their names of what is projected here in one product."""
@@ -69,7 +69,7 @@ class Fla(Architecture):
             "mixer_norm.weight": "attn_norm.weight",
             "ffn_norm.weight": "mlp_norm.weight",
             "mixer.in_proj.weight": tuple(
-                part(f"attn.{PROJECTIONS[name]}.weight", width, d_model, **self.turned(mixer, name, "d", "d"))
+                part(f"attn.{PROJECTIONS[name]}.weight", width, d_model, **self.rows(mixer, name))
                 for name, width in own.items()
             ),
             "mixer.out_proj.weight": "attn.o_proj.weight",
@@ -79,10 +79,8 @@ class Fla(Architecture):
             layout["mixer.norm.weight"] = f"attn.{self.norm_of(mixer)}.weight"
         if mixer.convolution is not None:
             size = mixer.convolution.weight.shape[1]
-            pattern: dict[str, Any] = {"pattern": "c 1 w -> c w"}
             layout["mixer.convolution.weight"] = tuple(
-                part(f"attn.{name}_conv1d.weight", own[name], 1, size, **pattern | self.turned(mixer, name, "1 w", "w"))
-                for name in "qkv"
+                part(f"attn.{name}_conv1d.weight", own[name], 1, size, pattern="c 1 w -> c w") for name in "qkv"
             )
         return layout | self.further(mixer)
 
@@ -90,12 +88,9 @@ class Fla(Architecture):
         """Their name of the norm of the output."""
         return self.norm_name
 
-    def turned(self, mixer: Any, name: str, before: str, after: str) -> dict[str, Any]:
-        """The pattern of rows that turn, for queries and keys with a rotation."""
-        if name not in "qk" or mixer.config.rotation == "none":
-            return {}
-        pattern = f"(h pair k) {before} -> (h k pair) {after}"
-        return {"pattern": pattern, "h": mixer.n_heads, "pair": 2}
+    def rows(self, mixer: Any, name: str) -> dict[str, Any]:
+        """What is done to the rows of a projection."""
+        return {}
 
     def further(self, mixer: Any) -> Layout:
         """Tensors of the mixer beyond projections, convolution and norm."""
@@ -135,7 +130,11 @@ class RetNet(GLA):
     expand, ratio = (1.0, 2.0), 2
 
     def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        return super().mixer_fields(c, d_model) | {"rotation": "rope", "row_norm": False}
+        # its model has no short convolution, whatever use_short_conv says
+        return super().mixer_fields(c, d_model) | {"rotation": "rope", "row_norm": False, "short_conv": None}
+
+    def rows(self, mixer: Any, name: str) -> dict[str, Any]:
+        return {"pattern": PAIRS, "h": mixer.n_heads, "pair": 2} if name in "qk" else {}
 
     def further(self, mixer: Any) -> Layout:
         return {}
@@ -166,8 +165,9 @@ class GatedDeltaNet(Fla):
 
     def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
         c.only(num_v_heads=(None, c.values["num_heads"]))
-        gate = c.take("output_gate_activation", "swish") if c.take("use_gate", True) else "none"
-        return {"gate": "swish" if gate == "silu" else gate, **self.widths(c, d_model), **neg_eigval(c)}
+        gate, used = c.take("output_gate_activation", "swish"), c.take("use_gate", True)
+        gate = "swish" if gate == "silu" else gate
+        return {"gate": gate if used else "none", **self.widths(c, d_model), **neg_eigval(c)}
 
     def widths(self, c: Fields, d_model: int) -> dict[str, Any]:
         """Widths of keys and values over d_model."""
