@@ -1,25 +1,53 @@
-"""`seqmix export`: a trained model in one file."""
+"""`seqmix export`: a trained model in one file, or as a folder of Hugging Face."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..registry import SeqmixError, nearest
 from ..training import export_run
 from .console import note
 from .options import Checkpoint, Run, checkpoint_choice
 
+FORMATS = ("safetensors", "hf")
+
 
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Output file (.safetensors); must not exist.", metavar="FILE")],
+    place: Annotated[
+        Path | None, typer.Argument(help="The output, in place of --out.", metavar="[OUT]", show_default=False)
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="One safetensors file, or a folder of Hugging Face.", metavar="safetensors|hf")
+    ] = "safetensors",
+    out: Annotated[
+        Path | None, typer.Option(help="Output file (.safetensors), or folder; must not exist.", metavar="FILE|DIR")
+    ] = None,
     checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Export a trained model to one safetensors file, with its configuration in the metadata.
+    """Export a trained model to one safetensors file, with its configuration in the metadata, or for Hugging Face.
 
     [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
 
     [bold]seqmix generate retnet-tiny.safetensors --prompt "def "[/bold]
+
+    [bold]seqmix export runs/retnet-tiny --to hf retnet-tiny-hf[/bold]
     """
-    step = export_run(run, out, choice=checkpoint_choice(checkpoint), tell=note)
-    typer.echo(f"{out} has the weights of step {step}")
+    if to not in FORMATS:
+        raise SeqmixError(f"--to is {' or '.join(FORMATS)}, and was given {to!r}{nearest(to, FORMATS)}")
+    target = place if out is None else out
+    if target is None or (place is not None and out is not None):
+        raise SeqmixError("export needs one output: --out FILE, or --to hf DIR")
+    choice = checkpoint_choice(checkpoint)
+    if to == "safetensors":
+        step = export_run(run, target, choice=choice, tell=note)
+        typer.echo(f"{target} has the weights of step {step}")
+        return
+    if find_spec("transformers") is None:
+        raise SeqmixError("--to hf needs transformers: pip install 'seqmix[hf]'")
+    from ..hf.export import export_hf
+
+    export_hf(run, target, choice=choice, tell=note)
+    typer.echo(f"{target} has the model: import seqmix.hf, and AutoModelForCausalLM.from_pretrained loads it")

@@ -10,9 +10,11 @@ except ModuleNotFoundError as error:
 
 from .cache import SeqmixCache
 from .configuration import SeqmixConfig
+from .export import export_hf
 from .modeling import SeqmixForCausalLM, SeqmixModel
+from .tokenizer import hf_tokenizer
 
-__all__ = ["SeqmixCache", "SeqmixConfig", "SeqmixForCausalLM", "SeqmixModel"]
+__all__ = ["SeqmixCache", "SeqmixConfig", "SeqmixForCausalLM", "SeqmixModel", "export_hf", "hf_tokenizer"]
 
 AutoConfig.register(SeqmixConfig.model_type, SeqmixConfig, exist_ok=True)
 AutoModel.register(SeqmixConfig, SeqmixModel, exist_ok=True)

@@ -84,6 +84,14 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         """Replace the embedding."""
         self.model.embedding = value
 
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The output projection."""
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the output projection."""
+        self.model.head = new_embeddings
+
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
         """Refused."""
         raise SeqmixError("the vocabulary is fixed by the configuration: build a model of another vocab_size")
@@ -180,7 +188,8 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
                 setattr(wrapped.config, role, tokenizer.begin)
                 setattr(wrapped.generation_config, role, tokenizer.begin)
             # as in our generation, only tokens that stand for text
-            wrapped.generation_config.suppress_tokens = list(ids[tokenizer.begin :])
+            last = tokenizer.begin == tokenizer.vocab_size - 1
+            wrapped.generation_config.suppress_tokens = list(ids[tokenizer.vocab_size - last :]) or None
         return wrapped.train(model.training)
 
     def forward(
@@ -226,14 +235,6 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{NAME: after})
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        """The output projection."""
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the output projection."""
-        self.model.head = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -169,6 +169,7 @@ MAY_IMPORT = {
         name: {"transformers"}
         for name in ("seqmix.hf", "seqmix.hf.cache", "seqmix.hf.configuration", "seqmix.hf.modeling")
     },
+    "seqmix.hf.tokenizer": {"tokenizers", "transformers"},
     "seqmix.pytest_plugin": {"pytest"},
     "seqmix.experiments.figures.charts": {"altair"},
     "seqmix.experiments.figures.libraries": {"vl_convert"},

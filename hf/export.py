@@ -1,0 +1,33 @@
+"""A run as a folder of Hugging Face: config.json, model.safetensors and the tokenizer's files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from warnings import warn
+
+from ..training import Choice, load_run
+from ..training.checkpoint import CheckpointError
+from .modeling import SeqmixForCausalLM
+from .tokenizer import hf_tokenizer
+
+
+def export_hf(run: str | Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warn) -> None:
+    """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
+
+    Args:
+        run: the run directory, or a file of `export_run`.
+        out: the folder, new or empty.
+        choice: which checkpoint, as in `load_run`.
+        tell: as in `load_run`.
+
+    Raises:
+        SeqmixError: it is not a run, or the folder holds something or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder: give the name of a new one")
+    model = load_run(run, choice=choice, tell=tell)
+    files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
+    try:
+        for part in files:
+            part.save_pretrained(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
