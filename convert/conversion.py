@@ -8,7 +8,7 @@ from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, require_name
 from ..training import Choice
 from ..training.saved_run import read_weights
-from . import files, fla, llama, mamba
+from . import files, fla, llama, mamba, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs
 
@@ -16,6 +16,7 @@ DECLARED: list[type[Architecture]] = [
     *(llama.Llama, llama.Mistral, llama.Qwen3),
     *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
+    torchscale.TorchscaleRetNet,
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
 """All that is known, by name; of two with one model_type, the one with a marker comes first."""

@@ -79,9 +79,14 @@ def exactly(a, b):
 @contextmanager
 def computing_in(dtype):
     """What they compute in float32 whatever the dtype is then of this one, if it is float64."""
+    usual = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             for name in ("float32", "float"):
                 patch.setattr(torch, name, torch.float64)
-        yield
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)

@@ -3,12 +3,11 @@
 Their rotations and decays are rounded to float32, and so is the head norm: 1e-5 is agreement.
 """
 
-import sys
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from peers.torchscale_modules import torchscale_classes
 from torch import nn
 from torch.testing import assert_close
 
@@ -28,22 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def torchscale():
-    """Its classes. The module of RetNet imports fairscale and timm, and what is used of it here needs neither."""
-    names = ["fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"]
-    stubs = {name: ModuleType(name) for name in names}
-    stubs["fairscale.nn"].checkpoint_wrapper = stubs["fairscale.nn"].wrap = None
-    stubs["timm.models.layers"].drop_path = None
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stub in stubs.items():
-            patch.setitem(sys.modules, name, stub)
-        try:
-            from torchscale.architecture.config import RetNetConfig
-            from torchscale.architecture.retnet import RetNetRelPos
-            from torchscale.component.multiscale_retention import MultiScaleRetention
-        finally:  # no other test may find modules that were built on stubs
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchscale"]:
-                del sys.modules[name]
-    return SimpleNamespace(Config=RetNetConfig, RelPos=RetNetRelPos, Retention=MultiScaleRetention)
+    return torchscale_classes()
 
 
 class Pair:
