@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
     "generate": "Generate text with a trained model.",
-    "evaluate": "Evaluate a trained model on the validation split, at sequence lengths beyond that of training.",
+    "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
     "export": "Export a trained model to one safetensors file, with its configuration in the metadata, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",

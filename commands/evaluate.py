@@ -1,27 +1,34 @@
-"""`seqmix evaluate`: validation loss by sequence length and by context length, as tables and JSON."""
+"""`seqmix evaluate`: validation loss by sequence length and by context length, or scores of lm-eval's tasks."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..mixers import Paradigm
+from ..models import LanguageModel
 from ..registry import SeqmixError, nearest
 from ..training import load_run, read_config
 from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
-from .console import note, plain_table, terminal
-from .options import Checkpoint, Device, JsonFile, Run, checkpoint_choice, require_device, require_writable
+from .console import note, terminal
+from .evaluation_tables import listed, show_evaluation, show_scores, show_side_by_side
+from .options import Checkpoint, Device, JsonFile, checkpoint_choice, require_device, require_writable
 
 LARGEST_PARALLEL = 8192
 """The longest sequence that the quadratic paradigm evaluates by default, in tokens."""
 
 
 def evaluate(
-    run: Run,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run directories, written by `seqmix train`; several are shown side by side.", metavar="RUN..."
+        ),
+    ],
     length: Annotated[
         list[int] | None,
         typer.Option(
@@ -53,33 +60,86 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option(help="Approximate number of tokens evaluated per length; at least one batch.", min=1)
     ] = 16384,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval instead, separated by commas; needs seqmix[eval].", metavar="NAME,..."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder of further tasks, in YAML.", metavar="DIR")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --tasks: examples before each question; the task's own by default.", min=0)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="With --tasks: documents of each task; all by default.", min=1)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="With --tasks: requests at once.", min=1)] = 16,
     checkpoint: Checkpoint = "newest",
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Evaluate a trained model on the validation split, at sequence lengths beyond that of training.
+    """Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.
 
     By length: the loss, and the loss by position, in every paradigm. With --context: the loss of the same tokens after
-    contexts of several lengths.
+    contexts of several lengths. With --tasks: lm-eval's scores; a run may then be an exported file.
 
     [bold]seqmix evaluate runs/retnet-tiny[/bold]
 
     [bold]seqmix evaluate runs/retnet-tiny --context 64 --context 128 --context 256 --scored 32[/bold]
+
+    [bold]seqmix evaluate runs/retnet-tiny runs/gla --tasks lambada_openai --json scores.json[/bold]
     """
     require_writable(json_file)
+    load = partial(load_run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
+    if tasks is not None:
+        options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+        found = {str(run): _task_scores(load(run), tasks, options) for run in runs}
+        show_scores(found, terminal())
+    else:
+        if include_path is not None or num_fewshot is not None or limit is not None:
+            raise SeqmixError("--include-path, --num-fewshot and --limit belong to --tasks NAME,...")
+        measure = partial(_measure, load, sorted(set(length or [])), paradigm or [], sorted(set(context or [])))
+        evaluations = {str(run): measure(run, scored, tokens) for run in runs}
+        if len(runs) == 1:
+            show_evaluation(next(iter(evaluations.values())), terminal())
+        else:
+            show_side_by_side(evaluations, terminal())
+        found = {run: asdict(evaluation) for run, evaluation in evaluations.items()}
+    if json_file is not None:
+        written = found if len(runs) > 1 else next(iter(found.values()))
+        json_file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _task_scores(model: LanguageModel, tasks: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The scores of lm-eval's tasks, which is imported only here."""
+    from ..harness import evaluate_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return evaluate_tasks(model, names, **options)
+
+
+def _measure(
+    load: Callable[[Path], LanguageModel],
+    given: list[int],
+    paradigm: list[str],
+    contexts: list[int],
+    run: Path,
+    scored: int | None,
+    tokens: int,
+) -> Evaluation:
+    """The losses of one run by length and by context."""
     config = read_config(run)
     trained = config.data.sequence_length
-    contexts = sorted(set(context or []))
-    lengths = sorted(set(length or [])) or ([] if contexts else [times * trained for times in TIMES])
-    source = open_text(config, run, [*(length or []), *contexts])
-    if not length:  # as far as the validation split allows
+    lengths = given or ([] if contexts else [times * trained for times in TIMES])
+    source = open_text(config, run, [*given, *contexts])
+    if not given:  # as far as the validation split allows
         available = len(source.corpus.validation)
         if (left_out := [each for each in lengths if each >= available]) and len(left_out) < len(lengths):
-            note(f"{source.name} has {available:,} validation tokens: skipping lengths {_list(left_out)}")
+            note(f"{source.name} has {available:,} validation tokens: skipping lengths {listed(left_out)}")
         lengths = [each for each in lengths if each < available]
-    model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
+    model = load(run)
     declared = common_paradigms(model)
-    for name in paradigm or []:
+    for name in paradigm:
         if name not in declared:
             names = f"{', '.join(declared) or 'none'}{nearest(name, declared)}"
             raise SeqmixError(f"paradigm {name!r} is not declared by all layers; declared by all: {names}")
@@ -87,68 +147,16 @@ def evaluate(
     if lengths and not chosen:
         raise SeqmixError("the layers of this model have no paradigm in common: evaluation by length is not possible")
     evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
-    console = terminal()
-    with console.status("reading the validation split", spinner="dots") as status:
+    with terminal().status("reading the validation split", spinner="dots") as status:
 
         def measured(length: int) -> Sequence[Paradigm]:
-            status.update(f"{length:,} tokens by {_list(chosen)}")
+            status.update(f"{length:,} tokens by {listed(chosen)}")
             quick = [each for each in chosen if each != Paradigm.PARALLEL]
             return chosen if paradigm or length <= LARGEST_PARALLEL or not quick else quick
 
         evaluation.lengths.extend(by_length(model, source, lengths, paradigms=measured, tokens=tokens))
         if contexts:
-            status.update(f"contexts of {_list(contexts)} tokens")
+            status.update(f"contexts of {listed(contexts)} tokens")
             found = by_context(model, source, contexts, scored=evaluation.scored, tokens=tokens)
             evaluation.contexts.extend(found)
-    _show(evaluation, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-
-
-def _show(evaluation: Evaluation, console: Console) -> None:
-    if evaluation.lengths:
-        console.print("Validation loss in nats/token; every sequence starts without a state.")
-        console.print(_lengths(evaluation))
-        differing = [found for found in evaluation.lengths if len(found.losses) > 1]
-        if differing:
-            paradigms = _list(max((found.losses for found in differing), key=len))
-            difference = max(found.difference for found in differing)
-            console.print(f"Between {paradigms}, the loss of a token differs by at most {difference:.1e} nats.\n")
-        console.print("By position in the sequence:")
-        console.print(_positions(evaluation))
-    if evaluation.contexts:
-        scored = f"the last {evaluation.scored:,} tokens of a sequence"
-        console.print(f"Validation loss in nats/token of {scored}, by context length:")
-        rows = [(f"{found.context:,}", _number(found.loss), f"{found.tokens:,}") for found in evaluation.contexts]
-        console.print(plain_table("context", "loss", "tokens scored", rows=rows, justify="right"))
-
-
-def _lengths(evaluation: Evaluation) -> Table:
-    paradigms = list(max((found.losses for found in evaluation.lengths), key=len))
-    rows = []
-    for found in evaluation.lengths:
-        times = f"{round(found.length / evaluation.trained_length, 3):g} x"
-        losses = [_number(found.losses.get(paradigm)) for paradigm in paradigms]
-        rows.append((f"{found.length:,}", times, *losses, f"{found.tokens:,}"))
-    return plain_table("tokens", "of training", *paradigms, "tokens measured", rows=rows, justify="right")
-
-
-def _positions(evaluation: Evaluation) -> Table:
-    """A row per range of positions, a column per length; in the first paradigm."""
-    table = plain_table("positions", *(f"{found.length:,}" for found in evaluation.lengths), justify="right")
-    columns = [{place.start: place for place in found.positions} for found in evaluation.lengths]
-    for start in sorted({start for column in columns for start in column}):
-        places = [column.get(start) for column in columns]
-        stop = max(place.stop for place in places if place is not None)
-        losses = [None if place is None else next(iter(place.losses.values())) for place in places]
-        table.add_row(f"{start:,} to {stop - 1:,}", *map(_number, losses))
-    return table
-
-
-def _number(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.4f}"
-
-
-def _list(items: Iterable[object]) -> str:
-    *first, last = (f"{item:,}" if isinstance(item, int) else str(item) for item in items)
-    return f"{', '.join(first)} and {last}" if first else last
+    return evaluation
