@@ -64,6 +64,34 @@ def test_scores_are_those_of_plain_passes(harness, model):
     assert found["tasks"]["tiny_rolling"]["byte_perplexity"] == pytest.approx(2.718281828459045**nats, rel=1e-9)
 
 
+def test_scores_are_those_of_the_hugging_face_wrapper(harness, model):
+    pytest.importorskip("accelerate")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from seqmix.hf import SeqmixForCausalLM, hf_tokenizer
+
+    manager = TaskManager(include_path=".", include_defaults=False)
+    wrapped, tokenizer = SeqmixForCausalLM.wrap(model), hf_tokenizer(model.tokenizer)
+    for names, options in (
+        (["tiny_choice", "tiny_generation"], {}),
+        # theirs puts a begin token before the text, and the tokenizer would put another one
+        (["tiny_rolling"], {"add_bos_token": False}),
+    ):
+        theirs = HFLM(pretrained=wrapped, tokenizer=tokenizer, batch_size=2, max_length=2048, **options)
+        found = [
+            simple_evaluate(lm, tasks=names, task_manager=manager)
+            for lm in (theirs, harness.SeqmixLM(model=model, batch_size=2))
+        ]
+        assert make_table(found[0]) == make_table(found[1])
+        for name in names:
+            for one, other in zip(*(each["samples"][name] for each in found), strict=True):
+                for (said,), (expected,) in zip(one["resps"], other["resps"], strict=True):
+                    assert said == (expected if isinstance(said, str) else pytest.approx(expected, rel=1e-9))
+
+
 def test_generations_end_before_stop_strings(harness, model):
     lm = harness.SeqmixLM(model=model, batch_size=2)
     prompts = [doc["prompt"] for doc in documents("generation")]
