@@ -17,7 +17,7 @@ COMMANDS = {
     "generate": "Generate text with a trained model.",
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
-    "export": "Export a trained model to one safetensors file, with its configuration in the metadata, or for Hugging Face.",
+    "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",
     "check": "Test a mixer or a kernel against the contract, and show the smallest failing case.",

@@ -27,7 +27,7 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Export a trained model to one safetensors file, with its configuration in the metadata, or for Hugging Face.
+    """Export a trained model to one safetensors file with its configuration, or for Hugging Face.
 
     [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
 

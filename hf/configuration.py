@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ class SeqmixConfig(PretrainedConfig):
 
     model_type = "seqmix"
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
     def __init__(
         self, model: ModelConfig | Mapping[str, Any] | None = None, use_cache: bool = True, **kwargs: Any

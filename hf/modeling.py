@@ -1,7 +1,7 @@
 """Models of Hugging Face around a `LanguageModel`: training, and `generate` with a cache of states."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ("Block",)
+    _no_split_modules: ClassVar = ["Block"]
 
     def __init__(self, config: SeqmixConfig, model: LanguageModel | None = None) -> None:
         super().__init__(config)

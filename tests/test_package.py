@@ -167,7 +167,7 @@ MAY_IMPORT = {
     "seqmix.ops.decay.triton_kernels": {"triton"},
     **{
         name: {"transformers"}
-        for name in ("seqmix.hf", "seqmix.hf.cache", "seqmix.hf.configuration", "seqmix.hf.modeling")
+        for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))
     },
     "seqmix.hf.tokenizer": {"tokenizers", "transformers"},
     "seqmix.pytest_plugin": {"pytest"},

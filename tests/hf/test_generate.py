@@ -2,19 +2,23 @@
 
 import copy
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hf_models import LENGTHS, PAD, ragged, tiny
 from torch.testing import assert_close
 
-transformers = pytest.importorskip("transformers")
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
 
-from seqmix import Sampling  # noqa: E402
-from seqmix.hf import SeqmixCache, SeqmixForCausalLM  # noqa: E402
-from seqmix.hf.cache import NAME  # noqa: E402
-from seqmix.models import generate_tokens  # noqa: E402
-from seqmix.training.presets import single_kind_presets  # noqa: E402
+import transformers
+
+from seqmix import Sampling
+from seqmix.hf import SeqmixCache, SeqmixForCausalLM
+from seqmix.hf.cache import NAME
+from seqmix.models import generate_tokens
+from seqmix.training.presets import single_kind_presets
 
 EIGHT = ["retnet", "attention", "gla", "gated-delta-net", "mamba2", "hyena", "rwkv7", "mlstm"]
 NEW = 8

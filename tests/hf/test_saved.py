@@ -1,15 +1,19 @@
 """What is saved for Hugging Face is loaded bit for bit: weights, configuration and tokenizer, by the Auto classes."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hf_models import PAD, ragged, tiny
 from safetensors.torch import load_file, save_file
 
-transformers = pytest.importorskip("transformers")
+if find_spec("transformers") is None:
+    pytest.skip("needs pip install transformers", allow_module_level=True)
 
-from seqmix import (  # noqa: E402
+import transformers
+
+from seqmix import (
     ModelConfig,
     Sampling,
     SeqmixError,
@@ -18,8 +22,8 @@ from seqmix import (  # noqa: E402
     load_run,
     train,
 )
-from seqmix.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel, hf_tokenizer  # noqa: E402
-from seqmix.models import ByteTokenizer, SubwordTokenizer, train_bpe  # noqa: E402
+from seqmix.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel, hf_tokenizer
+from seqmix.models import ByteTokenizer, SubwordTokenizer, train_bpe
 
 TEXT = [("a", b"the cat sat on the mat, and the hat too: \xc3\xa9\xe2\x82\xac\n" * 20)]
 MOE = "model.blocks.gla.ffn={kind: moe, expansion: 1.0, n_experts: 4, top_k: 2}"

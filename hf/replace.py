@@ -1,0 +1,135 @@
+"""Our mixers in decoders of Hugging Face, in the place of attention."""
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
+from ..registry import SeqmixError
+from .cache import NAME, StateLayer
+from .padding import Rows, mix_rows, rows_of
+
+ROWS = "seqmix_rows"
+"""The argument under which a decoder gives its layers padding and packed documents."""
+
+_MIXER = TypeAdapter(Annotated[MixerConfig, MIXERS])
+
+
+def replace_mixers(
+    model: PreTrainedModel, config: MixerConfig | Mapping[str, Any], layers: Collection[int] | None = None
+) -> PreTrainedModel:
+    """Put new mixers where a decoder has attention (`self_attn` of Llama, Mistral, Qwen and their like), in place.
+
+    The mixers are initialised, with torch's global seed; the other weights stay. `generate` has their states in the
+    model's own cache, and skips padding. They count positions themselves: the model's rotary embeddings do not reach
+    them.
+
+    Args:
+        model: the model.
+        config: the mixer, or its fields: {"kind": "gla", "n_heads": 4}.
+        layers: which layers, from 0; all when None.
+
+    Returns:
+        The model.
+
+    Raises:
+        SeqmixError: the model has no such layers, or not these, or the mixer does not fit its width.
+    """
+    decoder = _decoder_of(model)
+    count = len(decoder.layers)
+    able = [index for index, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
+    chosen = able if layers is None else list(layers)
+    if wrong := [index for index in chosen if index not in able]:
+        raise SeqmixError(
+            f"{type(model).__name__} has no layer {wrong[0]} with attention; layers with attention, counted from 0: "
+            f"{', '.join(map(str, able))}"
+        )
+    try:
+        mixer = config if isinstance(config, MixerConfig) else _MIXER.validate_python(dict(config))
+    except ValidationError as error:
+        raise SeqmixError("; ".join(detail["msg"] for detail in error.errors())) from error
+    for index in chosen:
+        old = decoder.layers[index].self_attn
+        like = next(old.parameters())
+        new = mixer.build(model.config.get_text_config().hidden_size, layer_idx=index, n_layers=count)
+        decoder.layers[index].self_attn = MixerAsAttention(new.to(like.device, like.dtype), index).train(old.training)
+    if not any(hook is _give_rows for hook in decoder._forward_pre_hooks.values()):
+        decoder.register_forward_pre_hook(_give_rows, with_kwargs=True)
+    model._is_stateful = True  # so that assisted decoding is refused
+    return model
+
+
+class MixerAsAttention(nn.Module):
+    """A mixer that is called as the attention of a decoder of Hugging Face.
+
+    Args:
+        mixer: the mixer.
+        layer_idx: the index of its layer in the cache.
+    """
+
+    def __init__(self, mixer: SequenceMixer[Any], layer_idx: int) -> None:
+        super().__init__()
+        self.mixer, self.layer_idx = mixer, layer_idx
+        self._resolved: tuple[torch.device, torch.dtype] | None = None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Mix hidden states [B T D]; there are no attention weights to return."""
+        mixer, cache = self.mixer, kwargs.get("cache", kwargs.get("past_key_values"))
+        if self._resolved != (asked := (hidden_states.device, hidden_states.dtype)):
+            mixer.resolve_backend(hidden_states.dtype)
+            self._resolved = asked
+        count, length, _ = hidden_states.shape
+        rows, packing = kwargs.get(ROWS, Rows()), mixer.traits.packing
+        if cache is None:
+            run = lambda x, _, packed: mixer(x, cu_seqlens=packed)  # noqa: E731
+            return mix_rows(run, hidden_states, None, rows, packing=packing)[0], None
+        if rows.cu_seqlens is not None:
+            raise SeqmixError("packed documents leave no cache: give use_cache=False")
+        layer = _state_layer(cache, self.layer_idx)
+        order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+        how = mixer.traits.prefer(*order, from_state=True)
+        y, after = mix_rows(
+            lambda x, before, packed: mixer(x, before, paradigm=how, cu_seqlens=packed, return_state=True),
+            *(hidden_states, layer.before(mixer, count, length), rows),
+            packing=packing,
+        )
+        layer.after(after, length)
+        return y, None
+
+
+def _decoder_of(model: nn.Module) -> Any:
+    """The module of a model whose `layers` have attention as `self_attn`."""
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and any(hasattr(layer, "self_attn") for layer in layers):
+            return module
+    raise SeqmixError(f"{type(model).__name__} has no decoder layers with attention as self_attn")
+
+
+def _give_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pass a decoder's layers what its own mask of four dimensions does not tell."""
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    tokens = given.get("input_ids")
+    shape = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
+    cache = given.get(NAME)
+    cached = cache is not None and cache.get_seq_length() > 0
+    rows = rows_of(shape, given.get("attention_mask"), given, cached=cached)
+    return args, kwargs if rows == Rows() else {**kwargs, ROWS: rows}
+
+
+def _state_layer(cache: Any, layer_idx: int) -> StateLayer:
+    """The layer of a cache that holds states; at the first call it takes the place of one for keys and values."""
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, StateLayer):
+        if layer.get_seq_length():
+            raise SeqmixError("the cache holds keys and values from before the mixers were replaced: begin a new one")
+        layer = cache.layers[layer_idx] = StateLayer()
+    return layer
