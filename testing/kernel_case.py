@@ -99,6 +99,8 @@ class KernelCase(WrittenCase, ABC):
     """Kinds of log-decays that the op has."""
     windows: ClassVar[tuple[bool, ...]] = (False,)
     """Whether a call has a window."""
+    changes: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
+    """What may change scores, by the names of the op's arguments."""
     extras: ClassVar[tuple[str, ...]] = ()
     """The inputs with gradients beside queries, keys, values, log-decays and states."""
     axes: ClassVar[Mapping[str, str]]
@@ -119,12 +121,12 @@ class KernelCase(WrittenCase, ABC):
     @classmethod
     def probes(cls, device: torch.device, widths: Sequence[tuple[int, int]] = WIDTHS) -> Iterator[Probe]:
         """Everything that a kernel of the op can be asked to run, the simplest first."""
-        names = (*PROBED, "window", "needs_grad")
+        names = (*PROBED, "window", "scores", "needs_grad")
         flags = itertools.product((False, True), repeat=3)
-        asked = itertools.product(DTYPES, widths, cls.decays, flags, cls.windows, (False, True))
-        for dtype, pair, log_decay, states, window, needs_grad in asked:
+        asked = itertools.product(DTYPES, widths, cls.decays, flags, cls.windows, cls.changes, (False, True))
+        for dtype, pair, log_decay, states, window, scores, needs_grad in asked:
             if not needs_grad or dtype != torch.int64:
-                values: tuple[Any, ...] = (dtype, *pair, log_decay, *states, window, needs_grad)
+                values: tuple[Any, ...] = (dtype, *pair, log_decay, *states, window, scores, needs_grad)
                 yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod
@@ -173,7 +175,7 @@ class KernelCase(WrittenCase, ABC):
                 "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
                 "seed": draw(st.integers(0, 2**16)),
             }
-            return cls(**common, **cls.details(draw, probe, common, heads[rare]))
+            return cls(**(common | cls.details(draw, probe, common, heads[rare])))
 
         return case()
 
@@ -195,6 +197,7 @@ class KernelCase(WrittenCase, ABC):
                 continue
             given = {name: asked[name] for name in PROBED if name in asked and "width" not in name}
             given |= {"window": asked["window"] is not None} if "window" in asked else {}
+            given |= {"scores": asked["scores"]} if "scores" in asked else {}
             given |= {} if of_grad is None else {"needs_grad": of_grad}
             sizes = {name: fields[name] for name in ("key_width", "value_width")}
             fitting = (p for p in narrow if all(getattr(p, name) == value for name, value in given.items()))
@@ -253,8 +256,8 @@ class KernelCase(WrittenCase, ABC):
         fixed = {"dtype", "packed", "grad", *self.per_row, *itertools.chain(*self.at_once)}
         for names in (*self.at_once, *((name,) for name in defaults if name not in fixed)):
             case = replace(self, **{name: defaults[name] for name in names})
-            gone = [*(["log_decay"] if case.log_decay is None else []), *([] if case.initial_state else self.state)]
-            yield replace(case, grad=tuple(name for name in self.grad if name not in gone))
+            there = self.leaves_of_probe(case.probe(torch.device("cpu")))
+            yield replace(case, grad=tuple(name for name in self.grad if name in there))
         yield from (replace(self, grad=grad) for grad in ((), *((name,) for name in self.grad)))
 
     def probe(self, device: torch.device) -> Probe:

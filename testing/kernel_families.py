@@ -156,10 +156,13 @@ class DeltaCase(DecayCase):
     """The largest beta; the smallest is 0."""
     key_norm: float = 1.0
 
-    sign: ClassVar[int] = -1
-    """Of what was read, where it is written."""
     extras = ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
+
+    @property
+    def sign(self) -> int:
+        """Of what was read, where it is written."""
+        return -1
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.wide if name == "beta" else super().dtype_of(name)
@@ -227,24 +230,50 @@ class DeltaCase(DecayCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DplrCase(DeltaCase):
-    """One call of a kernel of the delta family where b is given (ops/dplr/api.py has its notation): a has the norm of
-    keys, and b is near -beta a. What is removed and never written would leave nothing but roundings."""
+    """One call of a kernel of the delta family that reads by a (ops/dplr/api.py has its notation): a has the norm of
+    keys, and what is written where, b or else -k, is near -beta a. What is removed and never written would leave
+    nothing but roundings."""
 
-    sign = 1
+    has_b: bool = True
+    """Whether b is given; if not, it is -k."""
+
     extras = ("a", "b")
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "a": "BTHK", "b": "BTHK"}
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.has_b else -1
+
+    @classmethod
+    def details(
+        cls,
+        draw: Callable[..., Any],
+        probe: Probe,
+        common: Mapping[str, Any],
+        heads: st.SearchStrategy[int],
+    ) -> dict[str, Any]:
+        found = super().details(draw, probe, common, heads) | {"has_b": draw(st.booleans())}
+        grad = tuple(name for name in common["grad"] if name != "b" or found["has_b"])
+        # of b alone it would be a case without gradients, which others are
+        return found | ({"grad": grad} if grad or not common["grad"] else {"has_b": True})
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)
         a, e = torch.randn(2, *inputs["k"].shape, generator=generator, dtype=torch.float64)
         a, beta = self.key_norm * F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
-        pair = {"a": a, "b": -beta * a * (1 + e.clamp(-1, 1) / 4)}
-        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in pair.items()}
+        found, written = {"a": a}, beta * a * (1 + e.clamp(-1, 1) / 4)
+        if self.has_b:
+            found["b"] = -written
+        elif self.dtype.is_floating_point:
+            keys = writable(inputs["k"])
+            keys.copy_(written[:, :, : keys.shape[2]])
+        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in found.items()}
 
     def replaced(
         self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensors:
-        k, v, a, b = (inputs[name] for name in ("k", "v", "a", "b"))
+        k, v, a = (inputs[name] for name in ("k", "v", "a"))
+        b = inputs.get("b", k)  # the sign is that of what is read
 
         def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
             found, state = predict(t, a[:, t], decay, state)

@@ -90,7 +90,7 @@ WINDOWS = tuple(_windows())
 """Windows around the lengths of chunks and of the segment, with caches around the window; one of several blocks; and
 after more tokens than an int32 counts."""
 
-_SCORED: Fields = {**_SMALL, "key_width": 5, "lengths": (9,), "log_decay": None}
+_SCORED: Fields = {**_SMALL, "key_width": 5, "lengths": (9,), "log_decay": None, "scores": ()}
 
 SCORES: tuple[Fields, ...] = tuple(
     {**_SCORED, **scores, **context}

@@ -7,20 +7,36 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ..ops.kernels import Kernel, Probe
 from ..ops.packing import Documents
-from ..ops.softmax.cache import GrowingCache, RingCache
+from ..ops.softmax.cache import ForgettingCache, GrowingCache, RingCache, key_cache
 from ..ops.softmax.call import Attention, require_attention
 from .compare import require
 from .kernel_case import SEGMENT, KernelCase, Tensors
 from .kernel_fixed import FIXED, SCORES, WINDOWS
 from .kernel_layout import writable
+
+
+class Scores(NamedTuple):
+    """What the scores of a row's queries are made of."""
+
+    products: Tensor
+    """Of queries and keys, scaled [H n m]."""
+    gates: Tensor
+    """Sums of forget gates' logs, which are added [H n m]."""
+    slopes: Tensor
+    """What is taken away [H n m]."""
+    sink: Tensor
+    """The score of the key without a value [H n 1], where there is one."""
+    seen: Tensor
+    """The keys that each query sees [n m]."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -37,18 +53,44 @@ class SoftmaxCase(KernelCase):
     """Slots of the initial state."""
     loud: tuple[int, ...] = ()
     """Tokens whose keys are 30 times as large."""
+    scores: tuple[str, ...] = ()
+    """What changes scores beside their scale, decay and window, by the names of the op's arguments."""
+    forgetting: float = 1.0
+    """How much the logs of forget gates vary."""
+    softcap: float = 0.7
+    """The bound of scores, where they have one."""
 
     decays = (None, "K")
     fixed = (*FIXED, *WINDOWS, *SCORES)
     windows = (False, True)
-    axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "keys": "NSHK", "values": "NSHV"}
-    state = ("keys", "values", "length")
+    changes = ((), ("log_forget",), ("slopes",), ("softcap", "sinks"), ("log_forget", "slopes", "softcap", "sinks"))
+    axes: ClassVar[Mapping[str, str]] = {
+        **SEGMENT,
+        "keys": "NSHK",
+        "values": "NSHV",
+        "gates": "NSH",
+        "log_forget": "BTH",
+        "slopes": "H",
+        "sinks": "H",
+    }
+    state = ("keys", "values", "gates", "length")
     per_row = (*KernelCase.per_row, "reads")
     at_once = (*KernelCase.at_once, ("n_heads", "n_kv_heads"), ("initial_state", "cache", "reads", "capacity"))
     adds_up = False
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return {"length": torch.int64, "log_decay": self.wide}.get(name, self.dtype)
+        if name == "length":
+            return torch.int64
+        return self.wide if name in ("log_decay", "gates", "log_forget", "slopes", "sinks") else self.dtype
+
+    @classmethod
+    def leaves_of_probe(cls, probe: Probe) -> list[str]:
+        found = [name for name in super().leaves_of_probe(probe) if name != "gates" or "log_forget" in probe.scores]
+        return found + [name for name in probe.scores if name in cls.axes]
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        return tuple(name for name in super().differentiated if name != "gates" or "log_forget" in self.scores)
 
     @classmethod
     def details(
@@ -64,7 +106,8 @@ class SoftmaxCase(KernelCase):
         edges = [max(1, size + more) for size in (chunk_size, *lengths) for more in (-1, 0, 1)]
         windows = st.integers(1, 9) | st.sampled_from([16, 40, 150]) | st.sampled_from(edges)
         window = draw(windows) if probe.window else None
-        found = {"n_heads": n_kv_heads * shared, "n_kv_heads": n_kv_heads, "window": window}
+        found = {"n_heads": n_kv_heads * shared, "n_kv_heads": n_kv_heads, "window": window, "scores": probe.scores}
+        found |= {"forgetting": draw(st.sampled_from([1.0, 0.01, 9.0])), "softcap": draw(st.sampled_from([0.7, 20.0]))}
         found |= {"loud": draw(st.just(()) | st.just(()) | st.tuples(st.integers(0, 70)))}
         found |= {"sizes": (draw(st.sampled_from([1.0, 1.0, 1.0, 1.0, 40.0, -40.0])), 1.0, 1.0)}
         if not probe.initial_state:
@@ -83,7 +126,7 @@ class SoftmaxCase(KernelCase):
 
     def with_details(self, probe: Probe) -> KernelCase:
         window = self.window or (16 if probe.window else None)
-        case = replace(self, n_kv_heads=self.n_heads, window=window)
+        case = replace(self, n_kv_heads=self.n_heads, window=window, scores=probe.scores)
         unread = self.initial_state and not self.reads
         return replace(case, reads=(2,) * len(self.lengths), capacity=3) if unread else case
 
@@ -92,12 +135,12 @@ class SoftmaxCase(KernelCase):
         yield from (case for case in super().simpler() if not case.initial_state or case.window == self.window)
 
     def probe(self, device: torch.device) -> Probe:
-        return replace(super().probe(device), window=self.window is not None)
+        return replace(super().probe(device), window=self.window is not None, scores=self.scores)
 
     @property
     def consumed(self) -> tuple[str, ...]:
         """A cache, without grad, where a final one is wanted."""
-        return ("keys", "values") if self.initial_state and self.final_state and not self.grad else ()
+        return ("keys", "values", "gates") if self.initial_state and self.final_state and not self.grad else ()
 
     def inputs(self, device: torch.device) -> Tensors:
         randn = self.randn()
@@ -108,23 +151,39 @@ class SoftmaxCase(KernelCase):
             # far from where the factors of one block of queries leave the dtype's range
             inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide) / self.length
         if self.initial_state:
-            for name, width in (("keys", self.key_width), ("values", self.value_width)):
-                x = torch.zeros(len(self.lengths), self.capacity, self.n_kv_heads, width, dtype=torch.float64)
+            sizes = {"keys": (self.n_kv_heads, self.key_width), "values": (self.n_kv_heads, self.value_width)}
+            for name, size in (sizes | {"gates": (self.n_heads,)}).items():
+                x = torch.zeros(len(self.lengths), self.capacity, *size, dtype=torch.float64)
                 for n, read in enumerate(self.reads):
                     slots, _ = self.slots(read, self.cache, self.capacity)
-                    x[n, slots] = randn(len(slots), self.n_kv_heads, width)
-                inputs[name] = self.laid_out(name, x.to(device, self.dtype))
+                    x[n, slots] = randn(len(slots), *size)
+                x = -self.forgetting * x.abs() if name == "gates" else x
+                inputs[name] = self.laid_out(name, x.to(device, self.dtype_of(name)))
             inputs["length"] = torch.tensor(self.reads, device=device)
+        gates = -self.forgetting * randn(self.rows, self.length, self.n_heads).abs()
+        changes = {"log_forget": gates, "slopes": randn(self.n_heads).abs(), "sinks": 2 * randn(self.n_heads)}
+        for name in changes.keys() & {*self.scores}:
+            inputs[name] = self.laid_out(name, changes[name].to(device, self.wide))
+        if "log_forget" not in self.scores:
+            inputs.pop("gates", None)
         return inputs
 
     def call(self, inputs: Tensors) -> Attention:
-        kind = GrowingCache if self.cache == "growing" else RingCache
+        cache = None
+        if self.initial_state:
+            kind = GrowingCache if self.cache == "growing" else RingCache
+            cache = kind(*(inputs[name] for name in ("keys", "values", "length")))
+            cache = ForgettingCache(cache, inputs["gates"]) if "gates" in inputs else cache
         call = Attention(
             *(inputs[name] for name in "qkv"),
             scale=self.factor,
             window=self.window,
             log_decay=inputs.get("log_decay"),
-            cache=kind(*(inputs[name] for name in self.state)) if self.initial_state else None,
+            log_forget=inputs.get("log_forget"),
+            slopes=inputs.get("slopes"),
+            softcap=self.softcap if "softcap" in self.scores else None,
+            sinks=inputs.get("sinks"),
+            cache=cache,
             documents=Documents.of(self.cu_seqlens(inputs), self.length),
             output_final_state=self.final_state,
             chunk_size=self.chunk_size,
@@ -134,28 +193,49 @@ class SoftmaxCase(KernelCase):
 
     def leaves_of(self, state: Any) -> Tensors:
         wanted = GrowingCache if self.final_cache[0] == "growing" else RingCache
-        require(isinstance(state, wanted), f"the final state is a {type(state).__name__}, not a {wanted.__name__}")
-        return dict(zip(self.state, state, strict=True))
+        gates = {}
+        if "log_forget" in self.scores:
+            require(isinstance(state, ForgettingCache), f"the final state is a {type(state).__name__} without gates")
+            gates = {"gates": state.log_forget}
+        cache = key_cache(state)
+        require(isinstance(cache, wanted), f"the final state is a {type(cache).__name__}, not a {wanted.__name__}")
+        return {**cache._asdict(), **gates}
 
     def define(self, inputs: Tensors) -> Tensors:
-        """o_n = sum_m softmax_m(scale sum_d q_nd k_md exp(a_d (n - m))) v_m over the keys that n sees, densely."""
-        return self.attend(inputs, lambda _, scores, seen: scores.masked_fill(~seen, -math.inf).softmax(-1))
+        """o_n = sum_m softmax_m(s_nm) v_m over the keys that n sees, densely, with the scores
+        s_nm = cap tanh(scale sum_d q_nd k_md exp(a_d (n - m)) / cap) + log f_{m+1} + ... + log f_n - slope (n - m)
+        and one more key of the score `sink` and the value 0."""
+        return self.attend(inputs, lambda _, scores: self.weights(scores)[..., 1:])
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
         """An error of a score moves its own weight by as much, relatively, and all weights by its weight's share."""
         exact: dict[int, Tensor] = {}
+        # a kernel may take sums over all tokens of a segment from one another, of 53 bits: what float64 has itself
+        sums = [absolute[name].detach().sum(1).max() for name in ("log_forget", "gates") if name in absolute]
+        lost = sum(sums, torch.zeros(())) if self.dtype == torch.float64 else torch.zeros(())
 
-        def remember(n: int, scores: Tensor, seen: Tensor) -> Tensor:
-            exact[n] = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            return exact[n]
+        def remember(n: int, scores: Scores) -> Tensor:
+            exact[n] = self.weights(scores)
+            return exact[n][..., 1:]
 
-        def perturbed(n: int, scores: Tensor, _: Tensor) -> Tensor:
-            error = 1 + scores + (exact[n] * scores).sum(-1, keepdim=True)
+        def perturbed(n: int, scores: Scores) -> Tensor:
+            # a bound makes errors smaller
+            sizes = torch.cat((scores.sink, scores.products + scores.gates + scores.slopes), -1)
+            error = 1 + lost + sizes + (exact[n] * sizes).sum(-1, keepdim=True)
             # itself, and the factor of its own gradient
-            return exact[n] * error.detach() * (1 + error - error.detach())
+            return (exact[n] * error.detach() * (1 + error - error.detach()))[..., 1:]
 
         self.attend(inputs, remember)
         return self.attend(absolute, perturbed)
+
+    def weights(self, scores: Scores) -> Tensor:
+        """The weights [H n 1+m] of a row, the sink's first."""
+        found = scores.products
+        if "softcap" in self.scores:
+            found = self.softcap * (found / self.softcap).tanh()
+        found = (found + scores.gates - scores.slopes).masked_fill(~scores.seen, -math.inf)
+        sink = scores.sink if "sinks" in self.scores else torch.full_like(scores.sink, -math.inf)
+        return torch.cat((sink, found), -1).softmax(-1)
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
@@ -167,44 +247,54 @@ class SoftmaxCase(KernelCase):
         through = span * (absolute["q"].detach() * of_terms["q"]).sum((0, 1, 2))
         return of_terms | {"log_decay": of_terms["log_decay"] + through}
 
-    def attend(self, inputs: Tensors, weigh: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
-        """Output and final cache; `weigh` makes weights of a row's number, its scores [H n m] and what is seen."""
-        segment = [self.sequences(inputs[name]) for name in "qkv"]
-        outputs, keys, values, lengths = [], [], [], []
-        for n, (q, *own) in enumerate(zip(*segment, strict=True)):
-            (k, v), read, first = own, 0, 0
+    def attend(self, inputs: Tensors, weigh: Callable[[int, Scores], Tensor]) -> Tensors:
+        """Output and final cache; `weigh` makes weights [H n m] of a row's number and its scores."""
+        own, past = {"keys": "k", "values": "v"}, {}
+        own |= {"gates": "log_forget"} if "log_forget" in self.scores else {}
+        segment = {name: self.sequences(inputs[given]) for name, given in {"q": "q", **own}.items()}
+        outputs, lengths, final = [], [], {name: [] for name in own}
+        for n in range(len(self.lengths)):
+            q, read, first = segment["q"][n], 0, 0
+            row = {name: segment[name][n] for name in own}
             if self.initial_state:
                 read = self.reads[n]
                 slots, first = self.slots(read, self.cache, self.capacity)
-                past = inputs["keys"][n, slots], inputs["values"][n, slots]
-                k, v = (torch.cat(pair) for pair in zip(past, own, strict=True))
+                past = {name: inputs[name][n, slots] for name in own}
+                row = {name: torch.cat((past[name], row[name])) for name in own}
             end = read + len(q)
-            outputs.append(self.attend_row(q, (k, v), inputs.get("log_decay"), partial(weigh, n)))
+            outputs.append(self.attend_row(q, row, inputs, partial(weigh, n)))
             # the final cache: its slots are filled with the last tokens
             slots, start = self.slots(end, *self.final_cache)
-            for leaf, tokens in ((keys, k), (values, v)):
+            for name, tokens in row.items():
                 empty = tokens.new_zeros(self.final_cache[1], *tokens.shape[1:])
-                leaf.append(empty.index_put((slots,), tokens[start - first :]))
+                final[name].append(empty.index_put((slots,), tokens[start - first :]))
             lengths.append(end)
         found = {"output": self.segment(outputs)}
         if self.final_state:
-            found |= {"keys": torch.stack(keys), "values": torch.stack(values), "length": torch.tensor(lengths)}
+            found |= {**{name: torch.stack(rows) for name, rows in final.items()}, "length": torch.tensor(lengths)}
         return found
 
-    def attend_row(
-        self, q: Tensor, kv: tuple[Tensor, Tensor], log_decay: Tensor | None, weigh: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def attend_row(self, q: Tensor, row: Tensors, inputs: Tensors, weigh: Callable[[Scores], Tensor]) -> Tensor:
         """The output [n H V] of a row's last tokens, whose queries are [n H K], of its keys and values [m G *]."""
         if not len(q):  # of an empty document
             return q.new_zeros(0, self.n_heads, self.value_width)
-        k, v = (x.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for x in kv)
-        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-        seen = (distance >= 0) & (distance < (self.window or math.inf))
+        k, v = (row[name].repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for name in ("keys", "values"))
+        places = torch.arange(len(k))
+        distance = places[-len(q) :, None] - places
+        seen, distance = (distance >= 0) & (distance < (self.window or math.inf)), distance.clamp(min=0)
         decay = q.new_ones(1, 1, self.key_width)
-        if log_decay is not None:
-            decay = (distance.clamp(min=0)[..., None] * log_decay).exp()
-        scores = self.factor * torch.einsum("nhd,mhd,nmd->hnm", q, k, decay.expand(*distance.shape, -1))
-        return torch.einsum("hnm,mhd->nhd", weigh(scores, seen), v)
+        if self.log_decay is not None:
+            decay = (distance[..., None] * inputs["log_decay"]).exp()
+        products = self.factor * torch.einsum("nhd,mhd,nmd->hnm", q, k, decay.expand(*distance.shape, -1))
+        gates = slopes = torch.zeros_like(products)
+        if "gates" in row:
+            # of the tokens after each key up to the query, not as a difference of sums
+            between = row["gates"].T[:, None] * (places <= places[-len(q) :, None])
+            gates = F.pad(between[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        if "slopes" in inputs:
+            slopes = inputs["slopes"][:, None, None] * distance
+        sink = inputs.get("sinks", q.new_zeros(self.n_heads))[:, None, None].expand(-1, len(q), 1)
+        return torch.einsum("hnm,mhd->nhd", weigh(Scores(products, gates, slopes, sink, seen)), v)
 
     def continued(self, before: KernelCase) -> Self:
         assert isinstance(before, SoftmaxCase)

@@ -8,6 +8,7 @@ All in float32 or wider: in bfloat16 a score of 30 is rounded by up to 0.06.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..recurrent import no_autocast
 from .call import Attention
@@ -54,7 +55,8 @@ def weighed(
         scores = (scores if bias is None else scores.add_(bias)).masked_fill_(~seen, -torch.inf)
         output = by_head(_product(by_group(scores.softmax(-1)), values.transpose(1, 2).to(wide)))
         if x.sinks is not None:
-            share = (scores.logsumexp(-1) - x.sinks[:, None].to(wide)).sigmoid()
+            # sigmoid, whose own backward pass forms 1 - sigmoid by subtraction
+            share = logsigmoid(scores.logsumexp(-1) - x.sinks[:, None].to(wide)).exp()
             output = output * share[..., None]
     return output.transpose(1, 2).to(q.dtype)
 

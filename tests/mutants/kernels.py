@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from seqmix.ops.decay import api as _decay  # noqa: F401  importing it declares its kernels
 from seqmix.ops.delta import api as _delta  # noqa: F401
+from seqmix.ops.dplr import api as _dplr  # noqa: F401
 from seqmix.ops.kernels import Probe, reference
 from seqmix.ops.paradigm import Paradigm
 
@@ -16,6 +17,7 @@ from .registry import kernel_mutant
 DECAY = reference("decay", Paradigm.CHUNKWISE)
 decay_chunkwise = DECAY.function
 delta_chunkwise = reference("delta", Paradigm.CHUNKWISE).function
+dplr_chunkwise = reference("dplr", Paradigm.CHUNKWISE).function
 decay_parallel = reference("decay", Paradigm.PARALLEL).function
 
 
@@ -282,6 +284,28 @@ def takes_shared_keys_for_one_head(x):
 def normalises_keys(x):
     """Keys are normalised inside, which those of norm 1 do not show (fla's use_qk_l2norm_in_kernel)."""
     return delta_chunkwise(x._replace(k=x.k / x.k.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)))
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="dplr")
+def reads_a_state_before_it_decays(x):
+    """What a token reads of the state is read before the state decays (the other reading of RWKV-7's recurrence)."""
+    a = x.log_decay
+    if a is None or a.ndim == 1 or a.isinf().any():
+        return dplr_chunkwise(x)
+    return dplr_chunkwise(x._replace(a=x.a * (-(a if a.ndim == 4 else a[..., None])).exp().to(x.a.dtype)))
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="dplr")
+def takes_what_reads_for_what_writes(x):
+    """Without b, what is read is taken away where it was read, and not where keys write (fla's delta rule for all)."""
+    return dplr_chunkwise(x if x.b is not None else x._replace(b=-x.a))
+
+
+@kernel_mutant(check="gradients_are_the_definitions", op="dplr")
+def leaves_out_what_reads_the_first_state(x):
+    """What reads the initial state gets no gradient from it: that of the first token's `a` is left out."""
+    a = torch.cat((x.a[:, :1].detach(), x.a[:, 1:]), dim=1)
+    return dplr_chunkwise(x if x.initial_state is None else x._replace(a=a))
 
 
 class Scaled(torch.autograd.Function):

@@ -1,12 +1,14 @@
 """Wrong kernels of softmax attention."""
 
+import math
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from seqmix.ops.kernels import reference
 from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.softmax import api as _softmax  # noqa: F401  importing it declares its kernels
-from seqmix.ops.softmax.cache import GrowingCache
+from seqmix.ops.softmax.cache import ForgettingCache, GrowingCache, RingCache
 
 from .registry import kernel_mutant
 
@@ -17,7 +19,7 @@ softmax_parallel = reference("softmax", Paradigm.PARALLEL).function
 def aligns_the_mask_to_the_first_key(x):
     """With a KV cache the causal mask is aligned to the first key instead of to the last (SDPA's is_causal)."""
     right, state = softmax_parallel(x)
-    if x.cache is None or x.documents is not None:
+    if x.cache is None or x.documents is not None or x.scores:
         return right, state
     k, v = (torch.cat(pair, dim=1) for pair in ((x.cache.keys, x.k), (x.cache.values, x.v)))
     q, k, v = (tensor.transpose(1, 2) for tensor in (x.q, k, v))
@@ -26,8 +28,9 @@ def aligns_the_mask_to_the_first_key(x):
 
 
 def plain_scores(x):
-    """Scores [B H T T] and values of a call without cache, documents, decays or window; None of another."""
-    if x.cache is not None or x.documents is not None or x.log_decay is not None or x.window is not None:
+    """Scores [B H T T] and values of a call without cache, documents, decays, window or other changes; None of
+    another."""
+    if x.cache is not None or x.documents is not None or x.log_decay is not None or x.window is not None or x.scores:
         return None
     wide = torch.promote_types(x.q.dtype, torch.float32)
     q, k, v = (tensor.transpose(1, 2).to(wide) for tensor in (x.q, x.k, x.v))
@@ -95,15 +98,66 @@ def visits_two_blocks_under_a_window(x):
 @kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def counts_tokens_in_float32(x):
     """Positions are float32, which has no odd numbers above 16,777,216."""
-    return softmax_parallel(x if x.cache is None else x._replace(cache=in_dtype(x.cache, torch.float32)))
+    return softmax_parallel(in_dtype(x, torch.float32))
 
 
 @kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def counts_tokens_in_int32(x):
     """The number of tokens read is an int32, and negative from 2,147,483,648 on."""
-    return softmax_parallel(x if x.cache is None else x._replace(cache=in_dtype(x.cache, torch.int32)))
+    return softmax_parallel(in_dtype(x, torch.int32))
 
 
-def in_dtype(cache, dtype):
-    """A cache whose length has passed through a dtype."""
-    return cache._replace(length=cache.length.to(dtype).to(torch.int64))
+def in_dtype(x, dtype):
+    """A call whose cache's length has passed through a dtype."""
+    if not isinstance(x.cache, GrowingCache | RingCache):
+        return x
+    return x._replace(cache=x.cache._replace(length=x.cache.length.to(dtype).to(torch.int64)))
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def forgets_by_the_key_itself(x):
+    """A forget gate also weighs the key of its own token, which no query has forgotten yet."""
+    gates = x.log_forget
+    if gates is None or x.cache is not None or x.documents is not None:
+        return softmax_parallel(x)
+    return softmax_parallel(x._replace(log_forget=torch.cat((0 * gates[:, :1], gates[:, :-1]), dim=1)))
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def forgets_nothing_of_a_cache(x):
+    """Keys of a cache are weighed by the gates of the segment alone (a cache that keeps no gates)."""
+    if not isinstance(x.cache, ForgettingCache):
+        return softmax_parallel(x)
+    output, _ = softmax_parallel(x._replace(cache=x.cache._replace(log_forget=0 * x.cache.log_forget)))
+    return output, x.final()
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def has_a_sink_of_every_document(x):
+    """A packed row has a sink for every document, and each query sees all of them."""
+    if x.sinks is None or x.documents is None:
+        return softmax_parallel(x)
+    return softmax_parallel(x._replace(sinks=x.sinks + math.log(x.documents.number)))
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def slopes_by_shared_head(x):
+    """The slopes of query heads that share a key are those of the key head's first (ALiBi under grouped queries)."""
+    slopes, shared = x.slopes, x.q.shape[2] // x.k.shape[2]
+    return softmax_parallel(x if slopes is None else x._replace(slopes=slopes[::shared].repeat_interleave(shared)))
+
+
+@kernel_mutant(check="gradients_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def has_no_gradient_through_the_cap(x):
+    """Where scores are capped, sinks get no gradient (a fused backward pass that knows the cap alone)."""
+    return softmax_parallel(x if x.softcap is None or x.sinks is None else x._replace(sinks=x.sinks.detach()))
+
+
+@kernel_mutant(check="gradients_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def trains_no_gate_of_a_cache(x):
+    """A segment's gates get no gradient from the keys of a cache."""
+    if not isinstance(x.cache, ForgettingCache):
+        return softmax_parallel(x)
+    own = x.log_forget
+    first = torch.cat((own[:, :1].detach(), own[:, 1:]), dim=1)  # keys of the segment do not see it
+    return softmax_parallel(x._replace(log_forget=first))
