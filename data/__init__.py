@@ -1,7 +1,7 @@
 """Training data: text as documents, tokens and batches, and synthetic tasks."""
 
 from .corpus import Corpus, read_corpus
-from .corpus_config import DatasetConfig
+from .corpus_config import DatasetConfig, DocumentsConfig, WeightedSourceConfig
 from .files import read_documents
 from .kinds.text import TextConfig, most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
@@ -16,6 +16,7 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "Difficulties",
+    "DocumentsConfig",
     "Examples",
     "Packed",
     "Source",
@@ -24,6 +25,7 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TokenFile",
+    "WeightedSourceConfig",
     "most_documents",
     "pack",
     "read_corpus",

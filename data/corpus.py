@@ -4,20 +4,21 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from ..models import ByteTokenizer, Tokenizer
 from ..registry import SeqmixError
-from .corpus_config import CorpusConfig
+from .corpus_config import CorpusConfig, DocumentsConfig
 from .files import TOKENS, read_documents, source_files, source_name
 from .formats import has_rows
+from .sequences import Tokens
 from .stream import Store, Stream, digest, tokenized
 from .token_file import TokenFile
 
-Tokens: TypeAlias = np.ndarray | Stream
-"""A token stream, in memory or mapped: it has a length, and its slices are arrays."""
+_Part: TypeAlias = tuple[Store, np.ndarray]
+"""A store, and the start and end of the pieces of it, [N 2]."""
 COUNTED = 2**24
 """Maximum number of tokens for token frequencies."""
 
@@ -36,6 +37,13 @@ class Corpus:
     """Over the whole text, without begin tokens: 1 for bytes."""
     digest: str | None = None
     """A hash of documents, tokenizer and split."""
+    parts: tuple[int, ...] | None = None
+    """Training tokens of each source, 0 of a streamed one; None if there is one source."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Training tokens of each source, end to end in `train`; 0 of a streamed one."""
+        return (len(self.train),) if self.parts is None else self.parts
 
     @property
     def unigram_entropy(self) -> float:
@@ -47,7 +55,7 @@ class Corpus:
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Read and split a text. Token files are memory-mapped; everything else is tokenized into memory.
+    """Read and split a text. Token files are memory-mapped, all else is read into memory; what is streamed is left out.
 
     Args:
         config: the text.
@@ -56,39 +64,100 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     Raises:
         SeqmixError: a source is missing, unreadable, empty, or shorter than a sequence.
     """
-    name, tokenizer = source_name(config), tokenizer or config.tokenizer_of()
-    files = list(source_files(config))
-    mapped = any(path.suffix == TOKENS for _, path in files)
-    stores = _mapped(files, tokenizer) if mapped else [_InMemory(config, tokenizer)]
-    count = sum(len(store.ends) for store in stores)
-    split = config.split
-    if split == "auto":  # by_file is by_document where every file is one document
-        several = mapped or config.dataset is not None or any(has_rows(path, config.text_field) for _, path in files)
-        split = "tail" if count == 1 else "by_document" if several else "by_file"
-    splits = [_split(store, split, config.validation_fraction) for store in stores]
+    tokenizer, length = tokenizer or config.tokenizer_of(), config.sequence_length
     identity = hashlib.sha256(tokenizer.identity.encode())
-    for store, pieces in zip(stores, splits, strict=True):
-        for table in (store.digests, *pieces):
-            identity.update(table.tobytes())
-    streams = [Stream(list(zip(stores, pieces, strict=True)), tokenizer.begin) for pieces in zip(*splits, strict=True)]
-    train, validation = (s if mapped else s[:].astype(tokenizer.dtype, copy=False) for s in streams)
-    for part, tokens in (("training", train), ("validation", validation)):
-        if len(tokens) <= config.sequence_length:
-            raise SeqmixError(
-                f"the {part} split of {name} has {len(tokens)} tokens, and a sequence with its last target needs "
-                f"{config.sequence_length + 1}: lower data.sequence_length, give more text, or change the split "
-                f"(data.split is {split}: by_document holds out whole documents, by_file whole files, tail the end of "
-                "each document)"
-            )
+    parts: dict[str, list[_Part]] = {"training": [], "validation": []}
+    splits, sizes = list[str](), list[int]()
+    for source in config.parts:
+        if source.streamed:
+            identity.update(source.model_dump_json().encode())
+            sizes.append(0)
+            continue
+        stores = _stores(source, tokenizer)
+        split = "none" if config.validation is not None else _split_of(config.split, source, stores)
+        pieces = [_split(store, split, config.validation_fraction) for store in stores]
+        for store, tables in zip(stores, pieces, strict=True):
+            for table in (store.digests, *tables):
+                identity.update(table.tobytes())
+        for number, part in enumerate(parts.values()):
+            part.extend((store, tables[number]) for store, tables in zip(stores, pieces, strict=True))
+        sizes.append(_length(parts["training"]) - sum(sizes))
+        splits.append(split)
+        _require(sizes[-1], length, f"training split of {source_name(source)}", split)
+    if config.validation is not None:
+        parts["validation"] = [(store, _whole(store)) for store in _stores(config.validation, tokenizer)]
+        splits = ["data.validation"]
+        for store, _ in parts["validation"]:
+            identity.update(store.digests.tobytes())
+    if len(sizes) > 1:
+        identity.update(repr(config.weights).encode())
+    split = ", ".join(dict.fromkeys(splits))
+    name = source_name(config)
+    _require(_length(parts["validation"]), length, f"validation split of {name}", split)
+    stores = list(dict.fromkeys(store for part in parts.values() for store, _ in part))
+    count = sum(len(store.ends) for store in stores)
     text_tokens = sum(int(store.ends[-1]) for store in stores) - count
-    bytes_per_token = sum(store.bytes for store in stores) / max(text_tokens, 1)
-    return Corpus(name, count, split, train, validation, tokenizer, bytes_per_token, identity.hexdigest())
+    return Corpus(
+        name=name,
+        documents=count,
+        split=split,
+        train=_tokens(parts["training"], tokenizer),
+        validation=_tokens(parts["validation"], tokenizer),
+        tokenizer=tokenizer,
+        bytes_per_token=sum(store.bytes for store in stores) / max(text_tokens, 1),
+        digest=identity.hexdigest(),
+        parts=tuple(sizes),
+    )
+
+
+def _tokens(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
+    """Pieces end to end: in memory, unless some are mapped."""
+    if not parts:
+        return np.array([], dtype=tokenizer.dtype)
+    stream = Stream(parts, tokenizer.begin)
+    mapped = any(isinstance(store, TokenFile) for store, _ in parts)
+    return stream if mapped else stream[:].astype(tokenizer.dtype, copy=False)
+
+
+def _length(parts: Sequence[_Part]) -> int:
+    return sum(int(np.diff(pieces).sum()) for _, pieces in parts)
+
+
+def _require(tokens: int, length: int, what: str, split: str) -> None:
+    if tokens <= length:
+        raise SeqmixError(
+            f"the {what} has {tokens} tokens, and a sequence with its last target needs {length + 1}: lower "
+            f"data.sequence_length, give more text, or change the split (data.split is {split}: by_document holds out "
+            "whole documents, by_file whole files, tail the end of each document)"
+        )
+
+
+def _stores(source: DocumentsConfig, tokenizer: Tokenizer) -> Sequence[Store]:
+    """The documents of one source: token files, or all in memory."""
+    files = list(source_files(source))
+    return _mapped(files, tokenizer) if any(_is_mapped(path) for _, path in files) else [_InMemory(source, tokenizer)]
+
+
+def _split_of(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> str:
+    """The split that `auto` stands for."""
+    if split != "auto":
+        return split
+    if sum(len(store.ends) for store in stores) == 1:
+        return "tail"
+    # by_file is by_document where every file is one document
+    files = [path for _, path in source_files(source)]
+    several = source.dataset is not None or any(_is_mapped(f) or has_rows(f, source.text_field) for f in files)
+    return "by_document" if several else "by_file"
+
+
+def _is_mapped(path: Path) -> bool:
+    return path.suffix == TOKENS
 
 
 class _InMemory:
     """Documents in memory."""
 
-    def __init__(self, config: CorpusConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer) -> None:
         documents = list(tokenized(read_documents(config), tokenizer))
         if not documents:
             raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
@@ -114,15 +183,21 @@ def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[Tok
     return [TokenFile(path, tokenizer, name) for name, path in files]
 
 
-def _split(
-    store: Store, split: Literal["by_document", "by_file", "tail"], fraction: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a store for training, and for validation (a share `fraction`); each [N 2]."""
-    starts = np.concatenate(([0], store.ends[:-1]))
+def _split(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces of a store for training, and for validation (a share `fraction`, or nothing); each [N 2]."""
+    pieces = _whole(store)
+    if split == "none":
+        return pieces, pieces[:0]
     if split == "tail":
+        starts, ends = pieces.T
         # a document of n tokens follows a begin token; another begin token replaces the token before the cut
-        cuts = starts + ((store.ends - starts - 1) * (1 - fraction)).astype(np.int64)
-        return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, store.ends), axis=1)
+        cuts = starts + ((ends - starts - 1) * (1 - fraction)).astype(np.int64)
+        return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, ends), axis=1)
     shares = (store.digests if split == "by_document" else store.names) / 2.0**64
-    pieces, validation = np.stack((starts, store.ends), axis=1), shares < fraction
+    validation = shares < fraction
     return pieces[~validation], pieces[validation]
+
+
+def _whole(store: Store) -> np.ndarray:
+    """The start and end of each document, [N 2]."""
+    return np.stack((np.concatenate(([0], store.ends[:-1])), store.ends), axis=1)

@@ -1,6 +1,7 @@
 """Configuration of a text: its documents, tokenizer, and training and validation split."""
 
 import codecs
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -18,19 +19,26 @@ class DatasetConfig(Config):
     """A dataset of Hugging Face `datasets`: each row is a document."""
 
     path: str = Field(min_length=1)
-    """A folder of `save_to_disk`, or an argument of `load_dataset`: a name on the hub, or a folder."""
+    """A folder of `save_to_disk`, or what `load_dataset` takes: a name on the hub, a folder, or a format (parquet)."""
     name: str | None = None
     """The dataset's own configuration, if it has several."""
+    data_files: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+    """Files of the dataset, or patterns of them; null for all."""
     split: str = Field(default="train", min_length=1)
     """The dataset's split that is read; `data.split` divides it into training and validation split."""
     streaming: bool = False
-    """Whether rows are streamed, without a copy on disk."""
+    """Whether training reads rows as it needs them, without a copy in memory or on disk, again and again from start to
+    end; a checkpoint holds the place. Needs `data.validation`."""
+    shuffle_buffer: int = Field(default=1000, gt=0)
+    """Rows that are shuffled together when training streams them; 1 keeps their order."""
+    skip: int = Field(default=0, ge=0)
+    """Rows to leave out, from the first."""
     documents: int | None = Field(default=None, gt=0)
-    """Maximum number of rows, from the first; null for all."""
+    """Maximum number of rows, after those left out; null for all."""
 
 
-class CorpusConfig(DataConfig):
-    """A text, as documents, each of which starts with a begin token."""
+class DocumentsConfig(Config):
+    """A source of documents: files and folders, or a dataset."""
 
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
     """Files and folders: text and JSON lines (.jsonl), each also as .gz, .xz, .bz2 or .zst; .parquet and .arrow; or
@@ -44,16 +52,16 @@ class CorpusConfig(DataConfig):
     encoding: str = UTF8
     """Encoding of text files and JSON lines, such as latin-1. Files that are not UTF-8 are refused, but for few odd
     bytes; `bytes` takes any file as it is."""
-    tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face."""
-    begin_token: str | None = None
-    """The token of that tokenizer that opens a document, such as "<s>"; null for one that follows its last token."""
-    split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
-    """Validation split: `by_document` holds out documents by a hash of their text, so that duplicates share a split;
-    `by_file` files, by a hash of their names; `tail` the end of every document; `auto` is tail for one document,
-    by_file for text files, else by_document."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the documents or files (for tail: of every document) in the validation split."""
+
+    @property
+    def parts(self) -> "Sequence[DocumentsConfig]":
+        """The sources of documents, one after another."""
+        return (self,)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether training reads rows as it needs them."""
+        return self.dataset is not None and self.dataset.streaming
 
     @field_validator("glob")
     @classmethod
@@ -69,16 +77,13 @@ class CorpusConfig(DataConfig):
     @field_validator("encoding")
     @classmethod
     def _encoding_exists(cls, encoding: str) -> str:
+        if encoding == BYTES:
+            return encoding
         try:
-            return encoding if encoding == BYTES or "".encode(encoding) else codecs.lookup(encoding).name
+            "".encode(encoding)  # refuses codecs that are not encodings of text
         except LookupError as error:
             raise ValueError(f"encoding is bytes or an encoding of text, such as latin-1: {error}") from error
-
-    @model_validator(mode="after")
-    def _bytes_have_their_begin_token(self) -> Self:
-        if self.begin_token is not None and self.tokenizer == ByteTokenizer.identity:
-            raise ValueError(f"begin_token = {self.begin_token!r} is for a tokenizer in a file; bytes have their own")
-        return self
+        return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -88,9 +93,76 @@ class CorpusConfig(DataConfig):
             raise ValueError("paths and dataset are two sources: set only one of them")
         if self.text_field is None:
             raise ValueError("text_field must name the dataset's field with the text, and is null")
-        if self.split == "by_file":
-            raise ValueError("split by_file needs files, and a dataset has rows: use by_document")
         return self
+
+
+class SourceConfig(DocumentsConfig):
+    """A source of documents of its own: it needs paths or a dataset."""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        if self.paths is None and self.dataset is None:
+            raise ValueError("a source of its own needs paths or a dataset")
+        return self
+
+
+class WeightedSourceConfig(SourceConfig):
+    """One of the sources of a mixture."""
+
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """Its share of the training tokens, relative to the other weights."""
+
+
+class CorpusConfig(DocumentsConfig, DataConfig):
+    """A text, as documents, each of which starts with a begin token."""
+
+    sources: tuple[WeightedSourceConfig, ...] | None = Field(default=None, min_length=1)
+    """Several sources with weights, instead of paths or a dataset: every sequence is of one of them."""
+    validation: SourceConfig | None = None
+    """Documents of the validation split, with the fields of a source but its weight; null takes it from the text."""
+    tokenizer: str = Field(default="bytes", min_length=1)
+    """`bytes`, or a tokenizer.json of Hugging Face."""
+    begin_token: str | None = None
+    """The token of that tokenizer that opens a document, such as "<s>"; null for one that follows its last token."""
+    split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
+    """Validation split: `by_document` holds out documents by a hash of their text, so that duplicates share a split;
+    `by_file` files, by a hash of their names; `tail` the end of every document; `auto` is tail for one document,
+    by_file for text files, else by_document."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the documents or files (for tail: of every document) in the validation split."""
+
+    @model_validator(mode="after")
+    def _bytes_have_their_begin_token(self) -> Self:
+        if self.begin_token is not None and self.tokenizer == ByteTokenizer.identity:
+            raise ValueError(f"begin_token = {self.begin_token!r} is for a tokenizer in a file; bytes have their own")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_are_clear(self) -> Self:
+        fields = type(self).model_fields
+        changed = {name for name in fields if getattr(self, name) != fields[name].default}
+        if self.sources is not None and (given := changed & DocumentsConfig.model_fields.keys()):
+            raise ValueError(f"with data.sources, every source has its own {min(given)}: set it there")
+        if self.validation is not None and (given := changed & {"split", "validation_fraction"}):
+            raise ValueError(f"data.validation is the validation split: leave out data.{min(given)}")
+        for part in self.parts if self.validation is None else ():
+            if part.dataset is not None and part.streamed:
+                raise ValueError(
+                    f"the dataset {part.dataset.path} is streamed, so name the validation split: data.validation="
+                    "{dataset: {path: ..., split: ...}}, or with documents: N its first rows, which skip: N leaves out"
+                )
+            if part.dataset is not None and self.split == "by_file":
+                raise ValueError("split by_file needs files, and a dataset has rows: use by_document")
+        return self
+
+    @property
+    def parts(self) -> Sequence[DocumentsConfig]:
+        return self.sources or (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the parts."""
+        return tuple(source.weight for source in self.sources or ()) or (1.0,)
 
     def tokenizer_of(self, run: Path | None = None, vocab_size: int | None = None) -> Tokenizer:
         """The tokenizer of the text; a run's own copy takes precedence.

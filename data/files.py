@@ -2,14 +2,15 @@
 
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..registry import SeqmixError, nearest
-from .corpus_config import CorpusConfig, DatasetConfig
+from .corpus_config import DatasetConfig, DocumentsConfig
 from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
 TOKENS = ".tokens"
@@ -28,23 +29,27 @@ class Document(NamedTuple):
     text: bytes
 
 
-def read_documents(config: CorpusConfig) -> Iterator[Document]:
+def read_documents(config: DocumentsConfig) -> Iterator[Document]:
     """The documents of a configuration, in order, read lazily; empty ones are left out.
 
     Raises:
-        SeqmixError: a path is missing or unreadable, a JSON line or row has no text, or the dataset cannot be loaded.
+        SeqmixError: a path is missing, unreadable or not text, a JSON line or row has no text, or the dataset cannot be
+            loaded.
     """
-    return (document for document in _documents(config) if document.text)
+    return (document for part in config.parts for document in _documents(part) if document.text)
 
 
-def source_name(config: CorpusConfig) -> str:
+def source_name(config: DocumentsConfig) -> str:
     """The name of the text."""
+    if len(config.parts) > 1:
+        return " + ".join(map(source_name, config.parts))
+    (config,) = config.parts
     if config.dataset is not None:
         return f"{config.dataset.path} ({config.dataset.split})"
     return ", ".join(config.paths) if config.paths else "the source of Python's standard library"
 
 
-def source_files(config: CorpusConfig) -> Iterator[tuple[str, Path]]:
+def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
     """The files of the configured paths, in order, as (name relative to the configured folder, path).
 
     Raises:
@@ -67,18 +72,20 @@ def source_files(config: CorpusConfig) -> Iterator[tuple[str, Path]]:
             raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
 
 
-def _documents(config: CorpusConfig) -> Iterator[Document]:
-    if config.dataset is not None and config.text_field is not None:
-        for number, row in enumerate(_rows(config.dataset)):
-            name = f"{source_name(config)}, row {number}"
-            yield Document(config.dataset.path, name, _text(row, config.text_field, name))
+def _documents(config: DocumentsConfig) -> Iterator[Document]:
+    if config.dataset is not None:
+        with explain_dataset(config.dataset):
+            rows = open_dataset(config.dataset)
+            if config.dataset.documents is not None:
+                rows = islice(rows, config.dataset.documents)
+            yield from row_documents(config, rows)
     elif config.paths is None:
         yield from _standard_library()
     for key, path in source_files(config):
         yield from _read(key, path, config)
 
 
-def _read(key: str, path: Path, config: CorpusConfig) -> Iterator[Document]:
+def _read(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
     """The documents of a file: one, or one per line or row."""
     field, suffix = config.text_field, format_of(path)[0]
     if suffix == TOKENS:
@@ -134,35 +141,53 @@ def _text(row: dict[str, object], field: str, name: str) -> bytes:
         raise SeqmixError(f"{name}: invalid character at {error.start}: {text[error.start]!r}") from error
 
 
-def _rows(config: DatasetConfig) -> Iterator[dict[str, object]]:
-    """The rows of a dataset, in order."""
+def row_documents(config: DocumentsConfig, rows: Iterable[dict[str, object]], first: int = 0) -> Iterator[Document]:
+    """The documents of rows of a dataset, numbered from `first`; empty ones too."""
+    assert config.dataset is not None
+    assert config.text_field is not None
+    for number, row in enumerate(rows, config.dataset.skip + first):
+        name = f"{source_name(config)}, row {number}"
+        yield Document(config.dataset.path, name, _text(row, config.text_field, name))
+
+
+@contextmanager
+def explain_dataset(config: DatasetConfig) -> Iterator[None]:
+    """Turn whatever the file systems, formats and network of `datasets` raise into a SeqmixError."""
+    try:
+        yield
+    except SeqmixError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SeqmixError(f"the dataset {config.path} cannot be read: {reason}") from error
+
+
+def open_dataset(config: DatasetConfig) -> Any:
+    """The rows of a dataset without those to skip, in order: with `streaming` an `IterableDataset`.
+
+    It is a folder of `save_to_disk`, or what `load_dataset` finds. Raises SeqmixError if the library is missing.
+    """
     try:
         datasets = import_module("datasets")
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
         raise SeqmixError("data.dataset needs datasets: pip install 'seqmix[data]'") from None
-    try:
-        yield from islice(_load(datasets, config), config.documents)
-    except SeqmixError:
-        raise
-    except Exception as error:  # whatever the file systems, formats and network of the library raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SeqmixError(f"the dataset {config.path} cannot be read: {reason}") from error
-
-
-def _load(datasets: Any, config: DatasetConfig) -> Any:
-    """A folder of `save_to_disk`, or a dataset that `load_dataset` finds."""
     folder = Path(config.path).expanduser()
     if not any((folder / file).is_file() for file in SAVED):
-        return datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.streaming)
-    saved = datasets.load_from_disk(str(folder))
-    if not hasattr(saved, "keys"):
-        return saved
-    if config.split not in saved:
-        splits = f"{', '.join(saved)}{nearest(config.split, saved)}"
-        raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}; splits: {splits}")
-    return saved[config.split]
+        files = {} if config.data_files is None else {"data_files": list(config.data_files)}
+        options = {"split": config.split, "streaming": config.streaming} | files
+        rows = datasets.load_dataset(config.path, config.name, **options)
+    else:
+        rows = datasets.load_from_disk(str(folder))
+        if hasattr(rows, "keys"):
+            if config.split not in rows:
+                splits = f"{', '.join(rows)}{nearest(config.split, rows)}"
+                raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}; splits: {splits}")
+            rows = rows[config.split]
+        if config.streaming:
+            rows = rows.to_iterable_dataset()
+    return rows.skip(config.skip) if config.skip else rows
 
 
 def _standard_library() -> Iterator[Document]:

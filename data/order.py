@@ -1,8 +1,11 @@
-"""Data order: where the sequences of a step start in a token stream, as stateless functions of (seed, step).
+"""Data order: which sequences a step reads, as stateless functions of (seed, step).
 
-Each takes the length of the stream, the sequence length (a sequence needs one more token for its last target), the
-batch size, a seed and the step from 0, and returns the first token of each row, [batch_size].
+The starts of sequences are the first token of each, [N], in a stream of `n_tokens`; a sequence needs one more token
+than its length, for its last target. Every source of a mixture has its own.
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,21 +13,61 @@ from ..registry import SeqmixError
 
 ROUNDS = 6
 """Rounds of the Feistel network; four already mix well."""
+CYCLE = 4096
+"""Sequences in which a mixture has each source as often as its weight says."""
 
 
-def random_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each row of a step, [batch_size], and the number of each among the sequences of its source.
+
+    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one), spread evenly: each lies at a random
+    place of its own equal share of the cycle. So any run of rows, too, has each source about as often as its weight.
+    """
+    if len(weights) == 1:
+        return np.zeros(batch_size, dtype=np.int64), step * batch_size + np.arange(batch_size, dtype=np.int64)
+    counts = _counts(tuple(weights))
+    cycles, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), CYCLE)
+    sources, numbers = np.empty_like(places), np.empty_like(places)
+    for cycle in np.unique(cycles).tolist():
+        now = cycles == cycle
+        of, number = _cycle(counts, seed, cycle)
+        sources[now] = of[places[now]]
+        numbers[now] = number[places[now]] + cycle * np.array(counts)[sources[now]]
+    return sources, numbers
+
+
+@lru_cache
+def _counts(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Sequences of each source in a cycle; the most frequent one makes up for rounding."""
+    shares = np.array(weights) / sum(weights)
+    counts = np.maximum(np.round(shares * CYCLE), 1).astype(np.int64)
+    counts[counts.argmax()] += CYCLE - counts.sum()
+    return tuple(counts.tolist())
+
+
+@lru_cache
+def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each sequence of a cycle, and its number among those of the source; each [CYCLE]."""
+    sources = np.repeat(np.arange(len(counts)), counts)
+    numbers = np.concatenate([np.arange(count) for count in counts])
+    places = (numbers + np.random.default_rng([seed, cycle]).random(CYCLE)) / np.repeat(counts, counts)
+    order = places.argsort(kind="stable")
+    return sources[order], numbers[order]
+
+
+def random_starts(n_tokens: int, length: int, count: int, *, seed: int, step: int, source: int = 0) -> np.ndarray:
     """Independent random positions."""
-    return np.random.default_rng([seed, step]).integers(0, n_tokens - length, size=batch_size)
+    return np.random.default_rng([seed, step, source]).integers(0, n_tokens - length, size=count)
 
 
-def epoch_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+def epoch_starts(n_tokens: int, length: int, numbers: np.ndarray, *, seed: int, source: int = 0) -> np.ndarray:
     """ceil((n_tokens - 1) / length) contiguous samples, each once per epoch, reshuffled every epoch.
 
-    Sequence g = step * batch_size + row is number g % samples of epoch g // samples; a batch may span two epochs.
+    Sequence g is number g % samples of epoch g // samples; a step may span two epochs.
     """
     samples = -(-(n_tokens - 1) // length)
-    epochs, numbers = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), samples)
-    return permuted(numbers, epochs, samples, seed) * length
+    epochs, places = np.divmod(numbers, samples)
+    return permuted(places, epochs, samples, seed | source << 32) * length
 
 
 def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:

@@ -85,6 +85,18 @@ class Source(ABC):
             length: sequence length; that of training when None.
         """
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of the data, as JSON: the place in a stream; None if batches need nothing."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned: the next batch is found at once, and is the same as without it.
+
+        Raises:
+            SeqmixError: these data have no state.
+        """
+        raise SeqmixError(f"{self.name} has no state to go on from")
+
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
         """Whether the sequences of a step continue those of the previous step."""
         return False

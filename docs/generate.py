@@ -14,7 +14,7 @@ import torch
 
 from seqmix import MIXERS, account, cli, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
-from seqmix.data import DATA, DatasetConfig
+from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.experiments.files import write_file
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
@@ -58,7 +58,7 @@ def fields() -> list[str]:
     """The sections of all fields."""
     sections = {
         "Run": (RunConfig, TrainingConfig, DistributedConfig),
-        "Data": (*DATA.built_in().values(), DatasetConfig),
+        "Data": (*DATA.built_in().values(), DatasetConfig, WeightedSourceConfig),
         "Model": (ModelConfig, BlockConfig, PaperInit, NormalInit),
         "Mixers": MIXERS.built_in().values(),
         "Feed-forward networks": FFNS.built_in().values(),

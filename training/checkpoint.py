@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError
@@ -87,6 +87,8 @@ class Manifest(Config):
     """Of all evaluations up to this step."""
     data: str | None = None
     """A hash of the training data; None for a task, or for a checkpoint of an older version."""
+    data_state: dict[str, Any] | None = None
+    """The place in streamed data; None if batches are a function of seed and step alone."""
     files: dict[str, WrittenFile] = Field(default_factory=dict)
     """By name."""
     sha256: str = ""
@@ -101,7 +103,7 @@ class Manifest(Config):
     def checksum(self) -> str:
         """The expected value of `sha256`."""
         # fields added since the first format are omitted at their default
-        added = {"data": None, "processes": 1}
+        added = {"data": None, "data_state": None, "processes": 1}
         omitted = {"sha256", *(name for name, default in added.items() if getattr(self, name) == default)}
         return hashlib.sha256(self.model_dump_json(exclude=omitted).encode()).hexdigest()
 

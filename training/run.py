@@ -105,6 +105,8 @@ class Course:
             state = train_state.load_state(found.folder, trainer.model, self.config.training.batch_size)
             first = self.groups.dp_rank * trainer.rows
             trainer.state = map_state(lambda leaf: leaf[first : first + trainer.rows].clone(), state)
+        if found.manifest.data_state is not None:
+            trainer.source.load_state_dict(found.manifest.data_state)
         self.best = found.manifest.best
         return _differences(found.manifest, trainer.source, changed, self.groups)
 
@@ -150,8 +152,15 @@ class Course:
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Start to write a checkpoint after `step` steps; CheckpointError: it, or the previous one, failed."""
         trainer, groups = self.trainer, self.groups
-        data = trainer.source.digest
-        manifest = Manifest(step=step, processes=groups.size, metrics=metrics, best=self.best, data=data)
+        source, best = trainer.source, self.best
+        manifest = Manifest(
+            step=step,
+            processes=groups.size,
+            metrics=metrics,
+            best=best,
+            data=source.digest,
+            data_state=source.state_dict(),
+        )
         reshard(trainer.model)
         state = None if trainer.state is None else map_state(groups.gather_rows, trainer.state)
         parts = train_state.gather(trainer.model, trainer.optimizer, state)

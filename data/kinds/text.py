@@ -1,21 +1,20 @@
 """Text: sequences cut from the training and validation split of a corpus."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ...models import IGNORED
 from ...registry import SeqmixError
-from ..corpus import Corpus, Tokens, read_corpus
+from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
-from ..order import contiguous_starts, epoch_starts, lane_windows, random_starts
-from ..source import Batch, Examples, Packed, Source, blank, share
+from ..order import contiguous_starts, lane_windows, mixture
+from ..sequences import PADDING, Cut, Sequences, Streamed, Tokens, windows
+from ..source import Batch, Examples, Packed, Source, share
 from ..stream import Stream
-
-ORDERS = {"random_windows": random_starts, "epochs": epoch_starts}
 
 
 class TextConfig(CorpusConfig):
@@ -28,7 +27,7 @@ class TextConfig(CorpusConfig):
     mixers that declare packing. Without it, documents of a sequence see each other; begin tokens are never targets."""
     order: Literal["random_windows", "epochs"] = "random_windows"
     """`random_windows` cuts sequences at random positions; `epochs` cuts the text into sequences once and reads each
-    once per epoch, reshuffled every epoch."""
+    once per epoch, reshuffled every epoch. A streamed dataset has an order of its own."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
         return Text(self, read_corpus(self, self.tokenizer_of(run, vocab_size)))
@@ -48,22 +47,51 @@ class Text(Source):
         self.name, self.tokenizer, self.vocab_size = corpus.name, corpus.tokenizer, corpus.tokenizer.vocab_size
         self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
         self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
-        self._starts = contiguous_starts if carried else ORDERS[config.order]
         self._most_documents: dict[int, int] = {}
+        self._sources: list[Sequences] = []
+        length, start = config.sequence_length, 0
+        for number, (part, size) in enumerate(zip(config.parts, corpus.sizes, strict=True)):
+            if part.streamed:
+                self._sources.append(Streamed(part, corpus.tokenizer, length))
+            else:
+                span = range(start, start := start + size)
+                self._sources.append(Cut(corpus.train, span, length, config.order, number))
 
     @property
     def summary(self) -> str:
-        corpus = self.corpus
+        corpus, parts = self.corpus, self.config.parts
+        streamed = [part.dataset.path for part in parts if part.dataset is not None and part.streamed]
+        shares = f"; {len(parts)} sources, {' : '.join(f'{x:g}' for x in self.config.weights)}" if parts[1:] else ""
         return (
-            f"{corpus.documents:,} documents, {len(corpus.train):,} training tokens, "
+            f"{corpus.documents:,} documents, {len(corpus.train):,} training tokens{shares}"
+            f"{''.join(f', {name} streamed' for name in streamed)}, "
             f"{len(corpus.validation):,} validation tokens ({corpus.split})"
         )
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The sequences of one step; the last sequence of an epoch is padded, without targets there."""
         tokens, length, rows = self.corpus.train, self.config.sequence_length, share(batch_size, rank, world_size)
-        starts = self._starts(len(tokens), length, batch_size, seed=seed, step=step)
-        return cut(tokens, starts[rows], length, self.begin)
+        if self.carried:
+            starts = contiguous_starts(len(tokens), length, batch_size, seed=seed, step=step)
+            return cut(tokens, starts[rows], length, self.begin)
+        sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
+        own = np.zeros(batch_size, dtype=bool)
+        own[rows] = True
+        found = np.empty((batch_size, length + 1), dtype=np.int64)
+        for number, source in enumerate(self._sources):
+            of = sources == number
+            found[of & own] = source.read(numbers[of], own[of], seed=seed, step=step)
+        return as_batch(found[rows], self.begin)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        places = [source.place if isinstance(source, Streamed) else None for source in self._sources]
+        return {"places": places} if any(places) else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if len(state["places"]) == len(self._sources):
+            for source, place in zip(self._sources, state["places"], strict=True):
+                if isinstance(source, Streamed):
+                    source.resume(place)
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
         """Contiguous sequences of the validation split; the last batch is padded."""
@@ -84,6 +112,8 @@ class Text(Source):
 
     def contiguous(self, batch_size: int) -> "Text":
         """The text, read in one contiguous lane per row of a batch."""
+        if self.config.sources or not len(self.corpus.train):
+            raise SeqmixError("training.carry_state needs one text that is not streamed: leave out data.sources")
         text = Text(self.config, self.corpus, carried=True)
         text.goes_on(0, batch_size, seed=0)  # raises if the text is too short
         return text
@@ -104,17 +134,22 @@ class Text(Source):
         """Maximum number of documents in a sequence of a length, cached."""
         if length not in self._most_documents:
             streams = (self.corpus.train, self.corpus.validation)
-            self._most_documents[length] = max(most_documents(tokens, length, self.begin) for tokens in streams)
+            bounds = [most_documents(tokens, length, self.begin) for tokens in streams]
+            if any(isinstance(source, Streamed) for source in self._sources):
+                bounds.append(1 + length // 2)  # of documents of one token
+            self._most_documents[length] = max(bounds)
         return self._most_documents[length]
 
 
 def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
     """The sequences of `length` tokens from these positions; beyond the stream they are padded, without targets."""
-    inputs, targets = blank(len(starts), length + 1)
-    for row, start in enumerate(starts.tolist()):
-        found = tokens[start : start + length + 1]
-        inputs[row, : len(found)] = targets[row, : len(found)] = found
-    targets[targets == begin] = IGNORED
+    return as_batch(windows(tokens, starts, length, len(tokens)), begin)
+
+
+def as_batch(found: np.ndarray, begin: int) -> Batch:
+    """Inputs and targets of sequences, [B T + 1]; neither padding nor begin tokens are targets."""
+    inputs = np.where(found == PADDING, 0, found)
+    targets = np.where((found == PADDING) | (found == begin), IGNORED, found)
     return Batch(torch.from_numpy(inputs[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))
 
 

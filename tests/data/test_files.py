@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import refusal
 
-from seqmix.data import Corpus, TextConfig, read_corpus, read_documents
+from seqmix.data import Corpus, DocumentsConfig, TextConfig, read_corpus, read_documents
 
 BEGIN = 256
 
@@ -20,7 +20,8 @@ def config(*paths, **fields) -> TextConfig:
 
 
 def texts(*paths, **fields) -> list[bytes]:
-    return [document.text for document in read_documents(config(*paths, **fields))]
+    paths = {"paths": tuple(map(str, paths))} if paths else {}
+    return [document.text for document in read_documents(DocumentsConfig(**paths | fields))]
 
 
 def error(*paths, **fields) -> str:

@@ -1,0 +1,104 @@
+"""Training sequences of one source, by their numbers: cut from tokens, or streamed from a dataset."""
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from ..models import Tokenizer
+from .corpus_config import DocumentsConfig
+from .order import epoch_starts, random_starts
+from .stream import Stream
+from .streaming import START, DatasetStream
+
+Tokens: TypeAlias = np.ndarray | Stream
+"""A token stream, in memory or mapped: it has a length, and its slices are arrays."""
+PADDING = -1
+"""Stands where a sequence has no token."""
+
+
+class Sequences(Protocol):
+    """The training sequences of one source."""
+
+    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """Some sequences of a step, each with one more token for its last target; int64 [wanted, length + 1].
+
+        Args:
+            numbers: of all sequences of this source in the step, ascending without a gap, [N].
+            wanted: which of them to read, bool [N].
+            seed: seed of the order.
+            step: the step.
+        """
+        ...
+
+
+class Cut:
+    """Sequences cut from a range of a token stream.
+
+    Args:
+        tokens: the stream.
+        span: the range.
+        length: sequence length.
+        order: `random_windows` or `epochs`.
+        source: number of the source in a mixture: each has its own order.
+    """
+
+    def __init__(self, tokens: Tokens, span: range, length: int, order: str, source: int = 0) -> None:
+        self.tokens, self.span, self.length, self.order, self.source = tokens, span, length, order, source
+
+    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """The last sequence of an epoch is padded."""
+        size, length, source = len(self.span), self.length, self.source
+        if self.order == "epochs":
+            starts = epoch_starts(size, length, numbers, seed=seed, source=source)
+        else:
+            starts = random_starts(size, length, len(numbers), seed=seed, step=step, source=source)
+        return windows(self.tokens, self.span.start + starts[wanted], self.length, self.span.stop)
+
+
+class Streamed:
+    """Sequences read from a streamed dataset, side by side.
+
+    Every process reads the whole stream and keeps its own rows. Steps are read in order; another one is reached by
+    reading all before it, unless `place` gives the place.
+    """
+
+    def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer, length: int) -> None:
+        self.config, self.tokenizer, self.length = config, tokenizer, length
+        self.place: dict[str, Any] | None = None
+        """Where the stream is: seed, sequences before, and the place in the dataset. None before the first step."""
+        self._stream: DatasetStream | None = None
+        self._last: tuple[int, range, np.ndarray] | None = None
+
+    def resume(self, place: dict[str, Any] | None) -> None:
+        """Go on from a place."""
+        self.place, self._stream, self._last = place, None, None
+
+    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        if len(numbers) == 0:
+            return np.empty((0, self.length + 1), dtype=np.int64)
+        first, count = int(numbers[0]), len(numbers)
+        if self._last is None or self._last[:2] != (seed, range(first, first + count)):
+            self._last = seed, range(first, first + count), self._read(first, count, seed)
+        return self._last[2][wanted]
+
+    def _read(self, first: int, count: int, seed: int) -> np.ndarray:
+        """Sequences first to first + count - 1."""
+        place = self.place
+        if place is None or place["seed"] != seed or place["sequences"] > first:
+            place, self._stream = {"seed": seed, "sequences": 0, "dataset": START}, None
+        if self._stream is None:
+            self._stream = DatasetStream(self.config, self.tokenizer, seed, place["dataset"])
+        for _ in range(place["sequences"], first):
+            self._stream.take(self.length)
+        tokens = self._stream.take(count * self.length).astype(np.int64)
+        self.place = {"seed": seed, "sequences": first + count, "dataset": self._stream.place}
+        return np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)[:: self.length]
+
+
+def windows(tokens: Tokens, starts: np.ndarray, length: int, stop: int) -> np.ndarray:
+    """The `length + 1` tokens from each position, padded from `stop` on; int64 [N, length + 1]."""
+    found = np.full((len(starts), length + 1), PADDING, dtype=np.int64)
+    for row, start in enumerate(starts.tolist()):
+        part = tokens[start : min(start + length + 1, stop)]
+        found[row, : len(part)] = part
+    return found
