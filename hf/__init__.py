@@ -15,15 +15,7 @@ from .modeling import SeqmixForCausalLM, SeqmixModel
 from .replace import replace_mixers
 from .tokenizer import hf_tokenizer
 
-__all__ = [
-    "SeqmixCache",
-    "SeqmixConfig",
-    "SeqmixForCausalLM",
-    "SeqmixModel",
-    "export_hf",
-    "hf_tokenizer",
-    "replace_mixers",
-]
+__all__ = ["SeqmixCache", "SeqmixConfig", "SeqmixForCausalLM", "export_hf", "hf_tokenizer", "replace_mixers"]
 
 AutoConfig.register(SeqmixConfig.model_type, SeqmixConfig, exist_ok=True)
 AutoModel.register(SeqmixConfig, SeqmixModel, exist_ok=True)

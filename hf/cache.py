@@ -1,18 +1,19 @@
 """The cache of Hugging Face's `generate`, whose layers hold states of mixers."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..mixers import SequenceMixer
-from ..mixers.state import select, to_dict
+from ..mixers import Paradigm, SequenceMixer
+from ..mixers.state import select
 from ..mixers.traits import require_state
 from ..registry import SeqmixError
+from .padding import Rows, mix_rows
 
-NAME = "cache" if hasattr(GenerationMixin, "_prefill") else "past_key_values"
+NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this release of transformers calls the cache, in arguments and outputs."""
 
 
@@ -30,14 +31,9 @@ class StateLayer(CacheLayerMixin):
         self.state: Any = None
         self.seen, self.capacity = 0, max_length
 
-    def before(self, mixer: SequenceMixer[Any], rows: int, tokens: int) -> Any:
-        """The state of so many rows before a segment, with room for its tokens.
-
-        Raises:
-            ContractError: the mixer has no state.
-        """
+    def before(self, mixer: SequenceMixer[Any], rows: int, needed: int) -> Any:
+        """The state of so many rows before a segment, with room for so many tokens in all."""
         require_state(mixer.traits, mixer.kind)
-        needed = self.seen + tokens
         if self.state is None:
             self.capacity = max(self.capacity, needed)
             self.state = mixer.init_state(rows, max_length=self.capacity)
@@ -45,10 +41,6 @@ class StateLayer(CacheLayerMixin):
             self.capacity = needed + needed // 2  # a token is then copied a constant number of times on average
             self.state = mixer.resize_state(self.state, self.capacity)
         return self.state
-
-    def after(self, state: Any, tokens: int) -> None:
-        """Take the state after a segment."""
-        self.state, self.seen = state, self.seen + tokens
 
     def get_seq_length(self, *_: Any) -> int:
         """Tokens so far, padding included."""
@@ -59,13 +51,11 @@ class StateLayer(CacheLayerMixin):
         return self.seen + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        """Forget all tokens."""
         self.state, self.seen = None, 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -75,18 +65,10 @@ class StateLayer(CacheLayerMixin):
 
     reorder_cache = batch_select_indices
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        if self.state is not None:
-            rows = len(next(iter(to_dict(self.state).values())))
-            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
-
     def crop(self, *_: Any) -> None:
-        """Refused."""
         raise SeqmixError("a recurrent state cannot take tokens back, as assisted decoding and crop() need")
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """Refused."""
         raise SeqmixError("this layer of the cache holds the state of a mixer, and was given keys and values")
 
     lazy_initialization = update
@@ -104,15 +86,26 @@ class SeqmixCache(Cache):
         super().__init__(layers=[StateLayer(max_length) for _ in range(n_layers)])
 
 
-def the_cache(past_key_values: Any, cache: Any) -> SeqmixCache | None:
-    """The cache of a call under either of its names.
+def mix_cached(
+    run: Callable[..., Any], x: Tensor, mixers: Sequence[SequenceMixer[Any]], layers: Sequence[StateLayer], rows: Rows
+) -> Tensor:
+    """Mix a batch [B T D] from the states of a cache, which then holds those after it; returns the output [B T D].
 
-    Raises:
-        SeqmixError: both are given, or one of another kind.
+    Args:
+        run: takes a segment without padding, a state and a paradigm per mixer, `cu_seqlens` and `return_state`.
+        x: the batch.
+        mixers: the mixers in their order.
+        layers: the layer of the cache of each.
+        rows: what the rows of the batch are made of.
     """
-    if past_key_values is not None and cache is not None:
-        raise SeqmixError("cache and past_key_values are two names of one argument, and both are given")
-    given = cache if past_key_values is None else past_key_values
-    if given is not None and not isinstance(given, SeqmixCache):
-        raise SeqmixError(f"the cache of a seqmix model is a SeqmixCache, and a {type(given).__name__} was given")
-    return given
+    if rows.cu_seqlens is not None:
+        raise SeqmixError("packed documents leave no cache: give use_cache=False")
+    # decoding is by one token; a longer segment is a prompt
+    count, length, _ = x.shape
+    order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+    before = tuple(layer.before(mixer, count, layer.seen + length) for layer, mixer in zip(layers, mixers, strict=True))
+    how = tuple(mixer.traits.prefer(*order, from_state=True) for mixer in mixers)
+    y, after = mix_rows(lambda x, state, packed: run(x, state, how, packed, True), x, before, rows, mixers)
+    for layer, state in zip(layers, after, strict=True):
+        layer.state, layer.seen = state, layer.seen + length
+    return y

@@ -16,8 +16,7 @@ class SeqmixConfig(PretrainedConfig):
 
     Args:
         model: our configuration, or its fields as config.json has them.
-        use_cache: whether a call returns states by default, in evaluation.
-        kwargs: fields of every configuration of transformers, such as `bos_token_id`.
+        kwargs: fields of every configuration of transformers, such as `use_cache` or `bos_token_id`.
 
     Raises:
         SeqmixError: the model is missing or not valid, or a size differs from it.
@@ -27,9 +26,7 @@ class SeqmixConfig(PretrainedConfig):
     has_no_defaults_at_init = True
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
-    def __init__(
-        self, model: ModelConfig | Mapping[str, Any] | None = None, use_cache: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if model is None:
             raise SeqmixError("SeqmixConfig needs a model: SeqmixConfig(load_config('retnet-tiny').model)")
         config = model if isinstance(model, ModelConfig) else _validated(model)
@@ -43,10 +40,10 @@ class SeqmixConfig(PretrainedConfig):
         for name, value in sizes.items():
             if kwargs.pop(name, value) != value:
                 raise SeqmixError(f"config.json has another {name} than its model, {value}: change the model's")
+        use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
-        for name, value in sizes.items():
+        for name, value in {**sizes, "use_cache": use_cache}.items():
             setattr(self, name, value)
-        self.use_cache = use_cache
 
     @property
     def model_config(self) -> ModelConfig:

@@ -8,11 +8,10 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
 from ..models.onednn_linear import use_onednn_linear
 from ..registry import SeqmixError
-from .cache import NAME, SeqmixCache, the_cache
+from .cache import NAME, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig
 from .padding import Rows, mix_rows, rows_of
 
@@ -40,8 +39,11 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         self.model = model
         self.gradient_checkpointing = False
         self._resolved: tuple[torch.device, torch.dtype] | None = None
-        # by name of every copy the name that is saved: tied embeddings, and blocks that share their parameters
-        self._tied_weights_keys = _duplicates(self)
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), []).append(name)
+        # tied embeddings, and blocks that share their parameters: by name of every copy the name that is saved
+        self._tied_weights_keys = {copy: saved for saved, *copies in names.values() for copy in copies}
         self.post_init()
 
     @classmethod
@@ -72,28 +74,16 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         """Nothing: the constructor initialises, and a file of weights is complete."""
 
     def get_expanded_tied_weights_keys(self, *_: Any, **__: Any) -> dict[str, str]:
-        """The names of copied parameters, each with the saved one's."""
         parameters = dict(self.named_parameters(remove_duplicate=False))
         return {copy: saved for copy, saved in self._tied_weights_keys.items() if copy in parameters}
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        """The embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: Any) -> None:
-        """Replace the embedding."""
-        self.model.embedding = value
-
     def get_output_embeddings(self) -> torch.nn.Module:
-        """The output projection."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the output projection."""
-        self.model.head = new_embeddings
-
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        """Refused."""
         raise SeqmixError("the vocabulary is fixed by the configuration: build a model of another vocab_size")
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, every_n_layers: int = 1, **__: Any) -> None:
@@ -102,75 +92,47 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing = self.model.activation_checkpointing = enable
 
     def _hidden(
-        self, x: Tensor, rows: Rows, cache: SeqmixCache | None, use_cache: bool | None
-    ) -> tuple[Tensor, SeqmixCache | None]:
-        """The residual stream after the last block from that before the first [B T D], and the cache."""
-        model, traits = self.model, [block.mixer.traits for block in self.model.blocks]
-        packing = all(mixer.packing for mixer in traits)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and rows.cu_seqlens is None
-            use_cache = use_cache and all(mixer.has_state for mixer in traits)
-        if cache is None and use_cache:
-            cache = SeqmixCache(len(traits))
-        if cache is None:
-            return mix_rows(
-                lambda x, _, packed: model.run_blocks(x, None, None, packed), x, None, rows, packing=packing
-            )
-        if rows.cu_seqlens is not None:
-            raise SeqmixError("packed documents leave no cache: give use_cache=False")
-        # decoding is by one token; a longer segment is a prompt
-        count, length, _ = x.shape
-        order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-        how = model.prefer(*order, from_state=True)
-        layers = list(zip(model.blocks, cache.layers, strict=True))
-        state = tuple(layer.before(block.mixer, count, length) for block, layer in layers)
-        x, after = mix_rows(
-            lambda x, before, packed: model.run_blocks(x, before, how, packed, True), x, state, rows, packing=packing
-        )
-        for (_, layer), final in zip(layers, after, strict=True):
-            layer.after(final, length)
-        return x, cache
-
-    def _embedded(self, tokens: Tensor | None, embeddings: Tensor | None, options: Mapping[str, Any]) -> Tensor:
-        """The residual stream before the first block [B T D]."""
+        self, tokens: Tensor | None, attention_mask: Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Rows, SeqmixCache | None]:
+        """The residual stream after the last block [B T D], what its rows are made of, and the cache."""
+        embeddings, caches = options.get("inputs_embeds"), (options.get("cache"), options.get("past_key_values"))
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise SeqmixError("a seqmix model returns no attentions and hidden states: use forward hooks")
         if (tokens is None) == (embeddings is None):
             raise SeqmixError("give input_ids or inputs_embeds, and not both")
-        x = self.model.embed(tokens) if embeddings is None else self.model.dropout(embeddings)
-        self._resolve(x.dtype)
-        return x
-
-    def _resolve(self, dtype: torch.dtype) -> None:
-        """Choose the kernels for where the model is now."""
-        device = self.model.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        if self._resolved != (asked := (self.model.device, dtype)):
-            self.model.resolve_backends(dtype)
+        if None not in caches:
+            raise SeqmixError("cache and past_key_values are two names of one argument, and both are given")
+        cache = next((cache for cache in caches if cache is not None), None)
+        if not isinstance(cache, SeqmixCache | None):
+            raise SeqmixError(f"the cache of a seqmix model is a SeqmixCache, and a {type(cache).__name__} was given")
+        model, mixers = self.model, [block.mixer for block in self.model.blocks]
+        x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
+        rows = rows_of(x.shape[:2], attention_mask, options, cached=cache is not None and cache.get_seq_length() > 0)
+        if (use_cache := options.get("use_cache")) is None:
+            use_cache = self.config.use_cache and not self.training and rows.cu_seqlens is None
+            use_cache = use_cache and all(mixer.traits.has_state for mixer in mixers)
+        if cache is None and use_cache:
+            cache = SeqmixCache(len(mixers))
+        narrow = torch.is_autocast_enabled(x.device.type)
+        if self._resolved != (asked := (x.device, torch.get_autocast_dtype(x.device.type) if narrow else x.dtype)):
+            model.resolve_backends(asked[1])
             self._resolved = asked
+        if cache is None:
+            x, _ = mix_rows(lambda x, _, packed: model.run_blocks(x, cu_seqlens=packed), x, None, rows, mixers)
+        else:
+            x = mix_cached(model.run_blocks, x, mixers, cache.layers, rows)
+        return x, rows, cache
 
 
 class SeqmixModel(SeqmixPreTrainedModel):
     """A model without its output projection: hidden states after the last norm."""
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: SeqmixCache | None = None,
-        cache: SeqmixCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    ) -> BaseModelOutputWithPast:
         """Hidden states [B T D] of tokens [B T]; arguments as those of `SeqmixForCausalLM`."""
-        given, x = the_cache(past_key_values, cache), self._embedded(input_ids, inputs_embeds, kwargs)
-        rows = rows_of(x.shape[:2], attention_mask, kwargs, cached=bool(given and given.get_seq_length()))
-        x, after = self._hidden(x, rows, given, use_cache)
-        output = BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **{NAME: after})
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+        x, _, after = self._hidden(input_ids, attention_mask, options)
+        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **{NAME: after})
 
 
 class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
@@ -182,8 +144,7 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         wrapped = cls(SeqmixConfig(model.config), model)
         tokenizer, ids = model.tokenizer, range(model.config.vocab_size)
         if tokenizer is not None and tokenizer.begin in ids:
-            # one token opens documents, so that it ends them too, and pads; with other roles generate would take the
-            # first token of a prompt for padding
+            # it opens documents, and so ends them; if it were not the end, `generate` would take it for padding
             for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(wrapped.config, role, tokenizer.begin)
                 setattr(wrapped.generation_config, role, tokenizer.begin)
@@ -196,45 +157,34 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: SeqmixCache | None = None,
-        cache: SeqmixCache | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> Any:
         """Logits of the next token after each token of a segment.
 
         Args:
             input_ids: the segment, [B T].
-            attention_mask: which of all tokens so far are real, [B S]; padding is skipped wherever it is, its logits
-                mean nothing.
-            past_key_values: the cache that an earlier call returned, under its old name.
-            cache: the same under its new name.
-            inputs_embeds: embeddings [B T D] in place of tokens.
-            labels: the tokens themselves, -100 where no loss is asked; they are shifted here.
-            use_cache: whether the cache is returned; by the configuration when None, and never in training.
+            attention_mask: which of all tokens so far are real, [B S]. Padding is skipped, wherever it is.
+            labels: the tokens again, -100 where no loss is asked; they are shifted here.
             logits_to_keep: only the last so many tokens get logits, or those of these indices; 0 for all.
-            return_dict: whether the result has names.
-            kwargs: `position_ids` or `cu_seq_lens_q` of documents packed in one row; `num_items_in_batch` of the loss.
+            options: `cache` (or `past_key_values`) that an earlier call returned; `use_cache`, whether one is returned,
+                by default in evaluation; `inputs_embeds` [B T D] in place of tokens; `position_ids` or `cu_seq_lens_q`
+                of documents packed in one row; `num_items_in_batch` of the loss; `return_dict`.
 
         Raises:
-            SeqmixError: what is given or asked for does not fit, in one sentence.
+            SeqmixError: what is given or asked for does not fit.
         """
-        given, x = the_cache(past_key_values, cache), self._embedded(input_ids, inputs_embeds, kwargs)
-        rows = rows_of(x.shape[:2], attention_mask, kwargs, cached=bool(given and given.get_seq_length()))
-        x, after = self._hidden(x, rows, given, use_cache)
+        x, rows, after = self._hidden(input_ids, attention_mask, options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(self.model.norm(x[:, kept]))
         loss = None
         if labels is not None:
             if rows.mask is not None:  # nothing predicts the first token of a row
                 labels = labels.masked_fill(~(rows.mask & rows.mask.roll(1, dims=1)), IGNORED)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{NAME: after})
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+        return output.to_tuple() if options.get("return_dict", self.config.return_dict) is False else output
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -248,17 +198,3 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
             raise SeqmixError(f"a seqmix model has its own cache: cache_implementation={kind!r} is not for it")
         if model_kwargs.get(NAME) is None and generation_config.use_cache:
             model_kwargs[NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)
-
-
-def _as_dict(return_dict: bool | None, config: SeqmixConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict
-
-
-def _duplicates(module: torch.nn.Module) -> dict[str, str]:
-    """The names of tensors that have an earlier name, each with that one."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if (saved := first.setdefault(id(tensor), name)) != name:
-            found[name] = saved
-    return found

@@ -1,6 +1,6 @@
 """Padded batches: rows of a batch without their padding, each mixed as if it were alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..mixers import SequenceMixer
 from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
-
-Segment = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
-"""Mixes a segment [B T D] from a state, with `cu_seqlens`: returns the output and the state after it."""
 
 
 class Rows(NamedTuple):
@@ -36,13 +34,12 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
     Raises:
         SeqmixError: the mask has not one entry per token, or documents are packed in several rows.
     """
+    count, length = shape
     if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
-            raise SeqmixError(
-                f"the attention mask of {shape[0]} rows of {shape[1]} tokens has one entry per token, and its shape is "
-                f"{tuple(attention_mask.shape)}"
-            )
-        mask = attention_mask[:, -shape[1] :].bool()
+        if attention_mask.dim() != 2 or len(attention_mask) != count or attention_mask.shape[1] < length:
+            given = list(attention_mask.shape)
+            raise SeqmixError(f"an attention mask has one entry per token, {[count, length]}, and its shape is {given}")
+        mask = attention_mask[:, -length:].bool()
         if not mask.all():
             return Rows(mask)
     positions = options.get("position_ids")
@@ -51,22 +48,22 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
     starts = positions == 0
     if not starts[:, 1:].any():
         return Rows()
-    if shape[0] > 1:
+    if count > 1:
         raise SeqmixError("packed documents come in one row, and positions start again at 0 in a batch of several")
-    return Rows(None, F.pad(starts[0].nonzero()[:, 0], (0, 1), value=shape[1]))
+    return Rows(None, F.pad(starts[0].nonzero()[:, 0], (0, 1), value=length))
 
 
 def mix_rows(
-    mix: Segment, x: Float[Tensor, "B T D"], state: Any, rows: Rows, *, packing: bool
+    mix: Callable[..., Any], x: Float[Tensor, "B T D"], state: Any, rows: Rows, mixers: Sequence[SequenceMixer[Any]]
 ) -> tuple[Float[Tensor, "B T D"], Any]:
     """Mix a batch whose rows may have padding anywhere: the real tokens as packed documents, or row by row.
 
     Args:
-        mix: mixes a segment without padding.
+        mix: takes a segment without padding, a state and `cu_seqlens`; returns the output and the state after it.
         x: the batch.
         state: the state before it, of B rows; None for none.
         rows: what its rows are made of.
-        packing: whether `mix` takes packed documents.
+        mixers: the mixers of `mix`.
 
     Returns:
         The output, 0 at padding, and the state of B rows: padding leaves it as it was.
@@ -74,7 +71,7 @@ def mix_rows(
     mask = rows.mask
     if mask is None:
         return mix(x, state, rows.cu_seqlens)
-    if packing:
+    if all(mixer.traits.packing for mixer in mixers):
         y, after = mix(x[mask][None], state, F.pad(mask.sum(1).cumsum(0), (1, 0)))
         return _spread(y[0], mask), after
     parts, states = [], []

@@ -9,9 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
+from ..mixers import MIXERS, MixerConfig, SequenceMixer
 from ..registry import SeqmixError
-from .cache import NAME, StateLayer
+from .cache import NAME, StateLayer, mix_cached
 from .padding import Rows, mix_rows, rows_of
 
 ROWS = "seqmix_rows"
@@ -25,9 +25,8 @@ def replace_mixers(
 ) -> PreTrainedModel:
     """Put new mixers where a decoder has attention (`self_attn` of Llama, Mistral, Qwen and their like), in place.
 
-    The mixers are initialised, with torch's global seed; the other weights stay. `generate` has their states in the
-    model's own cache, and skips padding. They count positions themselves: the model's rotary embeddings do not reach
-    them.
+    The mixers are initialised by torch's global seed, and count positions themselves. The model's own cache holds their
+    states; they skip padding.
 
     Args:
         model: the model.
@@ -65,12 +64,7 @@ def replace_mixers(
 
 
 class MixerAsAttention(nn.Module):
-    """A mixer that is called as the attention of a decoder of Hugging Face.
-
-    Args:
-        mixer: the mixer.
-        layer_idx: the index of its layer in the cache.
-    """
+    """A mixer that is called as the attention of layer `layer_idx` of a decoder of Hugging Face."""
 
     def __init__(self, mixer: SequenceMixer[Any], layer_idx: int) -> None:
         super().__init__()
@@ -83,23 +77,15 @@ class MixerAsAttention(nn.Module):
         if self._resolved != (asked := (hidden_states.device, hidden_states.dtype)):
             mixer.resolve_backend(hidden_states.dtype)
             self._resolved = asked
-        count, length, _ = hidden_states.shape
-        rows, packing = kwargs.get(ROWS, Rows()), mixer.traits.packing
+
+        def run(x: Tensor, states: Any, how: Any, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Any]:
+            y, after = mixer(x, states[0], paradigm=how[0], cu_seqlens=cu_seqlens, return_state=return_state)
+            return y, (after,)
+
+        rows = kwargs.get(ROWS, Rows())
         if cache is None:
-            run = lambda x, _, packed: mixer(x, cu_seqlens=packed)  # noqa: E731
-            return mix_rows(run, hidden_states, None, rows, packing=packing)[0], None
-        if rows.cu_seqlens is not None:
-            raise SeqmixError("packed documents leave no cache: give use_cache=False")
-        layer = _state_layer(cache, self.layer_idx)
-        order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-        how = mixer.traits.prefer(*order, from_state=True)
-        y, after = mix_rows(
-            lambda x, before, packed: mixer(x, before, paradigm=how, cu_seqlens=packed, return_state=True),
-            *(hidden_states, layer.before(mixer, count, length), rows),
-            packing=packing,
-        )
-        layer.after(after, length)
-        return y, None
+            return mix_rows(lambda x, _, packed: mixer(x, cu_seqlens=packed), hidden_states, None, rows, [mixer])
+        return mix_cached(run, hidden_states, [mixer], [_state_layer(cache, self.layer_idx)], rows), None
 
 
 def _decoder_of(model: nn.Module) -> Any:
@@ -115,9 +101,8 @@ def _give_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Pass a decoder's layers what its own mask of four dimensions does not tell."""
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
-    tokens = given.get("input_ids")
+    tokens, cache = given.get("input_ids"), given.get(NAME)
     shape = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
-    cache = given.get(NAME)
     cached = cache is not None and cache.get_seq_length() > 0
     rows = rows_of(shape, given.get("attention_mask"), given, cached=cached)
     return args, kwargs if rows == Rows() else {**kwargs, ROWS: rows}

@@ -22,24 +22,15 @@ def hf_tokenizer(tokenizer: OurTokenizer) -> PreTrainedTokenizerFast:
     """
     fast, name = _map(tokenizer)
     if fast.token_to_id(name) != tokenizer.begin:
-        raise SeqmixError(
-            f"the vocabulary's ids have gaps: Hugging Face would number the begin token {fast.token_to_id(name)}, and "
-            f"the model has learned {tokenizer.begin}"
-        )
+        raise SeqmixError(f"the vocabulary's ids have gaps: its begin token {tokenizer.begin} would get another number")
     fast.post_processor = processors.TemplateProcessing(
         single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, tokenizer.begin)]
     )
     fast.no_truncation()
     fast.no_padding()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        bos_token=name,
-        eos_token=name,
-        pad_token=name,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), name)
+    more = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=fast, padding_side="left", **roles, **more)
 
 
 def _map(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
@@ -65,10 +56,6 @@ def _map(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
 
 
 def _letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary."""
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    found = [chr(byte if byte in printed else next(others)) for byte in range(256)]
-    assert sorted(found) == sorted(letters.alphabet())
-    return found
+    """The letter that stands for each byte in a byte-level vocabulary: itself, if it is printable."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -168,7 +168,7 @@ REFUSED = {
     "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names of one argument"),
     "crop": (cropped, "cannot take tokens back"),
     "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
-    "a short mask": (call(attention_mask=torch.ones(2, 2)), r"its shape is \(2, 2\)"),
+    "a short mask": (call(attention_mask=torch.ones(2, 2)), r"its shape is \[2, 2\]"),
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),
     "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "not both"),
     "packed rows": (call(position_ids=torch.tensor([[0, 1, 0]] * 2), use_cache=False), "one row"),
