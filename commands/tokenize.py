@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..data.corpus_config import DocumentsConfig
 from ..data.files import TOKENS, Document, read_documents
 from ..data.kinds.text import TextConfig
 from ..data.stream import tokenized
@@ -22,15 +24,19 @@ def tokenize(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text files, JSON Lines files and folders; and fields of `data` as key=value: text_field=body "
+            help="Files and folders as in data.paths; and fields of `data` as key=value: text_field=body "
             'dataset="{path: wikitext, name: wikitext-2-raw-v1}"',
             metavar="[SOURCE]... [KEY=VALUE]...",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Output token file, FILE.tokens.", metavar="FILE")],
     tokenizer: Annotated[
-        str, typer.Option(help="bytes, or a tokenizer.json file; with --train-bpe, the tokenizer file to write.")
-    ] = "bytes",
+        str | None,
+        typer.Option(
+            help="bytes (the default), or a tokenizer.json file, or a folder that holds one; with --train-bpe, the "
+            "tokenizer file to write."
+        ),
+    ] = None,
     train_bpe: Annotated[
         int | None,
         typer.Option(
@@ -47,7 +53,13 @@ def tokenize(
     [bold]seqmix train retnet-tiny data.paths="\\[books.tokens]" data.tokenizer=books.json model.vocab_size=8192[/bold]
     """
     config = _config(sources)
-    vocabulary = Path(tokenizer) if tokenizer != ByteTokenizer.identity else out.with_suffix(".json")
+    if tokenizer is not None and config.tokenizer not in (None, tokenizer):
+        raise SeqmixError(f"two tokenizers are given: --tokenizer {tokenizer} and tokenizer={config.tokenizer}")
+    given = tokenizer or config.tokenizer or ByteTokenizer.identity
+    subwords = given != ByteTokenizer.identity
+    if config.begin_token is not None and (train_bpe is not None or not subwords):
+        raise SeqmixError(f"begin_token={config.begin_token} is for a tokenizer in a file; this one has its own")
+    vocabulary = Path(given) if subwords else out.with_suffix(".json")
     if out.suffix != TOKENS:
         raise SeqmixError(f"a token file is named FILE{TOKENS}, and --out is {out}")
     if out.exists():
@@ -70,23 +82,42 @@ def tokenize(
             named = ((document.name, document.text) for document in documents("documents for BPE training"))
             chosen = learn(named, train_bpe, vocabulary)
         else:
-            chosen = load_tokenizer(tokenizer)
+            chosen = load_tokenizer(given, config.begin_token)
         file = write_token_file(out, tokenized(documents("documents tokenized"), chosen), chosen)
     tokens = int(file.ends[-1])
     console.print(f"{out}: {len(file.ends):,} documents, {tokens:,} tokens, {file.bytes:,} bytes of text")
-    name = tokenizer if train_bpe is None else str(vocabulary)
+    name = given if train_bpe is None else str(vocabulary)
+    begin = "" if config.begin_token is None else f' data.begin_token="{config.begin_token}"'
     console.print(
-        f'train on it: data.paths="[{out}]" data.tokenizer={name} model.vocab_size={chosen.vocab_size}', soft_wrap=True
+        f'train on it: data.paths="[{out}]" data.tokenizer={name}{begin} model.vocab_size={chosen.vocab_size}',
+        soft_wrap=True,
     )
 
 
-def _config(sources: Sequence[str]) -> TextConfig:
+class _Config(DocumentsConfig):
+    """The fields of `data` that a token file depends on."""
+
+    tokenizer: str | None = Field(default=None, min_length=1)
+    begin_token: str | None = None
+
+
+def _config(sources: Sequence[str]) -> _Config:
     """Split the sources into paths and overrides of `data`."""
-    changes = [source for source in sources if source.partition("=")[0].partition(".")[0] in TextConfig.model_fields]
-    paths = [source for source in sources if source not in changes]
-    config = load(TextConfig, None, changes, presets=PRESETS)
+    fields, of_training = _Config.model_fields, TextConfig.model_fields.keys() - _Config.model_fields.keys()
+    paths: list[str] = []
+    changes: list[str] = []
+    for source in sources:
+        name, assigned, _ = source.partition("=")
+        field = name.partition(".")[0]
+        if field in of_training:
+            raise SeqmixError(
+                f"data.{field} is for training, and not in a token file: `seqmix tokenize` takes {', '.join(fields)}"
+            )
+        is_change = field in fields or (assigned and field.isidentifier() and not Path(source).exists())
+        (changes if is_change else paths).append(source)
+    config = load(_Config, None, changes, presets=PRESETS)
     if paths:
-        config = TextConfig.model_validate(config.model_dump() | {"paths": [*(config.paths or ()), *paths]})
+        config = _Config.model_validate(config.model_dump() | {"paths": [*(config.paths or ()), *paths]})
     if config.paths is None and config.dataset is None:
         raise SeqmixError("tokenize needs a SOURCE: files, folders, or dataset={path: ...}")
     return config

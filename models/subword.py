@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import SeqmixError, nearest
-from .tokenizer import ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
 """Documents per batch, which is encoded on all cores."""
@@ -89,15 +89,26 @@ class SubwordTokenizer(Tokenizer):
 def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
     """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face, with its begin token.
 
+    Args:
+        name: `bytes`, the file, or a folder that holds a tokenizer.json.
+        begin: the token of the vocabulary that opens a document; None for one that follows the last.
+
     Raises:
         SeqmixError: the file is missing or not a tokenizer, or the library that reads it is not installed.
     """
     if name == ByteTokenizer.identity:
         return ByteTokenizer()
-    file = Path(name)
+    file = Path(name).expanduser()
     _library()  # a missing library is reported before a missing file
+    if file.is_dir():
+        folder, file = file, file / TOKENIZER_FILE
+        if not file.is_file():
+            raise SeqmixError(
+                f"the tokenizer {folder} is a folder without {TOKENIZER_FILE}; transformers writes one from other "
+                f"files: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+            )
     try:
-        return SubwordTokenizer(file.expanduser().read_bytes(), file, begin)
+        return SubwordTokenizer(file.read_bytes(), file, begin)
     except OSError as error:
         hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error

@@ -11,7 +11,7 @@ from runs import checkpoint_bytes
 
 from seqmix import Sampling, generate_text, load_run
 from seqmix.data import TokenFile
-from seqmix.models import ByteTokenizer
+from seqmix.models import ByteTokenizer, load_tokenizer
 
 SMALL = (
     *("model.d_model=16", "model.n_layers=1", "data.sequence_length=16", "training.steps=4", "training.batch_size=4"),
@@ -20,10 +20,10 @@ SMALL = (
 BPE = ("data.paths=[text.tokens]", "data.tokenizer=text.json", "model.vocab_size=280")
 
 
-def tokenize(seqmix, *arguments: str) -> TokenFile:
-    done = seqmix("tokenize", *arguments, "--out", "text.tokens")
+def tokenize(seqmix, *arguments: str, out: str = "text.tokens") -> TokenFile:
+    done = seqmix("tokenize", *arguments, "--out", out)
     assert (done.status, done.err) == (0, "")
-    return TokenFile(Path("text.tokens"), ByteTokenizer())
+    return TokenFile(Path(out), ByteTokenizer())
 
 
 @pytest.fixture
@@ -70,6 +70,23 @@ def test_a_vocabulary_is_learned_beside_the_file_and_used_again(seqmix, bpe):
     assert Path("again.tokens").read_bytes() == Path("text.tokens").read_bytes()
 
 
+def test_every_field_is_honoured(seqmix, bpe):
+    Path("a=b.txt").write_bytes("Straße".encode("latin-1"))
+    file = tokenize(seqmix, "a=b.txt", "encoding=latin-1", out="first.tokens")
+    assert bytes(file.read(1, 8).astype("uint8")) == "Straße".encode()
+    # a folder with a tokenizer.json, by the field as by the option; and its begin token
+    Path("hf").mkdir()
+    shutil.copy("text.json", "hf/tokenizer.json")
+    for number, arguments in enumerate((["tokenizer=hf"], ["--tokenizer", "hf"], ["tokenizer=text.json"])):
+        done = seqmix("tokenize", "text.txt", *arguments, "--out", f"{number}.tokens")
+        assert (done.status, done.err) == (0, "")
+        assert Path(f"{number}.tokens").read_bytes() == Path("text.tokens").read_bytes()
+    done = seqmix("tokenize", "text.txt", "tokenizer=hf", "begin_token=t", "--out", "begin.tokens")
+    assert 'data.tokenizer=hf data.begin_token="t" model.vocab_size=' in done.out
+    tokenizer = load_tokenizer("hf", "t")
+    assert TokenFile(Path("begin.tokens"), tokenizer).read(0, 1).tolist() == [tokenizer.begin]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -79,14 +96,26 @@ def test_a_vocabulary_is_learned_beside_the_file_and_used_again(seqmix, bpe):
         (["no.txt", "--out", "a.tokens"], "no.txt"),
         (['glob="*.md"', "--out", "a.tokens"], "SOURCE"),
         (["text.txt", "text_field=[", "--out", "a.tokens"], "YAML"),
-        (["text.txt", "packing=maybe", "--out", "a.tokens"], "packing"),
+        (["text.txt", "packing=true", "--out", "a.tokens"], r"data\.packing is for training.* text_field"),
+        (["text.txt", "validation.paths=[a]", "--out", "a.tokens"], r"data\.validation is for training"),
+        (["text.txt", "encodnig=latin-1", "--out", "a.tokens"], "encodnig.*encoding"),
+        (["text.txt", "glob=/", "--out", "a.tokens"], "glob"),
+        (["empty.tokens", "--out", "a.tokens"], "empty.tokens is a token file"),
+        (
+            ["text.txt", "tokenizer=b.json", "--tokenizer", "c.json", "--out", "a.tokens"],
+            "two tokenizers .*c.json .*b.json",
+        ),
+        (["text.txt", "begin_token=<s>", "--out", "a.tokens"], "begin_token=<s>"),
+        (["text.txt", "tokenizer=empty", "--out", "a.tokens"], "empty is a folder without tokenizer.json"),
         (["empty", "--out", "a.tokens"], "no text"),
         (["text.txt", "--out", "text.tokens", "--train-bpe", "300"], "text.json .*--tokenizer text.json"),
     ],
     ids=str,
 )
 def test_what_cannot_be_tokenized_is_named(refused, arguments, named):
-    Path("taken.tokens").touch()
+    pytest.importorskip("tokenizers")
+    for name in ("taken.tokens", "empty.tokens"):
+        Path(name).touch()
     Path("empty").mkdir()
     Path("text.json").write_text("mine")
     assert re.search(named, refused("tokenize", *arguments))
