@@ -2,7 +2,8 @@
 
 measure, machine, products   interleaved times; what the machine can do; the products that a call cannot be faster than
 suite                        one benchmark: implementations warm, measured, and what they are shares of
-op, models                   the benchmarks: of an op; of whole models that are trained, read and decode
+op, recurrences, models      the benchmarks: of retention's op; of every op family beside a loop over tokens; of whole
+                             models that are trained, read and decode
 learn                        what small models reach on a text, and in what time
 peers/                       the models: ours, the same hand-written, and a file for each other project
 report                       a table's cells, JSON, Markdown, plot

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..benchmarks import learn
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
+from ..benchmarks.recurrences import RecurrenceBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
 from ..benchmarks.suite import Report, Settings, run
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
@@ -23,8 +24,15 @@ from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import Device, JsonFile, Overrides, require_device, require_writable
 
-BENCHMARKS = {kind.name: kind for kind in (OpBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)}
-LENGTHS = {"op": (1024, 4096), "train": (512, 2048), "decode": (64, 1024, 8192), "prefill": (512, 2048)}
+KINDS = (OpBenchmark, RecurrenceBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
+BENCHMARKS = {kind.name: kind for kind in KINDS}
+LENGTHS = {
+    "op": (1024, 4096),
+    "recurrence": (1024, 4096),
+    "train": (512, 2048),
+    "decode": (64, 1024, 8192),
+    "prefill": (512, 2048),
+}
 """What is measured where no length is given."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST = 2**24
@@ -36,9 +44,10 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="op (a map over a sequence), train (a training step), decode (a token), prefill (a prompt), or learn "
-            "(what small models reach on a text: data.paths=\\[text.txt]).",
-            metavar="op|train|decode|prefill|learn",
+            help="op (a map over a sequence), recurrence (each op family beside a loop over tokens), train (a training "
+            "step), decode (a token), prefill (a prompt), or learn (what small models reach on a text: "
+            "data.paths=\\[text.txt]).",
+            metavar="op|recurrence|train|decode|prefill|learn",
         ),
     ],
     config: Annotated[
@@ -69,7 +78,7 @@ def bench(
         typer.Option("--activation-checkpointing", help="train: recompute activations in backward, for less memory."),
     ] = False,
     tokens: Annotated[int, typer.Option(help="train: tokens of a step at most, in whole sequences.")] = 2048,
-    batch: Annotated[int, typer.Option(help="op, decode, prefill: sequences at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="op, recurrence, decode, prefill: sequences at once.")] = 1,
     limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
     interleave_lengths: Annotated[
         bool, typer.Option("--interleave-lengths", help="Let all lengths take turns; ratios are to the first length.")

@@ -1,0 +1,165 @@
+"""The recurrence benchmark: every op family's chunkwise form beside the same recurrence as a loop over tokens, forward
+and backward."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.decay import decay_recurrence
+from ..ops.delta import delta_rule
+from ..ops.dplr import dplr_recurrence
+from ..ops.scan import scan_recurrence, selective_recurrence
+from .measure import Call
+from .suite import Benchmark, Entry, Implementation, Settings
+
+HEADS, KEYS, VALUES = 4, 64, 64
+CHANNELS, STATE = 256, 16
+CHUNKWISE, LOOP = "chunkwise", "loop"
+
+Inputs = dict[str, Tensor]
+Normal = Callable[..., Tensor]
+"""Draws normal numbers [B T *shape]."""
+Map = Callable[[Inputs], Tensor]
+
+
+class Case(NamedTuple):
+    """A recurrence."""
+
+    inputs: Callable[[Normal], Inputs]
+    chunkwise: Map
+    loop: Map
+    output: tuple[int, ...]
+    """Dimensions of a token's output."""
+
+
+@dataclass
+class Recurrence(Implementation):
+    """A map over a sequence, and its gradients."""
+
+    name: str
+    settings: Settings
+    function: Map
+    case: Case
+
+    def missing(self) -> str | None:
+        return None
+
+    def entry(self, length: int) -> Entry:
+        batch, generator = self.settings.batch, torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            x = torch.randn(batch, length, *shape, generator=generator)
+            return x.to(self.settings.device, self.settings.dtype)
+
+        inputs = {name: x.detach().requires_grad_() for name, x in self.case.inputs(normal).items()}
+        above = normal(*self.case.output)
+
+        def run() -> None:
+            torch.autograd.grad(self.function(inputs), list(inputs.values()), above)
+
+        return Entry(call=Call(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
+
+
+class RecurrenceBenchmark(Benchmark):
+    """Chunkwise ops beside loops."""
+
+    name = "recurrence"
+    title = "Recurrences, without weights"
+    order = 1
+
+    def parts(self) -> dict[str, list[Implementation]]:
+        return {
+            name: [
+                Recurrence(CHUNKWISE, self.settings, case.chunkwise, case),
+                Recurrence(LOOP, self.settings, case.loop, case),
+            ]
+            for name, case in CASES.items()
+        }
+
+    def notes(self) -> Iterable[str]:
+        yield (
+            f"Forward and backward, {self.settings.batch} sequence(s). Matrix states: {HEADS} heads of {KEYS} x "
+            f"{VALUES}, chunks of 64; scans: {CHANNELS} channels, the selective one with {STATE} numbers each."
+        )
+        yield (
+            "The loop is the recurrence in torch, token by token, with torch's own gradients. Shares are of "
+            "chunkwise's products."
+        )
+
+
+def _heads(normal: Normal, decay: tuple[int, ...] = (), *more: str) -> Inputs:
+    """Queries, keys of norm 1, values, log-decays of a size, if any, and what else is named."""
+    k = F.normalize(normal(HEADS, KEYS), dim=-1)
+    found = {"q": normal(HEADS, KEYS), "k": k, "v": normal(HEADS, VALUES)}
+    found |= {"log_decay": -normal(*decay).abs() / 16} if decay else {}
+    beta = normal(HEADS).sigmoid()
+    all_of_them = {"beta": beta, "a": k, "b": -beta[..., None] * k}
+    return found | {name: all_of_them[name] for name in more}
+
+
+def _selective_inputs(normal: Normal) -> Inputs:
+    rate = -normal(STATE, CHANNELS)[0, 0].abs()
+    step = F.softplus(normal(CHANNELS) - 4)
+    return {"x": normal(CHANNELS), "step": step, "rate": rate, "k": normal(STATE), "q": normal(STATE)}
+
+
+def _matrix_loop(x: Inputs) -> Tensor:
+    """S_t = (I + b_t a_t^T) diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = q_t S_t / sqrt(K)."""
+    q, k, v = (x[name] for name in "qkv")
+    a, b, g = x.get("a"), x.get("b"), x.get("log_decay")
+    if (beta := x.get("beta")) is not None:
+        a, b, v = k, -beta[..., None] * k, beta[..., None] * v
+    decay = None if g is None else (g if g.ndim == 4 else g[..., None]).exp()[..., None].unbind(1)
+    state, outputs = q.new_zeros(len(q), HEADS, KEYS, VALUES), []
+    for t in range(q.shape[1]):
+        state = state if decay is None else decay[t] * state
+        if a is not None and b is not None:
+            state = state + b[:, t, :, :, None] * (a[:, t, :, None] @ state)
+        state = state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(KEYS**-0.5 * (q[:, t, :, None] @ state)[:, :, 0])
+    return torch.stack(outputs, dim=1)
+
+
+def _scan_loop(x: Inputs) -> Tensor:
+    """h_t = exp(g_t) h_{t-1} + x_t."""
+    state, outputs = torch.zeros_like(x["x"][:, 0]), []
+    for decay, written in zip(x["log_decay"].exp().unbind(1), x["x"].unbind(1), strict=True):
+        state = decay * state + written
+        outputs.append(state)
+    return torch.stack(outputs, dim=1)
+
+
+def _selective_loop(x: Inputs) -> Tensor:
+    """h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t."""
+    state, outputs = x["x"].new_zeros(len(x["x"]), STATE, CHANNELS), []
+    for u, step, k, q in zip(*(x[name].unbind(1) for name in ("x", "step", "k", "q")), strict=True):
+        state = (step[:, None] * x["rate"]).exp() * state + k[:, :, None] * u[:, None]
+        outputs.append((q[:, None] @ state)[:, 0])
+    return torch.stack(outputs, dim=1)
+
+
+def _matrix(op: Callable[..., Any], *decay: int, more: tuple[str, ...] = ()) -> Case:
+    """A matrix state; `op` takes the inputs by name."""
+    return Case(lambda normal: _heads(normal, decay, *more), lambda x: op(**x)[0], _matrix_loop, (HEADS, VALUES))
+
+
+CASES = {
+    "decay": _matrix(decay_recurrence, HEADS),
+    "decay per key": _matrix(decay_recurrence, HEADS, KEYS),
+    "delta": _matrix(delta_rule, more=("beta",)),
+    "gated delta": _matrix(delta_rule, HEADS, more=("beta",)),
+    "delta with decays per key": _matrix(delta_rule, HEADS, KEYS, more=("beta",)),
+    "diagonal plus rank one": _matrix(dplr_recurrence, HEADS, KEYS, more=("a", "b")),
+    "scan": Case(
+        lambda normal: {"x": normal(CHANNELS), "log_decay": -normal(CHANNELS).abs() / 16},
+        lambda x: scan_recurrence(**x)[0],
+        _scan_loop,
+        (CHANNELS,),
+    ),
+    "selective scan": Case(_selective_inputs, lambda x: selective_recurrence(**x)[0], _selective_loop, (CHANNELS,)),
+}
+"""What is measured."""
