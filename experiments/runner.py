@@ -147,7 +147,7 @@ def make_runs(
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 with (folder / JOBS_FILE).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"run": run.name, "at_once": at_once}) + "\n")
-                running.add(_Process(run, folder, plan.study.threads, slot, gpu, messages))
+                running.add(_Process(run, folder, plan, slot, gpu, messages))
                 observer.started(run)
             try:
                 process, message = messages.get(timeout=0.2)
@@ -216,7 +216,7 @@ class _Process:
         self,
         run: PlannedRun,
         folder: Path,
-        threads: int,
+        plan: Plan,
         slot: int,
         gpu: str | None,
         messages: "Queue[tuple[_Process, Message | None]]",
@@ -224,7 +224,10 @@ class _Process:
         self.run, self.slot, self.messages = run, slot, messages
         self.log = folder / LOGS / f"{run.name}.txt"
         self.last: Message = {}
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        threads = plan.study.threads
+        # the runs of a study are one group in W&B, unless it is called otherwise
+        environment = {"WANDB_RUN_GROUP": plan.name} | os.environ
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         environment |= {"OMP_WAIT_POLICY": "passive"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(

@@ -3,6 +3,7 @@
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
 from .loading import dump, load
+from .providers import import_object
 from .registry import Registry
 from .schema import json_schema
 from .sources import read_mapping
@@ -14,6 +15,7 @@ __all__ = [
     "Registry",
     "SeqmixError",
     "dump",
+    "import_object",
     "json_schema",
     "load",
     "nearest",

@@ -61,6 +61,27 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
     raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
 
 
+def import_object(path: str, what: str) -> Any:
+    """What a dotted path names, such as `my_package.my_module:MyLogger`.
+
+    Args:
+        path: the path.
+        what: what it is, for errors.
+
+    Raises:
+        ConfigError: its module cannot be loaded, or has no such name.
+    """
+    try:
+        return load(path, BaseModel)
+    except Exception as error:  # an import may raise anything
+        raise ConfigError(f"{what} {path!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why a module cannot be loaded, in a line."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 def path_of(config: type) -> str:
     """The path that names a class: `my_package.my_module:MyConfig`."""
     return f"{config.__module__}:{config.__qualname__}"

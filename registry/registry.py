@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from .config import Config, refusal
 from .errors import ConfigError, nearest
-from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_kind
+from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, reason_of, require_kind
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
@@ -122,9 +122,8 @@ class Registry(Generic[C]):
             if ":" not in kind and own != kind:
                 raise ConfigError(f"{path_of(config)} declares kind {own!r}")
         except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
-            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
             source = f"{self.family} kind {kind!r} of module {module_of(provider)}"
-            raise ConfigError(f"{source} cannot be loaded: {reason}") from error
+            raise ConfigError(f"{source} cannot be loaded: {reason_of(error)}") from error
         return config
 
     def _provider(self, kind: str) -> Provider:

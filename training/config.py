@@ -1,21 +1,37 @@
 """The configuration of a run: model, data and training."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
 from ..models import ModelConfig
-from ..registry import Config, load
+from ..registry import Config, load, nearest
+from ..registry.config import deprecation
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 """The folder of the presets."""
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a running mean, per step."""
+LOGGERS = ("tensorboard", "wandb")
+"""Loggers that come with the library."""
+
+
+def _name_or_path(*names: str) -> AfterValidator:
+    """One of these names, or a dotted path such as my_module:my_function."""
+
+    def check(given: str) -> str:
+        module, colon, name = given.partition(":")
+        if given not in names and not (module and colon and name):
+            raise ValueError(f"allowed: {', '.join(names)}, or a path such as my_module:name{nearest(given, names)}")
+        return given
+
+    return AfterValidator(check)
 
 
 class TrainingConfig(Config):
@@ -31,17 +47,21 @@ class TrainingConfig(Config):
     """Micro-batches per optimizer step (gradient accumulation); changes memory, not the result."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """Learning rate schedule after warm-up; `wsd` (warm-up, stable, decay) stays at the peak until the last
-    decay_steps, over which it falls linearly."""
+    schedule: Annotated[str, _name_or_path("linear", "cosine", "constant", "wsd")] = "linear"
+    """Learning rate schedule after warm-up: `linear`, `cosine`, `constant`, or `wsd` (warm-up, stable, decay), which
+    stays at the peak until the last decay_steps, over which it falls linearly. Or the path of a function of the step,
+    from 0, and this configuration, which returns the whole schedule's factor of the peak: my_module:schedule."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly."""
+    """Steps over which the learning rate rises linearly; as many as the run has, if it is shorter."""
     decay_steps: int | None = Field(default=None, gt=0)
     """Length of the final decay of schedule wsd, in steps."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` updates the matrices of blocks with Muon, scaled to AdamW's steps, and the rest with AdamW."""
+    optimizer: Annotated[str, _name_or_path("adamw", "muon")] = "adamw"
+    """`adamw`, or `muon`, which updates the matrices of blocks with Muon, scaled to AdamW's steps, and the rest with
+    AdamW. Or the path of a class or function, called with parameter groups and `lr`: torch.optim:SGD."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of an optimizer that is given by path."""
     muon_momentum: Rate = 0.95
     """Muon's momentum."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -50,6 +70,9 @@ class TrainingConfig(Config):
     """AdamW's decay rates of the first and second moment."""
     clip_norm: float | None = Field(default=2.0, gt=0)
     """Maximum gradient norm (gradient clipping); null for no limit."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the parameters (0.999, say), which checkpoints then have
+    beside them; null for none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Mixed precision: `bfloat16` is autocast with float32 parameters; `auto` takes it on a CUDA device that has it."""
     compile: bool = False
@@ -78,8 +101,8 @@ class TrainingConfig(Config):
     """Whether the best evaluation so far is followed by a checkpoint, which is retained."""
     log_every: int = Field(default=10, gt=0)
     """Steps between lines of metrics."""
-    tensorboard: bool = False
-    """Whether metrics are also written for TensorBoard, to RUN/tensorboard."""
+    loggers: tuple[Annotated[str, _name_or_path(*LOGGERS)], ...] = ()
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, or the path of a class, my_module:MyLogger."""
 
     @field_validator("grad_accum_steps")
     @classmethod
@@ -88,27 +111,44 @@ class TrainingConfig(Config):
             raise ValueError(f"grad_accum_steps must divide batch_size; {steps} does not divide {batch_size}")
         return steps
 
-    @field_validator("warmup_steps")
+    @model_validator(mode="before")
     @classmethod
-    def _warmup_fits(cls, warmup_steps: int, info: ValidationInfo) -> int:
-        if (steps := info.data.get("steps")) is not None and warmup_steps > steps:
-            raise ValueError(f"warmup_steps must be at most steps; {warmup_steps} is above {steps}")
-        return warmup_steps
+    def _tensorboard_is_a_logger(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(value.get("tensorboard"), bool):
+            return value
+        rest = {name: entry for name, entry in value.items() if name != "tensorboard"}
+        if value["tensorboard"]:
+            warnings.warn(deprecation("tensorboard", "loggers: [tensorboard]"), FutureWarning, stacklevel=2)
+            rest["loggers"] = (*rest.get("loggers", ()), "tensorboard")
+        return rest
 
     @model_validator(mode="after")
-    def _wsd_has_a_decay(self) -> Self:
+    def _fields_fit(self) -> Self:
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
                 "schedule wsd needs decay_steps, the length of its final decay"
                 if self.schedule == "wsd"
                 else f"decay_steps is for schedule wsd, not for {self.schedule}"
             )
-        if self.warmup_steps + (self.decay_steps or 0) > self.steps:
-            raise ValueError(
-                f"warmup_steps and decay_steps must fit into steps, and "
-                f"{self.warmup_steps} + {self.decay_steps} is above {self.steps}"
-            )
+        if self.optimizer_options and ":" not in self.optimizer:
+            raise ValueError(f"optimizer_options are for an optimizer given by path, not for {self.optimizer}")
         return self
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """Steps of warm-up and of wsd's decay; a run that is shorter than both keeps the decay."""
+        decay = min(self.decay_steps or 0, self.steps)
+        return min(self.warmup_steps, self.steps - decay), decay
+
+    @property
+    def shortened(self) -> list[str]:
+        """A sentence for each phase of the schedule that is longer than the run leaves room for."""
+        asked = (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps or 0))
+        return [
+            f"training.{name} = {steps} is shortened to {left}, since training.steps is {self.steps}"
+            for (name, steps), left in zip(asked, self.phases, strict=True)
+            if left < steps and ":" not in self.schedule
+        ]
 
 
 class DistributedConfig(Config):

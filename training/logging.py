@@ -1,22 +1,22 @@
-"""Logging: one JSON line per measurement in metrics.jsonl, and TensorBoard's files on request."""
+"""Logging: one JSON line per measurement in metrics.jsonl, and the loggers of the configuration."""
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..registry import SeqmixError
+from .config import RunConfig
+from .loggers import Logger, make_logger, scalars
 
-METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes the metrics of a run."""
+    """Writes the metrics of a run; SeqmixError: a logger is not available."""
 
-    def __init__(self, run: Path, *, tensorboard: bool = False) -> None:
-        self.file = run / METRICS_FILE
-        self._open_board, self._board = _summary_writer() if tensorboard else None, None
+    def __init__(self, run: Path, config: RunConfig) -> None:
+        self.run, self.config, self.file = run, config, run / METRICS_FILE
+        self._loggers, self._begun = [make_logger(name) for name in config.training.loggers], list[Logger]()
 
     def begin(self, step: int) -> None:
         """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""
@@ -24,42 +24,21 @@ class Metrics:
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.write_text("".join(line for line in lines if _step_of(line) <= step))
         partial.replace(self.file)
-        if self._open_board is not None:
-            self._board = self._open_board(str(self.file.with_name(TENSORBOARD_FOLDER)), purge_step=step + 1)
+        for logger in self._loggers:
+            logger.begin(self.run, self.config, step)
+            self._begun.append(logger)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a measurement, values by name; one of them is `step`."""
         with self.file.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        if self._board is not None:
-            for name, value in _scalars(values):
-                self._board.add_scalar(name, value, values["step"])
+        for logger in self._begun:
+            logger.record(values["step"], dict(scalars(values)))
 
     def close(self) -> None:
         """Flush and close."""
-        if self._board is not None:
-            self._board.close()
-
-
-def _summary_writer() -> Callable[..., Any]:
-    """TensorBoard's writer."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SeqmixError(
-            "training.tensorboard needs the package tensorboard, which is not installed: "
-            "pip install 'seqmix[tensorboard]'"
-        ) from error
-    return SummaryWriter
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a measurement by path, without booleans."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            yield f"{prefix}{name}", value
+        for logger in self._begun:
+            logger.close()
 
 
 def _step_of(line: str) -> float:

@@ -55,10 +55,10 @@ def train(
         shard(model, groups)
         course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
         device, precision = model.device, course.trainer.precision
-        start, notes = 0, []
+        start, notes = 0, config.training.shortened
         with groups.raise_together():
             if found is not None:
-                start, notes = found.manifest.step, [*found.notes, *course.restore(found)]
+                start, notes = found.manifest.step, [*notes, *found.notes, *course.restore(found)]
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
@@ -87,7 +87,7 @@ class Course:
         self.trainer, self.run = trainer, run
         self.config, self.groups = trainer.config, trainer.groups
         settings, model = self.config.training, trainer.model
-        self.metrics = Metrics(run, tensorboard=settings.tensorboard)
+        self.metrics = Metrics(run, self.config)
         self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
         self.done = 0

@@ -14,16 +14,35 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
     ("fields", "named"),
     [
         ({"grad_accum_steps": 3}, "grad_accum_steps.* 3 .* 4"),
-        ({"warmup_steps": 101}, "warmup_steps.* 101 .* 100"),
         ({"schedule": "wsd"}, "decay_steps"),
         ({"schedule": "cosine", "decay_steps": 5}, "decay_steps .*wsd.*cosine"),
-        ({"schedule": "wsd", "decay_steps": 95, "warmup_steps": 10}, "decay_steps .*10 \\+ 95 .*100"),
+        ({"schedule": "cosin"}, 'a path such as.*did you mean "cosine"'),
+        ({"optimizer": "my_module:"}, "adamw, muon, or a path such as"),
+        ({"optimizer_options": {"momentum": 0.9}}, "by path, not for adamw"),
+        ({"ema": 1.0}, "less than 1"),
     ],
     ids=str,
 )
 def test_invalid_training_is_refused(fields, named):
     with pytest.raises(ValidationError, match=named):
         TrainingConfig(**TRAINING | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "phases", "said"),
+    [
+        ({"warmup_steps": 100}, (100, 0), []),
+        ({"warmup_steps": 101}, (100, 0), ["training.warmup_steps = 101 is shortened to 100"]),
+        ({"schedule": "wsd", "decay_steps": 95, "warmup_steps": 10}, (5, 95), ["warmup_steps = 10 is shortened to 5"]),
+        ({"schedule": "wsd", "decay_steps": 200}, (0, 100), ["training.decay_steps = 200 is shortened to 100"]),
+    ],
+    ids=str,
+)
+def test_phases_longer_than_the_run_are_shortened(fields, phases, said):
+    settings = TrainingConfig(**TRAINING | fields)
+    assert settings.phases == phases
+    assert len(settings.shortened) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, settings.shortened, strict=True))
 
 
 @pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)

@@ -1,9 +1,20 @@
 """Where metrics are written."""
 
+import struct
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from runs import metrics, refusal, run_of
+from runs import metrics, refusal, run_of, stopped
+
+from seqmix.experiments.plan import plan
+from seqmix.experiments.runner import Observer, make_runs
+from seqmix.experiments.study import load_study
+from seqmix.training import TrainingConfig
+from seqmix.training.events import Stepped
+from seqmix.training.loggers import WANDB_ID
 
 
 def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monkeypatch):
@@ -11,7 +22,7 @@ def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monk
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert run_of(config_of("training.steps=2"), tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists()
-    message = refusal(lambda: run_of(config_of("training.tensorboard=true"), tmp_path / "other"))
+    message = refusal(lambda: run_of(config_of("training.loggers=[tensorboard]"), tmp_path / "other"))
     assert "seqmix[tensorboard]" in message
     assert not (tmp_path / "other").exists()
 
@@ -20,7 +31,7 @@ def test_tensorboard_has_the_same_numbers(config_of, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = config_of("training.tensorboard=true", "training.evaluation_lengths=[8]", "training.steps=2")
+    config = config_of("training.loggers=[tensorboard]", "training.evaluation_lengths=[8]", "training.steps=2")
     run_of(config, tmp_path / "run")
     board, written = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload(), metrics(tmp_path / "run")
     losses = [(line["step"], pytest.approx(line["loss"])) for line in written if "loss" in line]
@@ -28,3 +39,120 @@ def test_tensorboard_has_the_same_numbers(config_of, tmp_path):
     (last,) = board.Scalars("validation_loss_by_length/8")
     assert last.value == pytest.approx(written[-1]["validation_loss_by_length"]["8"])
     assert {"learning_rate", "gradient_norm", "tokens_per_second", "validation_loss"} <= set(board.Tags()["scalars"])
+
+
+LOGGER = """
+from pathlib import Path
+
+
+class Lines:
+    def begin(self, run, config, step):
+        self.file = run / "lines.txt"
+        self.file.open("a").write(f"begin {step} of {config.training.steps}\\n")
+
+    def record(self, step, values):
+        self.file.open("a").write(f"{step} {','.join(sorted(values))}\\n")
+
+    def close(self):
+        self.file.open("a").write("close\\n")
+"""
+
+
+def test_a_class_of_the_users_own_logs(config_of, tmp_path, monkeypatch):
+    (tmp_path / "own_logger.py").write_text(LOGGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("training.loggers=[own_logger:Lines]", "training.evaluate_every=4", "training.steps=4")
+    stopped(config, tmp_path / "run", 2, Stepped)
+    run_of(config, tmp_path / "run", resume=True)
+    *lines, last = (tmp_path / "run" / "lines.txt").read_text().splitlines()
+    steps = "gradient_norm,learning_rate,loss,memory_bytes,tokens_per_second"
+    assert lines == [
+        *("begin 0 of 4", f"1 {steps}", f"2 {steps}", "close"),
+        *("begin 2 of 4", f"3 {steps}", f"4 {steps}", "4 validation_loss"),
+    ]
+    assert last == "close"
+    for name, reason in (("own_logger:Line", 'did you mean "Lines"'), ("no_such:Lines", "No module named 'no_such'")):
+        assert reason in refusal(lambda name=name: run_of(config_of(f"training.loggers=[{name}]"), tmp_path / "other"))
+    assert 'did you mean "wandb"' in refusal(lambda: config_of("training.loggers=[wandbb]"))
+
+
+def test_the_former_switch_is_a_logger():
+    needed = {"steps": 1, "batch_size": 1, "learning_rate": 1.0}
+    with pytest.warns(FutureWarning, match="tensorboard is deprecated, use loggers"):
+        assert TrainingConfig.model_validate(needed | {"tensorboard": True}).loggers == ("tensorboard",)
+    with warnings.catch_warnings(action="error"):  # as every run of before has it
+        assert TrainingConfig.model_validate(needed | {"tensorboard": False}).loggers == ()
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """W&B without network; its process ends with the test."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield wandb
+    wandb.teardown()
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """The records of W&B's file: LevelDB's log format, after a header of 7 bytes."""
+    content, position, parts = file.read_bytes(), 7, []
+    while position + 7 <= len(content):
+        if (left := -position % 2**15) < 7 and left:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield b"".join(parts)
+            parts = []
+
+
+def offline(run: Path) -> list[tuple[str, str, str, dict[int, set[str]]]]:
+    """Of each session that W&B has written: the run's id, name and group, and what was logged by step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        about, logged = (), {}
+        for record in map(Record.FromString, records(file)):
+            if record.HasField("run"):
+                about = record.run.run_id, record.run.display_name, record.run.run_group
+            if record.HasField("history"):
+                names = {item.key or "/".join(item.nested_key) for item in record.history.item}
+                logged.setdefault(record.history.step.num, set()).update(names)
+        found.append((*about, logged))
+    return found
+
+
+def test_a_resumed_run_continues_its_wandb_run(config_of, tmp_path, wandb):
+    config = config_of("training.loggers=[wandb]", "training.steps=4", "training.checkpoint_every=4")
+    stopped(config, tmp_path / "run", 2, Stepped)
+    run_of(config, tmp_path / "run", resume=True)
+    first, second = offline(tmp_path / "run")
+    assert first[:3] == second[:3] == ((tmp_path / "run" / WANDB_ID).read_text().strip(), "run", "")
+    assert [step for step in first[3] if "loss" in first[3][step]] == [1, 2]
+    assert [step for step in second[3] if "loss" in second[3][step]] == [3, 4]
+    assert {"loss", "learning_rate", "validation_loss"} <= second[3][4]
+
+
+STUDY = """
+base: retnet-tiny
+model: {d_model: 16, n_layers: 1}
+mixers: [retention]
+data: {sequence_length: 16, paths: [text.txt]}
+training: {steps: 2, warmup_steps: 1, batch_size: 2, final_evaluation_batches: 1, loggers: [wandb]}
+"""
+
+
+@pytest.mark.usefixtures("wandb", "text")
+def test_a_study_is_a_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "small.yaml"
+    file.write_text(STUDY)
+    study = plan(load_study(file), file)
+    assert not make_runs(study, tmp_path / "study", jobs=1, observer=Observer(lambda _: None)).failed
+    (run,) = study.runs
+    ((_, name, group, _),) = offline(tmp_path / "study" / "runs" / run.name)
+    assert (name, group) == (run.name, "small")
