@@ -12,6 +12,7 @@ import shlex
 import sys
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,8 @@ TINY = [
     "model.d_model=32",
 ]
 """What is added to a command that trains; to one that learns a task, all but the text. Studies get it in their file."""
+NEEDS = {"hugging-face.md": ("transformers", "accelerate")}
+"""Libraries of pages that need one."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def is_like(pattern: str, text: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_a_page_does_what_it_says(page, folder):
+    if missing := [name for name in NEEDS.get(page.name, ()) if find_spec(name) is None]:
+        pytest.skip(f"needs pip install {' '.join(missing)}")
     namespace: dict[str, object] = {"__name__": "documentation"}
     done: set[str] = set()
     for block in blocks_of(page):

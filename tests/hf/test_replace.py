@@ -6,6 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 from hf_models import ragged
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from seqmix import SeqmixError
@@ -70,6 +71,15 @@ def test_beams_reorder_the_states():
     found = model.generate(tokens, **options)
     assert torch.equal(found, model.generate(tokens, use_cache=False, **options))
     assert not torch.equal(found, model.generate(tokens, **options | {"num_beams": 1}))
+
+
+@torch.no_grad()
+def test_a_changed_model_is_saved_and_loaded_into_one_that_is_changed_again(tmp_path):
+    model, (_, tokens, mask) = replace_mixers(decoder("llama"), GLA, [1]), ragged()
+    model.save_pretrained(tmp_path)
+    again = replace_mixers(decoder("llama", seed=1), GLA, [1])
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again(tokens, attention_mask=mask).logits, model(tokens, attention_mask=mask).logits)
 
 
 def weights_of(theirs):
