@@ -7,6 +7,7 @@ import pytest
 import workers
 from runs import require_same_run, run_of, stopped, wait_for_steps
 
+from seqmix.data import sequences
 from seqmix.training.checkpoint import checkpoints, read_manifest
 
 datasets = pytest.importorskip("datasets")
@@ -33,13 +34,22 @@ def changes(tmp_path) -> tuple[str, ...]:
     return ("data.paths=null", f"data.sources={sources}", f"data.validation={validation}", f"training.steps={STEPS}")
 
 
-def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path):
+def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path, monkeypatch):
     config = config_of(*changes, "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
     stopped(config, tmp_path / "run", 4)
     state = read_manifest(checkpoints(tmp_path / "run")[-1]).data_state
     assert [place is not None for place in state["places"]] == [True, True, False]
+    opened = []
+
+    class Recorded(sequences.DatasetStream):
+        def __init__(self, config, tokenizer, seed, place):
+            opened.append(place)
+            super().__init__(config, tokenizer, seed, place)
+
+    monkeypatch.setattr(sequences, "DatasetStream", Recorded)
     run_of(config, tmp_path / "run", resume=True)
+    assert opened == [place["dataset"] for place in state["places"][:2]]  # not read from the start
     require_same_run(tmp_path / "run", tmp_path / "whole")
 
 
