@@ -135,7 +135,8 @@ def _require(tokens: int, length: int, what: str, split: str) -> None:
 def _stores(source: DocumentsConfig, tokenizer: Tokenizer) -> Sequence[Store]:
     """The documents of one source: token files, or all in memory."""
     files = list(source_files(source))
-    return _mapped(files, tokenizer) if any(_is_mapped(path) for _, path in files) else [_InMemory(source, tokenizer)]
+    mapped = any(path.suffix == TOKENS for _, path in files)
+    return _mapped(files, tokenizer) if mapped else [_InMemory(source, tokenizer)]
 
 
 def _split_of(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> str:
@@ -145,13 +146,8 @@ def _split_of(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> s
     if sum(len(store.ends) for store in stores) == 1:
         return "tail"
     # by_file is by_document where every file is one document
-    files = [path for _, path in source_files(source)]
-    several = source.dataset is not None or any(_is_mapped(f) or has_rows(f, source.text_field) for f in files)
-    return "by_document" if several else "by_file"
-
-
-def _is_mapped(path: Path) -> bool:
-    return path.suffix == TOKENS
+    rows = source.dataset is not None or any(has_rows(path, source.text_field) for _, path in source_files(source))
+    return "by_document" if rows or any(isinstance(store, TokenFile) for store in stores) else "by_file"
 
 
 class _InMemory:

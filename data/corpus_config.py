@@ -93,6 +93,9 @@ class DocumentsConfig(Config):
             raise ValueError("paths and dataset are two sources: set only one of them")
         if self.text_field is None:
             raise ValueError("text_field must name the dataset's field with the text, and is null")
+        for name in ("glob", "encoding"):
+            if getattr(self, name) != DocumentsConfig.model_fields[name].default:
+                raise ValueError(f"{name} is of files, and a dataset has rows: leave it out")
         return self
 
 

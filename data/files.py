@@ -15,8 +15,8 @@ from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, rea
 
 TOKENS = ".tokens"
 """Suffix of token files."""
-SAVED = ("state.json", "dataset_dict.json")
-"""Files of `save_to_disk` in a folder of one split, and of several."""
+SAVED = "dataset_dict.json", "state.json", "dataset_info.json"
+"""What `save_to_disk` writes into a folder: the first for several splits, the others for one."""
 
 
 class Document(NamedTuple):
@@ -61,6 +61,10 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
             if not path.exists():
                 hint = "; data.glob selects files in a folder" if "*" in given else ""
                 raise SeqmixError(f"the corpus {given} does not exist{hint}")
+            if _is_saved(path):
+                raise SeqmixError(
+                    f"{given} is a saved dataset: data.dataset={{path: {given}}} reads it, not data.paths"
+                )
             files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
             for file in files:
                 key = file.name if file == path else file.relative_to(path).as_posix()
@@ -96,8 +100,7 @@ def _read(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
         elif field is None:
             raise SeqmixError(f"{path} has columns, and data.text_field, which names that of the text, is null")
         else:
-            rows = _lines(path, config.encoding) if suffix == JSON_LINES else _rows_of(path, field)
-            for name, row in rows:
+            for name, row in _lines(path, config.encoding) if suffix == JSON_LINES else read_rows(path, field):
                 yield Document(key, name, _text(row, field, name))
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
@@ -108,11 +111,6 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, object]]]
         if line.strip():
             name = f"{path}:{number}"
             yield name, _mapping(name, line)
-
-
-def _rows_of(path: Path, field: str) -> Iterator[tuple[str, dict[str, object]]]:
-    for number, row in enumerate(read_rows(path, field)):
-        yield f"{path}, row {number}", row
 
 
 def _mapping(name: str, line: bytes | str) -> dict[str, object]:
@@ -174,7 +172,7 @@ def open_dataset(config: DatasetConfig) -> Any:
             raise
         raise SeqmixError("data.dataset needs datasets: pip install 'seqmix[data]'") from None
     folder = Path(config.path).expanduser()
-    if not any((folder / file).is_file() for file in SAVED):
+    if not _is_saved(folder):
         files = {} if config.data_files is None else {"data_files": list(config.data_files)}
         options = {"split": config.split, "streaming": config.streaming} | files
         rows = datasets.load_dataset(config.path, config.name, **options)
@@ -188,6 +186,11 @@ def open_dataset(config: DatasetConfig) -> Any:
         if config.streaming:
             rows = rows.to_iterable_dataset()
     return rows.skip(config.skip) if config.skip else rows
+
+
+def _is_saved(folder: Path) -> bool:
+    splits, *one = ((folder / file).is_file() for file in SAVED)
+    return splits or all(one)
 
 
 def _standard_library() -> Iterator[Document]:

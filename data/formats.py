@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -154,8 +154,8 @@ def _require_text(path: Path, piece: bytes, start: int) -> None:
     raise SeqmixError(f"{path} is not UTF-8 text at offset {start + first:,} ({found}): {ACCEPTED}")
 
 
-def read_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet or Arrow file: the field alone, or all names of columns if there is no such field.
+def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a Parquet or Arrow file, by name: the field alone, or the names of all columns if there is none.
 
     Raises:
         SeqmixError: it is damaged, or needs a library that is not installed.
@@ -163,14 +163,16 @@ def read_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
     suffix, compression = format_of(path)
     if compression is not None:
         raise SeqmixError(f"{path}: {suffix} files are compressed inside, and are not read from {compression}")
+    number = count()
     try:
         batches = _parquet(path, field) if suffix == PARQUET else _arrow(path)
         for batch in batches:
             names = batch.schema.names
             if field not in names:
-                yield dict.fromkeys(names)
+                yield f"{path}, row 0", dict.fromkeys(names)
                 return
-            yield from ({field: value} for value in batch.column(names.index(field)).to_pylist())
+            for value in batch.column(names.index(field)).to_pylist():
+                yield f"{path}, row {next(number)}", {field: value}
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("pyarrow"):
             raise

@@ -1,6 +1,6 @@
 """Training sequences of one source, by their numbers: cut from tokens, or streamed from a dataset."""
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,21 +14,6 @@ Tokens: TypeAlias = np.ndarray | Stream
 """A token stream, in memory or mapped: it has a length, and its slices are arrays."""
 PADDING = -1
 """Stands where a sequence has no token."""
-
-
-class Sequences(Protocol):
-    """The training sequences of one source."""
-
-    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """Some sequences of a step, each with one more token for its last target; int64 [wanted, length + 1].
-
-        Args:
-            numbers: of all sequences of this source in the step, ascending without a gap, [N].
-            wanted: which of them to read, bool [N].
-            seed: seed of the order.
-            step: the step.
-        """
-        ...
 
 
 class Cut:
@@ -46,7 +31,17 @@ class Cut:
         self.tokens, self.span, self.length, self.order, self.source = tokens, span, length, order, source
 
     def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """The last sequence of an epoch is padded."""
+        """Some sequences of a step, each with one more token for its last target; the last of an epoch is padded.
+
+        Args:
+            numbers: of all sequences of this source in the step, ascending without a gap, [N].
+            wanted: which of them to read, bool [N].
+            seed: seed of the order.
+            step: the step.
+
+        Returns:
+            int64 [wanted, length + 1].
+        """
         size, length, source = len(self.span), self.length, self.source
         if self.order == "epochs":
             starts = epoch_starts(size, length, numbers, seed=seed, source=source)
@@ -74,6 +69,7 @@ class Streamed:
         self.place, self._stream, self._last = place, None, None
 
     def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """As `Cut.read`."""
         if len(numbers) == 0:
             return np.empty((0, self.length + 1), dtype=np.int64)
         first, count = int(numbers[0]), len(numbers)

@@ -57,7 +57,7 @@ class DatasetStream:
         available = sum(len(tokens) for _, tokens in self._read_ahead) - self._token
         while available <= count:
             self._read_ahead.append(next(self._documents))
-            available += len(self._read_ahead[-1][1]) - (self._token if len(self._read_ahead) == 1 else 0)
+            available += len(self._read_ahead[-1][1])
         found = np.concatenate([tokens for _, tokens in self._read_ahead])[self._token :][: count + 1]
         self._token += count
         while self._token >= len(self._read_ahead[0][1]):

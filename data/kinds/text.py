@@ -12,7 +12,7 @@ from ...registry import SeqmixError
 from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
 from ..order import contiguous_starts, lane_windows, mixture
-from ..sequences import PADDING, Cut, Sequences, Streamed, Tokens, windows
+from ..sequences import PADDING, Cut, Streamed, Tokens, windows
 from ..source import Batch, Examples, Packed, Source, share
 from ..stream import Stream
 
@@ -48,7 +48,7 @@ class Text(Source):
         self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
         self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
         self._most_documents: dict[int, int] = {}
-        self._sources: list[Sequences] = []
+        self._sources: list[Cut | Streamed] = []
         length, start = config.sequence_length, 0
         for number, (part, size) in enumerate(zip(config.parts, corpus.sizes, strict=True)):
             if part.streamed:

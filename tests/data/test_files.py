@@ -111,8 +111,10 @@ def test_every_row_is_a_document(library, streaming):
 
 def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
     library([{"text": "whole"}])
-    (tmp_path / "state.json").touch()
+    for file in ("state.json", "dataset_info.json"):
+        (tmp_path / file).touch()
     assert texts(dataset={"path": str(tmp_path)}) == [b"whole"]
+    assert "is a saved dataset: data.dataset={path: " in error(tmp_path)
     library([], train=ROWS, test=[{"text": "held"}])
     assert texts(dataset={"path": str(tmp_path), "split": "test"}) == [b"held"]
     assert re.search("'tset'.*train, test.*\"test\"", error(dataset={"path": str(tmp_path), "split": "tset"}))
@@ -149,7 +151,11 @@ def test_the_library_s_own_datasets_are_read(tmp_path):
     assert str(tmp_path / "nowhere") in error(dataset={"path": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize("fields", [{"paths": ("a",)}, {"text_field": None}, {"split": "by_file"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"paths": ("a",)}, {"text_field": None}, {"split": "by_file"}, {"glob": "*.md"}, {"encoding": "ascii"}],
+    ids=str,
+)
 def test_a_dataset_that_does_not_fit_the_rest_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         TextConfig(dataset={"path": "w"}, **fields)
