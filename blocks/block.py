@@ -4,7 +4,7 @@ x ──┬── norm ── mixer ── dropout ──(+)──┬── norm
     └───────────────────────────────┘   └────────────────────────────┘
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..mixers import MIXERS, MixerConfig, Paradigm
 from ..registry import Config
 from .ffn import FFNS, FfnConfig
-from .norm import NORMS, NormConfig
+from .norm import NORMS, Norm, NormConfig
 
 
 class BlockConfig(Config):
@@ -24,7 +24,10 @@ class BlockConfig(Config):
     ffn: Annotated[FfnConfig, FFNS] | None
     """What maps each token; null for a block that only mixes."""
     norm: Annotated[NormConfig, NORMS]
-    """The norm before each of the two."""
+    """The norm of each of the two."""
+    norm_placement: Literal["input", "output", "stream"] = "input"
+    """Where it is: `input` of the branch, as above; its `output` (OLMo 2); or the `stream` itself, so that the normed
+    input is also what the branch is added to (MiniMax-01)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the outputs of mixer and ffn, in training."""
     residual_scale: float = Field(default=1.0, gt=0)
@@ -44,6 +47,7 @@ class Block(nn.Module):
         self.ffn_norm = config.norm.build(d_model) if config.ffn else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
         self.dropout, self.residual_scale = nn.Dropout(config.dropout), config.residual_scale
+        self.norm_placement = config.norm_placement
 
     def reset_parameters(self) -> None:
         """Initialise every parameter, each module as its paper does."""
@@ -65,15 +69,22 @@ class Block(nn.Module):
         return_state: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], tuple[Any, ...] | None]:
         """One layer over one segment; arguments and result are the mixer's."""
-        mixed, state = self.mixer(
-            self.mixer_norm(x), state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state
-        )
-        x = self._added(x, mixed)
+        x, given = self._given(x, self.mixer_norm)
+        mixed, state = self.mixer(given, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state)
+        x = self._added(x, mixed, self.mixer_norm)
         if self.ffn is not None and self.ffn_norm is not None:
-            x = self._added(x, self.ffn(self.ffn_norm(x)))
+            x, given = self._given(x, self.ffn_norm)
+            x = self._added(x, self.ffn(given), self.ffn_norm)
         return x, state
 
-    def _added(self, x: Tensor, branch: Tensor) -> Tensor:
+    def _given(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what a branch reads."""
+        if self.norm_placement == "output":
+            return x, x
+        normed = norm(x)
+        return normed if self.norm_placement == "stream" else x, normed
+
+    def _added(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
         """The residual stream with a branch's output."""
-        branch = self.dropout(branch)
+        branch = self.dropout(norm(branch) if self.norm_placement == "output" else branch)
         return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)

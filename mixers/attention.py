@@ -5,7 +5,7 @@
     o_n = sum_m softmax_m(s_nm) v_m          over the keys  max(0, n - window + 1) <= m <= n
     xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
 
-    qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head, before they turn (Qwen3)
+    qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head or over all, before they turn (Qwen3, OLMo)
     softcap        s <- c tanh(s / c)                        (Gemma 2)
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
     alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H
@@ -56,8 +56,9 @@ class AttentionConfig(MixerConfig):
     """The base of the angles."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
     """The share of a head's dimensions that `rope` turns: the first of them."""
-    qk_norm: Literal["rms", "none"] = "none"
-    """The norm of a head's queries and keys before they turn; `rms` has weights that all heads share."""
+    qk_norm: Literal["rms", "rms_zero_centered", "rms_all_heads", "none"] = "none"
+    """The norm of queries and keys before they turn: `rms` of each head, with weights that all heads share;
+    `rms_zero_centered` the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` over all heads (OLMo)."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the mean square of that norm."""
     softcap: float | None = Field(default=None, gt=0, examples=[2.0])
@@ -141,8 +142,9 @@ class Attention(CachedMixer):
             self.widths["forget"] = self.n_heads
         # one product for all of it
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        rms = config.qk_norm == "rms"
-        self.qk_norm = QKNorm((self.n_heads, self.n_kv_heads), self.head_dim, config.norm_eps) if rms else None
+        kind, heads = config.qk_norm, (self.n_heads, self.n_kv_heads)
+        how = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
+        self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **how)
         self.forget_heads = self.n_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None

@@ -10,15 +10,15 @@ direction may change its sign (Grazzi et al., arXiv 2411.12537). Differs from th
 there is a factor 1/sqrt(K), which the norm hides but for its eps. An output gate is theirs too, off by default.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..ops.delta import DELTA, delta
-from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, ShortConv
+from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, ShortConv, divisors
 from .parts.qkv import Affine, OutputGate
 
 DeltaChunk = Annotated[
@@ -45,6 +45,22 @@ class DeltaConfig(QKVConfig):
     norm_eps: float = Field(default=1e-5, ge=0)
     """Added to the mean square of a head's output."""
     chunk_size: DeltaChunk = 64
+
+
+class GroupedValuesConfig(DeltaConfig):
+    """Fields of the mixers whose heads may share queries and keys (Qwen3-Next)."""
+
+    n_qk_heads: int | None = Field(default=None, gt=0, examples=[1])
+    """Heads of queries and keys, each for n_heads / n_qk_heads heads of values; as many as those when null."""
+
+    @model_validator(mode="after")
+    def _groups_are_equal(self) -> Self:
+        if self.n_qk_heads is not None and self.n_heads % self.n_qk_heads:
+            raise ValueError(
+                f"n_qk_heads must divide n_heads = {self.n_heads}, and {self.n_qk_heads} does not: "
+                f"choose one of {divisors(self.n_heads)}"
+            )
+        return self
 
 
 class DeltaNetConfig(DeltaConfig):

@@ -17,12 +17,12 @@ from typing import Literal
 from torch import Tensor
 
 from ..ops.delta import delta
-from .delta_net import DeltaConfig, write_rate
+from .delta_net import GroupedValuesConfig, write_rate
 from .parts import QKV, Call, QKVMixer, RecurrenceOutput, TimeStepDecay
 from .parts.qkv import ValueExpansion
 
 
-class GatedDeltaNetConfig(DeltaConfig):
+class GatedDeltaNetConfig(GroupedValuesConfig):
     """Gated DeltaNet: a matrix state per head that decays, and in which a key's value is replaced."""
 
     kind: Literal["gated_delta_net"] = "gated_delta_net"

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.delta import delta
-from .delta_net import DeltaConfig, write_rate
+from .delta_net import DeltaConfig, GroupedValuesConfig, write_rate
 from .parts import QKV, Call, LowRank, QKVMixer, RecurrenceOutput, TimeStepDecay
 from .parts.qkv import OutputGate
 
@@ -33,7 +33,7 @@ class KeyDecayConfig(DeltaConfig):
     """Whether the output gate has a bias, as in fla's layer."""
 
 
-class KDAConfig(KeyDecayConfig):
+class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
     """KDA: a matrix state per head, each of whose key dimensions decays, and in which a key's value is replaced."""
 
     kind: Literal["kda"] = "kda"

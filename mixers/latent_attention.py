@@ -44,6 +44,8 @@ class LatentAttentionConfig(MixerConfig):
     """Width P of the keys that turn, which all heads share; half of K when null."""
     v_head_dim: int | None = Field(default=None, gt=0, examples=[7])
     """Width V of a head's values; K when null."""
+    positions: Literal["rope", "none"] = "rope"
+    """Whether the rotary keys turn, and their queries; with `none` they are keys that all heads share (Kimi Linear)."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """The base of the angles."""
     norm_eps: float = Field(default=1e-6, ge=0)
@@ -124,7 +126,9 @@ class LatentAttention(CachedMixer):
             a = self.q_up(self.q_norm(a, None).to(a.dtype))
         plain, turning = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
         positions = call.positions(x, None if call.state is None else call.state.length)
-        turned = rotated(torch.cat((turning, rotary[:, :, None]), dim=2), positions, "rope", self.config.rope_base)
+        turned = torch.cat((turning, rotary[:, :, None]), dim=2)
+        if self.config.positions == "rope":
+            turned = rotated(turned, positions, "rope", self.config.rope_base)
         latent = self.kv_norm(latent, None).to(turned.dtype)[:, :, None]
         q = torch.cat((plain, turned[:, :, : self.n_heads]), dim=-1)
         return q, torch.cat((latent, turned[:, :, self.n_heads :]), dim=-1)

@@ -154,10 +154,12 @@ def written_out(mixer, x):
     if convolved_too or config.kind == "lightning" or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
     q, projected["k"], v = qkv.split([*mixer.widths.values()][:3], dim=-1)
-    steps, q = getattr(config, "n_steps", 1), features(mixer, q.unflatten(-1, (heads, -1)))
-    ks_vs = projected["k"], v
-    ks, vs = ([part.unflatten(-1, (heads, -1)) for part in y.chunk(steps, dim=-1)] for y in ks_vs)
-    ks = [features(mixer, k) for k in ks]
+    shared = getattr(config, "n_qk_heads", None) or heads
+    steps, group = getattr(config, "n_steps", 1), heads // shared
+    q = features(mixer, q.unflatten(-1, (shared, -1))).repeat_interleave(group, 2)
+    ks = [part.unflatten(-1, (shared, -1)) for part in projected["k"].chunk(steps, dim=-1)]
+    vs = [part.unflatten(-1, (heads, -1)) for part in v.chunk(steps, dim=-1)]
+    ks = [features(mixer, k).repeat_interleave(group, 2) for k in ks]
     k, v = ks[0], vs[0]
     a = decays(mixer, x, projected).expand(*k.shape)
     if config.kind == "hgrn2":
@@ -204,6 +206,7 @@ def written_out(mixer, x):
     if config.gate != "none":
         low = getattr(mixer, "gate_proj", None)
         gate = projected["gate"] if low is None else x @ low.down.weight.T @ low.up.weight.T
+        gate = gate if low is None or low.up.bias is None else gate + low.up.bias
         o = o * gate.sigmoid() * (gate if config.gate == "swish" else 1)
     if divided or i is not None:
         state = torch.cat((state, weights[..., None]), -1)

@@ -34,6 +34,8 @@ class MoeConfig(FfnConfig):
     """Experts per token."""
     shared_expansion: float = Field(default=0.0, ge=0, le=1000)
     """Hidden width over d_model of an expert that all tokens go to; 0 for none."""
+    shared_gate: bool = False
+    """Whether the shared expert's output has a gate, one per token, the sigmoid of a linear map (Qwen3-Next)."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     """What the router makes of its logits."""
     routed_scale: float = Field(default=1.0, gt=0)
@@ -47,6 +49,8 @@ class MoeConfig(FfnConfig):
     def _there_are_as_many_experts(self) -> "MoeConfig":
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k = {self.top_k} experts per token, and n_experts is {self.n_experts}")
+        if self.shared_gate and not self.shared_expansion:
+            raise ValueError("shared_gate weighs the shared expert, and shared_expansion = 0 says that there is none")
         return self
 
     def build(self, d_model: int) -> "Moe":
@@ -72,6 +76,7 @@ class Moe(FeedForward):
         if config.shared_expansion:
             own = {"expansion": config.shared_expansion, "multiple_of": config.multiple_of}
             self.shared = SwigluConfig(**own, activation=config.activation).build(d_model)
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if config.shared_gate else None
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.float32), persistent=False)
 
@@ -89,7 +94,9 @@ class Moe(FeedForward):
         if self.training and torch.is_grad_enabled():
             self.load += load
         y = self._routed(tokens, weights, chosen, load.cumsum(0).to(torch.int32)).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        return y + (self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x))
 
     def route(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
         """The weights of each token's experts, and which they are; float32, in which close scores stay apart."""
@@ -122,6 +129,7 @@ class Moe(FeedForward):
     def flops(self, length: int) -> int:  # noqa: D102
         expert = sum(part.weight[0].numel() for part in (self.gate_proj, self.up_proj, self.down_proj))
         shared = 0 if self.shared is None else self.shared.flops(length)
+        shared += 0 if self.shared_gate is None else 2 * length * self.shared_gate.weight.numel()
         return 2 * length * (self.router.weight.numel() + self.config.top_k * expert) + shared
 
 

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
+import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from . import NormConfig
 
@@ -14,7 +16,21 @@ class RmsNormConfig(NormConfig):
     kind: Literal["rmsnorm"] = "rmsnorm"
     eps: float = Field(default=1e-6, ge=0)
     """Added to the mean square."""
+    zero_centered: bool = False
+    """Whether the factor is 1 + weight, so that weight decay draws it to 1 (Gemma, Qwen3-Next)."""
 
     def build(self, d_model: int) -> nn.RMSNorm:
         """Build the norm."""
-        return nn.RMSNorm(d_model, eps=self.eps)
+        return ZeroCenteredRMSNorm(d_model, eps=self.eps) if self.zero_centered else nn.RMSNorm(d_model, eps=self.eps)
+
+
+class ZeroCenteredRMSNorm(nn.RMSNorm):
+    """Mean square 1, times 1 + weight."""
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Normalise every token."""
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+    def reset_parameters(self) -> None:
+        """Weights of 0."""
+        nn.init.zeros_(self.weight)

@@ -1,4 +1,4 @@
-"""The norm of queries and keys: each head's by its root mean square, times weights that all heads share."""
+"""The norm of queries and keys by their root mean square, times weights."""
 
 import torch
 import torch.nn.functional as F
@@ -7,26 +7,36 @@ from torch import Tensor, nn
 
 
 class QKNorm(nn.Module):
-    """RMS norms of queries and of keys over the width of a head.
+    """RMS norms of queries and of keys.
 
     Args:
         n_heads: heads of queries, and of keys.
         width: of a head.
         eps: added to the mean square.
+        all_heads: whether the mean is over all heads, each with weights of its own; else over the width of one, with
+            weights that all heads share.
+        zero_centered: whether the factor is 1 + weight.
     """
 
-    def __init__(self, n_heads: tuple[int, int], width: int, eps: float) -> None:
+    def __init__(
+        self, n_heads: tuple[int, int], width: int, eps: float, *, all_heads: bool = False, zero_centered: bool = False
+    ) -> None:
         super().__init__()
-        self.n_heads, self.eps = n_heads, eps
-        self.q_weight, self.k_weight = (nn.Parameter(torch.empty(width)) for _ in "qk")
+        self.n_heads, self.eps, self.all_heads, self.zero_centered = n_heads, eps, all_heads, zero_centered
+        shapes = [(n, width) if all_heads else (width,) for n in n_heads]
+        self.q_weight, self.k_weight = (nn.Parameter(torch.empty(shape)) for shape in shapes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of 1."""
-        nn.init.ones_(self.q_weight)
-        nn.init.ones_(self.k_weight)
+        """A factor of 1."""
+        nn.init.constant_(self.q_weight, 0.0 if self.zero_centered else 1.0)
+        nn.init.constant_(self.k_weight, 0.0 if self.zero_centered else 1.0)
 
     def forward(self, qk: Float[Tensor, "B T H+G K"]) -> Float[Tensor, "B T H+G K"]:
         """Queries, then keys, normed."""
         weights = (w.expand(n, -1) for w, n in zip((self.q_weight, self.k_weight), self.n_heads, strict=True))
-        return (F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * torch.cat(tuple(weights))).to(qk.dtype)
+        factor = torch.cat(tuple(weights)) + (1 if self.zero_centered else 0)
+        if not self.all_heads:
+            return (F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * factor).to(qk.dtype)
+        normed = [F.rms_norm(x, x.shape[-2:], eps=self.eps) for x in qk.split(self.n_heads, dim=-2)]
+        return (torch.cat(normed, dim=-2) * factor).to(qk.dtype)

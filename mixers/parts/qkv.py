@@ -111,11 +111,12 @@ class QKVMixer(MatrixStateMixer):
     def __init__(self, config: Any, d_model: int, **more: int) -> None:
         super().__init__(config)
         self.config, self.n_heads = config, config.n_heads
-        self.key_dim = head_width(d_model, config.expand_k, config.n_heads, "expand_k")
+        self.n_qk_heads: int = getattr(config, "n_qk_heads", None) or config.n_heads
+        self.key_dim = head_width(d_model, config.expand_k, self.n_qk_heads, "expand_k")
         self.value_dim = head_width(d_model, config.expand_v, config.n_heads, "expand_v")
         if config.rotation != "none" and self.key_dim % 2:
             raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
-        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        keys, values = self.n_qk_heads * self.key_dim, self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
         written = self.steps * keys, self.steps * values
         self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
@@ -166,12 +167,14 @@ class QKVMixer(MatrixStateMixer):
             _, recent = self.convolve(qk, call)
         more = dict(zip(list(self.widths)[3:], others, strict=True))
         heads, written = self.n_heads, self.steps * self.n_heads
-        qk, v = qk.unflatten(-1, (heads + written, -1)), v.unflatten(-1, (written, -1))
+        qk, v = qk.unflatten(-1, ((1 + self.steps) * self.n_qk_heads, -1)), v.unflatten(-1, (written, -1))
         qk, positions = self.features(qk), None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
             if self.config.rotation != "none":  # the last of all: what is turned sees distances alone
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
+        if self.n_qk_heads != heads:  # queries and keys of several heads
+            qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
         q, k = qk.to(self.op_dtype(qk.dtype)).split([heads, written], dim=2)
         gate = more.pop("gate", None)
         gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))

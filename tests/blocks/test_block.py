@@ -59,6 +59,16 @@ def test_both_branches_read_a_normed_copy_and_add_to_the_stream():
     assert block.mixer_norm.weight is not block.ffn_norm.weight
 
 
+def test_norms_may_be_at_the_output_of_branches_or_on_the_stream():
+    block, x = build(norm_placement="output"), tokens()
+    after = x + layernorm(block.mixer(x)[0], block.mixer_norm.weight)
+    assert_close(block(x)[0], after + layernorm(block.ffn(after), block.ffn_norm.weight), rtol=1e-9, atol=1e-9)
+    block = build(norm_placement="stream")
+    stream = layernorm(x, block.mixer_norm.weight)
+    after = layernorm(stream + block.mixer(stream)[0], block.ffn_norm.weight)
+    assert_close(block(x)[0], after + block.ffn(after), rtol=1e-9, atol=1e-9)
+
+
 def test_a_block_without_ffn_only_mixes():
     block, x = build(ffn=None), tokens()
     mixed, _ = block.mixer(layernorm(x, block.mixer_norm.weight))

@@ -20,6 +20,11 @@ def built(dtype=torch.float64, width=12, **fields):
     return moe.to(dtype)
 
 
+def shared_of(moe, token):
+    gate = 1 if moe.shared_gate is None else (token @ moe.shared_gate.weight[0]).sigmoid()
+    return gate * moe.shared(token)
+
+
 def written_out(moe, x):
     """Token by token, expert by expert."""
     config, rows = moe.config, []
@@ -31,13 +36,19 @@ def written_out(moe, x):
         for expert in chosen.tolist():
             hidden = F.silu(token @ moe.gate_proj.weight[expert]) * (token @ moe.up_proj.weight[expert])
             y = y + scores[expert] / scores[chosen].sum() * (hidden @ moe.down_proj.weight[expert])
-        rows.append(config.routed_scale * y + (moe.shared(token) if moe.shared is not None else 0))
+        rows.append(config.routed_scale * y + (shared_of(moe, token) if moe.shared is not None else 0))
     return torch.stack(rows).view_as(x)
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"scores": "softmax", "routed_scale": 2.5}, {"shared_expansion": 1.0, "top_k": 1}, {"top_k": 5}],
+    [
+        {},
+        {"scores": "softmax", "routed_scale": 2.5},
+        {"shared_expansion": 1.0, "top_k": 1},
+        {"top_k": 5},
+        {"shared_expansion": 0.5, "shared_gate": True},
+    ],
     ids=str,
 )
 def test_it_is_the_definition_and_so_are_its_gradients(fields):

@@ -39,6 +39,14 @@ def test_an_rmsnorm_is_its_formula(eps):
     assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_zero_centered_rmsnorm_has_a_factor_of_1_plus_its_weight():
+    norm, x = randomised(RmsNormConfig(zero_centered=True).build(D_MODEL)), tokens()
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight)
+    assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
+    norm.reset_parameters()
+    assert norm.weight.tolist() == [0] * D_MODEL
+
+
 @pytest.mark.parametrize(
     ("config", "eps", "names"),
     [

@@ -56,9 +56,12 @@ def written_out(mixer: Attention, x):
     config, length = mixer.config, x.shape[1]
     parts = dict(zip(mixer.widths, mixer.in_proj(x).split(list(mixer.widths.values()), dim=-1), strict=True))
     q, k, v = (parts[name].unflatten(-1, (-1, mixer.head_dim)) for name in "qkv")
-    if config.qk_norm == "rms":
-        norm = mixer.qk_norm
-        q, k = rms(q, norm.q_weight, config.norm_eps), rms(k, norm.k_weight, config.norm_eps)
+    if config.qk_norm != "none":
+        norm, one = mixer.qk_norm, float(config.qk_norm == "rms_zero_centered")
+        if config.qk_norm == "rms_all_heads":
+            q, k = q.flatten(2), k.flatten(2)
+        q, k = (rms(y, one + w.flatten(), config.norm_eps) for y, w in ((q, norm.q_weight), (k, norm.k_weight)))
+        q, k = (y.view(*x.shape[:2], -1, mixer.head_dim) for y in (q, k))
     if config.positions in ("rope", "xpos"):
         q, k = turned(q, config)[0], turned(k, config)[1]
     k, v = (y.repeat_interleave(mixer.n_heads // mixer.n_kv_heads, dim=2) for y in (k, v))
@@ -99,6 +102,8 @@ OPTIONS = [
     {"softcap": 0.5, "positions": "xpos"},
     {"gate": "sigmoid"},
     {"qk_norm": "rms", "norm_eps": 0.1, "partial_rotary_factor": 0.5, "head_dim": 8},
+    {"qk_norm": "rms_zero_centered", "positions": "none"},
+    {"qk_norm": "rms_all_heads", "norm_eps": 0.1},
     {
         **{"forget_gate": True, "sinks": True, "softcap": 1.0, "gate": "sigmoid", "qk_norm": "rms"},
         **{"partial_rotary_factor": 0.25, "head_dim": 8},

@@ -58,8 +58,16 @@ OWN = {
         {"denominator": False, "feature_map": "identity", "head_norm": "rms", "norm_eps": 0.01},
     ],
     "delta_net": [{"allow_neg_eigval": True}, {"gate": "swish", "norm_eps": 0.01}],
-    "gated_delta_net": [{"allow_neg_eigval": True}, {"expand_k": 0.75, "expand_v": 1.5}],
-    "kda": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5, "gate": "swish"}],
+    "gated_delta_net": [
+        {"allow_neg_eigval": True},
+        {"n_heads": 6, "n_qk_heads": 3, "rotation": "rope"},
+        {"expand_k": 0.75, "expand_v": 1.5},
+    ],
+    "kda": [
+        {"n_heads": 4, "n_qk_heads": 2, "gate_bias": True},
+        {"allow_neg_eigval": True, "gate_rank": 2},
+        {"expand_k": 0.75, "expand_v": 1.5, "gate": "swish"},
+    ],
     "delta_product": [{"n_steps": 3, "forget_gate": False}, {"allow_neg_eigval": False, **WIDTHS}, {"n_steps": 1}],
     "gated_delta_net2": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5}],
 }

@@ -39,13 +39,14 @@ def written_out(mixer: LatentAttention, x):
     if config.q_lora_rank is not None:
         a = rms(a, config.norm_eps) * mixer.q_norm.weight @ mixer.q_up.weight.T
     c = rms(latent, config.norm_eps) * mixer.kv_norm.weight
-    r = turned(rotary[:, :, None], "rope", config.rope_base)[:, :, 0]
+    turn = config.positions == "rope"
+    r = turned(rotary[:, :, None], "rope", config.rope_base)[:, :, 0] if turn else rotary
     distance = torch.arange(length)[:, None] - torch.arange(length)
     seen = (distance >= 0) & (distance < (config.window or length))
     outputs = []
     for h in range(config.n_heads):
         q = a[..., h * (key + turning) : (h + 1) * (key + turning)]
-        q_turned = turned(q[:, :, None, key:], "rope", config.rope_base)[:, :, 0]
+        q_turned = turned(q[:, :, None, key:], "rope", config.rope_base)[:, :, 0] if turn else q[..., key:]
         up = mixer.kv_up.weight[h * (key + value) : (h + 1) * (key + value)]
         scores = (q[..., :key] @ (c @ up[:key].T).mT + q_turned @ r.mT) / math.sqrt(key + turning)
         outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ (c @ up[key:].T))
@@ -54,7 +55,8 @@ def written_out(mixer: LatentAttention, x):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize(
-    "fields", [{}, SIZES, SIZES | {"q_lora_rank": 4, "norm_eps": 0.1}, {"n_heads": 1, "rope_base": 100.0}]
+    "fields",
+    [{}, SIZES, SIZES | {"q_lora_rank": 4, "norm_eps": 0.1}, {"n_heads": 1, "rope_base": 100.0}, {"positions": "none"}],
 )
 def test_output_and_gradients_are_the_papers_in_every_paradigm(fields, window):
     mixer = build(window=window, **fields)
