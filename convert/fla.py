@@ -1,92 +1,79 @@
 """Models of fla (flash-linear-attention): a mixer with separate projections and convolutions, and a gated network."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..blocks import Block
-from ..models import ModelConfig
-from .architecture import Architecture, Fields, Layout
+from .architecture import Architecture, Layout
+from .fields import Field, Table, choice, only, same, width
 from .layout import part
-from .llama import PAIRS, model_fields, swiglu, written_fields
+from .llama import BASE, PAIRS, norms, swiglu
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "beta": "b_proj", "dt": "a_proj"}
 """Their names of what is projected here in one product."""
 LOW_RANK = {"down.weight": "0.weight", "up.weight": "1.weight", "up.bias": "1.bias"}
 """The tensors of a map of low rank with a bias."""
+GATES = {"swish": "swish", "silu": "swish", "sigmoid": "sigmoid"}
+NEGATIVE = {"allow_neg_eigval": same("mixer.allow_neg_eigval", default=False)}
+
+
+def convolved(*, default: bool = True) -> dict[str, Field]:
+    """The fields of the short convolution."""
+    used = same(
+        "mixer.short_conv",
+        default=default,
+        read=lambda used, theirs: theirs.get("conv_size", 4) if used else None,
+        write=lambda size, _: bool(size),
+    )
+    return {
+        "conv_size": same("mixer.short_conv", default=4, write=lambda size, _: size or 4),
+        "use_short_conv": used,
+    }
+
+
+def network_width(ratio: int) -> Field:
+    """The width of the network, by default a multiple of 256 near 2/3 of a ratio of d_model."""
+
+    def default(theirs: Mapping[str, Any]) -> int:
+        return -(-int(theirs["hidden_size"] * (theirs.get("hidden_ratio") or ratio) * 2 / 3) // 256) * 256
+
+    return width("ffn.expansion", default)
 
 
 class Fla(Architecture):
     """What all these models share."""
 
     library = "fla"
-    harmless = "attn_mode fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp"
+    shared = BASE | Table(
+        {"ffn.kind": "swiglu"},
+        {
+            **{
+                "num_heads": "mixer.n_heads",
+                "intermediate_size": network_width(4),
+                "hidden_act": choice("ffn.activation", {"swish": "silu"}, default="swish"),
+            },
+            "norm_eps": same("norm.eps", "mixer.norm_eps", default=1e-6),
+            **{"attn": only(None), "attnres_block_size": only(None), "fuse_norm": only(True)},
+        },
+    )
+    harmless = "attn_mode fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
     embedding = "model.embeddings.weight"
-    norm_name = "o_norm"
-    """Their norm of the output."""
-    ratio = 4
-
-    def read(self, c: Fields) -> dict[str, Any]:
-        c.only(attn=None, attnres_block_size=None, hidden_act="swish", fuse_norm=True)
-        d_model, eps = c.take("hidden_size"), c.take("norm_eps", 1e-6)
-        norm, ratio = {"kind": "rmsnorm", "eps": eps}, c.take("hidden_ratio", self.ratio)
-        width = c.take("intermediate_size", -(-int(d_model * ratio * 2 / 3) // 256) * 256)
-        conv = c.take("conv_size", 4)
-        mixer = {
-            "kind": self.mixers[0],
-            "n_heads": c.take("num_heads"),
-            "short_conv": conv if c.take("use_short_conv", True) else None,
-            "norm_eps": eps,
-            **self.mixer_fields(c, d_model),
-        }
-        block = {"mixer": mixer, "ffn": {"kind": "swiglu", "expansion": width / d_model}, "norm": norm}
-        return model_fields(c) | {"blocks": {self.mixers[0]: block}, "norm": norm}
-
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        """Further fields of the mixer."""
-        raise NotImplementedError
-
-    def write(self, m: ModelConfig) -> dict[str, Any]:
-        block, fields = m.blocks[m.layers[0]], written_fields(m)
-        mixer: Any = block.mixer
-        ffn: Any = block.ffn
-        conv = {"conv_size": mixer.short_conv} if mixer.short_conv else {}
-        fields |= {
-            "use_short_conv": bool(conv),
-            **conv,
-            "num_heads": mixer.n_heads,
-            "norm_eps": fields.pop("rms_norm_eps"),
-        }
-        return fields | {"intermediate_size": ffn.hidden_width(m.d_model), **self.written_mixer(mixer, m.d_model)}
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        """Their further fields of the mixer."""
-        raise NotImplementedError
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        d_model = mixer.in_proj.in_features
-        own = mixer.widths
-        layout: Layout = {
-            "mixer_norm.weight": "attn_norm.weight",
-            "ffn_norm.weight": "mlp_norm.weight",
-            "mixer.in_proj.weight": tuple(
-                part(f"attn.{PROJECTIONS[name]}.weight", width, d_model, **self.rows(mixer, name))
-                for name, width in own.items()
-            ),
-            "mixer.out_proj.weight": "attn.o_proj.weight",
-            **swiglu("mlp"),
-        }
+        d_model, widths = mixer.in_proj.in_features, mixer.widths
+        layout = norms("attn_norm", "mlp_norm") | swiglu("mlp") | {"mixer.out_proj.weight": "attn.o_proj.weight"}
+        layout["mixer.in_proj.weight"] = tuple(
+            part(f"attn.{PROJECTIONS[name]}.weight", rows, d_model, **self.rows(mixer, name))
+            for name, rows in widths.items()
+        )
         if mixer.norm.weight is not None:
             layout["mixer.norm.weight"] = f"attn.{self.norm_of(mixer)}.weight"
-        if mixer.convolution is not None:
-            size = mixer.convolution.weight.shape[1]
-            layout["mixer.convolution.weight"] = tuple(
-                part(f"attn.{name}_conv1d.weight", own[name], 1, size, pattern="c 1 w -> c w") for name in "qkv"
-            )
-        return layout | self.further(mixer)
+        return layout | (convolutions(mixer, "attn") if mixer.convolution is not None else {}) | self.further(mixer)
 
     def norm_of(self, mixer: Any) -> str:
         """Their name of the norm of the output."""
-        return self.norm_name
+        return "o_norm"
 
     def rows(self, mixer: Any, name: str) -> dict[str, Any]:
         """What is done to the rows of a projection."""
@@ -97,23 +84,28 @@ class Fla(Architecture):
         return {}
 
 
+def attention_like(expand_k: float, expand_v: float) -> dict[str, Field]:
+    """Fields that RetNet and GLA share."""
+    return {
+        "expand_k": same("mixer.expand_k", default=expand_k),
+        "expand_v": same("mixer.expand_v", default=expand_v),
+        "use_output_gate": choice("mixer.gate", {True: "swish", False: "none"}, default=True),
+        "elementwise_affine": same("mixer.norm_affine", default=True),
+        "feature_map": only(None),
+        "num_kv_heads": only(None),
+    }
+
+
 class GLA(Fla):
-    """Gated linear attention; RetNet's layer in fla has the same fields."""
+    """Gated linear attention."""
 
     name, model_type, class_name = "gla", "gla", "GLAForCausalLM"
-    mixers = ("gla",)
-    expand = (0.5, 1.0)
-
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        c.only(feature_map=None, use_gk=True, use_gv=False, clamp_min=None, num_kv_heads=(None, c.values["num_heads"]))
-        gate, affine = c.take("use_output_gate", True), c.take("elementwise_affine", True)
-        short_conv = {} if c.take("use_short_conv", False) else {"short_conv": None}
-        expand = {f"expand_{name}": c.take(f"expand_{name}", self.expand["kv".index(name)]) for name in "kv"}
-        return {"gate": "swish" if gate else "none", "norm_affine": affine, "head_norm": "rms", **short_conv, **expand}
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        expand = {"expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
-        return expand | {"use_output_gate": mixer.gate != "none", "elementwise_affine": mixer.norm_affine}
+    common = Fla.shared | Table(
+        {"mixer.kind": "gla", "mixer.head_norm": "rms"},
+        attention_like(0.5, 1.0)
+        | convolved(default=False)
+        | {"use_gk": only(True), "use_gv": only(False), "clamp_min": only(None)},
+    )
 
     def norm_of(self, mixer: Any) -> str:
         return "g_norm" if mixer.config.gate == "none" else "g_norm_swish_gate"
@@ -126,12 +118,11 @@ class RetNet(GLA):
     """fla's RetNet: turned as RoFormer's, RMS norms with weights, no row normaliser."""
 
     name, model_type, class_name = "fla-retnet", "retnet", "RetNetForCausalLM"
-    mixers = ("retention",)
-    expand, ratio = (1.0, 2.0), 2
-
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        # its model has no short convolution, whatever use_short_conv says
-        return super().mixer_fields(c, d_model) | {"rotation": "rope", "row_norm": False, "short_conv": None}
+    common = Fla.shared | Table(
+        {"mixer.kind": "retention", "mixer.head_norm": "rms", "mixer.rotation": "rope", "mixer.row_norm": False},
+        attention_like(1.0, 2.0) | {"intermediate_size": network_width(2)},
+    )
+    harmless = Fla.harmless + " use_short_conv conv_size"  # its model has no convolution, whatever they say
 
     def rows(self, mixer: Any, name: str) -> dict[str, Any]:
         return {"pattern": PAIRS, "h": mixer.n_heads, "pair": 2} if name in "qk" else {}
@@ -144,49 +135,78 @@ class DeltaNet(Fla):
     """DeltaNet."""
 
     name, model_type, class_name = "delta-net", "delta_net", "DeltaNetForCausalLM"
-    mixers = ("delta_net",)
+    common = Fla.shared | Table(
+        {"mixer.kind": "delta_net"},
+        {
+            "expand_k": same("mixer.expand_k", default=1.0),
+            "expand_v": same("mixer.expand_v", default=1.0),
+            "use_gate": choice("mixer.gate", {True: "swish", False: "none"}, default=False),
+            **{"qk_activation": only("silu"), "qk_norm": only("l2"), "use_beta": only(True)},
+            "use_output_norm": only(True),
+        }
+        | convolved()
+        | NEGATIVE,
+    )
 
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        c.only(qk_activation="silu", qk_norm="l2", use_beta=True, use_output_norm=True)
-        expand = {f"expand_{name}": c.take(f"expand_{name}", 1.0) for name in "kv"}
-        return {"gate": "swish" if c.take("use_gate", False) else "none", **neg_eigval(c), **expand}
 
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        fields = {"use_gate": mixer.gate != "none", "allow_neg_eigval": mixer.allow_neg_eigval}
-        return fields | {"expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
+def widths(expand_v: float) -> dict[str, Field]:
+    """Widths of heads, which need not divide d_model; heads of values may share queries and keys."""
+    return {
+        "num_v_heads": same(
+            "mixer.n_heads",
+            default=lambda theirs: theirs["num_heads"],
+            write=lambda heads, ours: heads if ours["mixer.n_qk_heads"] not in (None, heads) else None,
+        ),
+        "num_heads": same("mixer.n_qk_heads", write=lambda heads, ours: heads or ours["mixer.n_heads"]),
+        "head_dim": same(
+            "mixer.expand_k",
+            read=lambda size, theirs: theirs["num_heads"] * size / theirs["hidden_size"],
+            write=lambda expand, ours: (
+                round(expand * ours["d_model"]) // (ours["mixer.n_qk_heads"] or ours["mixer.n_heads"])
+            ),
+        ),
+        "expand_v": same(
+            "mixer.expand_v",
+            default=expand_v,
+            read=lambda expand, theirs: (
+                (theirs.get("num_v_heads") or theirs["num_heads"])
+                * int(theirs["head_dim"] * expand)
+                / theirs["hidden_size"]
+            ),
+            write=lambda expand, ours: (
+                expand
+                * (ours["mixer.n_qk_heads"] or ours["mixer.n_heads"])
+                / (ours["mixer.expand_k"] * ours["mixer.n_heads"])
+            ),
+        ),
+    }
 
 
 class GatedDeltaNet(Fla):
-    """Gated DeltaNet, whose heads need not divide d_model."""
+    """Gated DeltaNet."""
 
     name, model_type, class_name = "gated-deltanet", "gated_deltanet", "GatedDeltaNetForCausalLM"
-    mixers = ("gated_delta_net",)
-    expand_v = 2.0
-
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        c.only(num_v_heads=(None, c.values["num_heads"]))
-        gate, used = c.take("output_gate_activation", "swish"), c.take("use_gate", True)
-        gate = "swish" if gate == "silu" else gate
-        return {"gate": gate if used else "none", **self.widths(c, d_model), **neg_eigval(c)}
-
-    def widths(self, c: Fields, d_model: int) -> dict[str, Any]:
-        """Widths of keys and values over d_model."""
-        keys = c.values["num_heads"] * c.take("head_dim") / d_model
-        return {"expand_k": keys, "expand_v": keys * c.take("expand_v", self.expand_v)}
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        gate = {"use_gate": mixer.gate != "none"}
-        if mixer.gate != "none":
-            gate["output_gate_activation"] = mixer.gate
-        return gate | self.written_widths(mixer, d_model)
-
-    def written_widths(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        """Their fields of widths."""
-        return {
-            "head_dim": round(mixer.expand_k * d_model) // mixer.n_heads,
-            "expand_v": mixer.expand_v / mixer.expand_k,
-            "allow_neg_eigval": mixer.allow_neg_eigval,
-        }
+    common = Fla.shared | Table(
+        {"mixer.kind": "gated_delta_net"},
+        widths(2.0)
+        | convolved()
+        | NEGATIVE
+        | {
+            "output_gate_activation": same(
+                "mixer.gate",
+                default="swish",
+                read=lambda gate, _: GATES[gate],
+                write=lambda gate, _: "swish" if gate == "none" else gate,
+                allowed=("swish", "silu", "sigmoid"),
+            ),
+            "use_gate": same(
+                "mixer.gate",
+                default=True,
+                read=lambda used, theirs: GATES[theirs.get("output_gate_activation") or "swish"] if used else "none",
+                write=lambda gate, _: gate != "none",
+            ),
+        },
+    )
 
     def further(self, mixer: Any) -> Layout:
         return {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": "attn.dt_bias"}
@@ -196,25 +216,22 @@ class KDA(GatedDeltaNet):
     """Kimi Delta Attention."""
 
     name, model_type, class_name = "kda", "kda", "KDAForCausalLM"
-    mixers = ("kda",)
-    expand_v = 1.0
-
-    def mixer_fields(self, c: Fields, d_model: int) -> dict[str, Any]:
-        c.only(num_v_heads=(None, c.values["num_heads"]), safe_gate=False, lower_bound=None)
-        return {"gate": "sigmoid", "gate_bias": True, **self.widths(c, d_model), **neg_eigval(c)}
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        return self.written_widths(mixer, d_model)
+    common = Fla.shared | Table(
+        {"mixer.kind": "kda", "mixer.gate": "sigmoid", "mixer.gate_bias": True},
+        widths(1.0) | convolved() | NEGATIVE | {"safe_gate": only(False), "lower_bound": only(None)},
+    )
 
     def further(self, mixer: Any) -> Layout:
         names = {"decay_proj.down.weight": "f_proj.0.weight", "decay_proj.up.weight": "f_proj.1.weight"}
         names |= {f"gate_proj.{ours}": f"g_proj.{theirs}" for ours, theirs in LOW_RANK.items()}
-        heads, width = mixer.decay.dt_bias.shape
-        bias = part("attn.dt_bias", heads * width, pattern="(h k) -> h k", h=heads)
-        copied = {f"mixer.{ours}": f"attn.{theirs}" for ours, theirs in names.items()}
-        return {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": bias, **copied}
+        heads, size = mixer.decay.dt_bias.shape
+        bias = part("attn.dt_bias", heads * size, pattern="(h k) -> h k", h=heads)
+        copied: Layout = {f"mixer.{ours}": f"attn.{theirs}" for ours, theirs in names.items()}
+        return copied | {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": bias}
 
 
-def neg_eigval(c: Fields) -> dict[str, Any]:
-    """Whether the rate of writing goes up to 2."""
-    return {"allow_neg_eigval": c.take("allow_neg_eigval", False)}
+def convolutions(mixer: Any, at: str) -> Layout:
+    """Short convolutions of queries, keys and values, which are one here."""
+    size, widths = mixer.convolution.weight.shape[1], mixer.widths
+    parts = (part(f"{at}.{name}_conv1d.weight", widths[name], 1, size, pattern="c 1 w -> c w") for name in "qkv")
+    return {"mixer.convolution.weight": tuple(parts)}

@@ -4,107 +4,93 @@ import math
 from typing import Any
 
 from ..blocks import Block
-from ..models import ModelConfig
-from ..registry import SeqmixError
-from .architecture import Architecture, Fields, Layout
+from .architecture import Architecture, Layout
+from .fields import Table, Values, only, same, width
 from .layout import part
-from .llama import model_fields, written_fields
+from .llama import BASE
 
 STEPS = "time_step_rank time_step_min time_step_max time_step_floor residual_in_fp32 rescale_prenorm_residual "
 """How training starts, and the dtype of the residual stream."""
+SHARED = BASE | Table(
+    {"ffn": None},
+    {
+        "state_size": "mixer.d_state",
+        "conv_kernel": same("mixer.short_conv", default=4),
+        **{"use_bias": only(False), "use_conv_bias": only(True), "hidden_act": only("silu")},
+    },
+)
+
+
+def whole(expand: float, _: Values) -> Any:
+    """What theirs has as a whole number; else the number, which theirs refuses."""
+    return round(expand) if expand == round(expand) else expand
 
 
 class Mamba(Architecture):
     """Mamba (S6)."""
 
-    name, library, model_type, class_name = "mamba", "transformers", "mamba", "MambaForCausalLM"
-    mixers = ("mamba",)
-    harmless = STEPS + "time_step_init_scheme time_step_scale use_mambapy use_associative_scan intermediate_size"
+    name, model_type, class_name = "mamba", "mamba", "MambaForCausalLM"
+    common = SHARED | Table(
+        {"mixer.kind": "mamba"},
+        {
+            "layer_norm_epsilon": same("norm.eps", default=1e-5),
+            "tie_word_embeddings": same("tie_embeddings", default=True),
+            "intermediate_size": width(
+                "mixer.expand", lambda theirs: int(theirs.get("expand", 2) * theirs["hidden_size"])
+            ),
+            "time_step_rank": same(
+                "mixer.dt_rank",
+                default="auto",
+                read=lambda rank, theirs: math.ceil(theirs["hidden_size"] / 16) if rank == "auto" else rank,
+                write=lambda rank, ours: rank or math.ceil(ours["d_model"] / 16),
+            ),
+        },
+    )
+    harmless = STEPS + "expand time_step_init_scheme time_step_scale use_mambapy use_associative_scan"
     embedding, norm, layers = "backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers"
-    tied = True
-    eps = "layer_norm_epsilon"
-    copied = ("D", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight")
-
-    def read(self, c: Fields) -> dict[str, Any]:
-        c.only(use_bias=False, use_conv_bias=True, hidden_act="silu")
-        norm = {"kind": "rmsnorm", "eps": c.take(self.eps, 1e-5)}
-        block = {"mixer": self.mixer_fields(c), "ffn": None, "norm": norm}
-        return model_fields(c, tied=self.tied) | {"blocks": {"mamba": block}, "norm": norm}
-
-    def mixer_fields(self, c: Fields) -> dict[str, Any]:
-        """The mixer's fields."""
-        d_model, expand = c.values["hidden_size"], c.take("expand", 2)
-        rank = c.take("time_step_rank", "auto")
-        return {
-            "kind": "mamba",
-            "expand": c.take("intermediate_size", int(expand * d_model)) / d_model,
-            "d_state": c.take("state_size", 16),
-            "dt_rank": math.ceil(d_model / 16) if rank == "auto" else rank,
-            "short_conv": c.take("conv_kernel", 4),
-        }
-
-    def write(self, m: ModelConfig) -> dict[str, Any]:
-        mixer: Any = m.blocks[m.layers[0]].mixer
-        fields = written_fields(m)
-        return fields | {self.eps: fields.pop("rms_norm_eps")} | self.written_mixer(mixer, m.d_model)
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        """Their fields of the mixer."""
-        return {
-            "expand": whole(mixer.expand),
-            "intermediate_size": round(mixer.expand * d_model),
-            "state_size": mixer.d_state,
-            "time_step_rank": mixer.dt_rank or math.ceil(d_model / 16),
-            "conv_kernel": mixer.short_conv,
-        }
+    copied = "D in_proj.weight x_proj.weight dt_proj.weight dt_proj.bias out_proj.weight"
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        own: Layout = {f"mixer.{name}": f"mixer.{name}" for name in self.copied}
-        return own | self.renamed(mixer) | {"mixer_norm.weight": "norm.weight"} | convolution(mixer, "mixer.conv1d")
+        own: Layout = {f"mixer.{name}": f"mixer.{name}" for name in self.copied.split()}
+        return own | {"mixer_norm.weight": "norm.weight"} | convolution(mixer, "mixer.conv1d") | self.further(mixer)
 
-    def renamed(self, mixer: Any) -> Layout:
+    def further(self, mixer: Any) -> Layout:
         """Tensors of the mixer that have another name or layout."""
         return {"mixer.A_log": part("mixer.A_log", *mixer.A_log.shape[::-1], pattern="c n -> n c")}
+
+
+LIMIT = same(
+    "mixer.time_step_limit",
+    default=(0.0, math.inf),
+    read=lambda limit, _: None if tuple(limit) == (0.0, math.inf) else tuple(limit),
+    write=lambda limit, _: [math.inf if bound is None else bound for bound in limit or (0.0, None)],
+)
+SSD = SHARED | Table(
+    {"mixer.kind": "mamba2"},
+    {
+        "expand": same("mixer.expand", default=2, write=whole),
+        "head_dim": same("mixer.head_dim", default=64),
+        "num_heads": same(
+            "mixer.expand",
+            read=lambda heads, theirs: heads * theirs.get("head_dim", 64) / theirs["hidden_size"],
+            write=lambda expand, ours: round(expand * ours["d_model"]) // ours["mixer.head_dim"],
+        ),
+        "n_groups": "mixer.n_groups",
+    },
+)
+EPS = same("norm.eps", "mixer.norm_eps", default=1e-5)
 
 
 class Mamba2(Mamba):
     """Mamba-2 (SSD)."""
 
     name, model_type, class_name = "mamba2", "mamba2", "Mamba2ForCausalLM"
-    mixers = ("mamba2",)
-    harmless = STEPS + "chunk_size expand"
-    tied = False
-    limit = "time_step_limit"
-    copied = ("D", "in_proj.weight", "out_proj.weight")
+    common = SSD | Table({}, {"layer_norm_epsilon": EPS, "time_step_limit": LIMIT})
+    harmless = STEPS + "chunk_size"
+    copied = "D in_proj.weight out_proj.weight"
 
-    def mixer_fields(self, c: Fields) -> dict[str, Any]:
-        low, high = c.take(self.limit, (0.0, math.inf))
-        heads, width = c.take("num_heads"), c.take("head_dim", 64)
-        return {
-            "kind": "mamba2",
-            "expand": heads * width / c.values["hidden_size"],
-            "head_dim": width,
-            "d_state": c.take("state_size", 128),
-            "n_groups": c.take("n_groups"),
-            "short_conv": c.take("conv_kernel", 4),
-            "time_step_limit": None if low == 0 and high == math.inf else (low, high),
-            "norm_eps": c.take(self.eps, 1e-5),
-        }
-
-    def written_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
-        low, high = mixer.time_step_limit or (0.0, None)
-        return {
-            "expand": whole(mixer.expand),
-            "num_heads": round(mixer.expand * d_model) // mixer.head_dim,
-            "head_dim": mixer.head_dim,
-            "state_size": mixer.d_state,
-            "n_groups": mixer.n_groups,
-            "conv_kernel": mixer.short_conv,
-            self.limit: [low, math.inf if high is None else high],
-        }
-
-    def renamed(self, mixer: Any) -> Layout:
+    def further(self, mixer: Any) -> Layout:
         names = {"decay.A_log": "A_log", "decay.dt_bias": "dt_bias", "norm_weight": "norm.weight"}
         return {f"mixer.{ours}": f"mixer.{theirs}" for ours, theirs in names.items()}
 
@@ -113,28 +99,20 @@ class FlaMamba2(Mamba2):
     """Mamba-2 as fla writes it: the same tensors under other fields."""
 
     name, library, marker = "fla-mamba2", "fla", "norm_before_gate"
-    harmless = "chunk_size expand fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp A_init_range "
-    harmless += "conv_init dt_min dt_max dt_init_floor rescale_prenorm_residual residual_in_fp32"
-    eps, limit = "norm_eps", "dt_limit"
-
-    def read(self, c: Fields) -> dict[str, Any]:
-        c.only(rmsnorm=True, norm_before_gate=False, D_has_hdim=False)
-        return super().read(c)
-
-    def write(self, m: ModelConfig) -> dict[str, Any]:
-        return super().write(m) | {"norm_before_gate": False}
-
-
-def whole(expand: float) -> int:
-    """What theirs has as a whole number."""
-    if expand != round(expand):
-        raise SeqmixError(f"expand is {expand:g}, and theirs is a whole number")
-    return round(expand)
+    common = SSD | Table(
+        {},
+        {
+            **{"norm_eps": EPS, "dt_limit": LIMIT},
+            **{"rmsnorm": only(True), "norm_before_gate": only(False), "D_has_hdim": only(False)},
+        },
+    )
+    harmless = "chunk_size fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp A_init_range conv_init "
+    harmless += "dt_min dt_max dt_init_floor rescale_prenorm_residual residual_in_fp32"
 
 
 def convolution(mixer: Any, at: str) -> Layout:
     """A short convolution of one tensor: theirs has a dimension of size 1 more."""
     weight, bias = mixer.convolution.weight, mixer.convolution.bias
-    channels, width = weight.shape
     layout: Layout = {} if bias is None else {"mixer.convolution.bias": f"{at}.bias"}
-    return layout | {"mixer.convolution.weight": part(f"{at}.weight", channels, 1, width, pattern="c 1 w -> c w")}
+    shape = (weight.shape[0], 1, weight.shape[1])
+    return layout | {"mixer.convolution.weight": part(f"{at}.weight", *shape, pattern="c 1 w -> c w")}
