@@ -37,6 +37,8 @@ class Architecture:
     """Names of fields that do not change what a trained model computes, beyond `HARMLESS`."""
     unread: ClassVar[str] = r".*rotary_emb\.inv_freq"
     """A regular expression of the names of tensors that carry nothing: buffers that their code computes."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Parts of names of tensors that other versions of their library write, and what they stand for."""
     embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
     layers = "model.layers"
 

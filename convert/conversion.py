@@ -8,7 +8,7 @@ from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, require_name
 from ..training import Choice
 from ..training.saved_run import read_weights
-from . import files, fla, llama, mamba, torchscale
+from . import files, fla, hybrids, kimi_linear, llama, mamba, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs
 
@@ -16,6 +16,7 @@ DECLARED: list[type[Architecture]] = [
     *(llama.Llama, llama.Mistral, llama.Qwen3),
     *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
+    *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear),
     torchscale.TorchscaleRetNet,
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
@@ -79,7 +80,10 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     except OSError as error:
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}
-    tensors = to_ours(rules, files.read_weights(source), source, architecture.unread, copies)
+    theirs = files.read_weights(source)
+    for other, usual in architecture.aliases.items():
+        theirs = {name.replace(other, usual): x for name, x in theirs.items()}
+    tensors = to_ours(rules, theirs, source, architecture.unread, copies)
     files.write_run(
         out, config, tensors, vocabulary, None if vocabulary is None else files.begin_token(vocabulary, values)
     )

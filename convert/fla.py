@@ -6,7 +6,7 @@ from typing import Any
 from ..blocks import Block
 from .architecture import Architecture, Layout
 from .fields import Field, Table, choice, only, same, width
-from .layout import part
+from .layout import Part, part
 from .llama import BASE, PAIRS, norms, swiglu
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "beta": "b_proj", "dt": "a_proj"}
@@ -58,15 +58,13 @@ class Fla(Architecture):
     )
     harmless = "attn_mode fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
     embedding = "model.embeddings.weight"
+    turned = ""
+    """The names of projections whose rows turn."""
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        d_model, widths = mixer.in_proj.in_features, mixer.widths
         layout = norms("attn_norm", "mlp_norm") | swiglu("mlp") | {"mixer.out_proj.weight": "attn.o_proj.weight"}
-        layout["mixer.in_proj.weight"] = tuple(
-            part(f"attn.{PROJECTIONS[name]}.weight", rows, d_model, **self.rows(mixer, name))
-            for name, rows in widths.items()
-        )
+        layout["mixer.in_proj.weight"] = projections(mixer, "attn", self.turned)
         if mixer.norm.weight is not None:
             layout["mixer.norm.weight"] = f"attn.{self.norm_of(mixer)}.weight"
         return layout | (convolutions(mixer, "attn") if mixer.convolution is not None else {}) | self.further(mixer)
@@ -74,10 +72,6 @@ class Fla(Architecture):
     def norm_of(self, mixer: Any) -> str:
         """Their name of the norm of the output."""
         return "o_norm"
-
-    def rows(self, mixer: Any, name: str) -> dict[str, Any]:
-        """What is done to the rows of a projection."""
-        return {}
 
     def further(self, mixer: Any) -> Layout:
         """Tensors of the mixer beyond projections, convolution and norm."""
@@ -123,9 +117,7 @@ class RetNet(GLA):
         attention_like(1.0, 2.0) | {"intermediate_size": network_width(2)},
     )
     harmless = Fla.harmless + " use_short_conv conv_size"  # its model has no convolution, whatever they say
-
-    def rows(self, mixer: Any, name: str) -> dict[str, Any]:
-        return {"pattern": PAIRS, "h": mixer.n_heads, "pair": 2} if name in "qk" else {}
+    turned = "qk"
 
     def further(self, mixer: Any) -> Layout:
         return {}
@@ -228,6 +220,15 @@ class KDA(GatedDeltaNet):
         bias = part("attn.dt_bias", heads * size, pattern="(h k) -> h k", h=heads)
         copied: Layout = {f"mixer.{ours}": f"attn.{theirs}" for ours, theirs in names.items()}
         return copied | {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": bias}
+
+
+def projections(mixer: Any, at: str, turned: str = "") -> tuple[Part, ...]:
+    """What is projected, one tensor of theirs each; of names in `turned`, pairs of rows lie side by side here."""
+    d_model, pairs = mixer.in_proj.in_features, {"h": mixer.n_heads, "pair": 2}
+    return tuple(
+        part(f"{at}.{PROJECTIONS[name]}.weight", rows, d_model, pattern=PAIRS if name in turned else "", **pairs)
+        for name, rows in mixer.widths.items()
+    )
 
 
 def convolutions(mixer: Any, at: str) -> Layout:

