@@ -42,7 +42,7 @@ DELTA = Table(
 
 
 def experts_of(theirs: str, mixer: Any, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Layout:
-    """Experts, each a tensor of theirs per product, the transposed of ours."""
+    """Experts, each a tensor of theirs per product, transposed here."""
     layout: Layout = {}
     for ours, name in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True):
         n, d_in, d_out = getattr(mixer, ours).weight.shape
