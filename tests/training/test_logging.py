@@ -86,12 +86,11 @@ def test_the_former_switch_is_a_logger():
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """W&B without network; its process ends with the test."""
+    """W&B without network."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    yield wandb
-    wandb.teardown()
+    return wandb
 
 
 def records(file: Path) -> Iterator[bytes]:
@@ -126,12 +125,14 @@ def offline(run: Path) -> list[tuple[str, str, str, dict[int, set[str]]]]:
     return found
 
 
-def test_a_resumed_run_continues_its_wandb_run(config_of, tmp_path, wandb):
+def test_a_resumed_run_continues_its_wandb_run(config_of, tmp_path, monkeypatch, wandb):
+    monkeypatch.setenv("WANDB_RUN_GROUP", "a study")
     config = config_of("training.loggers=[wandb]", "training.steps=4", "training.checkpoint_every=4")
     stopped(config, tmp_path / "run", 2, Stepped)
     run_of(config, tmp_path / "run", resume=True)
+    wandb.teardown()  # its process writes what is left
     first, second = offline(tmp_path / "run")
-    assert first[:3] == second[:3] == ((tmp_path / "run" / WANDB_ID).read_text().strip(), "run", "")
+    assert first[:3] == second[:3] == ((tmp_path / "run" / WANDB_ID).read_text().strip(), "run", "a study")
     assert [step for step in first[3] if "loss" in first[3][step]] == [1, 2]
     assert [step for step in second[3] if "loss" in second[3][step]] == [3, 4]
     assert {"loss", "learning_rate", "validation_loss"} <= second[3][4]
@@ -142,17 +143,21 @@ base: retnet-tiny
 model: {d_model: 16, n_layers: 1}
 mixers: [retention]
 data: {sequence_length: 16, paths: [text.txt]}
-training: {steps: 2, warmup_steps: 1, batch_size: 2, final_evaluation_batches: 1, loggers: [wandb]}
+training: {steps: 2, batch_size: 2, loggers: [wandb]}
 """
 
 
-@pytest.mark.usefixtures("wandb", "text")
-def test_a_study_is_a_group(tmp_path, monkeypatch):
+def test_the_runs_of_a_study_are_a_group(text, tmp_path, monkeypatch):
+    class Started(Exception):  # noqa: N818
+        pass
+
+    def popen(*_, env, **__):
+        raise Started(env["WANDB_RUN_GROUP"])
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", popen)
     file = tmp_path / "small.yaml"
     file.write_text(STUDY)
     study = plan(load_study(file), file)
-    assert not make_runs(study, tmp_path / "study", jobs=1, observer=Observer(lambda _: None)).failed
-    (run,) = study.runs
-    ((_, name, group, _),) = offline(tmp_path / "study" / "runs" / run.name)
-    assert (name, group) == (run.name, "small")
+    with pytest.raises(Started, match="^small$"):
+        make_runs(study, tmp_path / "study", jobs=1, observer=Observer(lambda _: None))
