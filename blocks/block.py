@@ -63,19 +63,29 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         state: tuple[Any, ...] | None = None,
+        first_values: Float[Tensor, "B T D"] | None = None,
         *,
         paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], tuple[Any, ...] | None]:
+        return_values: bool = False,
+    ) -> tuple[Any, ...]:
         """One layer over one segment; arguments and result are the mixer's."""
         x, given = self._given(x, self.mixer_norm)
-        mixed, state = self.mixer(given, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state)
+        residual = {"first_values": first_values, "return_values": return_values}
+        mixed, state, *values = self.mixer(
+            given,
+            state,
+            paradigm=paradigm,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+            **(residual if return_values or first_values is not None else {}),
+        )
         x = self._added(x, mixed, self.mixer_norm)
         if self.ffn is not None and self.ffn_norm is not None:
             x, given = self._given(x, self.ffn_norm)
             x = self._added(x, self.ffn(given), self.ffn_norm)
-        return x, state
+        return (x, state, *values)
 
     def _given(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """The residual stream, and what a branch reads."""

@@ -25,12 +25,12 @@ class Mixer(Protocol):
         """The initial state."""
         ...
 
-    def mix(self, x: Tensor, call: Call) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, call: Call) -> tuple[Any, ...]:
         """What it computes."""
         ...
 
 
-def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Tensor, Any]:
+def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
     """What `mix` computes of this rank's segment, from the final state of the ranks before it.
 
     Raises:
@@ -51,12 +51,13 @@ def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Tensor, Any]:
         likes = [cp.last_row(leaf, documents) for leaf in leaves.values()]
         received = zip(leaves.items(), _Receive.apply(anchor, cp, *likes), strict=True)
         before = from_dict(before, {name: cp.after(row, leaf, documents, length) for (name, leaf), row in received})
-    y, after = mixer.mix(x, alone._replace(state=before))
+    y, after, *values = mixer.mix(x, alone._replace(state=before))
     if after is None:
         raise ContractError(f"{mixer.kind}: mix has to return a state where one is wanted, and returned None")
     if cp.rank < cp.size - 1:
         y = _Send.apply(y, anchor, cp, *(cp.last_row(leaf, documents) for leaf in to_dict(after).values()))
-    return y, map_state(lambda leaf: cp.final(leaf, documents, length), after) if call.return_state else None
+    final = map_state(lambda leaf: cp.final(leaf, documents, length), after) if call.return_state else None
+    return (y, final, *values)
 
 
 class _Receive(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any, Generic, Self, final
+from typing import Any, Generic, Self, TypeAlias, final
 
 import torch
 from jaxtyping import Float, Int
@@ -108,6 +108,12 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 """All mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and what a program registers."""
 
 
+Mixed: TypeAlias = (
+    tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T D"]]
+)
+"""Output and final state, and values for later layers if they are wanted."""
+
+
 class SequenceMixer(nn.Module, ABC, Generic[S]):
     """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
 
@@ -132,6 +138,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     supports_context_parallel: bool = False
     """Whether `mix` reads `call.cp_group` itself: x is then this rank's segment, and everything else the whole row's.
     Otherwise the state goes from rank to rank, each of which waits for the one before."""
+    takes_first_values: bool = False
+    """Whether calls have to give `first_values`: after `accept_first_values`."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -155,7 +163,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], S | None]:
+        first_values: Float[Tensor, "B T D"] | None = None,
+        return_values: bool = False,
+    ) -> Mixed[S]:
         """Mix one segment.
 
         Args:
@@ -165,9 +175,11 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             cu_seqlens: boundaries of N documents packed into one row (B = 1): document n is tokens
                 cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are legal.
             return_state: whether the final state is wanted.
+            first_values: the values of the first layer with a value residual, of the same tokens.
+            return_values: whether the mixer's own values are wanted, for later layers.
 
         Returns:
-            The output [B T D], and the final state (None unless wanted).
+            The output [B T D], and the final state (None unless wanted); then the values [B T D], if they are wanted.
 
         Raises:
             ContractError: the mixer does not declare the paradigm, a state in it or at all, packing or compiling, the
@@ -184,16 +196,19 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             require_state_is_taken(paradigm, self.traits, self.kind)
         if return_state:
             require_state(self.traits, self.kind)
+        self._require_values(x, first_values, return_values)
         compiling = torch.compiler.is_compiling()
         if compiling:
             require_compiles(self.traits, self.kind)
         documents, backend = self._documents(x, cu_seqlens), self.backend_of(paradigm)
-        call = Call(paradigm, state, documents, return_state, self.chunk_size, backend, self.cp_group)
+        more = (self.chunk_size, backend, self.cp_group, first_values)
+        call = Call(paradigm, state, documents, return_state, *more)
         result = mix_in_turn(self, x, call) if in_turn else self.mix(x, call)
         if not compiling:  # a graph needs no guard for what the eager call has shown
             self._require_result(result, x)
-        y, final_state = result
-        return y, final_state if return_state else None
+        y, final_state, *values = result
+        final_state = final_state if return_state else None
+        return (y, final_state, values[0]) if return_values else (y, final_state)
 
     @final
     def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
@@ -204,8 +219,22 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return y, state_after
 
     @abstractmethod
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], S | None]:
-        """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted."""
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[S]:
+        """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted.
+
+        A mixer with the trait `value_residual` returns its own values, [B T D], as the third.
+        """
+
+    def accept_first_values(self) -> None:
+        """Add what mixes values of the first layer into the mixer's own; calls have to give them from then on.
+
+        A model calls it on later layers than the first with the trait `value_residual`, before parameters are
+        initialised. Alone, and as the first, a layer has its own values alone.
+
+        Raises:
+            ContractError: the mixer has no value residual.
+        """
+        raise ContractError(f"{self.kind} has no value residual (traits.value_residual is False)")
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
@@ -325,11 +354,22 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             'register one, as self.register_buffer("one", torch.ones(1))'
         )
 
+    def _require_values(self, x: Tensor, first_values: Tensor | None, return_values: bool) -> None:
+        if return_values and not self.traits.value_residual:
+            raise ContractError(f"{self.kind} gives no values (traits.value_residual is False)")
+        if self.takes_first_values != (first_values is not None):
+            needs = "needs first_values" if self.takes_first_values else "takes no first_values (accept_first_values)"
+            raise ContractError(f"{self.kind} {needs}")
+        if first_values is not None and first_values.shape != x.shape:
+            raise ContractError(f"first_values must be {list(x.shape)}, and is {list(first_values.shape)}")
+
     def _require_result(self, result: Any, x: Tensor) -> None:
-        if not isinstance(result, tuple) or len(result) != 2:
+        values = self.traits.value_residual
+        if not isinstance(result, tuple) or len(result) != 2 + values:
             length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+            wanted = "(output, state, values)" if values else "(output, state)"
             raise ContractError(
-                f"{self.kind}: mix has to return (output, state), and returned a {type(result).__name__}{length}"
+                f"{self.kind}: mix has to return {wanted}, and returned a {type(result).__name__}{length}"
             )
         y = result[0]
         if not isinstance(y, Tensor):

@@ -126,7 +126,7 @@ class ParallelHybrid(SequenceMixer[Any]):
                 chunk_size=mixer.chunk_size,
                 backend=mixer.backend_of(call.paradigm),
             )
-            y, state = mixer.mix(x, own)
+            y, state = mixer.mix(x, own)[:2]
             outputs.append(y if scale == 1 else scale * y)
             states.append(state)
         return torch.stack(outputs).sum(0), self.state_type(*states) if call.return_state else None

@@ -29,6 +29,8 @@ class Traits:
     """Whether it can be compiled with `torch.compile` (fullgraph)."""
     surrogate_gradients: bool = False
     """Whether the backward pass is another function's derivative, as of a straight-through estimator."""
+    value_residual: bool = False
+    """Whether its layers give their values to later ones, and can mix in those of the first."""
     differentiable: bool = True
     """Whether there are gradients at all; decoding with a cache that is written in place has none."""
 

@@ -152,6 +152,8 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
         }
         own = {id(x) for x in tensors.values()}
         x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
+        first = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
+        own.add(id(first))  # the first layer's, which saves them
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = functional_call(block, tensors, x)  # noqa: F841 the graph must live while it is counted
+            out = functional_call(block, tensors, (x, None, first))  # noqa: F841 the graph must live while it is counted
     return sum(storages.values())

@@ -168,13 +168,16 @@ class LanguageModel(nn.Module):
         for what, given in (("state", states), ("paradigms", paradigms)):
             if len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
-        after = []
+        after, first_values = [], None
         for block, before, how in zip(self.blocks, states, paradigms, strict=True):
             call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
+            if first_values is None and block.mixer.traits.value_residual:
+                call = partial(call, return_values=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # without early stop: every rank has to run all the communication of a block
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None)
-            x, final = call(x, before)
+            x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
+            first_values = values[0] if values else first_values
             after.append(final)
         return x, tuple(after) if return_state else None
 
@@ -265,10 +268,15 @@ class LanguageModel(nn.Module):
 def _build_all(config: ModelConfig) -> Iterator[Block]:
     """The block of every layer; those that share their parameters are one."""
     shared: dict[str, Block] = {}
+    first: Block | None = None
     for index, name in enumerate(config.layers):
         block = shared.get(name) or _build(config, index)
         if config.blocks[name].shared:
             shared[name] = block
+        if block.mixer.traits.value_residual:
+            first = first or block
+            if block is not first and not block.mixer.takes_first_values:
+                block.mixer.accept_first_values()
         yield block
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple, Self
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .context_parallel import ContextParallel
@@ -26,6 +26,8 @@ class Call(NamedTuple):
     """The kernel backend; changes the cost, never the result."""
     cp_group: ContextParallel | None = None
     """The processes that share the row of tokens, one segment each; documents and state are those of the whole row."""
+    first_values: Float[Tensor, "B T D"] | None = None
+    """The values of the model's first layer with a value residual, of the same tokens; None where there are none."""
 
     @classmethod
     def of(

@@ -180,6 +180,11 @@ def exact_gradients(config: MixerConfig, _: SequenceMixer) -> str | None:
     return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None
 
 
+def value_residual(config: MixerConfig, _: SequenceMixer) -> str | None:
+    """A value residual."""
+    return None if config.traits.value_residual else "traits.value_residual is False"
+
+
 def context_parallel(_: MixerConfig, mixer: SequenceMixer) -> str | None:
     """Its own context parallelism."""
     own = mixer.supports_context_parallel

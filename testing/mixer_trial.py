@@ -115,7 +115,7 @@ class Trial:
         paradigm = paradigm or self.mixer.paradigm
         return paradigm if self.mixer.traits.takes_state(paradigm) else self.reference
 
-    def call(self, paradigm: Paradigm | None = None, mixer: SequenceMixer | None = None, **options: Any) -> Call:
+    def call(self, paradigm: Paradigm | None = None, mixer: Callable[..., Any] | None = None, **options: Any) -> Call:
         """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
         mixed = partial(mixer or self.mixer, **{"return_state": self.mixer.traits.has_state, **options})
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
@@ -146,7 +146,7 @@ class Trial:
                 module.p = 0.0
         return other
 
-    def mix(self, x: Tensor, state: Any, mixer: SequenceMixer | None = None, **options: Any) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, mixer: Callable[..., Any] | None = None, **options: Any) -> tuple[Tensor, Any]:
         """Output and final state without grad, where a state given may be consumed."""
         with torch.no_grad():
             return self.call(mixer=mixer, **options)(x, None if state is None else clone(state))

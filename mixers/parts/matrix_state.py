@@ -36,6 +36,8 @@ class MatrixStateConfig(MixerConfig):
     deprecated_names: ClassVar = {"conv_size": "short_conv"}
     family: ClassVar[Family] = DECAY
     """The op family."""
+    value_residual: ClassVar[bool] = False
+    """Whether layers give their values to later ones."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the variance or the mean square of the output's norm."""
     chunk_size: Chunk = 128
@@ -47,7 +49,13 @@ class MatrixStateConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """The family's paradigms; positions do not matter, or only distances do."""
-        return Traits(paradigms=self.family.paradigms, state="constant", packing=True, shift_invariant=True)
+        return Traits(
+            paradigms=self.family.paradigms,
+            state="constant",
+            packing=True,
+            shift_invariant=True,
+            value_residual=self.value_residual,
+        )
 
 
 class MatrixState(NamedTuple):

@@ -7,6 +7,7 @@ from torch import nn
 
 from seqmix.mixers.state import detach, select
 from seqmix.ops.packing import Documents
+from seqmix.ops.paradigm import Paradigm
 
 from .registry import mutant
 from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState
@@ -298,3 +299,50 @@ class CountsInInt32(Specimen):
 
     def positions(self, state, x, call):
         return super().positions(state, x, call).to(torch.int32)
+
+
+class Residual(Specimen):
+    """A healthy layer that mixes the first one's values into its own."""
+
+    first = None
+
+    def accept_first_values(self):
+        self.takes_first_values = True
+        self.share = nn.Parameter(torch.zeros(self.config.n_heads * self.width, device=self.device, dtype=self.dtype))
+
+    def mix(self, x, call):
+        self.first = self.given(call)
+        y, after = super().mix(x, call)
+        return y, after, super().heads(x)[1].transpose(1, 2).flatten(2)
+
+    def given(self, call):
+        return call.first_values
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if self.first is not None:
+            mixed = v.transpose(1, 2).flatten(2).lerp(self.first, self.share.sigmoid())
+            v = mixed.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return qk, v, a
+
+
+class ResidualConfig(SpecimenConfig):
+    layer = Residual
+
+    @property
+    def traits(self):
+        return replace(super().traits, value_residual=True)
+
+
+class Detaching(Residual):
+    def given(self, call):
+        first = super().given(call)
+        return first if first is None or call.paradigm is not Paradigm.RECURRENT else first.detach()
+
+
+@mutant(check="first_values_are_read_with_their_tokens")
+class DetachesFirstValues(ResidualConfig):
+    """In the recurrent form, the first layer's values have no gradient. After fla PR #145: they were written in place,
+    and recomputed layers did not pass them on."""
+
+    layer = Detaching

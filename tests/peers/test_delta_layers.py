@@ -82,7 +82,7 @@ def agree_in_pieces(config, paradigm, around):
     """Output, state and gradients of all parameters; `around` makes a mixer a function of a piece and a state."""
     torch.manual_seed(0)
     mixer = config.build(32, layer_idx=0, n_layers=1).double()
-    torch.nn.init.uniform_(mixer.norm_weight if hasattr(mixer, "norm_weight") else mixer.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     x, parameters, results = torch.randn(2, 40, 32).double().requires_grad_(), list(mixer.parameters()), []
     for function in (lambda y, s: mixer(y, s, paradigm=paradigm, return_state=True), around(mixer)):
         first, state = function(x[:, :17], None)
@@ -149,7 +149,7 @@ def test_rwkv7_is_theirs(paradigm):
             given = (y.transpose(1, 2).float() for y in (4 * r, k, v, -kappa, kappa * eta, g))
             o, memory = recurrence(*given, memory)
             o = F.group_norm(o.double().transpose(1, 2).flatten(0, 1).flatten(1), 2, eps=16e-5).view_as(r)
-            o = o * mixer.norm_weight + mixer.norm_bias + (r * k * mixer.bonus).sum(-1, keepdim=True) * v
+            o = o * mixer.norm.weight + mixer.norm.bias + (r * k * mixer.norm.bonus).sum(-1, keepdim=True) * v
             return mixer.out_proj(o.flatten(2) * mixer.gate_proj(xg)), (x[:, -1:], memory)
 
         return theirs

@@ -1,0 +1,86 @@
+"""Values of a model's first layer, which later ones mix into their own: an input beside the tokens, and an output."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.contract import SequenceMixer
+from ..check import check, differentiable, value_residual
+from ..compare import require
+from ..mixer_case import Draw
+from ..mixer_trial import Trial, learnable
+from .packing import alone, described, together
+
+GRADIENT = "the gradient of"
+
+
+@check(
+    value_residual,
+    differentiable,
+    use="layers that mix in the first one's values: these are lost in a paradigm, a piece or a document",
+    share=0.2,
+    draw=Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),)),
+)
+def first_values_are_read_with_their_tokens(trial: Trial) -> None:
+    """Every paradigm, pieces and packed documents give the same output, values, final state and gradients, of given
+    first values too; what mixes them in learns. Wanted values change nothing."""
+    mixer, x, state = taking(trial), trial.tokens(), trial.state()
+    both = torch.cat((x, trial.like(x)), dim=-1)
+    whole = compared(trial, "with first values", partial(with_first_values, mixer), both, state, mixer)
+    require(whole[f"{GRADIENT} the input"][..., x.shape[-1] :].any(), "first values have no gradient")
+    for name in learnable(mixer).keys() - learnable(trial.mixer).keys():
+        require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
+    first = compared(trial, "of the first layer", partial(of_first_layer, trial.mixer), x, state, trial.mixer)
+    y, _ = trial.mix(x, state, paradigm=trial.reference)
+    with trial.differences("values wanted against not") as found:
+        found.tensor("the output", first["the output"][..., : x.shape[-1]], y, "BTD")
+
+
+def taking(trial: Trial) -> SequenceMixer:
+    """The case's mixer as a later layer, which takes first values."""
+    mixer = trial.rebuilt()
+    mixer.accept_first_values()
+    require(mixer.takes_first_values, "accept_first_values leaves takes_first_values False")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixer.reset_parameters()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * trial.like(parameter))
+    return mixer.to(trial.subject.device, trial.case.dtype)
+
+
+def with_first_values(mixer: SequenceMixer, both: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+    """A mixer as a function of tokens and first values side by side, [B T 2D]; output and values, side by side."""
+    x, first = both.chunk(2, dim=-1)
+    y, after, values = mixer(x, state, first_values=first, return_values=True, **options)
+    return torch.cat((y, values), dim=-1), after
+
+
+def of_first_layer(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Output and values of a mixer that takes none, side by side, [B T 2D]."""
+    y, after, values = mixer(x, state, return_values=True, **options)
+    return torch.cat((y, values), dim=-1), after
+
+
+def compared(
+    trial: Trial, what: str, mix: Callable[..., Any], x: Tensor, state: Any, mixer: SequenceMixer
+) -> dict[str, Tensor]:
+    """Output and gradients of the whole in the reference paradigm, which all others gave."""
+    whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
+    for paradigm in trial.paradigms:
+        call = trial.call(paradigm, mix)
+        for way, used in ((f"{paradigm}", call), (f"{paradigm}, in pieces,", trial.in_pieces(call))):
+            found = trial.differentiate(used, x, state, mixer=mixer)
+            trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
+    if (boundaries := trial.boundaries()) is not None:
+        before = trial.state(len(trial.case.lengths))
+        for paradigm in trial.paradigms:
+            packed, _ = trial.mix(x, before, mix, cu_seqlens=boundaries, paradigm=paradigm)
+            separate = alone(trial, trial.mix, x, before, mixer=mix, paradigm=paradigm)
+            with trial.differences(f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone") as found:
+                found.tensor("the output", packed, together(separate, trial.case.lengths), "BTD")
+    return whole[0]
