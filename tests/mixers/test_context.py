@@ -106,7 +106,7 @@ def test_wrong_document_boundaries_are_refused(ranks):
         ranks("mixer_as_one", "retention", {"n_heads": 2}, [case], whole=False)
 
 
-@pytest.mark.parametrize("preset", ["hybrid-tiny", "mamba2-tiny"])
+@pytest.mark.parametrize("preset", ["hybrid-tiny", "mamba2-tiny", "rwkv7-tiny"])
 def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
     ranks("model_as_one", preset)
 
