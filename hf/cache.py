@@ -59,7 +59,6 @@ class StateLayer(CacheLayerMixin):
         self.state, self.seen = None, 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Take rows by index, repeated if asked."""
         if self.state is not None:
             self.state = select(self.state, indices)
 

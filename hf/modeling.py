@@ -142,15 +142,15 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
     def wrap(cls, model: LanguageModel) -> Self:
         """A model of ours as one of transformers; they share the parameters."""
         wrapped = cls(SeqmixConfig(model.config), model)
-        tokenizer, ids = model.tokenizer, range(model.config.vocab_size)
-        if tokenizer is not None and tokenizer.begin in ids:
+        if (tokenizer := model.tokenizer) is not None and tokenizer.begin < model.config.vocab_size:
             # it opens documents, and so ends them; if it were not the end, `generate` would take it for padding
             for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(wrapped.config, role, tokenizer.begin)
                 setattr(wrapped.generation_config, role, tokenizer.begin)
             # as in our generation, only tokens that stand for text
-            last = tokenizer.begin == tokenizer.vocab_size - 1
-            wrapped.generation_config.suppress_tokens = list(ids[tokenizer.vocab_size - last :]) or None
+            wrapped.generation_config.suppress_tokens = (
+                list(range(tokenizer.text_tokens, model.config.vocab_size)) or None
+            )
         return wrapped.train(model.training)
 
     def forward(
@@ -186,6 +186,11 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{NAME: after})
         return output.to_tuple() if options.get("return_dict", self.config.return_dict) is False else output
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise SeqmixError("continuous batching needs keys and values in pages, and a seqmix model has states")
+
+    generate_batch = init_continuous_batching
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -193,7 +198,6 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], _: Any, __: int, max_cache_length: int
     ) -> None:
-        """Give `generate` a cache with room for all tokens."""
         if (kind := generation_config.cache_implementation) is not None:
             raise SeqmixError(f"a seqmix model has its own cache: cache_implementation={kind!r} is not for it")
         if model_kwargs.get(NAME) is None and generation_config.use_cache:

@@ -170,7 +170,7 @@ def stream_text(
         encoded,
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
-        vocab_size=tokenizer.begin,
+        vocab_size=tokenizer.text_tokens,
         compiled=False if compiled is None and stop else compiled,
         after=after,
         on_end=on_end,
@@ -229,7 +229,7 @@ def _decoders(
     decoders = [tokenizer.decoder() for _ in texts]
     for decoder, *parts in zip(decoders, before.recent[:, :-1], texts, strict=True):
         for token in torch.cat(parts)[-RECENT:].tolist():
-            if 0 <= token < tokenizer.begin:
+            if 0 <= token < tokenizer.text_tokens:
                 decoder(token)
     return decoders
 

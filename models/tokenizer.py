@@ -40,6 +40,11 @@ class Tokenizer(ABC):
     """The content of its tokenizer.json; None for bytes."""
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens below this one are generated: all but a begin token that follows those of a vocabulary."""
+        return self.vocab_size - (self.begin == self.vocab_size - 1)
+
+    @property
     def dtype(self) -> type[np.unsignedinteger]:
         """The smallest of uint16 and uint32 that holds every token."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32

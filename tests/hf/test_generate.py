@@ -164,6 +164,7 @@ def cropped(model):
 REFUSED = {
     "assisted decoding": (generating(prompt_lookup_num_tokens=2), "not supported with stateful models"),
     "another cache of generate": (generating(cache_implementation="static"), "has its own cache"),
+    "continuous batching": (lambda model: model.generate_batch([[1, 2]]), "has states"),
     "another cache": (call(past_key_values=transformers.DynamicCache()), "is a SeqmixCache, and a DynamicCache"),
     "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names of one argument"),
     "crop": (cropped, "cannot take tokens back"),

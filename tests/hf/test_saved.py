@@ -165,12 +165,13 @@ def test_a_vocabulary_with_gaps_keeps_its_numbers():
     assert hf_tokenizer(SubwordTokenizer(json.dumps(file).encode(), "a vocabulary"))("b").input_ids == [8, 7]
 
 
-@pytest.mark.parametrize("unit", ["bytes", "subwords"])
+@pytest.mark.parametrize("unit", ["bytes", "subwords", "own begin"])
 def test_a_run_is_exported_and_streams_the_same_text(config_of, seqmix, refused, tmp_path, unit):
     changes = []
-    if unit == "subwords":
+    if unit != "bytes":
         train_bpe(TEXT, 280, tmp_path / "tokenizer.json")
         changes = [f"data.tokenizer={tmp_path / 'tokenizer.json'}", "model.vocab_size=290"]
+        changes += ["data.begin_token=a"] if unit == "own begin" else []
     for _ in train(config_of("model.d_model=32", *changes), tmp_path / "run"):
         pass
     done = seqmix("export", "run", "--to", "hf", "out")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seqmix import SeqmixError
+from seqmix import SeqmixError, build_model, generate_text, load_config
 from seqmix.models import ByteTokenizer, load_tokenizer, train_bpe
 
 
@@ -78,6 +78,18 @@ def test_a_trained_vocabulary_has_the_size_asked_for(subwords, tmp_path):
 @given(text=st.text())
 def test_subwords_give_any_text_back_token_by_token(subwords, text):
     assert decoded(subwords, subwords.encode(text).tolist()[1:]) == text
+
+
+def test_a_begin_token_of_the_vocabularys_own_does_not_bound_what_is_generated(subwords, tmp_path):
+    subwords.save(tmp_path)
+    own = load_tokenizer(tmp_path / "tokenizer.json", "a")
+    assert (subwords.text_tokens, own.text_tokens, own.vocab_size) == (299, 299, 299)
+    config = load_config("retnet-tiny", ["model.d_model=64", "model.n_layers=1", "model.vocab_size=299"])
+    model = build_model(config.model).eval()
+    model.tokenizer = own
+    (text,) = generate_text(model, ["a"], max_new_tokens=40)
+    assert len({*own.encode(text).tolist()}) > 10
+    assert max(own.encode(text).tolist()) > own.begin
 
 
 def test_characters_come_whole(subwords):
