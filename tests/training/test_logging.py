@@ -159,5 +159,5 @@ def test_the_runs_of_a_study_are_a_group(text, tmp_path, monkeypatch):
     file = tmp_path / "small.yaml"
     file.write_text(STUDY)
     study = plan(load_study(file), file)
-    with pytest.raises(Started, match="^small$"):
+    with pytest.raises(Started, match=r"^small$"):
         make_runs(study, tmp_path / "study", jobs=1, observer=Observer(lambda _: None))
