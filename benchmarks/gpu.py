@@ -19,6 +19,7 @@ import torch
 
 from ..mixers import MIXERS
 from ..ops.kernels import Probe, all_kernels
+from ..registry import write_file
 from .measure import Spread
 from .models import model_to_measure
 from .peers import PEERS, Size
@@ -167,13 +168,13 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
         for outcome in outcomes
     ]
     values = {"gpu": gpu, "torch": torch.__version__, "parts": parts}
-    (out / "gpu.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_file(json.dumps(values, indent=2) + "\n", out / "gpu.json")
     text = [f"# {gpu}, torch {torch.__version__}", ""]
     for group, title in GROUPS.items():
         found = [outcome for outcome in outcomes if outcome.part.group == group]
         if found:
             text += [f"## {title}", "", *_section(found), ""]
-    (out / "gpu.md").write_text("\n".join(text), encoding="utf-8")
+    write_file("\n".join(text), out / "gpu.md")
 
 
 def _section(outcomes: Sequence[Outcome]) -> Iterator[str]:

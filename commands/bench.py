@@ -19,7 +19,7 @@ from ..benchmarks.report import cells, conditions, markdown, name_columns, skipp
 from ..benchmarks.suite import Report, Settings, run
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
 from ..experiments.timings import figures_of
-from ..registry import SeqmixError, require_name
+from ..registry import SeqmixError, require_name, write_file
 from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import Device, JsonFile, Overrides, require_device, require_writable
@@ -147,9 +147,9 @@ def bench(
         report = measure(lambda text: bar.update(task, description=text, visible=True))
     # files first: a terminal that has gone away loses nothing
     if json_file is not None:
-        json_file.write_text(to_json(report), encoding="utf-8")
+        write_file(to_json(report), json_file)
     if markdown_file is not None:
-        markdown_file.write_text(markdown(report), encoding="utf-8")
+        write_file(markdown(report), markdown_file)
     if plot_file is not None and (figures := figures_of(report)):
         draw(figures, plot_file, width=2 * COLUMN, title=report.title, text=conditions(report))
     show(report, terminal())

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.status import Status
 from torch import nn
 
-from ..experiments.files import write_file
 from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.kernels import Kernel, all_kernels
-from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name
+from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name, write_file
 from ..training import PRESETS, load_config
 from .check_files import Tested, as_json, as_junit
 from .console import plain_table, terminal

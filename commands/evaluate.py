@@ -11,7 +11,7 @@ import typer
 
 from ..mixers import Paradigm
 from ..models import LanguageModel
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest, write_file
 from ..training import load_run, read_config
 from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
 from .console import note, terminal
@@ -107,7 +107,7 @@ def evaluate(
         found = {run: asdict(evaluation) for run, evaluation in evaluations.items()}
     if json_file is not None:
         written = found if len(runs) > 1 else next(iter(found.values()))
-        json_file.write_text(json.dumps(written, indent=2) + "\n")
+        write_file(json.dumps(written, indent=2) + "\n", json_file)
 
 
 def _task_scores(model: LanguageModel, tasks: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -158,8 +158,7 @@ def _evaluation(event: Evaluated, source: Source | None) -> str:
         for axis, shares in event.accuracy_by.items():
             line += f"; {axis} " + ", ".join(f"{value}: {share:.1%}" for value, share in shares.items())
     if event.final and entropy is not None:
-        line += (
-            f"; {token} frequencies alone: {shown(entropy)} "
-            f"({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
-        )
+        line += f"; {token} frequencies alone: {shown(entropy)}"
+        if entropy > 0:  # of one repeated token it is 0
+            line += f" ({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
     return line

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models import TOKENIZER_FILE, ModelConfig
-from ..registry import SeqmixError
+from ..registry import SeqmixError, write_file
 from ..training import RunConfig
 from ..training.checkpoint import Best, Manifest, read_tensors, write, write_tensors
 from ..training.run_dir import claim, require_free
@@ -104,7 +104,7 @@ def write_run(
     )
     claim(out, run, COMMENT)
     if vocabulary is not None:
-        (out / TOKENIZER_FILE).write_bytes(vocabulary)
+        write_file(vocabulary, out / TOKENIZER_FILE)
     write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: tensors}, metadata_of(model, 0))
 
 
@@ -115,12 +115,7 @@ def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         SeqmixError: it is taken or cannot be written.
     """
     require_free(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2, default=str)
-        (out / CONFIGS[0]).write_text(text + "\n")
-        if vocabulary is not None:
-            (out / TOKENIZER_FILE).write_bytes(vocabulary)
-    except OSError as error:
-        raise SeqmixError(f"{out} cannot be written: {error.strerror}") from error
+    write_file(json.dumps(config, indent=2, default=str) + "\n", out / CONFIGS[0])
+    if vocabulary is not None:
+        write_file(vocabulary, out / TOKENIZER_FILE)
     write_tensors(out / SAFETENSORS, tensors, {"format": "pt"})

@@ -19,7 +19,6 @@ Ends, digests and checks are read on opening; a block of tokens is verified when
 """
 
 import json
-import os
 from array import array
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -31,7 +30,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..models import Tokenizer
-from ..registry import SeqmixError
+from ..registry import SeqmixError, replacing
 from .stream import TokenDocument, digest
 
 VERSION = "1"
@@ -88,12 +87,11 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
     Raises:
         SeqmixError: the file cannot be written, or there are no documents.
     """
-    partial = path.with_name(f".{path.name}.partial")
     dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
     ends, digests, checks = array("q"), array("Q"), array("I")
     size = total = 0
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             file.write(bytes(HEADER))
             pending = bytearray()
 
@@ -123,13 +121,8 @@ def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: 
             lengths = {"tokens": (dtype, total)} | {name: (table.dtype, len(table)) for name, table in tables.items()}
             file.seek(0)
             file.write(_header(lengths, metadata | {"tables": _check(*data)}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise SeqmixError(f"the token file cannot be written to {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return TokenFile(path, tokenizer)
 
 

@@ -15,13 +15,12 @@ import torch
 from seqmix import MIXERS, account, cli, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
-from seqmix.experiments.files import write_file
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.kernels import KERNELS
-from seqmix.registry import Config
+from seqmix.registry import Config, write_file
 from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 

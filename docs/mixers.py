@@ -18,12 +18,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
-from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers import MixerConfig
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
+from seqmix.registry import write_file
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("reference") / "mixers.md"

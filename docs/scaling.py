@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from seqmix import account, load_config
-from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
 from seqmix.models import ModelConfig, build_meta
 from seqmix.ops.context_parallel import ContextParallel
+from seqmix.registry import write_file
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from seqmix.data import DATA, Corpus, Task, TaskConfig
-from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill
 from seqmix.models import IGNORED
+from seqmix.registry import write_file
 
 PAGES = Path(__file__).with_name("reference")
 TARGET, PICTURES = PAGES / "tasks.md", PAGES / "tasks"

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..registry import write_file
 from .differences import compared, shown
 from .figures import page
-from .files import write_file
 from .plots import Plots, said
 from .results import Machine, Results, Statistic, SummaryRow
 from .study import shipped

@@ -11,8 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..registry import Config, SeqmixError
-from .files import write_file
+from ..registry import Config, SeqmixError, write_file
 
 RESULTS_FILE = "results.json"
 FORMAT = 1

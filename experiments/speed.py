@@ -16,7 +16,7 @@ from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
 from ..benchmarks.suite import Implementation, Row, Settings, run
 from ..models import ModelConfig
-from ..registry import dump
+from ..registry import dump, write_file
 from .plan import Plan
 from .results import DecodeSpeedRow, SpeedResult, TrainSpeedRow
 from .study import Speed
@@ -69,7 +69,7 @@ def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResul
         found = _measured(speed, models, device, tell)
     finally:
         torch.set_num_threads(threads)
-    file.write_text(json.dumps({"asked": asked, "found": found.model_dump(mode="json")}, indent=1), encoding="utf-8")
+    write_file(json.dumps({"asked": asked, "found": found.model_dump(mode="json")}, indent=1), file)
     return found
 
 

@@ -2,9 +2,11 @@
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from ..registry import write_file
 from .differences import leaves
 from .pages import table
 from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
@@ -125,11 +127,12 @@ def write_tables(results: Results, folder: Path) -> None:
     """Write runs.csv, summary.csv and summary.md."""
     for name, values in (("runs.csv", results.runs), ("summary.csv", results.summary)):
         rows = list(map(_cells, values))
-        with (folder / name).open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, list(dict.fromkeys(column for row in rows for column in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-    (folder / "summary.md").write_text(markdown(results), encoding="utf-8")
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(text.getvalue(), folder / name)
+    write_file(markdown(results), folder / "summary.md")
 
 
 COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy", "validation_loss_by_length": "validation_loss"}

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..registry import SeqmixError
+from ..registry import SeqmixError, write_file
 
 TOKENIZER_FILE = "tokenizer.json"
 """The name of a vocabulary in a run directory."""
@@ -110,7 +110,4 @@ def write_vocabulary(vocabulary: bytes, file: Path) -> None:
     Raises:
         SeqmixError: it cannot be written.
     """
-    try:
-        file.write_bytes(vocabulary)
-    except OSError as error:
-        raise SeqmixError(f"the tokenizer cannot be written to {file}: {error.strerror}") from error
+    write_file(vocabulary, file)

@@ -2,6 +2,7 @@
 
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
+from .files import flush, replacing, write_file
 from .loading import dump, load
 from .providers import import_object
 from .registry import Registry
@@ -15,10 +16,13 @@ __all__ = [
     "Registry",
     "SeqmixError",
     "dump",
+    "flush",
     "import_object",
     "json_schema",
     "load",
     "nearest",
     "read_mapping",
+    "replacing",
     "require_name",
+    "write_file",
 ]

@@ -11,7 +11,6 @@ processes.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, get_num_threads
 
-from ..registry import Config, SeqmixError
+from ..registry import Config, SeqmixError, flush, replacing
 from .provenance import seqmix_version
 from .sharding import full_tensor
 
@@ -177,11 +176,12 @@ def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str])
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for part, tensors in parts.items():
-        save_file(dict(tensors), partial / file_of(part), metadata)
+        with replacing(partial / file_of(part)) as file:
+            save_file(dict(tensors), file, metadata)
     files = {file.name: WrittenFile(bytes=file.stat().st_size, sha256=_sha256(file)) for file in partial.iterdir()}
     sealed = manifest.sealed(dict(sorted(files.items())))
     (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n")
-    for path in (*partial.iterdir(), partial):
+    for path in (partial / MANIFEST_FILE, partial):
         flush(path)
     _remove(folder)
     partial.rename(folder)
@@ -294,25 +294,12 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically: it replaces an older one when it is complete and flushed to disk."""
-    partial = file.with_name(f".{file.name}.partial")
+    """Write a safetensors file; it replaces an older one when it is complete and flushed to disk."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        flush(partial)
-        partial.replace(file)
+        with replacing(file) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except Exception as error:  # safetensors raises its own error for a full disk
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written: {error}") from error
-
-
-def flush(path: Path) -> None:
-    """Flush to disk (fsync): a renamed folder must not outlive its contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..registry import write_file
 from .config import RunConfig
 from .loggers import Logger, make_logger, scalars
 
@@ -21,9 +22,7 @@ class Metrics:
     def begin(self, step: int) -> None:
         """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""
         lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
-        partial = self.file.with_name(f".{self.file.name}.partial")
-        partial.write_text("".join(line for line in lines if _step_of(line) <= step))
-        partial.replace(self.file)
+        write_file("".join(line for line in lines if _step_of(line) <= step), self.file)
         for logger in self._loggers:
             logger.begin(self.run, self.config, step)
             self._begun.append(logger)

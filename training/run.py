@@ -50,7 +50,11 @@ def train(
             or infinite, or a checkpoint cannot be written. Nothing is written before all inputs are loaded.
     """
     run = Path(run)
-    with join_processes(config.distributed) as groups:
+    with join_processes(config.distributed) as groups, ExitStack() as lock:
+        if resume:  # before checkpoints are read, which another process may be rotating
+            with groups.raise_together():
+                if groups.is_main:
+                    lock.enter_context(held(run))
         source, model, found = _open(config, run, resume, groups)
         shard(model, groups)
         course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
@@ -62,13 +66,13 @@ def train(
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+                lock.enter_context(held(run))
                 if source.tokenizer is not None:
                     source.tokenizer.save(run)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:
-                    stack.enter_context(held(run))
                     course.metrics.begin(start)
                     checkpoint.delete_unfinished(run)
                     record_session(run, config, step=start, device=device, precision=precision, groups=groups)

@@ -9,7 +9,7 @@ from ..registry import dump
 from .config import RunConfig
 from .errors import TrainingError
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
 def require_free(run: Path) -> None:
@@ -42,8 +42,17 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Lock the run against other processes; the system releases the lock however this one ends."""
-    with (run / CONFIG_FILE).open() as file:
+    """Lock the run against other processes; the system releases the lock however this one ends.
+
+    The lock is a file of its own, which stays: an editor replaces config.yaml by a new file, which nobody has locked.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        file = (run / LOCK_FILE).open("a")
+    except OSError as error:
+        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+    with file:
         if not try_lock(file):
             raise TrainingError(f"{run} is locked by another training process: stop it first, or wait until it ends")
         yield

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...registry import SeqmixError
-from ..files import write_file
+from ...registry import SeqmixError, write_file
 
 
 class PlotsMissingError(SeqmixError):

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...registry import SeqmixError, nearest
-from ..files import write_file
+from ...registry import SeqmixError, nearest, write_file
 from . import page, theme
 from .figure import Figure
 from .libraries import charts_module, converter

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ...mixers import Paradigm
-from ...registry import require_name
+from ...registry import require_name, write_file
 from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
@@ -140,4 +140,4 @@ def _keep(folder: Path, claim: str, values: dict[str, Any]) -> None:
     if "machine" in values:
         values["machine"] = {key: values["machine"].get(key) for key in ("threads", "device", "torch")}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{claim}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_file(json.dumps(values, indent=1) + "\n", folder / f"{claim}.json")

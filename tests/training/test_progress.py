@@ -57,6 +57,11 @@ def test_an_evaluation_is_in_nats_and_bits_beside_the_byte_frequencies(fields, s
     assert all(part in line for part in shown)
 
 
+def test_one_repeated_token_is_compared_with_nothing():
+    line = _evaluation(Evaluated(1, 0.5, True), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0))
+    assert line.endswith("frequencies alone: 0.0000 nats/byte, 0.0000 bits/byte")
+
+
 def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(config_of, monkeypatch):
     clock, printed = [0.0], io.StringIO()  # steps take four seconds each
     monkeypatch.setattr("seqmix.commands.progress.time.monotonic", lambda: clock[0])
