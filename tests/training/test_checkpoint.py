@@ -89,7 +89,7 @@ def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of
     run = tmp_path / "run"
     run_of(config_of("training.carry_state=true"), run)
     suffixes = {file.suffix for file in run.rglob("*") if file.is_file()}
-    assert suffixes == {".yaml", ".json", ".jsonl", ".safetensors"}
+    assert suffixes == {".yaml", ".json", ".jsonl", ".safetensors", ".lock"}
     manifest = json.loads((latest(run) / "manifest.json").read_text())
     assert (manifest["step"], manifest["torch"], manifest["seqmix"]) == (6, torch.__version__, seqmix.__version__)
     assert manifest["threads"] == torch.get_num_threads()
@@ -171,9 +171,12 @@ def test_a_checkpoint_appears_with_all_its_files_on_the_disk(made, tmp_path, mon
         written.append(path.stat().st_ino)
 
     monkeypatch.setattr(checkpoint, "flush", watch)
+    monkeypatch.setattr("seqmix.registry.files.flush", watch)
     folder = saved(tmp_path, 1, *made)
     # all files and the folder are flushed before it has its name, and then the name
-    assert sorted(seen[:-1]) == [(name, 0) for name in (".step-000001.partial", "manifest.json", *FILES)]
+    assert sorted(seen[:-1]) == [
+        (name, 0) for name in sorted((".step-000001.partial", "manifest.json", *(f".{file}.partial" for file in FILES)))
+    ]
     assert seen[-1] == ("checkpoints", 1)
     assert folder.stat().st_ino in written  # renamed, not copied
 
