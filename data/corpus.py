@@ -19,6 +19,8 @@ from .token_file import TokenFile
 
 _Part: TypeAlias = tuple[Store, np.ndarray]
 """A store, and the start and end of the pieces of it, [N 2]."""
+OWN = "data.validation"
+"""The split where the validation split is documents of its own."""
 COUNTED = 2**24
 """Maximum number of tokens for token frequencies."""
 
@@ -74,7 +76,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
             sizes.append(0)
             continue
         stores = _stores(source, tokenizer)
-        split = "none" if config.validation is not None else _split_of(config.split, source, stores)
+        split = OWN if config.validation is not None else _split_of(config.split, source, stores)
         pieces = [_split(store, split, config.validation_fraction) for store in stores]
         for store, tables in zip(stores, pieces, strict=True):
             for table in (store.digests, *tables):
@@ -86,7 +88,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         _require(sizes[-1], length, f"training split of {source_name(source)}", split)
     if config.validation is not None:
         parts["validation"] = [(store, _whole(store)) for store in _stores(config.validation, tokenizer)]
-        splits = ["data.validation"]
+        splits = [OWN]
         for store, _ in parts["validation"]:
             identity.update(store.digests.tobytes())
     if len(sizes) > 1:
@@ -125,10 +127,13 @@ def _length(parts: Sequence[_Part]) -> int:
 
 def _require(tokens: int, length: int, what: str, split: str) -> None:
     if tokens <= length:
+        hint = (
+            f", or change the split (data.split is {split}: by_document holds out whole documents, by_file whole files, "
+            "tail the end of each document)"
+        )
         raise SeqmixError(
             f"the {what} has {tokens} tokens, and a sequence with its last target needs {length + 1}: lower "
-            f"data.sequence_length, give more text, or change the split (data.split is {split}: by_document holds out "
-            "whole documents, by_file whole files, tail the end of each document)"
+            f"data.sequence_length, give more text{'' if split == OWN else hint}"
         )
 
 
@@ -182,7 +187,7 @@ def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[Tok
 def _split(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """The pieces of a store for training, and for validation (a share `fraction`, or nothing); each [N 2]."""
     pieces = _whole(store)
-    if split == "none":
+    if split == OWN:
         return pieces, pieces[:0]
     if split == "tail":
         starts, ends = pieces.T

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import re
 import sys
 import tracemalloc
@@ -196,6 +195,9 @@ def test_another_encoding_is_stated(tmp_path):
 def test_runs_train_on_each_format(config_of, tmp_path):
     words = np.random.default_rng(0).choice(["red", "green", "blue", "and", "or"], 600)
     text = " ".join(words).encode()
+    (tmp_path / "random.txt").write_bytes(RANDOM)
+    message = refusal(config_of(f"data.paths=[{tmp_path / 'random.txt'}]").open_data)
+    assert message.startswith(f"{tmp_path / 'random.txt'} is not UTF-8 text")
     (tmp_path / "plain.txt").write_bytes(text)
     (tmp_path / "a.gz").write_bytes(gzip.compress(text))
     losses = []
@@ -208,5 +210,3 @@ def test_runs_train_on_each_format(config_of, tmp_path):
             import_module("pyarrow.parquet").write_table(arrow.table({"text": [text.decode()]}), file)
         losses.append(trainer_of(config_of(f"data.paths=[{file}]")).train_step(0).loss)
     assert len(set(losses)) == 1
-    file.write_bytes(os.urandom(5000))
-    assert refusal(lambda: config_of(f"data.paths=[{file}]").open_data()).startswith(str(file))
