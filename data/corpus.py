@@ -128,8 +128,8 @@ def _length(parts: Sequence[_Part]) -> int:
 def _require(tokens: int, length: int, what: str, split: str) -> None:
     if tokens <= length:
         hint = (
-            f", or change the split (data.split is {split}: by_document holds out whole documents, by_file whole files, "
-            "tail the end of each document)"
+            f", or change the split (data.split is {split}: by_document holds out whole documents, by_file whole "
+            "files, tail the end of each document)"
         )
         raise SeqmixError(
             f"the {what} has {tokens} tokens, and a sequence with its last target needs {length + 1}: lower "
