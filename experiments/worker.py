@@ -1,7 +1,8 @@
 """One run of a study, in a process of its own: `python -c "from seqmix.experiments.worker import main; main()"`.
 
 The first line of its input is what it makes, in JSON; the end of its input asks it to stop after the step, with a
-checkpoint. So it stops, too, if whoever started it dies, in whatever way. Its output is a JSON object a line.
+checkpoint. So it stops, too, if whoever started it dies, in whatever way. Its output is a JSON object a line; what a
+plug-in prints goes where its errors go, to the run's log.
 """
 
 import json
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ SECONDS_BETWEEN_STEPS = 0.2
 
 def main() -> None:
     """Train what the input says; exit with one of the statuses."""
+    tell = _channel()
     asked = json.loads(sys.stdin.readline())
     folder = Path(asked["folder"])
     torch.set_num_threads(asked["threads"])
@@ -39,14 +42,14 @@ def main() -> None:
         config = RunConfig.model_validate(asked["config"])
         with StopRequest() as stop:
             threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-            done = _train(config, folder, stop)
+            done = _train(config, folder, stop, tell)
     except SeqmixError as error:
-        _tell(failed=str(error))
+        tell(failed=str(error))
         sys.exit(FAILED)
     sys.exit(FINISHED if done == config.training.steps else STOPPED)
 
 
-def _train(config: RunConfig, folder: Path, stop: StopRequest) -> int:
+def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..., None]) -> int:
     """Begin, or go on; the last step that was made."""
     done, reported = 0, 0.0
     for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):
@@ -54,18 +57,25 @@ def _train(config: RunConfig, folder: Path, stop: StopRequest) -> int:
         match event:
             case Stepped() if time.monotonic() - reported > SECONDS_BETWEEN_STEPS:
                 reported = time.monotonic()
-                _tell(step=done, loss=event.loss)
+                tell(step=done, loss=event.loss)
             case Evaluated():
-                _tell(step=done, validation_loss=event.loss)
+                tell(step=done, validation_loss=event.loss)
             case Noted():
                 sys.stderr.write(f"step {done}: {event.text}\n")
     return done
 
 
-def _tell(**values: Any) -> None:
-    with suppress(OSError):  # nobody listens any more: the checkpoint is still to be written
-        sys.stdout.write(json.dumps(values) + "\n")
-        sys.stdout.flush()
+def _channel() -> Callable[..., None]:
+    """What writes an object to the output, which is kept from everybody else."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(**values: Any) -> None:
+        with suppress(OSError):  # nobody listens any more: the checkpoint is still to be written
+            output.write(json.dumps(values) + "\n")
+            output.flush()
+
+    return tell
 
 
 def _stop_at_end_of_input() -> None:

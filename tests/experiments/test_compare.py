@@ -26,7 +26,21 @@ from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
 from seqmix.training import read_config
 
-BROKEN = "entries: {broken: {training: {learning_rate: 1.0e+30}}}\n"
+BROKEN = """
+entries: {broken: {training: {learning_rate: 1.0e+30}, set: {model.blocks.ret.mixer: {kind: "loud:LoudConfig", n_heads: 2}}}}
+"""
+LOUD = """
+from typing import Literal
+from seqmix.mixers.retention import RetentionConfig
+
+class LoudConfig(RetentionConfig):
+    kind: Literal["loud"] = "loud"
+
+
+    def build(self, d_model, **position):
+        print("null\\n[1]\\n", "x" * 100_000)  # JSON, and more than a pipe holds
+        return super().build(d_model, **position)
+"""
 SPEED = "speed: {train: {lengths: [16], tokens: 32}, decode: {contexts: [8]}}\n"
 PAPER = "paper: [{label: Perplexity, entry: retention, theirs: 26.05}]\n"
 
@@ -51,6 +65,7 @@ def made(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("made")
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     (folder / "small.yaml").write_text(small + BROKEN + SPEED + PAPER)
+    (folder / "loud.py").write_text(LOUD)
     status, printed = command(folder, "compare", "small.yaml")
     return folder, status, printed
 
@@ -101,6 +116,7 @@ def test_results(made):
         "broken-seed0": "failed",
     }
     assert "the loss is nan" in runs["broken-seed0"].error
+    assert "[1]" in (folder / "logs" / "broken-seed0.txt").read_text()  # what the plug-in prints
     run = runs["retention-seed0"]
     assert [point.step for point in run.history] == list(range(1, 121))
     assert [point.step for point in run.evaluations] == [40, 80, 120]
