@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
     "generate": "Generate text with a trained model.",
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
+    "average": "Average the weights of a run's last checkpoints, as a run directory that other commands read.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
     "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",

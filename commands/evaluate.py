@@ -16,7 +16,7 @@ from ..training import load_run, read_config
 from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
 from .console import note, terminal
 from .evaluation_tables import listed, show_evaluation, show_scores, show_side_by_side
-from .options import Checkpoint, Device, JsonFile, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Ema, JsonFile, checkpoint_choice, require_device, require_writable
 
 LARGEST_PARALLEL = 8192
 """The longest sequence that the quadratic paradigm evaluates by default, in tokens."""
@@ -75,6 +75,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="With --tasks: requests at once.", min=1)] = 16,
     checkpoint: Checkpoint = "newest",
+    ema: Ema = False,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -90,7 +91,8 @@ def evaluate(
     [bold]seqmix evaluate runs/retnet-tiny runs/gla --tasks lambada_openai --json scores.json[/bold]
     """
     require_writable(json_file)
-    load = partial(load_run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note)
+    choice = checkpoint_choice(checkpoint)
+    load = partial(load_run, device=require_device(device), choice=choice, tell=note, ema=ema)
     if tasks is not None:
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         found = {str(run): _task_scores(load(run), tasks, options) for run in runs}

@@ -9,7 +9,7 @@ import typer
 from ..registry import SeqmixError, nearest
 from ..training import export_run
 from .console import note
-from .options import Checkpoint, Run, checkpoint_choice
+from .options import Checkpoint, Ema, Run, checkpoint_choice
 
 FORMATS = ("safetensors", "hf")
 
@@ -26,6 +26,7 @@ def export(
         Path | None, typer.Option(help="Output file (.safetensors), or folder; must not exist.", metavar="FILE|DIR")
     ] = None,
     checkpoint: Checkpoint = "newest",
+    ema: Ema = False,
 ) -> None:
     """Export a trained model to one safetensors file with its configuration, or for Hugging Face.
 
@@ -42,12 +43,12 @@ def export(
         raise SeqmixError("export needs one output: --out FILE, or --to hf DIR")
     choice = checkpoint_choice(checkpoint)
     if to == "safetensors":
-        step = export_run(run, target, choice=choice, tell=note)
+        step = export_run(run, target, choice=choice, tell=note, ema=ema)
         typer.echo(f"{target} has the weights of step {step}")
         return
     if find_spec("transformers") is None:
         raise SeqmixError("--to hf needs transformers: pip install 'seqmix[hf]'")
     from ..hf.export import export_hf
 
-    export_hf(run, target, choice=choice, tell=note)
+    export_hf(run, target, choice=choice, tell=note, ema=ema)
     typer.echo(f"{target} has the model: import seqmix.hf, and AutoModelForCausalLM.from_pretrained loads it")

@@ -22,6 +22,7 @@ Run = Annotated[Path, typer.Argument(help="A run directory, written by `seqmix t
 Checkpoint = Annotated[
     str, typer.Option(help="Checkpoint: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
+Ema = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, of a run with training.ema.")]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 

@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LINES = 10.0
 """At least, without a terminal."""
 
 
-def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> bool:
+def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, device: str | None = None) -> bool:
     """Train with progress. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
 
     Returns:
@@ -38,7 +38,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False) -> 
     source, done, early = None, 0, False
     try:
         with StopRequest() as stop:
-            for event in train(config, run, resume=resume, stop=stop.made):
+            for event in train(config, run, resume=resume, stop=stop.made, device=device):
                 done = event.step
                 match event:
                     case Started():

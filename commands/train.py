@@ -8,7 +8,7 @@ import typer
 from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.memory import keep_freed_memory
-from .options import Overrides
+from .options import Overrides, require_device
 from .progress import run_with_progress
 from .show import print_cost
 
@@ -21,6 +21,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME by default.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Resume a stopped run exactly where it stopped.", metavar="RUN")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
@@ -56,6 +59,8 @@ def train(
         loaded.data.require_files(loaded.model.vocab_size)
         print_cost(loaded)
         return
+    if device is not None:
+        require_device(device)
     keep_freed_memory()
-    if not run_with_progress(loaded, run, resume=resume is not None):
+    if not run_with_progress(loaded, run, resume=resume is not None, device=device):
         raise typer.Exit(130)  # the shell's status of an interrupted command: `train && generate` must stop

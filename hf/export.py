@@ -10,7 +10,14 @@ from .modeling import SeqmixForCausalLM
 from .tokenizer import hf_tokenizer
 
 
-def export_hf(run: str | Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warn) -> None:
+def export_hf(
+    run: str | Path,
+    out: Path,
+    *,
+    choice: Choice = "newest",
+    tell: Callable[[str], object] = warn,
+    ema: bool = False,
+) -> None:
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
 
     Args:
@@ -18,13 +25,14 @@ def export_hf(run: str | Path, out: Path, *, choice: Choice = "newest", tell: Ca
         out: the folder, new or empty.
         choice: which checkpoint, as in `load_run`.
         tell: as in `load_run`.
+        ema: as in `load_run`.
 
     Raises:
         SeqmixError: it is not a run, or the folder holds something or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder: give the name of a new one")
-    model = load_run(run, choice=choice, tell=tell)
+    model = load_run(run, choice=choice, tell=tell, ema=ema)
     files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
         for part in files:

@@ -2,13 +2,13 @@
 
 import math
 from collections import ChainMap
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..registry import import_object
+from ..registry import SeqmixError, import_object
 from .config import TrainingConfig
 
 
@@ -42,12 +42,15 @@ class Together:
 AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     """The optimizer of a model, every parameter in one group; weight decay applies to matrices, not to vectors.
 
     `muon` updates the weights of the blocks' linear layers with Muon, and everything else (embedding, output
     projection, vectors, convolutions) with AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)),
     Liu et al. 2025, "Muon is scalable for LLM training"), so that both share one learning rate and one weight decay.
+
+    Raises:
+        SeqmixError: an optimizer given by path cannot be imported, or refuses its arguments.
     """
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
     matrices = dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear))  # deduplicated
@@ -56,9 +59,14 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    if ":" in config.optimizer:
+        make = import_object(config.optimizer, "the optimizer")
+        try:
+            return make(groups, lr=config.learning_rate, **config.optimizer_options)
+        except (TypeError, ValueError) as error:
+            raise SeqmixError(f"training.optimizer: {config.optimizer} refuses its arguments: {error}") from error
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     # as the first step would initialize it: a checkpoint has it for every parameter, with or without a gradient
     for parameter in rest:
         adamw.state[parameter] = {
@@ -78,6 +86,21 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     for matrix in matrices:
         muon.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
     return Together(adamw, muon)
+
+
+@torch.no_grad()
+def start_moments(parameters: Sequence[nn.Parameter], optimizer: AnyOptimizer) -> None:
+    """Give these parameters the optimizer state of a first step, which is undone: a checkpoint is loaded into it."""
+    if all(optimizer.state.get(parameter) for parameter in parameters):
+        return
+    before = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.enable_grad():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(value)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

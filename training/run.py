@@ -35,7 +35,12 @@ from .trainer import StepResult, Trainer, precision_of
 
 
 def train(
-    config: RunConfig, run: str | Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    device: torch.device | str | None = None,
 ) -> Iterator[Event]:
     """Train a model: a generator of events, which trains as it is iterated.
 
@@ -44,6 +49,7 @@ def train(
         run: the run directory; created, and refused if it is not empty, unless resumed.
         resume: whether to continue from its newest intact checkpoint (from the start, if there is none).
         stop: called after every step; true writes a checkpoint and ends the run.
+        device: where it trains; None for a GPU if there is one. Several processes choose theirs by rank.
 
     Raises:
         SeqmixError: the directory, the data or a checkpoint cannot be used, the model cannot be built, the loss is NaN
@@ -55,7 +61,7 @@ def train(
             with groups.raise_together():
                 if groups.is_main:
                     lock.enter_context(held(run))
-        source, model, found = _open(config, run, resume, groups)
+        source, model, found = _open(config, run, resume, groups, device)
         shard(model, groups)
         course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
         device, precision = model.device, course.trainer.precision
@@ -111,6 +117,8 @@ class Course:
             trainer.state = map_state(lambda leaf: leaf[first : first + trainer.rows].clone(), state)
         if found.manifest.data_state is not None:
             trainer.source.load_state_dict(found.manifest.data_state)
+        if trainer.ema is not None:
+            train_state.load_ema(found.folder, trainer.model, trainer.ema)
         self.best = found.manifest.best
         return _differences(found.manifest, trainer.source, changed, self.groups)
 
@@ -167,7 +175,7 @@ class Course:
         )
         reshard(trainer.model)
         state = None if trainer.state is None else map_state(groups.gather_rows, trainer.state)
-        parts = train_state.gather(trainer.model, trainer.optimizer, state)
+        parts = train_state.gather(trainer.model, trainer.optimizer, state, trainer.ema)
         with groups.raise_together():
             self.writer.wait()
         if groups.is_main:
@@ -232,11 +240,13 @@ class Course:
 
 
 def _open(
-    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups
+    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, given: torch.device | str | None
 ) -> tuple[Source, LanguageModel, Found | None]:
     """The data, the unsharded model, and the checkpoint to resume from; nothing is written."""
-    device, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+    device, found = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu")), None
     with groups.raise_together():
+        if given is not None and groups.size > 1:
+            raise TrainingError("several processes choose their devices by rank: leave out the device")
         if not resume and groups.is_main:
             require_free(run)
         settings, shares = config.training, groups.dp_size

@@ -38,6 +38,7 @@ def load_run(
     device: torch.device | str = "cpu",
     choice: Choice = "newest",
     tell: Callable[[str], object] = warnings.warn,
+    ema: bool = False,
 ) -> LanguageModel:
     """The trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
 
@@ -47,15 +48,18 @@ def load_run(
         choice: which checkpoint: the newest, the best, or that of a step. If its parameters are damaged, the previous
             one is loaded.
         tell: called with a sentence for each checkpoint that was skipped.
+        ema: whether its weights are the moving average of training.ema.
 
     Raises:
         SeqmixError: it is neither a run nor such a file, or is missing, damaged or of another model, or its tokenizer
-            cannot be read.
+            cannot be read; or it has no moving average.
     """
     run = Path(run)
+    if run.is_file() and ema:
+        raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
     if run.is_file():
         return _load_file(run, device)
-    model, _ = _load_checkpoint(run, read_config(run), device, choice, tell)
+    model, _ = _load_checkpoint(run, read_config(run), device, choice, tell, ema)
     return model.eval()
 
 
@@ -79,7 +83,12 @@ def read_weights(
 
 
 def export_run(
-    run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
+    run: Path,
+    out: Path,
+    *,
+    choice: Choice = "newest",
+    tell: Callable[[str], object] = warnings.warn,
+    ema: bool = False,
 ) -> int:
     """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 
@@ -88,6 +97,7 @@ def export_run(
         out: the file, which must not exist.
         choice: which checkpoint, as in `load_run`.
         tell: as in `load_run`.
+        ema: as in `load_run`.
 
     Returns:
         The step of the checkpoint.
@@ -98,7 +108,7 @@ def export_run(
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
     config = read_config(run)
-    model, step = _load_checkpoint(run, config, "cpu", choice, tell)
+    model, step = _load_checkpoint(run, config, "cpu", choice, tell, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
     if model.tokenizer is not None and model.tokenizer.vocabulary is not None:
         metadata[EXPORTED_TOKENIZER] = model.tokenizer.vocabulary.decode()
@@ -110,21 +120,24 @@ def export_run(
     return step
 
 
-def _found(run: Path, choice: Choice, tell: Callable[[str], object]) -> checkpoint.Found:
+def _found(run: Path, choice: Choice, tell: Callable[[str], object], part: str = train_state.MODEL) -> checkpoint.Found:
     # damaged moments do not matter: only the parameters are needed
-    found = checkpoint.find(run, choice, parts=(train_state.MODEL,))
+    found = checkpoint.find(run, choice, parts=(part,))
     for note in found.notes:
         tell(note)
     return found
 
 
 def _load_checkpoint(
-    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object]
+    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object], ema: bool
 ) -> tuple[LanguageModel, int]:
-    found = _found(run, choice, tell)
+    if ema and config.training.ema is None:
+        raise CheckpointError(f"{run} has no moving average of its weights: it was trained without training.ema")
+    part = train_state.EMA if ema else train_state.MODEL
+    found = _found(run, choice, tell, part)
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
-    train_state.load_model(found.folder, model)
+    train_state.load_model(found.folder, model, part)
     return model, found.manifest.step
 
 

@@ -12,18 +12,23 @@ from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
 from .checkpoint import CheckpointError, file_of, read_tensors
-from .optim import AnyOptimizer
+from .ema import Ema
+from .optim import AnyOptimizer, start_moments
 from .sharding import assign
 
-MODEL, OPTIMIZER, STATE = "model", "optimizer", "state"
+MODEL, OPTIMIZER, STATE, EMA = "model", "optimizer", "state", "ema"
 """The parts of a checkpoint."""
 
 
-def gather(model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | None) -> dict[str, dict[str, Tensor]]:
+def gather(
+    model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | None, ema: Ema | None = None
+) -> dict[str, dict[str, Tensor]]:
     """The tensors of a run by part and name; not copies."""
     parts = {MODEL: parameters_of(model), OPTIMIZER: moments_of(model, optimizer)}
     if state is not None:
         parts[STATE] = to_dict(state)
+    if ema is not None:
+        parts[EMA] = parameters_of(model) | ema.parameters
     return parts
 
 
@@ -37,9 +42,10 @@ def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
 def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tensor]:
     """The optimizer state by name, such as "exp_avg.blocks.0.mixer.out_proj.weight"."""
     return {
-        f"{key}.{name}": value
+        f"{key}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor | int | float)
     }
 
 
@@ -48,13 +54,18 @@ def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
     return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
 
 
-def load_model(folder: Path, model: LanguageModel) -> list[str]:
+def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[str]:
     """Load a checkpoint's parameters into a model; CheckpointError: they are missing, damaged, or another model's.
+
+    Args:
+        folder: the checkpoint.
+        model: the model.
+        part: `EMA` loads their moving average.
 
     Returns:
         One phrase per implementation field (`chunk_size`, ...) that differs from training, which changes rounding.
     """
-    file = folder / file_of(MODEL)
+    file = folder / file_of(part)
     found, metadata = read_tensors(file)
     changed = _require_same_model(file, metadata, model.config)
     fill(file, found, parameters_of(model))
@@ -64,7 +75,24 @@ def load_model(folder: Path, model: LanguageModel) -> list[str]:
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
     """Load a checkpoint's optimizer state; CheckpointError: it is missing, damaged, or another model's."""
     file = folder / file_of(OPTIMIZER)
-    fill(file, read_tensors(file)[0], moments_of(model, optimizer))
+    found = read_tensors(file)[0]
+    saved = [p for name, p in model.named_parameters() if any(key.endswith(f".{name}") for key in found)]
+    start_moments(saved, optimizer)
+    moments = moments_of(model, optimizer)
+    fill(file, found, moments)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        numbers = {key: value for key, value in state.items() if isinstance(value, int | float)}
+        state |= {key: type(value)(moments[f"{key}.{name}"].item()) for key, value in numbers.items()}
+
+
+def load_ema(folder: Path, model: LanguageModel, ema: Ema) -> None:
+    """Load a checkpoint's moving average of the parameters, or begin one with them where it has none."""
+    file = folder / file_of(EMA)
+    if file.exists():
+        fill(file, read_tensors(file)[0], parameters_of(model) | ema.parameters)
+    else:
+        ema.parameters = Ema(model, ema.decay).parameters
 
 
 def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelState:

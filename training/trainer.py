@@ -19,6 +19,7 @@ from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelOutput, ModelState, compile_blocks
 from .config import RunConfig, TrainingConfig
+from .ema import Ema
 from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, first_gradient, first_module
 from .optim import AnyOptimizer, learning_rate
@@ -55,6 +56,8 @@ class Trainer:
         self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
         """The recurrent state after the last step, with training.carry_state: this process's rows."""
+        self.ema = None if config.training.ema is None else Ema(model, config.training.ema)
+        """The moving average of the parameters, with training.ema."""
         model.activation_checkpointing = config.training.activation_checkpointing
         if config.training.compile:
             compile_blocks(model)
@@ -86,6 +89,8 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step)
         self.state = concatenate(states) if states else None
         return StepResult(loss, norm.item(), rate, self._balance())
 

@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from runs import metrics, refusal, require_same_run, run_of, stopped
 
 from seqmix import build_model
 from seqmix.training import TrainingConfig
+from seqmix.training.events import Stepped
 from seqmix.training.optim import build_optimizer, learning_rate
 
 LEARNABLE = "model.blocks.ret.mixer.learnable_decay=true"
@@ -130,3 +132,59 @@ def test_warm_up_stable_decay(ratio):
     assert values[99] == pytest.approx(0.5 * (1 - (1 - ratio) * 19 / 20))
     # longer training leaves the steps before the decay as they were
     assert values[:81] == rates(**fields, steps=200)[:81]
+
+
+OWN = """
+import torch
+
+
+def half(step, settings):
+    return 0.5 if step < settings.steps // 2 else 0.25
+
+
+class Sign(torch.optim.Optimizer):
+    def __init__(self, groups, lr, momentum):
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                mean = state.setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - group["momentum"])
+                state["count"] = state.get("count", 0) + 1
+                parameter -= group["lr"] / state["count"] * (mean.sign() + group["weight_decay"] * parameter)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_optimizer.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["training.optimizer=own_optimizer:Sign", "training.optimizer_options={momentum: 0.5}"],
+        ["training.optimizer=torch.optim:SGD", "training.optimizer_options={momentum: 0.9, nesterov: true}"],
+    ],
+    ids=["own", "torch"],
+)
+def test_an_optimizer_and_a_schedule_given_by_path_resume(config_of, tmp_path, optimizer):
+    config = config_of("training.schedule=own_optimizer:half", "training.checkpoint_every=6", *optimizer)
+    run_of(config, tmp_path / "whole")
+    stopped(config, tmp_path / "run", 2, Stepped)
+    run_of(config, tmp_path / "run", resume=True)
+    require_same_run(tmp_path / "run", tmp_path / "whole")
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert rates == [config.training.learning_rate * factor for factor in (0.5, 0.5, 0.5, 0.25, 0.25, 0.25)]
+
+
+@pytest.mark.usefixtures("own")
+def test_an_optimizer_that_cannot_be_made_is_refused(config_of):
+    model = build_model(config_of().model)
+    for name, reason in (("own_optimizer:Sing", 'did you mean "Sign"'), ("own_optimizer:Sign", "momentum")):
+        assert reason in refusal(lambda name=name: build_optimizer(model, settings(optimizer=name)))

@@ -1,0 +1,79 @@
+"""Averages of weights: the moving average of a run, and the mean of its last checkpoints."""
+
+import json
+from pathlib import Path
+
+import torch
+from runs import refusal, require_same_run, run_of, stopped
+from safetensors.torch import load_file
+
+from seqmix import load_run
+from seqmix.training import export_run
+from seqmix.training.averaging import average_run
+from seqmix.training.events import Stepped
+
+EMA = ("training.ema=0.4", "training.checkpoint_every=1", "training.keep_checkpoints=9")
+
+
+def weights(run: Path, step: int, part: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:06d}/{part}.safetensors")
+
+
+def test_the_moving_average_follows_the_parameters(config_of, tmp_path):
+    config = config_of(*EMA)
+    run = tmp_path / "run"
+    run_of(config, run)
+    for step in range(1, 6):
+        decay = min(0.4, (1 + step) / (10 + step))
+        before, now, found = weights(run, step, "ema"), weights(run, step + 1), weights(run, step + 1, "ema")
+        assert found.keys() == now.keys()
+        for name in now:
+            torch.testing.assert_close(found[name], before[name].lerp(now[name], 1 - decay))
+    loaded = dict(load_run(run, ema=True).named_parameters())
+    assert all(torch.equal(loaded[name], value) for name, value in weights(run, 6, "ema").items() if name in loaded)
+    assert not all(torch.equal(loaded[name], value) for name, value in weights(run, 6).items() if name in loaded)
+    # a resumed run goes on with it
+    stopped(config, tmp_path / "other", 3, Stepped)
+    run_of(config, tmp_path / "other", resume=True)
+    require_same_run(tmp_path / "other", run)
+    # and what is exported with it is it
+    export_run(run, tmp_path / "ema.safetensors", ema=True)
+    exported = dict(load_run(tmp_path / "ema.safetensors").named_parameters())
+    assert all(torch.equal(exported[name], value) for name, value in loaded.items())
+
+
+def test_commands_take_the_moving_average(config_of, tmp_path, seqmix):
+    run_of(config_of("training.ema=0.4", "training.steps=2"), tmp_path / "run")
+    run_of(config_of("training.steps=2"), tmp_path / "plain")
+    losses = []
+    for options in ((), ("--ema",)):
+        length = ("--length", "16", "--tokens", "64", "--json", "found.json")
+        assert seqmix("evaluate", tmp_path / "run", *length, *options).status == 0
+        losses.append(json.loads(Path("found.json").read_text())["lengths"][0]["losses"]["chunkwise"])
+    assert losses[0] != losses[1]
+    assert seqmix("generate", tmp_path / "run", "--prompt", "a", "--max-new-tokens", "2", "--ema").status == 0
+    assert "without training.ema" in refusal(lambda: load_run(tmp_path / "plain", ema=True))
+
+
+def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
+    run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=3"), tmp_path / "run")
+    done = seqmix("average", tmp_path / "run", "--checkpoints", "3", "--to", tmp_path / "mean")
+    assert "steps 4, 5, 6" in done.out
+    model = dict(load_run(tmp_path / "mean").named_parameters())
+    parts = [weights(tmp_path / "run", step) for step in (4, 5, 6)]
+    for name, value in model.items():
+        torch.testing.assert_close(value, sum(part[name].double() for part in parts).div(3).float(), rtol=0, atol=1e-8)
+    assert seqmix("evaluate", tmp_path / "mean", "--length", "16", "--tokens", "64").status == 0
+    for out, count, reason in (("more", 9, "training.keep_checkpoints"), ("mean", 2, "choose another")):
+        assert reason in refusal(
+            lambda out=out, count=count: average_run(tmp_path / "run", tmp_path / out, checkpoints=count)
+        )
+
+
+def test_the_device_of_training_is_chosen(config_of, tmp_path, seqmix):
+    config = config_of("training.steps=2")
+    (started, *_) = run_of(config, tmp_path / "run", device="cpu")
+    assert started.device == torch.device("cpu")
+    done = seqmix("train", tmp_path / "run" / "config.yaml", "--out", tmp_path / "other", "--device", "cuda:77")
+    assert done.status == 2
+    assert "'cuda:77' cannot be used" in done.err

@@ -1,0 +1,50 @@
+"""Averages of checkpoints: the mean of the weights of a run's last checkpoints, as a run directory."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, train_state
+from .checkpoint import Best, CheckpointError, Manifest
+from .run_dir import claim, require_free
+from .saved_run import read_config
+
+
+def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
+    """Write the mean of the weights of a run's last checkpoints (Izmailov et al. 2018, arXiv 1803.05407).
+
+    Args:
+        run: the run directory.
+        out: the new run directory, which evaluates, generates and exports as any other, and cannot be resumed.
+        checkpoints: how many, at least 2.
+
+    Returns:
+        Their steps.
+
+    Raises:
+        SeqmixError: it is not a run, has fewer checkpoints, one is damaged, or the directory cannot be written.
+    """
+    config, found = read_config(run), checkpoint.checkpoints(run)
+    if not 2 <= checkpoints <= len(found):
+        raise CheckpointError(
+            f"{run} has {len(found)} checkpoints, and --checkpoints is {checkpoints}: at least 2, and "
+            "training.keep_checkpoints says how many a run keeps"
+        )
+    require_free(out)
+    steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in found[-checkpoints:]]
+    files = [checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL)) for folder in found[-checkpoints:]]
+    last, metadata = files[-1]
+    means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
+    claim(out, config, f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n")
+    if (tokenizer := config.data.tokenizer_of(run)) is not None:
+        tokenizer.save(out)
+    checkpoint.write(out, Manifest(step=steps[-1], metrics={}, best=Best()), {train_state.MODEL: means}, metadata)
+    return steps
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """The mean; of whole numbers, the last."""
+    if not values[-1].is_floating_point():
+        return values[-1]
+    return torch.stack(values).double().mean(0).to(values[-1].dtype)
