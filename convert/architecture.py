@@ -98,8 +98,7 @@ class Architecture:
                 table |= tables[kind]
                 written[name].append(kind)
             if ours["mixer.kind"] != table.ours["mixer.kind"]:
-                known = {t.ours["mixer.kind"] for t in self._tables() if "mixer.kind" in t.ours}
-                kinds = f"layers of {' and '.join(sorted(known))}"
+                kinds = f"layers of {' and '.join(self.mixers)}"
                 raise SeqmixError(f"{self.name} has {kinds}, and model.blocks.{label}.mixer is {ours['mixer.kind']}")
             try:
                 written |= table.write(ours)
@@ -144,6 +143,11 @@ class Architecture:
         if len(found) != n_layers:
             raise SeqmixError(f"{where} has {n_layers} layers, and {name} has {len(found)} entries")
         return found
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixers that its layers have here."""
+        return sorted({table.ours["mixer.kind"] for table in self._tables() if "mixer.kind" in table.ours})
 
     def _tables(self) -> Iterator[Table]:
         yield self.common

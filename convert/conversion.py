@@ -23,6 +23,14 @@ ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED
 """All that is known, by name; of two with one model_type, the one with a marker comes first."""
 
 
+REFUSED = {
+    "rwkv": "its channel mixing reads the token before, and feed-forward networks here read one token",
+    "rwkv7": "its later layers take a part of the first one's values, and its channel mixing reads the token before",
+    "recurrent_gemma": "its embeddings are scaled, its logits capped, and its networks have biases",
+}
+"""Architectures whose mixers are here, but not what is around them."""
+
+
 def architecture_of(name: str) -> Architecture:
     """The architecture of this name.
 
@@ -43,6 +51,8 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
         if architecture.recognises(config):
             return architecture
     kind = str(config.get("model_type", "no model_type"))
+    if kind in REFUSED:
+        raise SeqmixError(f"{where} is of {kind}, which no model here can be: {REFUSED[kind]}")
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
     raise SeqmixError(
         f"{where} is of an unknown architecture, {kind}; known: {', '.join(ARCHITECTURES)}{nearest(kind, known)}"

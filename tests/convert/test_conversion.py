@@ -56,6 +56,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
     ("fields", "words"),
     [
         ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
+        ({"model_type": "rwkv7"}, "is of rwkv7, which no model here can be: its later layers"),
         ({"attention_bias": True}, "attention_bias = true; what has a counterpart here is false"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters = .*linear.*without scaling"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; what has a counterpart here is 'silu'"),

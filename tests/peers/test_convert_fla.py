@@ -153,13 +153,11 @@ def mamba2_logits(config, tensors, tokens):
     return model(tokens).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+def measured(case, dtype, folder):
+    """What `compare` finds, and their configuration."""
     config, tensors = model_of(case)
-    (tmp_path / "theirs").mkdir()
-    save_file(tensors, tmp_path / "theirs/model.safetensors")
-    config.save_pretrained(tmp_path / "theirs")
+    config.save_pretrained(folder / "theirs")
+    save_file(tensors, folder / "theirs/model.safetensors")
 
     @torch.no_grad()
     def reference(tokens):
@@ -167,8 +165,13 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
         with computing_in(dtype):
             return (mamba2_logits if config.model_type == "mamba2" else logits)(config, wide, tokens)
 
-    result = compare(tmp_path / "theirs", tmp_path, case.partition(",")[0], reference, dtype)
-    print(case, dtype, result)
+    return compare(folder / "theirs", folder, case.partition(",")[0], reference, dtype), config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+    result, config = measured(case, dtype, tmp_path)
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else 1e-9)
     assert result.changed == []
     back = json.loads((tmp_path / "back/config.json").read_text())

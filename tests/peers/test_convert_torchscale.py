@@ -25,19 +25,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
-    torchscale, (fields, bound) = torchscale_classes(), CASES[case]
+def measured(case, dtype, folder):
+    """What `compare` finds, and their arguments."""
+    torchscale, (fields, _) = torchscale_classes(), CASES[case]
     args = torchscale.Config(**ARGS | fields)
 
     def decoder():
         return torchscale.Decoder(args, torch.nn.Embedding(VOCAB, args.decoder_embed_dim))
 
     theirs = moved(decoder())
-    (tmp_path / "theirs").mkdir()
-    save_file(theirs.state_dict(), tmp_path / "theirs/model.safetensors")
-    (tmp_path / "theirs/args.json").write_text(json.dumps(vars(args)))
+    (folder / "theirs").mkdir()
+    save_file(theirs.state_dict(), folder / "theirs/model.safetensors")
+    (folder / "theirs/args.json").write_text(json.dumps(vars(args)))
 
     @torch.no_grad()
     def reference(tokens):
@@ -48,9 +47,14 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
             )
             return wide(tokens)[0]
 
-    result = compare(tmp_path / "theirs", tmp_path, "torchscale-retnet", reference, dtype)
-    print(case, dtype, result)
+    return compare(folder / "theirs", folder, "torchscale-retnet", reference, dtype), vars(args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+    (result, args), (_, bound) = measured(case, dtype, tmp_path), CASES[case]
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else bound)
     assert result.changed == []
     back = json.loads((tmp_path / "back/config.json").read_text())
-    assert back == {name: vars(args)[name] for name in back}
+    assert back == {name: args[name] for name in back}

@@ -33,7 +33,7 @@ LATENT = {
 LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 10, "linear_value_head_dim": 5}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MODELS = {
+CASES = {
     "qwen3-next": (
         "Qwen3Next",
         HEADS
@@ -72,7 +72,7 @@ MODELS = {
 
 def model_of(case, dtype):
     """Their model, moved; of float64 all that they compute in float32 whatever the dtype is float64 too."""
-    kind, fields = MODELS[case]
+    kind, fields = CASES[case]
     config = getattr(transformers, f"{kind}Config")(**COMMON | fields)
     torch.manual_seed(0)
     with computing_in(dtype):
@@ -93,25 +93,29 @@ def without_kernels(model):
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", MODELS)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+def measured(case, dtype, folder):
+    """What `compare` finds, and their configuration."""
     theirs = model_of(case, dtype)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(folder / "theirs")
 
     @torch.no_grad()
     def reference(tokens):
         with computing_in(dtype), without_kernels(theirs):
             return theirs(tokens, use_cache=False).logits
 
-    result = compare(tmp_path / "theirs", tmp_path, case.partition(",")[0], reference, dtype)
-    print(case, dtype, result)
+    return compare(folder / "theirs", folder, case.partition(",")[0], reference, dtype), theirs.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+    result, config = measured(case, dtype, tmp_path)
     # the slopes of MiniMax divide by L - 1 + 1e-5 there
     exact = 5e-5 if case == "minimax" else 1e-9
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else exact)
     # its buffers are of float32 in any file of its own
     assert [name for name in result.changed if dtype == torch.float32 or not name.endswith(("decay", "rate"))] == []
-    again, wanted = type(theirs.config).from_pretrained(tmp_path / "back").to_dict(), theirs.config.to_dict()
+    again, wanted = type(config).from_pretrained(tmp_path / "back").to_dict(), config.to_dict()
     assert function_of({name: again[name] for name in wanted}) == function_of(wanted)
 
 
