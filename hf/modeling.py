@@ -140,7 +140,7 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
 
     @classmethod
     def wrap(cls, model: LanguageModel) -> Self:
-        """A model of ours as one of transformers; they share the parameters."""
+        """Our model as one of transformers; they share the parameters."""
         wrapped = cls(SeqmixConfig(model.config), model)
         if (tokenizer := model.tokenizer) is not None and tokenizer.begin < model.config.vocab_size:
             # it opens documents, and so ends them; if it were not the end, `generate` would take it for padding

@@ -15,7 +15,7 @@ BEGIN = "<|begin|>"
 
 
 def hf_tokenizer(tokenizer: OurTokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer of Hugging Face with the tokens of one of ours; it pads on the left, as generation needs.
+    """Our tokenizer as one of Hugging Face, with the same tokens; it pads on the left, as generation needs.
 
     Raises:
         SeqmixError: the numbers of the vocabulary have a gap that Hugging Face would fill.
