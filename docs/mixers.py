@@ -139,7 +139,9 @@ def state_elements(config: MixerConfig, d_model: int, tokens: int) -> float:
     """What the formula of a mixer's state gives: the floating-point numbers of one layer and sequence."""
     mathematics = MATHEMATICS[config.kind]
     fields = {**config.model_dump(), "d_model": d_model, "inf": math.inf}
-    letters = {letter: eval(value, {}, fields) for letter, value in mathematics["where"].items()}
+    parts: list[MixerConfig] = getattr(config, "mixers", [])
+    functions = {"part": lambda number: state_elements(parts[number], d_model, tokens)}
+    letters = {letter: eval(value, functions, fields) for letter, value in mathematics["where"].items()}
     return eval(mathematics["state"], {"min": min}, {**letters, "T": tokens})
 
 

@@ -8,6 +8,7 @@
 
 Gated DeltaNet with a decay per key dimension. The maps of decays and output gate have the rank of a head's width. As in
 the released models the gate has no bias unless asked for; the factor 1/sqrt(K) is hidden by the norm but for its eps.
+With decay_lower_bound c, as in GLM, alpha_t = exp(c sigmoid(e^{A_log} (x_t W_1 W_2 + dt_bias))), and A_log starts at 0.
 """
 
 from typing import Literal
@@ -31,6 +32,8 @@ class KeyDecayConfig(DeltaConfig):
     """Rank of the maps from tokens to decays and to the output gate; null for the width of a head's values."""
     gate_bias: bool = False
     """Whether the output gate has a bias, as in fla's layer."""
+    decay_lower_bound: float | None = Field(default=None, lt=0, ge=-1000, examples=[-5.0])
+    """Log-decays lie between this and 0, by a sigmoid; null for no bound, by softplus."""
 
 
 class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
@@ -51,7 +54,8 @@ class KDA(QKVMixer):
         super().__init__(config, d_model, **more)
         rank, gate = config.gate_rank or self.value_dim, config.gate != "none"
         self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False)
-        self.decay = TimeStepDecay(self.n_heads, rates=(1.0, 16.0), key_dim=self.key_dim)
+        bound, rates = config.decay_lower_bound, (1.0, 16.0 if config.decay_lower_bound is None else 1.0)
+        self.decay = TimeStepDecay(self.n_heads, rates, key_dim=self.key_dim, lower_bound=bound)
         values, bias = self.n_heads * self.value_dim, config.gate_bias
         self.gate_proj = LowRank(d_model, rank, values, bias=bias) if gate else None
 

@@ -111,7 +111,10 @@ def decays(mixer, x, projected):
     if config.kind in ("kda", "gated_delta_net2"):
         low = mixer.decay_proj
         logits = (x @ low.down.weight.T @ low.up.weight.T).unflatten(-1, (config.n_heads, -1))
-        return (-mixer.decay.A_log.exp()[:, None] * torch.log1p((logits + mixer.decay.dt_bias).exp())).exp()
+        rate, logits = mixer.decay.A_log.exp()[:, None], logits + mixer.decay.dt_bias
+        if config.decay_lower_bound is not None:
+            return (config.decay_lower_bound / (1 + (-rate * logits).exp())).exp()
+        return (-rate * torch.log1p(logits.exp())).exp()
     if config.kind == "mlstm":
         return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
     if config.kind == "gated_delta_net" or getattr(config, "forget_gate", False):

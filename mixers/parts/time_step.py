@@ -70,6 +70,7 @@ class TimeStepDecay(nn.Module):
         steps: softplus(b) at the start lies between these two, evenly in its logarithm.
         limit: step sizes are clamped to these two (None: no highest); None for no limits.
         key_dim: key dimensions of a head, each with a step size and a bias; None for one of a head.
+        lower_bound: log-decays are it times sigmoid(e^{A_log} (x + b)), instead of -e^{A_log} dt; None for no bound.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class TimeStepDecay(nn.Module):
         steps: tuple[float, float] = (1e-3, 0.1),
         limit: tuple[float, float | None] | None = None,
         key_dim: int | None = None,
+        lower_bound: float | None = None,
     ) -> None:
         super().__init__()
-        self.rates, self.steps, self.limit = rates, steps, limit
+        self.rates, self.steps, self.limit, self.lower_bound = rates, steps, limit, lower_bound
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.dt_bias = nn.Parameter(torch.empty(n_heads) if key_dim is None else torch.empty(n_heads, key_dim))
         self.reset_parameters()
@@ -100,8 +102,10 @@ class TimeStepDecay(nn.Module):
         float32 or float64: 16 bits cannot tell 0.999 from 1.
         """
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        logits = dt.to(wide) + self.dt_bias.to(wide)
+        step = F.softplus(logits)
         if self.limit is not None:
             step = step.clamp(*self.limit)
         rate = self.A_log.to(wide).exp()
-        return step, -step * (rate if self.dt_bias.ndim == 1 else rate[:, None])
+        rate = rate if self.dt_bias.ndim == 1 else rate[:, None]
+        return step, -step * rate if self.lower_bound is None else self.lower_bound * (rate * logits).sigmoid()

@@ -67,9 +67,13 @@ OWN = {
         {"n_heads": 4, "n_qk_heads": 2, "gate_bias": True},
         {"allow_neg_eigval": True, "gate_rank": 2},
         {"expand_k": 0.75, "expand_v": 1.5, "gate": "swish"},
+        {"decay_lower_bound": -2.0},
     ],
     "delta_product": [{"n_steps": 3, "forget_gate": False}, {"allow_neg_eigval": False, **WIDTHS}, {"n_steps": 1}],
-    "gated_delta_net2": [{"allow_neg_eigval": True, "gate_rank": 2}, {"expand_k": 0.75, "expand_v": 1.5}],
+    "gated_delta_net2": [
+        {"allow_neg_eigval": True, "gate_rank": 2},
+        {"decay_lower_bound": -5.0, "expand_k": 0.75, "expand_v": 1.5},
+    ],
 }
 REFUSED = {
     *(("hgrn2", name) for name in ("qk_norm", "rotation", "rotation_base")),

@@ -4,6 +4,7 @@ flash-linear-attention's recurrences, which stand between our projections and a 
 
 from importlib.util import find_spec
 from inspect import unwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,21 @@ def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
         y = function(leaf)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
     agree(*results)
+
+
+@needs_transformers
+def test_bounded_decays_are_those_of_glm():
+    glm = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    torch.manual_seed(0)
+    sizes = SimpleNamespace(linear_head_dim=16, linear_num_heads=2, hidden_size=32, linear_lower_bound=-5.0)
+    theirs, x = glm.Glm5NextTextForgetGate(sizes), torch.randn(2, 7, 32)
+    ours = KDAConfig(n_heads=2, decay_lower_bound=-5.0).build(32, layer_idx=0, n_layers=1)
+    assert ours.decay.A_log.eq(0).all()
+    torch.nn.init.uniform_(ours.decay.A_log, -2, 1)
+    names = {"f_a_proj.weight": ours.decay_proj.down.weight, "f_b_proj.weight": ours.decay_proj.up.weight}
+    names |= {"A_log": ours.decay.A_log, "dt_bias": ours.decay.dt_bias.flatten()}
+    theirs.load_state_dict({name: x.detach() for name, x in names.items()})
+    torch.testing.assert_close(ours.log_decay(x), theirs(x))
 
 
 def heads(x):
