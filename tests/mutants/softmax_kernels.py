@@ -116,7 +116,7 @@ def in_dtype(x, dtype):
 
 @kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def forgets_by_the_key_itself(x):
-    """A forget gate also weighs the key of its own token, which no query has forgotten yet."""
+    """A forget gate also weighs the key of its own token, to which no gate applies yet."""
     gates = x.log_forget
     if gates is None or x.cache is not None or x.documents is not None:
         return softmax_parallel(x)
