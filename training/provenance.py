@@ -8,12 +8,17 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import import_module
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..registry import Config
 from .config import RunConfig
 from .process_groups import ALONE, ProcessGroups
 
@@ -47,8 +52,58 @@ def record_session(
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
+    if plug_ins := plug_ins_of(config):
+        session["plug_ins"] = plug_ins
     with (run / SESSIONS_FILE).open("a") as file:
         file.write(json.dumps(session) + "\n")
+
+
+def plug_ins_of(config: RunConfig) -> dict[str, str]:
+    """The top-level modules outside the library that a configuration uses: each one's distribution and version, as
+    pip names them (name==version), or its file where none has it.
+    """
+    settings = config.training
+    paths = (name for name in (settings.optimizer, settings.schedule, *settings.loggers) if ":" in name)
+    names = {name.partition(".")[0] for name in (*_modules(config), *(path.partition(":")[0] for path in paths))}
+    names -= {(__package__ or "seqmix").partition(".")[0], "torch"}
+    return {name: _source(name) for name in sorted(names)}
+
+
+def missing_plug_ins(run: Path) -> str:
+    """The end of a sentence about a run that cannot be loaded: what it used that is missing here, or nothing."""
+    try:
+        *_, last = (run / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()
+        used = dict(json.loads(last).get("plug_ins", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ""
+    lacking = [(name, source) for name, source in used.items() if find_spec(name) is None]
+    said = (
+        f"the run used the module {name}: pip install {source}"
+        if "==" in source
+        else f"the run used the module {name}, which was {source}"
+        for name, source in lacking
+    )
+    return "".join(f"; {sentence}" for sentence in said)
+
+
+def _modules(value: Any) -> Iterator[str]:
+    """The modules of all classes of a configuration."""
+    if isinstance(value, Config):
+        yield type(value).__module__
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    for child in children:
+        yield from _modules(child)
+
+
+def _source(module: str) -> str:
+    # what it offers names an editable installation, whose files are elsewhere
+    offered = ((d.name, point.value) for d in metadata.distributions() for point in d.entry_points)
+    installed = [name for name, value in offered if re.match(rf"{module}\b", value)]
+    installed += metadata.packages_distributions().get(module, [])
+    if installed:
+        return f"{installed[0]}=={metadata.version(installed[0])}"
+    return str(getattr(sys.modules.get(module), "__file__", None) or "defined in the program")
 
 
 def seqmix_version() -> str:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
-from ..registry import load
+from ..registry import ConfigError, load
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
+from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
@@ -29,7 +30,10 @@ def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
     if not (run / CONFIG_FILE).is_file():
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
-    return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
+    try:
+        return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{missing_plug_ins(run)}") from error
 
 
 def load_run(

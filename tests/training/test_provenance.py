@@ -1,9 +1,13 @@
 """What a run records of the machine that computed it."""
 
+import json
 import subprocess
+import sys
 
 import pytest
+from runs import refusal, run_of
 
+from seqmix import load_run
 from seqmix.training.provenance import git_commit
 
 
@@ -28,3 +32,35 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
     assert git_commit(tmp_path) == f"{head}+"
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path) is None
+
+
+PLUG_IN = """
+from typing import Literal
+
+from seqmix.mixers.retention import RetentionConfig
+
+
+class OwnConfig(RetentionConfig):
+    kind: Literal["own"] = "own"
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_run_names_the_plug_in_that_is_missing(config_of, tmp_path, monkeypatch, installed):
+    (tmp_path / "own_plug_in.py").write_text(PLUG_IN)
+    if installed:
+        (about := tmp_path / "some_plug_in-1.2.dist-info").mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plug-in\nVersion: 1.2\n")
+        (about / "top_level.txt").write_text("own_plug_in\n")
+    mixer = "model.blocks.ret.mixer={kind: own_plug_in:OwnConfig, n_heads: 2}"
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        run_of(config_of("training.steps=2", mixer), tmp_path / "run")
+        run_of(config_of("training.steps=2"), tmp_path / "plain")
+        load_run(tmp_path / "run")
+    sys.modules.pop("own_plug_in")
+    source = "pip install some-plug-in==1.2" if installed else str(tmp_path / "own_plug_in.py")
+    message = refusal(lambda: load_run(tmp_path / "run"))
+    assert "the run used the module own_plug_in" in message
+    assert message.endswith(source)
+    assert "plug_ins" not in json.loads((tmp_path / "plain" / "sessions.jsonl").read_text())
