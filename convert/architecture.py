@@ -121,17 +121,17 @@ class Architecture:
             SeqmixError: a tensor has no counterpart.
         """
         shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        layout = {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
+        layout: Layout = {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
         if model.config.tie_embeddings:
             del layout["head.weight"], shapes["head.weight"]
-        found = {name: _parts(source, "", shapes[name]) for name, source in layout.items()}
+        found = {name: rule(name, source, shapes[name]) for name, source in layout.items()}
         for i, block in enumerate(model.blocks):
             for name, source in self.block(block).items():
                 ours = f"blocks.{i}.{name}"
-                found[ours] = _parts(source, f"{self.layers}.{i}.", shapes[ours])
+                found[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{i}.")
         if lacking := shapes.keys() - found.keys():
             raise SeqmixError(f"{self.name} has no counterpart of {min(lacking)}")
-        return (Rule(name, shapes[name], parts) for name, parts in found.items())
+        return iter(found.values())
 
     def _types(self, name: str, values: Mapping[str, Any], where: object) -> list[str]:
         """The entries of a field that has one for each layer."""
@@ -155,7 +155,8 @@ class Architecture:
             yield from tables.values()
 
 
-def _parts(source: str | Part | tuple[Part, ...], at: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """The parts of a tensor of this shape, with full names."""
+def rule(name: str, source: str | Part | tuple[Part, ...], shape: tuple[int, ...], at: str = "") -> Rule:
+    """The rule of an entry of a layout, whose names of theirs begin with `at`."""
     parts = (part(source, *shape),) if isinstance(source, str) else (source,) if isinstance(source, Part) else source
-    return tuple(Part(f"{at}{each.name}", each.shape, each.pattern, each.index, each.sizes) for each in parts)
+    full = (Part(f"{at}{each.name}", each.shape, each.pattern, each.index, each.sizes) for each in parts)
+    return Rule(name, shape, tuple(full))

@@ -5,6 +5,11 @@ from itertools import pairwise
 import torch
 from torch.testing import assert_close
 
+from seqmix.convert import ARCHITECTURES
+from seqmix.convert.architecture import rule
+from seqmix.convert.layout import to_ours
+from seqmix.models import build_model
+
 LENGTH, VOCAB = 30, 50
 
 
@@ -13,12 +18,24 @@ def agree(actual, expected):
     assert_close(actual, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
-def state_dict(embedding, norm, head, layers):
-    """Ours, of their parameters: for each layer the parts of a block, by name."""
-    weights = {"embedding.weight": embedding.weight, "norm.weight": norm.weight, "head.weight": head.weight}
-    for i, layer in enumerate(layers):
-        weights |= {f"blocks.{i}.{name}": x for name, x in layer.items()}
-    return weights
+def converted(name, theirs, **fields):
+    """Our model of theirs, in float64; `fields` change how its mixers compute."""
+    architecture = ARCHITECTURES[name]
+    config = architecture.config(theirs.config.to_dict(), name)
+    blocks = {
+        label: block.model_copy(update={"mixer": block.mixer.model_copy(update=fields)})
+        for label, block in config.blocks.items()
+    }
+    model = build_model(config.model_copy(update={"blocks": blocks})).double()
+    model.load_state_dict(to_ours(architecture.rules(model), theirs.state_dict(), name, architecture.unread, {}))
+    return model
+
+
+def mixer_weights(layout, mixer, theirs, at):
+    """Parameters of our mixer, of tensors by name in their layer, as a declaration's layout of `at` has them."""
+    shapes = {f"mixer.{name}": tuple(x.shape) for name, x in mixer.state_dict().items()}
+    given = {f"{at}.{name}": x for name, x in theirs.items()}
+    return {name.removeprefix("mixer."): rule(name, layout[name], shape)(given) for name, shape in shapes.items()}
 
 
 def compare_logits(ours, theirs, cache, paradigm):

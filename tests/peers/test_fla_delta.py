@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla, with_gradients
+from transformer_models import mixer_weights
 
+from seqmix.convert.hybrids import Qwen3Next
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.ops.delta import delta_rule
@@ -138,18 +140,8 @@ def test_the_layer_is_that_of_qwen3_next(paradigm, monkeypatch):
     mixer = GatedDeltaNetConfig(n_heads=2, expand_k=0.75, expand_v=1.5, chunk_size=24).build(
         32, layer_idx=0, n_layers=1
     )
-    # their rows are by head: q, k, v, gate of one, then of the other; and beta and dt
-    big = layer.in_proj_qkvz.weight.unflatten(0, (2, -1)).split([12, 12, 24, 24], dim=1)
-    small = layer.in_proj_ba.weight.unflatten(0, (2, -1)).split([1, 1], dim=1)
-    weights = {
-        "in_proj.weight": torch.cat([x.flatten(0, 1) for x in (*big, *small)]),
-        "convolution.weight": layer.conv1d.weight[:, 0],
-        "decay.A_log": layer.A_log,
-        "decay.dt_bias": layer.dt_bias,
-        "norm.weight": layer.norm.weight,
-        "out_proj.weight": layer.out_proj.weight,
-    }
-    mixer.load_state_dict({name: x.detach() for name, x in weights.items()})
+    ours = mixer_weights(Qwen3Next().delta(mixer), mixer, layer.state_dict(), "linear_attn")
+    mixer.load_state_dict(ours)
     x = torch.randn(2, 70, 32)
     results = []
     for function in (layer, lambda x: mixer(x, paradigm=paradigm)[0]):

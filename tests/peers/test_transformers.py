@@ -7,15 +7,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from einops import rearrange
 from torch.testing import assert_close
-from transformer_models import LENGTH, VOCAB, agree, compare_logits, state_dict
+from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted, mixer_weights
 
+from seqmix.convert.llama import attention
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.parts.rotary import frequencies, rotation
-from seqmix.models.builder import build_model
-from seqmix.models.config import ModelConfig
 
 # not importorskip: it would also skip where transformers is installed and its import fails
 if find_spec("transformers") is None:
@@ -37,15 +35,6 @@ FIELDS = {
 }
 
 
-def mixer_weights(theirs):
-    """They turn pairs (j, j + K/2) of a head's dimensions, and we (2j, 2j + 1)."""
-    q, k = (
-        rearrange(projection.weight, "(h pair k) d -> (h k pair) d", pair=2, k=D_MODEL // N_HEADS // 2)
-        for projection in (theirs.q_proj, theirs.k_proj)
-    )
-    return {"in_proj.weight": torch.cat((q, k, theirs.v_proj.weight)), "out_proj.weight": theirs.o_proj.weight}
-
-
 def layers(n_kv_heads):
     """Their layer as a function of x, and ours with the same weights."""
     torch.manual_seed(0)
@@ -54,7 +43,7 @@ def layers(n_kv_heads):
     torch.nn.init.normal_(theirs.q_proj.weight, std=0.3)
     ours = AttentionConfig(n_heads=N_HEADS, n_kv_heads=n_kv_heads, chunk_size=8)
     ours = ours.build(D_MODEL, layer_idx=0, n_layers=1).double()
-    ours.load_state_dict(mixer_weights(theirs))
+    ours.load_state_dict(mixer_weights(attention(ours), ours, theirs.state_dict(), "self_attn"))
 
     def function(x):
         return theirs(x, rotary(x, torch.arange(x.shape[1])[None]), None)[0]  # without a mask it is causal
@@ -70,21 +59,7 @@ def models(window):
     else:
         theirs = MistralForCausalLM(MistralConfig(**FIELDS, num_key_value_heads=2, sliding_window=window))
     theirs = theirs.double().eval()
-    norm = {"kind": "rmsnorm", "eps": theirs.config.rms_norm_eps}
-    mixer = {"kind": "attention", "n_heads": N_HEADS, "n_kv_heads": 2, "window": window, "chunk_size": 8}
-    ffn = {"kind": "swiglu", "expansion": 64 / D_MODEL}
-    blocks = {"attn": {"mixer": mixer, "ffn": ffn, "norm": norm}}
-    ours = build_model(ModelConfig(d_model=D_MODEL, n_layers=2, vocab_size=VOCAB, blocks=blocks, norm=norm))
-    layers = [
-        {f"mixer.{name}": x for name, x in mixer_weights(block.self_attn).items()}
-        | {"mixer_norm.weight": block.input_layernorm.weight, "ffn_norm.weight": block.post_attention_layernorm.weight}
-        | {f"ffn.{name}": x for name, x in block.mlp.state_dict().items()}
-        for block in theirs.model.layers
-    ]
-    weights = state_dict(theirs.model.embed_tokens, theirs.model.norm, theirs.lm_head, layers)
-    ours = ours.double()
-    ours.load_state_dict(weights)
-    return theirs, ours
+    return theirs, converted("llama" if window is None else "mistral", theirs, chunk_size=8)
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)

@@ -7,12 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformer_models import LENGTH, VOCAB, agree, compare_logits, state_dict
+from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.mamba2 import Mamba2Config as Config
-from seqmix.models.builder import build_model
-from seqmix.models.config import ModelConfig
 
 # not importorskip: it would also skip where transformers is installed and its import fails
 if find_spec("transformers") is None:
@@ -120,14 +118,5 @@ def test_their_decoding_ignores_the_limits_of_the_step_size():
 def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm):
     torch.manual_seed(0)
     theirs = moved(Mamba2ForCausalLM(their_config(2, residual_in_fp32=False)).double())
-    norm = {"kind": "rmsnorm", "eps": theirs.config.layer_norm_epsilon}
-    blocks = {"mamba": {"mixer": our_config(2).model_dump(), "ffn": None, "norm": norm}}
-    ours = build_model(ModelConfig(d_model=D_MODEL, n_layers=2, vocab_size=VOCAB, blocks=blocks, norm=norm)).double()
-    layers = [
-        {f"mixer.{name}": x.squeeze() for name, x in their_weights(layer.mixer).items()}
-        | {"mixer_norm.weight": layer.norm.weight}
-        for layer in theirs.backbone.layers
-    ]
-    weights = state_dict(theirs.backbone.embeddings, theirs.backbone.norm_f, theirs.lm_head, layers)
-    ours.load_state_dict(weights)
+    ours = converted("mamba2", theirs, chunk_size=5)
     compare_logits(ours, theirs, {"cache": DynamicCache(config=theirs.config)}, paradigm)

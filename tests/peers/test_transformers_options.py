@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from einops import rearrange
-from transformer_models import LENGTH, agree
+from transformer_models import LENGTH, agree, mixer_weights
 
+from seqmix.convert.hybrids import Qwen3Next
+from seqmix.convert.llama import attention
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
 
@@ -42,7 +43,7 @@ KINDS = {
         Qwen3NextAttention,
         Qwen3NextRotaryEmbedding,
         Qwen3NextConfig(**FIELDS, rope_parameters=QWEN3_NEXT),
-        {"qk_norm": "rms", "gate": "sigmoid", "partial_rotary_factor": 0.5},
+        {"qk_norm": "rms_zero_centered", "gate": "sigmoid", "partial_rotary_factor": 0.5},
     ),
     "gemma2": (
         Gemma2Attention,
@@ -65,29 +66,12 @@ KINDS = {
 }
 
 
-def in_pairs(rows, turning):
-    """Of a head's rows, those that turn: theirs are pairs (j, j + half), ours (2j, 2j + 1)."""
-    rows = rows.unflatten(0, (-1, K))
-    turned = rearrange(rows[:, :turning], "h (pair k) ... -> h (k pair) ...", pair=2)
-    return torch.cat((turned, rows[:, turning:]), dim=1).flatten(0, 1)
-
-
-def weights_of(theirs, fields):
-    turning = round(fields.get("partial_rotary_factor", 1.0) * K)
-    q, gate = theirs.q_proj.weight, []
-    if "gate" in fields:  # by head, after its query
-        q, g = (x.flatten(0, 1) for x in q.unflatten(0, (H, 2, K)).unbind(1))
-        gate = [g]
-    k, v = theirs.k_proj.weight, theirs.v_proj.weight
-    found = {"in_proj.weight": torch.cat((in_pairs(q, turning), in_pairs(k, turning), v, *gate))}
-    if "qk_norm" in fields:
-        one = float("gate" in fields)  # Qwen3-Next adds 1
-        for name in "qk":
-            norm = getattr(theirs, f"{name}_norm").weight + one
-            found[f"qk_norm.{name}_weight"] = in_pairs(norm, turning)
-    if "sinks" in fields:
-        found["sinks"] = theirs.sinks
-    return found | {"out_proj.weight": theirs.o_proj.weight}
+def weights_of(theirs, ours):
+    if ours.config.gate != "none":
+        layout = Qwen3Next().attention(ours)
+    else:
+        layout = attention(ours) | {"mixer.sinks": "self_attn.sinks"}
+    return mixer_weights(layout, ours, theirs.state_dict(), "self_attn")
 
 
 def layers(kind):
@@ -99,7 +83,7 @@ def layers(kind):
         torch.nn.init.normal_(parameter, mean=float("norm" in name and kind == "qwen3"), std=0.4)
     ours = AttentionConfig(n_heads=H, n_kv_heads=G, head_dim=K, chunk_size=8, **fields)
     ours = ours.build(D_MODEL, layer_idx=0, n_layers=1).double()
-    ours.load_state_dict(weights_of(theirs, fields))
+    ours.load_state_dict(weights_of(theirs, ours))
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     seen = (distance >= 0) & (distance < fields.get("window", LENGTH))
     mask = torch.zeros(LENGTH, LENGTH).double().masked_fill(~seen, -torch.inf)
