@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..models import TOKENIZER_FILE, ModelConfig
@@ -99,9 +100,12 @@ def write_run(
     require_free(out)
     data = {} if vocabulary is None else {"tokenizer": TOKENIZER_FILE, "begin_token": begin}
     training = {"steps": 1000, "batch_size": 8, "learning_rate": 1e-4}
-    run = RunConfig.model_validate(
-        {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
-    )
+    fields = {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
+    try:
+        run = RunConfig.model_validate(fields)
+    except ValidationError as error:  # text as bytes needs 257 tokens
+        reason = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        raise SeqmixError(f"{out} cannot be a run: {reason}") from error
     claim(out, run, COMMENT)
     if vocabulary is not None:
         write_file(vocabulary, out / TOKENIZER_FILE)

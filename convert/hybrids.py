@@ -193,9 +193,13 @@ class MiniMax(Rotating):
         layout = norms() | experts_of("block_sparse_moe", block.ffn, ("w1", "w3", "w2")) | {"ffn.bias": ()}
         if mixer.kind == "attention":
             return layout | attention(mixer)
+        return layout | self.lightning(mixer)
+
+    def lightning(self, mixer: Any) -> Layout:
+        """Lightning attention, whose rows are by head: its query, key and values."""
         rows = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
         d_model, gate = mixer.in_proj.in_features, mixer.widths["gate"]
-        return layout | {
+        return {
             "mixer.in_proj.weight": (
                 *by_group("self_attn.qkv_proj.weight", mixer.n_heads, rows, d_model),
                 part("self_attn.output_gate.weight", gate, d_model),

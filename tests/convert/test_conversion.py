@@ -94,6 +94,16 @@ ATTENTION = {"kind": "attention", "n_heads": 4}
 FFN, NORM = {"kind": "swiglu", "expansion": 2.0, "multiple_of": 5}, {"kind": "rmsnorm"}
 
 
+def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
+    change(theirs, vocab_size=100)
+    weights = load_file(theirs / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights[name][:100].clone()
+    save_file(weights, theirs / "model.safetensors")
+    with pytest.raises(SeqmixError, match="cannot be a run: text as bytes has 257 tokens"):
+        import_from(theirs, tmp_path / "ours", "bytes")
+
+
 @pytest.mark.parametrize(
     ("block", "words"),
     [

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla
+from transformer_models import mixer_weights
 
+from seqmix.convert.kimi_linear import KimiLinear
 from seqmix.mixers import Paradigm
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
@@ -45,19 +47,11 @@ def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
     torch.nn.init.uniform_(layer.forget_gate.A_log, -2, 1)
     torch.nn.init.normal_(layer.forget_gate.dt_bias)
     mixer = KDAConfig(n_heads=2, chunk_size=24).build(32, layer_idx=0, n_layers=1)
-    weights = {
-        "in_proj.weight": torch.cat([getattr(layer, f"{name}_proj").weight for name in ("q", "k", "v", "b")]),
-        "convolution.weight": layer.conv1d.weight[:, 0],
-        "decay_proj.down.weight": layer.forget_gate.f_a_proj.weight,
-        "decay_proj.up.weight": layer.forget_gate.f_b_proj.weight,
-        "decay.A_log": layer.forget_gate.A_log.flatten(),
-        "decay.dt_bias": layer.forget_gate.dt_bias.view(2, 16),
-        "gate_proj.down.weight": layer.g_a_proj.weight,
-        "gate_proj.up.weight": layer.g_b_proj.weight,
-        "norm.weight": layer.o_norm.weight,
-        "out_proj.weight": layer.o_proj.weight,
-    }
-    mixer.load_state_dict({name: x.detach() for name, x in weights.items()})
+    # their files have a convolution each for queries, keys and values, and other names
+    theirs = {name.removeprefix("forget_gate."): x for name, x in layer.state_dict().items()}
+    convolutions = theirs.pop("conv1d.weight").chunk(3)
+    theirs |= {f"{name}_conv1d.weight": x for name, x in zip("qkv", convolutions, strict=True)}
+    mixer.load_state_dict(mixer_weights(KimiLinear().kda(mixer), mixer, theirs, "self_attn"))
     x = torch.randn(2, 70, 32)
     results = []
     for function in (layer, lambda x: mixer(x, paradigm=paradigm)[0]):

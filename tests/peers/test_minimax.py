@@ -9,7 +9,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch.testing import assert_close
+from transformer_models import mixer_weights
 
+from seqmix.convert.hybrids import MiniMax
 from seqmix.mixers import Paradigm
 from seqmix.mixers.lightning import LightningConfig
 
@@ -41,12 +43,12 @@ def layers(layer_idx, n_layers):
     ours = LightningConfig(n_heads=N_HEADS, expand_k=expand, expand_v=expand, chunk_size=7)
     ours = ours.build(D_MODEL, layer_idx=layer_idx, n_layers=n_layers).double()
 
-    def mapped(qkv, gate, norm, out):
-        # theirs has q, k, v of one head after the other
-        q, k, v = (part.flatten(0, 1) for part in qkv.unflatten(0, (N_HEADS, 3, HEAD_DIM)).unbind(1))
-        return {"in_proj.weight": torch.cat((q, k, v, gate)), "norm.weight": norm, "out_proj.weight": out}
+    names = ("qkv_proj.weight", "output_gate.weight", "norm.weight", "out_proj.weight")
 
-    weights = [theirs.qkv_proj.weight, theirs.output_gate.weight, theirs.norm.weight, theirs.out_proj.weight]
+    def mapped(*tensors):
+        return mixer_weights(MiniMax().lightning(ours), ours, dict(zip(names, tensors, strict=True)), "self_attn")
+
+    weights = [theirs.get_parameter(name) for name in names]
     ours.load_state_dict(mapped(*weights))
     return theirs, weights, ours, mapped
 
