@@ -4,13 +4,16 @@ Their rotations and decays are rounded to float32, and so is the head norm: 1e-5
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peers.torchscale_modules import torchscale_classes
 from torch import nn
 from torch.testing import assert_close
+from transformer_models import mixer_weights
 
+from seqmix.convert.torchscale import TorchscaleRetNet
 from seqmix.mixers import Paradigm
 from seqmix.mixers.parts.rotary import frequencies
 from seqmix.mixers.retention import RetentionConfig, row_scale
@@ -45,12 +48,11 @@ class Pair:
         norm = {"head_norm": "rms" if normed else "none", "norm_eps": eps}
         config = RetentionConfig(n_heads=n_heads, expand_v=1.5, chunk_size=CHUNK, **norm)
         self.ours = config.build(D_MODEL, layer_idx=0, n_layers=1).double()
-        projections = [getattr(self.theirs, f"{name}_proj").weight for name in "qkvg"]
         with torch.no_grad():
-            for weight in projections:
-                weight.mul_(gain)
-            self.ours.in_proj.weight.copy_(torch.cat(projections))
-            self.ours.out_proj.weight.copy_(self.theirs.out_proj.weight)
+            for name in "qkvg":
+                getattr(self.theirs, f"{name}_proj").weight.mul_(gain)
+        layout = TorchscaleRetNet().block(SimpleNamespace(mixer=self.ours))
+        self.ours.load_state_dict(mixer_weights(layout, self.ours, self.theirs.state_dict(), "retention"))
         if not normed:
             self.theirs.group_norm = nn.Identity()
         self.x, self.dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)

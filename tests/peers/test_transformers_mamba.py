@@ -1,11 +1,14 @@
 """Mamba against transformers' (5.24), on its path in plain torch, which is asked to compute in float64 throughout."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from formulas import exactly
+from transformer_models import mixer_weights
 
+from seqmix.convert.mamba import Mamba
 from seqmix.mixers.mamba import MambaConfig as Config
 from seqmix.ops.scan import SCAN_PARADIGMS
 
@@ -26,17 +29,9 @@ def _their_float_is_double(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
 
 
-def their_parameters(theirs):
-    """By our names."""
-    names = {"A_log": theirs.A_log, "D": theirs.D}
-    names |= {"convolution.weight": theirs.conv1d.weight, "convolution.bias": theirs.conv1d.bias}
-    parts = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight")
-    return names | {name: theirs.get_parameter(name) for name in parts}
-
-
-def as_ours(name, x):
-    """One of their tensors as it lies here."""
-    return x.T if name == "A_log" else x.squeeze(1) if name == "convolution.weight" else x
+def as_ours(ours, theirs):
+    """Tensors by our names, of theirs by their names."""
+    return mixer_weights(Mamba().block(SimpleNamespace(mixer=ours)), ours, theirs, "mixer")
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def layers():
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     ours = Config(d_state=D_STATE, dt_rank=2, chunk_size=8).build(D_MODEL, layer_idx=0, n_layers=1).double()
-    ours.load_state_dict({name: as_ours(name, x) for name, x in their_parameters(theirs).items()})
+    ours.load_state_dict(as_ours(ours, theirs.state_dict()))
     return theirs, config, ours
 
 
@@ -59,11 +54,13 @@ def test_output_and_gradients_are_theirs(layers, paradigm):
     our_leaves, their_leaves = {"x": x.clone().requires_grad_()}, {"x": x.clone().requires_grad_()}
     y, their_y = ours(our_leaves["x"], paradigm=paradigm)[0], theirs(their_leaves["x"])
     exactly(y, their_y)
-    our_leaves, their_leaves = our_leaves | dict(ours.named_parameters()), their_leaves | their_parameters(theirs)
-    gradients = torch.autograd.grad(y, list(our_leaves.values()), dy)
-    their_gradients = torch.autograd.grad(their_y, [their_leaves[name] for name in our_leaves], dy)
-    for name, mine, wanted in zip(our_leaves, gradients, their_gradients, strict=True):
-        exactly(mine, as_ours(name, wanted))
+    for leaves, module, of in ((our_leaves, ours, y), (their_leaves, theirs, their_y)):
+        leaves |= dict(module.named_parameters())
+        gradients = torch.autograd.grad(of, list(leaves.values()), dy)
+        leaves |= dict(zip(leaves, gradients, strict=True))
+    wanted = as_ours(ours, their_leaves) | {"x": their_leaves["x"]}
+    for name, gradient in our_leaves.items():
+        exactly(gradient, wanted[name])
 
 
 @every_paradigm

@@ -4,11 +4,13 @@ That path computes steps, the recurrence and the norms in float32 whatever the d
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted
+from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted, mixer_weights
 
+from seqmix.convert.mamba import Mamba2
 from seqmix.mixers import Paradigm
 from seqmix.mixers.mamba2 import Mamba2Config as Config
 
@@ -42,11 +44,9 @@ def our_config(n_groups, **fields):
     return Config(head_dim=HEAD_DIM, d_state=D_STATE, n_groups=n_groups, chunk_size=5, **fields)
 
 
-def their_weights(mixer):
-    """Parameters by our names; their convolution's has a dimension of one entry more."""
-    names = {"decay.A_log": mixer.A_log, "D": mixer.D, "decay.dt_bias": mixer.dt_bias, "norm_weight": mixer.norm.weight}
-    names |= {"in_proj.weight": mixer.in_proj.weight, "out_proj.weight": mixer.out_proj.weight}
-    return names | {"convolution.weight": mixer.conv1d.weight, "convolution.bias": mixer.conv1d.bias}
+def as_ours(ours, theirs):
+    """Tensors by our names, of theirs by their names."""
+    return mixer_weights(Mamba2().block(SimpleNamespace(mixer=ours)), ours, theirs, "mixer")
 
 
 def moved(module):
@@ -66,7 +66,7 @@ def layers(n_groups, limit=None):
     config = their_config(n_groups, **({} if limit is None else {"time_step_limit": limit}))
     theirs = moved(Mamba2Mixer(config, layer_idx=0).double())
     ours = our_config(n_groups, time_step_limit=limit).build(D_MODEL, layer_idx=0, n_layers=1).double()
-    ours.load_state_dict({name: x.squeeze() for name, x in their_weights(theirs).items()})
+    ours.load_state_dict(as_ours(ours, theirs.state_dict()))
     return theirs, config, ours
 
 
@@ -79,12 +79,14 @@ def test_a_layers_output_and_gradients_are_theirs(n_groups, limit, paradigm):
     our_leaves, their_leaves = ({"x": x.clone().requires_grad_()} for _ in range(2))
     y, their_y = ours(our_leaves["x"], paradigm=paradigm)[0], theirs(their_leaves["x"])
     agree(y, their_y)
-    our_leaves, their_leaves = our_leaves | dict(ours.named_parameters()), their_leaves | their_weights(theirs)
-    gradients = torch.autograd.grad(y, list(our_leaves.values()), dy)
-    their_gradients = torch.autograd.grad(their_y, [their_leaves[name] for name in our_leaves], dy)
-    for name, ours, theirs in zip(our_leaves, gradients, their_gradients, strict=True):
+    for leaves, module, of in ((our_leaves, ours, y), (their_leaves, theirs, their_y)):
+        leaves |= dict(module.named_parameters())
+        gradients = torch.autograd.grad(of, list(leaves.values()), dy)
+        leaves |= dict(zip(leaves, gradients, strict=True))
+    wanted = as_ours(ours, their_leaves) | {"x": their_leaves["x"]}
+    for name, gradient in our_leaves.items():
         # where a group's outputs are small, the norm magnifies their rounding: relative to the whole gradient
-        assert (ours - theirs.squeeze()).norm() <= 3e-5 * theirs.norm(), name
+        assert (gradient - wanted[name]).norm() <= 3e-5 * wanted[name].norm(), name
 
 
 @GROUPS
