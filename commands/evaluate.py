@@ -14,6 +14,7 @@ from ..models import LanguageModel
 from ..registry import SeqmixError, nearest, write_file
 from ..training import load_run, read_config
 from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
+from ..training.run_dir import SCORES_FILE
 from .console import note, terminal
 from .evaluation_tables import listed, show_evaluation, show_scores, show_side_by_side
 from .options import Checkpoint, Device, Ema, JsonFile, checkpoint_choice, require_device, require_writable
@@ -74,6 +75,12 @@ def evaluate(
         int | None, typer.Option(help="With --tasks: documents of each task; all by default.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="With --tasks: requests at once.", min=1)] = 16,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save", help="With --tasks: write the scores to RUN/scores.json, where studies take columns from."
+        ),
+    ] = False,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     device: Device = "cpu",
@@ -97,9 +104,11 @@ def evaluate(
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         found = {str(run): _task_scores(load(run), tasks, options) for run in runs}
         show_scores(found, terminal())
+        for run in runs if save else ():
+            _save(found[str(run)]["tasks"], run)
     else:
-        if include_path is not None or num_fewshot is not None or limit is not None:
-            raise SeqmixError("--include-path, --num-fewshot and --limit belong to --tasks NAME,...")
+        if include_path is not None or num_fewshot is not None or limit is not None or save:
+            raise SeqmixError("--include-path, --num-fewshot, --limit and --save belong to --tasks NAME,...")
         measure = partial(_measure, load, sorted(set(length or [])), paradigm or [], sorted(set(context or [])))
         evaluations = {str(run): measure(run, scored, tokens) for run in runs}
         if len(runs) == 1:
@@ -118,6 +127,15 @@ def _task_scores(model: LanguageModel, tasks: str, options: dict[str, Any]) -> d
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     return evaluate_tasks(model, names, **options)
+
+
+def _save(scores: dict[str, Any], run: Path) -> None:
+    """Add scores to those in a run's folder."""
+    if not run.is_dir():
+        raise SeqmixError(f"{run} is not a run directory: --save writes into one")
+    file = run / SCORES_FILE
+    before = json.loads(file.read_text()) if file.exists() else {}
+    write_file(json.dumps(before | scores, indent=2) + "\n", file)
 
 
 def _measure(

@@ -13,6 +13,7 @@ from ..registry import Config, ConfigError
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.provenance import SESSIONS_FILE
+from ..training.run_dir import SCORES_FILE
 from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
@@ -112,9 +113,19 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         tokens_per_second_range=(cuts[0], cuts[-1]) if (cuts := len(speeds) > 1 and quantiles(speeds)) else None,
         peak_memory_bytes=max(memory, default=None),
         **{name: final[name] for name in EVALUATED if name in final},
+        scores=_scores(folder) if final else {},
         history=tuple(_of(Point, line) for line in logged),
         evaluations=tuple(_of(EvaluationPoint, line) for line in evaluated),
     )
+
+
+def _scores(folder: Path) -> dict[str, dict[str, float]]:
+    """The scores of lm-eval's tasks in a run's folder, without standard errors: seeds have a spread."""
+    try:
+        found = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {task: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for task, each in found.items()}
 
 
 def _at_once(file: Path) -> dict[str, int]:

@@ -120,6 +120,8 @@ class RunResult(Config):
     accuracy: float | None = None
     accuracy_by: AccuracyBy = Field(default_factory=dict)
     validation_loss_by_length: dict[str, float] = Field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Of lm-eval's tasks, by task and metric, as `seqmix evaluate --tasks --save` wrote them."""
     history: tuple[Point, ...] = ()
     evaluations: tuple[EvaluationPoint, ...] = ()
 
@@ -154,6 +156,7 @@ class SummaryRow(Config):
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
     validation_loss_by_length: dict[str, Statistic] = Field(default_factory=dict)
+    scores: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
 
 
 class TrainSpeedRow(Config):

@@ -68,6 +68,7 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         accuracy=statistic(accuracies) if accuracies else None,
         accuracy_by={name: _by_key([run.accuracy_by.get(name, {}) for run in runs]) for name in runs[0].accuracy_by},
         validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),
+        scores={task: _by_key([run.scores.get(task, {}) for run in runs]) for task in runs[0].scores},
     )
 
 

@@ -78,11 +78,15 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
     speed, _ = speed_of(results)
     rated = len({run.learning_rate for run in results.runs}) > 1
+    scores = dict.fromkeys(
+        (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
+    )
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
         *((path.rpartition(".")[2], lambda row, path=path: str(row.variant.get(path, ""))) for path in varied),
         ("accuracy", lambda row: _accuracy(row.accuracy)),
         ("validation loss", lambda row: _loss(row.validation_loss)),
+        *((" ".join(at), lambda row, at=at: _score(row, *at)) for at in scores),
         ("seeds", lambda row: str(row.seeds)),
         ("learning rate", lambda row: f"{row.learning_rate:g}" if rated else ""),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
@@ -100,6 +104,11 @@ def state_size(entry: EntryResult) -> str:
 def _accuracy(value: Statistic | None) -> str:
     spread = "" if value is None or value.spread is None else f" ± {100 * value.spread:.1f}"
     return "" if value is None else f"{100 * value.mean:.1f} %{spread}"
+
+
+def _score(row: SummaryRow, task: str, metric: str) -> str:
+    value = row.scores.get(task, {}).get(metric)
+    return "" if value is None else _loss(value)
 
 
 def _loss(value: Statistic) -> str:

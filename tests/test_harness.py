@@ -118,13 +118,14 @@ def test_choices_share_their_context(harness, model):
 def test_the_command_scores_runs_side_by_side(harness, seqmix, config_of, tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         run_of(config_of("training.steps=2", f"seed={seed}"), tmp_path / name)
-    tasks = ("--tasks", "tiny_choice,tiny_rolling", "--include-path", ".", "--json", "scores.json")
+    tasks = ("--tasks", "tiny_choice,tiny_rolling", "--include-path", ".", "--json", "scores.json", "--save")
     done = seqmix("evaluate", "one", "two", *tasks)
     assert done.status == 0, done.err
     found = json.loads(Path("scores.json").read_text())
     assert list(found) == ["one", "two"]
     perplexities = [f"{found[run]['tasks']['tiny_rolling']['byte_perplexity']:.4f}" for run in found]
     assert perplexities[0] != perplexities[1]
+    assert all(json.loads(Path(run, "scores.json").read_text()) == found[run]["tasks"] for run in found)
     (line,) = (line for line in done.out.splitlines() if "byte_perplexity" in line)
     assert line.split() == ["tiny_rolling", "byte_perplexity", *perplexities]
 

@@ -9,7 +9,7 @@ from ..registry import dump
 from .config import RunConfig
 from .errors import TrainingError
 
-CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
+CONFIG_FILE, LOCK_FILE, SCORES_FILE = "config.yaml", "run.lock", "scores.json"
 
 
 def require_free(run: Path) -> None:

@@ -1,5 +1,6 @@
 """Results as values: over seeds, the best learning rate, files that are none, tables, and the page of mixers."""
 
+import csv
 import json
 import math
 import runpy
@@ -86,6 +87,21 @@ def test_variants_and_accuracies_have_their_own_rows():
     assert rows[0].accuracy_by["pairs"]["8"].spread == 0.0
 
 
+def test_scores_of_tasks_are_columns(tmp_path):
+    runs = [
+        run("a", 1.0, seed=seed).model_copy(update={"scores": {"piqa": {"acc": accuracy}}})
+        for seed, accuracy in enumerate((0.5, 0.7))
+    ]
+    runs.append(run("b", 1.0))
+    found = results(runs)
+    page = markdown(found)
+    assert "piqa acc" in page
+    assert f"0.6000 ± {0.02**0.5:.4f}" in page
+    write_tables(found, tmp_path)
+    (first, *_) = csv.DictReader((tmp_path / "summary.csv").open())
+    assert float(first["scores.piqa.acc"]) == pytest.approx(0.6)
+
+
 def test_the_best_comes_first():
     runs = [run("a", 1.0, accuracy=0.2), run("b", 2.0, accuracy=0.9), run("c", 0.5, accuracy=0.2)]
     assert [row.entry for row in best_first(results(runs))] == ["b", "c", "a"]
@@ -123,7 +139,9 @@ def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 120, "validation_loss": loss, "final": True}) + "\n")
+    (folder / "scores.json").write_text(json.dumps({"piqa": {"acc": 0.5, "acc_stderr": 0.1}}))
     found = collect(made, tmp_path, failed={})
+    assert found.runs[0].scores == {"piqa": {"acc": 0.5}}
     assert found.runs[0].validation_loss == loss
     assert found.paper[0].ours == ours
     write(found, tmp_path)
