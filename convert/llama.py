@@ -55,7 +55,8 @@ class Rotating(Architecture):
         return plain | known
 
     def folded(self, values: dict[str, Any]) -> dict[str, Any]:
-        own = {name: values.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in values}
+        # at the top too, where versions before 5 read them
+        own = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
         return values | ({"rope_parameters": {"rope_type": "default", **own}} if own else {})
 
 

@@ -17,6 +17,18 @@ FIELDS = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "voc
 FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "eos_token_id": 7}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"rope_theta": 500}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 1.0}],
+)
+def test_the_base_of_angles_is_read_where_any_version_writes_it(fields):
+    llama = ARCHITECTURES["llama"]
+    config = llama.config(FIELDS | fields, "here")
+    assert config.blocks["layer"].mixer.rope_base == 500
+    written = llama.fields(config)
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500
+
+
 @pytest.fixture
 def theirs(tmp_path):
     """A folder as transformers writes it."""

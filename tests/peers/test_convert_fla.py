@@ -28,6 +28,8 @@ CASES = {
     "delta-net, plain": ("DeltaNet", {"use_short_conv": False, "tie_word_embeddings": True}),
     "gated-deltanet": ("GatedDeltaNet", {"head_dim": 10, "output_gate_activation": "sigmoid"}),
     "gated-deltanet, no gate": ("GatedDeltaNet", {"head_dim": 8, "expand_v": 1.5, "use_gate": False}),
+    "gated-deltanet, grouped": ("GatedDeltaNet", {"head_dim": 8, "num_v_heads": 4, "expand_v": 1.0}),
+    "kda, grouped": ("KDA", {"head_dim": 8, "num_v_heads": 4}),
     "kda": ("KDA", {"head_dim": 12, "allow_neg_eigval": True}),
     "fla-mamba2": ("Mamba2", {"head_dim": 12, "num_heads": 4, "state_size": 6, "n_groups": 2, "chunk_size": 8}),
 }
@@ -68,7 +70,7 @@ class Layer:
     """One of their layers, by its tensors."""
 
     def __init__(self, config, tensors, i):
-        self.config, self.eps = config, config.norm_eps
+        self.config, self.eps, self.n = config, config.norm_eps, getattr(config, "num_v_heads", None) or H
         self.tensors = {name.removeprefix(f"model.layers.{i}."): x for name, x in tensors.items()}
 
     def map(self, name, x):
@@ -82,10 +84,12 @@ class Layer:
             y = F.conv1d(F.pad(y.mT, (conv.shape[-1] - 1, 0)), conv, groups=len(conv)).mT
         if conv is not None or self.config.model_type not in ("retnet", "gla"):
             y = F.silu(y)
-        return self.heads(y)
+        if name == "v":
+            return self.heads(y)
+        return y.unflatten(-1, (H, -1)).repeat_interleave(self.n // H, 2)
 
     def heads(self, x):
-        return x.unflatten(-1, (H, -1))
+        return x.unflatten(-1, (self.n, -1))
 
     def __call__(self, x):
         y = self.mixer(rms(x, self.eps, self.tensors["attn_norm.weight"]))
