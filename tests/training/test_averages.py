@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from runs import refusal, require_same_run, run_of, stopped
 from safetensors.torch import load_file
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from seqmix import load_run
 from seqmix.training import export_run
 from seqmix.training.averaging import average_run
-from seqmix.training.events import Stepped
+from seqmix.training.events import Noted, Stepped
 
 EMA = ("training.ema=0.4", "training.checkpoint_every=1", "training.keep_checkpoints=9")
 
@@ -68,6 +69,14 @@ def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
         assert reason in refusal(
             lambda out=out, count=count: average_run(tmp_path / "run", tmp_path / out, checkpoints=count)
         )
+
+
+def test_a_short_run_says_that_its_warm_up_is_shortened(config_of, tmp_path):
+    events = run_of(config_of("training.steps=3", "training.warmup_steps=50"), tmp_path / "run")
+    (note,) = (event.text for event in events if isinstance(event, Noted))
+    assert note == "training.warmup_steps = 50 is shortened to 3, since training.steps is 3"
+    rates = [event.learning_rate for event in events if isinstance(event, Stepped)]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3])
 
 
 def test_the_device_of_training_is_chosen(config_of, tmp_path, seqmix):
