@@ -18,7 +18,13 @@ pytestmark = [
 ]
 
 D_MODEL, H = 24, 2
-COMMON = {"hidden_size": D_MODEL, "vocab_size": VOCAB, "num_hidden_layers": 2, "intermediate_size": 40, "num_heads": H}
+COMMON = {
+    "hidden_size": D_MODEL,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "num_heads": H,
+} | {"norm_eps": 1e-3}
 CASES = {
     "fla-retnet": ("RetNet", {}),
     "fla-retnet, no gate": ("RetNet", {"use_output_gate": False, "expand_k": 0.5}),
@@ -150,7 +156,8 @@ def mamba2_logits(config, tensors, tokens):
     """transformers has the same tensors, and computes on a CPU."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    own = {name: getattr(config, name) for name in ("head_dim", "num_heads", "state_size", "n_groups", "chunk_size")}
+    own = {"layer_norm_epsilon": config.norm_eps}
+    own |= {name: getattr(config, name) for name in ("head_dim", "num_heads", "state_size", "n_groups", "chunk_size")}
     common = {name: COMMON[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers")}
     model = Mamba2ForCausalLM(Mamba2Config(**common | own)).to(tensors["lm_head.weight"].dtype)
     model.load_state_dict(tensors)

@@ -73,7 +73,8 @@ CASES = {
 def model_of(case, dtype):
     """Their model, moved; of float64 all that they compute in float32 whatever the dtype is float64 too."""
     kind, fields = CASES[case]
-    config = getattr(transformers, f"{kind}Config")(**COMMON | fields)
+    eps = "layer_norm_epsilon" if kind.startswith("Mamba") else "rms_norm_eps"
+    config = getattr(transformers, f"{kind}Config")(**COMMON | {eps: 1e-3} | fields)  # no default
     torch.manual_seed(0)
     with computing_in(dtype):
         return moved(AutoModelForCausalLM.from_config(config, dtype=dtype, **PLAIN))
