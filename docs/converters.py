@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from seqmix.convert import ARCHITECTURES
-from seqmix.experiments.files import write_file
 from seqmix.experiments.pages import fill, table
+from seqmix.registry import write_file
 
 PAGE = Path(__file__).with_name("how-to") / "convert.md"
 MODULES = ("test_convert_transformers", "test_convert_fla", "test_convert_torchscale")
