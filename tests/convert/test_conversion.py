@@ -61,6 +61,19 @@ def test_a_converted_model_generates_with_its_tokenizer_and_goes_back(theirs, tm
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 
 
+def test_weights_may_be_in_several_files_and_tied_ones_twice(theirs, tmp_path):
+    change(theirs, tie_word_embeddings=True)
+    weights = load_file(theirs / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    (theirs / "model.safetensors").unlink()
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        save_file({name: weights[name] for name in names}, theirs / f"model-{number}.safetensors")
+    import_from(theirs, tmp_path / "ours")
+    model = load_run(tmp_path / "ours")
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.embedding.weight, weights["lm_head.weight"])
+
+
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
