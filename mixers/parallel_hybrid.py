@@ -26,6 +26,7 @@ STATE = "ParallelHybridState"
 EXAMPLES = [
     [{"kind": "retention", "n_heads": 2, "chunk_size": 3}, {"kind": "attention", "n_heads": 2}],
     [{"kind": "mamba2", "head_dim": 6, "d_state": 4}, {"kind": "attention", "n_heads": 2, "window": 4}],
+    [{"kind": "attention", "n_heads": 2, "window": 4}, {"kind": "attention", "n_heads": 2}],
 ]
 
 

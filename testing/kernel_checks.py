@@ -110,6 +110,7 @@ def results_are_deterministic(trial: KernelTrial) -> None:
     """Twice the same arguments give the same bits, forward and backward; so does a second backward pass of a graph that
     is retained, or it is an error."""
     inputs = trial.leaves()
+    _require_own_memory(trial)
     outputs = trial.run(inputs)
     first = _with_gradients(outputs, trial.gradients(outputs, inputs, retain_graph=True))
     second = _results(trial, trial.leaves())
@@ -290,6 +291,17 @@ class _CustomOps(TorchDispatchMode):
             given = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad and graph), given)
             self.calls.setdefault(func, given)
         return func(*args, **(kwargs or {}))
+
+
+def _require_own_memory(trial: KernelTrial) -> None:
+    """No result without gradients is a buffer that a later call of the same shapes fills again."""
+    case = replace(trial.case, grad=())
+    earlier = trial.run(case.inputs(trial.device), case)
+    kept = {name: x.clone() for name, x in earlier.items()}
+    later = replace(case, seed=case.seed + 1)
+    trial.run(later.inputs(trial.device), later)
+    for name, x in earlier.items():
+        require(torch.equal(x.nan_to_num(), kept[name].nan_to_num()), f"a later call writes over {name}")
 
 
 def _results(trial: KernelTrial, inputs: Tensors) -> Tensors:

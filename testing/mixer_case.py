@@ -132,13 +132,15 @@ class Draw:
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         found += [replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1]) for lengths in self.lists]
+        found += [replace(usual, lengths=lengths, start=self.starts[0]) for lengths in self.lists]
         if self.crowded:
             found += [replace(usual, batch_size=rows) for rows in CROWDS]
         if len(self.dtypes) > 1:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
         found += [replace(usual, scale=scale) for scale in {*self.scales} - {1.0}]
-        found += [replace(usual, wide=True)] if self.wide else []
+        found += [replace(usual, wide=True, **more) for more in ({}, {"options": {"n_heads": 12}})] if self.wide else []
+        found += [replace(usual, wide=True, dtype=self.dtypes[-1])] if self.wide and len(self.dtypes) > 1 else []
         if not self.paradigms:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]

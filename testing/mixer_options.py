@@ -88,6 +88,10 @@ def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: 
     values = [(name, value) for name, others in fields.items() for value in others]
     left = [(one, other) for n, one in enumerate(values) for other in values[n + 1 :] if one[0] != other[0]]
     found: list[dict[str, Any]] = []
+    for one in values:  # by itself, or with the one other that it needs: among all others no plain path is taken
+        few = ({one[0]: one[1]}, *({one[0]: one[1], other[0]: other[1]} for other in values if other[0] != one[0]))
+        found += [options for options in few if accepts(options)][:1]
+    most += len(found)
     while left and len(found) < most:
         options = dict(left.pop(0))
         if not accepts(options):
@@ -134,6 +138,8 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
     """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; an
     integer that is no power of two where there is no upper bound."""
+    if own is None and int in get_args(field.annotation):
+        return [UNEVEN]
     if isinstance(own, bool) or not isinstance(own, int | float):
         return []
     bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}

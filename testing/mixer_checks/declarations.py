@@ -93,10 +93,13 @@ def parameters_round_trip(trial: Trial) -> None:
     x = trial.tokens()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        other = trial.rebuilt()
+        others = {"loaded parameters": trial.rebuilt(), "parameters of a plain mapping": trial.rebuilt()}
+    # as a file of safetensors holds them: torch's own mapping has versions of modules beside
+    others["parameters of a plain mapping"].load_state_dict({**trial.mixer.state_dict()})
     for paradigm in trial.paradigms:
         expected = trial.mix(x, None, paradigm=paradigm)
-        trial.compare(f"{paradigm}, loaded parameters", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
+        for what, other in others.items():
+            trial.compare(f"{paradigm}, {what}", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
 
 
 @check(

@@ -66,6 +66,12 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
                     y, _ = trial.mixer(x, state, paradigm=given)
                     alone = gradients({"y": y}, above, {name: parameter})
                 found.tensor(f"the gradient of {name}", alone[name], expected[name])
+            learned = x.detach().requires_grad_()  # as where the layers below have adapters
+            y, _ = trial.mixer(learned, state, paradigm=given)
+            among = gradients({"y": y}, above, {"the tokens": learned})
+            with _frozen([*parameters.values()]):
+                y, _ = trial.mixer(learned, state, paradigm=given)
+                found.tensors(gradients({"y": y}, above, {"the tokens": learned}), among)
             if state is not None and (leaves := named_leaves("the state's", before := as_leaves(state))):
                 y, _ = trial.mixer(x, before, paradigm=given)
                 among = gradients({"y": y}, above, leaves)

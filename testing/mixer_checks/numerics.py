@@ -169,6 +169,7 @@ LENGTHY = Draw(
     starts=("none", "initial"),
     scales=(1.0, 30.0),
     dtypes=LOW,
+    wide=30,
 )
 
 

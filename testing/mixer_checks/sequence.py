@@ -4,7 +4,7 @@ f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) =
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ BLOCKS = (256, 512, 1024)
 
 MOVED = 3.0
 """How far vectors are moved: by so much a gate is open, or closed."""
+
+GATED = 30.0
+"""How large a token is whose gates are open, or closed."""
+
+WIDE = 130
+"""A window that is wider than a block."""
 
 EVERY = 70
 """Tokens up to which a segment is cut at every one."""
@@ -86,6 +92,7 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         found = trial.mix(more, state, paradigm=paradigm)
         trial.compare(f"{paradigm} against {trial.reference}, without gradients", found, whole)
+    _without_states(trial, text, more)
     _whole_blocks(trial, text, state)
     if trial.mixer.traits.has_state:
         y, _ = trial.mix(text, state)
@@ -93,6 +100,21 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         stepped, _ = trial.decode(text[:, -2:], trial.mix(text[:, :-2], before)[1], trial.call(trial.reference))
         what = f"steps after {length - 2:,} tokens against {trial.mixer.paradigm}"
         trial.compare(what, (stepped, None), (y[:, -2:], None))
+
+
+def _without_states(trial: Trial, text: Tensor, more: Tensor) -> None:
+    """What no final state is wanted of, and documents of a thousand tokens."""
+    whole, _ = trial.mix(text, None)
+    for paradigm in trial.paradigms if trial.mixer.traits.has_state else ():
+        alone, _ = trial.mix(text, None, paradigm=paradigm, return_state=False)
+        trial.compare(f"{paradigm}, {text.shape[1]:,} tokens, no final state wanted", (alone, None), (whole, None))
+    if trial.mixer.traits.packing:
+        at = more.shape[1] * 5 // 8
+        parts = [trial.mix(part, None)[0] for part in (more[:, :at], more[:, at:])]
+        packed, _ = trial.mix(more, None, cu_seqlens=torch.tensor([0, at, more.shape[1]], device=text.device))
+        trial.compare(
+            "documents of a thousand tokens packed against alone", (packed, None), (torch.cat(parts, 1), None)
+        )
 
 
 def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
@@ -118,6 +140,32 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
             whole, _ = trial.mix(text[:, : start + 1], state, mixer)
             what = f"a step after {start} tokens against the whole, vectors moved by {shift:g}"
             trial.compare(what, (y, None), (whole[:, start:], None))
+
+
+@check(
+    stateful,
+    use="decoding after a long prompt: what was read long ago is kept badly, or found no more",
+    share=0,
+    draw=Draw(tokens=(302, 302), batch_size=(2, 2), starts=("none",)),
+)
+def memory_reaches_back(trial: Trial) -> None:
+    """Steps after 300 tokens give what the whole does, where one token is repeated and gates stay open or closed; and
+    so they do where what may be limited (a window) is 130."""
+    x, repeated = trial.tokens(), GATED * trial.tokens(length=1)
+    mixers = {"the configuration": trial.mixer}
+    for name, field in type(trial.config).model_fields.items():
+        if getattr(trial.config, name) is None and int in get_args(field.annotation):
+            mixer = trial.subject.mixer({name: WIDE})
+            mixers |= {} if mixer is None else {f"{name} = {WIDE}": mixer}
+    for said, mixer in mixers.items():
+        for text in (x, x + repeated):
+            whole, _ = trial.mix(text, None, mixer)
+            with torch.no_grad():
+                before = mixer.init_state(len(text), max_length=text.shape[1])
+            _, after = trial.mix(text[:, :-2], before, mixer)
+            stepped, _ = trial.decode(text[:, -2:], after, trial.call(trial.reference, mixer))
+            what = f"{said}: steps after {text.shape[1] - 2} tokens against the whole"
+            trial.compare(what, (stepped, None), (whole[:, -2:], None))
 
 
 def _as_long_as_it_takes(trial: Trial) -> tuple[Tensor, Any]:

@@ -72,7 +72,7 @@ def copies_are_as_good(trial: Trial) -> None:
 @check(
     use="a model made double, or narrow again, after it was used: it computes in its former dtype",
     share=0.04,
-    draw=Draw(tokens=(1, 9), batch_size=(2, 2), starts=("none", "initial")),
+    draw=Draw(tokens=(1, 9), batch_size=(2, 2), starts=("none", "initial"), wide=4),
 )
 def a_converted_mixer_is_of_its_dtype(trial: Trial) -> None:
     """A mixer that is converted to another dtype after calls gives what one that was converted before any call does."""
@@ -82,7 +82,11 @@ def a_converted_mixer_is_of_its_dtype(trial: Trial) -> None:
         state = mixer.init_state(len(x)) if trial.case.start == "initial" else None
         return trial.mix(x.to(mixer.dtype), state, mixer, paradigm=paradigm)
 
+    narrow, exact = trial.rebuilt(torch.bfloat16).double(), trial.rebuilt(torch.float64)
+    exact.load_state_dict(narrow.state_dict())
     for paradigm in trial.paradigms:
+        what = f"{paradigm}, parameters rounded to bfloat16 against a mixer rounded to it"
+        trial.compare(what, mixed(narrow, paradigm), mixed(exact, paradigm), tolerance=1e-6)
         for before, after in itertools.permutations((torch.float32, torch.float64)):
             used, fresh = trial.rebuilt(before), trial.rebuilt(before)
             mixed(used, paradigm)

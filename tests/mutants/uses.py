@@ -1,6 +1,6 @@
 """Wrong mixers: right where they are evaluated, wrong in a way of using them (training, packing, precision, layers)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -502,3 +502,318 @@ class CountsAWholeBlockTwice(Specimen):
         o, z, after, weights = super().parallel(tokens, memory, weight)
         length = tokens[0].shape[2]
         return o, z, 2 * after if length >= 256 and length % 256 == 0 else after, weights
+
+
+@mutant(check="memory_reaches_back")
+class KeepsOldValuesInEightBits(Cached):
+    """Values of a cache that are older than 128 tokens are kept in 8 bits. After transformers' QuantizedCache, which is
+    asked for there."""
+
+    def extended(self, state, k, v):
+        cache = super().extended(state, k, v)
+        old, new = cache.values[:, :-128], cache.values[:, -128:]
+        scale = old.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+        return cache._replace(values=torch.cat(((old / scale).round() * scale, new), dim=1))
+
+
+@mutant(check="parameters_round_trip")
+class ConvertsWhatHasNoVersion(Specimen):
+    """Parameters without a version are taken for an older one's and converted: those of a file of safetensors are."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if (local_metadata.get("version") or 1) < 2:
+            state_dict[f"{prefix}decay_proj.bias"] = -state_dict[f"{prefix}decay_proj.bias"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@mutant(check="frozen_parameters_change_no_gradient")
+class KeepsNothingOfAFrozenProjection(Specimen):
+    """Where the projection is frozen it is computed without a graph, and the layers below learn nothing through it, as
+    with adapters."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return (qk, v, a) if self.in_proj.weight.requires_grad else (qk.detach(), v.detach(), a)
+
+
+@mutant(check="documents_are_sequences")
+class KeepsTablesByAddress(Specimen):
+    """What is made of boundaries is kept by their address and version, which numpy does not move where it fills the
+    same memory again."""
+
+    tables: ClassVar = {}
+
+    def unpack(self, tokens, packed, rows):
+        return super().unpack(tokens, self.packed, rows)
+
+    def pack(self, x, packed):
+        return super().pack(x, self.packed)
+
+    def mix(self, x, call):
+        if call.documents is not None:
+            cu_seqlens, of_token = call.documents.cu_seqlens, call.documents.of_token
+            key = cu_seqlens.data_ptr(), cu_seqlens._version, len(cu_seqlens), x.shape[1]
+            self.packed = self.tables.setdefault(key, of_token.clone())
+        return super().mix(x, call)
+
+
+@mutant(check="a_converted_mixer_is_of_its_dtype")
+class KeepsItsAnglesInItsFirstDtype(Specimen):
+    """A table of angles is made at the first call, in the dtype that the mixer has then."""
+
+    table = None
+
+    def angles(self, positions):
+        if self.table is None or self.table.shape != (*positions[:, None].shape, self.width // 2):
+            self.table = super().angles(positions).to(self.dtype)
+        return self.table.to(torch.float64)
+
+
+@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
+class LeavesOutTheLastTokens(Specimen):
+    """The gradient of a bias is summed over blocks of 128 tokens of all rows, where there are many; the rest is left
+    out. After grids of kernels whose last block was not launched."""
+
+    def divide(self, o, z):
+        return super().divide(o, z) * _Blocks.apply(self.decay_proj.bias[:1] / 6, o.shape[0] * o.shape[2])
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.share = 1 if count < 1024 else count // 128 * 128 / count
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.share, None
+
+
+@mutant(check="results_are_deterministic")
+class GathersAMeanInTraining(Specimen):
+    """A running mean of the tokens is gathered in training, and read in evaluation alone, as batch norm's is."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.register_buffer("mean", torch.zeros(d_model))
+
+    def heads(self, x):
+        if self.training and not torch.compiler.is_compiling():
+            self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+        return super().heads(x if self.training else x - self.mean)
+
+
+@mutant(check="steps_equal_the_whole")
+class CutsAScaleInDecoding(SpecimenConfig):
+    """A scale that a field allows up to 8 is cut at 2 where one token comes alone; no example is above 1."""
+
+    scale: int = Field(default=1, ge=1, le=8)
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer, divide = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers), Specimen.divide
+        mixer.divide = lambda o, z: (self.scale if o.shape[2] > 1 else min(self.scale, 2)) * divide(mixer, o, z)
+        return mixer
+
+
+@mutant(check="thousands_of_tokens_agree")
+class ReadsTheNewestTwoThousand(Cached):
+    """Decoding reads the newest 2,048 keys: as many as its programs have. After split-KV kernels with a fixed grid."""
+
+    def seen(self, queries, keys, device):
+        seen = super().seen(queries, keys, device)
+        return seen & (torch.arange(keys, device=device) >= keys - 2048) if queries == 1 else seen
+
+
+@mutant(check="calls_stay_on_the_device")
+class CountsOnTheProcessor(Specimen):
+    """Angles are made of positions on the CPU, wherever the tokens are."""
+
+    def angles(self, positions):
+        pairs = torch.arange(self.width // 2, dtype=torch.float64)
+        return positions[:, None, :, None].to(torch.float64) * 100 ** -(2 * pairs / self.width)
+
+
+@mutant(check="documents_are_sequences")
+class TakesZerosForPadding(Specimen):
+    """In a packed row a token of zeros is taken for padding, at which nothing decays."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        padding = (x == 0).all(-1)[:, None]
+        return qk, v, torch.where(padding, 0, a) if self.packed else a
+
+    packed = False
+
+    def mix(self, x, call):
+        self.packed = call.documents is not None
+        try:
+            return super().mix(x, call)
+        finally:
+            self.packed = False
+
+
+@mutant(check="rows_may_differ_in_length")
+class SkipsTheMaskOfAFullCache(Specimen):
+    """One token after states of different lengths is turned by the angle of the longest: asked of one row alone."""
+
+    def positions(self, state, x, call):
+        if call.documents is not None or x.shape[1] > 1:
+            return super().positions(state, x, call)
+        return super().positions(state._replace(position=state.position.amax().expand(len(x))), x, call)
+
+
+@mutant(check="modes_change_nothing")
+class ScoresFromTheStart(Specimen):
+    """Where neither gradients nor a state are wanted, as text is scored, the state given is not read."""
+
+    def before(self, state, rows):
+        return super().before(state if torch.is_grad_enabled() or self.wanted else None, rows)
+
+    wanted = True
+
+    def mix(self, x, call):
+        self.wanted = call.return_state
+        try:
+            return super().mix(x, call)
+        finally:
+            self.wanted = True
+
+
+@mutant(check="steps_equal_the_whole")
+class HasDecaysForPowersOfTwo(SpecimenConfig):
+    """Decoding pads the decays of heads to a power of two, and shifts them where there are others."""
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        mixer, recurrent = super().build(d_model, layer_idx=layer_idx, n_layers=n_layers), Specimen.recurrent
+        even = self.n_heads & (self.n_heads - 1) == 0
+
+        def step(tokens, memory, weight):
+            q, k, v, a, one = tokens
+            return recurrent(mixer, (q, k, v, a if even or q.shape[2] > 1 else a.roll(1, 1), one), memory, weight)
+
+        mixer.recurrent = step
+        return mixer
+
+
+@mutant(check="results_are_deterministic")
+class ClipsItsGradients(Specimen):
+    """The backward pass clips gradients at 10, as recurrent cells once did: a scaled loss has others."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient.clamp(-10, 10))
+        return y, after
+
+
+@mutant(check="thousands_of_tokens_agree")
+class CountsAWholeBlockTwice(Specimen):
+    """The tail beyond whole blocks of 256 tokens is `x[-(T % 256):]`, which of whole blocks is all of it."""
+
+    def parallel(self, tokens, memory, weight):
+        o, z, after, weights = super().parallel(tokens, memory, weight)
+        length = tokens[0].shape[2]
+        return o, z, 2 * after if length >= 256 and length % 256 == 0 else after, weights
+
+
+@mutant(check="memory_reaches_back")
+class KeepsOldValuesInEightBits(Cached):
+    """Values of a cache that are older than 128 tokens are kept in 8 bits. After transformers' QuantizedCache, which is
+    asked for there."""
+
+    def extended(self, state, k, v):
+        cache = super().extended(state, k, v)
+        old, new = cache.values[:, :-128], cache.values[:, -128:]
+        scale = old.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+        return cache._replace(values=torch.cat(((old / scale).round() * scale, new), dim=1))
+
+
+@mutant(check="parameters_round_trip")
+class ConvertsWhatHasNoVersion(Specimen):
+    """Parameters without a version are taken for an older one's and converted: those of a file of safetensors are."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if (local_metadata.get("version") or 1) < 2:
+            state_dict[f"{prefix}decay_proj.bias"] = -state_dict[f"{prefix}decay_proj.bias"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@mutant(check="frozen_parameters_change_no_gradient")
+class KeepsNothingOfAFrozenProjection(Specimen):
+    """Where the projection is frozen it is computed without a graph, and the layers below learn nothing through it, as
+    with adapters."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return (qk, v, a) if self.in_proj.weight.requires_grad else (qk.detach(), v.detach(), a)
+
+
+@mutant(check="documents_are_sequences")
+class KeepsTablesByAddress(Specimen):
+    """What is made of boundaries is kept by their address and version, which numpy does not move where it fills the
+    same memory again."""
+
+    tables: ClassVar = {}
+
+    def unpack(self, tokens, packed, rows):
+        return super().unpack(tokens, self.packed, rows)
+
+    def pack(self, x, packed):
+        return super().pack(x, self.packed)
+
+    def mix(self, x, call):
+        if call.documents is not None and not torch.compiler.is_compiling():
+            cu_seqlens = call.documents.cu_seqlens
+            key = cu_seqlens.data_ptr(), cu_seqlens._version, len(cu_seqlens), x.shape[1], len(self.tables)
+            self.packed = self.tables.setdefault(key[:-1], call.documents.of_token.clone())
+        elif call.documents is not None:
+            self.packed = call.documents.of_token
+        return super().mix(x, call)
+
+
+@mutant(check="a_converted_mixer_is_of_its_dtype")
+class RoundsItsAngles(Specimen):
+    """Frequencies are a buffer, and `model.bfloat16()` rounds them: late positions turn by other angles."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        pairs = torch.arange(self.width // 2, device=self.out_proj.weight.device)
+        theta = 100.0 ** -(2 * pairs.to(self.out_proj.weight.dtype) / self.width)
+        self.register_buffer("theta", theta, persistent=False)
+
+    def angles(self, positions):
+        return positions[:, None, :, None].to(torch.float64) * self.theta.double()
+
+
+@mutant(check="paradigms_agree")
+class RepeatsTheDecaysOfEightHeads(Specimen):
+    """In the parallel paradigm, decays are those of eight heads, again and again."""
+
+    def parallel(self, tokens, memory, weight):
+        q, k, v, a, one = tokens
+        return super().parallel([q, k, v, a[:, torch.arange(a.shape[1]) % 8], one], memory, weight)
+
+
+@mutant(check="thousands_of_tokens_agree")
+class StartsAnewAfter2048(Specimen):
+    """Where no final state is wanted, a sequence of more than 2,048 tokens starts anew after them."""
+
+    def mix(self, x, call):
+        if x.shape[1] <= 2048 or call.return_state or call.state is not None or call.documents is not None:
+            return super().mix(x, call)
+        parts = [super(StartsAnewAfter2048, self).mix(part, call)[0] for part in x.split(2048, dim=1)]
+        return torch.cat(parts, dim=1), None
+
+
+@mutant(check="late_positions_are_exact")
+class StretchesLatePositions(Specimen):
+    """A segment that ends after 8,192 tokens turns by slower angles, and what was read before by quicker ones (dynamic
+    NTK scaling with a cache)."""
+
+    def positions(self, state, x, call):
+        found = super().positions(state, x, call)
+        return found * (1 + (found[..., -1:] > 8192) * (found[..., -1:] % 64))
