@@ -27,7 +27,8 @@ from seqmix.experiments.study import StudyError, load_study
 from seqmix.training import read_config
 
 BROKEN = """
-entries: {broken: {training: {learning_rate: 1.0e+30}, set: {model.blocks.ret.mixer: {kind: "loud:LoudConfig", n_heads: 2}}}}
+entries:
+  broken: {training: {learning_rate: 1.0e+30}, set: {model.blocks.ret.mixer: {kind: "loud:LoudConfig", n_heads: 2}}}
 """
 LOUD = """
 from typing import Literal
