@@ -1,13 +1,13 @@
 """Differences between tensors that should be equal: how many elements, by how much, and where first."""
 
-import math
+import cmath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..mixers.state import to_dict
+from ..mixers.state import is_inexact, to_dict
 
 EXACT = 1e-9
 """Allowed in float64, relative to an element, and absolute, or relative to the tensor's root mean square where that is
@@ -55,7 +55,7 @@ class Differences:
         elif actual.device != expected.device:
             self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
         else:
-            tolerance = self.tolerance if actual.is_floating_point() else 0
+            tolerance = self.tolerance if is_inexact(actual) else 0
             absolute = tolerance * max(1.0, _size(expected)) + self.slack.get(name, 0)
             wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=absolute)
             self.lines += _difference(name, actual, expected, wrong, axes)
@@ -159,7 +159,7 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
     if "T" in axes:  # the first step, not the first row
         where = where[where[:, axes.index("T")].argsort(stable=True)]
     first = tuple(where[0].tolist())
-    distance = (actual - expected).abs() if actual.is_floating_point() else (actual != expected).to(torch.float64)
+    distance = (actual - expected).abs() if is_inexact(actual) else (actual != expected).to(torch.float64)
     largest = distance[wrong].nan_to_num(torch.inf, posinf=torch.inf).max().item()
     sizes = f"by up to {largest:.2g}" if largest < torch.inf else "with values that are not finite"
     heads = ""
@@ -170,7 +170,7 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
     found, wanted = actual[first].item(), expected[first].item()
     digits = 6 if f"{found:.6g}" != f"{wanted:.6g}" else 17
     values = f"{found:.{digits}g} instead of {wanted:.{digits}g}"
-    if not math.isfinite(found) and not math.isfinite(wanted):
+    if not any(map(cmath.isfinite, (found, wanted))):
         values = "not finite on either side"
     if not first:
         return [f"{name} differs: {values}"]
@@ -198,7 +198,7 @@ def _axes(state: Any, leaf: str) -> list[str]:
 
 def _size(x: Tensor) -> float:
     """The root mean square of the finite numbers: what is left where large ones cancel is rounded as they are."""
-    finite = x.detach()[x.detach().isfinite()].to(torch.float64) if x.is_floating_point() else x.new_empty(0)
+    finite = x.detach()[x.detach().isfinite()].abs().to(torch.float64) if is_inexact(x) else x.new_empty(0)
     return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 
 
