@@ -67,6 +67,12 @@ def width(path: str, default: Any = REQUIRED, over: str = "hidden_size") -> Fiel
     return Field((path,), default, read, lambda value, ours: round(value * ours["d_model"]))
 
 
+def head_size(*paths: str, heads: str, of: str = "mixer.n_heads", **default: Any) -> Field:
+    """The width of a head, which is here that of all heads over d_model; `heads` is their number, `of` here."""
+    read = lambda size, theirs: size * theirs[heads] / theirs["hidden_size"]  # noqa: E731
+    return Field(paths, read=read, write=lambda value, ours: round(value * ours["d_model"]) // ours[of], **default)
+
+
 @dataclass(frozen=True)
 class Table:
     """What is always so here, and their fields."""
@@ -128,12 +134,15 @@ def require_known(values: Values, known: set[str], where: object) -> None:
 
 
 def flat(m: ModelConfig, layer: str) -> dict[str, Any]:
-    """Fields of a model and one of its blocks by the paths of `Field`."""
+    """Fields of a model and one of its blocks by the paths of `Field`; numbers of heads are resolved."""
     ffn, block = m.blocks[layer].ffn, m.blocks[layer].model_dump(mode="json")
     found = m.model_dump(mode="json", include={"d_model", "n_layers", "vocab_size", "tie_embeddings"})
     parts = {"mixer": block.pop("mixer"), "ffn": block.pop("ffn"), "norm": block.pop("norm"), "block": block}
     for name, fields in parts.items():
         found |= {name: None} if fields is None else {f"{name}.{each}": value for each, value in fields.items()}
+    for name in ("mixer.n_kv_heads", "mixer.n_qk_heads"):
+        if name in found:
+            found[name] = found[name] or found["mixer.n_heads"]
     if ffn is not None:
         found["ffn.expansion"] = ffn.hidden_width(m.d_model) / m.d_model
     return found

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..blocks import Block
 from .architecture import Architecture, Layout
-from .fields import Field, Table, choice, only, same, width
+from .fields import Field, Table, choice, head_size, only, same, width
 from .layout import Part, part
 from .llama import BASE, PAIRS, norms, swiglu
 
@@ -14,10 +14,10 @@ PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "b
 LOW_RANK = {"down.weight": "0.weight", "up.weight": "1.weight", "up.bias": "1.bias"}
 """The tensors of a map of low rank with a bias."""
 GATES = {"swish": "swish", "silu": "swish", "sigmoid": "sigmoid"}
-NEGATIVE = {"allow_neg_eigval": same("mixer.allow_neg_eigval", default=False)}
+NEGATIVE: dict[str, str | Field] = {"allow_neg_eigval": same("mixer.allow_neg_eigval", default=False)}
 
 
-def convolved(*, default: bool = True) -> dict[str, Field]:
+def convolved(*, default: bool = True) -> dict[str, str | Field]:
     """The fields of the short convolution."""
     used = same(
         "mixer.short_conv",
@@ -78,7 +78,7 @@ class Fla(Architecture):
         return {}
 
 
-def attention_like(expand_k: float, expand_v: float) -> dict[str, Field]:
+def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
     """Fields that RetNet and GLA share."""
     return {
         "expand_k": same("mixer.expand_k", default=expand_k),
@@ -141,34 +141,26 @@ class DeltaNet(Fla):
     )
 
 
-def widths(expand_v: float) -> dict[str, Field]:
+def widths(expand_v: float) -> dict[str, str | Field]:
     """Widths of heads, which need not divide d_model; heads of values may share queries and keys."""
     return {
         "num_v_heads": same(
             "mixer.n_heads",
             default=lambda theirs: theirs["num_heads"],
-            write=lambda heads, ours: heads if ours["mixer.n_qk_heads"] not in (None, heads) else None,
+            write=lambda heads, ours: None if heads == ours["mixer.n_qk_heads"] else heads,
         ),
-        "num_heads": same("mixer.n_qk_heads", write=lambda heads, ours: heads or ours["mixer.n_heads"]),
-        "head_dim": same(
-            "mixer.expand_k",
-            read=lambda size, theirs: theirs["num_heads"] * size / theirs["hidden_size"],
-            write=lambda expand, ours: (
-                round(expand * ours["d_model"]) // (ours["mixer.n_qk_heads"] or ours["mixer.n_heads"])
-            ),
-        ),
+        "num_heads": "mixer.n_qk_heads",
+        "head_dim": head_size("mixer.expand_k", heads="num_heads", of="mixer.n_qk_heads"),
         "expand_v": same(
             "mixer.expand_v",
             default=expand_v,
             read=lambda expand, theirs: (
-                (theirs.get("num_v_heads") or theirs["num_heads"])
-                * int(theirs["head_dim"] * expand)
+                int(theirs["head_dim"] * expand)
+                * (theirs.get("num_v_heads") or theirs["num_heads"])
                 / theirs["hidden_size"]
             ),
             write=lambda expand, ours: (
-                expand
-                * (ours["mixer.n_qk_heads"] or ours["mixer.n_heads"])
-                / (ours["mixer.expand_k"] * ours["mixer.n_heads"])
+                expand / ours["mixer.n_heads"] * ours["mixer.n_qk_heads"] / ours["mixer.expand_k"]
             ),
         ),
     }

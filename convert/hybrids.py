@@ -9,7 +9,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..models import LanguageModel
 from .architecture import Layout
-from .fields import Field, Table, only, same, width
+from .fields import Table, head_size, only, same, width
 from .fla import convolutions, projections
 from .layout import Part, part
 from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, swiglu
@@ -23,19 +23,9 @@ DELTA = Table(
     {"mixer.kind": "gated_delta_net"},
     {
         "linear_num_value_heads": "mixer.n_heads",
-        "linear_num_key_heads": same("mixer.n_qk_heads", write=lambda heads, ours: heads or ours["mixer.n_heads"]),
-        "linear_key_head_dim": same(
-            "mixer.expand_k",
-            read=lambda size, theirs: size * theirs["linear_num_key_heads"] / theirs["hidden_size"],
-            write=lambda expand, ours: (
-                round(expand * ours["d_model"]) // (ours["mixer.n_qk_heads"] or ours["mixer.n_heads"])
-            ),
-        ),
-        "linear_value_head_dim": same(
-            "mixer.expand_v",
-            read=lambda size, theirs: size * theirs["linear_num_value_heads"] / theirs["hidden_size"],
-            write=lambda expand, ours: round(expand * ours["d_model"]) // ours["mixer.n_heads"],
-        ),
+        "linear_num_key_heads": "mixer.n_qk_heads",
+        "linear_key_head_dim": head_size("mixer.expand_k", heads="linear_num_key_heads", of="mixer.n_qk_heads"),
+        "linear_value_head_dim": head_size("mixer.expand_v", heads="linear_num_value_heads"),
         "linear_conv_kernel_dim": "mixer.short_conv",
     },
 )
@@ -175,11 +165,10 @@ class MiniMax(Rotating):
                 {
                     "num_attention_heads": "mixer.n_heads",
                     "rms_norm_eps": same("norm.eps", default=1e-6),
-                    "head_dim": Field(
-                        ("mixer.expand_k", "mixer.expand_v"),
-                        lambda theirs: theirs["hidden_size"] // theirs["num_attention_heads"],
-                        lambda size, theirs: size * theirs["num_attention_heads"] / theirs["hidden_size"],
-                        lambda expand, ours: round(expand * ours["d_model"]) // ours["mixer.n_heads"],
+                    "head_dim": head_size(
+                        *("mixer.expand_k", "mixer.expand_v"),
+                        heads="num_attention_heads",
+                        default=lambda theirs: theirs["hidden_size"] // theirs["num_attention_heads"],
                     ),
                 },
             ),

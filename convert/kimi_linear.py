@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from ..blocks import Block
 from .architecture import Architecture, Layout
-from .fields import Field, Table, only, same, width
+from .fields import Table, head_size, only, same, width
 from .fla import convolutions, projections
 from .hybrids import FULL, LINEAR, experts_of
 from .layout import part
@@ -15,11 +15,7 @@ KDA = Table(
     {
         "rms_norm_eps": same("norm.eps", "mixer.norm_eps", default=1e-5),
         "linear_num_heads": "mixer.n_heads",
-        "linear_head_dim": Field(
-            ("mixer.expand_k", "mixer.expand_v"),
-            read=lambda size, theirs: size * theirs["linear_num_heads"] / theirs["hidden_size"],
-            write=lambda expand, ours: round(expand * ours["d_model"]) // ours["mixer.n_heads"],
-        ),
+        "linear_head_dim": head_size("mixer.expand_k", "mixer.expand_v", heads="linear_num_heads"),
         "linear_conv_kernel_dim": "mixer.short_conv",
     },
 )

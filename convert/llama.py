@@ -25,11 +25,7 @@ HEADS = Table(
     {"mixer.kind": "attention"},
     {
         "num_attention_heads": "mixer.n_heads",
-        "num_key_value_heads": same(
-            "mixer.n_kv_heads",
-            default=lambda theirs: theirs["num_attention_heads"],
-            write=lambda heads, ours: heads or ours["mixer.n_heads"],
-        ),
+        "num_key_value_heads": same("mixer.n_kv_heads", default=lambda theirs: theirs["num_attention_heads"]),
         "head_dim": same(
             "mixer.head_dim",
             default=lambda theirs: theirs["hidden_size"] // theirs["num_attention_heads"],
