@@ -106,8 +106,6 @@ class Architecture:
                 raise SeqmixError(
                     f"model.blocks.{label} has no counterpart in {self.name}: it lacks {error}"
                 ) from error
-        if self.marker and self.marker in self.common.theirs:
-            written.setdefault(self.marker, self.common.fields[self.marker].default)
         if self.model_type:
             written |= {"model_type": self.model_type, "architectures": [self.class_name]}
         written = self.folded(written)

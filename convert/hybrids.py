@@ -70,10 +70,15 @@ class Qwen3Next(Rotating):
             ),
         },
     }
-    harmless = "decoder_sparse_step mlp_only_layers intermediate_size num_experts"
+    harmless = "decoder_sparse_step full_attention_interval mlp_only_layers intermediate_size num_experts "
+    harmless += "use_sliding_window"
+    unread = r".*inv_freq|mtp\..*"  # layers that predict further tokens
 
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         found, n = super().unfolded(values, where), values.get("num_hidden_layers", 0)
+        if not found.get("layer_types"):
+            interval = values.get("full_attention_interval", 4)
+            found["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(n)]
         step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
         sparse = [bool(values.get("num_experts")) and i not in dense and (i + 1) % step == 0 for i in range(n)]
         return found | {"networks": ["sparse" if each else "dense" for each in sparse]}

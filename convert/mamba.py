@@ -87,7 +87,7 @@ class Mamba2(Mamba):
 
     name, model_type, class_name = "mamba2", "mamba2", "Mamba2ForCausalLM"
     common = SSD | Table({}, {"layer_norm_epsilon": EPS, "time_step_limit": LIMIT})
-    harmless = STEPS + "chunk_size"
+    harmless = STEPS + "chunk_size rms_norm norm_before_gate"  # the last two are read by no version
     copied = "D in_proj.weight out_proj.weight"
 
     def further(self, mixer: Any) -> Layout:
@@ -98,7 +98,7 @@ class Mamba2(Mamba):
 class FlaMamba2(Mamba2):
     """Mamba-2 as fla writes it: the same tensors under other fields."""
 
-    name, library, marker = "fla-mamba2", "fla", "norm_before_gate"
+    name, library, marker = "fla-mamba2", "fla", "dt_limit"
     common = SSD | Table(
         {},
         {

@@ -17,6 +17,15 @@ FIELDS = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "voc
 FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "eos_token_id": 7}
 
 
+def test_the_layers_of_qwen3_next_may_be_said_by_an_interval():
+    sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    fields = {"model_type": "qwen3_next", "head_dim": 8, "full_attention_interval": 2, "num_experts": 0}
+    config = ARCHITECTURES["qwen3-next"].config(FIELDS | fields | {f"linear_{name}": 4 for name in sizes}, "here")
+    kinds = [config.blocks[name].mixer.kind for name in config.layers]
+    assert kinds == ["gated_delta_net", "attention"]
+    assert config.blocks[config.layers[1]].mixer.partial_rotary_factor == 0.25
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"rope_theta": 500}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 1.0}],
