@@ -28,7 +28,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     config, found = read_config(run), checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(found):
         raise CheckpointError(
-            f"{run} has {len(found)} checkpoints, and --checkpoints is {checkpoints}: at least 2, and "
+            f"--checkpoints is {checkpoints}, which is 2 at least, and {run} holds {len(found)}: "
             "training.keep_checkpoints says how many a run keeps"
         )
     require_free(out)
