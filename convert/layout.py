@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from einops import repeat
@@ -39,7 +40,7 @@ class Part:
         """What is done, in words."""
         sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items() if name in self.pattern)
         if isinstance(self.index, tuple):
-            return f"rows {', '.join(map(str, self.index[:4]))}, ..."
+            return f"rows {_rows(self.index)}"
         entry = "" if self.index is None else f", entry {self.index}"
         return f"{self.pattern}{f' ({sizes})' if sizes else ''}{entry}" if self.pattern else "as it is"
 
@@ -142,17 +143,33 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def plan(rules: Iterable[Rule]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: a tensor here, its shape, a tensor of theirs with its shape, what is done; layers once."""
+    """Rows of a table: a tensor here, its shape, a tensor of theirs with its shape, what is done; layers and experts
+    once."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for rule in rules:
-        at = re.search(r"\.(\d+)\.", rule.name)
-        for number, each in enumerate(rule.parts):
-            joined = f"rows {number + 1} of {len(rule.parts)}: " if len(rule.parts) > 1 else ""
+        at, done = re.search(r"\.(\d+)\.", rule.name), 0
+        for (source, shape, action), same in groupby(rule.parts, key=lambda each: _described(each, bool(at))):
+            first, done = done + 1, done + len(list(same))
+            several = f"{first} to {done}" if done > first else f"{first}"
+            joined = f"part {several} of {len(rule.parts)}: " if len(rule.parts) > 1 else ""
             name = re.sub(r"\.\d+\.", ".N.", rule.name, count=1)
-            source = re.sub(r"\.\d+\.", ".N.", each.name, count=1) if at else each.name
-            row = (name, _shape(rule.shape), f"{source} {_shape(each.shape)}", joined + each.action)
+            row = (name, _shape(rule.shape), f"{source} {_shape(shape)}", joined + action)
             rows.setdefault(row, []).extend([at[1]] if at else [])
     return [(_at(name, layers), *row[1:]) for row, layers in rows.items() for name in row[:1]]
+
+
+def _described(each: Part, layered: bool) -> tuple[str, tuple[int, ...], str]:
+    """The name of a part without the numbers of its layer and expert, its shape, and what is done."""
+    name = re.sub(r"\.\d+\.", ".N.", each.name, count=1) if layered else each.name
+    return re.sub(r"(\.experts)\.\d+\.", r"\1.E.", name), each.shape, each.action
+
+
+def _rows(index: tuple[int, ...]) -> str:
+    """The first ranges of rows."""
+    starts = [i for i, row in enumerate(index) if i == 0 or row != index[i - 1] + 1]
+    ends = [*(i - 1 for i in starts[1:]), len(index) - 1]
+    ranges = [f"{index[i]}-{index[j]}" if j > i else f"{index[i]}" for i, j in zip(starts, ends, strict=True)]
+    return ", ".join(ranges[:4]) + (", ..." if len(ranges) > 4 else "")
 
 
 def _at(name: str, layers: list[str]) -> str:

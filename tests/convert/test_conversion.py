@@ -186,7 +186,9 @@ def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
     assert ours["x"].tolist() == [[3, 9], [4, 10], [5, 11], [20, 21], [22, 23], [24, 25]]
     back = to_theirs(rules, ours)
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
-    assert plan(rules)[0] == ("x", "[6 2]", "fused [4 3]", "rows 1 of 2: (h two) d -> two d h (two = 2), entry 1")
+    assert plan(rules)[0] == ("x", "[6 2]", "fused [4 3]", "part 1 of 2: (h two) d -> two d h (two = 2), entry 1")
+    experts = [Rule("blocks.0.w", (4, 1), tuple(part(f"layers.0.experts.{e}.w", 4, index=(3, 0, 1)) for e in range(2)))]
+    assert plan(experts) == [("blocks.0.w", "[4 1]", "layers.N.experts.E.w [4]", "part 1 to 2 of 2: rows 3, 0-1")]
     repeated = [Rule("z", (4,), (part("g", 2, pattern="h -> (h n)", n=2),))]
     assert to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 6])})["g"].tolist() == [5, 6]
     with pytest.raises(SeqmixError, match="z differs between heads"):
