@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .commands.output import guarded
+
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
     "generate": "Generate text with a trained model.",
@@ -78,6 +80,12 @@ def main() -> None:
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
         os.environ.pop("COLUMNS", None)
+    with guarded():
+        _run()
+
+
+def _run() -> None:
+    """Run the command that the arguments name; always ends by SystemExit, or by an error that is a bug."""
     app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
     app.callback()(options)
     group = typer.main.get_group(app)

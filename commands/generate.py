@@ -13,6 +13,7 @@ from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.memory import keep_freed_memory
 from .console import note
 from .options import Checkpoint, Device, Ema, checkpoint_choice, require_device, require_writable
+from .output import UNREAD, lost
 
 
 def generate(
@@ -92,12 +93,16 @@ def generate(
     # bytes of a command line that are not UTF-8 arrive as surrogates, which a terminal refuses
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
     # one prompt may be for several texts, and a cached text needs none
-    _show((texts or [""]) * len(after) if after is not None and len(texts) < 2 else texts, pieces)
+    _show(
+        (texts or [""]) * len(after) if after is not None and len(texts) < 2 else texts,
+        pieces,
+        to_the_end=save_state is not None,
+    )
     if save_state is not None:
         _save(kept[0], model, save_state)
 
 
-def _show(texts: list[str], pieces: Iterable[list[str]]) -> None:
+def _show(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) -> None:
     """Stream a single text; print several when they are complete."""
     if len(texts) == 1:
         started = False
@@ -105,6 +110,8 @@ def _show(texts: list[str], pieces: Iterable[list[str]]) -> None:
             # the prompt is printed with the first token: bad input shows nothing but its error
             typer.echo(piece if started else texts[0] + piece, nl=False)
             started = True
+            if lost() and not to_the_end:
+                raise typer.Exit(UNREAD)
         typer.echo()
         return
     for new in pieces:

@@ -1,0 +1,55 @@
+"""What becomes of a command whose output is not read, or cannot be written; what a terminal is shown."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+from seqmix import load_config, train
+from seqmix.cli import main
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run a command in a folder with a run, its output a closed pipe or a full disk; returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the text of a small run, over and over again. " * 60)
+    list(train(load_config("retnet-tiny", [*SMALL, "data.paths=[text.txt]"]), "run"))
+
+    def call(output: str, *arguments: str) -> int:
+        if output == "closed":
+            reads, handle = os.pipe()
+            os.close(reads)
+        else:
+            handle = os.open(output, os.O_WRONLY)
+        with open(handle, "w", encoding="utf-8") as stream:
+            monkeypatch.setattr(sys, "argv", ["seqmix", *arguments])
+            monkeypatch.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as ended:
+                main()
+            with contextlib.suppress(OSError):
+                sys.stdout.close()
+        return int(ended.value.code or 0)
+
+    return call
+
+
+def test_output_that_nobody_reads_does_not_cost_the_work(command, capsys):
+    assert command("closed", "generate", "run", "--prompt", "a", "--save-state", "state", "--max-new-tokens", "9") == 0
+    assert command("closed", "evaluate", "run", "--length", "16", "--tokens", "64", "--json", "found.json") == 0
+    assert command("closed", "train", "retnet-tiny", *SMALL, "data.paths=[text.txt]", "--out", "other") == 0
+    assert Path("state").stat().st_size > 0
+    assert json.loads(Path("found.json").read_text())
+    assert [each.name for each in Path("other/checkpoints").iterdir()][-1:]
+    assert command("closed", "generate", "run", "--prompt", "a", "--max-new-tokens", "999999", "--no-compile") == 141
+    assert "error" not in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_after_the_work(command, capsys):
+    for arguments in (("show", "retnet-tiny"), ("generate", "run", "--prompt", "a"), ("mixers",)):
+        assert command("/dev/full", *arguments) == 2
+        assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
