@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .commands.output import guarded
+from .commands.output import guarded, visible
 
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
@@ -99,7 +99,7 @@ def _run() -> None:
         if (sentence := explanation(error)) is None:
             raise
         if sentence:
-            typer.secho(f"error: {sentence}", err=True, fg="red")
+            typer.secho(f"error: {visible(sentence, err=True)}", err=True, fg="red")
         sys.exit(2)
     finally:
         # registered last, so called first: torch's exit handlers take a while, and a second Ctrl-C must be silent

@@ -7,6 +7,7 @@ import typer
 
 from ..training.averaging import average_run
 from .options import Run
+from .output import visible
 
 
 def average(
@@ -21,4 +22,4 @@ def average(
     [bold]seqmix average runs/retnet-tiny --checkpoints 2 --to runs/averaged[/bold]
     """
     steps = average_run(run, to, checkpoints=checkpoints)
-    typer.echo(f"{to} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}")
+    typer.echo(visible(f"{to} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}"))

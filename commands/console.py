@@ -6,11 +6,23 @@ from typing import Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from .output import visible
 
 WIDE = 200
 """Columns without a terminal, unless COLUMNS is set: tables are not folded."""
+
+
+class _Console(Console):
+    """Shows control characters in names and texts, in place of sending them to the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of what is printed; those of the console itself, which move the cursor, as they are."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
 
 
 def terminal(*, quiet: bool = False) -> Console:
@@ -19,7 +31,7 @@ def terminal(*, quiet: bool = False) -> Console:
     Args:
         quiet: whether to print nothing.
     """
-    console = Console(markup=False, highlight=False, quiet=quiet)
+    console = _Console(markup=False, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width, console.soft_wrap = WIDE, True  # lines in a file are never wrapped
     return console
@@ -43,4 +55,4 @@ def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: An
 
 def note(text: str) -> None:
     """Print a note on standard error."""
-    typer.secho(f"note: {text}", err=True, fg="yellow")
+    typer.secho(f"note: {visible(text, err=True)}", err=True, fg="yellow")

@@ -11,6 +11,7 @@ from ..registry import SeqmixError
 from ..training.run_dir import CONFIG_FILE
 from .console import note, plain_table, terminal
 from .options import Checkpoint, checkpoint_choice
+from .output import visible
 
 
 def convert(
@@ -57,4 +58,4 @@ def convert(
         plain_table("here", "shape", "", f"{architecture.name} ({architecture.library})", "how", rows=rows)
     )
     if out is not None:
-        typer.echo(f"{out} has {len(rules)} tensors")
+        typer.echo(visible(f"{out} has {len(rules)} tensors"))

@@ -10,6 +10,7 @@ from ..registry import SeqmixError, nearest
 from ..training import export_run
 from .console import note
 from .options import Checkpoint, Ema, Run, checkpoint_choice
+from .output import visible
 
 FORMATS = ("safetensors", "hf")
 
@@ -44,11 +45,11 @@ def export(
     choice = checkpoint_choice(checkpoint)
     if to == "safetensors":
         step = export_run(run, target, choice=choice, tell=note, ema=ema)
-        typer.echo(f"{target} has the weights of step {step}")
+        typer.echo(visible(f"{target} has the weights of step {step}"))
         return
     if find_spec("transformers") is None:
         raise SeqmixError("--to hf needs transformers: pip install 'seqmix[hf]'")
     from ..hf.export import export_hf
 
     export_hf(run, target, choice=choice, tell=note, ema=ema)
-    typer.echo(f"{target} has the model: import seqmix.hf, and AutoModelForCausalLM.from_pretrained loads it")
+    typer.echo(visible(f"{target} has the model: import seqmix.hf, and AutoModelForCausalLM.from_pretrained loads it"))

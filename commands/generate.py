@@ -13,7 +13,7 @@ from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.memory import keep_freed_memory
 from .console import note
 from .options import Checkpoint, Device, Ema, checkpoint_choice, require_device, require_writable
-from .output import UNREAD, lost
+from .output import UNREAD, lost, visible
 
 
 def generate(
@@ -108,7 +108,7 @@ def _show(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) ->
         started = False
         for (piece,) in pieces:
             # the prompt is printed with the first token: bad input shows nothing but its error
-            typer.echo(piece if started else texts[0] + piece, nl=False)
+            typer.echo(visible(piece if started else texts[0] + piece), nl=False)
             started = True
             if lost() and not to_the_end:
                 raise typer.Exit(UNREAD)
@@ -117,7 +117,7 @@ def _show(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) ->
     for new in pieces:
         texts = [text + piece for text, piece in zip(texts, new, strict=True)]
     for text in texts:
-        typer.echo(f"{text}\n{'─' * 40}")
+        typer.echo(f"{visible(text)}\n{'─' * 40}")
 
 
 def _save(cache: PromptCache, model: LanguageModel, file: Path) -> None:

@@ -54,3 +54,14 @@ def guarded() -> Iterator[None]:
 def lost() -> OSError | None:
     """Why standard output is no longer written; None while it is."""
     return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
+
+
+_OBEYED = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""What moves a cursor, changes a terminal's settings or the direction of text: all but tabs and line breaks."""
+_ESCAPED = {code: ascii(chr(code))[1:-1] for code in _OBEYED}
+
+
+def visible(text: str, *, err: bool = False) -> str:
+    """Text of a model, a file or a folder, its control characters escaped where a terminal would obey them."""
+    stream = sys.stderr if err else sys.stdout
+    return text.translate(_ESCAPED) if stream is not None and stream.isatty() else text

@@ -14,6 +14,7 @@ from ..experiments.report import write_report
 from ..experiments.results import RESULTS_FILE, read_results
 from ..registry import SeqmixError, require_name
 from ..training.logging import METRICS_FILE
+from .output import visible
 
 
 def plot(
@@ -70,7 +71,7 @@ def plot(
         given = ", ".join(map(str, folders))
         raise SeqmixError(f"{given}: no measurement is a finite number, so there is nothing to draw")
     draw(_chosen(figures, figure or []), out, width=width, title=title, text=text)
-    typer.echo(f"{out} is written")
+    typer.echo(visible(f"{out} is written"))
 
 
 def _study(folders: Sequence[Path]) -> Path | None:

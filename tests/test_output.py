@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import SMALL
 
 from seqmix import load_config, train
 from seqmix.cli import main
+from seqmix.commands import console, generate
 
 
 @pytest.fixture
@@ -53,3 +55,26 @@ def test_a_full_disk_is_one_sentence_after_the_work(command, capsys):
     for arguments in (("show", "retnet-tiny"), ("generate", "run", "--prompt", "a"), ("mixers",)):
         assert command("/dev/full", *arguments) == 2
         assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+
+
+HOSTILE = "\x1b]0;title\x07 \x9b2J \u202e\r"
+
+
+class _Screen(StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "escaped"), [(_Screen, True), (StringIO, False)])
+def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(monkeypatch, stream, escaped):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    monkeypatch.setenv("TERM", "xterm")
+    generate._show([HOSTILE], [["\x1bc"]], to_the_end=False)
+    console.terminal().print(HOSTILE, console.plain_table("column", rows=[[HOSTILE]]))
+    console.note(HOSTILE)
+    for written in (sys.stdout.getvalue(), sys.stderr.getvalue()):
+        assert ("\x1b]0;title" in written) != escaped
+        assert (r"\x1b]0;title" in written) == escaped
+        assert not escaped or not {"\x07", "\x9b", "\u202e", "\r"} & set(written)
+    assert ("\x1bc" in sys.stdout.getvalue()) != escaped
