@@ -67,14 +67,15 @@ class _Screen(StringIO):
 
 @pytest.mark.parametrize(("stream", "escaped"), [(_Screen, True), (StringIO, False)])
 def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(monkeypatch, stream, escaped):
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, stream())
+    streams = {name: stream() for name in ("stdout", "stderr")}
+    for name, made in streams.items():
+        monkeypatch.setattr(sys, name, made)
     monkeypatch.setenv("TERM", "xterm")
     generate._show([HOSTILE], [["\x1bc"]], to_the_end=False)
     console.terminal().print(HOSTILE, console.plain_table("column", rows=[[HOSTILE]]))
     console.note(HOSTILE)
-    for written in (sys.stdout.getvalue(), sys.stderr.getvalue()):
+    for written in (made.getvalue() for made in streams.values()):
         assert ("\x1b]0;title" in written) != escaped
         assert (r"\x1b]0;title" in written) == escaped
         assert not escaped or not {"\x07", "\x9b", "\u202e", "\r"} & set(written)
-    assert ("\x1bc" in sys.stdout.getvalue()) != escaped
+    assert ("\x1bc" in streams["stdout"].getvalue()) != escaped

@@ -13,7 +13,7 @@ processes.
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -242,8 +242,23 @@ def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None =
         try:
             return Found(folder, verify(folder, parts), tuple(f"{note}; skipped" for note in notes))
         except CheckpointError as error:
+            if not folder.exists():  # a run that trains has deleted it meanwhile, and has newer ones
+                return find(run, which, parts=parts)
             notes.append(str(error))
     raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
+
+
+def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> Found:
+    """Find a checkpoint by an intact part and `use` its folder; if a run that trains deletes it meanwhile, the next."""
+    while True:
+        found = find(run, which, parts=(part,))
+        try:
+            use(found.folder)
+        except CheckpointError:
+            if found.folder.exists():
+                raise
+        else:
+            return found
 
 
 def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:

@@ -81,8 +81,12 @@ def read_weights(
     else:
         whole = read_config(run)
         config, tokenizer = whole.model, whole.data.tokenizer_of(run)
-        folder = _found(run, choice, tell).folder
-        found, _ = checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL))
+        found: dict[str, Tensor] = {}
+
+        def use(folder: Path) -> None:
+            found.update(checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL))[0])
+
+        _read(run, choice, train_state.MODEL, use, tell)
     return config, found, None if tokenizer is None else tokenizer.vocabulary
 
 
@@ -124,9 +128,11 @@ def export_run(
     return step
 
 
-def _found(run: Path, choice: Choice, tell: Callable[[str], object], part: str = train_state.MODEL) -> checkpoint.Found:
+def _read(
+    run: Path, choice: Choice, part: str, use: Callable[[Path], object], tell: Callable[[str], object]
+) -> checkpoint.Found:
     # damaged moments do not matter: only the parameters are needed
-    found = checkpoint.find(run, choice, parts=(part,))
+    found = checkpoint.read(run, choice, part, use)
     for note in found.notes:
         tell(note)
     return found
@@ -138,10 +144,10 @@ def _load_checkpoint(
     if ema and config.training.ema is None:
         raise CheckpointError(f"{run} has no moving average of its weights: it was trained without training.ema")
     part = train_state.EMA if ema else train_state.MODEL
-    found = _found(run, choice, tell, part)
+    checkpoint.find(run, choice, parts=())  # what is missing is said before a large model is built
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
-    train_state.load_model(found.folder, model, part)
+    found = _read(run, choice, part, lambda folder: train_state.load_model(folder, model, part), tell)
     return model, found.manifest.step
 
 

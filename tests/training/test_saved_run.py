@@ -1,6 +1,7 @@
 """A run read back, and its weights in one file."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_run
 from seqmix.models import ByteTokenizer
-from seqmix.training import CheckpointError, RunConfig, export_run, read_config
+from seqmix.training import CheckpointError, RunConfig, checkpoint, export_run, read_config, train_state
 from seqmix.training.checkpoint import checkpoints
 
 
@@ -54,6 +55,25 @@ def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_mom
     assert note.startswith(f"{file} is damaged")
     with pytest.warns(UserWarning, match="is damaged"):
         load_run(run)
+
+
+@pytest.mark.parametrize("function", ["verify", "read_tensors"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_replaced_by_the_next(run, monkeypatch, function):
+    """As a run that trains deletes it: between the list and the checksums, or between these and the weights."""
+    module = checkpoint if function == "verify" else train_state
+    whole, newest, waiting = getattr(module, function), checkpoints(run)[-1], [True]
+
+    def deleting(*args):
+        if waiting:
+            waiting.clear()
+            newest.rename(newest.with_name("step-000008.gone"))
+        return whole(*args)
+
+    monkeypatch.setattr(module, function, deleting)
+    assert same(weights(load_run(run)), load_file(checkpoints(run)[-1] / "model.safetensors"))
+    newest.with_name("step-000008.gone").rename(newest)
+    waiting.append(True)
+    assert re.search("checkpoint of step 6; it has .* 2, 4$", refused(lambda: load_run(run, choice=6)))
 
 
 def test_a_file_has_weights_and_configuration(run, tmp_path):
