@@ -14,12 +14,15 @@ from torch import Tensor
 from ..registry import SeqmixError
 from .compiling import CompileError
 from .decoding import Decoder, compiled_after
-from .language_model import LanguageModel
+from .language_model import LanguageModel, ModelState
 from .prompt_cache import RECENT, PromptCache, cache_tokens
 from .tokenizer import TextDecoder, Tokenizer
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
+
+GATHERED = 256
+"""New tokens that are kept until only their number and the last ones are: the memory of a long text does not grow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,26 +114,38 @@ def generate_tokens(
     compile_at = compiled_after(max_new_tokens) if by_itself else None
     written: list[Tensor] = []
     for left in range(max_new_tokens, 0, -1):
-        written.append(sample(logits[:, :vocab_size], sampling, generator))
+        token = sample(logits[:, :vocab_size], sampling, generator)
+        written.append(token)
         try:
-            yield written[-1]
+            yield token
         except GeneratorExit:  # the caller has closed the generator
             break
         if left == 1:
             break
-        if len(written) == compile_at:
+        if len(written) == GATHERED:
+            before, texts = _extended(before, None, texts, written)
+            written.clear()
+        if max_new_tokens - left + 1 == compile_at:
             decoder = Decoder(model, decoder.state, compiled=True)
         try:
-            logits = decoder.step(written[-1])
+            logits = decoder.step(token)
         except CompileError as error:
             if compiled is not None:
                 raise
             warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
             decoder = Decoder(model, decoder.state)
-            logits = decoder.step(written[-1])
+            logits = decoder.step(token)
     if on_end is not None:
-        new = torch.stack(written, dim=1).cpu()
-        on_end(before.extend(decoder.state, [torch.cat(parts) for parts in zip(texts, new, strict=True)]))
+        on_end(_extended(before, decoder.state, texts, written)[0])
+
+
+def _extended(
+    before: PromptCache, state: ModelState | None, texts: Sequence[Tensor], written: Sequence[Tensor]
+) -> tuple[PromptCache, list[Tensor]]:
+    """The cache after texts and the tokens that follow them, and the last token of each, which the next begins with."""
+    new = torch.stack(list(written), dim=1).cpu()
+    whole = [torch.cat(parts) for parts in zip(texts, new, strict=True)]
+    return before.extend(state, whole), [text[-1:] for text in whole]
 
 
 def stream_text(

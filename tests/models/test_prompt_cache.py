@@ -1,5 +1,7 @@
 """The prompt cache is a value: any number of continuations start from it, as if prefilled in one pass."""
 
+import gc
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -137,3 +139,18 @@ def test_a_stop_string_is_part_of_the_cache(model_of):
     (cache,) = caches
     assert chr(cache.recent[0, -1]) == stop
     assert cache.lengths.tolist() == [3 + whole.index(stop) + 1]
+
+
+def test_a_long_text_keeps_no_token_but_the_last(model_of, monkeypatch):
+    model = model_of("retention")
+    whole, gathered, alive = [], [], []
+    generated(model, PROMPTS, 25, on_end=whole.append)
+    monkeypatch.setattr("seqmix.models.generate.GATHERED", 4)
+    for _ in generate_tokens(
+        model, PROMPTS, max_new_tokens=25, sampling=GREEDY, compiled=False, on_end=gathered.append
+    ):
+        alive.append(sum(type(each) is torch.Tensor for each in gc.get_objects()))
+    assert max(alive[13:]) <= max(alive[1:13])
+    for name in ("recent", "lengths"):
+        assert torch.equal(getattr(whole[0], name), getattr(gathered[0], name))
+    assert_close(to_dict(whole[0].state), to_dict(gathered[0].state), rtol=0, atol=0)
