@@ -166,13 +166,18 @@ def evaluate_tasks(
         `forwarded_tokens`, which log-likelihoods have processed.
 
     Raises:
-        SeqmixError: a task is unknown, or the model's tokens are not text.
+        SeqmixError: a task is unknown, its data cannot be read, or the model's tokens are not text.
     """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise SeqmixError(f"--include-path {include_path} is not a folder")
     manager = _task_manager(tuple(tasks), include_path)
     lm = SeqmixLM(model=model, batch_size=batch_size)
-    found = import_module("lm_eval").simple_evaluate(
-        lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
-    )
+    try:
+        found = import_module("lm_eval").simple_evaluate(
+            lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
+        )
+    except OSError as error:  # the data of a task: a file, or the network
+        raise SeqmixError(f"the data of {', '.join(tasks)} cannot be read: {str(error).splitlines()[0]}") from error
     scores = {
         task: {
             name.removesuffix(",none"): float(value)

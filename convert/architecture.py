@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..models import LanguageModel, ModelConfig
-from ..registry import SeqmixError
+from ..registry import SeqmixError, explain_fields
 from .fields import Table, flat, nested, refusal, require_known, require_same
 from .layout import Part, Rule, part
 
@@ -78,11 +78,11 @@ class Architecture:
                 table |= tables[kind]
             model, blocks[label] = nested(table.read(values, where))
         require_known(values, known | {name for table in self._tables() for name in table.theirs}, where)
+        fields = {**model, "blocks": blocks, "pattern": pattern}
         try:
-            return ModelConfig.model_validate({**model, "blocks": blocks, "pattern": pattern})
+            return ModelConfig.model_validate(fields)
         except ValidationError as error:
-            reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise SeqmixError(f"{where} describes no model here: {reasons}") from error
+            raise SeqmixError(explain_fields(error, fields, f"{where} describes no model here")) from error
 
     def fields(self, m: ModelConfig) -> dict[str, Any]:
         """Their configuration of a model here.

@@ -50,8 +50,8 @@ class Corpus:
     @property
     def unigram_entropy(self) -> float:
         """Nats per token of the validation split under its own token frequencies, from its first `COUNTED` tokens."""
-        begin = self.tokenizer.begin
-        counts = np.bincount(self.validation[:COUNTED], minlength=begin)[:begin]
+        counts = np.bincount(self.validation[:COUNTED], minlength=self.tokenizer.begin + 1)
+        counts[self.tokenizer.begin] = 0  # it is not predicted
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from ..models import ModelConfig
-from ..registry import SeqmixError
+from ..registry import SeqmixError, explain_fields
 
 
 class SeqmixConfig(PretrainedConfig):
@@ -55,5 +55,4 @@ def _validated(model: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.model_validate(dict(model))
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
-        raise SeqmixError(f"the model of config.json is not valid: {'; '.join(reasons)}") from error
+        raise SeqmixError(explain_fields(error, model, "the model of config.json")) from error

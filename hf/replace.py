@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..mixers import MIXERS, MixerConfig, SequenceMixer
-from ..registry import SeqmixError
+from ..registry import SeqmixError, explain_fields
 from .cache import NAME, StateLayer, mix_cached
 from .padding import Rows, mix_rows, rows_of
 
@@ -41,6 +41,8 @@ def replace_mixers(
     """
     decoder = _decoder_of(model)
     count = len(decoder.layers)
+    if isinstance(layers, int):
+        raise SeqmixError(f"layers needs a list, such as [{layers}], and was given {layers}")
     able = [index for index, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
     chosen = able if layers is None else list(layers)
     if wrong := [index for index in chosen if index not in able]:
@@ -49,9 +51,9 @@ def replace_mixers(
             f"{', '.join(map(str, able))}"
         )
     try:
-        mixer = config if isinstance(config, MixerConfig) else _MIXER.validate_python(dict(config))
+        mixer = config if isinstance(config, MixerConfig) else _MIXER.validate_python(config)
     except ValidationError as error:
-        raise SeqmixError("; ".join(detail["msg"] for detail in error.errors())) from error
+        raise SeqmixError(explain_fields(error, config, "the mixer")) from error
     for index in chosen:
         old = decoder.layers[index].self_attn
         like = next(old.parameters())

@@ -2,6 +2,7 @@
 
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
+from .explain import explain_fields
 from .files import flush, replacing, write_file
 from .loading import dump, load
 from .providers import import_object
@@ -16,6 +17,7 @@ __all__ = [
     "Registry",
     "SeqmixError",
     "dump",
+    "explain_fields",
     "flush",
     "import_object",
     "json_schema",

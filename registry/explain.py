@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import nearest, shown
-from .tree import COMMAND_LINE, Node
+from .tree import COMMAND_LINE, Node, Origin
 
 _SHOWN = 5
 """Errors that are reported; the rest is counted."""
@@ -59,6 +59,11 @@ def explain(error: ValidationError, tree: Node) -> str:
     if len(lines) > _SHOWN:
         lines[_SHOWN:] = [f"... and {len(lines) - _SHOWN} more"]
     return "\n".join(lines)
+
+
+def explain_fields(error: ValidationError, fields: Any, name: str) -> str:
+    """As `explain`, of values that were given in Python, under the name that each line begins with."""
+    return explain(error, Node.of(fields, Origin(name)))
 
 
 def _sentences(problems: Sequence[str | _Need]) -> Iterator[str]:

@@ -31,6 +31,13 @@ class Node:
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin
 
+    @classmethod
+    def of(cls, value: Any, origin: Origin) -> "Node":
+        """The tree of plain values, all of one origin."""
+        if isinstance(value, Mapping):
+            return cls({str(key): cls.of(entry, origin) for key, entry in value.items()}, origin)
+        return cls(tuple(cls.of(item, origin) for item in value) if isinstance(value, list | tuple) else value, origin)
+
     @property
     def entries(self) -> "Mapping[str, Node] | None":
         """The entries of a mapping; None for anything else."""

@@ -138,6 +138,15 @@ def test_an_unknown_task_is_refused(harness, model, monkeypatch):
     assert message.startswith("lm-eval has no task 'tiny_chioce'; did you mean \"tiny_choice\"?")
 
 
+def test_missing_data_and_a_missing_folder_are_named(harness, model):
+    Path("choice.jsonl").unlink()
+    assert "the data of tiny_choice cannot be read" in refusal(
+        lambda: harness.evaluate_tasks(model, ["tiny_choice"], include_path=".")
+    )
+    message = refusal(lambda: harness.evaluate_tasks(model, ["tiny_choice"], include_path="tsaks"))
+    assert message == "--include-path tsaks is not a folder"
+
+
 def test_the_model_is_registered_with_lm_evals_own_command(harness, config_of, tmp_path, monkeypatch, capsys):
     run_of(config_of("training.steps=2"), tmp_path / "one")
     from lm_eval.__main__ import cli_evaluate

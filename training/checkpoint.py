@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, get_num_threads
 
-from ..registry import Config, SeqmixError, flush, replacing
+from ..registry import Config, SeqmixError, flush, nearest, replacing
 from .provenance import seqmix_version
 from .sharding import full_tensor
 
@@ -231,6 +231,8 @@ def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None =
         raise CheckpointError(f"{run} holds no checkpoint")
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]
+    elif which not in (names := ("newest", "best")):
+        raise CheckpointError(f"a checkpoint is newest, best or a step, and was given {which!r}{nearest(which, names)}")
     else:
         candidates = available[::-1] if which == "newest" else _by_loss(run)
     if not candidates:

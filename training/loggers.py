@@ -107,7 +107,7 @@ class WandB:
                 settings=self._wandb.Settings(console="off"),  # a progress bar is not a log
             )
         except Exception as error:  # of W&B, or of the network
-            reason = str(error).split("\n")[0]
+            reason = " ".join(str(error).split("\n")[:3])  # of a setting: that it is wrong, which, and why
             raise SeqmixError(f"W&B cannot start: {reason}; WANDB_MODE=offline logs without it, into {run}") from error
 
     def record(self, step: int, values: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,3 +214,9 @@ def test_a_limited_evaluation_is_spread_evenly_from_end_to_end(limit):
 def test_the_unigram_entropy_is_that_of_the_validation_split(validation, expected):
     corpus = Corpus("text", 1, "tail", np.array([], dtype=np.uint16), np.array(validation, dtype=np.uint16))
     assert corpus.unigram_entropy == pytest.approx(expected)
+
+
+def test_the_unigram_entropy_leaves_out_a_begin_token_among_the_others():
+    tokens = np.array([1, *[0] * 4, 1, *[2] * 4], dtype=np.uint16)
+    corpus = Corpus("text", 1, "tail", tokens, tokens, SimpleNamespace(begin=1))
+    assert corpus.unigram_entropy == pytest.approx(math.log(2))

@@ -144,6 +144,16 @@ def test_gradients_reach_mixers_and_skip_padding(checkpointing):
 REFUSED = {
     "another layer": (lambda model: replace_mixers(model, GLA, [4]), "no layer 4 with attention; .* 0, 1, 2, 3"),
     "another kind": (lambda model: replace_mixers(model, {"kind": "gal"}), 'did you mean "gla"'),
+    "an unknown kind": (
+        lambda model: replace_mixers(model, {"kind": "glaaa"}),
+        "^the mixer: kind: unknown mixer kind 'glaaa'",
+    ),
+    "a wrong type": (
+        lambda model: replace_mixers(model, {"kind": "gla", "n_heads": "four"}),
+        "^the mixer: n_heads: needs an integer, and was given 'four'$",
+    ),
+    "no mapping": (lambda model: replace_mixers(model, "gla"), "^the mixer: .*'gla'"),
+    "a number of layers": (lambda model: replace_mixers(model, GLA, 1), r"such as \[1\]"),
     "a wrong width": (lambda model: replace_mixers(model, {"kind": "gla", "n_heads": 3}), "3"),
     "no attention": (lambda model: replace_mixers(model.lm_head, GLA), "Linear has no decoder layers"),
 }

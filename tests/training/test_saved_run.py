@@ -41,6 +41,7 @@ def test_any_checkpoint_is_read(run):
     assert same(weights(load_run(run)), weights(load_run(run, choice=6)))
     assert same(weights(load_run(run, choice="best")), weights(load_run(run, choice=6)))
     assert not same(weights(load_run(run)), weights(load_run(run, choice=4)))
+    assert 'did you mean "best"' in refused(lambda: load_run(run, choice="bset"))
 
 
 def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_moments_do_not_matter(run):
