@@ -1,12 +1,12 @@
 """The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
-import atexit
 import os
 import platform
 import signal
 import sys
 from importlib import import_module, metadata
 from inspect import cleandoc
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +41,23 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types have moved between versions
         """The command named on the command line, with its options."""
         name, _, rest = super().resolve_command(ctx, args)
-        return name, imported(str(name)), rest
+        command = imported(str(name))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, _interrupt)
+        return name, command, rest
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """The first Ctrl-C ends the command; the second ends the process, silently, whatever it does by then."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _unraisable(ignored: Any) -> None:
+    """End by a Ctrl-C that came where Python would print it and go on, such as in a destructor."""
+    if ignored.exc_type is KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)
+    sys.__unraisablehook__(ignored)
 
 
 def imported(name: str) -> TyperCommand:
@@ -80,8 +96,16 @@ def main() -> None:
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
         os.environ.pop("COLUMNS", None)
-    with guarded():
-        _run()
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background it may be ignored
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command is imported: libraries report it as their error
+        sys.unraisablehook = _unraisable
+    try:
+        with guarded():
+            _run()
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit handlers take a while, and would show it
 
 
 def _run() -> None:
@@ -101,9 +125,6 @@ def _run() -> None:
         if sentence:
             typer.secho(f"error: {visible(sentence, err=True)}", err=True, fg="red")
         sys.exit(2)
-    finally:
-        # registered last, so called first: torch's exit handlers take a while, and a second Ctrl-C must be silent
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def explanation(error: Exception) -> str | None:

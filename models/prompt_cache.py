@@ -78,7 +78,7 @@ class PromptCache:
         state = None if self.state is None else self.resized_state(model, room)
         return prefill(model, texts, state=state, max_length=room)
 
-    def extend(self, state: ModelState, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
+    def extend(self, state: ModelState | None, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
         """The cache after the tokens of `broadcast`, from the state after all of them but the last."""
         parts = zip(self.recent[:, :-1], texts, strict=True)
         recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])

@@ -1,5 +1,6 @@
 """Where conformance is checked (the CPU, and a GPU where there is one; `--device` chooses), the command, small runs."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +63,13 @@ def seqmix(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["seqmix", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
+        handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            sys.unraisablehook = hook
         out, err = capsys.readouterr()
         return Done(ended.value.code or 0, out, err)
 

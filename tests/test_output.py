@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -79,3 +82,41 @@ def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(mon
         assert (r"\x1b]0;title" in written) == escaped
         assert not escaped or not {"\x07", "\x9b", "\u202e", "\r"} & set(written)
     assert ("\x1bc" in streams["stdout"].getvalue()) != escaped
+
+
+INTERRUPTED = """
+import signal, sys
+import {module}
+def interrupt(*arguments, **options):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+{module}.{name} = interrupt
+from seqmix.cli import main
+sys.argv = ["seqmix", *{arguments}]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("importlib", "import_module"), ("seqmix.training", "load_config")], ids=["import", "command"]
+)
+def test_an_interrupt_while_libraries_are_imported_or_a_second_one_shows_no_traceback(module, name):
+    program = INTERRUPTED.format(module=module, name=name, arguments=["show", "retnet-tiny"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2.*MASTER_ADDR"),
+    ],
+)
+def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(words, refused("train", "retnet-tiny", *SMALL, "data.paths=[text.txt]"))

@@ -117,7 +117,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
 
     SeqmixError: the configured layout needs another number of processes. ElsewhereError: lost connection to a process.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = _number("WORLD_SIZE", "1"), _number("RANK", "0")
     if dist.is_available() and dist.is_initialized():
         size, rank = dist.get_world_size(), dist.get_rank()
     shard, cp_size = _shards(config, size), config.context_parallel
@@ -128,8 +128,14 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     if ours:
         gpu = torch.cuda.is_available()
         if gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            torch.cuda.set_device(_number("LOCAL_RANK", "0"))
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        except (ValueError, dist.DistError) as error:
+            raise SeqmixError(
+                f"WORLD_SIZE is {size}, and the processes cannot meet: {str(error).splitlines()[0]}; torchrun sets all "
+                "that they need"
+            ) from error
     cp_group = None
     for first in range(0, size, cp_size) if cp_size > 1 else ():
         # every process must take part in creating every group
@@ -145,6 +151,13 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     # not after an error: it would wait for processes that are gone
     if ours:
         dist.destroy_process_group()
+
+
+def _number(name: str, default: str) -> int:
+    """A number that torchrun sets."""
+    if not (given := os.environ.get(name, default)).isdecimal():
+        raise SeqmixError(f"{name} is {given!r} in the environment, and must be a number, which torchrun sets")
+    return int(given)
 
 
 def _shards(config: DistributedConfig, size: int) -> int:
