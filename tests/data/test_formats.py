@@ -141,7 +141,7 @@ RANDOM = np.random.default_rng(0).bytes(4000)
         (np.arange(4000).tobytes(), r"offset 0 \(byte 0x00\)"),  # numbers
         ("Wörter über Wörter".encode("utf-16"), "UTF-16"),
         ("слова".encode("koi8-r") * 9, "data.encoding names another encoding"),
-        (gzip.compress(LINES), "gzip"),
+        (gzip.compress(LINES, mtime=0), "gzip"),
         (lzma.compress(LINES), "xz"),
         (bz2.compress(LINES), "bzip2"),
         (b"PK\3\4" + b"stored text " * 999, "a zip archive"),
