@@ -53,10 +53,10 @@ class Fla(Architecture):
                 "hidden_act": choice("ffn.activation", {"swish": "silu"}, default="swish"),
             },
             "norm_eps": same("norm.eps", "mixer.norm_eps", default=1e-6),
-            **{"attn": only(None), "attnres_block_size": only(None), "fuse_norm": only(True)},
+            **{"attn": only(None), "attnres_block_size": only(None)},
         },
     )
-    harmless = "attn_mode fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
+    harmless = "attn_mode fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
     embedding = "model.embeddings.weight"
     turned = ""
     """The names of projections whose rows turn."""
@@ -87,6 +87,7 @@ def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
         "elementwise_affine": same("mixer.norm_affine", default=True),
         "feature_map": only(None),
         "num_kv_heads": only(None),
+        "fuse_norm": only(True),  # it renames the norm
     }
 
 

@@ -178,7 +178,7 @@ class CorpusConfig(DocumentsConfig, DataConfig):
         if vocab_size is not None and vocab_size < tokenizer.vocab_size:
             raise SeqmixError(
                 f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, including the begin token, and "
-                f"model.vocab_size is {vocab_size}"
+                f"model.vocab_size is {vocab_size}: set model.vocab_size={tokenizer.vocab_size}"
             )
         return tokenizer
 

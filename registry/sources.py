@@ -45,6 +45,9 @@ def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls
     extends = document.child(EXTENDS)
     difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
     if extends is None:
+        for key, node in (difference.entries or {}).items():
+            if key not in cls.model_fields and (hint := nearest(key, [EXTENDS])):
+                raise ConfigError(f"{node.origin}: unknown key {key!r}{hint}")
         return change(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
     if not isinstance(extends.value, str):

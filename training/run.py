@@ -109,6 +109,11 @@ class Course:
     def restore(self, found: Found) -> list[str]:
         """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
+        if checkpoint.file_of(train_state.OPTIMIZER) not in found.manifest.files:
+            raise TrainingError(
+                f"{found.folder} has weights without an optimizer's state, as convert and average write them: train "
+                "them in your own loop, from load_run"
+            )
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
         if self.config.training.carry_state:

@@ -195,3 +195,11 @@ def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
         to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 7])})
     with pytest.raises(AssertionError, match="leaves a part"):
         to_theirs(rules[:1], ours)
+
+
+def test_whether_fla_fuses_its_norms_matters_only_where_a_tensor_is_renamed():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 300, "num_heads": 2, "head_dim": 8}
+    plain = ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": False}, "here")
+    assert plain == ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": True}, "here")
+    with pytest.raises(SeqmixError, match="fuse_norm = false"):
+        ARCHITECTURES["gla"].config({**sizes, "fuse_norm": False}, "here")

@@ -174,6 +174,7 @@ RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
         ("- a", [], "run.yaml:1: ", ['["a"]']),
         ("null", [], "run.yaml:1: ", ["null"]),
         *((f"name: a\nextends: {value}", [], "run.yaml:2: extends: ", words) for value, words in SOURCES),
+        ("name: a\nextend: tiny", [], "run.yaml:2: ", ["'extend'", 'did you mean "extends"']),
         ("name: a\nextends: [tiny]", [], "run.yaml:2: extends: ", ['["tiny"]']),
         ("name: a\nextends: null", [], "run.yaml:2: extends: ", ["null"]),
         ("extends: b.yaml", [], "b.yaml:2: extends: ", ["run.yaml -> b.yaml -> run.yaml"]),

@@ -59,6 +59,7 @@ def test_commands_take_the_moving_average(config_of, tmp_path, seqmix):
 def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
     run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=3"), tmp_path / "run")
     done = seqmix("average", tmp_path / "run", "--checkpoints", "3", "--to", tmp_path / "mean")
+    assert "without an optimizer's state" in seqmix("train", "--resume", tmp_path / "mean").err
     assert "steps 4, 5, 6" in done.out
     model = dict(load_run(tmp_path / "mean").named_parameters())
     parts = [weights(tmp_path / "run", step) for step in (4, 5, 6)]
