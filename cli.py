@@ -91,8 +91,6 @@ def options(
 
 def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
-    # as `python -m` does: a configuration may name classes of modules in this folder (kind: my_mixers:MyConfig)
-    sys.path.insert(0, "")
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
         os.environ.pop("COLUMNS", None)

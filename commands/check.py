@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.kernels import Kernel, all_kernels
-from ..registry import ConfigError, SeqmixError, load, nearest, read_mapping, require_name, write_file
+from ..registry import ConfigError, SeqmixError, import_named, load, nearest, read_mapping, require_name, write_file
 from ..training import PRESETS, load_config
 from .check_files import Tested, as_json, as_junit
 from .console import plain_table, terminal
@@ -228,7 +227,7 @@ def _adapted(path: str) -> MixerConfig | None:
 
     module, _, name = path.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        found = getattr(import_named(module), name)
     except (Exception, SystemExit):
         return None
     if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, SequenceMixer):

@@ -10,7 +10,7 @@ from ..convert.layout import plan
 from ..registry import SeqmixError
 from ..training.run_dir import CONFIG_FILE
 from .console import note, plain_table, terminal
-from .options import Checkpoint, checkpoint_choice
+from .options import Checkpoint, Trust, checkpoint_choice
 from .output import visible
 
 
@@ -33,6 +33,7 @@ def convert(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of tensors and write nothing.")] = False,
     checkpoint: Checkpoint = "newest",
+    trust: Trust = False,
 ) -> None:
     """Convert a model of another library to a run directory, or a run to a folder of another library.
 
@@ -52,7 +53,8 @@ def convert(
     else:
         if tokenizer is not None:
             raise SeqmixError("--tokenizer is for weights of another library; a run has its own")
-        architecture, rules = export_to(source, out, target, choice=checkpoint_choice(checkpoint), tell=note)
+        choice = checkpoint_choice(checkpoint)
+        architecture, rules = export_to(source, out, target, choice=choice, tell=note, trust=trust)
     rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in plan(rules)]
     terminal().print(
         plain_table("here", "shape", "", f"{architecture.name} ({architecture.library})", "how", rows=rows)

@@ -17,7 +17,7 @@ from ..training.length_eval import TIMES, Evaluation, by_context, by_length, com
 from ..training.run_dir import SCORES_FILE
 from .console import note, terminal
 from .evaluation_tables import listed, show_evaluation, show_scores, show_side_by_side
-from .options import Checkpoint, Device, Ema, JsonFile, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Ema, JsonFile, Trust, checkpoint_choice, require_device, require_writable
 
 LARGEST_PARALLEL = 8192
 """The longest sequence that the quadratic paradigm evaluates by default, in tokens."""
@@ -83,6 +83,7 @@ def evaluate(
     ] = False,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
+    trust: Trust = False,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -99,7 +100,7 @@ def evaluate(
     """
     require_writable(json_file)
     choice = checkpoint_choice(checkpoint)
-    load = partial(load_run, device=require_device(device), choice=choice, tell=note, ema=ema)
+    load = partial(load_run, device=require_device(device), choice=choice, tell=note, ema=ema, trust=trust)
     if tasks is not None:
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         found = {str(run): _task_scores(load(run), tasks, options) for run in runs}

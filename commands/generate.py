@@ -12,7 +12,7 @@ from ..registry import SeqmixError
 from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.memory import keep_freed_memory
 from .console import note
-from .options import Checkpoint, Device, Ema, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Ema, Trust, checkpoint_choice, require_device, require_writable
 from .output import UNREAD, lost, visible
 
 
@@ -34,6 +34,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
+    trust: Trust = False,
     device: Device = "cpu",
     compiled: Annotated[
         bool | None,
@@ -70,7 +71,8 @@ def generate(
     prompts = prompt or []
     _require_sense(prompts, max_new_tokens, state, save_state)
     keep_freed_memory()
-    model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note, ema=ema)
+    where, choice = require_device(device), checkpoint_choice(checkpoint)
+    model = load_run(run, device=where, choice=choice, tell=note, ema=ema, trust=trust)
     after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
         _save(cache_text(model, prompts, after=after), model, save_state)

@@ -23,6 +23,9 @@ Checkpoint = Annotated[
     str, typer.Option(help="Checkpoint: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
 Ema = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, of a run with training.ema.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let an exported file import the modules that it names by dotted paths.")
+]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 

@@ -101,7 +101,13 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
 
 
 def export_to(
-    run: Path, out: Path | None, name: str, *, choice: Choice = "newest", tell: Callable[[str], object]
+    run: Path,
+    out: Path | None,
+    name: str,
+    *,
+    choice: Choice = "newest",
+    tell: Callable[[str], object],
+    trust: bool = False,
 ) -> tuple[Architecture, list[Rule]]:
     """Write a trained model as a folder of another library.
 
@@ -111,12 +117,13 @@ def export_to(
         name: the architecture.
         choice: which checkpoint.
         tell: called with a sentence for each damaged checkpoint that was skipped.
+        trust: as in `load_run`.
 
     Raises:
         SeqmixError: the model has what the architecture has not, or a file cannot be read or written.
     """
     architecture = architecture_of(name)
-    config, tensors, vocabulary = read_weights(run, choice=choice, tell=tell)
+    config, tensors, vocabulary = read_weights(run, choice=choice, tell=tell, trust=trust)
     fields, model = architecture.fields(config), build_meta(config)
     rules = list(architecture.rules(model))
     if out is not None:

@@ -35,7 +35,7 @@ from .study import StudyError
 from .tables import write_tables
 from .worker import FINISHED, STOPPED
 
-PROGRAM = (sys.executable, "-c", f"from {__package__}.worker import main; main()")
+PROGRAM = (sys.executable, "-P", "-c", f"from {__package__}.worker import main; main()")
 LOGS = "logs"
 Message = dict[str, Any]
 """What a run says of itself: a step and its loss, an evaluation, or why it failed."""

@@ -5,7 +5,7 @@ from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_n
 from .explain import explain_fields
 from .files import flush, replacing, write_file
 from .loading import dump, load
-from .providers import import_object
+from .providers import import_named, import_object
 from .registry import Registry
 from .schema import json_schema
 from .sources import read_mapping
@@ -19,6 +19,7 @@ __all__ = [
     "dump",
     "explain_fields",
     "flush",
+    "import_named",
     "import_object",
     "json_schema",
     "load",

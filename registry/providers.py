@@ -5,8 +5,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import operator
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -48,7 +50,7 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
     module, colon, name = provider.partition(":")
     if colon and not (module and name):
         raise ConfigError(f"{provider!r} is not a path like my_package.my_module:MyConfig")
-    imported = importlib.import_module(module)
+    imported = import_named(module)
     if colon:
         try:
             return operator.attrgetter(name)(imported)
@@ -59,6 +61,18 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
         if isinstance(value, type) and issubclass(value, base) and kind_of(value) == kind:
             return value
     raise ConfigError(f'{module} has no subclass of {path_of(base)} with kind: Literal["{kind}"]')
+
+
+def import_named(module: str) -> ModuleType:
+    """Import the module of a dotted path; the working directory is searched last, so that it stands in for no library.
+
+    Raises:
+        Exception: whatever the import raises.
+    """
+    top = module.partition(".")[0]
+    if "" not in sys.path and top not in sys.modules and importlib.util.find_spec(top) is None:
+        sys.path.append("")
+    return importlib.import_module(module)
 
 
 def import_object(path: str, what: str) -> Any:

@@ -120,3 +120,11 @@ def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert re.search(words, refused("train", "retnet-tiny", *SMALL, "data.paths=[text.txt]"))
+
+
+def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
+    for name in ("typer", "einops", "triton"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of this folder')")
+    command = [sys.executable, "-m", "seqmix", "show", "retnet-tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,25 @@ def seqmix_version() -> str:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The git commit of a working directory, with a + for uncommitted changes; None without a repository."""
+    """The git commit of a working directory, with a + for uncommitted changes; None without a repository.
+
+    Nothing runs that the repository's configuration names: a folder of someone else's may be one.
+    """
+    quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, timeout=10, env=quiet)
+        return done.stdout.strip()
+
     try:
-        head, changes = (
-            subprocess.run(
-                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        head = git("rev-parse", "HEAD")
+        # filters of the repository's own configuration are programs; those of the user (Git LFS) are not its choice
+        named = git("config", "--show-scope", "--includes", "--name-only", "--list").splitlines()
+        own = [name for scope, _, name in (line.partition("\t") for line in named) if scope in ("local", "worktree")]
+        off = (["-c", f"{name}="] for name in own if name.startswith("filter."))
+        status = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+        changes = git(*chain.from_iterable(off), *status)
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changes else "")

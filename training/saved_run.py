@@ -1,9 +1,11 @@
 """Loading a run from disk, and exporting its weights as one file."""
 
 import json
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ def load_run(
     choice: Choice = "newest",
     tell: Callable[[str], object] = warnings.warn,
     ema: bool = False,
+    trust: bool = False,
 ) -> LanguageModel:
     """The trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
 
@@ -53,6 +56,7 @@ def load_run(
             one is loaded.
         tell: called with a sentence for each checkpoint that was skipped.
         ema: whether its weights are the moving average of training.ema.
+        trust: whether a file may import modules that it names by dotted paths; a run directory always may.
 
     Raises:
         SeqmixError: it is neither a run nor such a file, or is missing, damaged or of another model, or its tokenizer
@@ -62,13 +66,13 @@ def load_run(
     if run.is_file() and ema:
         raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
     if run.is_file():
-        return _load_file(run, device)
+        return _load_file(run, device, trust)
     model, _ = _load_checkpoint(run, read_config(run), device, choice, tell, ema)
     return model.eval()
 
 
 def read_weights(
-    run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn
+    run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, trust: bool = False
 ) -> tuple[ModelConfig, dict[str, Tensor], bytes | None]:
     """The model of a run, or of a file of `export_run`: its configuration, its tensors as they were written, and its
     tokenizer.json (None for bytes).
@@ -77,7 +81,7 @@ def read_weights(
         SeqmixError: as `load_run`.
     """
     if run.is_file():
-        config, found, tokenizer = _read_file(run)
+        config, found, tokenizer = _read_file(run, trust)
     else:
         whole = read_config(run)
         config, tokenizer = whole.model, whole.data.tokenizer_of(run)
@@ -151,8 +155,8 @@ def _load_checkpoint(
     return model, found.manifest.step
 
 
-def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
-    config, found, tokenizer = _read_file(file)
+def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
+    config, found, tokenizer = _read_file(file, trust)
     model = build_model(config, device=device)
     if tokenizer is not None:
         model.tokenizer = tokenizer
@@ -160,15 +164,31 @@ def _load_file(file: Path, device: torch.device | str) -> LanguageModel:
     return model.eval()
 
 
-def _read_file(file: Path) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
+def _imported(value: Any) -> Iterator[str]:
+    """The dotted paths in a configuration whose modules are not imported yet."""
+    if isinstance(value, str) and ":" in value and value.partition(":")[0] not in sys.modules:
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _imported(child)
+
+
+def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
     found, metadata = checkpoint.read_tensors(file)
     try:
         # only what is needed: the rest may be of another version
         whole = json.loads(metadata[EXPORTED_CONFIG])
+        named = [] if trust else sorted(set(_imported(whole["model"])))
+        if named:
+            raise CheckpointError(
+                f"{file} names code that loading it would import: {', '.join(named)}; if you trust where the file is "
+                "from, give --trust (trust=True)"
+            )
         config = ModelConfig.model_validate(whole["model"])
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{file} has weights without a configuration: `seqmix export` writes both") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
     if EXPORTED_TOKENIZER not in metadata:

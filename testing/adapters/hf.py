@@ -13,7 +13,6 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ...mixers.traits import ContractError, Traits
 from ...ops.paradigm import Paradigm
-from ...registry import SeqmixError, load, nearest
+from ...registry import SeqmixError, import_named, load, nearest
 from ...registry.yaml import parse, write
 from ..adapt import AdaptedConfig, Result
 
@@ -296,7 +295,7 @@ def _takes(path: str) -> set[str]:
 def _class(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
-        found = import_module(module)
+        found = import_named(module)
     except ImportError as error:
         if module.partition(".")[0] == "transformers" and error.name == "transformers":
             raise ContractError("transformers is not installed: pip install transformers") from None

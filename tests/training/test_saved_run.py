@@ -141,3 +141,18 @@ def test_a_file_of_something_else_is_named(config_of, tmp_path, kind):
     file = tmp_path / "model.safetensors"
     FOREIGN[kind](file, weights(build_model(config_of().model)))
     assert refused(lambda: load_run(file)).startswith(f"{file} ")
+
+
+def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch):
+    export_run(run, file := tmp_path / "model.safetensors")
+    tensors, config = load_file(file), json.loads(read_config(run).model_dump_json())
+    config["model"]["blocks"]["ret"]["mixer"]["kind"] = "strangers_module:Config"
+    save_file(tensors, file, {"seqmix.config": json.dumps(config)})
+    (tmp_path / "strangers_module.py").write_text(
+        "from seqmix.mixers.retention import RetentionConfig as Config\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "strangers_module:Config" in refused(lambda: load_run(file))
+    assert not (tmp_path / "ran").exists()
+    assert same(weights(load_run(file, trust=True)), tensors)
