@@ -38,9 +38,12 @@ def build_model(
         seed: the parameters are a function of it; the global generator is not changed.
 
     Raises:
-        SeqmixError: a block does not fit `d_model`, the memory is too small for the parameters, or a backend that it
-            names cannot run here.
+        SeqmixError: `config` is no ModelConfig, a block does not fit `d_model`, the memory is too small for the
+            parameters, or a backend that it names cannot run here.
     """
+    if not isinstance(config, ModelConfig):
+        given = type(config).__name__
+        raise SeqmixError(f"build_model needs a ModelConfig, as load_config('retnet-tiny').model is, not a {given}")
     model = _allocated(build_meta(config).to(dtype), device)
     model.tie()  # to_empty gave each module its own matrix
     with torch.no_grad():

@@ -127,8 +127,11 @@ class LanguageModel(nn.Module):
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
-            SeqmixError: the reduction is unknown.
+            SeqmixError: the reduction is unknown, or the targets have another shape than the tokens.
         """
+        if targets is not None and targets.shape != tokens.shape:
+            shapes = f"{list(targets.shape)}, and tokens of {list(tokens.shape)}"
+            raise SeqmixError(f"each token has a target, and the model was given targets of shape {shapes}")
         if targets is not None and not return_state:
             tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
         x, after = self.run_blocks(self.embed(tokens), state, paradigm, cu_seqlens, return_state)

@@ -108,7 +108,8 @@ class WandB:
             )
         except Exception as error:  # of W&B, or of the network
             reason = " ".join(str(error).split("\n")[:3])  # of a setting: that it is wrong, which, and why
-            raise SeqmixError(f"W&B cannot start: {reason}; WANDB_MODE=offline logs without it, into {run}") from error
+            hint = f"WANDB_MODE=offline seqmix train --resume {run} logs without network"
+            raise SeqmixError(f"W&B cannot start: {reason}; {hint}") from error
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers."""

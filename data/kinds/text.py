@@ -63,7 +63,8 @@ class Text(Source):
         streamed = [part.dataset.path for part in parts if part.dataset is not None and part.streamed]
         shares = f"; {len(parts)} sources, {' : '.join(f'{x:g}' for x in self.config.weights)}" if parts[1:] else ""
         return (
-            f"{corpus.documents:,} documents, {len(corpus.train):,} training tokens{shares}"
+            f"{corpus.documents:,} document{'s' * (corpus.documents != 1)}, "
+            f"{len(corpus.train):,} training tokens{shares}"
             f"{''.join(f', {name} streamed' for name in streamed)}, "
             f"{len(corpus.validation):,} validation tokens ({corpus.split})"
         )

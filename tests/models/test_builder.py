@@ -10,6 +10,7 @@ from seqmix import (
     SeqmixError,
     account,
     build_model,
+    load_config,
 )
 from seqmix.mixers.attention import Attention
 from seqmix.models import build_meta
@@ -52,6 +53,12 @@ def test_a_parameter_that_nobody_initialises_is_named(config_of, monkeypatch):
     monkeypatch.setattr(Attention, "reset_parameters", lambda mixer: None)
     with pytest.raises(ContractError, match=r"blocks\.1\.mixer\.in_proj\.weight .*reset_parameters"):
         build_model(config_of("retention", "attention"))
+
+
+def test_a_configuration_of_another_thing_is_refused():
+    for given in ("retnet-tiny", load_config("retnet-tiny")):
+        with pytest.raises(SeqmixError, match=r"load_config\('retnet-tiny'\).model is, not a (str|RunConfig)"):
+            build_model(given)
 
 
 @pytest.mark.parametrize("build", [build_meta, build_model, account])
