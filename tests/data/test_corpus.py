@@ -220,3 +220,9 @@ def test_the_unigram_entropy_leaves_out_a_begin_token_among_the_others():
     tokens = np.array([1, *[0] * 4, 1, *[2] * 4], dtype=np.uint16)
     corpus = Corpus("text", 1, "tail", tokens, tokens, SimpleNamespace(begin=1))
     assert corpus.unigram_entropy == pytest.approx(math.log(2))
+
+
+def test_one_document_is_counted_in_the_singular(tmp_path):
+    (tmp_path / "text.txt").write_text("a text of one document. " * 40)
+    source = TextConfig(paths=(str(tmp_path / "text.txt"),), sequence_length=8).open(vocab_size=257)
+    assert source.summary.startswith("1 document, ")

@@ -93,6 +93,14 @@ def wandb(monkeypatch):
     return wandb
 
 
+def test_what_wandb_refuses_is_a_sentence_with_the_way_on(wandb, config_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    message = refusal(lambda: run_of(config_of("training.loggers=[wandb]"), tmp_path / "run"))
+    assert message.startswith("W&B cannot start: ")
+    assert "'offline'" in message  # what is allowed
+    assert f"WANDB_MODE=offline seqmix train --resume {tmp_path / 'run'}" in message
+
+
 def records(file: Path) -> Iterator[bytes]:
     """The records of W&B's file: LevelDB's log format, after a header of 7 bytes."""
     content, position, parts = file.read_bytes(), 7, []
