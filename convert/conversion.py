@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import TOKENIZER_FILE, build_meta
-from ..registry import SeqmixError, nearest, require_name
+from ..registry import SeqmixError, nearest, read_bytes, require_name
 from ..training import Choice
 from ..training.saved_run import read_weights
 from . import files, fla, hybrids, kimi_linear, llama, mamba, torchscale
@@ -86,7 +86,7 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
         )
     file = own if tokenizer is None else Path(tokenizer)
     try:
-        vocabulary = None if tokenizer == "bytes" else file.read_bytes()
+        vocabulary = None if tokenizer == "bytes" else read_bytes(file)
     except OSError as error:
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}

@@ -39,7 +39,7 @@ def read_config(source: Path) -> dict[str, Any]:
     try:
         # transformers writes what JSON lacks as {"__float__": "Infinity"}
         found = json.loads(file.read_bytes(), object_hook=lambda x: math.inf if x == INFINITY else x)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SeqmixError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise SeqmixError(f"{file} is not a configuration: it has no fields")

@@ -123,7 +123,7 @@ def _scores(folder: Path) -> dict[str, dict[str, float]]:
     """The scores of lm-eval's tasks in a run's folder, without standard errors: seeds have a spread."""
     try:
         found = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {task: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for task, each in found.items()}
 
@@ -133,7 +133,7 @@ def _at_once(file: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):  # a line that is cut short
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a line that is cut short
             made = json.loads(line)
             found[made["run"]] = max(found.get(made["run"], 0), made["at_once"])
     return found
@@ -164,7 +164,7 @@ def _machine(folders: Iterable[Path]) -> Machine:
         try:
             first = json.loads((folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()[0])
             return _of(Machine, first)
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, IndexError, RecursionError):
             continue
     return Machine()
 

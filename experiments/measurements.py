@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..registry import read_bytes
 from ..training.logging import METRICS_FILE
 
 Measurement = dict[str, Any]
@@ -19,10 +20,10 @@ def read_measurements(run: Path) -> list[Measurement]:
         OSError: there is no such file.
     """
     found = []
-    for line in (run / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(run / METRICS_FILE).decode(errors="replace").splitlines():
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             found.append(values)

@@ -77,7 +77,7 @@ def _read(file: Path, asked: object) -> SpeedResult | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return SpeedResult.model_validate(values["found"]) if values["asked"] == asked else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest, read_bytes
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
@@ -108,7 +108,7 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
                 f"files: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
             )
     try:
-        return SubwordTokenizer(file.read_bytes(), file, begin)
+        return SubwordTokenizer(read_bytes(file), file, begin)
     except OSError as error:
         hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error

@@ -3,7 +3,7 @@
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
 from .explain import explain_fields
-from .files import flush, replacing, write_file
+from .files import flush, read_bytes, replacing, write_file
 from .loading import dump, load
 from .providers import import_named, import_object
 from .registry import Registry
@@ -24,6 +24,7 @@ __all__ = [
     "json_schema",
     "load",
     "nearest",
+    "read_bytes",
     "read_mapping",
     "replacing",
     "require_name",

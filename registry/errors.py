@@ -5,13 +5,17 @@ import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
+LONGEST = 2000
+"""Characters of a line of an error."""
+
 
 class SeqmixError(ValueError):
     """An error that the user can fix, in one sentence; the commands print it and exit with status 2."""
 
     def __str__(self) -> str:
-        # names and values are quoted from files, and a terminal would interpret control characters
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+        # names and values are quoted from files: a terminal would interpret control characters, and some are megabytes
+        text = "\n".join(map(_cut, super().__str__().split("\n")))
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class ElsewhereError(SeqmixError):
@@ -22,8 +26,16 @@ class ConfigError(SeqmixError):
     """A configuration is wrong, or something that it names is not available."""
 
 
+def _cut(line: str) -> str:
+    """A line of an error, without the middle of what is too long to read."""
+    left_out = len(line) - LONGEST
+    return line if left_out <= 0 else f"{line[: LONGEST // 2]} [{left_out:,} characters] {line[-LONGEST // 2 :]}"
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """The end of an error's sentence: `; did you mean "retention"?`, or nothing where no allowed word is close."""
+    if len(word) > LONGEST:
+        return ""
     matches = difflib.get_close_matches(word, list(allowed), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else ""
 

@@ -1,6 +1,8 @@
 """Files that appear when they are whole: every file that a command writes goes through here."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +49,18 @@ def write_file(content: str | bytes, file: Path) -> Path:
         reason = f"{file.parent} is not a folder" if isinstance(error, FileExistsError) else error.strerror
         raise SeqmixError(f"{file} cannot be written: {reason}") from error
     return file
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a file that another file names; a pipe or a device is refused, as reading it may never end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(file))
+    return file.read_bytes()
 
 
 def flush(path: Path) -> None:

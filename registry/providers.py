@@ -70,7 +70,7 @@ def import_named(module: str) -> ModuleType:
         Exception: whatever the import raises.
     """
     top = module.partition(".")[0]
-    if "" not in sys.path and top not in sys.modules and importlib.util.find_spec(top) is None:
+    if top and "" not in sys.path and top not in sys.modules and importlib.util.find_spec(top) is None:
         sys.path.append("")
     return importlib.import_module(module)
 

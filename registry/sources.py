@@ -7,6 +7,7 @@ from typing import Any
 from .change import change
 from .config import Config
 from .errors import ConfigError, nearest, shown
+from .files import read_bytes
 from .tree import Node, Origin
 from .yaml import parse
 
@@ -70,7 +71,8 @@ def _document(path: Path, named_at: str) -> Node:
     """The mapping in a file."""
     name = _name(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        # a command may name a pipe, as <(...) does, and a file may not
+        text = (read_bytes(path) if named_at else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
         siblings = [file.stem for file in path.parent.glob(f"*{path.suffix}")]
         raise ConfigError(f"{named_at}no file {name}{nearest(path.stem, siblings)}") from None

@@ -16,6 +16,7 @@ from conftest import SMALL
 from seqmix import load_config, train
 from seqmix.cli import main
 from seqmix.commands import console, generate
+from seqmix.experiments.measurements import read_measurements
 
 
 @pytest.fixture
@@ -128,3 +129,28 @@ def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
     command = [sys.executable, "-m", "seqmix", "show", "retnet-tiny"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("extends: ./pipe.yaml", "pipe.yaml .*a pipe or a device"),
+        ("extends: /dev/zero", "/dev/zero .*a pipe or a device"),
+        ("extends: retnet-tiny\ndata: {tokenizer: pipe.yaml}", "pipe.yaml .*a pipe or a device"),
+        ("model: " + "[" * 10**5 + "]" * 10**5, "nested too deeply"),
+        ("extends: " + "x" * 300_000, "x [[]298,.* characters[]] "),
+    ],
+    ids=["pipe", "device", "tokenizer", "nested", "long"],
+)
+def test_a_configuration_that_would_hang_or_fill_the_screen_is_one_sentence(refused, document, words):
+    os.mkfifo("pipe.yaml")
+    Path("hostile.yaml").write_text(document)
+    message = refused("train", "hostile.yaml", "--dry-run")
+    assert re.search(words, message)
+    assert len(message) < 2500
+
+
+@pytest.mark.parametrize("line", ["[" * 10**5 + "]" * 10**5, "{}"])
+def test_a_line_of_measurements_that_is_nested_too_deeply_is_left_out(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1}\n')
+    assert read_measurements(tmp_path) == [{"step": 1}]

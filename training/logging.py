@@ -44,6 +44,6 @@ def _step_of(line: str) -> float:
     """The step of a line of metrics; infinite for an invalid line."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
     return step if isinstance(step, int) and line.endswith("\n") else math.inf

@@ -75,7 +75,7 @@ def missing_plug_ins(run: Path) -> str:
     try:
         *_, last = (run / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()
         used = dict(json.loads(last).get("plug_ins", {}))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return ""
     lacking = [(name, source) for name, source in used.items() if find_spec(name) is None]
     said = (

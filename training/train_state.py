@@ -127,7 +127,7 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
     what, how = _split(config)
     try:
         what_before, how_before = _split(ModelConfig.model_validate(json.loads(written)))
-    except ValueError:
+    except (ValueError, RecursionError):
         what_before, how_before = None, {}
     if what != what_before:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 import pytest
 
 from seqmix.registry import ConfigError, SeqmixError, nearest, require_name
-from seqmix.registry.errors import shown
+from seqmix.registry.errors import LONGEST, shown
 
 
 def test_nearest_suggests_the_closest_name_if_one_is_close():
@@ -25,3 +25,11 @@ def test_values_are_shown_as_in_yaml_and_cut():
 def test_an_error_quotes_control_characters():
     assert str(SeqmixError("a key \x1b[31m\u2028, ä")) == r"a key \x1b[31m\u2028, ä"
     assert str(ConfigError("two\nlines of \udcff")) == "two\nlines of \\udcff"
+
+
+def test_a_line_of_an_error_is_cut_in_the_middle():
+    message = str(SeqmixError(f"run.yaml:1: {'x' * 300_000} is wrong\nanother"))
+    assert len(message) < 2 * LONGEST
+    assert message.startswith("run.yaml:1: xxx")
+    assert message.endswith("x is wrong\nanother")
+    assert nearest("x" * 300_000, ["x"]) == ""
