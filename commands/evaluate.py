@@ -149,7 +149,7 @@ def _measure(
     tokens: int,
 ) -> Evaluation:
     """The losses of one run by length and by context."""
-    config = read_config(run)
+    config = read_config(run, tell=note)
     trained = config.data.sequence_length
     lengths = given or ([] if contexts else [times * trained for times in TIMES])
     source = open_text(config, run, [*given, *contexts])

@@ -8,6 +8,7 @@ import typer
 from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.memory import keep_freed_memory
+from .console import note
 from .options import Overrides, require_device
 from .progress import run_with_progress
 from .show import print_cost
@@ -49,7 +50,7 @@ def train(
                 f"--resume uses the configuration of the run, {resume}/config.yaml, which you may edit: it takes no "
                 "CONFIG, overrides or options, except distributed.KEY=VALUE for another number of processes"
             )
-        loaded, run = read_config(resume, changes), resume
+        loaded, run = read_config(resume, changes, tell=note), resume
     elif config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     else:

@@ -71,7 +71,7 @@ def seqmix(tmp_path, monkeypatch, capsys):
             signal.signal(signal.SIGINT, handler)
             sys.unraisablehook = hook
         out, err = capsys.readouterr()
-        return Done(ended.value.code or 0, out, err)
+        return Done(int(ended.value.code or 0), out, err)
 
     yield call
     # modules of the folder, which the next test's folder may have as well

@@ -98,6 +98,8 @@ def test_a_mixer_of_the_folder_is_trained_and_generates(seqmix):
     assert "mine:SlowConfig" in Path("run/config.yaml").read_text()
     done = seqmix("generate", "run", "--prompt", "a", "--prompt", "the", "--max-new-tokens", "5")
     assert (done.status, done.err) == (0, "")
+    del sys.modules["mine"]  # a process that has not imported it says so before it does
+    assert seqmix("generate", "run", "--prompt", "a").err == "note: run imports the module mine\n"
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):

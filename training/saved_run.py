@@ -1,6 +1,7 @@
 """Loading a run from disk, and exporting its weights as one file."""
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,15 @@ EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
 
 
-def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
+def read_config(
+    run: Path,
+    changes: Sequence[str] = (),
+    *,
+    tell: Callable[[str], object] = lambda text: None,  # noqa: ARG005
+) -> RunConfig:
     """The resolved configuration of a run, with overrides as "dotted.path=value".
+
+    `tell` is called with a sentence for each module that it is about to import for a dotted path.
 
     Raises:
         CheckpointError: it is not a run directory.
@@ -32,6 +40,9 @@ def read_config(run: Path, changes: Sequence[str] = ()) -> RunConfig:
     if not (run / CONFIG_FILE).is_file():
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
+    for module in dict.fromkeys(re.findall(r"\bkind: '?([\w.]+):\w", (run / CONFIG_FILE).read_text(errors="replace"))):
+        if module not in sys.modules:
+            tell(f"{run} imports the module {module}")
     try:
         return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
     except ConfigError as error:
@@ -67,7 +78,7 @@ def load_run(
         raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
     if run.is_file():
         return _load_file(run, device, trust)
-    model, _ = _load_checkpoint(run, read_config(run), device, choice, tell, ema)
+    model, _ = _load_checkpoint(run, read_config(run, tell=tell), device, choice, tell, ema)
     return model.eval()
 
 
