@@ -14,7 +14,6 @@ import tomllib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
@@ -133,16 +132,6 @@ def test_a_page_does_what_it_says(page, folder):
                 output, status = seqmix(command)
                 assert status == 0, f"{command}\n{output}"
                 done.add(command)
-
-
-def test_the_lines_for_wandb_log_a_run(folder, monkeypatch):
-    (code,) = (block.text for block in blocks_of(ROOT / "docs" / "how-to" / "logging.md") if block.language == "py")
-    assert '["training.steps=200"]' in code
-    logged = []
-    stand_in = SimpleNamespace(init=lambda **_: contextlib.nullcontext(), log=lambda values, step: logged.append(step))
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    exec(code.replace('["training.steps=200"]', repr(TINY)), {})
-    assert logged == [1, 2, 2]  # two steps, and the last evaluation
 
 
 def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
