@@ -32,6 +32,7 @@ GROUPS = {
     "kernels": "Kernels against the definitions of their ops, on the GPU",
     "conformance": "The conformance kit on the GPU",
     "op": "The op, at the paper's head size",
+    "recurrence": "Recurrences of every op family",
     "train": "Training, 200M parameters",
     "decode": "Decoding, 200M parameters",
     "prefill": "Reading a prompt, 200M parameters",
@@ -86,6 +87,7 @@ def plan(memory: int) -> Iterator[Part]:
     model = ("retnet-200m", "model.vocab_size=8192")
     for group, words in (
         ("op", ("retnet-1.3b", *longer, "--batch", "2")),
+        ("recurrence", ("--length", "2048", "--only", "chunkwise")),
         ("train", (*model, *lengths, "--length", "16384", "--tokens", "16384", "--compile")),
         ("decode", (*model, *longer, "--batch", "8", "--compile")),
         ("prefill", (*model, *longer, "--compile")),

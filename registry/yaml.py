@@ -160,8 +160,10 @@ def _represent_float(representer: _Representer, value: float) -> ScalarNode:
 
 
 def _represent_string(representer: _Representer, text: str) -> ScalarNode:
-    # in every style but the one with escapes, some line breaks (U+0085, U+2028) are read as spaces
-    return representer.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
+    # in every style but the one with escapes, some line breaks (U+0085, U+2028) are read as spaces; and without quotes
+    # a text that begins with a question mark is read as a key
+    plain = text.isprintable() and not text.startswith("?")
+    return representer.represent_scalar(f"{_TAG}str", text, style=None if plain else '"')
 
 
 _Representer.add_representer(list, _represent_list)

@@ -44,7 +44,9 @@ def test_every_check_runs_by_default_and_compiling_can_be_left_out(seqmix):
     assert re.search("quick: 1 examples .* 100.* without training_compiles.*, decoding_compiles_once", done.out)
     found = re.findall(r"^  ([✓-]) (\w+) ", done.out, re.M)
     assert [name for _, name in found] == list(CHECKS)
-    assert {name for mark, name in found if mark == "-"} == {name for name, check in CHECKS.items() if check.compiles}
+    left_out = {name for name, check in CHECKS.items() if check.compiles}
+    of_others = {"first_values_are_read_with_their_tokens"}  # what retention does not declare
+    assert {name for mark, name in found if mark == "-"} == left_out | of_others
 
 
 def test_a_failure_is_status_1_with_the_smallest_case(forgetful):

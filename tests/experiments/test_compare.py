@@ -147,6 +147,7 @@ def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monk
         raise PlotsMissingError
 
     monkeypatch.chdir(made[0])
+    monkeypatch.syspath_prepend(made[0])  # where loud.py is
     monkeypatch.setattr(runner, "write_report", missing)
     (tmp_path / "report.html").write_text("of other results")
     runner._write(plan(load_study(Path("small.yaml")), Path("small.yaml")), tmp_path, {})
@@ -176,6 +177,7 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
 )
 def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeypatch, damaged, why):
     monkeypatch.chdir(made[0])
+    monkeypatch.syspath_prepend(made[0])  # where loud.py is
     study = load_study(Path("small.yaml"))
     if damaged is None:
         study = study.model_copy(update={"training": {**study.training, "warmup_steps": 3}})
