@@ -158,7 +158,8 @@ def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words
         ARCHITECTURES["llama"].fields(model)
 
 
-def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys):
+def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # xdist sets 80
     command = imported("convert")
     command([str(theirs), "--dry-run"], standalone_mode=False)
     plan = capsys.readouterr().out
