@@ -382,6 +382,8 @@ def test_the_installed_command_does_the_same(tmp_path):
 def test_a_second_ctrl_c_at_exit_is_silent():
     # registered first, so called last, as torch's own handlers
     late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    # a shell's background jobs ignore SIGINT
+    late += "; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{late}; from seqmix.cli import main; main()", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

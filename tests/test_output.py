@@ -87,6 +87,7 @@ def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(mon
 
 INTERRUPTED = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import {module}
 def interrupt(*arguments, **options):
     try:

@@ -92,7 +92,7 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         found = trial.mix(more, state, paradigm=paradigm)
         trial.compare(f"{paradigm} against {trial.reference}, without gradients", found, whole)
-    _without_states(trial, text, more)
+    _without_states(trial, more)
     _whole_blocks(trial, text, state)
     if trial.mixer.traits.has_state:
         y, _ = trial.mix(text, state)
@@ -102,16 +102,16 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         trial.compare(what, (stepped, None), (y[:, -2:], None))
 
 
-def _without_states(trial: Trial, text: Tensor, more: Tensor) -> None:
+def _without_states(trial: Trial, text: Tensor) -> None:
     """What no final state is wanted of, and documents of a thousand tokens."""
     whole, _ = trial.mix(text, None)
     for paradigm in trial.paradigms if trial.mixer.traits.has_state else ():
         alone, _ = trial.mix(text, None, paradigm=paradigm, return_state=False)
         trial.compare(f"{paradigm}, {text.shape[1]:,} tokens, no final state wanted", (alone, None), (whole, None))
     if trial.mixer.traits.packing:
-        at = more.shape[1] * 5 // 8
-        parts = [trial.mix(part, None)[0] for part in (more[:, :at], more[:, at:])]
-        packed, _ = trial.mix(more, None, cu_seqlens=torch.tensor([0, at, more.shape[1]], device=text.device))
+        at = text.shape[1] * 5 // 8
+        parts = [trial.mix(part, None)[0] for part in (text[:, :at], text[:, at:])]
+        packed, _ = trial.mix(text, None, cu_seqlens=torch.tensor([0, at, text.shape[1]], device=text.device))
         trial.compare(
             "documents of a thousand tokens packed against alone", (packed, None), (torch.cat(parts, 1), None)
         )
