@@ -12,7 +12,7 @@ from pydantic import Field
 from seqmix.testing import CHECKS, KERNEL_CHECKS, CheckFailure, Status, check_mixer
 
 MUTANTS = [*MIXER_MUTANTS, *KERNEL_MUTANTS]
-FEW = 30
+FEW = 10
 
 
 def name_of(mutant):

@@ -5,18 +5,31 @@ from hypothesis import settings
 
 from seqmix import MIXERS
 from seqmix.mixers.retention import RetentionConfig
-from seqmix.testing import check_mixer, parametrize_checks
+from seqmix.testing import CHECKS, check_mixer, parametrize_checks
 
 pytestmark = pytest.mark.conformance
 
 BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]
+NIGHTLY = settings().max_examples > 100
+FAMILIES = ["attention", "retention", "gated_delta_net", "rwkv7", "mamba", "hyena"]
+DEAR = "graphs_follow_sizes"
 COMPILED = ["training_compiles_into_one_graph", "packing_compiles_into_one_graph", "decoding_compiles_once"]
 
 
 # of two dozen mixers, each with an eighth of the drawn cases that `seqmix check` runs: what they share meets all of
 # them; the nightly profile has ten times as many, and every fixed case always runs
-@parametrize_checks([MIXERS.resolve(kind).example() for kind in BUILT_IN], examples=settings().max_examples // 8)
+@parametrize_checks(
+    [MIXERS.resolve(kind).example() for kind in BUILT_IN],
+    checks=[name for name in CHECKS if name != DEAR],
+    examples=settings().max_examples // 8,
+)
 def test_conformance(check, device):
+    check(device=device)
+
+
+# it compiles many times: of each op family one mixer, and all in the nightly profile
+@parametrize_checks([MIXERS.resolve(kind).example() for kind in (BUILT_IN if NIGHTLY else FAMILIES)], checks=[DEAR])
+def test_conformance_of_compiled_sizes(check, device):
     check(device=device)
 
 
