@@ -90,7 +90,9 @@ def wandb(monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    return wandb
+    wandb.teardown()  # it reads its variables once in a process
+    yield wandb
+    wandb.teardown()
 
 
 def test_what_wandb_refuses_is_a_sentence_with_the_way_on(wandb, config_of, tmp_path, monkeypatch):
