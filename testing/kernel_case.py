@@ -47,6 +47,19 @@ def taken(kernel: Kernel, probe: Probe) -> bool:
     return not kernel.unsupported(probe)
 
 
+class Drawn(NamedTuple):
+    """What an op draws the rest of a case with."""
+
+    draw: Callable[..., Any]
+    """Draws from a strategy of hypothesis."""
+    probe: Probe
+    """What the case asks of a kernel."""
+    common: Mapping[str, Any]
+    """What cases of all ops hold, drawn."""
+    heads: st.SearchStrategy[int]
+    """Numbers of heads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelDraw:
     """What a check of kernels wants drawn."""
@@ -175,7 +188,7 @@ class KernelCase(WrittenCase, ABC):
                 "cuts": tuple(cuts if probe.packed else cuts * len(lengths)),
                 "seed": draw(st.integers(0, 2**16)),
             }
-            return cls(**(common | cls.details(draw, probe, common, heads[rare])))
+            return cls(**(common | cls.details(Drawn(draw, probe, common, heads[rare]))))
 
         return case()
 
@@ -224,14 +237,8 @@ class KernelCase(WrittenCase, ABC):
 
     @classmethod
     @abstractmethod
-    def details(
-        cls,
-        draw: Callable[..., Any],
-        probe: Probe,
-        common: Mapping[str, Any],
-        heads: st.SearchStrategy[int],
-    ) -> dict[str, Any]:
-        """What cases of this op hold beside what all do, `common`."""
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        """What cases of this op hold beside what all do; it may replace some of that."""
 
     def simpler(self) -> Iterator[Self]:
         """Cases that are simpler in one respect, of the same dtype; a kernel may not take what some ask."""

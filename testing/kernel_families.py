@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..ops.kernels import Kernel, Probe
+from ..ops.kernels import Kernel
 from ..ops.recurrence import Recurrence, require_recurrence
-from .kernel_case import SEGMENT, Exact, KernelCase, Tensors
+from .kernel_case import SEGMENT, Drawn, Exact, KernelCase, Tensors
 from .kernel_fixed import ABOVE, BELOW, FIXED, RESETS, STATES
 from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
@@ -52,13 +52,8 @@ class DecayCase(KernelCase):
         return self.wide if name in ("log_decay", "state") else self.dtype
 
     @classmethod
-    def details(
-        cls,
-        draw: Callable[..., Any],
-        probe: Probe,
-        common: Mapping[str, Any],
-        heads: st.SearchStrategy[int],
-    ) -> dict[str, Any]:
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        draw, probe, common, heads = drawn
         # a state beyond float16 is not among them: not all results are defined then
         sizes = st.sampled_from([(1.0, 1.0, 1.0)] * 6 + [BELOW] + ([ABOVE] if probe.dtype != torch.float16 else []))
         found: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes)}
@@ -168,15 +163,10 @@ class DeltaCase(DecayCase):
         return self.wide if name == "beta" else super().dtype_of(name)
 
     @classmethod
-    def details(
-        cls,
-        draw: Callable[..., Any],
-        probe: Probe,
-        common: Mapping[str, Any],
-        heads: st.SearchStrategy[int],
-    ) -> dict[str, Any]:
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
         # a state of small betas remembers everything
-        found = super().details(draw, probe, common, heads) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        draw = drawn.draw
+        found = super().details(drawn) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
         return found | {"key_norm": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]))}
 
     def inputs(self, device: torch.device) -> Tensors:
@@ -245,17 +235,11 @@ class DplrCase(DeltaCase):
         return 1 if self.has_b else -1
 
     @classmethod
-    def details(
-        cls,
-        draw: Callable[..., Any],
-        probe: Probe,
-        common: Mapping[str, Any],
-        heads: st.SearchStrategy[int],
-    ) -> dict[str, Any]:
-        found = super().details(draw, probe, common, heads) | {"has_b": draw(st.booleans())}
-        grad = tuple(name for name in common["grad"] if name != "b" or found["has_b"])
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        found, asked = super().details(drawn) | {"has_b": drawn.draw(st.booleans())}, drawn.common["grad"]
+        grad = tuple(name for name in asked if name != "b" or found["has_b"])
         # of b alone it would be a case without gradients, which others are
-        return found | ({"grad": grad} if grad or not common["grad"] else {"has_b": True})
+        return found | ({"grad": grad} if grad or not asked else {"has_b": True})
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)

@@ -19,7 +19,7 @@ from ..ops.packing import Documents
 from ..ops.softmax.cache import ForgettingCache, GrowingCache, RingCache, key_cache
 from ..ops.softmax.call import Attention, require_attention
 from .compare import require
-from .kernel_case import SEGMENT, KernelCase, Tensors
+from .kernel_case import SEGMENT, Drawn, KernelCase, Tensors
 from .kernel_fixed import FIXED, SCORES, WINDOWS
 from .kernel_layout import writable
 
@@ -93,13 +93,8 @@ class SoftmaxCase(KernelCase):
         return tuple(name for name in super().differentiated if name != "gates" or "log_forget" in self.scores)
 
     @classmethod
-    def details(
-        cls,
-        draw: Callable[..., Any],
-        probe: Probe,
-        common: Mapping[str, Any],
-        heads: st.SearchStrategy[int],
-    ) -> dict[str, Any]:
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        draw, probe, common, heads = drawn
         lengths, chunk_size = common["lengths"], common["chunk_size"]
         # many heads are those of keys, or of queries that share one
         n_kv_heads, shared = (draw(order) for order in draw(st.permutations([heads, st.integers(1, 2)])))

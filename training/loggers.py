@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from ..registry import SeqmixError, import_object
+from ..registry import SeqmixError, import_object, write_file
 from .config import LOGGERS, RunConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -94,8 +94,7 @@ class WandB:
         """Start the W&B run, or continue it; SeqmixError: W&B refuses, with its reason."""
         file = run / WANDB_ID
         if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(uuid4().hex[:8] + "\n")
+            write_file(uuid4().hex[:8] + "\n", file)
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "seqmix"),

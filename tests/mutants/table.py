@@ -7,7 +7,14 @@ from pathlib import Path
 if __name__ == "__main__":  # the folder above is on the path of tests alone
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mutants import kernels, numerics, sequences, softmax_kernels, uses  # noqa: F401  importing them registers the mutants
+from mutants import (  # noqa: F401  importing them registers the mutants
+    kernels,
+    numerics,
+    sequences,
+    softmax_kernels,
+    training,
+    uses,
+)
 from mutants.registry import KERNEL_MUTANTS, MIXER_MUTANTS, Mutant
 
 PAGE = Path(__file__).parents[2] / "docs" / "appendix" / "mutants.md"
