@@ -5,7 +5,8 @@ import torch
 from unusual import UNUSUAL, Counted, NoState, TorchGRU, Unusual
 
 from seqmix import ContractError
-from seqmix.testing import CHECKS, Status, check_mixer
+from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
+from seqmix.testing.compare import Differences
 
 COMPILED = {"s4d", "torchgru"}
 
@@ -50,3 +51,11 @@ def test_a_position_is_found_whatever_its_name(failure):
 
     outcome = failure(Counts.config_class(), "position_matters_only_where_declared")
     assert "840 tokens later, which changed position alone" in outcome.reason
+
+
+def test_complex_numbers_are_compared_within_the_tolerance():
+    z = torch.complex(torch.linspace(-1, 1, 5), torch.ones(5)).to(torch.complex128)
+    with Differences("steps", 1e-9) as found:
+        found.tensor("the state", z * (1 + 1e-15), z)
+    with pytest.raises(CheckFailure, match="the state differs in 5 of 5 elements, by up to 0.001"), found:
+        found.tensor("the state", z + 1e-3, z)
