@@ -57,5 +57,5 @@ def test_complex_numbers_are_compared_within_the_tolerance():
     z = torch.complex(torch.linspace(-1, 1, 5), torch.ones(5)).to(torch.complex128)
     with Differences("steps", 1e-9) as found:
         found.tensor("the state", z * (1 + 1e-15), z)
-    with pytest.raises(CheckFailure, match="the state differs in 5 of 5 elements, by up to 0.001"), found:
+    with pytest.raises(CheckFailure, match=r"the state differs in 5 of 5 elements, by up to 0\.001"), found:
         found.tensor("the state", z + 1e-3, z)
