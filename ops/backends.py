@@ -1,10 +1,12 @@
 """Which backend computes a layer: resolved once, when a model is built, for its device and its activations' dtype.
 
 A name means that backend wherever it has a kernel, and the reference in the paradigms it has none for. `auto` is the
-first of `AUTO` whose kernel can run and passes a trial on the device itself, else the reference.
+first of `AUTO` whose kernel can run, else the reference. A kernel of `AUTO` has a trial first, on the GPU itself, called
+as training and decoding will call it.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -17,10 +19,10 @@ from .kernels import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 from .paradigm import Paradigm
 from .recurrence import Recurrence
 
-AUTO: Mapping[str, Sequence[tuple[Paradigm, str]]] = {
-    "decay": ((Paradigm.CHUNKWISE, "triton"), (Paradigm.RECURRENT, "triton")),
+AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
+    "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
 }
-"""The kernels that `auto` tries on a GPU, by op."""
+"""The backends that `auto` tries on a GPU, in this order, by op. A backend that is named has the same trial."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: whole chunks, and a ragged one."""
@@ -44,16 +46,23 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     found = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto":
-        for paradigm, name in AUTO.get(op, ()) if probe.device.type == "cuda" else ():
-            kernel = find(op, paradigm, name)
-            reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
-            if reason is None:
-                log.info("%s %s %s: %s", op, paradigm, where, name)
-                found[paradigm] = name
+        for paradigm, names in AUTO.get(op, {}).items() if probe.device.type == "cuda" else ():
+            reasons = []
+            for name in names:
+                kernel = find(op, paradigm, name)
+                reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
+                if reason is None:
+                    log.info("%s %s %s: %s", op, paradigm, where, name)
+                    found[paradigm] = name
+                    break
+                reasons.append(reason)
             else:
-                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, reason)
+                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, "; ".join(reasons))
     elif backend != fallback:
         reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels(op, backend)}
+        for paradigm in AUTO.get(op, {}) if probe.device.type == "cuda" else ():
+            if reasons.get(paradigm) == [] and (reason := disagreement(find(op, paradigm, backend), probe)):
+                raise SeqmixError(f"backend {backend} cannot run: {reason}")
         if all(reasons.values()):
             raise SeqmixError(f"backend {backend} cannot run: {'; '.join(next(iter(reasons.values())))}")
         for paradigm, why in reasons.items():
@@ -92,14 +101,41 @@ def _kernels(op: str, backend: str) -> list[Kernel]:
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     """Run a kernel of the decay family on a few tokens, forward and backward; None if it does what the reference does.
 
-    A recurrent one reads one token, forward. This is not the conformance kit; but what a compiler or a driver
-    gets wrong is wrong by far more.
+    Rates that are fixed per head are tried as those of retention, without a gradient, too: that is another kernel. A
+    recurrent one reads one token, forward. This is not the conformance kit; but what a compiler or a driver gets wrong
+    is wrong by far more.
+
+    Raises:
+        SeqmixError: after its failure the device does not compute any more, as after an illegal access.
     """
-    tensors = _trial(probe, 1 if kernel.paradigm is Paradigm.RECURRENT else TRIAL_LENGTH)
+    step = kernel.paradigm is Paradigm.RECURRENT
+    for learned in (False,) if step else (True, False) if probe.log_decay == "H" else (True,):
+        try:
+            reason = _difference(kernel, probe, _trial(probe, 1 if step else TRIAL_LENGTH, learned))
+        except Exception as error:  # whatever a compiler or a driver raises
+            short = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
+            reason = f"{kernel.key} failed in a trial: {short}"
+            if not _computes(probe.device):
+                raise SeqmixError(
+                    f"{reason}; {probe.device} does not compute any more in this process: start it again with "
+                    f"`backend: {reference(kernel.op, Paradigm.CHUNKWISE).backend}`"
+                ) from error
+        if reason is not None:
+            return reason
+    return None
+
+
+def _computes(device: torch.device) -> bool:
+    """Whether a device still does, after an error."""
     try:
-        results = _results(kernel, tensors)
-    except Exception as error:  # whatever a compiler or a driver raises
-        return f"{kernel.key} failed in a trial: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
+        return float(torch.ones(2, device=device).sum()) == 2
+    except Exception:
+        return False
+
+
+def _difference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is not the reference's."""
+    results = _results(kernel, tensors)
     expected = _results(reference(kernel.op, kernel.paradigm), tensors)
     for name, result in results.items():
         exact = expected[name].double()
@@ -109,22 +145,28 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     return None
 
 
-def _trial(probe: Probe, length: int) -> dict[str, Tensor]:
-    """Two sequences of two heads of random numbers; every tensor wants its gradient, but of one token: that is
-    decoding."""
+def _trial(probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
+    """Two sequences of two heads of random numbers, with a layer's strides: q, k and v are columns of one projection.
+
+    Every tensor wants its gradient, decays where they are learned; but not of one token: that is decoding.
+    """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)
     sizes = {"B": 2, "T": length, "H": 2, "K": probe.key_width, "V": probe.value_width}
 
     def random(dimensions: str, dtype: torch.dtype) -> Tensor:
-        return torch.randn([sizes[name] for name in dimensions.split()], generator=generator).to(probe.device, dtype)
+        shape = [math.prod(sizes[name] for name in joined.split("*")) for joined in dimensions.split()]
+        return torch.randn(shape, generator=generator).to(probe.device, dtype).requires_grad_(length > 1)
 
-    tensors = {"q": "B T H K", "k": "B T H K", "v": "B T H V"}
-    tensors = {name: random(dimensions, probe.dtype) for name, dimensions in tensors.items()}
+    widths = [sizes["H"] * sizes[name] for name in "KKV"]
+    parts = [random(f"B T H*{name}", probe.dtype) for name in "KKV"]
+    columns = torch.cat(parts, dim=2).split(widths, dim=2)
+    tensors = {name: x.unflatten(2, (sizes["H"], -1)) for name, x in zip("qkv", columns, strict=True)}
     if probe.log_decay is not None:
-        tensors["log_decay"] = -random(probe.log_decay, wide).abs() / 16
+        log_decay = (-random(probe.log_decay, wide).detach().abs() / 16).requires_grad_(length > 1 and learned)
+        tensors["log_decay"] = log_decay
     tensors["initial_state"] = random("B H K V", wide)
-    return {name: tensor.requires_grad_(length > 1) for name, tensor in tensors.items()}
+    return tensors
 
 
 def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +183,8 @@ def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         output, state = kernel.function(call)
         loss = output.double().square().mean() + state.double().square().mean()
     results = {"output": output.detach(), "final state": state.detach()}
-    if loss.requires_grad:
-        for name, gradient in zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True):
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    if wanted:
+        for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
             results[f"the gradient of {name}"] = gradient
     return results

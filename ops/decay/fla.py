@@ -38,6 +38,9 @@ from ..recurrence import Recurrence, RecurrenceOutput
 LOWEST = -256 * math.log(2)
 """The lowest log-decay that is passed on."""
 
+SUSPECT = 64
+"""The width of keys at which a product of a transposed tile is miscompiled on Hopper (fla-org issue 640)."""
+
 COLLAPSES_AT = 256
 """The width from which fla's backward is slow: on a GPU after Hopper one of its tiles exceeds the shared memory of a
 block, and what is left to it cannot use the matrix instructions."""
@@ -56,8 +59,14 @@ def limits(probe: Probe) -> list[str]:
         reasons.append(f"its backward pass refuses odd widths, {probe.key_width} and {probe.value_width}")
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
-        if probe.needs_grad and probe.log_decay == "B T H" and capability[0] == 9 and _is_miscompiled():
-            reasons.append("with this triton its backward pass of given decays is wrong on Hopper: 3.7.1 is right")
+        if probe.needs_grad and capability[0] == 9 and _is_miscompiled():
+            if probe.log_decay == "B T H":
+                reasons.append("with this triton its backward pass of given decays is wrong on Hopper: 3.7.1 is right")
+            if probe.log_decay == "H" and probe.key_width == SUSPECT:
+                reasons.append(
+                    f"with this triton its backward pass of rates per head is suspect on Hopper where keys are "
+                    f"{SUSPECT} wide: the product that goes wrong elsewhere is in it too; 3.7.1 is right"
+                )
         wide = max(probe.key_width, probe.value_width) >= COLLAPSES_AT
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":
             reasons.append(

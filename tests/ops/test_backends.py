@@ -114,6 +114,48 @@ def test_a_trial_finds_what_is_wrong(function, named):
     assert "\n" not in found
 
 
+def test_a_trial_calls_as_a_layer_of_retention_does():
+    calls = []
+    seen = replace(CHUNKWISE, function=lambda x: calls.append(x) or CHUNKWISE.function(x))
+    assert disagreement(seen, PROBE) is None
+    learned, fixed = calls
+    assert learned.log_decay.requires_grad
+    assert not fixed.log_decay.requires_grad
+    assert fixed.chunk_size == 128
+    for x in calls:
+        assert all(tensor.requires_grad for tensor in (x.q, x.k, x.v, x.initial_state))
+        # columns of one projection: a token's row has all three
+        assert {tensor.stride(1) for tensor in (x.q, x.k, x.v)} == {2 * (8 + 8 + 4)}
+    # what only fixed rates ask for is tried
+    wrong = replace(CHUNKWISE, function=lambda x: CHUNKWISE.function(x if x.log_decay.requires_grad else late(x)[0]))
+    assert "failed in a trial" in disagreement(wrong, PROBE)
+
+
+@pytest.mark.parametrize("wrong", ["kernel", "reference"])
+def test_a_device_that_is_lost_in_a_trial_is_a_sentence(wrong, monkeypatch):
+    monkeypatch.setattr(module, "_computes", lambda device: False)
+    if wrong == "reference":
+        monkeypatch.setattr(module, "reference", lambda *_: replace(CHUNKWISE, function=broken))
+    kernel = replace(CHUNKWISE, function=broken) if wrong == "kernel" else CHUNKWISE
+    with pytest.raises(SeqmixError, match=r"no code for this device; cpu does not compute .*`backend: reference`$"):
+        disagreement(kernel, PROBE)
+
+
+@needs_triton
+def test_a_named_backend_has_its_trial_on_a_gpu(trial):
+    trial("it was wrong")
+    with pytest.raises(SeqmixError, match="backend triton cannot run: it was wrong"):
+        choose("decay", "triton", ON_GPU)
+
+
+def test_auto_tries_the_next_backend(monkeypatch):
+    triton, fla = (replace(CHUNKWISE, backend=name) for name in ("triton", "fla"))
+    monkeypatch.setattr(module, "find", lambda op, paradigm, name: fla if name == "fla" else triton)
+    monkeypatch.setattr(module, "disagreement", lambda kernel, probe: None if kernel is fla else "it was wrong")
+    found = choose("decay", "auto", ON_GPU)
+    assert (found[Paradigm.CHUNKWISE], found[Paradigm.RECURRENT]) == ("fla", "reference")
+
+
 def test_a_trial_of_a_step_is_one_token():
     step, read = reference("decay", Paradigm.RECURRENT), []
     counted = replace(step, function=lambda x: read.append(x.q.shape[1]) or step.function(x))
