@@ -4,12 +4,14 @@
     OP = Op("name", Inputs, fake=fake, forward=forward, backward=backward, saves=1)
     output, final_state, entries = OP(Inputs(q, k, v, scale=0.5))
 
-registers `seqmix::name` and `seqmix::name_backward`, each with a schema, a fake for compilers, and autocast off inside.
+registers `seqmix::name` and `seqmix::name_backward`, each with a schema, a fake for compilers, and inside autocast
+off and the device of the tensors as the current one.
 Such an op is one node of a compiler's graph, in eager mode too, and has no forward-mode derivatives (torch would take a
 tangent for zero) and no second ones: both raise a SeqmixError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -109,7 +111,7 @@ class Op(Generic[I]):
 
     def _run(self, *args: Any) -> Any:
         x = self.inputs._make(args)
-        with torch.autocast(getattr(x, self.tensors[0]).device.type, enabled=False):
+        with _as_it_stands(getattr(x, self.tensors[0]).device):
             return self._packed(self.forward(x))
 
     def _packed(self, outputs: Outputs) -> Any:
@@ -165,7 +167,7 @@ class Op(Generic[I]):
     def _run_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         x, gradients = self._unpacked(args)
         assert self.backward is not None
-        with torch.autocast(getattr(x, self.tensors[0]).device.type, enabled=False):
+        with _as_it_stands(getattr(x, self.tensors[0]).device):
             found = self.backward(x, gradients)
         return _results([self._gradient(x, name, gradients, found.get(name)) for name in self.tensors])
 
@@ -183,6 +185,18 @@ class Op(Generic[I]):
     def _refuse_twice(self, ctx: Any, *gradients: Tensor | None) -> Any:
         del ctx, gradients
         raise no_second_derivatives(self.name)
+
+
+@contextmanager
+def _as_it_stands(device: torch.device) -> Iterator[None]:
+    """No autocast, and the tensors' device is the current one: Triton launches on that, wherever its tensors lie."""
+    with current(device), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A device as the current one, where devices have an index: launches, streams and graphs are the current one's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _results(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """How an op enters torch, seen at toys: schemas, fakes, gradients that are wanted, and what is refused."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from seqmix.ops.autograd import Op
+import seqmix.ops.autograd as module
+from seqmix.ops.autograd import Op, current
 from seqmix.registry import SeqmixError
 
 exactly = torch.testing.assert_close
@@ -220,3 +222,24 @@ def test_a_compiler_sees_that_it_is_written():
     compiled = torch.compile(steps, fullgraph=True, backend="aot_eager")
     exactly(compiled(x, states[0]), steps(x, states[1]))
     exactly(*states)
+
+
+def test_it_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch):
+    entered = []
+
+    class Guard(nullcontext):
+        def __init__(self, device):
+            super().__init__()
+            entered.append(device)
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    other = torch.device("cuda:1")
+    with current(torch.device("cpu")), current(other):
+        assert entered == [other]
+    entered.clear()
+    monkeypatch.setattr(module, "current", Guard)
+    call = toy()
+    outputs = OP(call)
+    assert entered == [call.x.device]
+    gradients(outputs[:2], call)
+    assert entered == [call.x.device] * 2
