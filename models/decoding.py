@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.state import clone, to_dict
+from ..mixers.state import map_state, to_dict
+from ..ops.autograd import current
 from ..ops.donation import donate_state
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
@@ -49,9 +50,12 @@ class Decoder:
         """Logits of the next token of each row; they may overwrite those of the previous step."""
         if self._fixed_sizes and self._captured is None:
             held = Held(partial(self._step, self.model), tokens, self.state)
-            self._captured, self.state = _Captured(held), held.state
+            with current(self.model.device):
+                self._captured = _Captured(held)
+            self.state = held.state
         if self._captured is not None:
-            return self._captured.replay(tokens)
+            with current(self.model.device):
+                return self._captured.replay(tokens)
         before = self.state
         logits, self.state = self._step(self.model, tokens, before)
         if self._may_capture:
@@ -72,11 +76,11 @@ def decode_step(
 
 
 class Held:
-    """A step whose tokens, state and logits have static buffers."""
+    """A step whose tokens, state and logits have static buffers: the state's are the tensors of the given one."""
 
     def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
-        self.tokens, self.state = tokens.clone(), clone(state)
+        self.tokens, self.state = tokens.clone(), _apart(state)
         self.logits: Tensor | None = None
 
     def __call__(self) -> None:
@@ -88,12 +92,28 @@ class Held:
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 
     def warm_up(self) -> None:
-        """Some calls, each from the same state, which stays as it was: it may have room for only one token."""
-        reached = clone(self.state)
+        """Some calls, each from the same state, which stays as it was: it may have room for only one token.
+
+        It is kept in main memory: a second one may be more than a GPU has room for.
+        """
+        reached = map_state(lambda leaf: leaf.to("cpu", copy=True), self.state)
         for _ in range(3):
             self()
             for place, leaf in zip(to_dict(self.state).values(), to_dict(reached).values(), strict=True):
                 place.copy_(leaf)
+
+
+def _apart(state: ModelState) -> ModelState:
+    """A state whose leaves can be written one after another: those that share memory are copied."""
+    seen: set[int] = set()
+
+    def own(leaf: Tensor) -> Tensor:
+        place = leaf.untyped_storage().data_ptr()
+        shared = place in seen or not leaf.is_contiguous()
+        seen.add(place)
+        return leaf.clone(memory_format=torch.contiguous_format) if shared else leaf
+
+    return map_state(own, state)
 
 
 class _Captured:

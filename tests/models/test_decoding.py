@@ -124,7 +124,18 @@ def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captu
     logits += [decoder.step(tokens).clone() for tokens in STEPS[2:]]
     assert_close(torch.stack(logits), expected)
     assert places(held.state) == before
+    assert held.tokens.data_ptr() != STEPS[1].data_ptr()
     assert FakeGraph.made == 1
+
+
+def test_a_capture_copies_no_state_but_what_shares_memory(model_of):
+    model = model_of("retention", "gla")
+    _, state = prefill(model, PROMPTS, max_length=20)
+    assert places(module.Held(module.decode_step, STEPS[0], state).state) == places(state)
+    ring = torch.zeros(4)
+    held = module.Held(module.decode_step, STEPS[0], ((ring, ring), (ring[::2], torch.zeros(1).expand(3))))
+    assert len(set(places(held.state))) == 4
+    assert all(leaf.is_contiguous() for leaf in to_dict(held.state).values())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, len(STEPS)])
