@@ -1,5 +1,6 @@
 """Cross-entropy of a large vocabulary without all of its logits in memory."""
 
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,8 +16,9 @@ IGNORED = -100
 """The target of a token whose next token is not predicted."""
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 """The reduction over tokens, as F.cross_entropy names it."""
-LOGITS_AT_ONCE = 2**24
-"""The maximum number of logits in memory (64 MiB in float32); more tokens are computed in parts."""
+LOGITS_AT_ONCE: Mapping[str, int] = {"cpu": 2**24, "cuda": 2**28}
+"""The maximum number of logits in memory, by type of device (64 MiB and 1 GiB in float32); more tokens are computed in
+parts. Each part reads the whole weight and adds to its gradient, so a GPU wants few of them."""
 
 
 def linear_cross_entropy(
@@ -28,13 +30,12 @@ def linear_cross_entropy(
     """-log softmax(hidden weight^T)[target] in nats, summed or one per token; `IGNORED` targets count nothing.
 
     At most `LOGITS_AT_ONCE` logits are in memory, in forward and in backward. Under autocast the product is in its
-    dtype; the softmax is in float32 or wider always.
+    dtype; the softmax, and the sum of the parts' gradients of the weight, are in float32 or wider always.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    size = _tokens_at_once(weight)
     if len(hidden) <= size:
         return _direct(hidden, weight, targets, reduction)
     # torch's own computes each part's gradient in the forward pass, so it recomputes no logits; but it rounds the sum
@@ -43,6 +44,8 @@ def linear_cross_entropy(
     if reduction == "sum" and options is not None and hidden.dtype in (torch.float32, torch.float64):
         chosen = options(batch_chunk_size=size, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=chosen)
+    # each part rounds the weight for itself: the gradients of the parts are added up in float32
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     losses = [checkpoint(_direct, part, weight, target, reduction, use_reentrant=False) for part, target in parts]
     return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
@@ -55,7 +58,7 @@ def linear_predictions(
     reduction: Literal["sum", "none"] = "sum",
 ) -> tuple[Float[Tensor, "..."], Int[Tensor, " M"]]:
     """The cross-entropy as above, and the most probable token at each place: the first one of several."""
-    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    size = _tokens_at_once(weight)
     losses, found = [], []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = linear(part, weight)
@@ -64,9 +67,14 @@ def linear_predictions(
     return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum(), torch.cat(found)
 
 
+def _tokens_at_once(weight: Tensor) -> int:
+    """The number of tokens of a part."""
+    return max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"]) // weight.shape[0])
+
+
 def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return _cross_entropy(linear(hidden, weight), targets, reduction)
+        return _cross_entropy(linear(hidden, weight.to(hidden.dtype)), targets, reduction)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:

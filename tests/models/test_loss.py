@@ -15,7 +15,7 @@ TOKENS, WIDTH, VOCAB, AT_ONCE = 50, 8, 300, 7 * 300
 
 @pytest.fixture(params=["torch's", "our own"])
 def in_parts(request, monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", {"cpu": AT_ONCE})
     if request.param == "our own":
         monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     elif not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -82,6 +82,19 @@ def test_a_low_precision_product_has_a_float32_loss(dtype):
     for actual, exact in zip(gradients, expected, strict=True):
         assert actual.dtype == torch.float32
         assert (actual - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_parts_are_added_up_in_float32(weights):
+    hidden, weight, targets = data(torch.float32)
+    weight = weight.detach().to(weights).requires_grad_()
+    parts = list(zip(hidden.split(7), targets.split(7), strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (actual,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
+        wide = weight.detach().float().requires_grad_()
+        gradients = [torch.autograd.grad(linear_cross_entropy(part, wide, target), wide)[0] for part, target in parts]
+    assert_close(actual, sum(gradients).to(weights), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("in_parts")
