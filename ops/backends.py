@@ -1,8 +1,8 @@
 """Which backend computes a layer: resolved once, when a model is built, for its device and its activations' dtype.
 
 A name means that backend wherever it has a kernel, and the reference in the paradigms it has none for. `auto` is the
-first of `AUTO` whose kernel can run, else the reference. A kernel of `AUTO` has a trial first, on the GPU itself, called
-as training and decoding will call it.
+first of `AUTO` whose kernel can run, else the reference. A kernel of `AUTO` has a trial first, on the GPU itself and as
+training and decoding will call it.
 """
 
 import logging
