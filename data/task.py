@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -58,6 +58,10 @@ class TaskConfig(DataConfig):
             targets: [B T], `IGNORED` everywhere; fill in those that are asked.
             difficulty: the difficulty.
         """
+
+    def fill_training(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        """Generate examples of the training split, in place; by default they are as those of evaluation."""
+        self.fill(rng, inputs, targets, difficulty)
 
     @abstractmethod
     def solve(self, tokens: list[int]) -> dict[int, int]:
@@ -122,6 +126,22 @@ class TaskConfig(DataConfig):
         return self
 
 
+class NextTokenConfig(TaskConfig):
+    """A task whose training may predict every token, as a language model does."""
+
+    train_on: Literal["answers", "every_token"] = "answers"
+    """What the loss of training covers; evaluations measure answers alone."""
+
+    def fill_training(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        super().fill_training(rng, inputs, targets, difficulty)
+        self.supervise(inputs, targets)
+
+    def supervise(self, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Make every next token a target, where the loss of training covers it."""
+        if self.train_on == "every_token":
+            targets[:, :-1] = inputs[:, 1:]
+
+
 class Task(Source):
     """An opened task, which generates examples on the fly.
 
@@ -149,7 +169,7 @@ class Task(Source):
             starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
             for row, start in zip(inputs, starts.tolist(), strict=True):
                 row[:] = np.resize(stream[start : start + length], length)
-        self.config.fill(rng, inputs, targets, difficulty)
+        (self.config.fill if validation else self.config.fill_training)(rng, inputs, targets, difficulty)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The examples of one step; rows cycle through the difficulties."""

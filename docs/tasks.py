@@ -17,7 +17,11 @@ PAGES = Path(__file__).with_name("reference")
 TARGET, PICTURES = PAGES / "tasks.md", PAGES / "tasks"
 SMALL = {
     "copying": {"sequence_length": 16, "lengths": (7,)},
+    "fuzzy_recall": {"sequence_length": 40},
+    "in_context_recall": {"sequence_length": 24, "noise_tokens": 4},
     "induction_heads": {"sequence_length": 18},
+    "memorization": {"sequence_length": 16, "vocab_size": 16},
+    "modular_arithmetic": {"sequence_length": 24, "brackets": True},
     "mqar": {"sequence_length": 24, "pairs": (4,), "vocab_size": 32},
     "parity": {"sequence_length": 20},
     "passkey": {"sequence_length": 132, "depths": (50,)},

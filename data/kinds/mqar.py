@@ -15,6 +15,9 @@ class MqarConfig(TaskConfig):
     The positions after the pairs are grouped in twos. A key is repeated at the first position of group g with a
     probability proportional to g^(power_a - 1), drawn without replacement, pair by pair. Keys are tokens 1 to
     vocab_size / 2 - 1, values those from vocab_size / 2 on.
+
+    The paper's vocabulary has 8,192 tokens. The default is small, and not the same task: of 64 tokens, in sequences of
+    64, random filler shows a key again before it is asked in 11 to 16 % of the questions.
     """
 
     field, axis = "pairs", "pairs"

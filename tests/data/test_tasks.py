@@ -24,12 +24,28 @@ from seqmix.training.metrics import Score
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {
     "copying": {"sequence_length": 40, "lengths": (3, 20), "evaluate_at": (5, 40)},
+    "fuzzy_recall": {"sequence_length": 60, "vocab_size": 11, "key_lengths": (1, 4), "evaluate_at": (2, 4)},
+    "in_context_recall": {"sequence_length": 65, "vocab_size": 32, "keys": (1, 16), "noise_tokens": 9, "noise": 0.5},
     "induction_heads": {"sequence_length": 32, "lengths": (3, 32), "evaluate_at": (16, 100)},
+    "memorization": {"sequence_length": 31, "vocab_size": 24, "facts": (1, 11), "map_seed": 3},
+    "modular_arithmetic": {"sequence_length": 31, "brackets": True, "lengths": (1, 4, 30), "evaluate_at": (5, 60)},
     "mqar": {"sequence_length": 65, "pairs": (1, 16), "vocab_size": 300, "noise": False, "evaluate_at": (16, 149)},
     "parity": {"sequence_length": 24, "lengths": (1, 7, 24), "ask": "last", "evaluate_at": (24, 50)},
     "passkey": {"sequence_length": 200, "digits": 7, "depths": (0, 33, 100), "evaluate_at": (50,)},
-    "permutation": {"sequence_length": 24, "lengths": (1, 24), "ask": "last", "n": 4, "evaluate_at": (24, 50)},
-    "selective_copying": {"sequence_length": 32, "symbols": (1, 16), "alphabet": 40, "evaluate_at": (8, 20)},
+    "permutation": {
+        "sequence_length": 24,
+        "lengths": (1, 24),
+        "ask": "last",
+        "group": "A4xZ5",
+        "evaluate_at": (24, 50),
+    },
+    "selective_copying": {
+        "sequence_length": 32,
+        "symbols": (1, 15),
+        "alphabet": 40,
+        "evaluate_at": (8, 20),
+        "layout": "mad",
+    },
 }
 """Other fields than the defaults, of every task."""
 

@@ -1,0 +1,65 @@
+"""Memorization of facts (Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
+
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from ..task import Difficulties, TaskConfig
+
+
+class MemorizationConfig(TaskConfig):
+    """Memorization of MAD (arXiv 2403.17844): keys, each followed by a query token, at which the target is the key's
+    value. Values are the same in all sequences and are never shown: parameters hold them, not the state.
+
+    Keys are tokens 0 on, as many as half of the other tokens; then values; the query is the last token.
+    """
+
+    field, axis = "facts", "facts"
+    kind: Literal["memorization"] = "memorization"
+    sequence_length: int = Field(default=32, gt=1, le=2**20)
+    """Training sequence length in tokens."""
+    vocab_size: int = Field(default=256, ge=5, le=2**20)
+    """Keys, values and the query."""
+    facts: Difficulties | None = None
+    """Numbers of keys that a sequence draws from, which rows cycle through; null for all."""
+    map_seed: int = Field(default=12345, ge=0)
+    """Seed of the map from keys to values."""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
+    @property
+    def hardest(self) -> int:
+        return (self.vocab_size - 1) // 2
+
+    def length_of(self, difficulty: int) -> int:
+        return 2
+
+    def require(self, difficulty: int) -> None:
+        super().require(difficulty)
+        if difficulty > self.hardest:
+            raise ValueError(f"facts {difficulty} are more than vocab_size {self.vocab_size} has: {self.hardest}")
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The value of each key."""
+        drawn = np.random.default_rng(self.map_seed).permutation(np.arange(self.hardest, self.vocab_size - 1))
+        return drawn[: self.hardest]
+
+    def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
+        keys = rng.integers(difficulty, size=(len(inputs), inputs.shape[1] // 2))
+        end = 2 * keys.shape[1]
+        inputs[:, 0:end:2], inputs[:, 1:end:2] = keys, self.vocab_size - 1
+        targets[:, 1:end:2] = self.values[keys]
+
+    def solve(self, tokens: list[int]) -> dict[int, int]:
+        places = (place for place, token in enumerate(tokens) if token == self.vocab_size - 1)
+        return {place: int(self.values[tokens[place - 1]]) for place in places}
+
+    def name_of(self, token: int) -> str:
+        return (
+            "?" if token == self.vocab_size - 1 else f"k{token}" if token < self.hardest else f"v{token - self.hardest}"
+        )
