@@ -98,7 +98,7 @@ def write_run(
         SeqmixError: the directory is taken or cannot be written.
     """
     require_free(out)
-    data = {} if vocabulary is None else {"tokenizer": TOKENIZER_FILE, "begin_token": begin}
+    data = {} if vocabulary is None else {"tokenizer": str(out / TOKENIZER_FILE), "begin_token": begin}
     training = {"steps": 1000, "batch_size": 8, "learning_rate": 1e-4}
     fields = {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
     try:

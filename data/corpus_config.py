@@ -124,7 +124,7 @@ class CorpusConfig(DocumentsConfig, DataConfig):
     validation: SourceConfig | None = None
     """Documents of the validation split, with the fields of a source but its weight; null takes it from the text."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face, or a folder that holds one."""
+    """`bytes`, or a tokenizer.json of Hugging Face, or a folder or a file of `seqmix export` that holds one."""
     begin_token: str | None = None
     """The token of that tokenizer that opens a document, such as "<s>"; null for one that follows its last token."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from ..registry import SeqmixError, nearest, read_bytes
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
 
 AT_ONCE = 256
 """Documents per batch, which is encoded on all cores."""
+EXPORTED_TOKENIZER = "seqmix.tokenizer"
+"""The metadata key of a vocabulary in a file of `seqmix export`."""
 LEAST_VOCABULARY = 257
 """Every byte, so that any text has tokens, and the begin token."""
 
@@ -90,7 +93,7 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
     """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face, with its begin token.
 
     Args:
-        name: `bytes`, the file, or a folder that holds a tokenizer.json.
+        name: `bytes`, the file, a folder that holds a tokenizer.json, or a file of `seqmix export`.
         begin: the token of the vocabulary that opens a document; None for one that follows the last.
 
     Raises:
@@ -108,7 +111,8 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
                 f"files: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
             )
     try:
-        return SubwordTokenizer(read_bytes(file), file, begin)
+        vocabulary = _exported(file) if file.suffix == ".safetensors" else read_bytes(file)
+        return SubwordTokenizer(vocabulary, file, begin)
     except OSError as error:
         hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
@@ -143,6 +147,15 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
     vocabulary = tokenizer.to_str(pretty=True).encode()
     write_vocabulary(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
+
+
+def _exported(file: Path) -> bytes:
+    """The vocabulary in the metadata of a file of weights."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return tensors.metadata()[EXPORTED_TOKENIZER].encode()
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise SeqmixError(f"the tokenizer {file} is a file of weights without a vocabulary") from error
 
 
 def _decoded(name: str, text: bytes) -> str:

@@ -1,6 +1,6 @@
 """Load a configuration from a preset or file with overrides, and dump it as YAML."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,14 @@ from .yaml import parse, write
 C = TypeVar("C", bound=Config)
 
 
-def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (), *, presets: Path) -> C:
+def load(
+    cls: type[C],
+    source: str | Path | None,
+    overrides: Iterable[str] = (),
+    *,
+    presets: Path,
+    complete: Callable[[Node], Node] = lambda tree: tree,
+) -> C:
     """Read a configuration.
 
     A file with `extends: <preset, or file relative to this one>` holds the differences from it. Mappings merge key by
@@ -29,6 +36,7 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
         overrides: changes as `dotted.path=value` with the value in YAML, applied last and in order, as if each were a
             file of one value that extends what is before it.
         presets: the folder of the presets, one file `<name>.yaml` each.
+        complete: adds what the tree leaves out, before it is validated.
 
     Raises:
         ConfigError: what is wrong, in which line of which file, and what is allowed; one line per error, at most five.
@@ -36,6 +44,7 @@ def load(cls: type[C], source: str | Path | None, overrides: Iterable[str] = (),
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for assignment in overrides:
         tree = override(tree, assignment, cls)
+    tree = complete(tree)
     try:
         return cls.model_validate(tree.plain())
     except ValidationError as error:

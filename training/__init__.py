@@ -1,10 +1,11 @@
 """Training, on one process or many: optimizer, training loop, checkpoints."""
 
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig, load_config
+from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 from .run import TrainingError, train
 from .saved_prompt_cache import load_prompt_cache, save_prompt_cache
 from .saved_run import export_run, load_run, read_config
+from .start import load_config
 
 __all__ = [
     "PRESETS",

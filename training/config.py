@@ -1,7 +1,7 @@
 """The configuration of a run: model, data and training."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
 from ..models import ModelConfig
-from ..registry import Config, load, nearest
+from ..registry import Config, nearest
 from ..registry.config import deprecation
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
@@ -39,6 +39,9 @@ class TrainingConfig(Config):
 
     deprecated_names = {"accumulate": "grad_accum_steps", "checkpoint_activations": "activation_checkpointing"}  # noqa: RUF012
 
+    start_from: str | None = Field(default=None, min_length=1)
+    """Weights that training starts from, instead of random ones: a run directory (`seqmix convert` writes one too), a
+    file of `seqmix export`, or a folder of `seqmix.hf`. `model`, and the tokenizer of a text, may then be left out."""
     steps: int = Field(gt=0)
     """Optimizer steps."""
     batch_size: int = Field(gt=0)
@@ -224,16 +227,3 @@ class RunConfig(Config):
         for length in self.training.evaluation_lengths:
             source.require_evaluation_length(length)
         return source.contiguous(self.training.batch_size) if self.training.carry_state else source
-
-
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the configuration of a run.
-
-    Args:
-        source: the name of a preset, or a YAML file.
-        overrides: changes (or one) as "dotted.path=value", the value in YAML.
-
-    Raises:
-        ConfigError: where the configuration is wrong, and what is allowed.
-    """
-    return load(RunConfig, source, [overrides] if isinstance(overrides, str) else overrides, presets=PRESETS)

@@ -1,6 +1,7 @@
 """The tiny presets with one kind of block: every mixer at one size."""
 
-from .config import PRESETS, RunConfig, load_config
+from .config import PRESETS, RunConfig
+from .start import load_config
 
 
 def single_kind_presets() -> dict[str, RunConfig]:

@@ -34,8 +34,10 @@ def record_session(
     device: torch.device,
     precision: torch.dtype,
     groups: ProcessGroups = ALONE,
+    start_from: Mapping[str, str] | None = None,
 ) -> None:
-    """Append a line for a start at `step`: versions, commit, seed, threads, processes, machine."""
+    """Append a line for a start at `step`: versions, commit, seed, threads, processes, machine, and where the weights
+    came from."""
     session = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,6 +55,8 @@ def record_session(
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
+    if start_from is not None:
+        session["start_from"] = start_from
     if plug_ins := plug_ins_of(config):
         session["plug_ins"] = plug_ins
     with (run / SESSIONS_FILE).open("a") as file:

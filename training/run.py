@@ -31,6 +31,7 @@ from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
 from .run_dir import claim, held, require_free
 from .sharding import full_tensor, reshard, shard
+from .start import Beginning, start_from
 from .trainer import StepResult, Trainer, precision_of
 
 
@@ -61,11 +62,11 @@ def train(
             with groups.raise_together():
                 if groups.is_main:
                     lock.enter_context(held(run))
-        source, model, found = _open(config, run, resume, groups, device)
+        source, model, found, begun = _open(config, run, resume, groups, device)
         shard(model, groups)
         course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
         device, precision = model.device, course.trainer.precision
-        start, notes = 0, config.training.shortened
+        start, notes = 0, [*config.training.shortened, *([] if begun is None else [begun.note])]
         with groups.raise_together():
             if found is not None:
                 start, notes = found.manifest.step, [*notes, *found.notes, *course.restore(found)]
@@ -81,7 +82,10 @@ def train(
                 if groups.is_main:
                     course.metrics.begin(start)
                     checkpoint.delete_unfinished(run)
-                    record_session(run, config, step=start, device=device, precision=precision, groups=groups)
+                    origin = None if begun is None else begun.provenance
+                    record_session(
+                        run, config, step=start, device=device, precision=precision, groups=groups, start_from=origin
+                    )
             stack.callback(course.metrics.close)
             stack.enter_context(course.writer)
             yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)
@@ -111,8 +115,8 @@ class Course:
         trainer = self.trainer
         if checkpoint.file_of(train_state.OPTIMIZER) not in found.manifest.files:
             raise TrainingError(
-                f"{found.folder} has weights without an optimizer's state, as convert and average write them: train "
-                "them in your own loop, from load_run"
+                f"{found.folder} has weights without an optimizer's state, as convert and average write them: start a "
+                f"new run from them, by training.start_from={self.run}"
             )
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
@@ -246,9 +250,10 @@ class Course:
 
 def _open(
     config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, given: torch.device | str | None
-) -> tuple[Source, LanguageModel, Found | None]:
-    """The data, the unsharded model, and the checkpoint to resume from; nothing is written."""
-    device, found = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu")), None
+) -> tuple[Source, LanguageModel, Found | None, Beginning | None]:
+    """The data, the unsharded model, the checkpoint to resume from, or where else its weights came from; nothing is
+    written."""
+    begun, device, found = None, torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu")), None
     with groups.raise_together():
         if given is not None and groups.size > 1:
             raise TrainingError("several processes choose their devices by rank: leave out the device")
@@ -273,7 +278,9 @@ def _open(
     with groups.raise_together():
         if folder is not None and not groups.is_main:
             found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
-    return source, model, found
+        if found is None and settings.start_from is not None:
+            begun = start_from(Path(settings.start_from), model, source.tokenizer)
+    return source, model, found, begun
 
 
 def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:

@@ -155,6 +155,16 @@ def test_a_run_is_resumed_on_another_number_of_processes(two, text, tmp_path, ki
     require_same_checkpoint(tmp_path / "run", tmp_path / "uninterrupted", rtol=1e-2, atol=1e-3)
 
 
+def test_two_processes_start_from_weights_as_one(two, text, tmp_path):
+    paths, first = f"data.paths=[{text}]", tmp_path / "first"
+    on_ranks.train_here([paths, "seed=3"], str(first))
+    changes = [paths, f"training.start_from={first}", "training.steps=2"]
+    alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
+    together = two("train_here", [*changes, "distributed.shard=2"], str(tmp_path / "run"))
+    assert [found["error"] for found in together] == [None, None]
+    assert_close(torch.tensor(together[0]["loss"]), torch.tensor(alone["loss"]), rtol=1e-5, atol=1e-5)
+
+
 def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, text, tmp_path):
     found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), until=2)
     assert [(len(each["loss"]), each["saved"]) for each in found] == [(2, [2])] * 2
