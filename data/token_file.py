@@ -42,6 +42,8 @@ TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
 KINDS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
 """Allowed safetensors dtypes of each tensor."""
 METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
+LARGEST = 2**62
+"""Bytes that a file's texts cannot have."""
 
 
 class TokenFile:
@@ -61,9 +63,17 @@ class TokenFile:
         self.ends, self.digests, self._checks = tables.values()
         if str(_check(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
             raise SeqmixError(f"{path} is damaged: the checksum of its document table does not match")
+        _require_documents(path, self.ends, self.digests, self._checks, self._tokens.get_shape()[0])
+        if metadata["begin"] != str(tokenizer.begin):
+            raise SeqmixError(
+                f"{path} begins documents with token {metadata['begin']}, and data.tokenizer with {tokenizer.begin}"
+            )
+        self._vocab_size = tokenizer.vocab_size
         self._checked = np.zeros(len(self._checks), dtype=bool)
         self.names = np.full(len(self.ends), digest(name.encode()), dtype=np.uint64)
-        self.bytes = int(metadata["bytes"])
+        self.bytes = _size(metadata["bytes"])
+        if not len(self.ends) <= self.bytes < LARGEST:
+            raise SeqmixError(f"{path} is damaged: its {len(self.ends):,} documents have {metadata['bytes']!r} bytes")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, a copy.
@@ -73,12 +83,23 @@ class TokenFile:
         """
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first, last = block * BLOCK, min((block + 1) * BLOCK, int(self.ends[-1]))
-            if not self._checked[block] and crc32(self._tokens[first:last].tobytes()) != self._checks[block]:
-                raise SeqmixError(
-                    f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize it again"
-                )
+            if not self._checked[block]:
+                self._check_block(block, first, self._tokens[first:last])
             self._checked[block] = True
         return self._tokens[start:stop]
+
+    def _check_block(self, block: int, first: int, tokens: np.ndarray) -> None:
+        """Refuse a block that is damaged, or has tokens that are none: a checksum says nothing of who wrote it."""
+        if crc32(tokens.tobytes()) != self._checks[block]:
+            raise SeqmixError(
+                f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize it again"
+            )
+        if (largest := int(tokens.max())) >= self._vocab_size:
+            at = first + int(tokens.argmax())
+            raise SeqmixError(
+                f"{self.path} is damaged at token {at:,}: it is {largest:,}, and those of its tokenizer are 0 to "
+                f"{self._vocab_size - 1:,}; tokenize it again"
+            )
 
 
 def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> TokenFile:
@@ -155,14 +176,26 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         )
     if lacks := METADATA - metadata.keys() | KINDS.keys() - set(tensors.keys()):
         raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
-    if not metadata["bytes"].isdecimal():
-        raise SeqmixError(f"{path} is damaged: its size is {metadata['bytes']!r} bytes")
     for name, kinds in KINDS.items():
         tensor = tensors.get_slice(name)
         kind, shape = tensor.get_dtype(), tensor.get_shape()
         if kind not in kinds or len(shape) != 1 or not shape[0]:
             raise SeqmixError(f"{path} is damaged: its {name} are {kind} {shape}")
     return tensors.get_slice("tokens"), {name: tensors.get_tensor(name) for name in TABLES}, metadata
+
+
+def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks: np.ndarray, length: int) -> None:
+    """Refuse tables that describe no documents, or not all tokens."""
+    if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
+        raise SeqmixError(f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens")
+    for name, table, wanted in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
+        if len(table) != wanted:
+            raise SeqmixError(f"{path} is damaged: it has {len(table):,} {name} instead of {wanted:,}")
+
+
+def _size(text: str) -> int:
+    """A number of bytes, -1 for what is not one."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
 
 
 def _check(*tables: bytes) -> int:

@@ -1,0 +1,9 @@
+"""All groups of hostile input, by name."""
+
+from abuse.states import states
+from abuse.tally import Group
+from abuse.token_files import token_files
+
+GROUPS: dict[str, Group] = {"states": states, "token_files": token_files}
+ALONE = set[str]()
+"""Groups whose cases may abort the process."""

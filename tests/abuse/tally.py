@@ -1,0 +1,99 @@
+"""What was tried and what held: hostile input is refused in one sentence, or is used; it never ends in a traceback.
+
+A group is a function `(folder, random) -> cases`: each case has a name, an action, and whether it must be refused.
+
+    python tests/abuse/run.py [GROUP ...]    prints tried / held and the faults of all cases
+"""
+
+import os
+import random
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+
+from seqmix.cli import explanation
+
+LONGEST = 2000
+"""Characters of a line of an error: a screen of them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something hostile."""
+
+    name: str
+    action: Callable[[], object]
+    refused: bool = True
+    """Whether anything but a refusal is a fault: what is used in its place would be a silent default."""
+
+
+Group = Callable[[Path, random.Random], Iterator[Case]]
+
+
+@dataclass
+class Tally:
+    """Counts, and what failed."""
+
+    tried: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        return self.tried - len(self.faults)
+
+    def add(self, case: Case, seconds: int = 60, *, alone: bool = False) -> None:
+        """Try a case, `alone` in a process of its own, which may be aborted."""
+        self.tried += 1
+        fault = _in_a_process(case, seconds) if alone else fault_of(case, seconds)
+        if fault is not None:
+            self.faults.append(f"{case.name}: {fault}")
+
+
+def fault_of(case: Case, seconds: int = 60) -> str | None:
+    """What is wrong with what a case does, or None."""
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(seconds)
+    try:
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case.action()
+    except BaseException as error:  # a library written in Rust panics by one that is not an Exception
+        if isinstance(error, Exception) and (sentence := explanation(error)) is not None:
+            return _fault_of_sentence(sentence)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return f"{what} ({Path(where.filename).name}:{where.lineno})"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return "it was used" if case.refused else None
+
+
+def _fault_of_sentence(message: str) -> str | None:
+    lines = message.split("\n")
+    if len(lines) > 6 or not all(line.strip() and line.isprintable() and len(line) <= LONGEST + 100 for line in lines):
+        return f"its error is not a sentence: {message[:200]!r}"
+    return None
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError("it takes too long")
+
+
+def _in_a_process(case: Case, seconds: int) -> str | None:
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.close(reading)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the panics of libraries
+        os.write(writing, (fault_of(case, seconds) or "").encode()[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as pipe:
+        fault = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return fault or (f"the process ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else None)

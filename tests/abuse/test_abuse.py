@@ -1,0 +1,37 @@
+"""A sample of every group of hostile input holds; all of it with --hypothesis-profile nightly (see tally.py)."""
+
+import random
+
+import pytest
+from abuse.groups import ALONE, GROUPS
+from abuse.tally import Case, Tally, fault_of
+from hypothesis import settings
+
+from seqmix import SeqmixError
+
+SAMPLE = 25
+"""Cases of a group that are tried in every run."""
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_sample_holds(group, tmp_path):
+    cases = list(GROUPS[group](tmp_path, random.Random(0)))
+    if settings().max_examples < 1000:
+        cases = random.Random(group).sample(cases, min(SAMPLE, len(cases)))
+    tally = Tally()
+    for case in cases:
+        tally.add(case, alone=group in ALONE)
+    assert tally.tried > 5
+    assert not tally.faults
+
+
+def test_what_is_not_a_sentence_is_a_fault():
+    def fail(error: BaseException) -> None:
+        raise error
+
+    assert fault_of(Case("", lambda: fail(SeqmixError("a sentence")))) is None
+    assert fault_of(Case("", lambda: None)) == "it was used"
+    assert fault_of(Case("", lambda: None, refused=False)) is None
+    assert "KeyError" in str(fault_of(Case("", lambda: fail(KeyError("x")))))
+    assert "not a sentence" in str(fault_of(Case("", lambda: fail(SeqmixError("\n".join("abcdefgh"))))))
+    assert "too long" in str(fault_of(Case("", lambda: fail(TimeoutError("too long")))))
