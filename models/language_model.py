@@ -1,6 +1,6 @@
 """The language model: embedding, layers, norm, output projection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -78,11 +78,15 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             block.mixer.cp_group = cp_group
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter from torch's global generator, as `config.init` says."""
         for block in self.distinct_blocks:
             block.reset_parameters()
+        self.reset_rest()
+
+    @torch.no_grad()
+    def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Initialise all but the blocks; `assign` copies a full tensor into a parameter, which may be sharded."""
         self.norm.reset_parameters()
         std = self.config.d_model**-0.5
         matrices = [self.embedding.weight, self.head.weight]
@@ -90,7 +94,7 @@ class LanguageModel(nn.Module):
             std = self.config.init.std
             matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding | ExpertLinear)]
         for matrix in matrices:
-            nn.init.normal_(matrix, std=std)
+            assign(matrix, torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).normal_(std=std))
 
     def forward(
         self,

@@ -281,3 +281,23 @@ def compiled(kind: str, fields: dict[str, Any]) -> None:
         y.square().sum().backward()
         found.append((y.detach(), own.grad, {name: p.grad.clone() for name, p in mixer.named_parameters()}))
     torch.testing.assert_close(*found)
+
+
+def started_here(overrides: list[str]) -> tuple[bool, int, int, int]:
+    """Build a model sharded over all ranks: whether its values are to the bit those of one process; the bytes that this
+    rank held at most, those of its shards, and those of the whole model.
+    """
+    from dispatched import Allocated
+
+    from seqmix import build_model, load_config
+    from seqmix.training.process_groups import join_processes
+    from seqmix.training.sharding import assign, full_tensor, local_tensor, sharder
+
+    config = load_config("hybrid-tiny", [*SMALL, *overrides])
+    with join_processes(config.distributed) as groups, Allocated() as allocated:
+        model = build_model(config.model, seed=config.seed, shard=sharder(groups), assign=assign)
+    shards = sum(local_tensor(p).nbytes for p in model.parameters())
+    alone = dict(build_model(config.model, seed=config.seed).named_parameters())
+    ours = {name: full_tensor(p) for name, p in model.named_parameters()}
+    same = ours.keys() == alone.keys() and all(torch.equal(ours[name], p) for name, p in alone.items())
+    return same, allocated.peak, shards, sum(p.nbytes for p in alone.values())

@@ -15,7 +15,7 @@ import torch
 
 from ..data import Source
 from ..mixers.state import map_state
-from ..models import LanguageModel, build_model, flops_per_token
+from ..models import LanguageModel, build_meta, build_model, flops_per_token
 from . import checkpoint, train_state
 from .checkpoint import Best, CheckpointError, Found, Manifest
 from .config import RunConfig, TrainingConfig
@@ -30,7 +30,7 @@ from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
 from .run_dir import claim, held, require_free
-from .sharding import full_tensor, reshard, shard
+from .sharding import assign, full_tensor, reshard, sharder
 from .start import Beginning, start_from
 from .trainer import StepResult, Trainer, precision_of
 
@@ -63,7 +63,6 @@ def train(
                 if groups.is_main:
                     lock.enter_context(held(run))
         source, model, found, begun = _open(config, run, resume, groups, device)
-        shard(model, groups)
         course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
         device, precision = model.device, course.trainer.precision
         start, notes = 0, [*config.training.shortened, *([] if begun is None else [begun.note])]
@@ -251,8 +250,8 @@ class Course:
 def _open(
     config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, given: torch.device | str | None
 ) -> tuple[Source, LanguageModel, Found | None, Beginning | None]:
-    """The data, the unsharded model, the checkpoint to resume from, or where else its weights came from; nothing is
-    written."""
+    """The data, the model, sharded over the processes, the checkpoint to resume from, or where else its weights came
+    from; nothing is written."""
     begun, device, found = None, torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu")), None
     with groups.raise_together():
         if given is not None and groups.size > 1:
@@ -269,15 +268,19 @@ def _open(
         source = config.open_data(run)
         if resume and groups.is_main and checkpoint.checkpoints(run):
             found = checkpoint.find(run)
-        precision = precision_of(settings, device)
-        model = build_model(config.model, device=device, activations=precision, seed=config.seed)
-        model.tokenizer = source.tokenizer
-        _require_shared_mixers(model, settings, groups)
     # the main process has verified it for all
     folder = groups.gather(None if found is None else str(found.folder))[0]
     with groups.raise_together():
         if folder is not None and not groups.is_main:
             found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
+        _require_shared_mixers(build_meta(config.model), settings, groups)
+        shard = sharder(groups)  # after the checks: the processes meet to make the mesh
+        precision = precision_of(settings, device)
+        model = build_model(
+            config.model, device=device, activations=precision, seed=config.seed, shard=shard, assign=assign
+        )
+        model.tokenizer = source.tokenizer
+        model.set_cp_group(groups.cp_group)
         if found is None and settings.start_from is not None:
             begun = start_from(Path(settings.start_from), model, source.tokenizer)
     return source, model, found, begun

@@ -4,10 +4,11 @@ Parameters are sharded over the mesh's last dimension; the model is replicated o
 """
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import LanguageModel
 from .process_groups import ProcessGroups
@@ -16,24 +17,21 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(model: LanguageModel, groups: ProcessGroups) -> None:
-    """Shard every parameter, and split sequences over the context-parallel group.
+def sharder(groups: ProcessGroups) -> Callable[[nn.Module], object] | None:
+    """What shards the parameters of a module, blocks before the model; None in a single process.
 
     Blocks are gathered one at a time, forward and backward, in float32: a 16-bit copy would round decays and norms
     too, which autocast does not. Gradients are the mean over all processes.
     """
     if groups.size == 1:
-        return
+        return None
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # the model's outputs are never written in place under autograd: a state may be a view
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     # by default it casts all inputs, states too
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in model.distinct_blocks:
-        fully_shard(block, mesh=groups.mesh, mp_policy=policy)
-    fully_shard(model, mesh=groups.mesh, mp_policy=policy)
-    model.set_cp_group(groups.cp_group)
+    return lambda module: fully_shard(module, mesh=groups.mesh, mp_policy=policy)
 
 
 def reshard(model: LanguageModel) -> None:

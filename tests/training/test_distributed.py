@@ -165,6 +165,18 @@ def test_two_processes_start_from_weights_as_one(two, text, tmp_path):
     assert_close(torch.tensor(together[0]["loss"]), torch.tensor(alone["loss"]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("model.init={kind: normal, std: 0.02}",), ("model.tie_embeddings=true", "distributed.data=2")],
+    ids=str,
+)
+def test_no_process_holds_the_model_that_all_start_with(two, changes):
+    for same, held, shards, whole in two("started_here", ["model.n_layers=8", *changes]):
+        assert same
+        assert shards < 0.6 * whole or "distributed.data=2" in changes
+        assert held < shards + 0.4 * whole
+
+
 def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, text, tmp_path):
     found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), until=2)
     assert [(len(each["loss"]), each["saved"]) for each in found] == [(2, [2])] * 2
