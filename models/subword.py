@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..registry import SeqmixError, nearest, read_bytes
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
+from .vocabulary_schema import LARGEST, require_safe
 
 AT_ONCE = 256
 """Documents per batch, which is encoded on all cores."""
@@ -40,19 +42,21 @@ class SubwordTokenizer(Tokenizer):
             name: what errors call it.
             begin: the token of the vocabulary that opens a document; None for one that follows the last.
         """
-        try:
-            self._map = _library().Tokenizer.from_buffer(vocabulary)
-        except SeqmixError:
-            raise
-        except Exception as error:  # the library raises this very class for whatever it cannot parse
-            reason, *_ = str(error).splitlines() or [type(error).__name__]
-            raise SeqmixError(f"the tokenizer {name} is not a tokenizer.json: {reason}") from error
+        library = _library()
+        require_safe(vocabulary, name)
+        with _explained(f"the tokenizer {name} is not a tokenizer.json"):
+            self._map = library.Tokenizer.from_buffer(vocabulary)
         self._map.no_truncation()
         self._map.no_padding()
         self.vocabulary = vocabulary
         self.identity = f"sha256:{hashlib.sha256(vocabulary).hexdigest()}"
         tokens = self._map.get_vocab(with_added_tokens=True)
         self.vocab_size = max(tokens.values(), default=-1) + 1  # ids may have holes
+        if self.vocab_size > LARGEST:
+            raise SeqmixError(
+                f"the tokenizer {name} has the token id {self.vocab_size - 1:,}: {LARGEST:,} is too large"
+            )
+        self._name = name
         if begin is None:
             self.begin, self.vocab_size = self.vocab_size, self.vocab_size + 1
         elif begin in tokens:
@@ -66,11 +70,13 @@ class SubwordTokenizer(Tokenizer):
         """The tokens of UTF-8 text.
 
         Raises:
-            SeqmixError: a document is not UTF-8.
+            SeqmixError: a document is not UTF-8, or the vocabulary cannot encode it.
         """
         texts = (_decoded(name, text) for name, text in documents)
         while batch := list(islice(texts, AT_ONCE)):
-            for encoding in self._map.encode_batch_fast(batch, add_special_tokens=False):
+            with _explained(f"the tokenizer {self._name} cannot encode the text"):
+                encodings = self._map.encode_batch_fast(batch, add_special_tokens=False)
+            for encoding in encodings:
                 yield np.array(encoding.ids, dtype=self.dtype)
 
     def decoder(self) -> TextDecoder:
@@ -78,6 +84,10 @@ class SubwordTokenizer(Tokenizer):
         stream, held = _library().decoders.DecodeStream(skip_special_tokens=False), []
 
         def decode(token: int | None) -> str:
+            with _explained(f"the tokenizer {self._name} cannot decode what was generated"):
+                return decoded(token)
+
+        def decoded(token: int | None) -> str:
             if token is None:  # the bytes of an incomplete character
                 return self._map.decode(held, skip_special_tokens=False) if held else ""
             if (piece := stream.step(self._map, token)) is None:
@@ -156,6 +166,20 @@ def _exported(file: Path) -> bytes:
             return tensors.metadata()[EXPORTED_TOKENIZER].encode()
     except (SafetensorError, KeyError, TypeError) as error:
         raise SeqmixError(f"the tokenizer {file} is a file of weights without a vocabulary") from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever the library raises into a SeqmixError: Exception itself, and a panic, which is not an Exception."""
+    try:
+        yield
+    except SeqmixError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise SeqmixError(f"{what}: {reason}") from error
 
 
 def _decoded(name: str, text: bytes) -> str:

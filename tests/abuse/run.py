@@ -15,7 +15,7 @@ def main(names: list[str]) -> None:
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder:
             for case in GROUPS[name](Path(folder), random.Random(0)):
-                tally.add(case, alone=name in ALONE)
+                tally.add(case, 15, alone=name in ALONE)
         print(f"{name}: tried {tally.tried}, held {tally.held}", *tally.faults, sep="\n    ", flush=True)
 
 

@@ -7,6 +7,8 @@ A group is a function `(folder, random) -> cases`: each case has a name, an acti
 
 import os
 import random
+import resource
+import select
 import signal
 import traceback
 import warnings
@@ -20,6 +22,8 @@ from seqmix.cli import explanation
 
 LONGEST = 2000
 """Characters of a line of an error: a screen of them."""
+ROOM = 2**31
+"""Bytes that a case in a process of its own may allocate."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,15 @@ def _in_a_process(case: Case, seconds: int) -> str | None:
     if not (child := os.fork()):
         os.close(reading)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the panics of libraries
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
         os.write(writing, (fault_of(case, seconds) or "").encode()[:4000])
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading, errors="replace") as pipe:
+        ready, _, _ = select.select([pipe], [], [], seconds + 5)  # a library does not see the alarm
+        if not ready:
+            os.kill(child, signal.SIGKILL)
         fault = pipe.read()
     _, status = os.waitpid(child, 0)
     return fault or (f"the process ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else None)
