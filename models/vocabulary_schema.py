@@ -1,4 +1,4 @@
-"""What of a tokenizer.json is refused before the library reads it: what aborts the process, or expands texts without end.
+"""What of a tokenizer.json is refused before the library reads it: what aborts it, or expands texts without end.
 
 A vocabulary may be a stranger's. The library checks its own format; here is what it takes and should not be given.
 """
