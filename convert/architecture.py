@@ -1,7 +1,7 @@
 """What a declaration of another library's architecture consists of: tables of fields, and where tensors come from."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -12,7 +12,16 @@ from ..registry import SeqmixError, explain_fields
 from .fields import Table, flat, nested, refusal, require_known, require_same
 from .layout import Part, Rule, part
 
-Layout = dict[str, str | Part | tuple[Part, ...]]
+
+class Joined(NamedTuple):
+    """Parts along another dimension than the first."""
+
+    parts: tuple[Part, ...]
+    dim: int
+
+
+Source = str | Part | tuple[Part, ...] | Joined
+Layout = dict[str, Source]
 """Of a block, its tensors by name: a tensor of theirs in the same shape, or parts of several; relative to the layer.
 No parts are zeros."""
 
@@ -45,6 +54,15 @@ class Architecture:
     def block(self, block: Block) -> Layout:
         """The tensors of a block."""
         raise NotImplementedError
+
+    def outside(self, model: LanguageModel) -> Layout:
+        """The tensors outside of blocks."""
+        del model
+        return {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
+
+    def layer(self, index: int) -> int:
+        """The index of their layer that a block here is of."""
+        return index
 
     def derived(self, model: LanguageModel) -> dict[str, Tensor]:
         """Tensors that their code wants to read although it can compute them."""
@@ -119,14 +137,14 @@ class Architecture:
             SeqmixError: a tensor has no counterpart.
         """
         shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        layout: Layout = {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
+        layout = self.outside(model)
         if model.config.tie_embeddings:
             del layout["head.weight"], shapes["head.weight"]
         found = {name: rule(name, source, shapes[name]) for name, source in layout.items()}
         for i, block in enumerate(model.blocks):
             for name, source in self.block(block).items():
                 ours = f"blocks.{i}.{name}"
-                found[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{i}.")
+                found[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{self.layer(i)}.")
         if lacking := shapes.keys() - found.keys():
             raise SeqmixError(f"{self.name} has no counterpart of {min(lacking)}")
         return iter(found.values())
@@ -153,8 +171,9 @@ class Architecture:
             yield from tables.values()
 
 
-def rule(name: str, source: str | Part | tuple[Part, ...], shape: tuple[int, ...], at: str = "") -> Rule:
+def rule(name: str, source: Source, shape: tuple[int, ...], at: str = "") -> Rule:
     """The rule of an entry of a layout, whose names of theirs begin with `at`."""
+    source, dim = source if isinstance(source, Joined) else (source, 0)
     parts = (part(source, *shape),) if isinstance(source, str) else (source,) if isinstance(source, Part) else source
     full = (Part(f"{at}{each.name}", each.shape, each.pattern, each.index, each.sizes) for each in parts)
-    return Rule(name, shape, tuple(full))
+    return Rule(name, shape, tuple(full), dim)

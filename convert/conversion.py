@@ -8,15 +8,15 @@ from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, read_bytes, require_name
 from ..training import Choice
 from ..training.saved_run import read_weights
-from . import files, fla, hybrids, kimi_linear, llama, mamba, torchscale
+from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs
 
 DECLARED: list[type[Architecture]] = [
-    *(llama.Llama, llama.Mistral, llama.Qwen3),
+    *(llama.Llama, llama.Mistral, llama.Qwen2, llama.Qwen3),
     *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
-    *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear),
+    *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear, recurrent_gemma.RecurrentGemma),
     torchscale.TorchscaleRetNet,
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
@@ -26,7 +26,6 @@ ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED
 REFUSED = {
     "rwkv": "its channel mixing reads the token before, and feed-forward networks here read one token",
     "rwkv7": "its later layers take a part of the first one's values, and its channel mixing reads the token before",
-    "recurrent_gemma": "its embeddings are scaled, its logits capped, and its networks have biases",
 }
 """Architectures whose mixers are here, but not what is around them."""
 

@@ -136,7 +136,7 @@ def require_known(values: Values, known: set[str], where: object) -> None:
 def flat(m: ModelConfig, layer: str) -> dict[str, Any]:
     """Fields of a model and one of its blocks by the paths of `Field`; numbers of heads are resolved."""
     ffn, block = m.blocks[layer].ffn, m.blocks[layer].model_dump(mode="json")
-    found = m.model_dump(mode="json", include={"d_model", "n_layers", "vocab_size", "tie_embeddings"})
+    found = m.model_dump(mode="json", exclude={"blocks", "pattern", "norm", "init", "dropout"})
     parts = {"mixer": block.pop("mixer"), "ffn": block.pop("ffn"), "norm": block.pop("norm"), "block": block}
     for name, fields in parts.items():
         found |= {name: None} if fields is None else {f"{name}.{each}": value for each, value in fields.items()}

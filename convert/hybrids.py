@@ -12,7 +12,7 @@ from .architecture import Layout
 from .fields import Table, head_size, only, same, width
 from .fla import convolutions, projections
 from .layout import Part, part
-from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, swiglu
+from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, swiglu, turned_rows
 from .mamba import convolution
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -103,15 +103,15 @@ class Qwen3Next(Rotating):
         keys = ("self_attn.k_proj.weight", groups * size, d_model)
         return {
             "mixer.in_proj.weight": (
-                part(*both, index=turned(heads, size, mixer.rotary_dim, 2 * size)),
-                part(*keys, index=turned(groups, size, mixer.rotary_dim, size)),
+                part(*both, index=turned_rows(heads, size, mixer.rotary_dim, 2 * size)),
+                part(*keys, index=turned_rows(groups, size, mixer.rotary_dim, size)),
                 part("self_attn.v_proj.weight", groups * size, d_model),
                 part(*both, pattern="(h two k) d -> two (h k) d", index=1, h=heads, two=2),
             ),
             "mixer.out_proj.weight": "self_attn.o_proj.weight",
             **{
                 f"mixer.qk_norm.{name}_weight": part(
-                    f"self_attn.{name}_norm.weight", size, index=turned(1, size, mixer.rotary_dim, size)
+                    f"self_attn.{name}_norm.weight", size, index=turned_rows(1, size, mixer.rotary_dim, size)
                 )
                 for name in "qk"
             },
@@ -132,13 +132,6 @@ class Qwen3Next(Rotating):
             "mixer.out_proj.weight": "linear_attn.out_proj.weight",
             **convolution(mixer, "linear_attn.conv1d"),
         }
-
-
-def turned(heads: int, size: int, turning: int, stride: int) -> tuple[int, ...]:
-    """Rows of heads, of which every `stride` rows begin with one: first those that turn, in pairs, then the others."""
-    pairs = torch.arange(turning).view(2, -1).T.flatten()
-    head = torch.cat((pairs, torch.arange(turning, size)))
-    return tuple((torch.arange(heads)[:, None] * stride + head).flatten().tolist())
 
 
 def by_group(name: str, groups: int, widths: list[int], d_model: int) -> Iterator[Part]:

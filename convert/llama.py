@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from ..blocks import Block
 from .architecture import Architecture, Layout
-from .fields import Table, choice, only, refusal, same, width
+from .fields import Table, choice, refusal, same, width
 from .layout import Part, part
 
 BASE = Table(
@@ -34,6 +36,7 @@ HEADS = Table(
     },
 )
 ROPE = Table({}, {"rope_theta": same("mixer.rope_base", default=10000.0, read=lambda base, _: float(base))})
+BIASES = choice("mixer.bias", {False: "none", True: "all"}, default=False)
 PAIRS = "(h pair k) d -> (h k pair) d"
 """Rows of heads: theirs turn pairs (j, j + K/2) of dimensions, ours (2j, 2j + 1)."""
 
@@ -57,13 +60,20 @@ class Rotating(Architecture):
 
 
 class Llama(Rotating):
-    """Llama: no biases."""
+    """Llama."""
 
     name, model_type, class_name = "llama", "llama", "LlamaForCausalLM"
-    common = MODEL | SWIGLU | HEADS | ROPE | Table({}, {"attention_bias": only(False), "mlp_bias": only(False)})
+    common = (
+        MODEL
+        | SWIGLU
+        | HEADS
+        | ROPE
+        | Table({}, {"attention_bias": BIASES, "mlp_bias": same("ffn.bias", default=False)})
+    )
 
     def block(self, block: Block) -> Layout:
-        return norms() | attention(block.mixer) | swiglu("mlp")
+        ffn: Any = block.ffn
+        return norms() | attention(block.mixer) | swiglu("mlp", bias=ffn.up_proj.bias is not None)
 
 
 class Mistral(Llama):
@@ -73,11 +83,11 @@ class Mistral(Llama):
     common = MODEL | SWIGLU | HEADS | ROPE | Table({}, {"sliding_window": same("mixer.window", default=None)})
 
 
-class Qwen3(Llama):
-    """Llama with norms of queries and keys; some layers may have a window."""
+class Qwen2(Llama):
+    """Llama with biases of queries, keys and values; some layers may have a window."""
 
-    name, model_type, class_name = "qwen3", "qwen3", "Qwen3ForCausalLM"
-    common = Llama.common | Table({"mixer.qk_norm": "rms"}, {"rms_norm_eps": same("norm.eps", "mixer.norm_eps")})
+    name, model_type, class_name = "qwen2", "qwen2", "Qwen2ForCausalLM"
+    common = MODEL | SWIGLU | HEADS | ROPE | Table({"mixer.bias": "qkv"})
     kinds: ClassVar = {
         "layer_types": {
             "full_attention": Table({"mixer.window": None}),
@@ -96,35 +106,62 @@ class Qwen3(Llama):
         return super().folded(values) | windows
 
 
+class Qwen3(Qwen2):
+    """Qwen2 with norms of queries and keys instead of biases."""
+
+    name, model_type, class_name = "qwen3", "qwen3", "Qwen3ForCausalLM"
+    common = Llama.common | Table({"mixer.qk_norm": "rms"}, {"rms_norm_eps": same("norm.eps", "mixer.norm_eps")})
+
+
 def norms(mixer: str = "input_layernorm", ffn: str = "post_attention_layernorm") -> Layout:
     """The norms of the mixer and of the network."""
     return {"mixer_norm.weight": f"{mixer}.weight", "ffn_norm.weight": f"{ffn}.weight"}
 
 
 def swiglu(
-    theirs: str, ours: str = "ffn", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    theirs: str,
+    ours: str = "ffn",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    bias: bool = False,
 ) -> Layout:
     """A gated network."""
     mine = ("gate_proj", "up_proj", "down_proj")
-    return {f"{ours}.{each}.weight": f"{theirs}.{name}.weight" for each, name in zip(mine, names, strict=True)}
+    return {
+        f"{ours}.{each}.{kind}": f"{theirs}.{name}.{kind}"
+        for each, name in zip(mine, names, strict=True)
+        for kind in (("weight", "bias") if bias else ("weight",))
+    }
 
 
 def attention(mixer: Any, at: str = "self_attn") -> Layout:
     """Attention: queries and keys whose pairs lie side by side, then values."""
-    d_model, size = mixer.in_proj.in_features, mixer.head_dim
+    size, turning = mixer.head_dim, mixer.rotary_dim
+    layout: Layout = {}
 
-    def turned(name: str, heads: int) -> Part:
-        return part(f"{at}.{name}.weight", heads * size, d_model, pattern=PAIRS, pair=2, k=size // 2)
+    def turned(name: str, heads: int, *columns: int) -> Part:
+        if turning not in (0, size):
+            return part(name, heads * size, *columns, index=turned_rows(heads, size, turning, size))
+        pattern = PAIRS if columns else PAIRS.replace(" d", "")
+        return part(name, heads * size, *columns, pattern=pattern, pair=2, k=size // 2)
 
-    layout: Layout = {
-        "mixer.in_proj.weight": (
-            turned("q_proj", mixer.n_heads),
-            turned("k_proj", mixer.n_kv_heads),
-            part(f"{at}.v_proj.weight", mixer.n_kv_heads * size, d_model),
-        ),
-        "mixer.out_proj.weight": f"{at}.o_proj.weight",
-    }
+    for kind, columns in (("weight", (mixer.in_proj.in_features,)), ("bias", ())):
+        if getattr(mixer.in_proj, kind) is not None:
+            layout[f"mixer.in_proj.{kind}"] = (
+                turned(f"{at}.q_proj.{kind}", mixer.n_heads, *columns),
+                turned(f"{at}.k_proj.{kind}", mixer.n_kv_heads, *columns),
+                part(f"{at}.v_proj.{kind}", mixer.n_kv_heads * size, *columns),
+            )
+        if getattr(mixer.out_proj, kind) is not None:
+            layout[f"mixer.out_proj.{kind}"] = f"{at}.o_proj.{kind}"
     for name in "qk" if mixer.qk_norm is not None else "":
         norm = part(f"{at}.{name}_norm.weight", size, pattern="(pair k) -> (k pair)", pair=2)
         layout[f"mixer.qk_norm.{name}_weight"] = norm
     return layout
+
+
+def turned_rows(heads: int, size: int, turning: int, stride: int) -> tuple[int, ...]:
+    """Rows of heads, of which every `stride` rows begin with one: first those that turn, in pairs, then the others."""
+    pairs = torch.arange(turning).view(2, -1).T.flatten()
+    head = torch.cat((pairs, torch.arange(turning, size)))
+    return tuple((torch.arange(heads)[:, None] * stride + head).flatten().tolist())

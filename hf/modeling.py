@@ -177,7 +177,7 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         """
         x, rows, after = self._hidden(input_ids, attention_mask, options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(self.model.norm(x[:, kept]))
+        logits = self.model.logits(x[:, kept])
         loss = None
         if labels is not None:
             if rows.mask is not None:  # nothing predicts the first token of a row

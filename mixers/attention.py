@@ -14,7 +14,7 @@
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
 2108.12409, FoX arXiv 2503.02130. The state is a KV cache; its keys are turned but not shrunk, and under a
-forget gate each has the gate of its token. Differs from the RetNet paper's Transformer baseline: no biases.
+forget gate each has the gate of its token. Differs from the RetNet paper's Transformer baseline: no biases by default.
 """
 
 from typing import Literal
@@ -67,6 +67,8 @@ class AttentionConfig(MixerConfig):
     """Whether keys fade: scores add the log forget gates of the tokens after the key, one gate per query head."""
     sinks: bool = False
     """Whether each head's softmax has one more score, a parameter, whose weight reads nothing."""
+    bias: Literal["none", "qkv", "output", "all"] = "none"
+    """Which products have biases: that of queries, keys, values and gates (`qkv`, Qwen2), the `output`'s, or `all`."""
     gate: Gate = "none"
     """The output gate, element by element."""
     window: int | None = Field(default=None, gt=0, examples=[4, 1])
@@ -141,7 +143,7 @@ class Attention(CachedMixer):
         if config.forget_gate:
             self.widths["forget"] = self.n_heads
         # one product for all of it
-        self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
+        self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
         kind, heads = config.qk_norm, (self.n_heads, self.n_kv_heads)
         how = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
         self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **how)
@@ -149,17 +151,17 @@ class Attention(CachedMixer):
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
         self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
-        self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=config.bias in ("output", "all"))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer; gates' biases and
-        sinks of 0."""
+        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer; biases and sinks of
+        0."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
         if self.qk_norm is not None:
             self.qk_norm.reset_parameters()
-        for parameter in (self.forget_bias, self.sinks):
+        for parameter in (self.forget_bias, self.sinks, self.in_proj.bias, self.out_proj.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)

@@ -37,6 +37,12 @@ class ModelConfig(Config):
     """Names of blocks, tiled over the layers; optional with a single block."""
     norm: Annotated[NormConfig, NORMS]
     """The norm after the last layer."""
+    embedding_scale: float = Field(default=1.0, gt=0)
+    """Factor of the embedding's output, such as sqrt(d_model) in Gemma."""
+    embedding_norm: Annotated[NormConfig, NORMS] | None = None
+    """The norm of the embedding's output (RWKV); null for none."""
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """The bound of logits, which approach it as c tanh(logit / c) does (Gemma); null for none."""
     tie_embeddings: bool = False
     """Whether the output projection is the embedding's matrix."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -17,7 +17,7 @@ from ..ops.backends import described
 from ..ops.context_parallel import ContextParallel
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
-from .loss import IGNORED, Reduction, linear_cross_entropy, linear_predictions
+from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -44,6 +44,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = None if config.embedding_norm is None else config.embedding_norm.build(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         # a ModuleList has no type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
@@ -87,7 +88,9 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Initialise all but the blocks; `assign` copies a full tensor into a parameter, which may be sharded."""
-        self.norm.reset_parameters()
+        for norm in (self.embedding_norm, self.norm):
+            if norm is not None:
+                norm.reset_parameters()
         std = self.config.d_model**-0.5
         matrices = [self.embedding.weight, self.head.weight]
         if isinstance(self.config.init, NormalInit):
@@ -141,14 +144,20 @@ class LanguageModel(nn.Module):
         x, after = self.run_blocks(self.embed(tokens), state, paradigm, cu_seqlens, return_state)
         logits = loss = predictions = None
         if targets is None or select is not None:
-            logits = self.head(self.norm(x if select is None else x.flatten(0, 1)[select]))
+            logits = self.logits(x if select is None else x.flatten(0, 1)[select])
         if targets is not None:
             loss, predictions = self._loss(x, targets, reduction, return_predictions)
         return ModelOutput(logits, loss, after, predictions)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
         """The residual stream before the first block, of this rank's tokens."""
-        return self.dropout(self.embedding(self._part(tokens)))
+        x, scale = self.embedding(self._part(tokens)), self.config.embedding_scale
+        x = x if scale == 1 else scale * x
+        return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
+
+    def logits(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
+        """The logits of the residual stream after the last block."""
+        return capped(self.head(self.norm(x)), self.config.logit_softcap)
 
     def run_blocks(
         self,
@@ -192,14 +201,14 @@ class LanguageModel(nn.Module):
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of the residual stream after the last block, and the predictions."""
-        own, predictions = self.local_targets(targets), None
+        own, predictions, softcap = self.local_targets(targets), None, self.config.logit_softcap
         reduce = "sum" if reduction == "mean" else reduction
         if return_predictions:  # nothing is computed at the other places
             asked = own != IGNORED
-            found, predictions = linear_predictions(self.norm(x[asked]), self.head.weight, own[asked], reduce)
+            found, predictions = linear_predictions(self.norm(x[asked]), self.head.weight, own[asked], reduce, softcap)
             loss = found.new_zeros(own.shape).masked_scatter(asked, found) if reduction == "none" else found
         else:
-            loss = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, own.flatten(), reduce)
+            loss = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, own.flatten(), reduce, softcap)
             loss = loss.view(own.shape) if reduction == "none" else loss
         if reduction == "mean":
             loss = loss / (targets != IGNORED).sum().clamp(min=1)

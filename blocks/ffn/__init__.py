@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 
 from ...registry import Config, Registry
 
-Activation = Literal["gelu", "silu", "relu"]
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 class FfnConfig(Config, ABC):

@@ -14,6 +14,8 @@ class MlpConfig(FfnConfig):
     kind: Literal["mlp"] = "mlp"
     activation: Activation = "gelu"
     """f."""
+    bias: bool = False
+    """Whether the products have biases."""
 
     def build(self, d_model: int) -> "Mlp":
         """Build the network."""
@@ -26,8 +28,8 @@ class Mlp(FeedForward):
     def __init__(self, config: MlpConfig, d_model: int) -> None:
         super().__init__()
         self.activation: Activation = config.activation
-        self.up_proj = nn.Linear(d_model, config.hidden_width(d_model), bias=False)
-        self.down_proj = nn.Linear(config.hidden_width(d_model), d_model, bias=False)
+        self.up_proj = nn.Linear(d_model, config.hidden_width(d_model), bias=config.bias)
+        self.down_proj = nn.Linear(config.hidden_width(d_model), d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))

@@ -14,6 +14,8 @@ class SwigluConfig(FfnConfig):
     kind: Literal["swiglu"] = "swiglu"
     activation: Activation = "silu"
     """f."""
+    bias: bool = False
+    """Whether the products have biases."""
 
     def build(self, d_model: int) -> "Swiglu":
         """Build the network."""
@@ -27,9 +29,9 @@ class Swiglu(FeedForward):
         super().__init__()
         self.activation: Activation = config.activation
         hidden = config.hidden_width(d_model)
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, hidden, bias=config.bias)
+        self.up_proj = nn.Linear(d_model, hidden, bias=config.bias)
+        self.down_proj = nn.Linear(hidden, d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))

@@ -15,6 +15,7 @@ D_MODEL = 6
 
 ACTIVATIONS = {
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
 }
@@ -26,12 +27,17 @@ def tokens():
 
 @pytest.mark.parametrize("config", [MlpConfig, SwigluConfig])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_network_is_its_formula(config, activation):
-    ffn, x = config(expansion=2.5, activation=activation).build(D_MODEL).double(), tokens()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_network_is_its_formula(config, activation, bias):
+    ffn, x = config(expansion=2.5, activation=activation, bias=bias).build(D_MODEL).double(), tokens()
     assert ffn.up_proj.weight.shape == (15, D_MODEL)
-    up, act = x @ ffn.up_proj.weight.T, ACTIVATIONS[activation]
-    hidden = act(up) if config is MlpConfig else act(x @ ffn.gate_proj.weight.T) * up
-    assert_close(ffn(x), hidden @ ffn.down_proj.weight.T, rtol=1e-9, atol=1e-9)
+
+    def product(layer, x):
+        return x @ layer.weight.T + (layer.bias if bias else 0)
+
+    up, act = product(ffn.up_proj, x), ACTIVATIONS[activation]
+    hidden = act(up) if config is MlpConfig else act(product(ffn.gate_proj, x)) * up
+    assert_close(ffn(x), product(ffn.down_proj, hidden), rtol=1e-9, atol=1e-9)
     with FlopCounterMode(display=False) as counter:
         ffn(x[:1])
     assert ffn.flops(5) == counter.get_total_flops() > 0
@@ -77,7 +83,7 @@ def test_linear_layers_start_as_torch_starts_them(config):
         ({"expansion": 0.0}, "expansion"),
         ({"expansion": -1.0}, "expansion"),
         ({"multiple_of": 0}, "multiple_of"),
-        ({"activation": "tanh"}, "'gelu', 'silu' or 'relu'"),
+        ({"activation": "tanh"}, "'gelu', 'gelu_tanh', 'silu' or 'relu'"),
     ],
 )
 def test_wrong_fields_are_refused(fields, words):

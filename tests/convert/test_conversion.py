@@ -91,7 +91,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
     [
         ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
         ({"model_type": "rwkv7"}, "is of rwkv7, which no model here can be: its later layers"),
-        ({"attention_bias": True}, "attention_bias = true; what has a counterpart here is false"),
+        ({"attention_bias": True}, r"lacks the tensor model.layers.0.self_attn.q_proj.bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters = .*linear.*without scaling"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; what has a counterpart here is 'silu'"),
         ({"clip_qkv": 8}, "clip_qkv = 8, a field that is not known here"),

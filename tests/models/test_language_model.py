@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from seqmix import ContractError, Paradigm, Traits
+from seqmix import ContractError, ModelConfig, Paradigm, Traits, build_model
 from seqmix.mixers.state import to_dict
 from seqmix.models import compile_blocks
 from seqmix.models.prefill import prefill
@@ -36,6 +36,28 @@ def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
     for block in model.blocks:
         hidden, _ = block(hidden)
     exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
+
+
+def test_embeddings_are_scaled_and_normed_and_logits_capped(model_of):
+    model, x = model_of("retention"), tokens(batch_size=2)
+    fields = {"embedding_scale": 3.0, "logit_softcap": 0.7, "embedding_norm": {"kind": "layernorm", "bias": True}}
+    changed = build_model(ModelConfig.model_validate(model.config.model_dump() | fields)).double()
+    with torch.no_grad():
+        for parameter in changed.embedding_norm.parameters():
+            parameter.uniform_()
+    changed.load_state_dict(model.state_dict(), strict=False)
+    norm = changed.embedding_norm
+    hidden = F.layer_norm(3 * F.embedding(x, model.embedding.weight), norm.weight.shape, norm.weight, norm.bias, 1e-5)
+    for block in model.blocks:
+        hidden, _ = block(hidden)
+    logits = 0.7 * ((model.norm(hidden) @ model.head.weight.T) / 0.7).tanh()
+    exactly(changed(x).logits, logits)
+    targets = torch.roll(x, -1, 1)
+    found = changed(x, targets=targets, return_predictions=True)
+    exactly(found.loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert found.predictions.equal(logits.argmax(-1).flatten())
+    selected = torch.tensor([1, 5])
+    exactly(changed(x, targets=targets, select=selected).logits, logits.flatten(0, 1)[selected])
 
 
 def test_each_layer_has_its_own_paradigm(model_of):

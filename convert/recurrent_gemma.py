@@ -1,0 +1,100 @@
+"""RecurrentGemma of transformers: Griffin's recurrent blocks and local attention."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from ..blocks import Block
+from .architecture import Joined, Layout
+from .fields import Field, Table, choice, only, same, width
+from .layout import part
+from .llama import BASE, ROPE, Rotating, attention, norms, swiglu
+from .mamba import convolution
+
+SCALE, TYPES = "embedding_scale", "layer_types"
+"""Fields that theirs computes of others."""
+
+
+class RecurrentGemma(Rotating):
+    """Scaled embeddings, capped logits, zero-centered norms, and biases in networks and recurrent blocks."""
+
+    name, model_type, class_name = "recurrent-gemma", "recurrent_gemma", "RecurrentGemmaForCausalLM"
+    common = BASE | Table(
+        {"norm.zero_centered": True, "ffn.kind": "swiglu", "ffn.activation": "gelu_tanh", "ffn.bias": True},
+        {
+            "rms_norm_eps": same("norm.eps", default=1e-6),
+            "tie_word_embeddings": same("tie_embeddings", default=True),
+            # the width of both branches together
+            "intermediate_size": Field(
+                ("ffn.expansion",),
+                read=lambda size, theirs: size // 2 / theirs["hidden_size"],
+                write=lambda expansion, ours: 2 * round(expansion * ours["d_model"]),
+            ),
+            "hidden_activation": only("gelu_pytorch_tanh"),
+            "logits_soft_cap": same("logit_softcap", default=30.0),
+            SCALE: "embedding_scale",
+        },
+    )
+    kinds: ClassVar = {
+        TYPES: {
+            "recurrent": Table(
+                {"mixer.kind": "rg_lru", "mixer.unit_start": True},
+                {
+                    "num_attention_heads": "mixer.n_heads",
+                    "lru_width": width("mixer.expand", default=lambda theirs: theirs["hidden_size"]),
+                    "conv1d_width": same("mixer.short_conv", default=4),
+                },
+            ),
+            "attention": ROPE
+            | Table(
+                {"mixer.kind": "attention"},
+                {
+                    "num_attention_heads": "mixer.n_heads",
+                    "num_key_value_heads": same(
+                        "mixer.n_kv_heads", default=lambda theirs: theirs["num_attention_heads"]
+                    ),
+                    "attention_bias": choice("mixer.bias", {False: "output", True: "all"}, default=False),
+                    "attention_window_size": same("mixer.window", default=2048),
+                    "partial_rotary_factor": same("mixer.partial_rotary_factor", default=0.5),
+                },
+            ),
+        }
+    }
+    harmless = "block_types head_dim w_init_variance_scale final_w_init_variance_scale"
+    norm = "model.final_norm.weight"
+
+    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+        pattern = values.get("block_types") or ["recurrent", "recurrent", "attention"]
+        types = [pattern[i % len(pattern)] for i in range(values.get("num_hidden_layers", 26))]
+        return super().unfolded(values, where) | {SCALE: rounded_root(values.get("hidden_size", 2560)), TYPES: types}
+
+    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+        del values[SCALE]
+        return super().folded(values | {"block_types": values.pop(TYPES)})
+
+    def block(self, block: Block) -> Layout:
+        layout = norms("temporal_pre_norm", "channel_pre_norm") | swiglu("mlp_block", bias=True)
+        mixer: Any = block.mixer
+        if mixer.kind == "attention":
+            return layout | attention(mixer, "temporal_block")
+        at, gates = "temporal_block", ("recurrent_gate", "input_gate")
+        heads, size, _ = mixer.gate_weight.shape
+        d_model, lru = mixer.in_proj.in_features, mixer.width
+        return {
+            **layout,
+            **convolution(mixer, f"{at}.conv_1d"),
+            "mixer.in_proj.weight": tuple(part(f"{at}.linear_{name}.weight", lru, d_model) for name in "xy"),
+            "mixer.in_proj.bias": tuple(part(f"{at}.linear_{name}.bias", lru) for name in "xy"),
+            "mixer.gate_weight": Joined(
+                tuple(part(f"{at}.rg_lru.{gate}_weight", heads, size, size) for gate in gates), 2
+            ),
+            "mixer.gate_bias": Joined(tuple(part(f"{at}.rg_lru.{gate}_bias", heads, size) for gate in gates), 1),
+            "mixer.rate": f"{at}.rg_lru.recurrent_param",
+            **{f"mixer.out_proj.{kind}": f"{at}.linear_out.{kind}" for kind in ("weight", "bias")},
+        }
+
+
+def rounded_root(d_model: int) -> float:
+    """sqrt(d_model) in bfloat16, as theirs holds it."""
+    return torch.tensor(d_model**0.5, dtype=torch.bfloat16).item()
