@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "Benchmark throughput, latency and peak memory against other installed implementations.",
     "bench-gpu": "Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
+    "suite": "Measure mixers on recall, copying and state tracking, and show one table.",
     "paper": "Reproduce claims of the RetNet paper by name.",
     "plot": "Draw what runs or a study measured: an interactive page, or figures for a paper.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",

@@ -9,4 +9,5 @@ curves                 the curves of runs at hand, for `seqmix plot`
 chart, palette, svg, page, markup, files, drawing   charts as values, and how they are drawn: SVG, HTML, PNG and PDF
 pages                  Markdown that programs write
 studies/, retnet_paper/   studies that come with the package; the claims of the RetNet paper
+suite/                 tasks that tell mixers apart, a study each
 """

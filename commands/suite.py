@@ -1,0 +1,211 @@
+"""`seqmix suite`: measure mixers on the tasks that tell them apart."""
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..experiments.plan import PlannedRun
+from ..experiments.runner import default_jobs, run_study
+from ..experiments.suite.budget import fit, left_out, seconds_of, time_runs
+from ..experiments.suite.scores import (
+    PAGE_FILE,
+    SCORES_FILE,
+    TaskScores,
+    merge,
+    new_scores,
+    read_scores,
+    score_table,
+    task_scores,
+    write_scores,
+)
+from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
+from ..registry import Config, SeqmixError, load, write_file
+from ..registry.loading import dump
+from .console import plain_table, terminal
+from .show import si
+from .study_progress import StudyProgress
+
+REFERENCES = ("attention", "retention")
+"""Mixers that stand beside those that are asked for."""
+EXTENT_FILE = "extent.yaml"
+
+
+class Chosen(Config):
+    """What a budget has chosen: a call that goes on keeps it."""
+
+    asked: tuple[str, ...]
+    steps: float
+    one_rate: bool
+    one_seed: bool
+    tasks: tuple[str, ...]
+
+
+def suite(
+    mixers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Kinds of mixers, plug-ins (module:Class), NAME={kind: MIXER, ...} with options, presets or files, "
+            "whose blocks are taken.",
+            metavar="[MIXER]...",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Only these tasks, as names with commas; --list shows all.", metavar="NAME,...")
+    ] = None,
+    match: Annotated[Metric, typer.Option(help="What all models have the same of.")] = "parameters",
+    size: Annotated[
+        Size, typer.Option(help="The published settings, for GPUs, or small ones for two cores.")
+    ] = "small",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time that it may take: learning rates, seeds, steps and tasks are left out until it fits.",
+            metavar="30m",
+        ),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows of another call (a folder, or its suite.json) in the table too.", metavar="FOLDER"),
+    ] = None,
+    references: Annotated[
+        bool, typer.Option(help=f"Measure {' and '.join(REFERENCES)} too, as rows to compare with.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Output folder; studies/suite-SIZE-MATCH by default.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, without training.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the tasks.")] = False,
+) -> None:
+    """Measure mixers on recall, copying and state tracking, and show one table.
+
+    Each task is a study in the output folder, with a report. Run the command again to resume a suite that was stopped,
+    or with more mixers to add their rows. The exit status is 1 if runs failed.
+
+    [bold]seqmix suite delta_net mamba2 --budget 30m[/bold]
+
+    [bold]seqmix suite my_module:MyMixer --beside results/suite.json[/bold]
+    """
+    console, settings = terminal(), load_settings(size)
+    if list_all:
+        rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
+        console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
+        return
+    others = [read_scores(path) for path in beside or ()]
+    chosen = settings.chosen(tasks.split(",") if tasks else [])
+    given = [*(REFERENCES if references else ()), *(mixers or ())]
+    candidates = list({each.name: each for each in map(Candidate.of, given)}.values())
+    if not candidates:
+        raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
+    folder = out or Path("studies") / f"suite-{size}-{match}"
+    jobs = jobs or default_jobs(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        extent, notes = Extent(), list[str]()
+        if budget is not None:
+            planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent)
+            extent, names = _chosen(planned, seconds_of(budget) * jobs, folder, (size, match, budget, *chosen), console)
+            notes = left_out(extent, names, list(chosen))
+            chosen = {name: chosen[name] for name in names}
+        place = Path(temporary) if dry_run else folder
+        planned = write_studies(place, settings, chosen, candidates, match, extent)
+    if dry_run:
+        _show(planned, notes, console)
+        return
+    words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
+    words += [f"--budget={budget}"] if budget else []
+    words += [] if references else ["--no-references"]
+    command = f"seqmix suite {shlex.join(words)}"
+    again = command + (f" --out {shlex.quote(str(out))}" if out else "")
+    failed, scores = 0, new_scores(size, match, command, notes)
+    for number, task in enumerate(planned):
+        later = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
+        console.print(f"{task.name}, task {number + 1} of {len(planned)}: {task.task.measures}")
+        with _Progress(console, later) as progress:
+            results, outcome = run_study(task.plan, folder / task.name, jobs=jobs, observer=progress)
+        scores.tasks[task.name] = task_scores(task, results)
+        failed += len(outcome.failed)
+        write_scores(scores, folder)
+        if outcome.stopped:
+            console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
+            raise typer.Exit(130)
+    for other in others:
+        scores = merge(scores, other)
+    head, rows = score_table(scores)
+    console.print(plain_table(*head, rows=rows, overflow="fold"))
+    for sentence in (*scores.notes, *_without_figure(scores.tasks)):
+        console.print(sentence, soft_wrap=True)
+    write_scores(scores, folder)
+    console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
+    if failed:
+        console.print(f"{failed} runs failed; retry them with: {again}")
+        raise typer.Exit(1)
+
+
+class _Progress(StudyProgress):
+    """The progress of one task, with the time that the later ones take."""
+
+    def __init__(self, console: Console, later: float) -> None:
+        super().__init__(console)
+        self.later = later
+        """FLOPs of the tasks that follow."""
+
+    def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
+        """Weigh the later tasks as one run that does not begin."""
+        super().begin(runs, total)
+        self.forecast.weights["later tasks"] = self.later
+
+
+def _chosen(
+    planned: Sequence[PlannedTask], budget: float, folder: Path, asked: Sequence[str], console: Console
+) -> tuple[Extent, list[str]]:
+    """What fits into the budget; what was chosen before where the same was asked before."""
+    file = folder / EXTENT_FILE
+    if file.is_file() and (before := load(Chosen, file, presets=folder)).asked == tuple(asked):
+        extent = Extent(before.steps, before.one_rate, before.one_seed)
+        return extent, list(before.tasks)
+    console.print("timing a few steps of every run")
+    rates = {task.name: len(task.plan.study.learning_rates) for task in planned}
+    extent, names, seconds = fit(time_runs(planned), rates, len(planned[0].plan.study.seeds), budget)
+    console.print(f"{', '.join(names)}: about {seconds / 60:.0f} core-minutes")
+    chosen = Chosen(
+        asked=tuple(asked),
+        steps=extent.steps,
+        one_rate=extent.one_rate,
+        one_seed=extent.one_seed,
+        tasks=tuple(names),
+    )
+    write_file(dump(chosen), file)
+    return extent, names
+
+
+def _show(planned: Sequence[PlannedTask], notes: Sequence[str], console: Console) -> None:
+    """Print what would run."""
+    rows = [
+        (
+            task.name,
+            str(len(task.plan.runs)),
+            f"{task.plan.runs[0].config.training.steps:,}",
+            f"{min(entry.cost.parameters for entry in task.plan.entries):,}",
+            f"{si(sum(run.flops for run in task.plan.runs))}FLOP",
+        )
+        for task in planned
+    ]
+    console.print(plain_table("task", "runs", "steps", "parameters", "cost", rows=rows))
+    for task in planned:
+        for name, why in task.left_out.items():
+            console.print(f"{task.name} leaves out {name}: {why}", soft_wrap=True)
+    for sentence in notes:
+        console.print(sentence, soft_wrap=True)
+
+
+def _without_figure(tasks: dict[str, TaskScores]) -> list[str]:
+    return [
+        f"{name} has no figure of {entry}: {why}"
+        for name, task in tasks.items()
+        for entry, why in task.left_out.items()
+    ]

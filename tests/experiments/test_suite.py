@@ -1,0 +1,186 @@
+"""The suite: its tasks can be trained on as they stand, budgets, rows that are merged, the command with a plug-in."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from seqmix.experiments.plan import plan
+from seqmix.experiments.study import load_study
+from seqmix.experiments.suite import budget, scores, tasks
+from seqmix.experiments.suite.tasks import Candidate, Extent, SuiteSettings, load_settings, write_studies
+from seqmix.registry import SeqmixError
+from seqmix.training import load_config
+
+MINE = """
+from typing import Literal
+from seqmix.mixers.retention import RetentionConfig
+
+class MineConfig(RetentionConfig):
+    kind: Literal["mine"] = "mine"
+"""
+TINY = SuiteSettings.model_validate(
+    {
+        "base": "base.yaml",
+        "seeds": [0, 1],
+        "tasks": {
+            name: {
+                "measures": "bits",
+                "source": "nobody",
+                "chance": 0.5,
+                "model": {"d_model": 16, "n_layers": 1, "vocab_size": 2},
+                "data": {"kind": "parity", "sequence_length": 8, "evaluate_at": [4, 16], "evaluation_examples": 32},
+                "training": {"steps": 4, "batch_size": 4, "checkpoint_every": 4},
+                "learning_rates": [1e-3, 1e-2],
+                "score_at": ["16"],
+            }
+            for name in ("first", "second")
+        },
+    }
+)
+"""Two tasks of a second each."""
+
+
+@pytest.mark.parametrize("size", ["small", "paper"])
+def test_all_tasks_can_be_trained_on_at_equal_parameters(size, tmp_path):
+    settings = load_settings(size)
+    for task in settings.tasks.values():
+        config = tasks.base_of(settings, task, Extent())
+        config.open_data()
+        measured = {str(difficulty) for difficulty in getattr(config.data, "evaluate_at", None) or ()}
+        assert set(task.score_at or ()) <= measured
+        assert config.training.warmup_steps < config.training.steps
+    chosen = settings.chosen(["s3", "recall"])
+    assert list(chosen) == ["recall", "s3"]
+    planned = write_studies(tmp_path, settings, chosen, [Candidate.of("retention")], "parameters", Extent())
+    for task in planned:
+        (entry,) = task.plan.entries
+        assert entry.matched is not None
+        assert abs(entry.matched.cost / entry.matched.wanted - 1) <= 0.01
+        assert entry.config.data == load_config(tmp_path / task.name / "base.yaml").data
+    # an ordinary study, which compare runs as well
+    file = tmp_path / "s3" / "s3.yaml"
+    assert plan(load_study(file), file).runs == planned[1].plan.runs
+
+
+def test_states_are_made_equal_and_what_cannot_be_is_left_out(tmp_path):
+    settings = load_settings("small")
+    chosen = settings.chosen(["recall"])
+    given = [*map(Candidate.of, ("attention", "delta_net")), Candidate.of("wide={kind: attention, window: 7}")]
+    (task,) = write_studies(tmp_path, settings, chosen, given, "state", Extent())
+    costs = {entry.name: entry.cost.state_bytes for entry in task.plan.entries}
+    assert abs(costs["delta_net"] / costs["attention"] - 1) < 0.15
+    nothing = Candidate("nothing", {"kind": "attention", "n_heads": 3})
+    (task,) = write_studies(tmp_path, settings, chosen, [*given[:1], nothing], "parameters", Extent())
+    assert task.left_out.keys() == {"nothing"}
+    assert "3" in task.left_out["nothing"]
+    with pytest.raises(SeqmixError, match="nothing can be trained on recall"):
+        write_studies(tmp_path, settings, chosen, [nothing], "parameters", Extent())
+
+
+def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    base = load_config(tasks.FOLDER / "base.yaml", ["model.blocks.mixer.mixer.n_heads=8"])
+    place = "model.blocks.mixer.mixer"
+    assert Candidate.of("retention").entry(base)["set"][place] == {"kind": "retention", "n_heads": 8}
+    assert Candidate.of("min_gru").entry(base)["set"][place] == {"kind": "min_gru"}
+    wide = Candidate.of("wide={kind: attention, window: 7}")
+    assert (wide.name, wide.entry(base)["set"][place]) == ("wide", {"kind": "attention", "n_heads": 8, "window": 7})
+    plugged = Candidate.of("mine:MineConfig")
+    assert plugged.name == "MineConfig"
+    hybrid = Candidate.of("hybrid-tiny")
+    assert hybrid.entry(base)["model"] == {"d_model": 64, "n_layers": 2, "pattern": ["ret", "attn"]}
+    for wrong, named in {
+        "retension": "did you mean .*retention",
+        "x={window: 7}": "NAME={kind: MIXER",
+        "mine:Nothing": "Nothing",
+        "missing.yaml": "missing.yaml",
+    }.items():
+        with pytest.raises(SeqmixError, match=named):
+            Candidate.of(wrong)
+
+
+def test_a_budget_leaves_out_rates_then_seeds_then_steps_then_tasks():
+    times = {name: {"a": 105.0, "b": 105.0} for name in ("one", "two", "three")}
+    rates = dict.fromkeys(times, 3)
+    whole = 3 * 2 * 3 * 2 * 105.0  # tasks, seeds, rates, entries
+
+    def chosen(seconds):
+        extent, names, took = budget.fit(times, rates, 2, seconds)
+        assert took <= seconds
+        return extent, names
+
+    assert chosen(whole) == (Extent(), list(times))
+    assert chosen(whole - 1) == (Extent(one_rate=True), list(times))
+    assert chosen(whole / 3 - 1) == (Extent(one_rate=True, one_seed=True), list(times))
+    assert chosen(whole / 6 - 1) == (budget.LADDER[3], list(times))
+    assert chosen(whole / 6 * 0.6) == (budget.LADDER[-1], list(times))
+    assert chosen(250) == (budget.LADDER[-1], ["one", "two"])
+    said = " ".join(budget.left_out(budget.LADDER[-1], ["one", "two"], list(times)))
+    for part in ("leaves out three", "50%", "One learning rate", "one seed"):
+        assert part in said
+    with pytest.raises(SeqmixError, match=r"1\.8 core-minutes"):
+        budget.fit(times, rates, 2, 60)
+    assert [budget.seconds_of(text) for text in ("90s", "30m", "1h30m", "0.5h")] == [90, 1800, 5400, 1800]
+    for wrong in ("30", "m", "30 m", "1d"):
+        with pytest.raises(SeqmixError, match="duration"):
+            budget.seconds_of(wrong)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr("seqmix.commands.suite.load_settings", lambda size: TINY)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
+    Path("mine.py").write_text(MINE)
+    assert "second" in seqmix("suite", "--list").out
+    dry = seqmix("suite", "mine:MineConfig", "--dry-run")
+    assert (dry.status, re.search("first +12 +4 ", dry.out) is None) == (0, False)
+    assert not Path("studies").exists()
+    # eleven seconds an entry for processes to begin: one rate, one seed, one task
+    made = seqmix("suite", "retention", "--no-references", "--budget", "9s", "--jobs", "1")
+    assert made.status == 0, made.out
+    folder = Path("studies/suite-small-parameters")
+    assert "The budget leaves out second. " in made.out.replace("\n", " ")
+    found = scores.read_scores(folder)
+    assert [row.entry for row in found.tasks["first"].rows] == ["retention"]
+    assert (folder / "first" / "report.html").is_file()
+    # another call: another mixer's row beside the first one's
+    more = ("mine:MineConfig", "--no-references", "--budget", "9s", "--jobs", "1")
+    done = seqmix("suite", *more, "--out", "mine", "--beside", folder)
+    assert done.status == 0, done.out
+    for name in ("MineConfig", "retention", "(guessing)"):
+        assert name in done.out
+    both = scores.read_scores(Path("mine"))
+    row = both.tasks["first"].rows[0]
+    assert row.score.mean == row.accuracy_by["length"]["16"]
+    page = Path("mine/suite.md").read_text()
+    assert all(command in page for command in both.commands)
+    assert len(both.commands) == 2
+    # the second time nothing is trained
+    again = seqmix("suite", *more, "--out", "mine")
+    assert "1 of 1 runs are finished already" in again.out
+    _rows_are_merged(found, both)
+    assert "no_such" in refused("suite", "--tasks", "no_such")
+    assert "nothing is measured" in refused("suite", "--no-references")
+    assert "elsewhere" in refused("suite", "--beside", "elsewhere")
+
+
+def _rows_are_merged(one, both):
+    head, rows = scores.score_table(scores.merge(one, both))
+    assert head == ["entry", "first", "mean"]
+    assert {row[0] for row in rows} == {"retention", "MineConfig", "(guessing)"}
+    first = both.tasks["first"]
+    other = first.model_copy(update={"conditions": first.conditions.model_copy(update={"seeds": (7,)})})
+    with pytest.raises(SeqmixError, match=r"rows of first .* seeds differ"):
+        scores.merge(one, both.model_copy(update={"tasks": {"first": other}}))
+    with pytest.raises(SeqmixError, match="paper"):
+        scores.merge(one, both.model_copy(update={"size": "paper"}))
+    # an entry without a figure in every task has no mean
+    gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": first.rows[:1]})}})
+    _, rows = scores.score_table(gap)
+    assert [bool(row[-1]) for row in rows] == [True, False, True]
