@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
     "average": "Average the weights of a run's last checkpoints, as a run directory that other commands read.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
+    "linearize": "Swap mixers of a trained model by a plan, and teach the new ones what the old ones did.",
     "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",

@@ -5,6 +5,7 @@ import os
 import shlex
 import time
 from collections import deque
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data import Source
 from ..training.config import RunConfig, TrainingConfig
-from ..training.events import Compiled, Evaluated, Noted, Started, Stepped, StoppedEarly
+from ..training.events import Compiled, Evaluated, Event, Noted, Started, Stepped, StoppedEarly
 from ..training.interrupt import StopRequest
 from ..training.run import train
 from .console import terminal
@@ -34,42 +35,49 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, dev
         SeqmixError: training cannot start or continue.
     """
     console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # only rank 0 prints
-    shown = Steps(console, config.training)
-    source, done, early = None, 0, False
-    try:
-        with StopRequest() as stop:
-            for event in train(config, run, resume=resume, stop=stop.made, device=device):
-                done = event.step
-                match event:
-                    case Started():
-                        source = event.source
-                        console.print(_start(event, config.training.steps))
-                        if config.training.compile:
-                            console.print("compiling in the first step: seconds to minutes for each kind of block")
-                        shown.start(done)  # not before: if training cannot start, only the error is shown
-                    case Noted():
-                        console.print(event.text)
-                    case Compiled():
-                        console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s")
-                    case Stepped():
-                        shown.step(event)
-                    case Evaluated():
-                        console.print(_evaluation(event, source))
-                    case StoppedEarly():
-                        early = True
-                        console.print(
-                            f"step {done}: stopped early: no evaluation has been better than that of step "
-                            f"{event.best_step}: {event.best_loss:.4f} nats/token"
-                        )
-    finally:
-        shown.stop()
+    with StopRequest() as stop:
+        events = train(config, run, resume=resume, stop=stop.made, device=device)
+        finished, source = follow(events, config.training, console)
     quoted = shlex.quote(str(run))
-    if done < config.training.steps and not early:
+    if not finished:
         console.print(f"stopped with a checkpoint; resume with: seqmix train --resume {quoted}")
         return False
     if source is None or source.tokenizer is not None:
         console.print(f'try it: seqmix generate {quoted} --prompt "def "')
     return True
+
+
+def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) -> tuple[bool, Source | None]:
+    """Show the events of a run; whether it has finished, and its data."""
+    shown = Steps(console, settings)
+    source, done, early = None, 0, False
+    try:
+        for event in events:
+            done = event.step
+            match event:
+                case Started():
+                    source = event.source
+                    console.print(_start(event, settings.steps))
+                    if settings.compile:
+                        console.print("compiling in the first step: seconds to minutes for each kind of block")
+                    shown.start(done)  # not before: if training cannot start, only the error is shown
+                case Noted():
+                    console.print(event.text)
+                case Compiled():
+                    console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s")
+                case Stepped():
+                    shown.step(event)
+                case Evaluated():
+                    console.print(_evaluation(event, source))
+                case StoppedEarly():
+                    early = True
+                    console.print(
+                        f"step {done}: stopped early: no evaluation has been better than that of step "
+                        f"{event.best_step}: {event.best_loss:.4f} nats/token"
+                    )
+    finally:
+        shown.stop()
+    return early or done >= settings.steps, source
 
 
 class Steps:

@@ -18,6 +18,7 @@ from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
+from seqmix.linearize.plan import Keep, Plan, Stage, Stages, Swap
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.kernels import KERNELS
 from seqmix.registry import Config, write_file
@@ -62,6 +63,7 @@ def fields() -> list[str]:
         "Mixers": MIXERS.built_in().values(),
         "Feed-forward networks": FFNS.built_in().values(),
         "Norms": NORMS.built_in().values(),
+        "Linearizing": (Plan, Swap, Keep, Stages, Stage),
         "Studies": (Study, Entry, Match, Speed, TrainSpeed, DecodeSpeed, PaperFigure),
     }
     lines = [line for title, configs in sections.items() for line in (f"## {title}\n", *map(_section, configs))]

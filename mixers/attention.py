@@ -32,6 +32,7 @@ from .contract import MixerConfig
 from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
+from .parts.projections import projections_of
 from .parts.widths import rotary_dim
 from .traits import ContractError, Traits
 
@@ -198,6 +199,11 @@ class Attention(CachedMixer):
         if self.forget_bias is not None:
             options["log_forget"] = gate_decay(more["forget"].to(self.state_dtype) + self.forget_bias, 1)
         return options
+
+    @property
+    def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
+        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "o": self.n_heads}
+        return projections_of(self.in_proj, self.out_proj, self.widths, heads)
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """The contract: what a sequence mixer is, what it declares, and how a plug-in registers one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import Any, Generic, Self, TypeAlias, final
+from collections.abc import Collection, Mapping
+from typing import Any, Generic, Self, TypeAlias, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -297,6 +297,25 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     def reset_parameters(self) -> None:
         """Initialise every parameter as the mixer's paper does."""
 
+    @property
+    def projections(self) -> Mapping[str, Float[Tensor, "H _ D"]]:
+        """Weights by role and head, views that may be written: `q`, `k`, `v` [H K D], and `o` [H V D], transposed.
+
+        What another mixer can take over when `seqmix linearize` swaps this one; roles that do not exist are left out.
+        """
+        return {}
+
+    def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
+        """Set decays so that each head's memory reaches so many tokens back on average: gamma / (1 - gamma).
+
+        By default the parts of the mixer do it that have the method; a mixer whose decays are its own overrides it.
+
+        Returns:
+            Names of the parameters that were set; none where decays do not exist, or are fixed or functions of tokens.
+        """
+        parts = {name: part for name, part in self.named_children() if hasattr(part, "set_reach")}
+        return [f"{name}.{each}" for name, part in parts.items() for each in cast("Any", part).set_reach(tokens)]
+
     @abstractmethod
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         """Floating-point operations of the matrix products of one forward pass over one sequence.
@@ -412,12 +431,6 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return Documents.of(cu_seqlens, length, start, size * length)
         except SeqmixError as error:
             raise ContractError(f"{self.kind}: {error}") from None
-
-
-def require_room(length: int, max_length: int | None, kind: str) -> None:
-    """Refuse a capacity smaller than the processed prefix."""
-    if max_length is not None and length > max_length:
-        raise ContractError(f"{kind} has processed {length} tokens, which do not fit into max_length = {max_length}")
 
 
 def _traits_of(config: MixerConfig) -> Traits:

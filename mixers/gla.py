@@ -12,6 +12,8 @@ bias, and there is a factor 1/sqrt(K), which the norm hides but for its eps (1e-
 
 from typing import Literal
 
+import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -47,6 +49,13 @@ class GLA(QKVMixer):
     def __init__(self, config: GLAConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.decay_proj = LowRank(d_model, config.gate_rank, self.n_heads * self.key_dim, bias=True)
+
+    @torch.no_grad()
+    def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
+        power = -self.config.gate_logit_normalizer * torch.log1p(1 / tokens)
+        bias = power - torch.log(-torch.expm1(power))  # whose sigmoid is e^power
+        self.decay_proj.up.bias.copy_(bias.repeat_interleave(self.key_dim))
+        return ["decay_proj.up.bias"]
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         logits = self.decay_proj(x).unflatten(-1, (self.n_heads, -1))

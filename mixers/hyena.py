@@ -33,9 +33,9 @@ from ..ops.call import Call
 from ..ops.convolution import convolve_long
 from ..ops.packing import require_async
 from ..ops.paradigm import Paradigm
-from .contract import MixerConfig, SequenceMixer, require_room
+from .contract import MixerConfig, SequenceMixer
 from .parts import ShortConvolution
-from .traits import Traits
+from .traits import Traits, require_room
 
 FAINT = 0.01
 """What is left of a filter when its window has decayed."""

@@ -97,3 +97,9 @@ def require_compiles(traits: Traits, kind: str) -> None:
     """Refuse to compile a mixer that cannot be compiled."""
     if not traits.compiles:
         raise ContractError(f"{kind} cannot be compiled (traits.compiles is False): use it without torch.compile")
+
+
+def require_room(length: int, max_length: int | None, kind: str) -> None:
+    """Refuse a capacity smaller than the processed prefix."""
+    if max_length is not None and length > max_length:
+        raise ContractError(f"{kind} has processed {length} tokens, which do not fit into max_length = {max_length}")

@@ -37,7 +37,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    size = _tokens_at_once(weight)
+    size = tokens_at_once(weight)
     if len(hidden) <= size:
         return _direct(hidden, weight, targets, reduction, softcap)
     # torch's own computes each part's gradient in the forward pass, so it recomputes no logits; but it rounds the sum
@@ -64,7 +64,7 @@ def linear_predictions(
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, "..."], Int[Tensor, " M"]]:
     """The cross-entropy as above, and the most probable token at each place: the first one of several."""
-    size = _tokens_at_once(weight)
+    size = tokens_at_once(weight)
     losses, found = [], []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = capped(linear(part, weight), softcap)
@@ -73,7 +73,7 @@ def linear_predictions(
     return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum(), torch.cat(found)
 
 
-def _tokens_at_once(weight: Tensor) -> int:
+def tokens_at_once(weight: Tensor) -> int:
     """The number of tokens of a part."""
     return max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"]) // weight.shape[0])
 

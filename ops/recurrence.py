@@ -22,6 +22,7 @@ from .call import Call
 from .kernels import FLOATS, Probe, chosen
 from .packing import Stretch, stretches
 from .paradigm import Paradigm
+from .recording import record
 
 
 class Recurrence(NamedTuple):
@@ -143,7 +144,9 @@ def recur(
     )
     require_recurrence(x)
     if cp is None:
-        return kernel(x)
+        result = kernel(x)
+        record(family.name, v, x.log_decay, result.output)
+        return result
     transition, written = family.segment(x, kernel, call)
     state = cp.entry(transition, written, call.state, documents, q.shape[1], family.apply)
     output, final_state = kernel(x._replace(initial_state=state))

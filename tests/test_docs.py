@@ -29,7 +29,8 @@ TINY = [
     "training={steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
     "model.d_model=32",
 ]
-"""What is added to a command that trains; to one that learns a task, all but the text. Studies get it in their file."""
+"""What is added to a command that trains; to one that learns a task, all but the text. Studies get it in their file,
+and plans of linearizing few tokens."""
 NEEDS = {"hugging-face.md": ("transformers", "accelerate")}
 """Libraries of pages that need one."""
 
@@ -93,6 +94,11 @@ def seqmix(command: str) -> tuple[str, int]:
         yaml, file = YAML(typ="safe"), Path(arguments[1])
         changes = {key: yaml.load(value) for key, value in (change.split("=", 1) for change in TINY[:2])}
         yaml.dump(yaml.load(file) | changes | {"model": {"d_model": 32}, "seeds": [0]}, file)
+    if arguments[0] == "linearize":
+        yaml, file = YAML(typ="safe"), Path(arguments[2])
+        plan = yaml.load(file)
+        stages = {name: stage | {"tokens": 32} for name, stage in plan["stages"].items()}
+        yaml.dump(plan | {"stages": stages, "calibration_tokens": 32}, file)
     output, status = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         patch.setattr(sys, "argv", ["seqmix", *arguments])

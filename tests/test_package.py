@@ -77,8 +77,8 @@ def test_every_public_name_exists(package):
 
 
 FLOORS = [
-    *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "convert", "hf", "benchmarks"),
-    *("experiments", "harness", "commands", "cli", "__main__", "pytest_plugin"),
+    *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "convert", "hf", "linearize"),
+    *("benchmarks", "experiments", "harness", "commands", "cli", "__main__", "pytest_plugin"),
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, train_state
-from .checkpoint import Best, CheckpointError, Manifest
-from .run_dir import claim, require_free
-from .saved_run import read_config
+from .checkpoint import CheckpointError
+from .run_dir import require_free
+from .saved_run import read_config, write_run
 
 
 def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
@@ -34,12 +34,10 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     require_free(out)
     steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in found[-checkpoints:]]
     files = [checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL)) for folder in found[-checkpoints:]]
-    last, metadata = files[-1]
+    last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
-    claim(out, config, f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n")
-    if (tokenizer := config.data.tokenizer_of(run)) is not None:
-        tokenizer.save(out)
-    checkpoint.write(out, Manifest(step=steps[-1], metrics={}, best=Best()), {train_state.MODEL: means}, metadata)
+    comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"
+    write_run(out, config, means, step=steps[-1], comment=comment, tokenizer=config.data.tokenizer_of(run))
     return steps
 
 

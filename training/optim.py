@@ -45,6 +45,8 @@ AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     """The optimizer of a model, every parameter in one group; weight decay applies to matrices, not to vectors.
 
+    Parameters that want no gradient are left out.
+
     `muon` updates the weights of the blocks' linear layers with Muon, and everything else (embedding, output
     projection, vectors, convolutions) with AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)),
     Liu et al. 2025, "Muon is scalable for LLM training"), so that both share one learning rate and one weight decay.
@@ -53,8 +55,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
         SeqmixError: an optimizer given by path cannot be imported, or refuses its arguments.
     """
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
-    matrices = dict.fromkeys(module.weight for module in in_blocks if isinstance(module, nn.Linear))  # deduplicated
-    rest = [p for p in model.parameters() if p not in matrices]
+    weights = (module.weight for module in in_blocks if isinstance(module, nn.Linear))
+    matrices = dict.fromkeys(weight for weight in weights if weight.requires_grad)  # deduplicated
+    rest = [p for p in model.parameters() if p not in matrices and p.requires_grad]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},

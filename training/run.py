@@ -25,6 +25,7 @@ from .logging import Metrics
 from .memory import peak_memory
 from .metrics import Measured
 from .nonfinite import NotFiniteError
+from .objective import Objective
 from .optim import build_optimizer
 from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
@@ -42,6 +43,7 @@ def train(
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
     device: torch.device | str | None = None,
+    objective: Objective | None = None,
 ) -> Iterator[Event]:
     """Train a model: a generator of events, which trains as it is iterated.
 
@@ -51,6 +53,7 @@ def train(
         resume: whether to continue from its newest intact checkpoint (from the start, if there is none).
         stop: called after every step; true writes a checkpoint and ends the run.
         device: where it trains; None for a GPU if there is one. Several processes choose theirs by rank.
+        objective: what it minimises; the cross-entropy when None.
 
     Raises:
         SeqmixError: the directory, the data or a checkpoint cannot be used, the model cannot be built, the loss is NaN
@@ -63,7 +66,10 @@ def train(
                 if groups.is_main:
                     lock.enter_context(held(run))
         source, model, found, begun = _open(config, run, resume, groups, device)
-        course = Course(Trainer(config, source, model, build_optimizer(model, config.training), groups), run)
+        if objective is not None:
+            objective.prepare(model)
+        optimizer = build_optimizer(model, config.training)
+        course = Course(Trainer(config, source, model, optimizer, groups, objective), run)
         device, precision = model.device, course.trainer.precision
         start, notes = 0, [*config.training.shortened, *([] if begun is None else [begun.note])]
         with groups.raise_together():

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
 from .provenance import missing_plug_ins
-from .run_dir import CONFIG_FILE
+from .run_dir import CONFIG_FILE, claim
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
@@ -141,6 +141,36 @@ def export_run(
         raise CheckpointError(f"{out} cannot be written: {error}") from error
     checkpoint.write_tensors(out, train_state.parameters_of(model), metadata)
     return step
+
+
+def write_run(
+    out: Path,
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int = 0,
+    comment: str = "",
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a run directory of weights that no optimizer has: it evaluates, generates and exports as any other.
+
+    Args:
+        out: the directory; it may exist, without a configuration.
+        config: its configuration.
+        tensors: the parameters by name.
+        step: the step of the checkpoint.
+        comment: lines above the configuration, each with `#`.
+        tokenizer: of which the run gets a copy.
+
+    Raises:
+        SeqmixError: the directory is a run already, or cannot be written.
+    """
+    claim(out, config, comment)
+    if tokenizer is not None:
+        tokenizer.save(out)
+    parts = {train_state.MODEL: tensors}
+    metadata = train_state.metadata_of(config.model, step)
+    checkpoint.write(out, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
 
 
 def _read(

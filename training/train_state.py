@@ -44,7 +44,7 @@ def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tenso
     return {
         f"{key}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor | int | float)
     }
 
@@ -81,7 +81,7 @@ def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) 
     moments = moments_of(model, optimizer)
     fill(file, found, moments)
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter, {})
         numbers = {key: value for key, value in state.items() if isinstance(value, int | float)}
         state |= {key: type(value)(moments[f"{key}.{name}"].item()) for key, value in numbers.items()}
 

@@ -17,11 +17,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
-from ..models import IGNORED, LanguageModel, ModelOutput, ModelState, compile_blocks
+from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
 from .config import RunConfig, TrainingConfig
 from .ema import Ema
 from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, first_gradient, first_module
+from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
 from .process_groups import ALONE, ProcessGroups
 from .sharding import full_tensor
@@ -49,8 +50,10 @@ class Trainer:
         model: LanguageModel,
         optimizer: AnyOptimizer,
         groups: ProcessGroups = ALONE,
+        objective: Objective | None = None,
     ) -> None:
         self.config, self.source, self.model, self.optimizer, self.groups = config, source, model, optimizer, groups
+        self.objective = objective or Objective()
         self.rows = config.training.batch_size // groups.dp_size
         """Rows of a batch on this process."""
         self.precision = precision_of(config.training, model.device)
@@ -143,7 +146,8 @@ class Trainer:
             at = slice(number * rows, (number + 1) * rows)
             # a copy: without autograd, a mixer may write it in place
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
-            output = self._forward(Batch(*part), before)
+            with self._autocast():
+                output = self.objective(self.model, self.source.packed(Batch(*part)), before)
             assert output.loss is not None
             yield output.loss / asked.clamp(min=1), output.state
 
@@ -157,21 +161,8 @@ class Trainer:
         # a state that a mixer makes from its parameters is sharded like them
         return map_state(full_tensor, self.model.init_state(self.rows))
 
-    def _forward(
-        self, batch: Batch, state: ModelState | None = None, *, return_predictions: bool = False
-    ) -> ModelOutput:
-        """The summed loss of a batch; its documents are packed where the data packs them."""
-        inputs, targets, cu_seqlens = self.source.packed(batch)
-        with torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32):
-            return self.model(
-                inputs,
-                state,
-                targets=targets,
-                reduction="sum",
-                cu_seqlens=cu_seqlens,
-                return_state=state is not None,
-                return_predictions=return_predictions,
-            )
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _seed(self, step: int) -> None:
         """Seed dropout by step, and by rank beyond the first."""
@@ -195,7 +186,10 @@ class Trainer:
         self.model.eval()
         score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
-            output = self._forward(self._to_device(batch), return_predictions=slices is not None)
+            inputs, targets, cu_seqlens = self.source.packed(self._to_device(batch))
+            options = {"reduction": "sum", "cu_seqlens": cu_seqlens, "return_predictions": slices is not None}
+            with self._autocast():
+                output = self.model(inputs, targets=targets, **options)
             predicted = None if output.predictions is None else output.predictions.cpu()
             assert output.loss is not None
             score.add(output.loss.item(), self.model.local_targets(batch.targets), predicted, slices)

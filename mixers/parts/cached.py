@@ -4,7 +4,8 @@ from abc import abstractmethod
 from typing import Any
 
 from ...ops.softmax import Cache, GrowingCache, RingCache, empty_cache, key_cache, moved
-from ..contract import MixerConfig, SequenceMixer, require_room
+from ..contract import MixerConfig, SequenceMixer
+from ..traits import require_room
 
 
 class CachedMixer(SequenceMixer[Cache]):

@@ -34,6 +34,14 @@ class FixedDecay(nn.Module):
             leak = self._leak(self.logit.device)
             self.logit.copy_(torch.log1p(-leak) - leak.log())
 
+    @torch.no_grad()
+    def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
+        """As `SequenceMixer.set_reach`; a schedule that is not learned stays."""
+        if self.logit is None:
+            return []
+        self.logit.copy_(tokens.log())  # of gamma = tokens / (1 + tokens)
+        return ["logit"]
+
     def forward(self, device: torch.device) -> Float[Tensor, " H"] | None:
         """Natural log of each head's decay, float64; None where nothing decays."""
         if self.schedule == "none":

@@ -22,6 +22,7 @@ from ...ops.recurrence import RecurrenceOutput
 from ..traits import ContractError
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
+from .projections import projections_of
 from .rotary import rotated
 from .short_convolution import ShortConvolution
 from .widths import head_width
@@ -146,6 +147,13 @@ class QKVMixer(MatrixStateMixer):
         o, memory = self.recur(x, h, call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         return y, self.state_after(x, memory, h.recent, call)
+
+    @property
+    def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
+        # of several steps per token, the first
+        heads = {"q": self.n_qk_heads, "k": self.n_qk_heads * self.steps, "v": self.n_heads * self.steps}
+        found = projections_of(self.in_proj, self.out_proj, self.widths, heads | {"o": self.n_heads})
+        return found | {"k": found["k"][: self.n_qk_heads], "v": found["v"][: self.n_heads]}
 
     @abstractmethod
     def recur(self, x: Float[Tensor, "B T D"], h: QKV, call: Call) -> RecurrenceOutput:

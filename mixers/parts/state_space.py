@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .matrix_state import MatrixStateMixer
+from .projections import projections_of
 from .time_step import TimeStepRange
 from .widths import heads_of
 
@@ -70,6 +71,13 @@ class StateSpaceMixer(MatrixStateMixer):
             part.reset_parameters()
         self.out_proj.weight.div_(math.sqrt(self.n_layers))
         nn.init.ones_(self.D)
+
+    @property
+    def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
+        names, groups = ("gate", "v", "k", "q"), self.n_groups
+        widths = dict(zip(names, (self.in_widths[0], *self.widths), strict=True))
+        widths["more"] = self.in_proj.out_features - sum(widths.values())
+        return projections_of(self.in_proj, self.out_proj, widths, {"q": groups, "k": groups, "v": self.n_heads})
 
     def by_head(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T H K"]:
         """B or C, the same for the heads of a group: a view where there is one group."""

@@ -96,6 +96,18 @@ class TimeStepDecay(nn.Module):
         self.A_log.copy_((high - (high - low) * uniform[0]).log())  # from above a lowest rate of 0
         self.dt_bias.copy_(step_bias(uniform[1], self.steps))
 
+    @torch.no_grad()
+    def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
+        """As `SequenceMixer.set_reach`, where the input adds nothing; the biases do it, and rates stay."""
+        log_decay, rate = -torch.log1p(1 / tokens), self.A_log.exp()
+        if self.lower_bound is None:
+            step = (-log_decay / rate).clamp(*(self.limit or (0.0, None)))
+            bias = step + torch.log(-torch.expm1(-step))
+        else:
+            bias = torch.logit(log_decay / self.lower_bound, eps=1e-6) / rate
+        self.dt_bias.copy_(bias if self.dt_bias.ndim == 1 else bias[:, None])
+        return ["dt_bias"]
+
     def forward(self, dt: Float[Tensor, "B T *H"]) -> tuple[Float[Tensor, "B T *H"], Float[Tensor, "B T *H"]]:
         """Step sizes and log-decays, of [B T H], or [B T H K] where key dimensions have their own.
 

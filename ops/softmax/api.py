@@ -26,6 +26,7 @@ from ...registry import SeqmixError, nearest
 from ..call import Call
 from ..kernels import chosen, declare_references
 from ..paradigm import Paradigm
+from ..recording import record
 from .cache import Cache, first_key
 from .call import Attention, AttentionOutput, require_attention, require_range
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
@@ -66,7 +67,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Unpack[Softm
     x = Attention(q, k, v, 1.0, call.state, documents, call.return_state, call.chunk_size)._replace(**options)
     require_attention(x, 1 if cp is None else cp.size)
     if cp is None:
-        return chosen("softmax", call.paradigm, call.backend).function(x)
+        result = chosen("softmax", call.paradigm, call.backend).function(x)
+        record("softmax", v, x.log_forget, result[0])
+        return result
     size = call.chunk_size if call.paradigm is Paradigm.CHUNKWISE else length
     require_range(x.log_decay, min(size, length), q.dtype)
     return attend_in_blocks(x, size, cp.start(length)), x.final()

@@ -1,0 +1,282 @@
+"""The course of a linearization: the teacher, the student with what it takes over, the stages, and the comparison.
+
+DIR/plan.yaml           the plan, and the source
+DIR/teacher/            the source as a run directory, if it is another library's model
+DIR/stages/0-transfer/  the student before the first stage, and prepared.json: what it took over
+DIR/stages/N-NAME/      each stage: a run directory, which continues where it stopped
+DIR/                    the result, a run directory itself; linearize.json and linearize.md: the comparison
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..convert import import_from
+from ..mixers import MixerConfig
+from ..models import TOKENIZER_FILE, LanguageModel, build_model
+from ..registry import Config, SeqmixError, dump, write_file
+from ..training import RunConfig, load_run, read_config, train
+from ..training.checkpoint import checkpoints, step_of
+from ..training.events import Event
+from ..training.logging import METRICS_FILE
+from ..training.run_dir import CONFIG_FILE
+from ..training.saved_run import write_run
+from ..training.train_state import parameters_of
+from .measure import Decoding, Measured, decoding, gap_closed, measure
+from .objectives import OBJECTIVES
+from .plan import Plan, StageName, mixers_of, run_config, student_of
+from .transfer import calibrate, initial_of, transfer
+
+PLAN_FILE, PREPARED_FILE, RESULT_FILE, TABLE_FILE = "plan.yaml", "prepared.json", "linearize.json", "linearize.md"
+
+
+class Taken(Config):
+    """What the new mixer of a layer took over."""
+
+    layer: int
+    old: str
+    new: str
+    done: tuple[str, ...]
+    initial: tuple[str, ...]
+    """Parameters that keep their initialisation."""
+
+
+class Prepared(Config):
+    """The student before its first stage."""
+
+    taken: tuple[Taken, ...]
+    costs: dict[str, float]
+    """By layer, the loss with its swap alone, less the teacher's; empty unless the plan keeps layers."""
+    kept: tuple[int, ...]
+    """Layers that keep their mixer by the plan's `keep`."""
+    teacher: Measured
+    start: Measured
+    """The student with random new mixers: its loss is CE0."""
+    transferred: Measured
+
+
+class Result(Config):
+    """The comparison of a student with its teacher."""
+
+    source: str
+    prepared: Prepared
+    tokens: int
+    """That the stages have trained on."""
+    stages: dict[str, float]
+    """By stage, the loss after it."""
+    student: Measured
+    gap_closed: float | None
+    """(CE0 - CE) / (CE0 - CE_teacher); None where nothing was swapped."""
+    decoding: dict[str, Decoding]
+    """Of `teacher` and `student`."""
+
+
+class Linearization:
+    """A source, a plan and the folder of the result.
+
+    Args:
+        source: a run directory, or a folder of a model of transformers or another library that `seqmix convert` reads.
+        plan: the plan.
+        out: the folder; that of an earlier call with the same source and plan continues.
+        device: where it computes; None for a GPU if there is one.
+        tokenizer: of another library's model, as in `import_from`.
+
+    Raises:
+        SeqmixError: the source cannot be read, the plan does not fit it, or the folder is another linearization's.
+    """
+
+    def __init__(
+        self, source: Path, plan: Plan, out: Path, *, device: str | None = None, tokenizer: str | None = None
+    ) -> None:
+        self.source, self.plan, self.out, self.device = source, plan, out, torch.device(device or _default_device())
+        written = f"# of {source.absolute()}\n{dump(plan)}"
+        if (out / PLAN_FILE).is_file():
+            if (out / PLAN_FILE).read_text(encoding="utf-8") != written:
+                raise SeqmixError(f"{out} was begun with another source or plan: choose another --out DIR")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SeqmixError(f"{out} exists and is not an empty directory: choose another one with --out DIR")
+        if not (source / CONFIG_FILE).is_file():  # another library's
+            self.source = out / "teacher"
+            if not checkpoints(self.source):
+                shutil.rmtree(self.source, ignore_errors=True)
+                import_from(source, self.source, tokenizer)
+        config = read_config(self.source)
+        if (file := self.source / TOKENIZER_FILE).is_file():
+            config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(file)})})
+        self.run, self.mixers = config, mixers_of(plan, config.model)
+        for stage in plan.staged.values():
+            run_config(config, plan, student_of(config.model, self.mixers), stage)
+        if len(self.mixers) < (0 if plan.keep is None else plan.keep.best):
+            raise SeqmixError(f"keep.best is {plan.keep.best if plan.keep else 0}, and {len(self.mixers)} are swapped")
+        write_file(written, out / PLAN_FILE)
+
+    @property
+    def swapped(self) -> dict[int, MixerConfig]:
+        """The new mixers by layer, without those that the plan keeps, once they are known."""
+        kept = self.prepared.kept if (self.folders[0] / PREPARED_FILE).is_file() else ()
+        return {layer: mixer for layer, mixer in self.mixers.items() if layer not in kept}
+
+    @property
+    def prepared(self) -> Prepared:
+        """What `prepare` found."""
+        return Prepared.model_validate_json((self.folders[0] / PREPARED_FILE).read_bytes())
+
+    def config(self, name: StageName | None = None) -> RunConfig:
+        """The configuration of a stage, or of the result."""
+        model = student_of(self.run.model, self.swapped)
+        if name is None:
+            return run_config(self.run, self.plan, model)
+        return run_config(self.run, self.plan, model, self.plan.staged[name], self.folders[self._number(name) - 1])
+
+    def prepare(self) -> Prepared:
+        """Load the teacher, and make the student: transfer, calibration, and which layers are kept."""
+        folder, plan = self.folders[0], self.plan
+        self.teacher = load_run(self.source, device=self.device)
+        if (folder / PREPARED_FILE).is_file():
+            return self.prepared
+        shutil.rmtree(folder, ignore_errors=True)
+        config = run_config(self.run, plan, self.run.model)
+        source = config.open_data(self.source)
+
+        def measured(model: LanguageModel) -> Measured:
+            return measure(model, self.teacher, source, config)
+
+        def made(mixers: dict[int, MixerConfig]) -> tuple[LanguageModel, Measured, list[Taken]]:
+            student = self._random_student(mixers)
+            return student, measured(student), self._teach(student, list(mixers), source, config)
+
+        teacher, costs, kept = measured(self.teacher), dict[int, float](), tuple[int, ...]()
+        student, start, taken = made(self.mixers)
+        if plan.keep is not None:
+            for layer in self.mixers:
+                block, mixer = self.teacher.blocks[layer], self.teacher.blocks[layer].mixer
+                block.mixer = student.blocks[layer].mixer
+                costs[layer] = measured(self.teacher).loss - teacher.loss
+                block.mixer = mixer
+            kept = tuple(sorted(sorted(costs, key=costs.__getitem__, reverse=True)[: plan.keep.best]))
+            student, start, taken = made({i: mixer for i, mixer in self.mixers.items() if i not in kept})
+        found = Prepared(
+            taken=tuple(taken),
+            costs={f"{i}": cost for i, cost in costs.items()},
+            kept=kept,
+            teacher=teacher,
+            start=start,
+            transferred=measured(student),
+        )
+        write_run(
+            folder, run_config(self.run, plan, student.config), parameters_of(student), tokenizer=source.tokenizer
+        )
+        write_file(found.model_dump_json(indent=2), folder / PREPARED_FILE)
+        return found
+
+    def _random_student(self, mixers: dict[int, MixerConfig]) -> LanguageModel:
+        """The teacher with random new mixers."""
+        student = build_model(student_of(self.run.model, mixers), device=self.device, seed=self.plan.seed)
+        theirs, new = self.teacher.state_dict(), tuple(f"blocks.{layer}.mixer." for layer in mixers)
+        with torch.no_grad():
+            for name, tensor in student.state_dict().items():
+                if not name.startswith(new):
+                    if name not in theirs:
+                        raise SeqmixError(f"{name} depends on a mixer that is swapped: swap its layer too")
+                    tensor.copy_(theirs[name])
+        return student.eval()
+
+    def _teach(self, student: LanguageModel, layers: list[int], source: Any, config: RunConfig) -> list[Taken]:
+        """Transfer and calibrate."""
+        pairs = {i: (self.teacher.blocks[i].mixer, student.blocks[i].mixer) for i in layers}
+        before = {i: {n: p.detach().clone() for n, p in new.named_parameters()} for i, (_, new) in pairs.items()}
+        done = {i: transfer(old, new, self.plan.transfer) for i, (old, new) in pairs.items()}
+        more: dict[int, list[str]] = {i: [] for i in layers}
+        if self.plan.calibration_tokens and layers:
+            rows = config.training.batch_size // config.training.grad_accum_steps
+            more = calibrate(self.teacher, student, layers, source, rows, self.plan.calibration_tokens)
+        return [
+            Taken(
+                layer=i,
+                old=old.kind,
+                new=new.kind,
+                done=(*(f"{name} {how}" for name, how in done[i].items()), *more[i]),
+                initial=initial_of(new, before[i], done[i]),
+            )
+            for i, (old, new) in pairs.items()
+        ]
+
+    def stage(self, name: StageName, stop: Callable[[], bool] = lambda: False) -> Iterator[Event] | None:
+        """Train a stage, or continue it, after those before it: events as of `train`; None where it has ended."""
+        folder, config = self.folders[self._number(name)], self.config(name)
+        if (found := checkpoints(folder)) and step_of(found[-1]) == config.training.steps:
+            return None
+        alone = (self.plan.staged[name].train or ("all" if name == "text" else "mixers")) == "mixers"
+        objective = OBJECTIVES[name](self.teacher, list(self.swapped), mixers_alone=alone)
+        if not self.swapped and (alone or name != "text"):
+            raise SeqmixError(f"stage {name} teaches new mixers, and nothing is swapped")
+        resume = (folder / CONFIG_FILE).is_file()
+        return train(config, folder, resume=resume, stop=stop, device=self.device, objective=objective)
+
+    def finish(self) -> Result:
+        """Write the result, and compare it with the teacher."""
+        names, last = list(self.plan.staged), self.folders[-1]
+        student, config = load_run(last, device=self.device), self.config()
+        source, prepared = config.open_data(last), self.prepared
+        found, size = measure(student, self.teacher, source, config), config.data.sequence_length
+        steps = [self.config(name).training.steps for name in names]
+        result = Result(
+            source=str(self.source),
+            prepared=prepared,
+            tokens=sum(steps) * config.training.batch_size * size,
+            stages={name: _final_loss(folder) for name, folder in zip(names, self.folders[1:], strict=True)},
+            student=found,
+            gap_closed=gap_closed(prepared.start.loss, found.loss, prepared.teacher.loss) if self.swapped else None,
+            decoding={"teacher": decoding(self.teacher, size), "student": decoding(student, size)},
+        )
+        (self.out / CONFIG_FILE).unlink(missing_ok=True)
+        write_run(self.out, config, parameters_of(student), step=sum(steps), tokenizer=source.tokenizer)
+        write_file(result.model_dump_json(indent=2) + "\n", self.out / RESULT_FILE)
+        head, rows = table(result)
+        lines = [head, ["---"] * len(head), *rows]
+        write_file("".join(f"| {' | '.join(line)} |\n" for line in lines), self.out / TABLE_FILE)
+        return result
+
+    @property
+    def folders(self) -> list[Path]:
+        """The run of the student before its first stage, and that of each stage."""
+        return [self.out / "stages" / f"{i}-{name}" for i, name in enumerate(["transfer", *self.plan.staged])]
+
+    def _number(self, name: StageName) -> int:
+        return list(self.plan.staged).index(name) + 1
+
+
+def table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The comparison: heads, and a row for each model on the way."""
+    prepared = result.prepared
+    whole = {"teacher": prepared.teacher, "random mixers": prepared.start, "transferred": prepared.transferred}
+    rows = [_row(result, name, found.loss, found) for name, found in whole.items()]
+    rows += [_row(result, f"after {name}", loss, None) for name, loss in result.stages.items()]
+    rows.append(_row(result, "student", result.student.loss, result.student))
+    return ["", "loss", "gap closed", "KL", "agreement", "ms/token", "state bytes"], rows
+
+
+def _row(result: Result, name: str, loss: float, found: Measured | None) -> list[str]:
+    gap = gap_closed(result.prepared.start.loss, loss, result.prepared.teacher.loss)
+    speed = result.decoding.get(name)
+    return [
+        name,
+        f"{loss:.4f}",
+        "" if gap is None else f"{gap:.3f}",
+        *(("", "") if found is None else (f"{found.divergence:.4f}", f"{found.agreement:.1%}")),
+        *(("", "") if speed is None else (f"{speed.milliseconds:.2f}", f"{speed.state_bytes:,}")),
+    ]
+
+
+def _final_loss(run: Path) -> float:
+    """The validation loss at the end of a stage."""
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    return next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,83 @@
+"""A student beside its teacher: loss, divergence, agreement, speed of decoding, and size of the state."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from ..data import Batch, Packed, Source
+from ..mixers.state import nbytes
+from ..models import IGNORED, LanguageModel, Sampling, generate_tokens
+from ..registry import Config
+from ..training import RunConfig
+from .objectives import divergence, hidden_states, split
+
+DECODED = 64
+"""Tokens whose decoding is timed."""
+
+
+class Measured(Config):
+    """One model on the validation split."""
+
+    loss: float
+    """Nats per token."""
+    divergence: float
+    """Kullback-Leibler divergence of the model from the teacher, nats per token."""
+    agreement: float
+    """Share of the tokens at which the most probable next token is the teacher's."""
+
+
+class Decoding(Config):
+    """Decoding one sequence after a context of the training length."""
+
+    milliseconds: float
+    """Per token, the best of three."""
+    state_bytes: int
+    """Of the state."""
+
+
+def gap_closed(start: float, found: float, teacher: float) -> float | None:
+    """The share of the loss gap that is closed: (CE0 - CE) / (CE0 - CE_teacher); None where there is no gap."""
+    return None if start <= teacher else (start - found) / (start - teacher)
+
+
+@torch.no_grad()
+def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measured:
+    """Measure a model on the batches of the final evaluation."""
+    loss, apart, same, asked = 0.0, 0.0, 0, 0
+    model.eval()
+    for batch in _batches(source, config, model.device):
+        states = [hidden_states(each, batch) for each in (model, teacher)]
+        targets = batch.targets[batch.targets != IGNORED]
+        heads = [each.head.weight for each in (model, teacher)]
+        parts = zip(*(split(x, heads[0]) for x in (*states, targets)), strict=True)
+        for own, theirs, wanted in parts:
+            logits = linear(own, heads[0])
+            loss += cross_entropy(logits.float(), wanted, reduction="sum").item()
+            apart += divergence(own, theirs, *heads).item()
+            same += int((logits.argmax(-1) == linear(theirs, heads[1]).argmax(-1)).sum())
+        asked += len(targets)
+    return Measured(loss=loss / max(asked, 1), divergence=apart / max(asked, 1), agreement=same / max(asked, 1))
+
+
+def _batches(source: Source, config: RunConfig, device: torch.device) -> Iterator[Packed]:
+    settings = config.training
+    rows = settings.batch_size // settings.grad_accum_steps
+    limit = settings.final_evaluation_batches
+    for batch, _ in source.evaluation_batches(rows, None if limit is None else limit * settings.grad_accum_steps):
+        yield source.packed(Batch(*(part.to(device) for part in batch)))
+
+
+def decoding(model: LanguageModel, context: int) -> Decoding:
+    """Time the decoding of a sequence after a context of so many tokens."""
+    prompt = torch.randint(model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0))
+    best = float("inf")
+    for _ in range(3):
+        options = {"max_new_tokens": DECODED, "sampling": Sampling(temperature=0), "compiled": False}
+        tokens = generate_tokens(model, [prompt.to(model.device)], **options)
+        next(tokens).tolist()
+        began = time.perf_counter()
+        torch.stack([*tokens]).tolist()  # waits for the device
+        best = min(best, (time.perf_counter() - began) / (DECODED - 1))
+    return Decoding(milliseconds=1000 * best, state_bytes=nbytes(model.init_state(1, max_length=context)))

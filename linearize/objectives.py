@@ -1,0 +1,118 @@
+"""The objectives of the stages: what a student learns of its teacher."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data import Packed
+from ..models import IGNORED, LanguageModel, ModelOutput, ModelState
+from ..models.loss import tokens_at_once
+from ..registry import SeqmixError
+from ..training.objective import Objective
+from .plan import StageName
+from .transfer import captured
+
+
+class Text(Objective):
+    """The cross-entropy of a student, which may train its new mixers alone.
+
+    Args:
+        teacher: the model that teaches, in evaluation mode.
+        layers: the layers with new mixers.
+        mixers_alone: whether nothing else trains.
+    """
+
+    def __init__(self, teacher: LanguageModel, layers: Sequence[int], *, mixers_alone: bool) -> None:
+        self.teacher, self.layers, self.mixers_alone = teacher, layers, mixers_alone
+
+    def prepare(self, model: LanguageModel) -> None:
+        """Freeze what does not train."""
+        self.teacher.to(model.device)
+        if self.mixers_alone:
+            model.requires_grad_(False)
+            for layer in self.layers:
+                model.blocks[layer].mixer.requires_grad_()
+
+
+class MixerOutput(Text):
+    """Each new mixer's squared error to its teacher's output, on the teacher's inputs."""
+
+    def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
+        """The errors, summed over layers and targets."""
+        mixers = {layer: self.teacher.blocks[layer].mixer for layer in self.layers}
+        with torch.no_grad(), captured(mixers) as found:
+            self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
+        loss, first = torch.zeros((), device=model.device), None
+        for layer, (x, wanted) in found.items():
+            mixer, options = model.blocks[layer].mixer, {"return_values": True, "first_values": first}
+            if mixer.takes_first_values and first is None:
+                raise SeqmixError(f"stage mixer_output: layer {layer} takes the values of a layer that is not swapped")
+            residual = mixer.traits.value_residual
+            y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, **(options if residual else {}))
+            first = values[0] if values and first is None else first
+            loss = loss + relative_error(y, wanted, batch.targets)
+        return ModelOutput(None, loss)
+
+
+class Hidden(Text):
+    """The squared errors of the hidden states after the new layers, of a student that runs by itself."""
+
+    def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
+        """The errors, summed over layers and targets."""
+        found = []
+        for each, learns in ((self.teacher, False), (model, True)):
+            blocks = {layer: each.blocks[layer] for layer in self.layers}
+            with torch.set_grad_enabled(learns), captured(blocks) as states:
+                each.run_blocks(each.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
+            found.append([states[layer][1] for layer in self.layers])
+        errors = [relative_error(y, wanted, batch.targets) for wanted, y in zip(*found, strict=True)]
+        return ModelOutput(None, torch.stack(errors).sum())
+
+
+class Logits(Text):
+    """The divergence of the student's distribution from the teacher's."""
+
+    def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
+        """The divergence, summed over targets."""
+        with torch.no_grad():
+            wanted = hidden_states(self.teacher, batch)
+        heads = model.head.weight, self.teacher.head.weight
+        parts = zip(*(split(x, heads[0]) for x in (hidden_states(model, batch), wanted)), strict=True)
+        sums = [checkpoint(divergence, *part, *heads, use_reentrant=False) for part in parts]
+        return ModelOutput(None, torch.stack([x for x in sums if isinstance(x, Tensor)]).sum())
+
+
+OBJECTIVES: dict[StageName, type[Text]] = {
+    "mixer_output": MixerOutput,
+    "hidden": Hidden,
+    "logits": Logits,
+    "text": Text,
+}
+
+
+def relative_error(y: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
+    """The mean over tokens of |y - wanted|^2, over that of |wanted|^2, times the number of targets."""
+    y, wanted = y.float(), wanted.float()
+    return F.mse_loss(y, wanted) / wanted.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()
+
+
+def hidden_states(model: LanguageModel, batch: Packed) -> Tensor:
+    """The inputs [M D] of the output projection at the tokens that have a target."""
+    x, _ = model.run_blocks(model.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
+    return model.norm(x[batch.targets != IGNORED])
+
+
+def split(x: Tensor, head: Tensor) -> tuple[Tensor, ...]:
+    """Tokens in parts whose logits are in memory at once."""
+    return x.split(tokens_at_once(head))
+
+
+def divergence(x: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> Tensor:
+    """KL(teacher, student) of hidden states [M D], in nats, summed; float32 or wider."""
+    own, theirs = F.linear(x, head), F.linear(wanted, wanted_head)
+    with torch.autocast(own.device.type, enabled=False):
+        logs = [y.to(torch.promote_types(y.dtype, torch.float32)).log_softmax(-1) for y in (own, theirs)]
+        return F.kl_div(logs[0], logs[1], reduction="sum", log_target=True)
