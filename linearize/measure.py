@@ -4,14 +4,15 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from ..data import Batch, Packed, Source
 from ..mixers.state import nbytes
 from ..models import IGNORED, LanguageModel, Sampling, generate_tokens
+from ..models.loss import tokens_at_once
 from ..registry import Config
 from ..training import RunConfig
-from .objectives import divergence, hidden_states, split
+from .objectives import divergence, stream
 
 DECODED = 64
 """Tokens whose decoding is timed."""
@@ -48,15 +49,13 @@ def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config
     loss, apart, same, asked = 0.0, 0.0, 0, 0
     model.eval()
     for batch in _batches(source, config, model.device):
-        states = [hidden_states(each, batch) for each in (model, teacher)]
-        targets = batch.targets[batch.targets != IGNORED]
-        heads = [each.head.weight for each in (model, teacher)]
-        parts = zip(*(split(x, heads[0]) for x in (*states, targets)), strict=True)
-        for own, theirs, wanted in parts:
-            logits = linear(own, heads[0])
+        targets, size = batch.targets[batch.targets != IGNORED], tokens_at_once(model.head.weight)
+        streams = [stream(each, batch).split(size) for each in (model, teacher)]
+        for own, theirs, wanted in zip(*streams, targets.split(size), strict=True):
+            logits = model.logits(own)
             loss += cross_entropy(logits.float(), wanted, reduction="sum").item()
-            apart += divergence(own, theirs, *heads).item()
-            same += int((logits.argmax(-1) == linear(theirs, heads[1]).argmax(-1)).sum())
+            apart += divergence(model, teacher, own, theirs).item()
+            same += int((logits.argmax(-1) == teacher.logits(theirs).argmax(-1)).sum())
         asked += len(targets)
     return Measured(loss=loss / max(asked, 1), divergence=apart / max(asked, 1), agreement=same / max(asked, 1))
 

@@ -78,10 +78,10 @@ class Logits(Text):
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
         """The divergence, summed over targets."""
         with torch.no_grad():
-            wanted = hidden_states(self.teacher, batch)
-        heads = model.head.weight, self.teacher.head.weight
-        parts = zip(*(split(x, heads[0]) for x in (hidden_states(model, batch), wanted)), strict=True)
-        sums = [checkpoint(divergence, *part, *heads, use_reentrant=False) for part in parts]
+            wanted = stream(self.teacher, batch)
+        size = tokens_at_once(model.head.weight)
+        parts = zip(stream(model, batch).split(size), wanted.split(size), strict=True)
+        sums = [checkpoint(divergence, model, self.teacher, *part, use_reentrant=False) for part in parts]
         return ModelOutput(None, torch.stack([x for x in sums if isinstance(x, Tensor)]).sum())
 
 
@@ -99,20 +99,15 @@ def relative_error(y: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(y, wanted) / wanted.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()
 
 
-def hidden_states(model: LanguageModel, batch: Packed) -> Tensor:
-    """The inputs [M D] of the output projection at the tokens that have a target."""
+def stream(model: LanguageModel, batch: Packed) -> Tensor:
+    """The residual stream [M D] after the last block, at the tokens that have a target."""
     x, _ = model.run_blocks(model.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
-    return model.norm(x[batch.targets != IGNORED])
+    return x[batch.targets != IGNORED]
 
 
-def split(x: Tensor, head: Tensor) -> tuple[Tensor, ...]:
-    """Tokens in parts whose logits are in memory at once."""
-    return x.split(tokens_at_once(head))
-
-
-def divergence(x: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> Tensor:
-    """KL(teacher, student) of hidden states [M D], in nats, summed; float32 or wider."""
-    own, theirs = F.linear(x, head), F.linear(wanted, wanted_head)
-    with torch.autocast(own.device.type, enabled=False):
-        logs = [y.to(torch.promote_types(y.dtype, torch.float32)).log_softmax(-1) for y in (own, theirs)]
-        return F.kl_div(logs[0], logs[1], reduction="sum", log_target=True)
+def divergence(model: LanguageModel, teacher: LanguageModel, x: Tensor, wanted: Tensor) -> Tensor:
+    """KL(teacher, model) after the residual streams [M D], in nats, summed; float32 or wider."""
+    logits = model.logits(x), teacher.logits(wanted)
+    with torch.autocast(x.device.type, enabled=False):
+        own, theirs = (y.to(torch.promote_types(y.dtype, torch.float32)).log_softmax(-1) for y in logits)
+        return F.kl_div(own, theirs, reduction="sum", log_target=True)
