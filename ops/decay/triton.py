@@ -175,8 +175,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     heads, key_width, value_width = x.matrix
     final_state = x.q.new_empty((x.rows, *x.matrix) if x.output_final_state else 0, dtype=torch.float32)
     chunk = configuration_of(x).chunk
-    # saved where they are no larger than half of q, k and v; elsewhere the backward scans again
-    if not x.needs_grad or 2 * key_width * value_width > chunk * (2 * key_width + value_width):
+    # saved where they are no larger than q, k and v; elsewhere the backward scans again
+    if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
         return x.q.new_empty(x.v.shape), final_state, x.q.new_empty(0)
     entries = x.q.new_empty(x.q.shape[0] * capacity(x.q.shape[1], chunk, x.cu_seqlens), heads, key_width, value_width)
     # packed documents leave chunks over, and an output has to be defined everywhere

@@ -23,6 +23,10 @@ FUSED = {"enable_fp_fusion": True}
 """A product and a sum are one instruction; explicit, since Triton's default is about to change."""
 
 
+REGISTERS = 65536
+"""Of a multiprocessor."""
+
+
 class Launch(NamedTuple):
     """How one body runs."""
 
@@ -31,11 +35,15 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     """Steps of a loop whose loads are in flight at once."""
+    blocks: int = 1
+    """Blocks that a multiprocessor holds: registers are capped for them, and what a compiler makes is held to it."""
 
     @property
     def options(self) -> dict[str, Any]:
         """For the launcher."""
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
+        # registers are given to threads by eights
+        cap = {"maxnreg": REGISTERS // (32 * self.warps * self.blocks) // 8 * 8} if self.blocks > 1 else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **cap, **FUSED}
 
 
 class Configuration(NamedTuple):
@@ -44,6 +52,8 @@ class Configuration(NamedTuple):
     chunk: int
     """C, tokens."""
     scan: Launch
+    token_scan: Launch
+    """The scan where decays are given for each token: clocks take registers."""
     forward: Launch
     backward: Launch
     decay_backward: Launch
@@ -51,18 +61,34 @@ class Configuration(NamedTuple):
     the gradient needs take registers."""
 
 
-def configurations(bits: int, width: int) -> tuple[Configuration, ...]:
-    """The table for GPUs, the largest chunk first: for elements of so many bits, and keys or values up to a width."""
+def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configuration, ...]:
+    """The table for GPUs, the largest chunk first, for elements of so many bits.
+
+    What is bound by memory, a scan and everything of narrow heads, wants several blocks that wait for it in turn.
+    """
     if bits == 32:
         scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2)
-        return (Configuration(32, scan, forward, backward, backward),)
-    outer = 64 if width <= 64 else 128
-    eight, four = Launch((64, outer), 8, 3), Launch((64, outer), 4, 3)
-    return Configuration(128, eight, eight, eight, Launch((64, 64), 8, 3)), Configuration(64, four, four, four, four)
+        return (Configuration(32, scan, scan, forward, backward, backward),)
+    if max(key_width, value_width) <= 64:
+        four, three = Launch((64, 64), 4, 3, blocks=4), Launch((64, 64), 4, 3, blocks=3)
+        return (Configuration(64, four, three, four, four, three),)
+    # a forward band has as many columns as a value
+    columns = 64 if value_width <= 64 else 128
+    scan = Launch((64, 64), 8, 3, blocks=2)
+    large = Configuration(
+        128,
+        scan=scan,
+        token_scan=scan,
+        forward=Launch((64, columns), 8, 3),
+        backward=Launch((64, 128), 8, 3),
+        decay_backward=Launch((64, 64), 8, 3),
+    )
+    four = Launch((64, 128), 4, 3, blocks=2)
+    return large, Configuration(64, four, four, four._replace(tile=(64, columns)), four, four)
 
 
 _SMALL = Launch((16, 32), 1, 1)
-INTERPRETED = tuple(Configuration(chunk, _SMALL, _SMALL, _SMALL, _SMALL) for chunk in (32, 16))
+INTERPRETED = tuple(Configuration(chunk, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL) for chunk in (32, 16))
 """The table for the interpreter: small, so that short inputs have several of everything."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
@@ -78,7 +104,7 @@ def configuration_of(x: Recurrence) -> Configuration:
     """The configuration that a call runs with, on its device."""
     if interpreted():
         return choose(INTERPRETED, x.chunk_size)
-    table = configurations(8 * x.q.element_size(), max(x.q.shape[3], x.v.shape[3]))
+    table = configurations(8 * x.q.element_size(), x.q.shape[3], x.v.shape[3])
     if torch.cuda.get_device_capability(x.q.device) != (9, 0):
         # the large ones are known to fit Hopper, and the smallest fits what has less shared memory
         return table[-1]
@@ -140,16 +166,20 @@ class Launcher:
         return self.q.new_empty(self.chunks, self.heads, self.key_width, self.value_width)
 
     @property
+    def _scan(self) -> Launch:
+        return self.configuration.scan if self.decays["clocks"] is None else self.configuration.token_scan
+
+    @property
     def scan_tiles(self) -> int:
         """Tiles of a state as the scan has them."""
-        tile_k, tile_v = self.configuration.scan.tile
+        tile_k, tile_v = self._scan.tile
         return -(-self.key_width // tile_k) * -(-self.value_width // tile_v)
 
     def scan(
         self, x: Tensor, w: Tensor, states: Tensor, ends: Mapping[str, Tensor | None], *, reverse: bool = False
     ) -> None:
         """Fill `states`, and of `ends` what is wanted: initial and final; products with the entries, given both."""
-        launch = self.configuration.scan
+        launch = self._scan
         operands = {"x": x, "w": w}
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
             states=states,

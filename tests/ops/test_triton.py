@@ -126,7 +126,7 @@ nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a min
 @pytest.mark.parametrize("bits", [16, 32])
 def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
     # a few large tiles take the interpreter less time than many small ones
-    monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, max(widths)))
+    monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, *widths))
     sizes = {"key_width": widths[0], "value_width": widths[1], "chunk_size": 128}
     compare(decay, lengths, packed=len(lengths) > 1, **sizes)
 
@@ -401,9 +401,10 @@ def test_reasons(native, asked, named):
 
 
 def test_chunk_size_picks_the_chunk():
-    table = configurations(16, 512)
+    table = configurations(16, 256, 512)
     assert [choose(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [64, 64, 64, 64, 128, 128]
-    for table in (INTERPRETED, *(configurations(bits, width) for bits in (16, 32) for width in (16, 64, 65, 512))):
+    heads = (16, 64), (65, 16), (16, 65), (256, 512)
+    for table in (INTERPRETED, *(configurations(bits, *widths) for bits in (16, 32) for widths in heads)):
         chunks = [configuration.chunk for configuration in table]
         assert chunks == sorted(chunks, reverse=True)
 

@@ -4,7 +4,8 @@ Triton has its own assembler, so a configuration that spills registers, exceeds 
 tensor cores is seen without a GPU. What is compiled are the launches of real calls: the calls are made on the CPU, and
 what they would launch is recorded.
 
-The tests compile the paper's head; this file as a program compiles the whole table, and prints what everything needs:
+The tests compile the paper's head; this file as a program compiles the whole table, and prints what everything needs.
+Without words, it writes the table of docs/appendix/measurements.md:
 
     python tests/ops/test_triton_compile.py [WORDS OF A NAME]
 """
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -25,9 +26,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from seqmix.experiments.pages import fill, table
 from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton_launch import Configuration, Launch, configurations
+from seqmix.ops.decay.triton_launch import REGISTERS, Configuration, Launch, configurations
 from seqmix.ops.kernels import Kernel
 from seqmix.ops.recurrence import Recurrence
 
@@ -39,8 +41,11 @@ pytestmark = pytest.mark.skipif(
 
 SHARED_LIMIT = 227 * 1024
 """Bytes that a block can have on sm_90."""
-HEADS = ((64, 64), (128, 128), (256, 512))
-"""Key and value widths: one that each row of the table is for, and the widest."""
+SHARED, RESERVED, WARPS = 228 * 1024, 1024, 64
+"""Bytes of a multiprocessor, those that it keeps for each block, and the warps it holds."""
+PAGE = Path(__file__).parents[2] / "docs/appendix/measurements.md"
+HEADS = ((64, 64), (128, 64), (128, 128), (256, 512))
+"""Key and value widths: those that each row of the table is for, and the widest."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -165,9 +170,15 @@ class Needs(NamedTuple):
     old_tensor_cores: int
     """Products of the instructions of earlier GPUs, at half the speed."""
 
+    def blocks(self, warps: int) -> int:
+        """Blocks of so many warps that a multiprocessor holds."""
+        registers = -(-self.registers // 8) * 8 * 32 * warps
+        return min(REGISTERS // registers, SHARED // (self.shared + RESERVED), WARPS // warps)
+
     def faults(self, recorded: Recorded) -> list[str]:
         """What is wrong with it."""
-        threads = 32 * recorded.options.get("num_warps", 4)
+        warps, cap = recorded.options.get("num_warps", 4), recorded.options.get("maxnreg")
+        threads, wanted = 32 * warps, 1 if cap is None else REGISTERS // (32 * warps * cap)
         products = "TILE_INNER" in recorded.arguments or "REVERSE" in recorded.arguments
         narrow = recorded.arguments.get("x", recorded.arguments.get("q")) if products else None
         faults = []
@@ -175,8 +186,10 @@ class Needs(NamedTuple):
             faults.append(f"spills {self.spilled} bytes per thread")
         if self.shared > SHARED_LIMIT:
             faults.append(f"takes {self.shared} bytes of shared memory, of {SHARED_LIMIT}")
-        if self.registers * threads > 65536:
+        if self.registers * threads > REGISTERS:
             faults.append(f"takes {self.registers} registers for each of {threads} threads")
+        elif self.shared <= SHARED_LIMIT and self.blocks(warps) < wanted:
+            faults.append(f"leaves room for {self.blocks(warps)} blocks, not {wanted}")
         if narrow is not None and narrow.element_size() == 2 and (self.old_tensor_cores or not self.tensor_cores):
             faults.append("misses the tensor cores of sm_90")
         return faults
@@ -218,7 +231,7 @@ def faults(launches: list[Recorded]) -> list[str]:
 @pytest.mark.parametrize("decay", ["H", "B T H"])
 @pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 128), (torch.float32, 32)])
 def test_the_papers_head_fits(dtype, chunk, decay):
-    configuration, *_ = configurations(8 * dtype.itemsize, 512)
+    configuration, *_ = configurations(8 * dtype.itemsize, 256, 512)
     assert configuration.chunk == chunk
     assert faults(chunkwise(configuration, dtype, (256, 512), decay)) == []
 
@@ -232,19 +245,24 @@ def test_the_launches_are_those_of_the_ops():
     names = {"state_scan", "band_forward", "band_backward"}
     gradients = {None: set(), "H": {"decay_gradient"}, "B T H": {"clocks", "decay_gradient"}}
     for decay, more in gradients.items():
-        (configuration,) = configurations(32, 64)
+        (configuration,) = configurations(32, 64, 64)
         launches = chunkwise(configuration, torch.float32, (64, 64), decay)
         assert {recorded.function.__name__ for recorded in launches} == names | more
     assert [recorded.function.__name__ for recorded in step(torch.float32, (64, 64), None)] == ["step"]
 
 
 def test_what_does_not_fit_is_seen():
-    (table, *_), dtype = configurations(16, 512), torch.bfloat16
-    scan = table._replace(scan=Launch((64, 128), 8, 6), chunk=128)
+    (row, *_), dtype = configurations(16, 256, 512), torch.bfloat16
+    scan = row._replace(scan=Launch((64, 128), 8, 6))
     found = faults([x for x in chunkwise(scan, dtype, (256, 512), None) if x.function.__name__ == "state_scan"][:1])
     assert len(found) == 1
     assert "bytes of shared memory, of 232448" in found[0]
-    narrow = table._replace(forward=Launch((64, 128), 4, 3))
+    crowded = row._replace(scan=row.scan._replace(blocks=3))
+    found = faults([x for x in chunkwise(crowded, dtype, (256, 512), "H") if x.function.__name__ == "state_scan"][:1])
+    assert len(found) == 2
+    assert "spills" in found[0]
+    assert "leaves room for 2 blocks, not 3" in found[1]
+    narrow = row._replace(forward=Launch((64, 128), 4, 3))
     found = faults([x for x in chunkwise(narrow, dtype, (256, 512), "H") if x.function.__name__ == "band_forward"])
     assert len(found) == 1
     assert "band_forward spills" in found[0]
@@ -262,7 +280,7 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
         if dtype == torch.float16 and not widest:
             continue
         name = f"{kind} {widths[0]}x{widths[1]}"
-        for configuration in configurations(8 * dtype.itemsize, max(widths)):
+        for configuration in configurations(8 * dtype.itemsize, *widths):
             for decay, learned in decays[-1:] if dtype == torch.float16 else decays:
                 # documents take more of a kernel than rows do: rows are compiled once
                 for packed in (True, False) if dtype == torch.bfloat16 and widest and decay == "H" else (True,):
@@ -276,7 +294,8 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
 def main(words: list[str]) -> int:
     """Compile the whole table, or of it what has all the words in its name; the number of what does not fit."""
     start, seen, wrong = time.perf_counter(), set(), 0
-    print(f"Triton {triton.__version__}, sm_90; registers per thread, bytes of shared memory, warpgroup products")
+    rows: dict[tuple[str, ...], list[tuple[Recorded, Needs]]] = {}
+    print(f"Triton {triton.__version__}, sm_90; registers per thread, bytes of shared memory, blocks, products")
     for name, launches in everything():
         for recorded in launches if all(word in name.split() for word in words) else []:
             source = recorded.source()
@@ -288,10 +307,40 @@ def main(words: list[str]) -> int:
             found = needs.faults(recorded)
             wrong += bool(found)
             kernel = recorded.function.__name__ + (" reversed" if recorded.arguments.get("REVERSE") else "")
-            figures = f"{needs.registers:>4} {needs.shared:>7} {needs.tensor_cores:>3}"
+            blocks = needs.blocks(recorded.options.get("num_warps", 4))
+            figures = f"{needs.registers:>4} {needs.shared:>7} {blocks:>2} {needs.tensor_cores:>3}"
+            rows.setdefault((*name.split()[:3], kernel), []).append((recorded, needs))
             print(f"{name:<45} {kernel:<20} {figures}  {'; '.join(found)}".rstrip(), flush=True)
     print(f"{len(seen)} kernels in {time.perf_counter() - start:.0f} s, {wrong} that do not fit")
+    if not words:
+        PAGE.write_text(fill(PAGE, {"compiled": page_of(rows)}), encoding="utf-8")
     return wrong
+
+
+def page_of(rows: Mapping[tuple[str, ...], Sequence[tuple[Recorded, Needs]]]) -> list[str]:
+    """The lines of the page's table: the most that a kernel of a configuration needs, over kinds of decays."""
+    body = []
+    for (kind, widths, chunk, kernel), found in rows.items():
+        if kind == "float16" or not chunk.startswith("C="):  # has the row of bfloat16; a step is described below
+            continue
+        recorded, _ = found[0]
+        warps = recorded.options.get("num_warps", 4)
+        tile = [recorded.arguments.get(name) for name in ("TILE_K", "TILE_V")]
+        tile = tile if tile[0] else [recorded.arguments.get(name) for name in ("TILE_INNER", "TILE_OUTER")]
+        body.append(
+            [
+                kind,
+                widths.replace("x", " x "),
+                chunk.removeprefix("C="),
+                f"`{kernel}`",
+                " x ".join(str(size) for size in tile if size),
+                str(warps),
+                str(max(needs.registers for _, needs in found)),
+                f"{max(needs.shared for _, needs in found) / 1024:.0f}",
+                str(min(needs.blocks(warps) for _, needs in found)),
+            ]
+        )
+    return table(["inputs", "head", "C", "kernel", "tile", "warps:", "registers:", "KB:", "blocks:"], body)
 
 
 if __name__ == "__main__":
