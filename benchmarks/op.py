@@ -56,11 +56,11 @@ class OpImplementation(Implementation):
 
     def entry(self, length: int) -> Entry:
         batch, (heads, keys, values) = self.settings.batch, self.widths
-        generator = torch.Generator().manual_seed(0)
+        device = self.settings.device
+        generator = torch.Generator(device).manual_seed(0)  # a GPU's: to draw hundreds of millions elsewhere takes long
 
         def random(width: int) -> Tensor:
-            x = torch.randn(batch, length, heads, width, generator=generator)
-            return x.to(self.settings.device, self.dtype)
+            return torch.randn(batch, length, heads, width, generator=generator, device=device).to(self.dtype)
 
         # keys as small as a mixer's, which scales them: sums of scores stay in range
         q, k, v = random(keys), random(keys) * keys**-0.5, random(values)
@@ -122,6 +122,7 @@ class OpBenchmark(Benchmark):
             implementation("fla", _fla, reason=lacks_fla, base="chunkwise"),
             implementation("sdpa", _attention(F.scaled_dot_product_attention), values=s.keys),
             implementation("eager", _attention(eager_attention), values=s.keys),
+            *([] if backward else [implementation("copy", _copy)]),
         ]
 
     def notes(self) -> Iterable[str]:
@@ -136,8 +137,8 @@ class OpBenchmark(Benchmark):
             "the masks and decays of its parallel mode are formed before, not in the time."
         )
         yield (
-            "The share is that of the op's own products timed alone (triton's and fla's: those of chunkwise); squares "
-            "count in full, sdpa's as half of one."
+            "copy reads queries, keys and values and writes them: no op moves less. The share is that of the op's own "
+            "products timed alone (triton's and fla's: those of chunkwise); squares count in full, sdpa's as half."
         )
 
 
@@ -179,6 +180,11 @@ class Theirs:
 
 def _attention(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+def _copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _, _, copied = q.clone(), k.clone(), v.clone()
+    return copied
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """`seqmix bench-gpu`: everything that needs a GPU, in one command."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from ..benchmarks.gpu import GROUPS, measure, plan, run_process
+from ..benchmarks.gpu import measure
+from ..benchmarks.gpu_plan import GROUPS, plan
 from ..registry import SeqmixError, require_name
 
 
@@ -15,22 +17,33 @@ def bench_gpu(
     only: Annotated[
         list[str] | None, typer.Option(help="Run only these parts; may be repeated.", metavar="|".join(GROUPS))
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Time limit per part, in seconds.")] = 600.0,
+    time_limit: Annotated[float, typer.Option(help="Time limit per part, in seconds.", min=1)] = 600.0,
+    budget: Annotated[
+        float, typer.Option(help="Time for all parts together, in seconds: what matters most comes first.", min=1)
+    ] = float("inf"),
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes, on the CPU: a minute or two.")
+    ] = False,
 ) -> None:
     """Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.
 
     Each part runs in its own process: a crash ends only that part. Finished parts are skipped when you run it again.
+    The folder's archive, DIR.tar.gz, is written again after each part.
 
-    [bold]seqmix bench-gpu --out gpu[/bold]
+    [bold]seqmix bench-gpu --out gpu --budget 1500[/bold]
+
+    [bold]seqmix bench-gpu --out rehearsal --rehearse[/bold]
     """
     for name in only or ():
         require_name("part", name, GROUPS)
-    if not torch.cuda.is_available():
-        raise SeqmixError("bench-gpu needs a CUDA GPU, and torch finds none")
-    memory = torch.cuda.get_device_properties(0).total_memory
-    parts = [part for part in plan(memory) if not only or part.group in only]
-    outcomes = measure(parts, out, lambda part, file: run_process(part, file, seconds=time_limit), typer.echo)
+    if rehearse:
+        os.environ |= {"TRITON_INTERPRET": "1"}  # before triton is imported, here and in the parts
+    elif not torch.cuda.is_available():
+        raise SeqmixError("bench-gpu needs a CUDA GPU, and torch finds none; --rehearse runs on the CPU")
+    memory = 80 * 2**30 if rehearse else torch.cuda.get_device_properties(0).total_memory
+    parts = [part for part in plan(memory, rehearsal=rehearse) if not only or part.group in only]
+    outcomes = measure(parts, out, typer.echo, time_limit=time_limit, budget=budget)
     for outcome in outcomes:
         if outcome.problem is not None:
             typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")
-    typer.echo(f"written: {out / 'gpu.json'} and {out / 'gpu.md'}")
+    typer.echo(f"written: {out / 'gpu.json'}, {out / 'gpu.md'} and {out}.tar.gz")

@@ -3,13 +3,15 @@
 import json
 import re
 import sys
+import tarfile
 
 import pytest
 import torch
 
 from seqmix import MIXERS
 from seqmix.benchmarks import gpu
-from seqmix.benchmarks.gpu import GROUPS, Part, combined, measure, plan, run_process
+from seqmix.benchmarks.gpu import combined, measure, run_process
+from seqmix.benchmarks.gpu_plan import GROUPS, Part, plan
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
 from seqmix.benchmarks.suite import Report, Row
@@ -40,7 +42,11 @@ def parts():
     ]
 
 
-def stub(part, file):
+def silent(text):
+    pass
+
+
+def stub(part, file, *, seconds=None):
     """What a process would leave."""
     if part.name in ("wrong", "crashing"):
         return "killed by signal 9: it printed nothing"
@@ -55,10 +61,14 @@ def stub(part, file):
 def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     parts = list(plan(80 * GIB))
     assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)
+    heads = [part.command for part in parts if part.group == "headline"]
+    assert len(heads) == 3
+    assert all(words[words.index("--batch") + 1] == "8" and "4096" in words for words in heads)
     assert [part.name for part in parts if part.group == "conformance"] == list(MIXERS.kinds())
     assert {part.group for part in parts} >= set(BENCHMARKS)
     assert len({(part.group, part.name) for part in parts}) == len(parts)
-    kernels = {part.name: part for part in parts if part.group == "kernels"}
+    kernels = {part.name: part for part in parts if part.group in ("kernels", "references")}
+    assert parts[0].name.endswith("triton")
     assert set(kernels) == set(all_kernels())
     assert kernels["decay/chunkwise/reference"].skipped is None
     assert kernels["decay/chunkwise/triton"].command == ("check", "decay/chunkwise/triton", "--device", "cuda")
@@ -72,6 +82,25 @@ def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     decode = paper["paper-decode", "seqmix"]
     assert decode[:3] == ("bench", "decode", "retnet-6.7b")
     assert "8192" in decode
+
+
+def test_the_largest_batch_leaves_room_for_the_weights():
+    batch = {
+        part.name: int(part.command[part.command.index("--batch") + 1])
+        for part in plan(80 * GIB)
+        if part.group == "decode-largest"
+    }
+    # 13.7 GB of weights; 268 MB of state, and 4.3 GB of keys and values a sequence
+    assert 230 < batch["seqmix"] <= (80 * GIB - 13.4e9) / (32 * 16 * 256 * 512 * 4)
+    assert batch["llama"] == 16
+
+
+def test_a_rehearsal_has_a_part_of_every_kind(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    parts = list(plan(80 * GIB, rehearsal=True))
+    assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)
+    assert all("cuda" not in part.command for part in parts)
+    assert "seqmix" in {part.name for part in parts if part.skipped is None and part.group == "paper-decode"}
 
 
 def test_what_does_not_fit_is_not_started():
@@ -93,7 +122,7 @@ def test_the_commands_of_the_plan_are_understood(refused):
 
 
 def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
-    outcomes = measure(parts, tmp_path, stub, lambda text: None)
+    outcomes = measure(parts, tmp_path, silent, stub)
     assert [outcome.problem is None for outcome in outcomes] == [True, False, True, False, True, False]
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [part["name"] for part in written["parts"]] == [part.name for part in parts]
@@ -111,25 +140,54 @@ def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
 
 
 def test_figures_are_written_behind_each_part(parts, tmp_path):
-    def runner(part, file):
+    def runner(part, file, *, seconds):
         if part.name == "llama":
             raise KeyboardInterrupt
         return stub(part, file)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(parts, tmp_path, runner, lambda text: None)
+        measure(parts, tmp_path, silent, runner)
     assert len(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == 4
 
 
+def test_a_budget_is_kept_and_what_it_leaves_out_is_said(parts, tmp_path, monkeypatch):
+    clock, given = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: float(next(clock)))
+
+    def runner(part, file, *, seconds):
+        given.append((part.name, seconds))
+        return stub(part, file)
+
+    outcomes = measure(parts, tmp_path, silent, runner, time_limit=50.0, budget=85.0)
+    assert given == [("retention", 50.0), ("wrong", 50.0), ("seqmix", 35.0), ("crashing", 15.0)]
+    assert outcomes[4].problem == "not begun: the budget of 85 s is spent"
+    assert outcomes[5].problem == "fla is not installed"
+
+
+def test_one_archive_has_all_there_is_after_each_part(parts, tmp_path):
+    def runner(part, file, *, seconds):
+        if part.name == "llama":
+            raise KeyboardInterrupt
+        return stub(part, file)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(parts, tmp_path / "gpu", silent, runner)
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        names = set(archive.getnames())
+        written = json.load(archive.extractfile("gpu/gpu.json"))
+    assert names >= {"gpu/gpu.md", "gpu/parts/paper-train--seqmix.json"}
+    assert len(written["parts"]) == 4
+
+
 def test_what_was_measured_is_not_measured_again(parts, tmp_path):
-    measure(parts, tmp_path, stub, lambda text: None)
+    measure(parts, tmp_path, silent, stub)
     again = []
 
-    def runner(part, file):
+    def runner(part, file, *, seconds):
         again.append(part.name)
         return stub(part, file)
 
-    outcomes = measure(parts, tmp_path, runner, lambda text: None)
+    outcomes = measure(parts, tmp_path, silent, runner)
     assert again == ["wrong", "crashing"]
     assert [outcome.report is None for outcome in outcomes] == [True, True, False, True, False, True]
 

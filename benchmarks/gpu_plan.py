@@ -1,0 +1,144 @@
+"""What a GPU is needed for, in the order of its worth: a lease that ends early has what matters most."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..mixers import MIXERS
+from ..mixers.state import nbytes
+from ..models import build_meta
+from ..ops.kernels import Probe, all_kernels
+from .models import model_to_measure
+from .peers import PEERS, Size
+
+GROUPS = {
+    "kernels": "Kernels against the definitions of their ops, on the GPU",
+    "headline": "The op: 8 sequences of 4,096 tokens at width 2,048",
+    "decode-largest": "Decoding at 6.7B parameters after 8,192 tokens, as many sequences as fit",
+    "paper-decode": "The paper's Figure 6: decoding at 6.7B parameters, eight sequences after 8,192 tokens",
+    "paper-train": "The paper's Table 4: training at 1.3B parameters and 8,192 tokens",
+    "op": "The op over lengths, at the paper's head size",
+    "recurrence": "Recurrences of every op family",
+    "train": "Training, 200M parameters",
+    "decode": "Decoding, 200M parameters",
+    "prefill": "Reading a prompt, 200M parameters",
+    "paper-train-checkpointed": "The paper's Table 4, activations recomputed in backward",
+    "references": "References against the definitions of their ops, on the GPU",
+    "conformance": "The conformance kit on the GPU",
+}
+"""What the parts belong to."""
+
+HEADS = {"K256-V512": (8, 2.0), "K128-V128": (16, 1.0), "K64-V64": (32, 1.0)}
+"""Heads and `expand_v` at width 2,048: the paper's, and those of most others."""
+CONTEXT = 8192
+ROOM = 2**31
+"""Bytes that activations, a library's work space and fragments may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process."""
+
+    group: str
+    name: str
+    command: tuple[str, ...]
+    """Arguments of `seqmix`."""
+    skipped: str | None = None
+    """Why it is not started."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it writes a report."""
+        return self.command[0] == "bench"
+
+
+def plan(memory: int, *, rehearsal: bool = False) -> Iterator[Part]:
+    """All parts, for a GPU with so many bytes of memory.
+
+    A rehearsal has every kind of part at toy sizes, on a CPU and in Triton's interpreter: it finds what is misspelt.
+    """
+    device = torch.device("cpu" if rehearsal else "cuda")
+    where = ("--device", str(device))
+    brief = ("--quick",) if rehearsal else ()
+    checks: dict[bool, list[Part]] = {True: [], False: []}
+    for name, kernel in all_kernels().items():
+        least = Probe(device=device, dtype=torch.float32 if rehearsal else torch.bfloat16, key_width=64, value_width=64)
+        reasons = "" if kernel.reference else "; ".join(kernel.unsupported(least))
+        group = "references" if kernel.reference else "kernels"
+        part = Part(group=group, name=name, command=("check", name, *where, *brief), skipped=reasons or None)
+        checks[kernel.reference].append(part)
+    # first what shows whether figures mean anything
+    yield from checks[False][:1] if rehearsal else sorted(checks[False], key=lambda part: part.skipped is not None)
+    yield from _measured(memory, where, rehearsal)
+    yield from checks[True][: 1 if rehearsal else None]
+    for kind in list(MIXERS.kinds())[: 1 if rehearsal else None]:
+        yield Part(group="conformance", name=kind, command=("check", kind, *where, *brief))
+
+
+def _measured(memory: int, where: tuple[str, ...], rehearsal: bool) -> Iterator[Part]:
+    """What is timed."""
+    numbers = "float32" if rehearsal else "bfloat16"
+    common = (*where, "--dtype", numbers, "--limit", "30")
+    tiny = ("model.d_model=32", "model.n_layers=2", "model.vocab_size=257") if rehearsal else ()
+
+    def words(*lengths: int, batch: int | None = None) -> tuple[str, ...]:
+        """Lengths and sequences, as options; few in a rehearsal."""
+        found = [word for length in lengths for word in ("--length", str(32 if rehearsal else length))]
+        return (*found, *(() if batch is None else ("--batch", str(2 if rehearsal else batch))))
+
+    for name, (heads, expand) in HEADS.items():
+        shape = f"model.blocks.ret.mixer={{kind: retention, n_heads: {heads}, expand_v: {expand}}}"
+        only = [word for one in ("chunkwise", "triton", "fla", "sdpa", "copy") for word in ("--only", one)]
+        command = ("bench", "op", "retnet-1.3b", shape, *tiny, *words(4096, batch=8), *only, *common)
+        yield Part(group="headline", name=name, command=command)
+    for kind in ("seqmix", "llama"):
+        batch = _largest_batch(kind, memory)
+        command = ("decode", "retnet-6.7b", *tiny, *words(CONTEXT, batch=max(1, batch)), *common)
+        yield from _paper("decode-largest", command, 2, memory, rehearsal, only=kind)
+    train = ("train", "retnet-1.3b", *tiny, *words(8192), "--tokens", "32" if rehearsal else "8192", *common)
+    decode = ("decode", "retnet-6.7b", *tiny, *words(2048, CONTEXT, batch=8), *common)
+    yield from _paper("paper-decode", decode, 2, memory, rehearsal)
+    yield from _paper("paper-train", train, 16, memory, rehearsal)
+    # a small vocabulary: all are in memory together
+    model = ("retnet-200m", *(tiny or ("model.vocab_size=8192",)))
+    longer = words(2048, 8192, 32768)
+    for group, given in (
+        ("op", ("retnet-1.3b", *tiny, *words(2048, 8192, 32768, batch=2))),
+        ("recurrence", (*words(2048), "--only", "chunkwise")),
+        ("train", (*model, *words(2048, 8192, 16384), "--tokens", "32" if rehearsal else "16384", "--compile")),
+        ("decode", (*model, *longer, *words(batch=8), "--compile")),
+        ("prefill", (*model, *longer, "--compile")),
+    ):
+        # compiling takes half a minute on a CPU, and has nothing that could be misspelt
+        kept = tuple(word for word in given if not (rehearsal and word == "--compile"))
+        yield Part(group=group, name=group, command=("bench", group, *kept, *common))
+    yield from _paper("paper-train-checkpointed", (*train, "--activation-checkpointing"), 16, memory, rehearsal)
+
+
+def _largest_batch(kind: str, memory: int) -> int:
+    """Sequences whose states fit beside the weights in bfloat16; of a Transformer, its keys and values."""
+    config = model_to_measure("retnet-6.7b", ())
+    state = nbytes(build_meta(config).init_state(1, max_length=CONTEXT))
+    if kind != "seqmix":
+        state = 2 * 2 * config.n_layers * config.d_model * CONTEXT
+    return (memory - ROOM - 2 * Size(config).parameters) // state
+
+
+def _paper(
+    group: str, words: Sequence[str], bytes_each: int, memory: int, rehearsal: bool, only: str | None = None
+) -> Iterator[Part]:
+    """A part a peer: two of this size are not in memory together."""
+    benchmark, preset = words[:2]
+    size = Size(model_to_measure(preset, ()))
+    needed, gib = size.parameters * bytes_each, 2**30
+    device = torch.device("cpu" if rehearsal else "cuda")
+    for kind in (kind for kind in PEERS if kind.name != "by-hand" and only in (None, kind.name)):
+        reason = kind.missing(size, device)
+        if reason is None and needed > memory and not rehearsal:
+            reason = f"parameters alone take {needed / gib:,.0f} GiB, and the GPU has {memory / gib:,.0f}"
+        names = [kind.name] if benchmark in kind.roles else []
+        names += [f"{kind.name}-compiled"] if benchmark in kind.compiled_roles and not rehearsal else []
+        for name in names:
+            one = ("--only", name) if rehearsal else ("--compile", "--only", name)
+            yield Part(group=group, name=name, command=("bench", *words, *one), skipped=reason)
