@@ -70,7 +70,7 @@ def measure(
     Args:
         parts: in this order.
         out: the folder for the results.
-        note: is told which part begins.
+        note: is given the part that begins, in words.
         runner: runs a part, with its file and its seconds, and returns what went wrong.
         time_limit: seconds that a part may take.
         budget: seconds that all may take together; what is left then is not begun.

@@ -268,6 +268,26 @@ def test_what_does_not_fit_is_seen():
     assert "band_forward spills" in found[0]
 
 
+def moved(launches: list[Recorded], tokens: int) -> int:
+    """Bytes between memory and the caches for each token and head, where a launch reads or writes a tensor once."""
+    tensors = [x for recorded in launches for x in recorded.arguments.values() if isinstance(x, torch.Tensor)]
+    heads = launches[0].arguments["heads"]
+    return sum(x.nbytes for x in tensors if x.ndim == 4) // (tokens * heads)
+
+
+@pytest.mark.parametrize(("widths", "chunk", "bytes_moved"), [((256, 512), 128, 21_504), ((128, 128), 128, 5_120)])
+def test_training_moves_no_more_than_two_kernels_each_way_need(widths, chunk, bytes_moved):
+    """Forward 6 (K + V) + 4 K V / C, backward 10 K + 8 V + 6 K V / C, with states of 16 bits that forward keeps."""
+    key, value = widths
+    configuration = next(row for row in configurations(16, *widths) if row.chunk == chunk)
+    launches = chunkwise(configuration, torch.bfloat16, widths, "H", learned=False, packed=False)
+    # of the state before and after the call nothing is left in a long segment
+    for recorded in launches:
+        recorded.arguments.update({name: None for name in ("initial", "final") if name in recorded.arguments})
+    assert moved(launches, 2 * chunk) == bytes_moved
+    assert bytes_moved == 16 * key + 14 * value + 10 * key * value // chunk
+
+
 # ---- the whole table
 
 
