@@ -73,6 +73,16 @@ class Recurrence(NamedTuple):
         """The runs of tokens that depend on each other; inside an op only."""
         return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
 
+    def widened(self) -> "Recurrence":
+        """The same with all inputs in the dtype of states."""
+        return self._replace(
+            **{
+                name: x.to(self.wide)
+                for name, x in self._asdict().items()
+                if isinstance(x, Tensor) and x.is_floating_point()
+            }
+        )
+
     def new_state(self, *leading: int) -> Tensor:
         """Empty room for states, [.. H K V]."""
         return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)

@@ -26,7 +26,7 @@ BLOCK = 64
 
 
 class TokenRule(ABC):
-    """What a family's state becomes at one token, [B H K V]."""
+    """What a family's state becomes at one token, [B H K V]; what is written is given wide."""
 
     @abstractmethod
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
@@ -82,18 +82,19 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, saved = _allocate(x)
-    index = 0
+    x, index = x.widened(), 0
+    query = x.scale * x.q
     for stretch in x.stretches:
         state = final_state[stretch.rows]
         if x.initial_state is not None:
-            state = x.initial_state[stretch.rows].to(x.wide)
+            state = x.initial_state[stretch.rows]
         for start, stop in _blocks(stretch):
             if x.needs_grad:
                 saved[index] = state
                 index += 1
             for t in range(start, stop):
                 state = rule.write(x, t, state)
-                output[:, t] = x.scale * read(x.q[:, t].to(x.wide), state)
+                output[:, t] = read(query[:, t], state)
         final_state[stretch.rows] = state
     if x.needs_grad:
         saved[index:].zero_()  # documents that end in one block leave rows over
@@ -106,7 +107,8 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
     out = {name: torch.zeros_like(tensor) for name, tensor in given.items() if tensor is not None}
     if x.log_decay is not None:
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)
-    d_output = torch.zeros_like(x.v) if d_output is None else d_output
+    x = x.widened()
+    query, d_output = x.scale * x.q, torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
     runs = [(stretch, _blocks(stretch)) for stretch in x.stretches]
     index = sum(len(blocks) for _, blocks in runs)
     for stretch, blocks in reversed(runs):
@@ -119,8 +121,8 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
             for t in range(start, stop):
                 states.append(rule.write(x, t, states[-1]))
             for t in range(stop - 1, start - 1, -1):
-                d_out = d_output[:, t].to(x.wide)
-                d_state = d_state + x.scale * outer(x.q[:, t].to(x.wide), d_out)
+                d_out = d_output[:, t]
+                d_state = d_state + outer(query[:, t], d_out)
                 out["q"][:, t] = x.scale * torch.einsum("bhv,bhkv->bhk", d_out, states[t + 1 - start])
                 d_state = rule.write_backward(x, t, states[t - start], d_state, out)
         if x.initial_state is not None:

@@ -1,5 +1,6 @@
 """The engine of mixer and kernel checks: it runs them on drawn cases, and reports a small one that fails."""
 
+import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -108,7 +109,7 @@ def _run(
     on_case: Callable[[int], None] | None,
 ) -> Outcome:
     started = time.perf_counter()
-    with _one_thread():
+    with _one_thread(), _few_objects():
         error, case, count = search(
             partial(tested.attempt, check),
             tested.cases(check),
@@ -151,6 +152,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _few_objects() -> Iterator[None]:
+    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case."""
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:  # of whoever froze before, all stays so
+            gc.unfreeze()
 
 
 @contextmanager

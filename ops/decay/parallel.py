@@ -7,6 +7,9 @@ from ..packing import document_of_token
 from ..recurrence import Recurrence, RecurrenceOutput
 from ..recurrent import no_autocast
 
+AT_ONCE = 2**20
+"""Decays of pairs of tokens that are made at once, over all keys; of more, those of two keys after two others."""
+
 
 def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     """Plain operations, which are differentiable in every way (notation of api.py)."""
@@ -52,7 +55,13 @@ def per_token(a: Tensor, length: int) -> Tensor:
 
 def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
     """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
-    return torch.where(mask[..., None], a[..., None, :, :], 0).sum(-2)
+    sums = [torch.where(mask[..., None], part[..., None, :, :], 0).sum(-2) for part in _by_keys(len(mask), a)]
+    return torch.cat(sums, dim=-1)
+
+
+def _by_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
+    """Log-decays [.. L K] in parts whose pairs with so many rows are few enough."""
+    return a.split(a.shape[-1] if rows * a.shape[-2] * a.shape[-1] <= AT_ONCE else 2, dim=-1)
 
 
 def _fixed_decay(log_decay: Tensor, distance: Tensor, causal: Tensor) -> Tensor:
@@ -67,12 +76,22 @@ def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tens
         return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
     length = causal.shape[0]
     later = torch.ones(length, length, dtype=torch.bool, device=a.device).tril(-1)
+    if a.shape[-1] == 1:
+        return (q @ k.transpose(2, 3)) * _pair_decays(a, later, causal)[..., 0]
+    parts = _by_keys(length, a)
+    queries, keys = (x.to(a.dtype).split(parts[0].shape[-1], dim=-1) for x in (q, k))
+    scores = [
+        torch.einsum("bhik,bhjk,bhijk->bhij", query, key, _pair_decays(part, later, causal))
+        for query, key, part in zip(queries, keys, parts, strict=True)
+    ]
+    return sum(scores[1:], start=scores[0])
+
+
+def _pair_decays(a: Tensor, later: Tensor, causal: Tensor) -> Tensor:
+    """The decay from j to i, by key, 0 where j is not seen: [1|B H T T 1|K]."""
     # entry [i, j] adds a[l] for j < l <= i
     stretch = torch.where(later[..., None], a[..., None, :], 0).cumsum(-3)
-    decay = stretch.masked_fill(~causal[..., None], float("-inf")).exp()  # [1|B H T T 1|K]
-    if decay.shape[-1] == 1:
-        return (q @ k.transpose(2, 3)) * decay[..., 0]
-    return torch.einsum("bhik,bhjk,bhijk->bhij", q.to(decay.dtype), k.to(decay.dtype), decay)
+    return stretch.masked_fill_(~causal[..., None], float("-inf")).exp_()
 
 
 def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,14 +31,14 @@ class _Decay(TokenRule):
         return output.to(x.q.dtype).transpose(1, 2), state
 
     def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
-        written = outer(x.k[:, t].to(x.wide), x.v[:, t].to(x.wide))
+        written = outer(x.k[:, t], x.v[:, t])
         return decay_at(x.log_decay, t, x.wide) * state + written
 
     def write_backward(
         self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
     ) -> Tensor:
-        out["k"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, x.v[:, t].to(x.wide))
-        out["v"][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, x.k[:, t].to(x.wide))
+        out["k"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, x.v[:, t])
+        out["v"][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, x.k[:, t])
         d_state = decay_at(x.log_decay, t, x.wide) * d_state
         add_decay_gradient(out, t, (state * d_state).sum(3))
         return d_state

@@ -48,7 +48,7 @@ class DeltaRule(TokenRule):
     def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
         key, value, decayed, found = self._read(x, t, state)
         if x.b is not None:
-            return decayed + outer(x.b[:, t].to(x.wide), found) + outer(key, value)
+            return decayed + outer(x.b[:, t], found) + outer(key, value)
         return decayed + outer(key, self._rate(x, t) * (value - found))
 
     def write_backward(
@@ -63,7 +63,7 @@ class DeltaRule(TokenRule):
                 out["beta"][:, t] = (key * written).sum(2)
         else:
             d_value, d_key = read(key, d_state), torch.einsum("bhkv,bhv->bhk", d_state, value)
-            d_found = read(x.b[:, t].to(x.wide), d_state)
+            d_found = read(x.b[:, t], d_state)
             out["b"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, found)
         d_reader = torch.einsum("bhkv,bhv->bhk", decayed, d_found)
         if x.a is None:
@@ -78,15 +78,15 @@ class DeltaRule(TokenRule):
     def _read(self, x: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k_t, v_t, P_t and r_t."""
         decayed = decay_at(x.log_decay, t, x.wide) * state
-        return x.k[:, t].to(x.wide), x.v[:, t].to(x.wide), decayed, read(self._reader(x, t), decayed)
+        return x.k[:, t], x.v[:, t], decayed, read(self._reader(x, t), decayed)
 
     def _reader(self, x: Recurrence, t: int) -> Tensor:
         """a_t."""
-        return (x.k if x.a is None else x.a)[:, t].to(x.wide)
+        return (x.k if x.a is None else x.a)[:, t]
 
     def _rate(self, x: Recurrence, t: int) -> Tensor | float:
         """beta_t."""
-        return 1.0 if x.beta is None else x.beta[:, t, :, None].to(x.wide)
+        return 1.0 if x.beta is None else x.beta[:, t, :, None]
 
 
 delta_recurrent = recurrent_kernel("delta_recurrent", DeltaRule())

@@ -61,17 +61,26 @@ def graphs_follow_sizes(trial: Trial) -> None:
     """Compiled once, a mixer gives what eager gives for other numbers of tokens and packed documents (of rows,
     without packing); the compiler may make further graphs."""
 
+    packs = trial.mixer.traits.packing
+
     def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=trial.subject.compile_backend)
-    # a graph that holds a size is wrong at the next; the third call meets what was compiled for any size
+    graph = torch.compile(function, fullgraph=True, backend=trial.subject.compile_backend)
+
+    def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:
+        # from the first call on for any size: by itself, the compiler would do so at the second only
+        for tensor, axis in ((x, 1), *((cuts, 0) for cuts in options.values())) if packs else ((x, 0), (x, 1)):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return graph(x, state, **options)
+
+    # a graph that holds a size is wrong at the next
     calls: list[tuple[Tensor, dict[str, Tensor]]] = [
         (trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)})
         for cuts in ((0, 3, 8), (0, 5, 6, 11), (0, 2, 9, 9, 14))
     ]
-    if not trial.mixer.traits.packing:
+    if not packs:
         calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 8), (3, 11), (4, 14))]
     for x, options in calls:
         expected = trial.differentiate(partial(function, **options), x, None)

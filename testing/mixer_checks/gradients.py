@@ -18,7 +18,7 @@ from ..mixer_trial import Trial, as_leaves, learnable, named_leaves, named_resul
 STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
 
-MANY_ROWS = 14
+MANY_ROWS = 5
 """So many times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of."""
 
 ALLOWED = 1e-6
@@ -85,7 +85,7 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
     differentiable,
     use="training with large batches: the gradients of parameters leave tokens out",
     share=0.02,
-    draw=Draw(tokens=(61, 61), batch_size=(5, 5), starts=("none", "read"), uses=USES),
+    draw=Draw(tokens=(61, 61), batch_size=(14, 14), starts=("none", "read"), uses=USES),
 )
 def gradients_of_a_batch_are_sums_over_its_rows(trial: Trial) -> None:
     """The gradients of parameters over thousands of tokens are the sums of those over some of the rows at a time."""
