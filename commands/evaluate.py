@@ -135,7 +135,12 @@ def _save(scores: dict[str, Any], run: Path) -> None:
     if not run.is_dir():
         raise SeqmixError(f"{run} is not a run directory: --save writes into one")
     file = run / SCORES_FILE
-    before = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        before = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise SeqmixError(f"{file} cannot be read, and scores are added to it: {error}") from error
+    if not isinstance(before, dict):
+        raise SeqmixError(f"{file} is not a mapping of scores, which are added to it")
     write_file(json.dumps(before | scores, indent=2) + "\n", file)
 
 

@@ -123,9 +123,9 @@ def _scores(folder: Path) -> dict[str, dict[str, float]]:
     """The scores of lm-eval's tasks in a run's folder, without standard errors: seeds have a spread."""
     try:
         found = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return {t: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for t, each in found.items()}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, OverflowError):  # absent, or something else
         return {}
-    return {task: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for task, each in found.items()}
 
 
 def _at_once(file: Path) -> dict[str, int]:
@@ -164,7 +164,7 @@ def _machine(folders: Iterable[Path]) -> Machine:
         try:
             first = json.loads((folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()[0])
             return _of(Machine, first)
-        except (OSError, ValueError, IndexError, RecursionError):
+        except (OSError, ValueError, IndexError, RecursionError, AttributeError):
             continue
     return Machine()
 

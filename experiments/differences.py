@@ -3,12 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..registry import ConfigError
 from ..registry.yaml import parse, write
 
 
 def compared(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Fields that have one value in all configurations, and those that do not, each by its path."""
-    flat = {name: leaves(node.plain()) for name, text in configs.items() if (node := parse(text, name))}
+    """Fields that have one value in all configurations, and those that do not, each by its path.
+
+    Raises:
+        ConfigError: one is not a mapping in YAML.
+    """
+    flat: dict[str, dict[str, Any]] = {}
+    for name, text in configs.items():
+        fields = None if (node := parse(text, name)) is None else node.plain()
+        if fields is not None and not isinstance(fields, dict):
+            raise ConfigError(f"the configuration of {name} is not a mapping")
+        if fields is not None:
+            flat[name] = leaves(fields)
     paths = list(dict.fromkeys(path for fields in flat.values() for path in fields))
     by_path = {path: {name: fields[path] for name, fields in flat.items() if path in fields} for path in paths}
     same = {

@@ -22,12 +22,17 @@ def read_measurements(run: Path) -> list[Measurement]:
     found = []
     for line in read_bytes(run / METRICS_FILE).decode(errors="replace").splitlines():
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_int=_integer)
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
             found.append(values)
     return found
+
+
+def _integer(digits: str) -> float:
+    """An integer, or a float where 64 bits do not hold it: infinite beyond a float's range, and so not drawn."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def add_time(lines: list[Measurement], tokens_per_step: int) -> None:

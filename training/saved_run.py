@@ -234,5 +234,7 @@ def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, dict[str, Tensor],
         raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
     if EXPORTED_TOKENIZER not in metadata:
         return config, found, None
-    begin = whole.get("data", {}).get("begin_token")
+    if not isinstance(data := whole.get("data", {}), dict):
+        raise CheckpointError(f"{file} has an invalid configuration: its data is not a mapping")
+    begin = data.get("begin_token")
     return config, found, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin)

@@ -107,7 +107,7 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelStat
 
 @torch.no_grad()
 def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Copy all tensors into those of the same names; CheckpointError, before any copy: names or shapes differ."""
+    """Copy all tensors into those of the same names; CheckpointError, before any copy: they differ in more."""
     _require_same_names(file, found, wanted)
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
@@ -115,6 +115,8 @@ def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
                 f"{file} belongs to another model: its {name} has shape {list(found[name].shape)} "
                 f"instead of {list(tensor.shape)}"
             )
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            raise CheckpointError(f"{file} is damaged: its {name} is {found[name].dtype}, and not {tensor.dtype}")
     for name, tensor in wanted.items():
         assign(tensor, found[name])
 

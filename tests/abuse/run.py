@@ -1,4 +1,7 @@
-"""Try all hostile input of some groups, or of all, and print what held: see tally.py."""
+"""Try all hostile input of some groups, or of all, and print what held: see tally.py.
+
+python tests/abuse/run.py [GROUP[=CASES] ...]    with CASES, as many drawn ones
+"""
 
 import random
 import sys
@@ -10,12 +13,15 @@ from abuse.groups import ALONE, GROUPS
 from abuse.tally import Tally
 
 
-def main(names: list[str]) -> None:
-    for name in names or GROUPS:
+def main(asked: list[str]) -> None:
+    for name, _, sample in (group.partition("=") for group in asked or GROUPS):
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder:
-            for case in GROUPS[name](Path(folder), random.Random(0)):
-                tally.add(case, 15, alone=name in ALONE)
+            cases = list(GROUPS[name](Path(folder), random.Random(0)))
+            if sample:
+                cases = random.Random(0).sample(cases, min(int(sample), len(cases)))
+            for case in cases:
+                tally.add(case, 30, alone=name in ALONE)
         print(f"{name}: tried {tally.tried}, held {tally.held}", *tally.faults, sep="\n    ", flush=True)
 
 

@@ -2,7 +2,7 @@
 
 A group is a function `(folder, random) -> cases`: each case has a name, an action, and whether it must be refused.
 
-    python tests/abuse/run.py [GROUP ...]    prints tried / held and the faults of all cases
+    python tests/abuse/run.py [GROUP ...]    prints tried, held and the faults of all cases
 """
 
 import os

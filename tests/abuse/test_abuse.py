@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from seqmix import SeqmixError
 
-SAMPLE = 25
+SAMPLE = 12
 """Cases of a group that are tried in every run."""
 
 
