@@ -3,6 +3,7 @@
 import shlex
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -70,7 +71,10 @@ def suite(
     ] = None,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(help="Rows of another call (a folder, or its suite.json) in the table too.", metavar="FOLDER"),
+        typer.Option(
+            help="Rows of another call too: a folder, its suite.json, or the leaderboard's, by the name SIZE-MATCH.",
+            metavar="FOLDER|NAME",
+        ),
     ] = None,
     references: Annotated[
         bool, typer.Option(help=f"Measure {' and '.join(REFERENCES)} too, as rows to compare with.")
@@ -97,18 +101,19 @@ def suite(
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
         return
     others = [read_scores(path) for path in beside or ()]
+    folder = out or Path("studies") / f"suite-{size}-{match}"
+    earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
     chosen = settings.chosen(tasks.split(",") if tasks else [])
     given = [*(REFERENCES if references else ()), *(mixers or ())]
     candidates = list({each.name: each for each in map(Candidate.of, given)}.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
-    folder = out or Path("studies") / f"suite-{size}-{match}"
     jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary:
-        extent, notes = Extent(), list[str]()
+        extent, notes, asked = Extent(), list[str](), (str(size), str(match), budget or "", *chosen)
         if budget is not None:
             planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent)
-            extent, names = _chosen(planned, seconds_of(budget) * jobs, folder, (size, match, budget, *chosen), console)
+            extent, names = _earlier(folder, asked) or _fitting(planned, seconds_of(budget) * jobs, console)
             notes = left_out(extent, names, list(chosen))
             chosen = {name: chosen[name] for name in names}
         place = Path(temporary) if dry_run else folder
@@ -116,6 +121,8 @@ def suite(
     if dry_run:
         _show(planned, notes, console)
         return
+    if budget is not None:
+        _remember(folder, asked, extent, tuple(chosen))
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
     words += [f"--budget={budget}"] if budget else []
     words += [] if references else ["--no-references"]
@@ -133,6 +140,11 @@ def suite(
         if outcome.stopped:
             console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
             raise typer.Exit(130)
+    if earlier is not None:
+        try:
+            scores = merge(scores, earlier)
+        except SeqmixError as error:
+            console.print(f"rows that {folder} had before are left out: {error}", soft_wrap=True)
     for other in others:
         scores = merge(scores, other)
     head, rows = score_table(scores)
@@ -160,27 +172,26 @@ class _Progress(StudyProgress):
         self.forecast.weights["later tasks"] = self.later
 
 
-def _chosen(
-    planned: Sequence[PlannedTask], budget: float, folder: Path, asked: Sequence[str], console: Console
-) -> tuple[Extent, list[str]]:
-    """What fits into the budget; what was chosen before where the same was asked before."""
-    file = folder / EXTENT_FILE
-    if file.is_file() and (before := load(Chosen, file, presets=folder)).asked == tuple(asked):
-        extent = Extent(before.steps, before.one_rate, before.one_seed)
-        return extent, list(before.tasks)
+def _fitting(planned: Sequence[PlannedTask], budget: float, console: Console) -> tuple[Extent, list[str]]:
+    """What fits into so many core-seconds, and its tasks."""
     console.print("timing a few steps of every run")
     rates = {task.name: len(task.plan.study.learning_rates) for task in planned}
     extent, names, seconds = fit(time_runs(planned), rates, len(planned[0].plan.study.seeds), budget)
     console.print(f"{', '.join(names)}: about {seconds / 60:.0f} core-minutes")
-    chosen = Chosen(
-        asked=tuple(asked),
-        steps=extent.steps,
-        one_rate=extent.one_rate,
-        one_seed=extent.one_seed,
-        tasks=tuple(names),
-    )
-    write_file(dump(chosen), file)
     return extent, names
+
+
+def _earlier(folder: Path, asked: Sequence[str]) -> tuple[Extent, list[str]] | None:
+    """What was chosen in this folder, where the same was asked: rows of all calls are of equal runs."""
+    file = folder / EXTENT_FILE
+    if not file.is_file() or (found := load(Chosen, file, presets=folder)).asked != tuple(asked):
+        return None
+    return Extent(found.steps, found.one_rate, found.one_seed), list(found.tasks)
+
+
+def _remember(folder: Path, asked: tuple[str, ...], extent: Extent, tasks: tuple[str, ...]) -> None:
+    chosen = Chosen(asked=asked, **asdict(extent), tasks=tasks)
+    write_file(dump(chosen), folder / EXTENT_FILE)
 
 
 def _show(planned: Sequence[PlannedTask], notes: Sequence[str], console: Console) -> None:

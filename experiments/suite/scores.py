@@ -16,6 +16,8 @@ from ..summary import statistic
 from .tasks import Metric, PlannedTask, Size, SuiteTask
 
 SCORES_FILE, PAGE_FILE = "suite.json", "suite.md"
+PUBLISHED = Path(__file__).with_name("results")
+"""What docs/leaderboard.md is made from: a file for each size and matching."""
 
 
 class ScoreRow(Config):
@@ -155,12 +157,13 @@ def merge(one: Scores, other: Scores) -> Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read suite.json, or that of a folder.
+    """Read suite.json, that of a folder, or published results, by name.
 
     Raises:
         SeqmixError: it is not there, or is something else.
     """
-    file = path / SCORES_FILE if path.is_dir() else path
+    published = PUBLISHED / f"{path}.json"
+    file = path / SCORES_FILE if path.is_dir() else path if path.is_file() or not published.is_file() else published
     try:
         return Scores.model_validate_json(file.read_bytes())
     except OSError as error:

@@ -161,9 +161,11 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     page = Path("mine/suite.md").read_text()
     assert all(command in page for command in both.commands)
     assert len(both.commands) == 2
-    # the second time nothing is trained
+    # the second time nothing is trained, and rows of an earlier call stay
     again = seqmix("suite", *more, "--out", "mine")
     assert "1 of 1 runs are finished already" in again.out
+    assert scores.read_scores(Path("mine")).tasks.keys() == {"first"}
+    assert len(scores.read_scores(Path("mine")).tasks["first"].rows) == 2
     _rows_are_merged(found, both)
     assert "no_such" in refused("suite", "--tasks", "no_such")
     assert "nothing is measured" in refused("suite", "--no-references")
