@@ -8,7 +8,7 @@ from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, read_bytes, require_name
 from ..training import Choice
 from ..training.saved_run import read_weights
-from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, torchscale
+from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs
 
@@ -17,14 +17,13 @@ DECLARED: list[type[Architecture]] = [
     *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
     *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear, recurrent_gemma.RecurrentGemma),
-    torchscale.TorchscaleRetNet,
+    *(rwkv.RWKV4, torchscale.TorchscaleRetNet),
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
 """All that is known, by name; of two with one model_type, the one with a marker comes first."""
 
 
 REFUSED = {
-    "rwkv": "its channel mixing reads the token before, and feed-forward networks here read one token",
     "rwkv7": "its later layers take a part of the first one's values, and its channel mixing reads the token before",
 }
 """Architectures whose mixers are here, but not what is around them."""

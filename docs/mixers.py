@@ -35,6 +35,7 @@ ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1
 
 USED_IN = {
     "attention": "Llama, Qwen3, Gemma 3, gpt-oss",
+    "channel_mix": "RWKV-4, RWKV-7",
     "gated_delta_net": "Qwen3-Next",
     "gated_retention": "YOCO",
     "hyena": "StripedHyena, Evo",

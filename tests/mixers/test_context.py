@@ -35,6 +35,7 @@ MIXERS_OF_ALL_OPS = (
     ("mamba3", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("rg_lru", {"n_heads": 2, "chunk_size": 4}),
     ("rwkv4", {"chunk_size": 4}),
+    ("channel_mix", {}),
     ("h3", {"d_state": 6, "chunk_size": 4}),
     ("rwkv7", {"n_heads": 2, "chunk_size": 4}),
     ("min_gru", {"chunk_size": 4}),

@@ -67,6 +67,8 @@ CASES = {
     "qwen2": ("Qwen2", HEADS | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "recurrent-gemma": ("RecurrentGemma", TOKENS | GRIFFIN),
     "recurrent-gemma, biases": ("RecurrentGemma", TOKENS | GRIFFIN | {"attention_bias": True, "lru_width": 36}),
+    "rwkv4": ("Rwkv", {"intermediate_size": 40, "attention_hidden_size": 36}),
+    "rwkv4, tied": ("Rwkv", {"tie_word_embeddings": True}),
     "mistral": ("Mistral", HEADS | {"sliding_window": 7}),
     "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 12, "state_size": 6, "n_groups": 2, "chunk_size": 8}),
     "mamba2, limited": (
@@ -82,7 +84,8 @@ def model_of(case, dtype):
     """Their model, moved; of float64 all that they compute in float32 whatever the dtype is float64 too."""
     kind, fields = CASES[case]
     eps = "layer_norm_epsilon" if kind.startswith("Mamba") else "rms_norm_eps"
-    config = getattr(transformers, f"{kind}Config")(**COMMON | {eps: 1e-3} | fields)  # no default
+    further = {} if kind == "Rwkv" else {eps: 1e-3}  # no default
+    config = getattr(transformers, f"{kind}Config")(**COMMON | further | fields)
     torch.manual_seed(0)
     with computing_in(dtype):
         return moved(AutoModelForCausalLM.from_config(config, dtype=dtype, **PLAIN))

@@ -1,0 +1,98 @@
+"""RWKV's channel mixing: a network that reads the token before too (Peng et al., arXiv 2305.13048, Eq. 18).
+
+    k_t, r_t = (mu * x_t + (1 - mu) * x_{t-1}) W      a mu and a W for each of the two
+    y_t      = sigmoid(r_t) * (relu(k_t)^2 W_v)
+    ungated: k_t = (x_t + mu * (x_{t-1} - x_t)) W,  y_t = relu(k_t)^2 W_v        RWKV-7 (arXiv 2503.14456, Eq. 22)
+
+As its state is the last token, it is a mixer here, in a block of its own without a network: RWKV-4 is the pattern
+[rwkv4, channel_mix]. Differs: W_v starts orthogonal, as the others do, where the authors of RWKV-7 have 0.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..ops.paradigm import Paradigm
+from ..ops.scan import SCAN_PARADIGMS
+from .contract import MixerConfig, SequenceMixer
+from .parts import Call
+from .parts.token_shift import token_shift
+from .traits import Traits
+
+
+class ChannelMixConfig(MixerConfig):
+    """A network of squared ReLUs whose input is mixed with the token before."""
+
+    kind: Literal["channel_mix"] = "channel_mix"
+    expansion: float = Field(default=4.0, gt=0, le=1000, examples=[2.0])
+    """Hidden width over d_model, rounded to a whole number."""
+    gate: bool = True
+    """Whether there is a gate (RWKV-4). Without it, mu weighs the token before, as in RWKV-7."""
+    paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
+    """The paradigm of training and evaluation; all are one computation."""
+
+    @property
+    def traits(self) -> Traits:
+        """A constant state; positions do not matter."""
+        return Traits(paradigms=SCAN_PARADIGMS, state="constant", packing=True, shift_invariant=True)
+
+    def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "ChannelMix":
+        return ChannelMix(self, d_model, layer_idx, n_layers)
+
+
+class ChannelMixState(NamedTuple):
+    """The state after a prefix."""
+
+    recent: Float[Tensor, "B 1 D"]
+    """The last token."""
+    position: Int[Tensor, " B"]
+    """Tokens processed."""
+
+
+class ChannelMix(SequenceMixer[ChannelMixState]):
+    """The layer of `ChannelMixConfig`; mixtures start as the authors' code has them for its depth."""
+
+    supports_context_parallel = True
+
+    def __init__(self, config: ChannelMixConfig, d_model: int, layer_idx: int, n_layers: int) -> None:
+        super().__init__(config)
+        self.gated, self.left, width = config.gate, 1 - layer_idx / n_layers, max(round(config.expansion * d_model), 1)
+        self.shift = nn.Parameter(torch.empty(1 + config.gate, d_model))
+        self.k_proj, self.v_proj = nn.Linear(d_model, width, bias=False), nn.Linear(width, d_model, bias=False)
+        self.r_proj = nn.Linear(d_model, d_model, bias=False) if config.gate else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mixtures by channel and depth, orthogonal matrices."""
+        for layer in (self.k_proj, self.v_proj, self.r_proj):
+            if layer is not None:
+                matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # 16 bits have no decomposition
+                nn.init.orthogonal_(matrix, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
+                layer.weight.copy_(matrix)
+        d_model = self.shift.shape[1]
+        part = torch.arange(d_model, device=self.device, dtype=torch.float64) / d_model
+        self.shift.copy_(part**self.left if self.gated else 1 - part ** (self.left**4))
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ChannelMixState | None]:
+        state = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state
+        shifted, recent = token_shift(x, state.recent, call)
+        ends = (shifted, x) if self.gated else (x, shifted)
+        k, *r = (torch.lerp(*ends, mu.to(x.dtype)) for mu in self.shift)
+        y = self.v_proj(self.k_proj(k).relu().square())
+        if self.r_proj is not None:
+            y = self.r_proj(*r).sigmoid() * y
+        if recent is None:
+            return y, None
+        return y, ChannelMixState(recent.to(self.dtype), call.advance(x, state.position))
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return 2 * length * sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> ChannelMixState:
+        del max_length
+        recent = torch.zeros(batch_size, 1, self.shift.shape[1], device=self.device, dtype=self.dtype)
+        return ChannelMixState(recent, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
