@@ -9,11 +9,10 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +120,17 @@ def git_commit(folder: Path) -> str | None:
 
     Nothing runs that the repository's configuration names: a folder of someone else's may be one.
     """
-    quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
+    quiet = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, timeout=10, env=quiet)
+    def git(*arguments: str, off: Sequence[str] = ()) -> str:
+        # by the environment, as `-c a=b.clean=` would set `a`: names may have an equals sign
+        settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | dict.fromkeys(off, "")
+        named = {"GIT_CONFIG_COUNT": str(len(settings))}
+        for number, (name, value) in enumerate(settings.items()):
+            named |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+        command = ["git", "-C", str(folder), *arguments]
+        environment = os.environ | quiet | named
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
         return done.stdout.strip()
 
     try:
@@ -133,9 +138,9 @@ def git_commit(folder: Path) -> str | None:
         # filters of the repository's own configuration are programs; those of the user (Git LFS) are not its choice
         named = git("config", "--show-scope", "--includes", "--name-only", "--list").splitlines()
         own = [name for scope, _, name in (line.partition("\t") for line in named) if scope in ("local", "worktree")]
-        off = (["-c", f"{name}="] for name in own if name.startswith("filter."))
+        off = [name for name in own if name.startswith("filter.")]
         status = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
-        changes = git(*chain.from_iterable(off), *status)
+        changes = git(*status, off=off)
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changes else "")

@@ -34,7 +34,8 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
     assert git_commit(tmp_path) is None
 
 
-def test_the_commit_runs_nothing_that_the_repository_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["evil", "a=b"])
+def test_the_commit_runs_nothing_that_the_repository_names(tmp_path, monkeypatch, name):
     def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -42,13 +43,13 @@ def test_the_commit_runs_nothing_that_the_repository_names(tmp_path, monkeypatch
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     git("init")
     (tmp_path / "file").write_text("one")
-    (tmp_path / ".gitattributes").write_text("* filter=evil")
+    (tmp_path / ".gitattributes").write_text(f"* filter={name}")
     git("add", "file", ".gitattributes")
     git("commit", "-m", "one")
     (program := tmp_path / "program").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\ncat\n")
     program.chmod(0o755)
-    for name in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process"):
-        git("config", name, str(program))
+    for key in ("core.fsmonitor", f"filter.{name}.clean", f"filter.{name}.process"):
+        git("config", key, str(program))
     (tmp_path / "file").write_text("two")
     assert git_commit(tmp_path) == git("rev-parse", "HEAD").stdout.strip() + "+"
     assert not (tmp_path / "ran").exists()
