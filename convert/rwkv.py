@@ -15,7 +15,7 @@ NORM = {"kind": "layernorm", "eps": 1e-5, "bias": True}
 
 
 class Halves(Architecture):
-    """An architecture whose layers are blocks of two kinds in turn here."""
+    """An architecture whose layers are blocks of two alternating kinds here."""
 
     types: ClassVar[str] = "layer_types"
     halves: ClassVar[tuple[str, str]] = (TIME, CHANNEL)
@@ -27,7 +27,7 @@ class Halves(Architecture):
     def folded(self, values: dict[str, Any]) -> dict[str, Any]:
         types = values.pop(self.types)
         if types != list(self.halves) * (len(types) // 2):
-            raise SeqmixError(f"{self.name} has layers of {' and '.join(self.mixers)} in turn")
+            raise SeqmixError(f"{self.name} has alternating layers of {' and '.join(self.mixers)}")
         return values | {"num_hidden_layers": len(types) // 2}
 
     def layer(self, index: int) -> int:
