@@ -12,9 +12,10 @@ from torch import Tensor
 from ..models import TOKENIZER_FILE, ModelConfig
 from ..registry import SeqmixError, write_file
 from ..training import RunConfig
-from ..training.checkpoint import Best, Manifest, read_tensors, write, write_tensors
+from ..training.checkpoint import Best, Manifest, write
 from ..training.run_dir import claim, require_free
-from ..training.train_state import MODEL, metadata_of
+from ..training.tensor_files import read_tensors, write_tensors
+from ..training.train_state import MODEL, chunks_of, metadata_of
 
 CONFIGS = ("config.json", "args.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -65,7 +66,7 @@ def require_no_pickle(source: Path) -> None:
         )
 
 
-def read_weights(source: Path) -> dict[str, Tensor]:
+def read_weights(source: Path) -> Mapping[str, Tensor]:
     """All tensors of a folder's safetensors files.
 
     Raises:
@@ -74,7 +75,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise SeqmixError(f"{source} has no *.safetensors")
-    return {name: x for file in files for name, x in read_tensors(file)[0].items()}
+    return read_tensors(files)[0]
 
 
 def begin_token(vocabulary: bytes, config: Mapping[str, Any]) -> str | None:
@@ -109,7 +110,7 @@ def write_run(
     claim(out, run, COMMENT)
     if vocabulary is not None:
         write_file(vocabulary, out / TOKENIZER_FILE)
-    write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: tensors}, metadata_of(model, 0))
+    write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: chunks_of(tensors)}, metadata_of(model, 0))
 
 
 def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocabulary: bytes | None) -> None:

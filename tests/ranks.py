@@ -206,7 +206,9 @@ def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
     return received
 
 
-def train_here(overrides: list[str], run: str, *, resume: bool = False, until: int | None = None, broken: int = -1):
+def train_here(
+    overrides: list[str], run: str, *, resume: bool = False, until: int | None = None, broken: int = -1, full: int = -1
+):
     """Train as one of all ranks; the measurements, the rows that this rank read, and the error that ended it.
 
     Args:
@@ -215,10 +217,12 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
         resume: whether to resume it.
         until: the last rank asks to stop after this step.
         broken: the rank whose text is missing.
+        full: the rank whose disk is full.
     """
     from seqmix import SeqmixError, load_config, train
+    from seqmix.training import tensor_files
     from seqmix.training import trainer as module
-    from seqmix.training.events import Evaluated, Saved, Stepped
+    from seqmix.training.events import Evaluated, Noted, Saved, Stepped
     from seqmix.training.sharding import full_tensor
     from seqmix.training.trainer import Trainer
 
@@ -227,7 +231,15 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
     config = load_config("hybrid-tiny", [*SMALL, *overrides])
     if rank == broken:
         config = load_config("hybrid-tiny", [*SMALL, *overrides, "data.paths=[nowhere.txt]"])
-    found: dict[str, Any] = {"loss": [], "norm": [], "validation": [], "saved": [], "rows": {}, "error": None}
+    found: dict[str, Any] = {
+        "loss": [],
+        "norm": [],
+        "validation": [],
+        "saved": [],
+        "rows": {},
+        "error": None,
+        "noted": "",
+    }
     found["gradients"] = []
     read, clip, made = Trainer.batch, module.clip_grads_with_norm_, [0]
 
@@ -240,6 +252,11 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
         found["gradients"].append([full_tensor(p.grad).clone() for p in parameters])
         clip(parameters, *arguments)
 
+    def no_space(*arguments):
+        raise OSError(28, "No space left on device")
+
+    save = tensor_files.save_file
+    tensor_files.save_file = no_space if rank == full else save
     Trainer.batch, module.clip_grads_with_norm_ = batch, differentiated
     try:
         stop = (lambda: until is not None and made[0] >= until) if rank == size - 1 else (lambda: False)
@@ -251,12 +268,14 @@ def train_here(overrides: list[str], run: str, *, resume: bool = False, until: i
                     found["norm"].append(event.gradient_norm)
                 case Evaluated():
                     found["validation"].append((event.loss, event.accuracy, event.accuracy_by))
+                case Noted():
+                    found["noted"] += event.text
                 case Saved():
                     found["saved"].append(event.step)
     except SeqmixError as error:
         found["error"] = (type(error).__name__, str(error))
     finally:
-        Trainer.batch, module.clip_grads_with_norm_ = read, clip
+        Trainer.batch, module.clip_grads_with_norm_, tensor_files.save_file = read, clip, save
     return found
 
 

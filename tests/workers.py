@@ -35,9 +35,10 @@ def command_of_rank(rank: int, size: int, port: int, *arguments: str) -> None:
 
 
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
-    """The same, killed in a numbered call of a function of the checkpoint module."""
-    import seqmix.training.checkpoint as module
+    """The same, killed in a numbered call of a function of the modules that write checkpoints."""
+    from seqmix.training import checkpoint, tensor_files
 
+    module = tensor_files if call == "save_file" else checkpoint
     owner, name = (module, call) if "." not in call else (getattr(module, call.split(".")[0]), call.split(".")[1])
     setattr(owner, name, _deadly(getattr(owner, name), count))
     command(*arguments)

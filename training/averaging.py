@@ -9,6 +9,7 @@ from . import checkpoint, train_state
 from .checkpoint import CheckpointError
 from .run_dir import require_free
 from .saved_run import read_config, write_run
+from .tensor_files import read_tensors
 
 
 def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
@@ -33,7 +34,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
         )
     require_free(out)
     steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in found[-checkpoints:]]
-    files = [checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL)) for folder in found[-checkpoints:]]
+    files = [read_tensors(checkpoint.files_of(folder, train_state.MODEL)) for folder in found[-checkpoints:]]
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
     comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"

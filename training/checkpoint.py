@@ -5,42 +5,37 @@ RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's state (mome
 RUN/checkpoints/step-000500/state.safetensors        the recurrent state, with training.carry_state
 RUN/checkpoints/step-000500/manifest.json            written last: versions, and the size and checksum of each file
 
-Files are plain safetensors under the parameters' own names, which torch's distributed checkpoint reads as well
-(`HuggingFaceStorageReader`). Rank 0 gathers and writes full tensors, so a checkpoint does not depend on the number of
-processes.
+Each of several processes writes the chunks that it holds, to model-1-of-2.safetensors and so on, and reads those that
+it needs, from checkpoints of any number of processes. `HuggingFaceStorageReader` of torch's distributed checkpoint
+reads both.
 """
 
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, get_num_threads
+from torch import get_num_threads
 
-from ..registry import Config, SeqmixError, flush, nearest, replacing
+from ..registry import Config, SeqmixError, flush, nearest
+from .process_groups import ALONE, ProcessGroups
 from .provenance import seqmix_version
-from .sharding import full_tensor
+from .tensor_files import CheckpointError, Chunk, write_chunks
 
 MANIFEST_FILE = "manifest.json"
 
-Parts = Mapping[str, Mapping[str, Tensor]]
-"""The tensors of a checkpoint by part ("model", "optimizer", "state") and name; a part is a file."""
+Parts = Mapping[str, Mapping[str, Chunk]]
+"""What a process has of a checkpoint, by part ("model", "optimizer", "state") and the tensor's name."""
 
 Choice = int | Literal["newest", "best"]
 """Which checkpoint of a run: a step, the newest, or the one with the lowest validation loss."""
-
-
-class CheckpointError(SeqmixError):
-    """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 class Best(Config):
@@ -93,6 +88,10 @@ class Manifest(Config):
     sha256: str = ""
     """The checksum of this manifest, as JSON without this field."""
 
+    def files_of(self, part: str) -> list[str]:
+        """The files of a part."""
+        return [name for name in self.files if re.fullmatch(rf"{part}(-\d+-of-\d+)?\.safetensors", name)]
+
     def sealed(self, files: dict[str, WrittenFile]) -> "Manifest":
         """The manifest with its files and its checksum."""
         complete = self.model_copy(update={"files": files})
@@ -118,43 +117,45 @@ class Found:
 
 
 class Writer:
-    """Writes checkpoints asynchronously: tensors are copied to the CPU, and a thread writes them, one at a time.
+    """Writes checkpoints asynchronously: chunks are copied to main memory, and a thread writes them, one at a time.
 
-    Leaving the context waits for the last write. A failed write raises at the next wait.
+    Leaving the context waits for the last write. A failed write raises at the next wait, on all processes.
     """
 
-    def __init__(self, run: Path, *, keep: int, keep_best: bool) -> None:
-        self.run, self.keep, self.keep_best = run, keep, keep_best
+    def __init__(self, run: Path, groups: ProcessGroups = ALONE, *, keep: int, keep_best: bool) -> None:
+        self.run, self.groups, self.keep, self.keep_best = run, groups.background, keep, keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
 
-    def write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
-        """Start to write a checkpoint after the previous one; its folder appears when it is complete."""
+    def write(self, manifest: Manifest, parts: Parts, metadata: Mapping[str, str]) -> Path:
+        """Start to write a checkpoint after the previous one; its folder appears when all processes have written."""
         self.wait()
-        # copies of the full tensors in main memory, which no later step changes
         copies = {
-            part: {name: full_tensor(x.detach()).to("cpu", copy=True).contiguous() for name, x in tensors.items()}
-            for part, tensors in parts.items()
+            # which no later step changes
+            part: {name: chunk._replace(values=chunk.values.to("cpu", copy=True)) for name, chunk in chunks.items()}
+            for part, chunks in parts.items()
         }
         folder = folder_of(self.run, manifest.step)
         self._pending = folder, self._thread.submit(self._write, manifest, copies, metadata)
         return folder
 
     def wait(self) -> None:
-        """Wait for a pending write; CheckpointError if it failed."""
+        """Wait for a pending write; CheckpointError if it failed on any process."""
         if self._pending is None:
             return
         (folder, done), self._pending = self._pending, None
         if error := done.exception():
             raise CheckpointError(f"the checkpoint {folder} could not be written: {error}") from error
 
-    def _write(self, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> None:
+    def _write(self, manifest: Manifest, parts: Parts, metadata: Mapping[str, str]) -> None:
         try:
-            write(self.run, manifest, parts, metadata)
+            write(self.run, manifest, parts, metadata, self.groups)
         except Exception:
-            delete_unfinished(self.run)  # frees space on a full disk
+            if self.groups.is_main:
+                delete_unfinished(self.run)  # frees space on a full disk
             raise
-        delete_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
+        if self.groups.is_main:
+            delete_others(self.run, manifest.step, keep=self.keep, keep_best=self.keep_best)
 
     def __enter__(self) -> Self:
         return self
@@ -169,24 +170,48 @@ class Writer:
             self._thread.shutdown()
 
 
-def write(run: Path, manifest: Manifest, parts: Parts, metadata: dict[str, str]) -> Path:
-    """Write a checkpoint; its folder appears when it is complete and flushed to disk."""
-    folder = folder_of(run, manifest.step)
+def write(
+    run: Path, manifest: Manifest, parts: Parts, metadata: Mapping[str, str], groups: ProcessGroups = ALONE
+) -> Path:
+    """Write a checkpoint, a collective call; its folder appears when all in it is flushed to disk.
+
+    Raises:
+        SeqmixError: a process cannot write its part.
+    """
+    folder, files = folder_of(run, manifest.step), dict[str, dict[str, Any]]()
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part, tensors in parts.items():
-        with replacing(partial / file_of(part)) as file:
-            save_file(dict(tensors), file, metadata)
-    files = {file.name: WrittenFile(bytes=file.stat().st_size, sha256=_sha256(file)) for file in partial.iterdir()}
-    sealed = manifest.sealed(dict(sorted(files.items())))
-    (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n")
-    for path in (partial / MANIFEST_FILE, partial):
-        flush(path)
-    _remove(folder)
-    partial.rename(folder)
-    flush(folder.parent)
+    with _failing_together(groups):
+        partial.mkdir(parents=True, exist_ok=True)
+        for part, chunks in parts.items():
+            file = partial / file_of(part, groups)
+            if chunks or groups.is_main:  # an optimizer may have no state
+                write_chunks(file, chunks, metadata)
+                files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        if not groups.is_main:  # which does so at the end
+            flush(partial)
+    written = {name: WrittenFile(**file) for each in groups.gather(files) for name, file in each.items()}
+    with _failing_together(groups):
+        if groups.is_main:
+            sealed = manifest.sealed(dict(sorted(written.items())))
+            (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n")
+            for path in (partial / MANIFEST_FILE, partial):
+                flush(path)
+            _remove(folder)
+            partial.rename(folder)
+            flush(folder.parent)
     return folder
+
+
+@contextmanager
+def _failing_together(groups: ProcessGroups) -> Iterator[None]:
+    """Raise what fails on one process on all of them, whatever it is: none is left waiting."""
+    with groups.raise_together():
+        try:
+            yield
+        except SeqmixError:
+            raise
+        except Exception as error:
+            raise CheckpointError(str(error)) from error
 
 
 def delete_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
@@ -216,15 +241,18 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def file_of(part: str) -> str:
-    """The name of the file that holds a part."""
-    return f"{part}.safetensors"
+def file_of(part: str, groups: ProcessGroups = ALONE) -> str:
+    """The name of the file that holds what this process has of a part."""
+    return f"{part}.safetensors" if groups.size == 1 else f"{part}-{groups.rank + 1}-of-{groups.size}.safetensors"
 
 
-def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None) -> Found:
+def find(
+    run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None, groups: ProcessGroups = ALONE
+) -> Found:
     """An intact checkpoint: if the newest (or the best) is damaged, the previous one (or the next best).
 
-    `parts` limits which files must be intact. CheckpointError: there is no checkpoint, or none is intact.
+    `parts` limits which files must be intact; `groups` share the work, in a collective call. CheckpointError: there is
+    no checkpoint, or none is intact.
     """
     available = checkpoints(run)
     if not available:
@@ -242,10 +270,10 @@ def find(run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None =
     notes: list[str] = []
     for folder in candidates:
         try:
-            return Found(folder, verify(folder, parts), tuple(f"{note}; skipped" for note in notes))
+            return Found(folder, verify(folder, parts, groups), tuple(f"{note}; skipped" for note in notes))
         except CheckpointError as error:
             if not folder.exists():  # a run that trains has deleted it meanwhile, and has newer ones
-                return find(run, which, parts=parts)
+                return find(run, which, parts=parts, groups=groups)
             notes.append(str(error))
     raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
 
@@ -263,21 +291,32 @@ def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> 
             return found
 
 
-def verify(folder: Path, parts: tuple[str, ...] | None = None) -> Manifest:
+def verify(folder: Path, parts: tuple[str, ...] | None = None, groups: ProcessGroups = ALONE) -> Manifest:
     """The manifest, after all files (or those of `parts`) were checked against it; CheckpointError: one differs."""
-    manifest = read_manifest(folder)
-    wanted = manifest.files if parts is None else [file_of(part) for part in parts]
-    for name in wanted:
-        file, written = folder / name, manifest.files.get(name)
-        if written is None:
-            raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {name}")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if (size := file.stat().st_size) != written.bytes:
-            raise CheckpointError(f"{file} is damaged: it has {size:,} bytes instead of {written.bytes:,}")
-        if _sha256(file) != written.sha256:
-            raise CheckpointError(f"{file} is damaged: its checksum does not match")
+    manifest = said = None
+    try:
+        manifest = read_manifest(folder)
+        for part in parts or ():
+            if not manifest.files_of(part):
+                raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {file_of(part)}")
+        named = sorted(manifest.files) if parts is None else [x for part in parts for x in manifest.files_of(part)]
+        for name in named[groups.rank :: groups.size]:
+            _require_intact(folder / name, manifest.files[name])
+    except CheckpointError as error:
+        said = str(error)
+    said = next((each for each in groups.gather(said) if each is not None), None)
+    if said is not None or manifest is None:
+        raise CheckpointError(said)
     return manifest
+
+
+def _require_intact(file: Path, written: WrittenFile) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if (size := file.stat().st_size) != written.bytes:
+        raise CheckpointError(f"{file} is damaged: it has {size:,} bytes instead of {written.bytes:,}")
+    if _sha256(file) != written.sha256:
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -298,25 +337,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; CheckpointError: it cannot be read."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing" if not file.exists() else f"{file} is not a file")
-    try:
-        with safe_open(file, "pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 not a mapping
-            return found, tensors.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; it replaces an older one when it is complete and flushed to disk."""
-    try:
-        with replacing(file) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    except Exception as error:  # safetensors raises its own error for a full disk
-        raise CheckpointError(f"{file} cannot be written: {error}") from error
+def files_of(folder: Path, part: str) -> list[Path]:
+    """The files of a part of a checkpoint; that of one process if it has none."""
+    return [folder / name for name in read_manifest(folder).files_of(part) or (file_of(part),)]
 
 
 def folder_of(run: Path, step: int) -> Path:

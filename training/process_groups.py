@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,14 @@ class ProcessGroups:
     context_parallel: int = 1
     cp_group: ContextParallel | None = None
     """The context-parallel group of this process; None without context parallelism."""
+    group: Any = None
+    """The torch group of `sum` and `gather`; None for the default one."""
+    background_group: Any = None
+
+    @property
+    def background(self) -> "ProcessGroups":
+        """The same processes, for collective calls of another thread."""
+        return replace(self, group=self.background_group)
 
     @property
     def is_main(self) -> bool:
@@ -50,6 +58,11 @@ class ProcessGroups:
         """Data-parallel rank of this process."""
         return self.rank // self.context_parallel
 
+    @property
+    def replica(self) -> int:
+        """The number of this process's replica of the model."""
+        return self.rank // (self.size // self.data)
+
     @cached_property
     def mesh(self) -> Any:
         """The device mesh of FSDP: replicas of the model in the first dimension, if there are several."""
@@ -64,7 +77,7 @@ class ProcessGroups:
         """All-reduce: the sum over all processes."""
         if self.size > 1:
             value = value.detach().clone()
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -77,19 +90,11 @@ class ProcessGroups:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]))
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=self.group)
         longest = max(int(length) for length in lengths)
         texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))), group=self.group)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
-
-    def gather_rows(self, leaf: Tensor) -> Tensor:
-        """The rows of the global batch, from those of each data-parallel rank."""
-        if self.size == 1:
-            return leaf
-        parts = [torch.empty_like(leaf) for _ in range(self.size)]
-        dist.all_gather(parts, leaf.contiguous())
-        return torch.cat(parts[:: self.context_parallel])
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
@@ -143,7 +148,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         if first <= rank < first + cp_size:
             cp_group = ContextParallel.of(group)
     try:
-        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group)
+        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, dist.new_group(backend="gloo"))
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ElsewhereError("lost the connection to another process of the run") from error

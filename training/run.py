@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..data import Source
-from ..mixers.state import map_state
 from ..models import LanguageModel, build_meta, build_model, flops_per_token
 from . import checkpoint, train_state
 from .checkpoint import Best, CheckpointError, Found, Manifest
@@ -31,7 +30,7 @@ from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
 from .run_dir import claim, held, require_free
-from .sharding import assign, full_tensor, reshard, sharder
+from .sharding import assign, reshard, sharder
 from .start import Beginning, start_from
 from .trainer import StepResult, Trainer, precision_of
 
@@ -107,7 +106,7 @@ class Course:
         self.config, self.groups = trainer.config, trainer.groups
         settings, model = self.config.training, trainer.model
         self.metrics = Metrics(run, self.config)
-        self.writer = checkpoint.Writer(run, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
+        self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
         self.done = 0
         """Steps completed, including the current one."""
@@ -118,7 +117,7 @@ class Course:
     def restore(self, found: Found) -> list[str]:
         """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
-        if checkpoint.file_of(train_state.OPTIMIZER) not in found.manifest.files:
+        if not found.manifest.files_of(train_state.OPTIMIZER):
             raise TrainingError(
                 f"{found.folder} has weights without an optimizer's state, as convert and average write them: start a "
                 f"new run from them, by training.start_from={self.run}"
@@ -126,9 +125,8 @@ class Course:
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
         if self.config.training.carry_state:
-            state = train_state.load_state(found.folder, trainer.model, self.config.training.batch_size)
-            first = self.groups.dp_rank * trainer.rows
-            trainer.state = map_state(lambda leaf: leaf[first : first + trainer.rows].clone(), state)
+            batch_size = self.config.training.batch_size
+            trainer.state = train_state.load_state(found.folder, trainer.model, batch_size, self.groups)
         if found.manifest.data_state is not None:
             trainer.source.load_state_dict(found.manifest.data_state)
         if trainer.ema is not None:
@@ -188,16 +186,9 @@ class Course:
             data_state=source.state_dict(),
         )
         reshard(trainer.model)
-        state = None if trainer.state is None else map_state(groups.gather_rows, trainer.state)
-        parts = train_state.gather(trainer.model, trainer.optimizer, state, trainer.ema)
+        parts = train_state.own_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
         with groups.raise_together():
-            self.writer.wait()
-        if groups.is_main:
             self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
-        else:  # the main process gathers this rank's shards, in this order
-            for tensors in parts.values():
-                for tensor in tensors.values():
-                    full_tensor(tensor)
         with groups.raise_together():
             if wait:
                 self.writer.wait()
@@ -272,13 +263,9 @@ def _open(
                 f"{shares * settings.grad_accum_steps}"
             )
         source = config.open_data(run)
-        if resume and groups.is_main and checkpoint.checkpoints(run):
-            found = checkpoint.find(run)
-    # the main process has verified it for all
-    folder = groups.gather(None if found is None else str(found.folder))[0]
     with groups.raise_together():
-        if folder is not None and not groups.is_main:
-            found = Found(Path(folder), checkpoint.read_manifest(Path(folder)), ())
+        if resume and groups.any(bool(checkpoint.checkpoints(run))):
+            found = checkpoint.find(run, groups=groups)
         _require_shared_mixers(build_meta(config.model), settings, groups)
         shard = sharder(groups)  # after the checks: the processes meet to make the mesh
         precision = precision_of(settings, device)

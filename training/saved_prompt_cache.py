@@ -14,8 +14,8 @@ from ..mixers import ContractError
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, PromptCache
 from ..models.prompt_cache import RECENT as RECENT_TOKENS
-from .checkpoint import CheckpointError, read_tensors, write_tensors
 from .provenance import seqmix_version
+from .tensor_files import CheckpointError, read_tensors, write_tensors
 
 FORMAT = "1"
 FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.prompt_cache", "seqmix.model", "seqmix.sha256"
@@ -56,7 +56,8 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
         CheckpointError: the file is missing, damaged, of another format, or belongs to another model.
     """
     file = Path(file)
-    tensors, metadata = read_tensors(file)
+    found, metadata = read_tensors([file])
+    tensors = dict(found)
     if FORMAT_KEY not in metadata:
         raise CheckpointError(f"{file} is not a prompt cache: `seqmix generate --save-state` writes one")
     if metadata[FORMAT_KEY] != FORMAT:

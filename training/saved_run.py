@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
 from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE, claim
+from .tensor_files import fill, read_tensors, write_tensors
 
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
@@ -84,7 +85,7 @@ def load_run(
 
 def read_weights(
     run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, trust: bool = False
-) -> tuple[ModelConfig, dict[str, Tensor], bytes | None]:
+) -> tuple[ModelConfig, Mapping[str, Tensor], bytes | None]:
     """The model of a run, or of a file of `export_run`: its configuration, its tensors as they were written, and its
     tokenizer.json (None for bytes).
 
@@ -96,12 +97,13 @@ def read_weights(
     else:
         whole = read_config(run)
         config, tokenizer = whole.model, whole.data.tokenizer_of(run)
-        found: dict[str, Tensor] = {}
+        read: list[Mapping[str, Tensor]] = []
 
         def use(folder: Path) -> None:
-            found.update(checkpoint.read_tensors(folder / checkpoint.file_of(train_state.MODEL))[0])
+            read.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
 
         _read(run, choice, train_state.MODEL, use, tell)
+        found = read[-1]
     return config, found, None if tokenizer is None else tokenizer.vocabulary
 
 
@@ -139,7 +141,7 @@ def export_run(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    checkpoint.write_tensors(out, train_state.parameters_of(model), metadata)
+    write_tensors(out, train_state.parameters_of(model), metadata)
     return step
 
 
@@ -168,7 +170,7 @@ def write_run(
     claim(out, config, comment)
     if tokenizer is not None:
         tokenizer.save(out)
-    parts = {train_state.MODEL: tensors}
+    parts = {train_state.MODEL: train_state.chunks_of(tensors)}
     metadata = train_state.metadata_of(config.model, step)
     checkpoint.write(out, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
 
@@ -197,11 +199,11 @@ def _load_checkpoint(
 
 
 def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
-    config, found, tokenizer = _read_file(file, trust)
+    config, _, tokenizer = _read_file(file, trust)
     model = build_model(config, device=device)
     if tokenizer is not None:
         model.tokenizer = tokenizer
-    train_state.fill(file, found, train_state.parameters_of(model))
+    fill([file], train_state.chunks_of(train_state.parameters_of(model)))
     return model.eval()
 
 
@@ -213,8 +215,8 @@ def _imported(value: Any) -> Iterator[str]:
         yield from _imported(child)
 
 
-def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
-    found, metadata = checkpoint.read_tensors(file)
+def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None]:
+    found, metadata = read_tensors([file])
     try:
         # only what is needed: the rest may be of another version
         whole = json.loads(metadata[EXPORTED_CONFIG])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models import LanguageModel
 from .process_groups import ProcessGroups
+from .tensor_files import Chunk
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -51,6 +52,19 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor; any other tensor as it is."""
     sharded = _sharded(tensor)
     return tensor if sharded is None else sharded.to_local()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether processes have shards of it."""
+    return _sharded(tensor) is not None
+
+
+def chunk_of(tensor: Tensor) -> Chunk:
+    """This process's shard of a tensor, and its place there; any other tensor as a whole."""
+    if (sharded := _sharded(tensor)) is None:
+        return Chunk.whole(tensor)
+    (place,) = sharded.__create_chunk_list__()  # as torch's distributed checkpoint asks
+    return Chunk(sharded.to_local(), tuple(place.offsets), tuple(sharded.shape))
 
 
 @torch.no_grad()

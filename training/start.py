@@ -21,12 +21,13 @@ from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..registry import explain_fields, load, read_bytes
 from ..registry.tree import Node, Origin
-from .checkpoint import read_tensors
 from .config import PRESETS, RunConfig
 from .errors import TrainingError
 from .run_dir import CONFIG_FILE
 from .saved_run import EXPORTED_CONFIG, EXPORTED_TOKENIZER, read_config, read_weights
-from .train_state import fill, parameters_of
+from .sharding import assign
+from .tensor_files import read_tensors
+from .train_state import parameters_of
 
 HF_CONFIG, HF_TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
@@ -84,11 +85,11 @@ def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) 
     wanted = parameters_of(model)
     if differences := list(_differences(found, wanted)):
         raise TrainingError(f"training.start_from = {folder} has another model: {'; '.join(differences)}")
-    fill(folder, found, wanted)
     digest = hashlib.sha256()
     for name, tensor in sorted(found.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        assign(wanted[name], tensor)
     changed = [f"{name} was {before} there and is {now} here" for name, before, now in _changes(config, model.config)]
     note = f"started from the weights of {folder}{': ' if changed else ''}{'; '.join(changed)}"
     return Beginning(note, {"folder": str(folder.absolute()), "sha256": digest.hexdigest()})
@@ -167,7 +168,7 @@ def _complete(tree: Node) -> Node:
     return tree.merge(Node.of(taken, Origin(given.value)))
 
 
-def _weights(folder: Path, described: Described) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _weights(folder: Path, described: Described) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The model that was trained, and its tensors."""
     if folder.is_file() or (folder / CONFIG_FILE).is_file():
         config, found, _ = read_weights(folder)
@@ -177,7 +178,7 @@ def _weights(folder: Path, described: Described) -> tuple[ModelConfig, dict[str,
     except ValidationError as error:
         raise TrainingError(explain_fields(error, described.model, str(folder / HF_CONFIG))) from error
     files = sorted(folder.glob("*.safetensors"))
-    found = {name.removeprefix("model."): x for file in files for name, x in read_tensors(file)[0].items()}
+    found = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
     return config, found
 
 

@@ -11,25 +11,49 @@ from torch import Tensor
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
-from .checkpoint import CheckpointError, file_of, read_tensors
+from .checkpoint import CheckpointError, Parts, files_of
 from .ema import Ema
 from .optim import AnyOptimizer, start_moments
-from .sharding import assign
+from .process_groups import ALONE, ProcessGroups
+from .sharding import chunk_of, is_sharded
+from .tensor_files import Chunk, fill, read_chunks, require_same_names
 
 MODEL, OPTIMIZER, STATE, EMA = "model", "optimizer", "state", "ema"
 """The parts of a checkpoint."""
 
 
-def gather(
-    model: LanguageModel, optimizer: AnyOptimizer, state: ModelState | None, ema: Ema | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a run by part and name; not copies."""
+def own_parts(
+    model: LanguageModel,
+    optimizer: AnyOptimizer,
+    state: ModelState | None = None,
+    ema: Ema | None = None,
+    groups: ProcessGroups = ALONE,
+) -> Parts:
+    """What this process has to write of a checkpoint, by part and name, each chunk on one process; not copies."""
     parts = {MODEL: parameters_of(model), OPTIMIZER: moments_of(model, optimizer)}
-    if state is not None:
-        parts[STATE] = to_dict(state)
     if ema is not None:
         parts[EMA] = parameters_of(model) | ema.parameters
-    return parts
+    own = {part: _own(tensors, groups) for part, tensors in parts.items()}
+    if state is not None:
+        first = groups.rank % groups.context_parallel == 0  # all ranks that share sequences have the same state
+        own[STATE] = {name: rows_of(leaf, groups) for name, leaf in to_dict(state).items() if first}
+    return own
+
+
+def _own(tensors: Mapping[str, Tensor], groups: ProcessGroups) -> dict[str, Chunk]:
+    """The chunks that this process has to write: replicas share the sharded tensors, the first writes all others."""
+    mine = {
+        name: chunk_of(tensor.detach())
+        for number, (name, tensor) in enumerate(tensors.items())
+        if (number % groups.data == groups.replica if is_sharded(tensor) else groups.is_main)
+    }
+    return {name: chunk for name, chunk in mine.items() if chunk.values.numel() or groups.size == 1}
+
+
+def rows_of(leaf: Tensor, groups: ProcessGroups) -> Chunk:
+    """A state's leaf as this process's rows of the global batch."""
+    rows, rest = leaf.shape[0], leaf.shape[1:]
+    return Chunk(leaf, (groups.dp_rank * rows, *(0 for _ in rest)), (groups.dp_size * rows, *rest))
 
 
 def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
@@ -65,21 +89,20 @@ def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[st
     Returns:
         One phrase per implementation field (`chunk_size`, ...) that differs from training, which changes rounding.
     """
-    file = folder / file_of(part)
-    found, metadata = read_tensors(file)
-    changed = _require_same_model(file, metadata, model.config)
-    fill(file, found, parameters_of(model))
+    files = files_of(folder, part)
+    changed = _require_same_model(files[0], read_chunks(files)[1], model.config)
+    fill(files, chunks_of(parameters_of(model)))
     return changed
 
 
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
     """Load a checkpoint's optimizer state; CheckpointError: it is missing, damaged, or another model's."""
-    file = folder / file_of(OPTIMIZER)
-    found = read_tensors(file)[0]
+    files = files_of(folder, OPTIMIZER)
+    found = read_chunks(files)[0]
     saved = [p for name, p in model.named_parameters() if any(key.endswith(f".{name}") for key in found)]
     start_moments(saved, optimizer)
     moments = moments_of(model, optimizer)
-    fill(file, found, moments)
+    fill(files, chunks_of(moments))
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         numbers = {key: value for key, value in state.items() if isinstance(value, int | float)}
@@ -88,37 +111,32 @@ def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) 
 
 def load_ema(folder: Path, model: LanguageModel, ema: Ema) -> None:
     """Load a checkpoint's moving average of the parameters, or begin one with them where it has none."""
-    file = folder / file_of(EMA)
-    if file.exists():
-        fill(file, read_tensors(file)[0], parameters_of(model) | ema.parameters)
+    if (files := files_of(folder, EMA))[0].exists():
+        fill(files, chunks_of(parameters_of(model) | ema.parameters))
     else:
         ema.parameters = Ema(model, ema.decay).parameters
 
 
-def load_state(folder: Path, model: LanguageModel, batch_size: int) -> ModelState:
-    """The recurrent state of a checkpoint; CheckpointError: it is missing, damaged, or of another model or batch."""
-    file = folder / file_of(STATE)
-    found, like = read_tensors(file)[0], model.init_state(batch_size)
-    _require_same_names(file, found, to_dict(like))
-    if any(len(leaf) != batch_size for leaf in found.values()):
-        raise CheckpointError(f"{file} has a state of another batch size than training.batch_size = {batch_size}")
-    return map_state(lambda leaf: leaf.to(model.device), from_dict(like, found))
+def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: ProcessGroups = ALONE) -> ModelState:
+    """This process's rows of the recurrent state of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another model or batch.
+    """
+    files, rows = files_of(folder, STATE), batch_size // groups.dp_size
+    found, like = read_chunks(files)[0], model.init_state(rows)
+    require_same_names(files, found, to_dict(like))
+    if any(first.shape[:1] != (batch_size,) for first, *_ in found.values()):
+        raise CheckpointError(f"{files[0]} has a state of another batch size than training.batch_size = {batch_size}")
+    # the dtypes are those of the run
+    state = {name: first.values.new_empty(rows, *first.shape[1:]) for name, (first, *_) in found.items()}
+    fill(files, {name: rows_of(leaf, groups) for name, leaf in state.items()})
+    return map_state(lambda leaf: leaf.to(model.device), from_dict(like, state))
 
 
-@torch.no_grad()
-def fill(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Copy all tensors into those of the same names; CheckpointError, before any copy: they differ in more."""
-    _require_same_names(file, found, wanted)
-    for name, tensor in wanted.items():
-        if tensor.shape != found[name].shape:
-            raise CheckpointError(
-                f"{file} belongs to another model: its {name} has shape {list(found[name].shape)} "
-                f"instead of {list(tensor.shape)}"
-            )
-        if tensor.is_floating_point() != found[name].is_floating_point():
-            raise CheckpointError(f"{file} is damaged: its {name} is {found[name].dtype}, and not {tensor.dtype}")
-    for name, tensor in wanted.items():
-        assign(tensor, found[name])
+def chunks_of(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
+    """What this process has of tensors, which may be sharded."""
+    return {name: chunk_of(tensor) for name, tensor in tensors.items()}
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
@@ -150,11 +168,3 @@ def _split(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         if field in block["mixer"]
     }
     return what, how
-
-
-def _require_same_names(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    lacking, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    for names, sentence in ((lacking, "it lacks {}"), (extra, "it has an additional {}")):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{file} belongs to another model: {sentence.format(min(names))}{more}")

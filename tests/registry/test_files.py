@@ -8,7 +8,7 @@ import torch
 
 from seqmix import SeqmixError
 from seqmix.registry import replacing, write_file
-from seqmix.training.checkpoint import write_tensors
+from seqmix.training.tensor_files import write_tensors
 
 
 def write_half(file):

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import seqmix
 from seqmix import build_model, load_run, train
-from seqmix.training import CheckpointError, checkpoint, read_config
+from seqmix.training import CheckpointError, checkpoint, read_config, tensor_files
 from seqmix.training.checkpoint import Best, Manifest, checkpoints, find, verify, write
 from seqmix.training.optim import build_optimizer
-from seqmix.training.train_state import gather, load_model, load_optimizer, load_state, metadata_of
+from seqmix.training.train_state import load_model, load_optimizer, load_state, metadata_of, own_parts
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -39,7 +39,7 @@ def manifest_of(step: int, **fields) -> Manifest:
 
 def saved(run: Path, step: int, model, optimizer, **fields) -> Path:
     """Write a checkpoint of these."""
-    return write(run, manifest_of(step, **fields), gather(model, optimizer, None), metadata_of(model.config, step))
+    return write(run, manifest_of(step, **fields), own_parts(model, optimizer), metadata_of(model.config, step))
 
 
 def made_of(config, *, steps: int = 0, frozen: bool = False, seed: int = 0):
@@ -105,8 +105,8 @@ def test_torch_s_distributed_checkpoint_reads_it(config_of, tmp_path):
     import torch.distributed.checkpoint as dcp
 
     trained = made_of(config_of(), steps=3)
-    folder, parts = saved(tmp_path, 7, *trained), gather(*trained, None)
-    expected = {name: x for tensors in parts.values() for name, x in tensors.items()}
+    folder, parts = saved(tmp_path, 7, *trained), own_parts(*trained)
+    expected = {name: chunk.values for chunks in parts.values() for name, chunk in chunks.items()}
     wanted = {name: torch.zeros_like(x) for name, x in expected.items()}
     dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     assert all(torch.equal(wanted[name], tensor) for name, tensor in expected.items())
@@ -150,11 +150,11 @@ def test_a_failed_write_leaves_the_previous_checkpoint(config_of, tmp_path, whol
             raise OSError(28, "No space left on device")
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(tensor_files, "save_file", crash)
     message = refused(lambda: run_of(config, run))
     assert str(run / "checkpoints" / "step-000004") in message
     assert message.endswith("No space left on device")
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(tensor_files, "save_file", save_file)
     assert [folder.name for folder in checkpoints(run)] == ["step-000002"]
     assert load_run(run)
     started, *_ = run_of(config, run, resume=True)
@@ -192,7 +192,7 @@ def test_old_ones_are_deleted_once_the_new_one_is_there(made, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
     with checkpoint.Writer(tmp_path, keep=1, keep_best=False) as writer:
-        writer.write(manifest_of(2), gather(*made, None), {})
+        writer.write(manifest_of(2), own_parts(*made), {})
     # never half of the old one under its name
     assert present == [["step-000002"]]
     assert names(tmp_path) == ["step-000002"]
@@ -211,15 +211,15 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
         assert slow_disk.wait(10)
         save_file(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", wait)
+    monkeypatch.setattr(tensor_files, "save_file", wait)
     expected = made[0].embedding.weight.detach().clone()
     with checkpoint.Writer(tmp_path, keep=9, keep_best=False) as writer:
-        first = writer.write(manifest_of(1), gather(*made, None), {})
+        first = writer.write(manifest_of(1), own_parts(*made), {})
         assert not first.exists()
         with torch.no_grad():  # the numbers were taken before
             made[0].embedding.weight.zero_()
         threading.Timer(0.05, slow_disk.set).start()
-        writer.write(manifest_of(2), gather(*made, None), {})
+        writer.write(manifest_of(2), own_parts(*made), {})
         assert first.exists()
     assert torch.equal(load_file(first / FILES[0])["embedding.weight"], expected)
 
@@ -235,9 +235,9 @@ def test_another_error_comes_before_that_of_writing(tmp_path, made, monkeypatch)
     def crash(*arguments):
         raise OSError("no disk")
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(tensor_files, "save_file", crash)
     writer = checkpoint.Writer(tmp_path, keep=1, keep_best=False)
-    writer.write(manifest_of(1), gather(*made, None), {})
+    writer.write(manifest_of(1), own_parts(*made), {})
     with pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError
 

@@ -15,14 +15,16 @@ import workers
 from hypothesis import settings
 from ranks import Ranks
 from runs import wait_for_steps
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from seqmix import load_config
+from seqmix import load_config, load_run
 from seqmix.registry import ElsewhereError, SeqmixError
-from seqmix.training.checkpoint import checkpoints, verify
+from seqmix.training import export_run
+from seqmix.training.averaging import average_run
+from seqmix.training.checkpoint import checkpoints, files_of, verify
 from seqmix.training.config import DistributedConfig
 from seqmix.training.process_groups import join_processes
+from seqmix.training.tensor_files import read_tensors
 
 DELTA = "model.blocks.attn.mixer={kind: gated_delta_net, n_heads: 2}"
 LINEAR = "model.blocks.attn.mixer={kind: linear_attention, n_heads: 2}"
@@ -87,9 +89,12 @@ def require_same(together, alone, batch_ranks, tolerance=1e-5):
 
 
 def require_same_checkpoint(one, other, **tolerance):
-    files = [sorted(checkpoints(run)[-1].glob("*.safetensors")) for run in (one, other)]
-    assert [file.name for file in files[0]] == [file.name for file in files[1]]
-    assert_close(*([load_file(file) for file in part] for part in files), **tolerance)
+    def read(run):
+        folder = checkpoints(run)[-1]
+        parts = {name.split("-")[0].split(".")[0] for name in verify(folder).files}
+        return {part: read_tensors(files_of(folder, part))[0] for part in parts}
+
+    assert_close(read(one), read(other), **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,38 @@ def test_no_process_holds_the_model_that_all_start_with(two, changes):
         assert same
         assert shards < 0.6 * whole or "distributed.data=2" in changes
         assert held < shards + 0.4 * whole
+
+
+def test_shards_are_read_by_one_process_and_a_damaged_one_is_named(two, text, tmp_path):
+    changes, run = (
+        [f"data.paths=[{text}]", "training.checkpoint_every=2", "training.steps=4", "training.keep_best=false"],
+        tmp_path / "run",
+    )
+    assert two("train_here", changes, str(run))[1]["saved"] == [2, 4]
+    folder = checkpoints(run)[-1]
+    names = {f"{part}-{rank}-of-2.safetensors" for part in ("model", "optimizer") for rank in (1, 2)}
+    assert set(verify(folder).files) == names
+    ours, written = dict(load_run(run).named_parameters()), read_tensors(files_of(folder, "model"))[0]
+    assert_close(ours, dict(written), rtol=0, atol=0)
+    assert export_run(run, tmp_path / "file.safetensors") == 4
+    assert_close(dict(load_run(tmp_path / "file.safetensors").named_parameters()), ours, rtol=0, atol=0)
+    assert average_run(run, tmp_path / "mean", checkpoints=2) == [2, 4]
+    damaged = folder / "optimizer-2-of-2.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    resumed = two("train_here", changes, str(run), resume=True)
+    assert [each["saved"] for each in resumed] == [[4], [4]]
+    assert f"{damaged} is damaged" in resumed[0]["noted"]
+    assert_close(dict(load_run(run).named_parameters()), ours, rtol=0, atol=0)
+
+
+def test_a_full_disk_of_one_process_ends_all_without_half_a_checkpoint(two, text, tmp_path):
+    changes, run = [f"data.paths=[{text}]", "training.checkpoint_every=2"], tmp_path / "run"
+    errors = [each["error"] for each in two("train_here", changes, str(run), full=1)]
+    assert errors[0][0] == "CheckpointError"
+    assert "step-000002 could not be written: process 1 of 2 failed: " in errors[0][1]
+    assert errors[0][1].endswith("No space left on device")
+    assert errors[1] == ("ElsewhereError", f"process 0 of 2 failed: {errors[0][1]}")
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, text, tmp_path):

@@ -58,7 +58,7 @@ def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_mom
         load_run(run)
 
 
-@pytest.mark.parametrize("function", ["verify", "read_tensors"])
+@pytest.mark.parametrize("function", ["verify", "read_chunks"])
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_replaced_by_the_next(run, monkeypatch, function):
     """As a run that trains deletes it: between the list and the checksums, or between these and the weights."""
     module = checkpoint if function == "verify" else train_state
