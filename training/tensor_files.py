@@ -150,8 +150,9 @@ def fill(files: Sequence[Path], wanted: Mapping[str, Chunk]) -> None:
                 f"{_all(files)} belongs to another model: its {name} has shape {list(shape)} "
                 f"instead of {list(chunk.shape)}"
             )
-        if chunk.values.is_floating_point() != (found := chunks[name][0].values).is_floating_point():
-            raise CheckpointError(f"{_all(files)} is damaged: its {name} is {found.dtype}, and not {chunk.values.dtype}")
+        found, ours = chunks[name][0].values, chunk.values
+        if found.is_floating_point() != ours.is_floating_point():
+            raise CheckpointError(f"{_all(files)} is damaged: its {name} is {found.dtype}, and not {ours.dtype}")
     for name, chunk in wanted.items():
         _copy(chunk, chunks[name])
 
