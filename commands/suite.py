@@ -4,6 +4,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from ..experiments.suite.scores import (
     PAGE_FILE,
     SCORES_FILE,
     TaskScores,
+    comparable,
     merge,
     new_scores,
     read_scores,
@@ -69,6 +71,7 @@ def suite(
             metavar="30m",
         ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One learning rate and one seed.")] = False,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
@@ -96,6 +99,8 @@ def suite(
     [bold]seqmix suite my_module:MyMixer --beside results/suite.json[/bold]
     """
     console, settings = terminal(), load_settings(size)
+    if quick and budget is not None:
+        raise SeqmixError("--quick and --budget both say how much is run: leave one out")
     if list_all:
         rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
@@ -110,12 +115,13 @@ def suite(
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
     jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary:
-        extent, notes, asked = Extent(), list[str](), (str(size), str(match), budget or "", *chosen)
+        extent, names = Extent(one_rate=quick, one_seed=quick), list(chosen)
+        asked = (str(size), str(match), budget or "", *chosen)
         if budget is not None:
             planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent)
             extent, names = _earlier(folder, asked) or _fitting(planned, seconds_of(budget) * jobs, console)
-            notes = left_out(extent, names, list(chosen))
-            chosen = {name: chosen[name] for name in names}
+        notes = left_out(extent, names, list(chosen))
+        chosen = {name: chosen[name] for name in names}
         place = Path(temporary) if dry_run else folder
         planned = write_studies(place, settings, chosen, candidates, match, extent)
     if dry_run:
@@ -125,10 +131,16 @@ def suite(
         _remember(folder, asked, extent, tuple(chosen))
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
     words += [f"--budget={budget}"] if budget else []
-    words += [] if references else ["--no-references"]
+    words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
     command = f"seqmix suite {shlex.join(words)}"
     again = command + (f" --out {shlex.quote(str(out))}" if out else "")
-    failed, scores = 0, new_scores(size, match, command, notes)
+    scores = new_scores(size, match, command, notes, planned)
+    if earlier is not None:
+        earlier = comparable(scores, earlier)
+        others.insert(0, earlier)
+    for other in others:
+        merge(scores, other)  # refuses what could not be compared before anything is trained
+    failed, shown = 0, scores
     for number, task in enumerate(planned):
         later = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
         console.print(f"{task.name}, task {number + 1} of {len(planned)}: {task.task.measures}")
@@ -136,22 +148,15 @@ def suite(
             results, outcome = run_study(task.plan, folder / task.name, jobs=jobs, observer=progress)
         scores.tasks[task.name] = task_scores(task, results)
         failed += len(outcome.failed)
-        write_scores(scores, folder)
+        shown = reduce(merge, others, scores)
+        write_scores(shown, folder)
         if outcome.stopped:
             console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
             raise typer.Exit(130)
-    if earlier is not None:
-        try:
-            scores = merge(scores, earlier)
-        except SeqmixError as error:
-            console.print(f"rows that {folder} had before are left out: {error}", soft_wrap=True)
-    for other in others:
-        scores = merge(scores, other)
-    head, rows = score_table(scores)
+    head, rows = score_table(shown)
     console.print(plain_table(*head, rows=rows, overflow="fold"))
-    for sentence in (*scores.notes, *_without_figure(scores.tasks)):
+    for sentence in (*shown.notes, *_without_figure(shown.tasks)):
         console.print(sentence, soft_wrap=True)
-    write_scores(scores, folder)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:
         console.print(f"{failed} runs failed; retry them with: {again}")

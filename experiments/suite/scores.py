@@ -78,7 +78,6 @@ class Scores(Config):
 
 def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
     """The rows of one task, from its study's results."""
-    config, study = planned.plan.runs[0].config, planned.plan.study
     rows = []
     for found in results.summary:
         runs = [
@@ -104,18 +103,24 @@ def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
         )
     failed = {run.entry: run.error or "it was stopped" for run in results.runs if run.status != "finished"}
     there = {row.entry for row in rows}
-    match = study.match
     return TaskScores(
         task=planned.task,
-        conditions=Conditions(
-            data=dump(config.data),
-            training=dump(config.training.model_copy(update={"learning_rate": study.learning_rates[0]})),
-            learning_rates=study.learning_rates,
-            seeds=study.seeds,
-            matched="" if match is None else f"{match.metric} {match.wanted:,} by {match.knob}",
-        ),
+        conditions=conditions_of(planned),
         rows=tuple(rows),
         left_out={**planned.left_out, **{name: why for name, why in failed.items() if name not in there}},
+    )
+
+
+def conditions_of(planned: PlannedTask) -> Conditions:
+    """What all entries of a task share."""
+    config, study = planned.plan.runs[0].config, planned.plan.study
+    match = study.match
+    return Conditions(
+        data=dump(config.data),
+        training=dump(config.training.model_copy(update={"learning_rate": study.learning_rates[0]})),
+        learning_rates=study.learning_rates,
+        seeds=study.seeds,
+        matched="" if match is None else f"{match.metric} {match.wanted:,} by {match.knob}",
     )
 
 
@@ -124,10 +129,11 @@ def _score(run: RunResult, task: SuiteTask) -> float:
     return mean(by[key] for key in task.score_at or by)
 
 
-def new_scores(size: Size, match: Metric, command: str, notes: Sequence[str]) -> Scores:
-    """Scores of now, of no task yet."""
+def new_scores(size: Size, match: Metric, command: str, notes: Sequence[str], planned: Sequence[PlannedTask]) -> Scores:
+    """Scores of now, without rows yet."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Scores(size=size, match=match, created=created, commands=(command,), notes=tuple(notes), tasks={})
+    tasks = {each.name: TaskScores(task=each.task, conditions=conditions_of(each)) for each in planned}
+    return Scores(size=size, match=match, created=created, commands=(command,), notes=tuple(notes), tasks=tasks)
 
 
 def merge(one: Scores, other: Scores) -> Scores:
@@ -154,6 +160,16 @@ def merge(one: Scores, other: Scores) -> Scores:
     commands = tuple(dict.fromkeys((*one.commands, *other.commands)))
     notes = tuple(dict.fromkeys((*one.notes, *other.notes)))
     return one.model_copy(update={"commands": commands, "notes": notes, "tasks": tasks})
+
+
+def comparable(one: Scores, other: Scores) -> Scores:
+    """The second's tasks, but those that have other conditions in the first."""
+    tasks = {
+        name: task
+        for name, task in other.tasks.items()
+        if name not in one.tasks or one.tasks[name].conditions == task.conditions
+    }
+    return other.model_copy(update={"tasks": tasks})
 
 
 def read_scores(path: Path) -> Scores:

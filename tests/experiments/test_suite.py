@@ -168,6 +168,10 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert len(scores.read_scores(Path("mine")).tasks["first"].rows) == 2
     _rows_are_merged(found, both)
     assert "no_such" in refused("suite", "--tasks", "no_such")
+    assert "--budget" in refused("suite", "--quick", "--budget", "9s")
+    # what could not be compared is refused before it is trained
+    assert "rows of first cannot stand" in refused("suite", "--beside", "mine", "--out", "other")
+    assert not list(Path("other").glob("*/runs"))
     assert "nothing is measured" in refused("suite", "--no-references")
     assert "elsewhere" in refused("suite", "--beside", "elsewhere")
 
