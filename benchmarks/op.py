@@ -122,7 +122,7 @@ class OpBenchmark(Benchmark):
             implementation("fla", _fla, reason=lacks_fla, base="chunkwise"),
             implementation("sdpa", _attention(F.scaled_dot_product_attention), values=s.keys),
             implementation("eager", _attention(eager_attention), values=s.keys),
-            *([] if backward else [implementation("copy", _copy)]),
+            implementation("copy", _Copy.apply),
         ]
 
     def notes(self) -> Iterable[str]:
@@ -137,8 +137,8 @@ class OpBenchmark(Benchmark):
             "the masks and decays of its parallel mode are formed before, not in the time."
         )
         yield (
-            "copy reads queries, keys and values and writes them: no op moves less. The share is that of the op's own "
-            "products timed alone (triton's and fla's: those of chunkwise); squares count in full, sdpa's as half."
+            "copy moves the memory of an op that reads its inputs and writes its results once. The share is that of the "
+            "op's own products timed alone (triton's and fla's: chunkwise's); squares count in full, sdpa's as half."
         )
 
 
@@ -182,9 +182,20 @@ def _attention(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tenso
     return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
-def _copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _, _, copied = q.clone(), k.clone(), v.clone()
-    return copied
+class _Copy(torch.autograd.Function):
+    """Copies of keys and values, once forward and twice backward: what an op reads and writes at least, or about."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        k.clone()
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = ctx.saved_tensors
+        v.clone()
+        return q.clone(), k.clone(), gradients[0].clone()
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Configuration(NamedTuple):
 def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configuration, ...]:
     """The table for GPUs, the largest chunk first, for elements of so many bits.
 
-    What is bound by memory, a scan and everything of narrow heads, wants several blocks: one computes while others wait.
+    What memory bounds, a scan and everything of narrow heads, wants several blocks: one computes while others wait.
     """
     if bits == 32:
         scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2)
