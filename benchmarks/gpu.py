@@ -36,6 +36,8 @@ class Outcome:
     part: Part
     problem: str | None = None
     """Why there are no figures, or what failed."""
+    failed: bool = False
+    """Whether it ran and did not end well."""
     seconds: float = 0.0
     report: Report | None = None
 
@@ -80,7 +82,7 @@ def measure(
     outcomes: list[Outcome] = []
     for index, part in enumerate(parts):
         file = folder / f"{part.group}--{part.name.replace(':', '-').replace('/', '-')}.json"
-        began = time.perf_counter()
+        began, failed = time.perf_counter(), False
         problem = part.skipped
         left = end - began
         if problem is None and not file.exists() and left < LEAST:
@@ -88,11 +90,13 @@ def measure(
         elif problem is None and not file.exists():
             note(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
             problem = runner(part, file, seconds=min(time_limit, left))
+            failed = problem is not None
             if problem is None and not part.measures:
                 file.write_text("{}\n", encoding="utf-8")  # passed
         there = part.measures and problem is None and file.exists()
         report = from_json(file.read_text(encoding="utf-8")) if there else None
-        outcomes.append(Outcome(part=part, problem=problem, seconds=time.perf_counter() - began, report=report))
+        took = time.perf_counter() - began
+        outcomes.append(Outcome(part=part, problem=problem, failed=failed, seconds=took, report=report))
         write(outcomes, out)
     return outcomes
 

@@ -137,8 +137,8 @@ class OpBenchmark(Benchmark):
             "the masks and decays of its parallel mode are formed before, not in the time."
         )
         yield (
-            "copy moves the memory of an op that reads its inputs and writes its results once. The share is that of the "
-            "op's own products timed alone (triton's and fla's: chunkwise's); squares count in full, sdpa's as half."
+            "copy moves the memory of an op that reads inputs and writes results once. The share is that of the op's "
+            "own products timed alone (triton's and fla's: chunkwise's); squares count in full, sdpa's as half."
         )
 
 

@@ -28,7 +28,7 @@ def bench_gpu(
     """Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.
 
     Each part runs in its own process: a crash ends only that part. Finished parts are skipped when you run it again.
-    The folder's archive, DIR.tar.gz, is written again after each part.
+    The folder's archive, DIR.tar.gz, is written again after each part. The exit status is 1 if a part failed.
 
     [bold]seqmix bench-gpu --out gpu --budget 1500[/bold]
 
@@ -47,3 +47,5 @@ def bench_gpu(
         if outcome.problem is not None:
             typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")
     typer.echo(f"written: {out / 'gpu.json'}, {out / 'gpu.md'} and {out}.tar.gz")
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(1)

@@ -124,6 +124,7 @@ def test_the_commands_of_the_plan_are_understood(refused):
 def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
     outcomes = measure(parts, tmp_path, silent, stub)
     assert [outcome.problem is None for outcome in outcomes] == [True, False, True, False, True, False]
+    assert [outcome.part.name for outcome in outcomes if outcome.failed] == ["wrong", "crashing"]
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [part["name"] for part in written["parts"]] == [part.name for part in parts]
     assert written["parts"][2]["report"]["rows"][0]["seconds"]["median"] == 0.02
