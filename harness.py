@@ -5,6 +5,7 @@
 is lm-eval's own command. It needs `pip install 'seqmix[eval]'`.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -23,8 +24,13 @@ try:
     TemplateLM: Any = import_module("lm_eval.api.model").TemplateLM
     register_model: Any = import_module("lm_eval.api.registry").register_model
 except ImportError as error:
-    raise SeqmixError(f"tasks need the package lm_eval: pip install 'seqmix[eval]' ({error})") from error
+    missing = f"tasks need the package lm_eval: pip install 'seqmix[eval]' ({error})"
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {missing}") from None
+    raise SeqmixError(missing) from error
 
+ARGUMENTS = ("run", "batch_size", "device", "checkpoint", "max_gen_toks")
+"""What --model_args may name."""
 UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 """Options of generation that a task may set."""
 
@@ -43,7 +49,7 @@ class SeqmixLM(TemplateLM):
         max_gen_toks: new tokens of a generation whose task does not limit them.
 
     Raises:
-        SeqmixError: there is neither a run nor a model, or its tokens are not text.
+        SeqmixError: there is neither a run nor a model, its tokens are not text, or an argument is unknown.
     """
 
     def __init__(
@@ -56,8 +62,14 @@ class SeqmixLM(TemplateLM):
         device: str | torch.device | None = None,
         checkpoint: Choice = "newest",
         max_gen_toks: int = 256,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            raise SeqmixError(
+                f"lm-eval's model seqmix has no argument {name!r}; it has {', '.join(ARGUMENTS)}"
+                f"{nearest(name, ARGUMENTS)}"
+            )
         if (run is None) == (model is None):
             raise SeqmixError("lm-eval's model seqmix needs run=DIR: a run directory or an exported file")
         if not str(batch_size).isdecimal():
@@ -206,5 +218,15 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | Path | None) -> An
     return manager
 
 
+def main() -> None:
+    """lm-eval's own command; what is wrong with its arguments is one sentence, and the status 2."""
+    try:
+        import_module("lm_eval.__main__").cli_evaluate()
+    except (ValueError, KeyError, TypeError, OSError) as error:  # lm-eval has no error of its own
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"error: {sentence}\n")
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    import_module("lm_eval.__main__").cli_evaluate()
+    main()

@@ -68,6 +68,11 @@ class Architecture:
         """Tensors that their code wants to read although it can compute them."""
         return {}
 
+    def renamed(self, values: Mapping[str, Any]) -> Mapping[str, str]:
+        """The aliases of a model with this configuration."""
+        del values
+        return self.aliases
+
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         """Their fields as the tables have them."""
         return dict(values)

@@ -89,7 +89,7 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}
     theirs = files.read_weights(source)
-    for other, usual in architecture.aliases.items():
+    for other, usual in architecture.renamed(values).items():
         theirs = {name.replace(other, usual): x for name, x in theirs.items()}
     tensors = to_ours(rules, theirs, source, architecture.unread, copies)
     files.write_run(

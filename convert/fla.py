@@ -87,7 +87,6 @@ def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
         "elementwise_affine": same("mixer.norm_affine", default=True),
         "feature_map": only(None),
         "num_kv_heads": only(None),
-        "fuse_norm": only(True),  # it renames the norm
     }
 
 
@@ -101,6 +100,10 @@ class GLA(Fla):
         | convolved(default=False)
         | {"use_gk": only(True), "use_gv": only(False), "clamp_min": only(None)},
     )
+
+    def renamed(self, values: Mapping[str, Any]) -> Mapping[str, str]:
+        # without fuse_norm the norm of a gated output has another name; the way back is the fused one
+        return {".attn.g_norm.": ".attn.g_norm_swish_gate."} if values.get("use_output_gate", True) else {}
 
     def norm_of(self, mixer: Any) -> str:
         return "g_norm" if mixer.config.gate == "none" else "g_norm_swish_gate"

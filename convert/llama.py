@@ -35,7 +35,19 @@ HEADS = Table(
         ),
     },
 )
-ROPE = Table({}, {"rope_theta": same("mixer.rope_base", default=10000.0, read=lambda base, _: float(base))})
+ROPE = Table(
+    {},
+    {
+        "rope_theta": same("mixer.rope_base", default=10000.0, read=lambda base, _: float(base)),
+        "scaling": same("mixer.rope_scaling", default=None),
+    },
+)
+SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+}
+"""By `rope_type`, the fields of a scaling here; theirs has one other name, below."""
+LENGTHS = {"original_length": "original_max_position_embeddings"}
 BIASES = choice("mixer.bias", {False: "none", True: "all"}, default=False)
 PAIRS = "(h pair k) d -> (h k pair) d"
 """Rows of heads: theirs turn pairs (j, j + K/2) of dimensions, ours (2j, 2j + 1)."""
@@ -49,14 +61,22 @@ class Rotating(Architecture):
         rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         known = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        if kind != "default" or rope:
-            raise refusal(where, "rope_parameters", {"rope_type": kind, **rope}, "rope_type = default, without scaling")
+        if kind in SCALINGS and isinstance(values.get("max_position_embeddings"), int) and kind == "llama3":
+            rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        fields = {name: LENGTHS.get(name, name) for name in SCALINGS.get(kind, ())}
+        if (kind != "default" and kind not in SCALINGS) or rope.keys() != set(fields.values()):
+            allowed = "rope_type = default, linear or llama3, with the fields of these"
+            raise refusal(where, "rope_parameters", {"rope_type": kind, **rope}, allowed)
+        if fields:
+            known["scaling"] = {"kind": kind, **{ours: rope[name] for ours, name in fields.items()}}
         return plain | known
 
     def folded(self, values: dict[str, Any]) -> dict[str, Any]:
         # at the top too, where versions before 5 read them
         own = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
-        return values | ({"rope_parameters": {"rope_type": "default", **own}} if own else {})
+        scaling = dict(values.pop("scaling", None) or {"kind": "default"})
+        own |= {"rope_type": scaling.pop("kind"), **{LENGTHS.get(name, name): x for name, x in scaling.items()}}
+        return values | ({"rope_parameters": own} if "rope_theta" in values or scaling else {})
 
 
 class Llama(Rotating):

@@ -33,6 +33,7 @@ from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, r
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.projections import projections_of
+from .parts.rotary import LinearScaling, RopeScaling
 from .parts.widths import rotary_dim
 from .traits import ContractError, Traits
 
@@ -55,6 +56,8 @@ class AttentionConfig(MixerConfig):
     with distance instead; or `none`."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """The base of the angles."""
+    rope_scaling: RopeScaling | None = Field(default=None, examples=[LinearScaling(factor=2.0)])
+    """Angles of a model whose context was extended, with positions = rope: `linear` or `llama3`; null for none."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
     """The share of a head's dimensions that `rope` turns: the first of them."""
     qk_norm: Literal["rms", "rms_zero_centered", "rms_all_heads", "none"] = "none"
@@ -97,6 +100,8 @@ class AttentionConfig(MixerConfig):
                 f"partial_rotary_factor = {self.partial_rotary_factor:g} is for positions = rope, and with "
                 f"{self.positions} it is 1"
             )
+        if self.rope_scaling is not None and self.positions != "rope":
+            raise ValueError(f"rope_scaling is for positions = rope, not for {self.positions}")
         return self
 
     @model_validator(mode="after")
@@ -185,7 +190,7 @@ class Attention(CachedMixer):
             qk = self.qk_norm(qk)
         if self.config.turns:
             positions = call.positions(x, None if call.state is None else call.state.length)
-            qk = rotated(qk, positions, "rope", self.config.rope_base, self.rotary_dim)
+            qk = rotated(qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling)
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q, k, v, dict(zip(names, others, strict=True))
 

@@ -160,6 +160,28 @@ def test_the_model_is_registered_with_lm_evals_own_command(harness, config_of, t
     assert "exact_match" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("model_args", "words"),
+    [
+        (
+            "rnu=one",
+            """has no argument 'rnu'; it has run, batch_size, device, checkpoint, max_gen_toks; did you mean "run"?""",
+        ),
+        ("run=nowhere", "nowhere is not a run directory: it does not exist"),
+    ],
+)
+def test_a_wrong_argument_of_lm_evals_own_command_is_a_sentence(harness, monkeypatch, capsys, model_args, words):
+    from lm_eval.tasks import TaskManager
+
+    arguments = ["--model", "seqmix", "--model_args", model_args, "--tasks", "tiny_choice", "--include_path", "."]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    with pytest.raises(SystemExit) as ended:
+        harness.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_without_lm_eval_one_sentence_says_what_to_install(seqmix, config_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "seqmix.harness", raising=False)

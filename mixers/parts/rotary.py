@@ -7,13 +7,56 @@ Angles are computed in float64 and then cast: a float32 angle is off by 2e-2 at 
     rotation:     (x_2j, x_2j+1) turns by the angle position * theta_j             (pairs are interleaved)
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from ...registry import Config
+
 Schedule = Literal["rope", "retnet"]
+
+
+class LinearScaling(Config):
+    """All angles are divided by a factor, which stretches the context (arXiv 2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(gt=0)
+    """Divides the angles."""
+
+
+class Llama3Scaling(Config):
+    """Slow angles are divided by a factor, fast ones stay, as Llama 3.1 has them; those between are interpolated.
+
+    theta <- s theta + (1 - s) theta / factor     s = (r - low) / (high - low) within [0, 1], r = length theta / (2 pi)
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = Field(gt=0)
+    """Divides the slow angles."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """Turns within the original length up to which an angle is slow."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """Turns from which an angle is fast."""
+    original_length: int = Field(default=8192, gt=0)
+    """Tokens of the context before it was extended."""
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
+
+
+def scaled(theta: Float[Tensor, " K/2"], by: LinearScaling | Llama3Scaling | None) -> Float[Tensor, " K/2"]:
+    """Angles of a context that was extended; as they are for None."""
+    if by is None:
+        return theta
+    if isinstance(by, LinearScaling):
+        return theta / by.factor
+    low, high = by.low_freq_factor, by.high_freq_factor
+    share = ((by.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(theta / by.factor, theta, share)
 
 
 def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
@@ -25,12 +68,18 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
 
 
 def rotated(
-    x: Float[Tensor, "B T H K"], positions: Int[Tensor, "_ T"], schedule: Schedule, base: float, dims: int | None = None
+    x: Float[Tensor, "B T H K"],
+    positions: Int[Tensor, "_ T"],
+    schedule: Schedule,
+    base: float,
+    dims: int | None = None,
+    scaling: LinearScaling | Llama3Scaling | None = None,
 ) -> Float[Tensor, "B T H K"]:
     """Heads turned by the angles of their positions; only their first `dims` dimensions, if given."""
     if dims is not None and dims < x.shape[-1]:
-        return torch.cat((rotated(x[..., :dims], positions, schedule, base), x[..., dims:]), dim=-1)
-    return rotate(x, rotation(positions, frequencies(x.shape[-1], schedule, base, x.device), x.dtype))
+        return torch.cat((rotated(x[..., :dims], positions, schedule, base, None, scaling), x[..., dims:]), dim=-1)
+    theta = scaled(frequencies(x.shape[-1], schedule, base, x.device), scaling)
+    return rotate(x, rotation(positions, theta, x.dtype))
 
 
 class Rotation(NamedTuple):

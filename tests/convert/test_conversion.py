@@ -92,7 +92,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
         ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
         ({"model_type": "rwkv7"}, "is of rwkv7, which no model here can be: its later layers"),
         ({"attention_bias": True}, r"lacks the tensor model.layers.0.self_attn.q_proj.bias"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters = .*linear.*without scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_parameters = .*yarn.*default, linear or llama3"),
+        ({"rope_scaling": {"type": "linear", "beta": 2}}, "rope_parameters = .*beta.*with the fields of these"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; what has a counterpart here is 'silu'"),
         ({"clip_qkv": 8}, "clip_qkv = 8, a field that is not known here"),
         ({"intermediate_size": None}, "lacks intermediate_size"),
@@ -202,5 +203,7 @@ def test_whether_fla_fuses_its_norms_matters_only_where_a_tensor_is_renamed():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 300, "num_heads": 2, "head_dim": 8}
     plain = ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": False}, "here")
     assert plain == ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": True}, "here")
-    with pytest.raises(SeqmixError, match="fuse_norm = false"):
-        ARCHITECTURES["gla"].config({**sizes, "fuse_norm": False}, "here")
+    gla = {name: x for name, x in sizes.items() if name != "head_dim"} | {"fuse_norm": False}
+    assert ARCHITECTURES["gla"].config(gla, "here") == ARCHITECTURES["gla"].config({**gla, "fuse_norm": True}, "here")
+    assert ARCHITECTURES["gla"].renamed(gla) == {".attn.g_norm.": ".attn.g_norm_swish_gate."}
+    assert ARCHITECTURES["gla"].renamed({**gla, "use_output_gate": False}) == {}

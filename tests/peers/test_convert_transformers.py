@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 COMMON = {"hidden_size": 24, "vocab_size": VOCAB, "num_hidden_layers": 2, "initializer_range": 0.3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40}
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
 THREE = ["linear_attention", "full_attention", "linear_attention"]
 WIDE = {"intermediate_size": 40, "num_attention_heads": 4}
 LATENT = {
@@ -64,6 +66,8 @@ CASES = {
     "llama": ("Llama", HEADS),
     "llama, tied": ("Llama", HEADS | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama, biases": ("Llama", HEADS | {"attention_bias": True, "mlp_bias": True}),
+    "llama, stretched": ("Llama", HEADS | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
+    "llama, 3.1": ("Llama", HEADS | {"head_dim": 16, "rope_parameters": ROPE | LLAMA3}),
     "qwen2": ("Qwen2", HEADS | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "recurrent-gemma": ("RecurrentGemma", TOKENS | GRIFFIN),
     "recurrent-gemma, biases": ("RecurrentGemma", TOKENS | GRIFFIN | {"attention_bias": True, "lru_width": 36}),
