@@ -4,8 +4,12 @@ pytest imports this whenever seqmix is installed, so it imports nothing of the l
 """
 
 import sys
+from typing import Any
 
 import pytest
+
+ERROR = "seqmix_error"
+"""Where a worker of pytest-xdist leaves it."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,11 +33,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     try:
         for name in names:
             require_name("check", name, [*CHECKS, *KERNEL_CHECKS])
+        if examples is not None and examples < 1:
+            raise SeqmixError(f"--seqmix-examples needs an integer >= 1, and was given {examples}")
     except SeqmixError as error:
-        raise pytest.UsageError(str(error)) from None
+        output = getattr(config, "workeroutput", None)
+        if output is None:
+            raise pytest.UsageError(str(error)) from None
+        output[ERROR], items[:] = str(error), []  # a worker of pytest-xdist cannot say what is wrong
+        return
     if examples is not None:
-        if examples < 1:
-            raise pytest.UsageError(f"--seqmix-examples needs an integer >= 1, and was given {examples}")
         COMMAND_LINE["examples"] = examples
     kept, left_out = [], []
     for item in items:
@@ -42,3 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Say what a worker of pytest-xdist found wrong with the options."""
+    if text := getattr(node, "workeroutput", {}).get(ERROR):
+        raise pytest.UsageError(text)

@@ -566,3 +566,35 @@ class Mean(Unusual):
     def token(self, u, state):
         h, position = state.memory + u, state.position + 1
         return h / position[:, None].to(h.dtype), Counted(h, position)
+
+
+class Keys(NamedTuple):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class BlockSparse(Unusual):
+    """Attention to the token's own block of four and to the one before it whose mean key scores highest, as MoBA's; the
+    cache has the tokens so far, whatever `max_length`."""
+
+    declares: ClassVar = {"state": "growing", "shift_invariant": False}
+    inputs = 3
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Keys(*(self.zeros(batch_size, 0, self.width, dtype=self.dtype) for _ in range(2)))
+
+    def flops(self, length, paradigm, context=0):
+        products = sum(2 * (t + 1) + t // 4 for t in range(context, context + length))
+        return super().flops(length, paradigm) + 2 * products * self.width
+
+    def token(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        keys, values = (torch.cat((old, new.to(old.dtype)[:, None]), 1) for old, new in zip(state, (k, v), strict=True))
+        wide, whole = keys.to(u.dtype), state.keys.shape[1] // 4
+        block = torch.arange(keys.shape[1], device=u.device) // 4
+        seen = (block == whole).expand(len(u), -1)
+        if whole:
+            means = wide[:, : 4 * whole].unflatten(1, (whole, 4)).mean(2)
+            seen = seen | (block == (q[:, None] @ means.mT)[:, 0].argmax(-1, keepdim=True))
+        scores = (q[:, None] @ wide.mT)[:, 0].masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1)[:, None] @ values.to(u.dtype))[:, 0], Keys(keys, values)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ...mixers.state import map_state, select
 from ..check import check
-from ..mixer_case import Draw
+from ..mixer_case import CROWDS, Draw
 from ..mixer_trial import Trial
+
+FEW = 4
+"""Rows of a large batch that are mixed without the others: of a small one it is each."""
 
 
 @check(
@@ -17,14 +20,15 @@ from ..mixer_trial import Trial
     draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4),
 )
 def rows_are_independent(trial: Trial) -> None:
-    """A sequence gives the same alone as beside others in a batch."""
+    """A sequence gives the same alone as beside others in a batch, and beside few as beside many."""
     x, state = trial.tokens(), trial.state()
+    few = trial.index(*range(len(x))).split(1 if len(x) < CROWDS[0] else FEW)
     for paradigm in trial.paradigms:
         y, states = trial.mix(x, state, paradigm=paradigm)
-        for n in range(len(x)):
-            row = trial.index(n)
-            alone = trial.mix(x[row], None if state is None else select(state, row), paradigm=paradigm)
-            trial.compare(f"{paradigm}, row {n} of {len(x)} against it alone", (y[row], select(states, row)), alone)
+        for rows in few:
+            alone = trial.mix(x[rows], None if state is None else select(state, rows), paradigm=paradigm)
+            what = f"{paradigm}, rows {rows.tolist()} of {len(x)} against them without the others"
+            trial.compare(what, (y[rows], select(states, rows)), alone)
 
 
 @check(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ...mixers.state import clone
+from ...mixers.state import clone, to_dict
 from ..check import check, compilable, packing, recurrent, stateful
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
@@ -121,18 +121,25 @@ def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[T
     compiles=True,
 )
 def decoding_compiles_once(trial: Trial) -> None:
-    """A step from an allocated state compiles with fullgraph, once for all tokens."""
+    """A step compiles with fullgraph, once for all tokens; a growing state for which nothing is allocated, whatever
+    `max_length`, may take further graphs, as its sizes are others at every token."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(trial.subject.compile_backend)
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
-    with _one_graph():
+    with _one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):
         with torch.no_grad():  # a beginning that is learned has a graph, and what follows has none
             state = trial.mixer.init_state(len(x), max_length=x.shape[1])
-        y, _ = trial.decode(x, state, step)
+        sizes = _sizes(state)
+        y, after = trial.decode(x, state, step)
     trial.compare("compiled steps against the whole", (y, None), (trial.mix(x, None)[0], None))
     count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
-    require(counter.frame_count == 1, f"{count}: something that changes with every token is not a tensor")
+    once = counter.frame_count == 1 or (trial.mixer.traits.state == "growing" and _sizes(after) != sizes)
+    require(once, f"{count}: something that changes with every token is not a tensor")
+
+
+def _sizes(state: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in to_dict(state).values()]
 
 
 @check(compilable, use="deployment: an exported model is another", share=0, draw=STATE, compiles=True)

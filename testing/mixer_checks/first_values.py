@@ -11,7 +11,7 @@ from ...mixers.contract import SequenceMixer
 from ..check import check, differentiable, value_residual
 from ..compare import require
 from ..mixer_case import Draw
-from ..mixer_trial import Trial, learnable
+from ..mixer_trial import Call, Trial, learnable
 from .packing import alone, described, together
 
 GRADIENT = "the gradient of"
@@ -21,7 +21,7 @@ GRADIENT = "the gradient of"
     value_residual,
     differentiable,
     use="layers that mix in the first one's values: these are lost in a paradigm, a piece or a document",
-    share=0.2,
+    share=0.12,
     draw=Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),)),
 )
 def first_values_are_read_with_their_tokens(trial: Trial) -> None:
@@ -73,7 +73,12 @@ def compared(
     whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
     for paradigm in trial.paradigms:
         call = trial.call(paradigm, mix)
-        for way, used in ((f"{paradigm}", call), (f"{paradigm}, in pieces,", trial.in_pieces(call))):
+        ways: dict[str, Call] = {}
+        if paradigm != trial.reference:
+            ways[f"{paradigm}"] = call
+        if len(trial.case.lengths) > 1:
+            ways[f"{paradigm}, in pieces,"] = trial.in_pieces(call)
+        for way, used in ways.items():
             found = trial.differentiate(used, x, state, mixer=mixer)
             trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
     if (boundaries := trial.boundaries()) is not None:

@@ -29,9 +29,11 @@ def documents_are_sequences(trial: Trial) -> None:
     assert boundaries is not None  # this check needs packing, and draws one row
     # as many documents and tokens as before, with other boundaries: nothing may be left of those
     others = torch.cat((boundaries[:1], boundaries.diff().flip(0).cumsum(0))).to(boundaries.dtype)
+    refilled = trial.paradigms[trial.case.seed // 4 % len(trial.paradigms)]
     for paradigm in trial.paradigms:
         reused = others.clone()  # one tensor, which a loader fills again
-        trial.mix(x, state, cu_seqlens=reused, paradigm=paradigm)
+        if paradigm == refilled:
+            trial.mix(x, state, cu_seqlens=reused, paradigm=paradigm)
         y, states = trial.mix(x, state, cu_seqlens=_refilled(reused, boundaries, trial.case.seed), paradigm=paradigm)
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"

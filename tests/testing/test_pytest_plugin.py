@@ -60,6 +60,13 @@ def test_a_wrong_option_is_one_error_that_names_it(run, options, named):
     assert re.search(f"^ERROR: .*{named}", done.stderr.str(), re.MULTILINE)
 
 
+def test_a_wrong_option_is_one_error_under_xdist(run):
+    done = run("-p", "xdist", "-n", "1", "--seqmix-check", "row_are_independent")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert re.search("^ERROR: .*'row_are_independent'.*\"rows_are_independent\"", done.stderr.str(), re.MULTILINE)
+    assert "INTERNALERROR" not in done.stdout.str() + done.stderr.str()
+
+
 def test_the_plug_in_is_declared_and_imports_nothing_heavy():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["pytest11"] == {"seqmix": PLUGIN}

@@ -8,7 +8,7 @@ from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
 from seqmix.testing.compare import Differences
 
-COMPILED = {"s4d", "torchgru"}
+COMPILED = {"blocksparse", "s4d", "torchgru"}
 
 
 @pytest.mark.parametrize("config", UNUSUAL, ids=lambda config: config.kind)
