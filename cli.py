@@ -1,5 +1,6 @@
 """The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
+import errno
 import os
 import platform
 import signal
@@ -137,6 +138,10 @@ def explanation(error: Exception) -> str | None:
         case OSError(filename=str() | bytes() | int()):
             # what no command foresees about a file: a name that is too long, a folder without permission
             return f"{error.filename} cannot be used: {error.strerror}"
+        case OSError(errno=errno.ENOSPC | errno.EFBIG | errno.EDQUOT):
+            return f"a file cannot be written: {error.strerror}"
+        case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # where the disk is full
+            return f"a file cannot be written: {reason}"
         case MemoryError() | RuntimeError():
             from .models import is_out_of_memory
 

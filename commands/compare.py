@@ -15,9 +15,12 @@ from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import notes, state_size, summary_table
 from ..registry import SeqmixError
-from .console import plain_table, terminal
+from .console import note, plain_table, terminal
 from .show import si
 from .study_progress import StudyProgress
+
+MANY = 300
+"""Runs from which on planning takes long enough to say so."""
 
 
 def compare(
@@ -50,7 +53,10 @@ def compare(
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
     file = find_study(study)
-    planned = plan(load_study(file), file)
+    asked = load_study(file)
+    if asked.size > MANY:
+        note(f"{asked.size:,} runs are planned, which takes a while")
+    planned = plan(asked, file)
     if dry_run:
         _show_plan(planned, console)
         return

@@ -13,6 +13,8 @@ from .source import DataConfig
 
 UTF8, BYTES = "utf-8", "bytes"
 """Encodings with a meaning of their own."""
+MOST_FOLDERS = 2
+"""Times that a glob may have `**`."""
 
 
 class DatasetConfig(Config):
@@ -68,6 +70,8 @@ class DocumentsConfig(Config):
     def _glob_is_relative(cls, glob: str) -> str:
         try:
             list(Path("/nonexistent").glob(glob))
+            if glob.count("**") > MOST_FOLDERS:
+                raise ValueError(f"it has more than {MOST_FOLDERS} times **, each of which walks all folders again")
         except (ValueError, NotImplementedError, IndexError) as error:
             raise ValueError(
                 f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is not: {error}"

@@ -15,6 +15,8 @@ from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, rea
 
 TOKENS = ".tokens"
 """Suffix of token files."""
+MOST_FILES = 10**6
+"""Names that a folder and a glob may match: of millions of files, token files are made first."""
 SAVED = "dataset_dict.json", "state.json", "dataset_info.json"
 """What `save_to_disk` writes into a folder: the first for several splits, the others for one."""
 
@@ -65,7 +67,7 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
                 raise SeqmixError(
                     f"{given} is a saved dataset: data.dataset={{path: {given}}} reads it, not data.paths"
                 )
-            files = [path] if path.is_file() else sorted(p for p in path.glob(config.glob) if p.is_file())
+            files = [path] if path.is_file() else _matching(path, config.glob)
             for file in files:
                 key = file.name if file == path else file.relative_to(path).as_posix()
                 if file == path or not any(part.startswith(".") for part in Path(key).parts):
@@ -74,6 +76,17 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
             raise SeqmixError(f"the corpus {given} cannot be read: {error.filename}: {error.strerror}") from error
         except RuntimeError as error:
             raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
+
+
+def _matching(folder: Path, glob: str) -> list[Path]:
+    """The files of a folder that match, in order; SeqmixError: more than `MOST_FILES` names do."""
+    found = list(islice(folder.glob(glob), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise SeqmixError(
+            f"the corpus {folder} has more than {MOST_FILES:,} files that match {glob!r}: choose some with "
+            "data.glob, or `seqmix tokenize` parts of it"
+        )
+    return sorted(path for path in found if path.is_file())
 
 
 def _documents(config: DocumentsConfig) -> Iterator[Document]:

@@ -25,6 +25,8 @@ from .match import Cost, Match, Matched, cost_of, solve, whole_cost
 from .results import where
 from .study import SAME, Entry, Study, StudyError, kind_of
 
+MOST_RUNS = 10_000
+"""Runs of a study: planning builds the configuration of each."""
 Variant = Mapping[str, Any]
 
 
@@ -93,6 +95,8 @@ def plan(study: Study, file: Path) -> Plan:
     Raises:
         SeqmixError: an entry is no configuration, cannot be matched, or would not be compared fairly.
     """
+    if study.size > MOST_RUNS:
+        raise StudyError(f"{file}: the study has {study.size:,} runs, and {MOST_RUNS:,} are planned at most")
     varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     solved: dict[Any, Matched] = {}
     variants = [_Variant(study, file, variant, solved).entries() for variant in varied]

@@ -10,6 +10,7 @@ seeds: [0, 1, 2]
 learning_rates: [1.0e-3, 3.0e-3]
 """
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -223,6 +224,11 @@ class Study(Config):
     def names(self) -> list[str]:
         """Of all entries."""
         return [*(kind_of(mixer).rpartition(":")[2] for mixer in self.mixers), *self.entries]
+
+    @property
+    def size(self) -> int:
+        """Number of runs."""
+        return math.prod(map(len, (*self.vary.values(), self.names, self.seeds, self.learning_rates or (None,))))
 
 
 def kind_of(mixer: str | Mapping[str, Any]) -> str:

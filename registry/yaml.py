@@ -21,6 +21,9 @@ from .tree import COMMAND_LINE, Node, Origin
 MOST_VALUES = 100_000
 """The limit for a document, aliases expanded: a few lines of nested aliases can expand to billions of values."""
 
+MOST_CHARACTERS = 300_000
+"""Of a document: more take seconds to parse."""
+
 _TAG = "tag:yaml.org,2002:"
 _CONVERTED = ("null", "bool", "int", "float")
 _STRINGS = ("str", "timestamp", "value", "merge")
@@ -40,6 +43,8 @@ def parse(text: str, source: str) -> Node | None:
     Raises:
         ConfigError: the text is not YAML, gives a key twice, or uses what a configuration does not need, such as tags.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{source}: it has {len(text):,} characters, and a configuration at most {MOST_CHARACTERS:,}")
     loader = YAML(typ="safe", pure=True)
     try:
         root = loader.compose(text)

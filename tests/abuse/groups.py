@@ -1,6 +1,8 @@
 """All groups of hostile input, by name."""
 
+from abuse.configurations import configurations
 from abuse.exports import exports
+from abuse.full_disk import full_disk
 from abuse.metrics import metrics
 from abuse.states import states
 from abuse.tally import Group
@@ -8,11 +10,15 @@ from abuse.token_files import token_files
 from abuse.vocabularies import vocabularies
 
 GROUPS: dict[str, Group] = {
+    "configurations": configurations,
     "exports": exports,
     "states": states,
     "metrics": metrics,
     "token_files": token_files,
     "vocabularies": vocabularies,
+    "full_disk": full_disk,
 }
+SLOW = {"full_disk"}
+"""Groups whose cases are commands of several seconds: of them, fewer are tried in every run."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""
