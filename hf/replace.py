@@ -39,6 +39,10 @@ def replace_mixers(
     Raises:
         SeqmixError: the model has no such layers, or not these, or the mixer does not fit its width.
     """
+    if not isinstance(model, nn.Module):
+        raise SeqmixError(
+            f"replace_mixers takes a model, from AutoModelForCausalLM.from_pretrained, and was given {model!r:.100}"
+        )
     decoder = _decoder_of(model)
     count = len(decoder.layers)
     if isinstance(layers, int):

@@ -33,8 +33,15 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
             "training.keep_checkpoints says how many a run keeps"
         )
     require_free(out)
-    steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in found[-checkpoints:]]
-    files = [read_tensors(checkpoint.files_of(folder, train_state.MODEL)) for folder in found[-checkpoints:]]
+    last_ones = found[-checkpoints:]
+    try:
+        steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in last_ones]
+        files = [read_tensors(checkpoint.files_of(folder, train_state.MODEL)) for folder in last_ones]
+    except CheckpointError:
+        if all(folder.exists() for folder in last_ones):
+            raise
+        # a run that trains has deleted one meanwhile, and has newer ones
+        return average_run(run, out, checkpoints=checkpoints)
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
     comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"

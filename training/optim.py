@@ -54,6 +54,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     Raises:
         SeqmixError: an optimizer given by path cannot be imported, or refuses its arguments.
     """
+    if not isinstance(config, TrainingConfig):
+        raise SeqmixError(
+            f"build_optimizer takes a TrainingConfig, such as config.training, and was given a {type(config).__name__}"
+        )
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
     weights = (module.weight for module in in_blocks if isinstance(module, nn.Linear))
     matrices = dict.fromkeys(weight for weight in weights if weight.requires_grad)  # deduplicated

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data import Source
 from ..models import LanguageModel, build_meta, build_model, flops_per_token
@@ -58,6 +59,8 @@ def train(
         SeqmixError: the directory, the data or a checkpoint cannot be used, the model cannot be built, the loss is NaN
             or infinite, or a checkpoint cannot be written. Nothing is written before all inputs are loaded.
     """
+    if not isinstance(config, RunConfig):
+        raise TrainingError(f"train takes a RunConfig, from load_config, and was given {config!r:.100}")
     run = Path(run)
     with join_processes(config.distributed) as groups, ExitStack() as lock:
         if resume:  # before checkpoints are read, which another process may be rotating
@@ -132,7 +135,8 @@ class Course:
         if trainer.ema is not None:
             train_state.load_ema(found.folder, trainer.model, trainer.ema)
         self.best = found.manifest.best
-        return _differences(found.manifest, trainer.source, changed, self.groups)
+        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
+        return _differences(found.manifest, trainer.source, changed, self.groups, dropout)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """All steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
@@ -297,7 +301,9 @@ def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, group
             )
 
 
-def _differences(manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups) -> list[str]:
+def _differences(
+    manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups, dropout: bool
+) -> list[str]:
     """Differences of a resumed run from an uninterrupted one: its data, or rounding."""
     now = {"processes": groups.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
     then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
@@ -305,6 +311,10 @@ def _differences(manifest: Manifest, source: Source, ways: list[str], groups: Pr
     notes = []
     if changed := [*changed, *ways]:
         notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
+    if dropout and now["processes"] != then["processes"]:
+        notes.append(
+            "another number of processes draws other dropout masks, as another seed would: weights differ by percents"
+        )
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"

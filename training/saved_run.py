@@ -5,10 +5,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
@@ -20,6 +22,8 @@ from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE, claim
 from .tensor_files import fill, read_tensors, write_tensors
 
+OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+"""Types of safetensors other than the model's, and their names."""
 EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
 """Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
 
@@ -78,7 +82,9 @@ def load_run(
     if run.is_file() and ema:
         raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
     if run.is_file():
-        return _load_file(run, device, trust)
+        model = _load_file(run, device, trust)
+        _tell_conversion([run], tell)
+        return model
     model, _ = _load_checkpoint(run, read_config(run, tell=tell), device, choice, tell, ema)
     return model.eval()
 
@@ -195,7 +201,18 @@ def _load_checkpoint(
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
     found = _read(run, choice, part, lambda folder: train_state.load_model(folder, model, part), tell)
+    _tell_conversion([found.folder / name for name in found.manifest.files_of(part)], tell)
     return model, found.manifest.step
+
+
+def _tell_conversion(files: Sequence[Path], tell: Callable[[str], object]) -> None:
+    """Say which weights are of another type than the float32 that they are loaded as."""
+    kinds: set[str] = set()
+    for file in files:
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:  # a run that trains deletes old ones
+            kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 not a mapping
+    if others := sorted(OTHER_FLOATS[kind] for kind in kinds & OTHER_FLOATS.keys()):
+        tell(f"{files[0]} has weights in {' and '.join(others)}, which are loaded as float32")
 
 
 def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:

@@ -45,7 +45,7 @@ def commands() -> dict[str, list[str]]:
         "plot": ["plot", "run", "--out", "new.html"],
         "plot-png": ["plot", "run", "--figure", "loss", "--out", "new.png"],
         "export": ["export", "run", "--out", "new.safetensors"],
-        "average": ["average", "run", "--out", "new"],
+        "average": ["average", "run", "--to", "new"],
         "compare": ["compare", "study.yaml", "--out", "new"],
         "bench": ["bench", "train", "--length", "16", "--repeat", "1", "--json", "new.json", "--markdown", "new.md"],
     }

@@ -1,6 +1,7 @@
 """Averages of weights: the moving average of a run, and the mean of its last checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from runs import refusal, require_same_run, run_of, stopped
 from safetensors.torch import load_file
 
-from seqmix import load_run
-from seqmix.training import export_run
+from seqmix import build_model, load_run, train
+from seqmix.training import checkpoint, export_run
 from seqmix.training.averaging import average_run
 from seqmix.training.events import Noted, Stepped
+from seqmix.training.optim import build_optimizer
 
 EMA = ("training.ema=0.4", "training.checkpoint_every=1", "training.keep_checkpoints=9")
 
@@ -87,3 +89,35 @@ def test_the_device_of_training_is_chosen(config_of, tmp_path, seqmix):
     done = seqmix("train", tmp_path / "run" / "config.yaml", "--out", tmp_path / "other", "--device", "cuda:77")
     assert done.status == 2
     assert "'cuda:77' cannot be used" in done.err
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_averaged_is_replaced_by_the_next(config_of, tmp_path, monkeypatch):
+    run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=9"), tmp_path / "run")
+    verify, seen = checkpoint.verify, []
+
+    def rotate(folder, parts):
+        if not seen:
+            for step in (5, 6):
+                shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:06d}")
+        seen.append(folder)
+        return verify(folder, parts)
+
+    monkeypatch.setattr(checkpoint, "verify", rotate)
+    assert average_run(tmp_path / "run", tmp_path / "mean", checkpoints=2) == [3, 4]
+
+
+def test_arguments_of_another_kind_are_named(config_of, tmp_path):
+    assert "RunConfig" in refusal(lambda: list(train("retnet-tiny", tmp_path / "run")))
+    config = config_of()
+    assert "config.training" in refusal(lambda: build_optimizer(build_model(config.model), config))
+
+
+@pytest.mark.parametrize(("dropout", "notes"), [(0.0, 1), (0.1, 2)])
+def test_other_processes_under_dropout_are_noted(config_of, tmp_path, monkeypatch, dropout, notes):
+    config = config_of(f"model.dropout={dropout}")
+    stopped(config, tmp_path / "run", 2)
+    read = checkpoint.read_manifest
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda folder: read(folder).model_copy(update={"processes": 2}))
+    found = [event.text for event in run_of(config, tmp_path / "run", resume=True) if isinstance(event, Noted)]
+    assert len(found) == notes
+    assert ("dropout" in found[-1]) == (dropout > 0)

@@ -156,3 +156,18 @@ def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch)
     assert "strangers_module:Config" in refused(lambda: load_run(file))
     assert not (tmp_path / "ran").exists()
     assert same(weights(load_run(file, trust=True)), tensors)
+
+
+def test_weights_of_another_type_are_said(run, tmp_path):
+    file = tmp_path / "a.safetensors"
+    export_run(run, file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    notes: list[str] = []
+    load_run(file, tell=notes.append)
+    assert notes == []
+    save_file({name: x.half() for name, x in load_file(file).items()}, file, metadata)
+    load_run(file, tell=notes.append)
+    assert len(notes) == 1
+    assert "float16" in notes[0]
+    assert "float32" in notes[0]
