@@ -86,8 +86,7 @@ def _show_plan(work: Linearization, console: Console) -> None:
     stages = []
     for name, stage in work.plan.staged.items():
         config = work.config(name).training
-        trains = stage.train or ("all" if name == "text" else "mixers")
-        stages.append((name, f"{stage.tokens:,}", f"{config.steps:,}", f"{stage.learning_rate:g}", trains))
+        stages.append((name, f"{stage.tokens:,}", f"{config.steps:,}", f"{stage.learning_rate:g}", work.trained(name)))
     if stages:
         console.print(plain_table("stage", "tokens", "steps", "learning rate", "trains", rows=stages))
 

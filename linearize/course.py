@@ -92,7 +92,8 @@ class Linearization:
     def __init__(
         self, source: Path, plan: Plan, out: Path, *, device: str | None = None, tokenizer: str | None = None
     ) -> None:
-        self.source, self.plan, self.out, self.device = source, plan, out, torch.device(device or _default_device())
+        self.source, self.plan, self.out = source, plan, out
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         written = f"# of {source.absolute()}\n{dump(plan)}"
         if (out / PLAN_FILE).is_file():
             if (out / PLAN_FILE).read_text(encoding="utf-8") != written:
@@ -167,9 +168,8 @@ class Linearization:
             start=start,
             transferred=measured(student),
         )
-        write_run(
-            folder, run_config(self.run, plan, student.config), parameters_of(student), tokenizer=source.tokenizer
-        )
+        config = run_config(self.run, plan, student.config)
+        write_run(folder, config, parameters_of(student), tokenizer=source.tokenizer)
         write_file(found.model_dump_json(indent=2), folder / PREPARED_FILE)
         return found
 
@@ -190,27 +190,21 @@ class Linearization:
         pairs = {i: (self.teacher.blocks[i].mixer, student.blocks[i].mixer) for i in layers}
         before = {i: {n: p.detach().clone() for n, p in new.named_parameters()} for i, (_, new) in pairs.items()}
         done = {i: transfer(old, new, self.plan.transfer) for i, (old, new) in pairs.items()}
-        more: dict[int, list[str]] = {i: [] for i in layers}
-        if self.plan.calibration_tokens and layers:
-            rows = config.training.batch_size // config.training.grad_accum_steps
-            more = calibrate(self.teacher, student, layers, source, rows, self.plan.calibration_tokens)
-        return [
-            Taken(
-                layer=i,
-                old=old.kind,
-                new=new.kind,
-                done=(*(f"{name} {how}" for name, how in done[i].items()), *more[i]),
-                initial=initial_of(new, before[i], done[i]),
-            )
-            for i, (old, new) in pairs.items()
-        ]
+        rows, tokens = config.training.batch_size // config.training.grad_accum_steps, self.plan.calibration_tokens
+        more = calibrate(self.teacher, student, layers, source, rows, tokens) if layers else {}
+        taken = []
+        for i, (old, new) in pairs.items():
+            words = (*(f"{name} {how}" for name, how in done[i].items()), *more[i])
+            initial = initial_of(new, before[i], done[i])
+            taken.append(Taken(layer=i, old=old.kind, new=new.kind, done=words, initial=initial))
+        return taken
 
     def stage(self, name: StageName, stop: Callable[[], bool] = lambda: False) -> Iterator[Event] | None:
         """Train a stage, or continue it, after those before it: events as of `train`; None where it has ended."""
         folder, config = self.folders[self._number(name)], self.config(name)
         if (found := checkpoints(folder)) and step_of(found[-1]) == config.training.steps:
             return None
-        alone = (self.plan.staged[name].train or ("all" if name == "text" else "mixers")) == "mixers"
+        alone = self.trained(name) == "mixers"
         objective = OBJECTIVES[name](self.teacher, list(self.swapped), mixers_alone=alone)
         if not self.swapped and (alone or name != "text"):
             raise SeqmixError(f"stage {name} teaches new mixers, and nothing is swapped")
@@ -246,37 +240,31 @@ class Linearization:
         """The run of the student before its first stage, and that of each stage."""
         return [self.out / "stages" / f"{i}-{name}" for i, name in enumerate(["transfer", *self.plan.staged])]
 
+    def trained(self, name: StageName) -> str:
+        """What a stage trains."""
+        return self.plan.staged[name].train or ("all" if name == "text" else "mixers")
+
     def _number(self, name: StageName) -> int:
         return list(self.plan.staged).index(name) + 1
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """The comparison: heads, and a row for each model on the way."""
-    prepared = result.prepared
-    whole = {"teacher": prepared.teacher, "random mixers": prepared.start, "transferred": prepared.transferred}
-    rows = [_row(result, name, found.loss, found) for name, found in whole.items()]
-    rows += [_row(result, f"after {name}", loss, None) for name, loss in result.stages.items()]
-    rows.append(_row(result, "student", result.student.loss, result.student))
+    before, rows = result.prepared, list[list[str]]()
+    found = {"teacher": before.teacher, "random mixers": before.start, "transferred": before.transferred}
+    losses = {name: one.loss for name, one in found.items()}
+    losses |= {f"after {name}": loss for name, loss in result.stages.items()} | {"student": result.student.loss}
+    found["student"] = result.student
+    for name, loss in losses.items():
+        gap = gap_closed(before.start.loss, loss, before.teacher.loss)
+        cells = [name, f"{loss:.4f}", "" if gap is None else f"{gap:.3f}"]
+        one, speed = found.get(name), result.decoding.get(name)
+        cells += ["", ""] if one is None else [f"{one.divergence:.4f}", f"{one.agreement:.1%}"]
+        rows.append(cells + (["", ""] if speed is None else [f"{speed.milliseconds:.2f}", f"{speed.state_bytes:,}"]))
     return ["", "loss", "gap closed", "KL", "agreement", "ms/token", "state bytes"], rows
-
-
-def _row(result: Result, name: str, loss: float, found: Measured | None) -> list[str]:
-    gap = gap_closed(result.prepared.start.loss, loss, result.prepared.teacher.loss)
-    speed = result.decoding.get(name)
-    return [
-        name,
-        f"{loss:.4f}",
-        "" if gap is None else f"{gap:.3f}",
-        *(("", "") if found is None else (f"{found.divergence:.4f}", f"{found.agreement:.1%}")),
-        *(("", "") if speed is None else (f"{speed.milliseconds:.2f}", f"{speed.state_bytes:,}")),
-    ]
 
 
 def _final_loss(run: Path) -> float:
     """The validation loss at the end of a stage."""
     lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     return next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,12 +1,11 @@
 """A student beside its teacher: loss, divergence, agreement, speed of decoding, and size of the state."""
 
 import time
-from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..data import Batch, Packed, Source
+from ..data import Batch, Source
 from ..mixers.state import nbytes
 from ..models import IGNORED, LanguageModel, Sampling, generate_tokens
 from ..models.loss import tokens_at_once
@@ -46,9 +45,11 @@ def gap_closed(start: float, found: float, teacher: float) -> float | None:
 @torch.no_grad()
 def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measured:
     """Measure a model on the batches of the final evaluation."""
-    loss, apart, same, asked = 0.0, 0.0, 0, 0
+    loss, apart, same, asked, settings = 0.0, 0.0, 0, 0, config.training
+    limit, parts = settings.final_evaluation_batches, settings.grad_accum_steps
     model.eval()
-    for batch in _batches(source, config, model.device):
+    for found, _ in source.evaluation_batches(settings.batch_size // parts, None if limit is None else limit * parts):
+        batch = source.packed(Batch(*(part.to(model.device) for part in found)))
         targets, size = batch.targets[batch.targets != IGNORED], tokens_at_once(model.head.weight)
         streams = [stream(each, batch).split(size) for each in (model, teacher)]
         for own, theirs, wanted in zip(*streams, targets.split(size), strict=True):
@@ -58,14 +59,6 @@ def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config
             same += int((logits.argmax(-1) == teacher.logits(theirs).argmax(-1)).sum())
         asked += len(targets)
     return Measured(loss=loss / max(asked, 1), divergence=apart / max(asked, 1), agreement=same / max(asked, 1))
-
-
-def _batches(source: Source, config: RunConfig, device: torch.device) -> Iterator[Packed]:
-    settings = config.training
-    rows = settings.batch_size // settings.grad_accum_steps
-    limit = settings.final_evaluation_batches
-    for batch, _ in source.evaluation_batches(rows, None if limit is None else limit * settings.grad_accum_steps):
-        yield source.packed(Batch(*(part.to(device) for part in batch)))
 
 
 def decoding(model: LanguageModel, context: int) -> Decoding:

@@ -8,21 +8,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..data import Packed
+from ..mixers.influence import captured
 from ..models import IGNORED, LanguageModel, ModelOutput, ModelState
 from ..models.loss import tokens_at_once
 from ..registry import SeqmixError
 from ..training.objective import Objective
 from .plan import StageName
-from .transfer import captured
 
 
 class Text(Objective):
     """The cross-entropy of a student, which may train its new mixers alone.
 
-    Args:
-        teacher: the model that teaches, in evaluation mode.
-        layers: the layers with new mixers.
-        mixers_alone: whether nothing else trains.
+    `layers` have new mixers; with `mixers_alone`, nothing else trains.
     """
 
     def __init__(self, teacher: LanguageModel, layers: Sequence[int], *, mixers_alone: bool) -> None:
@@ -46,7 +43,7 @@ class MixerOutput(Text):
         with torch.no_grad(), captured(mixers) as found:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
         loss, first = torch.zeros((), device=model.device), None
-        for layer, (x, wanted) in found.items():
+        for layer, (x, wanted, _) in found.items():
             mixer, options = model.blocks[layer].mixer, {"return_values": True, "first_values": first}
             if mixer.takes_first_values and first is None:
                 raise SeqmixError(f"stage mixer_output: layer {layer} takes the values of a layer that is not swapped")
@@ -67,7 +64,7 @@ class Hidden(Text):
             blocks = {layer: each.blocks[layer] for layer in self.layers}
             with torch.set_grad_enabled(learns), captured(blocks) as states:
                 each.run_blocks(each.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
-            found.append([states[layer][1] for layer in self.layers])
+            found.append([states[layer].output for layer in self.layers])
         errors = [relative_error(y, wanted, batch.targets) for wanted, y in zip(*found, strict=True)]
         return ModelOutput(None, torch.stack(errors).sum())
 

@@ -1,7 +1,6 @@
 """What new mixers take over: projections by role and head, the reach of heads as decays, and a fitted output."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from ..data import Source
 from ..mixers import SequenceMixer
-from ..mixers.influence import reach_of, weights_of
+from ..mixers.influence import captured, reach_of, weights_of
 from ..models import LanguageModel
 from ..ops.recording import recorded
 
@@ -41,7 +40,8 @@ def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> di
             continue
         width = min(found.shape[1], target[role].shape[1])
         target[role][:, :width] = found[:, :width]
-        done[role] = _words(source[role], target[role])
+        theirs, ours = ("{} x {}".format(*each[role].shape[:2]) for each in (source, target))
+        done[role] = "copied" if theirs == ours else f"{theirs} to {ours}"
     return done
 
 
@@ -56,64 +56,32 @@ def by_heads(weight: Tensor, heads: int) -> Tensor | None:
     return weight.repeat_interleave(parts, 0) if width % parts else weight.reshape(heads, width // parts, -1)
 
 
-def _words(source: Tensor, target: Tensor) -> str:
-    shapes = [" x ".join(map(str, weight.shape[:2])) for weight in (source, target)]
-    return "copied" if shapes[0] == shapes[1] else f"{shapes[0]} to {shapes[1]}"
-
-
-@contextmanager
-def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """By number of a module, its first input and first output of the last call while the context is open."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def hook(number: int) -> Any:
-        def store(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-            found[number] = args[0], output[0] if isinstance(output, tuple) else output
-
-        return store
-
-    handles = [module.register_forward_hook(hook(number)) for number, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def calibrate(
     teacher: LanguageModel, student: LanguageModel, layers: Sequence[int], source: Source, rows: int, tokens: int
 ) -> dict[int, list[str]]:
     """Set decays by the reach of the teacher's heads, then fit output projections to the teacher's outputs.
 
-    Args:
-        teacher: the teacher.
-        student: the student, its projections transferred.
-        layers: the swapped layers.
-        source: the data.
-        rows: sequences per batch.
-        tokens: how many tokens, at least a batch.
-
-    Returns:
-        By layer, what was set, in words.
+    On at least so many tokens, in batches of `rows` sequences; by layer, what was set, in words.
     """
     done: dict[int, list[str]] = {layer: [] for layer in layers}
-    sums: dict[int, list[Tensor]] = {}
+    sums: dict[int, tuple[Any, Any, nn.Linear]] = {}
     seen, step = 0, 0
     while seen < tokens:
         batch = source.training_batch(step, rows, seed=2**31 - 1)  # not those of the stages
         seen, step = seen + batch.inputs.numel(), step + 1
         with torch.no_grad(), captured({layer: teacher.blocks[layer].mixer for layer in layers}) as found:
             teacher.run_blocks(teacher.embed(batch.inputs.to(teacher.device)))
-        for layer, (x, y) in found.items():
+        for layer, (x, y, _) in found.items():
             old, new = teacher.blocks[layer].mixer, student.blocks[layer].mixer
             if step == 1 and new.kind != old.kind:
                 done[layer] += _set_reach(old, new, x[:4])
             if (linear := _output(new)) is not None and new.kind != old.kind:
-                products = _products(new, linear, x, y)
-                sums[layer] = [a + b for a, b in zip(sums[layer], products, strict=True)] if layer in sums else products
-    for layer, (gram, product) in sums.items():
-        linear = _output(student.blocks[layer].mixer)
-        assert linear is not None
+                with torch.no_grad(), captured({0: linear}) as inner:
+                    new(x)
+                h, wanted = inner[0].x.flatten(0, -2).double(), y.flatten(0, -2).double()
+                gram, product, _ = sums.get(layer, (0.0, 0.0, linear))
+                sums[layer] = gram + h.T @ h, product + h.T @ wanted, linear
+    for layer, (gram, product, linear) in sums.items():
         ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         with torch.no_grad():
             linear.weight.copy_(torch.linalg.solve(gram + ridge, product).T)
@@ -123,6 +91,8 @@ def calibrate(
 
 def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
     """Give the new mixer's heads the reach of the old one's."""
+    if new.takes_first_values:
+        return []
     length = x.shape[1]
     queries = sorted({int(n) for n in torch.linspace(length // 2, length - 1, QUERIES)})
     with torch.no_grad(), recorded() as calls:
@@ -140,20 +110,9 @@ def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
 
 def _output(mixer: SequenceMixer) -> nn.Linear | None:
     """The linear map whose weight is the projection `o`; None where there is none, or it has a bias."""
-    if "o" not in mixer.projections:
-        return None
-    at = mixer.projections["o"].data_ptr()
-    found = [m for m in mixer.modules() if isinstance(m, nn.Linear) and m.weight.data_ptr() == at and m.bias is None]
-    return found[0] if found else None
-
-
-@torch.no_grad()
-def _products(new: SequenceMixer, linear: nn.Linear, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The products of a least squares of the output projection, of one batch."""
-    with captured({0: linear}) as inner:
-        new(x)
-    h, wanted = inner[0][0].flatten(0, -2).double(), y.flatten(0, -2).double()
-    return [h.T @ h, h.T @ wanted]
+    at = mixer.projections["o"].data_ptr() if "o" in mixer.projections else None
+    found = (m for m in mixer.modules() if isinstance(m, nn.Linear) and m.weight.data_ptr() == at and m.bias is None)
+    return next(found, None)
 
 
 def initial_of(new: SequenceMixer, before: Mapping[str, Tensor], done: Collection[str]) -> tuple[str, ...]:

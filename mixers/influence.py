@@ -4,18 +4,51 @@ The ops with heads are linear in the values, o_n = sum_m w_nm v_m with one w per
 of o_n with respect to that of v_m is the weight: exactly that of the parallel paradigm, whatever computed it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.recording import Recorded, recorded
 from .contract import SequenceMixer
 
 
+class Seen(NamedTuple):
+    """A call of a module."""
+
+    x: Tensor
+    """Its first argument."""
+    output: Tensor
+    """Its first output."""
+    options: dict[str, Any]
+    """Of a mixer: what it has to be given beside x, the values of the first layer."""
+
+
+@contextmanager
+def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
+    """By number of a module, its last call while the context is open."""
+    found: dict[int, Seen] = {}
+
+    def hook(number: int) -> Any:
+        def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+            options = {name: kwargs[name] for name in ("first_values",) if kwargs.get(name) is not None}
+            found[number] = Seen(args[0], output[0] if isinstance(output, tuple) else output, options)
+
+        return store
+
+    handles = [module.register_forward_hook(hook(n), with_kwargs=True) for n, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def weights_of(
-    mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int]
+    mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], **options: Any
 ) -> tuple[Float[Tensor, "B H Q T"], bool]:
     """The weights with which outputs at some tokens read all tokens, and whether they are those of an op's heads.
 
@@ -26,10 +59,11 @@ def weights_of(
         mixer: the mixer; its parameters need no gradients.
         x: its inputs.
         queries: indices of tokens, from 0.
+        options: of the mixer's call.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), recorded() as calls:
-        y = mixer(x)[0]
+        y = mixer(x, **options)[0]
     found = [weights for call in calls if (weights := head_weights(call, x.shape[1], queries)) is not None]
     if found:
         return torch.cat(found, dim=1), True
@@ -55,14 +89,10 @@ def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[T
 
 
 def reach_of(weights: Float[Tensor, "B H Q T"], queries: Sequence[int]) -> Float[Tensor, " H"]:
-    """The mean distance from a query to what it reads, in tokens, by absolute weight: of each head."""
-    size = weights.abs().double()
-    distance = torch.tensor(list(queries), device=size.device)[:, None] - torch.arange(
-        size.shape[-1], device=size.device
-    )
-    total = size.sum(-1)
-    mean = (size * distance).sum(-1) / total.clamp(min=1e-30)
-    return (mean * total).sum((0, 2)) / total.sum((0, 2)).clamp(min=1e-30)
+    """The mean distance from a query to what it reads, in tokens, by absolute weight; the mean of the queries."""
+    size, at = weights.abs().double(), torch.arange(weights.shape[-1], device=weights.device)
+    distance = torch.tensor(list(queries), device=weights.device)[:, None] - at
+    return ((size * distance).sum(-1) / size.sum(-1).clamp(min=1e-30)).mean((0, 2))
 
 
 def _gradient(y: Tensor, x: Tensor) -> Tensor:

@@ -11,11 +11,8 @@ def projections_of(
 ) -> dict[str, Float[Tensor, "H _ D"]]:
     """Views of the weights of queries, keys, values and output, as `SequenceMixer.projections` has them.
 
-    Args:
-        in_proj: the product of all projections.
-        out_proj: the output projection; its inputs have as many heads as the values, or `heads["o"]`.
-        widths: rows of each projection by name, in their order, `q`, `k` and `v` among them.
-        heads: heads of each of the three.
+    `widths` are rows of each projection by name, in their order; `heads` those of the three, and of `o` if the output
+    has others than the values.
     """
     rows = dict(zip(widths, in_proj.weight.split(list(widths.values())), strict=True))
     found = {role: rows[role].unflatten(0, (heads[role], -1)) for role in "qkv"}

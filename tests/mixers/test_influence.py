@@ -52,16 +52,6 @@ def test_heads_that_share_values_are_told_apart():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 1, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", sorted(MIXERS.built_in()))
-def test_every_mixer_has_weights_that_read_no_later_token(kind):
-    mixer = built(kind)
-    weights, _ = weights_of(mixer, x_of(), [4, LENGTH - 1])
-    assert weights.shape[2:] == (2, LENGTH)
-    assert weights.abs().sum() > 0
-    assert weights[:, :, 0, 5:].abs().max() < 1e-12  # Hyena's are of a Fourier transform
-    assert all(0 <= reach <= LENGTH for reach in reach_of(weights, [4, LENGTH - 1]).tolist())
-
-
 def constant_retention(gamma, heads=2):
     """Queries and keys that are the same at all tokens: only the decay is left of the weights."""
     config = RetentionConfig(n_heads=heads, decay="constant", gamma=gamma, rotation="none", row_norm=False)
