@@ -17,16 +17,10 @@ DECLARED: list[type[Architecture]] = [
     *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
     *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear, recurrent_gemma.RecurrentGemma),
-    *(rwkv.RWKV4, torchscale.TorchscaleRetNet),
+    *(rwkv.RWKV4, rwkv.RWKV7, torchscale.TorchscaleRetNet),
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
 """All that is known, by name; of two with one model_type, the one with a marker comes first."""
-
-
-REFUSED = {
-    "rwkv7": "its later layers take a part of the first one's values, and its channel mixing reads the token before",
-}
-"""Architectures whose mixers are here, but not what is around them."""
 
 
 def architecture_of(name: str) -> Architecture:
@@ -49,8 +43,6 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
         if architecture.recognises(config):
             return architecture
     kind = str(config.get("model_type", "no model_type"))
-    if kind in REFUSED:
-        raise SeqmixError(f"{where} is of {kind}, which no model here can be: {REFUSED[kind]}")
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
     raise SeqmixError(
         f"{where} is of an unknown architecture, {kind}; known: {', '.join(ARCHITECTURES)}{nearest(kind, known)}"

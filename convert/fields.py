@@ -20,8 +20,8 @@ HARMLESS = """
 """
 """Fields of theirs that do not change what a trained model computes, whatever the architecture."""
 SHAPES = """
-    expansion expand expand_k expand_v multiple_of head_dim n_kv_heads n_qk_heads gate_rank dt_rank kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim shared_expansion
+    expansion expand expand_k expand_v multiple_of head_dim n_kv_heads n_qk_heads gate_rank value_rank dt_rank
+    kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim shared_expansion
 """
 """Fields here that only say how wide tensors are: the tensors' shapes are compared instead."""
 TRAINING = {*IMPLEMENTATION_FIELDS, "time_step_range", "a_range", "balance_rate", "dropout"}

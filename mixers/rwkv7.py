@@ -8,10 +8,9 @@
     o_t     = GroupNorm(r_t S_t) + (sum_K rho * r_t * k_t) v_t      y = (o * (sigmoid(x^g W_5) W_6)) W_o
 
 kappa is removed from the state that has not decayed: as w is at least e^{-0.61}, that is kappa / w of the one that has.
-v^1 is the v of a model's first RWKV-7 layer. Differs: |kappa|^2 has 1e-6 more; W_o and low ranks start random, not 0.
+v^1 is the v of a model's first RWKV-7 layer. Differs: W_o and low ranks start random, not 0.
 """
 
-import math
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,19 +26,20 @@ from .contract import Mixed
 from .delta_net import DeltaChunk
 from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 from .parts.bonus_norm import BonusNorm
+from .parts.gates import LowRanks
 from .parts.qkv import Heads
 from .parts.token_shift import TokenShift
 from .parts.value_residual import ValueResidual
 
 
-class RWKV7Config(MatrixStateConfig):
+class RWKV7Config(LowRanks, MatrixStateConfig):
     """RWKV-7: a matrix state per head whose key dimensions decay, and in which each token replaces what it removes."""
 
     kind: Literal["rwkv7"] = "rwkv7"
     family, value_residual = DPLR._replace(flops=partial(DPLR.flops, n_keys=2)), True
     n_heads: Heads
-    rank: int = Field(default=32, gt=0, le=2**20, examples=[3])
-    """Rank of the maps from tokens to decays, rates and shares of first values; the output gate's has twice as much."""
+    key_eps: float = Field(default=1e-6, gt=0)
+    """Added to |kappa|^2."""
     norm_eps: float = Field(default=1e-5, ge=0)
     """Times the width of a head, added to the variance of its output."""
     chunk_size: DeltaChunk = 64
@@ -62,13 +62,13 @@ class RWKV7(MatrixStateMixer):
         self.in_proj, self.out_proj = (nn.Linear(d_model, n * d_model, bias=False) for n in (3, 1))
         self.decay_proj = LowRank(d_model, config.rank, d_model, bias=True, activation="tanh")
         self.rate_proj = LowRank(d_model, config.rank, d_model, bias=True)
-        self.gate_proj = LowRank(d_model, 2 * config.rank, d_model, bias=False, activation="sigmoid")
+        self.gate_proj = LowRank(d_model, config.ranks[2], d_model, bias=False, activation="sigmoid")
         self.value_proj: ValueResidual | None = None
         self.norm = BonusNorm(config.n_heads, self.key_dim, config.norm_eps, ((layer_idx + 1) / n_layers) ** 0.7)
         self.reset_parameters()
 
     def accept_first_values(self) -> None:
-        self.value_proj = ValueResidual(self.out_proj.in_features, self.config.rank).to(self.device, self.dtype)
+        self.value_proj = ValueResidual(self.out_proj.in_features, self.config.ranks[1]).to(self.device, self.dtype)
         self.takes_first_values = True
 
     @torch.no_grad()
@@ -92,8 +92,8 @@ class RWKV7(MatrixStateMixer):
         r, k, own = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
         v = own if self.value_proj is None else self.value_proj.mixed(own, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
-        log_decay, rate, k = -math.exp(-0.5) * decay.to(wide).sigmoid(), rate.to(wide).sigmoid(), k.to(wide)
-        kappa = unit_norm(k * self.removed.to(wide))
+        log_decay, rate, k = -0.6065306597126334 * decay.to(wide).sigmoid(), rate.to(wide).sigmoid(), k.to(wide)
+        kappa = unit_norm(k * self.removed.to(wide), self.config.key_eps)
         k = (k * (1 + (rate - 1) * self.replaced.to(wide))).to(r.dtype)
         o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), 1.0)
         y = self.out_proj(self.norm(o, r, k, v).flatten(2) * self.gate_proj(xg))

@@ -5,7 +5,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
+
+from ...registry import Config
 
 
 class LowRank(nn.Module):
@@ -37,6 +40,22 @@ class LowRank(nn.Module):
         nn.init.xavier_uniform_(self.up.weight)
         if self.up.bias is not None:
             nn.init.zeros_(self.up.bias)
+
+
+class LowRanks(Config):
+    """Ranks of the maps of RWKV-7."""
+
+    rank: int = Field(default=32, gt=0, le=2**20, examples=[3])
+    """Rank of the maps from tokens to decays and rates."""
+    value_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])
+    """Rank of the map to shares of first values; `rank` when null."""
+    gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])
+    """Rank of the output gate's map; twice `rank` when null."""
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """All three."""
+        return self.rank, self.value_rank or self.rank, self.gate_rank or 2 * self.rank
 
 
 HeadNorm = Literal["group", "rms", "none"]

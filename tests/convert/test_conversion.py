@@ -90,7 +90,6 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
     ("fields", "words"),
     [
         ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
-        ({"model_type": "rwkv7"}, "is of rwkv7, which no model here can be: its later layers"),
         ({"attention_bias": True}, r"lacks the tensor model.layers.0.self_attn.q_proj.bias"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_parameters = .*yarn.*default, linear or llama3"),
         ({"rope_scaling": {"type": "linear", "beta": 2}}, "rope_parameters = .*beta.*with the fields of these"),

@@ -35,7 +35,7 @@ def written_out(mixer, x, first=None):
         v = (1 - share) * v + share * first
     r, k, v, w, eta = (y.unflatten(-1, (heads, -1)) for y in (r, k, v, w, eta))
     kappa = k * mixer.removed
-    kappa = kappa / (kappa.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    kappa = kappa / (kappa.square().sum(-1, keepdim=True) + mixer.config.key_eps).sqrt()
     k = k * (1 + (eta - 1) * mixer.replaced)
     state, outputs = x.new_zeros(len(x), heads, k.shape[-1], k.shape[-1]), []
     for t in range(x.shape[1]):
@@ -56,7 +56,9 @@ def layer(mixer, x):
     return written_out(mixer, x)[:2]
 
 
-@pytest.mark.parametrize("fields", [{}, {"n_heads": 1, "chunk_size": 7}, {"norm_eps": 0.1, "rank": 1}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"n_heads": 1, "chunk_size": 7}, {"norm_eps": 0.1, "rank": 1, "gate_rank": 3, "key_eps": 0.5}]
+)
 def test_output_state_and_gradients_are_the_formulas(fields):
     assert_follows(build(**fields), layer, tokens(11))
 

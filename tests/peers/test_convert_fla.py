@@ -25,6 +25,7 @@ COMMON = {
     "intermediate_size": 40,
     "num_heads": H,
 } | {"norm_eps": 1e-3}
+RANKS = {"decay_low_rank_dim": 5, "a_low_rank_dim": 5, "v_low_rank_dim": 3, "gate_low_rank_dim": 4, "num_heads": None}
 CASES = {
     "fla-retnet": ("RetNet", {}),
     "fla-retnet, no gate": ("RetNet", {"use_output_gate": False, "expand_k": 0.5}),
@@ -37,6 +38,8 @@ CASES = {
     "gated-deltanet, grouped": ("GatedDeltaNet", {"head_dim": 8, "num_v_heads": 4, "expand_v": 1.0}),
     "kda, grouped": ("KDA", {"head_dim": 8, "num_v_heads": 4}),
     "kda": ("KDA", {"head_dim": 12, "allow_neg_eigval": True}),
+    "rwkv7": ("RWKV7", RANKS | {"head_dim": 8}),
+    "rwkv7, not fused": ("RWKV7", RANKS | {"head_dim": 12, "fuse_norm": False, "tie_word_embeddings": True}),
     "fla-mamba2": ("Mamba2", {"head_dim": 12, "num_heads": 4, "state_size": 6, "n_groups": 2, "chunk_size": 8}),
 }
 
@@ -152,6 +155,49 @@ def logits(config, tensors, tokens):
     return F.linear(rms(x, config.norm_eps, tensors["model.norm.weight"]), head)
 
 
+def rwkv7_logits(config, tensors, tokens):
+    """Their layers written out around their plain recurrence."""
+    heads, first = D_MODEL // config.head_dim, None
+
+    def normed(x, name, shape=(D_MODEL,), eps=config.norm_eps):
+        y = F.layer_norm(x, shape[-1:], eps=eps)
+        return y * tensors[f"{name}.weight"].view(shape) + tensors[f"{name}.bias"].view(shape)
+
+    x = normed(tensors["model.embeddings.weight"][tokens], "model.layers.0.pre_norm")
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        own = {name.removeprefix(f"{at}.attn."): t for name, t in tensors.items() if name.startswith(f"{at}.attn.")}
+        y = normed(x, f"{at}.attn_norm")
+        delta = F.pad(y, (0, 0, 1, 0))[:, :-1] - y
+        xs = {name: y + delta * own[f"x_{name}"] for name in "rwkvag"}
+
+        def low_rank(name, act=lambda z: z, own=own, xs=xs):
+            y = act(F.linear(xs[name], own[f"{name}_lora.lora.0.weight"]))
+            return F.linear(y, own[f"{name}_lora.lora.2.weight"], own.get(f"{name}_lora.lora.2.bias"))
+
+        r, k, v = (F.linear(xs[name], own[f"{name}_proj.weight"]) for name in "rkv")
+        w, a = -0.6065306597126334 * low_rank("w", torch.tanh).sigmoid(), low_rank("a").sigmoid()
+        first = v if first is None else first
+        v = v if i == 0 else torch.lerp(v, first, low_rank("v").sigmoid())
+        kk = (k * own["k_k"]).unflatten(-1, (heads, -1))
+        kk = unit(kk) if config.fuse_norm else F.normalize(kk, dim=-1)
+        k = k * (1 + (a - 1) * own["k_a"])
+        r, w, k, v, a = (z.unflatten(-1, (heads, -1)) for z in (r, w, k, v, a))
+        asked = (r * config.head_dim**0.5, k, v, -kk, kk * a, w)
+        o = (
+            loaded("generalized_delta_rule/dplr")
+            .dplr_recurrence(*(z.transpose(1, 2) for z in asked))[0]
+            .transpose(1, 2)
+        )
+        o = normed(o, f"{at}.attn.g_norm", (heads, config.head_dim), config.head_dim * config.norm_eps)
+        o = o + (r * k * own["r_k"]).sum(-1, keepdim=True) * v
+        x = x + F.linear(o.flatten(2) * low_rank("g", torch.sigmoid), own["o_proj.weight"])
+        y = normed(x, f"{at}.ffn_norm")
+        y = y + (F.pad(y, (0, 0, 1, 0))[:, :-1] - y) * tensors[f"{at}.ffn.x_k"]
+        x = x + F.linear(F.linear(y, tensors[f"{at}.ffn.key.weight"]).relu() ** 2, tensors[f"{at}.ffn.value.weight"])
+    return F.linear(normed(x, "model.norm"), tensors.get("lm_head.weight", tensors["model.embeddings.weight"]))
+
+
 def mamba2_logits(config, tensors, tokens):
     """transformers has the same tensors, and computes on a CPU."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -174,7 +220,7 @@ def measured(case, dtype, folder):
     def reference(tokens):
         wide = {name: x.to(dtype) for name, x in tensors.items()}
         with computing_in(dtype):
-            return (mamba2_logits if config.model_type == "mamba2" else logits)(config, wide, tokens)
+            return {"mamba2": mamba2_logits, "rwkv7": rwkv7_logits}.get(config.model_type, logits)(config, wide, tokens)
 
     return compare(folder / "theirs", folder, case.partition(",")[0], reference, dtype), config
 
