@@ -1,5 +1,6 @@
 """`seqmix train`: a new run, or a resumed one."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.memory import keep_freed_memory
+from ..training.run_dir import CONFIG_FILE
 from .console import note
 from .options import Overrides, require_device
 from .progress import run_with_progress
@@ -56,6 +58,8 @@ def train(
     else:
         loaded = load_config(config, overrides or [])
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
+        loaded, resume = read_config(run, tell=note) if resume is None else loaded, run  # torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)
         print_cost(loaded)

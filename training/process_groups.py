@@ -120,7 +120,7 @@ ALONE = ProcessGroups()
 def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     """Join the process group that torchrun describes, or the one already initialized.
 
-    SeqmixError: the configured layout needs another number of processes. ElsewhereError: lost connection to a process.
+    SeqmixError: the configured layout needs another number of processes, or a process is lost.
     """
     size, rank = _number("WORLD_SIZE", "1"), _number("RANK", "0")
     if dist.is_available() and dist.is_initialized():
@@ -135,7 +135,12 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         if gpu:
             torch.cuda.set_device(_number("LOCAL_RANK", "0"))
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            torchs: Any = dist  # whose stubs lack two names
+            store, rank, size = next(torchs.rendezvous("env://"))
+            # after a restart by torchrun, the store still has what processes of the attempt before have written
+            store = torchs.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         except (ValueError, dist.DistError) as error:
             raise SeqmixError(
                 f"WORLD_SIZE is {size}, and the processes cannot meet: {str(error).splitlines()[0]}; torchrun sets all "
@@ -151,7 +156,10 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, dist.new_group(backend="gloo"))
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ElsewhereError("lost the connection to another process of the run") from error
+            # a lost process says nothing; one of the first two is there to say it
+            raise (SeqmixError if rank < 2 else ElsewhereError)(
+                "lost the connection to another process of the run, which ends: --resume continues from a checkpoint"
+            ) from error
         raise
     # not after an error: it would wait for processes that are gone
     if ours:

@@ -1,12 +1,14 @@
 """A run on several processes is the run of one: losses, gradients, samples, evaluations, checkpoints."""
 
 import json
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import ranks as on_ranks
@@ -14,7 +16,7 @@ import torch
 import workers
 from hypothesis import settings
 from ranks import Ranks
-from runs import wait_for_steps
+from runs import steps_of, wait_for_steps
 from torch.testing import assert_close
 
 from seqmix import load_config, load_run
@@ -35,6 +37,7 @@ COMPILED = ("training.compile=true", "model.blocks.ret.ffn=null", "model.blocks.
 CARRIED = ("model.blocks.attn.mixer={kind: delta_net, n_heads: 2}", "training.carry_state=true")
 MQAR = ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")
 CP = {"context_parallel": 2}
+NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a minute: --hypothesis-profile nightly")
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +311,77 @@ def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(process
     require_same_checkpoint(run, uninterrupted, rtol=0, atol=0)
     both = [[json.loads(line).get("loss") for line in (each / "metrics.jsonl").open()] for each in (run, uninterrupted)]
     assert both[0] == both[1]
+
+
+@pytest.fixture
+def torchrun(text, tmp_path):
+    """Start a run of two processes under torchrun; what it prints goes to a file."""
+    launched = []
+
+    def call(run, *options, to=30):
+        changes = ["hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.checkpoint_every=3"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+        command += ["-m", "seqmix", "train", *changes, f"training.steps={to}", "--out", run]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        with (tmp_path / "output").open("w") as output:
+            launched.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
+        return launched[-1]
+
+    yield call
+    for process in launched:
+        process.kill()
+
+
+def workers_of(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], check=True, capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def steps_saved(run):
+    return [json.loads((folder / "manifest.json").read_text())["step"] for folder in checkpoints(run)]
+
+
+@pytest.mark.slow
+@NIGHTLY
+def test_a_lost_process_is_reported_and_torchrun_restarts_from_the_newest_checkpoint(torchrun, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert torchrun(whole).wait(120) == 0
+    process = torchrun(run, "--max-restarts", "1")
+    wait_for_steps(run, 8, lambda: process.poll() is None)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    assert process.wait(120) == 0, (tmp_path / "output").read_text()
+    assert (tmp_path / "output").read_text().count("error: lost the connection to another process") == 1
+    assert len((run / "sessions.jsonl").read_text().splitlines()) == 2
+    require_same_checkpoint(run, whole, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@NIGHTLY
+def test_processes_whose_torchrun_was_killed_end_with_a_checkpoint(torchrun, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(run, to=100_000)
+    wait_for_steps(run, 8, lambda: process.poll() is None)
+    numbers = workers_of(process)
+    process.kill()
+    waited = time.monotonic() + 60
+    while any(Path(f"/proc/{number}").exists() for number in numbers):
+        assert time.monotonic() < waited
+        time.sleep(0.1)
+    assert steps_saved(run)[-1] == steps_of(run)
+
+
+@pytest.mark.slow
+@NIGHTLY
+def test_sigterm_to_all_more_than_once_makes_one_checkpoint(torchrun, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(run, to=100_000)
+    wait_for_steps(run, 8, lambda: process.poll() is None)
+    numbers = [process.pid, *workers_of(process)]
+    for number in (*numbers, *numbers[1:]):
+        os.kill(number, signal.SIGTERM)
+    process.wait(60)
+    assert steps_saved(run)[-1] == steps_of(run)
+    assert not any(Path(f"/proc/{number}").exists() for number in numbers[1:])
 
 
 @pytest.mark.slow
