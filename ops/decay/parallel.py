@@ -8,7 +8,7 @@ from ..recurrence import Recurrence, RecurrenceOutput
 from ..recurrent import no_autocast
 
 AT_ONCE = 2**20
-"""Decays of pairs of tokens that are made at once, over all keys; of more, those of two keys after two others."""
+"""Decays of pairs of tokens that are made at once, over all keys; of more, those of one key after another."""
 
 
 def decay_parallel(x: Recurrence) -> RecurrenceOutput:
@@ -55,13 +55,13 @@ def per_token(a: Tensor, length: int) -> Tensor:
 
 def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
     """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
-    sums = [torch.where(mask[..., None], part[..., None, :, :], 0).sum(-2) for part in _by_keys(len(mask), a)]
-    return torch.cat(sums, dim=-1)
+    sums = [torch.where(mask, part[..., None, :], 0).sum(-1) for part in _by_keys(len(mask), a.mT)]
+    return torch.cat(sums, dim=-2).mT
 
 
 def _by_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
-    """Log-decays [.. L K] in parts whose pairs with so many rows are few enough."""
-    return a.split(a.shape[-1] if rows * a.shape[-2] * a.shape[-1] <= AT_ONCE else 2, dim=-1)
+    """Log-decays [.. K L] of all keys at once, or of one after another where there are many for so many rows."""
+    return a.split(a.shape[-2] if rows * a.shape[-1] * a.shape[-2] <= AT_ONCE else 1, dim=-2)
 
 
 def _fixed_decay(log_decay: Tensor, distance: Tensor, causal: Tensor) -> Tensor:
@@ -74,24 +74,23 @@ def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tens
     """q_i k_j^T times the decay from j to i: [B H T T]."""
     if a is None:
         return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
-    length = causal.shape[0]
-    later = torch.ones(length, length, dtype=torch.bool, device=a.device).tril(-1)
     if a.shape[-1] == 1:
-        return (q @ k.transpose(2, 3)) * _pair_decays(a, later, causal)[..., 0]
-    parts = _by_keys(length, a)
-    queries, keys = (x.to(a.dtype).split(parts[0].shape[-1], dim=-1) for x in (q, k))
-    scores = [
-        torch.einsum("bhik,bhjk,bhijk->bhij", query, key, _pair_decays(part, later, causal))
-        for query, key, part in zip(queries, keys, parts, strict=True)
-    ]
-    return sum(scores[1:], start=scores[0])
+        return (q @ k.transpose(2, 3)) * _pair_decays(a.mT, causal)[:, :, 0]
+    parts = _by_keys(len(causal), a.mT)
+    q, k = q.to(a.dtype), k.to(a.dtype)
+    if len(parts) == 1:
+        return torch.einsum("bhik,bhjk,bhkij->bhij", q, k, _pair_decays(parts[0], causal))
+    scores = q.new_zeros(())
+    for query, key, part in zip(q.unbind(-1), k.unbind(-1), parts, strict=True):
+        scores = scores + query[..., :, None] * key[..., None, :] * _pair_decays(part, causal)[:, :, 0]
+    return scores
 
 
-def _pair_decays(a: Tensor, later: Tensor, causal: Tensor) -> Tensor:
-    """The decay from j to i, by key, 0 where j is not seen: [1|B H T T 1|K]."""
+def _pair_decays(a: Tensor, causal: Tensor) -> Tensor:
+    """The decay from j to i by key, 0 where j is not seen: [1|B H 1|K T] -> [1|B H 1|K T T]."""
     # entry [i, j] adds a[l] for j < l <= i
-    stretch = torch.where(later[..., None], a[..., None, :], 0).cumsum(-3)
-    return stretch.masked_fill_(~causal[..., None], float("-inf")).exp_()
+    stretch = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
+    return stretch.masked_fill_(~causal, float("-inf")).exp_()
 
 
 def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:

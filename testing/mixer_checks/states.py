@@ -199,7 +199,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     stateful,
     declares("size", "A state that grows or not"),
     use="memory in decoding: it grows where it should not",
-    share=0.05,
+    share=0.02,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
 )
 def a_state_has_the_declared_size(trial: Trial) -> None:
