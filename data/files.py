@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..registry import SeqmixError, nearest
-from .corpus_config import DatasetConfig, DocumentsConfig
+from .corpus_config import DatasetConfig, DocumentsConfig, SourceConfig, WeightedSourceConfig
 from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
 TOKENS = ".tokens"
@@ -114,7 +114,7 @@ def _read(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
             raise SeqmixError(f"{path} has columns, and data.text_field, which names that of the text, is null")
         else:
             for name, row in _lines(path, config.encoding) if suffix == JSON_LINES else read_rows(path, field):
-                yield Document(key, name, _text(row, field, name))
+                yield Document(key, name, _text(row, field, name, config))
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
 
@@ -137,11 +137,14 @@ def _mapping(name: str, line: bytes | str) -> dict[str, object]:
     return value
 
 
-def _text(row: dict[str, object], field: str, name: str) -> bytes:
+def _text(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
     if field not in row:
         fields = ", ".join(row) or "none"
+        source, validation = isinstance(config, WeightedSourceConfig), isinstance(config, SourceConfig)
+        setting = "text_field of this one of data.sources" if source else "data.validation.text_field"
+        setting = setting if source or validation else "data.text_field"
         raise SeqmixError(
-            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; data.text_field names it"
+            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; {setting} names it"
         )
     text = row[field]
     if not isinstance(text, str):
@@ -158,7 +161,7 @@ def row_documents(config: DocumentsConfig, rows: Iterable[dict[str, object]], fi
     assert config.text_field is not None
     for number, row in enumerate(rows, config.dataset.skip + first):
         name = f"{source_name(config)}, row {number}"
-        yield Document(config.dataset.path, name, _text(row, config.text_field, name))
+        yield Document(config.dataset.path, name, _text(row, config.text_field, name, config))
 
 
 @contextmanager

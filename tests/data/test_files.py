@@ -10,6 +10,7 @@ import pytest
 from runs import refusal
 
 from seqmix.data import Corpus, DocumentsConfig, TextConfig, read_corpus, read_documents
+from seqmix.data.corpus_config import SourceConfig, WeightedSourceConfig
 
 BEGIN = 256
 
@@ -207,3 +208,13 @@ def test_auto_is_by_document_where_a_file_holds_several(copies, library, tmp_pat
     corpus = read(lines(tmp_path / "a.jsonl", {"text": "0123456789"}), sequence_length=2)
     assert corpus.split == "tail"
     assert (documents_of(corpus.train), documents_of(corpus.validation)) == ([b"0123456"], [b"789"])
+
+
+def test_a_missing_field_names_the_setting_of_its_source(tmp_path):
+    file = lines(tmp_path / "a.jsonl", {"txt": "b"})
+    for kind, more, named in (
+        (WeightedSourceConfig, {"weight": 1.0}, "text_field of this one of data.sources"),
+        (SourceConfig, {}, "data.validation.text_field"),
+    ):
+        config = kind(paths=(str(file),), **more)
+        assert named in refusal(lambda config=config: list(read_documents(config)))
