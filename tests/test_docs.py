@@ -157,7 +157,7 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
     assert "ConvolutionConfig" in seqmix("seqmix schema")[0]
 
 
-@pytest.mark.parametrize("name", ["generate", "mixers", "paper", "scaling", "tasks"])
+@pytest.mark.parametrize("name", ["generate", "leaderboard", "mixers", "paper", "scaling", "tasks"])
 def test_what_is_generated_is_up_to_date(name):
     files = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["files"]()
     for file, text in files.items():

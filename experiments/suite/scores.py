@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from ...registry import Config, SeqmixError, dump, write_file
+from ...registry import Config, SeqmixError, write_file
+from ...registry.yaml import write as to_yaml
 from ..pages import table
 from ..report import REPORT_FILE
 from ..results import AccuracyBy, Machine, Results, RunResult, Statistic
@@ -43,7 +44,7 @@ class Conditions(Config):
     """What is the same for all rows of a task: rows of other conditions do not stand beside them."""
 
     data: str
-    """In YAML, as is the training."""
+    """What is not the default, in YAML; so is the training."""
     training: str
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -115,13 +116,19 @@ def conditions_of(planned: PlannedTask) -> Conditions:
     """What all entries of a task share."""
     config, study = planned.plan.runs[0].config, planned.plan.study
     match = study.match
+    training = config.training.model_copy(update={"learning_rate": study.learning_rates[0]})
     return Conditions(
-        data=dump(config.data),
-        training=dump(config.training.model_copy(update={"learning_rate": study.learning_rates[0]})),
+        data=_different({"kind": config.data.kind}, config.data),
+        training=_different({}, training),
         learning_rates=study.learning_rates,
         seeds=study.seeds,
         matched="" if match is None else f"{match.metric} {match.wanted:,} by {match.knob}",
     )
+
+
+def _different(more: dict[str, str], config: Config) -> str:
+    """What of a configuration is not the default, in YAML: a field that is added later changes nothing."""
+    return to_yaml(more | config.model_dump(mode="json", exclude_defaults=True))
 
 
 def _score(run: RunResult, task: SuiteTask) -> float:
@@ -189,11 +196,11 @@ def read_scores(path: Path) -> Scores:
 
 
 def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Head and rows: accuracies in percent, best mean first, and guessing at the end.
+    """Head and rows of the tasks that have figures: accuracies in percent, best mean first, and guessing at the end.
 
     The mean of an entry without a figure in every task is left empty.
     """
-    tasks = scores.tasks
+    tasks = {name: task for name, task in scores.tasks.items() if task.rows}
     found: dict[str, dict[str, Statistic]] = {}
     for name, task in tasks.items():
         for row in task.rows:
@@ -207,7 +214,8 @@ def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
         (entry, *(_percent(found[entry].get(name)) for name in tasks), _percent(average(entry))) for entry in ranked
     ]
     guess = [task.task.chance for task in tasks.values()]
-    return ["entry", *tasks, "mean"], [*rows, ("(guessing)", *map(_percent, guess), _percent(mean(guess)))]
+    guesses = ("(guessing)", *map(_percent, guess), _percent(mean(guess) if guess else None))
+    return ["entry", *tasks, "mean"], [*rows, guesses]
 
 
 def _percent(value: Statistic | float | None) -> str:
@@ -227,7 +235,9 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
     """
     head, rows = score_table(scores)
     lines = [*table([head[0], *(f"{name}:" for name in head[1:])], rows), ""]
-    lines += [f"Accuracy in percent, mean ± standard deviation over seeds; equal {scores.match}; best mean first.", ""]
+    spread = any(row.score.spread is not None for task in scores.tasks.values() for row in task.rows)
+    seeds = ", mean ± standard deviation over seeds" if spread else ""
+    lines += [f"Accuracy in percent{seeds}; equal {scores.match}; best mean first.", ""]
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
         link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"
@@ -241,7 +251,8 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
         lines += [f"  Without a figure: {entry}, {why}." for entry, why in task.left_out.items()]
     lines += ["", *scores.notes, ""] if scores.notes else [""]
     machines = dict.fromkeys(
-        f"seqmix {row.machine.seqmix} ({row.machine.commit}), torch {row.machine.torch}, {row.machine.processor}"
+        f"seqmix {row.machine.seqmix}{f' ({row.machine.commit[:7]})' if row.machine.commit else ''}, "
+        f"torch {row.machine.torch}, {row.machine.processor}"
         for task in scores.tasks.values()
         for row in task.rows
     )

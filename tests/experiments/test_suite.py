@@ -190,3 +190,12 @@ def _rows_are_merged(one, both):
     gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": first.rows[:1]})}})
     _, rows = scores.score_table(gap)
     assert [bool(row[-1]) for row in rows] == [True, False, True]
+
+
+def test_published_rows_are_of_the_present_settings(tmp_path):
+    (file,) = scores.PUBLISHED.glob("*.json")
+    published = scores.read_scores(Path(file.stem))
+    settings, extent = load_settings(published.size), Extent(one_rate=True, one_seed=True)
+    chosen = settings.chosen(list(published.tasks))
+    planned = write_studies(tmp_path, settings, chosen, [Candidate.of("attention")], published.match, extent)
+    assert scores.comparable(scores.new_scores("small", "parameters", "", (), planned), published) == published

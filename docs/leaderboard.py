@@ -1,0 +1,27 @@
+"""Write the tables of docs/leaderboard.md from what the suite measured: `python docs/leaderboard.py`.
+
+What was measured is in experiments/suite/results, one suite.json for each size and matching.
+"""
+
+from pathlib import Path
+
+from seqmix.experiments.pages import fill
+from seqmix.experiments.suite.scores import PUBLISHED, markdown, read_scores
+from seqmix.registry import write_file
+
+TARGET = Path(__file__).with_suffix(".md")
+
+
+def files() -> dict[Path, str]:
+    """The page."""
+    lines: list[str] = []
+    for file in sorted(PUBLISHED.glob("*.json")):
+        scores = read_scores(file)
+        title = f"## {scores.size.capitalize()} settings, equal {scores.match}"
+        lines += [title, "", *markdown(scores, reports=False), ""]
+    return {TARGET: fill(TARGET, {"scores": lines[:-1]})}
+
+
+if __name__ == "__main__":
+    for file, text in files().items():
+        write_file(text, file)
