@@ -30,13 +30,17 @@ def require_free(run: Path) -> None:
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:
     """Create a run directory with its configuration, after a comment; of two concurrent runs, one succeeds."""
+    made = False
     try:
         run.mkdir(parents=True, exist_ok=True)
         with (run / CONFIG_FILE).open("x") as file:
+            made = True
             file.write(comment + dump(config))
     except FileExistsError as error:
         raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR") from error
     except OSError as error:
+        if made:  # on a full disk: a part of it would stand for a run
+            (run / CONFIG_FILE).unlink(missing_ok=True)
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
 
 

@@ -1,7 +1,9 @@
 """Averages of weights: the moving average of a run, and the mean of its last checkpoints."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from seqmix.training import checkpoint, export_run
 from seqmix.training.averaging import average_run
 from seqmix.training.events import Noted, Stepped
 from seqmix.training.optim import build_optimizer
+from seqmix.training.run_dir import claim
 
 EMA = ("training.ema=0.4", "training.checkpoint_every=1", "training.keep_checkpoints=9")
 
@@ -121,3 +124,16 @@ def test_other_processes_under_dropout_are_noted(config_of, tmp_path, monkeypatc
     found = [event.text for event in run_of(config, tmp_path / "run", resume=True) if isinstance(event, Noted)]
     assert len(found) == notes
     assert ("dropout" in found[-1]) == (dropout > 0)
+
+
+def test_a_full_disk_leaves_no_configuration_of_a_run(config_of, tmp_path):
+    config, before = config_of(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        message = refusal(lambda: claim(tmp_path / "run", config, ""))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "cannot be written" in message
+    assert list((tmp_path / "run").iterdir()) == []
