@@ -37,7 +37,7 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what torch's formulas give. torch's own mode looks up every op anew, which costs ten times as much as a
+    """Adds up what torch's formulas give. torch's own mode looks up every op again, which costs ten times as much as a
     small op does."""
 
     supports_higher_order_operators = True
