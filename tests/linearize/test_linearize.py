@@ -91,7 +91,7 @@ def test_all_stages_teach_and_the_result_is_an_ordinary_run(teacher, tmp_path, s
         *("teacher", "random mixers", "transferred", *(f"after {name}" for name in STAGES), "student")
     ]
     # the stages train what they say
-    steps = [checkpoints(out / "stages" / name)[-1] for name in ("0-transfer", "1-mixer_output", "3-logits")]
+    steps = [checkpoints(out / "stages" / name)[-1] for name in ("0-transfer", "2-hidden", "3-logits")]
     models = [parameters_of(load_run(step.parents[1])) for step in steps]
     changed = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in pairwise(models)]
     assert all(name.startswith(("blocks.0.mixer.", "blocks.2.mixer.")) for name in changed[0])
