@@ -144,7 +144,7 @@ def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, pa
 
 @pytest.mark.parametrize("kind", [(), CARRIED], ids=["", "carried"])
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_run_is_resumed_on_another_number_of_processes(two, text, tmp_path, kind, first):
+def test_a_run_is_resumed_on_another_number_of_processes_and_back(two, text, tmp_path, kind, first):
     changes, run = [f"data.paths=[{text}]", *kind], str(tmp_path / "run")
 
     def trained(processes, **named):
@@ -153,12 +153,13 @@ def test_a_run_is_resumed_on_another_number_of_processes(two, text, tmp_path, ki
         return two("train_here", changes, run, **named)
 
     uninterrupted = on_ranks.train_here(changes, str(tmp_path / "uninterrupted"))
-    begun, resumed = trained(first, until=2), trained(3 - first, resume=True)
-    losses = begun[0]["loss"] + resumed[0]["loss"]
+    begun, other = trained(first, until=2), trained(3 - first, resume=True, until=4)
+    back = trained(first, resume=True)
+    losses = [loss for parts in (begun, other, back) for loss in parts[0]["loss"]]
     assert_close(torch.tensor(losses), torch.tensor(uninterrupted["loss"]), rtol=1e-5, atol=1e-5)
     # nothing is lost and nothing read twice
     for step in range(6):
-        parts = begun if step < 2 else resumed
+        parts = (begun, other, back)[step // 2]
         assert [row for found in parts for row in found["rows"][step]] == uninterrupted["rows"][step]
     require_same_checkpoint(tmp_path / "run", tmp_path / "uninterrupted", rtol=1e-2, atol=1e-3)
 
