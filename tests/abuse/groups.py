@@ -19,6 +19,6 @@ GROUPS: dict[str, Group] = {
     "full_disk": full_disk,
 }
 SLOW = {"full_disk"}
-"""Groups whose cases are commands of several seconds: of them, fewer are tried in every run."""
+"""Groups whose cases are commands of several seconds: nightly alone."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""

@@ -9,15 +9,18 @@ from hypothesis import settings
 
 from seqmix import SeqmixError
 
-SAMPLE = 12
+SAMPLE = 8
 """Cases of a group that are tried in every run."""
 
 
-@pytest.mark.parametrize("group", GROUPS)
+NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes minutes: --hypothesis-profile nightly")
+
+
+@pytest.mark.parametrize("group", [pytest.param(name, marks=NIGHTLY if name in SLOW else ()) for name in GROUPS])
 def test_a_sample_holds(group, tmp_path):
     cases = list(GROUPS[group](tmp_path, random.Random(0)))
     if settings().max_examples < 1000:
-        cases = random.Random(group).sample(cases, min(1 if group in SLOW else SAMPLE, len(cases)))
+        cases = random.Random(group).sample(cases, min(SAMPLE, len(cases)))
     tally = Tally()
     for case in cases:
         tally.add(case, 250 if group in SLOW else 60, alone=group in ALONE)
