@@ -32,6 +32,7 @@ COMMANDS = {
     "suite": "Measure mixers on recall, copying and state tracking, and show one table.",
     "paper": "Reproduce claims of the RetNet paper by name.",
     "plot": "Draw what runs or a study measured: an interactive page, or figures for a paper.",
+    "inspect": "Show what a trained model does with a text: where heads look, how far back, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }

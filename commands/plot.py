@@ -70,7 +70,7 @@ def plot(
     if not figures:
         given = ", ".join(map(str, folders))
         raise SeqmixError(f"{given}: no measurement is a finite number, so there is nothing to draw")
-    draw(_chosen(figures, figure or []), out, width=width, title=title, text=text)
+    draw(chosen(figures, figure or []), out, width=width, title=title, text=text)
     typer.echo(visible(f"{out} is written"))
 
 
@@ -85,7 +85,8 @@ def _study(folders: Sequence[Path]) -> Path | None:
     return studies[0] if studies else None
 
 
-def _chosen(figures: Sequence[Figure], names: Sequence[str]) -> list[Figure]:
+def chosen(figures: Sequence[Figure], names: Sequence[str]) -> list[Figure]:
+    """The figures of these names, all where there are none; a SeqmixError where one does not exist."""
     for name in names:
         require_name("figure", name, [figure.name for figure in figures])
     return [figure for figure in figures if not names or figure.name in names]

@@ -78,7 +78,7 @@ def test_every_public_name_exists(package):
 
 FLOORS = [
     *("registry", "ops", "mixers", "testing", "blocks", "models", "data", "training", "convert", "hf", "linearize"),
-    *("benchmarks", "experiments", "harness", "commands", "cli", "__main__", "pytest_plugin"),
+    *("benchmarks", "experiments", "inspection", "harness", "commands", "cli", "__main__", "pytest_plugin"),
 ]
 """From the ground up: a floor may import the floors below it, and itself."""
 
