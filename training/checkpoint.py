@@ -83,6 +83,10 @@ class Manifest(Config):
     """A hash of the training data; None for a task, or for a checkpoint of an older version."""
     data_state: dict[str, Any] | None = None
     """The place in streamed data; None if batches are a function of seed and step alone."""
+    skipped_steps: int = 0
+    """Steps that left the parameters as they are."""
+    gradient_norms: tuple[float, ...] = Field(default=(), strict=False)
+    """Of the last steps, with training.max_grad_norm_spike."""
     files: dict[str, WrittenFile] = Field(default_factory=dict)
     """By name."""
     sha256: str = ""
@@ -101,7 +105,7 @@ class Manifest(Config):
     def checksum(self) -> str:
         """The expected value of `sha256`."""
         # fields added since the first format are omitted at their default
-        added = {"data": None, "data_state": None, "processes": 1}
+        added = {"data": None, "data_state": None, "processes": 1, "skipped_steps": 0, "gradient_norms": ()}
         omitted = {"sha256", *(name for name, default in added.items() if getattr(self, name) == default)}
         return hashlib.sha256(self.model_dump_json(exclude=omitted).encode()).hexdigest()
 

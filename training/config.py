@@ -73,6 +73,11 @@ class TrainingConfig(Config):
     """AdamW's decay rates of the first and second moment."""
     clip_norm: float | None = Field(default=2.0, gt=0)
     """Maximum gradient norm (gradient clipping); null for no limit."""
+    skip_nonfinite: bool = False
+    """Whether a step whose loss or gradient is not finite is skipped and counted, instead of ending the run."""
+    max_grad_norm_spike: float | None = Field(default=None, gt=1)
+    """Skip and count a step whose gradient norm is more than this many times the median of the last 64 steps that were
+    taken, from the 17th on; null for no limit."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the parameters (0.999, say), which checkpoints then have
     beside them; null for none."""

@@ -61,6 +61,8 @@ class Stepped:
     """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
     memory_bytes: int | None = None
     """Peak memory so far: of tensors on a GPU, else of the process; None where the system does not report it."""
+    skipped_steps: int | None = None
+    """Steps so far that left the parameters as they are; None unless steps may be skipped."""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ class Course:
         if trainer.ema is not None:
             train_state.load_ema(found.folder, trainer.model, trainer.ema)
         self.best = found.manifest.best
+        trainer.skipping.skipped = found.manifest.skipped_steps
+        trainer.skipping.norms.extend(found.manifest.gradient_norms)
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
         return _differences(found.manifest, trainer.source, changed, self.groups, dropout)
 
@@ -158,6 +160,8 @@ class Course:
                 if done % settings.log_every == 0 or last:
                     self._record(asdict(stepped))
                 yield stepped
+                if result.skipped is not None:
+                    yield Noted(done, f"step {done} is skipped: {result.skipped}")
                 measured = {"loss": result.loss}
                 if last or done % settings.evaluate_every == 0:
                     measured["validation_loss"] = yield from self._evaluations(last=last)
@@ -188,6 +192,8 @@ class Course:
             best=best,
             data=source.digest,
             data_state=source.state_dict(),
+            skipped_steps=trainer.skipping.skipped,
+            gradient_norms=tuple(trainer.skipping.norms),
         )
         reshard(trainer.model)
         parts = train_state.own_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
@@ -206,8 +212,10 @@ class Course:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
         mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
         memory = peak_memory(self.trainer.model.device)
-        loss, norm, rate, violation = result
-        return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory)
+        loss, norm, rate, violation, _ = result
+        skipping = self.trainer.skipping
+        skipped = skipping.skipped if skipping.enabled else None
+        return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory, skipped)
 
     def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
         """The evaluation after a step, and the final one if training ends with it.

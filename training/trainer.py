@@ -26,6 +26,7 @@ from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
 from .process_groups import ALONE, ProcessGroups
 from .sharding import full_tensor
+from .skipping import Skipping
 
 
 class StepResult(NamedTuple):
@@ -38,6 +39,8 @@ class StepResult(NamedTuple):
     learning_rate: float
     expert_violation: float | None = None
     """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
+    skipped: str | None = None
+    """Why the parameters were left as they are; None where they were not."""
 
 
 class Trainer:
@@ -61,15 +64,17 @@ class Trainer:
         """The recurrent state after the last step, with training.carry_state: this process's rows."""
         self.ema = None if config.training.ema is None else Ema(model, config.training.ema)
         """The moving average of the parameters, with training.ema."""
+        self.skipping = Skipping(config.training)
         model.activation_checkpointing = config.training.activation_checkpointing
         if config.training.compile:
             compile_blocks(model)
 
     def train_step(self, step: int) -> StepResult:
-        """One optimizer step.
+        """One optimizer step, or none if it is to be skipped.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite; the parameters are unchanged.
+            NotFiniteError: the loss or the gradient is not finite, without training.skip_nonfinite; the parameters are
+                unchanged.
         """
         settings, states = self.config.training, []
         self.model.train()
@@ -79,22 +84,33 @@ class Trainer:
             total += loss.detach()
             states += [] if state is None else [detach(state)]
         loss = self.groups.sum(total).item()
-        self._require_finite("loss", loss, lambda: list(self._losses(step)))
-
-        parameters = list(self.model.parameters())
+        parameters, rate = list(self.model.parameters()), learning_rate(step, settings)
         norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        self._require_finite("gradient's norm", norm.item())
+        state = concatenate(states) if states else None
+        try:
+            self._require_finite("loss", loss, lambda: list(self._losses(step)))
+            self._require_finite("gradient's norm", norm.item())
+            skipped = self.skipping.reason(norm.item())
+        except NotFiniteError as error:
+            if not settings.skip_nonfinite:
+                raise
+            # what is carried on is not finite either
+            skipped, state = str(error), None
+        if skipped is not None:
+            self.skipping.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
+            self.state = state
+            return StepResult(loss, norm.item(), rate, self._balance(), skipped)
         if settings.clip_norm is not None:
             clip_grads_with_norm_(parameters, settings.clip_norm, norm)
 
-        rate = learning_rate(step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step)
-        self.state = concatenate(states) if states else None
+        self.state = state
         return StepResult(loss, norm.item(), rate, self._balance())
 
     def _balance(self) -> float | None:
