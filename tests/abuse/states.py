@@ -41,8 +41,12 @@ def states(folder: Path, drawn: random.Random) -> Iterator[Case]:
                 if (changed := change(leaf)) is not None and changed.dtype == leaf.dtype and changed.equal(leaf):
                     continue
                 file = folder / f"{preset}-{name}-{number}.state"
+                # of hyena's inputs those that are missing count as zeros: it is the cache of another text
+                other_text = preset == "hyena-tiny" and name.endswith(".inputs") and what == "shorter in 1"
                 yield Case(
-                    f"{preset} {name} {what}", lambda f=file, n=name, c=change, m=model, g=good: _use(g, f, n, c, m)
+                    f"{preset} {name} {what}",
+                    lambda f=file, n=name, c=change, m=model, g=good: _use(g, f, n, c, m),
+                    refused=not other_text,
                 )
 
 
