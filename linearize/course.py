@@ -23,6 +23,7 @@ from ..training import RunConfig, load_run, read_config, train
 from ..training.checkpoint import checkpoints, step_of
 from ..training.events import Event
 from ..training.logging import METRICS_FILE
+from ..training.process_groups import require_alone
 from ..training.run_dir import CONFIG_FILE
 from ..training.saved_run import write_run
 from ..training.train_state import parameters_of
@@ -86,12 +87,14 @@ class Linearization:
         tokenizer: of another library's model, as in `import_from`.
 
     Raises:
-        SeqmixError: the source cannot be read, the plan does not fit it, or the folder is another linearization's.
+        SeqmixError: the source cannot be read, the plan does not fit it, the folder is another linearization's, or
+            torchrun has started several processes.
     """
 
     def __init__(
         self, source: Path, plan: Plan, out: Path, *, device: str | None = None, tokenizer: str | None = None
     ) -> None:
+        require_alone("linearize")
         self.source, self.plan, self.out = source, plan, out
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         written = f"# of {source.absolute()}\n{dump(plan)}"

@@ -166,6 +166,16 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         dist.destroy_process_group()
 
 
+def require_alone(what: str) -> None:
+    """Refuse to do what one process does, where torchrun has started several.
+
+    Raises:
+        SeqmixError: it has.
+    """
+    if (size := _number("WORLD_SIZE", "1")) > 1:
+        raise SeqmixError(f"{what} runs in one process, and WORLD_SIZE is {size}: start it without torchrun")
+
+
 def _number(name: str, default: str) -> int:
     """A number that torchrun sets."""
     if not (given := os.environ.get(name, default)).isdecimal():

@@ -163,7 +163,7 @@ def test_the_gap_is_a_share():
     assert gap_closed(2.0, 2.0, 2.0) is None
 
 
-def test_what_cannot_be_is_refused(teacher, tmp_path):
+def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
     def begun(*swap, **fields):
         return Linearization(teacher, plan_of(*swap, **fields), tmp_path / "out", device="cpu")
 
@@ -179,6 +179,8 @@ def test_what_cannot_be_is_refused(teacher, tmp_path):
     assert "nothing is swapped" in refusal(lambda: work.stage("mixer_output"))
     with pytest.raises(SeqmixError, match="not an empty directory"):
         Linearization(teacher, plan_of(), teacher, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refusal(lambda: Linearization(teacher, plan_of(), tmp_path / "two", device="cpu"))
 
 
 def test_the_command_shows_the_plan_and_the_comparison(teacher, tmp_path, seqmix):
