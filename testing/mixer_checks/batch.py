@@ -1,5 +1,6 @@
 """Rows of a batch are independent sequences, and a tensor's strides do not matter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def rows_are_independent(trial: Trial) -> None:
     draw=Draw(tokens=(1, 8), batch_size=(1, 3)),
 )
 def strides_change_nothing(trial: Trial) -> None:
-    """Inputs, states and gradients from above that are not contiguous give what contiguous ones give."""
+    """Inputs, states and gradients from above that are not contiguous, or do not begin where their memory does (rows
+    split from a batch), give what others give, with gradients and without."""
     x, state = trial.tokens(), trial.state()
     # time first is what other libraries have
     lay = _time_first if trial.case.seed % 3 == 0 else _strided
@@ -45,13 +47,23 @@ def strides_change_nothing(trial: Trial) -> None:
         call = trial.call(paradigm)
 
         def strided(x, state, call=call):
-            y, after = call(lay(x), None if state is None else map_state(_strided, state))
+            y, after = call(lay(x), _laid(_strided, state))
             # the gradient of a strided view is strided
             return _GradientTimeFirst.apply(y) if lay is _time_first else _strided(y), map_state(_strided, after)
 
         expected = trial.differentiate(call, x, state)
         actual = trial.differentiate(strided, x, state)
         trial.compare(f"{paradigm}, strided inputs against contiguous ones", actual, expected)
+        if trial.case.seed % 3 == 1:
+            inner = trial.differentiate(lambda x, state, call=call: call(_inside(x), _laid(_inside, state)), x, state)
+            trial.compare(f"{paradigm}, inputs that are the last rows of larger ones against others", inner, expected)
+        # without gradients, and as in decoding
+        for length in {x.shape[1], 1 if trial.mixer.traits.has_state else x.shape[1]}:
+            with torch.no_grad():
+                y, after = call(_inside(x[:, :length]), _laid(_inside, state))
+            whole = expected[0]["the output"][:, :length], expected[1] if length == x.shape[1] else None
+            what = f"{paradigm}, without gradients, {length} tokens, inputs that are the last rows of larger ones"
+            trial.compare(what, (y, after if length == x.shape[1] else None), whole)
 
 
 class _GradientTimeFirst(torch.autograd.Function):
@@ -64,6 +76,15 @@ class _GradientTimeFirst(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
         return _time_first(*gradients)
+
+
+def _laid(lay: Callable[[Tensor], Tensor], state: Any) -> Any:
+    return None if state is None else map_state(lay, state)
+
+
+def _inside(x: Tensor) -> Tensor:
+    """The same numbers, contiguous, as the last rows of what has others before them."""
+    return torch.cat((torch.ones_like(x), x))[len(x) :]
 
 
 def _time_first(x: Tensor) -> Tensor:

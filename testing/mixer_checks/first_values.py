@@ -70,6 +70,7 @@ def compared(
     trial: Trial, what: str, mix: Callable[..., Any], x: Tensor, state: Any, mixer: SequenceMixer
 ) -> dict[str, Tensor]:
     """Output and gradients of the whole in the reference paradigm, which all others gave."""
+    kept = x.clone()
     whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
     for paradigm in trial.paradigms:
         call = trial.call(paradigm, mix)
@@ -88,4 +89,5 @@ def compared(
             separate = alone(trial, trial.mix, x, before, mixer=mix, paradigm=paradigm)
             with trial.differences(f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone") as found:
                 found.tensor("the output", packed, together(separate, trial.case.lengths), "BTD")
+    require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
     return whole[0]

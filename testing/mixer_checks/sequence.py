@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ...mixers.state import clone, detach, select
+from ...mixers.state import clone, concatenate, detach, select
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, chunked, differentiable, recurrent, several_paradigms, stateful
@@ -32,6 +32,9 @@ LARGE = 200.0
 
 BLOCKS = (256, 512, 1024)
 """Tokens that blocks divide."""
+
+HEAD = 9
+"""Tokens read before thousands, or of a document that begins after a block."""
 
 MOVED = 3.0
 """How far vectors are moved: by so much a gate is open, or closed."""
@@ -81,7 +84,8 @@ def paradigms_agree(trial: Trial) -> None:
 )
 def thousands_of_tokens_agree(trial: Trial) -> None:
     """At a thousand tokens every paradigm gives the same output, final state and gradients, at two thousand the same
-    output and final state; and after four thousand one token at a time gives what the whole does."""
+    output and final state, of packed documents too; and after four thousand one token at a time gives what the whole
+    does, of which no final state is wanted."""
     text, state = _as_long_as_it_takes(trial)
     length = text.shape[1]
     x, more = text[:, : length // 4], text[:, : length // 2]
@@ -92,29 +96,48 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected)
         found = trial.mix(more, state, paradigm=paradigm)
         trial.compare(f"{paradigm} against {trial.reference}, without gradients", found, whole)
-    _without_states(trial, more)
+    beginning, _ = trial.mix(more, None)
+    _without_states(trial, more, beginning)
+    _documents(trial, more)
     _whole_blocks(trial, text, state)
+    # four thousand from nothing, with no final state wanted, as text is scored
+    y, _ = trial.mix(text, None, return_state=False)
+    what = f"{trial.mixer.paradigm}, the first of {length:,} tokens against {more.shape[1]:,}"
+    trial.compare(what, (y[:, : more.shape[1]], None), (beginning, None))
     if trial.mixer.traits.has_state:
-        y, _ = trial.mix(text, state)
-        before = trial.mixer.init_state(1, max_length=length) if state is None else state
-        stepped, _ = trial.decode(text[:, -2:], trial.mix(text[:, :-2], before)[1], trial.call(trial.reference))
+        _, after = trial.mix(text[:, :HEAD], None)
+        _, after = trial.mix(text[:, HEAD:-2], after)
+        stepped, _ = trial.decode(text[:, -2:], after, trial.call(trial.reference))
         what = f"steps after {length - 2:,} tokens against {trial.mixer.paradigm}"
         trial.compare(what, (stepped, None), (y[:, -2:], None))
 
 
-def _without_states(trial: Trial, text: Tensor) -> None:
-    """What no final state is wanted of, and documents of a thousand tokens."""
-    whole, _ = trial.mix(text, None)
+def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
+    """What no final state is wanted of."""
     for paradigm in trial.paradigms if trial.mixer.traits.has_state else ():
         alone, _ = trial.mix(text, None, paradigm=paradigm, return_state=False)
         trial.compare(f"{paradigm}, {text.shape[1]:,} tokens, no final state wanted", (alone, None), (whole, None))
-    if trial.mixer.traits.packing:
-        at = text.shape[1] * 5 // 8
-        parts = [trial.mix(part, None)[0] for part in (text[:, :at], text[:, at:])]
-        packed, _ = trial.mix(text, None, cu_seqlens=torch.tensor([0, at, text.shape[1]], device=text.device))
-        trial.compare(
-            "documents of a thousand tokens packed against alone", (packed, None), (torch.cat(parts, 1), None)
-        )
+
+
+def _documents(trial: Trial, text: Tensor) -> None:
+    """Documents of a thousand tokens, and those that begin where blocks of tokens do."""
+    if not trial.mixer.traits.packing:
+        return
+    length = text.shape[1]
+    keep_state = trial.mixer.traits.state == "constant"
+    for starts in ((0, length * 5 // 8), (0, *BLOCKS, 2 * BLOCKS[-1])):
+        ends = torch.tensor([*(start for start in starts if start < length), length], device=text.device)
+        alone = [trial.mix(part, None) for part in text.split(ends.diff().tolist(), dim=1)]
+        expected = torch.cat([y for y, _ in alone], dim=1)
+        after = concatenate([state for _, state in alone]) if keep_state else None
+        y, packed = trial.mix(text, None, cu_seqlens=ends)
+        what = f"documents that begin at {', '.join(map(str, ends[:-1].tolist()))} of {length:,}, packed against alone"
+        trial.compare(what, (y, packed if keep_state else None), (expected, after))
+    # the others are quadratic or go token by token
+    short = ends.clamp(max=min(length, BLOCKS[-1] + HEAD)).unique()
+    for paradigm in {*trial.paradigms} - {trial.mixer.paradigm, Paradigm.RECURRENT}:
+        y, _ = trial.mix(text[:, : short[-1]], None, paradigm=paradigm, cu_seqlens=short)
+        trial.compare(f"{paradigm}, {what}", (y, None), (expected[:, : short[-1]], None))
 
 
 def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:

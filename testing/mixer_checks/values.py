@@ -25,12 +25,16 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 
 @check(
-    use="decoding with reused buffers: the past is overwritten", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
+    use="decoding with reused buffers: the past is overwritten; layers that are given the same tokens and boundaries",
+    share=0.1,
+    draw=Draw(tokens=(1, 6), batch_size=(1, 2), uses=USES),
 )
 def results_share_no_memory(trial: Trial) -> None:
-    """Writing into the output, or into the tokens afterwards, changes neither the final state nor a parameter."""
+    """Writing into the output, or into the tokens afterwards, changes neither the final state nor a parameter; and no
+    call writes into tokens, boundaries, or a state that it may not consume."""
     x, state = trial.tokens(), trial.state()
     for paradigm in trial.paradigms:
+        _arguments_are_kept(trial, paradigm, x, state)
         tokens = x.clone()
         y, after = trial.mix(tokens, state, paradigm=paradigm)
         before, parameters = clone(after), [p.detach().clone() for p in trial.mixer.parameters()]
@@ -41,6 +45,28 @@ def results_share_no_memory(trial: Trial) -> None:
             found.state("the final state", after, before)
             for (name, parameter), saved in zip(trial.mixer.named_parameters(), parameters, strict=True):
                 found.tensor(name, parameter.detach(), saved)
+
+
+def _arguments_are_kept(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:
+    """In the case's use and without gradients, where a call that wants the final state may consume a growing one."""
+    ways: list[tuple[Tensor, dict[str, Any]]] = [(x, {})]
+    if trial.mixer.traits.packing:
+        ends = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32 if trial.case.seed % 2 else torch.int64)
+        ways.append((x.flatten(0, 1)[None], {"cu_seqlens": ends * x.shape[1]}))
+    scored = trial.case.seed % 4 < 2
+    wanted = trial.mixer.traits.has_state and not scored
+    consumes = wanted and trial.mixer.traits.state == "growing"
+    for tokens, packed in ways:
+        calls = {trial.use: (trial.used(paradigm, **packed), state)}
+        without = torch.no_grad()(trial.call(paradigm, return_state=wanted, **packed))
+        calls["without gradients"] = (without, clone(state) if state is not None and consumes else state)
+        given = {"the tokens": tokens, **packed, **leaves_of(state or ())}
+        kept = {name: tensor.detach().clone() for name, tensor in given.items()}
+        for what, (call, before) in calls.items():
+            call(tokens, before)
+            said = f"{paradigm}, {what}{', packed' if packed else ''}: arguments after a call against before"
+            with trial.differences(said, 0) as found:
+                found.tensors(given, kept)
 
 
 @check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.06, draw=ONCE)

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # the folder above is on the path of tests alone
 
 from mutants import (  # noqa: F401  importing them registers the mutants
     kernels,
+    meetings,
     numerics,
     sequences,
     softmax_kernels,
