@@ -87,9 +87,10 @@ def configurations_round_trip(trial: Trial) -> None:
             trial.compare(f"the default paradigm against {paradigm} at {length} tokens", unsaid, given, tolerance=0)
 
 
-@check(use="checkpoints: a loaded mixer is another", share=0.1, draw=ONCE)
+@check(use="checkpoints, averaged and swapped weights: a mixer that was given others is another", share=0.1, draw=ONCE)
 def parameters_round_trip(trial: Trial) -> None:
-    """A state_dict holds everything: loaded into a new mixer it gives the same bits."""
+    """A state_dict holds everything: loaded into a new mixer it gives the same bits, and so it does in one that was
+    used with other parameters, however they are written."""
     x = trial.tokens()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -100,6 +101,33 @@ def parameters_round_trip(trial: Trial) -> None:
         expected = trial.mix(x, None, paradigm=paradigm)
         for what, other in others.items():
             trial.compare(f"{paradigm}, {what}", trial.mix(x, None, other, paradigm=paradigm), expected, 0)
+    _written_after_use(trial, x)
+
+
+def _written_after_use(trial: Trial, x: Tensor) -> None:
+    """Of one mixer, in evaluation or in training: what was kept of former parameters is not used for the new ones."""
+    training, loaded = trial.case.seed % 2 == 1, trial.case.seed // 2 % 2 == 1
+    used, fresh = (copy.deepcopy(trial.without_dropout()).train(training) for _ in range(2))
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(0.1 * trial.like(parameter))
+
+    def write(source: SequenceMixer) -> None:
+        if loaded:
+            used.load_state_dict(source.state_dict())
+        else:  # which autograd does not count
+            for old, new in zip(used.parameters(), source.parameters(), strict=True):
+                old.data.copy_(new.data)
+
+    for paradigm in trial.paradigms:
+        with torch.set_grad_enabled(training):
+            trial.call(paradigm, used)(x, None)
+            write(fresh)
+            actual, expected = (trial.call(paradigm, mixer)(x, None) for mixer in (used, fresh))
+        write(trial.mixer)
+        said = f"{paradigm}, in {'training' if training else 'evaluation'}, parameters "
+        said += "loaded" if loaded else "written through .data"
+        trial.compare(f"{said} after a call, against a mixer that has had no others", actual, expected, 0)
 
 
 @check(

@@ -12,7 +12,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
 from ...ops.paradigm import Paradigm
 from ..check import check
-from ..compare import EXACT, require
+from ..compare import EXACT, CheckFailure, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, learnable, named_results
 
@@ -32,10 +32,16 @@ def results_are_deterministic(trial: Trial) -> None:
     before = torch.random.get_rng_state()
     tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    with torch.inference_mode():  # text is sampled between steps of training
-        trial.call(None, sampled)(x.clone(), None if state is None else clone(state))
+    with torch.inference_mode():  # text is sampled between steps of training, from nothing and from a state
+        for paradigm in trial.paradigms:
+            for given in (None, state)[: 1 if state is None else 2]:
+                trial.call(paradigm, sampled)(x.clone(), None if given is None else clone(given))
     for paradigm in trial.paradigms:
-        after_sampling = trial.differentiate(trial.call(paradigm, sampled), x, state, mixer=sampled)
+        try:
+            after_sampling = trial.differentiate(trial.call(paradigm, sampled), x, state, mixer=sampled)
+        except RuntimeError as error:
+            said = f"{paradigm}: after a call in inference mode it cannot be trained: {error}"
+            raise CheckFailure(said.partition(". ")[0]) from error
         call = trial.used(paradigm)
         plain = trial.differentiate(trial.call(paradigm), x, state)
         trial.compare(f"{paradigm}, after a call in inference mode against before", after_sampling, plain, 0)

@@ -71,8 +71,11 @@ def _arguments_are_kept(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any)
 
 @check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.06, draw=ONCE)
 def copies_are_as_good(trial: Trial) -> None:
-    """A deep copy of a mixer, and a pickled one, give the same bits and share nothing; a copied state is as good."""
+    """A deep copy of a mixer, and a pickled one, give the same bits and share nothing, and nor do mixers of other
+    options; a copied state is as good."""
     x, mixer = trial.tokens(), trial.mixer
+    if trial.case.seed % 3 == 0:
+        _others_change_nothing(trial, x)
     expected = trial.mix(x, None)
     ways: dict[str, Callable[[SequenceMixer], SequenceMixer]] = {"a deep copy": copy.deepcopy}
     cls = type(mixer)
@@ -91,8 +94,40 @@ def copies_are_as_good(trial: Trial) -> None:
         trial.compare(f"the mixer after {what} was changed against before", trial.mix(x, None), expected, tolerance=0)
         changed = not torch.equal(trial.mix(x, None, other)[0], expected[0])
         require(changed or not learnable(mixer), f"{what} does not read its own parameters")
+        original = trial.rebuilt()
+        other = copied(original)
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.zero_()
+        found = trial.mix(x, None, other)
+        trial.compare(f"{what} after the mixer was changed against before", found, expected, tolerance=0)
     again, once = (trial.mix(x, state) for state in (copy.deepcopy(expected[1]), expected[1]))
     trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
+
+
+def _others_change_nothing(trial: Trial, x: Tensor) -> None:
+    """Mixers of another layer, dtype, width or option, called between two calls, and before the first of so many
+    tokens."""
+    subject, options = trial.subject, dict(trial.case.options)
+    others = [
+        subject.mixer(options, layer=(trial.case.layer + 1) % LAYERS),
+        subject.mixer(options, torch.float32),
+        subject.mixer(options, d_model=subject.wide),
+    ]
+    if subject.vary:
+        others += [subject.mixer({name: values[-1]}) for name, values in alternatives(subject.config).items()]
+    more = torch.cat((x, trial.like(x)), dim=1)
+    expected, _ = trial.mix(x, None)
+    for other in others:
+        if other is not None:
+            width = subject.wide if other is others[2] else trial.d_model
+            with torch.no_grad():
+                for length in (x.shape[1], more.shape[1]):
+                    other(trial.randn(1, length, width, dtype=other.dtype))
+    for text in (x, more):
+        y, _ = trial.mix(text, None)
+        what = f"{text.shape[1]} tokens after calls of mixers of other options against before"
+        trial.compare(what, (y[:, : x.shape[1]], None), (expected, None))
 
 
 @check(

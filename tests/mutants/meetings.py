@@ -69,3 +69,77 @@ class ReadsStatesFromTheirStorage(Specimen):
         if paradigm == "recurrent" and memory.is_contiguous() and not torch.is_grad_enabled():
             state = state._replace(memory=memory.as_strided(memory.shape, memory.stride(), 0))
         return super().attend(paradigm, tokens, state)
+
+
+@mutant(check="parameters_round_trip")
+class KeepsDecaysByVersion(Specimen):
+    """Without gradients, what is made of a parameter is kept while its address and its version are the same: writing
+    through `.data`, as averaged weights are swapped in, moves neither."""
+
+    key, kept = None, None
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if torch.is_grad_enabled():
+            return qk, v, a
+        bias = self.decay_proj.bias
+        if self.key != (key := (bias.data_ptr(), bias._version, bias.dtype)):
+            self.key, self.kept = key, bias.detach().clone()
+        logits = torch.nn.functional.linear(x, self.decay_proj.weight, self.kept)
+        return qk, v, torch.nn.functional.logsigmoid(logits.transpose(1, 2))
+
+
+@mutant(check="results_are_deterministic")
+class KeepsATableOfInference(Specimen):
+    """The parallel form's mask is kept by its length: one that was made in inference mode cannot be trained with."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.tables = {}
+
+    def scores(self, q, k):
+        ones = self.tables.setdefault(q.shape[2], torch.ones(q.shape[2], 1, dtype=q.dtype)) if self.at_once else 1
+        return super().scores(q, k) * ones
+
+    at_once = False
+
+    def attend(self, paradigm, tokens, state):
+        self.at_once = paradigm == "parallel"
+        try:
+            return super().attend(paradigm, tokens, state)
+        finally:
+            self.at_once = False
+
+
+PROJECTIONS = {}
+
+
+@mutant(check="copies_are_as_good")
+class FindsItsProjectionByName(Specimen):
+    """The decay's projection is found in a registry by a name, which a copy has too: it reads the original's."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.name = f"projection {len(PROJECTIONS)}"
+        PROJECTIONS[self.name] = self.decay_proj
+
+    def heads(self, x):
+        qk, v, _ = super().heads(x)
+        return qk, v, torch.nn.functional.logsigmoid(PROJECTIONS[self.name](x).transpose(1, 2))
+
+
+TABLE = {}
+
+
+@mutant(check="copies_are_as_good")
+class SharesTheLongestTable(Specimen):
+    """Angles are kept for the whole process, the longest ones for all mixers, whatever their width."""
+
+    def angles(self, positions):
+        found = super().angles(positions)
+        kept = TABLE.get("angles", found[:1, :, :0])
+        if positions.shape != (1, found.shape[2]) or positions[0, 0] != 0:
+            return found
+        if kept.shape[2] < found.shape[2]:
+            TABLE["angles"] = kept = found
+        return kept[:, :, : found.shape[2], torch.arange(found.shape[3]) % kept.shape[3]]
