@@ -108,22 +108,19 @@ def copies_are_as_good(trial: Trial) -> None:
 def _others_change_nothing(trial: Trial, x: Tensor) -> None:
     """Mixers of another layer, dtype, width or option, called between two calls, and before the first of so many
     tokens."""
-    subject, options = trial.subject, dict(trial.case.options)
-    others = [
-        subject.mixer(options, layer=(trial.case.layer + 1) % LAYERS),
-        subject.mixer(options, torch.float32),
-        subject.mixer(options, d_model=subject.wide),
-    ]
+    subject, options, layer = trial.subject, dict(trial.case.options), (trial.case.layer + 1) % LAYERS
+    others = [(subject.mixer(options, layer=layer), trial.d_model)]
+    others.append((subject.mixer(options, torch.float32), trial.d_model))
     if subject.vary:
-        others += [subject.mixer({name: values[-1]}) for name, values in alternatives(subject.config).items()]
+        found = alternatives(subject.config).items()
+        others += [(subject.mixer({name: values[-1]}), subject.d_model) for name, values in found]
+    others.append((subject.mixer(options, d_model=subject.wide), subject.wide))
     more = torch.cat((x, trial.like(x)), dim=1)
     expected, _ = trial.mix(x, None)
-    for other in others:
-        if other is not None:
-            width = subject.wide if other is others[2] else trial.d_model
-            with torch.no_grad():
-                for length in (x.shape[1], more.shape[1]):
-                    other(trial.randn(1, length, width, dtype=other.dtype))
+    for number, (other, width) in enumerate(others, start=more.shape[1]):
+        for length in (x.shape[1], number):  # what is kept may be the longest
+            if other is not None:
+                trial.mix(trial.randn(1, length, width, dtype=other.dtype), None, other)
     for text in (x, more):
         y, _ = trial.mix(text, None)
         what = f"{text.shape[1]} tokens after calls of mixers of other options against before"

@@ -138,8 +138,8 @@ class SharesTheLongestTable(Specimen):
     def angles(self, positions):
         found = super().angles(positions)
         kept = TABLE.get("angles", found[:1, :, :0])
-        if positions.shape != (1, found.shape[2]) or positions[0, 0] != 0:
+        if (positions[:, 0] != 0).any():
             return found
         if kept.shape[2] < found.shape[2]:
-            TABLE["angles"] = kept = found
+            TABLE["angles"] = kept = found[:1]
         return kept[:, :, : found.shape[2], torch.arange(found.shape[3]) % kept.shape[3]]
