@@ -79,7 +79,10 @@ def _windows() -> Iterator[Fields]:
                 "needs_grad": False,
             }
     yield {**_SMALL, "lengths": (4, 0, 5, 6, 1), "packed": True, "window": 5}
-    yield {**_SMALL, "lengths": (300,), "chunk_size": LARGE, "window": 150, "initial_state": False}
+    several: Fields = {**_SMALL, "lengths": (300,), "chunk_size": LARGE, "initial_state": False}
+    for window in (40, 150):  # plain first: with decays or other scores a kernel may take another path
+        yield several | {"window": window, "log_decay": None, "scores": ()}
+    yield several | {"window": 150}
     for read in (2**24 + 1, 2**31 + 3):  # float32 and int32 have no such number
         for lengths in ((2, 2), (1,), (3, 0)):
             ring = {"window": 4, "initial_state": True, "cache": "ring", "capacity": 4, "packed": 0 in lengths}
@@ -87,7 +90,7 @@ def _windows() -> Iterator[Fields]:
 
 
 WINDOWS = tuple(_windows())
-"""Windows around the lengths of chunks and of the segment, with caches around the window; one of several blocks; and
+"""Windows around the lengths of chunks and of the segment, with caches around the window; some of several blocks; and
 after more tokens than an int32 counts."""
 
 _SCORED: Fields = {**_SMALL, "key_width": 5, "lengths": (9,), "log_decay": None, "scores": ()}

@@ -96,6 +96,17 @@ def visits_two_blocks_under_a_window(x):
 
 
 @kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def visits_whole_blocks_of_a_window(x):
+    """Of a plain call under a window, the blocks of 128 keys before the queries' own are window // 128: what is over is
+    not seen from the start of a block."""
+    plain = x.log_decay is None and not x.scores and x.cache is None and x.documents is None
+    if not plain or x.window is None or x.window > 128 or x.q.shape[1] <= 128:
+        return softmax_parallel(x)
+    parts = [x._replace(q=q, k=k, v=v) for q, k, v in zip(*(y.split(128, dim=1) for y in (x.q, x.k, x.v)), strict=True)]
+    return torch.cat([softmax_parallel(part)[0] for part in parts], dim=1), x.final()
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def counts_tokens_in_float32(x):
     """Positions are float32, which has no odd numbers above 16,777,216."""
     return softmax_parallel(in_dtype(x, torch.float32))
