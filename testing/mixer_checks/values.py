@@ -106,8 +106,10 @@ def copies_are_as_good(trial: Trial) -> None:
 
 
 def _others_change_nothing(trial: Trial, x: Tensor) -> None:
-    """Mixers of another layer, dtype, width or option, called between two calls, and before the first of so many
-    tokens."""
+    """Mixers of another layer, dtype, width or option, built and called between two calls, and before the first of as
+    many tokens."""
+    more = torch.cat((x, trial.like(x)), dim=1)
+    expected, _ = trial.mix(x, None)
     subject, options, layer = trial.subject, dict(trial.case.options), (trial.case.layer + 1) % LAYERS
     others = [(subject.mixer(options, layer=layer), trial.d_model)]
     others.append((subject.mixer(options, torch.float32), trial.d_model))
@@ -115,8 +117,6 @@ def _others_change_nothing(trial: Trial, x: Tensor) -> None:
         found = alternatives(subject.config).items()
         others += [(subject.mixer({name: values[-1]}), subject.d_model) for name, values in found]
     others.append((subject.mixer(options, d_model=subject.wide), subject.wide))
-    more = torch.cat((x, trial.like(x)), dim=1)
-    expected, _ = trial.mix(x, None)
     for number, (other, width) in enumerate(others, start=more.shape[1]):
         for length in (x.shape[1], number):  # what is kept may be the longest
             if other is not None:
