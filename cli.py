@@ -34,6 +34,7 @@ COMMANDS = {
     "plot": "Draw what runs or a study measured: an interactive page, or figures for a paper.",
     "inspect": "Show what a trained model does with a text: where heads look, how far back, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
+    "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout; nothing is run.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }
 """Each is a function in a file of its name in commands/, which has its options; the line here begins its docstring."""

@@ -1,21 +1,16 @@
 """Write what docs/how-to/multi-gpu.md and docs/appendix/estimates.md compute: `python docs/scaling.py`.
 
 What context parallelism sends is counted in a layer of each tiny preset, on meta tensors. Memory, traffic and time of
-the large model follow from `seqmix.account` by the formulas of the page.
+the large model are those of `seqmix plan`.
 """
 
 import math
 from pathlib import Path
-from unittest import mock
 
-import torch
-from torch import Tensor
-
-from seqmix import account, load_config
+from seqmix import load_config
 from seqmix.experiments.pages import fill, table
-from seqmix.models import ModelConfig, build_meta
-from seqmix.ops.context_parallel import ContextParallel
 from seqmix.registry import write_file
+from seqmix.training.layouts import Planner, received
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"
@@ -26,10 +21,6 @@ LAYOUTS = (1, 8), (8, 8), (1, 64)
 """`distributed.data` and `distributed.shard`."""
 TOKENS = 2**22
 """Of a step: the preset's own."""
-RATE = 0.4 * 989e12
-"""Operations a second of an H100 in bfloat16: the share that is assumed of what its data sheet has."""
-INSIDE, BETWEEN = 300e9, 40e9
-"""Bytes a second that a GPU is assumed to get from the 8 of its machine, and from other machines."""
 
 
 def files() -> dict[Path, str]:
@@ -52,46 +43,22 @@ def context_table() -> list[str]:
     return table(["mixer", "how segments meet", "4,096 tokens", "1,048,576 tokens"], rows)
 
 
-def received(config: ModelConfig, tokens: int, *, ranks: int) -> int:
-    """Bytes that a model's first layer receives for a sequence of so many tokens, forward and backward."""
-    counted = []
-
-    def gather(_: ContextParallel, x: Tensor) -> Tensor:
-        """Count what is gathered, and what of it comes back as gradients, in place of sending it."""
-        counted.append((1 + x.is_floating_point()) * (ranks - 1) * x.nbytes)
-        return x.expand(ranks, *x.shape)
-
-    mixer = build_meta(config).blocks[0].mixer
-    mixer.cp_group = ContextParallel("", rank=ranks - 1, size=ranks)
-    with mock.patch.object(ContextParallel, "gather", gather):
-        mixer(torch.empty(1, tokens // ranks, config.d_model, device="meta"))
-    return sum(counted)
-
-
 def estimates() -> list[str]:
     """Memory, traffic and time of a step, by layout."""
-    model = load_config(PRESET).model
-    cost, narrow = account(model, length=LENGTH), account(model, length=LENGTH, dtype=torch.bfloat16)
-    # of two blocks, and of embedding and output projection with their gradients
-    gathered = 4 * (2 * max(layer.parameters for layer in cost.layers) + 2 * cost.embedding_parameters)
-    # the blocks' inputs, and what is inside of the one that is recomputed
-    kept = 4 * model.d_model * LENGTH * len(cost.layers) + max(layer.activation_bytes for layer in narrow.layers)
-    logits = 2 * 4 * 2**24
-    rows = []
+    config = load_config(
+        PRESET,
+        [
+            f"data.sequence_length={LENGTH}",
+            f"training.batch_size={TOKENS // LENGTH}",
+            "training.activation_checkpointing=true",
+        ],
+    )
+    planner, rows = Planner(config, "h100"), []
     for data, shard in LAYOUTS:
-        gpus = data * shard
-        parts = TOKENS // (gpus * SEQUENCES * LENGTH)
-        # parameters, gradients and two moments in pieces
-        memory = 16 * cost.parameters / shard + gathered + SEQUENCES * kept + logits
-        # parameters are gathered twice and gradients scattered once, in float32; pieces are added up over copies
-        pieces = 3 * 4 * cost.parameters * (shard - 1) / shard
-        copies = 2 * 4 * cost.parameters / shard * (data - 1) / data
-        # forward, once more, and twice that backward
-        computing = 4 * cost.flops_per_token * TOKENS / (gpus * RATE)
-        sending = parts * (pieces / (INSIDE if shard <= 8 else BETWEEN) + copies / BETWEEN)
-        sent = _size(pieces) + (f" + {_size(copies)}" if copies else "")
-        cells = [gpus, f"`data: {data}, shard: {shard}`", parts, _size(memory), sent]
-        rows.append([*cells, f"{computing:.1f} s", f"{sending:.1f} s"])
+        found = planner.layout(data=data, shard=shard, sequences=SEQUENCES)
+        sent = _size(found.received) + (f" + {_size(found.copied)}" if found.copied else "")
+        cells = [data * shard, f"`data: {data}, shard: {shard}`", found.grad_accum_steps, _size(found.memory), sent]
+        rows.append([*cells, f"{found.computing:.1f} s", f"{found.sending:.1f} s"])
     heads = ["GPUs", "`distributed`", "`grad_accum_steps`", "memory", "received per micro-batch"]
     return table([*heads, "computing per step", "sending per step"], rows)
 

@@ -1,0 +1,69 @@
+"""`seqmix plan`: what a training step takes on many GPUs, by layout."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..registry import require_name
+from ..training import load_config
+from ..training.layouts import GPUS, MACHINE, SHARE, Layout, Planner
+from .console import plain_table, terminal
+from .options import Overrides
+from .show import si_bytes
+
+SHOWN = 8
+"""Layouts in the table."""
+COLUMNS = "data", "shard", "context", "micro-batches", "memory", "received", "copies", "computing", "sending", "step"
+
+
+def plan(
+    config: Annotated[str, typer.Argument(help="A preset (retnet-6.7b) or a YAML file.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs, in machines of 8.", min=1, max=2**16)] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU.", metavar="|".join(GPUS))] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Estimate memory, traffic and time of a training step on many GPUs, by layout; nothing is run.
+
+    Every layout has the fewest micro-batches that fit into memory; those that fit and are fast come first.
+
+    [bold]seqmix plan retnet-6.7b --gpus 64[/bold]
+    """
+    require_name("GPU", gpu, GPUS)
+    run = load_config(config, overrides or [])
+    planner = Planner(run, gpu)
+    layouts = planner.layouts(gpus)
+    if as_json:
+        typer.echo(json.dumps([asdict(layout) for layout in layouts], indent=2))
+        return
+    console = terminal()
+    console.print(plain_table(*COLUMNS, rows=[_cells(layout) for layout in layouts[:SHOWN]], justify="right"))
+    if not layouts[0].fits:
+        console.print(f"None fits {si_bytes(planner.gpu.memory)}: shorter sequences or more GPUs are needed.")
+    else:
+        console.print(f"The first: {config} {' '.join([*(overrides or []), *layouts[0].overrides])}")
+    tokens, links = run.training.batch_size * run.data.sequence_length, planner.gpu
+    console.print(
+        "Received and copies: bytes per micro-batch. Computing, sending and step: seconds per step of "
+        f"{tokens:,} tokens, which takes the larger of the two at best, and their sum at worst. Assumed, not measured: "
+        f"{SHARE:.0%} of the peak of {str(planner.dtype).removeprefix('torch.')}, {si_bytes(links.inside)}/s within "
+        f"the {MACHINE} GPUs of a machine, {si_bytes(links.between)}/s between machines."
+    )
+
+
+def _cells(layout: Layout) -> list[str]:
+    best, worst = layout.seconds
+    return [
+        str(layout.data),
+        str(layout.shard),
+        str(layout.context_parallel),
+        str(layout.grad_accum_steps),
+        si_bytes(layout.memory) + ("" if layout.fits else " (too much)"),
+        si_bytes(layout.received),
+        si_bytes(layout.copied),
+        f"{layout.computing:.3g}",
+        f"{layout.sending:.3g}",
+        f"{best:.3g} - {worst:.3g}",
+    ]
