@@ -159,8 +159,12 @@ class LatentAttention(CachedMixer):
         return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
 
     def _up(self) -> Float[Tensor, "H K+V R"]:
-        """What makes keys and values of latents, by head."""
-        return self.kv_up.weight.unflatten(0, (self.n_heads, -1))
+        """What makes keys and values of latents, by head; an adapter or a hook of the projection counts too."""
+        up = self.kv_up
+        weight = up.weight
+        if type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
+            weight = up(torch.eye(self.rank, device=self.device, dtype=self.dtype)).mT
+        return weight.unflatten(0, (self.n_heads, -1))
 
     def _keys_and_values(self, latents: Float[Tensor, "_ M 1 R+P"]) -> tuple[Tensor, Tensor]:
         """[_ M H K+P] and [_ M H V]."""

@@ -3,11 +3,12 @@
 f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
 """
 
+import copy
 from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...mixers.state import clone, concatenate, detach, select
 from ...ops.paradigm import Paradigm
@@ -75,6 +76,27 @@ def paradigms_agree(trial: Trial) -> None:
             with trial.differences(f"{paradigm} on {length} tokens against {trial.reference} on more") as found:
                 part, _ = trial.mix(x[:, :length], state, paradigm=paradigm)
                 found.tensor("the output", part, expected[0]["the output"][:, :length], "BTD")
+
+
+@check(
+    several_paradigms,
+    use="adapters (LoRA), quantised layers and hooks: a wrapped projection is bypassed in one paradigm",
+    share=0.1,
+    draw=Draw(tokens=(4, 9)),
+)
+def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
+    """What is added to the outputs of each `nn.Linear`, as adapters do, counts in every paradigm, or in none."""
+    x, state = trial.tokens(), trial.state()
+    mixer = copy.deepcopy(trial.without_dropout())
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear):
+            added = 0.3 * trial.like(module.weight)
+            # the numbers belong to this module
+            module.register_forward_hook(lambda _, given, y, w=added: y + nn.functional.linear(given[0], w.to(y)))
+    expected = trial.mix(x, state, mixer, paradigm=trial.reference)
+    for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
+        actual = trial.mix(x, state, mixer, paradigm=paradigm)
+        trial.compare(f"with wrapped projections, {paradigm} against {trial.reference}", actual, expected)
 
 
 @check(

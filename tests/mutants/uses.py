@@ -5,6 +5,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import nn
+
+from seqmix import Paradigm
 
 from .registry import mutant
 from .specimen import Cached, Specimen, SpecimenConfig
@@ -366,6 +369,23 @@ class KeepsOldValuesInEightBits(Cached):
         old, new = cache.values[:, :-128], cache.values[:, -128:]
         scale = old.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
         return cache._replace(values=torch.cat(((old / scale).round() * scale, new), dim=1))
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class StepsPastAnAdapter(Specimen):
+    """The recurrent paradigm multiplies by the weight of its output projection, past what an adapter adds: a model
+    fine-tuned with LoRA decodes as if it had not been."""
+
+    def mix(self, x, call):
+        if call.paradigm is not Paradigm.RECURRENT:
+            return super().mix(x, call)
+        wrapped = self.out_proj
+        self.out_proj = nn.Linear(*wrapped.weight.T.shape, bias=False, device="meta")
+        self.out_proj.weight = wrapped.weight
+        try:
+            return super().mix(x, call)
+        finally:
+            self.out_proj = wrapped
 
 
 @mutant(check="parameters_round_trip")
