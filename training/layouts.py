@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step: if sending hides behind computing, and if it does not."""
+        """Of a step: if sending and computing overlap, and if they do not."""
         return max(self.computing, self.sending), self.computing + self.sending
 
     @property
