@@ -33,6 +33,8 @@ from .plan import Plan, StageName, mixers_of, run_config, student_of
 from .transfer import calibrate, initial_of, transfer
 
 PLAN_FILE, PREPARED_FILE, RESULT_FILE, TABLE_FILE = "plan.yaml", "prepared.json", "linearize.json", "linearize.md"
+MARK = "# of "
+"""Begins a plan that was written here, before its source."""
 
 
 class Taken(Config):
@@ -97,14 +99,20 @@ class Linearization:
         require_alone("linearize")
         self.source, self.plan, self.out = source, plan, out
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        written = f"# of {source.absolute()}\n{dump(plan)}"
+        self.written = f"{MARK}{source.absolute()}\n{dump(plan)}"
         if (out / PLAN_FILE).is_file():
-            if (out / PLAN_FILE).read_text(encoding="utf-8") != written:
+            before = (out / PLAN_FILE).read_text(encoding="utf-8")
+            # before the first stage there is nothing to lose: a plan that did not fit may be mended
+            begun = not before.startswith(MARK) or (out / "stages").exists()
+            if begun and before != self.written:
                 raise SeqmixError(f"{out} was begun with another source or plan: choose another --out DIR")
+            if before.partition("\n")[0] != self.written.partition("\n")[0]:
+                shutil.rmtree(out / "teacher", ignore_errors=True)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SeqmixError(f"{out} exists and is not an empty directory: choose another one with --out DIR")
         if not (source / CONFIG_FILE).is_file():  # another library's
             self.source = out / "teacher"
+            write_file(self.written, out / PLAN_FILE)
             if not checkpoints(self.source):
                 shutil.rmtree(self.source, ignore_errors=True)
                 import_from(source, self.source, tokenizer)
@@ -116,7 +124,6 @@ class Linearization:
             run_config(config, plan, student_of(config.model, self.mixers), stage)
         if len(self.mixers) < (0 if plan.keep is None else plan.keep.best):
             raise SeqmixError(f"keep.best is {plan.keep.best if plan.keep else 0}, and {len(self.mixers)} are swapped")
-        write_file(written, out / PLAN_FILE)
 
     @property
     def swapped(self) -> dict[int, MixerConfig]:
@@ -143,6 +150,7 @@ class Linearization:
         if (folder / PREPARED_FILE).is_file():
             return self.prepared
         shutil.rmtree(folder, ignore_errors=True)
+        write_file(self.written, self.out / PLAN_FILE)
         config = run_config(self.run, plan, self.run.model)
         source = config.open_data(self.source)
 

@@ -172,15 +172,31 @@ def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
     assert refusal(lambda: begun({"mixer": GLA}, {"layers": [1], "mixer": GDN})) == "swap names layer 1 twice"
     assert "keep.best is 2" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, keep={"best": 2}))
     assert "training" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, training={"steeps": 1}, stages=STAGES))
-    begun({"layers": [1], "mixer": GLA})
-    assert "another source or plan" in refusal(lambda: begun({"layers": [0], "mixer": GLA}))
     work = Linearization(teacher, plan_of(stages=STAGES), tmp_path / "none", device="cpu")
     work.prepare()
+    other = lambda: Linearization(teacher, plan_of(), tmp_path / "none", device="cpu")  # noqa: E731
+    assert "another source or plan" in refusal(other)
     assert "nothing is swapped" in refusal(lambda: work.stage("mixer_output"))
     with pytest.raises(SeqmixError, match="not an empty directory"):
         Linearization(teacher, plan_of(), teacher, device="cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in refusal(lambda: Linearization(teacher, plan_of(), tmp_path / "two", device="cpu"))
+
+
+def test_a_plan_that_does_not_fit_may_be_mended(teacher, tmp_path, refused, seqmix):
+    file, out = tmp_path / "plan.yaml", tmp_path / "out"
+    file.write_text("swap: [{layers: [1], mixer: {kind: gla, n_heads: 3}}]\n")
+    assert "n_heads = " in refused("linearize", teacher, file, "--out", out)
+    file.write_text("swap: [{layers: [1], mixer: {kind: gla, n_heads: 2}}]\n")
+    assert seqmix("linearize", teacher, file, "--out", out, "--dry-run").status == 0
+    assert not out.exists()
+    # interrupted before the first stage was there: another plan may take its place
+    out.mkdir()
+    (out / "plan.yaml").write_text(f"# of {teacher.absolute()}\nswap: []\n")
+    Linearization(teacher, load_plan(file), out, device="cpu")
+    # a plan that somebody wrote there is not replaced
+    assert "another source or plan" in refused("linearize", teacher, file, "--out", tmp_path)
+    assert file.read_text().startswith("swap: [{")
 
 
 def test_the_command_shows_the_plan_and_the_comparison(teacher, tmp_path, seqmix):
@@ -193,7 +209,7 @@ def test_the_command_shows_the_plan_and_the_comparison(teacher, tmp_path, seqmix
     shown = seqmix("linearize", teacher, file, "--out", tmp_path / "out", "--dry-run")
     assert shown.status == 0
     assert "gla" in shown.out
-    assert not (tmp_path / "out" / "config.yaml").exists()
+    assert not (tmp_path / "out").exists()
     done = seqmix("linearize", teacher, file, "--out", tmp_path / "out")
     assert done.status == 0, done.err
     for words in ("by the teacher's reach", "initialised: ", "gap closed", "ms/token"):
