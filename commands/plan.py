@@ -1,6 +1,7 @@
 """`seqmix plan`: what a training step takes on many GPUs, by layout."""
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import Annotated
 
@@ -43,7 +44,10 @@ def plan(
     if not layouts[0].fits:
         console.print(f"None fits {si_bytes(planner.gpu.memory)}: shorter sequences or more GPUs are needed.")
     else:
-        console.print(f"The first: {config} {' '.join([*(overrides or []), *layouts[0].overrides])}")
+        best = layouts[0].overrides
+        names = {change.partition("=")[0] for change in best}
+        kept = [change for change in overrides or [] if change.partition("=")[0] not in names]
+        console.print(f"The first: {shlex.join([config, *kept, *best])}")
     tokens, links = run.training.batch_size * run.data.sequence_length, planner.gpu
     console.print(
         "Received and copies: bytes per micro-batch. Computing, sending and step: seconds per step of "

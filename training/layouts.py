@@ -84,9 +84,9 @@ class Layout:
 
     @property
     def overrides(self) -> list[str]:
-        """What sets it on the command line."""
+        """What sets it on the command line, whatever the configuration says."""
         fields = {"data": self.data, "shard": self.shard, "context_parallel": self.context_parallel}
-        distributed = [f"distributed.{name}={size}" for name, size in fields.items() if size > 1]
+        distributed = [f"distributed.{name}={size}" for name, size in fields.items()]
         return [*distributed, f"training.grad_accum_steps={self.grad_accum_steps}"]
 
 
