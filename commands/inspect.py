@@ -41,6 +41,8 @@ def inspect(
     [bold]seqmix inspect runs/retnet-tiny --text README.md[/bold]
     """
     require_writable(out, json_file)
+    if json_file is not None and json_file.absolute() == out.absolute():
+        raise SeqmixError(f"--out and --json are both {out}: give them two names")
     require_drawable("--out", out)
     model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note, trust=trust)
     if model.tokenizer is None:
