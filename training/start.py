@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
-from ..registry import explain_fields, load, read_bytes
+from ..registry import explain_fields, load, nearest, read_bytes
 from ..registry.tree import Node, Origin
 from .config import PRESETS, RunConfig
 from .errors import TrainingError
@@ -111,10 +111,14 @@ def describe(folder: Path) -> Described:
     try:
         described = _exported(folder) if folder.is_file() else _of_hugging_face(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        what = "cannot be read" if folder.exists() else "does not exist"
+        allowed = "it is a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
+        if not folder.exists():
+            beside = [other.name for other in folder.absolute().parent.glob("*")]
+            found = nearest(folder.name, beside)
+            raise TrainingError(f"training.start_from = {folder} does not exist: {allowed}{found}") from error
+        why = "it has no config.json" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise TrainingError(
-            f"training.start_from = {folder} {what}: it is a run directory, a file of `seqmix export`, or a folder of "
-            f"seqmix.hf ({' '.join(str(error).split()) or type(error).__name__})"
+            f"training.start_from = {folder} cannot be read: {allowed} ({why or type(error).__name__})"
         ) from error
     modules = re.findall(r'"kind": "([\w.]+):\w', json.dumps(described.model))
     if unknown := sorted({module for module in modules if module not in sys.modules}):
