@@ -134,9 +134,9 @@ def _paper(
     size = Size(model_to_measure(preset, ()))
     needed, gib = size.parameters * bytes_each, 2**30
     device = torch.device("cpu" if rehearsal else "cuda")
-    # in a rehearsal ours and one other: the rest have the same words
-    wanted = [kind for kind in PEERS if kind.name != "by-hand" and only in (None, kind.name)]
-    for kind in [kind for kind in wanted if kind.name in ("seqmix", "llama")] if rehearsal else wanted:
+    # in a rehearsal ours alone, unless another is named: the rest have the same words
+    wanted = (only or "seqmix",) if rehearsal else (only,) if only else [kind.name for kind in PEERS]
+    for kind in (kind for kind in PEERS if kind.name in wanted and kind.name != "by-hand"):
         reason = kind.missing(size, device)
         if reason is None and needed > memory and not rehearsal:
             reason = f"parameters alone take {needed / gib:,.0f} GiB, and the GPU has {memory / gib:,.0f}"

@@ -155,7 +155,7 @@ def recur(
     require_recurrence(x)
     if cp is None:
         result = kernel(x)
-        record(family.name, v, x.log_decay, result.output)
+        record(family.name, v, x.log_decay, result[0])
         return result
     transition, written = family.segment(x, kernel, call)
     state = cp.entry(transition, written, call.state, documents, q.shape[1], family.apply)

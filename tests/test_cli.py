@@ -392,6 +392,7 @@ def test_a_second_ctrl_c_at_exit_is_silent():
 def test_a_ctrl_c_while_the_command_is_imported_is_silent():
     code = (
         "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "class Finder:\n"
         "    def find_spec(self, name, *rest):\n"
         "        if name == 'typer':\n"

@@ -321,6 +321,10 @@ def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
             y, after = mixer(x, return_state=mixer.traits.has_state)
         finally:
             mixer.eval()
+    # a layer that reads the first one's values has parameters for them
+    later = copy.deepcopy(mixer) if mixer.traits.value_residual else None
+    if later is not None:
+        later.accept_first_values()
     parameters = learnable(mixer)
     found = gradients({"y": y}, {"y": torch.ones_like(y)}, parameters)
     with torch.no_grad():
@@ -328,5 +332,6 @@ def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
     return (
         mixer.traits,
         mixer.flops(9, mixer.paradigm),
+        [] if later is None else [p.shape for p in later.parameters()],
         [(n.shape, n.detach().double().sum().item()) for n in numbers],
     )

@@ -80,7 +80,7 @@ def test_states_are_made_equal_and_what_cannot_be_is_left_out(tmp_path):
 
 def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MINE)
+    Path("suited.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     base = load_config(tasks.FOLDER / "base.yaml", ["model.blocks.mixer.mixer.n_heads=8"])
     place = "model.blocks.mixer.mixer"
@@ -88,14 +88,14 @@ def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_p
     assert Candidate.of("min_gru").entry(base)["set"][place] == {"kind": "min_gru"}
     wide = Candidate.of("wide={kind: attention, window: 7}")
     assert (wide.name, wide.entry(base)["set"][place]) == ("wide", {"kind": "attention", "n_heads": 8, "window": 7})
-    plugged = Candidate.of("mine:MineConfig")
+    plugged = Candidate.of("suited:MineConfig")
     assert plugged.name == "MineConfig"
     hybrid = Candidate.of("hybrid-tiny")
     assert hybrid.entry(base)["model"] == {"d_model": 64, "n_layers": 2, "pattern": ["ret", "attn"]}
     for wrong, named in {
         "retension": "did you mean .*retention",
         "x={window: 7}": "NAME={kind: MIXER",
-        "mine:Nothing": "Nothing",
+        "suited:Nothing": "Nothing",
         "missing.yaml": "missing.yaml",
     }.items():
         with pytest.raises(SeqmixError, match=named):
@@ -136,9 +136,9 @@ def tiny(monkeypatch):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
-    Path("mine.py").write_text(MINE)
+    Path("suited.py").write_text(MINE)
     assert "second" in seqmix("suite", "--list").out
-    dry = seqmix("suite", "mine:MineConfig", "--dry-run")
+    dry = seqmix("suite", "suited:MineConfig", "--dry-run")
     assert (dry.status, re.search("first +12 +4 ", dry.out) is None) == (0, False)
     assert not Path("studies").exists()
     # eleven seconds an entry for processes to begin: one rate, one seed, one task
@@ -150,7 +150,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert [row.entry for row in found.tasks["first"].rows] == ["retention"]
     assert (folder / "first" / "report.html").is_file()
     # another call: another mixer's row beside the first one's
-    more = ("mine:MineConfig", "--no-references", "--budget", "9s", "--jobs", "1")
+    more = ("suited:MineConfig", "--no-references", "--budget", "9s", "--jobs", "1")
     done = seqmix("suite", *more, "--out", "mine", "--beside", folder)
     assert done.status == 0, done.out
     for name in ("MineConfig", "retention", "(guessing)"):

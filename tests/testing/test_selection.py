@@ -313,7 +313,7 @@ def test_options_are_the_values_that_annotations_and_examples_name():
 def test_all_options_of_the_built_in_mixers_are_varied(kind):
     """A number without examples would stay as it is."""
     config = MIXERS.resolve(kind).example()
-    continuous = {"rope_base", "rotation_base", "norm_eps", "eps", "dropout"}
+    continuous = {"rope_base", "rotation_base", "norm_eps", "key_eps", "eps", "dropout"}
     of_the_start = {"a_range", "time_step_range", "decay_range", "decay_shift", "sine_frequency"}
     fixed = {"kind", "paradigm", "chunk_size", "backend"}
     types = {name: field.annotation for name, field in type(config).model_fields.items()}

@@ -117,7 +117,7 @@ def require_same_checkpoint(one, other, **tolerance):
         (CP, ("data.sequence_length=17", LINEAR)),
         (CP, (DELTA, PACKED)),
         *((layout, kind) for kind in (CARRIED, MQAR) for layout in ({}, CP)),
-        pytest.param(CP, COMPILED, marks=pytest.mark.slow),
+        pytest.param(CP, COMPILED, marks=NIGHTLY),
     ],
     ids=str,
 )
