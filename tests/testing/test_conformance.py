@@ -33,7 +33,11 @@ def test_conformance(check, device):
 
 
 # they compile often, or read thousands of tokens: of each op family one mixer, and all in the nightly profile
-@parametrize_checks([MIXERS.resolve(kind).example() for kind in (BUILT_IN if NIGHTLY else FAMILIES)], checks=DEAR)
+@parametrize_checks(
+    [MIXERS.resolve(kind).example() for kind in (BUILT_IN if NIGHTLY else FAMILIES)],
+    checks=DEAR,
+    examples=settings().max_examples // 8,
+)
 def test_conformance_that_takes_long(check, device):
     check(device=device)
 
