@@ -107,10 +107,16 @@ def suite(
         return
     others = [read_scores(path) for path in beside or ()]
     folder = out or Path("studies") / f"suite-{size}-{match}"
+    if folder.exists() and not folder.is_dir():
+        raise SeqmixError(f"--out {folder} is a file: choose a folder")
     earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
     chosen = settings.chosen(tasks.split(",") if tasks else [])
     given = [*(REFERENCES if references else ()), *(mixers or ())]
-    candidates = list({each.name: each for each in map(Candidate.of, given)}.values())
+    named: dict[str, Candidate] = {}
+    for each in map(Candidate.of, given):
+        if named.setdefault(each.name, each) != each:
+            raise SeqmixError(f"two mixers are called {each.name}: give one another name, NAME={{kind: MIXER, ...}}")
+    candidates = list(named.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
     jobs = jobs or default_jobs(1)

@@ -44,7 +44,8 @@ def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 OnceEach = AfterValidator(_once_each)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Tokens = Annotated[int, Field(gt=0, le=2**31)]

@@ -1,5 +1,6 @@
 """The tasks of the suite at small and at published settings, and the studies that they become."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...mixers import MIXERS
-from ...registry import Config, SeqmixError, dump, load, require_name, write_file
+from ...registry import Config, SeqmixError, dump, load, nearest, require_name, write_file
 from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
 from ..match import cost_of
 from ..plan import Plan, plan
-from ..study import Name, OnceEach, Rate, Seed, StudyError, load_study
+from ..study import NAME_PATTERN, Name, OnceEach, Rate, Seed, StudyError, load_study
 
 FOLDER = Path(__file__).parent
 BASE_FILE = "base.yaml"
@@ -96,7 +97,15 @@ class Candidate:
             mixer = (node := parse(options, given)) and node.plain()
             if not isinstance(mixer, Mapping) or not isinstance(mixer.get("kind"), str):
                 raise SeqmixError(f"{given!r} is not NAME={{kind: MIXER, ...}}")
-            MIXERS.resolve(mixer["kind"])
+            fields = MIXERS.resolve(mixer["kind"])
+            known = [*fields.model_fields, *fields.deprecated_names]
+            for key in mixer:
+                if key not in known:
+                    raise SeqmixError(
+                        f"{given!r}: unknown key {key!r}; allowed: {', '.join(known)}{nearest(str(key), known)}"
+                    )
+            if not re.fullmatch(NAME_PATTERN, name):
+                raise SeqmixError(f"{given!r}: a name has letters, digits and . _ + -, and was given {name!r}")
             return cls(name, dict(mixer))
         file = Path(given)
         if file.suffix in (".yaml", ".yml") or (given not in MIXERS.kinds() and (PRESETS / f"{given}.yaml").is_file()):

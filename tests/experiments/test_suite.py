@@ -174,6 +174,12 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert not list(Path("other").glob("*/runs"))
     assert "nothing is measured" in refused("suite", "--no-references")
     assert "elsewhere" in refused("suite", "--beside", "elsewhere")
+    # before anything else is trained without it
+    assert 'did you mean "n_heads"?' in refused("suite", "x={kind: gla, n_headz: 3}", "--dry-run")
+    assert "was given 'a b'" in refused("suite", "a b={kind: gla}", "--dry-run")
+    assert "two mixers are called attention" in refused("suite", "attention={kind: gla}", "--dry-run")
+    Path("file").touch()
+    assert "is a file" in refused("suite", "gla", "--out", "file", "--dry-run")
 
 
 def _rows_are_merged(one, both):
