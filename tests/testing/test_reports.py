@@ -136,7 +136,7 @@ def test_a_result_that_depends_on_earlier_calls_is_reported_as_such(mixing, fail
     def flaky(inner, x, call):
         calls.append(1)
         y, after = inner(x, call)
-        return y + (len(calls) == 6), after  # three calls were made before any check
+        return y + (len(calls) == 9), after  # one of those that are compared
 
     calls = []
     outcome = failure(mixing(flaky), "results_are_deterministic")
