@@ -90,13 +90,16 @@ def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
     mixer = copy.deepcopy(trial.without_dropout())
     for module in mixer.modules():
         if isinstance(module, nn.Linear):
-            added = 0.3 * trial.like(module.weight)
-            # the numbers belong to this module
-            module.register_forward_hook(lambda _, given, y, w=added: y + nn.functional.linear(given[0], w.to(y)))
+            module.register_forward_hook(partial(_added, 0.3 * trial.like(module.weight)))
     expected = trial.mix(x, state, mixer, paradigm=trial.reference)
     for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
         actual = trial.mix(x, state, mixer, paradigm=paradigm)
         trial.compare(f"with wrapped projections, {paradigm} against {trial.reference}", actual, expected)
+
+
+def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
+    """What an adapter makes of a projection's output: torch's signature of a hook, after its own weight."""
+    return y + nn.functional.linear(given[0], weight.to(y))
 
 
 @check(
