@@ -74,7 +74,8 @@ class TrainingConfig(Config):
     clip_norm: float | None = Field(default=2.0, gt=0)
     """Maximum gradient norm (gradient clipping); null for no limit."""
     skip_nonfinite: bool = False
-    """Whether a step whose loss or gradient is not finite is skipped and counted, instead of ending the run."""
+    """Whether a step whose loss or gradient is not finite is skipped and counted, instead of ending the run; more than
+    ten in a row still end it."""
     max_grad_norm_spike: float | None = Field(default=None, gt=1)
     """Skip and count a step whose gradient norm is more than this many times the median of the last 64 steps that were
     taken, from the 17th on; null for no limit."""

@@ -8,6 +8,8 @@ from .config import TrainingConfig
 
 WINDOW, LEAST = 64, 16
 """Steps whose gradient norms are remembered at most, and those without which nothing is a spike."""
+IN_A_ROW = 10
+"""Steps in a row that are skipped for numbers that are not finite: after more, the parameters are at fault."""
 
 
 class Skipping:
@@ -19,9 +21,11 @@ class Skipping:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         """Of the last steps that were taken."""
         self.skipped = 0
+        self.nonfinite_in_a_row = 0
 
     def reason(self, norm: float) -> str | None:
-        """Why a step with this gradient norm is skipped; None if it is taken."""
+        """Why a step with this finite gradient norm is skipped; None if it is taken."""
+        self.nonfinite_in_a_row = 0
         if self.spike is None:
             return None
         usual = median(self.norms) if len(self.norms) >= LEAST else math.inf
@@ -29,3 +33,8 @@ class Skipping:
             return f"the gradient's norm is {norm:.3g}, {norm / usual:.3g} times the median of {len(self.norms)} steps"
         self.norms.append(norm)
         return None
+
+    def hopeless(self) -> bool:
+        """Count a step that is not finite; whether too many in a row were."""
+        self.nonfinite_in_a_row += 1
+        return self.nonfinite_in_a_row > IN_A_ROW

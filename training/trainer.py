@@ -92,7 +92,7 @@ class Trainer:
             self._require_finite("gradient's norm", norm.item())
             skipped = self.skipping.reason(norm.item())
         except NotFiniteError as error:
-            if not settings.skip_nonfinite:
+            if not settings.skip_nonfinite or self.skipping.hopeless():
                 raise
             # what is carried on is not finite either
             skipped, state = str(error), None

@@ -8,6 +8,7 @@ from runs import metrics, refusal, require_same_run, run_of, stopped, trainer_of
 
 from seqmix.training.errors import TrainingError
 from seqmix.training.events import Noted, Stepped
+from seqmix.training.nonfinite import NotFiniteError
 from seqmix.training.objective import Objective
 from seqmix.training.skipping import LEAST, WINDOW, Skipping
 
@@ -57,6 +58,19 @@ def test_the_run_says_so_and_counts(config_of, tmp_path):
     plain = config_of()
     said = refusal(lambda: run_of(plain, tmp_path / "plain", objective=Failing(math.nan)), TrainingError)
     assert "the loss is nan" in said
+
+
+def test_steps_that_are_never_finite_end_the_run(config_of, monkeypatch):
+    monkeypatch.setattr("seqmix.training.skipping.IN_A_ROW", 2)
+    trainer = trainer_of(config_of("training.skip_nonfinite=true"))
+    trainer.objective = Failing(math.nan)
+    assert [trainer.train_step(step).skipped is None for step in range(4)] == [True, True, False, True]
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(math.inf)
+    assert trainer.train_step(4).skipped
+    assert trainer.train_step(5).skipped
+    with pytest.raises(NotFiniteError, match="the loss is nan"):
+        trainer.train_step(6)
 
 
 def test_a_stopped_run_remembers_what_is_usual(config_of, tmp_path, monkeypatch):
