@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
+from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import ConfigError, load
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
@@ -24,8 +25,8 @@ from .tensor_files import fill, read_tensors, write_tensors
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """Types of safetensors other than the model's, and their names."""
-EXPORTED_CONFIG, EXPORTED_TOKENIZER = "seqmix.config", "seqmix.tokenizer"
-"""Metadata keys of an exported file: the run's configuration and its tokenizer (unless bytes), as JSON."""
+EXPORTED_CONFIG = "seqmix.config"
+"""The metadata key of the run's configuration in an exported file, as JSON; `EXPORTED_TOKENIZER` has a vocabulary."""
 
 
 def read_config(

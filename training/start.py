@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
+from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import explain_fields, load, nearest, read_bytes
 from ..registry.tree import Node, Origin
 from .config import PRESETS, RunConfig
 from .errors import TrainingError
 from .run_dir import CONFIG_FILE
-from .saved_run import EXPORTED_CONFIG, EXPORTED_TOKENIZER, read_config, read_weights
+from .saved_run import EXPORTED_CONFIG, read_config, read_weights
 from .sharding import assign
 from .tensor_files import read_tensors
 from .train_state import parameters_of
