@@ -12,7 +12,9 @@ from torch import Tensor
 from .packing import Stretch
 
 ELEMENTS = 3 * 2**17
-"""Of a group's keys and values at most, where it is more than one chunk; larger ones no longer fit into a CPU cache."""
+"""Of a group's keys and values at most on a CPU, where it is more than one chunk; larger ones leave its cache."""
+UNCACHED = 2**26
+"""The same on other devices, where memory alone bounds a group, and many small launches would take most of the time."""
 
 
 class Group(NamedTuple):
@@ -31,11 +33,16 @@ class Group(NamedTuple):
         return self.start + self.chunks * self.length
 
 
-def most_chunks(k: Tensor, v: Tensor, chunk_size: int) -> int:
-    """Chunks of a group at most, of keys [B T H K] and values [B T H V]."""
-    batch, length, heads, width = k.shape
-    elements = batch * heads * chunk_size * (width + v.shape[3])
-    return max(min(ELEMENTS // elements, length // chunk_size), 1)
+def group_elements(device: torch.device, cached: int) -> int:
+    """Elements of a group at most: `cached` on a CPU."""
+    return cached if device.type == "cpu" else UNCACHED
+
+
+def most_chunks(x: Tensor, chunk_size: int, width: int) -> int:
+    """Chunks of a group at most, of tokens [B T H *] with so many elements per head."""
+    batch, length, heads, _ = x.shape
+    fitting = group_elements(x.device, ELEMENTS) // (batch * heads * chunk_size * width)
+    return max(min(fitting, length // chunk_size), 1)
 
 
 def groups(stretch: Stretch, chunk_size: int, most: int) -> list[Group]:

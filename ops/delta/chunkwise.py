@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..chunk_decays import ChunkDecays, Outer, among, decays_of, scaled
-from ..chunks import ELEMENTS, Group
+from ..chunks import Group, most_chunks
 from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
 from ..recurrence import Recurrence
 
@@ -56,9 +56,8 @@ class DeltaChunks(Chunks):
 
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
         # of a chunk there are thrice the keys and values, and their pairs
-        batch, _, heads, width = x.k.shape
-        elements = 3 * batch * heads * x.chunk_size * (width + x.v.shape[3] + x.chunk_size)
-        self.most, self.needs_log_decay = max(2 * ELEMENTS // elements, 1), needs_log_decay
+        width = 3 * (sum(x.matrix[1:]) + x.chunk_size) // 2
+        self.most, self.needs_log_decay = most_chunks(x.k, x.chunk_size, width), needs_log_decay
         self.decays, self.scale = decays_of(x, 1.0, 2), x.scale
         self.sign, self.c = (-1, 1) if x.b is None else (1, 2)
 

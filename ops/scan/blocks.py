@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..autograd import Gradients, Op
-from ..chunks import Group, groups
+from ..chunks import Group, group_elements, groups
 from ..packing import Stretch, read_boundaries
 
 ELEMENTS = 2**18
-"""Of the states of a group's tokens at most, where it is more than one block: what fits into a CPU cache."""
+"""Of the states of a group's tokens at most on a CPU, where it is more than one block: what fits into its cache."""
 
 I = TypeVar("I", bound=Any)  # noqa: E741 inputs
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -226,7 +226,8 @@ def _chain(
 
 def cuts(x: Any, output: Tensor, elements: int) -> list[Group]:
     """The tokens of a call in groups of blocks, where a state has so many elements."""
-    most = 1 if x.single else max(ELEMENTS // max(output.shape[0] * elements * x.chunk_size, 1), 1)
+    most = group_elements(output.device, ELEMENTS) // max(output.shape[0] * elements * x.chunk_size, 1)
+    most = 1 if x.single else max(most, 1)
     return groups(Stretch(slice(None), 0, output.shape[1]), x.chunk_size, most)
 
 

@@ -10,8 +10,10 @@ from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops import chunks
+from seqmix.ops import chunks, chunkwise
+from seqmix.ops.autograd import Gradients
 from seqmix.ops.decay import decay_flops, decay_recurrence
+from seqmix.ops.decay.chunkwise import _DecayChunks
 from seqmix.ops.kernels import reference
 from seqmix.ops.paradigm import Paradigm
 from seqmix.registry import SeqmixError
@@ -38,6 +40,37 @@ def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
     with mock.patch.object(chunks, "ELEMENTS", elements):
         report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=60)
     assert report.passed, report
+
+
+@pytest.mark.parametrize(("elements", "least", "most"), [(chunks.ELEMENTS, 9000, 13_000), (chunks.UNCACHED, 0, 500)])
+def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
+    """A layer of GLA, of 8 rows of 4,096 tokens: on a CPU chunk by chunk, elsewhere in a few hundred launches."""
+    layer = torch.empty(8, 4096, 4, 128, device="meta")
+    assert chunks.most_chunks(layer, 128, 384) == 32
+    assert chunks.most_chunks(layer[:, :300], 128, 384) == 2
+    assert chunks.group_elements(CPU, 7) == 7
+    monkeypatch.setattr(chunks, "ELEMENTS", elements // 64)  # the model is 64 times as small
+    x = case_of("B T H K", [4096], n_heads=1, key_width=64, value_width=128, chunk_size=128, dtype=torch.float32)
+    x = x.call(x.inputs(CPU))._replace(needs_grad=True)
+    with Watched() as watched:
+        output, final, entries = chunkwise._forward(x, _DecayChunks(x, False))
+        gradients = Gradients((output, final), (entries,), frozenset(["log_decay"]))
+        chunkwise._backward(x, gradients, _DecayChunks(x, True))
+    free = (
+        "view",
+        "slice",
+        "select",
+        "transpose",
+        "squeeze",
+        "strided",
+        "permute",
+        "split",
+        "diagonal",
+        "unbind",
+        "empty",
+    )
+    launched = [func.name() for func, _ in watched.seen if not any(name in func.name() for name in free)]
+    assert least <= len(launched) <= most, len(launched)
 
 
 @pytest.mark.parametrize("log_decay", DECAYS[1:])
