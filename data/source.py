@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -130,6 +130,8 @@ class DataConfig(Config, ABC):
 
     is_text: ClassVar[bool] = False
     """Whether sequences may have any length, and a step may continue the previous one."""
+    readout: ClassVar[Literal["each", "last"]] = "each"
+    """What `model.readout` has to be."""
     kind: Any
     """The name it is registered under: a `Literal` in every subclass."""
     sequence_length: int = Field(default=256, gt=0, le=2**31)

@@ -19,8 +19,8 @@ from ..models import IGNORED
 from .corpus import Corpus
 from .source import Batch, DataConfig, Examples, Source, blank, share
 
-TRAINING, EVALUATION = 1, 2
-"""First words of the seeds of both splits."""
+TRAINING, EVALUATION, ORDER = 1, 2, 3
+"""First words of the seeds of both splits, and of the order of a training split."""
 BLOCK = 64
 """Evaluation examples generated together: example i of a difficulty does not depend on how many are generated."""
 
@@ -42,6 +42,9 @@ class TaskConfig(DataConfig):
     """Difficulties of evaluations, in sequences as long as they need; null for those of training."""
     evaluation_examples: int = Field(default=1024, gt=0)
     """Examples of a full evaluation, over all difficulties."""
+    training_examples: int | None = Field(default=None, gt=0)
+    """Examples of the training split, which every epoch reads in the same batches, in another order; whole batches of
+    it are used. Null generates new ones in every step."""
 
     @property
     @abstractmethod
@@ -174,6 +177,10 @@ class Task(Source):
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The examples of one step; rows cycle through the difficulties."""
         wanted, difficulties = share(batch_size, rank, world_size), self.config.difficulties
+        if self.config.training_examples is not None:
+            batches = max(self.config.training_examples // batch_size, 1)
+            order = np.random.default_rng([ORDER, seed, step // batches]).permutation(batches)
+            step = int(order[step % batches])
         rng = np.random.default_rng([TRAINING, seed, step])
         inputs, targets = blank(batch_size, self.config.sequence_length)
         for number, difficulty in enumerate(difficulties):

@@ -16,6 +16,7 @@ from seqmix.registry import write_file
 PAGES = Path(__file__).with_name("reference")
 TARGET, PICTURES = PAGES / "tasks.md", PAGES / "tasks"
 SMALL = {
+    "compression": {"sequence_length": 16},
     "copying": {"sequence_length": 16, "lengths": (7,)},
     "fuzzy_recall": {"sequence_length": 40},
     "in_context_recall": {"sequence_length": 24, "noise_tokens": 4},

@@ -103,7 +103,8 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
     """FLOPs per token of matrix products, forward, in the layers' default paradigms, output projection included."""
-    return sum(_flops(block, length) for block in model.blocks) + 2 * model.head.weight.numel()
+    readout = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
+    return sum(_flops(block, length) for block in model.blocks) + 2 * (readout + model.head.weight.numel())
 
 
 def _flops(block: Block, length: int) -> int:

@@ -43,6 +43,9 @@ class ModelConfig(Config):
     """The norm of the embedding's output (RWKV); null for none."""
     logit_softcap: float | None = Field(default=None, gt=0)
     """The bound of logits, which approach it as c tanh(logit / c) does (Gemma); null for none."""
+    readout: Literal["each", "last"] = "each"
+    """What the logits are of: `each` token's vector; or of the `last` one's, from which a network predicts every token
+    of the sequence by its position (compression): such a model is no language model, and has no state."""
     tie_embeddings: bool = False
     """Whether the output projection is the embedding's matrix."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -18,6 +18,7 @@ from ..ops.context_parallel import ContextParallel
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
+from .readout import LastVector
 from .tokenizer import ByteTokenizer, Tokenizer
 
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -48,6 +49,7 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         # a ModuleList has no type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
+        self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
@@ -88,9 +90,9 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Initialise all but the blocks; `assign` copies a full tensor into a parameter, which may be sharded."""
-        for norm in (self.embedding_norm, self.norm):
-            if norm is not None:
-                norm.reset_parameters()
+        for module in (self.embedding_norm, self.readout, self.norm):
+            if module is not None:
+                module.reset_parameters()
         std = self.config.d_model**-0.5
         matrices = [self.embedding.weight, self.head.weight]
         if isinstance(self.config.init, NormalInit):
@@ -195,6 +197,10 @@ class LanguageModel(nn.Module):
             x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
             first_values = values[0] if values else first_values
             after.append(final)
+        if self.readout is not None:
+            if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
+                raise ContractError("model.readout last is of one whole sequence: without states, packing and sharing")
+            x = self.readout(x)
         return x, tuple(after) if return_state else None
 
     def _loss(

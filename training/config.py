@@ -198,6 +198,8 @@ class RunConfig(Config):
                 f"does not divide data.sequence_length = {data.sequence_length}"
             )
         data.require_fit(self.model.vocab_size)
+        if self.model.readout != data.readout:
+            raise ValueError(f"data.kind {data.kind} needs model.readout: {data.readout}")
         if carried and not data.is_text:
             raise ValueError(f"training.carry_state needs a text, and data.kind is {data.kind}")
         if self.training.evaluation_lengths and not data.is_text:

@@ -1,5 +1,6 @@
 """What the suite found: a row per task and mixer, which other calls' rows can stand beside, and a table."""
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -198,13 +199,17 @@ def read_scores(path: Path) -> Scores:
 def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows of the tasks that have figures: accuracies in percent, best mean first, and guessing at the end.
 
-    The mean of an entry without a figure in every task is left empty.
+    A task with variations is one column, the mean over all of them. An entry without a figure in each of them has none
+    there, and none of the mean unless it has one in every task.
     """
-    tasks = {name: task for name, task in scores.tasks.items() if task.rows}
+    tasks = {name: task for name, task in scores.tasks.items() if task.rows and task.task.varies is None}
     found: dict[str, dict[str, Statistic]] = {}
-    for name, task in tasks.items():
-        for row in task.rows:
-            found.setdefault(row.entry, {})[name] = row.score
+    for name in tasks:
+        parts = [task for key, task in scores.tasks.items() if name in (key, task.task.varies)]
+        for row in tasks[name].rows:
+            figures = [other.score for part in parts for other in part.rows if other.entry == row.entry]
+            if len(figures) == len(parts):
+                found.setdefault(row.entry, {})[name] = _over(figures)
 
     def average(entry: str) -> float | None:
         return mean(value.mean for value in found[entry].values()) if len(found[entry]) == len(tasks) else None
@@ -216,6 +221,13 @@ def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
     guess = [task.task.chance for task in tasks.values()]
     guesses = ("(guessing)", *map(_percent, guess), _percent(mean(guess) if guess else None))
     return ["entry", *tasks, "mean"], [*rows, guesses]
+
+
+def _over(figures: Sequence[Statistic]) -> Statistic:
+    """The mean over variations; their spreads are independent."""
+    spreads = [figure.spread for figure in figures if figure.spread is not None]
+    spread = math.hypot(*spreads) / len(figures) if len(spreads) == len(figures) else None
+    return Statistic(mean=mean(figure.mean for figure in figures), spread=spread)
 
 
 def _percent(value: Statistic | float | None) -> str:

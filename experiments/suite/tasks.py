@@ -25,6 +25,15 @@ KNOBS: dict[Metric, tuple[str, float]] = {"parameters": ("blocks.*.ffn.expansion
 """What makes models equal, and how far apart they may stay: heads divide widths, so states come in coarse steps."""
 
 
+class Change(Config):
+    """How one variation of a task differs from it."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Changes of the task's model, as are those of its data and training."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
 class SuiteTask(Config):
     """One task at one size."""
 
@@ -46,6 +55,10 @@ class SuiteTask(Config):
     """The grid; its first one is taken where there is time for one alone."""
     score_at: tuple[str, ...] | None = None
     """Difficulties whose mean accuracy is the score; null for all that are evaluated."""
+    changes: dict[Name, Change] = Field(default_factory=dict)
+    """Variations, each a study of its own, called TASK+VARIATION: the task's score is the mean over it and them."""
+    varies: str | None = None
+    """Of a variation, the task."""
 
 
 class SuiteSettings(Config):
@@ -66,7 +79,20 @@ class SuiteSettings(Config):
         """
         for name in names:
             require_name("task", name, list(self.tasks))
-        return {name: task for name, task in self.tasks.items() if name in names or not names}
+        return {
+            each: variation
+            for name, task in self.tasks.items()
+            if name in names or not names
+            for each, variation in {name: task, **_variations(name, task)}.items()
+        }
+
+
+def _variations(name: str, task: SuiteTask) -> dict[str, SuiteTask]:
+    """The tasks that a task's changes make, by name."""
+    return {
+        f"{name}+{key}": task.model_copy(update={"varies": name, "changes": {key: task.changes[key]}})
+        for key in task.changes
+    }
 
 
 def load_settings(size: Size) -> SuiteSettings:
@@ -188,8 +214,10 @@ def write_studies(
 
 def base_of(settings: SuiteSettings, task: SuiteTask, extent: Extent) -> RunConfig:
     """What all entries of a task start from."""
-    parts = {"model": task.model, "data": task.data, "training": task.training}
-    changes = [f"{part}={to_yaml(value, in_one_line=True)}" for part, value in parts.items() if value]
+    parts = {"model": task.model, "data": task.data, "training": task.training}.items()
+    for change in task.changes.values() if task.varies else ():
+        parts = [*parts, *change.model_dump().items()]
+    changes = [f"{part}={to_yaml(value, in_one_line=True)}" for part, value in parts if value]
     config = load_config(FOLDER / settings.base, changes)
     if extent.steps == 1:
         return config

@@ -8,10 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from seqmix import ConfigError, build_model, load_config
 from seqmix.data import DATA
 from seqmix.data.source import blank
 from seqmix.data.task import Task
+from seqmix.experiments.suite.tasks import FOLDER, Extent, base_of, load_settings
+from seqmix.mixers import ContractError
 from seqmix.models import IGNORED
 
 Labels = dict[int, int]
@@ -69,6 +73,7 @@ CASES: list[tuple[str, dict, Callable[[list[int]], Labels]]] = [
     ("selective_copying", {"sequence_length": 256, "symbols": (16,), "layout": "mad"}, selective),
     ("mqar", {"sequence_length": 64, "pairs": (16,), "vocab_size": 8192, "noise": False}, mqar),
     ("parity", {"sequence_length": 64}, parity),
+    ("compression", {}, lambda tokens: {i: int(str(token)) for i, token in enumerate(tokens)}),
     ("modular_arithmetic", {"ask": "every"}, lambda tokens: arithmetic(tokens, every=True)),
     ("modular_arithmetic", {"brackets": True}, lambda tokens: arithmetic(tokens, every=False)),
 ]
@@ -170,6 +175,21 @@ def test_training_of_mad_predicts_every_token_and_evaluation_the_answers(kind):
     assert 0 < (examples.batch.targets != IGNORED).float().mean() < 0.6
 
 
+def test_sequences_to_compress_end_with_a_token_of_their_own():
+    tokens = np.array([tokens for tokens, _ in thousand("compression", {})])
+    assert (tokens[:, -1] == 15).all()
+    assert np.bincount(tokens[:, :-1].ravel(), minlength=16)[:15].std() < 90
+    assert tokens[:, :-1].max() == 14
+
+
+def test_a_training_set_is_read_again_in_another_order():
+    task = Task(DATA.resolve("parity")(training_examples=35))
+    epochs = [[task.training_batch(3 * e + i, 10, seed=1).inputs.numpy().tobytes() for i in range(3)] for e in range(4)]
+    assert len({batch for epoch in epochs for batch in epoch}) == len(set(epochs[0])) == 3
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert task.training_batch(0, 10, seed=2).inputs.numpy().tobytes() not in epochs[0]
+
+
 def test_blanks_of_mad_stand_before_any_symbol_as_often():
     inputs = np.array([tokens for tokens, _ in thousand("selective_copying", dict(CASES[3][1]))])
     places = np.nonzero(inputs[:, :239])[1].reshape(1000, 16)
@@ -191,3 +211,22 @@ def test_blanks_of_mad_stand_before_any_symbol_as_often():
 def test_an_impossible_task_is_refused(kind, fields, named):
     with pytest.raises(ValueError, match=named):
         DATA.resolve(kind)(**fields)
+
+
+def test_a_sequence_is_decompressed_from_its_last_vector_alone():
+    settings = load_settings("small")
+    config = base_of(settings, settings.tasks["compression"], Extent(steps=0.01))
+    model, tokens = build_model(config.model), Task(config.data).training_batch(0, 2, seed=0).inputs
+    x = model.embed(tokens)
+    for block in model.blocks:
+        x, _ = block(x)
+    # whatever the others are
+    others = torch.cat((torch.randn_like(x[:, :-1]), x[:, -1:]), dim=1)
+    assert model.readout is not None
+    assert torch.equal(model.logits(model.readout(others)), model(tokens).logits)
+    assert len({row.numpy().tobytes() for row in model(tokens).logits[0].detach()}) == 16  # places differ
+    with pytest.raises(ContractError, match="without states"):
+        model(tokens, return_state=True)
+    for change in ("model.readout=each", "data={kind: parity}"):
+        with pytest.raises(ConfigError, match=r"needs model\.readout"):
+            load_config(FOLDER / "base.yaml", ["model.readout=last", "data={kind: compression}", change])

@@ -23,6 +23,7 @@ from seqmix.training.metrics import Score
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {
+    "compression": {"sequence_length": 20, "vocab_size": 40, "lengths": (2, 20)},
     "copying": {"sequence_length": 40, "lengths": (3, 20), "evaluate_at": (5, 40)},
     "fuzzy_recall": {"sequence_length": 60, "vocab_size": 11, "key_lengths": (1, 4), "evaluate_at": (2, 4)},
     "in_context_recall": {"sequence_length": 65, "vocab_size": 32, "keys": (1, 16), "noise_tokens": 9, "noise": 0.5},
@@ -274,7 +275,7 @@ def test_an_impossible_task_is_refused(kind, fields, named):
         ("training.evaluation_lengths=[8]", r"training\.evaluation_lengths .*mqar"),
         ("data.packing=true", "'packing'; allowed: kind, sequence_length"),
         ("data.order=epochs", "'order'"),
-        ("data.kind=mqr", "'mqr'; allowed: copying, .*\"mqar\""),
+        ("data.kind=mqr", "'mqr'; allowed: compression, .*\"mqar\""),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import pytest
 from seqmix.experiments.plan import plan
 from seqmix.experiments.study import load_study
 from seqmix.experiments.suite import budget, scores, tasks
-from seqmix.experiments.suite.tasks import Candidate, Extent, SuiteSettings, load_settings, write_studies
+from seqmix.experiments.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
 from seqmix.registry import SeqmixError
 from seqmix.training import load_config
 
@@ -196,6 +196,32 @@ def _rows_are_merged(one, both):
     gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": first.rows[:1]})}})
     _, rows = scores.score_table(gap)
     assert [bool(row[-1]) for row in rows] == [True, False, True]
+
+
+def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
+    changes = {"long": {"data": {"sequence_length": 32}}, "few": {"data": {"training_examples": 8}}}
+    first = TINY.tasks["first"].model_copy(
+        update={"changes": {k: Change.model_validate(v) for k, v in changes.items()}}
+    )
+    settings = TINY.model_copy(update={"tasks": {"first": first}})
+    chosen = settings.chosen(["first"])
+    assert list(chosen) == ["first", "first+long", "first+few"]
+    planned = write_studies(tmp_path, settings, chosen, [Candidate.of("attention")], "parameters", Extent())
+    data = [task.plan.runs[0].config.data for task in planned]
+    assert [(each.sequence_length, each.training_examples) for each in data] == [(8, None), (32, None), (8, 8)]
+    found = scores.new_scores("small", "parameters", "", (), planned)
+    for (name, task), mean in zip(found.tasks.items(), (0.5, 0.7, 0.9), strict=True):
+        score = {"mean": mean, "spread": 0.1}
+        row = {"entry": "a", "mixers": ("attention",), "score": score, "accuracy_by": {}, "learning_rate": 1e-3}
+        rows = (scores.ScoreRow.model_validate(row | {"parameters": 1, "state_bytes": 1, "state_grows": True}),)
+        found.tasks[name] = task.model_copy(update={"rows": rows})
+    assert scores.score_table(found) == (
+        ["entry", "first", "mean"],
+        [("a", "70.0 ± 5.8", "70.0"), ("(guessing)", "50.0", "50.0")],
+    )
+    # one without a figure: none of the task
+    found.tasks["first+few"] = found.tasks["first+few"].model_copy(update={"rows": ()})
+    assert scores.score_table(found)[1][:-1] == []
 
 
 def test_published_rows_are_of_the_present_settings(tmp_path):
