@@ -29,6 +29,8 @@ SCHEMAS: Mapping[Any, str] = {
     Sequence[int] | None: "SymInt[]?",
     int: "SymInt",
     float: "float",
+    float | None: "float?",
+    int | None: "SymInt?",
     bool: "bool",
     str: "str",
 }
@@ -41,7 +43,7 @@ class Gradients(NamedTuple):
     outputs: tuple[Tensor | None, ...]
     """The gradients of the outputs that are not saved; None where nothing depends on one."""
     saved: Outputs
-    """The last outputs of the forward pass, as many as the op saves."""
+    """The last outputs of the forward pass, as many as the op reads and saves."""
     wanted: frozenset[str]
     """The names of the inputs whose gradients are wanted."""
 
@@ -57,6 +59,7 @@ class Op(Generic[I]):
         backward: the gradients of inputs by name, of those wanted or of more; what is missing is zero.
         outputs: how many there are.
         saves: how many of them, the last ones, are saved for backward alone.
+        reads: how many of those before are saved for backward too.
         mutates: the inputs that are written in place.
     """
 
@@ -70,11 +73,13 @@ class Op(Generic[I]):
         backward: Callable[[I, Gradients], Mapping[str, Tensor]] | None,
         outputs: int = 3,
         saves: int = 0,
+        reads: int = 0,
         mutates: Sequence[str] = (),
     ) -> None:
         self.name, self.fake = name, fake
         self.inputs: Any = inputs  # a NamedTuple, which has no type of its own
         self.forward, self.backward, self.outputs, self.saves = forward, backward, outputs, saves
+        self.reads = reads
         kinds = get_type_hints(inputs)
         self.tensors = [name for name, kind in kinds.items() if SCHEMAS[kind].startswith("Tensor")]
         types = {name: SCHEMAS[kind] for name, kind in kinds.items()}
@@ -121,7 +126,7 @@ class Op(Generic[I]):
         name, given = f"{self.name}_backward", self.outputs - self.saves
         results = ", ".join(["Tensor"] * len(self.tensors))
         d_outputs = "".join(f"Tensor? d_{i}, " for i in range(given))
-        saved = "".join(f", Tensor saved_{i}" for i in range(self.saves))
+        saved = "".join(f", Tensor saved_{i}" for i in range(self.reads + self.saves))
         schema = f"({d_outputs}{arguments}{saved}, bool[] wanted) -> ({results})"
         backward = torch.library.custom_op(f"seqmix::{name}", self._run_backward, mutates_args=(), schema=schema)
         backward.register_fake(self._fake_backward)
@@ -133,7 +138,7 @@ class Op(Generic[I]):
             # what is saved has no gradient, and zeros in its place would be as large as it is
             ctx.set_materialize_grads(False)
             ctx.rest = [None if i in tensors else value for i, value in enumerate(inputs)]
-            saved = self._as_outputs(output)[given:]
+            saved = self._as_outputs(output)[given - self.reads :]
             ctx.save_for_backward(*(inputs[i] for i in tensors), *saved)
 
         def gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,13 +7,14 @@ own tokens and the final state of the whole row. How segments compose is a famil
     decay, delta,
     scan            S_r = M_r S_{r-1} + U_r      every rank gathers all (M, U): one state each, whatever T
     short conv      the last W-1 inputs of the ranks before
-    softmax         every rank gathers all keys and values
+    softmax         keys and values of the ranks before come one block at a time, backward too (softmax/ring.py);
+                    where a state is given or wanted, every rank gathers all of them
     long conv       every rank gathers all inputs
 
 Every rank's graph uses every gathered tensor: backward is a reduce-scatter of their gradients, and waits for all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ class ContextParallel:
     def gather_tokens(self, x: Tensor) -> Tensor:
         """The whole row from its segments: [B T ..] -> [B n*T ..]."""
         return self.gather(x).transpose(0, 1).flatten(1, 2)
+
+    def exchange(
+        self, sent: Sequence[Tensor], like: Sequence[Tensor], distance: int
+    ) -> tuple[list[Tensor], list["dist.Work"]]:
+        """Send to the rank that is `distance` after this one, and receive tensors like others from the one as far
+        before (none where there is no such rank); what was sent may change, and what is received is there, when the
+        works are done.
+        """
+        calls: list[dist.P2POp] = []
+        received: list[Tensor] = []
+        if 0 <= (after := self.rank + distance) < self.size:
+            calls += [dist.P2POp(dist.isend, x, group=self.group, group_peer=after) for x in sent if x.numel()]
+        if 0 <= (before := self.rank - distance) < self.size:
+            received = [torch.empty_like(x) for x in like]
+            calls += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=before) for x in received if x.numel()]
+        return received, dist.batch_isend_irecv(calls) if calls else []
 
     # ---- packed documents, whose boundaries are those of the whole row
 

@@ -195,15 +195,60 @@ def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
     if not hasattr(dist, names[0]):  # before torch 2.13
         names = "all_gather_into_tensor", "reduce_scatter_tensor"
     calls = [getattr(dist, name) for name in names]
+    batched = dist.batch_isend_irecv
+
+    def count_batch(calls):
+        nonlocal received
+        received += sum(call.tensor.nbytes for call in calls if call.op is dist.irecv)
+        return batched(calls)
+
+    dist.batch_isend_irecv = count_batch
     setattr(dist, names[0], counted(calls[0], lambda whole, own: whole))
     setattr(dist, names[1], counted(calls[1], lambda own, whole: whole))
     try:
         y, _ = mixer(torch.randn(2, length, 16, requires_grad=True))
         y.sum().backward()
     finally:
+        dist.batch_isend_irecv = batched
         for name, call in zip(names, calls, strict=True):
             setattr(dist, name, call)
     return received
+
+
+def keys_held(length: int) -> tuple[float, float, float]:
+    """What attention keeps for its backward pass on this rank, and allocates at most in forward and in backward.
+
+    In units of the keys and values of a row of `length` tokens, which are so wide that all else is little.
+    """
+    from dispatched import Allocated
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from seqmix.mixers import Call, Paradigm
+    from seqmix.ops.autograd import Gradients
+    from seqmix.ops.softmax import ring, softmax
+
+    own, kept = length // context().size, {}
+    q, k, v = (torch.randn(1, own, 1, 2048, requires_grad=True) for _ in range(3))
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        output, _ = softmax(q, k, v, Call(Paradigm.CHUNKWISE, chunk_size=4, cp_group=context()))
+    dist.barrier()
+    options = dict.fromkeys(("sums", "documents", "log_decay", "slopes", "softcap", "window", "value_dims"))
+    place = {"group": context().name, "rank": context().rank, "size": context().size}
+    call, peaks = ring.Ring(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
+    with torch.no_grad():
+        with Allocated() as allocated:
+            found = ring.RING.forward(call)
+        peaks.append(allocated.peak)
+        with Allocated() as allocated:
+            ring.RING.backward(call, Gradients((output, None), found, frozenset("qkv")))
+        peaks.append(allocated.peak)
+    q_and_output = 2 * q.nbytes
+    return tuple(held / (k.nbytes + v.nbytes) / context().size for held in (sum(kept.values()) - q_and_output, *peaks))
 
 
 def train_here(

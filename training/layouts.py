@@ -12,10 +12,10 @@ with activation checkpointing; without, sequences keep the activations of all bl
 context parallelism receives is counted in the layers, on meta tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,6 +201,16 @@ class _Counted(ContextParallel):
         # what is gathered, and what of it comes back as gradients
         self.sent.append((1 + x.is_floating_point()) * (self.size - 1) * x.nbytes)
         return x.expand(self.size, *x.shape)
+
+    def exchange(
+        self,
+        sent: Sequence[Tensor],  # noqa: ARG002
+        like: Sequence[Tensor],
+        distance: int,  # noqa: ARG002
+    ) -> tuple[list[Tensor], list[Any]]:
+        # forward, and again for backward; this is the last rank, which receives most
+        self.sent.append(2 * sum(x.nbytes for x in like))
+        return [torch.empty_like(x) for x in like], []
 
 
 def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) -> int:

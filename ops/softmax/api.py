@@ -29,6 +29,7 @@ from ..paradigm import Paradigm
 from ..recording import record
 from .cache import Cache, first_key
 from .call import Attention, AttentionOutput, require_attention, require_range
+from .ring import attend_in_ring, can_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
@@ -51,27 +52,38 @@ class SoftmaxOptions(TypedDict, total=False):
 def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Unpack[SoftmaxOptions]) -> AttentionOutput:
     """The same for mixers, which pass a `Call`; the state is a KV cache. The tensors are those of `softmax_attention`.
 
-    In a context-parallel group every process gathers all keys, values and gates, and SDPA computes it, whatever the
-    backend.
+    In a context-parallel group keys and values come from the processes before, one block at a time (ring.py); a state
+    is of all of them, so where one is given or wanted, every process gathers them. Neither asks the backend.
     """
     if unknown := [name for name in options if name not in SoftmaxOptions.__annotations__]:
         raise SeqmixError(f"softmax has no option {unknown[0]!r}{nearest(unknown[0], SoftmaxOptions.__annotations__)}")
-    cp, documents, length = call.cp_group, call.documents, q.shape[1]
-    if cp is not None:
-        k, documents = cp.gather_tokens(k), cp.whole(documents, length)
-        v = cp.gather_tokens(v) if options.get("value_dims") is None else k[..., :0]
-        if (log_forget := options.get("log_forget")) is not None:
-            options["log_forget"] = cp.gather_tokens(log_forget)
     if options.get("scale") is None:
         options["scale"] = q.shape[-1] ** -0.5
-    x = Attention(q, k, v, 1.0, call.state, documents, call.return_state, call.chunk_size)._replace(**options)
-    require_attention(x, 1 if cp is None else cp.size)
-    if cp is None:
-        result = chosen("softmax", call.paradigm, call.backend).function(x)
-        record("softmax", v, x.log_forget, result[0])
-        return result
+    x = Attention(q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size)._replace(**options)
+    require_attention(x)
+    if call.cp_group is not None:
+        return _over_ranks(x, call)
+    result = chosen("softmax", call.paradigm, call.backend).function(x)
+    record("softmax", v, x.log_forget, result[0])
+    return result
+
+
+def _over_ranks(x: Attention, call: Call) -> AttentionOutput:
+    cp, length = call.cp_group, x.q.shape[1]
+    assert cp is not None
+    x = x._replace(documents=cp.whole(x.documents, length))
     size = call.chunk_size if call.paradigm is Paradigm.CHUNKWISE else length
-    require_range(x.log_decay, min(size, length), q.dtype)
+    if can_ring(x):
+        require_range(x.log_decay, min(call.chunk_size, length), x.q.dtype)
+        return attend_in_ring(x, cp), None
+    x = x._replace(
+        k=cp.gather_tokens(x.k),
+        v=cp.gather_tokens(x.v)
+        if x.value_dims is None
+        else x.v.new_empty(*x.k.shape[:1], cp.size * length, *x.v.shape[2:]),
+        log_forget=None if x.log_forget is None else cp.gather_tokens(x.log_forget),
+    )
+    require_range(x.log_decay, min(size, length), x.q.dtype)
     return attend_in_blocks(x, size, cp.start(length)), x.final()
 
 

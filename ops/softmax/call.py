@@ -176,12 +176,12 @@ def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> 
     )
 
 
-def require_attention(x: Attention, segments: int = 1) -> None:
-    """Refuse shapes and dtypes that no kernel takes; queries are one of so many `segments` of the keys' row."""
+def require_attention(x: Attention) -> None:
+    """Refuse shapes and dtypes that no kernel takes."""
     q, k, v = x.q, x.k, x.v
     require_floats(q, k, v)
     shapes = (q.shape, k.shape, v.shape)
-    fit = all(len(shape) == 4 for shape in shapes) and (q.shape[0], q.shape[1] * segments) == k.shape[:2] == v.shape[:2]
+    fit = all(len(shape) == 4 for shape in shapes) and q.shape[:2] == k.shape[:2] == v.shape[:2]
     if not fit or q.shape[1] < 1:
         raise SeqmixError(
             "q must be [B T H K], k [B T G K] and v [B T G V] with T >= 1; "

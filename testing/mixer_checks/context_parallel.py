@@ -1,7 +1,7 @@
 """Context parallelism, where a mixer offers its own: processes are threads here, and what they gather is one graph."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,16 @@ class Threads(ContextParallel):
         shapes = {tuple(tensor.shape) for tensor in every}
         require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
         return torch.stack(every)
+
+    def exchange(
+        self,
+        sent: Sequence[Tensor],
+        like: Sequence[Tensor],  # noqa: ARG002
+        distance: int,
+    ) -> tuple[list[Tensor], list[Any]]:
+        """Those of the rank so far before, with the graph that made them: what backward sends is not asked for."""
+        every = [self.gather(x) for x in sent]
+        return [x[self.rank - distance] for x in every] if self.rank >= distance else [], []
 
 
 DRAW = Draw(pieces=(2, 3), tokens=(1, 9), long=6, longest=65, batch_size=(1, 2))

@@ -142,6 +142,18 @@ def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, pa
     require_same(together, alone, 2 if "context=2" in layout else 4)
 
 
+def test_attention_on_four_processes_keeps_a_quarter_of_keys_and_values(four):
+    for kept, forward, backward in four("keys_held", 64):
+        assert 0.25 < kept < 0.26
+        # at once: queries, outputs and their gradients too; blocks that come, and in backward what is owed for them
+        assert forward < 1.3
+        assert backward < 2.1
+    rows = ({"batch": 2, "length": 5}, {"batch": 1, "length": 5, "cu_seqlens": [0, 2, 11, 11, 20]})
+    cases = [{"paradigm": "parallel", **case} for case in rows]
+    for window in (None, 1, 7):  # keys of no other process, of one or two
+        four("mixer_as_one", "attention", {"n_heads": 4, "n_kv_heads": 2, "window": window, "sinks": True}, cases)
+
+
 @pytest.mark.parametrize("kind", [(), CARRIED], ids=["", "carried"])
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_run_is_resumed_on_another_number_of_processes_and_back(two, text, tmp_path, kind, first):
