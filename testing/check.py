@@ -52,6 +52,7 @@ class Check(Generic[S, D, T]):
 
 MixerCheck = Check[MixerConfig, Draw, Trial]
 KernelCheck = Check[Kernel, KernelDraw, KernelTrial]
+Need = Callable[[MixerConfig, SequenceMixer], str | None]
 
 CHECKS: dict[str, MixerCheck] = {}
 """All checks of mixers by name, in the order they run."""
@@ -61,7 +62,7 @@ KERNEL_CHECKS: dict[str, KernelCheck] = {}
 
 
 def check(
-    *needs: Callable[[MixerConfig, SequenceMixer], str | None],
+    *needs: Need,
     share: float = 0.1,
     draw: Draw | None = None,
     compiles: bool = False,
@@ -102,7 +103,17 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
 # ---- what checks of mixers need
 
 
-def declares(what: str, words: str) -> Callable[[MixerConfig, SequenceMixer], str | None]:
+def needing(words: str, holds: Callable[[MixerConfig, SequenceMixer], object], otherwise: str) -> Need:
+    """What a check needs, in words; where that does not hold, a reason, which may name {traits}."""
+
+    def need(config: MixerConfig, mixer: SequenceMixer) -> str | None:
+        return None if holds(config, mixer) else otherwise.format(traits=config.traits)
+
+    need.__doc__ = words
+    return need
+
+
+def declares(what: str, words: str) -> Need:
     """What a module of another project may not have (`undeclared` of the adapted mixer says why), also in words."""
 
     def need(_: MixerConfig, mixer: SequenceMixer) -> str | None:
@@ -112,51 +123,11 @@ def declares(what: str, words: str) -> Callable[[MixerConfig, SequenceMixer], st
     return need
 
 
-def optional(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """Options."""
-    return None if alternatives(config) else "the configuration has no options to vary"
-
-
-def packing(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """Packing."""
-    return None if config.traits.packing else "traits.packing is False"
-
-
-def stateful(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """A state."""
-    return None if config.traits.has_state else "traits.state is none"
-
-
-def constant(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """A constant state."""
-    return None if config.traits.state == "constant" else f"traits.state is {config.traits.state}"
-
-
-def recurrent(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """The recurrent paradigm."""
-    return None if "recurrent" in config.traits.paradigms else "traits.paradigms has no recurrent"
-
-
-def compilable(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """Compiling."""
-    return None if config.traits.compiles else "traits.compiles is False"
-
-
-def positioned(_: MixerConfig, mixer: SequenceMixer) -> str | None:
-    """A position in the state."""
-    return None if positions(mixer) else "shift_state moves no leaf of the state"
-
-
 def positions(mixer: SequenceMixer) -> list[str]:
     """The leaves of the state that a position moves."""
     state = mixer.init_state(1)
     moved = to_dict(mixer.shift_state(state, 1))
     return [name for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)]
-
-
-def shiftable(config: MixerConfig, mixer: SequenceMixer) -> str | None:
-    """Shift invariance, or a position in the state."""
-    return None if config.traits.shift_invariant else positioned(config, mixer)
 
 
 def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
@@ -165,27 +136,29 @@ def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
     return None if others else f"traits.paradigms has {one} alone"
 
 
-def chunked(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """`chunk_size`."""
-    return None if "chunk_size" in type(config).model_fields else "the configuration has no chunk_size"
+UNMOVED = "shift_state moves no leaf of the state"
+IN_TURN = "supports_context_parallel is False: states go from rank to rank, as for any mixer"
 
-
-def differentiable(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """Gradients."""
-    return None if config.traits.differentiable else "traits.differentiable is False"
-
-
-def exact_gradients(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """A backward pass that is the derivative of the forward."""
-    return "traits.surrogate_gradients is True" if config.traits.surrogate_gradients else None
-
-
-def value_residual(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """A value residual."""
-    return None if config.traits.value_residual else "traits.value_residual is False"
-
-
-def context_parallel(_: MixerConfig, mixer: SequenceMixer) -> str | None:
-    """Its own context parallelism."""
-    own = mixer.supports_context_parallel
-    return None if own else "supports_context_parallel is False: states go from rank to rank, as for any mixer"
+optional = needing("Options.", lambda c, _: alternatives(c), "the configuration has no options to vary")
+packing = needing("Packing.", lambda c, _: c.traits.packing, "traits.packing is False")
+stateful = needing("A state.", lambda c, _: c.traits.has_state, "traits.state is none")
+constant = needing("A constant state.", lambda c, _: c.traits.state == "constant", "traits.state is {traits.state}")
+recurrent = needing(
+    "The recurrent paradigm.", lambda c, _: "recurrent" in c.traits.paradigms, "traits.paradigms has no recurrent"
+)
+compilable = needing("Compiling.", lambda c, _: c.traits.compiles, "traits.compiles is False")
+positioned = needing("A position in the state.", lambda _, mixer: positions(mixer), UNMOVED)
+shiftable = needing(
+    "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or positions(m), UNMOVED
+)
+chunked = needing(
+    "`chunk_size`.", lambda c, _: "chunk_size" in type(c).model_fields, "the configuration has no chunk_size"
+)
+differentiable = needing("Gradients.", lambda c, _: c.traits.differentiable, "traits.differentiable is False")
+exact_gradients = needing(
+    "A backward pass that is the derivative of the forward.",
+    lambda c, _: not c.traits.surrogate_gradients,
+    "traits.surrogate_gradients is True",
+)
+value_residual = needing("A value residual.", lambda c, _: c.traits.value_residual, "traits.value_residual is False")
+context_parallel = needing("Its own context parallelism.", lambda _, m: m.supports_context_parallel, IN_TURN)
