@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..blocks import Block
 from ..models import LanguageModel, ModelConfig
-from ..registry import SeqmixError, explain_fields
+from ..registry import SeqmixError, validated
 from .fields import Table, flat, nested, refusal, require_known, require_same
 from .layout import Part, Rule, part
 
@@ -102,10 +101,7 @@ class Architecture:
             model, blocks[label] = nested(table.read(values, where))
         require_known(values, known | {name for table in self._tables() for name in table.theirs}, where)
         fields = {**model, "blocks": blocks, "pattern": pattern}
-        try:
-            return ModelConfig.model_validate(fields)
-        except ValidationError as error:
-            raise SeqmixError(explain_fields(error, fields, f"{where} describes no model here")) from error
+        return validated(ModelConfig, fields, f"{where} describes no model here")
 
     def fields(self, m: ModelConfig) -> dict[str, Any]:
         """Their configuration of a model here.

@@ -12,12 +12,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ..mixers import MIXERS
-from ..registry import ConfigError, SeqmixError
+from ..registry import ConfigError, SeqmixError, validated
 from ..registry.change import change
-from ..registry.explain import explain
 from ..registry.sources import read
 from ..registry.tree import Node, Origin
 from ..training import PRESETS, RunConfig
@@ -175,13 +172,13 @@ class _Variant:
         for path, value in self.variant.items():
             tree = self._changed(tree, "vary", _nested(path, value))
         # last, so that what is wrong with the whole is said of the study
-        return _validated(self._changed(tree, "", {"seed": self.study.seeds[0]}))
+        return validated(RunConfig, self._changed(tree, "", {"seed": self.study.seeds[0]}))
 
     def _changed(self, tree: Node, place: str, changes: Mapping[str, Any]) -> Node:
         """The tree with changes that stand at a place of the study."""
         given = {key: value for key, value in changes.items() if value != {}}
         origin = Origin(f"{self.file}: {place}" if place else str(self.file))
-        return change(tree, _as_node(given, origin), RunConfig) if given else tree
+        return change(tree, Node.of(given, origin), RunConfig) if given else tree
 
     def _with_model_of(self, source: str, tree: Node) -> Node:
         """The tree with another configuration's model, but its own vocabulary."""
@@ -222,7 +219,7 @@ class _Variant:
         if wanted in self.read:
             return cost_of(self._matched(wanted, waiting).config.model, match.metric, length)
         try:
-            return cost_of(_validated(self._tree(wanted)).model, match.metric, length)
+            return cost_of(validated(RunConfig, self._tree(wanted)).model, match.metric, length)
         except ConfigError as error:
             raise StudyError(
                 f"{self.file}: match: {wanted!r} is no entry ({', '.join(self.read)}) and no configuration: {error}"
@@ -245,21 +242,6 @@ def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
             if before.get("n_heads") is not None and "n_heads" in MIXERS.resolve(mixer).model_fields:
                 changes[name]["mixer"]["n_heads"] = before["n_heads"]
     return changes
-
-
-def _validated(tree: Node) -> RunConfig:
-    try:
-        return RunConfig.model_validate(tree.plain())
-    except ValidationError as error:
-        raise ConfigError(explain(error, tree)) from None
-
-
-def _as_node(value: Any, origin: Origin) -> Node:
-    if isinstance(value, Mapping):
-        value = {str(key): _as_node(entry, origin) for key, entry in value.items()}
-    elif isinstance(value, list | tuple):
-        value = tuple(_as_node(entry, origin) for entry in value)
-    return Node(value, origin)
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:

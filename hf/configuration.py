@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from ..models import ModelConfig
-from ..registry import SeqmixError, explain_fields
+from ..registry import SeqmixError, validated
+
+NAME = "the model of config.json"
 
 
 class SeqmixConfig(PretrainedConfig):
@@ -29,7 +30,7 @@ class SeqmixConfig(PretrainedConfig):
     def __init__(self, model: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if model is None:
             raise SeqmixError("SeqmixConfig needs a model: SeqmixConfig(load_config('retnet-tiny').model)")
-        config = model if isinstance(model, ModelConfig) else _validated(model)
+        config = model if isinstance(model, ModelConfig) else validated(ModelConfig, model, NAME)
         self.model: dict[str, Any] = json.loads(config.model_dump_json())
         sizes = {
             "vocab_size": config.vocab_size,
@@ -48,11 +49,4 @@ class SeqmixConfig(PretrainedConfig):
     @property
     def model_config(self) -> ModelConfig:
         """Our configuration."""
-        return _validated(self.model)
-
-
-def _validated(model: Mapping[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(dict(model))
-    except ValidationError as error:
-        raise SeqmixError(explain_fields(error, model, "the model of config.json")) from error
+        return validated(ModelConfig, self.model, NAME)

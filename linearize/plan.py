@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ..data.source import DATA, DataConfig
 from ..mixers import MIXERS, MixerConfig
 from ..models import ModelConfig
-from ..registry import Config, SeqmixError, explain_fields, load
+from ..registry import Config, SeqmixError, load, validated
 from ..training import PRESETS, RunConfig
 
 StageName = Literal["mixer_output", "hidden", "logits", "text"]
@@ -127,7 +127,7 @@ def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelCon
         blocks[name], pattern[layer] = block, name
     used = {name: block.model_dump() for name, block in blocks.items() if name in pattern}
     fields = teacher.model_dump() | {"pattern": tuple(pattern), "blocks": used}
-    return _validated(ModelConfig, fields, "the student")
+    return validated(ModelConfig, fields, "the student")
 
 
 def run_config(
@@ -143,11 +143,4 @@ def run_config(
         warmup = min(fields["warmup_steps"], max(steps // 10, 1))
         fields |= {"steps": steps, "learning_rate": stage.learning_rate, "warmup_steps": warmup}
     whole = {"seed": plan.seed, "model": model.model_dump(), "data": data.model_dump(), "training": fields}
-    return _validated(RunConfig, whole, "the plan")
-
-
-def _validated(cls: Any, fields: dict[str, Any], name: str) -> Any:
-    try:
-        return cls.model_validate(fields)
-    except ValidationError as error:
-        raise SeqmixError(explain_fields(error, fields, name)) from error
+    return validated(RunConfig, whole, "the plan")

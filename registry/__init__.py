@@ -4,7 +4,7 @@ from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
 from .explain import explain_fields
 from .files import flush, read_bytes, replacing, write_file
-from .loading import dump, load
+from .loading import dump, load, validated
 from .providers import import_named, import_object
 from .registry import Registry
 from .schema import json_schema
@@ -28,5 +28,6 @@ __all__ = [
     "read_mapping",
     "replacing",
     "require_name",
+    "validated",
     "write_file",
 ]

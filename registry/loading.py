@@ -1,8 +1,8 @@
 """Load a configuration from a preset or file with overrides, and dump it as YAML."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -44,9 +44,18 @@ def load(
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for assignment in overrides:
         tree = override(tree, assignment, cls)
-    tree = complete(tree)
+    return validated(cls, complete(tree))
+
+
+def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") -> C:
+    """A configuration of a tree, or of values that were given in Python, whose errors begin with a name.
+
+    Raises:
+        ConfigError: as `load` raises it.
+    """
+    tree = fields if isinstance(fields, Node) else Node.of(fields, Origin(name))
     try:
-        return cls.model_validate(tree.plain())
+        return cls.model_validate(tree.plain() if tree is fields else fields)
     except ValidationError as error:
         raise ConfigError(explain(error, tree)) from error
 

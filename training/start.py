@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import explain_fields, load, nearest, read_bytes
+from ..registry import load, nearest, read_bytes, validated
 from ..registry.tree import Node, Origin
 from .config import PRESETS, RunConfig
 from .errors import TrainingError
@@ -178,10 +177,7 @@ def _weights(folder: Path, described: Described) -> tuple[ModelConfig, Mapping[s
     if folder.is_file() or (folder / CONFIG_FILE).is_file():
         config, found, _ = read_weights(folder)
         return config, found
-    try:
-        config = ModelConfig.model_validate(dict(described.model))
-    except ValidationError as error:
-        raise TrainingError(explain_fields(error, described.model, str(folder / HF_CONFIG))) from error
+    config = validated(ModelConfig, described.model, str(folder / HF_CONFIG))
     files = sorted(folder.glob("*.safetensors"))
     found = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
     return config, found
