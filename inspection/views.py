@@ -182,11 +182,6 @@ def _within(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) 
     return torch.stack(rows).mean(0)
 
 
-def _by_dimension(log_decay: Tensor) -> Tensor:
-    """[H] as it is, else [B T H K], K = 1 where a head has one decay."""
-    return log_decay[..., None] if log_decay.ndim == 3 else log_decay
-
-
 def _share(marked: Sequence[Tensor]) -> float:
     return sum(int(each.sum()) for each in marked) / max(sum(each.numel() for each in marked), 1)
 
