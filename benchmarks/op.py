@@ -165,15 +165,14 @@ class Theirs:
         return output.reshape(v.shape)
 
     def _positions(self, length: int) -> tuple[Any, Any]:
-        s, dtype = self.shapes, self.settings.dtype
-        with torchscale() as theirs:
-            config = theirs.Config(
-                decoder_embed_dim=s.heads * s.keys,
-                decoder_retention_heads=s.heads,
-                recurrent_chunk_size=min(CHUNK, length),
-            )
-            layer = theirs.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
-            positions = theirs.RelPos(config).to(self.settings.device)
+        s, dtype, theirs = self.shapes, self.settings.dtype, torchscale()
+        config = theirs.Config(
+            decoder_embed_dim=s.heads * s.keys,
+            decoder_retention_heads=s.heads,
+            recurrent_chunk_size=min(CHUNK, length),
+        )
+        layer = theirs.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
+        positions = theirs.RelPos(config).to(self.settings.device)
         _, decays = positions(length, chunkwise_recurrent=self.chunkwise)
         return layer, tuple(x.to(dtype) for x in decays) if self.chunkwise else decays.to(dtype)
 

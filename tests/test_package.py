@@ -177,7 +177,6 @@ MAY_IMPORT = {
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},
-    "seqmix.benchmarks.peers.torchscale": {"torchscale"},
     "seqmix.testing.adapters.hf": {"transformers"},
     "seqmix.testing.adapters.torchscale": {"torchscale"},
 }

@@ -1,10 +1,5 @@
 """The RetNet authors' own implementation, torchscale, in each of its modes."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -29,18 +24,17 @@ class TorchscaleParallel(Peer):
     def build(self) -> nn.Module:
         c, retention = self.size.config, self.size.retention
         assert retention is not None
-        with torchscale() as theirs:
-            config = theirs.Config(
-                vocab_size=c.vocab_size,
-                decoder_embed_dim=c.d_model,
-                decoder_value_embed_dim=2 * c.d_model,
-                decoder_retention_heads=retention.n_heads,
-                decoder_ffn_embed_dim=self.size.hidden(8, 3),
-                decoder_layers=c.n_layers,
-                chunkwise_recurrent=self.chunkwise,
-                recurrent_chunk_size=CHUNK,
-            )
-            return theirs.Decoder(config, embed_tokens=nn.Embedding(c.vocab_size, c.d_model))
+        config = torchscale().Config(
+            vocab_size=c.vocab_size,
+            decoder_embed_dim=c.d_model,
+            decoder_value_embed_dim=2 * c.d_model,
+            decoder_retention_heads=retention.n_heads,
+            decoder_ffn_embed_dim=self.size.hidden(8, 3),
+            decoder_layers=c.n_layers,
+            chunkwise_recurrent=self.chunkwise,
+            recurrent_chunk_size=CHUNK,
+        )
+        return torchscale().Decoder(config, embed_tokens=nn.Embedding(c.vocab_size, c.d_model))
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens)[0]
@@ -91,25 +85,8 @@ class TorchscaleRecurrent(TorchscaleParallel):
 TORCHSCALE = (TorchscaleParallel, TorchscaleChunkwise, TorchscaleRecurrent)
 
 
-@contextmanager
-def torchscale() -> Iterator[SimpleNamespace]:
-    """Its classes. It imports fairscale and timm, of which nothing is used here: where they lack, stubs stand in."""
-    names = ["fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"]
-    stubs = {name: ModuleType(name) for name in names if find_spec(name.partition(".")[0]) is None}
-    for name, used in (("fairscale.nn", ("checkpoint_wrapper", "wrap")), ("timm.models.layers", ("drop_path",))):
-        for word in used if name in stubs else ():
-            setattr(stubs[name], word, None)
-    sys.modules.update(stubs)
-    try:
-        from torchscale.architecture.config import RetNetConfig  # type: ignore[import-not-found]
-        from torchscale.architecture.retnet import RetNetDecoder, RetNetRelPos  # type: ignore[import-not-found]
-        from torchscale.component.multiscale_retention import (  # type: ignore[import-not-found]
-            MultiScaleRetention,
-        )
+def torchscale() -> Any:
+    """Its classes, by the conformance kit's adapter, which is imported only here."""
+    from ...testing.adapters.torchscale import torchscale
 
-        yield SimpleNamespace(
-            Config=RetNetConfig, Decoder=RetNetDecoder, RelPos=RetNetRelPos, Retention=MultiScaleRetention
-        )
-    finally:  # nobody else may find modules that were built on stubs
-        for name in [name for name in sys.modules if name in stubs or name.partition(".")[0] == "torchscale"]:
-            del sys.modules[name]
+    return torchscale()

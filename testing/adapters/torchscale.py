@@ -68,7 +68,7 @@ class TorchscaleConfig(AdaptedConfig):
 class _Layer(nn.Module):
     def __init__(self, d_model: int, n_heads: int, chunk: int) -> None:
         super().__init__()
-        theirs, self.chunk = _theirs(), chunk
+        theirs, self.chunk = torchscale(), chunk
         names = {"decoder_embed_dim": d_model, "decoder_retention_heads": n_heads, "recurrent_chunk_size": chunk or 1}
         args = theirs.Config(**names)
         self.rel_pos = theirs.RelPos(args)
@@ -90,7 +90,7 @@ class _Layer(nn.Module):
 
 
 @cache
-def _theirs() -> SimpleNamespace:
+def torchscale() -> SimpleNamespace:
     """Its classes. Its RetNet imports fairscale and timm, of which nothing here is used: stubs stand for them."""
     names = ["fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"]
     stubs: dict[str, Any] = {name: ModuleType(name) for name in names}
@@ -99,10 +99,14 @@ def _theirs() -> SimpleNamespace:
     with patch.dict(sys.modules, stubs):  # and nobody else finds modules that were built on stubs
         try:
             from torchscale.architecture.config import RetNetConfig  # pyright: ignore[reportMissingImports]
-            from torchscale.architecture.retnet import RetNetRelPos  # pyright: ignore[reportMissingImports]
+            from torchscale.architecture.retnet import (  # pyright: ignore[reportMissingImports]
+                RetNetDecoder,
+                RetNetRelPos,
+            )
             from torchscale.component.multiscale_retention import (  # pyright: ignore[reportMissingImports]
                 MultiScaleRetention,
             )
         except ModuleNotFoundError as error:
             raise ContractError(f"{error.name} is not installed: pip install --no-deps torchscale") from None
-    return SimpleNamespace(Config=RetNetConfig, RelPos=RetNetRelPos, Retention=MultiScaleRetention)
+    classes = {"Config": RetNetConfig, "Decoder": RetNetDecoder, "RelPos": RetNetRelPos}
+    return SimpleNamespace(**classes, Retention=MultiScaleRetention)
