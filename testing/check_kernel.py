@@ -45,17 +45,9 @@ def check_kernel(
     expected_failures: Mapping[str, str] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> KernelReport:
-    """Test what a kernel declares.
+    """Test what a kernel declares, which need not have been declared; arguments are those of `check_mixer`.
 
-    Args:
-        kernel: what is tested; it need not have been declared.
-        checks: names of the checks to run; all by default.
-        device: where it is tested.
-        examples: examples asked for; each check takes its share. Fewer than the default have fewer fixed cases too.
-        seed: of the cases drawn; None leaves it to hypothesis.
-        shrink: whether a case that fails is reduced, to the fewest tokens and options.
-        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
-        on_outcome: called with each check's outcome as it is known.
+    Fewer examples than the default have fewer fixed cases too.
 
     Raises:
         SeqmixError: a check that does not exist, or an op that has no definition here.
@@ -79,16 +71,10 @@ def parametrize_kernels(
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
-    """A decorator that gives a pytest function an argument `check`, one for every kernel and check.
+    """A decorator as `parametrize_checks`, for every kernel (all that are declared by default) and check.
 
-    The function calls it: `check()`, or `check(device="cuda")`. Where the kernel cannot run, it skips with the kernel's
-    own reason.
-
-    Args:
-        kernels: what is tested; all that are declared by default.
-        checks: names of the checks to run; all by default.
-        expected_failures: by kernel ("decay/chunkwise/reference"), checks that are known to fail, each with a reason.
-        options: as `check_kernel` has them.
+    Where the kernel cannot run, it skips with the kernel's own reason. `expected_failures` are by kernel, such as
+    "decay/chunkwise/reference"; options are those of `check_kernel`.
 
     Raises:
         SeqmixError: a check or kernel that does not exist, or nothing to test.

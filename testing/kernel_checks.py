@@ -113,7 +113,9 @@ def results_are_deterministic(trial: KernelTrial) -> None:
     _require_own_memory(trial)
     outputs = trial.run(inputs)
     first = _with_gradients(outputs, trial.gradients(outputs, inputs, retain_graph=True))
-    second = _results(trial, trial.leaves())
+    others = trial.leaves()
+    repeated = trial.run(others)
+    second = _with_gradients(repeated, trial.gradients(repeated, others))
     try:
         again = _with_gradients({}, trial.gradients(outputs, inputs))
     except Exception:  # of what is retained only in part
@@ -157,15 +159,14 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     """A dtype that is not declared, and whatever `limits` has a reason against, is an error, never a number."""
     inputs = trial.leaves()
-    try:
+
+    def computed() -> Tensors:
         outputs = trial.run(inputs)
-        roots = [x for x in outputs.values() if x.requires_grad]
-        if roots:
-            leaves = [inputs[name] for name in trial.case.grad]
-            torch.autograd.grad([x.abs().sum() for x in roots], leaves, allow_unused=True)
-    except CheckFailure:
-        raise
-    except Exception:  # in any words, torch's own too
+        if roots := [x.abs().sum() for x in outputs.values() if x.requires_grad]:
+            torch.autograd.grad(roots, [inputs[name] for name in trial.case.grad], allow_unused=True)
+        return outputs
+
+    if (outputs := _unless_refused(computed)) is None:
         return
     reasons = "; ".join(trial.kernel.unsupported(trial.case.probe(trial.device)))
     raise CheckFailure(f"it gave numbers (the output is {outputs['output'].dtype}), and declares: {reasons}")
@@ -195,11 +196,7 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
         return {name: torch.zeros_like(x) if tangent is None else tangent for name, (x, tangent) in pairs.items()}
 
     exact = tangents(case.define, given)
-    try:
-        actual = tangents(trial.run, case.inputs(trial.device))
-    except CheckFailure:
-        raise
-    except Exception:
+    if (actual := _unless_refused(lambda: tangents(trial.run, case.inputs(trial.device)))) is None:
         return
     # a tangent that is missing is all wrong; how exact one is, is not declared
     with Differences("tangents against the definition's", 0.1) as found:
@@ -229,11 +226,7 @@ def second_derivatives_are_right_or_refused(trial: KernelTrial) -> None:
         return gradients(first, {name: direction.to(first[name]) for name, direction in directions.items()}, varied)
 
     exact = second(case.define, leaves(given, case.grad))
-    try:
-        actual = second(trial.run, trial.leaves())
-    except CheckFailure:
-        raise
-    except Exception:
+    if (actual := _unless_refused(lambda: second(trial.run, trial.leaves()))) is None:
         return
     lost = 100 * torch.finfo(case.dtype).eps
     with Differences("second derivatives against the definition's", 0.1) as found:
@@ -261,6 +254,16 @@ def dispatched_ops_pass_opcheck(trial: KernelTrial) -> None:
             if result != "SUCCESS":
                 lines = [line for line in str(result).splitlines() if line.strip()]
                 raise CheckFailure("\n".join([f"{op} fails opcheck's {test}:", *(f"  {line}" for line in lines[:8])]))
+
+
+def _unless_refused(call: Callable[[], Tensors]) -> Tensors | None:
+    """What a call gives; None where it raises an error, in any words, torch's own too."""
+    try:
+        return call()
+    except CheckFailure:
+        raise
+    except Exception:
+        return None
 
 
 def _in_pieces(trial: KernelTrial, inputs: Tensors, pieces: list[tuple[int, ...]]) -> Tensors:
@@ -302,11 +305,6 @@ def _require_own_memory(trial: KernelTrial) -> None:
     trial.run(later.inputs(trial.device), later)
     for name, x in earlier.items():
         require(torch.equal(x.nan_to_num(), kept[name].nan_to_num()), f"a later call writes over {name}")
-
-
-def _results(trial: KernelTrial, inputs: Tensors) -> Tensors:
-    outputs = trial.run(inputs)
-    return _with_gradients(outputs, trial.gradients(outputs, inputs))
 
 
 def _with_gradients(outputs: Tensors, gradients: Tensors) -> Tensors:
