@@ -146,6 +146,16 @@ class Trial:
                 module.p = 0.0
         return other
 
+    def kept(self, call: Call) -> Call:
+        """A call whose final state is left out where states grow: they may hold a row's tokens in more room than it
+        needs alone."""
+
+        def mixed(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            y, after = call(x, state)
+            return y, after if self.mixer.traits.state == "constant" else None
+
+        return mixed
+
     def mix(self, x: Tensor, state: Any, mixer: Callable[..., Any] | None = None, **options: Any) -> tuple[Tensor, Any]:
         """Output and final state without grad, where a state given may be consumed."""
         with torch.no_grad():

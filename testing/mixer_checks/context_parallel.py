@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
 from ...ops.context_parallel import ContextParallel
-from ...ops.paradigm import Paradigm
 from ..check import check, context_parallel
 from ..compare import require
 from ..mixer_case import Draw
@@ -67,27 +65,16 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
         packed["cu_seqlens"] = torch.tensor([0, *cuts, ranks * length], device=trial.subject.device)
     x = trial.tokens(length=ranks * length)
     state = trial.state(3 if packed else trial.case.batch_size)
-    # a growing state may hold a row's tokens in more room than it would need on one rank
-    keep_state = trial.mixer.traits.state == "constant"
-
-    def whole(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, after = trial.call(trial.reference, **packed)(x, state)
-        return y, after if keep_state else None
-
-    expected = trial.differentiate(whole, x, state)
-    rank = trial.case.seed % ranks if keep_state else 0
+    expected = trial.differentiate(trial.kept(trial.call(trial.reference, **packed)), x, state)
+    rank = trial.case.seed % ranks if trial.mixer.traits.state == "constant" else 0
     for paradigm in trial.paradigms:
-        call = _over_ranks(trial, ranks, partial(_of, trial, paradigm, packed), rank, keep_state)
-        actual = trial.differentiate(call, x, state)
+        call = _over_ranks(trial, ranks, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
+        actual = trial.differentiate(trial.kept(call), x, state)
         what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
         trial.compare(what, actual, expected)
 
 
-def _of(trial: Trial, paradigm: Paradigm, packed: dict[str, Any], mixer: SequenceMixer) -> Call:
-    return trial.call(paradigm, mixer, **packed)
-
-
-def _over_ranks(trial: Trial, size: int, calls: Callable[[SequenceMixer], Call], kept: int, keep_state: bool) -> Call:
+def _over_ranks(trial: Trial, size: int, calls: Callable[[SequenceMixer], Call], kept: int) -> Call:
     """A call by several ranks, each with its segment; the final state is that of one of them."""
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -111,6 +98,6 @@ def _over_ranks(trial: Trial, size: int, calls: Callable[[SequenceMixer], Call],
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
         results = [future.result() for future in futures]
-        return torch.cat([y for y, _ in results], dim=1), results[kept][1] if keep_state else None
+        return torch.cat([y for y, _ in results], dim=1), results[kept][1]
 
     return call

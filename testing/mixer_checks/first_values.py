@@ -29,11 +29,11 @@ def first_values_are_read_with_their_tokens(trial: Trial) -> None:
     first values too; what mixes them in learns. Wanted values change nothing."""
     mixer, x, state = taking(trial), trial.tokens(), trial.state()
     both = torch.cat((x, trial.like(x)), dim=-1)
-    whole = compared(trial, "with first values", partial(with_first_values, mixer), both, state, mixer)
+    whole = compared(trial, "with first values", partial(with_values, mixer), both, state, mixer)
     require(whole[f"{GRADIENT} the input"][..., x.shape[-1] :].any(), "first values have no gradient")
     for name in learnable(mixer).keys() - learnable(trial.mixer).keys():
         require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
-    first = compared(trial, "of the first layer", partial(of_first_layer, trial.mixer), x, state, trial.mixer)
+    first = compared(trial, "of the first layer", partial(with_values, trial.mixer), x, state, trial.mixer)
     y, _ = trial.mix(x, state, paradigm=trial.reference)
     with trial.differences("values wanted against not") as found:
         found.tensor("the output", first["the output"][..., : x.shape[-1]], y, "BTD")
@@ -53,16 +53,10 @@ def taking(trial: Trial) -> SequenceMixer:
     return mixer.to(trial.subject.device, trial.case.dtype)
 
 
-def with_first_values(mixer: SequenceMixer, both: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
-    """A mixer as a function of tokens and first values side by side, [B T 2D]; output and values, side by side."""
-    x, first = both.chunk(2, dim=-1)
-    y, after, values = mixer(x, state, first_values=first, return_values=True, **options)
-    return torch.cat((y, values), dim=-1), after
-
-
-def of_first_layer(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
-    """Output and values of a mixer that takes none, side by side, [B T 2D]."""
-    y, after, values = mixer(x, state, return_values=True, **options)
+def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Output and values, side by side, [B T 2D], of tokens, or of tokens and the first values that a mixer takes."""
+    x, *first = x.chunk(2, dim=-1) if mixer.takes_first_values else (x,)
+    y, after, values = mixer(x, state, first_values=first[0] if first else None, return_values=True, **options)
     return torch.cat((y, values), dim=-1), after
 
 

@@ -67,21 +67,12 @@ def packing_keeps_precision(trial: Trial) -> None:
     """In float32, bfloat16 and float16, packed documents are as near float64 as sequences: output, final state and
     gradients, in every way of training."""
     x, state, exact = trial.tokens(), trial.state(len(trial.case.lengths)), trial.rebuilt(torch.float64)
-    # a growing state may hold a document's tokens in more room than it would need alone
-    keep_state, boundaries = trial.mixer.traits.state == "constant", trial.boundaries()
-
-    def kept(call: Call) -> Call:
-        def mixed(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-            y, after = call(x, state)
-            return y, after if keep_state else None
-
-        return mixed
-
+    boundaries = trial.boundaries()
     calls = {
-        f"{p}, {trial.use}, packed documents in {trial.case.dtype}": kept(trial.used(p, cu_seqlens=boundaries))
+        f"{p}, {trial.use}, packed documents in {trial.case.dtype}": trial.kept(trial.used(p, cu_seqlens=boundaries))
         for p in trial.paradigms
     }
-    whole = kept(trial.call(trial.reference, exact, cu_seqlens=boundaries))  # in float64 they are sequences
+    whole = trial.kept(trial.call(trial.reference, exact, cu_seqlens=boundaries))  # in float64 they are sequences
     _near_float64(trial, calls, whole, x, state, exact)
 
 
@@ -291,7 +282,6 @@ def autocast_changes_only_precision(trial: Trial) -> None:
     if trial.mixer.traits.packing and trial.case.seed % 2:  # the rows as documents
         packed["cu_seqlens"] = torch.arange(0, x.numel() + 1, length, device=x.device)[: len(x) + 1]
         x = x.flatten(0, 1)[None]
-    keep_state = not packed or trial.mixer.traits.state == "constant"
 
     def under(what: str, paradigm: Paradigm) -> Call:
         used = trial.used(paradigm, **packed)
@@ -302,19 +292,14 @@ def autocast_changes_only_precision(trial: Trial) -> None:
             for name, leaf in to_dict(after or ()).items():
                 sentence = f"{what}: the state's {name} is {leaf.dtype}, not {initial[name].dtype}"
                 require(leaf.dtype == initial[name].dtype, sentence)
-            return y, after if keep_state else None
+            return y, after
 
-        return call
+        return trial.kept(call) if packed else call
 
     whole = trial.call(trial.reference, exact, **packed)
-
-    def expected(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, after = whole(x, state)
-        return y, after if keep_state else None
-
     described = {f"{paradigm} under autocast, {trial.use}": paradigm for paradigm in trial.paradigms}
     calls = {what: under(what, paradigm) for what, paradigm in described.items()}
-    _near_float64(trial, calls, expected, x, state, exact, torch.bfloat16)
+    _near_float64(trial, calls, trial.kept(whole) if packed else whole, x, state, exact, torch.bfloat16)
 
 
 @check(

@@ -63,12 +63,10 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
     boundaries = trial.boundaries()
     assert boundaries is not None
     boundaries = torch.stack((boundaries, 0 * boundaries), dim=1)[:, 0]  # as a column of a table is
-    # a growing state may hold a document's tokens in more room than it would need alone
-    keep_state = trial.mixer.traits.state == "constant"
 
     def one_by_one(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         groups = list(alone(trial, trial.call(), x, state))
-        return together(groups, lengths), in_order(groups) if keep_state else None
+        return together(groups, lengths), in_order(groups) if trial.mixer.traits.state == "constant" else None
 
     expected = trial.differentiate(one_by_one, x, state)
     for paradigm in trial.paradigms:
@@ -76,10 +74,9 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
         def packed(x, state, paradigm=paradigm):
             y, states = trial.used(paradigm, cu_seqlens=boundaries)(x, state)
             # the gradient of a strided view is strided
-            y = torch.stack((y, y), dim=-1)[..., 0] if trial.case.seed % 2 else y
-            return y, states if keep_state else None
+            return torch.stack((y, y), dim=-1)[..., 0] if trial.case.seed % 2 else y, states
 
-        actual = trial.differentiate(packed, x, state, used=True)
+        actual = trial.differentiate(trial.kept(packed), x, state, used=True)
         what = f"{paradigm}, {trial.use}, documents of {described(trial)} tokens packed against each alone"
         trial.compare(what, actual, expected)
 
