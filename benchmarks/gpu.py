@@ -67,15 +67,10 @@ def measure(
     time_limit: float = 600.0,
     budget: float = float("inf"),
 ) -> list[Outcome]:
-    """Run what has not been run, and write what there is after each part.
+    """Run the parts that have not been run, in order, and write what there is into the folder `out` after each.
 
-    Args:
-        parts: in this order.
-        out: the folder for the results.
-        note: is given the part that begins, in words.
-        runner: runs a part, with its file and its seconds, and returns what went wrong.
-        time_limit: seconds that a part may take.
-        budget: seconds that all may take together; what is left then is not begun.
+    `runner` runs a part, with its file and its seconds, and returns what went wrong; `note` is given the part that
+    begins, in words. A part may take `time_limit` seconds, all together `budget`: what is left then is not begun.
     """
     folder, end = out / "parts", time.perf_counter() + budget
     folder.mkdir(parents=True, exist_ok=True)

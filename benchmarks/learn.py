@@ -104,12 +104,7 @@ class Learning:
 
 
 def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], object]) -> Report:
-    """Train all, interleaved.
-
-    Args:
-        changes: of the configuration, `data.paths=[text.txt]` among them.
-        only: names of what is trained; all when empty.
-        progress: called with what is being done.
+    """Train those named in `only` (all when empty), interleaved; `changes` name the text, `data.paths=[text.txt]`.
 
     Raises:
         SeqmixError: a change, a name or the text cannot be used.

@@ -74,14 +74,10 @@ def interleaved(
     synchronize: Callable[[], Any] = _nothing,
     on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
 ) -> dict[Name, list[float]]:
-    """Seconds a unit of every call in every round. The calls are warm already.
+    """Seconds a unit of every call in every round, in each of which every call runs once. The calls are warm already.
 
-    Args:
-        calls: what is timed, by name.
-        repeat: rounds; in each, every call runs once.
-        clock: seconds.
-        synchronize: waits until the device has done what it was given.
-        on_call: called with the name of each call before it runs.
+    `synchronize` waits until the device has done what it was given; `on_call` is given the name of each call before it
+    runs.
     """
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     for names in turns(list(calls), repeat):

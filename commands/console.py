@@ -26,11 +26,8 @@ class _Console(Console):
 
 
 def terminal(*, quiet: bool = False) -> Console:
-    """A console on standard output, without markup: paths and names are printed as they are.
-
-    Args:
-        quiet: whether to print nothing.
-    """
+    """A console on standard output, without markup: paths and names are printed as they are. A quiet one prints
+    nothing."""
     console = _Console(markup=False, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width, console.soft_wrap = WIDE, True  # lines in a file are never wrapped
@@ -38,13 +35,7 @@ def terminal(*, quiet: bool = False) -> Console:
 
 
 def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: Any) -> Table:
-    """A table as narrow as its cells, with lines only around the header.
-
-    Args:
-        columns: the headers.
-        rows: the cells.
-        options: of rich's `add_column`, for all columns.
-    """
+    """A table as narrow as its cells, with lines only around the header; `options` are rich's, of all columns."""
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, **options)

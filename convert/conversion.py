@@ -99,15 +99,9 @@ def export_to(
     tell: Callable[[str], object],
     trust: bool = False,
 ) -> tuple[Architecture, list[Rule]]:
-    """Write a trained model as a folder of another library.
+    """Write a trained model, a run directory or a file of `seqmix export`, as a folder of the architecture `name`.
 
-    Args:
-        run: a run directory, or a file of `seqmix export`.
-        out: the folder; None to write nothing.
-        name: the architecture.
-        choice: which checkpoint.
-        tell: called with a sentence for each damaged checkpoint that was skipped.
-        trust: as in `load_run`.
+    Nothing is written where `out` is None; `choice`, `tell` and `trust` are as in `load_run`.
 
     Raises:
         SeqmixError: the model has what the architecture has not, or a file cannot be read or written.

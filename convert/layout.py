@@ -75,14 +75,10 @@ class Rule:
 def to_ours(
     rules: Iterable[Rule], theirs: Mapping[str, Tensor], where: object, unread: str, copies: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """All tensors of a model here.
+    """All tensors of a model here, of theirs by name.
 
-    Args:
-        rules: the tensors here.
-        theirs: tensors by name.
-        where: the source, as errors call it.
-        unread: a regular expression of names of theirs that carry nothing: buffers that their code computes.
-        copies: names of theirs that may be there once more, and the tensors that they repeat.
+    Names that match `unread` carry nothing: buffers that their code computes. `copies` are names of theirs that may be
+    there once more, and the tensors that they repeat.
 
     Raises:
         SeqmixError: a tensor is missing, has another shape than the configuration says, or is left over.

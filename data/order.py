@@ -101,17 +101,11 @@ def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
 
 
 def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """The position of each sample in its epoch's order: a permutation for every (seed, epoch).
+    """The position of each sample [N] in the order of its epoch [N]: a permutation for every (seed, epoch).
 
     A Feistel network permutes numbers of 2 b bits, the fewest that hold all samples; a result out of range goes through
     again until it is in range (cycle walking: Black and Rogaway, 2002). A permutation in an array would take memory
     proportional to the text, and every resumed run would have to draw it again.
-
-    Args:
-        numbers: integers from 0 to samples - 1, [N].
-        epochs: the epoch of each, [N].
-        samples: number of samples.
-        seed: seed of the order.
     """
     half = np.uint64(max(1, (max(samples - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -30,14 +30,7 @@ LARGEST_EXPONENT = 700.0
 
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
-    """What was found by a study.
-
-    Args:
-        plan: its runs.
-        folder: where it was made.
-        failed: why runs failed, by their names.
-        speed: what was timed.
-    """
+    """What was found by a study in its folder; `failed` says why runs failed, by their names."""
     crowds = _at_once(folder / JOBS_FILE)
     runs = [
         run_result(run, folder / RUNS / run.name, error=failed.get(run.name), at_once=crowds.get(run.name))

@@ -30,11 +30,7 @@ class Curves:
 
 
 def read_curves(run: Path, name: str) -> Curves:
-    """Read what a run has measured, also one that still trains or was killed.
-
-    Args:
-        run: the folder that `seqmix train` wrote.
-        name: what its series are called.
+    """Read what a run has measured, also one that still trains or was killed; its series are called `name`.
 
     Raises:
         SeqmixError: it is not a run directory, or has measured nothing yet.

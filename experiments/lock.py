@@ -20,11 +20,8 @@ held: list[int] = []
 
 @contextmanager
 def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
-    """Keep other processes from running the same study.
-
-    Args:
-        folder: the study's; it is created.
-        note: called with why it takes long.
+    """Keep other processes from running the study of a folder, which is created; `note` is called with why it takes
+    long.
 
     Raises:
         StudyError: one does.

@@ -107,12 +107,7 @@ def whole_cost(model: ModelConfig, length: int) -> Cost:
 
 
 def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
-    """What a model costs.
-
-    Args:
-        model: its configuration; nothing is allocated.
-        metric: parameters; operations per token, forward; or bytes of one sequence's state.
-        length: tokens of a sequence, which operations and a growing state depend on.
+    """What a model costs at a length: parameters; operations per token, forward; or bytes of one sequence's state.
 
     Raises:
         SeqmixError: the model cannot be built.
@@ -126,17 +121,11 @@ def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
 
 
 def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Matched:
-    """The model with the match's field turned until it costs what is wanted.
-
-    Args:
-        model: what is turned.
-        match: by which field, and how far off the cost may be.
-        wanted: parameters, operations per token or bytes.
-        length: tokens of a sequence.
+    """The model with the match's field turned until it costs what is wanted at a length.
 
     Raises:
-        MatchError: the field does not exist or is not a number; or no value comes near enough, and the nearest is named
-            comes nearest, and how near.
+        MatchError: the field does not exist or is not a number; or no value comes near enough: the one that comes
+            nearest, and how near.
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
     if (best := search.run()) is None:

@@ -83,11 +83,7 @@ class Plan:
 
 
 def plan(study: Study, file: Path) -> Plan:
-    """Work out the runs of a study.
-
-    Args:
-        study: what is compared.
-        file: where it was read; presets and files it names lie beside it.
+    """Work out the runs of a study; presets and files it names lie beside `file`, where it was read.
 
     Raises:
         SeqmixError: an entry is no configuration, cannot be matched, or would not be compared fairly.

@@ -81,13 +81,7 @@ class Outcome:
 def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, Outcome]:
     """Run a study, or resume it, and write its results, tables and report.
 
-    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint.
-
-    Args:
-        plan: its runs.
-        folder: where everything is written.
-        jobs: runs at once; None for `default_jobs`.
-        observer: follows it.
+    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint. At once run `jobs`, by default `default_jobs`.
 
     Raises:
         StudyError: another process runs it, or the folder cannot be written.
@@ -121,12 +115,8 @@ def make_runs(
 ) -> Outcome:
     """Train the runs that are not finished; the caller holds the folder's lock.
 
-    Args:
-        plan: the study.
-        folder: where.
-        jobs: runs at once; each has one of the GPUs, if there are any.
-        observer: follows it.
-        stop: asked now and then; true lets running ones stop with a checkpoint, and begins no other.
+    At once run `jobs`; each has one of the GPUs, if there are any. `stop` is asked now and then; true lets running ones
+    stop with a checkpoint, and begins no other.
     """
     waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))

@@ -10,11 +10,8 @@ from .results import COSTS, Results, RunResult, Statistic, SummaryRow
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
     """One row per entry and variant, at the rate with the lowest mean final validation loss.
 
-    A rate at which fewer seeds finished than at another is not taken: it diverges.
-
-    Args:
-        runs: all runs of a study.
-        rates: the grid of learning rates, to see whether the best one lies at its edge.
+    A rate at which fewer seeds finished than at another is not taken: it diverges. By the grid `rates` a row says
+    whether its own lies at the edge.
     """
     groups: dict[str, dict[float, list[RunResult]]] = {}
     for run in runs:

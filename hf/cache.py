@@ -90,12 +90,8 @@ def mix_cached(
 ) -> Tensor:
     """Mix a batch [B T D] from the states of a cache, which then holds those after it; returns the output [B T D].
 
-    Args:
-        run: takes a segment without padding, a state and a paradigm per mixer, `cu_seqlens` and `return_state`.
-        x: the batch.
-        mixers: the mixers in their order.
-        layers: the layer of the cache of each.
-        rows: what the rows of the batch are made of.
+    `run` takes a segment without padding, a state and a paradigm per mixer, `cu_seqlens` and `return_state`; each mixer
+    has a layer of the cache.
     """
     if rows.cu_seqlens is not None:
         raise SeqmixError("packed documents leave no cache: give use_cache=False")

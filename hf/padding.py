@@ -58,12 +58,7 @@ def mix_rows(
 ) -> tuple[Float[Tensor, "B T D"], Any]:
     """Mix a batch whose rows may have padding anywhere: the real tokens as packed documents, or row by row.
 
-    Args:
-        mix: takes a segment without padding, a state and `cu_seqlens`; returns the output and the state after it.
-        x: the batch.
-        state: the state before it, of B rows; None for none.
-        rows: what its rows are made of.
-        mixers: the mixers of `mix`.
+    `mix` takes a segment without padding, a state and `cu_seqlens`, and returns the output and the state after it.
 
     Returns:
         The output, 0 at padding, and the state of B rows: padding leaves it as it was.

@@ -74,12 +74,7 @@ class LayerView:
 
 
 def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
-    """Run a text through a model, and measure every layer.
-
-    Args:
-        model: the model, in evaluation mode; gradients of its parameters are not kept.
-        tokens: one sequence of T >= 2 tokens.
-    """
+    """Run a sequence of T >= 2 tokens through a model in evaluation mode, and measure every layer."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
     with captured(mixers) as seen, torch.no_grad():
         model(tokens)

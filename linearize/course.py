@@ -79,14 +79,10 @@ class Result(Config):
 
 
 class Linearization:
-    """A source, a plan and the folder of the result.
+    """A source (as `seqmix convert` reads it, or a run), a plan and the folder of the result.
 
-    Args:
-        source: a run directory, or a folder of a model of transformers or another library that `seqmix convert` reads.
-        plan: the plan.
-        out: the folder; that of an earlier call with the same source and plan continues.
-        device: where it computes; None for a GPU if there is one.
-        tokenizer: of another library's model, as in `import_from`.
+    An earlier call's folder, of the same source and plan, continues. It computes on `device`, None for a GPU if there
+    is one; `tokenizer` is that of `import_from`.
 
     Raises:
         SeqmixError: the source cannot be read, the plan does not fit it, the folder is another linearization's, or

@@ -53,13 +53,8 @@ def weights_of(
     """The weights with which outputs at some tokens read all tokens, and whether they are those of an op's heads.
 
     Without an op with heads there is one head: the norms of the gradients of the output with respect to the mixer's
-    inputs, summed over the output's dimensions with random signs (fixed by a seed).
-
-    Args:
-        mixer: the mixer; its parameters need no gradients.
-        x: its inputs.
-        queries: indices of tokens, from 0.
-        options: of the mixer's call.
+    inputs, summed over the output's dimensions with random signs (fixed by a seed). `queries` are indices of tokens,
+    from 0; parameters need no gradients.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), recorded() as calls:

@@ -171,12 +171,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
         """The residual stream after the last block, before the last norm, and the state; arguments as in `forward`.
 
-        Args:
-            x: what `embed` gives, or embeddings of another origin.
-            state: what came before.
-            paradigm: for every layer, or one per layer.
-            cu_seqlens: document boundaries.
-            return_state: whether the state after the segment is wanted.
+        x is what `embed` gives, or embeddings of another origin.
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or there is not one state per layer.

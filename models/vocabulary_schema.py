@@ -18,11 +18,7 @@ LARGEST = 2**31
 
 
 def require_safe(vocabulary: bytes, name: object) -> None:
-    """Refuse a tokenizer.json that is unsafe to read or to encode with.
-
-    Args:
-        vocabulary: its content.
-        name: what errors call it.
+    """Refuse a tokenizer.json that is unsafe to read or to encode with; errors call it `name`.
 
     Raises:
         SeqmixError: it is not JSON, gives a key twice, is random, or expands texts.

@@ -39,13 +39,8 @@ class _Grouped(NamedTuple):
 def grouped_linear(
     x: Float[Tensor, "M D"], weight: Float[Tensor, "E D H"], ends: Int[Tensor, " E"]
 ) -> Float[Tensor, "M H"]:
-    """The products.
-
-    Args:
-        x: rows, sorted by group.
-        weight: a matrix per group, of the dtype of x.
-        ends: int32; the row after each group's last. The last one is M.
-    """
+    """The products of rows, sorted by group, and each group's matrix, of their dtype; `ends` is the row after its
+    last."""
     return _OP(_Grouped(x, weight, ends))[0]
 
 

@@ -76,11 +76,7 @@ def import_named(module: str) -> ModuleType:
 
 
 def import_object(path: str, what: str) -> Any:
-    """What a dotted path names, such as `my_package.my_module:MyLogger`.
-
-    Args:
-        path: the path.
-        what: what it is, for errors.
+    """What a dotted path names, such as `my_package.my_module:MyLogger`; errors call it `what`.
 
     Raises:
         ConfigError: its module cannot be loaded, or has no such name.

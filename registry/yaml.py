@@ -31,14 +31,8 @@ _STRINGS = ("str", "timestamp", "value", "merge")
 
 
 def parse(text: str, source: str) -> Node | None:
-    """Read one YAML document.
-
-    Args:
-        text: the document.
-        source: its name in errors, which also name lines unless it is `COMMAND_LINE`.
-
-    Returns:
-        The tree, or None for an empty document.
+    """Read one YAML document, None if it is empty; `source` is its name in errors, with lines unless it is
+    `COMMAND_LINE`.
 
     Raises:
         ConfigError: the text is not YAML, gives a key twice, or uses what a configuration does not need, such as tags.

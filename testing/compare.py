@@ -31,10 +31,8 @@ class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks
 class Differences:
     """Collects what differs, so that one failure names every tensor that is wrong.
 
-    Args:
-        what: what is compared with what ("recurrent against parallel").
-        tolerance: allowed, relative and absolute; 0 means bit for bit.
-        slack: by name of a tensor, what is allowed beside that, absolute.
+    `what` is compared with what ("recurrent against parallel"). The tolerance is relative and absolute, 0 bit for bit;
+    `slack` is allowed beside it, absolute, by name of a tensor.
     """
 
     def __init__(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> None:

@@ -42,16 +42,10 @@ def search(
     simpler: Callable[[C], Iterable[C]] | None = None,
     on_case: Callable[[int], None] | None = None,
 ) -> Found[C]:
-    """Try cases until one raises, then simpler ones.
+    """Try cases until one raises, at most `examples`; then the fixed ones; and of one that raised, simpler ones.
 
-    Args:
-        attempt: raises where something is wrong.
-        cases: what is drawn from.
-        examples: cases at most, before one raises.
-        seed: of the cases; None leaves it to hypothesis.
-        fixed: cases that are tried where none of those drawn raises.
-        simpler: gives simpler cases than the one that raised; None leaves it as it was found.
-        on_case: called with the number of cases tried, after each.
+    A seed of None leaves the cases to hypothesis. `simpler` gives simpler cases than the one that raised; None leaves
+    it as it was found. `on_case` is called with the number of cases tried, after each.
     """
     tried = passed = 0
     failed: list[tuple[C, Exception]] = []

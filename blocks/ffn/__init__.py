@@ -54,10 +54,8 @@ class FeedForward(nn.Module, ABC):
                 module.reset_parameters()
 
     def balance(self, total: Callable[[Tensor], Tensor]) -> float | None:
-        """What a network does after an optimizer step: a mixture of experts balances its load.
-
-        Args:
-            total: the sum of a tensor over all processes.
+        """What a network does after an optimizer step: a mixture of experts balances its load, by the sums of all
+        processes.
 
         Returns:
             The largest load over the mean, minus 1 (arXiv 2408.15664's MaxVio); None where nothing is balanced.

@@ -45,14 +45,8 @@ TIMES = (1, 4)
 
 
 def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell: Callable[[str], object]) -> int:
-    """Measure one claim, or go on with it, and keep what is needed of it.
-
-    Args:
-        claim: one of `CLAIMS`.
-        scale: which files: those for two cores, or the paper's sizes.
-        jobs: runs at once.
-        kept: the folder in which results are kept beside the study's own; None keeps none.
-        tell: called with a line about what is done.
+    """Measure one claim of `CLAIMS` on a scale, or go on with it, and write what a page needs of it to `kept`, if
+    given.
 
     Returns:
         An exit status: 0, 1 if runs failed, 130 if it was stopped.

@@ -8,12 +8,7 @@ from .gates import LowRank
 
 
 class ValueResidual(LowRank):
-    """v + nu * (v^1 - v) with nu = sigmoid(x W_1 W_2 + b) by channel, as RWKV-7 has it.
-
-    Args:
-        width: channels.
-        rank: of the map from tokens to nu.
-    """
+    """v + nu * (v^1 - v) by channel, with nu = sigmoid(x W_1 W_2 + b) of a map of some rank, as RWKV-7 has it."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__(width, rank, width, bias=True)

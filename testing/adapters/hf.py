@@ -262,11 +262,8 @@ def _state_kind(path: str, config: str, layer_idx: int, mask: bool) -> Any:
 def named(path: str, config: str, changes: Sequence[str], *, presets: Path) -> list[HFConfig]:
     """What `seqmix check hf:PATH --config CONFIG KEY=VALUE` checks: training, and decoding where there is a cache.
 
-    Args:
-        path: the class, `module:Class`.
-        config: fields of its configuration, as YAML or JSON, or a file of them.
-        changes: of the fields of `HFConfig`, as `use=packed`.
-        presets: as `load` takes them.
+    `config` has fields of the class's configuration, as YAML or JSON, or names a file of them; `changes` are of
+    `HFConfig`.
 
     Raises:
         SeqmixError: what is wrong, in one sentence.
