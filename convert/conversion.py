@@ -50,12 +50,10 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
 
 
 def import_from(source: Path, out: Path | None, tokenizer: str | None = None) -> tuple[Architecture, list[Rule]]:
-    """Write another library's model as a run directory, with a checkpoint of step 0.
+    """Write another library's model as a run directory, with a checkpoint of step 0; nothing where `out` is None.
 
-    Args:
-        source: a folder with config.json and safetensors.
-        out: the directory; None to write nothing.
-        tokenizer: a tokenizer.json, or `bytes`; the folder's own when None.
+    `source` is a folder with config.json and safetensors; `tokenizer` a tokenizer.json, or `bytes`, the folder's own
+    when None.
 
     Returns:
         What it is, and where every tensor came from.

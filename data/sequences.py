@@ -17,30 +17,18 @@ PADDING = -1
 
 
 class Cut:
-    """Sequences cut from a range of a token stream.
-
-    Args:
-        tokens: the stream.
-        span: the range.
-        length: sequence length.
-        order: `random_windows` or `epochs`.
-        source: number of the source in a mixture: each has its own order.
-    """
+    """Sequences of a length, cut from a range of a token stream in an order, `random_windows` or `epochs`; each source
+    of a mixture has its own, by its number."""
 
     def __init__(self, tokens: Tokens, span: range, length: int, order: str, source: int = 0) -> None:
         self.tokens, self.span, self.length, self.order, self.source = tokens, span, length, order, source
 
     def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """Some sequences of a step, each with one more token for its last target; the last of an epoch is padded.
+        """Some sequences of a step, int64 [wanted, length + 1]: each has one more token for its last target. The last
+        of an epoch is padded.
 
-        Args:
-            numbers: of all sequences of this source in the step, ascending without a gap, [N].
-            wanted: which of them to read, bool [N].
-            seed: seed of the order.
-            step: the step.
-
-        Returns:
-            int64 [wanted, length + 1].
+        `numbers` [N] are of all sequences of this source in the step, ascending without a gap; `wanted` [N] says which
+        to read.
         """
         size, length, source = len(self.span), self.length, self.source
         if self.order == "epochs":

@@ -40,13 +40,10 @@ class Store(Protocol):
 
 
 class Stream:
-    """Concatenated pieces of stores. The first token of every piece reads as the begin token.
+    """Concatenated pieces of stores, of which each has starts and stops [N 2]. The first token of every piece reads as
+    the begin token.
 
     A slice is an array; the rest is not loaded.
-
-    Args:
-        parts: stores, and the start and stop of the pieces of each, [N 2].
-        begin: the begin token.
     """
 
     def __init__(self, parts: Sequence[tuple[Store, np.ndarray]], begin: int) -> None:

@@ -24,14 +24,8 @@ START: Mapping[str, Any] = {"pass": 0, "block": 0, "row": 0, "rows": None, "docu
 
 
 class DatasetStream:
-    """The tokens of a streamed dataset, each document after a begin token.
-
-    Args:
-        config: a source with a dataset.
-        tokenizer: makes its documents tokens.
-        seed: seed of the order.
-        place: where to start: `START`, or the place of another stream of the same source and seed.
-    """
+    """The tokens of a streamed dataset, each document after a begin token; from `START`, or the place of another stream
+    of the same source and seed."""
 
     def __init__(
         self, config: DocumentsConfig, tokenizer: Tokenizer, seed: int, place: Mapping[str, Any] = START

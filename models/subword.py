@@ -35,13 +35,8 @@ class SubwordTokenizer(Tokenizer):
     unit = "subwords"
 
     def __init__(self, vocabulary: bytes, name: object, begin: str | None = None) -> None:
-        """Read a vocabulary.
-
-        Args:
-            vocabulary: the content of a tokenizer.json.
-            name: what errors call it.
-            begin: the token of the vocabulary that opens a document; None for one that follows the last.
-        """
+        """Read the content of a tokenizer.json, which errors call `name`; `begin` is its token that opens a document,
+        None for one that follows the last."""
         library = _library()
         require_safe(vocabulary, name)
         with _explained(f"the tokenizer {name} is not a tokenizer.json"):

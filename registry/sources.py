@@ -16,14 +16,11 @@ EXTENDS = "extends"
 
 
 def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path = Path()) -> Node:
-    """The mapping in a source, merged into everything that it extends.
+    """The mapping in a source, merged into everything that it extends: a preset of the folder `presets`, or a YAML
+    file.
 
-    Args:
-        source: the name of a preset, or a YAML file. A word is a file if it has a suffix .yaml or .yml or a separator,
-            or exists as one.
-        presets: the folder of the presets, one file `<name>.yaml` each.
-        cls: the class of the configuration, for its deprecated names and default kinds.
-        folder: the folder of a word's file.
+    A word is a file in `folder` if it has a suffix .yaml or .yml or a separator, or exists as one. The class has
+    deprecated names and default kinds.
 
     Raises:
         ConfigError: a source is unknown, unreadable or not a YAML mapping, or files extend each other in a circle.

@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average; each process has the shards of its own parameters.
-
-    Args:
-        model: it begins as this model's parameters.
-        decay: per step, in (0, 1).
-    """
+    """The average, with a decay per step in (0, 1); it begins as the model's parameters, and each process has its own
+    shards."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -163,13 +163,8 @@ def write_run(
 ) -> None:
     """Write a run directory of weights that no optimizer has: it evaluates, generates and exports as any other.
 
-    Args:
-        out: the directory; it may exist, without a configuration.
-        config: its configuration.
-        tensors: the parameters by name.
-        step: the step of the checkpoint.
-        comment: lines above the configuration, each with `#`.
-        tokenizer: of which the run gets a copy.
+    The directory may exist, without a configuration. `comment` has lines above the configuration, each with `#`; of the
+    tokenizer the run gets a copy.
 
     Raises:
         SeqmixError: the directory is a run already, or cannot be written.

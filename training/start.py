@@ -69,12 +69,8 @@ class Beginning(NamedTuple):
 
 
 def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> Beginning:
-    """Copy a folder's weights into a model.
-
-    Args:
-        folder: as training.start_from.
-        model: has tensors of the same names and shapes; other fields may differ, and a note says so.
-        tokenizer: that of the text the model is going to read.
+    """Copy a folder's weights (of training.start_from) into a model of the same names and shapes; other fields may
+    differ, and a note says so. `tokenizer` is that of the text the model is going to read.
 
     Raises:
         SeqmixError: the folder cannot be read, or its model or tokenizer is another one.

@@ -7,14 +7,8 @@ from torch import Tensor, nn
 
 
 class BonusNorm(nn.Module):
-    """GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, with one group, and vectors, per head.
-
-    Args:
-        n_heads: heads.
-        width: of a head's keys and values.
-        eps: times the width, added to the variance.
-        start: weights at the start.
-    """
+    """GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, with one group, and vectors, per head; weights begin as
+    `start`, and eps times the width is added to the variance."""
 
     def __init__(self, n_heads: int, width: int, eps: float, start: float) -> None:
         super().__init__()

@@ -35,15 +35,10 @@ class StateSpaceConfig(TimeStepRange):
 
 
 class StateSpaceMixer(MatrixStateMixer):
-    """A mixer with one projection of its input, to a gate, values and keys and queries of groups, and more.
+    """A mixer with one projection of its input, to a gate, values and keys and queries of groups, and more (its widths;
+    None for one scalar per head).
 
-    A subclass adds its modules, calls `reset_parameters`, and writes `mix`.
-
-    Args:
-        config: the mixer's configuration.
-        d_model: width of the residual stream.
-        n_layers: of the model, for the start of the output projection.
-        more: widths of what else is projected; None for one scalar per head.
+    A subclass adds its modules, calls `reset_parameters`, and writes `mix`. The output projection starts by `n_layers`.
 
     Raises:
         ContractError: heads or groups do not divide the widths.

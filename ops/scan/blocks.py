@@ -169,15 +169,12 @@ class Layout(NamedTuple):
 def run_blocks(
     decay: Tensor, written: Tensor, total: Tensor | None, state: Tensor, entered: Tensor, step: Step = torch.addcmul
 ) -> None:
-    """The states after each token in place of what is written, [m n ..], and those before each block, [n ..].
+    """The states after each token in place of what is written, [m n ..], and those before each block, [n ..], in
+    `entered`.
 
-    Args:
-        decay: what a state is multiplied with at each token, [m n ..].
-        written: what is added.
-        total: the same as `decay` for whole blocks, [n ..]; needed where there are several.
-        state: that before the first block, [..].
-        entered: where the states before the blocks are written.
-        step: the state after a token, of what is written, the decay and the state before it.
+    A state, [..] before the first block, is multiplied with `decay` at each token [m n ..], and with `total` in a whole
+    block [n ..], needed where there are several. `step` makes the state after a token of what is written, the decay and
+    the state before it.
     """
     factors, h = decay.unbind(), written.unbind()
     if len(entered) == 1 or total is None:
