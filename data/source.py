@@ -31,6 +31,14 @@ class Packed(NamedTuple):
     """Document boundaries of the row; the last documents may be empty. None without packing."""
 
 
+class LossSlice(NamedTuple):
+    """A partition of the targets of a batch."""
+
+    names: Sequence[str]
+    of: Int[Tensor, "B T"]
+    """The number of each target's name."""
+
+
 class Examples(NamedTuple):
     """A batch of the validation split."""
 
@@ -116,6 +124,10 @@ class Source(ABC):
             SeqmixError: it is not text, or its validation split is too short.
         """
         raise SeqmixError(f"training.evaluation_lengths needs a text, and {self.name} is not one")
+
+    def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
+        """Partitions of a batch's targets, by axis, that evaluations measure the loss of; by default none."""
+        return {}
 
     def packed(self, batch: Batch) -> Packed:
         """A batch with packed documents, each of which starts from an empty state; by default unchanged."""

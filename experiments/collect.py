@@ -23,7 +23,7 @@ from .summary import summarise
 C = TypeVar("C", bound=Config)
 RUNS, JOBS_FILE = "runs", "jobs.jsonl"
 """In a study's folder: that of the runs, and a line for each process that made one: how many ran at once."""
-EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by_length")
+EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by", "validation_loss_by_length")
 """What of a run is that of its final evaluation."""
 LARGEST_EXPONENT = 700.0
 """Of e, that a number can hold: perplexities of models that diverged are none."""

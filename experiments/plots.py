@@ -86,6 +86,8 @@ class Plots:
         """What came out: by difficulty, by length, by what was varied, over the state and the learning rate."""
         names = dict.fromkeys(name for row in self.results.summary for name in row.accuracy_by)
         found = [self._difficulty(name) for name in names]
+        losses = dict.fromkeys(name for row in self.results.summary for name in row.validation_loss_by)
+        found += [self._slices(name) for name in losses]
         return drawable([*found, self._lengths(), *self._variants(), *self._states(), *self._learning_rates()])
 
     def speed(self) -> list[Figure]:
@@ -122,6 +124,17 @@ class Plots:
         caption = "The share of target tokens that are right, "
         caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
         return self._scores(f"accuracy by {name.replace('_', ' ')}", caption, axis, ACCURACY, values)
+
+    def _slices(self, name: str) -> Figure:
+        rows = self._of_best_variant(row for row in self.results.summary if name in row.validation_loss_by)
+        axis, place = _axis_of(name, dict.fromkeys(key for row in rows for key in row.validation_loss_by[name]))
+        values = {row.entry: {place[repr(key)]: v for key, v in row.validation_loss_by[name].items()} for row in rows}
+        caption = "Validation loss of the targets before each position; the bins begin where the one to the left ends."
+        if axis.names:
+            caption = (
+                "Validation loss of recall hits, rare n-grams that the sequence has shown before, and of the rest."
+            )
+        return self._scores(f"loss by {name}", caption, axis, VALIDATION, values)
 
     def _lengths(self) -> Figure:
         rows = self._of_best_variant(self.results.summary)

@@ -119,6 +119,8 @@ class RunResult(Config):
     """Of the final evaluation, as are accuracies."""
     accuracy: float | None = None
     accuracy_by: AccuracyBy = Field(default_factory=dict)
+    validation_loss_by: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """By slice: of positions, of recall hits and other tokens."""
     validation_loss_by_length: dict[str, float] = Field(default_factory=dict)
     scores: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Of lm-eval's tasks, by task and metric, as `seqmix evaluate --tasks --save` wrote them."""
@@ -155,6 +157,7 @@ class SummaryRow(Config):
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
+    validation_loss_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
     validation_loss_by_length: dict[str, Statistic] = Field(default_factory=dict)
     scores: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
 

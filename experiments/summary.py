@@ -63,10 +63,15 @@ def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highes
         tokens_per_second_range=(min(ranges)[0], max(high for _, high in ranges)) if ranges else None,
         validation_loss=statistic(_values(runs, "validation_loss")),
         accuracy=statistic(accuracies) if accuracies else None,
-        accuracy_by={name: _by_key([run.accuracy_by.get(name, {}) for run in runs]) for name in runs[0].accuracy_by},
+        accuracy_by=_by_axis([run.accuracy_by for run in runs]),
+        validation_loss_by=_by_axis([run.validation_loss_by for run in runs]),
         validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),
         scores={task: _by_key([run.scores.get(task, {}) for run in runs]) for task in runs[0].scores},
     )
+
+
+def _by_axis(axes: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, Statistic]]:
+    return {name: _by_key([by.get(name, {}) for by in axes]) for name in axes[0]}
 
 
 def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Statistic]:

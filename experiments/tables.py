@@ -144,7 +144,8 @@ def write_tables(results: Results, folder: Path) -> None:
     write_file(markdown(results), folder / "summary.md")
 
 
-COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy", "validation_loss_by_length": "validation_loss"}
+COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy"}
+COLUMNS |= dict.fromkeys(("validation_loss_by", "validation_loss_by_length"), "validation_loss")
 """What fields are called in a column's name."""
 
 

@@ -79,6 +79,8 @@ class Evaluated:
     """Share of a task's targets that are predicted correctly; None for a text."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracy for each value of each axis of difficulty."""
+    loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Loss for each slice of `data.slices`; by position in sequences of the longest of the lengths."""
 
 
 @dataclass(frozen=True)

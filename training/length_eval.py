@@ -6,7 +6,6 @@ loss of the same tokens after more or less preceding text.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..data.kinds.text import Text
+from ..data.slices import bins
 from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
 from ..registry import SeqmixError
@@ -122,7 +122,7 @@ def by_length(
                 difference = max(difference, (losses - found[chosen[0]]).abs().max().item())
             counted += (batch.targets != IGNORED).sum(0)
         whole = _at(sums, counted, 0, length)
-        places = (_at(sums, counted, *place) for place in _bins(length, source.config.sequence_length))
+        places = (_at(sums, counted, *place) for place in bins(length, source.config.sequence_length))
         yield LengthLoss(length, whole.tokens, whole.losses, tuple(places), difference)
 
 
@@ -153,12 +153,6 @@ def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm
     inputs, targets, cu_seqlens = source.packed(Batch(*(part.to(model.device) for part in batch)))
     output = model(inputs, targets=targets, reduction="none", paradigm=paradigm, cu_seqlens=cu_seqlens)
     return output.loss.view(batch.inputs.shape)
-
-
-def _bins(length: int, trained: int) -> list[tuple[int, int]]:
-    """Bins of doubling size, with edges at 1/4, 1/2, 1, 2, ... times the training length."""
-    doubling = (max(trained // 4, 1) << times for times in count())
-    return list(pairwise([0, *takewhile(lambda edge: edge < length, doubling), length]))
 
 
 def _at(sums: dict[Paradigm, Tensor], counted: Tensor, start: int, stop: int) -> PositionLoss:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.source import LossSlice
 from ..models import IGNORED
 
 
@@ -20,6 +21,8 @@ class Measured:
     """Share of targets that are the most probable token; None where it is not measured."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracy for each value of each axis of difficulty."""
+    loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Loss for each slice of each axis, of those that have targets."""
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Score:
     """Targets predicted correctly; None where it is not measured."""
     answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """Correct targets and all targets, by axis of difficulty and value."""
+    losses: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
+    """Summed loss and targets, by axis and slice."""
 
     def add(
         self,
@@ -59,28 +64,44 @@ class Score:
         self.right = (self.right or 0) + int(right.sum())
         for axis, values in (slices or {}).items():
             for value, *counts in zip(values, right.sum(1).tolist(), asked.sum(1).tolist(), strict=True):
-                self._count(axis, value, *counts)
+                _count(self.answers, axis, value, *counts)
+
+    def add_slices(self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, of: LossSlice) -> None:
+        """Add a batch's losses, slice by slice of an axis."""
+        for number, name in enumerate(of.names):
+            chosen = (of.of == number) & (targets != IGNORED)
+            _count(self.losses, axis, name, losses[chosen].double().sum().item(), int(chosen.sum()))
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Add the counts of other batches: another score's `asdict`."""
         self.loss, self.asked = self.loss + other["loss"], self.asked + other["asked"]
         if other["right"] is not None:
             self.right = (self.right or 0) + other["right"]
-        for axis, by_value in other["answers"].items():
-            for value, counts in by_value.items():
-                self._count(axis, value, *counts)
+        for mine, theirs in ((self.answers, other["answers"]), (self.losses, other["losses"])):
+            for axis, by_value in theirs.items():
+                for value, counts in by_value.items():
+                    _count(mine, axis, value, *counts)
 
     @property
     def measured(self) -> Measured:
         """The metrics so far."""
         asked = max(self.asked, 1)
-        by = {
-            axis: {value: right / max(all_, 1) for value, (right, all_) in by_value.items()}
-            for axis, by_value in self.answers.items()
-        }
-        return Measured(self.loss / asked, None if self.right is None else self.right / asked, by)
+        by, loss_by = (
+            {
+                axis: {key: total / max(n, 1) for key, (total, n) in by_value.items()}
+                for axis, by_value in counts.items()
+            }
+            for counts in (self.answers, {axis: _some(by_value) for axis, by_value in self.losses.items()})
+        )
+        return Measured(self.loss / asked, None if self.right is None else self.right / asked, by, loss_by)
 
-    def _count(self, axis: str, value: str, right: int, asked: int) -> None:
-        by_value = self.answers.setdefault(axis, {})
-        before = by_value.get(value, (0, 0))
-        by_value[value] = (before[0] + right, before[1] + asked)
+
+def _count(counts: dict[str, dict[str, tuple[Any, int]]], axis: str, value: str, total: float, asked: int) -> None:
+    by_value = counts.setdefault(axis, {})
+    before = by_value.get(value, (0, 0))
+    by_value[value] = (before[0] + total, before[1] + asked)
+
+
+def _some(by_value: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """The slices that have targets."""
+    return {value: counts for value, counts in by_value.items() if counts[1]}

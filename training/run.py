@@ -237,15 +237,21 @@ class Course:
 
     def _evaluated(self, found: Measured, *, final: bool) -> Evaluated:
         """Record an evaluation, with the further lengths."""
-        lengths = self.config.training.evaluation_lengths
-        by_length = {length: self.trainer.evaluate(final=final, length=length).loss for length in lengths}
+        lengths, trained = self.config.training.evaluation_lengths, self.config.data.sequence_length
+        longer = {length: self.trainer.evaluate(final=final, length=length) for length in lengths}
+        by_length = {length: each.loss for length, each in longer.items()}
+        # positions of the longest sequences
+        positions = longer[max(longer)].loss_by.get("position") if longer and max(longer) > trained else None
+        loss_by = found.loss_by | ({"position": positions} if positions else {})
         values = {"step": self.done, "validation_loss": found.loss, "final": final}
         if by_length:
             values["validation_loss_by_length"] = by_length
+        if loss_by:
+            values["validation_loss_by"] = loss_by
         if found.accuracy is not None:
             values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
         self._record(values)
-        return Evaluated(self.done, found.loss, final, by_length, found.accuracy, found.accuracy_by)
+        return Evaluated(self.done, found.loss, final, by_length, found.accuracy, found.accuracy_by, loss_by)
 
     @property
     def _out_of_patience(self) -> bool:

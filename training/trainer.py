@@ -203,12 +203,18 @@ class Trainer:
         score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
             inputs, targets, cu_seqlens = self.source.packed(self._to_device(batch))
-            options = {"reduction": "sum", "cu_seqlens": cu_seqlens, "return_predictions": slices is not None}
+            parts = self.source.loss_slices(batch)
+            reduction = "none" if parts else "sum"
+            options = {"reduction": reduction, "cu_seqlens": cu_seqlens, "return_predictions": slices is not None}
             with self._autocast():
                 output = self.model(inputs, targets=targets, **options)
             predicted = None if output.predictions is None else output.predictions.cpu()
             assert output.loss is not None
-            score.add(output.loss.item(), self.model.local_targets(batch.targets), predicted, slices)
+            asked = self.model.local_targets(batch.targets)
+            score.add(output.loss.sum().item(), asked, predicted, slices)
+            for axis, part in parts.items():
+                own = part._replace(of=self.model.local_targets(part.of))
+                score.add_slices(output.loss.view(asked.shape).cpu(), asked, axis, own)
         total = Score()
         for counts in self.groups.gather(asdict(score)):
             total.merge(counts)

@@ -13,7 +13,8 @@ from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
 from ..order import contiguous_starts, lane_windows, mixture
 from ..sequences import PADDING, Cut, Streamed, Tokens, windows
-from ..source import Batch, Examples, Packed, Source, share
+from ..slices import COUNTED, Slices, SlicesConfig
+from ..source import Batch, Examples, LossSlice, Packed, Source, share
 from ..stream import Stream
 
 
@@ -28,6 +29,9 @@ class TextConfig(CorpusConfig):
     order: Literal["random_windows", "epochs"] = "random_windows"
     """`random_windows` cuts sequences at random positions; `epochs` cuts the text into sequences once and reads each
     once per epoch, reshuffled every epoch. A streamed dataset has an order of its own."""
+    slices: SlicesConfig | None = None
+    """Slices that evaluations measure the loss of: by position, and of n-grams that the sequence has shown before, as
+    against other tokens; null for none. Such evaluations are slower."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
         return Text(self, read_corpus(self, self.tokenizer_of(run, vocab_size)))
@@ -48,6 +52,7 @@ class Text(Source):
         self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
         self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
         self._most_documents: dict[int, int] = {}
+        self._slices: Slices | None = None
         self._sources: list[Cut | Streamed] = []
         length, start = config.sequence_length, 0
         for number, (part, size) in enumerate(zip(config.parts, corpus.sizes, strict=True)):
@@ -125,6 +130,13 @@ class Text(Source):
                 f"training.evaluation_lengths has {length}, which needs {length + 1} validation tokens, "
                 f"and {self.name} has {len(self.corpus.validation)}"
             )
+
+    def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
+        config = self.config
+        if config.slices is None:
+            return {}
+        self._slices = self._slices or Slices(config.slices, self.corpus.train[:COUNTED], config.sequence_length)
+        return self._slices.of(batch, (batch.inputs == self.begin).cumsum(1).numpy() if config.packing else None)
 
     def packed(self, batch: Batch) -> Packed:
         if not self.config.packing:
