@@ -9,6 +9,7 @@ import typer
 
 from ..models import LayerCost, ModelCost, account
 from ..training import RunConfig, load_config
+from ..training.layouts import received
 from .console import plain_table, terminal
 from .options import Overrides
 
@@ -50,6 +51,14 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
         f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
         f"{si_bytes(cost.state_bytes)}. Activations: what training stores for one sequence of {cost.length:,} tokens."
     )
+    narrow = [si_bytes(cost.checkpointed_bytes(matmuls=matmuls)) for matmuls in (False, True)]
+    console.print(f"With training.activation_checkpointing: {narrow[0]}; with matmuls: {narrow[1]}.")
+    if (ranks := config.distributed.context_parallel) > 1:
+        sent = sum(received(config.model, cost.length, ranks=ranks, layer=at) for at in range(config.model.n_layers))
+        console.print(
+            f"Context parallelism: each of {ranks} processes stores a share of activations, and receives up to "
+            f"{si_bytes(sent)} per sequence."
+        )
     per_step = config.training.batch_size * config.data.sequence_length
     tokens = per_step * config.training.steps
     console.print(

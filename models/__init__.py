@@ -6,7 +6,7 @@ from .compiling import CompileError, compile_blocks, compiler_failure
 from .config import ModelConfig
 from .decoding import Decoder
 from .generate import Sampling, cache_text, generate_text, generate_tokens, sample, stream_text
-from .language_model import LanguageModel, ModelOutput, ModelState
+from .language_model import Checkpointing, LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
 from .prefill import prefill
 from .prompt_cache import PromptCache, cache_tokens
@@ -17,6 +17,7 @@ __all__ = [
     "IGNORED",
     "TOKENIZER_FILE",
     "ByteTokenizer",
+    "Checkpointing",
     "CompileError",
     "Decoder",
     "LanguageModel",

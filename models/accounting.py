@@ -5,17 +5,19 @@ each kind (of the same parameters) on fake tensors and adding up what autograd s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..blocks import Block
 from ..mixers.state import nbytes, to_dict
 from .builder import build_meta
 from .config import ModelConfig
-from .language_model import LanguageModel
+from .language_model import MATMULS, LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class LayerCost:
     """Bytes of that state."""
     activation_bytes: int
     """Activation memory: what forward saves for backward, for one sequence of the given length and dtype."""
+    input_bytes: int
+    """Of the layer's input, which is all that it saves with activation checkpointing."""
+    matmul_bytes: int
+    """Results of linear layers, which it saves too with `matmuls`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,12 @@ class ModelCost:
         """Parameters outside embedding and output projection: the figure papers quote."""
         return self.parameters - self.embedding_parameters
 
+    def checkpointed_bytes(self, *, matmuls: bool) -> int:
+        """Activation memory with activation checkpointing, with that of the one layer that backward recomputes."""
+        kept = sum(layer.input_bytes + matmuls * layer.matmul_bytes for layer in self.layers)
+        rest = self.activation_bytes - sum(layer.activation_bytes for layer in self.layers)
+        return rest + kept + max(layer.activation_bytes for layer in self.layers)
+
 
 def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = torch.float32) -> ModelCost:
     """Count what a model costs.
@@ -77,7 +89,7 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         SeqmixError: a block does not fit `d_model`.
     """
     model = build_meta(config).to(dtype)
-    saved: dict[object, int] = {}
+    saved: dict[object, dict[str, int]] = {}
     layers = []
     for name, block in zip(config.layers, model.blocks, strict=True):
         kind = name, *((key, parameter.shape) for key, parameter in block.named_parameters())
@@ -113,7 +125,7 @@ def _flops(block: Block, length: int) -> int:
     return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
 
 
-def _layer(name: str, block: Block, length: int, activation_bytes: int) -> LayerCost:
+def _layer(name: str, block: Block, length: int, saved: dict[str, int]) -> LayerCost:
     state = block.mixer.init_state(1, max_length=length)
     return LayerCost(
         block=name,
@@ -124,7 +136,7 @@ def _layer(name: str, block: Block, length: int, activation_bytes: int) -> Layer
         flops_per_token=_flops(block, length),
         state_elements=sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point()),
         state_bytes=nbytes(state),
-        activation_bytes=activation_bytes,
+        **saved,
     )
 
 
@@ -132,8 +144,19 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd saves for one layer, without parameters.
+class _Matmuls(TorchDispatchMode):
+    """Bytes of the results that activation checkpointing `matmuls` saves."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.total += found.nbytes if func in MATMULS else 0
+        return found
+
+
+def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that autograd saves for one layer, without parameters, and with activation checkpointing.
 
     The layer runs on fake tensors, which have no memory but say that they are on a CPU: on `meta`, torch would take
     attention's quadratic form, which no device does.
@@ -155,6 +178,10 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
         x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
         first = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
         own.add(id(first))  # the first layer's, which saves them
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
             out = functional_call(block, tensors, (x, None, first))  # noqa: F841 the graph must live while it is counted
-    return sum(storages.values())
+        return {
+            "activation_bytes": sum(storages.values()),
+            "input_bytes": x.nbytes,
+            "matmul_bytes": matmuls.total,
+        }

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..blocks import Block
 from ..blocks.ffn.moe import ExpertLinear
@@ -18,9 +18,15 @@ from ..ops.context_parallel import ContextParallel
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
+from .onednn_linear import onednn_linear
 from .readout import LastVector
 from .tokenizer import ByteTokenizer, Tokenizer
 
+Checkpointing: TypeAlias = bool | Literal["matmuls"]
+"""Activation checkpointing: none, of whole blocks, or all but the products of matrices with parameters."""
+MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, onednn_linear._opoverload]
+"""What those are; products of attention's scores and within chunks are batched, and as many as pairs of tokens."""
+_keep_matmuls = partial(create_selective_checkpoint_contexts, MATMULS)
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
 """One opaque state per layer."""
 
@@ -54,8 +60,9 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
         """The tokenizer of generation; None where the tokens are not text."""
-        self.activation_checkpointing = False
-        """Whether the backward pass recomputes the activations of each block: forward saves only the blocks' inputs."""
+        self.activation_checkpointing: Checkpointing = False
+        """Whether the backward pass recomputes the activations of each block: forward saves only the blocks' inputs,
+        and with `matmuls` the results of linear layers."""
         self.cp_group: ContextParallel | None = None
         """The ranks that share sequences (context parallelism), by `set_cp_group`."""
         self.tie()
@@ -188,7 +195,8 @@ class LanguageModel(nn.Module):
                 call = partial(call, return_values=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # without early stop: every rank has to run all the communication of a block
-                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None)
+                kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
             x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
             first_values = values[0] if values else first_values
             after.append(final)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
-from ..models import ModelConfig
+from ..models import Checkpointing, ModelConfig
 from ..registry import Config, nearest
 from ..registry.config import deprecation
 
@@ -86,9 +86,9 @@ class TrainingConfig(Config):
     """Mixed precision: `bfloat16` is autocast with float32 parameters; `auto` takes it on a CUDA device that has it."""
     compile: bool = False
     """Whether each kind of block is compiled with `torch.compile` (fullgraph)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
     """Whether the backward pass recomputes the activations of each block: a third more compute, and memory for the
-    blocks' inputs only."""
+    blocks' inputs only. `matmuls` keeps the results of linear layers too and recomputes all else."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations."""
     evaluation_batches: int = Field(default=16, gt=0)
@@ -138,6 +138,10 @@ class TrainingConfig(Config):
                 "schedule wsd needs decay_steps, the length of its final decay"
                 if self.schedule == "wsd"
                 else f"decay_steps is for schedule wsd, not for {self.schedule}"
+            )
+        if self.compile and self.activation_checkpointing == "matmuls":
+            raise ValueError(
+                "activation_checkpointing = matmuls does not see into compiled blocks: set it or compile otherwise"
             )
         if self.optimizer_options and ":" not in self.optimizer:
             raise ValueError(f"optimizer_options are for an optimizer given by path, not for {self.optimizer}")

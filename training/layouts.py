@@ -8,8 +8,9 @@ n = shard x context_parallel pieces, and A bytes of activations of one block (`a
     computing  4 F tokens / (GPUs peak 0.4)
     sending    micro-batches (received / the rate of the link)
 
-with activation checkpointing; without, sequences keep the activations of all blocks, and computing has 3 F. What
-context parallelism receives is counted in the layers, on meta tensors.
+with activation checkpointing; without, sequences keep the activations of all blocks, and computing has 3 F; with
+`matmuls`, they keep the results of linear layers, and the 3 F leave out what is recomputed. What context parallelism
+receives is counted in the layers, on meta tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,9 +113,10 @@ class Planner:
         self.gathered = 4 * (2 * largest + 2 * self.cost.embedding_parameters)
         # the blocks' inputs, and what is inside of the one that is recomputed
         inputs = 4 * config.model.d_model * self.length * len(activations)
-        again = config.training.activation_checkpointing
-        self.kept = inputs + max(activations) if again else sum(activations)
-        self.passes = 4 if again else 3
+        self.again = config.training.activation_checkpointing
+        inputs += sum(layer.matmul_bytes for layer in narrow.layers) if self.again == "matmuls" else 0
+        self.kept = inputs + max(activations) if self.again else sum(activations)
+        self.passes = 4 if self.again is True else 3
 
     def layout(self, *, data: int, shard: int, context_parallel: int = 1, sequences: int) -> Layout:
         """A layout that computes so many sequences at once."""
@@ -164,7 +166,7 @@ class Planner:
             name: received(self.config.model, self.length, ranks=ranks, layer=self.config.model.layers.index(name))
             for name in set(self.config.model.layers)
         }
-        return sum(by_block[name] for name in self.config.model.layers) * (2 if self.passes == 4 else 1)
+        return sum(by_block[name] for name in self.config.model.layers) * (2 if self.again else 1)
 
     @cached_property
     def _segmented(self) -> bool:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import Watched
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, Traits, build_model
 from seqmix.mixers.state import to_dict
 from seqmix.models import compile_blocks
+from seqmix.models.language_model import MATMULS
 from seqmix.models.prefill import prefill
 
 HYBRID = ("retention", "attention", "linear_attention")
@@ -143,6 +145,22 @@ def of_a_step(model, *, seed=0):
     size = sum(saved.values())
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, size
+
+
+def test_activation_checkpointing_may_keep_the_results_of_linear_layers(model_of):
+    model = model_of("retention", "attention", n_layers=2).train()
+    loss, gradients, _ = of_a_step(model)
+    products = []
+    for model.activation_checkpointing in (True, "matmuls"):
+        watched = Watched()
+        with watched:
+            again, same, _ = of_a_step(model)
+        products.append(sum(func in MATMULS for func, _ in watched.seen))
+        exactly(again, loss)
+        exactly(same, gradients)
+    linear = sum(isinstance(module, torch.nn.Linear) for block in model.blocks for module in block.modules())
+    # neither recomputes the last of a block, whose result backward does not ask for
+    assert products[0] - products[1] == linear - len(model.blocks)
 
 
 @pytest.mark.parametrize(("kinds", "compiled"), [(HYBRID, False), (("retention",), True)])
