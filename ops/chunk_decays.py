@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import Group, cut, sum_after
+from .products import product
 from .recurrence import Recurrence
 
 Grads: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -91,7 +92,7 @@ class _ScalarChunk(ChunkDecays):
         self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self._masked(torch.bmm(q, k.mT))
+        return self._masked(product(q, k.mT))
 
     def scores_backward(self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None) -> Grads:
         d_a, m = None, self.mask.shape[3]
@@ -105,7 +106,7 @@ class _ScalarChunk(ChunkDecays):
             pairs = reduce(torch.add, (pairs[:, r::readers, c::keys] for r in range(readers) for c in range(keys)))
             d_a = self._log_decay_gradient(pairs, read, left, decayed)
         d_products = self._masked(d_scores)
-        return torch.bmm(d_products, k), torch.bmm(d_products.mT, q), d_a
+        return product(d_products, k), product(d_products.mT, q), d_a
 
     def _log_decay_gradient(
         self, pairs: Tensor, read: Tensor | None, left: Tensor | None, decayed: Tensor | None
@@ -311,8 +312,8 @@ def decays_of(x: Recurrence, scale: float, readers: int = 1) -> _FixedDecays | _
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    """x [G m*r *] times a factor [nB|1 H|1 m *] of tokens; None is 1."""
-    return x if factor is None else weighed(x.unflatten(0, (-1, factor.shape[1])), factor).flatten(0, 1)
+    """x [G m*r *] times a factor [nB|1 H|1 m *] of tokens, in the dtype of x; None is 1."""
+    return x if factor is None else weighed(x.unflatten(0, (-1, factor.shape[1])), factor).flatten(0, 1).to(x.dtype)
 
 
 def weighed(x: Tensor, factor: Tensor) -> Tensor:
@@ -360,4 +361,4 @@ def _times(count: Tensor, rate: Tensor) -> Tensor:
 
 def _vecdot(x: Tensor, y: Tensor, tokens: int) -> Tensor:
     """Products of rows [G m*r K], summed over all that a token has: [G m]."""
-    return torch.linalg.vecdot(*(a.reshape(a.shape[0], tokens, -1) for a in (x, y)))
+    return torch.linalg.vecdot(*(a.reshape(a.shape[0], tokens, -1).to(y.dtype) for a in (x, y)))

@@ -21,7 +21,7 @@ from .recurrence import Recurrence, RecurrenceOutput, Run
 
 
 class Tokens(NamedTuple):
-    """A group's tokens, [G m D] each, wide."""
+    """A group's tokens, [G m D] each, in the family's `Chunks.dtype`."""
 
     q: Tensor
     k: Tensor
@@ -46,6 +46,8 @@ class Chunks(ABC):
 
     most: int
     """Chunks of a group at most."""
+    dtype: torch.dtype
+    """Of the tokens that they are given, and of the gradients of outputs."""
 
     @abstractmethod
     def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
@@ -111,11 +113,11 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     return x.q.new_empty(x.v.shape), final_state, entries
 
 
-def _tokens(x: Recurrence, group: Group) -> Tokens:
+def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
     # what is multiplied with a view would be laid out as it is
-    beta = None if x.beta is None else operand(x.beta[..., None], group, x.wide).contiguous()
-    q, k, v = (operand(tensor, group, x.wide) for tensor in (x.q, x.k, x.v))
-    a, b = (None if tensor is None else operand(tensor, group, x.wide) for tensor in (x.a, x.b))
+    beta = None if x.beta is None else operand(x.beta[..., None], group, dtype).contiguous()
+    q, k, v = (operand(tensor, group, dtype) for tensor in (x.q, x.k, x.v))
+    a, b = (None if tensor is None else operand(tensor, group, dtype) for tensor in (x.a, x.b))
     return Tokens(q, k, v, beta, a, b)
 
 
@@ -141,7 +143,7 @@ def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
                 states[0].copy_(state)
             # nothing is read of a state that is 0
             around = ChunkStates(entered, slice(rows if state is None else 0, None))
-            store(output, group, chunks.forward(group, _tokens(x, group), around, states[1:]))
+            store(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), around, states[1:]))
             index, state = index + group.chunks, states[-1]
         if x.output_final_state and state is not None and stretch.start == stretch.stop:
             final_state[stretch.rows].copy_(state)
@@ -181,8 +183,8 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
                 after[-1].copy_(d_state)
             found = chunks.backward(
                 group,
-                _tokens(x, group),
-                operand(d_output, group, x.wide),
+                _tokens(x, group, chunks.dtype),
+                operand(d_output, group, chunks.dtype),
                 ChunkStates(entries[index : index + group.chunks], slice(blank, None)),
                 after,
                 slice(0, group.chunks * rows - unread),

@@ -79,7 +79,7 @@ def rotated(
     if dims is not None and dims < x.shape[-1]:
         return torch.cat((rotated(x[..., :dims], positions, schedule, base, None, scaling), x[..., dims:]), dim=-1)
     theta = scaled(frequencies(x.shape[-1], schedule, base, x.device), scaling)
-    return rotate(x, rotation(positions, theta, x.dtype))
+    return rotate(x, rotation(positions, theta, torch.promote_types(x.dtype, torch.float32)))
 
 
 class Rotation(NamedTuple):
@@ -96,13 +96,16 @@ def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype:
 
 
 def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"]:
-    """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin)."""
+    """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin), in the angles' dtype."""
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, by.cos.dtype))
     pairs = x.unflatten(-1, (-1, 2))
     # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*by)).flatten(-2)
-    cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
-    return torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*by)).flatten(-2)
+    else:
+        cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
+        turned = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
+    return turned.to(dtype)
 
 
 def _is_complex_view(x: Tensor) -> bool:

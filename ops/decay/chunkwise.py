@@ -21,12 +21,12 @@ is inside chunks is formed for a group of n of them at once (chunks.py). A ragge
 is padded.
 """
 
-import torch
 from torch import Tensor
 
 from ..chunk_decays import Outer, among, decays_of, scaled
 from ..chunks import Group, most_chunks
 from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
+from ..products import add_product, product, product_dtype
 from ..recurrence import Recurrence
 
 
@@ -34,20 +34,21 @@ class _DecayChunks(Chunks):
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
         self.most, self.needs_log_decay = most_chunks(x.k, x.chunk_size, sum(x.matrix[1:])), needs_log_decay
         self.decays = decays_of(x, x.scale)
+        self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide
 
     def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         chunks, entries = self.decays.chunks(group), states.entries
-        tile = torch.bmm(chunks.scores(x.q, x.k), x.v)
+        tile = product(chunks.scores(x.q, x.k), x.v)
         left = len(exits) * entries[0].shape[:2].numel()
         if left:
-            changes = torch.bmm(scaled(x.k, chunks.suffix)[:left].mT, x.v[:left]).view(-1, *entries.shape[1:])
+            changes = product(scaled(x.k, chunks.suffix)[:left].mT, x.v[:left]).view(-1, *entries.shape[1:])
             state = entries[0]
             for number, (change, place) in enumerate(zip(changes, exits, strict=True)):
                 chunks.next_state(number, state, change, place)
                 state = place
         if states.reading.start < tile.shape[0]:
             query = scaled(x.q, chunks.prefix)[states.reading]
-            tile[states.reading].baddbmm_(query, entries.flatten(0, 2)[states.reading])
+            add_product(tile[states.reading], query, entries.flatten(0, 2)[states.reading])
         return tile
 
     def backward(
@@ -57,19 +58,19 @@ class _DecayChunks(Chunks):
         total, before, after = x.q.shape[0], reading.start, x.q.shape[0] - leaving.stop
         d_exits, d_read, d_left, decayed = d_states[1:], None, None, None
         if before < total:
-            changes = torch.bmm(scaled(x.q, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *entries.shape[1:])
+            changes = product(scaled(x.q, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *entries.shape[1:])
             numbers = range(entries.shape[0])[-changes.shape[0] :]
             for number, change in zip(reversed(numbers), reversed(changes.unbind()), strict=True):
                 chunks.next_state(number, d_exits[number], change, d_states[number])
-            d_read = torch.bmm(d_out[reading], entries.flatten(0, 2)[reading].mT)
+            d_read = product(d_out[reading], entries.flatten(0, 2)[reading].mT)
             d_read = scaled(among(d_read, before, 0), chunks.prefix)
         scores = chunks.scores(x.q, x.k)
-        d_scores = torch.bmm(d_out, x.v.mT)
-        d_value = torch.bmm(scores.mT, d_out)
+        d_scores = product(d_out, x.v.mT)
+        d_value = product(scores.mT, d_out)
         if after < total:
             exits = d_exits.flatten(0, 2)[leaving]
-            d_left = scaled(among(torch.bmm(x.v[leaving], exits.mT), 0, after), chunks.suffix)
-            d_value[leaving].baddbmm_(scaled(x.k, chunks.suffix)[leaving], exits)
+            d_left = scaled(among(product(x.v[leaving], exits.mT), 0, after), chunks.suffix)
+            add_product(d_value[leaving], scaled(x.k, chunks.suffix)[leaving], exits)
         if self.needs_log_decay and d_read is not None and d_left is not None:
             decayed = (chunks.decayed(entries) * d_exits).sum(4).flatten(0, 2)
         outer = Outer(d_read, d_left, decayed) if self.needs_log_decay else None

@@ -59,7 +59,7 @@ class DeltaChunks(Chunks):
         width = 3 * (sum(x.matrix[1:]) + x.chunk_size) // 2
         self.most, self.needs_log_decay = most_chunks(x.k, x.chunk_size, width), needs_log_decay
         self.decays, self.scale = decays_of(x, 1.0, 2), x.scale
-        self.sign, self.c = (-1, 1) if x.b is None else (1, 2)
+        self.sign, self.c, self.dtype = (*((-1, 1) if x.b is None else (1, 2)), x.wide)
 
     def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         system, entries, reading = self._system(group, x), states.entries, states.reading

@@ -10,7 +10,7 @@ from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops import chunks, chunkwise
+from seqmix.ops import chunks, chunkwise, products
 from seqmix.ops.autograd import Gradients
 from seqmix.ops.decay import decay_flops, decay_recurrence
 from seqmix.ops.decay.chunkwise import _DecayChunks
@@ -71,6 +71,36 @@ def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
     )
     launched = [func.name() for func, _ in watched.seen if not any(name in func.name() for name in free)]
     assert least <= len(launched) <= most, len(launched)
+
+
+def test_products_in_bfloat16_are_the_definition():
+    checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
+    with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):
+        report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=30)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype", "log_decay", "length", "rounds"),
+    [
+        (True, torch.bfloat16, "H", 64, True),
+        (True, torch.bfloat16, "B T H", 64, True),
+        (True, torch.bfloat16, "B T H K", 64, False),
+        (True, torch.bfloat16, "H", 16, False),  # few tokens
+        (True, torch.float16, "H", 64, False),
+        (False, torch.bfloat16, "H", 64, False),
+    ],
+)
+def test_products_are_in_bfloat16_where_that_is_faster(able, dtype, log_decay, length, rounds):
+    case = case_of(log_decay, [length], key_width=48, value_width=48, chunk_size=64, strength=0.05, dtype=dtype)
+    inputs = case.inputs(CPU)
+    with mock.patch.object(products, "HAS_BFLOAT16", able):
+        found = differentiate(case, Paradigm.CHUNKWISE, inputs)
+    exact = differentiate(case, Paradigm.RECURRENT, inputs, wide=True)
+    assert found["final state"].dtype == torch.float32
+    assert (relative_error(found["final state"], exact["final state"]) > 1e-4) == rounds
+    for name, x in found.items():
+        assert relative_error(x, exact[name]) <= 5e-3, name
 
 
 @pytest.mark.parametrize("log_decay", DECAYS[1:])
