@@ -36,17 +36,13 @@ Step = Callable[..., Tensor]
 class Rule(ABC, Generic[I]):
     """A family: the terms of its recurrence, and what is read of its states.
 
-    Its inputs are a NamedTuple with `initial_state` [N *E] (or None), `cu_seqlens`, `boundaries`, `chunk_size`,
-    `output_final_state`, `needs_grad`, and `single`: whether blocks are computed one by one. Tensors of a group of
-    blocks are [m n B *], a token's of all blocks and rows side by side.
+    Its inputs are a NamedTuple with `x` [B T *], of which the output has shape and dtype, `initial_state` [N *E] (or
+    None), `cu_seqlens`, `boundaries`, `chunk_size`, `output_final_state`, `needs_grad`, and `single`: whether blocks
+    are computed one by one. Tensors of a group of blocks are [m n B *], a token's of all blocks and rows side by side.
     """
 
     is_complex = False
     """Whether states are complex: outside of the op they are pairs of real numbers, [N *E 2]."""
-
-    @abstractmethod
-    def output(self, x: I) -> Tensor:
-        """Empty room for the output, [B T *]."""
 
     @abstractmethod
     def shape(self, x: I) -> tuple[int, ...]:
@@ -102,6 +98,11 @@ def tokens_first(x: Tensor, group: Group) -> Tensor:
         (token, group.length * token, row, *inner),
         x.storage_offset() + group.start * token,
     )
+
+
+def cut(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """The same in a dtype; a view where it has it."""
+    return tokens_first(x, group).to(dtype)
 
 
 def own(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
@@ -281,7 +282,7 @@ def _initial(x: Any, rule: Rule[Any], dtype: torch.dtype) -> Tensor | None:
 
 
 def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
-    output, shape = rule.output(x), rule.shape(x)
+    output, shape = x.x.new_empty(x.x.shape), rule.shape(x)
     batch, length = output.shape[:2]
     rows = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     blocks = -(-length // x.chunk_size) if x.needs_grad else 0
@@ -326,7 +327,7 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
 
 def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor]:
     (d_output, d_final), (saved,) = gradients.outputs, gradients.saved
-    output, entries = rule.output(x), _as_states(saved, rule)
+    output, entries = x.x.new_empty(x.x.shape), _as_states(saved, rule)
     d_output = torch.zeros_like(output) if d_output is None else d_output
     d_final = None if d_final is None or not d_final.numel() else _as_states(d_final.to(saved.dtype).contiguous(), rule)
     layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Group
-from .blocks import Found, Rule, scan_op, tokens_first, wide
+from .blocks import Found, Rule, cut, scan_op, tokens_first, wide
 
 
 class Diagonal(NamedTuple):
@@ -47,16 +47,13 @@ class DiagonalScan(Rule[Diagonal]):
 
     is_complex = True
 
-    def output(self, x: Diagonal) -> Tensor:
-        return x.x.new_empty(x.x.shape)
-
     def shape(self, x: Diagonal) -> tuple[int, ...]:
         return tuple(x.log_decay.shape)
 
     def terms(self, x: Diagonal, group: Group) -> tuple[Tensor, Tensor]:
         dtype = wide(x.x)
         # an angle of many turns, or of many tokens, has few digits left
-        log_decay, new = torch.complex(x.log_decay.double(), x.angle.double()), _cut(x.x, group, dtype)
+        log_decay, new = torch.complex(x.log_decay.double(), x.angle.double()), cut(x.x, group, dtype)
         written = new.new_zeros((*new.shape[:3], *log_decay.shape, 2))
         written[..., 0].copy_(new[..., None, :])
         return log_decay, torch.view_as_complex(written)
@@ -79,10 +76,6 @@ class DiagonalScan(Rule[Diagonal]):
             d_output = found.d_output.to(wide(x.x))[..., None, :]
             d_weight = (found.states * d_output).sum((0, 1, 2)).conj_physical()
             out["weight"] += torch.view_as_real(d_weight)
-
-
-def _cut(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    return tokens_first(x, group).to(dtype)
 
 
 DIAGONAL = scan_op("diagonal_scan", Diagonal, DiagonalScan())

@@ -33,9 +33,6 @@ class Scan(NamedTuple):
 class Elementwise(Rule[Scan]):
     """The family of `Scan`."""
 
-    def output(self, x: Scan) -> Tensor:
-        return x.x.new_empty(x.x.shape)
-
     def shape(self, x: Scan) -> tuple[int, ...]:
         return tuple(x.x.shape[2:])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Group
-from .blocks import Found, Rule, scan_op, tokens_first, wide
+from .blocks import Found, Rule, cut, scan_op, tokens_first, wide
 
 
 class Selective(NamedTuple):
@@ -42,9 +42,6 @@ class Selective(NamedTuple):
 class SelectiveScan(Rule[Selective]):
     """The family of `Selective`."""
 
-    def output(self, x: Selective) -> Tensor:
-        return x.x.new_empty(x.x.shape)
-
     def shape(self, x: Selective) -> tuple[int, ...]:
         return tuple(x.rate.shape)
 
@@ -54,7 +51,7 @@ class SelectiveScan(Rule[Selective]):
         return log_decay, _per_channel(x.k, group, dtype) * _per_key(x.x, group, dtype)
 
     def read(self, x: Selective, group: Group, states: Tensor) -> Tensor:
-        return (_cut(x.q, group, states.dtype)[..., None, :] @ states)[..., 0, :]
+        return (cut(x.q, group, states.dtype)[..., None, :] @ states)[..., 0, :]
 
     def d_states(self, x: Selective, group: Group, d_output: Tensor) -> Tensor:
         dtype = wide(x.x)
@@ -64,9 +61,9 @@ class SelectiveScan(Rule[Selective]):
         dtype = found.states.dtype
         new: dict[str, Tensor] = {}
         if "x" in out:
-            new["x"] = (_cut(x.k, group, dtype)[..., None, :] @ found.d_written)[..., 0, :]
+            new["x"] = (cut(x.k, group, dtype)[..., None, :] @ found.d_written)[..., 0, :]
         if "k" in out:
-            new["k"] = (found.d_written @ _cut(x.x, group, dtype)[..., None])[..., 0]
+            new["k"] = (found.d_written @ cut(x.x, group, dtype)[..., None])[..., 0]
         if "q" in out:
             new["q"] = (found.states @ found.d_output.to(dtype)[..., None])[..., 0]
         if "step" in out:
@@ -77,18 +74,14 @@ class SelectiveScan(Rule[Selective]):
             tokens_first(out[name], group).copy_(gradient)
 
 
-def _cut(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    return tokens_first(x, group).to(dtype)
-
-
 def _per_key(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[m n B 1 C] of what each channel has."""
-    return _cut(x, group, dtype).contiguous()[..., None, :]
+    return cut(x, group, dtype).contiguous()[..., None, :]
 
 
 def _per_channel(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     """[m n B K 1] of what each key has."""
-    return _cut(x, group, dtype).contiguous()[..., None]
+    return cut(x, group, dtype).contiguous()[..., None]
 
 
 SELECTIVE = scan_op("selective_scan", Selective, SelectiveScan())
