@@ -16,6 +16,7 @@ from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import notes, state_size, summary_table
 from ..registry import SeqmixError
 from .console import note, plain_table, terminal
+from .options import Jobs
 from .show import si
 from .study_progress import StudyProgress
 
@@ -28,9 +29,7 @@ def compare(
         str | None, typer.Argument(help="A study: a YAML file, or a name from --list.", metavar="STUDY")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; studies/NAME by default.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)
-    ] = None,
+    jobs: Jobs = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the study and show its runs, without training.")
     ] = False,

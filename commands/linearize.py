@@ -12,7 +12,7 @@ from ..linearize.course import Linearization, Prepared, table
 from ..models import account
 from ..training.interrupt import StopRequest
 from .console import plain_table, terminal
-from .options import require_device
+from .options import DeviceOrGpu, require_device
 from .progress import follow
 from .show import si_bytes
 
@@ -34,9 +34,7 @@ def linearize(
             help="Of another library's model: a tokenizer.json, or bytes; by default its own.", metavar="FILE"
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
-    ] = None,
+    device: DeviceOrGpu = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its costs, without training.")] = False,
 ) -> None:
     """Swap mixers of a trained model by a plan, and teach the new ones what the old ones did.

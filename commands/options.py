@@ -27,6 +27,10 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Let an exported file import the modules that it names by dotted paths.")
 ]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
+DeviceOrGpu = Annotated[
+    str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
+]
+Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 

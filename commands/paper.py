@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..experiments.retnet_paper.claims import CLAIMS, KEPT, LEARNED, TIMED, Scale, prove
+from .options import Jobs
 
 GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
 
@@ -13,7 +14,7 @@ GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
 def paper(
     claims: Annotated[list[str], typer.Argument(help=f"{', '.join((*CLAIMS, *GROUPS))}.", metavar="CLAIM...")],
     scale: Annotated[Scale, typer.Option(help="Size of the models and of the data.")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(help="Number of runs in parallel.", min=1)] = None,
+    jobs: Jobs = None,
     keep: Annotated[
         Path | None,
         typer.Option(

@@ -30,6 +30,7 @@ from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Si
 from ..registry import Config, SeqmixError, load, write_file
 from ..registry.loading import dump
 from .console import plain_table, terminal
+from .options import Jobs
 from .show import si
 from .study_progress import StudyProgress
 
@@ -83,9 +84,7 @@ def suite(
         bool, typer.Option(help=f"Measure {' and '.join(REFERENCES)} too, as rows to compare with.")
     ] = True,
     out: Annotated[Path | None, typer.Option(help="Output folder; studies/suite-SIZE-MATCH by default.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)
-    ] = None,
+    jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, without training.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the tasks.")] = False,
 ) -> None:

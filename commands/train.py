@@ -11,7 +11,7 @@ from ..training import load_config, read_config
 from ..training.memory import keep_freed_memory
 from ..training.run_dir import CONFIG_FILE
 from .console import note
-from .options import Overrides, require_device
+from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress
 from .show import print_cost
 
@@ -25,9 +25,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Resume a stopped run exactly where it stopped.", metavar="RUN")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
-    ] = None,
+    device: DeviceOrGpu = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
     ] = False,
