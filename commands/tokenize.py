@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import Field
+from pydantic import Field, ValidationError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..data.corpus_config import DocumentsConfig
@@ -15,7 +15,7 @@ from ..data.stream import tokenized
 from ..data.token_file import write_token_file
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
-from ..registry import SeqmixError, load
+from ..registry import SeqmixError, explain_fields, load
 from ..training.config import PRESETS
 from .console import terminal
 
@@ -117,7 +117,11 @@ def _config(sources: Sequence[str]) -> _Config:
         (changes if is_change else paths).append(source)
     config = load(_Config, None, changes, presets=PRESETS)
     if paths:
-        config = _Config.model_validate(config.model_dump() | {"paths": [*(config.paths or ()), *paths]})
+        fields = config.model_dump() | {"paths": [*(config.paths or ()), *paths]}
+        try:
+            config = _Config.model_validate(fields)
+        except ValidationError as error:  # an empty name, or one that is not UTF-8
+            raise SeqmixError(explain_fields(error, fields, "command line")) from error
     if config.paths is None and config.dataset is None:
         raise SeqmixError("tokenize needs a SOURCE: files, folders, or dataset={path: ...}")
     return config

@@ -13,7 +13,7 @@ from ..models import TOKENIZER_FILE, ModelConfig
 from ..registry import SeqmixError, write_file
 from ..training import RunConfig
 from ..training.checkpoint import Best, Manifest, write
-from ..training.run_dir import claim, require_free
+from ..training.run_dir import claimed, require_free, whole_folder
 from ..training.tensor_files import read_tensors, write_tensors
 from ..training.train_state import MODEL, chunks_of, metadata_of
 
@@ -107,10 +107,10 @@ def write_run(
     except ValidationError as error:  # text as bytes needs 257 tokens
         reason = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         raise SeqmixError(f"{out} cannot be a run: {reason}") from error
-    claim(out, run, COMMENT)
-    if vocabulary is not None:
-        write_file(vocabulary, out / TOKENIZER_FILE)
-    write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: chunks_of(tensors)}, metadata_of(model, 0))
+    with claimed(out, run, COMMENT):
+        if vocabulary is not None:
+            write_file(vocabulary, out / TOKENIZER_FILE)
+        write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: chunks_of(tensors)}, metadata_of(model, 0))
 
 
 def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocabulary: bytes | None) -> None:
@@ -120,7 +120,8 @@ def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         SeqmixError: it is taken or cannot be written.
     """
     require_free(out)
-    write_file(json.dumps(config, indent=2, default=str) + "\n", out / CONFIGS[0])
-    if vocabulary is not None:
-        write_file(vocabulary, out / TOKENIZER_FILE)
-    write_tensors(out / SAFETENSORS, tensors, {"format": "pt"})
+    with whole_folder(out, there=out.exists()):
+        write_file(json.dumps(config, indent=2, default=str) + "\n", out / CONFIGS[0])
+        if vocabulary is not None:
+            write_file(vocabulary, out / TOKENIZER_FILE)
+        write_tensors(out / SAFETENSORS, tensors, {"format": "pt"})

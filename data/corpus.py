@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import fsencode
 from pathlib import Path
 from typing import TypeAlias
 
@@ -166,7 +167,7 @@ class _InMemory:
         self._tokens = np.concatenate([part for document in documents for part in (begin, document.tokens)])
         self.ends = np.cumsum([len(document.tokens) + 1 for document in documents], dtype=np.int64)
         self.digests = np.array([document.digest for document in documents], dtype=np.uint64)
-        self.names = np.array([digest(document.file.encode()) for document in documents], dtype=np.uint64)
+        self.names = np.array([digest(fsencode(document.file)) for document in documents], dtype=np.uint64)
         self.bytes = sum(document.size for document in documents)
 
     def read(self, start: int, stop: int) -> np.ndarray:

@@ -67,7 +67,11 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
                 raise SeqmixError(
                     f"{given} is a saved dataset: data.dataset={{path: {given}}} reads it, not data.paths"
                 )
+            if not path.is_file() and not path.is_dir():
+                raise SeqmixError(f"the corpus {given} is a pipe, a device or a socket, not a file or a folder")
             files = [path] if path.is_file() else _matching(path, config.glob)
+            if not files:
+                raise SeqmixError(f"the corpus is empty: no text in {given} (glob {config.glob})")
             for file in files:
                 key = file.name if file == path else file.relative_to(path).as_posix()
                 if file == path or not any(part.startswith(".") for part in Path(key).parts):

@@ -22,6 +22,7 @@ import json
 from array import array
 from collections.abc import Iterable, Mapping
 from functools import reduce
+from os import fsencode
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -70,7 +71,7 @@ class TokenFile:
             )
         self._vocab_size = tokenizer.vocab_size
         self._checked = np.zeros(len(self._checks), dtype=bool)
-        self.names = np.full(len(self.ends), digest(name.encode()), dtype=np.uint64)
+        self.names = np.full(len(self.ends), digest(fsencode(name)), dtype=np.uint64)
         self.bytes = _size(metadata["bytes"])
         if not len(self.ends) <= self.bytes < LARGEST:
             raise SeqmixError(f"{path} is damaged: its {len(self.ends):,} documents have {metadata['bytes']!r} bytes")

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from warnings import warn
 
+from safetensors import SafetensorError
+
 from ..training import Choice, load_run
 from ..training.checkpoint import CheckpointError
+from ..training.run_dir import whole_folder
 from .modeling import SeqmixForCausalLM
 from .tokenizer import hf_tokenizer
 
@@ -35,7 +38,8 @@ def export_hf(
     model = load_run(run, choice=choice, tell=tell, ema=ema)
     files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
-        for part in files:
-            part.save_pretrained(out)
-    except OSError as error:
+        with whole_folder(out, there=out.exists()):
+            for part in files:
+                part.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,15 +39,30 @@ def make_logger(name: str) -> Logger:
     """The logger of a name.
 
     Raises:
-        SeqmixError: its package is not installed, or its module cannot be loaded.
+        SeqmixError: its package is not installed, or its module cannot be loaded or used.
     """
     if name not in LOGGERS:
-        return import_object(name, "the logger")()
+        made = import_object(name, "the logger")
+        with explain_refusal(name):
+            return made()
     try:
         return {"tensorboard": TensorBoard, "wandb": WandB}[name]()
     except ImportError as error:
         raise SeqmixError(
             f"training.loggers needs the package {name}, which is not installed: pip install 'seqmix[{name}]'"
+        ) from error
+
+
+@contextmanager
+def explain_refusal(name: str) -> Iterator[None]:
+    """Turn whatever a logger raises as it starts into a sentence."""
+    try:
+        yield
+    except (SeqmixError, OSError):  # a file's error names it
+        raise
+    except Exception as error:
+        raise SeqmixError(
+            f"the logger {name} cannot start: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -107,8 +123,7 @@ class WandB:
             )
         except Exception as error:  # of W&B, or of the network
             reason = " ".join(str(error).split("\n")[:3])  # of a setting: that it is wrong, which, and why
-            hint = f"WANDB_MODE=offline seqmix train --resume {run} logs without network"
-            raise SeqmixError(f"W&B cannot start: {reason}; {hint}") from error
+            raise SeqmixError(f"W&B cannot start: {reason}; with WANDB_MODE=offline it needs no network") from error
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers."""

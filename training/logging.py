@@ -7,7 +7,7 @@ from typing import Any
 
 from ..registry import write_file
 from .config import RunConfig
-from .loggers import Logger, make_logger, scalars
+from .loggers import Logger, explain_refusal, make_logger, scalars
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,9 +23,14 @@ class Metrics:
         """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""
         lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
         write_file("".join(line for line in lines if _step_of(line) <= step), self.file)
-        for logger in self._loggers:
-            logger.begin(self.run, self.config, step)
-            self._begun.append(logger)
+        try:
+            for name, logger in zip(self.config.training.loggers, self._loggers, strict=True):
+                with explain_refusal(name):
+                    logger.begin(self.run, self.config, step)
+                self._begun.append(logger)
+        except BaseException:
+            self.close()  # those that have begun
+            raise
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a measurement, values by name; one of them is `step`."""

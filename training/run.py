@@ -30,7 +30,7 @@ from .optim import build_optimizer
 from .peak_flops import peak_flops
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
-from .run_dir import claim, held, require_free
+from .run_dir import claimed, held, require_free
 from .sharding import assign, reshard, sharder
 from .start import Beginning, start_from
 from .trainer import StepResult, Trainer, precision_of
@@ -62,7 +62,7 @@ def train(
     if not isinstance(config, RunConfig):
         raise TrainingError(f"train takes a RunConfig, from load_config, and was given {config!r:.100}")
     run = Path(run)
-    with join_processes(config.distributed) as groups, ExitStack() as lock:
+    with join_processes(config.distributed) as groups, ExitStack() as lock, ExitStack() as starting:
         if resume:  # before checkpoints are read, which another process may be rotating
             with groups.raise_together():
                 if groups.is_main:
@@ -79,7 +79,9 @@ def train(
                 start, notes = found.manifest.step, [*notes, *found.notes, *course.restore(found)]
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
-                claim(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+                starting.enter_context(
+                    claimed(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+                )
                 lock.enter_context(held(run))
                 if source.tokenizer is not None:
                     source.tokenizer.save(run)
@@ -93,6 +95,7 @@ def train(
                     record_session(
                         run, config, step=start, device=device, precision=precision, groups=groups, start_from=origin
                     )
+            starting.close()  # from here on, the run can be resumed
             stack.callback(course.metrics.close)
             stack.enter_context(course.writer)
             yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)

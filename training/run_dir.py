@@ -1,7 +1,8 @@
 """The run directory: created by one process, and locked by it until it ends."""
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,28 @@ def require_free(run: Path) -> None:
         raise TrainingError(f"{run} already holds a run: continue it with --resume {run}, or choose another --out DIR")
     if taken:
         raise TrainingError(f"{run} exists and is not an empty directory: choose another one with --out DIR")
+
+
+@contextmanager
+def claimed(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
+    """`claim` a run directory for what a block writes there: after an error in it, it is as before."""
+    there = run.exists()
+    claim(run, config, comment)
+    with whole_folder(run, there=there):
+        yield
+
+
+@contextmanager
+def whole_folder(folder: Path, *, there: bool) -> Iterator[None]:
+    """Delete a folder, or if it was `there` and empty what is in it, after an error in the block."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            with suppress(OSError):
+                folder.mkdir(exist_ok=True)
+        raise
 
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:

@@ -20,7 +20,7 @@ from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
 from .provenance import missing_plug_ins
-from .run_dir import CONFIG_FILE, claim
+from .run_dir import CONFIG_FILE, claimed
 from .tensor_files import fill, read_tensors, write_tensors
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -169,12 +169,12 @@ def write_run(
     Raises:
         SeqmixError: the directory is a run already, or cannot be written.
     """
-    claim(out, config, comment)
-    if tokenizer is not None:
-        tokenizer.save(out)
-    parts = {train_state.MODEL: train_state.chunks_of(tensors)}
-    metadata = train_state.metadata_of(config.model, step)
-    checkpoint.write(out, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
+    with claimed(out, config, comment):
+        if tokenizer is not None:
+            tokenizer.save(out)
+        parts = {train_state.MODEL: train_state.chunks_of(tensors)}
+        metadata = train_state.metadata_of(config.model, step)
+        checkpoint.write(out, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
 
 
 def _read(

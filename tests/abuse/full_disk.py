@@ -22,8 +22,13 @@ SMALL = (
     *("training.evaluation_batches=1", "training.final_evaluation_batches=1", "training.checkpoint_every=1"),
     *("training.log_every=1", "data.paths=[text.txt]"),
 )
-SIZES = (0, 400, 40_000)
-"""Bytes that a file may have: nothing, a part of a small one, a part of a large one."""
+LLAMA = (
+    "model={norm: {kind: rmsnorm}, blocks: {attn: {mixer: {kind: attention, n_heads: 4, positions: rope}, "
+    "ffn: {kind: swiglu, expansion: 2.0}, norm: {kind: rmsnorm}}}}"
+)
+"""A model that transformers has too."""
+SIZES = (0, 400, 40_000, None)
+"""Bytes that a file may have: nothing, a part of a small one, a part of a large one, all."""
 STUDY = """
 base: retnet-tiny
 mixers: [retention]
@@ -48,6 +53,11 @@ def commands() -> dict[str, list[str]]:
         "average": ["average", "run", "--to", "new"],
         "compare": ["compare", "study.yaml", "--out", "new"],
         "bench": ["bench", "train", "--length", "16", "--repeat", "1", "--json", "new.json", "--markdown", "new.md"],
+        "convert": ["convert", "theirs", "--tokenizer", "bytes", "--to", "new"],
+        "convert-as": ["convert", "llama", "--as", "llama", "--to", "new"],
+        "export-hf": ["export", "llama", "--to", "hf", "new"],
+        "inspect": ["inspect", "llama", "--text", "text.txt", "--out", "new.html", "--json", "new.json"],
+        "check": ["check", "min_gru", "--quick", "--compile", "none", "--json", "new.json", "--junit", "new.xml"],
     }
 
 
@@ -58,19 +68,25 @@ def full_disk(folder: Path, drawn: random.Random) -> Iterator[Case]:
     (base / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     (base / "study.yaml").write_text(STUDY)
     _call(base, ["train", "retnet-tiny", *SMALL, "--out", "run"], None)
+    _call(base, ["train", "attention-tiny", *SMALL, LLAMA, "--out", "llama"], None)
+    _call(base, ["convert", "llama", "--as", "llama", "--to", "theirs"], None)
     for name, arguments in commands().items():
         for size in SIZES:
             where = folder / f"{name}-{size}"
-            yield Case(f"{name} with {size} bytes", partial(_try, base, where, arguments, size), refused=False)
+            yield Case(
+                f"{name} with {'all' if size is None else size} bytes",
+                partial(_try, base, where, arguments, size),
+                refused=False,
+            )
 
 
-def _try(base: Path, where: Path, arguments: list[str], size: int) -> None:
+def _try(base: Path, where: Path, arguments: list[str], size: int | None) -> None:
     shutil.copytree(base, where)
     before = {file: file.read_bytes() for file in where.rglob("*") if file.is_file() and file.suffix != ".lock"}
     done = _call(where, arguments, size)
     made = [file for file in where.rglob("*") if file.is_file() and file not in before]
     if done.returncode == 0:
-        assert size, f"status 0: {done.stdout} {done.stderr}"
+        assert size != 0, f"status 0: {done.stdout} {done.stderr}"
         return
     lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

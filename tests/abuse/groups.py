@@ -6,6 +6,7 @@ from abuse.full_disk import full_disk
 from abuse.metrics import metrics
 from abuse.states import states
 from abuse.tally import Group
+from abuse.texts import lines, texts
 from abuse.token_files import token_files
 from abuse.vocabularies import vocabularies
 
@@ -14,11 +15,13 @@ GROUPS: dict[str, Group] = {
     "exports": exports,
     "states": states,
     "metrics": metrics,
+    "texts": texts,
+    "lines": lines,
     "token_files": token_files,
     "vocabularies": vocabularies,
     "full_disk": full_disk,
 }
-SLOW = {"full_disk"}
+SLOW = {"full_disk", "lines"}
 """Groups whose cases are commands of several seconds: nightly alone."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""

@@ -22,6 +22,9 @@ from seqmix.cli import explanation
 
 LONGEST = 2000
 """Characters of a line of an error: a screen of them."""
+PATIENCE = 10
+"""Seconds of the clock per second of computing: what waits for ever, for a pipe, ends too."""
+TOO_LONG = "it takes too long"
 ROOM = 2**31
 """Bytes that a case in a process of its own may allocate."""
 
@@ -60,21 +63,25 @@ class Tally:
 
 def fault_of(case: Case, seconds: int = 60) -> str | None:
     """What is wrong with what a case does, or None."""
-    before = signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(seconds)
+    before = {number: signal.signal(number, _too_long) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of this process: on a busy machine the clock runs faster
+    signal.alarm(PATIENCE * seconds)
     try:
         with redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case.action()
     except BaseException as error:  # a library written in Rust panics by one that is not an Exception
-        if isinstance(error, Exception) and (sentence := explanation(error)) is not None:
+        late = TOO_LONG in str(error)  # a library may make it an error of its own
+        if not late and isinstance(error, Exception) and (sentence := explanation(error)) is not None:
             return _fault_of_sentence(sentence)
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return f"{what} ({Path(where.filename).name}:{where.lineno})"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return "it was used" if case.refused else None
 
 
@@ -86,7 +93,7 @@ def _fault_of_sentence(message: str) -> str | None:
 
 
 def _too_long(number: int, frame: object) -> None:
-    raise TimeoutError("it takes too long")
+    raise TimeoutError(TOO_LONG)
 
 
 def _in_a_process(case: Case, seconds: int) -> str | None:
@@ -96,11 +103,12 @@ def _in_a_process(case: Case, seconds: int) -> str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the panics of libraries
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds + 5, seconds + 5))  # a library does not see the signals
         os.write(writing, (fault_of(case, seconds) or "").encode()[:4000])
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading, errors="replace") as pipe:
-        ready, _, _ = select.select([pipe], [], [], seconds + 5)  # a library does not see the alarm
+        ready, _, _ = select.select([pipe], [], [], PATIENCE * seconds + 5)
         if not ready:
             os.kill(child, signal.SIGKILL)
         fault = pipe.read()
