@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..registry import SeqmixError, nearest, read_bytes
-from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer, write_vocabulary
+from ..registry import SeqmixError, nearest, read_bytes, write_file
+from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 from .vocabulary_schema import LARGEST, require_safe
 
 AT_ONCE = 256
@@ -150,7 +150,7 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
     )
     tokenizer.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
     vocabulary = tokenizer.to_str(pretty=True).encode()
-    write_vocabulary(vocabulary, file)
+    write_file(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
 
 

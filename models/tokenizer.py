@@ -68,7 +68,7 @@ class Tokenizer(ABC):
             SeqmixError: it cannot be written.
         """
         if self.vocabulary is not None:
-            write_vocabulary(self.vocabulary, folder / TOKENIZER_FILE)
+            write_file(self.vocabulary, folder / TOKENIZER_FILE)
 
     def encode(self, text: str) -> Int[Tensor, " T"]:
         """The tokens of a text, opened by the begin token.
@@ -102,12 +102,3 @@ class ByteTokenizer(Tokenizer):
         """A decoder of UTF-8; invalid bytes become U+FFFD."""
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         return lambda token: decode(b"" if token is None else bytes([token]), final=token is None)
-
-
-def write_vocabulary(vocabulary: bytes, file: Path) -> None:
-    """Write a tokenizer.json.
-
-    Raises:
-        SeqmixError: it cannot be written.
-    """
-    write_file(vocabulary, file)
