@@ -12,6 +12,7 @@ from functools import cache
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import SeqmixError, nearest
@@ -21,6 +22,7 @@ from .recurrence import Recurrence
 
 AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
     "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
+    "delta": {Paradigm.CHUNKWISE: ("triton",)},
 }
 """The backends that `auto` tries on a GPU, in this order, by op. A backend that is named has the same trial."""
 
@@ -99,7 +101,7 @@ def _kernels(op: str, backend: str) -> list[Kernel]:
 
 
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
-    """Run a kernel of the decay family on a few tokens, forward and backward; None if it does what the reference does.
+    """Run a kernel of the decay or delta family on a few tokens, forward and backward; None if it is as the reference.
 
     Rates that are fixed per head are tried as those of retention, without a gradient, too: that is another kernel. A
     recurrent one reads one token, forward. This is not the conformance kit; but what a compiler or a driver gets wrong
@@ -111,7 +113,7 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     step = kernel.paradigm is Paradigm.RECURRENT
     for learned in (False,) if step else (True, False) if probe.log_decay == "H" else (True,):
         try:
-            reason = _difference(kernel, probe, _trial(probe, 1 if step else TRIAL_LENGTH, learned))
+            reason = _difference(kernel, probe, _trial(kernel.op, probe, 1 if step else TRIAL_LENGTH, learned))
         except Exception as error:  # whatever a compiler or a driver raises
             short = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
             reason = f"{kernel.key} failed in a trial: {short}"
@@ -145,10 +147,11 @@ def _difference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> 
     return None
 
 
-def _trial(probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
+def _trial(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
     """Two sequences of two heads of random numbers, with a layer's strides: q, k and v are columns of one projection.
 
-    Every tensor wants its gradient, decays where they are learned; but not of one token: that is decoding.
+    Every tensor wants its gradient, decays where they are learned; but not of one token: that is decoding. Keys of the
+    delta rule have norm 1.
     """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)
@@ -165,6 +168,9 @@ def _trial(probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
     if probe.log_decay is not None:
         log_decay = (-random(probe.log_decay, wide).detach().abs() / 16).requires_grad_(length > 1 and learned)
         tensors["log_decay"] = log_decay
+    if op == "delta":
+        tensors["k"] = F.normalize(tensors["k"], dim=-1)
+        tensors["beta"] = random("B T H", wide).detach().sigmoid().requires_grad_(length > 1)
     tensors["initial_state"] = random("B H K V", wide)
     return tensors
 

@@ -121,7 +121,7 @@ KERNELS: dict[Key, Kernel] = {}
 """All that were declared: those of an op once its module is imported."""
 
 ON_DEMAND: Mapping[str, Sequence[str]] = {
-    "triton": ("decay.triton",),
+    "triton": ("decay.triton", "delta.triton"),
     "fla": ("decay.fla",),
     "flex": ("softmax.flex",),
     "xformers": ("softmax.xformers",),

@@ -164,7 +164,7 @@ def test_the_registry_imports_no_torch():
 
 
 MAY_IMPORT = {
-    "seqmix.ops.decay.triton_kernels": {"triton"},
+    **{f"seqmix.ops.{name}": {"triton"} for name in ("triton_tiles", "decay.triton_kernels", "delta.triton_kernels")},
     **{
         name: {"transformers"}
         for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))

@@ -27,69 +27,36 @@ This module does not import triton: that happens where a kernel is launched.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...registry import SeqmixError
 from ..autograd import Gradients, Op, has_tangent, needs_grad
 from ..chunks import capacity
 from ..donation import may_overwrite
-from ..kernels import Kernel, Probe, declare, installed
+from ..kernels import Kernel, Probe, declare
 from ..paradigm import Paradigm
 from ..recurrence import Recurrence, RecurrenceOutput
+from ..triton_launch import UNIT, contiguous, kernels, missing, padded, readable, strides
 from .api import TOLERANCES
 from .recurrent import decay_recurrent
-from .triton_launch import (
-    MAX_KEY_WIDTH,
-    MAX_VALUE_WIDTH,
-    STEP,
-    Launcher,
-    configuration_of,
-    interpreted,
-    kernels,
-    readable,
-    strides,
-)
-
-UNIT = 16
-"""Widths are padded to a multiple of it: matrix instructions and 16-byte loads want no less."""
+from .triton_launch import MAX_KEY_WIDTH, STEP, Launcher, configuration_of, too_wide
 
 # ---- what is taken
 
 
 def limits(probe: Probe) -> list[str]:
     """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
-    reasons = _missing(probe)
+    reasons = missing(probe)
     if probe.log_decay == "B T H K":
         reasons.append("one log-decay per key dimension is not supported")
-    if probe.key_width > MAX_KEY_WIDTH or probe.value_width > MAX_VALUE_WIDTH:
-        reasons.append(
-            f"keys are up to {MAX_KEY_WIDTH} wide and values up to {MAX_VALUE_WIDTH}, "
-            f"not {probe.key_width} and {probe.value_width}"
-        )
-    return reasons
+    return reasons + too_wide(probe)
 
 
 def step_limits(probe: Probe) -> list[str]:
     """Why the step cannot run what it is asked about, beside the dtype."""
-    reasons = _missing(probe)
+    reasons = missing(probe)
     if probe.key_width > MAX_KEY_WIDTH:
         reasons.append(f"keys are up to {MAX_KEY_WIDTH} wide, not {probe.key_width}")
-    return reasons
-
-
-def _missing(probe: Probe) -> list[str]:
-    """What is not there that every kernel here needs."""
-    reasons = []
-    if not installed("triton"):
-        reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
-    if interpreted():
-        if probe.dtype == torch.bfloat16:
-            reasons.append("bfloat16 is wrong in Triton's interpreter")
-    elif probe.device.type != "cuda":
-        reasons.append(
-            f"it needs a CUDA device and not {probe.device.type}, or TRITON_INTERPRET=1 before triton is imported"
-        )
     return reasons
 
 
@@ -104,26 +71,7 @@ def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
     Raises:
         SeqmixError: `KERNEL` does not take this.
     """
-    key_width, value_width, wanted = x.q.shape[3], x.v.shape[3], x.output_final_state
-    more_keys, more_values = -key_width % UNIT, -value_width % UNIT
-    x = x._replace(
-        log_decay=None if x.log_decay is None else x.log_decay.float(),
-        initial_state=None if x.initial_state is None else x.initial_state.float(),
-    )
-    if more_keys or more_values:
-        x = x._replace(
-            q=F.pad(x.q, (0, more_keys)),
-            k=F.pad(x.k, (0, more_keys)),
-            v=F.pad(x.v, (0, more_values)),
-            initial_state=None if x.initial_state is None else F.pad(x.initial_state, (0, more_values, 0, more_keys)),
-        )
-    output, state, _ = CHUNKWISE(x)
-    if more_keys or more_values:
-        output = output[..., :value_width]
-        if wanted:
-            # a copy: a view would keep the padding alive
-            state = state[..., :key_width, :value_width].contiguous()
-    return RecurrenceOutput(output, state if wanted else None)
+    return padded(CHUNKWISE, x)
 
 
 def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
@@ -188,7 +136,7 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     call = Launcher(x)
     states = entries if entries.numel() else call.new_states()
     final = final_state if x.output_final_state else None
-    call.scan(call.k, call.v, states, {"initial": _contiguous(x.initial_state), "final": final})
+    call.scan(call.k, call.v, states, {"initial": contiguous(x.initial_state), "final": final})
     call.forward_band(states, output)
     return output, final_state, entries
 
@@ -203,7 +151,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
     if not states.numel():
         states = call.new_states()
-        call.scan(call.k, call.v, states, {"initial": _contiguous(x.initial_state)})
+        call.scan(call.k, call.v, states, {"initial": contiguous(x.initial_state)})
     sums, products, d_states = None, None, call.new_states()
     d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     ends = {"initial": d_final, "final": out.get("initial_state")}
@@ -217,10 +165,6 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     if sums is not None and products is not None:
         call.decay_gradient(do, sums, products, out["log_decay"])
     return out
-
-
-def _contiguous(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.contiguous()
 
 
 def _allocate_step(x: Recurrence) -> tuple[Tensor]:
@@ -243,7 +187,7 @@ def _step(x: Recurrence) -> tuple[Tensor]:
     tensors = {"q": q, "k": k, "v": v}
     decays = {"log_decay": log_decay, "decay_row": row, "decay_head": head, "decay_key": key}
     sizes = {"heads": heads, "K": key_width, "V": value_width, "WIDTH": max(UNIT, 1 << (key_width - 1).bit_length())}
-    kernels().step[(-(-value_width // tile) * batch * heads,)](
+    kernels("decay").step[(-(-value_width // tile) * batch * heads,)](
         state=x.initial_state,
         out=output,
         scale=x.scale,

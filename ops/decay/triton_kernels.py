@@ -1,17 +1,10 @@
-# ruff: noqa: RET505  a branch that is decided when a kernel is compiled needs its `else`
-"""The Triton bodies of the decay family: jitted code alone, and the only file here that imports triton.
+"""The Triton bodies of the decay family: jitted code alone.
 
 Notation of api.py, and of its chunkwise op: a chunk has m <= C tokens, i and j count them from 0, S is the state that
 enters it and dS' the gradient of the state that leaves it. triton.py has the recurrence and the map of the
 bodies, triton_launch.py the configurations that they run in.
 
-The clock of a token is the sum of the log2-decays from its chunk's beginning to the token itself, so what is left of
-token j at token i >= j is exp2(clock_i - clock_j). Such a difference is formed without loss:
-
-    decay per head          clock_i = (i + 1) rate                 the difference of the counts times the rate
-    a decay for each token  clock_i = whole_i + part_i             whole: an integer; part: in [0, 1)
-
-exp2 sees no argument above 0: what a mask leaves out is -inf before it.
+exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks are those of ../triton_tiles.py.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -21,88 +14,21 @@ exp2 sees no argument above 0: what a mask leaves out is -inf before it.
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-LOG2_E = tl.constexpr(1.4426950408889634)
-RESET = tl.constexpr(-256.0)
-"""The least log2-decay: exp2 of it is 0 in float32, as exp2 of -inf is, and sums of it are exact."""
-
-
-@triton.jit
-def _dot(x, y, acc):
-    """acc + x y in float32. The interpreter multiplies 16-bit numbers wrongly, so there they are widened."""
-    if INTERPRETED:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(x, y, acc, input_precision="ieee")
-
-
-@triton.jit
-def _log2(a):
-    """A natural log-decay as a log2-decay, not below RESET; nan stays nan."""
-    a *= LOG2_E
-    return tl.where(a < RESET, RESET, a)
-
-
-@triton.jit
-def _tile(x, stride, rows, m, columns, WIDTH: tl.constexpr):
-    """The rows below m and the columns below WIDTH of x, zero elsewhere: [rows columns]."""
-    inside = (rows[:, None] < m) & (columns[None, :] < WIDTH)
-    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _chunk(chunk, table, length, chunks_a_row, C: tl.constexpr):
-    """Row of the batch, first token, and number of tokens of a chunk."""
-    if table is None:
-        row = chunk // chunks_a_row
-        start = (chunk % chunks_a_row) * C
-        return row, start, tl.minimum(length - start, C)
-    else:  # of packed documents the table knows, and gives no tokens to the chunks that are over
-        return chunk * 0, tl.load(table + 2 * chunk), tl.load(table + 2 * chunk + 1)
-
-
-@triton.jit
-def _rate(rates, h):
-    """log2 of the head's decay; 0 where decays are not fixed."""
-    if rates is None:
-        return 0.0
-    else:
-        return _log2(tl.load(rates + h))
-
-
-@triton.jit
-def _clock(clocks, plane, at, rows, m):
-    """The clocks of the rows, in two parts; fixed decays count the tokens."""
-    if clocks is None:
-        return (rows + 1).to(tl.float32), (rows * 0).to(tl.float32)
-    else:
-        whole = tl.load(clocks + at + rows, mask=rows < m, other=0.0)
-        return whole, tl.load(clocks + plane + at + rows, mask=rows < m, other=0.0)
-
-
-@triton.jit
-def _last_clock(clocks, plane, at, m):
-    """The clock of the last token: that of the chunk."""
-    if clocks is None:
-        return m.to(tl.float32), 0.0
-    else:
-        return tl.load(clocks + at + m - 1), tl.load(clocks + plane + at + m - 1)
-
-
-@triton.jit
-def _between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
-    """The log2-decay from one clock to a later one."""
-    if TOKEN:
-        return (whole - whole_0) + (part - part_0)
-    else:
-        return (whole - whole_0) * rate
-
+from ..triton_tiles import (
+    VARYING,
+    between,
+    chunk_at,
+    clock_of,
+    dot,
+    last_clock,
+    load_tile,
+    log2,
+    rate_of,
+    sequence_at,
+)
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
-
-VARYING = ["length", "chunks", "chunks_a_row", "plane"]
-"""Sizes that differ from call to call: a kernel is not recompiled for what they are multiples of."""
 
 # Tile counts are hand-written constants: tl.cdiv of constants is not a constant in Triton 3.6.
 
@@ -114,11 +40,11 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
     """The clocks of one chunk and head: log_decay [B T H] to [2 B H T]; a program each."""
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
-    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     rows = tl.arange(0, C)
     a = tl.load(log_decay + (row * length + start + rows) * heads + h, mask=rows < m, other=0.0)
     # float64, for these few numbers alone: a clock has to be exact beside 256s that were added to it
-    clock = tl.cumsum(_log2(a.to(tl.float64)), 0)
+    clock = tl.cumsum(log2(a.to(tl.float64)), 0)
     whole = tl.floor(clock)
     at = clocks + (row * heads + h) * length + start + rows
     tl.store(at, whole.to(tl.float32), mask=rows < m)
@@ -151,15 +77,9 @@ def state_scan(
     inside = (ks[:, None] < K) & (vs[None, :] < V)
     place = ks[:, None] * V + vs[None, :]
     rows = tl.arange(0, C)
-    rate = _rate(rates, h)
+    rate = rate_of(rates, h)
 
-    if boundaries is None:
-        row, begin, end = n, n * 0, n * 0 + length
-        first = n * chunks_a_row
-    else:
-        row, begin, end = n * 0, tl.load(boundaries + n).to(tl.int64), tl.load(boundaries + n + 1).to(tl.int64)
-        first = tl.load(firsts + n)
-    count = tl.cdiv(end - begin, C).to(tl.int32)
+    row, begin, end, first, count = sequence_at(n, boundaries, firsts, length, chunks_a_row, C)
     x_at = x + row * x_row + h * x_head
     w_at = w + row * w_row + h * w_head
 
@@ -178,23 +98,23 @@ def state_scan(
             tl.store(products + ((first + number) * heads + h) * tiles + tile, tl.sum(entry * acc))
         start = begin + number.to(tl.int64) * C
         m = tl.minimum(end - start, C).to(tl.int32)
-        x_tile = tl.trans(_tile(x_at + start * x_token, x_token, rows, m, ks, K))
-        w_tile = _tile(w_at + start * w_token, w_token, rows, m, vs, V)
+        x_tile = tl.trans(load_tile(x_at + start * x_token, x_token, rows, m, ks, K))
+        w_tile = load_tile(w_at + start * w_token, w_token, rows, m, vs, V)
         if rates is None and clocks is None:
             if REVERSE:
                 x_tile = (x_tile.to(tl.float32) * scale).to(x_tile.dtype)
         else:
             at = (row * heads + h) * length + start
-            whole, part = _clock(clocks, plane, at, rows, m)
-            whole_m, part_m = _last_clock(clocks, plane, at, m)
+            whole, part = clock_of(clocks, plane, at, rows, m)
+            whole_m, part_m = last_clock(clocks, plane, at, m)
             if REVERSE:
-                factor = scale * tl.exp2(_between(whole, part, 0.0, 0.0, rate, clocks is not None))
+                factor = scale * tl.exp2(between(whole, part, 0.0, 0.0, rate, clocks is not None))
             else:
-                left = _between(whole_m, part_m, whole, part, rate, clocks is not None)
+                left = between(whole_m, part_m, whole, part, rate, clocks is not None)
                 factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
             x_tile = (x_tile.to(tl.float32) * factor[None, :]).to(x_tile.dtype)
-            acc *= tl.exp2(_between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
-        acc = _dot(x_tile, w_tile, acc)
+            acc *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
+        acc = dot(x_tile, w_tile, acc)
     if final is not None:
         tl.store(final + sequence * K * V + place, acc, mask=inside)
 
@@ -207,13 +127,14 @@ def _band(
     x, x_token, y, y_token, z, z_token, state, out, out_token, other, other_token, sums, rates, clocks, plane, at, h,
     m, scale, outer,
     INNER: tl.constexpr, OUTER: tl.constexpr, STATE_INNER: tl.constexpr, STATE_OUTER: tl.constexpr, C: tl.constexpr,
-    TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr,
+    TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr = False,
 ):
     """out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on, x and y [m INNER], z [m OUTER].
 
     Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
-    their own on. The reversed scores are a product of their own, as the transpose of a product is miscompiled by some
-    versions of Triton. `sums` gets the rows' products of `other` with the first term of out.
+    their own on; where it is strict, not their own. No state is one of zeros. The reversed scores are a product of
+    their own, as the transpose of a product is miscompiled by some versions of Triton. `sums` gets the rows' products
+    of `other` with the first term of out.
     """
     rows = tl.arange(0, C)
     columns = outer + tl.arange(0, TILE_OUTER)
@@ -221,39 +142,42 @@ def _band(
     scores = tl.zeros((C, C), tl.float32)
     for i in range(0, INNER, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
-        x_tile = _tile(x, x_token, rows, m, inner, INNER)
-        inside = (inner[:, None] < INNER) & (columns[None, :] < OUTER)
-        place = inner[:, None] * STATE_INNER + columns[None, :] * STATE_OUTER
-        acc = _dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc)
-        scores = _dot(x_tile, tl.trans(_tile(y, y_token, rows, m, inner, INNER)), scores)
+        x_tile = load_tile(x, x_token, rows, m, inner, INNER)
+        if state is not None:
+            inside = (inner[:, None] < INNER) & (columns[None, :] < OUTER)
+            place = inner[:, None] * STATE_INNER + columns[None, :] * STATE_OUTER
+            acc = dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc)
+        scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, INNER)), scores)
 
     if REVERSE:
         seen = (rows[:, None] <= rows[None, :]) & (rows[None, :] < m)
     else:
         seen = (rows[:, None] >= rows[None, :]) & (rows[:, None] < m)
+    if STRICT:
+        seen &= rows[:, None] != rows[None, :]
     if rates is None and clocks is None:
         scores = tl.where(seen, scores * scale, 0.0)
         if not REVERSE:
             acc *= scale
     else:
-        rate = _rate(rates, h)
-        whole, part = _clock(clocks, plane, at, rows, m)
+        rate = rate_of(rates, h)
+        whole, part = clock_of(clocks, plane, at, rows, m)
         if REVERSE:
-            whole_m, part_m = _last_clock(clocks, plane, at, m)
-            left = _between(whole_m, part_m, whole, part, rate, clocks is not None)
+            whole_m, part_m = last_clock(clocks, plane, at, m)
+            left = between(whole_m, part_m, whole, part, rate, clocks is not None)
             factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
-            pair = _between(whole[None, :], part[None, :], whole[:, None], part[:, None], rate, clocks is not None)
+            pair = between(whole[None, :], part[None, :], whole[:, None], part[:, None], rate, clocks is not None)
         else:
-            factor = scale * tl.exp2(_between(whole, part, 0.0, 0.0, rate, clocks is not None))
-            pair = _between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
+            factor = scale * tl.exp2(between(whole, part, 0.0, 0.0, rate, clocks is not None))
+            pair = between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
         acc *= factor[:, None]
         scores *= scale * tl.exp2(tl.where(seen, pair, float("-inf")))
 
-    z_tile = _tile(z, z_token, rows, m, columns, OUTER)
+    z_tile = load_tile(z, z_token, rows, m, columns, OUTER)
     if sums is not None:
-        other_tile = _tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
+        other_tile = load_tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
         tl.store(sums + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
-    acc = _dot(scores.to(z_tile.dtype), z_tile, acc)
+    acc = dot(scores.to(z_tile.dtype), z_tile, acc)
     inside = (rows[:, None] < m) & (columns[None, :] < OUTER)
     tl.store(out + rows[:, None] * out_token + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -269,7 +193,7 @@ def band_forward(
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
     tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
-    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
     _band(
@@ -287,18 +211,19 @@ def band_backward(
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
     scale, length, heads, chunks, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
+    STRICT: tl.constexpr,
 ):
-    """dq, dk and dv; a program for every role and its tile, chunk and head.
+    """dq, dk and, unless it is None, dv; a program for every role and its tile, chunk and head.
 
     Roles are next to each other, so that those of a chunk run together and read it from memory once. `sums`
     [2 tiles B H T] gets the rows' q dq and k dk, as far as they came through the states.
     """
     k_tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     v_tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
-    roles: tl.constexpr = 2 * k_tiles + v_tiles
+    roles: tl.constexpr = 2 * k_tiles + (0 if dv is None else v_tiles)
     pid = tl.program_id(0).to(tl.int64)
     role, chunk, h = (pid % roles).to(tl.int32), pid // roles % chunks, pid // roles // chunks
-    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
     m, plane = m.to(tl.int32), plane.to(tl.int64)
@@ -308,6 +233,8 @@ def band_backward(
     do += row * do_row + start * do_token + h * do_head
     at = (row * heads + h) * length + start
     state = (chunk * heads + h) * K * V
+    if d_states is not None:
+        d_states += state
     token = (row * length + start) * heads + h
     if role < k_tiles:
         if sums is not None:
@@ -315,20 +242,21 @@ def band_backward(
         _band(
             do, do_token, v, v_token, k, k_token, states + state, dq + token * K, heads * K, q, q_token, sums, rates,
             clocks, plane, at, h, m, scale, role * TILE_OUTER, V, K, 1, V, C, TILE_INNER, TILE_OUTER, False,
+            STRICT,
         )
     elif role < 2 * k_tiles:
         if sums is not None:
             sums += role * plane + at
         _band(
-            v, v_token, do, do_token, q, q_token, d_states + state, dk + token * K, heads * K, k, k_token, sums,
+            v, v_token, do, do_token, q, q_token, d_states, dk + token * K, heads * K, k, k_token, sums,
             rates, clocks, plane, at, h, m, scale, (role - k_tiles) * TILE_OUTER, V, K, 1, V, C, TILE_INNER,
-            TILE_OUTER, True,
+            TILE_OUTER, True, STRICT,
         )
-    else:
+    elif dv is not None:
         _band(
-            k, k_token, q, q_token, do, do_token, d_states + state, dv + token * V, heads * V, None, 0, None, rates,
-            clocks, plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, TILE_INNER, TILE_OUTER,
-            True,
+            k, k_token, q, q_token, do, do_token, d_states, dv + token * V, heads * V, None, 0, None, rates, clocks,
+            plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, TILE_INNER, TILE_OUTER, True,
+            STRICT,
         )
 
 
@@ -365,7 +293,7 @@ def decay_gradient(
     """
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
-    row, start, m = _chunk(chunk, table, length, chunks_a_row, C)
+    row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
     m, plane = m.to(tl.int32), plane.to(tl.int64)
@@ -377,17 +305,18 @@ def decay_gradient(
     scores = tl.zeros((C, C), tl.float32)
     for i in range(0, K, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
-        scores = _dot(_tile(q, q_token, rows, m, inner, K), tl.trans(_tile(k, k_token, rows, m, inner, K)), scores)
+        q_tile = load_tile(q, q_token, rows, m, inner, K)
+        scores = dot(q_tile, tl.trans(load_tile(k, k_token, rows, m, inner, K)), scores)
     d_scores = tl.zeros((C, C), tl.float32)
     for i in range(0, V, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
-        d_scores = _dot(
-            _tile(do, do_token, rows, m, inner, V), tl.trans(_tile(v, v_token, rows, m, inner, V)), d_scores
+        d_scores = dot(
+            load_tile(do, do_token, rows, m, inner, V), tl.trans(load_tile(v, v_token, rows, m, inner, V)), d_scores
         )
     at = (row * heads + h) * length + start
-    rate = _rate(rates, h)
-    whole, part = _clock(clocks, plane, at, rows, m)
-    pair = _between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
+    rate = rate_of(rates, h)
+    whole, part = clock_of(clocks, plane, at, rows, m)
+    pair = between(whole[:, None], part[:, None], whole[None, :], part[None, :], rate, clocks is not None)
     seen = (rows[:, None] >= rows[None, :]) & (rows[:, None] < m)
     pairs = scores * d_scores * (scale * tl.exp2(tl.where(seen, pair, float("-inf"))))
 
@@ -395,8 +324,8 @@ def decay_gradient(
     kept = 0.0
     for tile in range(PRODUCTS):
         kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
-    whole_m, part_m = _last_clock(clocks, plane, at, m)
-    kept *= tl.exp2(_between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
+    whole_m, part_m = last_clock(clocks, plane, at, m)
+    kept *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
     if clocks is None:
         through_k = _sum_of_tiles(sums + TILES * plane + at, plane, rows, rows < m, TILES, C)
         distance = (rows[:, None] - rows[None, :]).to(tl.float32)
@@ -439,7 +368,7 @@ def step(
     if log_decay is not None:
         # a stride of 0 where all key dimensions share a decay
         a = tl.load(log_decay + n * decay_row + h * decay_head + ks * decay_key, mask=ks < K, other=0.0)
-        memory *= tl.exp2(_log2(a))[:, None]
+        memory *= tl.exp2(log2(a))[:, None]
     memory += key[:, None] * value[None, :]
     tl.store(place, memory, mask=inside)
     output = scale * tl.sum(query[:, None] * memory, 0)

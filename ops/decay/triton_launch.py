@@ -4,46 +4,28 @@ The notation and what each body computes stand in triton.py. This module needs n
 is launched.
 """
 
-import os
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any, NamedTuple
+from copy import copy
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import capacity
+from ..kernels import Probe
 from ..recurrence import Recurrence
+from ..triton_launch import FUSED, Launch, chunk_table, interpreted, kernels, readable, strides
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
 """The paper's head."""
 
-FUSED = {"enable_fp_fusion": True}
-"""A product and a sum are one instruction; explicit, since Triton's default is about to change."""
 
-
-REGISTERS = 65536
-"""Of a multiprocessor."""
-
-
-class Launch(NamedTuple):
-    """How one body runs."""
-
-    tile: tuple[int, int]
-    """Of a scan, keys and values of a state's tile; of a band, inner width per step and columns of the result."""
-    warps: int
-    stages: int
-    """Steps of a loop whose loads are in flight at once."""
-    blocks: int = 1
-    """Blocks that a multiprocessor holds: registers are capped for them, and what a compiler makes is held to it."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For the launcher."""
-        # registers are given to threads by eights
-        cap = {"maxnreg": REGISTERS // (32 * self.warps * self.blocks) // 8 * 8} if self.blocks > 1 else {}
-        return {"num_warps": self.warps, "num_stages": self.stages, **cap, **FUSED}
+def too_wide(probe: Probe) -> list[str]:
+    """Whether heads are wider than that."""
+    if probe.key_width <= MAX_KEY_WIDTH and probe.value_width <= MAX_VALUE_WIDTH:
+        return []
+    widths = f"keys are up to {MAX_KEY_WIDTH} wide and values up to {MAX_VALUE_WIDTH}"
+    return [f"{widths}, not {probe.key_width} and {probe.value_width}"]
 
 
 class Configuration(NamedTuple):
@@ -111,22 +93,12 @@ def configuration_of(x: Recurrence) -> Configuration:
     return choose(table, x.chunk_size)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def kernels() -> Any:
-    """The jitted functions; imports triton."""
-    return import_module(f"{__package__}.triton_kernels")
-
-
 class Launcher:
     """One call of the chunkwise op: what its bodies have in common, and how each is launched."""
 
     def __init__(self, x: Recurrence, needs_log_decay: bool = False) -> None:
         log_decay, cu_seqlens = x.log_decay, x.cu_seqlens
-        self.kernels = kernels()
+        self.kernels = kernels("decay")
         self.configuration = configuration_of(x)
         self.chunk = self.configuration.chunk
         full = needs_log_decay or (log_decay is not None and log_decay.ndim == 3)
@@ -160,6 +132,13 @@ class Launcher:
             log_decay=self.log_decay, clocks=clocks, table=self.table, chunks=self.chunks, **self.common, **FUSED
         )
         return clocks
+
+    def reading(self, scale: float | None = None, **operands: Tensor) -> "Launcher":
+        """The same bands of other queries, keys or values, and by another scale."""
+        other = copy(self)
+        given = {} if scale is None else {"scale": scale}
+        other.in_bands = {**self.in_bands, **operands, **strides(**operands), **given}
+        return other
 
     def new_states(self) -> Tensor:
         """Room for one state per chunk, as narrow as the inputs."""
@@ -213,23 +192,29 @@ class Launcher:
         """Tiles of dq and dk."""
         return -(-self.key_width // self.backward.tile[1])
 
-    def backward_band(self, do: Tensor, results: Mapping[str, Tensor | None], **states: Tensor) -> None:
-        """Fill the results dq, dk, dv, and `sums` if they are wanted, from `states` and `d_states`."""
+    def backward_band(
+        self, do: Tensor, results: Mapping[str, Tensor | None], *, strict: bool = False, **states: Tensor | None
+    ) -> None:
+        """Fill the results dq, dk, and dv and `sums` if they are wanted, from `states` and `d_states`.
+
+        Where it is strict, queries see no keys of their own.
+        """
         launch = self.backward
-        roles = 2 * self.key_tiles - (-self.value_width // launch.tile[1])
+        roles = 2 * self.key_tiles + (0 if results["dv"] is None else -(-self.value_width // launch.tile[1]))
         self.kernels.band_backward[(roles * self.chunks * self.heads,)](
             do=do,
             **states,
             **results,
             TILE_INNER=launch.tile[0],
             TILE_OUTER=launch.tile[1],
+            STRICT=strict,
             **self.in_bands,
             **strides(do=do),
             **launch.options,
         )
 
-    def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor, out: Tensor) -> None:
-        """Fill `out`, the gradient of the log-decay."""
+    def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor | None, out: Tensor) -> None:
+        """Fill `out`, the gradient of the log-decay; of `products` [chunks H tiles] there may be none."""
         launch = self.backward
         by_chunk = out if self.decays["rates"] is None else out.new_zeros(self.chunks, self.heads)
         self.kernels.decay_gradient[(self.chunks * self.heads,)](
@@ -239,38 +224,10 @@ class Launcher:
             out=by_chunk,
             TILE_INNER=launch.tile[0],
             TILES=self.key_tiles,
-            PRODUCTS=self.scan_tiles,
+            PRODUCTS=0 if products is None else products.shape[2],
             **self.in_bands,
             **strides(do=do),
             **launch.options,
         )
         if self.decays["rates"] is not None:
             out.copy_(by_chunk.sum(0))
-
-
-def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """How packed documents are cut; nothing waits for the device.
-
-    Returns:
-        each document's first chunk [N + 1], and each chunk's first token and number of tokens [chunks 2], which is 0
-        for those that are over: there is room for as many as there can be.
-    """
-    boundaries = cu_seqlens.long()
-    firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
-    documents = boundaries.shape[0] - 1
-    number = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
-    document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
-    start = boundaries[document] + (number - firsts[document]) * chunk
-    tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
-    return firsts, torch.stack((start, tokens), dim=1)
-
-
-def readable(x: Tensor, chunk: int) -> Tensor:
-    """x [B T H D] as it lies, if its rows are contiguous and a chunk's offsets fit 32 bits."""
-    return x if x.stride(3) == 1 and min(chunk, x.shape[1]) * x.stride(1) < 2**31 else x.contiguous()
-
-
-def strides(*axes: str, **tensors: Tensor) -> dict[str, int]:
-    """As the jitted functions name them, of some axes or all."""
-    numbers = {"row": 0, "token": 1, "head": 2}
-    return {f"{name}_{axis}": x.stride(numbers[axis]) for name, x in tensors.items() for axis in axes or numbers}

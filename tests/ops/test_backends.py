@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import seqmix.ops.backends as module
+import seqmix.ops.delta
 import seqmix.ops.softmax  # noqa: F401 declares its kernels
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
@@ -129,6 +130,25 @@ def test_a_trial_calls_as_a_layer_of_retention_does():
     # what only fixed rates ask for is tried
     wrong = replace(CHUNKWISE, function=lambda x: CHUNKWISE.function(x if x.log_decay.requires_grad else late(x)[0]))
     assert "failed in a trial" in disagreement(wrong, PROBE)
+
+
+def test_a_trial_of_the_delta_rule_has_its_tensors():
+    kernel, calls, probe = reference("delta", Paradigm.CHUNKWISE), [], replace(PROBE, log_decay="B T H")
+    seen = replace(kernel, function=lambda x: calls.append(x) or kernel.function(x))
+    assert disagreement(seen, probe) is None
+    torch.testing.assert_close(calls[0].k.norm(dim=-1), torch.ones(2, 259, 2))
+    assert calls[0].beta.min() > 0
+    wrong = replace(kernel, function=lambda x: kernel.function(x._replace(beta=x.beta.detach() + 0 * x.beta)))
+    assert "the gradient of beta" in disagreement(wrong, probe)
+
+
+@needs_triton
+def test_auto_tries_the_delta_rules_kernel(trial):
+    trial(None)
+    found = choose("delta", "auto", replace(ON_GPU, log_decay="B T H"))
+    assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.CHUNKWISE: "triton"}
+    assert described("delta", found) == "triton"
+    assert choose("delta", "auto", replace(ON_GPU, log_decay="B T H K")) == dict.fromkeys(Paradigm, "reference")
 
 
 @pytest.mark.parametrize("wrong", ["kernel", "reference"])

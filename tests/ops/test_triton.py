@@ -1,4 +1,4 @@
-"""The Triton kernels of the decay family: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels of the decay and the delta family: on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter has to be chosen before triton is first imported, so there the tests run in a process of their own,
 which `test_in_the_interpreter` starts. It computes some hundred programs a second: sizes are small, and examples few.
@@ -18,17 +18,22 @@ from hypothesis import settings
 from recurrences import CPU, INPUTS, case_of, differentiate
 
 from seqmix import build_model
+from seqmix.mixers.delta_net import DeltaNetConfig
+from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.models import Decoder, ModelConfig, prefill
 from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
 from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, decay_step_triton
-from seqmix.ops.decay.triton_launch import INTERPRETED, choose, chunk_table, configurations, readable
+from seqmix.ops.decay.triton_launch import INTERPRETED, choose, configurations
+from seqmix.ops.delta import triton as delta_triton
 from seqmix.ops.donation import donate_state
 from seqmix.ops.kernels import Probe, find
 from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.recurrence import Recurrence
+from seqmix.ops.triton_launch import chunk_table, readable
 from seqmix.registry import SeqmixError
-from seqmix.testing import parametrize_kernels
+from seqmix.testing import DecayCase, parametrize_kernels
+from seqmix.testing.kernel_families import DeltaCase
 
 PROCESS = "SEQMIX_TEST_PROCESS"
 NATIVE = torch.cuda.is_available()
@@ -69,7 +74,7 @@ def test_in_the_interpreter(request):
 
 @runs
 @pytest.mark.conformance
-@parametrize_kernels([KERNEL, STEP_KERNEL])
+@parametrize_kernels([KERNEL, STEP_KERNEL, delta_triton.KERNEL])
 def test_kernel(check):
     check(device=DEVICE, examples=settings().max_examples // (1 if NATIVE else 16))
 
@@ -94,13 +99,34 @@ def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
     compare(decay, **CASES[case])
 
 
+@runs
+@pytest.mark.parametrize(("case", "decay"), [*zip(CASES, ["H", None, "fixed", "B T H", "B T H"], strict=True)])
+def test_those_of_the_delta_rule_are(case, decay):
+    sizes = CASES[case] | {"key_width": min(CASES[case].get("key_width", 16), 48)}
+    compare(decay, kind=DeltaCase, rate=2.0, **sizes)
+
+
+@runs
+def test_keys_of_one_direction_are_solved():
+    """Every transition is a reflection: powers of the system would leave float32."""
+    compare(None, [64], kind=DeltaCase, rate=0.0, tolerance=2e-5, beta=2.0)
+
+
 @on_a_gpu
 @pytest.mark.parametrize("widths", [(64, 64), (64, 128), (100, 100), (128, 128), (192, 384), (256, 512)])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("chunk_size", [64, 128])
-def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size):
-    sizes = {"key_width": widths[0], "value_width": widths[1], "dtype": dtype, "chunk_size": chunk_size}
+@pytest.mark.parametrize("kind", [DecayCase, DeltaCase])
+def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size, kind):
+    if kind is DeltaCase and dtype == torch.float32 and widths[0] > 64:
+        pytest.skip("refused")
+    sizes = {"kind": kind} | {
+        "key_width": widths[0],
+        "value_width": widths[1],
+        "dtype": dtype,
+        "chunk_size": chunk_size,
+    }
     for length in (1, 127, 128, 129, 300):
         compare(decay, [length, length], n_heads=2, tolerance=tolerance, **sizes)
     compare(decay, [130, 0, 1, 200], packed=True, tolerance=tolerance, **sizes)
@@ -131,8 +157,8 @@ def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, mon
     compare(decay, lengths, packed=len(lengths) > 1, **sizes)
 
 
-def compare(decay, lengths, *, tolerance=2e-6, **fields):
-    """Against the recurrence in float64, by the norm of each tensor.
+def compare(decay, lengths, *, tolerance=2e-6, beta=None, **fields):
+    """Against the recurrence in float64, by the norm of each tensor; with a beta given, of one key for all tokens.
 
     The gradient of a decay fixed per head is one number, of which thousands of terms with both signs may leave almost
     nothing: its error is relative to the sum of their absolute values.
@@ -141,7 +167,10 @@ def compare(decay, lengths, *, tolerance=2e-6, **fields):
     names = [name for name in INPUTS if (name, decay) != ("log_decay", "fixed")]
     decay = "H" if decay == "fixed" else decay
     case = case_of(decay, lengths, layout="fused", **{**defaults, **fields})
-    inputs = {name: x - 1 if name in "qkv" else x for name, x in case.inputs(CPU).items()}
+    moved = "qv" if fields.get("kind") is DeltaCase else "qkv"
+    inputs = {name: x - 1 if name in moved else x for name, x in case.inputs(CPU).items()}
+    if beta is not None:
+        inputs |= {"beta": torch.full_like(inputs["beta"], beta), "k": torch.full_like(inputs["k"], 0.25)}
     exact = differentiate(case, "recurrent", inputs, names=names, wide=True)
     sizes = {name: x.norm() for name, x in exact.items()}
     if "log_decay" in exact and decay == "H":
@@ -227,6 +256,7 @@ def test_more_elements_than_int32_counts():
 
 
 DECAYS = [None, "H", "B T H", "B T H K"]
+BACKENDS = ["reference", "triton"]
 
 
 def tokens(decay, length=64, widths=(20, 40), heads=2, batch=2):
@@ -272,6 +302,21 @@ def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(
     boundaries = torch.tensor([0, 1], device=DEVICE)
     q, k, v, a, state = tokens("H", length=1, batch=1)
     assert decay_recurrent_triton(q, k, v, a, initial_state=state, cu_seqlens=boundaries).output.isfinite().all()
+
+
+@runs
+@pytest.mark.parametrize("kind", [DeltaNetConfig, GatedDeltaNetConfig])
+def test_layers_of_the_delta_rule_train_by_the_kernel(kind):
+    layers = [kind(n_heads=2, backend=name).build(32, layer_idx=0, n_layers=1).to(DEVICE) for name in BACKENDS]
+    x, found = torch.randn(2, 20, 32, device=DEVICE), []
+    for layer in layers:
+        layer.resolve_backend(torch.float32)
+        layer.load_state_dict(layers[0].state_dict())
+        y, state = layer(x, return_state=True)
+        loss = y.square().mean() + state.memory.square().mean()
+        found.append([y, state.memory, *torch.autograd.grad(loss, list(layer.parameters()))])
+    assert [layer.backends[Paradigm.CHUNKWISE] for layer in layers] == BACKENDS
+    torch.testing.assert_close(*found)
 
 
 @runs
@@ -359,7 +404,7 @@ PROBE = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=16, va
 def native(monkeypatch):
     """As if triton were there, and compiled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(decay_triton, "installed", lambda library: True)
+    monkeypatch.setattr("seqmix.ops.triton_launch.installed", lambda library: True)
     return monkeypatch
 
 
@@ -395,6 +440,10 @@ def test_reasons(native, asked, named):
         assert not KERNEL.unsupported(replace(PROBE, dtype=dtype, log_decay=log_decay, **widest))
     (reason,) = KERNEL.unsupported(replace(PROBE, **asked))
     assert named in reason
+    delta, wide = delta_triton.KERNEL, {"key_width": 256, "value_width": 512, "log_decay": "B T H"}
+    assert not delta.unsupported(replace(PROBE, dtype=torch.bfloat16, **wide))
+    assert "float32 are up to 64 wide, not 256" in delta.unsupported(replace(PROBE, **wide))[0]
+    assert delta.unsupported(replace(PROBE, **asked))
     native.setenv("TRITON_INTERPRET", "1")
     assert not KERNEL.unsupported(replace(PROBE, device=torch.device("cpu")))
     assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]

@@ -1,4 +1,4 @@
-"""The decay family's Triton kernels, compiled for Hopper (sm_90) on any machine: what each configuration needs.
+"""The Triton kernels, compiled for Hopper (sm_90) on any machine: what each configuration needs.
 
 Triton has its own assembler, so a configuration that spills registers, exceeds a block's shared memory or misses the
 tensor cores is seen without a GPU. What is compiled are the launches of real calls: the calls are made on the CPU, and
@@ -29,9 +29,13 @@ import torch
 from seqmix.experiments.pages import fill, table
 from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton_launch import REGISTERS, Configuration, Launch, configurations
-from seqmix.ops.kernels import Kernel
+from seqmix.ops.decay.triton_launch import Configuration, configurations
+from seqmix.ops.delta import delta_rule
+from seqmix.ops.delta import triton as delta_triton
+from seqmix.ops.delta.triton import limits
+from seqmix.ops.kernels import Kernel, Probe
 from seqmix.ops.recurrence import Recurrence
+from seqmix.ops.triton_launch import REGISTERS, Launch, kernels
 
 triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
 
@@ -90,24 +94,27 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """In place of the module of jitted functions: records what would be launched."""
+    """In place of `kernels`: records what would be launched."""
 
     def __init__(self) -> None:
-        self.kernels = triton_launch.kernels()
         self.launches: list[Recorded] = []
 
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.kernels, name)
-        record = lambda **arguments: self.launches.append(Recorded(function, arguments))  # noqa: E731
-        return type("Launcher", (), {"__getitem__": lambda self, grid: record})()
+    def __call__(self, family: str) -> Any:
+        def grid_of(_: object, name: str) -> Any:
+            function = getattr(kernels(family), name)
+            record = lambda **arguments: self.launches.append(Recorded(function, arguments))  # noqa: E731
+            return type("Launcher", (), {"__getitem__": lambda self, grid: record})()
+
+        return type("Kernels", (), {"__getattr__": grid_of})()
 
 
 @contextmanager
 def recorded_by(recorder: Recorder) -> Iterator[None]:
     """Calls launch nothing, and kernels take what they are given, wherever it is."""
     with (
-        patch.object(triton_launch, "kernels", lambda: recorder),
-        patch.object(decay_triton, "kernels", lambda: recorder),
+        patch.object(triton_launch, "kernels", recorder),
+        patch.object(decay_triton, "kernels", recorder),
+        patch.object(delta_triton, "kernels", recorder),
         patch.object(Kernel, "require", lambda *_: None),
     ):
         yield
@@ -121,8 +128,10 @@ def chunkwise(
     *,
     learned: bool = True,
     packed: bool = True,
+    beta: bool = False,
 ) -> list[Recorded]:
-    """What forward and backward launch, with an initial and a final state that have gradients."""
+    """What forward and backward launch, with an initial and a final state that have gradients; of the delta rule with
+    beta."""
     length, heads = 2 * configuration.chunk, 2
     shapes = {None: None, "H": (heads,), "B T H": (1, length, heads)}
     a = None if decay is None else torch.zeros(shapes[decay], requires_grad=learned)
@@ -135,9 +144,11 @@ def chunkwise(
         patch.object(triton_launch, "configuration_of", lambda _: configuration),
         patch.object(decay_triton, "configuration_of", lambda _: configuration),
     ):
-        found = decay_recurrence(
-            q, k, v, a, initial_state=state, output_final_state=True, cu_seqlens=boundaries, backend="triton"
-        )
+        options = {"initial_state": state, "output_final_state": True, "cu_seqlens": boundaries, "backend": "triton"}
+        if beta:
+            found = delta_rule(q, k, v, torch.ones(1, length, heads, requires_grad=True), a, **options)
+        else:
+            found = decay_recurrence(q, k, v, a, **options)
         torch.autograd.backward([found.output, found.final_state], [v.detach(), state.detach()])
     return recorder.launches
 
@@ -236,6 +247,22 @@ def test_the_papers_head_fits(dtype, chunk, decay):
     assert faults(chunkwise(configuration, dtype, (256, 512), decay)) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
+    [
+        (torch.bfloat16, (128, 128)),
+        (torch.float32, (64, 64)),
+        pytest.param(torch.bfloat16, (256, 512), marks=pytest.mark.slow),
+    ],
+)
+def test_the_delta_rule_fits(dtype, widths):
+    launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H", beta=True)
+    # the bands are those of other tests, and backward launches what forward does, and more
+    found = [x for x in launches[4:] if x.function.__name__ in {"solve", "delta_scan"}]
+    assert [x.arguments.get("REVERSE") for x in found] == [None, False, True]
+    assert faults(found) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_fits(dtype):
     assert faults(step(dtype, (256, 512), "B T H K")) == []
@@ -307,6 +334,10 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
                     launches = chunkwise(configuration, dtype, widths, decay, learned=learned, packed=packed)
                     which = [decay or "none", "learned" if learned else "", "" if packed else "rows"]
                     yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
+        if not limits(Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])):
+            for decay, learned in decays[-1:] if dtype == torch.float16 else decays:
+                launches = chunkwise(configuration, dtype, widths, decay, learned=learned, beta=True)
+                yield f"{name} C={configuration.chunk} {decay or 'none'} {'learned ' if learned else ''}delta", launches
         for decay in (None, "H", "B T H", "B T H K"):
             yield f"{name} {decay or 'none'}", step(dtype, widths, decay)
 
