@@ -21,12 +21,14 @@ SMALL = {
     "fuzzy_recall": {"sequence_length": 40},
     "in_context_recall": {"sequence_length": 24, "noise_tokens": 4},
     "induction_heads": {"sequence_length": 18},
+    "listops": {"sequence_length": 24},
     "memorization": {"sequence_length": 16, "vocab_size": 16},
     "modular_arithmetic": {"sequence_length": 24, "brackets": True},
     "mqar": {"sequence_length": 24, "pairs": (4,), "vocab_size": 32},
     "parity": {"sequence_length": 20},
     "passkey": {"sequence_length": 132, "depths": (50,)},
     "permutation": {"sequence_length": 12},
+    "ruler": {"sequence_length": 192},
     "selective_copying": {"sequence_length": 20, "symbols": (5,)},
 }
 """Fields of the example of each task."""

@@ -66,6 +66,61 @@ def arithmetic(tokens: list[int], *, every: bool) -> Labels:
     return {len(text): eval(text) % 5} | {end - 1: eval(text[:end]) % 5 for end in ends}
 
 
+def listops(tokens: list[int]) -> Labels:
+    """Innermost lists are replaced by their values until nothing but a digit is left."""
+    names = [*"0123456789", "[MIN ", "[MAX ", "[MED ", "[SM ", "]", ""]
+    text = re.sub("(?<=[0-9]])(?=[0-9[])", " ", "".join(f"{names[t]} " if t < 10 else names[t] for t in tokens))
+    assert text.count("[") == text.count("]") > 0
+    end = len([t for t in tokens if t < 15])
+    assert 16.5 < end <= 33
+    while "[" in text:
+        text = re.sub(r"\[(MIN|MAX|MED|SM) ([0-9 ]+)\]", lambda found: f"{listed(*found.groups())} ", text)
+    return {end - 1: int(text)}
+
+
+def listed(name: str, digits: str) -> int:
+    values = sorted(map(int, digits.split()))
+    n = len(values)
+    assert 2 <= n <= 5
+    middle = (values[(n - 1) // 2] + values[n // 2]) // 2
+    return {"MIN": values[0], "MAX": values[-1], "MED": middle, "SM": sum(values) % 10}[name]
+
+
+def ruler(tokens: list[int], task: str) -> Labels:
+    text = "".join(map(chr, tokens)).rstrip("\0")
+    *lines, question = text.split("\n")
+    asked, _, _ = question.partition(": ")
+    if task.startswith("niah"):
+        key = re.search("for ([-0-9a-z]+) mentioned", asked)
+        assert key
+        (answer,) = (line.split()[-1].strip(".") for line in lines if f" {key[1]} " in line)
+        others = {line for line in lines if f" {key[1]} " not in line}
+        assert (len(others) == 1) == (task == "niah_single_1")
+        assert len(answer) == (36 if task == "niah_multikey_3" else 7)
+    elif task == "vt":
+        chain = [line.split() for line in lines if line.startswith("VAR")]
+        number = asked.split()[-1]
+        assert [line[3:] for line in chain] == [[number], *(["VAR", line[1]] for line in chain[:-1])]
+        assert len({line for line in lines if "VAR" not in line}) == 1
+        answer = " ".join(line[1] for line in chain)
+    else:
+        (line,) = lines
+        words = [word for word in line.split() if word.isalpha()]
+        counts = {word: words.count(word) for word in words}
+        ranked = sorted(counts, key=lambda word: -counts[word])
+        best = ranked[: 10 if task == "cwe" else 3]
+        assert counts[best[-1]] > counts[ranked[len(best)]]
+        if task == "cwe":
+            assert line.split()[::2] == [str(n) for n in range(1, len(words) + 1)]
+            assert [counts[word] for word in ranked] == [6] * 10 + [1] * (len(ranked) - 10)
+        answer = " ".join(sorted(best) if task == "cwe" else best)
+    start = len(text) - len(answer)
+    assert question.startswith(f"{asked}: {answer[:-1]}")
+    assert start < 1100
+    return {start + i: ord(letter) for i, letter in enumerate(answer)}
+
+
+RULER = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 CASES: list[tuple[str, dict, Callable[[list[int]], Labels]]] = [
     ("in_context_recall", {"sequence_length": 128}, lambda tokens: recall(tokens, 8)),
     ("in_context_recall", {"sequence_length": 128, "noise_tokens": 16}, lambda tokens: recall(tokens, 8)),
@@ -74,6 +129,11 @@ CASES: list[tuple[str, dict, Callable[[list[int]], Labels]]] = [
     ("mqar", {"sequence_length": 64, "pairs": (16,), "vocab_size": 8192, "noise": False}, mqar),
     ("parity", {"sequence_length": 64}, parity),
     ("compression", {}, lambda tokens: {i: int(str(token)) for i, token in enumerate(tokens)}),
+    ("listops", {"sequence_length": 45, "lengths": (33,)}, listops),
+    *(
+        ("ruler", {"sequence_length": 1100, "task": task}, lambda tokens, task=task: ruler(tokens, task))
+        for task in RULER
+    ),
     ("modular_arithmetic", {"ask": "every"}, lambda tokens: arithmetic(tokens, every=True)),
     ("modular_arithmetic", {"brackets": True}, lambda tokens: arithmetic(tokens, every=False)),
 ]
