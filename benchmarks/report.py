@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from .measure import Spread
 from .suite import Report, Row
@@ -47,11 +48,7 @@ def to_json(report: Report) -> str:
 
 def from_json(text: str) -> Report:
     """A report that was written."""
-    values, rows = json.loads(text), []
-    for row in values["rows"]:
-        spreads: dict[str, Any] = {name: row[name] and Spread(**row[name]) for name in ("seconds", "ratio", "share")}
-        rows.append(Row(**{name: row.get(name) for name in Row.__dataclass_fields__} | spreads))
-    return Report(**values | {"rows": rows, "notes": tuple(values["notes"])})
+    return TypeAdapter(Report).validate_python(json.loads(text))
 
 
 def conditions(report: Report) -> str:
