@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.memory import keep_freed_memory
+from ..training.precision import tried
 from ..training.run_dir import CONFIG_FILE
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
@@ -65,5 +67,10 @@ def train(
     if device is not None:
         require_device(device)
     keep_freed_memory()
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    if resume is None and on_cpu and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # processes could differ
+        loaded, chosen = tried(loaded)
+        if chosen is not None:
+            note(chosen)
     if not run_with_progress(loaded, run, resume=resume is not None, device=device):
         raise typer.Exit(130)  # the shell's status of an interrupted command: `train && generate` must stop

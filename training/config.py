@@ -83,7 +83,8 @@ class TrainingConfig(Config):
     """Decay per step of an exponential moving average of the parameters (0.999, say), which checkpoints then have
     beside them; null for none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Mixed precision: `bfloat16` is autocast with float32 parameters; `auto` takes it on a CUDA device that has it."""
+    """Mixed precision: `bfloat16` is autocast with float32 parameters; `auto` takes it on a CUDA device that has it. On
+    a CPU `seqmix train` takes it where a trial finds it faster, says so, and writes it into the run's config.yaml."""
     compile: bool = False
     """Whether each kind of block is compiled with `torch.compile` (fullgraph)."""
     activation_checkpointing: Checkpointing = False

@@ -28,12 +28,13 @@ from .nonfinite import NotFiniteError
 from .objective import Objective
 from .optim import build_optimizer
 from .peak_flops import peak_flops
+from .precision import precision_of
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
 from .run_dir import claimed, held, require_free
 from .sharding import assign, reshard, sharder
 from .start import Beginning, start_from
-from .trainer import StepResult, Trainer, precision_of
+from .trainer import StepResult, Trainer
 
 
 def train(

@@ -18,12 +18,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
-from .config import RunConfig, TrainingConfig
+from .config import RunConfig
 from .ema import Ema
 from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, first_gradient, first_module
 from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
+from .precision import precision_of
 from .process_groups import ALONE, ProcessGroups
 from .sharding import full_tensor
 from .skipping import Skipping
@@ -240,11 +241,3 @@ class Trainer:
         # as the first rank that found one reports it
         where = next((f", first in the {kind} of {at}" for at in self.groups.gather(place) if at is not None), "")
         raise NotFiniteError(f"the {what} is {value:g}{where}")
-
-
-def precision_of(settings: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products."""
-    if settings.precision == "bfloat16":
-        return torch.bfloat16
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if settings.precision == "auto" and able else torch.float32
