@@ -27,6 +27,7 @@ from ..experiments.suite.scores import (
     write_scores,
 )
 from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
+from ..mixers import MIXERS
 from ..registry import Config, SeqmixError, load, write_file
 from ..registry.loading import dump
 from .console import plain_table, terminal
@@ -53,8 +54,8 @@ def suite(
     mixers: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Kinds of mixers, plug-ins (module:Class), NAME={kind: MIXER, ...} with options, presets or files, "
-            "whose blocks are taken.",
+            help="Kinds of mixers (or all: those that come with the library), plug-ins (module:Class), "
+            "NAME={kind: MIXER, ...} with options, presets or files, whose blocks are taken.",
             metavar="[MIXER]...",
         ),
     ] = None,
@@ -110,7 +111,8 @@ def suite(
         raise SeqmixError(f"--out {folder} is a file: choose a folder")
     earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
     chosen = settings.chosen(tasks.split(",") if tasks else [])
-    given = [*(REFERENCES if references else ()), *(mixers or ())]
+    given = [*(REFERENCES if references else ())]
+    given += [kind for each in mixers or () for kind in (MIXERS.built_in() if each == "all" else [each])]
     named: dict[str, Candidate] = {}
     for each in map(Candidate.of, given):
         if named.setdefault(each.name, each) != each:
@@ -118,7 +120,7 @@ def suite(
     candidates = list(named.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
-    jobs = jobs or default_jobs(1)
+    given_jobs, jobs = jobs is not None, jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary:
         extent, names = Extent(one_rate=quick, one_seed=quick), list(chosen)
         asked = (str(size), str(match), budget or "", *chosen)
@@ -129,22 +131,29 @@ def suite(
         chosen = {name: chosen[name] for name in names}
         place = Path(temporary) if dry_run else folder
         planned = write_studies(place, settings, chosen, candidates, match, extent)
-    if dry_run:
-        _show(planned, notes, console)
-        return
-    if budget is not None:
-        _remember(folder, asked, extent, tuple(chosen))
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
     words += [f"--budget={budget}"] if budget else []
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
     command = f"seqmix suite {shlex.join(words)}"
-    again = command + (f" --out {shlex.quote(str(out))}" if out else "")
+    more = [*(("--out", str(out)) if out else ()), *(("--jobs", str(jobs)) if given_jobs else ())]
+    again = shlex.join(["seqmix", "suite", *words, *more, *(f"--beside={path}" for path in beside or ())])
     scores = new_scores(size, match, command, notes, planned)
     if earlier is not None:
         earlier = comparable(scores, earlier)
         others.insert(0, earlier)
     for other in others:
         merge(scores, other)  # refuses what could not be compared before anything is trained
+    if dry_run:
+        _show(planned, notes, console)
+        return
+    if budget is not None:
+        _remember(folder, asked, extent, tuple(chosen))
+    runs = sum(len(task.plan.runs) for task in planned)
+    console.print(
+        f"{runs} runs, of {', '.join(named)} on {len(planned)} tasks, {jobs} at once, into {folder}; less with "
+        "--quick, --budget 10m or --tasks NAME; --dry-run shows the plan; Ctrl-C stops, and the same command resumes",
+        soft_wrap=True,
+    )
     failed, shown = 0, scores
     for number, task in enumerate(planned):
         later = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)

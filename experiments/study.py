@@ -247,8 +247,8 @@ def find_study(source: str) -> Path:
     if file.is_file():
         return file
     if file.suffix in (".yaml", ".yml"):
-        siblings = [other.stem for other in file.parent.glob(f"*{file.suffix}")]
-        raise StudyError(f"no file {file}{nearest(file.stem, siblings)}")
+        siblings = [other.name for other in file.parent.glob(f"*{file.suffix}")]
+        raise StudyError(f"no file {file}{nearest(file.name, siblings)}")
     names = shipped()
     if source not in names:
         known = f"studies: {', '.join(names)}{nearest(source, names)}"

@@ -71,8 +71,8 @@ def _document(path: Path, named_at: str) -> Node:
         # a command may name a pipe, as <(...) does, and a file may not
         text = (read_bytes(path) if named_at else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
-        siblings = [file.stem for file in path.parent.glob(f"*{path.suffix}")]
-        raise ConfigError(f"{named_at}no file {name}{nearest(path.stem, siblings)}") from None
+        siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(f"{named_at}no file {name}{nearest(path.name, siblings)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{named_at}{name} is a folder, not a YAML file") from None
     except UnicodeDecodeError as error:

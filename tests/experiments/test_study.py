@@ -193,7 +193,7 @@ def test_a_study_is_found(written, tmp_path):
         assert find_study(name) == STUDIES / f"{name}.yaml"
     with pytest.raises(SeqmixError, match=r"there is no study 'recal'; studies: .*or give a YAML file"):
         find_study("recal")
-    with pytest.raises(SeqmixError, match=r'no file .*smal\.yaml; did you mean "small"\?'):
+    with pytest.raises(SeqmixError, match=r'no file .*smal\.yaml; did you mean "small\.yaml"\?'):
         find_study(str(tmp_path / "smal.yaml"))
 
 

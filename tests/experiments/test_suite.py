@@ -9,6 +9,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.study import load_study
 from seqmix.experiments.suite import budget, scores, tasks
 from seqmix.experiments.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
+from seqmix.mixers import MIXERS
 from seqmix.registry import SeqmixError
 from seqmix.training import load_config
 
@@ -163,11 +164,18 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert len(both.commands) == 2
     # the second time nothing is trained, and rows of an earlier call stay
     again = seqmix("suite", *more, "--out", "mine")
+    assert "1 runs, of MineConfig on 1 tasks, 1 at once, into mine; less with --quick" in again.out
     assert "1 of 1 runs are finished already" in again.out
     assert scores.read_scores(Path("mine")).tasks.keys() == {"first"}
     assert len(scores.read_scores(Path("mine")).tasks["first"].rows) == 2
     _rows_are_merged(found, both)
     assert "no_such" in refused("suite", "--tasks", "no_such")
+    # a folder of another suite, before anything is trained
+    assert "cannot stand in one table" in refused("suite", "--match", "state", "--out", "mine", "--dry-run")
+    everything = seqmix("suite", "all", "--quick", "--tasks", "first", "--dry-run")
+    runs = re.search("first +([0-9]+) +4 ", everything.out)
+    assert runs
+    assert int(runs[1]) + everything.out.count("leaves out") == len(MIXERS.built_in())
     assert "--budget" in refused("suite", "--quick", "--budget", "9s")
     # what could not be compared is refused before it is trained
     assert "rows of first cannot stand" in refused("suite", "--beside", "mine", "--out", "other")
