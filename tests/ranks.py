@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import Connection
 from tempfile import TemporaryDirectory
@@ -180,39 +182,67 @@ def model_as_one(preset: str) -> None:
 
 def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
     """What one layer receives from other ranks, forward and backward, for two rows of `length` tokens a rank."""
-    mixer, received = _mixer(kind, fields).float(), 0
+    mixer = _mixer(kind, fields).float()
     mixer.cp_group = context()
+    with _received() as received:
+        y, _ = mixer(torch.randn(2, length, 16, requires_grad=True))
+        y.sum().backward()
+    return sum(received)
 
-    def counted(call, of):
-        def count(*tensors, group):
-            nonlocal received
-            received += of(*tensors).nbytes // context().size * (context().size - 1)
-            return call(*tensors, group=group)
+
+def step_received(overrides: list[str]) -> tuple[int, float]:
+    """What a rank receives of parameters and gradients in a step, and what `seqmix plan` says."""
+    from seqmix import build_model, load_config
+    from seqmix.training.layouts import Planner
+    from seqmix.training.optim import build_optimizer
+    from seqmix.training.process_groups import join_processes
+    from seqmix.training.sharding import assign, sharder
+    from seqmix.training.trainer import Trainer
+
+    config = load_config("hybrid-tiny", [*SMALL, "data={kind: mqar, sequence_length: 64}", *overrides])
+    with join_processes(config.distributed) as groups:
+        model = build_model(config.model, shard=sharder(groups, config.distributed), assign=assign)
+        source, optimizer = config.open_data(), build_optimizer(model, config.training)
+        trainer = Trainer(config, source, model, optimizer, groups)
+        with _received() as received:
+            trainer.train_step(0)
+    settings = config.training
+    sequences = settings.batch_size // groups.size // settings.grad_accum_steps
+    planned = Planner(config).layout(data=1, shard=groups.size, sequences=sequences)
+    return sum(received), planned.received * settings.grad_accum_steps
+
+
+@contextmanager
+def _received() -> Iterator[list[int]]:
+    """Bytes that this rank receives, call by call."""
+    received: list[int] = []
+
+    def counted(call):
+        def count(*tensors, group=None, **options):
+            size = dist.get_world_size(group)
+            whole = max(x.nbytes for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor))
+            received.append(whole // size * (size - 1))
+            return call(*tensors, group=group, **options)
 
         return count
+
+    def count_batch(calls):
+        received.extend(call.tensor.nbytes for call in calls if call.op is dist.irecv)
+        return batched(calls)
 
     names = "all_gather_single", "reduce_scatter_single"
     if not hasattr(dist, names[0]):  # before torch 2.13
         names = "all_gather_into_tensor", "reduce_scatter_tensor"
-    calls = [getattr(dist, name) for name in names]
-    batched = dist.batch_isend_irecv
-
-    def count_batch(calls):
-        nonlocal received
-        received += sum(call.tensor.nbytes for call in calls if call.op is dist.irecv)
-        return batched(calls)
-
+    calls, batched = [getattr(dist, name) for name in names], dist.batch_isend_irecv
     dist.batch_isend_irecv = count_batch
-    setattr(dist, names[0], counted(calls[0], lambda whole, own: whole))
-    setattr(dist, names[1], counted(calls[1], lambda own, whole: whole))
+    for name, call in zip(names, calls, strict=True):
+        setattr(dist, name, counted(call))
     try:
-        y, _ = mixer(torch.randn(2, length, 16, requires_grad=True))
-        y.sum().backward()
+        yield received
     finally:
         dist.batch_isend_irecv = batched
         for name, call in zip(names, calls, strict=True):
             setattr(dist, name, call)
-    return received
 
 
 def keys_held(length: int) -> tuple[float, float, float]:
@@ -359,7 +389,7 @@ def started_here(overrides: list[str]) -> tuple[bool, int, int, int]:
 
     config = load_config("hybrid-tiny", [*SMALL, *overrides])
     with join_processes(config.distributed) as groups, Allocated() as allocated:
-        model = build_model(config.model, seed=config.seed, shard=sharder(groups), assign=assign)
+        model = build_model(config.model, seed=config.seed, shard=sharder(groups, config.distributed), assign=assign)
     shards = sum(local_tensor(p).nbytes for p in model.parameters())
     alone = dict(build_model(config.model, seed=config.seed).named_parameters())
     ours = {name: full_tensor(p) for name, p in model.named_parameters()}

@@ -177,6 +177,12 @@ class DistributedConfig(Config):
     null takes all processes that data and context_parallel leave."""
     context_parallel: int = Field(default=1, gt=0)
     """Processes that each sequence is split over, one segment per process; parameters are sharded over them too."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype that parameters are gathered in. `bfloat16` halves what that sends and holds, and rounds all of them to
+    8 bits, decays and norms too; gradients are reduced in float32."""
+    gather_once: bool = False
+    """Whether parameters are gathered once per step and gradients reduced once, whatever training.grad_accum_steps is:
+    each process then holds all of the model and of its gradients."""
 
 
 class RunConfig(Config):
@@ -201,6 +207,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.carry_state needs segments of equal length, and distributed.context_parallel = {processes} "
                 f"does not divide data.sequence_length = {data.sequence_length}"
+            )
+        if self.distributed.gather_dtype == "bfloat16" and self.training.precision != "bfloat16":
+            raise ValueError(
+                "distributed.gather_dtype = bfloat16 needs products in bfloat16: set training.precision to bfloat16"
             )
         data.require_fit(self.model.vocab_size)
         if self.model.readout != data.readout:

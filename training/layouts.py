@@ -1,10 +1,11 @@
 """What a training step takes on many GPUs, by layout, as arithmetic: memory, traffic and time. Nothing is measured.
 
-With P parameters, E of them in embedding and output projection, blocks of at most B, L layers, F operations per token,
-n = shard x context_parallel pieces, and A bytes of activations of one block (`account`), bytes and seconds of a GPU are
+With P parameters, R of them outside blocks and E in embedding and output projection, blocks of at most B, L layers, F
+operations per token, n = shard x context_parallel pieces, and A bytes of activations of a block (`account`), bytes and
+seconds of a GPU are
 
     memory     16 P / n + 4 (2 B + 2 E) + sequences (4 d_model T L + A) / context_parallel + 128 MiB of logits
-    received   12 P (n - 1) / n, and 8 P / n (data - 1) / data between copies, for every micro-batch
+    received   (12 P - 4 R) (n - 1) / n, and 8 P / n (data - 1) / data between copies, for every micro-batch
     computing  4 F tokens / (GPUs peak 0.4)
     sending    micro-batches (received / the rate of the link)
 
@@ -110,7 +111,8 @@ class Planner:
         activations = [layer.activation_bytes for layer in narrow.layers]
         # of two blocks, and of embedding and output projection with their gradients
         largest = max(layer.parameters for layer in self.cost.layers)
-        self.gathered = 4 * (2 * largest + 2 * self.cost.embedding_parameters)
+        self.width = 2 if config.distributed.gather_dtype == "bfloat16" else 4
+        self.gathered = (self.width + 4) * (largest + self.cost.embedding_parameters)
         # the blocks' inputs, and what is inside of the one that is recomputed
         inputs = 4 * config.model.d_model * self.length * len(activations)
         self.again = config.training.activation_checkpointing
@@ -125,9 +127,13 @@ class Planner:
         parts = settings.batch_size // (data * shard * sequences)
         # parameters, gradients and two moments in pieces
         memory = 16 * parameters / pieces + self.gathered + sequences * self.kept / context_parallel + LOGITS
-        # parameters are gathered twice and gradients scattered once, in float32; pieces are added up over copies
-        received = 3 * 4 * parameters * (pieces - 1) / pieces
+        # blocks are gathered twice, the rest once, and gradients scattered once; pieces are added up over copies
+        rest, width = parameters - sum(layer.parameters for layer in self.cost.layers), self.width
+        received = (width * (2 * parameters - rest) + 4 * parameters) * (pieces - 1) / pieces
         copied = 2 * 4 * parameters / pieces * (data - 1) / data
+        if self.config.distributed.gather_once:  # and once per step, with the whole model and gradients in memory
+            received, copied = (width + 4) * parameters * (pieces - 1) / pieces / parts, copied / parts
+            memory += (width + 4) * parameters - self.gathered
         tokens = settings.batch_size * self.length
         within = received + sequences * self.segments(context_parallel)
         sending = within / self._link(pieces) + copied / self._link(gpus)

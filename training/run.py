@@ -289,7 +289,7 @@ def _open(
         if resume and groups.any(bool(checkpoint.checkpoints(run))):
             found = checkpoint.find(run, groups=groups)
         _require_shared_mixers(build_meta(config.model), settings, groups)
-        shard = sharder(groups)  # after the checks: the processes meet to make the mesh
+        shard = sharder(groups, config.distributed)  # after the checks: the processes meet to make the mesh
         precision = precision_of(settings, device)
         model = build_model(
             config.model, device=device, activations=precision, seed=config.seed, shard=shard, assign=assign

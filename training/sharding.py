@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import LanguageModel
+from .config import DistributedConfig
 from .process_groups import ProcessGroups
 from .tensor_files import Chunk
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def sharder(groups: ProcessGroups) -> Callable[[nn.Module], object] | None:
+def sharder(groups: ProcessGroups, config: DistributedConfig) -> Callable[[nn.Module], object] | None:
     """What shards the parameters of a module, blocks before the model; None in a single process.
 
-    Blocks are gathered one at a time, forward and backward, in float32: a 16-bit copy would round decays and norms
-    too, which autocast does not. Gradients are the mean over all processes.
+    Blocks are gathered one at a time, forward and backward, by default in float32: a 16-bit copy rounds decays and
+    norms too, which autocast does not. Gradients are the mean over all processes.
     """
     if groups.size == 1:
         return None
@@ -30,9 +31,20 @@ def sharder(groups: ProcessGroups) -> Callable[[nn.Module], object] | None:
 
     # the model's outputs are never written in place under autograd: a state may be a view
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    narrow = torch.bfloat16 if config.gather_dtype == "bfloat16" else None
     # by default it casts all inputs, states too
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    return lambda module: fully_shard(module, mesh=groups.mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    again = False if config.gather_once else None  # None is torch's own choice: all but the outermost
+    return lambda module: fully_shard(module, mesh=groups.mesh, mp_policy=policy, reshard_after_forward=again)
+
+
+def keep_gathered(model: LanguageModel, keep: bool) -> None:
+    """Whether the next backward pass leaves parameters gathered and gradients unreduced, as another follows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not keep)
+        model.set_reshard_after_backward(not keep)
 
 
 def reshard(model: LanguageModel) -> None:

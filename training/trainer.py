@@ -26,7 +26,7 @@ from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
 from .precision import precision_of
 from .process_groups import ALONE, ProcessGroups
-from .sharding import full_tensor
+from .sharding import full_tensor, keep_gathered
 from .skipping import Skipping
 
 
@@ -80,7 +80,10 @@ class Trainer:
         settings, states = self.config.training, []
         self.model.train()
         total = torch.zeros((), device=self.model.device)
-        for loss, state in self._losses(step):
+        once = self.config.distributed.gather_once and self.groups.size > 1
+        for number, (loss, state) in enumerate(self._losses(step), start=1):
+            if once:
+                keep_gathered(self.model, number < settings.grad_accum_steps)
             (loss * self.groups.size).backward()  # gradients are averaged over processes
             total += loss.detach()
             states += [] if state is None else [detach(state)]

@@ -112,6 +112,7 @@ def require_same_checkpoint(one, other, **tolerance):
                 (*TWENTY, PACKED),
             )
         ),
+        ({"gather_once": "true"}, ("training.grad_accum_steps=2",)),
         ({"data": 2}, ("training.optimizer=muon",)),
         (CP, ("training.activation_checkpointing=true",)),
         (CP, ("data.sequence_length=17", LINEAR)),
@@ -131,6 +132,25 @@ def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, chan
     # Muon orthogonalises in bfloat16, where the last bits of float32 decide which way a number is rounded
     require_same(together, alone, 1 if layout == CP else 2, 1e-3 if "training.optimizer=muon" in changes else 1e-5)
     require_same_checkpoint(tmp_path / "run", tmp_path / "alone", rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("once", ["false", "true"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_receives_what_is_planned(two, once, dtype):
+    asked = [f"distributed.gather_once={once}", f"distributed.gather_dtype={dtype}", "training.grad_accum_steps=2"]
+    for counted, planned in two("step_received", [*asked, f"training.precision={dtype}"]):
+        # shards are padded to whole rows
+        assert planned <= counted < 1.02 * planned
+
+
+def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
+    changes = [f"data.paths=[{text}]", "training.precision=bfloat16"]
+    alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
+    together = two("train_here", [*changes, "distributed.gather_dtype=bfloat16"], str(tmp_path / "run"))
+    assert [found["error"] for found in together] == [None, None]
+    print("ERR", together[0]["loss"], alone["loss"])
+    losses = [torch.tensor(found["loss"]) for found in (together[0], alone)]
+    assert 1e-5 < (losses[0] / losses[1] - 1).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("packed", [(), (PACKED,)], ids=["", "packed"])
@@ -279,6 +299,8 @@ def test_a_layout_that_does_not_fit_is_refused_in_one_process(refused, tmp_path)
     # segments of a carried state are of one length
     with pytest.raises(SeqmixError, match=r"context_parallel = 2 .* data.sequence_length = 15"):
         load_config("hybrid-tiny", (*CARRIED, "data.sequence_length=15", "distributed.context_parallel=2"))
+    with pytest.raises(SeqmixError, match=r"gather_dtype = bfloat16 .*set training.precision to bfloat16"):
+        load_config("hybrid-tiny", ("distributed.gather_dtype=bfloat16",))
     # and other processes are all that a resumed run may change
     message = refused("train", "--resume", tmp_path, "distributed.context_parallel=1", "training.steps=3")
     assert "distributed.KEY=VALUE" in message

@@ -24,7 +24,8 @@ def test_a_layout_is_the_sums_of_its_formulas(config):
     assert found.copied == 8 * cost.parameters / 8 / 2
     # of retention, one state a layer and sequence each way, and again where the block is recomputed
     state = 4 * 8 * 256 * 512
-    between = found.received - 12 * cost.parameters * 7 / 8
+    outside = cost.parameters - len(cost.layers) * block
+    between = found.received - (12 * cost.parameters - 4 * outside) * 7 / 8
     assert between == pytest.approx(4 * len(cost.layers) * 2 * 2 * state, rel=0.01)
     assert found.grad_accum_steps == batch // (2 * 4 * 4)
     assert found.computing == 4 * cost.flops_per_token * batch * length / (16 * SHARE * 989e12)
@@ -39,6 +40,15 @@ def test_without_checkpointing_all_activations_are_kept(config):
     kept = Planner(config.model_copy(update={"training": plain})).layout(data=1, shard=8, sequences=1)
     assert kept.memory > 1.2 * again.memory
     assert kept.computing == pytest.approx(again.computing * 3 / 4)
+
+
+def test_gathering_once_trades_memory_for_traffic(config):
+    once = config.model_copy(update={"distributed": config.distributed.model_copy(update={"gather_once": True})})
+    again, kept = (Planner(each).layout(data=1, shard=8, sequences=1) for each in (config, once))
+    cost = account(config.model, length=config.data.sequence_length)
+    assert kept.received == pytest.approx(8 * cost.parameters * 7 / 8 / kept.grad_accum_steps)
+    largest = cost.layers[0].parameters + cost.embedding_parameters
+    assert kept.memory - again.memory == pytest.approx(8 * (cost.parameters - largest))
 
 
 def test_layouts_fit_first_and_then_are_fast(config):
