@@ -75,6 +75,8 @@ class Manifest(Config):
     """Threads that computed it: floating-point sums depend on their number."""
     processes: int = 1
     """Processes that computed it, likewise."""
+    context_parallel: int = 1
+    """How many of them shared each sequence."""
     metrics: dict[str, float]
     """Measured after this step; `validation_loss` is there if the step was evaluated."""
     best: Best
@@ -105,7 +107,8 @@ class Manifest(Config):
     def checksum(self) -> str:
         """The expected value of `sha256`."""
         # fields added since the first format are omitted at their default
-        added = {"data": None, "data_state": None, "processes": 1, "skipped_steps": 0, "gradient_norms": ()}
+        added = {"data": None, "data_state": None, "processes": 1, "context_parallel": 1, "skipped_steps": 0}
+        added["gradient_norms"] = ()
         omitted = {"sha256", *(name for name, default in added.items() if getattr(self, name) == default)}
         return hashlib.sha256(self.model_dump_json(exclude=omitted).encode()).hexdigest()
 
@@ -305,6 +308,8 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None, groups: ProcessGr
                 raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {file_of(part)}")
         named = sorted(manifest.files) if parts is None else [x for part in parts for x in manifest.files_of(part)]
         for name in named[groups.rank :: groups.size]:
+            if not re.fullmatch(r"[a-z]+(-\d{1,9}-of-\d{1,9})?\.safetensors", name):  # a path, or what no file can have
+                raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it names {name!r:.80}")
             _require_intact(folder / name, manifest.files[name])
     except CheckpointError as error:
         said = str(error)

@@ -192,6 +192,7 @@ class Course:
         manifest = Manifest(
             step=step,
             processes=groups.size,
+            context_parallel=groups.context_parallel,
             metrics=metrics,
             best=best,
             data=source.digest,
@@ -323,16 +324,17 @@ def _differences(
     manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups, dropout: bool
 ) -> list[str]:
     """Differences of a resumed run from an uninterrupted one: its data, or rounding."""
-    now = {"processes": groups.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    then = {"processes": manifest.processes, "threads": manifest.threads, "torch": manifest.torch}
+    now = {"processes": groups.size, "context_parallel": groups.context_parallel}
+    then = {name: getattr(manifest, name) for name in now}
+    other_masks = dropout and now != then
+    now |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    then |= {"threads": manifest.threads, "torch": manifest.torch}
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
     notes = []
     if changed := [*changed, *ways]:
         notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
-    if dropout and now["processes"] != then["processes"]:
-        notes.append(
-            "another number of processes draws other dropout masks, as another seed would: weights differ by percents"
-        )
+    if other_masks:
+        notes.append("another layout draws other dropout masks, as another seed would: weights differ by percents")
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"

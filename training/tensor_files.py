@@ -88,9 +88,9 @@ def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str
                 begins = json.loads(metadata.get(BEGINS, "{}"))
                 for name in tensors.keys():  # noqa: SIM118 not a mapping
                     values = tensors.get_tensor(name)
-                    begin = tuple(map(int, begins[name][BEGIN])) if begins else (0,) * values.ndim
-                    if len(begin) != values.ndim or min(begin, default=0) < 0:
-                        raise ValueError(f"a chunk of {name} begins at {begin}")
+                    begin = tuple(begins[name][BEGIN]) if begins else (0,) * values.ndim
+                    if len(begin) != values.ndim or any(type(at) is not int or at < 0 for at in begin):
+                        raise ValueError(f"a chunk of {_shown(name)} begins at {begin!r:.80}")
                     found.setdefault(name, []).append((values, begin))
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
@@ -99,10 +99,25 @@ def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str
         for name, chunks in found.items()
     }
     shapes = {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
-    for name, chunks in found.items():
-        if sum(values.numel() for values, _ in chunks) != prod(shapes[name]):
-            raise CheckpointError(f"{_all(files)} has parts of {name} that do not make the whole")
-    return {name: [Chunk(*chunk, shapes[name]) for chunk in chunks] for name, chunks in found.items()}, metadata
+    whole = {name: [Chunk(*chunk, shapes[name]) for chunk in chunks] for name, chunks in found.items()}
+    for name, chunks in whole.items():
+        if sum(chunk.values.numel() for chunk in chunks) != prod(shapes[name]) or _overlapping(chunks):
+            raise CheckpointError(f"{_all(files)} has parts of {_shown(name)} that do not make the whole")
+        if len({chunk.values.dtype for chunk in chunks}) > 1:
+            raise CheckpointError(f"{_all(files)} is damaged: it has parts of {_shown(name)} of several types")
+    return whole, metadata
+
+
+def _overlapping(chunks: Sequence[Chunk]) -> bool:
+    """Whether two chunks of a tensor have a value in common: then others may be missing that no sum of sizes shows."""
+    ordered = sorted(chunks, key=lambda chunk: chunk.begin)
+    for number, chunk in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            if other.begin[0] >= chunk.begin[0] + len(chunk.values):
+                break
+            if chunk.overlap(other)[0].numel():
+                return True
+    return False
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -174,7 +189,14 @@ def require_same_names(files: Sequence[Path], found: Mapping[str, object], wante
     for names, sentence in ((lacking, "it lacks {}"), (extra, "it has an additional {}")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{_all(files)} belongs to another model: {sentence.format(min(names))}{more}")
+            raise CheckpointError(
+                f"{_all(files)} belongs to another model: {sentence.format(_shown(min(names)))}{more}"
+            )
+
+
+def _shown(name: str) -> str:
+    """A name that a file gives a tensor, as part of a sentence."""
+    return (name if name.isprintable() else ascii(name))[:80]
 
 
 def _all(files: Sequence[Path]) -> str:

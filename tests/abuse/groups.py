@@ -4,6 +4,7 @@ from abuse.configurations import configurations
 from abuse.exports import exports
 from abuse.full_disk import full_disk
 from abuse.metrics import metrics
+from abuse.shards import shards
 from abuse.states import states
 from abuse.tally import Group
 from abuse.texts import lines, texts
@@ -13,6 +14,7 @@ from abuse.vocabularies import vocabularies
 GROUPS: dict[str, Group] = {
     "configurations": configurations,
     "exports": exports,
+    "shards": shards,
     "states": states,
     "metrics": metrics,
     "texts": texts,

@@ -115,15 +115,23 @@ def test_arguments_of_another_kind_are_named(config_of, tmp_path):
     assert "config.training" in refusal(lambda: build_optimizer(build_model(config.model), config))
 
 
-@pytest.mark.parametrize(("dropout", "notes"), [(0.0, 1), (0.1, 2)])
-def test_other_processes_under_dropout_are_noted(config_of, tmp_path, monkeypatch, dropout, notes):
+@pytest.mark.parametrize(
+    ("dropout", "notes", "changed"),
+    [
+        (0.0, 1, {"processes": 2}),
+        (0.1, 2, {"processes": 2}),
+        (0.1, 2, {"context_parallel": 2}),
+        (0.1, 1, {"threads": 9}),
+    ],
+)
+def test_another_layout_under_dropout_is_noted(config_of, tmp_path, monkeypatch, dropout, notes, changed):
     config = config_of(f"model.dropout={dropout}")
     stopped(config, tmp_path / "run", 2)
     read = checkpoint.read_manifest
-    monkeypatch.setattr(checkpoint, "read_manifest", lambda folder: read(folder).model_copy(update={"processes": 2}))
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda folder: read(folder).model_copy(update=changed))
     found = [event.text for event in run_of(config, tmp_path / "run", resume=True) if isinstance(event, Noted)]
     assert len(found) == notes
-    assert ("dropout" in found[-1]) == (dropout > 0)
+    assert ("dropout" in found[-1]) == (notes == 2)
 
 
 def test_a_full_disk_leaves_no_configuration_of_a_run(config_of, tmp_path):

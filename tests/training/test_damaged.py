@@ -1,6 +1,6 @@
 """Damaged configurations, data and runs: each is refused with an error, or trains; nothing ends in a traceback.
 
-Ten times the cases, 1,800: pytest tests/training/test_damaged.py --hypothesis-profile nightly
+Ten times the cases, 2,100: pytest tests/training/test_damaged.py --hypothesis-profile nightly
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from abuse.shards import split_in_two
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -275,13 +276,14 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def runs(text_file, tmp_path_factory) -> dict[str, Path]:
-    """A run in the middle, the same at its end, one of another width, and one of another seed."""
+    """A run in the middle, the same of two processes, the same at its end, and those of another width and seed."""
     folder = tmp_path_factory.mktemp("runs")
     base = [*SMALL, f"data.paths=[{text_file}]", f"training.steps={STEPS}", "training.carry_state=true"]
     for name, changes in (("whole", ()), ("half", ()), ("other", ("model.d_model=32",)), ("twin", ("seed=1",))):
         asked = iter([name == "half" and step == 1 for step in range(STEPS)])
         list(train(load_config("retnet-tiny", [*base, *changes]), folder / name, stop=lambda asked=asked: next(asked)))
     assert len(checkpoints(folder / "half")) == 2
+    split_in_two(shutil.copytree(folder / "half", folder / "sharded"))
     return {run.name: run for run in folder.iterdir()}
 
 
@@ -305,12 +307,12 @@ def damaged_manifest(content: bytes, draw: st.DrawFn) -> bytes:
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
-def damage_run(run: Path, runs: dict[str, Path], draw: st.DrawFn) -> bool:
+def damage_run(run: Path, good: Path, runs: dict[str, Path], draw: st.DrawFn) -> bool:
     """Damage some files of a run; whether it can only go on as the uninterrupted run."""
     names, faithful = files_of(run), True
     for _ in range(draw(A_FEW)):
         name = draw(st.sampled_from(names))
-        file, content = run / name, (runs["half"] / name).read_bytes()
+        file, content = run / name, (good / name).read_bytes()
         if file.is_dir():
             continue
         faithful &= file.name != "config.yaml"
@@ -334,12 +336,13 @@ def damage_run(run: Path, runs: dict[str, Path], draw: st.DrawFn) -> bool:
     return faithful
 
 
+@pytest.mark.parametrize("kind", ["half", "sharded"])
 @cases(0.3)
 @given(data=st.data())
-def test_a_damaged_run(data, runs, folder):
+def test_a_damaged_run(data, runs, folder, kind):
     run = folder() / "run"
-    shutil.copytree(runs["half"], run)
-    faithful = damage_run(run, runs, data.draw)
+    shutil.copytree(runs[kind], run)
+    faithful = damage_run(run, runs[kind], runs, data.draw)
     refused(lambda: generate_text(load_run(run, tell=require_lines), ["a"], max_new_tokens=2))
     refused(lambda: export_run(run, run.parent / "a.safetensors", tell=require_lines))
     refusal = refused(lambda: list(train(read_config(run), run, resume=True)))

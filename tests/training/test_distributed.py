@@ -196,6 +196,23 @@ def test_a_run_is_resumed_on_another_number_of_processes_and_back(two, text, tmp
     require_same_checkpoint(tmp_path / "run", tmp_path / "uninterrupted", rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
+@NIGHTLY
+def test_a_run_of_four_processes_goes_on_on_one_and_on_two(two, four, text, tmp_path):
+    changes, run = [f"data.paths=[{text}]", *CARRIED], str(tmp_path / "run")
+    uninterrupted = on_ranks.train_here(changes, str(tmp_path / "uninterrupted"))
+    parts = [
+        four("train_here", changes, run, until=2),
+        [on_ranks.train_here(changes, run, resume=True, until=4)],
+        two("train_here", changes, run, resume=True),
+    ]
+    losses = [loss for found in parts for loss in found[0]["loss"]]
+    assert_close(torch.tensor(losses), torch.tensor(uninterrupted["loss"]), rtol=1e-5, atol=1e-5)
+    for step in range(6):
+        assert [row for found in parts[step // 2] for row in found["rows"][step]] == uninterrupted["rows"][step]
+    require_same_checkpoint(tmp_path / "run", tmp_path / "uninterrupted", rtol=1e-2, atol=1e-3)
+
+
 def test_two_processes_start_from_weights_as_one(two, text, tmp_path):
     paths, first = f"data.paths=[{text}]", tmp_path / "first"
     on_ranks.train_here([paths, "seed=3"], str(first))
@@ -306,10 +323,10 @@ def test_a_layout_that_does_not_fit_is_refused_in_one_process(refused, tmp_path)
     assert "distributed.KEY=VALUE" in message
 
 
-def start(processes, *arguments):
-    """The command as two processes, as torchrun starts them."""
+def start(processes, *arguments, size=2):
+    """The command as several processes, as torchrun starts them."""
     port = free_port()
-    command = [(rank, 2, port, *map(str, arguments)) for rank in range(2)]
+    command = [(rank, size, port, *map(str, arguments)) for rank in range(size)]
     started = [processes.Process(target=workers.command_of_rank, args=args) for args in command]
     for process in started:
         process.start()
@@ -328,21 +345,30 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def test_two_processes_killed_again_and_again_end_as_if_nothing_had_been(processes, text, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [
+        (2, ()),
+        pytest.param(4, (), marks=[pytest.mark.slow, NIGHTLY]),
+        pytest.param(2, COMPILED, marks=[pytest.mark.slow, NIGHTLY]),
+    ],
+    ids=["2", "4", "compiled"],
+)
+def test_processes_killed_again_and_again_end_as_if_nothing_had_been(processes, text, tmp_path, size, more):
     """Three times; 20 times with --hypothesis-profile nightly."""
-    changes = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.checkpoint_every=3")
+    changes = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.checkpoint_every=3", *more)
     changes = (*changes, "training.steps=20", "model.dropout=0.1", *CARRIED, "distributed.context_parallel=2")
     uninterrupted, run, moments = tmp_path / "uninterrupted", tmp_path / "run", random.Random(0)
-    assert join(start(processes, "train", *changes, "--out", uninterrupted)) == [0, 0]
+    assert join(start(processes, "train", *changes, "--out", uninterrupted, size=size)) == [0] * size
     for target in (2, 9, 14) if settings().max_examples < 1000 else (*range(1, 19), 17, 18):
         begin = ("--resume", run) if (run / "config.yaml").exists() else (*changes, "--out", run)
-        started = start(processes, "train", *begin)
+        started = start(processes, "train", *begin, size=size)
         wait_for_steps(run, target, lambda started=started: all(process.is_alive() for process in started))
         time.sleep(moments.random() * 0.05)
         for process in started[:: moments.choice((1, -1))]:
             process.kill()
-        assert join(started) == [-signal.SIGKILL] * 2
-    assert join(start(processes, "train", "--resume", run)) == [0, 0]
+        assert join(started) == [-signal.SIGKILL] * size
+    assert join(start(processes, "train", "--resume", run, size=size)) == [0] * size
     require_same_checkpoint(run, uninterrupted, rtol=0, atol=0)
     both = [[json.loads(line).get("loss") for line in (each / "metrics.jsonl").open()] for each in (run, uninterrupted)]
     assert both[0] == both[1]
