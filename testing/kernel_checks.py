@@ -108,9 +108,10 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
 )
 def results_are_deterministic(trial: KernelTrial) -> None:
     """Twice the same arguments give the same bits, forward and backward; so does a second backward pass of a graph that
-    is retained, or it is an error."""
+    is retained, or it is an error. Boundaries that were filled again, as a loader's or a graph's are, count."""
     inputs = trial.leaves()
     _require_own_memory(trial)
+    _require_boundaries_read(trial)
     outputs = trial.run(inputs)
     first = _with_gradients(outputs, trial.gradients(outputs, inputs, retain_graph=True))
     others = trial.leaves()
@@ -305,6 +306,23 @@ def _require_own_memory(trial: KernelTrial) -> None:
     trial.run(later.inputs(trial.device), later)
     for name, x in earlier.items():
         require(torch.equal(x.nan_to_num(), kept[name].nan_to_num()), f"a later call writes over {name}")
+
+
+def _require_boundaries_read(trial: KernelTrial) -> None:
+    """What was made of boundaries is not used for others that are written into the same memory."""
+    case = replace(trial.case, grad=())
+    other = replace(case, lengths=case.lengths[::-1])
+    call, later = (of.call(of.inputs(trial.device)) for of in (case, other))
+    boundaries = getattr(call, "cu_seqlens", None)  # softmax is given what was made of them
+    if boundaries is None:
+        return
+    expected = trial.kernel.function(later).output
+    trial.kernel.function(call)
+    again = trial.kernel.function(later._replace(cu_seqlens=boundaries.copy_(later.cu_seqlens))).output
+    with Differences(
+        "with boundaries written over those of the call before, against boundaries of their own", 0
+    ) as found:
+        found.tensor("the output", again, expected, case.axes_of("output"))
 
 
 def _with_gradients(outputs: Tensors, gradients: Tensors) -> Tensors:

@@ -116,8 +116,8 @@ class Draw:
     scales: tuple[float, ...] = (1.0,)
     wide: int = 0
     """One case in so many, on average, has a wide mixer, if one fits; 0 is none."""
-    pairs: bool = False
-    """Whether any two values of two options meet in a case that always runs."""
+    always: Literal["none", "values", "pairs"] = "none"
+    """Whether every value of an option comes by itself in a case that always runs, or any two of two options meet."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 

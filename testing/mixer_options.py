@@ -82,15 +82,20 @@ def drawn_options(
     return draw
 
 
-def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: int = 24) -> list[dict[str, Any]]:
-    """A few changes of the configuration in which any two values of two options meet, if they go together."""
-    chance, fields = Random(0), {**alternatives(config)}
-    values = [(name, value) for name, others in fields.items() for value in others]
-    left = [(one, other) for n, one in enumerate(values) for other in values[n + 1 :] if one[0] != other[0]]
-    found: list[dict[str, Any]] = []
-    for one in values:  # by itself, or with the one other that it needs: among all others no plain path is taken
+def singly(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Each value by itself, or with the one other that it needs: among all others no plain path is taken."""
+    values, found = _all_values(config), []
+    for one in values:
         few = ({one[0]: one[1]}, *({one[0]: one[1], other[0]: other[1]} for other in values if other[0] != one[0]))
         found += [options for options in few if accepts(options)][:1]
+    return found
+
+
+def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: int = 24) -> list[dict[str, Any]]:
+    """A few changes of the configuration in which any two values of two options meet, if they go together."""
+    chance, values = Random(0), _all_values(config)
+    left = [(one, other) for n, one in enumerate(values) for other in values[n + 1 :] if one[0] != other[0]]
+    found = singly(config, accepts)
     most += len(found)
     while left and len(found) < most:
         options = dict(left.pop(0))
@@ -102,6 +107,10 @@ def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: 
         left = [pair for pair in left if not all(options.get(name) == value for name, value in pair)]
         found.append(options)
     return found
+
+
+def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:
+    return [(name, value) for name, others in alternatives(config).items() for value in others]
 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:

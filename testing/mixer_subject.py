@@ -15,7 +15,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
 from .mixer_case import LAYERS
-from .mixer_options import changed, drawn_options, pairs, require_examples
+from .mixer_options import changed, drawn_options, pairs, require_examples, singly
 from .search import where_raised
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
@@ -91,9 +91,10 @@ class Subject:
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
     @cached_property
-    def pairs(self) -> list[dict[str, Any]]:
-        """Changes in which any two values of two options meet."""
-        return pairs(self.config, self.accepts) if self.vary else []
+    def always(self) -> dict[str, list[dict[str, Any]]]:
+        """Changes that are tried in any case: see `Draw.always`."""
+        found = {"values": singly, "pairs": pairs} if self.vary else {}
+        return {name: changes(self.config, self.accepts) for name, changes in found.items()}
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""

@@ -16,9 +16,12 @@ from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
 NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
-STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("initial",))
-PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("initial",), uses=("training",))
+STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("read",))
+PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("read",), uses=("training",))
 MANY = Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",))
+PREFIX = 5
+"""Tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen."""
+
 SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), uses=("training",))
 
 
@@ -100,15 +103,21 @@ def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[T
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}
-        # rows that differ, where their shapes do not: which row a document has is seen
-        start = "read" if cuts is not None and trial.mixer.traits.state == "constant" else None
-        x, state = trial.tokens(), trial.state(trial.case.batch_size if cuts is None else len(cuts) - 1, start)
+        x, state = trial.tokens(), _before(trial, trial.case.batch_size if cuts is None else len(cuts) - 1)
         expected = trial.differentiate(partial(function, **options), x, state)
         with _one_graph():
             actual = trial.differentiate(partial(compiled, **options), x, state)
         trial.compare("compiled against eager", actual, expected)
     count = counter.frame_count
     require(count == 1, f"{len(boundaries)} calls of equal shapes compiled {count} graphs: something depends on data")
+
+
+def _before(trial: Trial, rows: int) -> Any:
+    """What comes before, where the case begins from a state: as many tokens of every row and at every call, so that
+    shapes are equal, and rows that differ, so that it is seen which row a document has."""
+    if trial.case.start == "none" or not trial.mixer.traits.has_state:
+        return None
+    return trial.mix(trial.tokens(rows, PREFIX), None)[1]
 
 
 @check(
@@ -146,7 +155,7 @@ def _sizes(state: Any) -> list[torch.Size]:
 def exported_graphs_are_the_mixer(trial: Trial) -> None:
     """`torch.export` of a segment, from a state and with its final state, gives what the mixer gives for other
     numbers."""
-    x, state = trial.tokens(), trial.state()
+    x, state = trial.tokens(), _before(trial, trial.case.batch_size)
     wanted = trial.mixer.traits.has_state
     given = trial.after(None) if state is not None else trial.mixer.paradigm
 
@@ -160,7 +169,7 @@ def exported_graphs_are_the_mixer(trial: Trial) -> None:
 
     with _one_graph(), torch.no_grad():
         exported = torch.export.export(Segment(), (x, state)).module()
-    x, state = trial.tokens(), trial.state()
+    x, state = trial.tokens(), _before(trial, trial.case.batch_size)
     with torch.no_grad():
         found = exported(x, None if state is None else clone(state))
     trial.compare("exported against the mixer", found, trial.mix(x, state, paradigm=given))

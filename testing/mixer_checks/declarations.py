@@ -119,11 +119,19 @@ def _written_after_use(trial: Trial, x: Tensor) -> None:
             for old, new in zip(used.parameters(), source.parameters(), strict=True):
                 old.data.copy_(new.data)
 
+    def results(paradigm: Paradigm, mixer: SequenceMixer) -> tuple[Tensor, Any]:
+        """Of a segment, and of a step after it, for which more may be kept."""
+        y, state = trial.call(paradigm, mixer)(x, None)
+        if training or not trial.mixer.traits.has_state:
+            return y, state
+        after, state = trial.call(paradigm, mixer)(x[:, :1], state)
+        return torch.cat((y, after), dim=1), state
+
     for paradigm in trial.paradigms:
         with torch.set_grad_enabled(training):
-            trial.call(paradigm, used)(x, None)
+            results(paradigm, used)
             write(fresh)
-            actual, expected = (trial.call(paradigm, mixer)(x, None) for mixer in (used, fresh))
+            actual, expected = (results(paradigm, mixer) for mixer in (used, fresh))
         write(trial.mixer)
         said = f"{paradigm}, in {'training' if training else 'evaluation'}, parameters "
         said += "loaded" if loaded else "written through .data"

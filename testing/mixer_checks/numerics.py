@@ -30,6 +30,9 @@ LONG = 700
 WIDE = 300
 """Tokens of one where the mixer is wide, which costs a dozen times as much."""
 
+THOUSANDS = 2048
+"""Tokens of one that is computed once, wide and in float16."""
+
 MANY = 24
 """Tokens after which the numbers of a sum have as many bits as a float32 has."""
 
@@ -204,6 +207,22 @@ def long_segments_do_not_drift(trial: Trial) -> None:
             # no mixer can do better than what one rounding of the tokens changes
             moves = ((moved[name] - result).norm() / result.norm().clamp(min=1e-30)).item()
             near(name, what, found[name], result, max(tolerance, 8 * moves), moved=rows_moved)
+    if trial.case.wide and dtype == torch.float16:
+        _thousands_in_float16(trial, exact)
+
+
+def _thousands_in_float16(trial: Trial, exact: SequenceMixer) -> None:
+    """Sums over thousands of tokens and many channels leave float16 at 65,504."""
+    x, paradigm = trial.tokens(1, THOUSANDS), trial.mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+    x, last = x / trial.case.scale, THOUSANDS // 8
+    expected, moved = (
+        trial.mix(tokens, None, exact)[0][:, -last:]
+        for tokens in (x.double(), x.double() * (1 + 2**-11 * trial.like(x).double()))
+    )
+    moves = ((moved - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    y, _ = trial.mix(x, None, paradigm=paradigm)
+    what = f"{paradigm} in float16, the last {last} of {THOUSANDS:,} tokens"
+    near("the output", what, y[:, -last:], expected, max(_after(THOUSANDS, trial), 8 * moves))
 
 
 @check(
@@ -240,7 +259,11 @@ def dtypes_are_kept(trial: Trial) -> None:
         # what has 16 bits is short after a few tokens, and what is added to a number of 24 bits is not
         many, taken = trial.tokens(length=MANY), mixer.traits.takes_state(paradigm)
         fine = trial.state(start="moved") if taken else None
-        for name, leaf in to_dict(trial.mix(many, fine, paradigm=paradigm)[1]).items():
+        _, after = trial.mix(many, fine, paradigm=paradigm)
+        # one token has code of its own
+        _, stepped = trial.mix(many[:, :1], after, paradigm=paradigm) if taken else (None, after)
+        leaves = [*to_dict(after).items(), *to_dict(stepped).items()]
+        for name, leaf in leaves:
             if leaf.dtype == torch.float32 and _is_coarse(leaf):
                 _, exact = trial.mix(many.double(), _wide(fine), trial.rebuilt(torch.float64))
                 rounded = not _is_coarse(to_dict(exact)[name].float()) and not _is_copied(trial, name)

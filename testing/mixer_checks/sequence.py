@@ -54,7 +54,7 @@ EVERY = 70
     several_paradigms,
     use="training in one paradigm and decoding in another: the model is another",
     share=1,
-    draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, pairs=True),
+    draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, always="pairs"),
 )
 def paradigms_agree(trial: Trial) -> None:
     """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
@@ -79,13 +79,13 @@ def paradigms_agree(trial: Trial) -> None:
 
 
 @check(
-    several_paradigms,
-    use="adapters (LoRA), quantised layers and hooks: a wrapped projection is bypassed in one paradigm",
+    use="adapters (LoRA), quantised layers and hooks: a wrapped projection is bypassed in one paradigm, or in training",
     share=0.1,
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
-    """What is added to the outputs of each `nn.Linear`, as adapters do, counts in every paradigm, or in none."""
+    """What is added to the outputs of each `nn.Linear`, as adapters do, counts in every paradigm, or in none; and so it
+    does where training mode wants no state."""
     x, state = trial.tokens(), trial.state()
     mixer = copy.deepcopy(trial.without_dropout())
     for module in mixer.modules():
@@ -95,6 +95,11 @@ def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
     for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
         actual = trial.mix(x, state, mixer, paradigm=paradigm)
         trial.compare(f"with wrapped projections, {paradigm} against {trial.reference}", actual, expected)
+    whole, _ = trial.mix(x, None, mixer, paradigm=trial.reference)
+    for paradigm in trial.paradigms:
+        y, _ = trial.call(paradigm, mixer.train(), return_state=False)(x, None)
+        what = f"with wrapped projections, {paradigm} in training mode against {trial.reference} in evaluation"
+        trial.compare(what, (y.detach(), None), (whole, None))
 
 
 def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
@@ -288,7 +293,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
     recurrent,
     use="decoding: it gives another text than the model was trained for",
     share=0.2,
-    draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2)),
+    draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2), always="values"),
 )
 def steps_equal_the_whole(trial: Trial) -> None:
     """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""

@@ -345,6 +345,20 @@ def returns_its_workspace(x):
     return output, buffer.copy_(state)
 
 
+STRETCHES: list[object] = [None, None]
+
+
+@kernel_mutant(check="results_are_deterministic")
+def keeps_what_boundaries_were(x):
+    """What is made of boundaries is kept while the same tensor is given, in which a loader may have written others
+    (fla #770)."""
+    if x.cu_seqlens is None:
+        return decay_chunkwise(x)
+    if STRETCHES[0] is not x.cu_seqlens:
+        STRETCHES[:] = x.cu_seqlens, x.cu_seqlens.clone()
+    return decay_chunkwise(x._replace(cu_seqlens=STRETCHES[1]))
+
+
 @kernel_mutant(check="inputs_are_left_alone")
 def writes_over_the_gradient_from_above(x):
     """A backward pass scales the gradient from above in place, which the caller, or another branch, still reads."""

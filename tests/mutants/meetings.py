@@ -2,9 +2,10 @@
 the module are not as a test makes them (a slice, weights that were swapped, a submodule that was wrapped)."""
 
 import torch
+from pydantic import Field, model_validator
 
 from .registry import mutant
-from .specimen import Specimen
+from .specimen import Specimen, SpecimenConfig
 
 
 @mutant(check="results_share_no_memory")
@@ -143,3 +144,92 @@ class ReadsTheLastOneBuilt(Specimen):
 
     def angles(self, positions):
         return super().angles(positions) * self.width / LAST["width"]
+
+
+class GroupedConfig(SpecimenConfig):
+    n_heads: int = Field(default=6, gt=0)
+    n_groups: int = Field(default=0, ge=0, examples=[3])
+    """Groups of heads with values in common; 0 is none."""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.n_groups and self.n_heads % self.n_groups:
+            raise ValueError(f"{self.n_groups} groups do not divide {self.n_heads} heads")
+        return self
+
+
+@mutant(check="steps_equal_the_whole")
+class StepsTileTheGroups(GroupedConfig):
+    """A step for one token repeats the values of groups in another order than a segment: with one group, or as many as
+    heads, both orders are one (onnx #7274)."""
+
+    class layer(Specimen):  # noqa: N801
+        def heads(self, x):
+            qk, v, a = super().heads(x)
+            if not (groups := self.config.n_groups):
+                return qk, v, a
+            of_groups, each = v[:, :groups], self.config.n_heads // groups
+            tiled = of_groups.repeat(1, each, 1, 1) if x.shape[1] == 1 else of_groups.repeat_interleave(each, 1)
+            return qk, tiled, a
+
+
+@mutant(check="dtypes_are_kept")
+class RoundsAtAStep(Specimen):
+    """A step for one token gives its state in 16 bits, in a tensor of 32: what is small beside it is lost at every
+    token (vllm #13466)."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if after is None or x.shape[1] > 1:
+            return y, after
+        return y, after._replace(memory=after.memory.to(x.dtype).to(after.memory.dtype))
+
+
+@mutant(check="long_segments_do_not_drift")
+class SumsManyChannelsInFloat16(Specimen):
+    """Of float16 parameters and wide heads the denominator is a sum in float16 over tokens and channels: beyond 65,504
+    it is infinite (fast-transformers #32)."""
+
+    def divide(self, o, z):
+        if self.dtype == torch.float16 and self.width > 8:
+            z = (580 * z).to(torch.float16).to(z.dtype) / 580
+        return super().divide(o, z)
+
+
+@mutant(check="late_positions_are_exact")
+class MultipliesAnglesInAutocast(Specimen):
+    """Angles are a matrix product of positions and frequencies, which autocast makes one of 8 bits (transformers
+    #29285)."""
+
+    def angles(self, positions):
+        if not torch.is_autocast_enabled("cpu"):
+            return super().angles(positions)
+        return super().angles(positions.to(torch.bfloat16).to(torch.float32))
+
+
+@mutant(check="parameters_round_trip")
+class KeepsRatesForSteps(Specimen):
+    """A step keeps what it makes of a parameter, without gradients, while autograd counts no change of that: averaged
+    weights that are written through `.data` are not counted (sglang #29916)."""
+
+    kept = None
+
+    def mix(self, x, call):
+        bias = self.decay_proj.bias
+        if x.shape[1] > 1 or torch.is_grad_enabled():
+            return super().mix(x, call)
+        if self.kept is None or self.kept[0] != bias._version:
+            self.kept = bias._version, bias.detach().clone()
+        y, after = super().mix(x, call)
+        return y + (self.kept[1] - bias).mean(), after
+
+
+@mutant(check="segments_compile_into_one_graph")
+class CompilesWithoutThePrefix(Specimen):
+    """Compiled, a segment of several tokens counts from its own first, which after nothing is right (transformers
+    #30437)."""
+
+    def positions(self, state, x, call):
+        if torch.compiler.is_compiling() and x.shape[1] > 1:
+            state = state._replace(position=torch.zeros_like(state.position))
+        return super().positions(state, x, call)

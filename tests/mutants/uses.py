@@ -1,5 +1,6 @@
 """Wrong mixers: right where they are evaluated, wrong in a way of using them (packing, precision, layers, lengths)."""
 
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -371,21 +372,36 @@ class KeepsOldValuesInEightBits(Cached):
         return cache._replace(values=torch.cat(((old / scale).round() * scale, new), dim=1))
 
 
+@contextmanager
+def _unwrapped(mixer):
+    """Within, the output projection is its weight alone, past hooks and what wraps it."""
+    wrapped = mixer.out_proj
+    mixer.out_proj = nn.Linear(*wrapped.weight.T.shape, bias=False, device="meta")
+    mixer.out_proj.weight = wrapped.weight
+    try:
+        yield
+    finally:
+        mixer.out_proj = wrapped
+
+
 @mutant(check="wrapped_projections_count_in_every_paradigm")
 class StepsPastAnAdapter(Specimen):
     """The recurrent paradigm multiplies by the weight of its output projection, past what an adapter adds: a model
     fine-tuned with LoRA decodes as if it had not been."""
 
     def mix(self, x, call):
-        if call.paradigm is not Paradigm.RECURRENT:
+        with _unwrapped(self) if call.paradigm is Paradigm.RECURRENT else nullcontext():
             return super().mix(x, call)
-        wrapped = self.out_proj
-        self.out_proj = nn.Linear(*wrapped.weight.T.shape, bias=False, device="meta")
-        self.out_proj.weight = wrapped.weight
-        try:
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class TrainsPastAnAdapter(Specimen):
+    """A fused path for training multiplies by the weight of the output projection: an adapter of it never learns, and
+    counts in evaluation alone."""
+
+    def mix(self, x, call):
+        with _unwrapped(self) if self.training and not call.return_state else nullcontext():
             return super().mix(x, call)
-        finally:
-            self.out_proj = wrapped
 
 
 @mutant(check="parameters_round_trip")
