@@ -96,5 +96,6 @@ class Block(nn.Module):
 
     def _added(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
         """The residual stream with a branch's output."""
-        branch = self.dropout(norm(branch) if self.norm_placement == "output" else branch)
+        branch = norm(branch) if self.norm_placement == "output" else branch
+        branch = self.dropout(branch) if self.dropout.p else branch
         return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops.decay import DECAY, decay
 from ..ops.materialize import materialize
+from ..ops.once import once
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.fixed_decay import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion
@@ -76,10 +77,16 @@ class Retention(QKVMixer):
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         log_decay, q, scale = self.decay(x.device), h.q, self.key_dim**-0.5
         if h.positions is not None and self.config.row_norm:
-            # both score normalisers in one product
-            q, scale = q * materialize((scale * row_scale(h.positions, log_decay)).to(q.dtype), 2), 1.0
-        log_decay = None if log_decay is None else log_decay.to(self.state_dtype)
+            q, scale = q * materialize(once(normalizers, h.positions, log_decay, scale, q.dtype), 2), 1.0
+        log_decay = None if log_decay is None else once(Tensor.to, log_decay, self.state_dtype)
         return decay(q, h.k, h.v, log_decay, call, scale=scale)
+
+
+def normalizers(
+    positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None, scale: float, dtype: torch.dtype
+) -> Float[Tensor, "_ T H 1"]:
+    """Both score normalisers: the scale, and `row_scale`."""
+    return (scale * row_scale(positions, log_decay)).to(dtype)
 
 
 def row_scale(positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None) -> Float[Tensor, "_ T H 1"]:

@@ -1,6 +1,7 @@
 """The language model: embedding, layers, norm, output projection."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -15,6 +16,7 @@ from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
 from ..ops.context_parallel import ContextParallel
+from ..ops.once import formed_once
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
@@ -189,17 +191,18 @@ class LanguageModel(nn.Module):
             if len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
         after, first_values = [], None
-        for block, before, how in zip(self.blocks, states, paradigms, strict=True):
-            call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
-            if first_values is None and block.mixer.traits.value_residual:
-                call = partial(call, return_values=True)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # without early stop: every rank has to run all the communication of a block
-                kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
-                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
-            x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
-            first_values = values[0] if values else first_values
-            after.append(final)
+        with nullcontext() if torch.compiler.is_compiling() else formed_once():
+            for block, before, how in zip(self.blocks, states, paradigms, strict=True):
+                call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
+                if first_values is None and block.mixer.traits.value_residual:
+                    call = partial(call, return_values=True)
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    # without early stop: every rank has to run all the communication of a block
+                    kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+                    call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
+                x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
+                first_values = values[0] if values else first_values
+                after.append(final)
         if self.readout is not None:
             if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
                 raise ContractError("model.readout last is of one whole sequence: without states, packing and sharing")

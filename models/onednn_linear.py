@@ -60,6 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    few = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < LEAST
+    if few or x.ndim < 2:
+        return False
     # subclasses, such as distributed or quantised tensors, have their own linear
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
@@ -68,11 +71,11 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         # the number of tokens may be symbolic, and no graph may depend on its size; a single token is never symbolic
-        return x.ndim > 1 and x.shape[-2] != 1 and not has_tangent(x, weight)
+        return x.shape[-2] != 1 and not has_tangent(x, weight)
     # inside transforms of torch.func, tangents and batch dimensions are not visible
-    if torch._C._are_functorch_transforms_active() or has_tangent(x, weight) or not torch.backends.mkldnn.enabled:
+    if torch._C._are_functorch_transforms_active() or has_tangent(x, weight):
         return False
-    return x.ndim > 1 and x.numel() * weight.shape[0] >= LEAST
+    return bool(torch.backends.mkldnn.enabled)
 
 
 @torch.library.custom_op("seqmix::linear", mutates_args=(), device_types="cpu")

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .context_parallel import ContextParallel
+from .once import once
 from .packing import Documents, advance, token_positions
 from .paradigm import Paradigm
 
@@ -75,6 +76,8 @@ class Call(NamedTuple):
         """The positions of the tokens of x [B T ..] after `offset` tokens of each row or document (None: none)."""
         length = x.shape[1]
         start = 0 if self.cp_group is None else self.cp_group.start(length)
+        if self.documents is None:
+            return once(token_positions, length, offset, None, x.device, start)
         return token_positions(length, offset, self.documents, x.device, start)
 
     def advance(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, " N"]:

@@ -30,4 +30,4 @@ def donate_state() -> Iterator[None]:
 def may_overwrite() -> bool:
     """Whether the given state may be overwritten."""
     # a compiler would make a constant of the flag
-    return not torch.compiler.is_compiling() and _permission.given
+    return not torch.compiler.is_compiling() and _permission.given and not torch.is_grad_enabled()

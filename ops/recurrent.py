@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Op
+from .donation import may_overwrite
+from .materialize import materialize
+from .once import once
 from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
@@ -144,12 +147,36 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
+def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
+    """exp(a) S before the one token, and whether that may be written: a donated state has decayed in its own place."""
+    state, decay = x.initial_state, decay_at(x.log_decay, 0, x.wide)
+    if state is None:
+        return None, False
+    own = x.output_final_state and may_overwrite() and state.dtype == x.wide and state.is_contiguous()
+    state = state.to(x.wide)
+    if isinstance(decay, Tensor):
+        decay = materialize(decay, 1)
+        state = state.mul_(decay) if own else state * decay
+    return state, own
+
+
+def add_outer(state: Tensor, own: bool, column: Tensor, row: Tensor) -> Tensor:
+    """S plus the product of [B H K 1] and [B H 1 V]; one pass over the state less than a product and a sum."""
+    return state.addcmul_(column, row) if own else torch.addcmul(state, column, row)
+
+
 def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
     """exp(a) of one token, broadcasting over the state [B H K V]."""
     if log_decay is None:
         return 1.0
-    a = log_decay[None] if log_decay.ndim == 1 else log_decay[:, token]  # [B|1 H] or [B H K]
+    if log_decay.ndim == 1:
+        return once(_fixed_decay, log_decay, dtype)
+    a = log_decay[:, token]  # [B H] or [B H K]
     return a.to(dtype).exp()[(...,) + (None,) * (4 - a.ndim)]
+
+
+def _fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    return log_decay.to(dtype).exp()[None, :, None, None]
 
 
 def add_decay_gradient(out: Mapping[str, Tensor], t: int, per_key: Tensor) -> None:

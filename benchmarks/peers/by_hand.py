@@ -4,6 +4,7 @@ Nothing of the framework is left but the functions that compute: no configuratio
 the framework costs is the difference between the two. A test holds both to the same sequence of operations.
 """
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,13 @@ from ...blocks.ffn.mlp import MlpConfig
 from ...blocks.norm.layernorm import LayerNormConfig
 from ...mixers import Paradigm
 from ...mixers.parts import rotated
-from ...mixers.retention import RetentionConfig, row_scale
+from ...mixers.parts.fixed_decay import scheduled
+from ...mixers.retention import RetentionConfig, normalizers
 from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
 from ...ops.decay import decay_recurrence
+from ...ops.once import formed_once, once
+from ...ops.packing import token_positions
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """Memory, what a short convolution would need (nothing), and position."""
@@ -82,13 +86,12 @@ class HandWrittenLayer(nn.Module):
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
-        token = torch.arange(0, length, device=x.device)
-        positions = token[None] if offset is None else offset[:, None] + token
+        positions = once(token_positions, length, offset, None, x.device, 0)
         q, k = rotated(qk, positions, "retnet", 10000.0).split([self.n_heads, self.n_heads], dim=2)
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
-        log_decay = torch.log1p(-self._leak(x.device))
-        q = q * (self.key_dim**-0.5 * row_scale(positions, log_decay)).to(q.dtype)
-        log_decay = log_decay.to(torch.promote_types(self.in_proj.weight.dtype, torch.float32))
+        log_decay = once(scheduled, self.n_heads, self.decay, self.gamma, x.device)
+        q = q * once(normalizers, positions, log_decay, self.key_dim**-0.5, q.dtype)
+        log_decay = once(Tensor.to, log_decay, torch.promote_types(self.in_proj.weight.dtype, torch.float32))
         options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
         paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
         output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)
@@ -98,13 +101,6 @@ class HandWrittenLayer(nn.Module):
         if memory is None or recent is None or offset is None:
             return y, None
         return y, (memory, recent, offset + length)
-
-    def _leak(self, device: torch.device) -> Tensor:
-        if self.decay == "constant" and self.gamma is not None:
-            return torch.full((self.n_heads,), 1 - self.gamma, device=device, dtype=torch.float64)
-        if self.decay == "log_uniform":
-            return torch.exp2(torch.linspace(-5, -9, self.n_heads, device=device, dtype=torch.float64))
-        return torch.exp2(-5 - torch.arange(self.n_heads, device=device, dtype=torch.float64))
 
 
 class HandWritten(nn.Module):
@@ -138,7 +134,8 @@ class HandWritten(nn.Module):
         self, tokens: Tensor, state: State | None = None, *, decode: bool = False, select: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         """Logits (of the tokens that `select` names), and the state after the segment where one came in."""
-        x, after = self._hidden(tokens, state, decode=decode)
+        with nullcontext() if torch.compiler.is_compiling() else formed_once():
+            x, after = self._hidden(tokens, state, decode=decode)
         if select is not None:
             x = x.flatten(0, 1)[select]
         return self.head(self.norm(x)), after or None

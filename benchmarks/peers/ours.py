@@ -11,6 +11,7 @@ from ...models import build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
+from ...ops.donation import donate_state
 from .by_hand import HandWritten, why_not
 from .peer import ALL, Peer, Size, last_of_rows
 
@@ -120,6 +121,7 @@ class ByHand(Peer):
         state = self.module.init_state(batch)
         return [(memory.normal_(), recent, position.fill_(context)) for memory, recent, position in state]
 
+    @donate_state()
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, after = self.module(tokens[:, None], state, decode=True)
         return logits[:, 0], after

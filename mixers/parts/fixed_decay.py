@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...ops.once import once
+
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
 
 
@@ -23,7 +25,8 @@ class FixedDecay(nn.Module):
 
     def __init__(self, n_heads: int, schedule: DecaySchedule, gamma: float | None, *, learnable: bool) -> None:
         super().__init__()
-        self.n_heads, self.schedule, self.gamma = n_heads, schedule, gamma
+        self.n_heads, self.gamma = n_heads, gamma
+        self.schedule: DecaySchedule = schedule
         self.logit = nn.Parameter(torch.empty(n_heads)) if learnable else None
         self.reset_parameters()
 
@@ -31,7 +34,7 @@ class FixedDecay(nn.Module):
     def reset_parameters(self) -> None:
         """The schedule."""
         if self.logit is not None:
-            leak = self._leak(self.logit.device)
+            leak = _leak(self.n_heads, self.schedule, self.gamma, self.logit.device)
             self.logit.copy_(torch.log1p(-leak) - leak.log())
 
     @torch.no_grad()
@@ -48,12 +51,18 @@ class FixedDecay(nn.Module):
             return None
         if self.logit is not None:
             return F.logsigmoid(self.logit.to(torch.float64))
-        return torch.log1p(-self._leak(device))  # log1p: 1 - 2^-25 is 1 in float32
+        return once(scheduled, self.n_heads, self.schedule, self.gamma, device)
 
-    def _leak(self, device: torch.device) -> Float[Tensor, " H"]:
-        """1 - gamma of each head, float64."""
-        if self.gamma is not None:
-            return torch.full((self.n_heads,), 1 - self.gamma, device=device, dtype=torch.float64)
-        if self.schedule == "log_uniform":
-            return torch.exp2(torch.linspace(-5, -9, self.n_heads, device=device, dtype=torch.float64))
-        return torch.exp2(-5 - torch.arange(self.n_heads, device=device, dtype=torch.float64))
+
+def scheduled(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Float[Tensor, " H"]:
+    """Natural log of each head's decay by a schedule that decays, float64; `gamma` is that of `constant`."""
+    return torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p: 1 - 2^-25 is 1 in float32
+
+
+def _leak(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Tensor:
+    """1 - gamma of each head, float64."""
+    if gamma is not None:
+        return torch.full((n_heads,), 1 - gamma, device=device, dtype=torch.float64)
+    if schedule == "log_uniform":
+        return torch.exp2(torch.linspace(-5, -9, n_heads, device=device, dtype=torch.float64))
+    return torch.exp2(-5 - torch.arange(n_heads, device=device, dtype=torch.float64))

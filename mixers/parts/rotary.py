@@ -11,10 +11,11 @@ import math
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from ...ops.once import once
 from ...registry import Config
 
 Schedule = Literal["rope", "retnet"]
@@ -78,8 +79,20 @@ def rotated(
     """Heads turned by the angles of their positions; only their first `dims` dimensions, if given."""
     if dims is not None and dims < x.shape[-1]:
         return torch.cat((rotated(x[..., :dims], positions, schedule, base, None, scaling), x[..., dims:]), dim=-1)
-    theta = scaled(frequencies(x.shape[-1], schedule, base, x.device), scaling)
-    return rotate(x, rotation(positions, theta, torch.promote_types(x.dtype, torch.float32)))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return rotate(x, once(_rotation_at, positions, x.shape[-1], schedule, base, scaling, wide))
+
+
+def _rotation_at(
+    positions: Tensor,
+    width: int,
+    schedule: Schedule,
+    base: float,
+    scaling: LinearScaling | Llama3Scaling | None,
+    dtype: torch.dtype,
+) -> "Rotation":
+    by = rotation(positions, scaled(frequencies(width, schedule, base, positions.device), scaling), dtype)
+    return by if torch.compiler.is_compiling() else by._replace(unit=torch.complex(by.cos, by.sin))
 
 
 class Rotation(NamedTuple):
@@ -87,6 +100,8 @@ class Rotation(NamedTuple):
 
     cos: Float[Tensor, "_ T 1 K/2"]
     sin: Float[Tensor, "_ T 1 K/2"]
+    unit: Complex[Tensor, "_ T 1 K/2"] | None = None
+    """cos + i sin, where it is formed already."""
 
 
 def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype) -> Rotation:
@@ -101,7 +116,8 @@ def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"
     pairs = x.unflatten(-1, (-1, 2))
     # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*by)).flatten(-2)
+        unit = torch.complex(by.cos, by.sin) if by.unit is None else by.unit
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * unit).flatten(-2)
     else:
         cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
         turned = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)

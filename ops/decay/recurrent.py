@@ -11,23 +11,29 @@ from torch import Tensor
 
 from ..materialize import materialize
 from ..recurrence import Recurrence
-from ..recurrent import TokenRule, add_decay_gradient, decay_at, no_autocast, outer, recurrent_kernel
+from ..recurrent import (
+    TokenRule,
+    add_decay_gradient,
+    add_outer,
+    decay_at,
+    entry_of,
+    no_autocast,
+    outer,
+    recurrent_kernel,
+)
 
 
 class _Decay(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         with no_autocast(x.q.device):
-            query, key, value = (tensor.squeeze(1).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H *]
+            wide = x.wide
+            query, key, value = (tensor.squeeze(1).to(wide) for tensor in (x.q, x.k, x.v))  # [B H *]
             # not transposed: an axis of one would keep its stride, which the state would take over
-            column, value = materialize(key[..., None], 2), value[:, :, None]
-            if x.initial_state is None:
-                state = column * value
-            else:
-                kept, decay = x.initial_state.to(x.wide), decay_at(x.log_decay, 0, x.wide)
-                kept = kept * materialize(decay, 1) if isinstance(decay, Tensor) else kept
-                # one pass over the state less than a product and a sum
-                state = torch.addcmul(kept, column, value)
-            output = materialize(x.scale * query[:, :, None], 3) @ state
+            column, value = materialize(key.unsqueeze(3), 2), value.unsqueeze(2)
+            kept, own = entry_of(x)
+            state = column * value if kept is None else add_outer(kept, own, column, value)
+            query = query if x.scale == 1 else x.scale * query
+            output = materialize(query.unsqueeze(2), 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
     def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:

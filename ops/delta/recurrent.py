@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ..materialize import materialize
 from ..recurrence import Recurrence
-from ..recurrent import TokenRule, add_decay_gradient, decay_at, no_autocast, outer, read, recurrent_kernel
+from ..recurrent import (
+    TokenRule,
+    add_decay_gradient,
+    add_outer,
+    decay_at,
+    entry_of,
+    no_autocast,
+    outer,
+    read,
+    recurrent_kernel,
+)
 
 
 class DeltaRule(TokenRule):
@@ -27,21 +37,17 @@ class DeltaRule(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         with no_autocast(x.q.device):
             query, key, value = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
-            decayed, found = None, None
-            if x.initial_state is not None:
-                decay = decay_at(x.log_decay, 0, x.wide)
-                decayed = x.initial_state.to(x.wide)
-                decayed = decayed * materialize(decay, 1) if isinstance(decay, Tensor) else decayed
+            state, own = entry_of(x)
+            if state is not None:
                 reader = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
-                found = materialize(reader, 3) @ decayed
+                found = materialize(reader, 3) @ state
                 if x.b is None:
                     value = value - found
                 else:
-                    decayed = decayed + materialize(x.b.transpose(1, 2).to(x.wide).transpose(2, 3), 2) * found
+                    state = add_outer(state, own, materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), found)
             value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
-            state = materialize(key.transpose(2, 3), 2) * materialize(value, 3)
-            if decayed is not None:
-                state = decayed + state
+            column, value = materialize(key.transpose(2, 3), 2), materialize(value, 3)
+            state = column * value if state is None else add_outer(state, own, column, value)
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 

@@ -1,10 +1,12 @@
 """Decoding token by token: compiled, in static buffers and captured, it gives what eager steps give."""
 
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from dispatched import Watched
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -166,6 +168,22 @@ def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(mod
     allowed.clear()
     assert_close(decoded(captured(model, state)), expected)
     assert all(allowed)
+
+
+@pytest.mark.parametrize(("mixer", "operations"), [("retention", 52), ("attention", 73)])
+def test_what_positions_and_constants_decide_is_formed_once_a_step(model_of, mixer, operations):
+    def seen(layers):
+        model = model_of(mixer, n_layers=layers)
+        _, state = prefill(model, PROMPTS, max_length=9)
+        with Watched() as watched:
+            Decoder(model, state).step(STEPS[0])
+        return Counter(str(op).partition(".")[2].partition(".")[0] for op, results in watched.seen if results)
+
+    more = seen(3) - seen(2)
+    assert more == seen(2) - seen(1)
+    assert more.total() <= operations, more
+    assert not more.keys() & {"linspace", "exp2", "pow", "cos", "sin", "expm1", "log1p", "complex"}
+    assert seen(1)["cos"]
 
 
 def test_a_growing_state_is_not_captured(model_of, captured):

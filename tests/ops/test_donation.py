@@ -1,0 +1,40 @@
+"""A donated state is written where it lies, by every family's step; any other is left alone."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.delta import delta_rule
+from seqmix.ops.donation import donate_state
+from seqmix.ops.dplr import dplr_recurrence
+
+Q, K, A, B = torch.randn(4, 3, 1, 2, 4)
+V, RATE = torch.randn(3, 1, 2, 5), torch.rand(3, 1, 2)
+DECAY = -torch.rand(3, 1, 2, 4)
+STEPS = {
+    "decay": lambda **o: decay_recurrence(Q, K, V, DECAY, **o),
+    "decay, none": lambda **o: decay_recurrence(Q, K, V, None, **o),
+    "delta": lambda **o: delta_rule(Q, K, V, RATE, DECAY, **o),
+    "dplr": lambda **o: dplr_recurrence(Q, K, V, A, B, DECAY, **o),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_a_step_writes_a_donated_state_in_its_place(step):
+    state = torch.randn(3, 2, 4, 5)
+    before, options = state.clone(), {"paradigm": "recurrent", "output_final_state": True}
+    expected = step(initial_state=state, **options)
+    assert torch.equal(state, before)
+    with donate_state():
+        spread = before[:1].expand(3, 2, 4, 5)
+        step(initial_state=spread, **options)
+        step(initial_state=state, paradigm="recurrent")
+        with torch.enable_grad():
+            step(initial_state=state, **options)
+        assert torch.equal(state, before)
+        assert torch.equal(spread[2], before[0])
+        output, final = step(initial_state=state, **options)
+    assert final.data_ptr() == state.data_ptr()
+    assert_close((output, final), tuple(expected))
