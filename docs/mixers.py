@@ -18,6 +18,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
+from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
+from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
 from seqmix.mixers import MixerConfig
@@ -27,6 +29,7 @@ from seqmix.registry import write_file
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("reference") / "mixers.md"
+PICTURE = TARGET.parent / "mixers" / "families.svg"
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 2048
 """Tokens of the sequence whose cost is counted."""
@@ -53,6 +56,15 @@ USED_IN = {
 }
 """Released models with the mixer; of the others there is a paper alone."""
 
+FAMILIES = {
+    "softmax": "softmax",
+    "decay": "linear attention, decays",
+    "delta": "delta rule",
+    "scan": "scan",
+    "convolution": "convolution",
+}
+"""Op families as the picture calls them: the first that a mixer's module imports; what imports none is a hybrid."""
+
 INLINE = {
     r"\b([a-z])_([a-z])\b": r"$\1_\2$",
     r"\b(alpha|beta)_t\b": r"$\\\1_t$",
@@ -69,10 +81,13 @@ def files(study: str | None = None) -> dict[Path, str]:
     presets = single_kind_presets()
     formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
     parts = {"mixers": _traits(presets), "costs": _costs(presets), "formulas": formulas[:-1]}
+    drawn = {}
     if study is not None:
-        parts["trained"] = trained(read_results(study))
+        results = read_results(study)
+        parts["trained"] = trained(results)
+        drawn[PICTURE] = adaptive([families(results)], 6.0)
     page = fill(TARGET, parts)
-    return {TARGET: page, README: fill(README, {"mixers": _summary(presets, page)})}
+    return {TARGET: page, README: fill(README, {"mixers": _summary(presets, page)}), **drawn}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
@@ -201,6 +216,33 @@ def trained(results: Results) -> list[str]:
         "",
         *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms per decoded token"], rows),
     ]
+
+
+def families(results: Results) -> Figure:
+    """The loss over the size of the state, a series for each op family."""
+    losses: dict[str, list[float]] = {}
+    for run in results.runs:
+        if run.validation_loss is not None:
+            losses.setdefault(run.entry, []).append(run.validation_loss)
+    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), "hybrid")}
+    for entry in results.entries:
+        found = losses.get(entry.name, [])
+        if found:
+            point = Point(float(entry.state_bytes), mean(found), min(found), max(found))
+            points[_family(entry.mixers[0])].append(point)
+    series = [Series(name, sorted(found), style) for style, (name, found) in enumerate(points.items()) if found]
+    state, loss = (
+        Axis("state of one sequence", unit="bytes", log=True),
+        Axis("validation loss (nats per byte)", log=False),
+    )
+    caption = "Means, and the ends of both seeds; down and to the left is better."
+    return Figure("families", "Loss by state", caption, state, loss, series, joined=False)
+
+
+def _family(kind: str) -> str:
+    source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
+    found = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
+    return FAMILIES[found[0]] if found else "hybrid"
 
 
 def _docstring(kind: str) -> str:
