@@ -187,12 +187,13 @@ class RoundsAtAStep(Specimen):
 
 @mutant(check="long_segments_do_not_drift")
 class SumsManyChannelsInFloat16(Specimen):
-    """Of float16 parameters and wide heads the denominator is a sum in float16 over tokens and channels: beyond 65,504
+    """Of float16 parameters, the denominator has a factor that counts tokens times channels in float16: beyond 65,504
     it is infinite (fast-transformers #32)."""
 
     def divide(self, o, z):
-        if self.dtype == torch.float16 and self.width > 8:
-            z = (580 * z).to(torch.float16).to(z.dtype) / 580
+        if self.dtype == torch.float16:
+            counted = self.width * torch.arange(1, z.shape[-1] + 1, device=z.device)
+            z = z * (counted.to(torch.float16).to(z.dtype) / counted)
         return super().divide(o, z)
 
 
