@@ -68,7 +68,7 @@ def train(
         require_device(device)
     keep_freed_memory()
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if resume is None and on_cpu and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # processes could differ
+    if resume is None and on_cpu and os.environ.get("WORLD_SIZE", "1") == "1":  # processes could differ
         loaded, chosen = tried(loaded)
         if chosen is not None:
             note(chosen)

@@ -322,8 +322,9 @@ def decay_gradient(
 
     through_q = _sum_of_tiles(sums + at, plane, rows, rows < m, TILES, C)
     kept = 0.0
-    for tile in range(PRODUCTS):
-        kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
+    if PRODUCTS:  # compiled, even a loop of no turns reads what is not there
+        for tile in range(PRODUCTS):
+            kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
     whole_m, part_m = last_clock(clocks, plane, at, m)
     kept *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
     if clocks is None:

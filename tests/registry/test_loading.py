@@ -123,7 +123,7 @@ SOURCES = [
         *SOURCES,
         ("", ["''", "large, tiny"]),
         ("x" * 300, ["x" * 300, "large, tiny"]),
-        ("presets/tin.yaml", ["presets/tin.yaml", '"tiny"?']),
+        ("presets/tin.yaml", ["presets/tin.yaml", '"tiny.yaml"?']),
         ("bytes.yaml", ["bytes.yaml:2: ", "0xff"]),
         ("loop.yaml", ["loop.yaml cannot be read: "]),
     ],
