@@ -1,6 +1,6 @@
 """Damaged configurations, data and runs: each is refused with an error, or trains; nothing ends in a traceback.
 
-Ten times the cases, 2,100: pytest tests/training/test_damaged.py --hypothesis-profile nightly
+Ten times the cases, 1,900: pytest tests/training/test_damaged.py --hypothesis-profile nightly
 """
 
 import hashlib
@@ -336,10 +336,19 @@ def damage_run(run: Path, good: Path, runs: dict[str, Path], draw: st.DrawFn) ->
     return faithful
 
 
-@pytest.mark.parametrize("kind", ["half", "sharded"])
 @cases(0.3)
 @given(data=st.data())
-def test_a_damaged_run(data, runs, folder, kind):
+def test_a_damaged_run(data, runs, folder):
+    _require_refused_or_resumed(data, runs, folder, "half")
+
+
+@cases(0.1)
+@given(data=st.data())
+def test_a_damaged_run_of_several_processes(data, runs, folder):
+    _require_refused_or_resumed(data, runs, folder, "sharded")
+
+
+def _require_refused_or_resumed(data, runs, folder, kind):
     run = folder() / "run"
     shutil.copytree(runs[kind], run)
     faithful = damage_run(run, runs[kind], runs, data.draw)
