@@ -21,12 +21,12 @@ DEAR = [
 COMPILED = ["training_compiles_into_one_graph", "packing_compiles_into_one_graph", "decoding_compiles_once"]
 
 
-# of two dozen mixers, each with an eighth of the drawn cases that `seqmix check` runs: what they share meets all of
+# of two dozen mixers, each with a sixteenth of the drawn cases that `seqmix check` runs: what they share meets all of
 # them; the nightly profile has ten times as many, and every fixed case always runs
 @parametrize_checks(
     [MIXERS.resolve(kind).example() for kind in BUILT_IN],
     checks=[name for name in CHECKS if name not in DEAR],
-    examples=settings().max_examples // 8,
+    examples=settings().max_examples // 16,
 )
 def test_conformance(check, device):
     check(device=device)
