@@ -3,7 +3,7 @@
 A model's state is a tuple with one opaque entry per layer, so everything here works on one layer and on a whole model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -53,17 +53,16 @@ def nbytes(state: tuple[Any, ...]) -> int:
 
 def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
     """All leaves by name ("0.memory"), contiguous, complex ones as pairs of real numbers, as safetensors takes them."""
-    leaves: dict[str, Tensor] = {}
+    return {".".join(path): as_real(leaf).contiguous() for path, leaf in _leaves(state, ())}
 
-    def visit(node: Tensor | tuple[Any, ...], path: tuple[str, ...]) -> None:
-        if isinstance(node, Tensor):
-            leaves[".".join(path)] = as_real(node).contiguous()
-            return
-        for name, child in zip(_names(node), node, strict=True) if node is not None else ():
-            visit(child, (*path, name))
 
-    visit(state, ())
-    return leaves
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    # not a closure, which would refer to itself and so keep tensors until garbage is collected
+    if isinstance(node, Tensor):
+        yield path, node
+        return
+    for name, child in zip(_names(node), node, strict=True) if node is not None else ():
+        yield from _leaves(child, (*path, name))
 
 
 def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
@@ -77,14 +76,14 @@ def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
         raise ContractError(
             f"the state needs the leaves {', '.join(expected) or 'none'}; given are {', '.join(leaves) or 'none'}"
         )
+    return _filled(like, leaves, ())
 
-    def build(node: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(node, Tensor):
-            leaf = leaves[".".join(path)]
-            return torch.view_as_complex(leaf) if node.is_complex() and not leaf.is_complex() else leaf
-        return _like(node, [build(child, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
 
-    return build(like, ())
+def _filled(node: Any, leaves: dict[str, Tensor], path: tuple[str, ...]) -> Any:
+    if isinstance(node, Tensor):
+        leaf = leaves[".".join(path)]
+        return torch.view_as_complex(leaf) if node.is_complex() and not leaf.is_complex() else leaf
+    return _like(node, [_filled(child, leaves, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
 
 
 def is_inexact(x: Tensor) -> bool:

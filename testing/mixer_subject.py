@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -72,6 +72,8 @@ class Subject:
         self.arguments |= {"paradigms": self.paradigms, "tolerances": tolerances or None}
         self.arguments["compile_backend"] = compile_backend
         self._built: dict[Any, SequenceMixer | None] = {}
+        self._accepted: dict[str, bool] = {}
+        self._always: dict[str, list[dict[str, Any]]] = {}
 
     def renewed(self) -> "Subject":
         """The same with mixers of its own, that have not been called."""
@@ -90,18 +92,23 @@ class Subject:
         """Changes of the configuration."""
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
-    @cached_property
-    def always(self) -> dict[str, list[dict[str, Any]]]:
+    def always(self, which: Literal["none", "values", "pairs"]) -> list[dict[str, Any]]:
         """Changes that are tried in any case: see `Draw.always`."""
-        found = {"values": singly, "pairs": pairs} if self.vary else {}
-        return {name: changes(self.config, self.accepts) for name, changes in found.items()}
+        if not self.vary or which == "none":
+            return []
+        if which not in self._always:
+            self._always[which] = (singly if which == "values" else pairs)(self.config, self.accepts)
+        return self._always[which]
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
-        try:
-            return self.mixer(options) is not None
-        except BuildError:  # a case of it shows what is broken
-            return True
+        key = repr(sorted(options.items()))
+        if key not in self._accepted:  # without the mixer, of hundreds that are asked for few are used
+            try:
+                self._accepted[key] = self._unmoved(options, 0, self.d_model) is not None
+            except BuildError:  # a case of it shows what is broken
+                self._accepted[key] = True
+        return self._accepted[key]
 
     def mixer(
         self,
@@ -121,6 +128,17 @@ class Subject:
         return self._built[key]
 
     def _build(self, options: dict[str, Any], dtype: torch.dtype, layer: int, d_model: int) -> SequenceMixer | None:
+        mixer = self._unmoved(options, layer, d_model)
+        if mixer is None:
+            return None
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return mixer.to(self.device, dtype).eval()
+
+    def _unmoved(self, options: dict[str, Any], layer: int, d_model: int) -> SequenceMixer | None:
+        """As it is initialised."""
         config = changed(self.config, options)
         if config is None:
             return None
@@ -137,11 +155,7 @@ class Subject:
             if not options and d_model == self.d_model:
                 raise
             return None
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return mixer.to(self.device, dtype).eval()
+        return mixer
 
     @cached_property
     def wide(self) -> int:

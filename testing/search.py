@@ -49,12 +49,15 @@ def search(
     """
     tried = passed = 0
     failed: list[tuple[C, Exception]] = []
+    # hypothesis' objects refer to each other and so live until garbage is collected: not with what is attempted, which
+    # holds every mixer and tensor of a check
+    held = [attempt]
 
     def once(case: C) -> None:
         nonlocal tried, passed
         tried += 1
         try:
-            attempt(case)
+            held[0](case)
         except UnsatisfiedAssumption:  # not a case
             raise
         except Exception as error:
@@ -102,6 +105,8 @@ def search(
         if simpler is not None:
             case, error = shrink(once, case, error, simpler)
         return Found(error, case, passed + 1)
+    finally:
+        held.clear()
     return Found(None, None, passed)
 
 

@@ -1,11 +1,11 @@
-"""Any two built-in mixers make a model that trains, resumes to the bit, and decodes."""
+"""Two built-in mixers make a model that trains, resumes to the bit, and decodes: any two in the nightly profile."""
 
 import json
 import shutil
-from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from hypothesis import settings
 from runs import require_same_run, run_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -15,7 +15,12 @@ from seqmix.models import generate_tokens, prefill
 from seqmix.training.checkpoint import checkpoints
 
 BUILT_IN = sorted(MIXERS.built_in())
-
+NIGHTLY = settings().max_examples > 100
+# every mixer with itself and with four others, of which two stand in other parts of the alphabet
+APART = range(len(BUILT_IN)) if NIGHTLY else (0, 1, 7)
+PAIRS = sorted(
+    {tuple(sorted((kind, BUILT_IN[(i + n) % len(BUILT_IN)]))) for i, kind in enumerate(BUILT_IN) for n in APART}
+)
 
 SMALL = (
     *("model.d_model=24", "model.n_layers=2", "data.sequence_length=16", "training.steps=2", "training.batch_size=2"),
@@ -29,7 +34,7 @@ def block(kind):
     return {"mixer": mixer, "ffn": {"kind": "mlp", "expansion": 2.0}, "norm": {"kind": "rmsnorm"}}
 
 
-@pytest.mark.parametrize("pair", list(combinations_with_replacement(BUILT_IN, 2)), ids="+".join)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_two_mixers_train_resume_and_decode(pair, text, tmp_path):
     blocks = json.dumps({f"block{i}": block(kind) for i, kind in enumerate(pair)})
     overrides = (*SMALL, f"data.paths=[{text}]", f"model.blocks={blocks}", "model.pattern=[block0, block1]")

@@ -1,6 +1,8 @@
 """What the kit is asked for, what it skips and draws, and its checks as pytest cases."""
 
+import gc
 import importlib
+import weakref
 from dataclasses import replace
 from types import NoneType
 from typing import Literal, get_args, get_origin
@@ -341,3 +343,26 @@ class DeepConfig(RetentionConfig):
 )
 def test_what_is_written_is_python_that_makes_it(value):
     assert eval(source(value), globals()) == value
+
+
+@pytest.mark.parametrize("name", ["modes_change_nothing", "a_state_survives_the_disk", "paradigms_agree"])
+def test_nothing_of_a_check_waits_for_the_garbage_collector(name, monkeypatch):
+    """In a process of many objects it comes rarely: a suite over all mixers kept 10 GiB."""
+    made, build = weakref.WeakSet(), RetentionConfig.build
+    monkeypatch.setattr(RetentionConfig, "build", lambda *a, **k: [mixer := build(*a, **k), made.add(mixer)][0])
+    gc.disable()
+    try:
+        assert check_mixer(RetentionConfig(n_heads=2), checks=[name], examples=2).passed
+    finally:
+        gc.enable()
+    assert not made
+
+
+def test_options_that_a_check_does_not_ask_for_are_not_searched(monkeypatch):
+    """`build` may be slow, and of one mixer hundreds of combinations are possible."""
+    built, build = [], RetentionConfig.build
+    monkeypatch.setattr(RetentionConfig, "build", lambda *a, **k: [build(*a, **k), built.append(None)][0])
+    check_mixer(RetentionConfig(n_heads=2), checks=["a_state_is_tensors_batch_first"], examples=2)
+    few = len(built)
+    check_mixer(RetentionConfig(n_heads=2), checks=["steps_equal_the_whole"], examples=2)
+    assert few < 20 < len(built) - few
