@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ...mixers.state import clone, to_dict
+from ...mixers.state import clone, concatenate, to_dict
+from ...registry import SeqmixError
 from ..check import check, compilable, packing, recurrent, stateful
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
@@ -113,11 +114,14 @@ def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[T
 
 
 def _before(trial: Trial, rows: int) -> Any:
-    """What comes before, where the case begins from a state: as many tokens of every row and at every call, so that
-    shapes are equal, and rows that differ, so that it is seen which row a document has."""
-    if trial.case.start == "none" or not trial.mixer.traits.has_state:
+    """What comes before, where the case begins from a state: as many tokens at every call, so that shapes are equal,
+    and rows that differ, so that it is seen which row a document has, also in how much they have read if they may."""
+    traits = trial.mixer.traits
+    if trial.case.start == "none" or not traits.has_state:
         return None
-    return trial.mix(trial.tokens(rows, PREFIX), None)[1]
+    if traits.state == "growing" or not _rows_may_differ(trial):
+        return trial.mix(trial.tokens(rows, PREFIX), None)[1]
+    return concatenate([trial.mix(trial.tokens(1, PREFIX + row), None)[1] for row in range(rows)])
 
 
 @check(
@@ -130,21 +134,43 @@ def _before(trial: Trial, rows: int) -> Any:
     compiles=True,
 )
 def decoding_compiles_once(trial: Trial) -> None:
-    """A step compiles with fullgraph, once for all tokens; a growing state for which nothing is allocated, whatever
-    `max_length`, may take further graphs, as its sizes are others at every token."""
+    """A step compiles with fullgraph, once for all tokens, and is the whole of rows that have read different numbers of
+    tokens; a growing state for which nothing is allocated, whatever `max_length`, may take further graphs, as its sizes
+    are others at every token."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(trial.subject.compile_backend)
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
     with _one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):
-        with torch.no_grad():  # a beginning that is learned has a graph, and what follows has none
-            state = trial.mixer.init_state(len(x), max_length=x.shape[1])
+        state, expected = _read_before(trial, x)
         sizes = _sizes(state)
         y, after = trial.decode(x, state, step)
-    trial.compare("compiled steps against the whole", (y, None), (trial.mix(x, None)[0], None))
+    trial.compare("compiled steps against the whole", (y, None), (expected, None))
     count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
     once = counter.frame_count == 1 or (trial.mixer.traits.state == "growing" and _sizes(after) != sizes)
     require(once, f"{count}: something that changes with every token is not a tensor")
+
+
+def _read_before(trial: Trial, x: Tensor) -> tuple[Any, Tensor]:
+    """What rows have read before x, the first nothing, the others more and more where that may differ, with room for x;
+    and the outputs of x."""
+    room = x.shape[1] + PREFIX * len(x)
+    with torch.no_grad():  # a beginning that is learned has a graph, and what follows has none
+        state, states = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
+        for row in range(len(x) if _rows_may_differ(trial) else 0):
+            nothing = trial.mixer.init_state(1, max_length=room)
+            states.append(trial.mix(trial.tokens(1, PREFIX * row), nothing)[1] if row else nothing)
+        try:
+            state = concatenate(states) if states else state
+        except SeqmixError:  # caches for which nothing is allocated, whatever `max_length`
+            states = []
+    if not states:
+        return state, trial.mix(x, None)[0]
+    return state, torch.cat([trial.mix(x[row : row + 1], before)[0] for row, before in enumerate(states)])
+
+
+def _rows_may_differ(trial: Trial) -> bool:
+    return "rows" not in getattr(trial.mixer, "undeclared", {})
 
 
 def _sizes(state: Any) -> list[torch.Size]:

@@ -84,22 +84,51 @@ def paradigms_agree(trial: Trial) -> None:
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
-    """What is added to the outputs of each `nn.Linear`, as adapters do, counts in every paradigm, or in none; and so it
-    does where training mode wants no state."""
+    """What is added to the outputs of each `nn.Linear`, by a hook or by a module in its place as adapters are, counts
+    in every paradigm, or in none, after calls without it too; and so it does where training mode wants no state."""
     x, state = trial.tokens(), trial.state()
     mixer = copy.deepcopy(trial.without_dropout())
     for module in mixer.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(partial(_added, 0.3 * trial.like(module.weight)))
-    expected = trial.mix(x, state, mixer, paradigm=trial.reference)
-    for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
-        actual = trial.mix(x, state, mixer, paradigm=paradigm)
-        trial.compare(f"with wrapped projections, {paradigm} against {trial.reference}", actual, expected)
+    reads = {"": x, ", one token": x[:, :1]}
+    for read, tokens in reads.items():
+        _same_in_every_paradigm(trial, mixer, tokens, state, f"with hooks on projections{read}")
     whole, _ = trial.mix(x, None, mixer, paradigm=trial.reference)
     for paradigm in trial.paradigms:
         y, _ = trial.call(paradigm, mixer.train(), return_state=False)(x, None)
-        what = f"with wrapped projections, {paradigm} in training mode against {trial.reference} in evaluation"
+        what = f"with hooks on projections, {paradigm} in training mode against {trial.reference} in evaluation"
         trial.compare(what, (y.detach(), None), (whole, None))
+    for name, module in [*mixer.eval().named_modules()]:
+        if isinstance(module, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(mixer.get_submodule(parent), leaf, _Replaced(module, 0.3 * trial.like(module.weight)))
+    for read, tokens in reads.items():
+        _same_in_every_paradigm(trial, mixer, tokens, state, f"with projections replaced{read}")
+
+
+def _same_in_every_paradigm(trial: Trial, mixer: nn.Module, x: Tensor, state: Any, what: str) -> None:
+    expected = trial.mix(x, state, mixer, paradigm=trial.reference)
+    for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
+        actual = trial.mix(x, state, mixer, paradigm=paradigm)
+        trial.compare(f"{what}, {paradigm} against {trial.reference}", actual, expected)
+
+
+class _Replaced(nn.Module):
+    """A module in a projection's place that adds to its outputs, and has its attributes."""
+
+    def __init__(self, base: nn.Linear, weight: Tensor) -> None:
+        super().__init__()
+        self.base, self.added = base, partial(_added, weight)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.added(self, (x,), self.base(x))
 
 
 def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001

@@ -73,7 +73,8 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
     draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
 )
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
-    """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would."""
+    """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would; so do
+    those that are written into the tensors of a state that was read (a slot of a server)."""
     x, state, rows = trial.tokens(), trial.state(), trial.case.rows
     # a row that is taken twice goes on in two ways, by one token as in a search, or by several
     following = trial.tokens(len(rows), 1 + 2 * (trial.case.seed % 2))
@@ -86,6 +87,13 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
         trial.compare(f"{paradigm}, rows {list(rows)} of a state", chosen, expected)
         joined = trial.mix(following, concatenate(parts), paradigm=paradigm)
         trial.compare(f"{paradigm}, rows {list(rows)} split and joined", joined, expected)
+        slots = clone(select(before, trial.index(*rows[::-1])))
+        with torch.no_grad():
+            trial.call(paradigm)(following, slots)
+            for slot, leaf in zip(leaves_of(slots).values(), leaves_of(concatenate(parts)).values(), strict=True):
+                slot.copy_(leaf)
+            refilled = trial.call(paradigm)(following, slots)
+        trial.compare(f"{paradigm}, rows {list(rows)} in the tensors of a state that was read", refilled, expected)
 
 
 @check(

@@ -4,6 +4,8 @@ the module are not as a test makes them (a slice, weights that were swapped, a s
 import torch
 from pydantic import Field, model_validator
 
+from seqmix import Paradigm
+
 from .registry import mutant
 from .specimen import Specimen, SpecimenConfig
 
@@ -234,3 +236,50 @@ class CompilesWithoutThePrefix(Specimen):
         if torch.compiler.is_compiling() and x.shape[1] > 1:
             state = state._replace(position=torch.zeros_like(state.position))
         return super().positions(state, x, call)
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class KeepsItsProjections(Specimen):
+    """The first step keeps the projections themselves, as attributes are slow to look up: an adapter that is put in
+    their place later counts everywhere but in decoding."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.paradigm is not Paradigm.RECURRENT or x.shape[1] > 1:
+            return y, after
+        return y + self.__dict__.setdefault("kept", self.out_proj)(x) - self.out_proj(x), after
+
+
+@mutant(check="rows_of_a_state_can_be_rearranged")
+class KnowsAStateByItsTensor(Specimen):
+    """Without gradients, what is formed of a state's memory is kept until another tensor comes: a server that fills a
+    slot again goes on with the text that was there."""
+
+    known = None
+
+    def attend(self, paradigm, tokens, state):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(tokens[0]) != len(state.memory):
+            return super().attend(paradigm, tokens, state)
+        if self.known is None or self.known[0] is not state.memory:
+            self.known = state.memory, state.memory.clone()
+        return super().attend(paradigm, tokens, state._replace(memory=self.known[1]))
+
+
+@mutant(check="decoding_compiles_once")
+class CompilesOnePositionForAllRows(Specimen):
+    """Compiled, a step counts the tokens of the first row for all rows."""
+
+    def positions(self, state, x, call):
+        if torch.compiler.is_compiling() and x.shape[1] == 1:
+            state = state._replace(position=state.position[:1].expand(len(state.position)))
+        return super().positions(state, x, call)
+
+
+@mutant(check="results_are_deterministic")
+class CountsFromOneInPlace(Specimen):
+    """Positions are made to begin with 1 in place; without gradients they are those of every layer of a model: the
+    tenth counts from 10."""
+
+    def positions(self, state, x, call):
+        positions = super().positions(state, x, call)
+        return positions.add_(1) if call.documents is None else positions + 1
