@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from os import fsencode
 from pathlib import Path
 from typing import TypeAlias
@@ -42,6 +44,8 @@ class Corpus:
     """A hash of documents, tokenizer and split."""
     parts: tuple[int, ...] | None = None
     """Training tokens of each source, 0 of a streamed one; None if there is one source."""
+    stores: Sequence[_Part] = ()
+    """What `train` was made of."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -55,6 +59,19 @@ class Corpus:
         counts[self.tokenizer.begin] = 0  # it is not predicted
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
+
+    def origin(self, position: int) -> str | None:
+        """The document of a training token, and the token's number in it; None if unknown. Text is read again."""
+        for store, pieces in self.stores:
+            ends = np.diff(pieces).ravel().cumsum()
+            if len(ends) and position < ends[-1]:
+                piece = np.searchsorted(ends, position, side="right")
+                place = pieces[piece, 1] - ends[piece] + position
+                number = int(np.searchsorted(store.ends, place, side="right"))
+                begin = store.ends[number - 1] if number else 0
+                return f"{store.name_of(number)}, token {max(place - begin - 1, 0):,}"
+            position -= int(ends[-1]) if len(ends) else 0
+        return None
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -100,7 +117,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     stores = list(dict.fromkeys(store for part in parts.values() for store, _ in part))
     count = sum(len(store.ends) for store in stores)
     text_tokens = sum(int(store.ends[-1]) for store in stores) - count
-    return Corpus(
+    corpus = Corpus(
         name=name,
         documents=count,
         split=split,
@@ -110,7 +127,12 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         bytes_per_token=sum(store.bytes for store in stores) / max(text_tokens, 1),
         digest=identity.hexdigest(),
         parts=tuple(sizes),
+        stores=parts["training"],
     )
+    for store in stores:
+        if isinstance(store, _InMemory) and not isinstance(corpus.train, Stream):
+            store.release()
+    return corpus
 
 
 def _tokens(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
@@ -160,7 +182,7 @@ class _InMemory:
     """Documents in memory."""
 
     def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer) -> None:
-        documents = list(tokenized(read_documents(config), tokenizer))
+        self._config, documents = config, list(tokenized(read_documents(config), tokenizer))
         if not documents:
             raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
         begin = np.array([tokenizer.begin], dtype=tokenizer.dtype)
@@ -172,6 +194,17 @@ class _InMemory:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop].copy()
+
+    def name_of(self, number: int) -> str:
+        with suppress(SeqmixError, StopIteration):  # what has changed since cannot be looked at
+            document = next(islice(read_documents(self._config), number, None))
+            if digest(document.text) == self.digests[number]:
+                return document.name
+        return source_name(self._config)
+
+    def release(self) -> None:
+        """Keep the tables alone."""
+        self._tokens = self._tokens[:0].copy()
 
 
 def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:

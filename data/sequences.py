@@ -30,12 +30,15 @@ class Cut:
         `numbers` [N] are of all sequences of this source in the step, ascending without a gap; `wanted` [N] says which
         to read.
         """
+        starts = self.starts(numbers, seed=seed, step=step)
+        return windows(self.tokens, starts[wanted], self.length, self.span.stop)
+
+    def starts(self, numbers: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """The position of each sequence in the stream, [N]."""
         size, length, source = len(self.span), self.length, self.source
         if self.order == "epochs":
-            starts = epoch_starts(size, length, numbers, seed=seed, source=source)
-        else:
-            starts = random_starts(size, length, len(numbers), seed=seed, step=step, source=source)
-        return windows(self.tokens, self.span.start + starts[wanted], self.length, self.span.stop)
+            return self.span.start + epoch_starts(size, length, numbers, seed=seed, source=source)
+        return self.span.start + random_starts(size, length, len(numbers), seed=seed, step=step, source=source)
 
 
 class Streamed:

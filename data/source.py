@@ -93,6 +93,10 @@ class Source(ABC):
             length: sequence length; that of training when None.
         """
 
+    def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
+        """Where a token of a step's batch comes from, as text: its document and its place there; None if unknown."""
+        return None
+
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint holds of the data, as JSON: the place in a stream; None if batches need nothing."""
         return None

@@ -38,6 +38,10 @@ class Store(Protocol):
         """Tokens start to stop - 1."""
         ...
 
+    def name_of(self, number: int) -> str:
+        """Where a document is to be found, for messages."""
+        ...
+
 
 class Stream:
     """Concatenated pieces of stores, of which each has starts and stops [N 2]. The first token of every piece reads as

@@ -89,6 +89,10 @@ class TokenFile:
             self._checked[block] = True
         return self._tokens[start:stop]
 
+    def name_of(self, number: int) -> str:
+        """The file, and the number of a document in it."""
+        return f"{self.path}, document {number:,}"
+
     def _check_block(self, block: int, first: int, tokens: np.ndarray) -> None:
         """Refuse a block that is damaged, or has tokens that are none: a checksum says nothing of who wrote it."""
         if crc32(tokens.tobytes()) != self._checks[block]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
 from .config import RunConfig
 from .ema import Ema
 from .metrics import Measured, Score
-from .nonfinite import NotFiniteError, first_gradient, first_module
+from .nonfinite import NotFiniteError, Place, first_gradient, first_module
 from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
 from .precision import precision_of
@@ -92,7 +92,7 @@ class Trainer:
         norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         state = concatenate(states) if states else None
         try:
-            self._require_finite("loss", loss, lambda: list(self._losses(step)))
+            self._require_finite("loss", loss, lambda: self._losses(step), step)
             self._require_finite("gradient's norm", norm.item())
             skipped = self.skipping.reason(norm.item())
         except NotFiniteError as error:
@@ -134,7 +134,7 @@ class Trainer:
             NotFiniteError: the loss is not finite.
         """
         found = self._evaluate(final, length)
-        self._require_finite("validation loss", found.loss, lambda: self._evaluate(final, length))
+        self._require_finite("validation loss", found.loss, lambda: iter([self._evaluate(final, length)]))
         return found
 
     @torch.no_grad()
@@ -142,12 +142,10 @@ class Trainer:
         """Refuse parameters (or a state) that the update made non-finite: the loss was measured before the update."""
         self.model.eval()
 
-        def loss() -> float:
-            # a carried state belongs to the next batch
-            found, _ = next(self._losses(step + 1 if self.config.training.carry_state else step))
-            return self.groups.sum(found).item()
-
-        self._require_finite("loss after the update", loss(), loss)
+        step += self.config.training.carry_state  # a carried state belongs to the next batch
+        loss, _ = next(self._losses(step))
+        what = "loss after the update"
+        self._require_finite(what, self.groups.sum(loss).item(), lambda: islice(self._losses(step), 1), step)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch, on the model's device."""
@@ -233,14 +231,32 @@ class Trainer:
                 batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
             yield Examples(batch, slices)
 
-    def _require_finite(self, what: str, value: float, forward: Callable[[], Any] | None = None) -> None:
+    def _require_finite(
+        self, what: str, value: float, forward: Callable[[], Iterator[object]] | None = None, step: int | None = None
+    ) -> None:
         """Refuse a value that is not finite, and report where that began: in forward, else in the gradients."""
         if math.isfinite(value):
             return
         if forward is not None:
-            kind, place = "output", first_module(self.model, forward)
+            place = first_module(self.model, forward)
+            at = None if place is None else f"output of {place.module}{self._sequence(place, step)}"
         else:
-            kind, place = "gradient", first_gradient(self.model.named_parameters())
+            parameter = first_gradient(self.model.named_parameters())
+            at = None if parameter is None else f"gradient of {parameter}"
         # as the first rank that found one reports it
-        where = next((f", first in the {kind} of {at}" for at in self.groups.gather(place) if at is not None), "")
+        where = next((f", first in the {at}" for at in self.groups.gather(at) if at is not None), "")
         raise NotFiniteError(f"the {what} is {value:g}{where}")
+
+    def _sequence(self, place: Place, step: int | None) -> str:
+        """The first token of a step's batch that is not finite, as text; nothing if it is none alone."""
+        length, size = self.config.data.sequence_length, self.config.training.batch_size
+        rows, ranks = self.rows // self.config.training.grad_accum_steps, self.groups.context_parallel
+        wide = 1 if place.tokens is None or len(place.tokens) == 1 else rows
+        if place.tokens is None or step is None or place.tokens.shape != (wide, rows * length // wide // ranks):
+            return ""
+        row, at = (int(i) for i in place.tokens.nonzero()[0])
+        # ranks share every row of the model's input, which has all sequences where documents are packed
+        at += (row * ranks + self.groups.rank % ranks) * place.tokens.shape[1]
+        row, token = at // length + place.call * rows + self.groups.dp_rank * self.rows, at % length
+        origin = self.source.origin(step, size, self.config.seed, row, token)
+        return f", in sequence {row} of the batch from token {token} on{'' if origin is None else f' ({origin})'}"

@@ -11,6 +11,7 @@ from ...models import IGNORED
 from ...registry import SeqmixError
 from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
+from ..files import source_name
 from ..order import contiguous_starts, lane_windows, mixture
 from ..sequences import PADDING, Cut, Streamed, Tokens, windows
 from ..slices import COUNTED, Slices, SlicesConfig
@@ -88,6 +89,18 @@ class Text(Source):
             of = sources == number
             found[of & own] = source.read(numbers[of], own[of], seed=seed, step=step)
         return as_batch(found[rows], self.begin)
+
+    def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
+        if self.carried:
+            length, size = self.config.sequence_length, len(self.corpus.train)
+            start = contiguous_starts(size, length, batch_size, seed=seed, step=step)[row]
+        else:
+            sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
+            source, of = self._sources[sources[row]], sources == sources[row]
+            if isinstance(source, Streamed):
+                return source_name(source.config)
+            start = source.starts(numbers[of], seed=seed, step=step)[of[:row].sum()]
+        return self.corpus.origin(int(start) + token)
 
     def state_dict(self) -> dict[str, Any] | None:
         places = [source.place if isinstance(source, Streamed) else None for source in self._sources]

@@ -1,5 +1,6 @@
 """Mixtures of sources by weight, and a validation split of its own."""
 
+import json
 import re
 from pathlib import Path
 
@@ -201,3 +202,35 @@ def test_a_mixture_is_not_carried(config_of, sources):
     parts = f"data.sources=[{{paths: ['{sources[0]}'], weight: 1}}]"
     config = config_of("data.paths=null", parts, "training.carry_state=true")
     assert "leave out data.sources" in refusal(config.open_data)
+
+
+@pytest.mark.parametrize(
+    ("how", "split"),
+    [("epochs", "tail"), ("epochs", "by_document"), ("carried", "by_document"), ("mapped", "tail")],
+)
+def test_a_token_of_a_batch_is_found_in_its_document(sources, tmp_path, how, split):
+    begin, size = ByteTokenizer().begin, 6
+    lines = [json.loads(line)["body"] for line in sources[1].read_text().splitlines()]
+    texts = {f"{sources[1]}:{number}, ": line for number, line in enumerate(lines, 1)}
+    texts |= {f"{file}, ": file.read_text() for file in (sources[0], sources[2])}
+    if how == "mapped":
+        sources[1] = tmp_path / "b.tokens"
+        documents = [Document("", "", line.encode()) for line in lines]
+        write_token_file(sources[1], tokenized(documents, ByteTokenizer()), ByteTokenizer())
+        texts |= {f"{sources[1]}, document {number}, ": line for number, line in enumerate(lines)}
+    if how == "carried":
+        text = TextConfig(paths=(str(sources[1]),), text_field="body", split=split, sequence_length=16).open(257)
+        text = text.contiguous(size)
+    else:
+        order = "epochs" if how == "epochs" else "random_windows"
+        some = slice(3) if split == "tail" else slice(1, 2)  # single documents are split at their tails alone
+        text = mixed(sources[some], WEIGHTS[some], split=split, order=order).open(257)
+    found = 0
+    for step in range(8):
+        inputs = text.training_batch(step, size, seed=1).inputs
+        for row, token in torch.randint(16, (20, 2)).tolist():
+            if (value := inputs[row % size, token]) not in (0, begin):
+                document, _, place = text.origin(step, size, 1, row % size, token).partition("token ")
+                assert value == ord(texts[document][int(place.replace(",", ""))])
+                found += 1
+    assert found > 80

@@ -21,48 +21,41 @@ def test_a_parameter_of_its_own_that_is_at_fault_is_named(heads, compiled):
     heads[1].bias.data[0] = math.inf
     call = torch.compile(heads, backend="eager", fullgraph=True) if compiled else heads
     call(ONES)
-    named = first_module(heads, lambda: call(ONES))
-    assert named.startswith("1, ")
-    assert "bias" in named
+    named = first_module(heads, lambda: [call(ONES)])
+    assert named.module.startswith("1, ")
+    assert "bias" in named.module
     torch._dynamo.reset()
 
 
-class Packed(nn.Module):
-    """Tokens [1 T 2] through layers; each document reads the mean of the whole row, so numbers leak."""
+class Leaking(nn.Module):
+    """Tokens [B T 2] through layers; each token reads the mean of its row, so numbers leak."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    def forward(self, x, cu_seqlens=None):
+    def forward(self, x):
         return self.last(self.first(x) + 0 * self.first(x).mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize(
-    ("bad", "where"),
-    [
-        ((4, 5), ", in document 2 of the packed row (tokens 3 to 5)"),
-        ((1, 4, 7), ", in document 0 of the packed row (tokens 0 to 2) and 2 more"),
-        ((0, 3, 6, 9), ""),
-    ],
-)
-def test_the_document_of_a_packed_row_is_named(bad, where):
-    # the second document is empty
-    model, x, boundaries = Packed(), torch.ones(1, 10, 2), torch.tensor([0, 3, 3, 6, 9, 10])
-    x[:, list(bad), 0] = math.nan
-    assert not model(x, cu_seqlens=boundaries).isfinite().any()
-    assert first_module(model, lambda: model(x, cu_seqlens=boundaries)) == f"first{where}"
-    assert not model._forward_pre_hooks
-    # without packing, or as one of several rows, there is none to name
-    assert first_module(model, lambda: model(x)) == "first"
-    assert first_module(model, lambda: model(x.expand(2, -1, -1), cu_seqlens=boundaries)) == "first"
+def test_the_tokens_are_named_unless_it_is_all_of_them():
+    model, x = Leaking(), torch.ones(2, 5, 2)
+    x[1, 3:] = math.nan
+    assert not model(x)[1].isfinite().any()
+    found = first_module(model, lambda: (model(each) for each in (torch.ones_like(x), x)))
+    assert found[:2] == ("first", 1)
+    assert found.tokens.nonzero().tolist() == [[1, 3], [1, 4]]
+    # a module at fault is at fault everywhere; a later batch that has none else has it of its tokens
+    bad = x * math.nan
+    assert first_module(model, lambda: (model(each) for each in (bad, x))) == ("first", 0, None)
+    assert first_module(model, lambda: (model(each) for each in (torch.ones_like(x), bad))).tokens.all()
 
 
 def test_hooks_are_removed_also_where_the_call_fails(heads):
-    assert first_module(heads, lambda: heads(ONES)) is None
+    assert first_module(heads, lambda: [heads(ONES)]) is None
     assert not torch.nn.modules.module._global_forward_hooks
     with pytest.raises(RuntimeError):
-        first_module(heads, lambda: heads(torch.ones(1, 3)))
+        first_module(heads, lambda: [heads(torch.ones(1, 3))])
     assert not torch.nn.modules.module._global_forward_hooks
 
 

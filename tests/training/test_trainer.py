@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -12,8 +13,9 @@ from torch.testing import assert_close
 
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
-from seqmix.training.nonfinite import NotFiniteError
+from seqmix.training.nonfinite import NotFiniteError, Place
 from seqmix.training.optim import learning_rate
+from seqmix.training.process_groups import ProcessGroups
 
 FROZEN = "training.learning_rate=1.0e-30"
 CARRY = ("training.carry_state=true", FROZEN)
@@ -184,17 +186,45 @@ def test_a_loss_that_is_not_finite_names_its_module(trainer_of):
         trainer.train_step(0)
 
 
-def test_a_loss_that_is_not_finite_names_the_document_of_a_packed_row(trainer_of, tmp_path):
+@pytest.mark.parametrize("changes", [[], ["training.grad_accum_steps=4"], ["data.packing=true"], ["data.order=epochs"]])
+def test_a_loss_that_is_not_finite_names_the_document(trainer_of, tmp_path, changes):
     (tmp_path / "texts").mkdir()
+    letters = {}
     for number in range(40):
-        (tmp_path / "texts" / f"{number:02}").write_text(f"a short text, {chr(ord('0') + number)}. " * 2)
-    trainer = trainer_of(f"data.paths=[{tmp_path / 'texts'}]", "data.packing=true", "model.blocks.ret.dropout=0.0")
-    inputs, _, boundaries = trainer.source.packed(trainer.batch(0))
-    rows = [inputs[0, start:stop].unique().tolist() for start, stop in pairwise(boundaries.tolist())]
-    count = Counter(chain(*rows))  # in how many documents a token is
-    token, number = next((token, n) for n, row in enumerate(rows) for token in row if count[token] == 1)
-    trainer.model.embedding.weight.data[token] = math.nan
-    tokens = rf"tokens {boundaries[number]} to {boundaries[number + 1] - 1}"
-    named = rf"nan.* embedding, whose weight is not finite, in document {number} of the packed row \({tokens}\)$"
-    with pytest.raises(NotFiniteError, match=named):
+        letters[chr(ord("0") + number)] = tmp_path / "texts" / f"{number:02}"
+        letters[chr(ord("0") + number)].write_text(f"a short text, {chr(ord('0') + number)}. " * 2)
+    trainer = trainer_of(f"data.paths=[{tmp_path / 'texts'}]", "model.blocks.ret.dropout=0.0", *changes)
+    inputs = trainer.batch(0).inputs
+    counts = Counter(chain.from_iterable(inputs.tolist()))
+    letter = min(letters, key=lambda letter: counts[ord(letter)] or math.inf)  # in the last sequences, too
+    row, at = (inputs == ord(letter)).nonzero()[0].tolist()
+    trainer.model.embedding.weight.data[ord(letter)] = math.nan
+    text = letters[letter].read_text()
+    places = {place for place, each in enumerate(text) if each == letter}
+    with pytest.raises(NotFiniteError, match=r"nan.* embedding, whose weight is not finite") as refused:
         trainer.train_step(0)
+    where, _, token = str(refused.value).rpartition(", token ")
+    assert where.endswith(f", in sequence {row} of the batch from token {at} on ({letters[letter]}")
+    assert int(token.rstrip(")")) in places
+    letters[letter].unlink()  # no other file is named in its place
+    with pytest.raises(NotFiniteError, match=r"texts, token \d+\)$"):
+        trainer.train_step(0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_sequence_is_that_of_the_whole_batch_on_every_process(trainer_of, packed):
+    trainer = trainer_of("training.batch_size=8", "training.grad_accum_steps=2", "data.sequence_length=16")
+    trainer.source = SimpleNamespace(origin=lambda *place: f"{place[3:]}")
+    for rank in range(4):
+        trainer.groups = ProcessGroups(rank, 4, data=2, context_parallel=2)
+        trainer.rows = 4  # of this process, two in a micro-batch
+        tokens = torch.zeros((1, 16) if packed else (2, 8), dtype=torch.bool)
+        tokens[0 if packed else 1, 5] = True
+        # each half of the packed row is a sequence
+        half = rank % 2
+        row, token = (half, 5) if packed else (1, half * 8 + 5)
+        row += 2 + rank // 2 * 4  # the second micro-batch, of the second half of the batch
+        said = f", in sequence {row} of the batch from token {token} on (({row}, {token}))"
+        assert trainer._sequence(Place("x", 1, tokens), 0) == said
+        assert trainer._sequence(Place("x", 1, tokens[:, 1:]), 0) == ""
+        assert trainer._sequence(Place("x", 1, tokens), None) == ""
