@@ -14,11 +14,7 @@ from .measure import Call
 from .peers import PEERS, Peer, Size
 from .suite import Benchmark, Entry, Implementation
 
-MODEL = (
-    "model.d_model=512",
-    "model.n_layers=6",
-    "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}",
-)
+MODEL = ("model.d_model=512", "model.n_layers=6", "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}")
 """The model where no configuration is given, about 20M parameters: how it differs from retnet-tiny."""
 
 STEPS = 16

@@ -167,9 +167,7 @@ class Theirs:
     def _positions(self, length: int) -> tuple[Any, Any]:
         s, dtype, theirs = self.shapes, self.settings.dtype, torchscale()
         config = theirs.Config(
-            decoder_embed_dim=s.heads * s.keys,
-            decoder_retention_heads=s.heads,
-            recurrent_chunk_size=min(CHUNK, length),
+            decoder_embed_dim=s.heads * s.keys, decoder_retention_heads=s.heads, recurrent_chunk_size=min(CHUNK, length)
         )
         layer = theirs.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
         positions = theirs.RelPos(config).to(self.settings.device)

@@ -25,8 +25,7 @@ def inspect(
         Path, typer.Option(help="What is written: a page, .html; or a drawing, .pdf, .svg or .png.", metavar="FILE")
     ] = Path("inspect.html"),
     figure: Annotated[
-        list[str] | None,
-        typer.Option(help="Draw this figure, such as reach. May be repeated.", metavar="NAME"),
+        list[str] | None, typer.Option(help="Draw this figure, such as reach. May be repeated.", metavar="NAME")
     ] = None,
     checkpoint: Checkpoint = "newest",
     trust: Trust = False,

@@ -25,10 +25,7 @@ def convolved(*, default: bool = True) -> dict[str, str | Field]:
         read=lambda used, theirs: theirs.get("conv_size", 4) if used else None,
         write=lambda size, _: bool(size),
     )
-    return {
-        "conv_size": same("mixer.short_conv", default=4, write=lambda size, _: size or 4),
-        "use_short_conv": used,
-    }
+    return {"conv_size": same("mixer.short_conv", default=4, write=lambda size, _: size or 4), "use_short_conv": used}
 
 
 def network_width(ratio: int) -> Field:

@@ -14,12 +14,7 @@ from .tokenizer import hf_tokenizer
 
 
 def export_hf(
-    run: str | Path,
-    out: Path,
-    *,
-    choice: Choice = "newest",
-    tell: Callable[[str], object] = warn,
-    ema: bool = False,
+    run: str | Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warn, ema: bool = False
 ) -> None:
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
 

@@ -164,8 +164,7 @@ class Hyena(SequenceMixer[HyenaState]):
             return y, GrowingHyenaState(recent, after)
         read = call.advance(x, state.length)
         require_async(
-            (read <= room).all(),
-            "the state was allocated for fewer tokens: pass a larger max_length to init_state",
+            (read <= room).all(), "the state was allocated for fewer tokens: pass a larger max_length to init_state"
         )
         return y, AllocatedHyenaState(recent, after, read)
 

@@ -180,8 +180,4 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
         own.add(id(first))  # the first layer's, which saves them
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
             out = functional_call(block, tensors, (x, None, first))  # noqa: F841 the graph must live while it is counted
-        return {
-            "activation_bytes": sum(storages.values()),
-            "input_bytes": x.nbytes,
-            "matmul_bytes": matmuls.total,
-        }
+        return {"activation_bytes": sum(storages.values()), "input_bytes": x.nbytes, "matmul_bytes": matmuls.total}

@@ -110,11 +110,7 @@ def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int, start: int = 
 
 
 def token_positions(
-    length: int,
-    offset: Int[Tensor, " N"] | None,
-    documents: Documents | None,
-    device: torch.device,
-    start: int = 0,
+    length: int, offset: Int[Tensor, " N"] | None, documents: Documents | None, device: torch.device, start: int = 0
 ) -> Int[Tensor, "B T"]:
     """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if each row starts at its own offset.
 

@@ -62,11 +62,7 @@ KERNEL_CHECKS: dict[str, KernelCheck] = {}
 
 
 def check(
-    *needs: Need,
-    share: float = 0.1,
-    draw: Draw | None = None,
-    compiles: bool = False,
-    use: str = "",
+    *needs: Need, share: float = 0.1, draw: Draw | None = None, compiles: bool = False, use: str = ""
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 

@@ -115,12 +115,7 @@ def read_weights(
 
 
 def export_run(
-    run: Path,
-    out: Path,
-    *,
-    choice: Choice = "newest",
-    tell: Callable[[str], object] = warnings.warn,
-    ema: bool = False,
+    run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, ema: bool = False
 ) -> int:
     """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 

@@ -198,10 +198,7 @@ CHUNKWISE_TOLERANCES = TOLERANCES | {torch.float32: 2e-5}
 
 declare_references(
     "delta",
-    {
-        Paradigm.RECURRENT: (delta_recurrent, TOLERANCES),
-        Paradigm.CHUNKWISE: (delta_chunkwise, CHUNKWISE_TOLERANCES),
-    },
+    {Paradigm.RECURRENT: (delta_recurrent, TOLERANCES), Paradigm.CHUNKWISE: (delta_chunkwise, CHUNKWISE_TOLERANCES)},
 )
 
 DELTA = Family("delta", PARADIGMS, delta_flops, segment, torch.matmul)

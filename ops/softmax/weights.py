@@ -57,10 +57,7 @@ def products(x: Attention, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M
 
 
 def scores(
-    x: Attention,
-    found: Float[Tensor, "B H T M"],
-    seen: Bool[Tensor, "_ 1 T M"],
-    bias: Float[Tensor, "_ H T M"] | None,
+    x: Attention, found: Float[Tensor, "B H T M"], seen: Bool[Tensor, "_ 1 T M"], bias: Float[Tensor, "_ H T M"] | None
 ) -> Float[Tensor, "B H T M"]:
     """The scores of `products`, which may be overwritten; -inf where a key is not seen."""
     found = found if x.softcap is None else found * x.softcap

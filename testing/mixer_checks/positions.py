@@ -67,12 +67,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 
 
 LATE = Draw(
-    tokens=(12, 24),
-    fixed=40,
-    batch_size=(2, 2),
-    starts=("initial",),
-    dtypes=(torch.float32, torch.bfloat16),
-    wide=10,
+    tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16), wide=10
 )
 
 
