@@ -7,7 +7,7 @@ steps that were logged.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -16,6 +16,8 @@ from ..registry import Config, SeqmixError, write_file
 RESULTS_FILE = "results.json"
 FORMAT = 1
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of something; a larger one is no measurement, and cannot be drawn."""
 COSTS = ("parameters", "flops_per_token", "state_bytes")
 """Fields of what a model costs."""
 AccuracyBy = dict[str, dict[str, float]]
@@ -37,7 +39,7 @@ class Machine(Config):
     """What computed it."""
 
     processor: str | None = None
-    threads: int | None = None
+    threads: Count | None = None
     device: str | None = None
     torch: str | None = None
     seqmix: str | None = None
@@ -54,17 +56,17 @@ class EntryResult(Config):
     """Kinds, in the order of the layers, once each."""
     matched: str | None = None
     """What was made equal, by which field; None where nothing was turned."""
-    parameters: int
+    parameters: Count
     flops_per_token: float
     """Operations per token of matrix products, forward."""
-    state_bytes: int
+    state_bytes: Count
     """Of one sequence, after as many tokens as it has in training."""
     state_grows: bool
 
 
 class _Moment(Config):
-    step: int
-    tokens: int
+    step: Count
+    tokens: Count
     """Read so far."""
     flops: float
     """Of training so far."""
@@ -97,14 +99,14 @@ class RunResult(Config):
     """The peak."""
     variant: dict[str, Any] = Field(default_factory=dict)
     """Values by dotted path."""
-    sequence_length: int | None = None
+    sequence_length: Count | None = None
     """Tokens of a training sequence."""
     alone: bool | None = None
     """Whether no other run of the study shared the machine with it: only then are its times its own."""
-    parameters: int | None = None
+    parameters: Count | None = None
     flops_per_token: float | None = None
     """Operations per token of matrix products, forward."""
-    state_bytes: int | None = None
+    state_bytes: Count | None = None
     status: Literal["finished", "failed", "missing"]
     """Missing is a run that has not ended."""
     error: str | None = None
@@ -114,7 +116,7 @@ class RunResult(Config):
     """The median of logged steps."""
     tokens_per_second_range: Range | None = None
     """Their quartiles."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Count | None = None
     validation_loss: float | None = None
     """Of the final evaluation, as are accuracies."""
     accuracy: float | None = None
@@ -144,12 +146,12 @@ class SummaryRow(Config):
     learning_rate: float
     at_edge: Literal["lowest", "highest"] | None = None
     """Whether the best rate is the last of the grid on one side: one beyond it may be better."""
-    seeds: int
+    seeds: Count
     """Finished runs."""
-    parameters: int | None = None
+    parameters: Count | None = None
     """In this variant, as are operations and state."""
     flops_per_token: float | None = None
-    state_bytes: int | None = None
+    state_bytes: Count | None = None
     tokens_per_second: float | None = None
     """The median over seeds."""
     tokens_per_second_range: Range | None = None
@@ -166,7 +168,7 @@ class TrainSpeedRow(Config):
     """Training of an entry, timed at one length."""
 
     entry: str
-    length: int
+    length: Count
     tokens_per_second: float | None = None
     tokens_per_second_range: Range | None = None
     memory_bytes: float | None = None
@@ -179,26 +181,26 @@ class DecodeSpeedRow(Config):
     """Decoding of an entry, timed after one context."""
 
     entry: str
-    context: int
+    context: Count
     seconds: float | None = None
     """Of a token."""
     seconds_range: Range | None = None
     memory_bytes: float | None = None
     """Peak memory of a call beyond parameters and state."""
-    state_bytes: int | None = None
+    state_bytes: Count | None = None
     skipped: str | None = None
 
 
 class SpeedResult(Config):
     """What was timed, all entries interleaved; figures are medians, and ranges their lowest and highest."""
 
-    repeat: int | None = None
+    repeat: Count | None = None
     """Rounds."""
-    threads: int | None = None
+    threads: Count | None = None
     """Of a CPU; None on a GPU."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens of a training step at most, in whole sequences."""
-    batch: int | None = None
+    batch: Count | None = None
     """Sequences that are decoded at once."""
 
     train: tuple[TrainSpeedRow, ...] = ()

@@ -282,7 +282,14 @@ def keys_held(length: int) -> tuple[float, float, float]:
 
 
 def train_here(
-    overrides: list[str], run: str, *, resume: bool = False, until: int | None = None, broken: int = -1, full: int = -1
+    overrides: list[str],
+    run: str,
+    *,
+    resume: bool = False,
+    until: int | None = None,
+    broken: int = -1,
+    full: int = -1,
+    lost: tuple[int, str] = (-1, ""),
 ):
     """Train as one of all ranks; the measurements, the rows that this rank read, and the error that ended it.
 
@@ -293,6 +300,7 @@ def train_here(
         until: the last rank asks to stop after this step.
         broken: the rank whose text is missing.
         full: the rank whose disk is full.
+        lost: a step in which the others are lost, and the words of the library that notices.
     """
     from seqmix import SeqmixError, load_config, train
     from seqmix.training import tensor_files
@@ -334,7 +342,12 @@ def train_here(
     tensor_files.save_file = no_space if rank == full else save
     Trainer.batch, module.clip_grads_with_norm_ = batch, differentiated
     try:
-        stop = (lambda: until is not None and made[0] >= until) if rank == size - 1 else (lambda: False)
+
+        def stop():
+            if made[0] == lost[0]:
+                raise RuntimeError(lost[1])
+            return rank == size - 1 and until is not None and made[0] >= until
+
         for event in train(config, run, resume=resume, stop=stop):
             made[0] = event.step
             match event:

@@ -156,9 +156,11 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, dist.new_group(backend="gloo"))
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            when = "".join(getattr(error, "__notes__", ()))  # as the course of a run has it
+            what = "waited in vain for" if "timed out" in str(error).lower() else "lost the connection to"
             # a lost process says nothing; one of the first two is there to say it
             raise (SeqmixError if rank < 2 else ElsewhereError)(
-                "lost the connection to another process of the run, which ends: --resume continues from a checkpoint"
+                f"{when}{what} another process of the run, which ends: --resume continues from a checkpoint"
             ) from error
         raise
     # not after an error: it would wait for processes that are gone

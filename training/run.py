@@ -184,6 +184,9 @@ class Course:
             said = f"step {self.done}: {error}; try a lower training.learning_rate; {newest_checkpoint(self.run)}"
             with self.groups.raise_together():
                 raise TrainingError(said) from None
+        except RuntimeError as error:
+            error.add_note(f"step {self.done}: ")  # for `join_processes`, where a process does not answer
+            raise
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Start to write a checkpoint after `step` steps; CheckpointError: it, or the previous one, failed."""

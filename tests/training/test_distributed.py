@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -297,6 +298,22 @@ def test_an_error_of_one_process_ends_all(two, text, tmp_path, broken, changes, 
 
 
 @pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        (
+            "[gloo/unbound_buffer.cc:92] Timed out waiting 1800000ms for recv operation to complete",
+            "waited in vain for",
+        ),
+        ("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:23424", "lost the connection to"),
+    ],
+    ids=["hung", "killed"],
+)
+def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_path, library, said):
+    found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), lost=(3, library))
+    assert all(each["error"][1].startswith(f"step 3: {said} another process") for each in found)
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         (["distributed.shard=4"], ["1 x 4 x 1", "--nproc-per-node 4"]),
@@ -411,7 +428,8 @@ def test_a_lost_process_is_reported_and_torchrun_restarts_from_the_newest_checkp
     wait_for_steps(run, 8, lambda: process.poll() is None)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "output").read_text()
-    assert (tmp_path / "output").read_text().count("error: lost the connection to another process") == 1
+    said = re.findall(r"error: step \d+: lost the connection to another process", (tmp_path / "output").read_text())
+    assert len(said) == 1
     assert len((run / "sessions.jsonl").read_text().splitlines()) == 2
     require_same_checkpoint(run, whole, rtol=0, atol=0)
 
