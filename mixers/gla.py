@@ -6,8 +6,7 @@
     y   = (swish(x W_R) * RMSNorm(o)) W_O           the norm is per head, its weights are the same for all heads
 
 Differs from the paper, as the authors' code does: the norm is an RMS norm and no layer norm, the output gate has no
-bias, and there is a factor 1/sqrt(K), which the norm hides but for its eps (1e-6 here,
-1e-5 in their layer).
+bias, and there is a factor 1/sqrt(K), which the norm hides but for its eps (1e-6 here, 1e-5 in their layer).
 """
 
 from typing import Literal

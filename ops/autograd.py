@@ -4,10 +4,9 @@
     OP = Op("name", Inputs, fake=fake, forward=forward, backward=backward, saves=1)
     output, final_state, entries = OP(Inputs(q, k, v, scale=0.5))
 
-registers `seqmix::name` and `seqmix::name_backward`, each with a schema, a fake for compilers, and inside autocast
-off and the device of the tensors as the current one.
-Such an op is one node of a compiler's graph, in eager mode too, and has no forward-mode derivatives (torch would take a
-tangent for zero) and no second ones: both raise a SeqmixError.
+registers `seqmix::name` and `seqmix::name_backward`, each with a schema, a fake for compilers, and inside autocast off
+and the device of the tensors as the current one. Such an op is one node of a compiler's graph, in eager mode too, and
+has no forward-mode derivatives (torch would take a tangent for zero) and no second ones: both raise a SeqmixError.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -14,9 +14,8 @@ EXACT = 1e-9
 above 1: what is beyond is an error of mathematics, not of rounding."""
 
 LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
-"""Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units
-of roundoff (2^-8 and 2^-11), and 32 of float32 (2^-24). The worst of the built-in mixers in thousands of cases is half
-of it."""
+"""Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units of roundoff (2^-8 and
+2^-11), and 32 of float32 (2^-24). The worst of the built-in mixers in thousands of cases is half of it."""
 
 GRADIENTS = 4
 """Gradients may be off by so many times what outputs may: a backward pass rounds about twice as often, and its sums
@@ -110,11 +109,10 @@ def near(
     """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
     last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
 
-    Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero.
-    A few numbers need only be finite. `floor` is a root mean square of an
-    element below which nothing can be distinguished from zero. `moved` gives, by name, how far each row of the exact
-    tensor moves where what it is computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much
-    does not count.
+    Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero. A
+    few numbers need only be finite. `floor` is a root mean square of an element below which nothing can be
+    distinguished from zero. `moved` gives, by name, how far each row of the exact tensor moves where what it is
+    computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much does not count.
 
     Raises:
         CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.

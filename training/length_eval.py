@@ -104,9 +104,8 @@ def by_length(
 ) -> Iterator[LengthLoss]:
     """Measure the loss at each length, by each paradigm, on the same text (that of the longest sequences).
 
-    Where the longest sequence is not a multiple of a length, its end is left out. `paradigms` gives those that
-    compute a length; the first is the reference for the difference. About `tokens` are read per length, at least one
-    batch.
+    Where the longest sequence is not a multiple of a length, its end is left out. `paradigms` gives those that compute
+    a length; the first is the reference for the difference. About `tokens` are read per length, at least one batch.
     """
     longest = max(lengths, default=1)
     rows = max(1, BATCH_TOKENS // longest)

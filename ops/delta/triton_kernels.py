@@ -10,17 +10,7 @@ Notation of ../decay/triton_kernels.py; triton.py has the recurrence and the map
 import triton
 import triton.language as tl
 
-from ..triton_tiles import (
-    VARYING,
-    between,
-    chunk_at,
-    clock_of,
-    dot,
-    last_clock,
-    load_tile,
-    rate_of,
-    sequence_at,
-)
+from ..triton_tiles import VARYING, between, chunk_at, clock_of, dot, last_clock, load_tile, rate_of, sequence_at
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
