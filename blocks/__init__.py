@@ -1,7 +1,8 @@
 """Blocks: how a mixer, a feed-forward network and norms make a layer."""
 
 from .block import Block, BlockConfig
+from .dropout import Dropout
 from .ffn import FFNS, FeedForward, FfnConfig
 from .norm import NORMS, NormConfig
 
-__all__ = ["FFNS", "NORMS", "Block", "BlockConfig", "FeedForward", "FfnConfig", "NormConfig"]
+__all__ = ["FFNS", "NORMS", "Block", "BlockConfig", "Dropout", "FeedForward", "FfnConfig", "NormConfig"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
 from ..registry import Config
+from .dropout import Dropout
 from .ffn import FFNS, FfnConfig
 from .norm import NORMS, Norm, NormConfig
 
@@ -46,7 +47,9 @@ class Block(nn.Module):
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
         self.ffn_norm = config.norm.build(d_model) if config.ffn else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
-        self.dropout, self.residual_scale = nn.Dropout(config.dropout), config.residual_scale
+        # every call of a shared block has a mask of its own
+        self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
+        self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
 
     def reset_parameters(self) -> None:

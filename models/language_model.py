@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..blocks import Block
+from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..ops.backends import described
@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = None if config.embedding_norm is None else config.embedding_norm.build(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # a ModuleList has no type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)

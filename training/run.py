@@ -141,7 +141,8 @@ class Course:
         self.best = found.manifest.best
         trainer.skipping.skipped = found.manifest.skipped_steps
         trainer.skipping.norms.extend(found.manifest.gradient_norms)
-        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
+        modules = (module for module in trainer.model.modules() if module not in trainer.dropouts)
+        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         return _differences(found.manifest, trainer.source, changed, self.groups, dropout)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..blocks import Dropout
 from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
@@ -66,6 +67,7 @@ class Trainer:
         self.ema = None if config.training.ema is None else Ema(model, config.training.ema)
         """The moving average of the parameters, with training.ema."""
         self.skipping = Skipping(config.training)
+        self.dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
         model.activation_checkpointing = config.training.activation_checkpointing
         if config.training.compile:
             compile_blocks(model)
@@ -164,8 +166,10 @@ class Trainer:
             at = slice(number * rows, (number + 1) * rows)
             # a copy: without autograd, a mixer may write it in place
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
+            packed = self.source.packed(Batch(*part))
+            self._place_dropout(step, number * rows, packed.inputs.shape[1], part[0].shape[1])
             with self._autocast():
-                output = self.objective(self.model, self.source.packed(Batch(*part)), before)
+                output = self.objective(self.model, packed, before)
             assert output.loss is not None
             yield output.loss / asked.clamp(min=1), output.state
 
@@ -182,8 +186,19 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32)
 
+    def _place_dropout(self, step: int, row: int, width: int, length: int) -> None:
+        """Give dropout the masks of rows of the whole batch, from `row` of this process's on, each `length` long and
+        `width` with others it is packed with."""
+        groups = self.groups
+        own = -(-width // groups.context_parallel)  # of the tokens that ranks share
+        first = (groups.dp_rank * self.rows + row) * length + groups.rank % groups.context_parallel * own
+        keys = np.random.SeedSequence([self.config.seed, step]).generate_state(len(self.dropouts), np.uint64)
+        places = torch.tensor([[key, first, length] for key in keys.view(np.int64).tolist()], device=self.model.device)
+        for module, place in zip(self.dropouts, places, strict=True):
+            module.place = place
+
     def _seed(self, step: int) -> None:
-        """Seed dropout by step, and by rank beyond the first."""
+        """Seed what else draws, by step and by rank beyond the first."""
         seed = self.config.seed << 32 | step
         if not self.groups.is_main:
             seed = int(np.random.SeedSequence([seed, self.groups.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

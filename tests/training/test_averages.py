@@ -116,16 +116,19 @@ def test_arguments_of_another_kind_are_named(config_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dropout", "notes", "changed"),
+    ("dropout", "shared", "notes", "changed"),
     [
-        (0.0, 1, {"processes": 2}),
-        (0.1, 2, {"processes": 2}),
-        (0.1, 2, {"context_parallel": 2}),
-        (0.1, 1, {"threads": 9}),
+        (0.0, "true", 1, {"processes": 2}),
+        (0.1, "false", 1, {"processes": 2}),
+        (0.1, "true", 2, {"processes": 2}),
+        (0.1, "true", 2, {"context_parallel": 2}),
+        (0.1, "true", 1, {"threads": 9}),
     ],
 )
-def test_another_layout_under_dropout_is_noted(config_of, tmp_path, monkeypatch, dropout, notes, changed):
-    config = config_of(f"model.dropout={dropout}")
+def test_another_layout_whose_dropout_is_another_is_noted(
+    config_of, tmp_path, monkeypatch, dropout, shared, notes, changed
+):
+    config = config_of(f"model.blocks.ret.dropout={dropout}", f"model.blocks.ret.shared={shared}")
     stopped(config, tmp_path / "run", 2)
     read = checkpoint.read_manifest
     monkeypatch.setattr(checkpoint, "read_manifest", lambda folder: read(folder).model_copy(update=changed))

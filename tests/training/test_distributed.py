@@ -38,6 +38,7 @@ COMPILED = ("training.compile=true", "model.blocks.ret.ffn=null", "model.blocks.
 CARRIED = ("model.blocks.attn.mixer={kind: delta_net, n_heads: 2}", "training.carry_state=true")
 MQAR = ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")
 CP = {"context_parallel": 2}
+DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1", "model.blocks.attn.dropout=0.1")
 NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a minute: --hypothesis-profile nightly")
 
 
@@ -125,7 +126,7 @@ def require_same_checkpoint(one, other, **tolerance):
 )
 def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, changes):
     read = documents if PACKED in changes else text
-    changes = [*([] if changes == MQAR else [f"data.paths=[{read}]"]), *changes]
+    changes = [*([] if changes == MQAR else [f"data.paths=[{read}]"]), *DROPOUT, *changes]
     # alone it is not compiled: inductor computes the same
     alone = on_ranks.train_here([*changes, "training.compile=false"], str(tmp_path / "alone"))
     asked = [f"distributed.{key}={value}" for key, value in layout.items()]
@@ -157,7 +158,7 @@ def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
 @pytest.mark.parametrize("packed", [(), (PACKED,)], ids=["", "packed"])
 @pytest.mark.parametrize("layout", [("data=2", "shard=2"), ("data=2", "context=2"), ("shard=2", "context=2")], ids=str)
 def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, packed):
-    changes = [f"data.paths=[{documents if packed else text}]", *packed]
+    changes = [f"data.paths=[{documents if packed else text}]", *DROPOUT, *packed]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
     require_same(together, alone, 2 if "context=2" in layout else 4)

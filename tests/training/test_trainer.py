@@ -83,7 +83,8 @@ def test_micro_batches_are_the_batch(trainer_of, parts):
     assert_close(gradients_in_parts, gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_micro_batches_weigh_by_their_number_of_targets(trainer_of, tmp_path):
+@pytest.mark.parametrize("packing", [(), ("data.packing=true",)], ids=["", "packed"])
+def test_micro_batches_weigh_by_their_number_of_targets_and_drop_the_same(trainer_of, tmp_path, packing):
     # one part holds begin tokens and the other none: a mean of the parts' means would differ
     (tmp_path / "one").write_text("abcdefgh" * 40)
     for number in range(60):
@@ -91,7 +92,8 @@ def test_micro_batches_weigh_by_their_number_of_targets(trainer_of, tmp_path):
     paths = ", ".join(str(tmp_path / name) for name in ("one", *(f"short{n}" for n in range(60))))
 
     def loss(parts):
-        trainer = trainer_of(f"data.paths=[{paths}]", "data.split=tail", f"training.grad_accum_steps={parts}")
+        changes = (*DROPOUT, *packing, f"training.grad_accum_steps={parts}")
+        trainer = trainer_of(f"data.paths=[{paths}]", "data.split=tail", *changes)
         counts = (trainer.source.training_batch(1, 4, seed=0).targets != IGNORED).sum(1)
         assert counts.max() != counts.min()
         return trainer.train_step(1).loss
