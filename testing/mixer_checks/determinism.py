@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
-from ...ops.once import formed_once
 from ...ops.paradigm import Paradigm
 from ..check import check
 from ..compare import EXACT, CheckFailure, require
@@ -27,8 +26,7 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch
 @check(use="repeated calls: one call changes what the next one gives", share=0.12, draw=Draw(tokens=(1, 9), uses=USES))
 def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward, through the same graph too; no random number
-    is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call, nor does
-    what layers of a model share without gradients."""
+    is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     mixer, sampled = trial.mixer_in_use, trial.rebuilt()  # built first, which draws numbers
     before = torch.random.get_rng_state()
@@ -39,11 +37,6 @@ def results_are_deterministic(trial: Trial) -> None:
             for given in (None, state)[: 1 if state is None else 2]:
                 trial.call(paradigm, sampled)(x.clone(), None if given is None else clone(given))
     for paradigm in trial.paradigms:
-        alone = trial.mix(x, state, paradigm=paradigm)
-        with torch.no_grad(), formed_once():
-            for layer in ("first", "second"):
-                what = f"{paradigm}, the {layer} of two such layers that share positions against one alone"
-                trial.compare(what, trial.mix(x, state, paradigm=paradigm), alone, 0)
         try:
             after_sampling = trial.differentiate(trial.call(paradigm, sampled), x, state, mixer=sampled)
         except RuntimeError as error:
