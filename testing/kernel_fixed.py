@@ -64,6 +64,11 @@ RESETS: tuple[Fields, ...] = tuple(
 """Resets on the first token and the last, and on either side of a chunk's end."""
 
 
+LONG: Fields = {"n_heads": 1, "key_width": 2, "value_width": 2, "chunk_size": 64, "log_decay": "B T H"}
+LONG = {**LONG, "lengths": (4096,), "weakest": 0.5, "needs_grad": False}
+"""A row of which a running sum of all log-decays has lost the digits of one."""
+
+
 def _windows() -> Iterator[Fields]:
     for window in range(1, 7):  # of 5 tokens in chunks of 3
         fields = {**_SMALL, "lengths": (5,), "window": window}
@@ -138,7 +143,8 @@ def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[st
             both = ((name,), others)
             # of each input one of them by kind of log-decay, of the last one, a state, both
             for grad in both if number == len(names) - 1 else both[(number + kind) % 2 :][:1]:
-                yield fields | {"grad": grad}
+                # of one width, gradients in the places of others have their shapes
+                yield fields | {"grad": grad} | ({"value_width": fields["key_width"]} if grad == others else {})
     for length in (63, 64, 65):
         yield {**_SMALL, "lengths": (length,), "log_decay": decays[-1], "chunk_size": 64, "upstream": "state"} | {
             "final_state": True,

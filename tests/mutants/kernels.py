@@ -467,3 +467,24 @@ def fakes_another_shape(x):
     """The fake of a custom op swaps the widths of the state: compiled code gets another shape than eager."""
     output, state = decay_chunkwise(x)
     return output, None if state is None else scaled_state(state)
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def sums_decays_over_the_row(x):
+    """Decays between tokens are differences of one running sum in float32: after thousands of tokens it has lost their
+    digits."""
+    a = x.log_decay
+    if a is None or a.ndim != 3 or not a.isfinite().all():
+        return decay_chunkwise(x)
+    sums = a.cumsum(1)
+    return decay_chunkwise(x._replace(log_decay=torch.cat((sums[:, :1], sums.diff(dim=1)), dim=1).clamp(max=0)))
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def gives_gradients_in_the_order_of_those_wanted(x):
+    """Where queries are frozen, keys and values have each other's gradient, if they are equally wide."""
+    k, v = x.k, x.v
+    swapped = k.shape == v.shape and k.requires_grad and v.requires_grad and not x.q.requires_grad
+    if swapped:
+        k, v = k.detach() + v - v.detach(), v.detach() + k - k.detach()
+    return decay_chunkwise(x._replace(k=k, v=v))
