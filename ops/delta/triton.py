@@ -71,6 +71,8 @@ class DeltaLauncher(Launcher):
         assert x.beta is not None
         # no chunks of more than 64: the rows of their systems are found one after another
         super().__init__(x._replace(chunk_size=min(x.chunk_size, 64)), needs_log_decay)
+        if self.decays["clocks"] is not None and self.backward.tile[1] > 64:  # larger steps spill
+            self.backward = self.backward._replace(tile=(32, self.backward.tile[1]))
         self.own = configuration(8 * x.q.element_size(), self.key_width)
         self.beta, self.initial_state = x.beta.contiguous(), contiguous(x.initial_state)
         self.squares = (self.chunks, self.heads, self.chunk, self.chunk)
