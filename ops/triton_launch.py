@@ -50,9 +50,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def kernels(family: str) -> Any:
+def kernels(family: str, module: str = "triton_kernels") -> Any:
     """The jitted functions of a family; imports triton."""
-    return import_module(f"{__package__}.{family}.triton_kernels")
+    return import_module(f"{__package__}.{family}.{module}")
 
 
 def missing(probe: Probe) -> list[str]:
@@ -74,10 +74,10 @@ def padded(op: Op[Recurrence], x: Recurrence) -> RecurrenceOutput:
     """What a chunkwise op makes of a call, in widths that are multiples of UNIT; decays and states are float32."""
     key_width, value_width, wanted = x.q.shape[3], x.v.shape[3], x.output_final_state
     more_keys, more_values = -key_width % UNIT, -value_width % UNIT
-    x = x._replace(
-        log_decay=None if x.log_decay is None else x.log_decay.float(),
-        initial_state=None if x.initial_state is None else x.initial_state.float(),
-    )
+    log_decay = None if x.log_decay is None else x.log_decay.float()
+    if log_decay is not None and log_decay.ndim == 4:
+        log_decay = F.pad(log_decay, (0, more_keys))
+    x = x._replace(log_decay=log_decay, initial_state=None if x.initial_state is None else x.initial_state.float())
     if more_keys or more_values:
         x = x._replace(
             q=F.pad(x.q, (0, more_keys)),

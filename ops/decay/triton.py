@@ -2,8 +2,8 @@
 
     S_t = exp(a_t) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t        (notation of api.py)
 
-for decays that all key dimensions share: log_decay None, [H] or [B T H] (the step takes [B T H K] too). Tokens are cut
-into chunks of C. Three bodies compute everything (triton_kernels.py):
+for decays that all key dimensions share, log_decay None, [H] or [B T H] (of [B T H K] the step, the scan, and what
+triton_keys.py has). Tokens are cut into chunks of C. Three bodies compute everything (triton_kernels.py):
 
     state_scan   walks the chunks with one tile of the state in registers, and stores what enters each chunk
                  backwards, with (q, do) for (k, v), the gradient of what leaves it
@@ -39,6 +39,7 @@ from ..recurrence import Recurrence, RecurrenceOutput
 from ..triton_launch import UNIT, contiguous, kernels, missing, padded, readable, strides
 from .api import TOLERANCES
 from .recurrent import decay_recurrent
+from .triton_keys import MAX_KEY_CHUNK, KeyLauncher
 from .triton_launch import MAX_KEY_WIDTH, STEP, Launcher, configuration_of, too_wide
 
 # ---- what is taken
@@ -46,10 +47,7 @@ from .triton_launch import MAX_KEY_WIDTH, STEP, Launcher, configuration_of, too_
 
 def limits(probe: Probe) -> list[str]:
     """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
-    reasons = missing(probe)
-    if probe.log_decay == "B T H K":
-        reasons.append("one log-decay per key dimension is not supported")
-    return reasons + too_wide(probe)
+    return missing(probe) + too_wide(probe)
 
 
 def step_limits(probe: Probe) -> list[str]:
@@ -64,13 +62,16 @@ def step_limits(probe: Probe) -> list[str]:
 
 
 def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
-    """The chunkwise paradigm on a GPU, for decays that all key dimensions share.
+    """The chunkwise paradigm on a GPU.
 
-    The chunks are the largest of the table that are not larger than `chunk_size`.
+    The chunks are the largest of the table that are not larger than `chunk_size`; of 64 tokens at most where every key
+    dimension decays by itself.
 
     Raises:
         SeqmixError: `KERNEL` does not take this.
     """
+    if x.log_decay is not None and x.log_decay.ndim == 4:
+        x = x._replace(chunk_size=min(x.chunk_size, MAX_KEY_CHUNK))
     return padded(CHUNKWISE, x)
 
 
@@ -131,12 +132,16 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     return x.q.new_empty(x.v.shape), final_state, entries if x.cu_seqlens is None else entries.zero_()
 
 
+def _launcher(x: Recurrence, needs_log_decay: bool = False) -> Launcher:
+    return KeyLauncher(x) if x.log_decay is not None and x.log_decay.ndim == 4 else Launcher(x, needs_log_decay)
+
+
 def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
-    call = Launcher(x)
+    call = _launcher(x)
     states = entries if entries.numel() else call.new_states()
     final = final_state if x.output_final_state else None
-    call.scan(call.k, call.v, states, {"initial": contiguous(x.initial_state), "final": final})
+    call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state), "final": final})
     call.forward_band(states, output)
     return output, final_state, entries
 
@@ -144,22 +149,27 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final_state), (states,) = gradients.outputs, gradients.saved
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
-    call = Launcher(x, needs_log_decay)
+    call = _launcher(x, needs_log_decay)
     given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
-    given["log_decay"] = x.log_decay if needs_log_decay else None
+    # one kernel finds what of keys that decay by themselves, wanted or not
+    given["log_decay"] = x.log_decay if needs_log_decay or isinstance(call, KeyLauncher) else None
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
     if not states.numel():
         states = call.new_states()
-        call.scan(call.k, call.v, states, {"initial": contiguous(x.initial_state)})
+        call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
     sums, products, d_states = None, None, call.new_states()
     d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     ends = {"initial": d_final, "final": out.get("initial_state")}
+    if isinstance(call, KeyLauncher):
+        call.scan(call.queries, do, d_states, ends, reverse=True)
+        call.backward_keys(do, out, states, d_states)
+        return out
     if needs_log_decay:
         sums = out["log_decay"].new_empty(2, call.key_tiles, call.batch, call.heads, call.length)
         products = out["log_decay"].new_empty(call.chunks, call.heads, call.scan_tiles)
         ends |= {"entries": states, "products": products}
-    call.scan(call.q, do, d_states, ends, reverse=True)
+    call.scan(call.queries, do, d_states, ends, reverse=True)
     results = {"dq": out["q"], "dk": out["k"], "dv": out["v"], "sums": sums}
     call.backward_band(do, results, states=states, d_states=d_states)
     if sums is not None and products is not None:

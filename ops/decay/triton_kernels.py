@@ -14,18 +14,7 @@ exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks 
 import triton
 import triton.language as tl
 
-from ..triton_tiles import (
-    VARYING,
-    between,
-    chunk_at,
-    clock_of,
-    dot,
-    last_clock,
-    load_tile,
-    log2,
-    rate_of,
-    sequence_at,
-)
+from ..triton_tiles import VARYING, between, chunk_at, clock_of, dot, last_clock, load_tile, log2, rate_of, sequence_at
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
@@ -56,7 +45,7 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 
 @triton.jit(do_not_specialize=VARYING)
 def state_scan(
-    x, w, rates, clocks, initial, states, final, entries, products, boundaries, firsts,
+    x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts,
     x_row, x_token, x_head, w_row, w_token, w_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
@@ -114,6 +103,8 @@ def state_scan(
                 factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
             x_tile = (x_tile.to(tl.float32) * factor[None, :]).to(x_tile.dtype)
             acc *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
+        if totals is not None:  # one per key dimension, [chunks H K], of x that has decayed
+            acc *= tl.load(totals + ((first + number) * heads + h) * K + ks, mask=ks < K, other=0.0)[:, None]
         acc = dot(x_tile, w_tile, acc)
     if final is not None:
         tl.store(final + sequence * K * V + place, acc, mask=inside)

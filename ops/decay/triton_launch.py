@@ -41,6 +41,8 @@ class Configuration(NamedTuple):
     decay_backward: Launch
     """The backward band where decays are given for each token, or a log-decay has a gradient: clocks and the sums that
     the gradient needs take registers."""
+    keys: Launch | None = None
+    """What each key dimension decays by itself; its tile is a step of values and a tile of keys."""
 
 
 def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configuration, ...]:
@@ -50,10 +52,10 @@ def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configu
     """
     if bits == 32:
         scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2)
-        return (Configuration(32, scan, scan, forward, backward, backward),)
+        return (Configuration(32, scan, scan, forward, backward, backward, Launch((32, 32), 8, 2)),)
     if max(key_width, value_width) <= 64:
         four, three = Launch((64, 64), 4, 3, blocks=4), Launch((64, 64), 4, 3, blocks=3)
-        return (Configuration(64, four, three, four, four, three),)
+        return (Configuration(64, four, three, four, four, three, Launch((64, 32), 8, 2)),)
     # a forward band has as many columns as a value
     columns = 64 if value_width <= 64 else 128
     scan = Launch((64, 64), 8, 3, blocks=2)
@@ -66,11 +68,11 @@ def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configu
         decay_backward=Launch((64, 64), 8, 3),
     )
     four = Launch((64, 128), 4, 3, blocks=2)
-    return large, Configuration(64, four, four, four._replace(tile=(64, columns)), four, four)
+    return large, Configuration(64, four, four, four._replace(tile=(64, columns)), four, four, Launch((64, 32), 8, 2))
 
 
 _SMALL = Launch((16, 32), 1, 1)
-INTERPRETED = tuple(Configuration(chunk, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL) for chunk in (32, 16))
+INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6) for chunk in (32, 16))
 """The table for the interpreter: small, so that short inputs have several of everything."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
@@ -104,6 +106,8 @@ class Launcher:
         full = needs_log_decay or (log_decay is not None and log_decay.ndim == 3)
         self.backward = self.configuration.decay_backward if full else self.configuration.backward
         self.q, self.k, self.v = (readable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
+        # of the scans; and the decays of chunks by key dimension, [chunks H K]
+        self.queries, self.keys, self.totals = self.q, self.k, None
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
@@ -163,6 +167,7 @@ class Launcher:
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
             states=states,
             **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
+            totals=self.totals,
             boundaries=self.boundaries,
             firsts=self.firsts,
             TILE_K=launch.tile[0],

@@ -45,11 +45,13 @@ def test_auto_is_the_reference_on_a_cpu():
 
 
 @needs_triton
-def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog):
+@pytest.mark.parametrize("log_decay", ["H", "B T H K"])
+def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog, log_decay):
+    probe = replace(ON_GPU, log_decay=log_decay)
     caplog.set_level(logging.INFO, logger="seqmix")
     trial(None)
     triton = {Paradigm.PARALLEL: "reference", Paradigm.RECURRENT: "triton", Paradigm.CHUNKWISE: "triton"}
-    assert [choose("decay", "auto", ON_GPU) for _ in range(3)] == [triton] * 3
+    assert [choose("decay", "auto", probe) for _ in range(3)] == [triton] * 3
     for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
         assert all(word in message for word in ("decay", paradigm, "cuda", "float32", "triton"))
     assert described("decay", triton) == "triton"
@@ -59,11 +61,11 @@ def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
     trial(None)
-    found = choose("decay", backend, replace(ON_GPU, log_decay="B T H K"))
+    found = choose("decay", backend, replace(ON_GPU, value_width=513))
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
     assert described("decay", found) == "triton (recurrent)"
     (message,) = caplog.messages
-    assert all(word in message for word in ("chunkwise", "reference", "log-decay per key dimension"))
+    assert all(word in message for word in ("chunkwise", "reference", "513"))
 
 
 def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):

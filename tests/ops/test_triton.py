@@ -90,13 +90,21 @@ CASES = {
 
 DECAYS = [None, "H", "fixed", "B T H"]
 """By their dimensions; "fixed" is [H] without a gradient, as retention's are: its backward pass is another kernel's."""
+KEYS = "B T H K"
 
 
 @runs
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(
+    ("case", "decay"),
+    [*itertools.product(CASES, DECAYS), *((case, KEYS) for case in ("several tiles", "documents"))],
+)
 def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
     compare(decay, **CASES[case])
+
+
+@runs
+def test_the_last_tile_of_keys_that_decay_by_themselves_is_a_part():
+    compare(KEYS, [18], key_width=48, chunk_size=16)
 
 
 @runs
@@ -114,12 +122,12 @@ def test_keys_of_one_direction_are_solved():
 
 @on_a_gpu
 @pytest.mark.parametrize("widths", [(64, 64), (64, 128), (100, 100), (128, 128), (192, 384), (256, 512)])
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", [*DECAYS, KEYS])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("chunk_size", [64, 128])
 @pytest.mark.parametrize("kind", [DecayCase, DeltaCase])
 def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size, kind):
-    if kind is DeltaCase and dtype == torch.float32 and widths[0] > 64:
+    if kind is DeltaCase and (decay == KEYS or (dtype == torch.float32 and widths[0] > 64)):
         pytest.skip("refused")
     sizes = {"kind": kind} | {
         "key_width": widths[0],
@@ -148,8 +156,9 @@ nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a min
         pytest.param((256, 512), [65], marks=nightly),
     ],
 )
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(
+    ("bits", "decay"), [*itertools.product([16, 32], DECAYS), (16, KEYS), pytest.param(32, KEYS, marks=nightly)]
+)
 def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
     # a few large tiles take the interpreter less time than many small ones
     monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, *widths))
@@ -184,13 +193,19 @@ def compare(decay, lengths, *, tolerance=2e-6, beta=None, **fields):
 
 @runs
 @pytest.mark.parametrize(
-    ("strength", "dtype", "tolerance"),
-    [(0.05, torch.float32, 1e-5), (20.0, torch.float32, 1e-5), (5.0, torch.float16, 2e-3)],
+    ("strength", "dtype", "tolerance", "decay"),
+    [
+        (0.05, torch.float32, 1e-5, "B T H"),
+        (20.0, torch.float32, 1e-5, "B T H"),
+        (20.0, torch.float32, 1e-5, KEYS),
+        (5.0, torch.float16, 2e-3, "B T H"),
+        (5.0, torch.float16, 2e-3, KEYS),
+    ],
 )
-def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, tolerance):
+def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, tolerance, decay):
     """They are tiny, but an optimizer that divides by their size sees nothing else."""
     # numbers above 0: what no sign takes away is there to be seen, token by token
-    q, k, v, a, state = (x.abs() for x in tokens("B T H", length=20, widths=(16, 20), heads=1))
+    q, k, v, a, state = (x.abs() for x in tokens(decay, length=20, widths=(16, 20), heads=1))
     q, k, v, a = q.to(dtype), k.to(dtype), v.to(dtype), -strength * (0.9 + 0.2 * a)
 
     def gradient(function, *inputs, **options):
@@ -220,9 +235,10 @@ def test_states_of_16_bits_are_added_up_in_32(dtype):
 
 
 @runs
-def test_resets_leak_nothing():
+@pytest.mark.parametrize("keys", [(), (16,)])
+def test_resets_leak_nothing(keys):
     q, k, v = (torch.randn(1, 40, 1, 16, device=DEVICE) for _ in range(3))
-    a, resets = torch.full((1, 40, 1), -0.1, device=DEVICE), [0, 5, 16, 39]
+    a, resets = torch.full((1, 40, 1, *keys), -0.1, device=DEVICE), [0, 5, 16, 39]
     a[:, resets] = -math.inf
     changed = k.clone()
     changed[:, :16] = 1e6
@@ -234,9 +250,11 @@ def test_resets_leak_nothing():
 
 
 @runs
-def test_a_decay_that_is_not_a_number_is_seen():
+@pytest.mark.parametrize("keys", [(), (16,)])
+def test_a_decay_that_is_not_a_number_is_seen(keys):
     q, k, v = (torch.ones(1, 4, 1, 16, device=DEVICE) for _ in range(3))
-    a = torch.tensor([-1.0, -1.0, math.nan, -1.0], device=DEVICE).view(1, 4, 1)
+    a = torch.full((1, 4, 1, *keys), -1.0, device=DEVICE)
+    a[0, 2].view(-1)[-1] = math.nan
     output = decay_chunkwise_triton(q, k, v, a).output
     assert output[:, :2].isfinite().all()
     assert output[:, 2:].isnan().all()
@@ -255,7 +273,7 @@ def test_more_elements_than_int32_counts():
     torch.testing.assert_close(whole, rest, rtol=3e-2, atol=3e-2)
 
 
-DECAYS = [None, "H", "B T H", "B T H K"]
+DECAYS = [None, "H", "B T H", KEYS]
 BACKENDS = ["reference", "triton"]
 
 
@@ -332,7 +350,7 @@ def test_layers_decode_by_the_step(kind, monkeypatch):
         return build_model(ModelConfig.model_validate(settings), device=DEVICE).eval()
 
     models, launched, step_op = [model_of("triton"), model_of("reference")], [], decay_triton.STEP_OP
-    assert models[0].backends == {"a": "triton (recurrent)" if kind == "gla" else "triton"}
+    assert models[0].backends == {"a": "triton"}
     counted = lambda x: launched.append(x.initial_state.data_ptr()) or step_op(x)  # noqa: E731
     monkeypatch.setattr(decay_triton, "STEP_OP", counted)
     prompt, steps = torch.arange(20, device=DEVICE), torch.arange(3, device=DEVICE)[:, None]
@@ -431,13 +449,12 @@ print(*find("decay", "chunkwise", "triton").unsupported(probe))
     [
         ({"device": torch.device("cpu")}, "TRITON_INTERPRET=1"),
         ({"dtype": torch.float64}, "float64"),
-        ({"log_decay": "B T H K"}, "log-decay"),
         ({"key_width": 257}, "257 and 16"),
         ({"value_width": 513}, "16 and 513"),
     ],
 )
 def test_reasons(native, asked, named):
-    for dtype, log_decay in itertools.product((torch.bfloat16, torch.float16, torch.float32), (None, "H", "B T H")):
+    for dtype, log_decay in itertools.product((torch.bfloat16, torch.float16, torch.float32), DECAYS):
         widest = {"key_width": 256, "value_width": 512, "needs_grad": True}
         assert not KERNEL.unsupported(replace(PROBE, dtype=dtype, log_decay=log_decay, **widest))
     (reason,) = KERNEL.unsupported(replace(PROBE, **asked))
@@ -446,6 +463,7 @@ def test_reasons(native, asked, named):
     assert not delta.unsupported(replace(PROBE, dtype=torch.bfloat16, **wide))
     assert "float32 are up to 64 wide, not 256" in delta.unsupported(replace(PROBE, **wide))[0]
     assert delta.unsupported(replace(PROBE, **asked))
+    assert "per key dimension" in delta.unsupported(replace(PROBE, log_decay="B T H K"))[0]
     native.setenv("TRITON_INTERPRET", "1")
     assert not KERNEL.unsupported(replace(PROBE, device=torch.device("cpu")))
     assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]

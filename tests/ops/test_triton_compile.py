@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from seqmix.experiments.pages import fill, table
-from seqmix.ops.decay import decay_recurrence, triton_launch
+from seqmix.ops.decay import decay_recurrence, triton_keys, triton_launch
 from seqmix.ops.decay import triton as decay_triton
 from seqmix.ops.decay.triton_launch import Configuration, configurations
 from seqmix.ops.delta import delta_rule
@@ -50,6 +50,8 @@ SHARED, RESERVED, WARPS = 228 * 1024, 1024, 64
 PAGE = Path(__file__).parents[2] / "docs/appendix/measurements.md"
 HEADS = ((64, 64), (128, 64), (128, 128), (256, 512))
 """Key and value widths: those that each row of the table is for, and the widest."""
+KEYS = {"key_decay", "key_pairs", "key_band", "key_backward"}
+"""The kernels of keys that decay by themselves."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -99,9 +101,9 @@ class Recorder:
     def __init__(self) -> None:
         self.launches: list[Recorded] = []
 
-    def __call__(self, family: str) -> Any:
+    def __call__(self, *module: str) -> Any:
         def grid_of(_: object, name: str) -> Any:
-            function = getattr(kernels(family), name)
+            function = getattr(kernels(*module), name)
             record = lambda **arguments: self.launches.append(Recorded(function, arguments))  # noqa: E731
             return type("Launcher", (), {"__getitem__": lambda self, grid: record})()
 
@@ -114,6 +116,7 @@ def recorded_by(recorder: Recorder) -> Iterator[None]:
     with (
         patch.object(triton_launch, "kernels", recorder),
         patch.object(decay_triton, "kernels", recorder),
+        patch.object(triton_keys, "kernels", recorder),
         patch.object(delta_triton, "kernels", recorder),
         patch.object(Kernel, "require", lambda *_: None),
     ):
@@ -133,7 +136,7 @@ def chunkwise(
     """What forward and backward launch, with an initial and a final state that have gradients; of the delta rule with
     beta."""
     length, heads = 2 * configuration.chunk, 2
-    shapes = {None: None, "H": (heads,), "B T H": (1, length, heads)}
+    shapes = {"H": (heads,), "B T H": (1, length, heads), "B T H K": (1, length, heads, widths[0])}
     a = None if decay is None else torch.zeros(shapes[decay], requires_grad=learned)
     q, k, v = (torch.zeros(1, length, heads, width, dtype=dtype).requires_grad_() for width in (widths[0], *widths))
     boundaries = torch.tensor([0, length // 2, length]) if packed else None
@@ -190,7 +193,7 @@ class Needs(NamedTuple):
         """What is wrong with it."""
         warps, cap = recorded.options.get("num_warps", 4), recorded.options.get("maxnreg")
         threads, wanted = 32 * warps, 1 if cap is None else REGISTERS // (32 * warps * cap)
-        products = "TILE_INNER" in recorded.arguments or "REVERSE" in recorded.arguments
+        products = recorded.function.__name__ not in {"clocks", "key_decay", "step"}
         narrow = recorded.arguments.get("x", recorded.arguments.get("q")) if products else None
         faults = []
         if self.spilled:
@@ -249,6 +252,17 @@ def test_the_papers_head_fits(dtype, chunk, decay):
 
 @pytest.mark.parametrize(
     ("dtype", "widths"),
+    [(torch.bfloat16, (128, 256)), pytest.param(torch.float32, (64, 64), marks=pytest.mark.slow)],
+)
+def test_keys_that_decay_by_themselves_fit(dtype, widths):
+    launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H K")
+    found = [x for x in launches if x.function.__name__ in KEYS | {"state_scan"}]
+    # backward launches what forward does, and more
+    assert faults(found[4:]) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
     [
         (torch.bfloat16, (128, 128)),
         (torch.float32, (64, 64)),
@@ -279,12 +293,11 @@ def test_a_step_fits(dtype):
 
 
 def test_the_launches_are_those_of_the_ops():
-    names = {"state_scan", "band_forward", "band_backward"}
-    gradients = {None: set(), "H": {"decay_gradient"}, "B T H": {"clocks", "decay_gradient"}}
-    for decay, more in gradients.items():
+    bands, learned = {"band_forward", "band_backward"}, {"band_forward", "band_backward", "decay_gradient"}
+    for decay, names in {None: bands, "H": learned, "B T H": learned | {"clocks"}, "B T H K": KEYS}.items():
         (configuration,) = configurations(32, 64, 64)
         launches = chunkwise(configuration, torch.float32, (64, 64), decay)
-        assert {recorded.function.__name__ for recorded in launches} == names | more
+        assert {recorded.function.__name__ for recorded in launches} == names | {"state_scan"}
     assert [recorded.function.__name__ for recorded in step(torch.float32, (64, 64), None)] == ["step"]
 
 
@@ -344,6 +357,8 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
                     launches = chunkwise(configuration, dtype, widths, decay, learned=learned, packed=packed)
                     which = [decay or "none", "learned" if learned else "", "" if packed else "rows"]
                     yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
+            if configuration.keys is not None:
+                yield f"{name} C={configuration.chunk} B T H K", chunkwise(configuration, dtype, widths, "B T H K")
         if not limits(Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])):
             for decay, learned in decays[-1:] if dtype == torch.float16 else decays:
                 launches = chunkwise(configuration, dtype, widths, decay, learned=learned, beta=True)
