@@ -140,7 +140,7 @@ def test_every_limit_finds_its_offenders(tmp_path):
         ops__a=f"from . import b\n{wide}",
         ops__b="from . import a\n" + "x = 1\n" * 450,
         **{f"mixers__{name}": mixer.format(name) for name in ("one", "two", "three", "four")},
-        training__run="x = 1\n" * 46_501,
+        training__run="x = 1\n" * 47_201,
     )
     found = {rule: offenders(house) for rule, (_, offenders) in LIMITS.items()}
     assert found["length"] == [f"{house.length:,}"]
