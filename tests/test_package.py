@@ -163,8 +163,9 @@ def test_the_registry_imports_no_torch():
             assert not [line for imported, line in imports(file, MODULES) if within(imported, "torch")]
 
 
+TRITON = ("triton_tiles", "decay.triton_kernels", "decay.triton_key_kernels", "delta.triton_kernels")
 MAY_IMPORT = {
-    **{f"seqmix.ops.{name}": {"triton"} for name in ("triton_tiles", "decay.triton_kernels", "delta.triton_kernels")},
+    **{f"seqmix.ops.{name}": {"triton"} for name in TRITON},
     **{
         name: {"transformers"}
         for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))

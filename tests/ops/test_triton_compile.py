@@ -4,12 +4,14 @@ Triton has its own assembler, so a configuration that spills registers, exceeds 
 tensor cores is seen without a GPU. What is compiled are the launches of real calls: the calls are made on the CPU, and
 what they would launch is recorded.
 
-The tests compile the paper's head; this file as a program compiles the whole table, and prints what everything needs.
-Without words, it writes the table of docs/appendix/measurements.md:
+The tests compile the paper's head; this file as a program compiles the whole table, which takes minutes, and prints
+what everything needs. Without words, it writes the table of docs/appendix/measurements.md if all fits, and of which
+files that is: a test fails until it was run after a change of one.
 
     python tests/ops/test_triton_compile.py [WORDS OF A NAME]
 """
 
+import hashlib
 import itertools
 import os
 import re
@@ -47,7 +49,14 @@ SHARED_LIMIT = 227 * 1024
 """Bytes that a block can have on sm_90."""
 SHARED, RESERVED, WARPS = 228 * 1024, 1024, 64
 """Bytes of a multiprocessor, those that it keeps for each block, and the warps it holds."""
-PAGE = Path(__file__).parents[2] / "docs/appendix/measurements.md"
+ROOT = Path(__file__).parents[2]
+COMPILED = (
+    *("ops/triton_launch.py", "ops/triton_tiles.py", "ops/decay/triton_launch.py", "ops/decay/triton_kernels.py"),
+    *("ops/decay/triton_keys.py", "ops/decay/triton_key_kernels.py", "ops/delta/triton.py"),
+    "ops/delta/triton_kernels.py",
+)
+"""What decides what is compiled."""
+PAGE = ROOT / "docs/appendix/measurements.md"
 HEADS = ((64, 64), (128, 64), (128, 128), (256, 512))
 """Key and value widths: those that each row of the table is for, and the widest."""
 KEYS = {"key_decay", "key_pairs", "key_band", "key_backward"}
@@ -318,6 +327,10 @@ def test_what_does_not_fit_is_seen():
     assert "band_forward spills" in found[0]
 
 
+def test_the_whole_table_was_compiled_of_these_kernels():
+    assert stamp() in PAGE.read_text(encoding="utf-8"), "run: python tests/ops/test_triton_compile.py"
+
+
 def moved(launches: list[Recorded], tokens: int) -> int:
     """Bytes between memory and the caches for each token and head, where a launch reads or writes a tensor once."""
     tensors = [x for recorded in launches for x in recorded.arguments.values() if isinstance(x, torch.Tensor)]
@@ -388,9 +401,15 @@ def main(words: list[str]) -> int:
             rows.setdefault((*name.split()[:3], kernel), []).append((recorded, needs))
             print(f"{name:<45} {kernel:<20} {figures}  {'; '.join(found)}".rstrip(), flush=True)
     print(f"{len(seen)} kernels in {time.perf_counter() - start:.0f} s, {wrong} that do not fit")
-    if not words:
-        PAGE.write_text(fill(PAGE, {"compiled": page_of(rows)}), encoding="utf-8")
+    if not words and not wrong:
+        PAGE.write_text(fill(PAGE, {"compiled": [*page_of(rows), "", stamp()]}), encoding="utf-8")
     return wrong
+
+
+def stamp() -> str:
+    """Of which files a table is."""
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in COMPILED)
+    return f"Compiled of files whose SHA-256 begins with `{hashlib.sha256(code.encode()).hexdigest()[:16]}`."
 
 
 def page_of(rows: Mapping[tuple[str, ...], Sequence[tuple[Recorded, Needs]]]) -> list[str]:
