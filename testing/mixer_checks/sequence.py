@@ -37,6 +37,9 @@ BLOCKS = (256, 512, 1024)
 HEAD = 9
 """Tokens read before thousands, or of a document that begins after a block."""
 
+CONTEXT = 8192
+"""Tokens that a table of positions often has rows for."""
+
 MOVED = 3.0
 """How far vectors are moved: by so much a gate is open, or closed."""
 
@@ -143,8 +146,8 @@ def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tens
 )
 def thousands_of_tokens_agree(trial: Trial) -> None:
     """At a thousand tokens every paradigm gives the same output, final state and gradients, at two thousand the same
-    output and final state, of packed documents too; and after four thousand one token at a time gives what the whole
-    does, of which no final state is wanted."""
+    output and final state, of packed documents too; after four thousand one token at a time gives what the whole
+    does, of which no final state is wanted; and after 8,192 a chunk does."""
     text, state = _as_long_as_it_takes(trial)
     length = text.shape[1]
     x, more = text[:, : length // 4], text[:, : length // 2]
@@ -169,6 +172,22 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
         stepped, _ = trial.decode(text[:, -2:], after, trial.call(trial.reference))
         what = f"steps after {length - 2:,} tokens against {trial.mixer.paradigm}"
         trial.compare(what, (stepped, None), (y[:, -2:], None))
+        _after_a_context(trial)
+
+
+def _after_a_context(trial: Trial) -> None:
+    """Tokens after a context's usual length, with it at once and from its state: where tables of positions end."""
+    if Paradigm.CHUNKWISE not in trial.paradigms:  # others are quadratic or go token by token
+        return
+    text = trial.tokens(1, CONTEXT + HEAD)
+    try:
+        whole, _ = trial.mix(text, None, paradigm=Paradigm.CHUNKWISE, return_state=False)
+    except SeqmixError:  # the table's end is refused
+        return
+    _, state = trial.mix(text[:, :CONTEXT], None, paradigm=Paradigm.CHUNKWISE)
+    y, _ = trial.mix(text[:, CONTEXT:], state, paradigm=Paradigm.CHUNKWISE)
+    what = f"chunkwise, {HEAD} tokens from the state after {CONTEXT:,} against all at once"
+    trial.compare(what, (y, None), (whole[:, CONTEXT:], None))
 
 
 def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:

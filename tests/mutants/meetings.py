@@ -312,3 +312,12 @@ class NamesRowsForColumns(Specimen):
     @property
     def projections(self):
         return {"o": self.out_proj.weight.view(self.config.n_heads, self.width, -1)}
+
+
+@mutant(check="thousands_of_tokens_agree")
+class EndsItsTableAtEightThousand(Specimen):
+    """Positions are read from a table of 8,192 rows, modulo its size, where a text begins; from a state they are
+    computed."""
+
+    def positions(self, state, x, call):
+        return super().positions(state, x, call) % (8192 if call.state is None else 2**62)
