@@ -260,7 +260,8 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
             f"{same.matched}."
         )
         lines += [f"  Not the published settings: {task.task.differs}."] if task.task.differs else []
-        lines += [f"  Without a figure: {entry}, {why}." for entry, why in task.left_out.items()]
+        for entry, why in task.left_out.items():
+            lines.append(f"  Without a figure: {why if why.startswith(entry) else f'{entry}: {why}'}.")
     lines += ["", *scores.notes, ""] if scores.notes else [""]
     machines = dict.fromkeys(
         f"seqmix {row.machine.seqmix}{f' ({row.machine.commit[:7]})' if row.machine.commit else ''}, "
