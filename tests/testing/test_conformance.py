@@ -17,6 +17,11 @@ DEAR = [
     "packing_compiles_into_one_graph",
     "decoding_compiles_once",
     "thousands_of_tokens_agree",
+    "long_segments_do_not_drift",
+    "long_decoding_does_not_drift",
+    "gradients_of_a_batch_are_sums_over_its_rows",
+    "segments_compile_into_one_graph",
+    "exported_graphs_are_the_mixer",
 ]
 COMPILED = ["training_compiles_into_one_graph", "packing_compiles_into_one_graph", "decoding_compiles_once"]
 
