@@ -14,6 +14,7 @@ from hypothesis import settings
 from seqmix import RunConfig, load_config
 from seqmix.cli import main
 from seqmix.ops import products
+from seqmix.training.memory import keep_freed_memory
 
 # tensors are small here: threads would wait for each other, much of the time on a busy machine
 torch.set_num_threads(1)
@@ -35,6 +36,11 @@ def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         found = metafunc.config.getoption("device") or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         metafunc.parametrize("device", found)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_kept():
+    keep_freed_memory()  # a tenth of the suite's time; a run that ends gives it back
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,29 @@ DEAR = [
     "segments_compile_into_one_graph",
     "exported_graphs_are_the_mixer",
 ]
+OWN = [
+    *("paradigms_agree", "pieces_equal_the_whole", "steps_equal_the_whole", "gradients_flow_through_states"),
+    *("documents_are_sequences", "gradients_of_documents_are_those_of_sequences", "gradients_are_derivatives"),
+    *("a_state_has_the_declared_size", "rows_may_differ_in_length", "low_precision_is_near_float64"),
+    *("every_option_changes_something", "every_parameter_is_initialised", "every_parameter_learns"),
+    *("flops_are_as_declared", "configurations_round_trip", "training_compiles_into_one_graph"),
+]
 COMPILED = ["training_compiles_into_one_graph", "packing_compiles_into_one_graph", "decoding_compiles_once"]
 
 
-# of two dozen mixers, each with a sixteenth of the drawn cases that `seqmix check` runs: what they share meets all of
-# them; the nightly profile has ten times as many, and every fixed case always runs
-@parametrize_checks(
-    [MIXERS.resolve(kind).example() for kind in BUILT_IN],
-    checks=[name for name in CHECKS if name not in DEAR],
-    examples=settings().max_examples // 16,
+def cases(kinds, checks):
+    """A sixteenth of the drawn cases that `seqmix check` runs, beside all fixed ones; ten times as many nightly."""
+    configs = [MIXERS.resolve(kind).example() for kind in kinds]
+    return parametrize_checks(configs, checks=checks, examples=settings().max_examples // 16).args[1]
+
+
+# every check meets one mixer of each op family, every mixer what its own code can break; nightly all meet all
+@pytest.mark.parametrize(
+    "check",
+    [
+        *cases(BUILT_IN if NIGHTLY else FAMILIES, [name for name in CHECKS if name not in DEAR]),
+        *([] if NIGHTLY else cases([kind for kind in BUILT_IN if kind not in FAMILIES], OWN)),
+    ],
 )
 def test_conformance(check, device):
     check(device=device)
