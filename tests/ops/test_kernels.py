@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import settings
 
 from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.decay.chunkwise import decay_chunkwise
@@ -35,7 +34,7 @@ PROBE = Probe(device=CPU, dtype=torch.float32, key_width=16, value_width=16)
 
 
 @pytest.mark.conformance
-@parametrize_kernels(examples=settings().max_examples // 2)
+@parametrize_kernels()
 def test_kernels(check, device):
     check(device=device)
 
