@@ -17,7 +17,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The input with elements set to 0, and the others scaled, in training."""
-        if self.place is None or not self.training:
+        if not self.training or self.place is None:
             return super().forward(input)
         with torch.no_grad():
             rows, tokens, channels = (torch.arange(size, device=input.device) for size in input.shape)

@@ -6,6 +6,7 @@ rank, so a resumed run continues exactly as an uninterrupted one.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import NamedTuple
@@ -167,11 +168,11 @@ class Trainer:
             # a copy: without autograd, a mixer may write it in place
             before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
             packed = self.source.packed(Batch(*part))
-            self._place_dropout(step, number * rows, packed.inputs.shape[1], part[0].shape[1])
-            with self._autocast():
-                output = self.objective(self.model, packed, before)
-            assert output.loss is not None
-            yield output.loss / asked.clamp(min=1), output.state
+            with self._dropout_of(step, number * rows, packed.inputs.shape[1], part[0].shape[1]):
+                with self._autocast():
+                    output = self.objective(self.model, packed, before)
+                assert output.loss is not None
+                yield output.loss / asked.clamp(min=1), output.state  # backward may run forward again
 
     def _state_before(self, step: int) -> ModelState | None:
         """The initial state of a step: None, or with training.carry_state that after the previous step."""
@@ -186,16 +187,22 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    def _place_dropout(self, step: int, row: int, width: int, length: int) -> None:
-        """Give dropout the masks of rows of the whole batch, from `row` of this process's on, each `length` long and
-        `width` with others it is packed with."""
+    @contextmanager
+    def _dropout_of(self, step: int, row: int, width: int, length: int) -> Iterator[None]:
+        """Inside, dropout has the masks of rows of the whole batch, from `row` of this process's on, each `length` long
+        and `width` with others it is packed with; outside, those of torch."""
         groups = self.groups
         own = -(-width // groups.context_parallel)  # of the tokens that ranks share
         first = (groups.dp_rank * self.rows + row) * length + groups.rank % groups.context_parallel * own
         keys = np.random.SeedSequence([self.config.seed, step]).generate_state(len(self.dropouts), np.uint64)
         places = torch.tensor([[key, first, length] for key in keys.view(np.int64).tolist()], device=self.model.device)
-        for module, place in zip(self.dropouts, places, strict=True):
-            module.place = place
+        try:
+            for module, place in zip(self.dropouts, places, strict=True):
+                module.place = place
+            yield
+        finally:  # a loop of another's would have one mask for ever
+            for module in self.dropouts:
+                module.place = None
 
     def _seed(self, step: int) -> None:
         """Seed what else draws, by step and by rank beyond the first."""

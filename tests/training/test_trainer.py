@@ -101,6 +101,13 @@ def test_micro_batches_weigh_by_their_number_of_targets_and_drop_the_same(traine
     assert loss(4) == pytest.approx(loss(1), rel=1e-6)
 
 
+def test_after_a_step_dropout_draws_again(trainer_of):
+    trainer = trainer_of("model.dropout=0.5")
+    trainer.train_step(0)
+    one, other = (trainer.model.dropout.train()(torch.ones(2, 4, 8)) for _ in range(2))
+    assert not torch.equal(one, other)
+
+
 def test_dropout_is_a_function_of_the_step(trainer_of):
     # only dropout and data differ between steps, and the data are made the same
     trainer, masks = trainer_of("model.dropout=0.5", FROZEN), []
