@@ -11,6 +11,7 @@ from typing import Any
 
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
+from .scaling import scaling_lines
 from .summary import statistic
 from .timings import NOISE
 
@@ -88,7 +89,8 @@ class Plots:
         found = [self._difficulty(name) for name in names]
         losses = dict.fromkeys(name for row in self.results.summary for name in row.validation_loss_by)
         found += [self._slices(name) for name in losses]
-        return drawable([*found, self._lengths(), *self._variants(), *self._states(), *self._learning_rates()])
+        sizes = [self._lengths(), *self._variants(), *self._scaling()]
+        return drawable([*found, *sizes, *self._states(), *self._learning_rates()])
 
     def speed(self) -> list[Figure]:
         """What training and decoding cost."""
@@ -155,6 +157,23 @@ class Plots:
         for row in self.results.summary:
             scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
         yield self._scores(f"{self.measured} over {label}", f"Each entry at each {label}.", axis, self.axis, scores)
+
+    def _scaling(self) -> Iterator[Figure]:
+        """The loss over the size, and the power law through it, if there are sizes enough."""
+        if not (lines := list(scaling_lines(self.results))):
+            return
+        scores: dict[str, dict[Any, Statistic | None]] = {line.entry: {} for line in lines}
+        for row in self.results.summary:
+            if row.entry in scores and row.parameters:
+                scores[row.entry][float(row.parameters)] = self.score(row)
+        caption = f"Lines are power laws, fitted. {'; '.join(map(str, lines))}."
+        axes = Axis("parameters", log=True), replace(VALIDATION, log=True)
+        figure = self._scores("validation loss by parameters", caption, *axes, scores)
+        ends = [[Point(size, line.loss(size)) for size in (line.sizes[0], line.sizes[-1])] for line in lines]
+        fits = [
+            Series(line.entry, end, self.styles[line.entry], faint=True) for line, end in zip(lines, ends, strict=True)
+        ]
+        yield replace(figure, series=[*fits, *figure.series], joined=False)
 
     def _states(self) -> Iterator[Figure]:
         rows = self._of_best_variant(self.results.summary)

@@ -10,12 +10,15 @@ from ..registry import write_file
 from .differences import leaves
 from .pages import table
 from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
+from .scaling import scaling_lines
 from .summary import best_first
 from .units import number, quantity
 
 
 def notes(results: Results) -> Iterator[str]:
-    """What a reader must know beside the figures: rates at the edge of the grid, and runs that failed."""
+    """What a reader must know beside the figures: how loss falls with size, edges of the grid, runs that failed."""
+    for line in scaling_lines(results):
+        yield f"{line}."
     for row in results.summary:
         if row.at_edge is not None:
             yield (

@@ -49,10 +49,10 @@ def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
     elif spread:
         bar = base.mark_rule(strokeWidth=1.2, clip=True, **dodge).transform_filter("isValid(datum.low)")
         layers.append(bar.encode(y="low:Q", y2="high:Q"))
+    if any("faint" in row for row in rows):
+        layers.append(base.mark_line(strokeWidth=1, opacity=0.4, clip=True).transform_filter("datum.faint"))
     if figure.joined:
-        faint = base.mark_line(strokeWidth=1, opacity=0.4, clip=True).transform_filter("datum.faint")
         lines = base.mark_line(strokeWidth=1.6, clip=True, **dodge).transform_filter("!datum.faint")
-        layers += [faint] if any("faint" in row for row in rows) else []
         layers.append(lines.encode(strokeDash=_by_style("strokeDash", names, [theme.dash(s) for s in names.values()])))
     marker = base.mark_point(filled=True, opacity=1, size=30, clip=True, **dodge).transform_filter("datum.marker")
     shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])

@@ -6,6 +6,7 @@ import math
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from seqmix import SeqmixError
@@ -13,6 +14,7 @@ from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
 from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
+from seqmix.experiments.scaling import scaling_lines
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
@@ -223,3 +225,66 @@ def test_the_page_of_mixers_takes_a_study(tmp_path):
     file.write_text("x")
     with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
         page["fill"](file, {"trained": lines})
+
+
+# ---- how loss falls with size
+
+SIZES = 100_000, 250_000, 900_000
+
+
+def sized(entry, size, loss, **how):
+    variant = how.pop("variant", {"model.d_model": size})
+    return run(entry, loss, variant=variant, **how).model_copy(update={"parameters": size})
+
+
+def study(exponent=0.1, noise=(0.0, 0.0), **how):
+    """Two seeds at each size, on a power law but for the noise of each seed, which takes turns in sign."""
+    return [
+        sized("a", size, 5 * size**-exponent * math.exp(noise[seed] * (-1) ** i), seed=seed, **how)
+        for i, size in enumerate(SIZES)
+        for seed in (0, 1)
+    ]
+
+
+def test_a_power_law_is_found():
+    (line,) = scaling_lines(results(study()))
+    assert (line.exponent, line.error) == pytest.approx((0.1, 0), abs=1e-12)
+    assert line.loss(10**7) == pytest.approx(5 * 1e7**-0.1)
+    assert (line.sizes, line.runs) == (SIZES, 6)
+
+
+def test_its_uncertainty_is_that_of_least_squares():
+    runs = study(noise=(0.01, -0.03))
+    (line,) = scaling_lines(results(runs))
+    x, y = (np.log([getattr(run, name) for run in runs]) for name in ("parameters", "validation_loss"))
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    assert line.exponent == pytest.approx(-slope)
+    assert line.error == pytest.approx(covariance[0, 0] ** 0.5)
+    assert line.error > 1e-3
+
+
+def test_what_is_no_line_of_sizes_has_none():
+    assert not list(scaling_lines(results(study()[:4])))  # two sizes
+    assert not list(scaling_lines(results([run(f"a{i}", 2.0) for i in range(3)])))  # sizes not known
+    lengths = [sized("a", size, 2.0, variant={"d": size, "length": n}) for size in SIZES for n in (8, 16)]
+    assert not list(scaling_lines(results(lengths)))
+    assert not list(scaling_lines(results([sized("a", size, 2.0, accuracy=0.5) for size in SIZES])))
+
+
+def test_runs_are_those_of_the_best_rate():
+    others = [sized("a", size, 9.0, rate=1.0) for size in SIZES] + [sized("a", 10**6, None)]
+    (line,) = scaling_lines(results([*study(), *others]))
+    assert (line.exponent, line.runs) == (pytest.approx(0.1), 6)
+
+
+def test_it_is_drawn_and_said():
+    found = results([*study(noise=(0.01, 0.0)), *(sized("b", size, 3.0) for size in SIZES[:2])])
+    assert "a: the loss falls as parameters^-0.0" in markdown(found)
+    assert "b: the loss" not in markdown(found)
+    (figure,) = [figure for figure in Plots(found).outcomes() if figure.name == "loss-by-parameters"]
+    fitted, measured = figure.series
+    assert fitted.faint
+    assert not measured.faint
+    assert [point.x for point in fitted.points] == [SIZES[0], SIZES[-1]]
+    assert [point.x for point in measured.points] == list(SIZES)
+    assert "parameters^-0.0" in figure.caption
