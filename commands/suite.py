@@ -54,7 +54,7 @@ def suite(
     mixers: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Kinds of mixers (or all: those that come with the library), plug-ins (module:Class), "
+            help="Kinds of mixers (or all: those of the library but parallel_hybrid), plug-ins (module:Class), "
             "NAME={kind: MIXER, ...} with options, presets or files, whose blocks are taken.",
             metavar="[MIXER]...",
         ),
@@ -112,7 +112,7 @@ def suite(
     earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
     chosen = settings.chosen(tasks.split(",") if tasks else [])
     given = [*(REFERENCES if references else ())]
-    given += [kind for each in mixers or () for kind in (MIXERS.built_in() if each == "all" else [each])]
+    given += [kind for each in mixers or () for kind in (_every_kind() if each == "all" else [each])]
     named: dict[str, Candidate] = {}
     for each in map(Candidate.of, given):
         if named.setdefault(each.name, each) != each:
@@ -175,6 +175,13 @@ def suite(
     if failed:
         console.print(f"{failed} runs failed; retry them with: {again}")
         raise typer.Exit(1)
+
+
+def _every_kind() -> list[str]:
+    """What `all` is: not a hybrid, which is nothing before it is told of what."""
+    given = {"kind", "n_heads"}  # by the study
+    fields = {kind: mixer.model_fields.items() for kind, mixer in MIXERS.built_in().items()}
+    return [kind for kind, own in fields.items() if given.issuperset(name for name, it in own if it.is_required())]
 
 
 class _Progress(StudyProgress):
