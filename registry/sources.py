@@ -15,18 +15,18 @@ EXTENDS = "extends"
 """The key that names the preset or file that a file changes."""
 
 
-def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path = Path()) -> Node:
+def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path | None = None) -> Node:
     """The mapping in a source, merged into everything that it extends: a preset of the folder `presets`, or a YAML
     file.
 
-    A word is a file in `folder` if it has a suffix .yaml or .yml or a separator, or exists as one. The class has
-    deprecated names and default kinds.
+    A word is a file if it has a suffix .yaml or .yml or a separator, or exists as one: in `folder`, where a file names
+    it, which is then no pipe or device. The class has deprecated names and default kinds.
 
     Raises:
         ConfigError: a source is unknown, unreadable or not a YAML mapping, or files extend each other in a circle.
     """
-    path = source if isinstance(source, Path) else _locate(source, folder, presets, "")
-    return _read(path, presets, (), "", cls)
+    path = source if isinstance(source, Path) else _locate(source, folder or Path(), presets, "")
+    return _read(path, presets, (), "", cls, by_file=folder is not None)
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
@@ -34,12 +34,14 @@ def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
     return read(source, presets).plain()
 
 
-def _read(path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config]) -> Node:
+def _read(
+    path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config], *, by_file: bool = True
+) -> Node:
     """The tree of a file; `chain` has the files that extend it, and `named_at` begins errors about the file itself."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
         raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
-    document = _document(path, named_at)
+    document = _document(path, named_at, by_file)
     extends = document.child(EXTENDS)
     difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
     if extends is None:
@@ -64,12 +66,12 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
     raise ConfigError(f"{named_at}unknown preset {name!r}; presets: {', '.join(names)}{nearest(name, names)}")
 
 
-def _document(path: Path, named_at: str) -> Node:
-    """The mapping in a file."""
+def _document(path: Path, named_at: str, by_file: bool) -> Node:
+    """The mapping in a file, which another file names, or a command."""
     name = _name(path)
     try:
         # a command may name a pipe, as <(...) does, and a file may not
-        text = (read_bytes(path) if named_at else path.read_bytes()).decode("utf-8")
+        text = (read_bytes(path) if by_file else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")]
         raise ConfigError(f"{named_at}no file {name}{nearest(path.name, siblings)}") from None

@@ -4,7 +4,6 @@ The disk is a function: `os.write` cannot be patched below libraries, so a limit
 stands for it, which every way of writing meets; the signal that comes with it is ignored, as on a full disk.
 """
 
-import os
 import random
 import resource
 import shutil
@@ -13,70 +12,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
+from abuse.commands import commands, environment, prepared
 from abuse.tally import Case
 
-SMALL = (
-    *("model.d_model=16", "model.n_layers=1", "data.sequence_length=16", "training.steps=2", "training.batch_size=2"),
-    *("training.evaluation_batches=1", "training.final_evaluation_batches=1", "training.checkpoint_every=1"),
-    *("training.log_every=1", "data.paths=[text.txt]"),
-)
-TINY = ("retnet-tiny", "model.d_model=16", "model.n_layers=1", "--length", "16", "--tokens", "16")
-LLAMA = (
-    "model={norm: {kind: rmsnorm}, blocks: {attn: {mixer: {kind: attention, n_heads: 4, positions: rope}, "
-    "ffn: {kind: swiglu, expansion: 2.0}, norm: {kind: rmsnorm}}}}"
-)
-"""A model that transformers has too."""
 SIZES = (0, 400, 40_000, None)
 """Bytes that a file may have: nothing, a part of a small one, a part of a large one, all."""
-STUDY = """
-base: retnet-tiny
-mixers: [retention]
-model: {d_model: 16, n_layers: 1}
-data: {sequence_length: 16, paths: [text.txt]}
-training: {steps: 2, batch_size: 2, evaluation_batches: 1, final_evaluation_batches: 1, log_every: 1}
-"""
-
-
-def commands() -> dict[str, list[str]]:
-    """Command lines by what they write; they run beside text.txt, a run, a token file and a study's file."""
-    return {
-        "train": ["train", "retnet-tiny", *SMALL, "--out", "new"],
-        "resume": ["train", "--resume", "run"],
-        "tokenize": ["tokenize", "text.txt", "--out", "new.tokens"],
-        "tokenizer": ["tokenize", "text.txt", "--train-bpe", "300", "--out", "new.tokens"],
-        "save-state": ["generate", "run", "--prompt", "a", "--max-new-tokens", "2", "--save-state", "new.state"],
-        "evaluate": ["evaluate", "run", "--length", "16", "--tokens", "16", "--json", "new.json"],
-        "plot": ["plot", "run", "--out", "new.html"],
-        "plot-png": ["plot", "run", "--figure", "loss", "--out", "new.png"],
-        "export": ["export", "run", "--out", "new.safetensors"],
-        "average": ["average", "run", "--to", "new"],
-        "compare": ["compare", "study.yaml", "--out", "new"],
-        "bench": ["bench", "train", *TINY, "--only", "seqmix", "--json", "new.json", "--markdown", "new.md"],
-        "convert": ["convert", "theirs", "--tokenizer", "bytes", "--to", "new"],
-        "convert-as": ["convert", "llama", "--as", "llama", "--to", "new"],
-        "export-hf": ["export", "llama", "--to", "hf", "new"],
-        "inspect": ["inspect", "llama", "--text", "text.txt", "--out", "new.html", "--json", "new.json"],
-        "check": ["check", "min_gru", "--quick", "--compile", "none", "--json", "new.json", "--junit", "new.xml"],
-    }
 
 
 def full_disk(folder: Path, drawn: random.Random) -> Iterator[Case]:
     """Every command, with every size of what fits."""
-    base = folder / "base"
-    base.mkdir()
-    (base / "text.txt").write_text("the text of a small run, over and over again. " * 60)
-    (base / "study.yaml").write_text(STUDY)
-    _call(base, ["train", "retnet-tiny", *SMALL, "--out", "run"], None)
-    config = base / "run" / "config.yaml"  # which may be edited: it is not done yet
-    config.write_text(config.read_text().replace("  steps: 2\n", "  steps: 3\n"))
-    _call(base, ["train", "attention-tiny", *SMALL, LLAMA, "--out", "llama"], None)
-    _call(base, ["convert", "llama", "--as", "llama", "--to", "theirs"], None)
+    base = prepared(folder)
     for name, arguments in commands().items():
-        if "hf" in arguments and find_spec("transformers") is None:
-            continue
         for size in SIZES:
             where = folder / f"{name}-{size}"
             yield Case(
@@ -122,7 +70,7 @@ def _call(where: Path, arguments: list[str], size: int | None) -> subprocess.Com
         capture_output=True,
         text=True,
         preexec_fn=limit,
-        env=os.environ | {"COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environment(),
         timeout=200,
         check=size is None,
     )

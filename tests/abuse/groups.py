@@ -4,9 +4,14 @@ from abuse.configurations import configurations
 from abuse.exports import exports
 from abuse.full_disk import full_disk
 from abuse.metrics import metrics
+from abuse.noisy_workers import noisy_workers
+from abuse.outputs import outputs
+from abuse.readers import readers
 from abuse.shards import shards
 from abuse.states import states
+from abuse.studies import studies
 from abuse.tally import Group
+from abuse.terminals import terminals
 from abuse.texts import lines, texts
 from abuse.token_files import token_files
 from abuse.vocabularies import vocabularies
@@ -22,8 +27,13 @@ GROUPS: dict[str, Group] = {
     "token_files": token_files,
     "vocabularies": vocabularies,
     "full_disk": full_disk,
+    "studies": studies,
+    "outputs": outputs,
+    "terminals": terminals,
+    "noisy_workers": noisy_workers,
+    "readers": readers,
 }
-SLOW = {"full_disk", "lines"}
+SLOW = {"full_disk", "lines", "outputs", "terminals", "noisy_workers", "readers"}
 """Groups whose cases are commands of several seconds: nightly alone."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""

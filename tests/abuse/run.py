@@ -16,7 +16,7 @@ from abuse.tally import Tally
 def main(asked: list[str]) -> None:
     for name, _, sample in (group.partition("=") for group in asked or GROUPS):
         tally = Tally()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             cases = list(GROUPS[name](Path(folder), random.Random(0)))
             if sample:
                 cases = random.Random(0).sample(cases, min(int(sample), len(cases)))

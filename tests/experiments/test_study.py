@@ -142,6 +142,9 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
             "'retenton'.*\"retention\"?",
         ),
+        # reading one may never end
+        ("base: /dev/null\nmixers: [retention]\n", "/dev/null cannot be read: it is a pipe or a device"),
+        (ALONE + "entries: {a: {extends: /dev/null}}\n", "/dev/null cannot be read: it is a pipe or a device"),
         # what would be changed twice, once in vain
         (
             ALONE + "entries: {a: {training: {learning_rate: 0.5}}}\nlearning_rates: [0.1, 0.2]\n",
