@@ -178,8 +178,8 @@ def suite(
 
 
 def _every_kind() -> list[str]:
-    """What `all` is: not a hybrid, which is nothing before it is told of what."""
-    given = {"kind", "n_heads"}  # by the study
+    """What `all` is: every mixer of the library that needs no options; a hybrid of mixers has to be given them."""
+    given = {"kind", "n_heads"}  # that the study sets
     fields = {kind: mixer.model_fields.items() for kind, mixer in MIXERS.built_in().items()}
     return [kind for kind, own in fields.items() if given.issuperset(name for name, it in own if it.is_required())]
 
