@@ -39,8 +39,8 @@ from ..recurrence import Recurrence, RecurrenceOutput
 from ..triton_launch import UNIT, contiguous, kernels, missing, padded, readable, strides
 from .api import TOLERANCES
 from .recurrent import decay_recurrent
-from .triton_keys import MAX_KEY_CHUNK, KeyLauncher
-from .triton_launch import MAX_KEY_WIDTH, STEP, Launcher, configuration_of, too_wide
+from .triton_keys import MAX_KEY_CHUNK, launcher_of
+from .triton_launch import MAX_KEY_WIDTH, STEP, configuration_of, too_wide
 
 # ---- what is taken
 
@@ -132,13 +132,9 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     return x.q.new_empty(x.v.shape), final_state, entries if x.cu_seqlens is None else entries.zero_()
 
 
-def _launcher(x: Recurrence, needs_log_decay: bool = False) -> Launcher:
-    return KeyLauncher(x) if x.log_decay is not None and x.log_decay.ndim == 4 else Launcher(x, needs_log_decay)
-
-
 def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
-    call = _launcher(x)
+    call = launcher_of(x)
     states = entries if entries.numel() else call.new_states()
     final = final_state if x.output_final_state else None
     call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state), "final": final})
@@ -149,31 +145,21 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final_state), (states,) = gradients.outputs, gradients.saved
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
-    call = _launcher(x, needs_log_decay)
+    call = launcher_of(x, needs_log_decay)
     given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
-    # one kernel finds what of keys that decay by themselves, wanted or not
-    given["log_decay"] = x.log_decay if needs_log_decay or isinstance(call, KeyLauncher) else None
+    given["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
     if not states.numel():
         states = call.new_states()
         call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
-    sums, products, d_states = None, None, call.new_states()
+    products, d_states = call.new_products(call.scan_tiles) if needs_log_decay else None, call.new_states()
     d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     ends = {"initial": d_final, "final": out.get("initial_state")}
-    if isinstance(call, KeyLauncher):
-        call.scan(call.queries, do, d_states, ends, reverse=True)
-        call.backward_keys(do, out, states, d_states)
-        return out
-    if needs_log_decay:
-        sums = out["log_decay"].new_empty(2, call.key_tiles, call.batch, call.heads, call.length)
-        products = out["log_decay"].new_empty(call.chunks, call.heads, call.scan_tiles)
+    if products is not None:
         ends |= {"entries": states, "products": products}
     call.scan(call.queries, do, d_states, ends, reverse=True)
-    results = {"dq": out["q"], "dk": out["k"], "dv": out["v"], "sums": sums}
-    call.backward_band(do, results, states=states, d_states=d_states)
-    if sums is not None and products is not None:
-        call.decay_gradient(do, sums, products, out["log_decay"])
+    call.gradients(do, out, products, states=states, d_states=d_states)
     return out
 
 

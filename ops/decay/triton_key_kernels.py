@@ -24,11 +24,12 @@ from ..triton_tiles import INTERPRETED, VARYING, between, chunk_at, dot, load_ti
 
 @triton.jit(do_not_specialize=VARYING)
 def key_decay(
-    q, k, log_decay, queries, keys, totals, clocks, table, q_row, q_token, q_head, k_row, k_token, k_head,
+    q, k, log_decay, queries, keys, reads, totals, clocks, table, q_row, q_token, q_head, k_row, k_token, k_head,
     scale, length, heads, chunks, chunks_a_row, plane,
     K: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
 ):
-    """Clocks, scale reached q, left k, and total [chunks H K]; a program for every tile of keys, chunk and head."""
+    """Clocks, scale reached q, left k, total [chunks H K], and reached k to reads unless that is None; a program for
+    every tile of keys, chunk and head."""
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
     tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
@@ -49,12 +50,14 @@ def key_decay(
         tl.store(clocks + at, clock, mask=inside)
     last = tl.sum(tl.where(rows[:, None] == m - 1, clock, 0.0), 0)
     tl.store(totals + (chunk * heads + h) * K + ks, tl.exp2(last.to(tl.float32)), mask=ks < K)
-    reached = scale * tl.exp2(clock.to(tl.float32))
+    reached = tl.exp2(clock.to(tl.float32))
     left = tl.exp2(tl.where(inside, (last[None, :] - clock).to(tl.float32), float("-inf")))
     q_tile = load_tile(q + row * q_row + start * q_token + h * q_head, q_token, rows, m, ks, K)
     k_tile = load_tile(k + row * k_row + start * k_token + h * k_head, k_token, rows, m, ks, K)
-    tl.store(queries + at, (q_tile.to(tl.float32) * reached).to(q_tile.dtype), mask=inside)
+    tl.store(queries + at, (q_tile.to(tl.float32) * (scale * reached)).to(q_tile.dtype), mask=inside)
     tl.store(keys + at, (k_tile.to(tl.float32) * left).to(k_tile.dtype), mask=inside)
+    if reads is not None:
+        tl.store(reads + at, (k_tile.to(tl.float32) * reached).to(k_tile.dtype), mask=inside)
 
 
 # ---- pairs
@@ -173,11 +176,12 @@ def _through(same, rows, x, high, low, EXACT: tl.constexpr, REVERSE: tl.constexp
 def _side(
     x, x_token, y, y_token, mine, mine_token, other, other_token, state, clocks, plane, token, out, gradient, m, scale,
     ks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_INNER: tl.constexpr,
-    TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr,
+    TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
 ):
     """dq of the columns ks, from x = do, y = v, mine = q, other = k and S; in reverse dk, from v, do, k, q and dS'.
 
-    Returned is the gradient with what went through the decay of each token.
+    No state is one of zeros; where it is strict, queries see no keys of their own. Returned is the gradient with what
+    went through the decay of each token.
     """
     exact: tl.constexpr = x.dtype.element_ty == tl.float32
     rows = tl.arange(0, C)
@@ -185,8 +189,9 @@ def _side(
     for i in range(0, V, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
         x_tile = load_tile(x, x_token, rows, m, inner, V)
-        inside = (inner[:, None] < V) & (ks[None, :] < K)
-        acc = dot(x_tile, tl.load(state + inner[:, None] + ks[None, :] * V, mask=inside, other=0.0), acc)
+        if state is not None:
+            inside = (inner[:, None] < V) & (ks[None, :] < K)
+            acc = dot(x_tile, tl.load(state + inner[:, None] + ks[None, :] * V, mask=inside, other=0.0), acc)
         d_scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, V)), d_scores)
     whole, part = _clock_of(clocks, plane, token, rows, m, ks, K, exact)
     if REVERSE:
@@ -201,7 +206,8 @@ def _side(
     # what goes through decays: of one size of blocks after another, each added up a turn later
     through, low = my_tile * acc, tl.zeros((C, TILE_OUTER), tl.float32)
     d_scores *= scale
-    acc += tl.sum(tl.where(rows[:, None] == rows[None, :], d_scores, 0.0), 1)[:, None] * wide
+    if not STRICT:
+        acc += tl.sum(tl.where(rows[:, None] == rows[None, :], d_scores, 0.0), 1)[:, None] * wide
     narrow = d_scores.to(other_tile.dtype)
     for level in range(LEVELS):
         half = C >> (level + 1)
@@ -227,11 +233,12 @@ def key_backward(
     q, k, v, do, clocks, totals, states, d_states, dq, dk, d_log_decay, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
     scale, length, heads, chunks, chunks_a_row, plane, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
+    LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
     """dq, dk and the gradient of the log-decays; a program for every tile of keys, chunk and head.
 
-    To a decay every term is added that went through it, and none is taken away again.
+    To a decay every term is added that went through it, and none is taken away again. Where `d_states` is None, what
+    goes through the states that leave is another launch's.
     """
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
@@ -247,20 +254,23 @@ def key_backward(
     do += row * do_row + start * do_token + h * do_head
     at, state = ((row * length + start) * heads + h) * K, (chunk * heads + h) * K * V
     clocks += at
-    kept = tl.zeros((TILE_OUTER,), tl.float32)
-    for i in range(0, V, TILE_INNER):
-        inner = i + tl.arange(0, TILE_INNER)
-        entry = load_tile(states + state, V, ks, K, inner, V).to(tl.float32)
-        kept += tl.sum(entry * load_tile(d_states + state, V, ks, K, inner, V).to(tl.float32), 1)
-    kept *= tl.load(totals + (chunk * heads + h) * K + ks, mask=ks < K, other=0.0)
-    gradient = tl.zeros((C, TILE_OUTER), tl.float32) + kept[None, :]
+    gradient = tl.zeros((C, TILE_OUTER), tl.float32)
+    if d_states is not None:
+        d_states += state
+        kept = tl.zeros((TILE_OUTER,), tl.float32)
+        for i in range(0, V, TILE_INNER):
+            inner = i + tl.arange(0, TILE_INNER)
+            entry = load_tile(states + state, V, ks, K, inner, V).to(tl.float32)
+            kept += tl.sum(entry * load_tile(d_states, V, ks, K, inner, V).to(tl.float32), 1)
+        kept *= tl.load(totals + (chunk * heads + h) * K + ks, mask=ks < K, other=0.0)
+        gradient += kept[None, :]
     gradient = _side(
         do, do_token, v, v_token, q, q_token, k, k_token, states + state, clocks, plane, token, dq + at, gradient, m,
-        scale, ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, False,
+        scale, ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, False, STRICT,
     )
     gradient = _side(
-        v, v_token, do, do_token, k, k_token, q, q_token, d_states + state, clocks, plane, token, dk + at, gradient, m,
-        scale, ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, True,
+        v, v_token, do, do_token, k, k_token, q, q_token, d_states, clocks, plane, token, dk + at, gradient, m, scale,
+        ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, True, STRICT,
     )
     inside = (rows[:, None] < m) & (ks[None, :] < K)
     tl.store(d_log_decay + at + rows[:, None] * token + ks[None, :], gradient, mask=inside)

@@ -3,8 +3,8 @@
 Notation of chunkwise.py, whose equations these are. What decays from or to the ends of a chunk is formed first; with it
 the scan is that of triton.py, without decays of tokens:
 
-    key_decay       scale (q * p), k * s, g, and the clocks
-    key_pairs       A of each chunk
+    key_decay       scale (q * p), k * s, g, and the clocks; of the delta rule also k * p
+    key_pairs       A of each chunk; of the delta rule also (k k^T) * D
     key_band        o = scale (q * p) S + A v, and dv = (k * s) dS' + A^T do
     key_backward    dq, dk and da: what went through the states, and through A by way of the middles of blocks
 
@@ -12,6 +12,7 @@ Backward forms the first two again. This module needs no triton: it is imported 
 """
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ MAX_KEY_CHUNK = 64
 """Tokens of a chunk at most."""
 
 
+def launcher_of(x: Recurrence, needs_log_decay: bool = False) -> Launcher:
+    """What launches the bodies for decays such as a call's."""
+    return KeyLauncher(x) if x.log_decay is not None and x.log_decay.ndim == 4 else Launcher(x, needs_log_decay)
+
+
 class KeyLauncher(Launcher):
     """One call of the op: the operands that have decayed, the scan, and the bodies of its own."""
 
@@ -33,17 +39,31 @@ class KeyLauncher(Launcher):
         # what the scan reads has been scaled and has decayed
         super().__init__(x._replace(log_decay=None, scale=1.0))
         assert self.configuration.keys is not None
-        self.launch = self.configuration.keys
+        self.launch, predicts = self.configuration.keys, x.beta is not None
         self.queries, self.keys = (self.q.new_empty(x.q.shape) for _ in range(2))
+        self.reads = self.q.new_empty(x.q.shape) if predicts else None
         self.totals = x.log_decay.new_empty(self.chunks, self.heads, self.key_width)
-        self.scores = self.q.new_empty(self.chunks, self.heads, self.chunk, self.chunk)
         clocks = x.log_decay.new_empty(2 if x.q.dtype == torch.float32 else 1, *x.q.shape)
         self.own = {"clocks": clocks, "scale": x.scale, "plane": self.common["plane"]}
         self.own |= {"q": self.q, "k": self.k, **strides(q=self.q, k=self.k)}
-        found = {"queries": self.queries, "keys": self.keys, "totals": self.totals}
+        found = {"queries": self.queries, "keys": self.keys, "reads": self.reads, "totals": self.totals}
         self._run("key_decay", self.launch, self.key_width, log_decay=x.log_decay.contiguous(), **found, **self.own)
         self.own["LEVELS"] = self.chunk.bit_length() - 1
-        self._run("key_pairs", self.launch, 1, scores=self.scores, **self.own)
+        self.scores = self._pairs(self.q.dtype)
+        # the rows of an inverse add up roundings of many pairs
+        self.pairs = self.reading(1.0, q=self.k)._pairs(torch.float32) if predicts else None
+
+    def reading(self, scale: float | None = None, **operands: Tensor) -> "KeyLauncher":
+        other, given = copy(self), {} if scale is None else {"scale": scale}
+        other.v = operands.pop("v", self.v)
+        other.own = {**self.own, **operands, **strides(**operands), **given}
+        return other
+
+    def _pairs(self, dtype: torch.dtype) -> Tensor:
+        """What queries have of keys inside chunks: [chunks H C C]."""
+        scores = self.q.new_empty(self.chunks, self.heads, self.chunk, self.chunk, dtype=dtype)
+        self._run("key_pairs", self.launch, 1, scores=scores, **self.own)
+        return scores
 
     def _run(self, name: str, launch: Launch, width: int, **arguments: Any) -> None:
         """Launch a body for every tile of so many columns, chunk and head."""
@@ -68,10 +88,22 @@ class KeyLauncher(Launcher):
         given |= {"out": out, "V": self.value_width, "REVERSE": reverse}
         self._run("key_band", launch, self.value_width, **given, **strides(z=z))
 
-    def backward_keys(self, do: Tensor, out: Mapping[str, Tensor], states: Tensor, d_states: Tensor) -> None:
-        """Fill the gradients of q, k, v and log_decay."""
-        self._band(self.keys, do, d_states, out["v"], reverse=True)
-        given = {"v": self.v, "do": do, "states": states, "d_states": d_states, "totals": self.totals}
-        found = {"dq": out["q"], "dk": out["k"], "d_log_decay": out["log_decay"], "V": self.value_width}
-        given |= strides(v=self.v, do=do)
+    def new_products(self, tiles: int) -> Tensor | None:
+        """None: one body finds the gradient of the log-decays, wanted or not."""
+
+    def gradients(
+        self,
+        do: Tensor,
+        out: Mapping[str, Tensor],
+        products: Tensor | None,
+        *,
+        strict: bool = False,
+        **states: Tensor | None,
+    ) -> None:
+        del products
+        d_states = states["d_states"]
+        if "v" in out and d_states is not None:
+            self._band(self.keys, do, d_states, out["v"], reverse=True)
+        given = {"v": self.v, "do": do, **states, "totals": self.totals, "V": self.value_width, "STRICT": strict}
+        found = {"dq": out["q"], "dk": out["k"], "d_log_decay": out["log_decay"], **strides(v=self.v, do=do)}
         self._run("key_backward", self.launch, self.key_width, **given, **found, **self.own)

@@ -106,8 +106,11 @@ class Launcher:
         full = needs_log_decay or (log_decay is not None and log_decay.ndim == 3)
         self.backward = self.configuration.decay_backward if full else self.configuration.backward
         self.q, self.k, self.v = (readable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
-        # of the scans; and the decays of chunks by key dimension, [chunks H K]
-        self.queries, self.keys, self.totals = self.q, self.k, None
+        # of the scans
+        self.queries, self.keys = self.q, self.k
+        # where every key dimension decays by itself: the decays of chunks, [chunks H K], and A, [chunks H C C]; of the
+        # delta rule also what predicts, [B T H K], and the pairs of keys, [chunks H C C]
+        self.totals, self.scores, self.reads, self.pairs = None, None, None, None
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
@@ -197,19 +200,36 @@ class Launcher:
         """Tiles of dq and dk."""
         return -(-self.key_width // self.backward.tile[1])
 
-    def backward_band(
-        self, do: Tensor, results: Mapping[str, Tensor | None], *, strict: bool = False, **states: Tensor | None
-    ) -> None:
-        """Fill the results dq, dk, and dv and `sums` if they are wanted, from `states` and `d_states`.
+    def new_products(self, tiles: int) -> Tensor | None:
+        """Room for what a scan of so many tiles adds to the gradient of the log-decay, if it is its to find."""
+        return self.q.new_empty(self.chunks, self.heads, tiles, dtype=torch.float32)
 
-        Where it is strict, queries see no keys of their own.
+    def gradients(
+        self,
+        do: Tensor,
+        out: Mapping[str, Tensor],
+        products: Tensor | None,
+        *,
+        strict: bool = False,
+        **states: Tensor | None,
+    ) -> None:
+        """Fill the gradients of q, k, and what else there is of v and log_decay, from `states` and `d_states`.
+
+        Of the latter, and of products [chunks H tiles], there may be none. Where it is strict, queries see no keys of
+        their own.
         """
-        launch = self.backward
-        roles = 2 * self.key_tiles + (0 if results["dv"] is None else -(-self.value_width // launch.tile[1]))
+        launch, sums = self.backward, None
+        dv, log_decay = out.get("v"), out.get("log_decay")
+        if log_decay is not None:
+            sums = log_decay.new_empty(2, self.key_tiles, self.batch, self.heads, self.length)
+        roles = 2 * self.key_tiles + (0 if dv is None else -(-self.value_width // launch.tile[1]))
         self.kernels.band_backward[(roles * self.chunks * self.heads,)](
             do=do,
+            dq=out["q"],
+            dk=out["k"],
+            dv=dv,
+            sums=sums,
             **states,
-            **results,
             TILE_INNER=launch.tile[0],
             TILE_OUTER=launch.tile[1],
             STRICT=strict,
@@ -217,9 +237,10 @@ class Launcher:
             **strides(do=do),
             **launch.options,
         )
+        if log_decay is not None:
+            self._decay_gradient(do, sums, products, log_decay)
 
-    def decay_gradient(self, do: Tensor, sums: Tensor, products: Tensor | None, out: Tensor) -> None:
-        """Fill `out`, the gradient of the log-decay; of `products` [chunks H tiles] there may be none."""
+    def _decay_gradient(self, do: Tensor, sums: Tensor | None, products: Tensor | None, out: Tensor) -> None:
         launch = self.backward
         by_chunk = out if self.decays["rates"] is None else out.new_zeros(self.chunks, self.heads)
         self.kernels.decay_gradient[(self.chunks * self.heads,)](

@@ -145,12 +145,15 @@ def test_a_trial_of_the_delta_rule_has_its_tensors():
 
 
 @needs_triton
-def test_auto_tries_the_delta_rules_kernel(trial):
+@pytest.mark.parametrize("log_decay", ["B T H", "B T H K"])
+def test_auto_tries_the_delta_rules_kernel(trial, log_decay):
     trial(None)
-    found = choose("delta", "auto", replace(ON_GPU, log_decay="B T H"))
+    probe = replace(ON_GPU, dtype=torch.bfloat16, key_width=128, value_width=128, log_decay=log_decay)
+    found = choose("delta", "auto", probe)
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.CHUNKWISE: "triton"}
     assert described("delta", found) == "triton"
-    assert choose("delta", "auto", replace(ON_GPU, log_decay="B T H K")) == dict.fromkeys(Paradigm, "reference")
+    wide = choose("delta", "auto", replace(probe, key_width=256))
+    assert wide == (dict.fromkeys(Paradigm, "reference") if log_decay == "B T H K" else found)
 
 
 @pytest.mark.parametrize("wrong", ["kernel", "reference"])

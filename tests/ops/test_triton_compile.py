@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -203,6 +204,7 @@ class Needs(NamedTuple):
         warps, cap = recorded.options.get("num_warps", 4), recorded.options.get("maxnreg")
         threads, wanted = 32 * warps, 1 if cap is None else REGISTERS // (32 * warps * cap)
         products = recorded.function.__name__ not in {"clocks", "key_decay", "step"}
+        products &= recorded.arguments.get("pairs") is None  # what is solved was formed before
         narrow = recorded.arguments.get("x", recorded.arguments.get("q")) if products else None
         faults = []
         if self.spilled:
@@ -284,6 +286,28 @@ def test_the_delta_rule_fits(dtype, widths):
     found = [x for x in launches[4:] if x.function.__name__ in {"solve", "delta_scan"}]
     assert [x.arguments.get("REVERSE") for x in found] == [None, False, True]
     assert faults(found) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
+    [
+        (torch.bfloat16, (128, 128)),
+        *(pytest.param(dtype, (64, 64), marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)),
+    ],
+)
+def test_the_delta_rule_with_keys_that_decay_by_themselves_fits(dtype, widths):
+    launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H K", beta=True)
+    forward = ["key_decay", "key_pairs", "key_pairs", "solve", "delta_scan"]
+    assert [x.function.__name__ for x in launches] == [
+        *forward,
+        "key_band",
+        *forward,
+        "delta_scan",
+        *["key_backward"] * 2,
+    ]
+    decay, _, pairs, solve, scan, reverse, _, strict = launches[6:]
+    assert strict.arguments["STRICT"]
+    assert faults([decay, pairs, solve, scan, reverse, strict]) == []
 
 
 def test_the_bands_of_the_delta_rule_fit():
@@ -372,8 +396,9 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
                     yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
             if configuration.keys is not None:
                 yield f"{name} C={configuration.chunk} B T H K", chunkwise(configuration, dtype, widths, "B T H K")
-        if not limits(Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])):
-            for decay, learned in decays[-1:] if dtype == torch.float16 else decays:
+        probe = Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])
+        for decay, learned in (*(decays[-1:] if dtype == torch.float16 else decays), ("B T H K", True)):
+            if not limits(replace(probe, log_decay=decay)):
                 launches = chunkwise(configuration, dtype, widths, decay, learned=learned, beta=True)
                 yield f"{name} C={configuration.chunk} {decay or 'none'} {'learned ' if learned else ''}delta", launches
         for decay in (None, "H", "B T H", "B T H K"):
