@@ -79,8 +79,10 @@ def delta_scan(
 
     Forward: U = T beta (v - reached (k S)) to `written`, S' = total S + k^T (left U); S is stored for every chunk.
     In reverse v is do: z = T^T (A^T do + left (k dS')) to `written`, dS = total dS' + q^T (scale reached do) -
-    k^T (beta reached z); dS' is stored for every chunk, and <S, dS'> if the entries S are given. Where every key
-    dimension decays by itself, `totals` [chunks H K] are, q and k have decayed already, and `reads` are reached k.
+    k^T (beta reached z); dS' is stored for every chunk, and <S, dS'> if the entries S are given.
+
+    Where every key dimension decays by itself, q and k have decayed already, `reads` is reached k, and `totals`
+    [chunks H K] is what remains of S.
     """
     tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
     pid = tl.program_id(0).to(tl.int64)

@@ -181,6 +181,18 @@ def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, mon
     compare(decay, lengths, packed=len(lengths) > 1, **sizes)
 
 
+@runs
+@pytest.mark.skipif(NATIVE, reason="on a GPU these are in use")
+@pytest.mark.parametrize(
+    ("bits", "decay"),
+    [(16, KEYS), *(pytest.param(*x, marks=nightly) for x in ((16, "B T H"), (32, "B T H"), (32, KEYS)))],
+)
+def test_those_of_the_delta_rule_in_the_interpreter(bits, decay, monkeypatch):
+    monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, 64, 64))
+    monkeypatch.setattr(delta_triton, "interpreted", lambda: False)
+    compare(decay, [129], kind=DeltaCase, rate=2.0, key_width=64, value_width=64)
+
+
 def compare(decay, lengths, *, tolerance=2e-6, beta=None, spread=0.0, **fields):
     """Against the recurrence in float64, by the norm of each tensor; with a beta given, of keys that are nearly one.
 
