@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -408,3 +409,19 @@ def started_here(overrides: list[str]) -> tuple[bool, int, int, int]:
     ours = {name: full_tensor(p) for name, p in model.named_parameters()}
     same = ours.keys() == alone.keys() and all(torch.equal(ours[name], p) for name, p in alone.items())
     return same, allocated.peak, shards, sum(p.nbytes for p in alone.values())
+
+
+def waits(seconds: int) -> str:
+    """Wait `seconds` at most for the last rank, which is late by thrice as much: what ends the wait."""
+    from seqmix import SeqmixError
+    from seqmix.training.config import DistributedConfig
+    from seqmix.training.process_groups import join_processes
+
+    try:
+        with join_processes(DistributedConfig(timeout=seconds)) as groups:
+            if groups.rank == groups.size - 1:
+                time.sleep(3 * seconds)
+            groups.background.gather(0)
+    except SeqmixError as error:
+        return str(error)
+    return "it waited"

@@ -183,6 +183,8 @@ class DistributedConfig(Config):
     gather_once: bool = False
     """Whether parameters are gathered once per step and gradients reduced once, whatever training.grad_accum_steps is:
     each process then holds all of the model and of its gradients."""
+    timeout: int = Field(default=1800, gt=0, le=7 * 24 * 3600)
+    """Seconds that a process waits for another one before the run ends and names the step."""
 
 
 class RunConfig(Config):

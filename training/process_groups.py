@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,8 @@ class ProcessGroups:
     group: Any = None
     """The torch group of `sum` and `gather`; None for the default one."""
     background_group: Any = None
+    patience: timedelta | None = None
+    """How long this process waits for another one."""
 
     @property
     def background(self) -> "ProcessGroups":
@@ -71,7 +74,11 @@ class ProcessGroups:
         copies = {"data": self.data} if self.data > 1 else {}
         sizes = {**copies, "shard": self.shard * self.context_parallel}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        mesh: Any = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        if copies and self.patience is not None:
+            for group in mesh.get_all_groups():  # torch has no argument for it
+                dist.distributed_c10d._set_pg_timeout(self.patience, group)
+        return mesh
 
     def sum(self, value: Tensor) -> Tensor:
         """All-reduce: the sum over all processes."""
@@ -129,7 +136,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     if size == 1:
         yield ALONE
         return
-    ours = not dist.is_initialized()
+    ours, patience = not dist.is_initialized(), timedelta(seconds=config.timeout)
     if ours:
         gpu = torch.cuda.is_available()
         if gpu:
@@ -140,7 +147,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
             # after a restart by torchrun, the store still has what processes of the attempt before have written
             store = torchs.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         except (ValueError, dist.DistError) as error:
             raise SeqmixError(
                 f"WORLD_SIZE is {size}, and the processes cannot meet: {str(error).splitlines()[0]}; torchrun sets all "
@@ -149,11 +156,12 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     cp_group = None
     for first in range(0, size, cp_size) if cp_size > 1 else ():
         # every process must take part in creating every group
-        group: Any = dist.new_group(list(range(first, first + cp_size)))
+        group: Any = dist.new_group(list(range(first, first + cp_size)), timeout=patience)
         if first <= rank < first + cp_size:
             cp_group = ContextParallel.of(group)
     try:
-        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, dist.new_group(backend="gloo"))
+        everyone = dist.new_group(backend="gloo", timeout=patience)
+        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, everyone, patience)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             when = "".join(getattr(error, "__notes__", ()))  # as the course of a run has it

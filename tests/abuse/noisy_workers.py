@@ -118,5 +118,5 @@ def _try(base: Path, where: Path, code: str, status: int | None) -> None:
     assert (where / "new" / "report.html").is_file(), "no report"
     rows = (where / "new" / "runs.csv").read_text()
     assert "retention-seed0,retention" in rows, "a run is not reported"
-    said = "failed" in done.stdout + done.stderr
+    said = "runs failed" in done.stdout + done.stderr
     assert said == (done.returncode != 0), f"status {done.returncode}, said {done.stdout[-300:]}"

@@ -314,6 +314,11 @@ def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_p
     assert all(each["error"][1].startswith(f"step 3: {said} another process") for each in found)
 
 
+def test_a_process_waits_no_longer_than_it_is_given(two):
+    ended, _ = two("waits", 1)
+    assert ended.startswith("waited in vain for another process")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
