@@ -211,7 +211,7 @@ class _Process:
         gpu: str | None,
         messages: "Queue[tuple[_Process, Message | None]]",
     ) -> None:
-        self.run, self.slot, self.messages = run, slot, messages
+        self.run, self.slot, self.messages, self.folder = run, slot, messages, folder / RUNS / run.name
         self.log = folder / LOGS / f"{run.name}.txt"
         self.last: Message = {}
         threads = plan.study.threads
@@ -232,7 +232,7 @@ class _Process:
             )
         asked = {
             "config": run.config.model_dump(mode="json"),
-            "folder": str(folder / RUNS / run.name),
+            "folder": str(self.folder),
             "threads": threads,
         }
         assert self.popen.stdin is not None
@@ -254,7 +254,7 @@ class _Process:
 
     def problem(self) -> str | None:
         """Why it is not finished, in one sentence; None if it is."""
-        if self.code == FINISHED:
+        if self.code == FINISHED and is_finished(self.run, self.folder):  # what a plug-in ends may have any status
             return None
         if "failed" in self.last:
             return str(self.last["failed"])

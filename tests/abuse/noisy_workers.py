@@ -92,12 +92,8 @@ def noisy_workers(folder: Path, drawn: random.Random) -> Iterator[Case]:
 
 def _try(base: Path, where: Path, code: str, status: int | None) -> None:
     shutil.copytree(base, where)
-    # the study's own process builds models too, on the meta device, and is spared
-    guarded = (
-        f"if 'seqmix.experiments.worker' in sys.modules: {code}"
-        if ";" not in code
-        else (f"if 'seqmix.experiments.worker' in sys.modules: exec({code!r})")
-    )
+    # the study's own process builds models too, and is spared: a worker has no name
+    guarded = f"if sys.argv[0] == '-c': exec({code!r}, globals())"
     (where / "noisy.py").write_text(MODULE.replace("{built}", guarded))
     file = where / "study.yaml"
     file.write_text(file.read_text().replace("mixers: [retention]", "mixers: [retention, 'noisy:NoisyConfig']"))

@@ -158,12 +158,14 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
     folder, *_ = made
     before = {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")}
     assert before
-    monkeypatch.setattr(runner, "PROGRAM", ("false",))  # nothing that begins can work
     monkeypatch.chdir(folder)
-    planned, shown = plan(load_study(Path("small.yaml")), Path("small.yaml")), Quiet()
-    done = make_runs(planned, Path("studies/small"), jobs=1, observer=shown)
-    assert shown.begun == ["broken-seed0"]
-    assert "exit status 1" in done.failed["broken-seed0"]
+    planned = plan(load_study(Path("small.yaml")), Path("small.yaml"))
+    for program, status in (("false", 1), ("true", 0)):  # nothing that begins can work, whatever its status is
+        monkeypatch.setattr(runner, "PROGRAM", (program,))
+        shown = Quiet()
+        done = make_runs(planned, Path("studies/small"), jobs=1, observer=shown)
+        assert shown.begun == ["broken-seed0"]
+        assert f"exit status {status}" in done.failed["broken-seed0"]
     assert {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")} == before
 
 
