@@ -18,8 +18,6 @@ FEW = 10
 NIGHTLY = settings().max_examples >= 1000
 DEAR = {"IsAnotherWhereCompiledForMore"}
 """What is compiled for many sizes until it is caught: nightly alone."""
-LONG = {"thousands_of_tokens_agree", "long_segments_do_not_drift", "long_decoding_does_not_drift"}
-SHORT = [name for name in CHECKS if NIGHTLY or name not in LONG]
 
 
 def name_of(mutant):
@@ -92,8 +90,7 @@ class Tabled(Specimen):
     [
         (SpecimenConfig(), {"examples": FEW, "compiles": NIGHTLY}),
         (CachedConfig(), {"examples": FEW, "compiles": NIGHTLY}),
-        (ListedConfig(), {"examples": 5, "compiles": False, "checks": SHORT}),
-        (TabledConfig(), {"examples": 5, "compiles": False, "checks": SHORT}),
+        *((config(), {"examples": 5, "compiles": False}) for config in (ListedConfig, TabledConfig) if NIGHTLY),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
