@@ -74,7 +74,8 @@ class Block(nn.Module):
         return_values: bool = False,
     ) -> tuple[Any, ...]:
         """One layer over one segment; arguments and result are the mixer's."""
-        x, given = self._given(x, self.mixer_norm)
+        norm, ffn, ffn_norm = self.mixer_norm, self.ffn, self.ffn_norm  # each read of a part is a call
+        x, given = self._given(x, norm)
         residual = {"first_values": first_values, "return_values": return_values}
         mixed, state, *values = self.mixer(
             given,
@@ -84,10 +85,10 @@ class Block(nn.Module):
             return_state=return_state,
             **(residual if return_values or first_values is not None else {}),
         )
-        x = self._added(x, mixed, self.mixer_norm)
-        if self.ffn is not None and self.ffn_norm is not None:
-            x, given = self._given(x, self.ffn_norm)
-            x = self._added(x, self.ffn(given), self.ffn_norm)
+        x = self._added(x, mixed, norm)
+        if ffn is not None and ffn_norm is not None:
+            x, given = self._given(x, ffn_norm)
+            x = self._added(x, ffn(given), ffn_norm)
         return (x, state, *values)
 
     def _given(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -188,20 +188,18 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
-        if not isinstance(paradigm, Paradigm):  # its name
-            paradigm = Paradigm(paradigm)
+        paradigm = paradigm if isinstance(paradigm, Paradigm) else Paradigm(paradigm)  # of its name
         self._require_shapes(x, state, cu_seqlens)
         in_turn = self.cp_group is not None and not self.supports_context_parallel
         if state is not None or in_turn:  # from rank to rank goes a state
             require_state_is_taken(paradigm, self.traits, self.kind)
-        if return_state:
+        elif return_state:
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, return_values)
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+        if compiling := torch.compiler.is_compiling():
             require_compiles(self.traits, self.kind)
-        documents, backend = self._documents(x, cu_seqlens), self.backend_of(paradigm)
-        more = (self.chunk_size, backend, self.cp_group, first_values)
+        documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
+        more = (self.chunk_size, self.backend_of(paradigm), self.cp_group, first_values)
         call = Call(paradigm, state, documents, return_state, *more)
         result = mix_in_turn(self, x, call) if in_turn else self.mix(x, call)
         if not compiling:  # a graph needs no guard for what the eager call has shown
@@ -361,10 +359,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     def _tensor(self) -> Tensor:
         """The tensor whose device and dtype the mixer computes with."""
-        for module in self.modules():  # parameters() takes several times as long, and this is asked for every token
-            for parameter in module._parameters.values():
-                if parameter is not None:
+        parts: list[nn.Module | None] = [self]
+        while parts:  # parameters() takes several times as long, and this is asked for every token
+            if (module := parts.pop()) is not None:
+                if (parameter := next((p for p in module._parameters.values() if p is not None), None)) is not None:
                     return parameter
+                parts += reversed(module._modules.values())
         for buffer in self.buffers():
             if buffer.is_floating_point():  # integers are indices or positions
                 return buffer

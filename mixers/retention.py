@@ -75,10 +75,9 @@ class Retention(QKVMixer):
         return self.config.row_norm or super().counts_positions
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        log_decay, q, scale = self.decay(x.device), h.q, self.key_dim**-0.5
+        q, scale, (exact, log_decay) = h.q, self.key_dim**-0.5, self.decay.log_decays(x.device, self.state_dtype)
         if h.positions is not None and self.config.row_norm:
-            q, scale = q * materialize(once(normalizers, h.positions, log_decay, scale, q.dtype), 2), 1.0
-        log_decay = None if log_decay is None else once(Tensor.to, log_decay, self.state_dtype)
+            q, scale = q * materialize(once(normalizers, h.positions, exact, scale, q.dtype), 2), 1.0
         return decay(q, h.k, h.v, log_decay, call, scale=scale)
 
 

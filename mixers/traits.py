@@ -1,6 +1,7 @@
 """What a mixer declares about itself, and the error of a call that it does not declare."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from ..ops.paradigm import Paradigm
@@ -63,8 +64,10 @@ class Traits:
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> Paradigm:
         """The first of these paradigms that is declared, else any; `from_state` one that takes a state."""
-        declared = {p for p in self.paradigms if self.takes_state(p) or not from_state}
-        return next(p for p in (*paradigms, *Paradigm) if p in declared)
+        for paradigm in chain(paradigms, Paradigm):
+            if paradigm in self.paradigms and (not from_state or self.takes_state(paradigm)):
+                return paradigm
+        raise ContractError("a state was to be taken where there is none")
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
@@ -87,8 +90,8 @@ def require_state(traits: Traits, kind: str) -> None:
 
 def require_state_is_taken(paradigm: Paradigm, traits: Traits, kind: str) -> None:
     """Refuse a state in a paradigm that takes none."""
-    require_state(traits, kind)
     if not traits.takes_state(paradigm):
+        require_state(traits, kind)
         others = ", ".join(sorted(traits.paradigms - {paradigm}))
         raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {others}")
 

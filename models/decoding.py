@@ -11,6 +11,7 @@ from ..mixers import Paradigm
 from ..mixers.state import map_state, to_dict
 from ..ops.autograd import current
 from ..ops.donation import donate_state
+from ..ops.once import Formed, constants_kept
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
@@ -43,6 +44,7 @@ class Decoder:
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
         self._fixed_sizes = False
+        self._constants: Formed = {}
 
     @torch.no_grad()
     @donate_state()
@@ -57,7 +59,8 @@ class Decoder:
             with current(self.model.device):
                 return self._captured.replay(tokens)
         before = self.state
-        logits, self.state = self._step(self.model, tokens, before)
+        with constants_kept(self._constants):
+            logits, self.state = self._step(self.model, tokens, before)
         if self._may_capture:
             # the first step runs uncaptured and shows whether the state grows; only a second step makes sure that the
             # state has room for the calls of a capture

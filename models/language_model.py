@@ -194,13 +194,14 @@ class LanguageModel(nn.Module):
         with nullcontext() if torch.compiler.is_compiling() else formed_once():
             for block, before, how in zip(self.blocks, states, paradigms, strict=True):
                 call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
-                if first_values is None and block.mixer.traits.value_residual:
+                mixer = block.mixer  # each read of a part is a call
+                if first_values is None and mixer.traits.value_residual:
                     call = partial(call, return_values=True)
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     # without early stop: every rank has to run all the communication of a block
                     kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                     call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
-                x, final, *values = call(x, before, first_values if block.mixer.takes_first_values else None)
+                x, final, *values = call(x, before, first_values if mixer.takes_first_values else None)
                 first_values = values[0] if values else first_values
                 after.append(final)
         if self.readout is not None:

@@ -1,6 +1,6 @@
 """One value describes a call: everything that travels beside the tensors of a segment, from a mixer to its op."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -59,9 +59,9 @@ class Call(NamedTuple):
         documents = Documents.of(cu_seqlens, length)
         return cls(Paradigm.named(paradigm), initial_state, documents, output_final_state, chunk_size, backend)
 
-    def enter(self, leaf: str) -> Self:
+    def enter(self, leaf: str) -> "Call":
         """The call of an op that reads one leaf of the mixer's state."""
-        return self if self.state is None else self._replace(state=getattr(self.state, leaf))
+        return self if self.state is None else Call(self.paradigm, getattr(self.state, leaf), *self[2:])
 
     @property
     def cu_seqlens(self) -> Int[Tensor, "N+1"] | None:

@@ -3,16 +3,19 @@
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 R = TypeVar("R")
+Formed: TypeAlias = dict[Hashable, tuple[Any, Any]]
+"""Results and arguments, by form and arguments."""
 
 
 class _Memory(threading.local):
-    formed: dict[Hashable, tuple[Any, Any]] | None = None
+    formed: Formed | None = None
+    constants: Formed | None = None
 
 
 _memory = _Memory()
@@ -24,11 +27,21 @@ def formed_once() -> Iterator[None]:
 
     Without gradients and in eager mode only: a graph of a backward pass would have parts of several layers in common.
     """
-    before, _memory.formed = _memory.formed, None if torch.is_grad_enabled() else {}
+    before, _memory.formed = _memory.formed, None if torch.is_grad_enabled() else {**(_memory.constants or {})}
     try:
         yield
     finally:
         _memory.formed = before
+
+
+@contextmanager
+def constants_kept(constants: Formed) -> Iterator[None]:
+    """Inside this context, in this thread, what `once` forms of no tensor is kept in `constants`, from call to call."""
+    before, _memory.constants = _memory.constants, constants
+    try:
+        yield
+    finally:
+        _memory.constants = before
 
 
 def once(form: Callable[..., R], *args: Any) -> R:
@@ -41,9 +54,11 @@ def once(form: Callable[..., R], *args: Any) -> R:
         return form(*args)
     if torch._C._are_functorch_transforms_active():  # whose tensors hide what they hold
         return form(*args)
-    key = (form, *(_named(x) if isinstance(x, Tensor) else x for x in args))
+    key = (form, *[x if not isinstance(x, Tensor) else id(x) if x.is_floating_point() else _named(x) for x in args])
     if (known := formed.get(key)) is None:
         known = formed[key] = (form(*args), args)  # as long as arguments live, none has the identity of another
+        if _memory.constants is not None and not any(isinstance(x, Tensor) for x in args):
+            _memory.constants[key] = known
     return known[0]
 
 

@@ -170,31 +170,28 @@ def require_recurrence(x: Recurrence) -> None:
         SeqmixError: what does not fit.
     """
     require_floats(x.q, x.k, x.v)
-    shapes = f"given are {list(x.q.shape)}, {list(x.k.shape)}, {list(x.v.shape)}"
     if x.q.ndim != 4 or x.q.shape != x.k.shape or x.v.shape[:3] != x.q.shape[:3] or x.q.shape[1] < 1:
-        raise SeqmixError(f"q and k must be [B T H K] and v [B T H V] with T >= 1; {shapes}")
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
+        raise SeqmixError(f"q and k must be [B T H K] and v [B T H V] with T >= 1; given are {shapes}")
     batch, length, heads, key_width = x.q.shape
     if x.beta is not None and (tuple(x.beta.shape) != (batch, length, heads) or not x.beta.is_floating_point()):
         raise SeqmixError(
             f"beta must be floats [B T H] with B, T, H = {batch}, {length}, {heads}; "
             f"given is {list(x.beta.shape)} of {str(x.beta.dtype).removeprefix('torch.')}"
         )
-    allowed = {"[H]": (heads,), "[B T H]": (batch, length, heads), "[B T H K]": (batch, length, heads, key_width)}
     for name, tensor in (("a", x.a), ("b", x.b)):
         if tensor is not None and (tensor.shape != x.k.shape or not tensor.is_floating_point()):
             raise SeqmixError(
                 f"{name} must be floats [B T H K] like k, {list(x.k.shape)}; given is {list(tensor.shape)} of "
                 f"{str(tensor.dtype).removeprefix('torch.')}"
             )
-    if x.log_decay is not None and tuple(x.log_decay.shape) not in allowed.values():
-        *names, last = allowed
+    if x.log_decay is not None and x.log_decay.shape not in ((heads,), (batch, length, heads), x.q.shape):
         raise SeqmixError(
-            f"log_decay must be None, {', '.join(names)} or {last} with B, T, H, K = {batch}, {length}, {heads}, "
+            f"log_decay must be None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
             f"{key_width}; given is {list(x.log_decay.shape)}"
         )
     require_packing(x.q, x.cu_seqlens)
-    state = (x.rows, *x.matrix)
-    if x.initial_state is not None and tuple(x.initial_state.shape) != state:
+    if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.matrix)):
         raise SeqmixError(f"the initial state must be {list(state)}, and is {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
 

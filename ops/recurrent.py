@@ -140,20 +140,22 @@ def _blocks(stretch: Stretch) -> list[tuple[int, int]]:
 
 # ---- one token
 
+_NOTHING = nullcontext()
+
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, where it is on; it does not know the meta device."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    return torch.autocast(device.type, enabled=False) if on else _NOTHING
 
 
 def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     """exp(a) S before the one token, and whether that may be written: a donated state has decayed in its own place."""
-    state, decay = x.initial_state, decay_at(x.log_decay, 0, x.wide)
+    state, wide = x.initial_state, x.wide
     if state is None:
         return None, False
-    own = x.output_final_state and may_overwrite() and state.dtype == x.wide and state.is_contiguous()
-    state = state.to(x.wide)
+    own = x.output_final_state and may_overwrite() and state.dtype == wide and state.is_contiguous()
+    state, decay = state.to(wide), decay_at(x.log_decay, 0, wide)
     if isinstance(decay, Tensor):
         decay = materialize(decay, 1)
         state = state.mul_(decay) if own else state * decay

@@ -1,6 +1,6 @@
 """Decays that are fixed per head, whatever the tokens are (RetNet, arXiv 2307.08621, Eq. 8)."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...ops.once import once
 
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
+LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
 
 
 class FixedDecay(nn.Module):
@@ -45,18 +46,26 @@ class FixedDecay(nn.Module):
         self.logit.copy_(tokens.log())  # of gamma = tokens / (1 + tokens)
         return ["logit"]
 
-    def forward(self, device: torch.device) -> Float[Tensor, " H"] | None:
-        """Natural log of each head's decay, float64; None where nothing decays."""
+    def log_decays(self, device: torch.device, dtype: torch.dtype = torch.float64) -> LogDecays | tuple[None, None]:
+        """Natural log of each head's decay, as float64 and as `dtype`; None where nothing decays."""
         if self.schedule == "none":
-            return None
-        if self.logit is not None:
-            return F.logsigmoid(self.logit.to(torch.float64))
-        return once(scheduled, self.n_heads, self.schedule, self.gamma, device)
+            return None, None
+        if self.logit is None:
+            return once(_scheduled, self.n_heads, self.schedule, self.gamma, device, dtype)
+        log_decay = F.logsigmoid(self.logit.to(torch.float64))
+        return log_decay, log_decay.to(dtype)
 
 
 def scheduled(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Float[Tensor, " H"]:
     """Natural log of each head's decay by a schedule that decays, float64; `gamma` is that of `constant`."""
     return torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p: 1 - 2^-25 is 1 in float32
+
+
+def _scheduled(
+    n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device, dtype: torch.dtype
+) -> LogDecays:
+    log_decay = scheduled(n_heads, schedule, gamma, device)
+    return log_decay, log_decay.to(dtype)
 
 
 def _leak(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Tensor:

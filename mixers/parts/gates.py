@@ -101,7 +101,8 @@ class GatedNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"], gate: Float[Tensor, "*batch D"] | None) -> Tensor:
         """The map; no gate where there is none."""
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        y, weight = x.to(wide), None if self.weight is None else self.weight.to(wide)
+        y, weight = x if x.dtype == wide else x.to(wide), self.weight
+        weight = None if weight is None else weight.to(wide)
         shared = weight if weight is not None and weight.ndim == 1 else None
         if self.norm == "group":
             y = F.layer_norm(y, y.shape[-1:], shared, eps=self.eps)

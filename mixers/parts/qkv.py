@@ -121,6 +121,7 @@ class QKVMixer(MatrixStateMixer):
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
         written = self.steps * keys, self.steps * values
         self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
+        self.others = tuple(self.widths)[3:]
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
         channels = keys + sum(written)
         self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
@@ -167,15 +168,16 @@ class QKVMixer(MatrixStateMixer):
         """Everything before the recurrence."""
         q, k, v, *rest = self.widths.values()
         if self.silu or self.convolution is not None:  # of queries, keys and values in one product
-            qkv, *others = self.in_proj(x).split([q + k + v, *rest], dim=-1)
+            qkv, *others = self.in_proj(x).split_with_sizes([q + k + v, *rest], -1)
             qkv, recent = self.convolve(qkv, call)
-            qk, v = qkv.split([q + k, v], dim=-1)
+            qk, v = qkv.split_with_sizes([q + k, v], -1)
         else:  # one split: backward joins the gradients of its parts once
-            qk, v, *others = self.in_proj(x).split([q + k, v, *rest], dim=-1)
+            qk, v, *others = self.in_proj(x).split_with_sizes([q + k, v, *rest], -1)
             _, recent = self.convolve(qk, call)
-        more = dict(zip(list(self.widths)[3:], others, strict=True))
+        more = dict(zip(self.others, others, strict=True))
         heads, written = self.n_heads, self.steps * self.n_heads
-        qk, v = qk.unflatten(-1, ((1 + self.steps) * self.n_qk_heads, -1)), v.unflatten(-1, (written, -1))
+        qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # not Tensor's, which takes longer
+        v = torch.unflatten(v, -1, (written, -1))
         qk, positions = self.features(qk), None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
@@ -183,15 +185,16 @@ class QKVMixer(MatrixStateMixer):
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
         if self.n_qk_heads != heads:  # queries and keys of several heads
             qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
-        q, k = qk.to(self.op_dtype(qk.dtype)).split([heads, written], dim=2)
+        q, k = qk.to(self.op_dtype(qk.dtype)).split_with_sizes([heads, written], 2)
         gate = more.pop("gate", None)
-        gate = None if gate is None else gate.unflatten(-1, (self.n_heads, -1))
-        k, v = self.by_step(k), self.by_step(v)
+        gate = None if gate is None else torch.unflatten(gate, -1, (heads, -1))
+        if self.steps != 1:
+            k, v = self.by_step(k), self.by_step(v)
         return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype)
 
     def by_step(self, x: Float[Tensor, "B T n*H *rest"]) -> Float[Tensor, "B T*n H *rest"]:
         """What a token has for each head and step, as one for each step after the other."""
-        return x if self.steps == 1 else x.unflatten(2, (self.steps, -1)).flatten(1, 2)
+        return x.unflatten(2, (self.steps, -1)).flatten(1, 2)
 
     @property
     def counts_positions(self) -> bool:

@@ -65,7 +65,7 @@ def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.de
     pairs = head_dim // 2
     # the authors' schedule includes both ends of the exponent's range
     steps = pairs if schedule == "rope" else max(pairs - 1, 1)
-    return base ** -(torch.arange(pairs, device=device, dtype=torch.float64) / steps)
+    return torch.pow(base, torch.arange(pairs, device=device, dtype=torch.float64) / -steps)
 
 
 def rotated(
@@ -91,7 +91,7 @@ def _rotation_at(
     scaling: LinearScaling | Llama3Scaling | None,
     dtype: torch.dtype,
 ) -> "Rotation":
-    by = rotation(positions, scaled(frequencies(width, schedule, base, positions.device), scaling), dtype)
+    by = rotation(positions, scaled(once(frequencies, width, schedule, base, positions.device), scaling), dtype)
     return by if torch.compiler.is_compiling() else by._replace(unit=torch.complex(by.cos, by.sin))
 
 
@@ -106,14 +106,15 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype) -> Rotation:
     """Cosine and sine of every token's angles."""
-    angles = (positions[..., None].to(torch.float64) * theta)[:, :, None]
+    angles = positions[:, :, None, None] * theta
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"]:
     """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin), in the angles' dtype."""
-    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, by.cos.dtype))
-    pairs = x.unflatten(-1, (-1, 2))
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, by.cos.dtype)
+    x = x if dtype == wide else x.to(wide)  # a call even where it changes nothing
+    pairs = torch.unflatten(x, -1, (-1, 2))
     # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
         unit = torch.complex(by.cos, by.sin) if by.unit is None else by.unit
@@ -121,11 +122,11 @@ def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"
     else:
         cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
         turned = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
-    return turned.to(dtype)
+    return turned if dtype == wide else turned.to(dtype)
 
 
 def _is_complex_view(x: Tensor) -> bool:
     """Whether pairs of x can be read as complex numbers where they lie."""
     *outer, inner = x.stride()
-    even = all(step % 2 == 0 for step in (x.storage_offset(), *outer))
-    return x.dtype in (torch.float32, torch.float64) and inner == 1 and even
+    even = math.gcd(x.storage_offset(), *outer) % 2 == 0
+    return even and inner == 1 and x.dtype in (torch.float32, torch.float64)

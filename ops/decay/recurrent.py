@@ -25,16 +25,16 @@ from ..recurrent import (
 
 class _Decay(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
+        dtype = x.q.dtype
         with no_autocast(x.q.device):
-            wide = x.wide
-            query, key, value = (tensor.squeeze(1).to(wide) for tensor in (x.q, x.k, x.v))  # [B H *]
+            x = x if dtype == x.wide else x.widened()
             # not transposed: an axis of one would keep its stride, which the state would take over
-            column, value = materialize(key.unsqueeze(3), 2), value.unsqueeze(2)
+            column, value = materialize(x.k.squeeze(1).unsqueeze(3), 2), x.v.squeeze(1).unsqueeze(2)
             kept, own = entry_of(x)
             state = column * value if kept is None else add_outer(kept, own, column, value)
-            query = query if x.scale == 1 else x.scale * query
-            output = materialize(query.unsqueeze(2), 3) @ state
-        return output.to(x.q.dtype).transpose(1, 2), state
+            query = x.q.transpose(1, 2)
+            output = materialize(query if x.scale == 1 else x.scale * query, 3) @ state
+        return output.to(dtype).transpose(1, 2), state
 
     def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
         written = outer(x.k[:, t], x.v[:, t])

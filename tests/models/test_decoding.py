@@ -1,5 +1,6 @@
 """Decoding token by token: compiled, in static buffers and captured, it gives what eager steps give."""
 
+import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -184,6 +185,33 @@ def test_what_positions_and_constants_decide_is_formed_once_a_step(model_of, mix
     assert more.total() <= operations, more
     assert not more.keys() & {"linspace", "exp2", "pow", "cos", "sin", "expm1", "log1p", "complex"}
     assert seen(1)["cos"]
+
+
+def test_what_constants_decide_is_formed_once_for_all_steps(model_of):
+    model = model_of("retention")
+    _, state = prefill(model, PROMPTS, max_length=9)
+    decoder, formed, of_positions = Decoder(model, state), [], {"aten.cos.default"}
+    for tokens in STEPS[:3]:
+        with Watched() as watched:
+            decoder.step(tokens)
+        formed.append({"aten.pow.Scalar", "aten.exp2.default", *of_positions} & {str(op) for op, _ in watched.seen})
+    assert formed == [{"aten.pow.Scalar", "aten.exp2.default", *of_positions}, of_positions, of_positions]
+
+
+def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
+    def calls(layers):
+        model = model_of("retention", n_layers=layers)
+        _, state = prefill(model, PROMPTS, max_length=9)
+        decoder, found = Decoder(model, state), []
+        for tokens in STEPS[:4]:  # what a garbage collector calls is not in all of them
+            seen = Counter()
+            sys.setprofile(lambda frame, event, arg, seen=seen: seen.update([event]))
+            decoder.step(tokens)
+            sys.setprofile(None)
+            found.append(seen["call"] + seen["c_call"])
+        return min(found)
+
+    assert calls(4) - calls(2) <= 2 * 350
 
 
 def test_a_growing_state_is_not_captured(model_of, captured):
