@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..ops.call import Call
 from ..ops.convolution import convolve_long
+from ..ops.once import once
 from ..ops.packing import require_async
 from ..ops.paradigm import Paradigm
 from .contract import MixerConfig, SequenceMixer
@@ -148,7 +149,8 @@ class Hyena(SequenceMixer[HyenaState]):
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
         # with return_state the tokens have to fit into an allocated state; without, they need not
-        filters = self.filters(room if allocated and call.return_state else room + length).unbind()
+        fits = allocated and call.return_state
+        filters = (once(self.filters, room) if fits else self.filters(room + length)).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # below that it is the gate that has no filter

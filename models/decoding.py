@@ -33,7 +33,7 @@ class Decoder:
     static buffers, and a step is a single launch.
 
     Args:
-        model: the model; its training mode is the caller's.
+        model: the model; its training mode is the caller's, and its parameters stay as they are from step to step.
         state: the state after the prefix, from `prefill` or `init_state`; donated: the decoder may write into it.
         compiled: whether to compile the step, all layers in one graph.
     """

@@ -1,4 +1,7 @@
-"""What several layers form of the same positions and constants is formed once in a call of a model."""
+"""What several layers form of the same positions and constants is formed once in a call of a model.
+
+What no tensor decides, or the parameters alone, a decoder forms once for all its steps.
+"""
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -45,7 +48,7 @@ def constants_kept(constants: Formed) -> Iterator[None]:
 
 
 def once(form: Callable[..., R], *args: Any) -> R:
-    """form(*args), a function of its arguments alone, whose result nobody writes.
+    """form(*args), a function of its arguments alone (a method: of its module's parameters too), which nobody writes.
 
     A tensor is the same argument if it is the same object, or holds the same positions [N] on a CPU: each layer's state
     has a leaf of its own. Everything else is compared by value.

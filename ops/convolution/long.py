@@ -216,7 +216,7 @@ def _sums_backward(d_new: Tensor, seen: Tensor, filters: Tensor) -> tuple[Tensor
 
 def _reversed(filters: Tensor, seen: Tensor) -> Tensor:
     """The taps that what was seen can meet, in its order: that of the newest last, [L D]."""
-    return filters[:, : seen.shape[1]].to(seen.dtype).flip(1).T.contiguous()
+    return filters[:, : seen.shape[1]].T.to(seen.dtype).flip(0).contiguous()  # a module's lie as [L D]
 
 
 def _newest(seen: Tensor, taps: Tensor) -> Tensor:

@@ -198,6 +198,23 @@ def test_what_constants_decide_is_formed_once_for_all_steps(model_of):
     assert formed == [{"aten.pow.Scalar", "aten.exp2.default", *of_positions}, of_positions, of_positions]
 
 
+@pytest.mark.parametrize(("mixer", "part"), [("hyena", "filters"), ("h3", "diagonal"), ("lightning", "log_decay")])
+def test_what_parameters_alone_decide_is_formed_once_for_all_steps(model_of, monkeypatch, mixer, part):
+    model, formed = model_of(mixer, n_layers=2), []
+    kind = type(model.blocks[0].mixer)
+    form = getattr(kind, part)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected = eager(model, clone(state))
+    monkeypatch.setattr(kind, part, lambda self, *args: formed.append(self) or form(self, *args))
+    assert_close(decoded(Decoder(model, state)), expected)
+    assert formed == [block.mixer for block in model.blocks]
+    with torch.no_grad():  # others' calls follow the parameters
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    _, state = prefill(model, PROMPTS, max_length=20)
+    assert_close(decoded(Decoder(model, clone(state))), eager(model, state))
+
+
 def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
     def calls(layers):
         model = model_of("retention", n_layers=layers)
