@@ -1,6 +1,7 @@
 """Differences between tensors that should be equal: how many elements, by how much, and where first."""
 
 import cmath
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -53,7 +54,8 @@ class Differences:
             self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
         elif not torch.equal(actual, expected) and not self._near(actual, expected):
             tolerance = self.tolerance if is_inexact(actual) else 0
-            absolute = tolerance * max(1.0, _size(expected)) + self.slack.get(name, 0)
+            slack = self.slack.get(name, 0.0)
+            absolute = tolerance * max(1.0, _size(expected)) + (slack if math.isfinite(slack) else 0.0)
             wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=absolute)
             self.lines += _difference(name, actual, expected, wrong, axes)
 

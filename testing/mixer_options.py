@@ -5,6 +5,7 @@ Literals and booleans are tried in every value, `X | None` in None too. Numbers 
 """
 
 from collections.abc import Callable, Iterable
+from itertools import permutations
 from random import Random
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -26,6 +27,9 @@ CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 BOUNDS = ("ge", "gt", "le", "lt")
 
 UNEVEN = 3
+
+SHARED = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 3))
+"""Heads, and groups of them."""
 
 FAR = 64
 """An upper bound above it guards against mistakes, and costs too much to be tried."""
@@ -106,6 +110,16 @@ def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: 
                 options[name] = value
         left = [pair for pair in left if not all(options.get(name) == value for name, value in pair)]
         found.append(options)
+    return found
+
+
+def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Heads that share something, neither one nor each for itself: which head reads which can be wrong there alone."""
+    names = [name for name in alternatives(config) if "heads" in name or "group" in name]
+    found: list[dict[str, Any]] = []
+    for many, few in permutations(names, 2):
+        options = ({many: heads, few: groups} for heads, groups in SHARED)
+        found += [each for each in options if accepts(each)][:1]
     return found
 
 

@@ -15,7 +15,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
 from .mixer_case import LAYERS
-from .mixer_options import changed, drawn_options, pairs, require_examples, singly
+from .mixer_options import changed, drawn_options, pairs, require_examples, shared, singly
 from .search import where_raised
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
@@ -99,6 +99,11 @@ class Subject:
         if which not in self._always:
             self._always[which] = (singly if which == "values" else pairs)(self.config, self.accepts)
         return self._always[which]
+
+    @cached_property
+    def shared(self) -> list[dict[str, Any]]:
+        """Changes with which heads share something."""
+        return shared(self.config, self.accepts) if self.vary else []
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import create_model
+from pydantic import Field, create_model
 from torch import nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
@@ -39,7 +39,9 @@ class Unusual(SequenceMixer):
 
     def __init_subclass__(cls, right=True):
         name = cls.__name__.lower()
-        cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, kind=(Literal[name], name))
+        paradigm = next(p for p in (Paradigm.RECURRENT, *Paradigm) if p in cls.declares.get("paradigms", RECURRENT))
+        more = {"kind": (Literal[name], name), "paradigm": (Paradigm, Field(paradigm, strict=False))}
+        cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, **more)
         cls.config_class.layer = cls
         globals()[cls.config_class.__name__] = cls.config_class
         if right:
@@ -598,3 +600,49 @@ class BlockSparse(Unusual):
             seen = seen | (block == (q[:, None] @ means.mT)[:, 0].argmax(-1, keepdim=True))
         scores = (q[:, None] @ wide.mT)[:, 0].masked_fill(~seen, -torch.inf)
         return (scores.softmax(-1)[:, None] @ values.to(u.dtype))[:, 0], Keys(keys, values)
+
+
+class Difference(Unusual):
+    """y_t = x_t - x_{t-1}, in parallel alone, with a constant state: nothing decodes it, and nothing is learned."""
+
+    declares: ClassVar = {"paradigms": frozenset([Paradigm.PARALLEL])}
+    inputs = 0
+
+    def parts(self):
+        self.register_buffer("one", torch.empty(1))
+
+    def reset_parameters(self):
+        self.one.fill_(1)
+
+    def parallel(self, u, state):
+        return u - torch.cat((state.memory[:, None], u[:, :-1]), dim=1), Memory(u[:, -1].clone())
+
+
+class Blocks(NamedTuple):
+    means: torch.Tensor
+    waiting: torch.Tensor
+
+
+class WholeBlocks(Unusual):
+    """Attention to the means of whole blocks of four, none of which the first four tokens read."""
+
+    declares: ClassVar = {"state": "growing", "shift_invariant": False}
+    inputs = 0
+
+    def parts(self):
+        self.q_proj = nn.Linear(self.width, self.width, bias=False)
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Blocks(*(self.zeros(batch_size, 0, self.width) for _ in range(2)))
+
+    def flops(self, length, paradigm, context=0):
+        blocks = sum(n // 4 for n in range(context, context + length))
+        return 2 * length * self.width**2 + 4 * blocks * self.width
+
+    def token(self, u, state):
+        means, waiting = state.means, torch.cat((state.waiting, u[:, None]), dim=1)
+        q = F.linear(u, self.q_proj.weight.to(u.dtype))[:, None]
+        o = (q @ means.mT).softmax(-1) @ means if means.shape[1] else 0 * q
+        if waiting.shape[1] == 4:
+            means, waiting = torch.cat((means, waiting.mean(1, keepdim=True)), dim=1), waiting[:, :0]
+        return o[:, 0], Blocks(means, waiting.clone())

@@ -175,6 +175,28 @@ class StepsTileTheGroups(GroupedConfig):
             return qk, tiled, a
 
 
+class FewGroupsConfig(GroupedConfig):
+    n_heads: int = Field(default=2, gt=0)
+    n_groups: int = Field(default=0, ge=0, examples=[1])
+
+
+@mutant(check="paradigms_agree")
+class RecurrentTilesTheGroups(FewGroupsConfig):
+    """The recurrent paradigm repeats the values of groups in another order, and the only example of a number of groups
+    is 1 (candle-vllm #52, axlearn #842)."""
+
+    class layer(Specimen):  # noqa: N801
+        def heads(self, x):
+            qk, v, a = super().heads(x)
+            return qk, v[:, : self.config.n_groups or None], a
+
+        def attend(self, paradigm, tokens, state):
+            q, k, v, a, one = tokens
+            each, tiles = q.shape[1] // v.shape[1], paradigm is Paradigm.RECURRENT
+            v = v.repeat(1, each, 1, 1) if tiles else v.repeat_interleave(each, 1)
+            return super().attend(paradigm, [q, k, v, a, one], state)
+
+
 @mutant(check="dtypes_are_kept")
 class RoundsAtAStep(Specimen):
     """A step for one token gives its state in 16 bits, in a tensor of 32: what is small beside it is lost at every
