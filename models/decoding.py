@@ -41,15 +41,19 @@ class Decoder:
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
         self.model, self.state = model, state
         self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
+        self._compiled = compiled
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
         self._fixed_sizes = False
         self._constants: Formed = {}
 
     @torch.no_grad()
-    @donate_state()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; they may overwrite those of the previous step."""
+        with donate_state(compiled=self._compiled), constants_kept(self._constants):
+            return self._next(tokens)
+
+    def _next(self, tokens: Tensor) -> Tensor:
         if self._fixed_sizes and self._captured is None:
             held = Held(partial(self._step, self.model), tokens, self.state)
             with current(self.model.device):
@@ -59,8 +63,7 @@ class Decoder:
             with current(self.model.device):
                 return self._captured.replay(tokens)
         before = self.state
-        with constants_kept(self._constants):
-            logits, self.state = self._step(self.model, tokens, before)
+        logits, self.state = self._step(self.model, tokens, before)
         if self._may_capture:
             # the first step runs uncaptured and shows whether the state grows; only a second step makes sure that the
             # state has room for the calls of a capture

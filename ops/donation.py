@@ -8,26 +8,28 @@ import torch
 
 
 class _Permission(threading.local):
-    given = False
+    given = compiled = False
 
 
 _permission = _Permission()
 
 
 @contextmanager
-def donate_state() -> Iterator[None]:
+def donate_state(*, compiled: bool = False) -> Iterator[None]:
     """Inside this context, in this thread, an op may write the next state in place of the one it is given.
 
-    Only without gradients, and in eager mode: compiled code ignores it.
+    Only without gradients. A compiler makes a constant of the permission: `compiled` gives it to graphs as well, and
+    whatever is compiled inside must then be called inside such a context alone.
     """
-    before, _permission.given = _permission.given, True
+    before = _permission.given, _permission.compiled
+    _permission.given, _permission.compiled = True, compiled
     try:
         yield
     finally:
-        _permission.given = before
+        _permission.given, _permission.compiled = before
 
 
 def may_overwrite() -> bool:
     """Whether the given state may be overwritten."""
-    # a compiler would make a constant of the flag
-    return not torch.compiler.is_compiling() and _permission.given and not torch.is_grad_enabled()
+    given = _permission.compiled if torch.compiler.is_compiling() else _permission.given
+    return given and not torch.is_grad_enabled()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dispatched import Watched
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
 import seqmix.models.decoding as module
@@ -53,6 +54,38 @@ def test_compiled_steps_are_the_models_and_one_graph(model_of):
     _, state = prefill(model, [torch.arange(7), torch.arange(9)], max_length=20)
     assert_close(decoded(Decoder(model, clone(state), compiled=True)), eager(model, clone(state)))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("plainly_compiled")
+def test_compiled_steps_write_their_state_in_its_place(model_of):
+    model = model_of("retention", "gla", "delta_net")
+    _, state = prefill(model, PROMPTS, max_length=20)
+    expected, memories = eager(model, clone(state)), [layer.memory.data_ptr() for layer in state]
+    decoder = Decoder(model, state, compiled=True)
+    assert_close(decoded(decoder), expected)
+    assert [layer.memory.data_ptr() for layer in decoder.state] == memories
+
+
+@pytest.mark.slow
+def test_a_compiled_step_makes_no_second_state(model_of):
+    model = model_of("retention")
+    decoder = Decoder(model, model.init_state(2), compiled=True)
+    _, (code,) = run_and_get_code(decoder.step, STEPS[0])
+    shape = str(tuple(decoder.state[0].memory.shape))
+    assert f"({shape}" in code
+    assert f"empty_strided_cpu({shape}" not in code
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("plainly_compiled")
+def test_blocks_that_a_decoder_has_compiled_write_no_others_state(model_of):
+    model = model_of("retention", "delta_net")
+    compile_blocks(model)
+    Decoder(model, model.init_state(2)).step(STEPS[0])
+    _, state = prefill(model, PROMPTS)
+    before = clone(state)
+    eager(model, state, 2)
+    assert_close(state, before, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("plainly_compiled")

@@ -38,3 +38,19 @@ def test_a_step_writes_a_donated_state_in_its_place(step):
         output, final = step(initial_state=state, **options)
     assert final.data_ptr() == state.data_ptr()
     assert_close((output, final), tuple(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_compiled_it_does_where_that_is_permitted_to_graphs(step):
+    def decoded(state):
+        return step(initial_state=state, paradigm="recurrent", output_final_state=True)
+
+    states = torch.randn(2, 3, 2, 4, 5)
+    expected = [decoded(state.clone()).final_state for state in states]
+    for state, final, permitted in zip(states, expected, (False, True), strict=True):
+        torch._dynamo.reset()
+        with donate_state(compiled=permitted):
+            _, found = torch.compile(decoded, backend="eager", fullgraph=True)(state)
+        assert_close(found, final)
+        assert (found.data_ptr() == state.data_ptr()) is permitted

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from recurrences import CPU, INPUTS, case_of, differentiate
+from torch._inductor.utils import run_and_get_code
 
 from seqmix import build_model
 from seqmix.mixers.delta_net import DeltaNetConfig
@@ -423,6 +424,29 @@ def test_what_a_step_cannot_do_is_refused():
     ):
         with pytest.raises(SeqmixError, match=named):
             decay_step_triton(call_of(*segment, a, given))
+
+
+@runs
+@nightly
+@torch.no_grad()
+def test_a_compiled_step_copies_no_donated_state():
+    q, k, v, a = (x.to(DEVICE) for x in (*torch.randn(2, 2, 1, 2, 16), torch.randn(2, 1, 2, 16), -torch.rand(2)))
+    given, copied = torch.randn(2, 2, 2, 16, 16, device=DEVICE)
+    options = {"initial_state": given, "output_final_state": True}
+    expected = decay_recurrent_triton(q, k, v, a, **options)
+
+    def decoded(state):
+        return decay_recurrent_triton(q, k, v, a, **options | {"initial_state": state})
+
+    compiled = torch.compile(decoded, fullgraph=True)
+    with donate_state(compiled=True):
+        found, (code,) = run_and_get_code(compiled, given)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    assert found.final_state.data_ptr() == given.data_ptr()
+    assert "clone" not in code[code.index("def call(") :]
+    torch._dynamo.reset()
+    _, (code,) = run_and_get_code(compiled, copied)
+    assert "clone" in code[code.index("def call(") :]
 
 
 @on_a_gpu
