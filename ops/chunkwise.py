@@ -4,8 +4,9 @@ Notation of recurrence.py, and a chunk of m tokens with entry state S and exit s
 more to call than to compute: chunks that do not wait for each other are computed in groups of n, and the chunks of a
 group, the batch and the heads are one dimension, G = n B H, as batched products want it.
 
-The forward pass saves the chunks' entry states only; the backward pass recomputes the rest. Only states wait for each
-other. A ragged last chunk is simply shorter: nothing is padded. Chunks never straddle a document.
+The forward pass saves the chunks' entry states only, of packed documents those of later chunks than the first; the
+backward pass recomputes the rest. Only states wait for each other. A ragged last chunk is simply shorter: nothing is
+padded. Chunks never straddle a document.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Op
-from .chunks import Group, capacity, groups, operand, store
+from .chunks import Group, groups, operand, store
+from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
 
@@ -107,10 +109,17 @@ def chunkwise_kernel(name: str, chunks: Callable[[Recurrence, bool], Chunks]) ->
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
-    chunks, nothing = capacity(x.q.shape[1], x.chunk_size, x.cu_seqlens), x.q.new_empty(0, dtype=x.wide)
+    length, chunk, nothing = x.q.shape[1], x.chunk_size, x.q.new_empty(0, dtype=x.wide)
+    # documents have no more later chunks than they would have as one, however many they are
+    saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
     final_state = x.new_state(x.rows).zero_() if x.output_final_state else nothing
-    entries = x.new_state(chunks, x.q.shape[0]) if x.needs_grad else nothing.clone()
+    entries = x.new_state(saved, x.q.shape[0]) if x.needs_grad else nothing.clone()
     return x.q.new_empty(x.v.shape), final_state, entries
+
+
+def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
+    """Entry states of a group that are not saved: of a document's first chunk, which is its initial state, or 0."""
+    return int(x.cu_seqlens is not None and group.start == stretch.start)
 
 
 def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
@@ -124,17 +133,18 @@ def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
 def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
     rows, batch, index = x.q.shape[0] * x.q.shape[2], x.q.shape[0], 0
-    room = entries if x.needs_grad else x.new_state(chunks.most + 1, batch)
+    room = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.most + 1, batch)
     for stretch in x.stretches:
         state = None if x.initial_state is None else x.initial_state[stretch.rows]
         for group in groups(stretch, x.chunk_size, chunks.most):
             first, last = group.start == stretch.start, group.stop == stretch.stop
+            unsaved = _unsaved(x, stretch, group)
+            saved = entries[index : index + group.chunks - unsaved]
             # the states before each chunk and after the last, each formed in its place
-            at = index if x.needs_grad else 0
-            entered = room[at : at + group.chunks]
+            entered = saved if x.needs_grad and not unsaved else room[: group.chunks]
             states = [*entered]
             if not last:
-                states.append(room[at + group.chunks])
+                states.append(entries[index + len(saved)] if x.needs_grad else room[group.chunks])
             elif x.output_final_state:
                 states.append(final_state[stretch.rows])
             if state is None:
@@ -144,7 +154,9 @@ def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
             # nothing is read of a state that is 0
             around = ChunkStates(entered, slice(rows if state is None else 0, None))
             store(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), around, states[1:]))
-            index, state = index + group.chunks, states[-1]
+            if x.needs_grad and unsaved:
+                saved.copy_(entered[1:])
+            index, state = index + len(saved), states[-1]
         if x.output_final_state and state is not None and stretch.start == stretch.stop:
             final_state[stretch.rows].copy_(state)
     if x.needs_grad:
@@ -165,14 +177,19 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
     rows, most = x.q.shape[0] * x.q.shape[2], chunks.most
     runs = [(stretch, groups(stretch, x.chunk_size, most)) for stretch in x.stretches]
-    index = sum(group.chunks for _, cuts in runs for group in cuts)
+    index = sum(group.chunks - _unsaved(x, stretch, group) for stretch, cuts in runs for group in cuts)
     # of the states before each chunk of a group and after the last
     d_states = x.new_state(most + 1, x.q.shape[0])
     for stretch, cuts in reversed(runs):
         # the gradient of the state after the group; None while nothing depends on it
         d_state = None if d_final_state is None else d_final_state[stretch.rows]
         for group in reversed(cuts):
-            index -= group.chunks
+            unsaved = _unsaved(x, stretch, group)
+            index -= group.chunks - unsaved
+            entered = entries[index : index + group.chunks - unsaved]
+            if unsaved:
+                initial = x.new_state(1, 1).zero_() if x.initial_state is None else x.initial_state[None, stretch.rows]
+                entered = torch.cat((initial.to(x.wide), entered))
             # chunks that read a state which may be other than 0, and that leave one on which something depends
             blank = rows if group.start == stretch.start and x.initial_state is None else 0
             unread = rows if d_state is None else 0
@@ -185,7 +202,7 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
                 group,
                 _tokens(x, group, chunks.dtype),
                 operand(d_output, group, chunks.dtype),
-                ChunkStates(entries[index : index + group.chunks], slice(blank, None)),
+                ChunkStates(entered, slice(blank, None)),
                 after,
                 slice(0, group.chunks * rows - unread),
             )

@@ -6,8 +6,8 @@ Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_
     dS_t = dS_t^+ + scale q_t^T do_t        dq_t = scale do_t S_t^T
     dS_{t-1}^+ and the other gradients = write_backward(dS_t)
 
-It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state is saved; the backward pass
-recomputes the states between, so memory grows slowly with T.
+It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state of a document is saved but the
+first, which is given; the backward pass recomputes the states between, so memory grows slowly with T.
 """
 
 from abc import ABC, abstractmethod
@@ -77,8 +77,7 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and the saved states [blocks B H K V], which are empty unless wanted."""
-    documents = 0 if x.cu_seqlens is None else x.rows
-    blocks = -(-x.q.shape[1] // BLOCK) + documents
+    blocks = (x.q.shape[1] - 1) // BLOCK  # documents have no more of them than they would have as one
     saved = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
     return x.q.new_empty(x.v.shape), x.new_state(x.rows).zero_(), saved
 
@@ -92,7 +91,7 @@ def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
         if x.initial_state is not None:
             state = x.initial_state[stretch.rows]
         for start, stop in _blocks(stretch):
-            if x.needs_grad:
+            if x.needs_grad and start > stretch.start:
                 saved[index] = state
                 index += 1
             for t in range(start, stop):
@@ -100,7 +99,7 @@ def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
                 output[:, t] = read(query[:, t], state)
         final_state[stretch.rows] = state
     if x.needs_grad:
-        saved[index:].zero_()  # documents that end in one block leave rows over
+        saved[index:].zero_()  # documents may leave rows over
     return output, final_state, saved
 
 
@@ -113,14 +112,19 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
     x = x.widened()
     query, d_output = x.scale * x.q, torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
     runs = [(stretch, _blocks(stretch)) for stretch in x.stretches]
-    index = sum(len(blocks) for _, blocks in runs)
+    index = sum(max(len(blocks) - 1, 0) for _, blocks in runs)
     for stretch, blocks in reversed(runs):
         d_state = x.new_state(x.q.shape[0] if x.cu_seqlens is None else 1).zero_()
         if d_final_state is not None:
             d_state = d_final_state[stretch.rows].to(x.wide)
         for start, stop in reversed(blocks):
-            index -= 1
-            states = [saved[index]]
+            if start > stretch.start:
+                index -= 1
+                states = [saved[index]]
+            elif x.initial_state is None:
+                states = [torch.zeros_like(d_state)]
+            else:
+                states = [x.initial_state[stretch.rows]]
             for t in range(start, stop):
                 states.append(rule.write(x, t, states[-1]))
             for t in range(stop - 1, start - 1, -1):

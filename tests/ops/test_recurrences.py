@@ -1,6 +1,7 @@
 """What the decay family, the delta family and its general form share beside their kernel checks (test_kernels.py)."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -41,6 +42,26 @@ def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, l
     sizes = {"strength": 0.1} if family == "decay" else {"n_heads": 1}
     case = make(family, log_decay, lengths, chunk_size=48, **sizes)
     reproduce_kernel("gradients_are_the_definitions", reference(family, paradigm), case)
+
+
+@pytest.mark.parametrize("family", PARADIGMS)
+@pytest.mark.parametrize(("paradigm", "length"), [(Paradigm.CHUNKWISE, 4), (Paradigm.RECURRENT, 64)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_many_short_documents_save_no_more_states_than_one_long(family, paradigm, length, carried):
+    """Of B = 1, H = 1, K = 4 and V = 6: elements that are saved for backward."""
+
+    def saved(lengths):
+        case = make(
+            family, "B T H", lengths, n_heads=1, key_width=4, value_width=6, chunk_size=4, initial_state=carried
+        )
+        case, sizes = replace(case, packed=True), []
+        inputs = {name: x.requires_grad_() for name, x in case.inputs(CPU).items()}
+        mine = {x.data_ptr() for x in inputs.values()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x) or x, lambda x: x):
+            run(case, paradigm, inputs)
+        return sum(x.numel() for x in sizes if x.is_floating_point() and x.data_ptr() not in mine)
+
+    assert saved([length] * 8) <= saved([8 * length])
 
 
 @every
