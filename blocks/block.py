@@ -101,5 +101,5 @@ class Block(nn.Module):
     def _added(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
         """The residual stream with a branch's output."""
         branch = norm(branch) if self.norm_placement == "output" else branch
-        branch = self.dropout(branch) if self.dropout.p else branch
+        branch = dropout(branch) if (dropout := self.dropout).p else branch
         return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)

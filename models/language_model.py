@@ -164,7 +164,8 @@ class LanguageModel(nn.Module):
         """The residual stream before the first block, of this rank's tokens."""
         x, scale = self.embedding(self._part(tokens)), self.config.embedding_scale
         x = x if scale == 1 else scale * x
-        return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return self.dropout(x) if self.dropout.p else x
 
     def logits(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
         """The logits of the residual stream after the last block."""

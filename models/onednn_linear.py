@@ -53,15 +53,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     With `torch.backends.mkldnn.enabled = False` torch computes all of them.
     """
-    if not (USE_ONEDNN and _is_for_onednn(x, weight)):
+    compiling = torch.compiler.is_compiling()
+    few = not compiling and x.numel() * weight.shape[0] < LEAST
+    if few or not (USE_ONEDNN and _is_for_onednn(x, weight, compiling)):
         return F.linear(x, weight, bias)
     product = onednn_linear(x, weight)
     return product if bias is None else product + bias
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    few = not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < LEAST
-    if few or x.ndim < 2:
+def _is_for_onednn(x: Tensor, weight: Tensor, compiling: bool) -> bool:
+    if x.ndim < 2:
         return False
     # subclasses, such as distributed or quantised tensors, have their own linear
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
@@ -69,7 +70,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_compiling():
+    if compiling:
         # the number of tokens may be symbolic, and no graph may depend on its size; a single token is never symbolic
         return x.shape[-2] != 1 and not has_tangent(x, weight)
     # inside transforms of torch.func, tangents and batch dimensions are not visible

@@ -190,7 +190,8 @@ def require_recurrence(x: Recurrence) -> None:
             f"log_decay must be None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
             f"{key_width}; given is {list(x.log_decay.shape)}"
         )
-    require_packing(x.q, x.cu_seqlens)
+    if x.cu_seqlens is not None:
+        require_packing(x.q, x.cu_seqlens)
     if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.matrix)):
         raise SeqmixError(f"the initial state must be {list(state)}, and is {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
