@@ -46,8 +46,12 @@ class FixedDecay(nn.Module):
         self.logit.copy_(tokens.log())  # of gamma = tokens / (1 + tokens)
         return ["logit"]
 
-    def log_decays(self, device: torch.device, dtype: torch.dtype = torch.float64) -> LogDecays | tuple[None, None]:
-        """Natural log of each head's decay, as float64 and as `dtype`; None where nothing decays."""
+    def forward(self, device: torch.device) -> Float[Tensor, " H"] | None:
+        """Natural log of each head's decay, float64; None where nothing decays."""
+        return self.log_decays(device, torch.float64)[0]
+
+    def log_decays(self, device: torch.device, dtype: torch.dtype) -> LogDecays | tuple[None, None]:
+        """The same, as float64 and as `dtype`."""
         if self.schedule == "none":
             return None, None
         if self.logit is None:

@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 def test_the_papers_decays():
     # §3.1: what the paper's runs had with 8 heads
-    decays = build("retention", d_model=16, n_heads=8, decay="log_uniform").decay.log_decays(CPU)[0].exp()
+    decays = build("retention", d_model=16, n_heads=8, decay="log_uniform").decay(CPU).exp()
     paper = [0.96875, 0.97897, 0.98585, 0.99048, 0.99359, 0.99569, 0.99710, 0.99805]
     assert_close(decays, torch.tensor(paper, dtype=torch.float64), rtol=0, atol=5e-6)
     # Eq. 8
-    decays = build("retention", d_model=16, n_heads=8).decay.log_decays(CPU)[0].exp()
+    decays = build("retention", d_model=16, n_heads=8).decay(CPU).exp()
     exactly(decays, torch.tensor([1 - 2.0**-n for n in range(5, 13)], dtype=torch.float64), 1e-15)
     assert_close(decays[[0, 7]], torch.tensor([0.96875, 0.999756], dtype=torch.float64), rtol=0, atol=5e-7)
 
@@ -26,8 +26,8 @@ def test_the_papers_decays():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_slowest_decay_is_not_rounded_to_one(dtype):
     mixer = build("retention", dtype, d_model=42, n_heads=21)
-    assert mixer.decay.log_decays(CPU)[0].dtype == torch.float64
-    assert_close(mixer.decay.log_decays(CPU)[0][-1].item(), -(2.0**-25) - 2.0**-51, rtol=1e-12, atol=0)
+    assert mixer.decay(CPU).dtype == torch.float64
+    assert_close(mixer.decay(CPU)[-1].item(), -(2.0**-25) - 2.0**-51, rtol=1e-12, atol=0)
     # and a chunk of 2^10 tokens leaves exp(-2^-15) of a state
     mixer = build("retention", dtype, d_model=42, n_heads=21, chunk_size=2**10)
     state = mixer.init_state(1)
@@ -42,8 +42,8 @@ def test_the_slowest_decay_is_not_rounded_to_one(dtype):
 def test_a_learnable_decay_starts_at_its_schedule_and_learns(fields, dtype):
     mixer = build("retention", torch.float32, n_heads=6, learnable_decay=True, **fields).to(dtype)
     mixer.reset_parameters()
-    fixed = build("retention", torch.float64, n_heads=6, **fields).decay.log_decays(CPU)[0]
-    assert_close(mixer.decay.log_decays(CPU)[0], fixed, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+    fixed = build("retention", torch.float64, n_heads=6, **fields).decay(CPU)
+    assert_close(mixer.decay(CPU), fixed, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
     assert_close(mixer.decay.logit.sigmoid().log().double(), fixed, rtol=1e-2, atol=0)
     y, state = mixer(tokens(9, dtype=dtype), return_state=True)
     (y.square().sum() + state.memory.square().sum()).backward()
@@ -51,8 +51,8 @@ def test_a_learnable_decay_starts_at_its_schedule_and_learns(fields, dtype):
     assert (mixer.decay.logit.grad != 0).all()
     with torch.no_grad():
         mixer.decay.logit -= 5
-    assert (mixer.decay.log_decays(CPU)[0] < fixed).all()
-    assert (mixer.decay.log_decays(CPU)[0] < 0).all()
+    assert (mixer.decay(CPU) < fixed).all()
+    assert (mixer.decay(CPU) < 0).all()
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5], [0, 7, 100, 1000]])
