@@ -305,14 +305,18 @@ class KernelCase(WrittenCase, ABC):
         return self.key_width**-0.5 if self.scale is None else self.scale
 
     @property
-    def overflows(self) -> bool:
-        """Whether states leave the range of the inputs' dtype. A kernel may multiply queries by them in that dtype, so
-        that of such a case only the final state, which is wider, is defined."""
-        return self.dtype == torch.float16 and self.sizes[1] * self.sizes[2] > 1
+    def undefined(self) -> tuple[str, ...]:
+        """The outputs that are not defined: where states leave the range of the inputs' dtype, in which a kernel may
+        multiply queries by them, all but the final state, which is wider."""
+        return ("output",) if self.dtype == torch.float16 and self.sizes[1] * self.sizes[2] > 1 else ()
 
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that an input has (and its gradient), and that an output must have."""
+
+    def lost(self, name: str) -> float:
+        """What an output's elements may be off by, however small they are."""
+        return torch.finfo(self.dtype_of(name)).tiny
 
     @property
     def consumed(self) -> tuple[str, ...]:

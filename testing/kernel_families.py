@@ -163,6 +163,17 @@ class DeltaCase(DecayCase):
     def dtype_of(self, name: str) -> torch.dtype:
         return self.wide if name == "beta" else super().dtype_of(name)
 
+    @property
+    def undefined(self) -> tuple[str, ...]:
+        """Keys read states too: what is written after an initial state that leaves the range is not defined either."""
+        return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
+
+    def lost(self, name: str) -> float:
+        """What tokens write, and what is left of keys, has the inputs' dtype: a state, which is wider, adds up a few of
+        that dtype's smallest numbers."""
+        info = torch.finfo(self.dtype)
+        return super().lost(name) + (8 * info.tiny * info.eps if name == "state" else 0.0)
+
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
         # a state of small betas remembers everything

@@ -50,14 +50,14 @@ class KernelTrial:
         """
         case, exact, tolerance = self.case, self.exact, self.kernel.tolerances[self.case.dtype]
         lost = torch.finfo(case.dtype).tiny / tolerance
-        defined = {name: x for name, x in exact.outputs.items() if name != "output" or not case.overflows}
+        defined = {name: x for name, x in exact.outputs.items() if name not in case.undefined}
         with Differences(what, tolerance) as found:
             for name, value in defined.items():
                 shown = {"output": "the output", "state": "the final state"}.get(name, f"the final state's {name}")
                 axes = case.axes_of(name)
                 if value.is_floating_point():
                     size = _size(exact.outputs_terms[name], axes)
-                    size += torch.finfo(case.dtype_of(name)).tiny / tolerance
+                    size += case.lost(name) / tolerance
                     found.close(shown, outputs[name], value, case.dtype_of(name), size, axes)
                 else:
                     found.tensor(shown, outputs[name].cpu(), value, axes)

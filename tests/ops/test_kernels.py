@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -25,8 +26,9 @@ from seqmix.testing import (
     check_kernel,
     kernel_check,
     parametrize_kernels,
+    reproduce_kernel,
 )
-from seqmix.testing.kernel_families import FAMILIES
+from seqmix.testing.kernel_families import FAMILIES, DeltaCase
 
 CPU = torch.device("cpu")
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
@@ -180,6 +182,20 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     snippet = textwrap.dedent("\n".join(rest[rest.index("To reproduce:") + 1 :]))
     with pytest.raises(CheckFailure, match="2 of 2"):
         exec(snippet)
+
+
+@pytest.mark.parametrize(("error", "seen"), [(4e-7, False), (1e-6, True)])
+def test_small_states_of_the_delta_rule_lose_a_few_of_the_smallest_numbers_alone(error, seen):
+    """In float16, what a token writes is a multiple of 6e-8."""
+
+    def off(x):
+        output, state = kernel.function(x)
+        return output, state + error
+
+    kernel = find("delta", Paradigm.CHUNKWISE, "reference")
+    case = DeltaCase(dtype=torch.float16, lengths=(3,), final_state=True, sizes=(1.0, 1e-3, 1e-3), rate=0.01)
+    with pytest.raises(CheckFailure, match="final state") if seen else nullcontext():
+        reproduce_kernel("outputs_are_the_definitions", replace(kernel, function=off), case)
 
 
 OWN = """
