@@ -299,7 +299,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     def projections(self) -> Mapping[str, Float[Tensor, "H _ D"]]:
         """Weights by role and head, views that may be written: `q`, `k`, `v` [H K D], and `o` [H V D], transposed.
 
-        What another mixer can take over when `seqmix linearize` swaps this one; roles that do not exist are left out.
+        What `seqmix linearize` gives another mixer, of roles that exist. A head's q, k and v count through its o alone.
         """
         return {}
 

@@ -144,6 +144,7 @@ recurrent = needing(
 )
 compilable = needing("Compiling.", lambda c, _: c.traits.compiles, "traits.compiles is False")
 positioned = needing("A position in the state.", lambda _, mixer: positions(mixer), UNMOVED)
+invariant = needing("Shift invariance.", lambda c, _: c.traits.shift_invariant, "traits.shift_invariant is False")
 shiftable = needing(
     "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or positions(m), UNMOVED
 )
@@ -156,5 +157,13 @@ exact_gradients = needing(
     lambda c, _: not c.traits.surrogate_gradients,
     "traits.surrogate_gradients is True",
 )
+sets_reach = needing(
+    "Decays that can be set.",
+    lambda _, m: (
+        any(hasattr(part, "set_reach") for part in m.children()) or type(m).set_reach != SequenceMixer.set_reach
+    ),
+    "neither the mixer nor a part has a set_reach of its own",
+)
+projected = needing("Projections.", lambda _, m: m.projections, "projections names none")
 value_residual = needing("A value residual.", lambda c, _: c.traits.value_residual, "traits.value_residual is False")
 context_parallel = needing("Its own context parallelism.", lambda _, m: m.supports_context_parallel, IN_TURN)

@@ -146,7 +146,7 @@ class TestedMixer(Tested[Case]):
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
         draw = check.draw.of(self.subject.traits)
         met = self.subject.always(draw.always)
-        met = [*met, *self.subject.shared] if draw.wide or draw.always != "none" else met
+        met = [*met, *self.subject.always("shared")] if draw.wide or draw.always != "none" else met
         short = Case((5,), start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
         return draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS  # no public way leads to the function that an op was made of
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,22 +34,6 @@ def count_flops(call: Callable[[], Any]) -> int:
     with _Counter(formulas, bodies) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.total
-
-
-class Einsums(TorchFunctionMode):
-    """Adds up what `torch.einsum` does elementwise, and so is not counted: products that sum over a length of one."""
-
-    flops = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and "->" in args[0]:
-            read, _, written = args[0].replace(" ", "").partition("->")
-            summed: set[int] = set()
-            for names, x in zip(read.split(","), args[1:], strict=True):
-                summed |= {size for name, size in zip(names, x.shape, strict=False) if name not in written}
-            self.flops += 2 * out.numel() * (summed == {1} and "." not in read)
-        return out
 
 
 class _Counter(TorchDispatchMode):

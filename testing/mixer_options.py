@@ -23,16 +23,8 @@ FIXED = {"kind", "paradigm", "chunk_size", "backend"}
 CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 """Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
 
-
-BOUNDS = ("ge", "gt", "le", "lt")
-
-UNEVEN = 3
-
-SHARED = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 3))
-"""Heads, and groups of them."""
-
-FAR = 64
-"""An upper bound above it guards against mistakes, and costs too much to be tried."""
+BOUNDS, UNEVEN, FAR = ("ge", "gt", "le", "lt"), 3, 64
+"""Of numbers; one that is no power of two; and one above which a bound guards against mistakes, and is not tried."""
 
 
 def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
@@ -116,11 +108,9 @@ def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: 
 def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Heads that share something, neither one nor each for itself: which head reads which can be wrong there alone."""
     names = [name for name in alternatives(config) if "heads" in name or "group" in name]
-    found: list[dict[str, Any]] = []
-    for many, few in permutations(names, 2):
-        options = ({many: heads, few: groups} for heads, groups in SHARED)
-        found += [each for each in options if accepts(each)][:1]
-    return found
+    sizes = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 3))
+    tried = [[{many: n, few: each} for n, each in sizes] for many, few in permutations(names, 2)]
+    return [options for each in tried for options in list(filter(accepts, each))[:1]]
 
 
 def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:

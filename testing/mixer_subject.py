@@ -92,18 +92,13 @@ class Subject:
         """Changes of the configuration."""
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
-    def always(self, which: Literal["none", "values", "pairs"]) -> list[dict[str, Any]]:
+    def always(self, which: Literal["none", "values", "pairs", "shared"]) -> list[dict[str, Any]]:
         """Changes that are tried in any case: see `Draw.always`."""
         if not self.vary or which == "none":
             return []
         if which not in self._always:
-            self._always[which] = (singly if which == "values" else pairs)(self.config, self.accepts)
+            self._always[which] = {"values": singly, "pairs": pairs, "shared": shared}[which](self.config, self.accepts)
         return self._always[which]
-
-    @cached_property
-    def shared(self) -> list[dict[str, Any]]:
-        """Changes with which heads share something."""
-        return shared(self.config, self.accepts) if self.vary else []
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""

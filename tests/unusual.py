@@ -618,6 +618,25 @@ class Difference(Unusual):
         return u - torch.cat((state.memory[:, None], u[:, :-1]), dim=1), Memory(u[:, -1].clone())
 
 
+class ByEinsum(Unusual):
+    """Attention by `torch.einsum`, which multiplies the first token's value by its weight elementwise."""
+
+    declares: ClassVar = {"state": "growing"}
+    inputs = 3
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Keys(*(self.zeros(batch_size, 0, self.width, dtype=self.dtype) for _ in range(2)))
+
+    def flops(self, length, paradigm, context=0):
+        return super().flops(length, paradigm) + 4 * sum(range(context + 1, context + length + 1)) * self.width
+
+    def token(self, u, state):
+        q, k, v = u.chunk(3, dim=-1)
+        keys, values = (torch.cat((old, new.to(old.dtype)[:, None]), 1) for old, new in zip(state, (k, v), strict=True))
+        weights = torch.einsum("bd,bsd->bs", q, keys.to(u.dtype)).softmax(-1)
+        return torch.einsum("bs,bsd->bd", weights, values.to(u.dtype)), Keys(keys, values)
+
+
 class Blocks(NamedTuple):
     means: torch.Tensor
     waiting: torch.Tensor

@@ -3,4 +3,4 @@
 # ruff: noqa: F401, I001
 from . import sequence, gradients, packing, batch
 from . import states, values, positions, numerics, determinism, surroundings
-from . import declarations, first_values, context_parallel, compiling
+from . import declarations, transfer, first_values, context_parallel, compiling

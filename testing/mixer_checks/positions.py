@@ -7,24 +7,23 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import to_dict
+from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, positioned, positions, shiftable, stateful
+from ..check import check, exact_gradients, invariant, positioned, positions, shiftable, stateful
 from ..compare import EXACT, near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-PREFIX, FARTHEST = 64, 8192
-"""Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then."""
+PREFIX, FARTHEST, BOUNDARIES = 64, 8192, tuple(2**power - 4 for power in range(7, 14))
+"""Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then; and
+positions from which a few tokens cross a boundary of blocks."""
 
-BOUNDARIES = tuple(2**power - 4 for power in range(7, 14))
-"""Positions from which a few tokens cross a boundary of blocks."""
+PIECE, ROUNDED, REPEATED = 7, 1e-6, 840
+"""Tokens of a piece at a late position; how far angles there are rounded; and tokens after which a memory that fades
+no longer changes, a multiple of the number of slots that most rings have."""
 
-
-PIECE, ROUNDED = 7, 1e-6
-"""Tokens of a piece at a late position, and how far angles there are rounded."""
-
-REPEATED = 840
-"""Tokens after which a memory that fades no longer changes; a multiple of the number of slots that most rings have."""
+ENORMOUS, ROWS, UNSEEN, AHEAD, FAR = 1000.0, 32, 1e-12, (8, 9, 10, 11), 2045
+"""How large tokens are that may have no weight, how many are tried, how far others are rounded; lengths of prefixes."""
 
 
 @check(
@@ -64,6 +63,38 @@ def position_matters_only_where_declared(trial: Trial) -> None:
             off = change(start)
             later = f"{start - first:,} tokens later the same tokens give an output that is {off:.1e} off"
             require(off <= allowed, f"{paradigm}: traits.shift_invariant is True, and {later}")
+
+
+@check(
+    invariant,
+    exact_gradients,
+    use="a prompt that is cut off or padded: blocks, or positions, move with it",
+    share=0.04,
+    draw=Draw(tokens=(7, 7), batch_size=(1, 1), starts=("none",), always="values"),
+)
+def an_unseen_prefix_changes_nothing(trial: Trial) -> None:
+    """Where shift invariance is declared, a token that gives the same after two prefixes, which are out of a window or
+    have no weight, gives the same after longer ones, and once after two thousand tokens."""
+    x, longest = trial.tokens(1, 7), AHEAD[-1]
+    # of one token, enormous scores are negative for some, so that its weight is 0; a constant state may count such
+    rows = 0 if trial.mixer.traits.state == "constant" else ROWS
+    one, few = ENORMOUS * trial.tokens(rows, 1).expand(-1, longest, -1), trial.tokens(2, longest)
+
+    def last(prefix: Tensor) -> Tensor:
+        return trial.mix(torch.cat((prefix, x.expand(len(prefix), -1, -1)), dim=1), None)[0][:, -1]
+
+    found = torch.stack([last(torch.cat((one, few))[:, :length]) for length in AHEAD])
+    same = ((found[:, :, None] - found[:, None]).abs() <= UNSEEN).all(-1).all(0)
+    pairs = same.triu(1).nonzero()
+    moved = (found - found[0])[:, pairs.unique()].abs()
+    said = "traits.shift_invariant is True, and {} more tokens of which nothing is read move the output by {:.1e}"
+    require(not moved.numel() or moved.max() <= ROUNDED, said.format("a few", moved.max() if moved.numel() else 0))
+    pairs = pairs[pairs[:, 1] < rows]
+    if len(pairs) and trial.case.seed == 0 and trial.mixer.paradigm is not Paradigm.RECURRENT:
+        far = last(one[pairs[0], :1].expand(-1, FAR, -1))
+        off = (far - found[0, pairs[0]]).abs().max().item()
+        seen = (far[0] - far[1]).abs().max() > UNSEEN  # a rotation turns scores
+        require(seen or off <= ROUNDED, said.format(f"{FAR:,}", off))
 
 
 LATE = Draw(

@@ -17,14 +17,11 @@ from ...registry import SeqmixError
 from ..check import check, compilable, declares, optional, stateful
 from ..compare import CheckFailure, require
 from ..gradients import gradients
-from ..mixer_case import LAYERS, USES, Draw
+from ..mixer_case import LAYERS, LENGTHS, USES, Draw
 from ..mixer_options import alternatives
 from ..mixer_trial import Trial, learnable, leaves_of
 
 ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
-
-MANY = 64
-"""Tokens of which some are read."""
 
 
 @check(
@@ -96,7 +93,7 @@ def copies_are_as_good(trial: Trial) -> None:
                 parameter.zero_()
         trial.compare(f"the mixer after {what} was changed against before", trial.mix(x, None), expected, tolerance=0)
         # the first tokens of a text may be read by later ones alone
-        texts = (x, trial.tokens(length=MANY))
+        texts = (x, trial.tokens(length=LENGTHS[-1]))
         changed = any(not torch.equal(trial.mix(text, None, other)[0], trial.mix(text, None)[0]) for text in texts)
         require(changed or not learnable(mixer), f"{what} does not read its own parameters")
         original = trial.rebuilt()

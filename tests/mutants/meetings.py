@@ -326,7 +326,7 @@ class TakesTheDefaultDtype(Specimen):
         return super().divide(o, z) * torch.tensor(1 / 3).to(o.dtype)
 
 
-@mutant(check="parameters_round_trip")
+@mutant(check="projections_have_their_roles")
 class NamesRowsForColumns(Specimen):
     """`projections` gives W_O viewed as [H V D], not its transpose: what `seqmix linearize` takes over is scrambled,
     and the shapes fit."""

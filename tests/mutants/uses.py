@@ -479,3 +479,58 @@ class StretchesLatePositions(Specimen):
     def positions(self, state, x, call):
         found = super().positions(state, x, call)
         return found * (1 + (found[..., -1:] > 8192) * (found[..., -1:] % 64))
+
+
+@mutant(check="an_unseen_prefix_changes_nothing")
+class SeesBlocksOfThree(Cached):
+    """A query sees the keys of its own block of three, and blocks begin with the sequence, not with what is seen of it
+    (transformers #37351)."""
+
+    def seen(self, queries, keys, device):
+        key = torch.arange(keys, device=device)
+        return super().seen(queries, keys, device) & (key // 3 == key[keys - queries :, None] // 3)
+
+
+@mutant(check="an_unseen_prefix_changes_nothing")
+class AddsPositionsToKeys(Cached):
+    """Keys have the cosines of their positions, which are counted by the length of the cache and no leaf of the state
+    tells, and a shift of which changes nothing."""
+
+    def extended(self, state, k, v):
+        start = 0 if state is None else state.keys.shape[1]
+        positions = torch.arange(start, start + k.shape[1], device=k.device, dtype=torch.float64)
+        return super().extended(state, k + positions.cos().to(k.dtype)[:, None], v)
+
+    def shift_state(self, state, tokens):
+        return state
+
+
+@mutant(check="projections_have_their_roles")
+class NamesRowsInAnotherOrder(Specimen):
+    """`projections` takes the rows for those of one head after another, as GPT-NeoX has them: heads are given queries
+    for keys."""
+
+    @property
+    def projections(self):
+        q, k, v = self.in_proj.weight.unflatten(0, (self.config.n_heads, 3, -1)).unbind(1)
+        return {"q": q, "k": k, "v": v, "o": self.out_proj.weight.T.unflatten(0, (self.config.n_heads, -1))}
+
+
+@mutant(check="projections_have_their_roles")
+class NamesKeysValues(Specimen):
+    """`projections` has keys for values, and values for keys."""
+
+    @property
+    def projections(self):
+        q, v, k = self.in_proj.weight.unflatten(0, (3, self.config.n_heads, -1)).unbind(0)
+        return {"q": q, "k": k, "v": v, "o": self.out_proj.weight.T.unflatten(0, (self.config.n_heads, -1))}
+
+
+@mutant(check="memory_reaches_as_far_as_is_set")
+class SetsTheDecayForItsLogit(Specimen):
+    """`set_reach` writes the decay where its logit is wanted: what should reach 40 tokens reaches 3."""
+
+    @torch.no_grad()
+    def set_reach(self, tokens):
+        self.decay_proj.bias.copy_(tokens / (tokens + 1))
+        return ["decay_proj.bias"]

@@ -8,7 +8,6 @@ from unusual import UNUSUAL, Counted, NoState, TorchGRU, Unusual
 from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
 from seqmix.testing.compare import Differences
-from seqmix.testing.counting import Einsums, count_flops
 
 NIGHTLY = settings().max_examples >= 1000
 LONG = {"thousands_of_tokens_agree", "long_segments_do_not_drift"}
@@ -79,12 +78,3 @@ def test_what_is_not_finite_is_said_where_the_tolerance_is_not_either():
     not_finite = pytest.raises(CheckFailure, match=r"differs in 2 of 2 elements.*not finite on either side")
     with not_finite, Differences("steps", 1e-9, {"the state": torch.nan}) as found:
         found.tensor("the state", x, x)
-
-
-@pytest.mark.parametrize(("length", "flops"), [(1, 2 * 2 * 3), (2, 0)])
-def test_products_that_einsum_does_elementwise_are_told(length, flops):
-    weights, values = torch.ones(2, length), torch.ones(2, length, 3)
-    with Einsums() as einsums:
-        torch.einsum("bs,bsd->bd", weights, values)
-    assert einsums.flops == flops
-    assert count_flops(lambda: torch.einsum("bs,bsd->bd", weights, values)) == 2 * 2 * 3 * length - flops
