@@ -188,6 +188,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
+        if compiling := torch.compiler.is_compiling():
+            require_compiles(self.traits, self.kind)
         paradigm = paradigm if isinstance(paradigm, Paradigm) else Paradigm(paradigm)  # of its name
         self._require_shapes(x, state, cu_seqlens)
         in_turn = self.cp_group is not None and not self.supports_context_parallel
@@ -196,8 +198,6 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         elif return_state:
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, return_values)
-        if compiling := torch.compiler.is_compiling():
-            require_compiles(self.traits, self.kind)
         documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
         more = (self.chunk_size, self.backend_of(paradigm), self.cp_group, first_values)
         call = Call(paradigm, state, documents, return_state, *more)

@@ -89,9 +89,9 @@ class HandWrittenLayer(nn.Module):
         positions = once(token_positions, length, offset, None, x.device, 0)
         q, k = rotated(qk, positions, "retnet", 10000.0).split([self.n_heads, self.n_heads], dim=2)
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
-        log_decay = once(scheduled, self.n_heads, self.decay, self.gamma, x.device)
-        q = q * once(normalizers, positions, log_decay, self.key_dim**-0.5, q.dtype)
-        log_decay = once(Tensor.to, log_decay, torch.promote_types(self.in_proj.weight.dtype, torch.float32))
+        wide = torch.promote_types(self.in_proj.weight.dtype, torch.float32)
+        exact, log_decay = once(scheduled, self.n_heads, self.decay, self.gamma, x.device, wide)
+        q = q * once(normalizers, positions, exact, self.key_dim**-0.5, q.dtype)
         options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
         paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
         output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)

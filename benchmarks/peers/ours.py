@@ -12,6 +12,7 @@ from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
 from ...ops.donation import donate_state
+from ...ops.once import Formed, constants_kept
 from .by_hand import HandWritten, why_not
 from .peer import ALL, Peer, Size, last_of_rows
 
@@ -90,12 +91,14 @@ class ByHand(Peer):
     layers_at = "layers"
     roles = compiled_roles = ALL
     keeps_freed_memory = True
+    compiled_steps = False
 
     @classmethod
     def missing(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
         return why_not(size.config)
 
     def build(self) -> nn.Module:
+        self.constants: Formed = {}  # as a Decoder keeps them
         return HandWritten(build_model(self.size.config, device=self.device, dtype=self.dtype))
 
     def recompute_activations(self) -> None:
@@ -104,6 +107,7 @@ class ByHand(Peer):
     def compile(self, role: str) -> None:
         if role == "decode":
             self.module.compile(fullgraph=True, backend=rows_as_sums)
+            self.compiled_steps = True
             return
         for module in self.layers:
             module.compile(fullgraph=True)
@@ -121,7 +125,7 @@ class ByHand(Peer):
         state = self.module.init_state(batch)
         return [(memory.normal_(), recent, position.fill_(context)) for memory, recent, position in state]
 
-    @donate_state()
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        logits, after = self.module(tokens[:, None], state, decode=True)
+        with donate_state(compiled=self.compiled_steps), constants_kept(self.constants):
+            logits, after = self.module(tokens[:, None], state, decode=True)
         return logits[:, 0], after

@@ -55,20 +55,16 @@ class FixedDecay(nn.Module):
         if self.schedule == "none":
             return None, None
         if self.logit is None:
-            return once(_scheduled, self.n_heads, self.schedule, self.gamma, device, dtype)
+            return once(scheduled, self.n_heads, self.schedule, self.gamma, device, dtype)
         log_decay = F.logsigmoid(self.logit.to(torch.float64))
         return log_decay, log_decay.to(dtype)
 
 
-def scheduled(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Float[Tensor, " H"]:
-    """Natural log of each head's decay by a schedule that decays, float64; `gamma` is that of `constant`."""
-    return torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p: 1 - 2^-25 is 1 in float32
-
-
-def _scheduled(
+def scheduled(
     n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device, dtype: torch.dtype
 ) -> LogDecays:
-    log_decay = scheduled(n_heads, schedule, gamma, device)
+    """Natural log of each head's decay, as float64 and as `dtype`."""
+    log_decay = torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p: 1 - 2^-25 is 1 in float32
     return log_decay, log_decay.to(dtype)
 
 

@@ -195,14 +195,14 @@ def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
 def test_states_for_a_backward_pass_are_saved_only_if_there_is_one_and_are_linear(paradigm, packed, log_decay):
     for names, grad_mode, saved in [((), True, False), (INPUTS, False, False), (["state"], True, True)]:
         sizes = []
-        for length in (256, 512):
+        for length in (256, 512, 768):
             case = case_of(log_decay, [length // 2] * 2 if packed else [length], packed=packed, chunk_size=16)
             with torch.set_grad_enabled(grad_mode), Watched() as watched:
                 run(case, paradigm, {name: x.requires_grad_(name in names) for name, x in case.inputs(CPU).items()})
             ((_, _, states),) = [results for op, results in watched.seen if op.namespace == "seqmix"]
             sizes.append(states.numel())
         assert bool(sizes[0]) is saved
-        assert sizes[1] <= 2 * sizes[0]
+        assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
 
 
 Q, K, V = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 3)
