@@ -26,7 +26,9 @@ from .source import WrittenCase
 
 Tensors = dict[str, Tensor]
 
-SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}  # the dimensions of what every op has
+SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
+"""The dimensions of what every op has."""
+
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")
 """What a case and a probe both hold."""
 

@@ -6,11 +6,14 @@ from typing import Literal
 import torch
 from hypothesis import strategies as st
 
-# the last two are for kernels to refuse
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.complex64)
+"""The last two are for kernels to refuse."""
+
 WIDTHS = ((1, 1), (1, 2), (3, 1), (2, 3), (5, 8), (16, 16), (20, 24))
+"""Key and value widths."""
+
 WIDE = ((33, 40), (40, 33), (64, 64), (72, 65), (64, 128), (130, 3), (3, 130), (257, 2), (2, 513))
-"""Widths of keys and values, and rare: a second tile, ragged or whole; those of layers; wider than kernels take."""
+"""Rare ones: a second tile, ragged or whole; the widths of layers; wider than kernels take."""
 
 # one in three around the sizes of tiles
 LENGTHS = st.integers(1, 9) | st.integers(10, 14) | st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 70])

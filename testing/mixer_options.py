@@ -17,7 +17,9 @@ from ..mixers.contract import MixerConfig
 from ..mixers.traits import ContractError
 from ..registry import SeqmixError
 
-FIXED = {"kind", "paradigm", "chunk_size", "backend"}  # how a map is computed, which has checks of its own
+FIXED = {"kind", "paradigm", "chunk_size", "backend"}
+"""Not options: how a map is computed, which has checks of its own."""
+
 CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 """Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
 

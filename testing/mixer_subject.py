@@ -18,8 +18,11 @@ from .mixer_case import LAYERS
 from .mixer_options import changed, drawn_options, pairs, require_examples, shared, singly
 from .search import where_raised
 
-D_MODELS, BACKEND = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512), "aot_eager"
-"""Widths to try for a configuration that comes without one, and what the checks that compile use by default."""
+D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+"""Widths to try for a configuration that comes without one."""
+
+BACKEND = "aot_eager"
+"""What the checks that compile use by default."""
 
 
 class BuildError(ContractError):

@@ -11,7 +11,8 @@ from ..check import check
 from ..mixer_case import CROWDS, Draw
 from ..mixer_trial import Trial
 
-FEW = 4  # rows of a large batch that are mixed without the others: of a small one it is each
+FEW = 4
+"""Rows of a large batch that are mixed without the others: of a small one it is each."""
 
 
 @check(

@@ -20,7 +20,8 @@ NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("traini
 STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("read",))
 PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("read",), uses=("training",))
 MANY = Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",))
-PREFIX = 5  # tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen
+PREFIX = 5
+"""Tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen."""
 
 SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), uses=("training",))
 

@@ -18,7 +18,8 @@ from ..mixer_trial import Trial, as_leaves, learnable, named_leaves, named_resul
 STEPS, ALLOWED = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8), 1e-6
 """Steps of the differences, smaller ones where a larger one crosses a kink, and what is allowed of all terms' sizes."""
 
-MANY_ROWS = 5  # times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of
+MANY_ROWS = 5
+"""So many times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of."""
 
 
 @check(

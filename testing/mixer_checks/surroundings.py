@@ -12,7 +12,8 @@ from ..check import check
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-POINTS = 8  # places inside a call, of each case, at which another one comes between
+POINTS = 8
+"""Places inside a call, of each case, at which another one comes between."""
 
 
 @check(
