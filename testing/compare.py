@@ -91,9 +91,11 @@ class Differences:
             self.tensor(f"{name}'s {leaf}", found[leaf], wanted[leaf], _axes(expected, leaf))
 
 
-FEW, ROUNDINGS = 8, 2
-"""Numbers below which a tensor has no norm to speak of, as a sum over tokens may happen to cancel; and how much further
-than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
+FEW = 8
+"""Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
+
+ROUNDINGS = 2
+"""How much further than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
 
 
 def near(

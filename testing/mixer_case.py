@@ -37,9 +37,14 @@ LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
 
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 
-CROWDS, MANY, LAYERS = (9, 33), 9, 3
-"""Rows of a large batch, above powers of two, up to which they may be handled another way; documents beside a few; and
-layers of the model that a mixer is built for."""
+CROWDS = (9, 33)
+"""Rows of a large batch: above powers of two, up to which rows may be handled another way."""
+
+MANY = 9
+"""Documents beside a few."""
+
+LAYERS = 3
+"""Layers of the model that a mixer is built for."""
 
 
 @dataclass(frozen=True, repr=False)

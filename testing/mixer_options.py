@@ -23,8 +23,14 @@ FIXED = {"kind", "paradigm", "chunk_size", "backend"}
 CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
 """Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
 
-BOUNDS, UNEVEN, FAR = ("ge", "gt", "le", "lt"), 3, 64
-"""Of numbers; one that is no power of two; and one above which a bound guards against mistakes, and is not tried."""
+BOUNDS = ("ge", "gt", "le", "lt")
+"""What numbers are declared with."""
+
+UNEVEN = 3
+"""A number that is no power of two."""
+
+FAR = 64
+"""An upper bound above it guards against mistakes, and costs too much to be tried."""
 
 
 def alternatives(config: MixerConfig) -> dict[str, list[Any]]:

@@ -16,7 +16,9 @@ from ..compare import EXACT, CheckFailure, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, learnable, named_results
 
-LOSS_SCALE = 2.0**16  # of losses in float16
+LOSS_SCALE = 2.0**16
+"""What losses are multiplied by in float16."""
+
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Values that are compared by ==."""
 

@@ -15,8 +15,11 @@ from ..gradients import gradients
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Trial, as_leaves, learnable, named_leaves, named_results
 
-STEPS, ALLOWED = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8), 1e-6
-"""Steps of the differences, smaller ones where a larger one crosses a kink, and what is allowed of all terms' sizes."""
+STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+"""Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
+
+ALLOWED = 1e-6
+"""Between a derivative and differences, relative to the sum of the absolute values of its terms."""
 
 MANY_ROWS = 5
 """So many times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of."""

@@ -24,12 +24,23 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
 """Roundings that move what may be ill-conditioned, as multiples of two: larger ones find a threshold that is near."""
 
-LONG, WIDE, THOUSANDS = 700, 300, 2048
-"""Tokens of a long segment, of one where the mixer is wide, which costs more, and of one that is computed once."""
+LONG = 700
+"""Tokens of a long segment: more than a few blocks, and than an integer of 8 bits counts."""
 
-MANY, STEPS, JUMP = 24, 160, 3
-"""Tokens after which sums have as many bits as a float32, tokens decoded one by one (what is rounded at each drifts),
-and how many times further than what is smooth a row moves that crosses a threshold."""
+WIDE = 300
+"""Tokens of one where the mixer is wide, which costs a dozen times as much."""
+
+THOUSANDS = 2048
+"""Tokens of one that is computed once, wide and in float16."""
+
+MANY = 24
+"""Tokens after which the numbers of a sum have as many bits as a float32 has."""
+
+STEPS = 160
+"""Tokens decoded one by one: a state that is rounded at every token drifts."""
+
+JUMP = 3
+"""How many times further than what is smooth a row moves that crosses a threshold."""
 
 
 @check(

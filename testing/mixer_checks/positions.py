@@ -14,16 +14,26 @@ from ..compare import EXACT, near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-PREFIX, FARTHEST, BOUNDARIES = 64, 8192, tuple(2**power - 4 for power in range(7, 14))
-"""Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then; and
-positions from which a few tokens cross a boundary of blocks."""
+PREFIX, FARTHEST = 64, 8192
+"""Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then."""
 
-PIECE, ROUNDED, REPEATED = 7, 1e-6, 840
-"""Tokens of a piece at a late position; how far angles there are rounded; and tokens after which a memory that fades
-no longer changes, a multiple of the number of slots that most rings have."""
+BOUNDARIES = tuple(2**power - 4 for power in range(7, 14))
+"""Positions from which a few tokens cross a boundary of blocks."""
 
-ENORMOUS, ROWS, UNSEEN, AHEAD, FAR = 1000.0, 32, 1e-12, (8, 9, 10, 11), 2045
-"""How large tokens are that may have no weight, how many are tried, how far others are rounded; lengths of prefixes."""
+PIECE, ROUNDED = 7, 1e-6
+"""Tokens of a piece at a late position, and how far angles there are rounded."""
+
+REPEATED = 840
+"""Tokens after which a memory that fades no longer changes; a multiple of the number of slots that most rings have."""
+
+ENORMOUS, ROWS = 1000.0, 32
+"""How large tokens are that may have no weight, and how many are tried."""
+
+UNSEEN = 1e-12
+"""How far outputs are apart at most where of two prefixes nothing is read."""
+
+AHEAD, FAR = (8, 9, 10, 11), 2045
+"""Lengths of prefixes, and of one that is tried once."""
 
 
 @check(

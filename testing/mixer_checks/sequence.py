@@ -25,18 +25,32 @@ RAGGED = 24
 CANDIDATES = (*(2**n for n in range(12)), RAGGED)
 """Chunk sizes that a configuration may take; the smallest, the largest and this one are compared."""
 
-MANY, EVERY = 64, 70
-"""Tokens tried where one seems to be ignored, and tokens up to which a segment is cut at every one."""
+MANY = 64
+"""Tokens tried where one seems to be ignored."""
 
-LARGE, MOVED, GATED = 200.0, 3.0, 30.0
-"""A scale at which scores are tens of thousands: a mask of -10,000 hides nothing, and what is clamped is clamped; and
-how far vectors are moved, and how large a token is, by which a gate is open, or closed."""
+EVERY = 70
+"""Tokens up to which a segment is cut at every one."""
 
-BLOCKS, WIDE = (256, 512, 1024), 130
-"""Tokens that blocks divide, and a window that is wider than a small one."""
+LARGE = 200.0
+"""A scale at which scores are tens of thousands: a mask of -10,000 hides nothing, and what is clamped is clamped."""
 
-HEAD, CONTEXT = 9, 8192
-"""Tokens read before thousands, or of a document that begins after a block; and rows that a table of positions has."""
+MOVED = 3.0
+"""How far vectors are moved: by so much a gate is open, or closed."""
+
+GATED = 30.0
+"""How large a token is whose gates are open, or closed."""
+
+BLOCKS = (256, 512, 1024)
+"""Tokens that blocks divide."""
+
+WIDE = 130
+"""A window that is wider than a block."""
+
+HEAD = 9
+"""Tokens read before thousands, or of a document that begins after a block."""
+
+CONTEXT = 8192
+"""Tokens that a table of positions often has rows for."""
 
 
 @check(

@@ -13,11 +13,17 @@ from ..compare import EXACT, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-WIDEST, HUGE, SMALL = 70, 1e8, 1e-2
-"""Tokens that no short convolution sees at once; how large a head is, and how small tokens are, that norms ignore."""
+WIDEST = 70
+"""Tokens that no short convolution sees at once."""
 
-REACH, BETWEEN, AFTER = (10.0, 40.0), 120, 40
-"""Tokens that are asked for, and over how many fading is measured, and after how many."""
+HUGE, SMALL = 1e8, 1e-2
+"""How large a head is beside others, and how small tokens are that norms do not move."""
+
+REACH = (10.0, 40.0)
+"""Tokens of memory that are asked for."""
+
+BETWEEN, AFTER = 120, 40
+"""Tokens over which fading is measured, and those that follow."""
 
 
 @check(
