@@ -99,7 +99,8 @@ class Figure:
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}
                 if point.low <= point.high:
                     row |= {"low": point.low / y, "high": point.high / y}
-                if not self.banded and any(p.low < p.high for p in one.points):
+                # beside a fitted line, a point stays in its place
+                if not (self.banded or any(other.faint for other in self.series)) and any(p.low < p.high for p in kept):
                     row["dodge"] = DODGE * (i - (len(self.series) - 1) / 2)
                 if one.faint:
                     row["faint"] = True

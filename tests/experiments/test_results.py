@@ -288,3 +288,5 @@ def test_it_is_drawn_and_said():
     assert [point.x for point in fitted.points] == [SIZES[0], SIZES[-1]]
     assert [point.x for point in measured.points] == list(SIZES)
     assert "parameters^-0.0" in figure.caption
+    assert any("low" in row for row in figure.rows())
+    assert not any("dodge" in row for row in figure.rows())
