@@ -1,7 +1,7 @@
 """A text as two token streams: the training split and the validation split."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -44,8 +44,8 @@ class Corpus:
     """A hash of documents, tokenizer and split."""
     parts: tuple[int, ...] | None = None
     """Training tokens of each source, 0 of a streamed one; None if there is one source."""
-    stores: Sequence[_Part] = ()
-    """What `train` was made of."""
+    stores: Mapping[str, Sequence[_Part]] = field(default_factory=dict)
+    """What the training and the validation split were made of."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -60,9 +60,9 @@ class Corpus:
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
-    def origin(self, position: int) -> str | None:
-        """The document of a training token, and the token's number in it; None if unknown. Text is read again."""
-        for store, pieces in self.stores:
+    def origin(self, position: int, split: str = "training") -> str | None:
+        """The document of a token of a split, and the token's number in it; None if unknown. Text is read again."""
+        for store, pieces in self.stores.get(split, ()):
             ends = np.diff(pieces).ravel().cumsum()
             if len(ends) and position < ends[-1]:
                 piece = np.searchsorted(ends, position, side="right")
@@ -127,7 +127,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         bytes_per_token=sum(store.bytes for store in stores) / max(text_tokens, 1),
         digest=identity.hexdigest(),
         parts=tuple(sizes),
-        stores=parts["training"],
+        stores=parts,
     )
     for store in stores:
         if isinstance(store, _InMemory) and not isinstance(corpus.train, Stream):

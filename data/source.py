@@ -97,6 +97,10 @@ class Source(ABC):
         """Where a token of a step's batch comes from, as text: its document and its place there; None if unknown."""
         return None
 
+    def evaluation_origin(self, batch_size: int, limit: int | None, length: int, row: int, token: int) -> str | None:
+        """The same of `evaluation_batches`, whose rows are numbered on from batch to batch."""
+        return None
+
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint holds of the data, as JSON: the place in a stream; None if batches need nothing."""
         return None

@@ -282,6 +282,36 @@ def keys_held(length: int) -> tuple[float, float, float]:
     return tuple(held / (k.nbytes + v.nbytes) / context().size for held in (sum(kept.values()) - q_and_output, *peaks))
 
 
+def not_finite(text: str, token: int) -> list[str]:
+    """What is said where numbers of a token on the last rank alone are not finite, in backward and in an evaluation."""
+    from seqmix import SeqmixError, build_model, load_config
+    from seqmix.training.optim import build_optimizer
+    from seqmix.training.process_groups import join_processes
+    from seqmix.training.sharding import assign, sharder
+    from seqmix.training.trainer import Trainer
+
+    def spoil(module, arguments, output):
+        factor = torch.ones_like(output[..., :1])
+        factor[0, token] = torch.nan if groups.rank == groups.size - 1 else 1
+        if not output.requires_grad:
+            return output * factor
+        output = output + 0
+        output.register_hook(lambda gradient: gradient * factor)
+        return output
+
+    config, said = load_config("hybrid-tiny", [*SMALL, f"data.paths=[{text}]"]), []
+    with join_processes(config.distributed) as groups:
+        model = build_model(config.model, shard=sharder(groups, config.distributed), assign=assign)
+        trainer = Trainer(config, config.open_data(), model, build_optimizer(model, config.training), groups)
+        model.embedding.register_forward_hook(spoil)
+        for call in (lambda: trainer.train_step(0), trainer.evaluate):
+            try:
+                call()
+            except SeqmixError as error:
+                said.append(str(error))
+    return said
+
+
 def train_here(
     overrides: list[str],
     run: str,

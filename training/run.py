@@ -222,8 +222,7 @@ class Course:
         mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
         memory = peak_memory(self.trainer.model.device)
         loss, norm, rate, violation, _ = result
-        skipping = self.trainer.skipping
-        skipped = skipping.skipped if skipping.enabled else None
+        skipped = self.trainer.skipping.skipped if self.trainer.skipping.enabled else None
         return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory, skipped)
 
     def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
@@ -253,10 +252,8 @@ class Course:
         positions = longer[max(longer)].loss_by.get("position") if longer and max(longer) > trained else None
         loss_by = found.loss_by | ({"position": positions} if positions else {})
         values = {"step": self.done, "validation_loss": found.loss, "final": final}
-        if by_length:
-            values["validation_loss_by_length"] = by_length
-        if loss_by:
-            values["validation_loss_by"] = loss_by
+        values |= {"validation_loss_by_length": by_length} if by_length else {}
+        values |= {"validation_loss_by": loss_by} if loss_by else {}
         if found.accuracy is not None:
             values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
         self._record(values)

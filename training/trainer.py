@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ from .precision import precision_of
 from .process_groups import ALONE, ProcessGroups
 from .sharding import full_tensor, keep_gathered
 from .skipping import Skipping
+
+_Calls: TypeAlias = Callable[[], Iterator[object]]
+_Named: TypeAlias = Callable[[Place], str]
+_Origin: TypeAlias = Callable[[int, int], str | None]
 
 
 class StepResult(NamedTuple):
@@ -95,8 +100,9 @@ class Trainer:
         norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         state = concatenate(states) if states else None
         try:
-            self._require_finite("loss", loss, lambda: self._losses(step), step)
-            self._require_finite("gradient's norm", norm.item())
+            in_step, backward = self._in_step(step), lambda: (loss.backward() for loss, _ in self._losses(step))
+            self._require_finite("loss", loss, lambda: self._losses(step), in_step)
+            self._require_finite("gradient's norm", norm.item(), backward, in_step, True)
             skipped = self.skipping.reason(norm.item())
         except NotFiniteError as error:
             if not settings.skip_nonfinite or self.skipping.hopeless():
@@ -136,19 +142,30 @@ class Trainer:
         Raises:
             NotFiniteError: the loss is not finite.
         """
-        found = self._evaluate(final, length)
-        self._require_finite("validation loss", found.loss, lambda: iter([self._evaluate(final, length)]))
-        return found
+        settings, trained = self.config.training, self.config.data.sequence_length
+        limit = settings.final_evaluation_batches if final else settings.evaluation_batches
+        length = length or trained
+        # the same number of tokens as in a micro-batch of training
+        rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
+        limit = None if limit is None else max(limit * settings.batch_size * trained // (rows * length), 1)
+        score, total = Score(), Score()
+        list(self._scored(score, rows, limit, length))
+        for counts in self.groups.gather(asdict(score)):
+            total.merge(counts)
+        origin = partial(self.source.evaluation_origin, rows, limit, length)
+        named = partial(self._sequence, "evaluation", origin, (rows, length, rows, rows * self.groups.dp_size))
+        calls = partial(self._scored, Score(), rows, limit, length)
+        self._require_finite("validation loss", total.measured.loss, calls, named)
+        return total.measured
 
     @torch.no_grad()
     def require_finite_update(self, step: int) -> None:
         """Refuse parameters (or a state) that the update made non-finite: the loss was measured before the update."""
         self.model.eval()
-
         step += self.config.training.carry_state  # a carried state belongs to the next batch
         loss, _ = next(self._losses(step))
-        what = "loss after the update"
-        self._require_finite(what, self.groups.sum(loss).item(), lambda: islice(self._losses(step), 1), step)
+        loss, calls = self.groups.sum(loss).item(), lambda: islice(self._losses(step), 1)
+        self._require_finite("loss after the update", loss, calls, self._in_step(step))
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch, on the model's device."""
@@ -215,23 +232,15 @@ class Trainer:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
     @torch.no_grad()
-    def _evaluate(self, final: bool, length: int | None) -> Measured:
-        settings, trained = self.config.training, self.config.data.sequence_length
-        limit = settings.final_evaluation_batches if final else settings.evaluation_batches
-        length = length or trained
-        # the same number of tokens as in a micro-batch of training
-        rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
-        if limit is not None:
-            limit = max(limit * settings.batch_size * trained // (rows * length), 1)
+    def _scored(self, score: Score, rows: int, limit: int | None, length: int) -> Iterator[None]:
+        """Add this rank's batches of the validation split to a score, one by one."""
         self.model.eval()
-        score = Score()
         for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
             inputs, targets, cu_seqlens = self.source.packed(self._to_device(batch))
             parts = self.source.loss_slices(batch)
-            reduction = "none" if parts else "sum"
-            options = {"reduction": reduction, "cu_seqlens": cu_seqlens, "return_predictions": slices is not None}
+            how = {"reduction": "none" if parts else "sum", "return_predictions": slices is not None}
             with self._autocast():
-                output = self.model(inputs, targets=targets, **options)
+                output = self.model(inputs, targets=targets, cu_seqlens=cu_seqlens, **how)
             predicted = None if output.predictions is None else output.predictions.cpu()
             assert output.loss is not None
             asked = self.model.local_targets(batch.targets)
@@ -239,10 +248,7 @@ class Trainer:
             for axis, part in parts.items():
                 own = part._replace(of=self.model.local_targets(part.of))
                 score.add_slices(output.loss.view(asked.shape).cpu(), asked, axis, own)
-        total = Score()
-        for counts in self.groups.gather(asdict(score)):
-            total.merge(counts)
-        return total.measured
+            yield
 
     def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
         """This rank's batches, round-robin; without targets where there are no more."""
@@ -253,32 +259,36 @@ class Trainer:
                 batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
             yield Examples(batch, slices)
 
-    def _require_finite(
-        self, what: str, value: float, forward: Callable[[], Iterator[object]] | None = None, step: int | None = None
-    ) -> None:
-        """Refuse a value that is not finite, and report where that began: in forward, else in the gradients."""
+    def _require_finite(self, what: str, value: float, calls: _Calls, named: _Named, backward: bool = False) -> None:
+        """Refuse a value that is not finite, and report where that began, in forward or in the gradients."""
         if math.isfinite(value):
             return
-        if forward is not None:
-            place = first_module(self.model, forward)
-            at = None if place is None else f"output of {place.module}{self._sequence(place, step)}"
-        else:
-            parameter = first_gradient(self.model.named_parameters())
-            at = None if parameter is None else f"gradient of {parameter}"
-        # as the first rank that found one reports it
-        where = next((f", first in the {at}" for at in self.groups.gather(at) if at is not None), "")
-        raise NotFiniteError(f"the {what} is {value:g}{where}")
+        place = first_module(self.model, calls, backward=backward)
+        name = first_gradient(self.model.named_parameters()) if backward else place and place.module
+        at = name and f"{'gradient' if backward else 'output'} of {name}"
+        # of the first rank that found it: another one may hold the parameter
+        said = zip(*self.groups.gather((at, place and named(place))), strict=True)
+        at, sequence = (next(filter(None, each), "") for each in said)
+        raise NotFiniteError(f"the {what} is {value:g}{at and f', first in the {at}{sequence}'}")
 
-    def _sequence(self, place: Place, step: int | None) -> str:
-        """The first token of a step's batch that is not finite, as text; nothing if it is none alone."""
-        length, size = self.config.data.sequence_length, self.config.training.batch_size
-        rows, ranks = self.rows // self.config.training.grad_accum_steps, self.groups.context_parallel
-        wide = 1 if place.tokens is None or len(place.tokens) == 1 else rows
-        if place.tokens is None or step is None or place.tokens.shape != (wide, rows * length // wide // ranks):
+    def _in_step(self, step: int) -> _Named:
+        rows, length = self.rows // self.config.training.grad_accum_steps, self.config.data.sequence_length
+        origin = partial(self.source.origin, step, self.config.training.batch_size, self.config.seed)
+        return partial(self._sequence, "batch", origin, (rows, length, self.rows, rows))
+
+    def _sequence(self, of: str, origin: _Origin, sizes: tuple[int, int, int, int], place: Place) -> str:
+        """Where numbers are first not finite, as text; nothing if they are so everywhere.
+
+        `sizes` has the sequences of a call, their length, and those from one rank, and one call, to the next.
+        """
+        (rows, length, by_rank, by_call), ranks, tokens = sizes, self.groups.context_parallel, place.tokens
+        wide = 1 if tokens is None or len(tokens) == 1 else rows
+        if tokens is None or tokens.shape != (wide, rows * length // wide // ranks):
             return ""
-        row, at = (int(i) for i in place.tokens.nonzero()[0])
+        row, at = (int(i) for i in tokens.nonzero()[-1 if place.backward else 0])
         # ranks share every row of the model's input, which has all sequences where documents are packed
-        at += (row * ranks + self.groups.rank % ranks) * place.tokens.shape[1]
-        row, token = at // length + place.call * rows + self.groups.dp_rank * self.rows, at % length
-        origin = self.source.origin(step, size, self.config.seed, row, token)
-        return f", in sequence {row} of the batch from token {token} on{'' if origin is None else f' ({origin})'}"
+        at += (row * ranks + self.groups.rank % ranks) * tokens.shape[1]
+        row, token = at // length + self.groups.dp_rank * by_rank + place.call * by_call, at % length
+        where = "" if (found := origin(row, token)) is None else f" ({found})"
+        side = f"up to token {token}" if place.backward else f"from token {token} on"
+        return f", in sequence {row} of the {of} {side}{where}"

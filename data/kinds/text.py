@@ -102,6 +102,10 @@ class Text(Source):
             start = source.starts(numbers[of], seed=seed, step=step)[of[:row].sum()]
         return self.corpus.origin(int(start) + token)
 
+    def evaluation_origin(self, batch_size: int, limit: int | None, length: int, row: int, token: int) -> str | None:
+        starts = self._evaluation_starts(batch_size, limit, length)
+        return self.corpus.origin(int(starts[row % len(starts)]) + token, "validation")  # after the last: padding
+
     def state_dict(self) -> dict[str, Any] | None:
         places = [source.place if isinstance(source, Streamed) else None for source in self._sources]
         return {"places": places} if any(places) else None
@@ -115,14 +119,18 @@ class Text(Source):
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
         """Contiguous sequences of the validation split; the last batch is padded."""
         tokens, length = self.corpus.validation, length or self.config.sequence_length
-        starts = np.arange(0, len(tokens) - length, length)
-        if limit is not None and limit * batch_size < len(starts):
-            starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
+        starts = self._evaluation_starts(batch_size, limit, length)
         for at in range(0, len(starts), batch_size):
             part = starts[at : at + batch_size]
             batch = cut(tokens, np.resize(part, batch_size), length, self.begin)
             batch.targets[len(part) :] = IGNORED
             yield Examples(batch)
+
+    def _evaluation_starts(self, batch_size: int, limit: int | None, length: int) -> np.ndarray:
+        starts = np.arange(0, len(self.corpus.validation) - length, length)
+        if limit is not None and limit * batch_size < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
+        return starts
 
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
         if not self.carried:

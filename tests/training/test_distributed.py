@@ -298,6 +298,13 @@ def test_an_error_of_one_process_ends_all(two, text, tmp_path, broken, changes, 
     assert (tmp_path / "run").exists() == bool(changes)
 
 
+def test_a_token_of_one_process_that_is_not_finite_is_named_by_all(two, text):
+    found, again = two("not_finite", str(text), 3)
+    assert found == again
+    for said, where in zip(found, ("batch up to token 3", "evaluation from token 3 on"), strict=True):
+        assert f", in sequence 4 of the {where} ({text}, token " in said
+
+
 @pytest.mark.parametrize(
     ("library", "said"),
     [

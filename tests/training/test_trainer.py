@@ -1,8 +1,8 @@
 """One training step and one evaluation: loss, gradients, state, precision."""
 
 import math
-from collections import Counter
-from itertools import chain, pairwise
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -195,29 +195,81 @@ def test_a_loss_that_is_not_finite_names_its_module(trainer_of):
         trainer.train_step(0)
 
 
-@pytest.mark.parametrize("changes", [[], ["training.grad_accum_steps=4"], ["data.packing=true"], ["data.order=epochs"]])
-def test_a_loss_that_is_not_finite_names_the_document(trainer_of, tmp_path, changes):
+WAYS = [[], ["training.grad_accum_steps=4"], ["data.packing=true"], ["data.order=epochs"]]
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """Forty files by the letter that each has alone."""
     (tmp_path / "texts").mkdir()
-    letters = {}
-    for number in range(40):
-        letters[chr(ord("0") + number)] = tmp_path / "texts" / f"{number:02}"
-        letters[chr(ord("0") + number)].write_text(f"a short text, {chr(ord('0') + number)}. " * 2)
-    trainer = trainer_of(f"data.paths=[{tmp_path / 'texts'}]", "model.blocks.ret.dropout=0.0", *changes)
-    inputs = trainer.batch(0).inputs
-    counts = Counter(chain.from_iterable(inputs.tolist()))
-    letter = min(letters, key=lambda letter: counts[ord(letter)] or math.inf)  # in the last sequences, too
-    row, at = (inputs == ord(letter)).nonzero()[0].tolist()
+    found = {chr(ord("0") + number): tmp_path / "texts" / f"{number:02}" for number in range(40)}
+    for letter, file in found.items():
+        file.write_text(f"a short text, {letter}. " * 2)
+    return found
+
+
+@pytest.fixture
+def lettered(trainer_of, tmp_path, letters):
+    """Trainers of them."""
+    return partial(trainer_of, f"data.paths=[{tmp_path / 'texts'}]", "model.blocks.ret.dropout=0.0")
+
+
+def in_one(inputs, letters):
+    """A letter of one sequence [T] of [N T] alone, the sequence's number, and the first and last token."""
+    for letter in letters:
+        rows, tokens = (inputs == ord(letter)).nonzero(as_tuple=True)
+        if len(set(rows.tolist())) == 1:
+            found = letter, rows[0].item(), tokens.min().item(), tokens.max().item()
+    return found  # of the last sequences
+
+
+def require_document(error, file, letter, where):
+    """The message names a sequence, its token, the file and the place of such a letter in it."""
+    said, _, token = str(error.value).rpartition(", token ")
+    assert said.endswith(f", in sequence {where} ({file}"), said
+    assert file.read_text()[int(token.rstrip(")"))] == letter
+
+
+@pytest.mark.parametrize("changes", WAYS)
+def test_a_loss_that_is_not_finite_names_the_document(lettered, letters, changes):
+    trainer = lettered(*changes)
+    letter, row, at, _ = in_one(trainer.batch(0).inputs, letters)
     trainer.model.embedding.weight.data[ord(letter)] = math.nan
-    text = letters[letter].read_text()
-    places = {place for place, each in enumerate(text) if each == letter}
     with pytest.raises(NotFiniteError, match=r"nan.* embedding, whose weight is not finite") as refused:
         trainer.train_step(0)
-    where, _, token = str(refused.value).rpartition(", token ")
-    assert where.endswith(f", in sequence {row} of the batch from token {at} on ({letters[letter]}")
-    assert int(token.rstrip(")")) in places
+    require_document(refused, letters[letter], letter, f"{row} of the batch from token {at} on")
     letters[letter].unlink()  # no other file is named in its place
     with pytest.raises(NotFiniteError, match=r"texts, token \d+\)$"):
         trainer.train_step(0)
+
+
+@pytest.mark.parametrize("changes", WAYS)
+def test_a_gradient_that_is_not_finite_names_the_document(lettered, letters, changes):
+    trainer = lettered(*changes)
+    letter, row, _, at = in_one(trainer.batch(0).inputs, letters)  # backward goes from the last token to the first
+
+    def spoil(module, arguments, output):
+        output = output + 0
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.where((arguments[0] != ord(letter))[..., None], math.nan))
+        return output
+
+    trainer.model.embedding.register_forward_hook(spoil)
+    with pytest.raises(NotFiniteError, match=r"norm is nan.* gradient of embedding\.weight") as refused:
+        trainer.train_step(0)
+    require_document(refused, letters[letter], letter, f"{row} of the batch up to token {at}")
+
+
+@pytest.mark.parametrize("changes", WAYS)
+def test_a_validation_loss_that_is_not_finite_names_the_document(lettered, letters, changes):
+    trainer = lettered("data.validation_fraction=0.4", *changes)
+    rows = trainer.rows // trainer.config.training.grad_accum_steps
+    batches = trainer.source.evaluation_batches(rows, 8 // rows)
+    letter, row, at, _ = in_one(torch.cat([batch.inputs for batch, _ in batches]), letters)
+    trainer.model.embedding.weight.data[ord(letter)] = math.nan
+    with pytest.raises(NotFiniteError, match=r"validation loss is nan.* embedding, whose weight") as refused:
+        trainer.evaluate()
+    require_document(refused, letters[letter], letter, f"{row} of the evaluation from token {at} on")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -234,6 +286,6 @@ def test_the_sequence_is_that_of_the_whole_batch_on_every_process(trainer_of, pa
         row, token = (half, 5) if packed else (1, half * 8 + 5)
         row += 2 + rank // 2 * 4  # the second micro-batch, of the second half of the batch
         said = f", in sequence {row} of the batch from token {token} on (({row}, {token}))"
-        assert trainer._sequence(Place("x", 1, tokens), 0) == said
-        assert trainer._sequence(Place("x", 1, tokens[:, 1:]), 0) == ""
-        assert trainer._sequence(Place("x", 1, tokens), None) == ""
+        assert trainer._in_step(0)(Place("x", 1, tokens)) == said
+        assert trainer._in_step(0)(Place("x", 1, tokens[:, 1:])) == ""
+        assert trainer._in_step(0)(Place("x", 1)) == ""
