@@ -199,7 +199,7 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
         return list(hf.named(source.removeprefix("hf:"), hf_config, changes, presets=PRESETS)), False
     if hf_config:
         raise SeqmixError(f"--config is for classes of transformers, hf:MODULE:CLASS, and {source!r} was given")
-    if not changes and (adapted := _adapted(source)) is not None:
+    if ":" in source and not changes and (adapted := _adapted(source)) is not None:
         return [adapted], False
     kinds = MIXERS.kinds()
     if source in kinds or (":" in source and not Path(source).exists()):

@@ -1,7 +1,6 @@
 """Loading a run from disk, and exporting its weights as one file."""
 
 import json
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import ConfigError, load
+from ..registry.sources import read
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import PRESETS, RunConfig
@@ -46,10 +46,10 @@ def read_config(
     if not (run / CONFIG_FILE).is_file():
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
-    for module in dict.fromkeys(re.findall(r"\bkind: '?([\w.]+):\w", (run / CONFIG_FILE).read_text(errors="replace"))):
-        if module not in sys.modules:
-            tell(f"{run} imports the module {module}")
     try:
+        kinds = [kind.value for part in read(run / CONFIG_FILE, PRESETS).parts() if (kind := part.child("kind"))]
+        for module in dict.fromkeys(path.partition(":")[0] for path in imported(kinds)):
+            tell(f"{run} imports the module {module}")
         return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
     except ConfigError as error:
         raise ConfigError(f"{error}{missing_plug_ins(run)}") from error
@@ -102,7 +102,7 @@ def read_weights(
     if run.is_file():
         config, found, tokenizer = _read_file(run, trust)
     else:
-        whole = read_config(run)
+        whole = read_config(run, tell=tell)
         config, tokenizer = whole.model, whole.data.tokenizer_of(run)
         read: list[Mapping[str, Tensor]] = []
 
@@ -134,7 +134,7 @@ def export_run(
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
-    config = read_config(run)
+    config = read_config(run, tell=tell)
     model, step = _load_checkpoint(run, config, "cpu", choice, tell, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
     if model.tokenizer is not None and model.tokenizer.vocabulary is not None:
@@ -215,12 +215,12 @@ def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageM
     return model.eval()
 
 
-def _imported(value: Any) -> Iterator[str]:
+def imported(value: Any) -> Iterator[str]:
     """The dotted paths in a configuration whose modules are not imported yet."""
     if isinstance(value, str) and ":" in value and value.partition(":")[0] not in sys.modules:
         yield value
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _imported(child)
+        yield from imported(child)
 
 
 def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None]:
@@ -228,8 +228,7 @@ def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tenso
     try:
         # only what is needed: the rest may be of another version
         whole = json.loads(metadata[EXPORTED_CONFIG])
-        named = [] if trust else sorted(set(_imported(whole["model"])))
-        if named:
+        if not trust and (named := sorted(set(imported(whole["model"])))):
             raise CheckpointError(
                 f"{file} names code that loading it would import: {', '.join(named)}; if you trust where the file is "
                 "from, give --trust (trust=True)"

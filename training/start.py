@@ -5,8 +5,6 @@ It is a run directory (`seqmix convert` writes one too), a file of `seqmix expor
 
 import hashlib
 import json
-import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..registry.tree import Node, Origin
 from .config import PRESETS, RunConfig
 from .errors import TrainingError
 from .run_dir import CONFIG_FILE
-from .saved_run import EXPORTED_CONFIG, read_config, read_weights
+from .saved_run import EXPORTED_CONFIG, imported, read_config, read_weights
 from .sharding import assign
 from .tensor_files import read_tensors
 from .train_state import parameters_of
@@ -106,6 +104,7 @@ def describe(folder: Path) -> Described:
         return Described(config.model.model_dump(mode="json"), tokenizer, data["begin_token"])
     try:
         described = _exported(folder) if folder.is_file() else _of_hugging_face(folder)
+        unknown = sorted({path.partition(":")[0] for path in imported(described.model)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         allowed = "it is a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
         if not folder.exists():
@@ -116,8 +115,7 @@ def describe(folder: Path) -> Described:
         raise TrainingError(
             f"training.start_from = {folder} cannot be read: {allowed} ({why or type(error).__name__})"
         ) from error
-    modules = re.findall(r'"kind": "([\w.]+):\w', json.dumps(described.model))
-    if unknown := sorted({module for module in modules if module not in sys.modules}):
+    if unknown:
         raise TrainingError(
             f"training.start_from = {folder} names code that loading it would import: {', '.join(unknown)}; if you "
             "trust it, write its `model` into your configuration"

@@ -10,10 +10,12 @@ from abuse.readers import readers
 from abuse.shards import shards
 from abuse.states import states
 from abuse.studies import studies
+from abuse.surroundings import surroundings
 from abuse.tally import Group
 from abuse.terminals import terminals
 from abuse.texts import lines, texts
 from abuse.token_files import token_files
+from abuse.trust import trust
 from abuse.vocabularies import vocabularies
 
 GROUPS: dict[str, Group] = {
@@ -32,8 +34,10 @@ GROUPS: dict[str, Group] = {
     "terminals": terminals,
     "noisy_workers": noisy_workers,
     "readers": readers,
+    "trust": trust,
+    "surroundings": surroundings,
 }
-SLOW = {"full_disk", "lines", "outputs", "terminals", "noisy_workers", "readers"}
+SLOW = {"full_disk", "lines", "outputs", "terminals", "noisy_workers", "readers", "surroundings"}
 """Groups whose cases are commands of several seconds: nightly alone."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""
