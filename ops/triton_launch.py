@@ -94,21 +94,34 @@ def padded(op: Op[Recurrence], x: Recurrence) -> RecurrenceOutput:
     return RecurrenceOutput(output, state if wanted else None)
 
 
-def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Tensor]:
+def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, ends: bool) -> tuple[Tensor, Tensor]:
     """How packed documents are cut; nothing waits for the device.
 
+    Args:
+        starts: whether states enter documents: they are stored then as every chunk's is, and else those between chunks
+            alone.
+        ends: the same, of the gradients of states that leave documents.
+
     Returns:
-        each document's first chunk [N + 1], and each chunk's first token and number of tokens [chunks 2], which is 0
-        for those that are over: there is room for as many as there can be.
+        each document's first chunk [N + 1], and each chunk's first token and number of tokens, which is 0 for those
+        that are over, as there is room for as many as there can be; and where the state is stored that enters it, and
+        the gradient of what leaves it, or -1 [chunks 4].
     """
     boundaries = cu_seqlens.long()
     firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
     documents = boundaries.shape[0] - 1
     number = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
     document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
-    start = boundaries[document] + (number - firsts[document]) * chunk
+    own = number - firsts[document]
+    start = boundaries[document] + own * chunk
     tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
-    return firsts, torch.stack((start, tokens), dim=1)
+    entering, leaving = number, number
+    if not (starts and ends):
+        # of a document's chunks, all but one leave their state to the next
+        inner = F.pad((firsts.diff() - 1).clamp_(min=0).cumsum(0), (1, 0))[document] + own
+        entering = number if starts else torch.where(own > 0, inner - 1, -1)
+        leaving = number if ends else torch.where(start + chunk < boundaries[document + 1], inner, -1)
+    return firsts, torch.stack((start, tokens, entering, leaving), dim=1)
 
 
 def readable(x: Tensor, chunk: int) -> Tensor:

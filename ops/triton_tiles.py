@@ -57,7 +57,17 @@ def chunk_at(chunk, table, length, chunks_a_row, C: tl.constexpr):
         start = (chunk % chunks_a_row) * C
         return row, start, tl.minimum(length - start, C)
     else:  # of packed documents the table knows, and gives no tokens to the chunks that are over
-        return chunk * 0, tl.load(table + 2 * chunk), tl.load(table + 2 * chunk + 1)
+        return chunk * 0, tl.load(table + 4 * chunk), tl.load(table + 4 * chunk + 1)
+
+
+@triton.jit
+def state_at(chunk, table, LEAVING: tl.constexpr):
+    """Which of the stored states enters a chunk, or leaves it, and 1 if it is stored, or 0: it is zero then."""
+    if table is None:
+        return chunk, 1
+    else:
+        place = tl.load(table + 4 * chunk + (3 if LEAVING else 2))
+        return place, (place >= 0).to(tl.int32)
 
 
 @triton.jit

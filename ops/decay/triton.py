@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..autograd import Gradients, Op, has_tangent, needs_grad
-from ..chunks import capacity
+from ..chunks import stored_states
 from ..donation import may_overwrite
 from ..kernels import Kernel, Probe, declare
 from ..paradigm import Paradigm
@@ -127,7 +127,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     # saved where they are no larger than q, k and v; elsewhere the backward scans again
     if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
         return x.q.new_empty(x.v.shape), final_state, x.q.new_empty(0)
-    entries = x.q.new_empty(x.q.shape[0] * capacity(x.q.shape[1], chunk, x.cu_seqlens), heads, key_width, value_width)
+    stored = stored_states(x.q.shape[1], chunk, x.cu_seqlens, edges=x.initial_state is not None)
+    entries = x.q.new_empty(x.q.shape[0] * stored, heads, key_width, value_width)
     # packed documents leave chunks over, and an output has to be defined everywhere
     return x.q.new_empty(x.v.shape), final_state, entries if x.cu_seqlens is None else entries.zero_()
 
@@ -135,7 +136,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
     call = launcher_of(x)
-    states = entries if entries.numel() else call.new_states()
+    states = entries if entries.numel() else call.new_states(call.entries)
     final = final_state if x.output_final_state else None
     call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state), "final": final})
     call.forward_band(states, output)
@@ -145,16 +146,16 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final_state), (states,) = gradients.outputs, gradients.saved
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
-    call = launcher_of(x, needs_log_decay)
+    d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
+    call = launcher_of(x, needs_log_decay, d_final=d_final is not None)
     given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
     given["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
     if not states.numel():
-        states = call.new_states()
+        states = call.new_states(call.entries)
         call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
-    products, d_states = call.new_products(call.scan_tiles) if needs_log_decay else None, call.new_states()
-    d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
+    products, d_states = call.new_products(call.scan_tiles) if needs_log_decay else None, call.new_states(call.exits)
     ends = {"initial": d_final, "final": out.get("initial_state")}
     if products is not None:
         ends |= {"entries": states, "products": products}

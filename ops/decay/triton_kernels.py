@@ -14,7 +14,19 @@ exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks 
 import triton
 import triton.language as tl
 
-from ..triton_tiles import VARYING, between, chunk_at, clock_of, dot, last_clock, load_tile, log2, rate_of, sequence_at
+from ..triton_tiles import (
+    VARYING,
+    between,
+    chunk_at,
+    clock_of,
+    dot,
+    last_clock,
+    load_tile,
+    log2,
+    rate_of,
+    sequence_at,
+    state_at,
+)
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
@@ -45,7 +57,7 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 
 @triton.jit(do_not_specialize=VARYING)
 def state_scan(
-    x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts,
+    x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts, table,
     x_row, x_token, x_head, w_row, w_token, w_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
@@ -63,8 +75,8 @@ def state_scan(
     n, h = sequence // heads, sequence % heads
     ks = tile // across * TILE_K + tl.arange(0, TILE_K)
     vs = tile % across * TILE_V + tl.arange(0, TILE_V)
-    inside = (ks[:, None] < K) & (vs[None, :] < V)
-    place = ks[:, None] * V + vs[None, :]
+    place, columns = ks[:, None] * V + vs[None, :], vs[None, :] < V
+    inside = (ks[:, None] < K) & columns
     rows = tl.arange(0, C)
     rate = rate_of(rates, h)
 
@@ -80,10 +92,15 @@ def state_scan(
         number = step
         if REVERSE:
             number = count - 1 - step
-        state = ((first + number) * heads + h) * K * V
-        tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=inside)
+        stored, known = state_at(first + number, table, REVERSE)
+        state = (stored * heads + h) * K * V
+        kept = (ks[:, None] < known * K) & columns
+        tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=kept)
         if entries is not None:
-            entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
+            stored, known = state_at(first + number, table, False)
+            state = (stored * heads + h) * K * V
+            kept = (ks[:, None] < known * K) & columns
+            entry = tl.load(entries + state + place, mask=kept, other=0.0).to(tl.float32)
             tl.store(products + ((first + number) * heads + h) * tiles + tile, tl.sum(entry * acc))
         start = begin + number.to(tl.int64) * C
         m = tl.minimum(end - start, C).to(tl.int32)
@@ -115,17 +132,17 @@ def state_scan(
 
 @triton.jit
 def _band(
-    x, x_token, y, y_token, z, z_token, state, out, out_token, other, other_token, sums, rates, clocks, plane, at, h,
-    m, scale, outer,
+    x, x_token, y, y_token, z, z_token, state, known, out, out_token, other, other_token, sums, rates, clocks, plane,
+    at, h, m, scale, outer,
     INNER: tl.constexpr, OUTER: tl.constexpr, STATE_INNER: tl.constexpr, STATE_OUTER: tl.constexpr, C: tl.constexpr,
     TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr = False,
 ):
     """out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on, x and y [m INNER], z [m OUTER].
 
     Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
-    their own on; where it is strict, not their own. No state is one of zeros. The reversed scores are a product of
-    their own, as the transpose of a product is miscompiled by some versions of Triton. `sums` gets the rows' products
-    of `other` with the first term of out.
+    their own on; where it is strict, not their own. No state, or one that is not known, is one of zeros. The reversed
+    scores are a product of their own, as the transpose of a product is miscompiled by some versions of Triton. `sums`
+    gets the rows' products of `other` with the first term of out.
     """
     rows = tl.arange(0, C)
     columns = outer + tl.arange(0, TILE_OUTER)
@@ -135,7 +152,7 @@ def _band(
         inner = i + tl.arange(0, TILE_INNER)
         x_tile = load_tile(x, x_token, rows, m, inner, INNER)
         if state is not None:
-            inside = (inner[:, None] < INNER) & (columns[None, :] < OUTER)
+            inside = (inner[:, None] < known * INNER) & (columns[None, :] < OUTER)
             place = inner[:, None] * STATE_INNER + columns[None, :] * STATE_OUTER
             acc = dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc)
         scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, INNER)), scores)
@@ -187,9 +204,10 @@ def band_forward(
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
+    stored, known = state_at(chunk, table, False)
     _band(
         q + row * q_row + start * q_token + h * q_head, q_token, k + row * k_row + start * k_token + h * k_head,
-        k_token, v + row * v_row + start * v_token + h * v_head, v_token, states + (chunk * heads + h) * K * V,
+        k_token, v + row * v_row + start * v_token + h * v_head, v_token, states + (stored * heads + h) * K * V, known,
         out + ((row * length + start) * heads + h) * V, heads * V, None, 0, None, rates, clocks, plane,
         (row * heads + h) * length + start, h, m.to(tl.int32), scale, tile * TILE_OUTER, K, V, V, 1, C, TILE_INNER,
         TILE_OUTER, False,
@@ -223,15 +241,17 @@ def band_backward(
     v += row * v_row + start * v_token + h * v_head
     do += row * do_row + start * do_token + h * do_head
     at = (row * heads + h) * length + start
-    state = (chunk * heads + h) * K * V
+    stored, known = state_at(chunk, table, False)
+    states += (stored * heads + h) * K * V
+    leaving, remains = state_at(chunk, table, True)
     if d_states is not None:
-        d_states += state
+        d_states += (leaving * heads + h) * K * V
     token = (row * length + start) * heads + h
     if role < k_tiles:
         if sums is not None:
             sums += role * plane + at
         _band(
-            do, do_token, v, v_token, k, k_token, states + state, dq + token * K, heads * K, q, q_token, sums, rates,
+            do, do_token, v, v_token, k, k_token, states, known, dq + token * K, heads * K, q, q_token, sums, rates,
             clocks, plane, at, h, m, scale, role * TILE_OUTER, V, K, 1, V, C, TILE_INNER, TILE_OUTER, False,
             STRICT,
         )
@@ -239,15 +259,15 @@ def band_backward(
         if sums is not None:
             sums += role * plane + at
         _band(
-            v, v_token, do, do_token, q, q_token, d_states, dk + token * K, heads * K, k, k_token, sums,
+            v, v_token, do, do_token, q, q_token, d_states, remains, dk + token * K, heads * K, k, k_token, sums,
             rates, clocks, plane, at, h, m, scale, (role - k_tiles) * TILE_OUTER, V, K, 1, V, C, TILE_INNER,
             TILE_OUTER, True, STRICT,
         )
     elif dv is not None:
         _band(
-            k, k_token, q, q_token, do, do_token, d_states, dv + token * V, heads * V, None, 0, None, rates, clocks,
-            plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, TILE_INNER, TILE_OUTER, True,
-            STRICT,
+            k, k_token, q, q_token, do, do_token, d_states, remains, dv + token * V, heads * V, None, 0, None, rates,
+            clocks, plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, TILE_INNER, TILE_OUTER,
+            True, STRICT,
         )
 
 

@@ -26,18 +26,20 @@ MAX_KEY_CHUNK = 64
 """Tokens of a chunk at most."""
 
 
-def launcher_of(x: Recurrence, needs_log_decay: bool = False) -> Launcher:
-    """What launches the bodies for decays such as a call's."""
-    return KeyLauncher(x) if x.log_decay is not None and x.log_decay.ndim == 4 else Launcher(x, needs_log_decay)
+def launcher_of(x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> Launcher:
+    """What launches the bodies for decays such as a call's, backwards with or without gradients of final states."""
+    if x.log_decay is not None and x.log_decay.ndim == 4:
+        return KeyLauncher(x, d_final=d_final)
+    return Launcher(x, needs_log_decay, d_final=d_final)
 
 
 class KeyLauncher(Launcher):
     """One call of the op: the operands that have decayed, the scan, and the bodies of its own."""
 
-    def __init__(self, x: Recurrence) -> None:
+    def __init__(self, x: Recurrence, *, d_final: bool = False) -> None:
         assert x.log_decay is not None
         # what the scan reads has been scaled and has decayed
-        super().__init__(x._replace(log_decay=None, scale=1.0))
+        super().__init__(x._replace(log_decay=None, scale=1.0), d_final=d_final)
         assert self.configuration.keys is not None
         self.launch, predicts = self.configuration.keys, x.beta is not None
         self.queries, self.keys = (self.q.new_empty(x.q.shape) for _ in range(2))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import capacity
+from ..chunks import capacity, stored_states
 from ..kernels import Probe
 from ..recurrence import Recurrence
 from ..triton_launch import FUSED, Launch, chunk_table, interpreted, kernels, readable, strides
@@ -98,7 +98,7 @@ def configuration_of(x: Recurrence) -> Configuration:
 class Launcher:
     """One call of the chunkwise op: what its bodies have in common, and how each is launched."""
 
-    def __init__(self, x: Recurrence, needs_log_decay: bool = False) -> None:
+    def __init__(self, x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> None:
         log_decay, cu_seqlens = x.log_decay, x.cu_seqlens
         self.kernels = kernels("decay")
         self.configuration = configuration_of(x)
@@ -118,9 +118,15 @@ class Launcher:
         self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.firsts, self.table = None, None
         if cu_seqlens is not None:
-            self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk)
+            edges = {"starts": x.initial_state is not None, "ends": d_final}
+            self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, **edges)
         self.rows = x.rows
         self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
+        # states that enter chunks, and gradients of those that leave them
+        self.entries, self.exits = (
+            self.batch * stored_states(self.length, self.chunk, cu_seqlens, edges=edge)
+            for edge in (x.initial_state is not None, d_final)
+        )
         plane = self.batch * self.heads * self.length
         sizes = {"length": self.length, "heads": self.heads, "chunks_a_row": -(-self.length // self.chunk)}
         self.common = {**sizes, "plane": plane, "C": self.chunk}
@@ -147,9 +153,9 @@ class Launcher:
         other.in_bands = {**self.in_bands, **operands, **strides(**operands), **given}
         return other
 
-    def new_states(self) -> Tensor:
-        """Room for one state per chunk, as narrow as the inputs."""
-        return self.q.new_empty(self.chunks, self.heads, self.key_width, self.value_width)
+    def new_states(self, number: int) -> Tensor:
+        """Room for so many, as narrow as the inputs."""
+        return self.q.new_empty(number, self.heads, self.key_width, self.value_width)
 
     @property
     def _scan(self) -> Launch:
@@ -173,6 +179,7 @@ class Launcher:
             totals=self.totals,
             boundaries=self.boundaries,
             firsts=self.firsts,
+            table=self.table,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
             REVERSE=reverse,

@@ -73,15 +73,15 @@ def configuration(bits: int, key_width: int) -> Configuration:
 class DeltaLauncher:
     """One call of the op: the two bodies of its own, and the decay family's as `bands`."""
 
-    def __init__(self, x: Recurrence, needs_log_decay: bool = False) -> None:
+    def __init__(self, x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> None:
         assert x.beta is not None
         # no chunks of more than 64: the rows of their systems are found one after another
-        self.bands = bands = launcher_of(x._replace(chunk_size=min(x.chunk_size, 64)), needs_log_decay)
+        self.bands = bands = launcher_of(x._replace(chunk_size=min(x.chunk_size, 64)), needs_log_decay, d_final=d_final)
         if bands.decays["clocks"] is not None and bands.backward.tile[1] > 64:  # larger steps spill
             bands.backward = bands.backward._replace(tile=(32, bands.backward.tile[1]))
         self.own = configuration(8 * x.q.element_size(), bands.key_width)
         self.beta, self.initial_state = x.beta.contiguous(), contiguous(x.initial_state)
-        self.states, self.written = bands.new_states(), x.q.new_empty(x.v.shape)
+        self.states, self.written = bands.new_states(bands.entries), x.q.new_empty(x.v.shape)
         self.inverse = x.q.new_empty(bands.chunks, bands.heads, bands.chunk, bands.chunk)
         self.weights = bands.scores
 
@@ -118,6 +118,7 @@ class DeltaLauncher:
             reads=bands.reads,
             boundaries=bands.boundaries,
             firsts=bands.firsts,
+            table=bands.table,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
             REVERSE=reverse,
@@ -160,17 +161,17 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor]:
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     d_output, d_final_state = gradients.outputs
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
-    call = DeltaLauncher(x, needs_log_decay)
+    d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
+    call = DeltaLauncher(x, needs_log_decay, d_final=d_final is not None)
     bands = call.bands
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output, bands.chunk)
     call.forward(weights=True)
     found = {} if call.initial_state is None else {"initial_state": torch.empty_like(call.initial_state)}
-    d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     ends = {"initial": d_final, "final": found.get("initial_state")}
     products = bands.new_products(call.tiles) if needs_log_decay else None
     if products is not None:
         ends |= {"entries": call.states, "products": products}
-    d_states, solved = bands.new_states(), torch.empty_like(call.written)
+    d_states, solved = bands.new_states(bands.exits), torch.empty_like(call.written)
     call.walk(do, d_states, solved, reverse=True, **ends)
 
     rate = call.beta[..., None].float()

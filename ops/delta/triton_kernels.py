@@ -10,7 +10,18 @@ Notation of ../decay/triton_kernels.py; triton.py has the recurrence and the map
 import triton
 import triton.language as tl
 
-from ..triton_tiles import VARYING, between, chunk_at, clock_of, dot, last_clock, load_tile, rate_of, sequence_at
+from ..triton_tiles import (
+    VARYING,
+    between,
+    chunk_at,
+    clock_of,
+    dot,
+    last_clock,
+    load_tile,
+    rate_of,
+    sequence_at,
+    state_at,
+)
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
 # fmt: off
@@ -70,7 +81,7 @@ def solve(
 @triton.jit(do_not_specialize=VARYING)
 def delta_scan(
     q, k, v, beta, rates, clocks, totals, reads, inverse, weights, initial, states, written, final, entries, products,
-    boundaries, firsts, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    boundaries, firsts, table, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -90,8 +101,8 @@ def delta_scan(
     n, h = sequence // heads, sequence % heads
     ks = tl.arange(0, TILE_K)
     vs = tile * TILE_V + tl.arange(0, TILE_V)
-    inside = (ks[:, None] < K) & (vs[None, :] < V)
-    place = ks[:, None] * V + vs[None, :]
+    place, columns = ks[:, None] * V + vs[None, :], vs[None, :] < V
+    inside = (ks[:, None] < K) & columns
     rows = tl.arange(0, C)
     square = rows[:, None] * C + rows[None, :]
     rate = rate_of(rates, h)
@@ -112,9 +123,13 @@ def delta_scan(
             number = count - 1 - step
         chunk = (first + number) * heads + h
         entry = acc.to(states.dtype.element_ty)
-        tl.store(states + chunk * K * V + place, entry, mask=inside)
+        stored, known = state_at(first + number, table, REVERSE)
+        kept = (ks[:, None] < known * K) & columns
+        tl.store(states + (stored * heads + h) * K * V + place, entry, mask=kept)
         if entries is not None:
-            other = tl.load(entries + chunk * K * V + place, mask=inside, other=0.0).to(tl.float32)
+            stored, known = state_at(first + number, table, False)
+            kept = (ks[:, None] < known * K) & columns
+            other = tl.load(entries + (stored * heads + h) * K * V + place, mask=kept, other=0.0).to(tl.float32)
             tl.store(products + chunk * tiles + tile, tl.sum(other * acc))
         start = begin + number.to(tl.int64) * C
         m = tl.minimum(end - start, C).to(tl.int32)

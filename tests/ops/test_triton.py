@@ -15,7 +15,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recurrences import CPU, INPUTS, case_of, differentiate
 from torch._inductor.utils import run_and_get_code
 
@@ -24,6 +25,7 @@ from seqmix.mixers.delta_net import DeltaNetConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.kda import KDAConfig
 from seqmix.models import Decoder, ModelConfig, prefill
+from seqmix.ops.chunks import stored_states
 from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
 from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, decay_step_triton
@@ -415,7 +417,7 @@ def test_a_step_passes_opcheck():
 def test_what_a_step_cannot_do_is_refused():
     q, k, v, a, state = tokens("H", length=2)
     one = [x[:, :1] for x in (q, k, v)]
-    for segment, given, named in (
+    for segment, before, named in (
         ((q, k, v), state, "one token.* 2"),
         (one, state.double(), "float32 and contiguous"),
         (one, state.mT.contiguous().mT, "float32 and contiguous"),
@@ -423,7 +425,7 @@ def test_what_a_step_cannot_do_is_refused():
         ([x.double() for x in one], state, "float64"),
     ):
         with pytest.raises(SeqmixError, match=named):
-            decay_step_triton(call_of(*segment, a, given))
+            decay_step_triton(call_of(*segment, a, before))
 
 
 @runs
@@ -532,13 +534,38 @@ def test_chunk_size_picks_the_chunk():
         assert chunks == sorted(chunks, reverse=True)
 
 
-def test_the_table_of_chunks():
+@pytest.mark.parametrize(
+    ("starts", "ends", "entering", "leaving"),
+    [
+        (True, True, [0, 1, 2, 3], [0, 1, 2, 3]),
+        (False, False, [-1, 0, -1, -1], [0, -1, -1, -1]),
+        (True, False, [0, 1, 2, 3], [0, -1, -1, -1]),
+        (False, True, [-1, 0, -1, -1], [0, 1, 2, 3]),
+    ],
+)
+def test_the_table_of_chunks(starts, ends, entering, leaving):
     boundaries = torch.tensor([0, 0, 5, 5, 9, 10, 10], dtype=torch.int32)
-    firsts, table = chunk_table(boundaries, 10, 4)
+    firsts, table = chunk_table(boundaries, 10, 4, starts=starts, ends=ends)
     assert firsts.tolist() == [0, 0, 2, 2, 3, 4, 4]
-    assert [(start, m) for start, m in table.tolist() if m] == [(0, 4), (4, 1), (5, 4), (9, 1)]
+    assert [(start, m) for start, m, *_ in table.tolist() if m] == [(0, 4), (4, 1), (5, 4), (9, 1)]
     assert table[:4, 1].all()
-    assert table.shape == (3 + 6, 2)
+    assert table.shape == (3 + 6, 4)
+    assert table[:4, 2].tolist() == entering
+    assert table[:4, 3].tolist() == leaving
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 4))
+def test_states_between_chunks_have_places_of_their_own(lengths, chunk):
+    length = sum(lengths)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    firsts, table = chunk_table(boundaries, length, chunk, starts=False, ends=False)
+    found, between = table[: firsts[-1]], [-(-length // chunk) - 1 for length in lengths if length]
+    places = [place for place in found[:, 2].tolist() if place >= 0]
+    assert places == list(range(sum(between)))
+    # what enters a chunk is what left the one before it
+    assert [place for place in found[:, 3].tolist() if place >= 0] == places
+    assert all(out == into for out, into in zip(found[:-1, 3].tolist(), found[1:, 2].tolist(), strict=True))
+    assert len(places) <= stored_states(length, chunk, boundaries, edges=False)
 
 
 def test_offsets_inside_a_chunk_fit_32_bits():
