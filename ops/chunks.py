@@ -60,15 +60,6 @@ def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
     return -(-length // chunk_size) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
-def stored_states(length: int, chunk_size: int, cu_seqlens: Tensor | None, *, edges: bool) -> int:
-    """States that the chunks of one row need at most; of packed documents without those at their edges, those between
-    chunks."""
-    if cu_seqlens is None or edges:
-        return capacity(length, chunk_size, cu_seqlens)
-    # no more than there would be between the chunks of one document
-    return max(length - 1, 0) // chunk_size
-
-
 def cut(x: Tensor, group: Group) -> Tensor:
     """A group's tokens of [B T H *] as [n B H m *]; a view."""
     batch, _, heads, *rest = x.shape

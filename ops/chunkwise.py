@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Op
-from .chunks import Group, groups, operand, store, stored_states
+from .chunks import Group, groups, operand, store
 from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
@@ -110,7 +110,8 @@ def chunkwise_kernel(name: str, chunks: Callable[[Recurrence, bool], Chunks]) ->
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
     length, chunk, nothing = x.q.shape[1], x.chunk_size, x.q.new_empty(0, dtype=x.wide)
-    saved = stored_states(length, chunk, x.cu_seqlens, edges=False)
+    # documents have no more later chunks than they would have as one, however many they are
+    saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
     final_state = x.new_state(x.rows).zero_() if x.output_final_state else nothing
     entries = x.new_state(saved, x.q.shape[0]) if x.needs_grad else nothing.clone()
     return x.q.new_empty(x.v.shape), final_state, entries

@@ -122,6 +122,7 @@ KERNELS: dict[Key, Kernel] = {}
 
 ON_DEMAND: Mapping[str, Sequence[str]] = {
     "triton": ("decay.triton", "delta.triton"),
+    "triton_tf32x3": ("decay.triton",),
     "fla": ("decay.fla",),
     "flex": ("softmax.flex",),
     "xformers": ("softmax.xformers",),

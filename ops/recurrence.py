@@ -52,6 +52,8 @@ class Recurrence(NamedTuple):
     """[B T H K]: what reads the decayed state in the delta family; None is k."""
     b: Tensor | None = None
     """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
+    tf32x3: bool = False
+    """Whether a kernel forms each product of float32 as three of TF32."""
 
     @property
     def wide(self) -> torch.dtype:

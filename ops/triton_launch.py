@@ -98,14 +98,13 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, en
     """How packed documents are cut; nothing waits for the device.
 
     Args:
-        starts: whether states enter documents: they are stored then as every chunk's is, and else those between chunks
-            alone.
+        starts: whether states enter documents. Else those that do are zero, and one is stored for all of them.
         ends: the same, of the gradients of states that leave documents.
 
     Returns:
         each document's first chunk [N + 1], and each chunk's first token and number of tokens, which is 0 for those
         that are over, as there is room for as many as there can be; and where the state is stored that enters it, and
-        the gradient of what leaves it, or -1 [chunks 4].
+        the gradient of what leaves it [chunks 4].
     """
     boundaries = cu_seqlens.long()
     firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
@@ -119,8 +118,8 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, en
     if not (starts and ends):
         # of a document's chunks, all but one leave their state to the next
         inner = F.pad((firsts.diff() - 1).clamp_(min=0).cumsum(0), (1, 0))[document] + own
-        entering = number if starts else torch.where(own > 0, inner - 1, -1)
-        leaving = number if ends else torch.where(start + chunk < boundaries[document + 1], inner, -1)
+        entering = number if starts else torch.where(own > 0, inner, 0)
+        leaving = number if ends else torch.where(start + chunk < boundaries[document + 1], inner + 1, 0)
     return firsts, torch.stack((start, tokens, entering, leaving), dim=1)
 
 

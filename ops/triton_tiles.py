@@ -27,12 +27,13 @@ RESET = tl.constexpr(-256.0)
 
 
 @triton.jit
-def dot(x, y, acc):
-    """acc + x y in float32. The interpreter multiplies 16-bit numbers wrongly, so there they are widened."""
+def dot(x, y, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + x y in float32; products of float32 are `ieee`, or `tf32x3`: three of TF32. The interpreter knows the first
+    alone, and multiplies 16-bit numbers wrongly, so there they are widened."""
     if INTERPRETED:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(x, y, acc, input_precision="ieee")
+        return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -62,12 +63,11 @@ def chunk_at(chunk, table, length, chunks_a_row, C: tl.constexpr):
 
 @triton.jit
 def state_at(chunk, table, LEAVING: tl.constexpr):
-    """Which of the stored states enters a chunk, or leaves it, and 1 if it is stored, or 0: it is zero then."""
+    """Which of the stored states enters a chunk, or leaves it."""
     if table is None:
-        return chunk, 1
+        return chunk
     else:
-        place = tl.load(table + 4 * chunk + (3 if LEAVING else 2))
-        return place, (place >= 0).to(tl.int32)
+        return tl.load(table + 4 * chunk + (3 if LEAVING else 2))
 
 
 @triton.jit
@@ -108,11 +108,19 @@ def between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
 
 
 @triton.jit
-def sequence_at(n, boundaries, firsts, length, chunks_a_row, C: tl.constexpr):
-    """Row of the batch, first and last boundary, first chunk, and number of chunks of a row of states."""
-    if boundaries is None:
-        row, begin, end, first = n, n * 0, n * 0 + length, n * chunks_a_row
+def sequence_at(n, firsts, length, chunks_a_row, C: tl.constexpr):
+    """Row of the batch, first chunk, and number of chunks of a row of states."""
+    if firsts is None:
+        return n, n * chunks_a_row, tl.cdiv(length, C).to(tl.int32)
     else:
-        row, first = n * 0, tl.load(firsts + n)
-        begin, end = tl.load(boundaries + n).to(tl.int64), tl.load(boundaries + n + 1).to(tl.int64)
-    return row, begin, end, first, tl.cdiv(end - begin, C).to(tl.int32)
+        return n * 0, tl.load(firsts + n), (tl.load(firsts + n + 1) - tl.load(firsts + n)).to(tl.int32)
+
+
+@triton.jit
+def tokens_at(number, chunk, table, length, C: tl.constexpr):
+    """First token, and number of tokens, of a chunk that has that number in its row of states."""
+    if table is None:
+        start = number.to(tl.int64) * C
+        return start, tl.minimum(length - start, C).to(tl.int32)
+    else:
+        return tl.load(table + 4 * chunk), tl.load(table + 4 * chunk + 1).to(tl.int32)

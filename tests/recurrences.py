@@ -40,9 +40,10 @@ def differentiate(
     given = {name: x.abs() if absolute and name != "log_decay" else x for name, x in given.items()}
     given = {name: x.detach().to(device, torch.float64 if wide else x.dtype) for name, x in given.items()}
     leaves = {name: x.requires_grad_(name in names) for name, x in given.items()}
-    found = dict(zip(("output", "final state"), run(case, paradigm, leaves, function, **options), strict=True))
+    results = zip(("output", "final state"), run(case, paradigm, leaves, function, **options), strict=True)
+    found = {name: x for name, x in results if x is not None}
     # rounded to the case's dtypes, so that they are the same numbers in float64
-    above = [case.cotangent(name, x, CPU) for name, x in zip(("output", "state"), found.values(), strict=True)]
+    above = [case.cotangent(name, x, CPU) for name, x in zip(("output", "state"), found.values(), strict=False)]
     above = [(a.abs() if absolute else a).to(x) for a, x in zip(above, found.values(), strict=True)]
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
     gradients = torch.autograd.grad(list(found.values()), list(wanted.values()), above, materialize_grads=True)

@@ -32,8 +32,9 @@ from .recurrent import decay_recurrent
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
 """Natural logarithm of the decay, <= 0: fixed per head, or given for every token and head (and key dimension)."""
 
-Backend = Literal["auto", "reference", "triton", "fla"]
-"""The kernel backend: `auto` is resolved when a model is built; `reference` is torch's own, `triton` this library's."""
+Backend = Literal["auto", "reference", "triton", "triton_tf32x3", "fla"]
+"""The kernel backend: `auto` is resolved when a model is built; `reference` is torch's own, `triton` this library's,
+`triton_tf32x3` that with each product of float32 as three of TF32."""
 
 
 def decay(

@@ -21,17 +21,19 @@ a log-decay is that of chunkwise.py.
 
 Accumulators, decays, and the states that walk are float32. What is stored between the bodies has the inputs' dtype,
 since it is an operand of a matrix product next; in float16 a state beyond 65,504 overflows there. Products of float32
-are float32, never TF32.
+are float32, unless TF32 is asked for.
 
 This module does not import triton: that happens where a kernel is launched.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...registry import SeqmixError
 from ..autograd import Gradients, Op, has_tangent, needs_grad
-from ..chunks import stored_states
+from ..chunks import capacity
 from ..donation import may_overwrite
 from ..kernels import Kernel, Probe, declare
 from ..paradigm import Paradigm
@@ -48,6 +50,14 @@ from .triton_launch import MAX_KEY_WIDTH, STEP, configuration_of, too_wide
 def limits(probe: Probe) -> list[str]:
     """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
     return missing(probe) + too_wide(probe)
+
+
+def tf32x3_limits(probe: Probe) -> list[str]:
+    """The same with products of TF32."""
+    reasons = limits(probe)
+    if probe.log_decay == "B T H K":
+        reasons.append("keys that decay by themselves take more registers for products of TF32 than there are")
+    return reasons
 
 
 def step_limits(probe: Probe) -> list[str]:
@@ -73,6 +83,18 @@ def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
     if x.log_decay is not None and x.log_decay.ndim == 4:
         x = x._replace(chunk_size=min(x.chunk_size, MAX_KEY_CHUNK))
     return padded(CHUNKWISE, x)
+
+
+def decay_chunkwise_tf32x3(x: Recurrence) -> RecurrenceOutput:
+    """The chunkwise paradigm on a GPU, of float32, with each product as three of TF32.
+
+    What is left out of a product is below 2^-21 of it.
+
+    Raises:
+        SeqmixError: `TF32X3_KERNEL` does not take this.
+    """
+    TF32X3_KERNEL.require(x.probe())
+    return decay_chunkwise_triton(x._replace(tf32x3=True))
 
 
 def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
@@ -127,7 +149,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     # saved where they are no larger than q, k and v; elsewhere the backward scans again
     if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
         return x.q.new_empty(x.v.shape), final_state, x.q.new_empty(0)
-    stored = stored_states(x.q.shape[1], chunk, x.cu_seqlens, edges=x.initial_state is not None)
+    stored = capacity(x.q.shape[1], chunk, None if x.initial_state is None else x.cu_seqlens)
     entries = x.q.new_empty(x.q.shape[0] * stored, heads, key_width, value_width)
     # packed documents leave chunks over, and an output has to be defined everywhere
     return x.q.new_empty(x.v.shape), final_state, entries if x.cu_seqlens is None else entries.zero_()
@@ -220,6 +242,16 @@ KERNEL = declare(
     )
 )
 
+TF32X3_KERNEL = declare(
+    replace(
+        KERNEL,
+        backend="triton_tf32x3",
+        function=decay_chunkwise_tf32x3,
+        tolerances={torch.float32: 1e-5},
+        limits=tf32x3_limits,
+    )
+)
+
 STEP_KERNEL = declare(
     Kernel(
         op="decay",
@@ -230,3 +262,5 @@ STEP_KERNEL = declare(
         limits=step_limits,
     )
 )
+# one token has no products of matrices
+declare(replace(STEP_KERNEL, backend="triton_tf32x3", tolerances={torch.float32: TOLERANCES[torch.float32]}))

@@ -26,6 +26,7 @@ from ..triton_tiles import (
     rate_of,
     sequence_at,
     state_at,
+    tokens_at,
 )
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
@@ -57,11 +58,11 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 
 @triton.jit(do_not_specialize=VARYING)
 def state_scan(
-    x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts, table,
+    x, w, rates, clocks, totals, initial, states, final, entries, products, firsts, table,
     x_row, x_token, x_head, w_row, w_token, w_head,
     scale, length, heads, chunks_a_row, plane,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    REVERSE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_K: tl.constexpr,
+    TILE_V: tl.constexpr, REVERSE: tl.constexpr,
 ):
     """One tile of the state of one sequence and head, carried over its chunks; a program each.
 
@@ -75,12 +76,12 @@ def state_scan(
     n, h = sequence // heads, sequence % heads
     ks = tile // across * TILE_K + tl.arange(0, TILE_K)
     vs = tile % across * TILE_V + tl.arange(0, TILE_V)
-    place, columns = ks[:, None] * V + vs[None, :], vs[None, :] < V
-    inside = (ks[:, None] < K) & columns
+    inside = (ks[:, None] < K) & (vs[None, :] < V)
+    place = ks[:, None] * V + vs[None, :]
     rows = tl.arange(0, C)
     rate = rate_of(rates, h)
 
-    row, begin, end, first, count = sequence_at(n, boundaries, firsts, length, chunks_a_row, C)
+    row, first, count = sequence_at(n, firsts, length, chunks_a_row, C)
     x_at = x + row * x_row + h * x_head
     w_at = w + row * w_row + h * w_head
 
@@ -92,18 +93,13 @@ def state_scan(
         number = step
         if REVERSE:
             number = count - 1 - step
-        stored, known = state_at(first + number, table, REVERSE)
-        state = (stored * heads + h) * K * V
-        kept = (ks[:, None] < known * K) & columns
-        tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=kept)
+        state = (state_at(first + number, table, REVERSE) * heads + h) * K * V
+        tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=inside)
         if entries is not None:
-            stored, known = state_at(first + number, table, False)
-            state = (stored * heads + h) * K * V
-            kept = (ks[:, None] < known * K) & columns
-            entry = tl.load(entries + state + place, mask=kept, other=0.0).to(tl.float32)
+            state = (state_at(first + number, table, False) * heads + h) * K * V
+            entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(products + ((first + number) * heads + h) * tiles + tile, tl.sum(entry * acc))
-        start = begin + number.to(tl.int64) * C
-        m = tl.minimum(end - start, C).to(tl.int32)
+        start, m = tokens_at(number, first + number, table, length, C)
         x_tile = tl.trans(load_tile(x_at + start * x_token, x_token, rows, m, ks, K))
         w_tile = load_tile(w_at + start * w_token, w_token, rows, m, vs, V)
         if rates is None and clocks is None:
@@ -122,7 +118,7 @@ def state_scan(
             acc *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
         if totals is not None:  # one per key dimension, [chunks H K], of x that has decayed
             acc *= tl.load(totals + ((first + number) * heads + h) * K + ks, mask=ks < K, other=0.0)[:, None]
-        acc = dot(x_tile, w_tile, acc)
+        acc = dot(x_tile, w_tile, acc, PRECISION)
     if final is not None:
         tl.store(final + sequence * K * V + place, acc, mask=inside)
 
@@ -132,17 +128,18 @@ def state_scan(
 
 @triton.jit
 def _band(
-    x, x_token, y, y_token, z, z_token, state, known, out, out_token, other, other_token, sums, rates, clocks, plane,
+    x, x_token, y, y_token, z, z_token, state, out, out_token, other, other_token, sums, rates, clocks, plane,
     at, h, m, scale, outer,
     INNER: tl.constexpr, OUTER: tl.constexpr, STATE_INNER: tl.constexpr, STATE_OUTER: tl.constexpr, C: tl.constexpr,
-    TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr = False,
+    PRECISION: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr,
+    STRICT: tl.constexpr = False,
 ):
     """out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on, x and y [m INNER], z [m OUTER].
 
     Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
-    their own on; where it is strict, not their own. No state, or one that is not known, is one of zeros. The reversed
-    scores are a product of their own, as the transpose of a product is miscompiled by some versions of Triton. `sums`
-    gets the rows' products of `other` with the first term of out.
+    their own on; where it is strict, not their own. No state is one of zeros. The reversed scores are a product of
+    their own, as the transpose of a product is miscompiled by some versions of Triton. `sums` gets the rows' products
+    of `other` with the first term of out.
     """
     rows = tl.arange(0, C)
     columns = outer + tl.arange(0, TILE_OUTER)
@@ -152,10 +149,10 @@ def _band(
         inner = i + tl.arange(0, TILE_INNER)
         x_tile = load_tile(x, x_token, rows, m, inner, INNER)
         if state is not None:
-            inside = (inner[:, None] < known * INNER) & (columns[None, :] < OUTER)
+            inside = (inner[:, None] < INNER) & (columns[None, :] < OUTER)
             place = inner[:, None] * STATE_INNER + columns[None, :] * STATE_OUTER
-            acc = dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc)
-        scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, INNER)), scores)
+            acc = dot(x_tile, tl.load(state + place, mask=inside, other=0.0), acc, PRECISION)
+        scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, INNER)), scores, PRECISION)
 
     if REVERSE:
         seen = (rows[:, None] <= rows[None, :]) & (rows[None, :] < m)
@@ -185,7 +182,7 @@ def _band(
     if sums is not None:
         other_tile = load_tile(other, other_token, rows, m, columns, OUTER).to(tl.float32)
         tl.store(sums + rows, tl.sum(other_tile * acc, 1), mask=rows < m)
-    acc = dot(scores.to(z_tile.dtype), z_tile, acc)
+    acc = dot(scores.to(z_tile.dtype), z_tile, acc, PRECISION)
     inside = (rows[:, None] < m) & (columns[None, :] < OUTER)
     tl.store(out + rows[:, None] * out_token + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -195,7 +192,8 @@ def band_forward(
     q, k, v, rates, clocks, states, out, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     scale, length, heads, chunks, chunks_a_row, plane,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
+    TILE_OUTER: tl.constexpr,
 ):
     """o = scale (reached q) S + A v; a program for every V tile, chunk and head."""
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
@@ -204,13 +202,13 @@ def band_forward(
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
-    stored, known = state_at(chunk, table, False)
+    state = (state_at(chunk, table, False) * heads + h) * K * V
     _band(
         q + row * q_row + start * q_token + h * q_head, q_token, k + row * k_row + start * k_token + h * k_head,
-        k_token, v + row * v_row + start * v_token + h * v_head, v_token, states + (stored * heads + h) * K * V, known,
+        k_token, v + row * v_row + start * v_token + h * v_head, v_token, states + state,
         out + ((row * length + start) * heads + h) * V, heads * V, None, 0, None, rates, clocks, plane,
-        (row * heads + h) * length + start, h, m.to(tl.int32), scale, tile * TILE_OUTER, K, V, V, 1, C, TILE_INNER,
-        TILE_OUTER, False,
+        (row * heads + h) * length + start, h, m.to(tl.int32), scale, tile * TILE_OUTER, K, V, V, 1, C, PRECISION,
+        TILE_INNER, TILE_OUTER, False,
     )
 
 
@@ -219,8 +217,8 @@ def band_backward(
     q, k, v, do, rates, clocks, states, d_states, dq, dk, dv, sums, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
     scale, length, heads, chunks, chunks_a_row, plane,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
-    STRICT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
+    TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
     """dq, dk and, unless it is None, dv; a program for every role and its tile, chunk and head.
 
@@ -241,33 +239,32 @@ def band_backward(
     v += row * v_row + start * v_token + h * v_head
     do += row * do_row + start * do_token + h * do_head
     at = (row * heads + h) * length + start
-    stored, known = state_at(chunk, table, False)
-    states += (stored * heads + h) * K * V
-    leaving, remains = state_at(chunk, table, True)
-    if d_states is not None:
-        d_states += (leaving * heads + h) * K * V
     token = (row * length + start) * heads + h
     if role < k_tiles:
+        states += (state_at(chunk, table, False) * heads + h) * K * V
         if sums is not None:
             sums += role * plane + at
         _band(
-            do, do_token, v, v_token, k, k_token, states, known, dq + token * K, heads * K, q, q_token, sums, rates,
-            clocks, plane, at, h, m, scale, role * TILE_OUTER, V, K, 1, V, C, TILE_INNER, TILE_OUTER, False,
+            do, do_token, v, v_token, k, k_token, states, dq + token * K, heads * K, q, q_token, sums, rates,
+            clocks, plane, at, h, m, scale, role * TILE_OUTER, V, K, 1, V, C, PRECISION, TILE_INNER, TILE_OUTER, False,
             STRICT,
         )
     elif role < 2 * k_tiles:
+        if d_states is not None:
+            d_states += (state_at(chunk, table, True) * heads + h) * K * V
         if sums is not None:
             sums += role * plane + at
         _band(
-            v, v_token, do, do_token, q, q_token, d_states, remains, dk + token * K, heads * K, k, k_token, sums,
-            rates, clocks, plane, at, h, m, scale, (role - k_tiles) * TILE_OUTER, V, K, 1, V, C, TILE_INNER,
+            v, v_token, do, do_token, q, q_token, d_states, dk + token * K, heads * K, k, k_token, sums,
+            rates, clocks, plane, at, h, m, scale, (role - k_tiles) * TILE_OUTER, V, K, 1, V, C, PRECISION, TILE_INNER,
             TILE_OUTER, True, STRICT,
         )
     elif dv is not None:
+        d_states += (state_at(chunk, table, True) * heads + h) * K * V
         _band(
-            k, k_token, q, q_token, do, do_token, d_states, remains, dv + token * V, heads * V, None, 0, None, rates,
-            clocks, plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, TILE_INNER, TILE_OUTER,
-            True, STRICT,
+            k, k_token, q, q_token, do, do_token, d_states, dv + token * V, heads * V, None, 0, None, rates,
+            clocks, plane, at, h, m, scale, (role - 2 * k_tiles) * TILE_OUTER, K, V, V, 1, C, PRECISION, TILE_INNER,
+            TILE_OUTER, True, STRICT,
         )
 
 
@@ -288,8 +285,8 @@ def decay_gradient(
     q, k, v, do, rates, clocks, sums, products, out, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
     scale, length, heads, chunks, chunks_a_row, plane,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILES: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
+    TILES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):
     """d log_decay of one chunk and head, to out [B T H], or to [chunks H] its part of d log_decay [H]; a program each.
 
@@ -317,13 +314,12 @@ def decay_gradient(
     for i in range(0, K, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
         q_tile = load_tile(q, q_token, rows, m, inner, K)
-        scores = dot(q_tile, tl.trans(load_tile(k, k_token, rows, m, inner, K)), scores)
+        scores = dot(q_tile, tl.trans(load_tile(k, k_token, rows, m, inner, K)), scores, PRECISION)
     d_scores = tl.zeros((C, C), tl.float32)
     for i in range(0, V, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
-        d_scores = dot(
-            load_tile(do, do_token, rows, m, inner, V), tl.trans(load_tile(v, v_token, rows, m, inner, V)), d_scores
-        )
+        do_tile = load_tile(do, do_token, rows, m, inner, V)
+        d_scores = dot(do_tile, tl.trans(load_tile(v, v_token, rows, m, inner, V)), d_scores, PRECISION)
     at = (row * heads + h) * length + start
     rate = rate_of(rates, h)
     whole, part = clock_of(clocks, plane, at, rows, m)

@@ -147,7 +147,7 @@ def key_band(
     m, at = m.to(tl.int32), (row * length + start) * heads + h
     rows, columns = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
     # in reverse the states are gradients of those that leave
-    stored, known = state_at(chunk, table, REVERSE)
+    states += (state_at(chunk, table, REVERSE) * heads + h) * K * V
     weights = tl.load(scores + (chunk * heads + h) * C * C + rows[:, None] * C + rows[None, :])
     if REVERSE:
         weights = tl.trans(weights)
@@ -155,7 +155,7 @@ def key_band(
     acc = dot(weights, z_tile, tl.zeros((C, TILE_OUTER), tl.float32))
     for i in range(0, K, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
-        state = load_tile(states + (stored * heads + h) * K * V, V, inner, known * K, columns, V)
+        state = load_tile(states, V, inner, K, columns, V)
         acc = dot(load_tile(x + at * K, heads * K, rows, m, inner, K), state, acc)
     inside = (rows[:, None] < m) & (columns[None, :] < V)
     place = at * V + rows[:, None] * (heads * V) + columns[None, :]
@@ -176,14 +176,14 @@ def _through(same, rows, x, high, low, EXACT: tl.constexpr, REVERSE: tl.constexp
 
 @triton.jit
 def _side(
-    x, x_token, y, y_token, mine, mine_token, other, other_token, state, known, clocks, plane, token, out, gradient, m,
+    x, x_token, y, y_token, mine, mine_token, other, other_token, state, clocks, plane, token, out, gradient, m,
     scale, ks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
 ):
     """dq of the columns ks, from x = do, y = v, mine = q, other = k and S; in reverse dk, from v, do, k, q and dS'.
 
-    No state, or one that is not known, is one of zeros; where it is strict, queries see no keys of their own. Returned
-    is the gradient with what went through the decay of each token.
+    No state is one of zeros; where it is strict, queries see no keys of their own. Returned is the gradient with what
+    went through the decay of each token.
     """
     exact: tl.constexpr = x.dtype.element_ty == tl.float32
     rows = tl.arange(0, C)
@@ -192,7 +192,7 @@ def _side(
         inner = i + tl.arange(0, TILE_INNER)
         x_tile = load_tile(x, x_token, rows, m, inner, V)
         if state is not None:
-            inside = (inner[:, None] < known * V) & (ks[None, :] < K)
+            inside = (inner[:, None] < V) & (ks[None, :] < K)
             acc = dot(x_tile, tl.load(state + inner[:, None] + ks[None, :] * V, mask=inside, other=0.0), acc)
         d_scores = dot(x_tile, tl.trans(load_tile(y, y_token, rows, m, inner, V)), d_scores)
     whole, part = _clock_of(clocks, plane, token, rows, m, ks, K, exact)
@@ -256,26 +256,23 @@ def key_backward(
     do += row * do_row + start * do_token + h * do_head
     at = ((row * length + start) * heads + h) * K
     clocks += at
-    stored, known = state_at(chunk, table, False)
-    states += (stored * heads + h) * K * V
-    leaving, remains = state_at(chunk, table, True)
+    states += (state_at(chunk, table, False) * heads + h) * K * V
     gradient = tl.zeros((C, TILE_OUTER), tl.float32)
     if d_states is not None:
-        d_states += (leaving * heads + h) * K * V
+        d_states += (state_at(chunk, table, True) * heads + h) * K * V
         kept = tl.zeros((TILE_OUTER,), tl.float32)
         for i in range(0, V, TILE_INNER):
             inner = i + tl.arange(0, TILE_INNER)
-            entry = load_tile(states, V, ks, known * K, inner, V).to(tl.float32)
-            d_exit = load_tile(d_states, V, ks, remains * K, inner, V).to(tl.float32)
-            kept += tl.sum(entry * d_exit, 1)
+            entry = load_tile(states, V, ks, K, inner, V).to(tl.float32)
+            kept += tl.sum(entry * load_tile(d_states, V, ks, K, inner, V).to(tl.float32), 1)
         kept *= tl.load(totals + (chunk * heads + h) * K + ks, mask=ks < K, other=0.0)
         gradient += kept[None, :]
     gradient = _side(
-        do, do_token, v, v_token, q, q_token, k, k_token, states, known, clocks, plane, token, dq + at, gradient, m,
+        do, do_token, v, v_token, q, q_token, k, k_token, states, clocks, plane, token, dq + at, gradient, m,
         scale, ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, False, STRICT,
     )
     gradient = _side(
-        v, v_token, do, do_token, k, k_token, q, q_token, d_states, remains, clocks, plane, token, dk + at, gradient, m,
+        v, v_token, do, do_token, k, k_token, q, q_token, d_states, clocks, plane, token, dk + at, gradient, m,
         scale, ks, K, V, C, LEVELS, TILE_INNER, TILE_OUTER, True, STRICT,
     )
     inside = (rows[:, None] < m) & (ks[None, :] < K)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import capacity, stored_states
+from ..chunks import capacity
 from ..kernels import Probe
 from ..recurrence import Recurrence
 from ..triton_launch import FUSED, Launch, chunk_table, interpreted, kernels, readable, strides
@@ -43,15 +43,21 @@ class Configuration(NamedTuple):
     the gradient needs take registers."""
     keys: Launch | None = None
     """What each key dimension decays by itself; its tile is a step of values and a tile of keys."""
+    precision: str = "ieee"
+    """Of products of float32: `ieee`, or `tf32x3`, three of TF32 on tensor cores."""
 
 
-def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configuration, ...]:
+def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool = False) -> tuple[Configuration, ...]:
     """The table for GPUs, the largest chunk first, for elements of so many bits.
 
     What memory bounds, a scan and everything of narrow heads, wants several blocks: one computes while others wait.
     """
+    if bits == 32 and tf32x3:
+        scan = Launch((64, 64), 8, 2)
+        forward, backward = (Launch((32, 64 if width <= 64 else 128), 8, 2) for width in (value_width, key_width))
+        return (Configuration(64, scan, scan, forward, backward, backward, precision="tf32x3"),)
     if bits == 32:
-        scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2)
+        scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2, blocks=2)
         return (Configuration(32, scan, scan, forward, backward, backward, Launch((32, 32), 8, 2)),)
     if max(key_width, value_width) <= 64:
         four, three = Launch((64, 64), 4, 3, blocks=4), Launch((64, 64), 4, 3, blocks=3)
@@ -72,7 +78,7 @@ def configurations(bits: int, key_width: int, value_width: int) -> tuple[Configu
 
 
 _SMALL = Launch((16, 32), 1, 1)
-INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6) for chunk in (32, 16))
+INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6, precision="ieee") for chunk in (32, 16))
 """The table for the interpreter: small, so that short inputs have several of everything."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
@@ -88,7 +94,7 @@ def configuration_of(x: Recurrence) -> Configuration:
     """The configuration that a call runs with, on its device."""
     if interpreted():
         return choose(INTERPRETED, x.chunk_size)
-    table = configurations(8 * x.q.element_size(), x.q.shape[3], x.v.shape[3])
+    table = configurations(8 * x.q.element_size(), x.q.shape[3], x.v.shape[3], tf32x3=x.tf32x3)
     if torch.cuda.get_device_capability(x.q.device) != (9, 0):
         # the large ones are known to fit Hopper, and the smallest fits what has less shared memory
         return table[-1]
@@ -114,18 +120,17 @@ class Launcher:
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
-        # its kernels take no stride of the boundaries, which may be a column
-        self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.firsts, self.table = None, None
         if cu_seqlens is not None:
             edges = {"starts": x.initial_state is not None, "ends": d_final}
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, **edges)
         self.rows = x.rows
         self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
-        # states that enter chunks, and gradients of those that leave them
+        # states that enter chunks, and gradients of those that leave them: where documents begin and end with zeros,
+        # no more than there would be of one document
         self.entries, self.exits = (
-            self.batch * stored_states(self.length, self.chunk, cu_seqlens, edges=edge)
-            for edge in (x.initial_state is not None, d_final)
+            self.batch * capacity(self.length, self.chunk, cu_seqlens if given else None)
+            for given in (x.initial_state is not None, d_final)
         )
         plane = self.batch * self.heads * self.length
         sizes = {"length": self.length, "heads": self.heads, "chunks_a_row": -(-self.length // self.chunk)}
@@ -136,6 +141,7 @@ class Launcher:
         self.common |= {**self.decays, "scale": x.scale, "K": self.key_width, "V": self.value_width}
         operands = {"q": self.q, "k": self.k, "v": self.v}
         self.in_bands = {**self.common, **operands, **strides(**operands), "table": self.table, "chunks": self.chunks}
+        self.in_bands["PRECISION"] = self.configuration.precision
 
     def _clocks(self) -> Tensor:
         """Of decays that are given for each token: [2 B H T]."""
@@ -177,9 +183,9 @@ class Launcher:
             states=states,
             **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
             totals=self.totals,
-            boundaries=self.boundaries,
             firsts=self.firsts,
             table=self.table,
+            PRECISION=self.configuration.precision,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],
             REVERSE=reverse,

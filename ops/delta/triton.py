@@ -116,7 +116,6 @@ class DeltaLauncher:
             **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
             totals=bands.totals,
             reads=bands.reads,
-            boundaries=bands.boundaries,
             firsts=bands.firsts,
             table=bands.table,
             TILE_K=launch.tile[0],

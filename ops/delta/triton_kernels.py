@@ -21,6 +21,7 @@ from ..triton_tiles import (
     rate_of,
     sequence_at,
     state_at,
+    tokens_at,
 )
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
@@ -81,7 +82,7 @@ def solve(
 @triton.jit(do_not_specialize=VARYING)
 def delta_scan(
     q, k, v, beta, rates, clocks, totals, reads, inverse, weights, initial, states, written, final, entries, products,
-    boundaries, firsts, table, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    firsts, table, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -101,12 +102,12 @@ def delta_scan(
     n, h = sequence // heads, sequence % heads
     ks = tl.arange(0, TILE_K)
     vs = tile * TILE_V + tl.arange(0, TILE_V)
-    place, columns = ks[:, None] * V + vs[None, :], vs[None, :] < V
-    inside = (ks[:, None] < K) & columns
+    inside = (ks[:, None] < K) & (vs[None, :] < V)
+    place = ks[:, None] * V + vs[None, :]
     rows = tl.arange(0, C)
     square = rows[:, None] * C + rows[None, :]
     rate = rate_of(rates, h)
-    row, begin, end, first, count = sequence_at(n, boundaries, firsts, length, chunks_a_row, C)
+    row, first, count = sequence_at(n, firsts, length, chunks_a_row, C)
     q += row * q_row + h * q_head
     k += row * k_row + h * k_head
     v += row * v_row + h * v_head
@@ -123,16 +124,13 @@ def delta_scan(
             number = count - 1 - step
         chunk = (first + number) * heads + h
         entry = acc.to(states.dtype.element_ty)
-        stored, known = state_at(first + number, table, REVERSE)
-        kept = (ks[:, None] < known * K) & columns
-        tl.store(states + (stored * heads + h) * K * V + place, entry, mask=kept)
         if entries is not None:
-            stored, known = state_at(first + number, table, False)
-            kept = (ks[:, None] < known * K) & columns
-            other = tl.load(entries + (stored * heads + h) * K * V + place, mask=kept, other=0.0).to(tl.float32)
+            state = (state_at(first + number, table, False) * heads + h) * K * V
+            other = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(products + chunk * tiles + tile, tl.sum(other * acc))
-        start = begin + number.to(tl.int64) * C
-        m = tl.minimum(end - start, C).to(tl.int32)
+        state = (state_at(first + number, table, REVERSE) * heads + h) * K * V
+        tl.store(states + state + place, entry, mask=inside)
+        start, m = tokens_at(number, first + number, table, length, C)
         at, token = (row * heads + h) * length + start, (row * length + start) * heads + h
         whole, part = clock_of(clocks, plane, at, rows, m)
         whole_m, part_m = last_clock(clocks, plane, at, m)

@@ -25,10 +25,10 @@ from seqmix.mixers.delta_net import DeltaNetConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.kda import KDAConfig
 from seqmix.models import Decoder, ModelConfig, prefill
-from seqmix.ops.chunks import stored_states
+from seqmix.ops.chunks import capacity
 from seqmix.ops.decay import decay_recurrence, triton_launch
 from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, decay_step_triton
+from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, TF32X3_KERNEL, decay_step_triton
 from seqmix.ops.decay.triton_launch import INTERPRETED, choose, configurations
 from seqmix.ops.delta import triton as delta_triton
 from seqmix.ops.donation import donate_state
@@ -79,7 +79,7 @@ def test_in_the_interpreter(request):
 
 @runs
 @pytest.mark.conformance
-@parametrize_kernels([KERNEL, STEP_KERNEL, delta_triton.KERNEL])
+@parametrize_kernels([KERNEL, STEP_KERNEL, delta_triton.KERNEL, *([TF32X3_KERNEL] if NATIVE else [])])
 def test_kernel(check):
     check(device=DEVICE, examples=settings().max_examples // (1 if NATIVE else 50))
 
@@ -105,6 +105,22 @@ KEYS = "B T H K"
 )
 def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
     compare(decay, **CASES[case])
+
+
+@runs
+@pytest.mark.parametrize(
+    ("kind", "decay", "before", "after"),
+    [
+        *((kind, decay, False, False) for kind in (DecayCase, DeltaCase) for decay in ("B T H", KEYS)),
+        (DecayCase, "B T H", True, False),
+        (DecayCase, "B T H", False, True),
+    ],
+)
+def test_only_the_states_between_chunks_of_documents_are_kept(kind, decay, before, after):
+    fields = {"kind": kind, "initial_state": before, "final_state": after}
+    fields |= {"rate": 2.0} if kind is DeltaCase else {}
+    fields["grad"] = (*"qkv", *kind.extras, "log_decay", *(["state"] if before else []))
+    compare(decay, [0, 17, 1, 0, 40], packed=True, chunk_size=16, **fields)
 
 
 @runs
@@ -158,6 +174,15 @@ def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size, kind):
     compare(decay, [130, 0, 1, 200], packed=True, tolerance=tolerance, **sizes)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("widths", [(64, 64), (100, 100), (256, 512)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_products_of_tf32_in_three_on_a_gpu(widths, decay):
+    sizes = {"key_width": widths[0], "value_width": widths[1], "tolerance": 2e-6, "backend": "triton_tf32x3"}
+    compare(decay, [300, 300], n_heads=2, **sizes)
+    compare(decay, [130, 0, 1, 200], packed=True, **sizes)
+
+
 nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a minute: --hypothesis-profile nightly")
 
 
@@ -175,11 +200,19 @@ nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a min
     ],
 )
 @pytest.mark.parametrize(
-    ("bits", "decay"), [*itertools.product([16, 32], DECAYS), (16, KEYS), pytest.param(32, KEYS, marks=nightly)]
+    ("bits", "decay"),
+    [
+        *itertools.product([16, 32], DECAYS),
+        (16, KEYS),
+        pytest.param(32, KEYS, marks=nightly),
+        ("tf32x3", "H"),
+        *(pytest.param("tf32x3", decay, marks=nightly) for decay in ("fixed", "B T H")),
+    ],
 )
 def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
     # a few large tiles take the interpreter less time than many small ones
-    monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, *widths))
+    table = configurations(32, *widths, tf32x3=True) if bits == "tf32x3" else configurations(bits, *widths)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", table)
     sizes = {"key_width": widths[0], "value_width": widths[1], "chunk_size": 128}
     compare(decay, lengths, packed=len(lengths) > 1, **sizes)
 
@@ -196,7 +229,7 @@ def test_those_of_the_delta_rule_in_the_interpreter(bits, decay, monkeypatch):
     compare(decay, [129], kind=DeltaCase, rate=2.0, key_width=64, value_width=64)
 
 
-def compare(decay, lengths, *, tolerance=2e-6, beta=None, spread=0.0, **fields):
+def compare(decay, lengths, *, tolerance=2e-6, beta=None, spread=0.0, backend="triton", **fields):
     """Against the recurrence in float64, by the norm of each tensor; with a beta given, of keys that are nearly one.
 
     The gradient of a decay fixed per head is one number, of which thousands of terms with both signs may leave almost
@@ -216,7 +249,7 @@ def compare(decay, lengths, *, tolerance=2e-6, beta=None, spread=0.0, **fields):
     if "log_decay" in exact and decay == "H":
         terms = differentiate(case, "recurrent", inputs, wide=True, absolute=True)
         sizes["log_decay"] = terms["log_decay"].norm()
-    found = differentiate(case, "chunkwise", inputs, names=names, device=DEVICE, backend="triton")
+    found = differentiate(case, "chunkwise", inputs, names=names, device=DEVICE, backend=backend)
     for name, actual in found.items():
         error = (actual.cpu().double() - exact[name]).norm() / sizes[name]
         assert error < tolerance, f"{name} is off by {error:.1e}"
@@ -520,6 +553,9 @@ def test_reasons(native, asked, named):
     by_key = replace(PROBE, dtype=torch.bfloat16, key_width=128, value_width=512, log_decay=KEYS)
     assert not delta.unsupported(by_key)
     assert "by themselves are up to 128 wide, not 129" in delta.unsupported(replace(by_key, key_width=129))[0]
+    assert not TF32X3_KERNEL.unsupported(PROBE)
+    assert "take more registers" in TF32X3_KERNEL.unsupported(replace(PROBE, log_decay=KEYS))[0]
+    assert "takes float32, not bfloat16" in TF32X3_KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
     native.setenv("TRITON_INTERPRET", "1")
     assert not KERNEL.unsupported(replace(PROBE, device=torch.device("cpu")))
     assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
@@ -529,7 +565,8 @@ def test_chunk_size_picks_the_chunk():
     table = configurations(16, 256, 512)
     assert [choose(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [64, 64, 64, 64, 128, 128]
     heads = (16, 64), (65, 16), (16, 65), (256, 512)
-    for table in (INTERPRETED, *(configurations(bits, *widths) for bits in (16, 32) for widths in heads)):
+    tables = [configurations(bits, *widths) for bits in (16, 32) for widths in heads]
+    for table in (INTERPRETED, *tables, *(configurations(32, *widths, tf32x3=True) for widths in heads)):
         chunks = [configuration.chunk for configuration in table]
         assert chunks == sorted(chunks, reverse=True)
 
@@ -538,9 +575,9 @@ def test_chunk_size_picks_the_chunk():
     ("starts", "ends", "entering", "leaving"),
     [
         (True, True, [0, 1, 2, 3], [0, 1, 2, 3]),
-        (False, False, [-1, 0, -1, -1], [0, -1, -1, -1]),
-        (True, False, [0, 1, 2, 3], [0, -1, -1, -1]),
-        (False, True, [-1, 0, -1, -1], [0, 1, 2, 3]),
+        (False, False, [0, 1, 0, 0], [1, 0, 0, 0]),
+        (True, False, [0, 1, 2, 3], [1, 0, 0, 0]),
+        (False, True, [0, 1, 0, 0], [0, 1, 2, 3]),
     ],
 )
 def test_the_table_of_chunks(starts, ends, entering, leaving):
@@ -560,12 +597,12 @@ def test_states_between_chunks_have_places_of_their_own(lengths, chunk):
     boundaries = torch.tensor([0, *lengths]).cumsum(0)
     firsts, table = chunk_table(boundaries, length, chunk, starts=False, ends=False)
     found, between = table[: firsts[-1]], [-(-length // chunk) - 1 for length in lengths if length]
-    places = [place for place in found[:, 2].tolist() if place >= 0]
-    assert places == list(range(sum(between)))
+    places = [place for place in found[:, 2].tolist() if place]
+    assert places == list(range(1, 1 + sum(between)))
     # what enters a chunk is what left the one before it
-    assert [place for place in found[:, 3].tolist() if place >= 0] == places
     assert all(out == into for out, into in zip(found[:-1, 3].tolist(), found[1:, 2].tolist(), strict=True))
-    assert len(places) <= stored_states(length, chunk, boundaries, edges=False)
+    assert not any((*found[:1, 2].tolist(), *found[-1:, 3].tolist()))
+    assert len(places) < max(capacity(length, chunk, None), 1)
 
 
 def test_offsets_inside_a_chunk_fit_32_bits():

@@ -62,6 +62,8 @@ HEADS = ((64, 64), (128, 64), (128, 128), (256, 512))
 """Key and value widths: those that each row of the table is for, and the widest."""
 KEYS = {"key_decay", "key_pairs", "key_band", "key_backward"}
 """The kernels of keys that decay by themselves."""
+PRECISION = re.compile(r"tt\.dot [^:]*?(?:inputPrecision = (\w+) )?: tensor<\w+xf32>")
+"""Of a product of float32 in Triton's first representation; without a word it is IEEE's."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -193,6 +195,8 @@ class Needs(NamedTuple):
     """Warpgroup products in the code."""
     old_tensor_cores: int
     """Products of the instructions of earlier GPUs, at half the speed."""
+    precisions: frozenset[str]
+    """Of products of float32."""
 
     def blocks(self, warps: int) -> int:
         """Blocks of so many warps that a multiprocessor holds."""
@@ -217,6 +221,9 @@ class Needs(NamedTuple):
             faults.append(f"leaves room for {self.blocks(warps)} blocks, not {wanted}")
         if narrow is not None and narrow.element_size() == 2 and (self.old_tensor_cores or not self.tensor_cores):
             faults.append("misses the tensor cores of sm_90")
+        precision = recorded.arguments.get("PRECISION", "ieee")
+        if others := self.precisions - {precision}:
+            faults.append(f"has products of float32 that are {', '.join(sorted(others))} and not {precision}")
         return faults
 
 
@@ -237,6 +244,7 @@ def compile_for_hopper(recorded: Recorded) -> Needs:
         shared=binary.metadata.shared,
         tensor_cores=binary.asm["ptx"].count("wgmma.mma_async"),
         old_tensor_cores=binary.asm["ptx"].count("mma.sync.aligned"),
+        precisions=frozenset(precision or "ieee" for precision in PRECISION.findall(binary.asm["ttir"])),
     )
 
 
@@ -254,9 +262,9 @@ def faults(launches: list[Recorded]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", ["H", "B T H"])
-@pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 128), (torch.float32, 32)])
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 128), (torch.float32, 32), (torch.float32, 64)])
 def test_the_papers_head_fits(dtype, chunk, decay):
-    configuration, *_ = configurations(8 * dtype.itemsize, 256, 512)
+    configuration, *_ = configurations(8 * dtype.itemsize, 256, 512, tf32x3=chunk == 64)
     assert configuration.chunk == chunk
     assert faults(chunkwise(configuration, dtype, (256, 512), decay)) == []
 
@@ -325,6 +333,19 @@ def test_a_step_fits(dtype):
     assert faults(step(dtype, (256, 512), "B T H K")) == []
 
 
+@pytest.mark.parametrize(("tf32x3", "precision"), [(False, "ieee"), (True, "tf32x3")])
+def test_products_of_float32_are_as_asked_for(tf32x3, precision):
+    (configuration,) = configurations(32, 64, 64, tf32x3=tf32x3)
+    # a backward band takes a compiler long, and a scan has the same product
+    scan, *_ = chunkwise(configuration, torch.float32, (64, 64), "H")
+    needs = compile_for_hopper(scan)
+    assert needs.precisions == {precision}
+    assert needs.faults(scan) == []
+    other = scan._replace(arguments=scan.arguments | {"PRECISION": "tf32"})
+    wrong = compile_for_hopper(other).faults(scan)
+    assert wrong == [f"has products of float32 that are tf32 and not {precision}"]
+
+
 def test_the_launches_are_those_of_the_ops():
     bands, learned = {"band_forward", "band_backward"}, {"band_forward", "band_backward", "decay_gradient"}
     for decay, names in {None: bands, "H": learned, "B T H": learned | {"clocks"}, "B T H K": KEYS}.items():
@@ -381,6 +402,10 @@ def test_training_moves_no_more_than_two_kernels_each_way_need(widths, chunk, by
 def everything() -> Iterator[tuple[str, list[Recorded]]]:
     """All launches of the table, by name."""
     decays = [(None, False), *itertools.product(("H", "B T H"), (False, True))]
+    for widths, decay in itertools.product(HEADS, decays):
+        (configuration,), (given, learned) = configurations(32, *widths, tf32x3=True), decay
+        launches = chunkwise(configuration, torch.float32, widths, given, learned=learned)
+        yield f"tf32x3 {widths[0]}x{widths[1]} C=64 {given or 'none'}{' learned' * learned}", launches
     for dtype, widths in itertools.product((torch.bfloat16, torch.float16, torch.float32), HEADS):
         kind, widest = str(dtype).removeprefix("torch."), widths == HEADS[-1]
         # float16 has the row of bfloat16 and differs in one instruction: its widest head stands for all
