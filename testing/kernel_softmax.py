@@ -234,8 +234,11 @@ class SoftmaxCase(KernelCase):
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
         """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
-        as factors, and cancel."""
-        del kernel
+        as factors, and cancel. Gates may be added up to each token: of the gradients of two such sums, which are taken
+        from one another, roundings are left of what a query gives to its own token, and a sink takes."""
+        if "log_forget" in of_terms and "sinks" in of_terms:
+            rounding = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps / kernel.tolerances[self.dtype]
+            of_terms = of_terms | {"log_forget": of_terms["log_forget"] + rounding * of_terms["sinks"]}
         if self.log_decay is None:
             return of_terms
         span = self.length + min(self.capacity, max(self.reads, default=0))

@@ -22,6 +22,7 @@ from seqmix.testing import (
     KERNEL_CHECKS,
     CheckFailure,
     DecayCase,
+    SoftmaxCase,
     Status,
     check_kernel,
     kernel_check,
@@ -221,6 +222,32 @@ made = replace(reference, backend="own", function=wrong, limits=wide)
 kernels = [replace(reference, backend="other", function=wrong, reference=False, limits=wide)]
 kernels += [replace(made, function=lambda x: wrong(x))]
 """
+
+
+def test_a_sink_leaves_roundings_to_gates_that_nothing_goes_through():
+    kernel = find("softmax", Paradigm.PARALLEL, "sdpa")
+    scores = ("log_forget", "slopes", "softcap", "sinks")
+    sizes = {"lengths": (3,), "n_heads": 3, "n_kv_heads": 3, "value_width": 2, "forgetting": 9.0, "seed": 22195}
+    case = SoftmaxCase(dtype=torch.bfloat16, grad=("log_forget",), scores=scores, **sizes)
+    reproduce_kernel("gradients_are_the_definitions", kernel, case)
+
+    def off(x):
+        return kernel.function(x._replace(log_forget=x.log_forget + Off.apply(x.log_forget)))
+
+    with pytest.raises(CheckFailure, match="log_forget"):
+        reproduce_kernel("gradients_are_the_definitions", replace(kernel, function=off), case)
+
+
+class Off(torch.autograd.Function):
+    """Zeros with a gradient of 1e-5."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, above):
+        return torch.full_like(above, 1e-5)
 
 
 @pytest.mark.parametrize(
