@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import map_state, select
+from ...ops.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import CROWDS, Draw
 from ..mixer_trial import Trial
 
 FEW = 4
 """Rows of a large batch that are mixed without the others: of a small one it is each."""
+
+COUNTED = (257, 257)
+"""Rows and tokens of a batch with more than 65,536 tokens."""
 
 
 @check(
@@ -30,6 +34,17 @@ def rows_are_independent(trial: Trial) -> None:
             alone = trial.mix(x[rows], None if state is None else select(state, rows), paradigm=paradigm)
             what = f"{paradigm}, rows {rows.tolist()} of {len(x)} against them without the others"
             trial.compare(what, (y[rows], select(states, rows)), alone)
+    if trial.case.seed == 1 and len(x) == CROWDS[-1]:
+        _tens_of_thousands(trial)
+
+
+def _tens_of_thousands(trial: Trial) -> None:
+    """The last rows of a batch of more tokens than 16 bits count, against them alone."""
+    x, paradigm = trial.tokens(*COUNTED), trial.mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
+    y, _ = trial.mix(x, None, paradigm=paradigm)
+    alone, _ = trial.mix(x[-FEW:], None, paradigm=paradigm)
+    what = f"{paradigm}, the last rows of {len(x):,}, of {x.shape[1]} tokens each, against them without the others"
+    trial.compare(what, (y[-FEW:], None), (alone, None))
 
 
 @check(

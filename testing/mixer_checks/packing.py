@@ -35,6 +35,9 @@ def documents_are_sequences(trial: Trial) -> None:
         if paradigm == refilled:
             trial.mix(x, state, cu_seqlens=reused, paradigm=paradigm)
         y, states = trial.mix(x, state, cu_seqlens=_refilled(reused, boundaries, trial.case.seed), paradigm=paradigm)
+        if paradigm == refilled:
+            unwanted, _ = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm, return_state=False)
+            trial.compare(f"{paradigm}, packed, no final states wanted", (unwanted, None), (y, None))
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"
         with trial.differences(what) as found:

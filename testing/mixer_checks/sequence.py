@@ -146,8 +146,9 @@ def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tens
 )
 def thousands_of_tokens_agree(trial: Trial) -> None:
     """At a thousand tokens every paradigm gives the same output, final state and gradients, at two thousand the same
-    output and final state, of packed documents too; after four thousand one token at a time gives what the whole
-    does, of which no final state is wanted; and after 8,192 a chunk does."""
+    output and final state, of packed documents and in large chunks too; after four thousand one token at a time gives
+    what the whole does, of which no final state is wanted, chunkwise gradients are those of two halves; and after
+    8,192 a chunk gives the same."""
     text, state = _as_long_as_it_takes(trial)
     length = text.shape[1]
     x, more = text[:, : length // 4], text[:, : length // 2]
@@ -161,6 +162,8 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
     beginning, _ = trial.mix(more, None)
     _without_states(trial, more, beginning)
     _documents(trial, more)
+    _in_large_chunks(trial, more, state, whole)
+    _gradients_of_thousands(trial, text)
     _whole_blocks(trial, text, state)
     # four thousand from nothing, with no final state wanted, as text is scored
     y, _ = trial.mix(text, None, return_state=False)
@@ -216,6 +219,29 @@ def _documents(trial: Trial, text: Tensor) -> None:
     for paradigm in {*trial.paradigms} - {trial.mixer.paradigm, Paradigm.RECURRENT}:
         y, _ = trial.mix(text[:, : short[-1]], None, paradigm=paradigm, cu_seqlens=short)
         trial.compare(f"{paradigm}, {what}", (y, None), (expected[:, : short[-1]], None))
+
+
+def _in_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
+    """What chunks of hundreds of tokens give, where there may be such."""
+    accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
+    for size in chunk_sizes(trial.config, accepts, candidates=BLOCKS) if Paradigm.CHUNKWISE in trial.paradigms else ():
+        found = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
+        trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", found, whole)
+
+
+def _gradients_of_thousands(trial: Trial, text: Tensor) -> None:
+    """Chunkwise, which alone is linear in memory and in blocks: at once against two halves."""
+    if Paradigm.CHUNKWISE not in trial.paradigms:
+        return
+    call, half = trial.call(Paradigm.CHUNKWISE), text.shape[1] // 2
+
+    def in_halves(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        first, between = call(x[:, :half], state)
+        second, after = call(x[:, half:], between)
+        return torch.cat((first, second), dim=1), after
+
+    what = f"chunkwise, {text.shape[1]:,} tokens at once against two halves"
+    trial.compare(what, trial.differentiate(call, text, None), trial.differentiate(in_halves, text, None))
 
 
 def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:

@@ -343,3 +343,46 @@ class EndsItsTableAtEightThousand(Specimen):
 
     def positions(self, state, x, call):
         return super().positions(state, x, call) % (8192 if call.state is None else 2**62)
+
+
+@mutant(check="thousands_of_tokens_agree")
+class AddsUpInEightRounds(Specimen):
+    """Decays of a chunk are added up by doubling, in eight rounds: in chunks of more than 256 some are left out."""
+
+    def chunkwise(self, tokens, memory, weight):
+        q, k, v, a, one = tokens
+        place = torch.arange(a.shape[-1], device=a.device) % self.config.chunk_size
+        return super().chunkwise((q, k, v, torch.where(place > 256, 0, a), one), memory, weight)
+
+
+@mutant(check="thousands_of_tokens_agree")
+class EndsItsGradientAtTwoThousand(Specimen):
+    """The chunkwise backward pass ends 2,048 tokens before a segment's end."""
+
+    def chunkwise(self, tokens, memory, weight):
+        early = [part[:, :, :-2048].detach() for part in tokens]
+        tokens = [torch.cat((e, part[:, :, -2048:]), dim=2) for e, part in zip(early, tokens, strict=True)]
+        return super().chunkwise(tokens, memory, weight)
+
+
+@mutant(check="rows_are_independent")
+class CountsTokensInSixteenBits(Specimen):
+    """The decays of a batch are found by numbers of 16 bits: tokens beyond 65,536 have those of others."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        flat = a.transpose(1, 2).flatten(0, 1)
+        number = torch.arange(len(flat), device=x.device) & 0xFFFF
+        return qk, v, flat[number].unflatten(0, x.shape[:2]).transpose(1, 2)
+
+
+@mutant(check="documents_are_sequences")
+class ScoresATokenFromNothing(Specimen):
+    """A packed document of one token does not read its state where neither gradients nor final states are wanted."""
+
+    def mix(self, x, call):
+        if call.documents is None or call.state is None or call.return_state or torch.is_grad_enabled():
+            return super().mix(x, call)
+        several = call.documents.cu_seqlens.diff() != 1
+        memory = call.state.memory * several[:, None, None, None]
+        return super().mix(x, call._replace(state=call.state._replace(memory=memory)))
