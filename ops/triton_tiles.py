@@ -111,16 +111,7 @@ def between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
 def sequence_at(n, firsts, length, chunks_a_row, C: tl.constexpr):
     """Row of the batch, first chunk, and number of chunks of a row of states."""
     if firsts is None:
-        return n, n * chunks_a_row, tl.cdiv(length, C).to(tl.int32)
+        return n, n * chunks_a_row, tl.cdiv(length, C)
     else:
-        return n * 0, tl.load(firsts + n), (tl.load(firsts + n + 1) - tl.load(firsts + n)).to(tl.int32)
-
-
-@triton.jit
-def tokens_at(number, chunk, table, length, C: tl.constexpr):
-    """First token, and number of tokens, of a chunk that has that number in its row of states."""
-    if table is None:
-        start = number.to(tl.int64) * C
-        return start, tl.minimum(length - start, C).to(tl.int32)
-    else:
-        return tl.load(table + 4 * chunk), tl.load(table + 4 * chunk + 1).to(tl.int32)
+        first = tl.load(firsts + n).to(tl.int32)
+        return n * 0, first, tl.load(firsts + n + 1).to(tl.int32) - first

@@ -26,7 +26,6 @@ from ..triton_tiles import (
     rate_of,
     sequence_at,
     state_at,
-    tokens_at,
 )
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
@@ -58,7 +57,7 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 
 @triton.jit(do_not_specialize=VARYING)
 def state_scan(
-    x, w, rates, clocks, totals, initial, states, final, entries, products, firsts, table,
+    x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts, table,
     x_row, x_token, x_head, w_row, w_token, w_head,
     scale, length, heads, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_K: tl.constexpr,
@@ -82,8 +81,12 @@ def state_scan(
     rate = rate_of(rates, h)
 
     row, first, count = sequence_at(n, firsts, length, chunks_a_row, C)
-    x_at = x + row * x_row + h * x_head
-    w_at = w + row * w_row + h * w_head
+    x_at, w_at = x + row * x_row + h * x_head, w + row * w_row + h * w_head
+    clock_at, size = (row * heads + h) * length, length
+    if boundaries is not None:
+        begin = tl.load(boundaries + n).to(tl.int64)
+        size = (tl.load(boundaries + n + 1) - begin).to(tl.int32)
+        x_at, w_at, clock_at = x_at + begin * x_token, w_at + begin * w_token, clock_at + begin
 
     if initial is None:
         acc = tl.zeros((TILE_K, TILE_V), tl.float32)
@@ -93,20 +96,22 @@ def state_scan(
         number = step
         if REVERSE:
             number = count - 1 - step
-        state = (state_at(first + number, table, REVERSE) * heads + h) * K * V
+        index = (first + number).to(tl.int64)
+        state = (state_at(index, table, REVERSE) * heads + h) * K * V
         tl.store(states + state + place, acc.to(states.dtype.element_ty), mask=inside)
         if entries is not None:
-            state = (state_at(first + number, table, False) * heads + h) * K * V
+            state = (state_at(index, table, False) * heads + h) * K * V
             entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(products + ((first + number) * heads + h) * tiles + tile, tl.sum(entry * acc))
-        start, m = tokens_at(number, first + number, table, length, C)
+            tl.store(products + (index * heads + h) * tiles + tile, tl.sum(entry * acc))
+        # not of the table: a load of an address that was loaded has no stage of its own
+        start, m = (number * C).to(tl.int64), tl.minimum(size - number * C, C)
         x_tile = tl.trans(load_tile(x_at + start * x_token, x_token, rows, m, ks, K))
         w_tile = load_tile(w_at + start * w_token, w_token, rows, m, vs, V)
         if rates is None and clocks is None:
             if REVERSE:
                 x_tile = (x_tile.to(tl.float32) * scale).to(x_tile.dtype)
         else:
-            at = (row * heads + h) * length + start
+            at = clock_at + start
             whole, part = clock_of(clocks, plane, at, rows, m)
             whole_m, part_m = last_clock(clocks, plane, at, m)
             if REVERSE:
@@ -117,7 +122,7 @@ def state_scan(
             x_tile = (x_tile.to(tl.float32) * factor[None, :]).to(x_tile.dtype)
             acc *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
         if totals is not None:  # one per key dimension, [chunks H K], of x that has decayed
-            acc *= tl.load(totals + ((first + number) * heads + h) * K + ks, mask=ks < K, other=0.0)[:, None]
+            acc *= tl.load(totals + (index * heads + h) * K + ks, mask=ks < K, other=0.0)[:, None]
         acc = dot(x_tile, w_tile, acc, PRECISION)
     if final is not None:
         tl.store(final + sequence * K * V + place, acc, mask=inside)

@@ -68,7 +68,7 @@ def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool 
     large = Configuration(
         128,
         scan=scan,
-        token_scan=scan,
+        token_scan=scan._replace(stages=2),  # float16 spills with three
         forward=Launch((64, columns), 8, 3),
         backward=Launch((64, 128), 8, 3),
         decay_backward=Launch((64, 64), 8, 3),
@@ -120,6 +120,8 @@ class Launcher:
         self.batch, self.length, self.heads, self.key_width = x.q.shape
         self.value_width = x.v.shape[3]
         self.log_decay = None if log_decay is None else log_decay.contiguous()
+        # its kernels take no stride of the boundaries, which may be a column
+        self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.firsts, self.table = None, None
         if cu_seqlens is not None:
             edges = {"starts": x.initial_state is not None, "ends": d_final}
@@ -183,6 +185,7 @@ class Launcher:
             states=states,
             **{name: ends.get(name) for name in ("initial", "final", "entries", "products")},
             totals=self.totals,
+            boundaries=self.boundaries,
             firsts=self.firsts,
             table=self.table,
             PRECISION=self.configuration.precision,

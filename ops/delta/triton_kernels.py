@@ -21,7 +21,6 @@ from ..triton_tiles import (
     rate_of,
     sequence_at,
     state_at,
-    tokens_at,
 )
 
 # arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
@@ -122,15 +121,18 @@ def delta_scan(
         number = step
         if REVERSE:
             number = count - 1 - step
-        chunk = (first + number) * heads + h
+        index = (first + number).to(tl.int64)
+        chunk = index * heads + h
         entry = acc.to(states.dtype.element_ty)
         if entries is not None:
-            state = (state_at(first + number, table, False) * heads + h) * K * V
+            state = (state_at(index, table, False) * heads + h) * K * V
             other = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(products + chunk * tiles + tile, tl.sum(other * acc))
-        state = (state_at(first + number, table, REVERSE) * heads + h) * K * V
+        state = (state_at(index, table, REVERSE) * heads + h) * K * V
         tl.store(states + state + place, entry, mask=inside)
-        start, m = tokens_at(number, first + number, table, length, C)
+        # of the table: sums of the document's boundary take registers
+        row, start, m = chunk_at(index, table, length, chunks_a_row, C)
+        m = m.to(tl.int32)
         at, token = (row * heads + h) * length + start, (row * length + start) * heads + h
         whole, part = clock_of(clocks, plane, at, rows, m)
         whole_m, part_m = last_clock(clocks, plane, at, m)
