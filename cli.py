@@ -40,6 +40,10 @@ COMMANDS = {
 """Each is a function in a file of its name in commands/, which has its options; the line here begins its docstring."""
 
 
+INTERRUPTS: list[int] = []
+"""The signals that ended this process's command."""
+
+
 class LazyGroup(TyperGroup):
     """The commands: names and summaries are known; only the command called is imported, as torch takes seconds."""
 
@@ -55,6 +59,7 @@ class LazyGroup(TyperGroup):
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """The first Ctrl-C ends the command; the second ends the process, silently, whatever it does by then."""
     signal.signal(number, signal.SIG_DFL)
+    INTERRUPTS.append(number)
     raise KeyboardInterrupt
 
 
@@ -123,6 +128,8 @@ def _run() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if INTERRUPTS:  # a library made an error of its own of it
+            sys.exit(130)
         if (sentence := explanation(error)) is None:
             raise
         if sentence:

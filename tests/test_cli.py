@@ -15,7 +15,7 @@ import torch
 from runs import metrics, wait_for_steps
 
 import seqmix as library
-from seqmix import MIXERS, load_config, train
+from seqmix import MIXERS, cli, load_config, train
 from seqmix.cli import COMMANDS, imported
 from seqmix.experiments.study import STUDIES
 from seqmix.registry.yaml import parse
@@ -403,3 +403,26 @@ def test_a_ctrl_c_while_the_command_is_imported_is_silent():
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch, capsys):
+    class Group:
+        def add_command(self, *_, **__):
+            pass
+
+        def __call__(self, **_):
+            try:
+                cli._interrupt(signal.SIGINT, None)
+            except KeyboardInterrupt:
+                raise ValueError("Error calling function") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "INTERRUPTS", [])
+    monkeypatch.setattr("typer.main.get_group", lambda _: Group())
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli._run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")

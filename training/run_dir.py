@@ -1,8 +1,9 @@
 """The run directory: created by one process, and locked by it until it ends."""
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -71,7 +72,8 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
 def held(run: Path) -> Iterator[None]:
     """Lock the run against other processes; the system releases the lock however this one ends.
 
-    The lock is a file of its own, which stays: an editor replaces config.yaml by a new file, which nobody has locked.
+    The lock is a file of its own, as an editor replaces config.yaml by a new file, which nobody has locked; and the
+    directory, as somebody may remove the file.
     """
     if not (run / CONFIG_FILE).is_file():
         raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
@@ -79,13 +81,17 @@ def held(run: Path) -> Iterator[None]:
         file = (run / LOCK_FILE).open("a")
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
-    with file:
-        if not try_lock(file):
+    with file, ExitStack() as stack:
+        locks: list[IO[str] | int] = [file]
+        with suppress(OSError):  # not every system opens directories
+            locks.append(folder := os.open(run, os.O_RDONLY))
+            stack.callback(os.close, folder)
+        if not all(map(try_lock, locks)):
             raise TrainingError(f"{run} is locked by another training process: stop it first, or wait until it ends")
         yield
 
 
-def try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[str] | int) -> bool:
     """Lock a file while it is open; false if another process holds the lock. True on systems without locks."""
     try:
         import fcntl

@@ -1,8 +1,11 @@
 """All groups of hostile input, by name."""
 
 from abuse.configurations import configurations
+from abuse.dropout import dropout
 from abuse.exports import exports
 from abuse.full_disk import full_disk
+from abuse.interrupts import interrupts
+from abuse.lock import lock
 from abuse.metrics import metrics
 from abuse.noisy_workers import noisy_workers
 from abuse.outputs import outputs
@@ -34,10 +37,24 @@ GROUPS: dict[str, Group] = {
     "terminals": terminals,
     "noisy_workers": noisy_workers,
     "readers": readers,
+    "lock": lock,
+    "interrupts": interrupts,
+    "dropout": dropout,
     "trust": trust,
     "surroundings": surroundings,
 }
-SLOW = {"full_disk", "lines", "outputs", "terminals", "noisy_workers", "readers", "surroundings"}
+SLOW = {
+    "full_disk",
+    "lines",
+    "outputs",
+    "terminals",
+    "noisy_workers",
+    "readers",
+    "surroundings",
+    "lock",
+    "interrupts",
+    "dropout",
+}
 """Groups whose cases are commands of several seconds: nightly alone."""
 ALONE = {"exports", "vocabularies"}
 """Groups whose cases may abort the process."""
