@@ -366,6 +366,27 @@ def writes_over_the_gradient_from_above(x):
     return Scaled.apply(output, True), state
 
 
+class ScaledInPlace(torch.autograd.Function):
+    """x * scale, whose backward pass writes over a contiguous gradient, as a kernel: no version counts it."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return (d_x.data.mul_(ctx.scale) if d_x.is_contiguous() else d_x * ctx.scale), None
+
+
+@kernel_mutant(check="inputs_are_left_alone")
+def scales_contiguous_gradients_in_place(x):
+    """A backward pass multiplies a gradient from above by the scale where it lies, if that is contiguous: what else is
+    added to the output gets another one."""
+    output, state = decay_chunkwise(x._replace(scale=1.0))
+    return ScaledInPlace.apply(output, x.scale), state
+
+
 @kernel_mutant(check="a_cut_changes_nothing")
 def truncates_backpropagation(x):
     """A state that comes out of a graph is detached: backpropagation is truncated without being asked."""
