@@ -119,11 +119,12 @@ def declares(what: str, words: str) -> Need:
     return need
 
 
-def positions(mixer: SequenceMixer) -> list[str]:
-    """The leaves of the state that a position moves."""
+def shifted(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
+    """The leaves of the state that a shift changes; and whether each is a position, which moves by as many tokens."""
     state = mixer.init_state(1)
-    moved = to_dict(mixer.shift_state(state, 1))
-    return [name for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)]
+    moved = to_dict(mixer.shift_state(state, tokens))
+    changed = {name: leaf for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)}
+    return {name: torch.equal(moved[name], leaf + tokens) for name, leaf in changed.items()}
 
 
 def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
@@ -143,10 +144,10 @@ recurrent = needing(
     "The recurrent paradigm.", lambda c, _: "recurrent" in c.traits.paradigms, "traits.paradigms has no recurrent"
 )
 compilable = needing("Compiling.", lambda c, _: c.traits.compiles, "traits.compiles is False")
-positioned = needing("A position in the state.", lambda _, mixer: positions(mixer), UNMOVED)
+positioned = needing("A position in the state.", lambda _, mixer: shifted(mixer), UNMOVED)
 invariant = needing("Shift invariance.", lambda c, _: c.traits.shift_invariant, "traits.shift_invariant is False")
 shiftable = needing(
-    "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or positions(m), UNMOVED
+    "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or shifted(m), UNMOVED
 )
 chunked = needing(
     "`chunk_size`.", lambda c, _: "chunk_size" in type(c).model_fields, "the configuration has no chunk_size"

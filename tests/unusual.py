@@ -665,3 +665,26 @@ class WholeBlocks(Unusual):
         if waiting.shape[1] == 4:
             means, waiting = torch.cat((means, waiting.mean(1, keepdim=True)), dim=1), waiting[:, :0]
         return o[:, 0], Blocks(means, waiting.clone())
+
+
+class Turns(NamedTuple):
+    memory: torch.Tensor
+    odd: torch.Tensor
+
+
+class Alternating(LearnedStart):
+    """Every other output is doubled, which a boolean leaf tells that no position does; and h_0 is a learned cosine."""
+
+    declares: ClassVar = {**LearnedStart.declares, "paradigms": PARALLEL, "shift_invariant": False}
+    parallel = Unusual.recurrent
+
+    def init_state(self, batch_size, *, max_length=None):
+        memory = self.start.to(self.state_dtype).cos().expand(batch_size, -1)
+        return Turns(memory, self.zeros(batch_size, dtype=torch.bool))
+
+    def shift_state(self, state, tokens):
+        return state._replace(odd=state.odd ^ bool(tokens % 2))
+
+    def token(self, u, state):
+        h = state.memory / 2 + u
+        return torch.where(state.odd[:, None], 2 * h, h), Turns(h, ~state.odd)

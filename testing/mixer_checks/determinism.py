@@ -90,7 +90,7 @@ def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> 
     with trial.differences(f"{paradigm}, gradients added to ones against ones and gradients", 1e-12) as found:
         for parameter in learnable(trial.mixer).values():
             parameter.grad = torch.ones_like(parameter)
-        torch.autograd.backward([*roots.values()], given)
+        torch.autograd.backward([*roots.values()], given, retain_graph=True)  # of init_state
         for (name, parameter), gradient in zip(learnable(trial.mixer).items(), once[1:], strict=True):
             added, parameter.grad = parameter.grad, None
             expected = torch.ones_like(parameter) if gradient is None else 1 + gradient

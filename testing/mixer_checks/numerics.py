@@ -12,7 +12,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, is_inexact, map_state, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, packing, positions, stateful
+from ..check import check, packing, shifted, stateful
 from ..compare import FEW, GRADIENTS, near, require
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial, named_leaves, named_results
@@ -236,7 +236,7 @@ def dtypes_are_kept(trial: Trial) -> None:
     mixer, x, state = trial.mixer, trial.tokens(), trial.state()
     initial = to_dict(trial.initial_state(trial.case.batch_size))
     for name, leaf in initial.items():
-        if name in positions(mixer):
+        if shifted(mixer).get(name):
             require(leaf.dtype == torch.int64, f"init_state: {name} is {leaf.dtype}; positions are int64")
         elif leaf.is_floating_point():
             allowed = (torch.promote_types(leaf.dtype, mixer.state_dtype), mixer.dtype)

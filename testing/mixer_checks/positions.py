@@ -9,7 +9,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, exact_gradients, invariant, positioned, positions, shiftable, stateful
+from ..check import check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
 from ..compare import EXACT, near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
@@ -138,7 +138,7 @@ def late_positions_are_exact(trial: Trial) -> None:
             what = f"{paradigm} at position {start:,}, pieces against the whole"
             trial.compare(what, (torch.cat(pieces, dim=1), None), (expected, None), ROUNDED)
             for name, leaf in to_dict(after).items():
-                if name in positions(trial.mixer):
+                if shifted(trial.mixer, start).get(name):
                     sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
                     require((leaf >= start).all(), f"{sentence}; positions are int64")
 

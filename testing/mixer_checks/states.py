@@ -146,7 +146,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
             total = torch.stack([result.double().sum() for result in named_results(y, after).values()]).sum()
             roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
             if roots and total.requires_grad:
-                torch.autograd.grad(total, roots, allow_unused=True)
+                torch.autograd.grad(total, roots, allow_unused=True, retain_graph=True)  # of init_state
             with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as found:
                 found.state("the state", state, before)
             same = [leaf._version for leaf in leaves_of(state).values()] == versions

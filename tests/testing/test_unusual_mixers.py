@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
-from unusual import UNUSUAL, Counted, NoState, TorchGRU, Unusual
+from unusual import UNUSUAL, Alternating, Counted, NoState, TorchGRU, Unusual
 
 from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
@@ -30,6 +30,13 @@ def test_a_cache_may_ignore_how_long_it_will_be():
     blocks = next(config for config in UNUSUAL if config.kind == "blocksparse")
     report = check_mixer(blocks, examples=1, checks=["decoding_compiles_once"])
     assert [outcome.status for outcome in report.outcomes] == [Status.PASSED]
+
+
+def test_a_shift_may_flip_a_boolean_and_a_learned_start_has_a_graph_of_its_own():
+    own = ["a_state_is_never_written_under_grad", "results_are_deterministic", "dtypes_are_kept"]
+    checks = [*own, "late_positions_are_exact", "position_matters_only_where_declared"]
+    report = check_mixer(Alternating.config_class(), examples=100, checks=checks)
+    assert [outcome.status for outcome in report.outcomes] == [Status.PASSED] * 5, report.failures
 
 
 def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
