@@ -5,7 +5,7 @@ f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) =
 
 import copy
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,13 @@ def paradigms_agree(trial: Trial) -> None:
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
-    """What is added to the outputs of each `nn.Linear`, by a hook or by a module in its place as adapters are, counts
-    in every paradigm, or in none, after calls without it too; and so it does where training mode wants no state."""
+    """What is added to the outputs of each `nn.Linear`, or `nn.Conv1d` of size 1, by a hook or by a module in its place
+    as adapters are, counts in every paradigm, or in none, after calls without it too; and so it does where training
+    mode wants no state."""
     x, state = trial.tokens(), trial.state()
     mixer = copy.deepcopy(trial.without_dropout())
     for module in mixer.modules():
-        if isinstance(module, nn.Linear):
+        if _is_projection(module):
             module.register_forward_hook(partial(_added, 0.3 * trial.like(module.weight)))
     reads = {"": x, ", one token": x[:, :1]}
     for read, tokens in reads.items():
@@ -103,11 +104,16 @@ def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
         what = f"with hooks on projections, {paradigm} in training mode against {trial.reference} in evaluation"
         trial.compare(what, (y.detach(), None), (whole, None))
     for name, module in [*mixer.eval().named_modules()]:
-        if isinstance(module, nn.Linear):
+        if _is_projection(module):
             parent, _, leaf = name.rpartition(".")
             setattr(mixer.get_submodule(parent), leaf, _Replaced(module, 0.3 * trial.like(module.weight)))
     for read, tokens in reads.items():
         _same_in_every_paradigm(trial, mixer, tokens, state, f"with projections replaced{read}")
+
+
+def _is_projection(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
+    of_one = isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
+    return of_one or isinstance(module, nn.Linear)
 
 
 def _same_in_every_paradigm(trial: Trial, mixer: nn.Module, x: Tensor, state: Any, what: str) -> None:
@@ -120,7 +126,7 @@ def _same_in_every_paradigm(trial: Trial, mixer: nn.Module, x: Tensor, state: An
 class _Replaced(nn.Module):
     """A module in a projection's place that adds to its outputs, and has its attributes."""
 
-    def __init__(self, base: nn.Linear, weight: Tensor) -> None:
+    def __init__(self, base: nn.Module, weight: Tensor) -> None:
         super().__init__()
         self.base, self.added = base, partial(_added, weight)
 
@@ -136,7 +142,8 @@ class _Replaced(nn.Module):
 
 def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
     """What an adapter makes of a projection's output: torch's signature of a hook, after its own weight."""
-    return y + nn.functional.linear(given[0], weight.to(y))
+    product = nn.functional.linear if weight.ndim == 2 else nn.functional.conv1d
+    return y + product(given[0], weight.to(y))
 
 
 @check(

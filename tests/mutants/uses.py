@@ -404,6 +404,26 @@ class TrainsPastAnAdapter(Specimen):
             return super().mix(x, call)
 
 
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class StepsPastAConvolution(Specimen):
+    """The output projection is a convolution of one token, and the recurrent paradigm multiplies by its weight: what an
+    adapter adds counts in training alone."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.out_proj = nn.Conv1d(d_model, d_model, 1, bias=False)
+        self.reset_parameters()
+
+    def mix(self, x, call):
+        convolution, self.out_proj = self.out_proj, nn.Identity()
+        try:
+            y, after = super().mix(x, call)
+        finally:
+            self.out_proj = convolution
+        step = call.paradigm is Paradigm.RECURRENT
+        return y @ convolution.weight[..., 0].mT if step else convolution(y.mT).mT, after
+
+
 @mutant(check="parameters_round_trip")
 class ConvertsWhatHasNoVersion(Specimen):
     """Parameters without a version are taken for an older one's and converted: those of a file of safetensors are."""
