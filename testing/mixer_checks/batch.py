@@ -74,11 +74,12 @@ def strides_change_nothing(trial: Trial) -> None:
             trial.compare(f"{paradigm}, inputs that are the last rows of larger ones against others", inner, expected)
         # without gradients, and as in decoding
         for length in {x.shape[1], 1 if trial.mixer.traits.has_state else x.shape[1]}:
-            with torch.no_grad():
-                y, after = call(_inside(x[:, :length]), _laid(_inside, state))
             whole = expected[0]["the output"][:, :length], expected[1] if length == x.shape[1] else None
-            what = f"{paradigm}, without gradients, {length} tokens, inputs that are the last rows of larger ones"
-            trial.compare(what, (y, after if length == x.shape[1] else None), whole)
+            for rows, among in {"the last": _inside, "every other": _every_other}.items():
+                with torch.no_grad():
+                    y, after = call(among(x[:, :length]), _laid(among, state))
+                what = f"{paradigm}, without gradients, {length} tokens, inputs that are {rows} rows of larger ones"
+                trial.compare(what, (y, after if length == x.shape[1] else None), whole)
 
 
 class _GradientTimeFirst(torch.autograd.Function):
@@ -100,6 +101,11 @@ def _laid(lay: Callable[[Tensor], Tensor], state: Any) -> Any:
 def _inside(x: Tensor) -> Tensor:
     """The same numbers, contiguous, as the last rows of what has others before them."""
     return torch.cat((torch.ones_like(x), x))[len(x) :]
+
+
+def _every_other(x: Tensor) -> Tensor:
+    """The same numbers, with rows of others between them."""
+    return torch.stack((x, torch.ones_like(x)), dim=1).flatten(0, 1)[::2]
 
 
 def _time_first(x: Tensor) -> Tensor:

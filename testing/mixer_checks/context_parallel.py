@@ -46,7 +46,7 @@ class Threads(ContextParallel):
         return [x[self.rank - distance] for x in every] if self.rank >= distance else [], []
 
 
-DRAW = Draw(pieces=(2, 3), tokens=(1, 9), long=6, longest=65, batch_size=(1, 2))
+DRAW = Draw(pieces=(2, 5), tokens=(1, 9), long=6, longest=65, batch_size=(1, 2))
 
 
 @check(

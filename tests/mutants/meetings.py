@@ -386,3 +386,31 @@ class ScoresATokenFromNothing(Specimen):
         several = call.documents.cu_seqlens.diff() != 1
         memory = call.state.memory * several[:, None, None, None]
         return super().mix(x, call._replace(state=call.state._replace(memory=memory)))
+
+
+@mutant(check="strides_change_nothing")
+class TakesRowsForNeighbours(Specimen):
+    """Rows of a state are taken for neighbours in memory: of every other row of a larger one the first are read."""
+
+    def before(self, state, rows):
+        state = super().before(state, rows)
+        memory = state.memory
+        if torch.is_grad_enabled() or not memory[0].is_contiguous():
+            return state
+        return state._replace(memory=memory.as_strided(memory.shape, memory.new_empty(memory.shape).stride()))
+
+
+@mutant(check="segments_of_ranks_are_the_whole")
+class ReadsTwoRanksBack(Specimen):
+    """Context parallelism by gathering the tokens of all ranks, of which those of more than two before are left out."""
+
+    supports_context_parallel = True
+
+    def mix(self, x, call):
+        if (group := call.cp_group) is None:
+            return super().mix(x, call)
+        every = group.gather(x)
+        whole = torch.cat([part if rank >= group.rank - 2 else 0 * part for rank, part in enumerate(every)], dim=1)
+        documents = group.whole(call.documents, x.shape[1])
+        y, after = super().mix(whole, call._replace(cp_group=None, documents=documents))
+        return group.part(y), after
