@@ -88,14 +88,17 @@ def paradigms_agree(trial: Trial) -> None:
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
     """What is added to the outputs of each `nn.Linear`, or `nn.Conv1d` of size 1, by a hook or by a module in its place
-    as adapters are, counts in every paradigm, or in none, after calls without it too; and so it does where training
-    mode wants no state."""
+    as adapters are, counts in every paradigm, or in none, after calls without it too, and so does what a hook before it
+    makes of its inputs; and so it does where training mode wants no state."""
     x, state = trial.tokens(), trial.state()
-    mixer = copy.deepcopy(trial.without_dropout())
-    for module in mixer.modules():
+    mixer, before = (copy.deepcopy(trial.without_dropout()) for _ in range(2))
+    for module, other in zip(mixer.modules(), before.modules(), strict=True):
         if _is_projection(module):
             module.register_forward_hook(partial(_added, 0.3 * trial.like(module.weight)))
+            other.register_forward_pre_hook(lambda _, given: 2 * given[0])
     reads = {"": x, ", one token": x[:, :1]}
+    for read, tokens in reads.items():
+        _same_in_every_paradigm(trial, before, tokens, state, f"with hooks before projections{read}")
     for read, tokens in reads.items():
         _same_in_every_paradigm(trial, mixer, tokens, state, f"with hooks on projections{read}")
     whole, _ = trial.mix(x, None, mixer, paradigm=trial.reference)

@@ -405,6 +405,17 @@ class TrainsPastAnAdapter(Specimen):
 
 
 @mutant(check="wrapped_projections_count_in_every_paradigm")
+class StepsPastAHookBefore(Specimen):
+    """The recurrent paradigm multiplies by a projection's weight where no hook is after it: one before it, as
+    quantisers of activations have, is not looked for."""
+
+    def mix(self, x, call):
+        plain = type(self.out_proj) is nn.Linear and not self.out_proj._forward_hooks
+        with _unwrapped(self) if plain and call.paradigm is Paradigm.RECURRENT else nullcontext():
+            return super().mix(x, call)
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
 class StepsPastAConvolution(Specimen):
     """The output projection is a convolution of one token, and the recurrent paradigm multiplies by its weight: what an
     adapter adds counts in training alone."""
