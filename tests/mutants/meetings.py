@@ -414,3 +414,13 @@ class ReadsTwoRanksBack(Specimen):
         documents = group.whole(call.documents, x.shape[1])
         y, after = super().mix(whole, call._replace(cp_group=None, documents=documents))
         return group.part(y), after
+
+
+@mutant(check="paradigms_agree")
+class HasATableOfHeads(Specimen):
+    """The recurrent paradigm has its decays in a table of 32 heads: those beyond have the last one's."""
+
+    def recurrent(self, tokens, memory, weight):
+        q, k, v, a, one = tokens
+        head = torch.arange(a.shape[1], device=a.device).clamp(max=31)
+        return super().recurrent((q, k, v, a[:, head], one), memory, weight)
