@@ -138,7 +138,8 @@ class Draw:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
         found += [replace(usual, scale=scale) for scale in {*self.scales} - {1.0}]
-        found += [replace(usual, wide=True, **more) for more in ({}, {"options": {"n_heads": 36}})] if self.wide else []
+        heads: tuple[dict[str, Any], ...] = ({}, {"options": {"n_heads": 12}}, {"options": {"n_heads": 36}})
+        found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})
             found = [many, *found, replace(usual, wide=True, dtype=self.dtypes[-1])]

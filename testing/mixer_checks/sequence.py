@@ -43,8 +43,8 @@ GATED = 30.0
 BLOCKS = (256, 512, 1024)
 """Tokens that blocks divide."""
 
-WIDE = 290
-"""A window that is wider than a block, and than 8 bits count."""
+WIDE = (130, 290)
+"""Windows that are wider than a block, and than 8 bits count."""
 
 HEAD = 9
 """Tokens read before thousands, or of a document that begins after a block."""
@@ -287,13 +287,13 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
 )
 def memory_reaches_back(trial: Trial) -> None:
     """Steps after 300 tokens give what the whole does, where one token is repeated and gates stay open or closed; and
-    so they do where what may be limited (a window) is 290."""
+    so they do where what may be limited (a window) is 130 or 290."""
     x, repeated = trial.tokens(), GATED * trial.tokens(length=1)
     mixers = {"the configuration": trial.mixer}
     for name, field in type(trial.config).model_fields.items():
         if getattr(trial.config, name) is None and int in get_args(field.annotation):
-            mixer = trial.subject.mixer({name: WIDE})
-            mixers |= {} if mixer is None else {f"{name} = {WIDE}": mixer}
+            limited = {f"{name} = {wide}": trial.subject.mixer({name: wide}) for wide in WIDE}
+            mixers |= {said: mixer for said, mixer in limited.items() if mixer is not None}
     for said, mixer in mixers.items():
         for text in (x, x + repeated):
             whole, _ = trial.mix(text, None, mixer)

@@ -118,9 +118,9 @@ def _open(base: Path, run: Path, spelt: str, canary: Path) -> None:
     shutil.copytree(base / "run", run)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("kind: retention", f"kind: {spelt}"))
-    told: list[str] = []
-    load_run(run, tell=lambda said: told.append(f"{said}{', after' * canary.exists()}"))
+    sentences: list[str] = []
+    load_run(run, tell=lambda said: sentences.append(f"{said}{', after' * canary.exists()}"))
     assert canary.exists(), "its module is not imported"
     canary.unlink()
-    assert len(told) == 1, told
-    assert re.search(r" imports the module .tranger(.part)?$", told[0]), told
+    assert len(sentences) == 1, sentences
+    assert re.search(r" imports the module .tranger(.part)?$", sentences[0]), sentences
