@@ -95,7 +95,8 @@ def _kernels(op: str, backend: str) -> list[Kernel]:
             continue
     found = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
     if not found:
-        known = sorted({"auto", *ON_DEMAND, *(key.backend for key in KERNELS if key.op == op)})
+        later = (name for name, modules in ON_DEMAND.items() if any(module.startswith(f"{op}.") for module in modules))
+        known = sorted({"auto", *later, *(key.backend for key in KERNELS if key.op == op)})
         raise SeqmixError(f"{op} has no backend {backend!r}; there are {', '.join(known)}{nearest(backend, known)}")
     return found
 

@@ -227,3 +227,11 @@ def test_the_layer_calls_the_backend_that_was_resolved(monkeypatch):
     monkeypatch.setitem(module.KERNELS, flex.key, counted)
     torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
     assert len(called) == 4
+
+
+def test_only_backends_of_the_op_are_named():
+    with pytest.raises(SeqmixError) as refused:
+        choose("delta", "triton_tf32x3", PROBE)
+    assert str(refused.value) == (
+        "delta has no backend 'triton_tf32x3'; there are auto, reference, triton; did you mean \"triton\"?"
+    )
