@@ -28,8 +28,8 @@ class TorchscaleConfig(AdaptedConfig):
     """torchscale's `MultiScaleRetention`, decoded token by token, in its parallel mode or in chunks."""
 
     kind: Literal["torchscale"] = "torchscale"
-    n_heads: int = Field(default=2, gt=0)
-    """Heads."""
+    n_heads: int = Field(default=2, gt=0, le=19)
+    """Heads; the twentieth's decay is 1 in float32, which its norm divides 0 by 0 with."""
     chunk: int = Field(default=0, ge=0)
     """Tokens of a chunk; 0 is the parallel mode."""
 
@@ -46,6 +46,8 @@ class TorchscaleConfig(AdaptedConfig):
         return {"rows": "a call has one position for all rows"} | super().undeclared(module.rel_pos)
 
     def module(self, d_model: int) -> nn.Module:
+        if d_model % (2 * self.n_heads):  # it turns pairs of channels
+            raise ContractError(f"heads of an even size are needed, and {self.n_heads} do not divide {d_model} into such")
         return _Layer(d_model, self.n_heads, self.chunk)
 
     def state(self, module: Any, batch_size: int) -> RetentionState:
