@@ -137,7 +137,8 @@ class Draw:
         if len(self.dtypes) > 1:
             found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
-        found += [replace(usual, scale=scale) for scale in {*self.scales} - {1.0}]
+        begun = dict.fromkeys((self.starts[-1], self.starts[0]))
+        found += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
         heads: tuple[dict[str, Any], ...] = ({}, {"options": {"n_heads": 12}}, {"options": {"n_heads": 36}})
         found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1

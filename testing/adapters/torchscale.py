@@ -47,7 +47,9 @@ class TorchscaleConfig(AdaptedConfig):
 
     def module(self, d_model: int) -> nn.Module:
         if d_model % (2 * self.n_heads):  # it turns pairs of channels
-            raise ContractError(f"heads of an even size are needed, and {self.n_heads} do not divide {d_model} into such")
+            raise ContractError(
+                f"heads of an even size are needed, and {self.n_heads} do not divide {d_model} into such"
+            )
         return _Layer(d_model, self.n_heads, self.chunk)
 
     def state(self, module: Any, batch_size: int) -> RetentionState:

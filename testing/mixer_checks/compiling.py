@@ -18,7 +18,7 @@ from ..mixer_trial import Trial
 
 NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
 STATE = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("read",))
-PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("read",), uses=("training",))
+PACKED = Draw(pieces=(3, 3), tokens=(3, 3), batch_size=(1, 1), starts=("read",), uses=("truncated",))
 MANY = Draw(tokens=(12, 12), batch_size=(2, 2), starts=("none",))
 PREFIX = 5
 """Tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen."""
@@ -49,9 +49,16 @@ def segments_compile_into_one_graph(trial: Trial) -> None:
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
-    """Packed training compiles with fullgraph and does not recompile for other boundaries, empty documents included."""
+    """Packed training, with final states and without, compiles with fullgraph and does not recompile for other
+    boundaries, empty documents included."""
     boundaries = [_cuts(trial, cuts) for cuts in ((0, 3, 6, 9), (0, 0, 5, 9), (0, 9, 9, 9), (0, 3, 3, 9))]
-    _compiles(trial, lambda x, state, **options: trial.used(**options)(x, state), boundaries)
+
+    def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+        unwanted, _ = trial.call(mixer=trial.mixer_in_use, **{**options, "return_state": False})(x, state)
+        y, after = trial.used(**options)(x, state)
+        return torch.cat((y, unwanted), dim=-1), after
+
+    _compiles(trial, function, boundaries)
 
 
 @check(

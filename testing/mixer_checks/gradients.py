@@ -1,7 +1,9 @@
 """Gradients are the derivatives of what is computed, in every way that training calls a mixer."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.func import functional_call
 
 from ...mixers.state import from_dict, select, to_dict
 from ...ops.paradigm import Paradigm
+from ...registry import SeqmixError
 from ..check import check, differentiable, exact_gradients
 from ..compare import require
 from ..gradients import gradients
@@ -180,6 +183,52 @@ def gradients_are_derivatives(trial: Trial) -> None:
             text = ", ".join(f"{name} ({slopes[name]:.6g}, and differences give {off[name]:.6g})" for name in wrong)
             use = "" if trial.case.use == "evaluation" else f", as {trial.use}"
             require(False, f"{paradigm}{use}: the gradient is not the derivative of {text}")
+
+
+@check(
+    differentiable,
+    exact_gradients,
+    use="penalties of gradients, and meta-learning: the gradient of a gradient is wrong, and nothing says so",
+    share=0.03,
+    draw=Draw(tokens=(3, 6), batch_size=(1, 1), starts=("none", "read")),
+)
+def second_derivatives_are_right_or_refused(trial: Trial) -> None:
+    """The gradient of a gradient is its derivative, as central differences in float64 give it, or it is refused, or not
+    finite."""
+    x, state, parameters = trial.tokens(), trial.state(), learnable(trial.mixer)
+    above, along = trial.like(x), {"x": trial.like(x)} | {name: trial.like(p) for name, p in parameters.items()}
+    across, given = trial.like(x), x.detach().requires_grad_()
+
+    def slope(paradigm: Paradigm, own: Mapping[str, Tensor], tokens: Tensor, create_graph: bool) -> Tensor:
+        """The derivative of the loss along other tokens."""
+        options = {"paradigm": paradigm if state is None else trial.after(paradigm)}
+        y, _ = functional_call(trial.mixer, dict(own), (tokens, state), options)
+        (gradient,) = torch.autograd.grad((above * y).sum(), tokens, create_graph=create_graph)
+        return (across * gradient).sum()
+
+    def moved(names: list[str], steps: float) -> float:  # noqa: ARG001
+        tokens = (x + steps * along["x"]).requires_grad_()
+        own = {name: (p + steps * along[name]).detach() for name, p in parameters.items()}
+        return slope(trial.reference, own, tokens, False).item()
+
+    def rate(names: list[str], step: float) -> float:
+        at = partial(moved, names)
+        return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+
+    for paradigm in trial.paradigms:
+        leaves = {"x": given, **parameters}
+        try:
+            twice = slope(paradigm, parameters, given, True)
+            found = torch.autograd.grad(twice, [*leaves.values()], allow_unused=True) if twice.requires_grad else ()
+        except (SeqmixError, RuntimeError):  # refused
+            continue
+        terms = [along[name] * g for name, g in zip(leaves, found, strict=bool(found)) if g is not None]
+        total, size = (sum(term.sum().item() for term in each) for each in (terms, [term.abs() for term in terms]))
+        if not math.isfinite(total):  # as torch's logaddexp from minus infinity, which nobody overlooks
+            continue
+        right = _agrees(["all"], {"all": total}, max(size, 1e-9), rate)
+        off = f"the gradient of a gradient is {total:.6g}, and differences give {rate(['all'], STEPS[1]):.6g}"
+        require(right, f"{paradigm}: {off}: it has to be right, or refused")
 
 
 def _agrees(

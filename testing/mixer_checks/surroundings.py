@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...ops.once import formed_once
+from ...ops.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
 POINTS = 8
 """Places inside a call, of each case, at which another one comes between."""
+
+PATIENCE = 0.05
+"""Seconds that the call waits for the other one, which may wait for a lock that the call holds."""
 
 
 @check(
@@ -23,31 +29,48 @@ POINTS = 8
 )
 def surroundings_change_nothing(trial: Trial) -> None:
     """A call gives the same bits whatever torch's default dtype, in a second layer that shares positions with the
-    first, and where another call of the mixer comes between any two of its operations, as another thread's does."""
-    x, other, state = trial.tokens(), trial.tokens(), trial.state()
-    for paradigm in trial.paradigms:
+    first, and where another thread's call, of the mixer or of another layer, comes between any two of its operations;
+    and the same results with torch's deterministic algorithms."""
+    x, other, state, layer = trial.tokens(), trial.tokens(), trial.state(), trial.rebuilt()
+    for number, paradigm in enumerate(trial.paradigms):
 
         def mixed() -> Any:
             return trial.mix(x, state, paradigm=paradigm)  # noqa: B023
 
         def between() -> None:
-            trial.mix(other, None, paradigm=paradigm)  # noqa: B023
+            trial.mix(other, None, (trial.mixer, layer)[(trial.case.seed + number) % 2], paradigm=paradigm)  # noqa: B023
 
         alone = mixed()
         for dtype in (torch.bfloat16, torch.float64):
             with _default(dtype):
                 trial.compare(f"{paradigm}, where {dtype} is torch's default", mixed(), alone, 0)
         with torch.no_grad(), formed_once():
-            for layer in ("first", "second"):
-                what = f"{paradigm}, the {layer} of two such layers that share positions against one alone"
+            for place in ("first", "second"):
+                what = f"{paradigm}, the {place} of two such layers that share positions against one alone"
                 trial.compare(what, mixed(), alone, 0)
+        _with_usual_algorithms(trial, paradigm, x)
         with _Between(0, between) as counted:
             mixed()
         stride = max(1, -counted.left // POINTS)
         for point in range(1 + trial.case.seed % stride, -counted.left + 1, stride):
-            with _Between(point, between):
+            with _Between(point, between) as calls:
                 found = mixed()
+            calls.join()
             trial.compare(f"{paradigm}, with another call before its operation {point}", found, alone, 0)
+
+
+def _with_usual_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
+    """Results and gradients, of packed tokens too; elsewhere in these checks torch's algorithms are deterministic."""
+    before, packs = trial.state(1), trial.mixer.traits.packing
+    packed = {"cu_seqlens": trial.index(0, x.shape[1])} if packs else {}
+    call = trial.call(paradigm, **packed)
+    expected = trial.differentiate(call, x[:1], before)
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(not was, warn_only=True)
+    try:
+        trial.compare(f"{paradigm}, with torch's other algorithms", trial.differentiate(call, x[:1], before), expected)
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warns)
 
 
 @contextmanager
@@ -61,14 +84,29 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Between(TorchFunctionMode):
-    """Calls a function before one of torch's operations, by its number from 1; it counts what it sees down."""
+    """Calls a function in another thread before one of torch's operations, by its number from 1; it counts what it
+    sees down."""
 
     def __init__(self, point: int, function: Callable[[], None]) -> None:
         super().__init__()
         self.left, self.function = point, function
+        self.thread, self.errors = Thread(target=self._run), list[Exception]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left == 0:
-            self.function()
+            self.thread.start()
+            self.thread.join(PATIENCE)
         return func(*args, **(kwargs or {}))
+
+    def _run(self) -> None:
+        try:
+            self.function()
+        except Exception as error:
+            self.errors.append(error)
+
+    def join(self) -> None:
+        """Waits for what was called, and raises what it raised."""
+        self.thread.join()
+        for error in self.errors:
+            raise error

@@ -1,6 +1,9 @@
 """Wrong mixers: right but where several things meet (many heads, 16 bits and a long segment), or where the arguments or
 the module are not as a test makes them (a slice, weights that were swapped, a submodule that was wrapped)."""
 
+from threading import Lock
+from weakref import WeakKeyDictionary
+
 import torch
 from pydantic import Field, model_validator
 
@@ -424,3 +427,48 @@ class HasATableOfHeads(Specimen):
         q, k, v, a, one = tokens
         head = torch.arange(a.shape[1], device=a.device).clamp(max=31)
         return super().recurrent((q, k, v, a[:, head], one), memory, weight)
+
+
+WORKSPACES: dict = {}
+LOCKS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@mutant(check="surroundings_change_nothing")
+class SharesAWorkspaceOfLayers(Specimen):
+    """Without gradients results are put into one workspace of the process, which a lock of each layer protects: from
+    that layer's other threads, and from no other layer."""
+
+    def divide(self, o, z):
+        if torch.is_grad_enabled():
+            return super().divide(o, z)
+        with LOCKS.setdefault(self, Lock()), torch.inference_mode(False), torch.no_grad():
+            work = WORKSPACES.setdefault((o.shape, o.dtype), torch.zeros(o.shape, dtype=o.dtype))
+            work.copy_(o)
+            return super().divide(work, z).clone()
+
+
+@mutant(check="surroundings_change_nothing")
+class DropsATokenWhereAlgorithmsAreFast(Specimen):
+    """Where torch's algorithms need not be deterministic, as in training, a packed row's last value is left out."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if not torch.are_deterministic_algorithms_enabled():
+            v = torch.cat((v[:, :, :-1], 0 * v[:, :, -1:]), dim=2)
+        return qk, v, a
+
+
+@mutant(check="parameters_round_trip")
+class SeedsItsSignsByHash(Specimen):
+    """Random signs come from a seed that is the hash of a string, which Python salts in every process: no checkpoint
+    has them."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        generator = torch.Generator().manual_seed(hash(config.kind) % 2**31)
+        signs = 2 * torch.randint(2, (self.width,), generator=generator) - 1
+        self.register_buffer("signs", signs, persistent=False)
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v * self.signs, a

@@ -233,6 +233,18 @@ class LoopsOverDocuments(Specimen):
         return torch.cat([at + torch.arange(n) for at, n in zip(state.position, lengths, strict=True) if n])[None]
 
 
+@mutant(check="packing_compiles_into_one_graph")
+class KeepsTheStateBeforeAnEmptyDocument(Specimen):
+    """Compiled, where boundaries are no numbers, the memory after an empty document is that of the document before."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.documents is None or not torch.compiler.is_compiling():
+            return y, after
+        empty = (call.cu_seqlens.diff() == 0)[:, None, None, None]
+        return y, after._replace(memory=torch.where(empty, after.memory.roll(1, 0), after.memory))
+
+
 BUFFERS = {"next": 0}
 
 

@@ -162,3 +162,23 @@ class KeepsNothingOfAFrozenProjection(Specimen):
     def heads(self, x):
         qk, v, a = super().heads(x)
         return (qk, v, a) if self.in_proj.weight.requires_grad else (qk.detach(), v.detach(), a)
+
+
+@mutant(check="second_derivatives_are_right_or_refused")
+class ForgetsSecondDerivatives(Specimen):
+    """A backward pass of its own is computed without a graph and does not say so: gradients of gradients are wrong."""
+
+    def divide(self, o, z):
+        return _Quotient.apply(o, z[..., None]) if self.config.denominator else o
+
+
+class _Quotient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, z):
+        ctx.save_for_backward(o, z)
+        return o / z
+
+    @staticmethod
+    def backward(ctx, above):
+        o, z = (each.detach() for each in ctx.saved_tensors)
+        return above / z, -(above * o).sum(-1, keepdim=True) / z**2

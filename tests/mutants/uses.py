@@ -72,6 +72,18 @@ class MasksScoresWithTenThousand(Cached):
         return scores.masked_fill(unseen, -1e4)
 
 
+@mutant(check="the_future_changes_nothing")
+class MasksTrainingWithTenThousand(Cached):
+    """Where text is trained from nothing and no cache is wanted, -10,000 is added to scores of later tokens."""
+
+    def mix(self, x, call):
+        if call.state is not None or call.return_state:
+            return super().mix(x, call)
+        q, k, v = self.heads(x)
+        later = torch.full((x.shape[1], x.shape[1]), -1e4).triu(1)
+        return self.out_proj(((q @ k.mT) * q.shape[-1] ** -0.5 + later).softmax(-1) @ v), None
+
+
 @mutant(check="results_share_no_memory")
 class CachesTheTokensThemselves(Cached):
     """The cache holds the tokens, in the caller's own memory: what is written there later becomes the past."""
