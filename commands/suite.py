@@ -121,16 +121,16 @@ def suite(
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
     given_jobs, jobs = jobs is not None, jobs or default_jobs(1)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
         extent, names = Extent(one_rate=quick, one_seed=quick), list(chosen)
         asked = (str(size), str(match), budget or "", *chosen)
         if budget is not None:
-            planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent)
+            planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent, status.update)
             extent, names = _earlier(folder, asked) or _fitting(planned, seconds_of(budget) * jobs, console)
         notes = left_out(extent, names, list(chosen))
         chosen = {name: chosen[name] for name in names}
         place = Path(temporary) if dry_run else folder
-        planned = write_studies(place, settings, chosen, candidates, match, extent)
+        planned = write_studies(place, settings, chosen, candidates, match, extent, status.update)
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
     words += [f"--budget={budget}"] if budget else []
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]

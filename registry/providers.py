@@ -5,8 +5,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import operator
+import os
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
@@ -23,15 +25,38 @@ def files(package: str) -> Iterator[tuple[str, Provider]]:
     """The modules of a package whose text has `kind: Literal["<the module's own name>"]`, by that name."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations if spec else None) or []:
-        for file in Path(folder).glob("*.py"):
-            if f'kind: Literal["{file.stem}"]' in file.read_text(encoding="utf-8"):
-                yield file.stem, f"{package}.{file.stem}"
+        yield from _modules(package, folder, _stamp(folder))
 
 
 def entry_points(group: str | None) -> Iterator[tuple[str, Provider]]:
     """What installed distributions offer in a group, by name; several may use the same name."""
-    for point in importlib.metadata.entry_points(group=group) if group else ():
-        yield point.name, point.value
+    yield from _points(group, tuple((folder, _stamp(folder)) for folder in sys.path)) if group else ()
+
+
+# planning a study resolves kinds tens of thousands of times: folders are read again where something was added to them
+
+
+@lru_cache(maxsize=128)
+def _modules(package: str, folder: str, stamp: int) -> tuple[tuple[str, Provider], ...]:  # noqa: ARG001
+    files = (file for file in Path(folder).glob("*.py") if _names_itself(file))
+    return tuple((file.stem, f"{package}.{file.stem}") for file in files)
+
+
+def _names_itself(file: Path) -> bool:
+    return f'kind: Literal["{file.stem}"]' in file.read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=128)
+def _points(group: str, folders: tuple[tuple[str, int], ...]) -> tuple[tuple[str, Provider], ...]:  # noqa: ARG001
+    return tuple((point.name, point.value) for point in importlib.metadata.entry_points(group=group))
+
+
+def _stamp(folder: str) -> int:
+    """When something was last added to a folder, or removed; 0 of none."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def module_of(provider: Provider) -> str:

@@ -1,7 +1,7 @@
 """The tasks of the suite at small and at published settings, and the studies that they become."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,8 +186,10 @@ def write_studies(
     candidates: Sequence[Candidate],
     match: Metric,
     extent: Extent,
+    started: Callable[[str], object] = str,
 ) -> list[PlannedTask]:
-    """Write each task's study and the base of it, folder/TASK/TASK.yaml and base.yaml, and plan it.
+    """Write each task's study and the base of it, folder/TASK/TASK.yaml and base.yaml, and plan it; `started` is given
+    what is done now, in words, as models of equal cost are sought.
 
     What is matched is the cost of the task's own model, with attention, so that rows of other calls stand beside it.
 
@@ -195,7 +197,8 @@ def write_studies(
         SeqmixError: no candidate can be trained on a task.
     """
     planned = []
-    for name, task in tasks.items():
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        started(f"planning {len(candidates)} models of equal {match} for {name}, task {number} of {len(tasks)}")
         base = base_of(settings, task, extent)
         write_file(dump(base), folder / name / BASE_FILE)
         knob, tolerance = KNOBS[match]
