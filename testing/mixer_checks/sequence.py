@@ -208,7 +208,7 @@ def steps_equal_the_whole(trial: Trial) -> None:
 def the_future_changes_nothing(trial: Trial) -> None:
     """The output at a token depends on no later token, and the token is read, there or later."""
     x, state, other, wanted = trial.tokens(), trial.state(), trial.tokens(), trial.case.seed % 2 == 0
-    options = {"return_state": wanted and trial.mixer.traits.has_state}
+    options: dict[str, Any] = {"return_state": wanted and trial.mixer.traits.has_state}
     # of every token but the first, and of a long segment around the boundaries of blocks
     cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
     copies = trial.index(*range(len(x))).repeat(len(cuts))

@@ -62,7 +62,7 @@ def surroundings_change_nothing(trial: Trial) -> None:
 def _with_usual_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
     """Results and gradients, of packed tokens too; elsewhere in these checks torch's algorithms are deterministic."""
     before, packs = trial.state(1), trial.mixer.traits.packing
-    packed = {"cu_seqlens": trial.index(0, x.shape[1])} if packs else {}
+    packed: dict[str, Any] = {"cu_seqlens": trial.index(0, x.shape[1])} if packs else {}
     call = trial.call(paradigm, **packed)
     expected = trial.differentiate(call, x[:1], before)
     was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
