@@ -193,8 +193,29 @@ def bytes_received(kind: str, fields: dict[str, Any], length: int) -> int:
 
 def step_received(overrides: list[str]) -> tuple[int, float]:
     """What a rank receives of parameters and gradients in a step, and what `seqmix plan` says."""
+    with _trainer(overrides) as trainer, _received() as received:
+        trainer.train_step(0)
+    planned = _planned(trainer)
+    return sum(received), planned.received * planned.grad_accum_steps
+
+
+def step_memory(overrides: list[str]) -> tuple[int, float]:
+    """What this rank holds at most in a step, and what `seqmix plan` says."""
+    from dispatched import Live
+
+    from seqmix.training.sharding import local_tensor
+
+    with _trainer(overrides) as trainer:
+        trainer.train_step(0)  # moments, and the storages that FSDP resizes
+        with Live() as live:
+            trainer.train_step(1)
+    shards = sum(local_tensor(p).nbytes for p in trainer.model.parameters())
+    return 3 * shards + live.added, _planned(trainer).memory
+
+
+@contextmanager
+def _trainer(overrides: list[str]) -> Iterator[Any]:
     from seqmix import build_model, load_config
-    from seqmix.training.layouts import Planner
     from seqmix.training.optim import build_optimizer
     from seqmix.training.process_groups import join_processes
     from seqmix.training.sharding import assign, sharder
@@ -203,14 +224,17 @@ def step_received(overrides: list[str]) -> tuple[int, float]:
     config = load_config("hybrid-tiny", [*SMALL, "data={kind: mqar, sequence_length: 64}", *overrides])
     with join_processes(config.distributed) as groups:
         model = build_model(config.model, shard=sharder(groups, config.distributed), assign=assign)
-        source, optimizer = config.open_data(), build_optimizer(model, config.training)
-        trainer = Trainer(config, source, model, optimizer, groups)
-        with _received() as received:
-            trainer.train_step(0)
-    settings = config.training
-    sequences = settings.batch_size // groups.size // settings.grad_accum_steps
-    planned = Planner(config).layout(data=1, shard=groups.size, sequences=sequences)
-    return sum(received), planned.received * settings.grad_accum_steps
+        model.set_cp_group(groups.cp_group)
+        yield Trainer(config, config.open_data(), model, build_optimizer(model, config.training), groups)
+
+
+def _planned(trainer: Any) -> Any:
+    from seqmix.training.layouts import Planner
+
+    groups, settings = trainer.groups, trainer.config.training
+    sequences = settings.batch_size // groups.dp_size // settings.grad_accum_steps
+    sizes = {"data": groups.data, "shard": groups.shard, "context_parallel": groups.context_parallel}
+    return Planner(trainer.config).layout(**sizes, sequences=sequences)
 
 
 @contextmanager
@@ -421,7 +445,7 @@ def compiled(kind: str, fields: dict[str, Any]) -> None:
     torch.testing.assert_close(*found)
 
 
-def started_here(overrides: list[str]) -> tuple[bool, int, int, int]:
+def started_here(overrides: list[str], preset: str = "") -> tuple[bool, int, int, int]:
     """Build a model sharded over all ranks: whether its values are to the bit those of one process; the bytes that this
     rank held at most, those of its shards, and those of the whole model.
     """
@@ -431,7 +455,7 @@ def started_here(overrides: list[str]) -> tuple[bool, int, int, int]:
     from seqmix.training.process_groups import join_processes
     from seqmix.training.sharding import assign, full_tensor, local_tensor, sharder
 
-    config = load_config("hybrid-tiny", [*SMALL, *overrides])
+    config = load_config(preset or "hybrid-tiny", overrides if preset else [*SMALL, *overrides])
     with join_processes(config.distributed) as groups, Allocated() as allocated:
         model = build_model(config.model, seed=config.seed, shard=sharder(groups, config.distributed), assign=assign)
     shards = sum(local_tensor(p).nbytes for p in model.parameters())

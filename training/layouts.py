@@ -1,17 +1,18 @@
 """What a training step takes on many GPUs, by layout, as arithmetic: memory, traffic and time. Nothing is measured.
 
 With P parameters, R of them outside blocks and E in embedding and output projection, blocks of at most B, L layers, F
-operations per token, n = shard x context_parallel pieces, and A bytes of activations of a block (`account`), bytes and
-seconds of a GPU are
+operations per token, n = shard x context_parallel pieces, A bytes of activations of a block (`account`), and V logits
+at once, bytes and seconds of a GPU are
 
-    memory     16 P / n + 4 (2 B + 2 E) + sequences (4 d_model T L + A) / context_parallel + 128 MiB of logits
+    memory     16 P / n + 4 (2 B + 2 E) + sequences 4 d_model T L / context_parallel
+               + the larger of sequences A / context_parallel and 12 V
     received   (12 P - 4 R) (n - 1) / n, and 8 P / n (data - 1) / data between copies, for every micro-batch
     computing  4 F tokens / (GPUs peak 0.4)
     sending    micro-batches (received / the rate of the link)
 
-with activation checkpointing; without, sequences keep the activations of all blocks, and computing has 3 F; with
-`matmuls`, they keep the results of linear layers, and the 3 F leave out what is recomputed. What context parallelism
-receives is counted in the layers, on meta tensors.
+with activation checkpointing; without, sequences keep the activations of all blocks beside the logits, and computing
+has 3 F; with `matmuls`, they keep the results of linear layers, and the 3 F leave out what is recomputed. What context
+parallelism receives is counted in the layers, on meta tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..mixers import SequenceMixer
 from ..models import ModelConfig, account, build_meta
+from ..models.loss import LOGITS_AT_ONCE
 from ..ops.context_parallel import ContextParallel
 from ..registry import SeqmixError
 from .config import RunConfig
@@ -35,8 +37,8 @@ USABLE = 0.9
 """Of a GPU's memory: the rest is for the context, libraries and fragments."""
 MACHINE = 8
 """GPUs of a machine."""
-LOGITS = 2 * 4 * 2**24
-"""Bytes of the logits that the loss has at once, and of their gradient."""
+LOGIT = 3 * 4
+"""Bytes of a logit in the loss, of its logarithm of the probability and of its gradient."""
 
 
 class Gpu(NamedTuple):
@@ -117,7 +119,7 @@ class Planner:
         inputs = 4 * config.model.d_model * self.length * len(activations)
         self.again = config.training.activation_checkpointing
         inputs += sum(layer.matmul_bytes for layer in narrow.layers) if self.again == "matmuls" else 0
-        self.kept = inputs + max(activations) if self.again else sum(activations)
+        self.kept, self.inside = (inputs, max(activations)) if self.again else (sum(activations), 0)
         self.passes = 4 if self.again is True else 3
 
     def layout(self, *, data: int, shard: int, context_parallel: int = 1, sequences: int) -> Layout:
@@ -125,15 +127,18 @@ class Planner:
         pieces, gpus = shard * context_parallel, data * shard * context_parallel
         settings, parameters = self.config.training, self.cost.parameters
         parts = settings.batch_size // (data * shard * sequences)
-        # parameters, gradients and two moments in pieces
-        memory = 16 * parameters / pieces + self.gathered + sequences * self.kept / context_parallel + LOGITS
+        # parameters, gradients and two moments in pieces; a block is recomputed when the loss has no logits any more
+        rows, vocab_size = sequences / context_parallel, self.config.model.vocab_size
+        logits = LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
+        memory = 16 * parameters / pieces + rows * self.kept + max(rows * self.inside, logits)
         # blocks are gathered twice, the rest once, and gradients scattered once; pieces are added up over copies
         rest, width = parameters - sum(layer.parameters for layer in self.cost.layers), self.width
         received = (width * (2 * parameters - rest) + 4 * parameters) * (pieces - 1) / pieces
         copied = 2 * 4 * parameters / pieces * (data - 1) / data
         if self.config.distributed.gather_once:  # and once per step, with the whole model and gradients in memory
             received, copied = (width + 4) * parameters * (pieces - 1) / pieces / parts, copied / parts
-            memory += (width + 4) * parameters - self.gathered
+        if gpus > 1:
+            memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered
         tokens = settings.batch_size * self.length
         within = received + sequences * self.segments(context_parallel)
         sending = within / self._link(pieces) + copied / self._link(gpus)

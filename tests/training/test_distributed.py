@@ -145,6 +145,25 @@ def test_a_step_receives_what_is_planned(two, once, dtype):
         assert planned <= counted < 1.02 * planned
 
 
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, ("training.grad_accum_steps=2",)),
+        (1, ("training.activation_checkpointing=true",)),
+        (4, ()),
+        (4, ("training.activation_checkpointing=true", "distributed.data=2")),
+        (4, ("training.activation_checkpointing=matmuls", "distributed.context_parallel=4")),
+        (4, ("distributed.gather_once=true",)),
+    ],
+    ids=str,
+)
+def test_a_step_holds_what_is_planned(size, changes, four):
+    wide = ["model.d_model=128", "model.n_layers=4", "model.vocab_size=2048", "data.sequence_length=128"]
+    asked = [*wide, "training.precision=float32", *changes]
+    for counted, planned in [on_ranks.step_memory(asked)] if size == 1 else four("step_memory", asked):
+        assert 0.75 * planned < counted < 1.1 * planned
+
+
 def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
     changes = [f"data.paths=[{text}]", "training.precision=bfloat16"]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
