@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
-from ..registry import Config, ConfigError
+from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.provenance import SESSIONS_FILE
@@ -115,7 +115,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
 def _scores(folder: Path) -> dict[str, dict[str, float]]:
     """The scores of lm-eval's tasks in a run's folder, without standard errors: seeds have a spread."""
     try:
-        found = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(folder / SCORES_FILE))
         return {t: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for t, each in found.items()}
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, OverflowError):  # absent, or something else
         return {}
@@ -155,7 +155,7 @@ def _machine(folders: Iterable[Path]) -> Machine:
     """What the first run that was begun was computed with."""
     for folder in folders:
         try:
-            first = json.loads((folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()[0])
+            first = json.loads(read_bytes(folder / SESSIONS_FILE).splitlines()[0])
             return _of(Machine, first)
         except (OSError, ValueError, IndexError, RecursionError, AttributeError):
             continue

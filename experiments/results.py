@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..registry import Config, SeqmixError, write_file
+from ..registry import Config, SeqmixError, read_bytes, write_file
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -259,7 +259,7 @@ def read_results(path: str | Path) -> Results:
     path = Path(path)
     file = path / RESULTS_FILE if path.is_dir() else path
     try:
-        return Results.model_validate_json(file.read_bytes())
+        return Results.model_validate_json(read_bytes(file))
     except OSError as error:
         raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
     except ValidationError as error:

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import get_num_threads
 
-from ..registry import Config, SeqmixError, flush, nearest
+from ..registry import Config, SeqmixError, flush, nearest, read_bytes
 from .process_groups import ALONE, ProcessGroups
 from .provenance import seqmix_version
 from .tensor_files import CheckpointError, Chunk, write_chunks
@@ -332,7 +332,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; CheckpointError: it is missing, damaged, or names another step."""
     file = folder / MANIFEST_FILE
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        manifest = Manifest.model_validate_json(read_bytes(file))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing") from error
     except OSError as error:

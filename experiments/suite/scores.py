@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from ...registry import Config, SeqmixError, write_file
+from ...registry import Config, SeqmixError, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
 from ..pages import table
 from ..report import REPORT_FILE
@@ -189,7 +189,7 @@ def read_scores(path: Path) -> Scores:
     published = PUBLISHED / f"{path}.json"
     file = path / SCORES_FILE if path.is_dir() else path if path.is_file() or not published.is_file() else published
     try:
-        return Scores.model_validate_json(file.read_bytes())
+        return Scores.model_validate_json(read_bytes(file))
     except OSError as error:
         raise SeqmixError(f"{file} cannot be read: {error.strerror}") from None
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """All groups of hostile input, by name."""
 
 from abuse.configurations import configurations
+from abuse.damaged_shards import damaged_shards
 from abuse.dropout import dropout
 from abuse.exports import exports
 from abuse.full_disk import full_disk
@@ -25,6 +26,7 @@ GROUPS: dict[str, Group] = {
     "configurations": configurations,
     "exports": exports,
     "shards": shards,
+    "damaged_shards": damaged_shards,
     "states": states,
     "metrics": metrics,
     "texts": texts,

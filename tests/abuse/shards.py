@@ -62,7 +62,7 @@ def shards(folder: Path, drawn: random.Random) -> Iterator[Case]:
     """Offsets, headers, types and names of the files of two processes, and links in their place."""
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     list(train(load_config("retnet-tiny", [*SMALL, f"data.paths=[{folder / 'text.txt'}]"]), folder / "run"))
-    split_in_two(folder / "run")
+    split(folder / "run")
     number = count()
     here, stray = "model-2-of-2.safetensors", folder / "stray.safetensors"
     shutil.copy(checkpoints(folder / "run")[-1] / here, stray)
@@ -119,20 +119,21 @@ def shards(folder: Path, drawn: random.Random) -> Iterator[Case]:
     yield case("a link to its copy", partial(_replace, here, lambda at: at.symlink_to(stray)), refused=False)
 
 
-def split_in_two(run: Path) -> None:
-    """Write a run's checkpoints as two processes do: the rows of the first half, and all others."""
+def split(run: Path, processes: int = 2) -> None:
+    """Write a run's checkpoints as several processes do: each has as many rows, and the last what is left."""
     for folder in checkpoints(run):
         for file in list(folder.glob("*.safetensors")):
-            halves: tuple[dict[str, Chunk], dict[str, Chunk]] = {}, {}
+            parts: list[dict[str, Chunk]] = [{} for _ in range(processes)]
             for name, x in load_file(file).items():
-                rows = x.shape[0] // 2 if x.ndim else 0
-                for half, start, stop in ((0, 0, rows), (1, rows, len(x))) if rows else ((0, 0, None),):
-                    begin = (start, *(0 for _ in x.shape[1:])) if x.ndim else ()
-                    halves[half][name] = Chunk(x[start:stop] if x.ndim else x, begin, tuple(x.shape))
+                rows = x.shape[0] // processes if x.ndim else 0
+                for number, part in enumerate(parts if rows else parts[:1]):
+                    stop = None if number == processes - 1 or not rows else (number + 1) * rows
+                    begin = (number * rows, *(0 for _ in x.shape[1:])) if x.ndim else ()
+                    part[name] = Chunk(x[number * rows : stop] if x.ndim else x, begin, tuple(x.shape))
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata()
-            for number, chunks in enumerate(halves, 1):
-                write_chunks(file.with_stem(f"{file.stem}-{number}-of-2"), chunks, metadata)
+            for number, chunks in enumerate(parts, 1):
+                write_chunks(file.with_stem(f"{file.stem}-{number}-of-{processes}"), chunks, metadata)
             file.unlink()
         _seal(folder)
 

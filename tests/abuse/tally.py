@@ -13,7 +13,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -94,6 +94,17 @@ def _fault_of_sentence(message: str) -> str | None:
 
 def _too_long(number: int, frame: object) -> None:
     raise TimeoutError(TOO_LONG)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Inside, the process may allocate `ROOM` more bytes of addresses."""
+    used, before = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used * resource.getpagesize() + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _in_a_process(case: Case, seconds: int) -> str | None:

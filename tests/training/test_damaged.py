@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from abuse.shards import split_in_two
+from abuse.shards import split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -283,7 +283,7 @@ def runs(text_file, tmp_path_factory) -> dict[str, Path]:
         asked = iter([name == "half" and step == 1 for step in range(STEPS)])
         list(train(load_config("retnet-tiny", [*base, *changes]), folder / name, stop=lambda asked=asked: next(asked)))
     assert len(checkpoints(folder / "half")) == 2
-    split_in_two(shutil.copytree(folder / "half", folder / "sharded"))
+    split(shutil.copytree(folder / "half", folder / "sharded"))
     return {run.name: run for run in folder.iterdir()}
 
 
