@@ -34,6 +34,26 @@ def command_of_rank(rank: int, size: int, port: int, *arguments: str) -> None:
     command(*arguments)
 
 
+def command_of_rank_that_notes_rows(file: str, rank: int, size: int, port: int, *arguments: str) -> None:
+    """The same; each batch that it reads adds a line to a file: the step, and a hash of each row."""
+    import json
+    from zlib import crc32
+
+    from seqmix.training.trainer import Trainer
+
+    read = Trainer.batch
+
+    def batch(self: Trainer, step: int) -> Any:
+        given = read(self, step)
+        rows = [crc32(row.numpy().tobytes()) for row in given.inputs]
+        with Path(file).open("a") as opened:
+            opened.write(json.dumps([step, rows]) + "\n")
+        return given
+
+    Trainer.batch = batch
+    command_of_rank(rank, size, port, *arguments)
+
+
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
     """The same, killed in a numbered call of a function of the modules that write checkpoints."""
     from seqmix.training import checkpoint, tensor_files

@@ -6,6 +6,7 @@ from abuse.dropout import dropout
 from abuse.exports import exports
 from abuse.full_disk import full_disk
 from abuse.interrupts import interrupts
+from abuse.kills import kills
 from abuse.lock import lock
 from abuse.metrics import metrics
 from abuse.noisy_workers import noisy_workers
@@ -40,6 +41,7 @@ GROUPS: dict[str, Group] = {
     "noisy_workers": noisy_workers,
     "readers": readers,
     "lock": lock,
+    "kills": kills,
     "interrupts": interrupts,
     "dropout": dropout,
     "trust": trust,
@@ -54,6 +56,7 @@ SLOW = {
     "readers",
     "surroundings",
     "lock",
+    "kills",
     "interrupts",
     "dropout",
 }

@@ -22,7 +22,7 @@ def main(asked: list[str]) -> None:
                 cases = random.Random(0).sample(cases, min(int(sample), len(cases)))
             for case in cases:
                 before = len(tally.faults)
-                tally.add(case, 250 if name == "full_disk" else 30, alone=name in ALONE)
+                tally.add(case, 250 if name in ("full_disk", "kills") else 30, alone=name in ALONE)
                 print(*(f"    {fault}\n" for fault in tally.faults[before:]), sep="", end="", flush=True)
         print(f"{name}: tried {tally.tried}, held {tally.held}", flush=True)
 
