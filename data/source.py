@@ -70,7 +70,7 @@ class Source(ABC):
 
     @abstractmethod
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The sequences of one step, or one rank's share of them.
+        """The sequences of one step, or one rank's share; on a GPU, another thread calls it a step ahead.
 
         Args:
             step: the step, from 0.

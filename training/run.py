@@ -200,7 +200,7 @@ class Course:
             metrics=metrics,
             best=best,
             data=source.digest,
-            data_state=source.state_dict(),
+            data_state=trainer.loader.state_dict(),
             skipped_steps=trainer.skipping.skipped,
             gradient_norms=tuple(trainer.skipping.norms),
         )

@@ -23,6 +23,7 @@ from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
 from .config import RunConfig
 from .ema import Ema
+from .loader import Loader
 from .metrics import Measured, Score
 from .nonfinite import NotFiniteError, Place, first_gradient, first_module
 from .objective import Objective
@@ -67,6 +68,7 @@ class Trainer:
         self.objective = objective or Objective()
         self.rows = config.training.batch_size // groups.dp_size
         """Rows of a batch on this process."""
+        self.loader = Loader(config, source, model.device, groups)
         self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
         """The recurrent state after the last step, with training.carry_state: this process's rows."""
@@ -169,9 +171,7 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch, on the model's device."""
-        size, groups = self.config.training.batch_size, self.groups
-        batch = self.source.training_batch(step, size, self.config.seed, groups.dp_rank, groups.dp_size)
-        return self._to_device(batch)
+        return self.loader.batch(step)
 
     def _losses(self, step: int) -> Iterator[tuple[Tensor, ModelState | None]]:
         """Of each micro-batch, its share of the batch's loss, and the state after it if it is carried."""

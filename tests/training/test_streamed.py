@@ -8,7 +8,9 @@ import workers
 from runs import require_same_run, run_of, stopped, wait_for_steps
 
 from seqmix.data import sequences
+from seqmix.training import trainer
 from seqmix.training.checkpoint import checkpoints, read_manifest
+from seqmix.training.loader import Loader
 
 datasets = pytest.importorskip("datasets")
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -34,9 +36,11 @@ def changes(tmp_path) -> tuple[str, ...]:
     return ("data.paths=null", f"data.sources={sources}", f"data.validation={validation}", f"training.steps={STEPS}")
 
 
-def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "read ahead"])
+def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path, monkeypatch, ahead):
     config = config_of(*changes, "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
+    monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, ahead=ahead))
     stopped(config, tmp_path / "run", 4)
     state = read_manifest(checkpoints(tmp_path / "run")[-1]).data_state
     assert [place is not None for place in state["places"]] == [True, True, False]
