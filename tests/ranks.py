@@ -275,7 +275,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
 
     In units of the keys and values of a row of `length` tokens, which are so wide that all else is little.
     """
-    from dispatched import Allocated
+    from dispatched import Live
     from torch.autograd.graph import saved_tensors_hooks
 
     from seqmix.mixers import Call, Paradigm
@@ -296,12 +296,12 @@ def keys_held(length: int) -> tuple[float, float, float]:
     place = {"group": context().name, "rank": context().rank, "size": context().size}
     call, peaks = ring.Ring(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
     with torch.no_grad():
-        with Allocated() as allocated:
+        with Live() as live:
             found = ring.RING.forward(call)
-        peaks.append(allocated.peak)
-        with Allocated() as allocated:
+        peaks.append(live.added)
+        with Live() as live:
             ring.RING.backward(call, Gradients((output, None), found, frozenset("qkv")))
-        peaks.append(allocated.peak)
+        peaks.append(live.added)
     q_and_output = 2 * q.nbytes
     return tuple(held / (k.nbytes + v.nbytes) / context().size for held in (sum(kept.values()) - q_and_output, *peaks))
 

@@ -14,8 +14,8 @@ and sends a block's gradients to its process. Keys of later processes are in the
 of w, a process sends its last w - 1 keys, to the processes that see them.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -156,27 +156,39 @@ def _scores(x: Ring, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, keys, bounded, scores(call, bounded, visible_keys(places, offer, x.window), call.bias(places, offer))
 
 
+_Reads: TypeAlias = dict[int, tuple[Tensor, Tensor, Tensor]]
+"""By the number of a chunk, of each query: the greatest score, the sum of weights, and the weighted sum of values."""
+
+
 def _attend(x: Ring, cp: ContextParallel) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of each query's weights."""
-    groups, blocks = x.k.shape[2], _Blocks(x, cp)
-    running: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    blocks, reads = _Blocks(x, cp), _Reads()
     for distance, block in blocks:
-        for number, tile in blocks.tiles(distance, block):
-            *_, found = _scores(x, tile)
-            top = found.detach().amax(-1)
-            if number in running:  # own keys come first, of which a query sees one: the maximum is finite
-                top = torch.maximum(top, running[number][0])
-            weights = (found - top[..., None]).exp()
-            total, read = weights.sum(-1), tile.offer.values.transpose(1, 2).to(weights.dtype)
-            read = by_head(product(by_group(weights, groups), read), x.q.shape[2])
-            if number in running:
-                before, total_before, read_before = running[number]
-                shrunk = (before - top).exp()
-                total, read = total + total_before * shrunk, read + read_before * shrunk[..., None]
-            running[number] = top, total, read
-    chunks = [(read / total[..., None], top + total.log()) for top, total, read in running.values()]
-    output, log_sum = (torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True))
-    return output.transpose(1, 2).to(x.q.dtype).contiguous(), log_sum
+        _read(x, blocks.tiles(distance, block), reads)
+        del block  # the next are there before it is bound again
+    output, log_sum = _empty(x)
+    for number, (top, total, read) in reads.items():
+        chunk = slice(number * x.chunk_size, (number + 1) * x.chunk_size)
+        output[:, chunk] = (read / total[..., None]).transpose(1, 2)
+        log_sum[:, :, chunk] = top + total.log()
+    return output, log_sum
+
+
+def _read(x: Ring, tiles: Iterable[tuple[int, _Tile]], reads: _Reads) -> None:
+    """Add what queries read in a block."""
+    for number, tile in tiles:
+        *_, found = _scores(x, tile)
+        top = found.detach().amax(-1)
+        if number in reads:  # own keys come first, of which a query sees one: the maximum is finite
+            top = torch.maximum(top, reads[number][0])
+        weights = (found - top[..., None]).exp()
+        total, values = weights.sum(-1), tile.offer.values.transpose(1, 2).to(weights.dtype)
+        read = by_head(product(by_group(weights, x.k.shape[2]), values), x.q.shape[2])
+        if number in reads:
+            before, total_before, read_before = reads[number]
+            shrunk = (before - top).exp()
+            total, read = total + total_before * shrunk, read + read_before * shrunk[..., None]
+        reads[number] = top, total, read
 
 
 class _Backward:

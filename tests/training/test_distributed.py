@@ -184,11 +184,11 @@ def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, pa
 
 
 def test_attention_on_four_processes_keeps_a_quarter_of_keys_and_values(four):
-    for kept, forward, backward in four("keys_held", 64):
+    for kept, forward, backward in four("keys_held", 256):
         assert 0.25 < kept < 0.26
-        # at once: queries, outputs and their gradients too; blocks that come, and in backward what is owed for them
-        assert forward < 1.3
-        assert backward < 2.1
+        # two more blocks at once, and outputs; in backward what is owed for blocks too
+        assert forward < 0.7
+        assert backward < 1.4
     rows = ({"batch": 2, "length": 5}, {"batch": 1, "length": 5, "cu_seqlens": [0, 2, 11, 11, 20]})
     cases = [{"paradigm": "parallel", **case} for case in rows]
     for window in (None, 1, 7):  # keys of no other process, of one or two
