@@ -10,7 +10,6 @@ packed and differentiated exactly as S is. A rotation turns phi(q) and phi(k), a
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -57,16 +56,14 @@ class LinearAttention(QKVMixer):
     def __init__(self, config: LinearAttentionConfig, d_model: int) -> None:
         super().__init__(config, d_model)
         self.value_dim += config.denominator  # of the state
+        # numerator and denominator grow with T: only their quotient may be narrow
+        self.wide_output = config.denominator
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         if not self.config.denominator:
             return decay(h.q, h.k, h.v, None, call)
-        o, memory = decay(h.q, h.k, F.pad(h.v, (0, 1), value=1.0), None, call, scale=1.0)
+        o, memory = decay(h.q, h.k, F.pad(h.v, (0, 1), value=1.0), None, call, scale=1.0, wide_output=True)
         return RecurrenceOutput(o[..., :-1] / (o[..., -1:] + self.config.eps), memory)
-
-    def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # numerator and denominator grow with T and leave the range of float16: only their quotient may be narrow
-        return torch.promote_types(dtype, torch.float32) if self.config.denominator else dtype
 
     def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
         """phi of queries and keys."""

@@ -67,6 +67,7 @@ class MLSTM(QKVMixer):
     """The layer of `MLSTMConfig`."""
 
     log_decay_shape = "B T H"
+    wide_output = True  # a denominator may be what is left of large terms
 
     def __init__(self, config: MLSTMConfig, d_model: int) -> None:
         super().__init__(config, d_model, i=config.n_heads, f=config.n_heads)
@@ -115,14 +116,11 @@ class MLSTM(QKVMixer):
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         # the old and the new have the parts sigmoid(kept) and sigmoid(-kept)
         kept, weights = h.more["kept"], h.more["weights"]
-        k = (-kept).sigmoid()[..., None].to(h.k.dtype) * h.k
-        o, memory = decay(h.q, k, F.pad(h.v, (0, 1), value=1.0), F.logsigmoid(kept), call)
+        k = ((-kept).sigmoid()[..., None] * h.k).to(h.k.dtype)
+        values = F.pad(h.v, (0, 1), value=1.0)
+        o, memory = decay(h.q, k, values, F.logsigmoid(kept), call, wide_output=True)
         least = (-weights).clamp(max=LARGEST).exp()[..., None].to(o.dtype)
         return RecurrenceOutput(o[..., :-1] / torch.maximum(o[..., -1:].abs(), least), memory)
-
-    def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # a denominator may be what is left of large terms: only the quotient may be narrow
-        return torch.promote_types(dtype, torch.float32)
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_size: int, *, max_length: int | None = None

@@ -138,8 +138,8 @@ def _computes(device: torch.device) -> bool:
 
 def _difference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> str | None:
     """What is not the reference's."""
-    results = _results(kernel, tensors)
-    expected = _results(reference(kernel.op, kernel.paradigm), tensors)
+    results = _results(kernel, probe, tensors)
+    expected = _results(reference(kernel.op, kernel.paradigm), probe, tensors)
     for name, result in results.items():
         exact = expected[name].double()
         error = float((result.double() - exact).norm() / exact.norm())
@@ -176,7 +176,7 @@ def _trial(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tenso
     return tensors
 
 
-def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _results(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Output, final state and all gradients that are wanted."""
     call = Recurrence(
         **{"log_decay": None, "beta": None, **tensors},
@@ -185,6 +185,7 @@ def _results(kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         scale=tensors["q"].shape[3] ** -0.5,
         chunk_size=128,
         output_final_state=True,
+        wide_output=probe.wide_output,
     )
     with torch.enable_grad():
         output, state = kernel.function(call)

@@ -114,7 +114,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
     final_state = x.new_state(x.rows).zero_() if x.output_final_state else nothing
     entries = x.new_state(saved, x.q.shape[0]) if x.needs_grad else nothing.clone()
-    return x.q.new_empty(x.v.shape), final_state, entries
+    return x.new_output(), final_state, entries
 
 
 def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:

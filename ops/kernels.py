@@ -53,6 +53,8 @@ class Probe:
     final_state: bool = False
     """Whether the state after the last token is wanted."""
     needs_grad: bool = False
+    wide_output: bool = False
+    """Whether the output of 16-bit inputs is to be float32."""
     scores: tuple[str, ...] = ()
     """What changes scores beside their scale, decay and window, by the names of the op's arguments."""
 

@@ -14,12 +14,13 @@ LEAST = 2**17
 def product_dtype(x: Recurrence) -> torch.dtype:
     """The dtype in which a call's tokens are multiplied: that of its inputs where that is faster, else that of states.
 
-    Products of few tokens are not: calling them costs more than computing them.
+    Products of few tokens are not: calling them costs more than computing them. A gradient of a wide output is not
+    rounded for them.
     """
     _, keys, values = x.matrix
     large = min(x.chunk_size, x.q.shape[1]) * keys * values >= LEAST
     able = HAS_BFLOAT16 and torch.backends.mkldnn.enabled and x.q.device.type == "cpu"
-    return x.q.dtype if able and large and x.q.dtype == torch.bfloat16 else x.wide
+    return x.q.dtype if able and large and x.output_dtype == torch.bfloat16 else x.wide
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

@@ -54,11 +54,18 @@ class Recurrence(NamedTuple):
     """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
     tf32x3: bool = False
     """Whether a kernel forms each product of float32 as three of TF32."""
+    wide_output: bool = False
+    """Whether the output, and its gradient, has the dtype of states: it may leave the range of the inputs' dtype."""
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of states and sums: float32, or float64 of float64 inputs."""
         return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype of the output and of its gradient."""
+        return self.wide if self.wide_output else self.q.dtype
 
     @property
     def rows(self) -> int:
@@ -85,6 +92,10 @@ class Recurrence(NamedTuple):
             }
         )
 
+    def new_output(self) -> Tensor:
+        """Empty room for the output, [B T H V]."""
+        return self.v.new_empty(self.v.shape, dtype=self.output_dtype)
+
     def new_state(self, *leading: int) -> Tensor:
         """Empty room for states, [.. H K V]."""
         return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)
@@ -99,6 +110,7 @@ class Recurrence(NamedTuple):
             value_width=self.v.shape[3],
             log_decay=None if self.log_decay is None else names[self.log_decay.ndim],
             needs_grad=needs_grad(*(x for x in self if isinstance(x, Tensor))),
+            wide_output=self.wide_output,
         )
 
 
@@ -106,7 +118,7 @@ class RecurrenceOutput(NamedTuple):
     """What a recurrence returns."""
 
     output: Float[Tensor, "B T H V"]
-    """In the dtype of the queries."""
+    """In the dtype of the queries, or in that of states where it is to be wide."""
     final_state: Float[Tensor, "N H K V"] | None
     """float32 (float64 of float64 inputs); None unless wanted."""
 
@@ -130,7 +142,15 @@ class Family(NamedTuple):
 
 
 def recur(
-    family: Family, q: Tensor, k: Tensor, v: Tensor, call: Call, *, scale: float | None, **given: Tensor | None
+    family: Family,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    *,
+    scale: float | None,
+    wide_output: bool = False,
+    **given: Tensor | None,
 ) -> RecurrenceOutput:
     """The map by the kernel that a call names, over one process's tokens or over those of a context-parallel group.
 
@@ -153,6 +173,7 @@ def recur(
         *(call.chunk_size, call.return_state),
         a=given.get("a"),
         b=given.get("b"),
+        wide_output=wide_output,
     )
     require_recurrence(x)
     if cp is None:

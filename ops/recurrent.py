@@ -79,7 +79,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and the saved states [blocks B H K V], which are empty unless wanted."""
     blocks = (x.q.shape[1] - 1) // BLOCK  # documents have no more of them than they would have as one
     saved = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
-    return x.q.new_empty(x.v.shape), x.new_state(x.rows).zero_(), saved
+    return x.new_output(), x.new_state(x.rows).zero_(), saved
 
 
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ Tensors = dict[str, Tensor]
 SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
 """The dimensions of what every op has."""
 
-PROBED = ("dtype", "key_width", "value_width", "log_decay", "packed", "initial_state", "final_state")
+PROBED = ("dtype", "key_width", "value_width", "log_decay", "wide_output", "packed", "initial_state", "final_state")
 """What a case and a probe both hold."""
 
 
@@ -90,6 +90,7 @@ class KernelCase(WrittenCase, ABC):
     value_width: int = 1
     log_decay: str | None = None
     """Its dimensions; None where there is none."""
+    wide_output: bool = False
     initial_state: bool = False
     final_state: bool = False
     """Whether one is wanted."""
@@ -110,6 +111,7 @@ class KernelCase(WrittenCase, ABC):
 
     decays: ClassVar[tuple[str | None, ...]]
     """Kinds of log-decays that the op has."""
+    widens: ClassVar[tuple[bool, ...]] = (False,)  # whether outputs of 16-bit inputs may be wide
     windows: ClassVar[tuple[bool, ...]] = (False,)
     """Whether a call has a window."""
     changes: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
@@ -136,10 +138,10 @@ class KernelCase(WrittenCase, ABC):
         """Everything that a kernel of the op can be asked to run, the simplest first."""
         names = (*PROBED, "window", "scores", "needs_grad")
         flags = itertools.product((False, True), repeat=3)
-        asked = itertools.product(DTYPES, widths, cls.decays, flags, cls.windows, cls.changes, (False, True))
-        for dtype, pair, log_decay, states, window, scores, needs_grad in asked:
-            if not needs_grad or dtype != torch.int64:
-                values: tuple[Any, ...] = (dtype, *pair, log_decay, *states, window, scores, needs_grad)
+        asks = itertools.product(DTYPES, widths, cls.decays, cls.widens, flags, cls.windows, cls.changes, (False, True))
+        for dtype, pair, log_decay, wider, states, window, scores, needs_grad in asks:
+            if not (needs_grad and dtype == torch.int64) and not (wider and dtype.itemsize > 2):
+                values: tuple[Any, ...] = (dtype, *pair, log_decay, wider, *states, window, scores, needs_grad)
                 yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod
@@ -404,10 +406,9 @@ class KernelCase(WrittenCase, ABC):
 
     def cu_seqlens(self, inputs: Tensors) -> Tensor | None:
         """The boundaries of packed documents."""
-        like = {"device": inputs["q"].device, "dtype": self.cu_seqlens_dtype}
         if not self.packed:
             return None
-        boundaries = torch.tensor([0, *itertools.accumulate(self.lengths)], **like)
+        boundaries = inputs["q"].new_tensor([0, *itertools.accumulate(self.lengths)], dtype=self.cu_seqlens_dtype)
         return spread(boundaries) if self.layout in ("mixed", "sliced") else boundaries
 
     # ---- rows and documents
@@ -427,8 +428,7 @@ class KernelCase(WrittenCase, ABC):
         rest = {name: self.sequences(inputs[name]) for name in per_token}
         parts = []
         for lengths in pieces:
-            last = replace(self, lengths=lengths, cuts=())
-            part = replace(last, final_state=True) if len(parts) < len(pieces) - 1 else last
+            part = replace(self, lengths=lengths, cuts=(), final_state=self.final_state or len(parts) < len(pieces) - 1)
             split = {name: [x.tensor_split([n]) for x, n in zip(xs, lengths, strict=True)] for name, xs in rest.items()}
             parts.append((part, {name: part.segment([head for head, _ in xs]) for name, xs in split.items()}))
             rest = {name: [tail for _, tail in xs] for name, xs in split.items()}

@@ -36,7 +36,7 @@ class DecayCase(KernelCase):
     resets_one_key: bool = False
     """Whether a reset is one of the first key dimension alone."""
 
-    decays = (None, "H", "B T H", "B T H K")
+    decays, widens = (None, "H", "B T H", "B T H K"), (False, True)
     # where decays are strong, differences of large sums are noise
     fixed = (
         *FIXED,
@@ -50,7 +50,8 @@ class DecayCase(KernelCase):
     adds_up = True
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.wide if name in ("log_decay", "state") else self.dtype
+        wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
+        return self.wide if wide else self.dtype
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class DecayCase(KernelCase):
             scale=self.factor,
             chunk_size=self.chunk_size,
             output_final_state=self.final_state,
+            wide_output=self.wide_output,
         )
         require_recurrence(call)
         return call
@@ -152,7 +154,7 @@ class DeltaCase(DecayCase):
     """The largest beta; the smallest is 0."""
     key_norm: float = 1.0
 
-    extras = ("beta",)
+    widens, extras = (False,), ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
     @property

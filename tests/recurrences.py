@@ -26,6 +26,7 @@ def run(case, paradigm, inputs, function=None, **options):
     arguments = [inputs.get(name) for name in (*"qkv", *case.extras, "log_decay")]
     options |= {"cu_seqlens": case.cu_seqlens(inputs), "chunk_size": case.chunk_size, "scale": case.scale}
     options |= {"initial_state": inputs.get("state"), "output_final_state": case.final_state}
+    options |= {"wide_output": True} if case.wide_output else {}
     return tuple(function(*arguments, paradigm=paradigm, **options))
 
 

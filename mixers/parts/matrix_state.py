@@ -82,6 +82,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     """Whether silu takes the place of a short convolution that is switched off, as it follows one."""
     steps: int = 1
     """Steps of the recurrence per token."""
+    wide_output: bool = False
+    """Whether the op's output is wide, of 16-bit inputs: where a quotient of it is what may be narrow."""
     n_heads: int
     key_dim: int
     value_dim: int
@@ -131,8 +133,10 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
             key_width=self.key_dim,
             value_width=self.value_dim,
             log_decay=self.log_decay_shape,
+            wide_output=self.wide_output,
         )
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the op's inputs where the projections have `dtype`."""
-        return dtype
+        # kernels store states between chunks as narrow as inputs: in float16 sums of many tokens overflow there
+        return torch.float32 if self.wide_output and dtype == torch.float16 else dtype

@@ -185,7 +185,7 @@ class QKVMixer(MatrixStateMixer):
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
         if self.n_qk_heads != heads:  # queries and keys of several heads
             qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
-        q, k = qk.to(self.op_dtype(qk.dtype)).split_with_sizes([heads, written], 2)
+        q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, written], 2)
         gate = more.pop("gate", None)
         gate = None if gate is None else torch.unflatten(gate, -1, (heads, -1))
         if self.steps != 1:

@@ -38,14 +38,21 @@ Backend = Literal["auto", "reference", "triton", "triton_tf32x3", "fla"]
 
 
 def decay(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: LogDecay,
+    call: Call,
+    *,
+    scale: float | None = None,
+    wide_output: bool = False,
 ) -> RecurrenceOutput:
     """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `decay_recurrence`.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale)
+    return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
 def decay_recurrence(
@@ -55,6 +62,7 @@ def decay_recurrence(
     log_decay: LogDecay = None,
     *,
     scale: float | None = None,
+    wide_output: bool = False,
     initial_state: Float[Tensor, "N H K V"] | None = None,
     output_final_state: bool = False,
     cu_seqlens: Int[Tensor, "N+1"] | None = None,
@@ -73,13 +81,14 @@ def decay_recurrence(
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         scale: factor of the output, 1/sqrt(K) by default.
+        wide_output: whether the output of 16-bit inputs is float32.
         initial_state: it decays before the first token is added.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
     call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return decay(q, k, v, log_decay, call, scale=scale)
+    return decay(q, k, v, log_decay, call, scale=scale, wide_output=wide_output)
 
 
 def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,8 @@ def limits(probe: Probe) -> list[str]:
         reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"it needs a CUDA device and not {probe.device.type}")
+    if probe.wide_output:
+        reasons.append("its output has the dtype of its inputs")
     if probe.key_width % 2 or probe.value_width % 2:
         reasons.append(f"its backward pass refuses odd widths, {probe.key_width} and {probe.value_width}")
     if probe.device.type == "cuda" and torch.cuda.is_available():

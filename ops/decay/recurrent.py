@@ -25,9 +25,9 @@ from ..recurrent import (
 
 class _Decay(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
-        dtype = x.q.dtype
+        dtype = x.output_dtype
         with no_autocast(x.q.device):
-            x = x if dtype == x.wide else x.widened()
+            x = x if x.q.dtype == x.wide else x.widened()
             # not transposed: an axis of one would keep its stride, which the state would take over
             column, value = materialize(x.k.squeeze(1).unsqueeze(3), 2), x.v.squeeze(1).unsqueeze(2)
             kept, own = entry_of(x)

@@ -148,11 +148,11 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     chunk = configuration_of(x).chunk
     # saved where they are no larger than q, k and v; elsewhere the backward scans again
     if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
-        return x.q.new_empty(x.v.shape), final_state, x.q.new_empty(0)
+        return x.new_output(), final_state, x.q.new_empty(0)
     stored = capacity(x.q.shape[1], chunk, None if x.initial_state is None else x.cu_seqlens)
     entries = x.q.new_empty(x.q.shape[0] * stored, heads, key_width, value_width)
     # packed documents leave chunks over, and an output has to be defined everywhere
-    return x.q.new_empty(x.v.shape), final_state, entries if x.cu_seqlens is None else entries.zero_()
+    return x.new_output(), final_state, entries if x.cu_seqlens is None else entries.zero_()
 
 
 def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +173,8 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
     given["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
-    do = readable(torch.zeros_like(x.v) if d_output is None else d_output, call.chunk)
+    # an operand of products as narrow as the others: the gradient of a wide output is rounded here, once
+    do = readable(torch.zeros_like(x.v) if d_output is None else d_output.to(x.v.dtype), call.chunk)
     if not states.numel():
         states = call.new_states(call.entries)
         call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
@@ -188,7 +189,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
 
 def _allocate_step(x: Recurrence) -> tuple[Tensor]:
     STEP_KERNEL.require(x.probe())
-    return (x.q.new_empty(x.v.shape),)
+    return (x.new_output(),)
 
 
 def _step(x: Recurrence) -> tuple[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from formulas import D_MODEL, build, tokens
 
 from seqmix.mixers import MIXERS
+from seqmix.ops.recording import recorded
 
 
 @pytest.fixture
@@ -34,6 +35,18 @@ def test_chosen_decays_are_wide_and_reach_zero(kind, dtype, log_decay):
         assert a.dtype == torch.promote_types(dtype, torch.float32)
         assert ((a < 0) & (a > -1)).all()  # 1 in bfloat16
     assert log_decay(mixer, 1e5 * x).min() < -100  # a gate that closes erases what came before
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "mlstm"])
+@pytest.mark.parametrize(("dtype", "given"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_of_a_quotient_the_op_has_narrow_inputs_and_a_wide_output(kind, dtype, given):
+    mixer, x = build(kind, torch.float32), tokens(3, 5, torch.float32)
+    with torch.autocast("cpu", dtype), recorded() as calls:
+        mixer(x)
+    found = [(call.v.dtype, call.output.dtype) for call in calls if call.op == "decay"]
+    assert found == [(given, torch.float32)]
+    _, probe = mixer.kernels(dtype)
+    assert (probe.dtype, probe.wide_output) == (given, True)
 
 
 def test_decays_of_gla_start_near_those_of_a_gate_half_open(log_decay):

@@ -73,6 +73,26 @@ def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
     assert least <= len(launched) <= most, len(launched)
 
 
+@every_paradigm
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(paradigm, dtype, length):
+    q, k, v = (torch.full((1, length, 1, 8), size, dtype=dtype, requires_grad=True) for size in (200.0, 2.0, 100.0))
+    options = {"paradigm": paradigm, "scale": 1.0, "chunk_size": 16, "wide_output": True}
+    # what is left of its sum has more digits than 16 bits have
+    d_output = torch.tensor([1.0 + 2**-12, -1.0]).repeat(1, length, 1, 4) / 2**8
+    with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):
+        output = decay_recurrence(q, k, v, **options).output
+        found = torch.autograd.grad(output, [q, k, v], d_output)
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = decay_recurrence(*wide, **options).output
+    assert output.dtype == torch.float32
+    assert expected.min() > 65504
+    assert_close(output, expected)
+    for gradient, exact in zip(found, torch.autograd.grad(expected, wide, d_output), strict=True):
+        assert_close(gradient, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+
+
 def test_products_in_bfloat16_are_the_definition():
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
     with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):

@@ -124,6 +124,20 @@ def test_only_the_states_between_chunks_of_documents_are_kept(kind, decay, befor
 
 
 @runs
+@pytest.mark.parametrize("decay", [None, "B T H", KEYS])
+@pytest.mark.parametrize("length", [1, 37])
+def test_wide_outputs(decay, length):
+    """Sums of float16 above its range; products have the operands' roundings, gradients from above too."""
+    fields = {"key_width": 20, "value_width": 33, "chunk_size": 16, "dtype": torch.float16, "wide_output": True}
+    compare(decay, [length], tolerance=1e-3, **fields)
+    q, k, v = (torch.full((1, length, 1, 16), x, dtype=torch.float16, device=DEVICE) for x in (200.0, 2.0, 100.0))
+    for function in (decay_chunkwise_triton, decay_recurrent_triton):
+        output = function(q, k, v, scale=1.0, wide_output=True).output
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, decay_recurrent(q.float(), k.float(), v.float(), scale=1.0).output)
+
+
+@runs
 def test_the_last_tile_of_keys_that_decay_by_themselves_is_a_part():
     compare(KEYS, [18], key_width=48, chunk_size=16)
 

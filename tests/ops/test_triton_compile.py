@@ -144,6 +144,7 @@ def chunkwise(
     learned: bool = True,
     packed: bool = True,
     beta: bool = False,
+    wide_output: bool = False,
 ) -> list[Recorded]:
     """What forward and backward launch, with an initial and a final state that have gradients; of the delta rule with
     beta."""
@@ -163,8 +164,8 @@ def chunkwise(
         if beta:
             found = delta_rule(q, k, v, torch.ones(1, length, heads, requires_grad=True), a, **options)
         else:
-            found = decay_recurrence(q, k, v, a, **options)
-        torch.autograd.backward([found.output, found.final_state], [v.detach(), state.detach()])
+            found = decay_recurrence(q, k, v, a, wide_output=wide_output, **options)
+        torch.autograd.backward([found.output, found.final_state], [torch.zeros_like(found.output), state.detach()])
     return recorder.launches
 
 
@@ -328,6 +329,15 @@ def test_the_bands_of_the_delta_rule_fit():
     assert faults([bands[0], bands[3]]) == []
 
 
+def test_a_wide_output_fits():
+    configuration, *_ = configurations(16, 128, 128)
+    launches = chunkwise(configuration, torch.bfloat16, (128, 128), None, learned=False, wide_output=True)
+    (band,) = [x for x in launches if x.function.__name__ == "band_forward"]
+    assert band.arguments["out"].dtype == torch.float32
+    assert {x.arguments["do"].dtype for x in launches if "do" in x.arguments} == {torch.bfloat16}
+    assert faults([band]) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_fits(dtype):
     assert faults(step(dtype, (256, 512), "B T H K")) == []
@@ -419,6 +429,10 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
                     launches = chunkwise(configuration, dtype, widths, decay, learned=learned, packed=packed)
                     which = [decay or "none", "learned" if learned else "", "" if packed else "rows"]
                     yield f"{name} C={configuration.chunk} {' '.join(filter(None, which))}", launches
+            # as linear attention and mLSTM have it; what differs is the band of outputs
+            for decay, learned in (decays[0], decays[-1]) if dtype == torch.bfloat16 else ():
+                launches = chunkwise(configuration, dtype, widths, decay, learned=learned, wide_output=True)
+                yield f"{name} C={configuration.chunk} {decay or 'none'} wide", launches
             if configuration.keys is not None:
                 yield f"{name} C={configuration.chunk} B T H K", chunkwise(configuration, dtype, widths, "B T H K")
         probe = Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])
