@@ -176,6 +176,23 @@ class LogSpaceGRU(Unusual):
         return h.exp(), Memory(h[:, -1].clone())
 
 
+class RunningMaximum(Unusual):
+    """h_t = max(h_{t-1}, u_t): most tokens leave no trace."""
+
+    declares: ClassVar = {"paradigms": PARALLEL}
+
+    def init_state(self, batch_size, *, max_length=None):
+        return Memory(self.zeros(batch_size, self.width) - torch.inf)
+
+    def token(self, u, state):
+        h = torch.maximum(state.memory, u)
+        return h, Memory(h)
+
+    def parallel(self, u, state):
+        h = torch.cat((state.memory[:, None], u), dim=1).cummax(1).values[:, 1:]
+        return h, Memory(h[:, -1].clone())
+
+
 class S4D(Unusual):
     """x_t = a x_{t-1} + u_t, y_t = Re(c x_t) with complex a and c; in parallel a convolution by FFT."""
 

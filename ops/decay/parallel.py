@@ -35,8 +35,9 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
             scores = _pair_scores(q, k, a, causal).to(v.dtype)
         output = (scores @ v).to(wide)
         if initial_state is not None:
-            query = q.to(wide) if a is None else q.to(wide) * _sum_where(causal, a).exp()
-            state = initial_state.to(wide)
+            query, state = q.to(wide), initial_state.to(wide)
+            if a is not None:
+                query = query * (a.cumsum(2) if cu_seqlens is None else _sum_where(causal, a)).exp()
             if cu_seqlens is None:
                 output = output + query @ state
             else:
@@ -109,7 +110,10 @@ def _final_state(
     cu_seqlens: Tensor | None,
     causal: Tensor,
 ) -> Tensor:
-    if a is not None:
+    if a is not None and cu_seqlens is None:  # from the end, where stretches are short
+        later = torch.nn.functional.pad(a[:, :, 1:], (0, 0, 0, 1))
+        k = k * later.flip(2).cumsum(2).flip(2).exp()
+    elif a is not None:
         after = causal.T & ~torch.eye(len(document), dtype=torch.bool, device=k.device)
         k = k * _sum_where(after, a).exp()
     if cu_seqlens is None:

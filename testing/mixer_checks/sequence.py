@@ -27,6 +27,9 @@ CANDIDATES = (*(2**n for n in range(12)), RAGGED)
 MANY = 64
 """Tokens tried where one seems to be ignored."""
 
+LOUD = 8.0
+"""How much larger half of those are: what keeps the largest it has read notes others rarely."""
+
 EVERY = 70
 """Tokens up to which a segment is cut at every one."""
 
@@ -235,6 +238,7 @@ def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) 
     copies = trial.index(*[0] * MANY)
     others = x[copies].clone()
     others[:, cut] = trial.tokens(MANY, 1)[:, 0]
+    others[::2, cut] *= LOUD
     y, after = trial.mix(others, None if state is None else select(state, copies), paradigm=paradigm)
     return any(((leaf - leaf[:1]).abs() > EXACT).any() for leaf in named_results(y, after).values())
 
