@@ -90,23 +90,26 @@ class _Between(TorchFunctionMode):
     def __init__(self, point: int, function: Callable[[], None]) -> None:
         super().__init__()
         self.left, self.function = point, function
-        self.thread, self.errors = Thread(target=self._run), list[Exception]()
+        self.threads, self.errors = list[Thread](), list[Exception]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left == 0:
-            self.thread.start()
-            self.thread.join(PATIENCE)
+            self.threads.append(Thread(target=_run, args=(self.function, self.errors)))
+            self.threads[0].start()
+            self.threads[0].join(PATIENCE)
         return func(*args, **(kwargs or {}))
-
-    def _run(self) -> None:
-        try:
-            self.function()
-        except Exception as error:
-            self.errors.append(error)
 
     def join(self) -> None:
         """Waits for what was called, and raises what it raised."""
-        self.thread.join()
+        for thread in self.threads:
+            thread.join()
         for error in self.errors:
             raise error
+
+
+def _run(function: Callable[[], None], errors: list[Exception]) -> None:
+    try:
+        function()
+    except Exception as error:
+        errors.append(error)
