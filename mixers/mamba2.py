@@ -55,7 +55,7 @@ class Mamba2(StateSpaceMixer):
         u, k, q = mixed.split(self.widths, dim=-1)
         u, (step, log_decay) = u.unflatten(-1, (self.n_heads, -1)), self.decay(dt)
         v = (step[..., None] * u).to(u.dtype)
-        o, memory = decay(self.by_head(q), self.by_head(k), v, log_decay, call.enter("memory"), scale=1.0)
+        o, memory = decay(self.by_group(q), self.by_group(k), v, log_decay, call.enter("memory"), scale=1.0)
         o = (o + self.D.to(u.dtype)[:, None] * u).flatten(2)
         # a product of the output and the gate can leave the range of float16, and its square sooner
         gated = (o.to(self.state_dtype) * F.silu(gate.to(self.state_dtype))).unflatten(-1, (self.n_groups, -1))

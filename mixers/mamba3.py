@@ -130,9 +130,9 @@ class Mamba3(StateSpaceMixer):
 
     def keys(self, x: Float[Tensor, "B T G*K"], which: int, turn: Rotation) -> Float[Tensor, "B T H K"]:
         """Queries (0) or keys (1): normed, biased, turned."""
-        x = self.by_head(x).to(self.state_dtype)
-        x = F.rms_norm(x, x.shape[-1:], self.key_norm[which].to(x.dtype), self.config.norm_eps)
-        x = x + self.key_bias[which].to(x.dtype)
+        x = self.by_group(x).to(self.state_dtype)
+        x = F.rms_norm(x, x.shape[-1:], self.key_norm[which].to(x.dtype), self.config.norm_eps)[:, :, :, None]
+        x = (x + self.key_bias[which].to(x.dtype).unflatten(0, (self.n_groups, -1))).flatten(2, 3)
         return torch.cat((rotate(x[..., : 2 * self.pairs], turn), x[..., 2 * self.pairs :]), dim=-1)
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -72,9 +72,10 @@ def cut(x: Tensor, group: Group) -> Tensor:
     )
 
 
-def operand(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """A group's tokens of [B T H D] as [G m D]; a view of one chunk of one row."""
-    return cut(x, group).to(dtype).flatten(0, 2)
+def operand(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
+    """A group's tokens of [B T H D] as [G m D], each head's for so many; a view of one chunk of one row."""
+    x = cut(x, group).to(dtype)
+    return (x if shared == 1 else x[:, :, :, None].expand(-1, -1, -1, shared, -1, -1)).flatten(0, -3)
 
 
 def store(out: Tensor, group: Group, x: Tensor) -> None:

@@ -125,14 +125,15 @@ def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
 def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
     # what is multiplied with a view would be laid out as it is
     beta = None if x.beta is None else operand(x.beta[..., None], group, dtype).contiguous()
-    q, k, v = (operand(tensor, group, dtype) for tensor in (x.q, x.k, x.v))
+    q, k = (operand(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
+    v = operand(x.v, group, dtype)
     a, b = (None if tensor is None else operand(tensor, group, dtype) for tensor in (x.a, x.b))
     return Tokens(q, k, v, beta, a, b)
 
 
 def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, entries = _allocate(x)
-    rows, batch, index = x.q.shape[0] * x.q.shape[2], x.q.shape[0], 0
+    rows, batch, index = x.q.shape[0] * x.matrix[0], x.q.shape[0], 0
     room = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.most + 1, batch)
     for stretch in x.stretches:
         state = None if x.initial_state is None else x.initial_state[stretch.rows]
@@ -175,7 +176,7 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide, memory_format=torch.contiguous_format)
     if x.initial_state is not None:
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
-    rows, most = x.q.shape[0] * x.q.shape[2], chunks.most
+    rows, most = x.q.shape[0] * x.matrix[0], chunks.most
     runs = [(stretch, groups(stretch, x.chunk_size, most)) for stretch in x.stretches]
     index = sum(group.chunks - _unsaved(x, stretch, group) for stretch, cuts in runs for group in cuts)
     # of the states before each chunk of a group and after the last
@@ -207,15 +208,18 @@ def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, 
                 slice(0, group.chunks * rows - unread),
             )
             for name, gradient in found.items():
-                _add(out[name], group, gradient)
+                _add(out[name], group, gradient, x.shared if name in ("q", "k") else 1)
             d_state = d_states[0]
         if x.initial_state is not None and d_state is not None:
             out["initial_state"][stretch.rows].copy_(d_state)
     return out
 
 
-def _add(out: Tensor, group: Group, gradient: Tensor) -> None:
-    """A group's gradient to where it belongs: its tokens in [B T H *], or the sum over all tokens in [H]."""
+def _add(out: Tensor, group: Group, gradient: Tensor, shared: int) -> None:
+    """A group's gradient to where it belongs: its tokens in [B T H *], or the sum over all tokens in [H]; of what so
+    many heads share, their sum."""
+    if shared > 1:
+        gradient = gradient.unflatten(0, (-1, shared)).sum(1)
     if out.ndim == 1:
         out += gradient.view(-1, len(out)).sum(0)
     else:

@@ -1,6 +1,7 @@
 """A recurrence with a matrix state per head: one call of it, and what all families of them share.
 
-Notation: B batch, T tokens, H heads, K key width, V value width, N rows of the state (packed documents, or the batch).
+Notation: B batch, T tokens, H heads, G groups of heads that share queries and keys (H but in the decay family), K key
+width, V value width, N rows of the state (packed documents, or the batch).
 
     S_t = A_t S_{t-1} + (what k_t and v_t write)        state  [H K V]
     o_t = scale * q_t S_t                               the query reads the updated state
@@ -29,9 +30,9 @@ class Recurrence(NamedTuple):
     """One call of a recurrence: what a kernel of any family takes."""
 
     q: Tensor
-    """[B T H K]."""
+    """[B T G K]."""
     k: Tensor
-    """[B T H K]."""
+    """[B T G K]."""
     v: Tensor
     """[B T H V]."""
     log_decay: Tensor | None
@@ -75,7 +76,19 @@ class Recurrence(NamedTuple):
     @property
     def matrix(self) -> tuple[int, int, int]:
         """The shape [H K V] of one row's state."""
-        return (self.q.shape[2], self.q.shape[3], self.v.shape[3])
+        return (self.v.shape[2], self.q.shape[3], self.v.shape[3])
+
+    @property
+    def shared(self) -> int:
+        """H / G."""
+        return self.v.shape[2] // self.q.shape[2]
+
+    def by_head(self) -> "Recurrence":
+        """The same with queries and keys of every head, as views where there is one group."""
+        if self.shared == 1:
+            return self
+        q, k = (x[:, :, :, None].expand(-1, -1, -1, self.shared, -1).flatten(2, 3) for x in (self.q, self.k))
+        return self._replace(q=q, k=k)
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -193,10 +206,14 @@ def require_recurrence(x: Recurrence) -> None:
         SeqmixError: what does not fit.
     """
     require_floats(x.q, x.k, x.v)
-    if x.q.ndim != 4 or x.q.shape != x.k.shape or x.v.shape[:3] != x.q.shape[:3] or x.q.shape[1] < 1:
+    fits = x.q.ndim == x.v.ndim == 4 and x.q.shape == x.k.shape and x.v.shape[:2] == x.q.shape[:2]
+    if not fits or x.q.shape[1] < 1 or not 1 <= x.q.shape[2] <= x.v.shape[2] or x.v.shape[2] % x.q.shape[2]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
-        raise SeqmixError(f"q and k must be [B T H K] and v [B T H V] with T >= 1; given are {shapes}")
-    batch, length, heads, key_width = x.q.shape
+        wanted = "q and k must be [B T G K] and v [B T H V] with T >= 1 and H a multiple of G"
+        raise SeqmixError(f"{wanted}; given are {shapes}")
+    if x.shared > 1 and (x.beta is not None or x.a is not None):
+        raise SeqmixError(f"the delta rule has q and k of each of v's {x.v.shape[2]} heads; given are {x.q.shape[2]}")
+    batch, length, heads, key_width = per_head = (*x.v.shape[:3], x.k.shape[3])
     if x.beta is not None and (tuple(x.beta.shape) != (batch, length, heads) or not x.beta.is_floating_point()):
         raise SeqmixError(
             f"beta must be floats [B T H] with B, T, H = {batch}, {length}, {heads}; "
@@ -208,7 +225,7 @@ def require_recurrence(x: Recurrence) -> None:
                 f"{name} must be floats [B T H K] like k, {list(x.k.shape)}; given is {list(tensor.shape)} of "
                 f"{str(tensor.dtype).removeprefix('torch.')}"
             )
-    if x.log_decay is not None and x.log_decay.shape not in ((heads,), (batch, length, heads), x.q.shape):
+    if x.log_decay is not None and x.log_decay.shape not in ((heads,), per_head[:3], per_head):
         raise SeqmixError(
             f"log_decay must be None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
             f"{key_width}; given is {list(x.log_decay.shape)}"

@@ -67,6 +67,7 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
 
     def compute(x: Recurrence) -> RecurrenceOutput:
         """Token by token, by the definition; one token costs the same at every position."""
+        x = x.by_head()
         output, state, *_ = rule.step(x) if x.q.shape[1] == 1 and x.cu_seqlens is None else op(x)
         return RecurrenceOutput(output, state if x.output_final_state else None)
 

@@ -396,9 +396,9 @@ class KernelCase(WrittenCase, ABC):
         """A tensor in the case's layout; the dimension is that along which it may be one number repeated."""
         return laid_out(self.layout, name, x, dim, per_token=self.axes_of(name)[:2] == "BT")
 
-    def heads(self, randn: Callable[..., Tensor], n_kv_heads: int, device: torch.device) -> Tensors:
+    def heads(self, randn: Callable[..., Tensor], heads: tuple[int, int, int], device: torch.device) -> Tensors:
         """Queries, keys and values. Their mean is 1: sums grow with T, as they must to show what is lost on the way."""
-        heads, widths = (self.n_heads, n_kv_heads, n_kv_heads), (self.key_width, self.key_width, self.value_width)
+        widths = (self.key_width, self.key_width, self.value_width)
         sizes = [n * width for n, width in zip(heads, widths, strict=True)]
         numbers = 1 + randn(self.rows, self.length, sum(sizes))
         numbers *= torch.tensor(self.sizes, dtype=numbers.dtype).repeat_interleave(torch.tensor(sizes))

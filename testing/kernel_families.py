@@ -35,6 +35,8 @@ class DecayCase(KernelCase):
     """Tokens whose log-decay is -inf; heads, where there is one scalar per head."""
     resets_one_key: bool = False
     """Whether a reset is one of the first key dimension alone."""
+    shared: int = 1
+    """Heads of each of the `n_heads` queries and keys."""
 
     decays, widens = (None, "H", "B T H", "B T H K"), (False, True)
     # where decays are strong, differences of large sums are noise
@@ -48,6 +50,12 @@ class DecayCase(KernelCase):
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
     state = ("state",)
     adds_up = True
+    groups: ClassVar[st.SearchStrategy[int]] = st.sampled_from([1, 1, 1, 2, 3])
+
+    @property
+    def all_heads(self) -> int:
+        """H."""
+        return self.shared * self.n_heads
 
     def dtype_of(self, name: str) -> torch.dtype:
         wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
@@ -58,7 +66,7 @@ class DecayCase(KernelCase):
         draw, probe, common, heads = drawn
         # a state beyond float16 is not among them: not all results are defined then
         sizes = st.sampled_from([(1.0, 1.0, 1.0)] * 6 + [BELOW] + ([ABOVE] if probe.dtype != torch.float16 else []))
-        found: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes)}
+        found: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes), "shared": draw(cls.groups)}
         if probe.log_decay is None:
             return found
         length = sum(common["lengths"]) if probe.packed else common["lengths"][0]
@@ -73,9 +81,9 @@ class DecayCase(KernelCase):
 
     def inputs(self, device: torch.device) -> Tensors:
         randn = self.randn()
-        inputs = self.heads(randn, self.n_heads, device)
+        inputs = self.heads(randn, (self.n_heads, self.n_heads, self.all_heads), device)
         if self.log_decay is not None:
-            sizes = {"B": self.rows, "T": self.length, "H": self.n_heads, "K": self.key_width}
+            sizes = {"B": self.rows, "T": self.length, "H": self.all_heads, "K": self.key_width}
             random = randn(*(sizes[axis] for axis in self.log_decay.split()))
             a = -self.strength * random.abs() - self.weakest
             tokens = a if a.ndim == 1 else a.transpose(0, 1)
@@ -83,7 +91,7 @@ class DecayCase(KernelCase):
                 tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
             inputs["log_decay"] = self.laid_out("log_decay", a.to(device, self.wide))
         if self.initial_state:
-            state = randn(len(self.lengths), self.n_heads, self.key_width, self.value_width)
+            state = randn(len(self.lengths), self.all_heads, self.key_width, self.value_width)
             state *= self.sizes[1] * self.sizes[2]
             inputs["state"] = self.laid_out("state", state.to(device, self.wide))
         return inputs
@@ -108,19 +116,20 @@ class DecayCase(KernelCase):
 
     def define(self, inputs: Tensors) -> Tensors:
         """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
+        inputs = inputs | {name: inputs[name].repeat_interleave(self.shared, dim=2) for name in "qk"}
         written = inputs["k"][..., :, None] * inputs["v"][..., None, :]  # [B T H K V]
         return self.recurrence(inputs, lambda t, decay, state: torch.addcmul(written[:, t], decay, state))
 
     def recurrence(self, inputs: Tensors, step: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
         """Output and final state; `step` makes the next state of a token's number, its decay and the state before."""
         q, k, v = (inputs[name] for name in "qkv")
-        a = inputs.get("log_decay", k.new_zeros(self.n_heads))
+        a = inputs.get("log_decay", k.new_zeros(self.all_heads))
         a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
         decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
         boundaries = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
         states, final = [], []
         for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
-            state = k.new_zeros(self.rows, self.n_heads, self.key_width, v.shape[3])
+            state = k.new_zeros(self.rows, self.all_heads, self.key_width, v.shape[3])
             if "state" in inputs:
                 state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
             for t in range(start, stop):
@@ -140,7 +149,7 @@ class DecayCase(KernelCase):
         if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
             return of_terms
         through = absolute["q"].detach() * of_terms["q"] + absolute["k"].detach() * of_terms["k"]
-        through = through.flip(1).cumsum(1).flip(1)
+        through = through.flip(1).cumsum(1).flip(1).repeat_interleave(self.shared, dim=2)
         if "K" not in self.log_decay:
             through = through.sum(-1)
         return of_terms | {"log_decay": of_terms["log_decay"] + through}
@@ -154,7 +163,7 @@ class DeltaCase(DecayCase):
     """The largest beta; the smallest is 0."""
     key_norm: float = 1.0
 
-    widens, extras = (False,), ("beta",)
+    widens, groups, extras = (False,), st.just(1), ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
     @property

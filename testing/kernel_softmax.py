@@ -139,7 +139,7 @@ class SoftmaxCase(KernelCase):
 
     def inputs(self, device: torch.device) -> Tensors:
         randn = self.randn()
-        inputs = self.heads(randn, self.n_kv_heads, device)
+        inputs = self.heads(randn, (self.n_heads, self.n_kv_heads, self.n_kv_heads), device)
         for token in self.loud:
             writable(inputs["k"])[:, token % self.length] *= 30
         if self.log_decay is not None:

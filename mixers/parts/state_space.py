@@ -74,7 +74,6 @@ class StateSpaceMixer(MatrixStateMixer):
         widths["more"] = self.in_proj.out_features - sum(widths.values())
         return projections_of(self.in_proj, self.out_proj, widths, {"q": groups, "k": groups, "v": self.n_heads})
 
-    def by_head(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T H K"]:
-        """B or C, the same for the heads of a group: a view where there is one group."""
-        by_group = x.unflatten(-1, (self.n_groups, 1, -1))
-        return by_group.expand(-1, -1, -1, self.n_heads // self.n_groups, -1).flatten(2, 3)
+    def by_group(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T G K"]:
+        """B or C, the same for the heads of a group."""
+        return x.unflatten(-1, (self.n_groups, -1))

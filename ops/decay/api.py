@@ -1,6 +1,7 @@
 """The decay family: a matrix state that decays and is written by outer products.
 
-Notation: B batch, T tokens, H heads, K key width, V value width, C chunk, N packed documents; a = log_decay.
+Notation: B batch, T tokens, H heads, G groups of heads, K key width, V value width, C chunk, N packed documents;
+a = log_decay.
 
     S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T            state  [H K V]
     o_t = scale * q_t S_t                                the query reads the updated state
@@ -56,8 +57,8 @@ def decay(
 
 
 def decay_recurrence(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
     v: Float[Tensor, "B T H V"],
     log_decay: LogDecay = None,
     *,
@@ -76,8 +77,8 @@ def decay_recurrence(
     token costs the same at every position.
 
     Args:
-        q: queries.
-        k: keys.
+        q: queries; the H / G heads of a group share them.
+        k: keys; as queries.
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         scale: factor of the output, 1/sqrt(K) by default.
@@ -103,7 +104,7 @@ def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
 def _decay_of(x: Recurrence, documents: Documents | None) -> Tensor:
     """The decays of the tokens (of the last document's), multiplied: [1|B H 1|K 1]."""
     if x.log_decay is None:
-        return x.k.new_ones(1, x.k.shape[2], 1, 1)
+        return x.k.new_ones(1, x.matrix[0], 1, 1)
     a = per_token(x.log_decay.to(torch.promote_types(x.log_decay.dtype, torch.float32)), x.k.shape[1])
     if documents is not None:
         counted = documents.of_token == documents.of_token[-1]

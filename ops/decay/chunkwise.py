@@ -32,7 +32,7 @@ from ..recurrence import Recurrence
 
 class _DecayChunks(Chunks):
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
-        self.most, self.needs_log_decay = most_chunks(x.k, x.chunk_size, sum(x.matrix[1:])), needs_log_decay
+        self.most, self.needs_log_decay = most_chunks(x.v, x.chunk_size, sum(x.matrix[1:])), needs_log_decay
         self.decays = decays_of(x, x.scale)
         self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide
 

@@ -91,7 +91,7 @@ def decay_chunkwise_fla(x: Recurrence) -> RecurrenceOutput:
     Raises:
         SeqmixError: `KERNEL` does not take this.
     """
-    log_decay = x.log_decay
+    x, log_decay = x.by_head(), x.log_decay
     if log_decay is not None:
         log_decay = log_decay.float().clamp(min=LOWEST)
         if log_decay.ndim == 1 and log_decay.requires_grad:

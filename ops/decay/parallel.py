@@ -13,6 +13,7 @@ AT_ONCE = 2**20
 
 def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     """Plain operations, which are differentiable in every way (notation of api.py)."""
+    x = x.by_head()
     if x.wide_output:  # products of 16 bits would be of their range
         x = x.widened()
     q, k, v, log_decay, initial_state, cu_seqlens = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens

@@ -82,7 +82,7 @@ def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
     """
     if x.log_decay is not None and x.log_decay.ndim == 4:
         x = x._replace(chunk_size=min(x.chunk_size, MAX_KEY_CHUNK))
-    return padded(CHUNKWISE, x)
+    return padded(CHUNKWISE, x.by_head())
 
 
 def decay_chunkwise_tf32x3(x: Recurrence) -> RecurrenceOutput:
@@ -107,6 +107,7 @@ def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
         SeqmixError: `STEP_KERNEL` does not take this.
     """
     STEP_KERNEL.require(x.probe())
+    x = x.by_head()
     tensors = (x.q, x.k, x.v, x.log_decay, x.initial_state)
     if x.q.shape[1] > 1 or x.cu_seqlens is not None or needs_grad(*tensors) or has_tangent(*tensors):
         return decay_recurrent(x)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from dispatched import Watched
 from formulas import D_MODEL, assert_follows, convolved, rms, tokens
 from torch.testing import assert_close
 
@@ -67,6 +68,14 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_output_state_and_gradients_are_the_formulas(name):
     assert_follows(build(**OPTIONS[name]), written_out, tokens(11))
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_no_tensor_has_for_every_head_what_a_group_shares(n_groups):
+    mixer = build(torch.float32, 64, head_dim=4, d_state=32, n_groups=n_groups, chunk_size=64)
+    with Watched() as watched:
+        mixer(tokens(256, 1, torch.float32, d_model=64))[0].sum().backward()
+    assert watched.largest < 256 * mixer.n_heads * 32
 
 
 def test_an_upper_limit_may_be_infinite():

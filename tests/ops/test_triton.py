@@ -138,6 +138,14 @@ def test_wide_outputs(decay, length):
 
 
 @runs
+@pytest.mark.parametrize("decay", [*DECAYS, KEYS])
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_heads_of_a_group_share_queries_and_keys(decay, n_heads):
+    compare(decay, [18, 18], n_heads=n_heads, shared=3, chunk_size=16)
+    compare(decay, [5, 0, 17], n_heads=n_heads, shared=2, chunk_size=16, packed=True)
+
+
+@runs
 def test_the_last_tile_of_keys_that_decay_by_themselves_is_a_part():
     compare(KEYS, [18], key_width=48, chunk_size=16)
 
