@@ -1,13 +1,21 @@
 """Measure main memory and step times of a run of several processes while it writes checkpoints.
 
-    torchrun --nproc-per-node 4 tests/training/checkpoint_memory.py FOLDER [D_MODEL]
+    torchrun --nproc-per-node 4 tests/training/checkpoint_memory.py FOLDER [PRESET [CHANGE ...]]
 
-prints one line per process: the bytes of its shards (parameters and two moments), its resident memory before the first
-checkpoint and at most after it, and the time of steps before it, and from it to the second one, checkpoint included.
+trains retnet-200m on bytes (202M parameters) with short sequences, and prints for every process what it holds at most,
+in MiB: while the model is built, in a step (its shards of the parameters, and all that the step allocates), and while a
+checkpoint is written (more than before). Then what holds of all:
+
+- the weights that they start with are those of one process, to the bit;
+- none ever has as much as the model's parameters take;
+- none needs more for a checkpoint than its shards (parameters and two moments) and 1 GiB;
+- steps, while a checkpoint is written, are at most a tenth slower: where cores are free. Medians.
 """
 
-import json
+import ctypes
 import os
+import shutil
+import statistics
 import sys
 import threading
 import time
@@ -15,50 +23,110 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ranks
+from dispatched import Live
+
 from seqmix import load_config, train
-from seqmix.training.events import Started, Stepped
+from seqmix.training.config import DistributedConfig
+from seqmix.training.events import Saved, Stepped
+from seqmix.training.process_groups import join_processes
+from seqmix.training.sharding import local_tensor
+from seqmix.training.trainer import Trainer
 
-EVERY = 10
-"""Steps between checkpoints."""
+PRESET = ("retnet-200m", "model.vocab_size=257", "training.grad_accum_steps=1")
+EVERY = 4
+"""Steps between checkpoints; the first two steps, of which one is counted, are not timed."""
+STEPS = 2 * EVERY
+MIB = 2**20
+SLOWED = "step while one is written"
+TIMES = ("step", SLOWED, "copy")
 
 
-def resident() -> int:
-    """Bytes of this process in main memory."""
+def resident(*, trim: bool = False) -> int:
+    """Bytes of this process in main memory; with `trim`, without what the allocator keeps of freed memory."""
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(folder: Path, d_model: int) -> dict[str, float]:
-    """A run of two checkpoints."""
-    folder.mkdir(exist_ok=True)
-    text = folder / f"text-{os.environ['RANK']}.txt"
+def measure(folder: Path, asked: list[str]) -> dict[str, float]:
+    """A run of several checkpoints."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    text = folder / f"text-{rank}.txt"
     text.write_text("a text that is not what is measured. " * 100)
-    changes = [f"model.d_model={d_model}", "model.n_layers=8", f"data.paths=[{text}]", "data.sequence_length=16"]
-    changes += ["training.batch_size=4", f"training.steps={2 * EVERY + 1}", f"training.checkpoint_every={EVERY}"]
+    preset, *changes = asked or PRESET
+    changes += [f"data.paths=[{text}]", "data.sequence_length=16", f"training.batch_size={size}"]
+    changes += [f"training.steps={STEPS}", f"training.checkpoint_every={EVERY}", "training.compile=false"]
     changes += ["training.evaluate_every=1000", "training.final_evaluation_batches=1", "training.keep_best=false"]
-    size, found, peak, ended = int(os.environ["WORLD_SIZE"]), {}, [0], threading.Event()
+    changes += ["training.keep_checkpoints=1", "training.warmup_steps=1", "training.activation_checkpointing=false"]
+    same, built, shards, whole = ranks.started_here(changes, preset)
+    found = {"rank": rank, "same": same, "whole": whole, "shards": shards, "built": built}
+    at_most, ended, step = [0], threading.Event(), Trainer.train_step
+    times: dict[str, list[float]] = {name: [] for name in TIMES}
+    written, level, more = None, 0, list[int]()
 
     def watch() -> None:
-        while not ended.wait(0.01):
-            peak[0] = max(peak[0], resident())
+        while not ended.wait(0.005):
+            at_most[0] = max(at_most[0], resident())
 
+    def counted(trainer: Trainer, number: int):
+        if number != 1:
+            return step(trainer, number)
+        with Live() as live:
+            result = step(trainer, number)
+        parameters = sum(local_tensor(p).nbytes for p in trainer.model.parameters())
+        found["in a step"] = parameters + live.added
+        return result
+
+    Trainer.train_step = counted
     threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
-    for event in train(load_config("retnet-tiny", changes), folder / "run"):
-        match event:
-            case Started():
-                found |= {"parameters": event.parameters, "own shards": 12 * event.parameters // size}
-                found["at most while built"] = peak[0]
-            case Stepped() if event.step in (2, EVERY, 2 * EVERY):  # the first step warms up
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                if event.step == EVERY:
-                    found |= {"at most before": peak[0], "step before": seconds / (EVERY - 2)}
-                    peak[0] = 0
-                elif event.step > EVERY:
-                    found |= {"at most after": peak[0], "step after": seconds / EVERY}
+    for event in train(load_config(preset, changes), folder / "run"):
+        seconds = time.perf_counter() - began
+        if isinstance(event, Stepped) and event.step > 2:
+            times["step" if written is None else SLOWED].append(seconds)
+        if isinstance(event, Stepped) and event.step % EVERY == 0:
+            level = at_most[0] = resident(trim=True)
+        if isinstance(event, Saved):
+            written = event.folder
+            times["copy"] += [seconds] if event.step < STEPS else []  # the last one is waited for
+        if written is not None and written.exists():
+            more.append(at_most[0] - level)
+            written = None
+        began = time.perf_counter()
     ended.set()
-    return found
+    times[SLOWED] = times[SLOWED] or times["step"]  # it takes less than a step
+    return found | {"saving": max(more)} | {name: statistics.median(each) for name, each in times.items()}
+
+
+def main(folder: Path, asked: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with join_processes(DistributedConfig()) as groups:
+        found = groups.gather(measure(folder, asked))
+        if not groups.is_main:
+            return
+    shutil.rmtree(folder)
+    for each in found:
+        sizes = {name: f"{each[name] / MIB:,.0f}" for name in ("whole", "shards", "built", "in a step", "saving")}
+        print(f"process {each['rank'] + 1}: MiB {sizes}, seconds { {name: round(each[name], 3) for name in TIMES} }")
+        lost = (each["copy"] + each[SLOWED] - each["step"]) / each["step"]
+        print(f"  a checkpoint takes the time of {lost:.1f} steps")
+    own = [3 * each["shards"] for each in found]
+    held = {
+        "start-up weights are those of one process": [each["same"] for each in found],
+        "less than the whole model while it is built": [each["built"] < each["whole"] for each in found],
+        "less than the whole model in a step": [each["in a step"] < each["whole"] for each in found],
+        "at most own shards and 1 GiB for a checkpoint": [
+            each["saving"] <= mine + 2**30 for each, mine in zip(found, own, strict=True)
+        ],
+        "steps at most a tenth slower while one is written": [each[SLOWED] <= 1.1 * each["step"] for each in found],
+    }
+    for what, each in held.items():
+        print(f"{what}: {sum(each)} of {len(each)} processes")
+    print(f"{os.cpu_count()} cores, {os.getloadavg()[0]:.1f} busy at the end, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 768)), flush=True)
+    main(Path(sys.argv[1]), sys.argv[2:])
