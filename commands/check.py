@@ -54,7 +54,7 @@ def check(
         bool, typer.Option("--quick", help="A few seconds: 10 examples, and no check that compiles, if not asked for.")
     ] = False,
     examples: Annotated[
-        int | None, typer.Option(help="Cases of the largest check, 80 by default; others take a share.", min=1)
+        int | None, typer.Option(help="Cases of the largest check, 100 by default; others take a share.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="The cases are a function of it.")] = 0,
     d_model: Annotated[

@@ -16,7 +16,7 @@ from .check import Check
 from .outcome import Outcome, Status, chosen_names, known_names
 from .search import describe_error, search
 
-EXAMPLES = 80
+EXAMPLES = 100
 """Examples asked for by default; each check takes its share."""
 
 ALONE = "Alone and on a new {what} this case passes: the result depends on earlier calls, or on chance."

@@ -19,6 +19,7 @@ from seqmix.ops.paradigm import Paradigm
 from seqmix.ops.softmax import softmax_attention
 from seqmix.registry import SeqmixError
 from seqmix.testing import (
+    EXAMPLES,
     KERNEL_CHECKS,
     CheckFailure,
     DecayCase,
@@ -128,14 +129,14 @@ def test_fixed_cases_run_after_those_drawn_and_fewer_with_few_examples(kernel, m
     for name in ("gradients_are_the_definitions", "a_cut_changes_nothing"):
         only_kept = replace(KERNEL_CHECKS[name], test=lambda trial: cases.append(trial.case), share=1.0)
         monkeypatch.setitem(KERNEL_CHECKS, name, only_kept)
-    for examples in (100, 50, 10):
+    for examples in (EXAMPLES, EXAMPLES // 2, EXAMPLES // 10):
         cases.clear()
         check_kernel(kernel, checks=["gradients_are_the_definitions"], examples=examples)
-        assert len(cases[examples:]) == most * examples // 100
+        assert len(cases[examples:]) == most * examples // EXAMPLES
         assert all(case.grad for case in cases)
     cases.clear()
     check_kernel(kernel, checks=["a_cut_changes_nothing"])
-    fixed = cases[100:]
+    fixed = cases[EXAMPLES:]
     assert any(len(case.lengths) > 256 for case in fixed)
     assert any(case.length > 128 == case.chunk_size for case in fixed)
     assert all(sum(case.cuts) for case in fixed)
