@@ -24,6 +24,9 @@ STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 ALLOWED = 1e-6
 """Between a derivative and differences, relative to the sum of the absolute values of its terms."""
 
+LARGER = 6.0
+"""A scale at which gates and decays are what they may be clamped to."""
+
 MANY_ROWS = 5
 """So many times the rows of a case: with its tokens more than 4,096, above the blocks that sums are made of."""
 
@@ -127,7 +130,7 @@ def _frozen(parameters: list[Tensor]) -> Iterator[None]:
     exact_gradients,
     use="training: gradients are wrong",
     share=0.12,
-    draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES),
+    draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
 )
 def gradients_are_derivatives(trial: Trial) -> None:
     """Gradients of tokens, state and parameters are the derivatives: central differences in float64 agree, packed

@@ -163,13 +163,25 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     ),
 )
 def gradients_flow_through_states(trial: Trial) -> None:
-    """Backpropagation through a chain of states equals that through the whole, and a detached state ends it."""
+    """Backpropagation through a chain of states equals that through the whole, from the last piece alone too, and a
+    detached state ends it."""
     x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
+    calls, whole = [*map(trial.used, trial.case.paradigms)], trial.call(trial.reference)
 
-    in_pieces = trial.in_pieces(*map(trial.used, trial.case.paradigms))
-    actual = trial.differentiate(in_pieces, x, state, used=True)
-    expected = trial.differentiate(trial.call(trial.reference), x, state)
+    actual = trial.differentiate(trial.in_pieces(*calls), x, state, used=True)
+    expected = trial.differentiate(whole, x, state)
     trial.compare("backpropagation through pieces against the whole", actual, expected)
+
+    def last_piece(x: Tensor, given: Any) -> tuple[Tensor, Any]:
+        """No output of the first ones is read: a state alone has gradients from above."""
+        *before, last = zip(x.split(lengths, dim=1), calls, strict=True)
+        for piece, call in before:
+            _, given = call(piece, given)
+        return last[1](last[0], given)[0], None
+
+    actual = trial.differentiate(last_piece, x, state, used=True)
+    expected = trial.differentiate(lambda x, given: (whole(x, given)[0][:, -lengths[-1] :], None), x, state)
+    trial.compare("backpropagation from the last piece alone against the whole", actual, expected)
 
     # truncated: the last piece, from the state that the first ones left
     first, last = trial.used(), trial.used(trial.case.paradigms[-1])
@@ -181,7 +193,6 @@ def gradients_flow_through_states(trial: Trial) -> None:
 
     _, between = trial.mix(head, state)
     actual = trial.differentiate(truncated, tail, state, used=True)
-    whole = trial.call(trial.reference)
     expected = trial.differentiate(lambda x, _: whole(x, between), tail, state)
     trial.compare("truncated backpropagation against the last piece alone", actual, expected)
 

@@ -15,6 +15,9 @@ from ..compare import require
 from ..mixer_case import Draw
 from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
+STEPS = 40
+"""More than there are buffers in a pool."""
+
 
 @check(
     stateful,
@@ -164,8 +167,9 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     draw=Draw(tokens=(1, 5), lists=((1,), (70,), (130,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_constant_state_is_never_written(trial: Trial) -> None:
-    """A constant state keeps its values where no gradients are wanted, too: under `no_grad` and `inference_mode`."""
-    x, given = trial.tokens(), trial.state()
+    """A constant state keeps its values where no gradients are wanted, too: under `no_grad` and `inference_mode`, and
+    after tens of steps."""
+    x, given, token = trial.tokens(), trial.state(), trial.tokens(length=1)
     for mode in (torch.no_grad, torch.inference_mode):
         for paradigm in trial.paradigms:
             with mode():
@@ -177,6 +181,13 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
                 f"{paradigm}, {mode.__name__}, a state after it was given, against before", 0
             ) as found:
                 found.state("the state", state, given)
+    with torch.no_grad():
+        _, after = trial.mixer.step(token, clone(given))
+        before, later = clone(after), after
+        for _ in range(STEPS):
+            _, later = trial.mixer.step(token, later)
+    with trial.differences(f"a state that a step gave, {STEPS} steps later against then", 0) as found:
+        found.state("the state", after, before)
 
 
 @check(

@@ -472,3 +472,18 @@ class SeedsItsSignsByHash(Specimen):
     def heads(self, x):
         qk, v, a = super().heads(x)
         return qk, v * self.signs, a
+
+
+@mutant(check="a_constant_state_is_never_written")
+class HandsOutEightBuffers(Specimen):
+    """Steps write states into eight buffers in turn, as captured graphs have them: the ninth changes the first."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if x.shape[1] != 1 or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return y, after
+        buffers, steps = self.__dict__.setdefault("buffers", {}), self.__dict__.setdefault("steps", [])
+        steps.append(1)
+        key = (len(steps) % 8, after.memory.shape, after.memory.dtype)
+        buffer = buffers.setdefault(key, torch.empty_like(after.memory))
+        return y, after._replace(memory=buffer.copy_(after.memory))

@@ -182,3 +182,33 @@ class _Quotient(torch.autograd.Function):
     def backward(ctx, above):
         o, z = (each.detach() for each in ctx.saved_tensors)
         return above / z, -(above * o).sum(-1, keepdim=True) / z**2
+
+
+@mutant(check="gradients_are_derivatives")
+class ForgetsItsClampInBackward(Specimen):
+    """Log-decays are clamped, as so many kernels' are, and their gradient is as if they were not."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v, a + (a.clamp(min=-3.0) - a).detach()
+
+
+@mutant(check="gradients_flow_through_states")
+class LosesTheGradientOfAStateAlone(Specimen):
+    """A backward pass of its own returns at once where the output has no gradient: a state's is lost with it."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        y, memory = _BothOrNone.apply(y, after.memory)
+        return y, after._replace(memory=memory)
+
+
+class _BothOrNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, memory):
+        ctx.set_materialize_grads(False)
+        return y.clone(), memory.clone()
+
+    @staticmethod
+    def backward(ctx, above, above_memory):
+        return (None, None) if above is None else (above, above_memory)
