@@ -82,7 +82,7 @@ def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
     """
     if x.log_decay is not None and x.log_decay.ndim == 4:
         x = x._replace(chunk_size=min(x.chunk_size, MAX_KEY_CHUNK))
-    return padded(CHUNKWISE, x.by_head())
+    return padded(CHUNKWISE, x)
 
 
 def decay_chunkwise_tf32x3(x: Recurrence) -> RecurrenceOutput:
@@ -107,7 +107,6 @@ def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
         SeqmixError: `STEP_KERNEL` does not take this.
     """
     STEP_KERNEL.require(x.probe())
-    x = x.by_head()
     tensors = (x.q, x.k, x.v, x.log_decay, x.initial_state)
     if x.q.shape[1] > 1 or x.cu_seqlens is not None or needs_grad(*tensors) or has_tangent(*tensors):
         return decay_recurrent(x)
@@ -171,9 +170,10 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
     d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     call = launcher_of(x, needs_log_decay, d_final=d_final is not None)
-    given = {"q": x.q, "k": x.k, "v": x.v, "initial_state": x.initial_state}
+    given = {"v": x.v, "initial_state": x.initial_state}
     given["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
+    out |= {name: x.q.new_empty(*x.v.shape[:3], call.key_width) for name in "qk"}
     # an operand of products as narrow as the others: the gradient of a wide output is rounded here, once
     do = readable(torch.zeros_like(x.v) if d_output is None else d_output.to(x.v.dtype), call.chunk)
     if not states.numel():
@@ -185,6 +185,8 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
         ends |= {"entries": states, "products": products}
     call.scan(call.queries, do, d_states, ends, reverse=True)
     call.gradients(do, out, products, states=states, d_states=d_states)
+    if call.shared > 1:
+        out |= {name: out[name].unflatten(2, (-1, call.shared)).sum(3) for name in "qk"}
     return out
 
 
@@ -196,8 +198,8 @@ def _allocate_step(x: Recurrence) -> tuple[Tensor]:
 def _step(x: Recurrence) -> tuple[Tensor]:
     """The output of one token; the initial state is updated."""
     (output,) = _allocate_step(x)
-    batch, _, heads, key_width = x.q.shape
-    value_width, tile, log_decay = x.v.shape[3], STEP.tile[1], x.log_decay
+    batch, (heads, key_width, value_width) = x.q.shape[0], x.matrix
+    tile, log_decay = STEP.tile[1], x.log_decay
     q, k, v = (readable(tensor, 1) for tensor in (x.q, x.k, x.v))
     row, head, key = 0, 0, 0
     if log_decay is not None and log_decay.ndim == 1:
@@ -207,7 +209,13 @@ def _step(x: Recurrence) -> tuple[Tensor]:
         key = sum(keys)
     tensors = {"q": q, "k": k, "v": v}
     decays = {"log_decay": log_decay, "decay_row": row, "decay_head": head, "decay_key": key}
-    sizes = {"heads": heads, "K": key_width, "V": value_width, "WIDTH": max(UNIT, 1 << (key_width - 1).bit_length())}
+    sizes = {
+        "heads": heads,
+        "shared": x.shared,
+        "K": key_width,
+        "V": value_width,
+        "WIDTH": max(UNIT, 1 << (key_width - 1).bit_length()),
+    }
     kernels("decay").step[(-(-value_width // tile) * batch * heads,)](
         state=x.initial_state,
         out=output,

@@ -4,7 +4,8 @@ Notation of api.py, and of its chunkwise op: a chunk has m <= C tokens, i and j 
 enters it and dS' the gradient of the state that leaves it. triton.py has the recurrence and the map of the
 bodies, triton_launch.py the configurations that they run in.
 
-exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks are those of ../triton_tiles.py.
+exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks are those of ../triton_tiles.py. So many
+heads as `shared` have one query and key.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -59,7 +60,7 @@ def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane,
 def state_scan(
     x, w, rates, clocks, totals, initial, states, final, entries, products, boundaries, firsts, table,
     x_row, x_token, x_head, w_row, w_token, w_head,
-    scale, length, heads, chunks_a_row, plane,
+    scale, length, heads, shared, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_K: tl.constexpr,
     TILE_V: tl.constexpr, REVERSE: tl.constexpr,
 ):
@@ -67,6 +68,7 @@ def state_scan(
 
     Forward: S' = total S + (left x)^T w with x = k, w = v; S is stored for every chunk. In reverse: dS = total dS' +
     (scale reached x)^T w with x = q, w = do; dS' is stored for every chunk, and <S, dS'> if the entries S are given.
+    So many heads share an x.
     """
     across: tl.constexpr = (V + TILE_V - 1) // TILE_V
     tiles: tl.constexpr = (K + TILE_K - 1) // TILE_K * across
@@ -81,7 +83,7 @@ def state_scan(
     rate = rate_of(rates, h)
 
     row, first, count = sequence_at(n, firsts, length, chunks_a_row, C)
-    x_at, w_at = x + row * x_row + h * x_head, w + row * w_row + h * w_head
+    x_at, w_at = x + row * x_row + h // shared * x_head, w + row * w_row + h * w_head
     clock_at, size = (row * heads + h) * length, length
     if boundaries is not None:
         begin = tl.load(boundaries + n).to(tl.int64)
@@ -196,7 +198,7 @@ def _band(
 def band_forward(
     q, k, v, rates, clocks, states, out, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    scale, length, heads, chunks, chunks_a_row, plane,
+    scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr,
 ):
@@ -209,8 +211,9 @@ def band_forward(
         return
     state = (state_at(chunk, table, False) * heads + h) * K * V
     _band(
-        q + row * q_row + start * q_token + h * q_head, q_token, k + row * k_row + start * k_token + h * k_head,
-        k_token, v + row * v_row + start * v_token + h * v_head, v_token, states + state,
+        q + row * q_row + start * q_token + h // shared * q_head, q_token,
+        k + row * k_row + start * k_token + h // shared * k_head, k_token,
+        v + row * v_row + start * v_token + h * v_head, v_token, states + state,
         out + ((row * length + start) * heads + h) * V, heads * V, None, 0, None, rates, clocks, plane,
         (row * heads + h) * length + start, h, m.to(tl.int32), scale, tile * TILE_OUTER, K, V, V, 1, C, PRECISION,
         TILE_INNER, TILE_OUTER, False,
@@ -221,7 +224,7 @@ def band_forward(
 def band_backward(
     q, k, v, do, rates, clocks, states, d_states, dq, dk, dv, sums, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
-    scale, length, heads, chunks, chunks_a_row, plane,
+    scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
@@ -239,8 +242,8 @@ def band_backward(
     if m <= 0:
         return
     m, plane = m.to(tl.int32), plane.to(tl.int64)
-    q += row * q_row + start * q_token + h * q_head
-    k += row * k_row + start * k_token + h * k_head
+    q += row * q_row + start * q_token + h // shared * q_head
+    k += row * k_row + start * k_token + h // shared * k_head
     v += row * v_row + start * v_token + h * v_head
     do += row * do_row + start * do_token + h * do_head
     at = (row * heads + h) * length + start
@@ -289,7 +292,7 @@ def _sum_of_tiles(x, size, rows, inside, TILES: tl.constexpr, C: tl.constexpr):
 def decay_gradient(
     q, k, v, do, rates, clocks, sums, products, out, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
-    scale, length, heads, chunks, chunks_a_row, plane,
+    scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):
@@ -311,8 +314,8 @@ def decay_gradient(
         return
     m, plane = m.to(tl.int32), plane.to(tl.int64)
     rows = tl.arange(0, C)
-    q += row * q_row + start * q_token + h * q_head
-    k += row * k_row + start * k_token + h * k_head
+    q += row * q_row + start * q_token + h // shared * q_head
+    k += row * k_row + start * k_token + h // shared * k_head
     v += row * v_row + start * v_token + h * v_head
     do += row * do_row + start * do_token + h * do_head
     scores = tl.zeros((C, C), tl.float32)
@@ -362,7 +365,7 @@ def decay_gradient(
 def step(
     q, k, v, log_decay, state, out,
     q_row, q_head, k_row, k_head, v_row, v_head, decay_row, decay_head, decay_key,
-    scale, heads,
+    scale, heads, shared,
     K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, TILE_V: tl.constexpr,
 ):
     """S = decay S + k v^T in place, and o = scale q S; a program for every V tile, row and head, K in one piece."""
@@ -372,8 +375,8 @@ def step(
     n, h = sequence // heads, sequence % heads
     ks = tl.arange(0, WIDTH)
     vs = tile * TILE_V + tl.arange(0, TILE_V)
-    query = tl.load(q + n * q_row + h * q_head + ks, mask=ks < K, other=0.0).to(tl.float32)
-    key = tl.load(k + n * k_row + h * k_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    query = tl.load(q + n * q_row + h // shared * q_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    key = tl.load(k + n * k_row + h // shared * k_head + ks, mask=ks < K, other=0.0).to(tl.float32)
     value = tl.load(v + n * v_row + h * v_head + vs, mask=vs < V, other=0.0).to(tl.float32)
     inside = (ks[:, None] < K) & (vs[None, :] < V)
     place = state + sequence * K * V + ks[:, None] * V + vs[None, :]

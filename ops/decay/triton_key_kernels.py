@@ -25,7 +25,7 @@ from ..triton_tiles import INTERPRETED, VARYING, between, chunk_at, dot, load_ti
 @triton.jit(do_not_specialize=VARYING)
 def key_decay(
     q, k, log_decay, queries, keys, reads, totals, clocks, table, q_row, q_token, q_head, k_row, k_token, k_head,
-    scale, length, heads, chunks, chunks_a_row, plane,
+    scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
 ):
     """Clocks, scale reached q, left k, total [chunks H K], and reached k to reads unless that is None; a program for
@@ -52,8 +52,8 @@ def key_decay(
     tl.store(totals + (chunk * heads + h) * K + ks, tl.exp2(last.to(tl.float32)), mask=ks < K)
     reached = tl.exp2(clock.to(tl.float32))
     left = tl.exp2(tl.where(inside, (last[None, :] - clock).to(tl.float32), float("-inf")))
-    q_tile = load_tile(q + row * q_row + start * q_token + h * q_head, q_token, rows, m, ks, K)
-    k_tile = load_tile(k + row * k_row + start * k_token + h * k_head, k_token, rows, m, ks, K)
+    q_tile = load_tile(q + row * q_row + start * q_token + h // shared * q_head, q_token, rows, m, ks, K)
+    k_tile = load_tile(k + row * k_row + start * k_token + h // shared * k_head, k_token, rows, m, ks, K)
     tl.store(queries + at, (q_tile.to(tl.float32) * (scale * reached)).to(q_tile.dtype), mask=inside)
     tl.store(keys + at, (k_tile.to(tl.float32) * left).to(k_tile.dtype), mask=inside)
     if reads is not None:
@@ -94,7 +94,7 @@ def _same_block(rows, size):
 @triton.jit(do_not_specialize=VARYING)
 def key_pairs(
     q, k, clocks, scores, table, q_row, q_token, q_head, k_row, k_token, k_head,
-    scale, length, heads, chunks, chunks_a_row, plane,
+    scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
 ):
     """A of one chunk and head, to scores [chunks H C C]; a program each. C is two to the power of LEVELS."""
@@ -106,8 +106,8 @@ def key_pairs(
         return
     m, plane, token = m.to(tl.int32), plane.to(tl.int64) * K, heads * K
     rows = tl.arange(0, C)
-    q += row * q_row + start * q_token + h * q_head
-    k += row * k_row + start * k_token + h * k_head
+    q += row * q_row + start * q_token + h // shared * q_head
+    k += row * k_row + start * k_token + h // shared * k_head
     clocks += ((row * length + start) * heads + h) * K
     found, own = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for i in range(0, K, TILE_OUTER):
@@ -234,7 +234,7 @@ def _side(
 def key_backward(
     q, k, v, do, clocks, totals, states, d_states, dq, dk, d_log_decay, table,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, do_row, do_token, do_head,
-    scale, length, heads, chunks, chunks_a_row, plane, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    scale, length, heads, shared, chunks, chunks_a_row, plane, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
     """dq, dk and the gradient of the log-decays; a program for every tile of keys, chunk and head.
@@ -250,8 +250,8 @@ def key_backward(
         return
     m, plane, token = m.to(tl.int32), plane.to(tl.int64) * K, heads * K
     rows, ks = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
-    q += row * q_row + start * q_token + h * q_head
-    k += row * k_row + start * k_token + h * k_head
+    q += row * q_row + start * q_token + h // shared * q_head
+    k += row * k_row + start * k_token + h // shared * k_head
     v += row * v_row + start * v_token + h * v_head
     do += row * do_row + start * do_token + h * do_head
     at = ((row * length + start) * heads + h) * K

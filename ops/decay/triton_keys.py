@@ -42,12 +42,13 @@ class KeyLauncher(Launcher):
         super().__init__(x._replace(log_decay=None, scale=1.0), d_final=d_final)
         assert self.configuration.keys is not None
         self.launch, predicts = self.configuration.keys, x.beta is not None
-        self.queries, self.keys = (self.q.new_empty(x.q.shape) for _ in range(2))
-        self.reads = self.q.new_empty(x.q.shape) if predicts else None
+        per_key = (*x.v.shape[:3], self.key_width)
+        self.queries, self.keys = (self.q.new_empty(per_key) for _ in range(2))
+        self.reads = self.q.new_empty(per_key) if predicts else None
         self.totals = x.log_decay.new_empty(self.chunks, self.heads, self.key_width)
-        clocks = x.log_decay.new_empty(2 if x.q.dtype == torch.float32 else 1, *x.q.shape)
+        clocks = x.log_decay.new_empty(2 if x.q.dtype == torch.float32 else 1, *per_key)
         self.own = {"clocks": clocks, "scale": x.scale, "plane": self.common["plane"]}
-        self.own |= {"q": self.q, "k": self.k, **strides(q=self.q, k=self.k)}
+        self.own |= {"shared": self.shared, "q": self.q, "k": self.k, **strides(q=self.q, k=self.k)}
         found = {"queries": self.queries, "keys": self.keys, "reads": self.reads, "totals": self.totals}
         self._run("key_decay", self.launch, self.key_width, log_decay=x.log_decay.contiguous(), **found, **self.own)
         self.own["LEVELS"] = self.chunk.bit_length() - 1

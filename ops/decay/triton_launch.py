@@ -117,8 +117,8 @@ class Launcher:
         # where every key dimension decays by itself: the decays of chunks, [chunks H K], and A, [chunks H C C]; of the
         # delta rule also what predicts, [B T H K], and the pairs of keys, [chunks H C C]
         self.totals, self.scores, self.reads, self.pairs = None, None, None, None
-        self.batch, self.length, self.heads, self.key_width = x.q.shape
-        self.value_width = x.v.shape[3]
+        self.batch, self.length, self.heads, self.value_width = x.v.shape
+        self.key_width, self.shared = x.q.shape[3], x.shared
         self.log_decay = None if log_decay is None else log_decay.contiguous()
         # its kernels take no stride of the boundaries, which may be a column
         self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -143,7 +143,7 @@ class Launcher:
         self.common |= {**self.decays, "scale": x.scale, "K": self.key_width, "V": self.value_width}
         operands = {"q": self.q, "k": self.k, "v": self.v}
         self.in_bands = {**self.common, **operands, **strides(**operands), "table": self.table, "chunks": self.chunks}
-        self.in_bands["PRECISION"] = self.configuration.precision
+        self.in_bands |= {"shared": self.shared, "PRECISION": self.configuration.precision}
 
     def _clocks(self) -> Tensor:
         """Of decays that are given for each token: [2 B H T]."""
@@ -188,6 +188,7 @@ class Launcher:
             boundaries=self.boundaries,
             firsts=self.firsts,
             table=self.table,
+            shared=self.shared if self.queries is self.q else 1,
             PRECISION=self.configuration.precision,
             TILE_K=launch.tile[0],
             TILE_V=launch.tile[1],

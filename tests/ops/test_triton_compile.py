@@ -145,13 +145,15 @@ def chunkwise(
     packed: bool = True,
     beta: bool = False,
     wide_output: bool = False,
+    shared: int = 1,
 ) -> list[Recorded]:
     """What forward and backward launch, with an initial and a final state that have gradients; of the delta rule with
     beta."""
-    length, heads = 2 * configuration.chunk, 2
+    length, heads = 2 * configuration.chunk, 2 * shared
     shapes = {"H": (heads,), "B T H": (1, length, heads), "B T H K": (1, length, heads, widths[0])}
     a = None if decay is None else torch.zeros(shapes[decay], requires_grad=learned)
-    q, k, v = (torch.zeros(1, length, heads, width, dtype=dtype).requires_grad_() for width in (widths[0], *widths))
+    sizes = ((2, widths[0]), (2, widths[0]), (heads, widths[1]))
+    q, k, v = (torch.zeros(1, length, *size, dtype=dtype).requires_grad_() for size in sizes)
     boundaries = torch.tensor([0, length // 2, length]) if packed else None
     state = torch.zeros(2 if packed else 1, heads, *widths, requires_grad=True)
     recorder = Recorder()
@@ -329,6 +331,15 @@ def test_the_bands_of_the_delta_rule_fit():
     assert faults([bands[0], bands[3]]) == []
 
 
+@pytest.mark.slow
+def test_heads_that_share_queries_and_keys_fit():
+    configuration, *_ = configurations(16, 128, 64)
+    *_, scan, band, gradient = chunkwise(configuration, torch.bfloat16, (128, 64), "B T H", shared=3)
+    assert {x.arguments["shared"] for x in (scan, band, gradient)} == {3}
+    assert band.arguments["dq"].shape[2:] == (6, 128)
+    assert faults([scan, band, gradient]) == []
+
+
 def test_a_wide_output_fits():
     configuration, *_ = configurations(16, 128, 128)
     launches = chunkwise(configuration, torch.bfloat16, (128, 128), None, learned=False, wide_output=True)
@@ -433,6 +444,9 @@ def everything() -> Iterator[tuple[str, list[Recorded]]]:
             for decay, learned in (decays[0], decays[-1]) if dtype == torch.bfloat16 else ():
                 launches = chunkwise(configuration, dtype, widths, decay, learned=learned, wide_output=True)
                 yield f"{name} C={configuration.chunk} {decay or 'none'} wide", launches
+            if dtype == torch.bfloat16 and widths == (128, 64):  # Mamba-2's, in groups
+                launches = chunkwise(configuration, dtype, widths, "B T H", shared=3)
+                yield f"{name} C={configuration.chunk} B T H learned shared", launches
             if configuration.keys is not None:
                 yield f"{name} C={configuration.chunk} B T H K", chunkwise(configuration, dtype, widths, "B T H K")
         probe = Probe(device=torch.device("cuda"), dtype=dtype, key_width=widths[0], value_width=widths[1])
