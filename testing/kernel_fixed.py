@@ -13,6 +13,9 @@ Fields = Mapping[str, Any]
 CROWD = (0, *[0, 1, 2, 0, 0, 1] * 50, 3, 0, 0)
 """Lengths of documents, more than a byte counts: empty ones first, last and side by side."""
 
+ROWS = 130
+"""Rows of a batch that with two heads are more programs than a byte counts."""
+
 _BATCH: Fields = {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_width": 5}
 _SMALL: Fields = {"n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3}
 
@@ -27,6 +30,7 @@ FIXED: tuple[Fields, ...] = (
     {"lengths": (9, 9), "key_width": 130, "value_width": 40, "layout": "heads_first"},
     {"lengths": (0, 129, 0, 0, 131, 0), "packed": True, "key_width": 3, "value_width": 2, "chunk_size": LARGE},
     {**_BATCH, "lengths": (5, 5), "n_heads": 3, "layout": "mixed"},
+    {"lengths": (3,) * ROWS, "n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3},
 )
 """Of every op."""
 

@@ -72,6 +72,13 @@ def repeats_the_decays_of_four_heads(x):
 
 
 @kernel_mutant(check="outputs_are_the_definitions")
+def has_a_grid_of_256(x):
+    """The grid has 256 programs of a row and head: further ones read the queries of others."""
+    most = max(1, 256 // x.q.shape[2])
+    return decay_chunkwise(x._replace(q=x.q[torch.arange(len(x.q), device=x.q.device) % most]))
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
 def counts_documents_in_a_byte(x):
     """The number of a document is a byte: document 256 starts from the state of document 0."""
     state = x.initial_state
