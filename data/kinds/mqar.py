@@ -1,5 +1,6 @@
 """Multi-query associative recall (Arora et al. 2023, Zoology, arXiv 2312.04927)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -57,12 +58,7 @@ class MqarConfig(TaskConfig):
         if self.noise:
             inputs[:, start:] = rng.integers(self.vocab_size, size=(rows, length - start))
         inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values
-        gaps = np.arange(1, (length - start) // 2 + 1)
-        # the order in which waiting times of these rates end is that of draws without replacement
-        waiting = rng.exponential(size=(rows, len(gaps))) * gaps ** (1 - self.power_a)
-        places = start + 2 * waiting.argsort(axis=1)[:, :difficulty]
-        np.put_along_axis(inputs, places, keys, axis=1)
-        np.put_along_axis(targets, places, values, axis=1)
+        ask(rng, inputs, targets, start, (keys,), values, self.power_a)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         seen: dict[int, int] = {}
@@ -77,3 +73,24 @@ class MqarConfig(TaskConfig):
     def name_of(self, token: int) -> str:
         half = self.vocab_size // 2
         return "·" if token == 0 else f"k{token}" if token < half else f"v{token - half}"
+
+
+def ask(
+    rng: np.random.Generator,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    start: int,
+    keys: Sequence[np.ndarray],
+    values: np.ndarray,
+    power_a: float,
+) -> None:
+    """Repeat keys of one token [B N], or of several, after `start`, in groups of one token more, with their values as
+    targets at the last; group g is taken with a probability proportional to g^(power_a - 1), without replacement."""
+    size = len(keys) + 1
+    gaps = np.arange(1, (inputs.shape[1] - start) // size + 1)
+    # the order in which waiting times of these rates end is that of draws without replacement
+    waiting = rng.exponential(size=(len(inputs), len(gaps))) * gaps ** (1 - power_a)
+    places = start + size * waiting.argsort(axis=1)[:, : values.shape[1]]
+    for offset, tokens in enumerate(keys):
+        np.put_along_axis(inputs, places + offset, tokens, axis=1)
+    np.put_along_axis(targets, places + size - 2, values, axis=1)

@@ -56,6 +56,20 @@ def mqar(tokens: list[int]) -> Labels:
     return {tokens.index(key, 32): value for key, value in pairs.items()}
 
 
+def forgetting(tokens: list[int]) -> Labels:
+    first, last = ({tokens[i]: tokens[i + 1] for i in range(0, end, 2)} for end in (24, 32))
+    assert len(first) == len(last) == 12
+    assert sum(first[key] != last[key] for key in first) == 4
+    return {tokens.index(key, 32): value for key, value in last.items()}
+
+
+def compositional(tokens: list[int]) -> Labels:
+    values = {(tokens[i], tokens[i + 1]): tokens[i + 2] for i in range(0, 27, 3)}
+    assert [len({key[part] for key in values}) for part in (0, 1)] == [3, 3]
+    assert len({*values.values()}) == 9
+    return {i + 1: values[tokens[i], tokens[i + 1]] for i in range(27, 59) if (tokens[i], tokens[i + 1]) in values}
+
+
 def parity(tokens: list[int]) -> Labels:
     return {i: str(tokens[: i + 1]).count("1") % 2 for i in range(len(tokens))}
 
@@ -127,6 +141,8 @@ CASES: list[tuple[str, dict, Callable[[list[int]], Labels]]] = [
     ("fuzzy_recall", {"sequence_length": 128}, fuzzy),
     ("selective_copying", {"sequence_length": 256, "symbols": (16,), "layout": "mad"}, selective),
     ("mqar", {"sequence_length": 64, "pairs": (16,), "vocab_size": 8192, "noise": False}, mqar),
+    ("forgetting_mqar", {"pairs": (12,), "vocab_size": 8192, "noise": False}, forgetting),
+    ("compositional_mqar", {"sequence_length": 60, "pairs": (9,), "noise": False}, compositional),
     ("parity", {"sequence_length": 64}, parity),
     ("compression", {}, lambda tokens: {i: int(str(token)) for i, token in enumerate(tokens)}),
     ("listops", {"sequence_length": 45, "lengths": (33,)}, listops),

@@ -24,7 +24,22 @@ from seqmix.training.metrics import Score
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {
     "compression": {"sequence_length": 20, "vocab_size": 40, "lengths": (2, 20)},
+    "compositional_mqar": {
+        "sequence_length": 100,
+        "pairs": (1, 16),
+        "vocab_size": 301,
+        "noise": False,
+        "evaluate_at": (16, 49),
+    },
     "copying": {"sequence_length": 40, "lengths": (3, 20), "evaluate_at": (5, 40)},
+    "forgetting_mqar": {
+        "sequence_length": 80,
+        "pairs": (3, 16),
+        "updates": 3,
+        "vocab_size": 300,
+        "noise": False,
+        "evaluate_at": (16, 40),
+    },
     "fuzzy_recall": {"sequence_length": 60, "vocab_size": 11, "key_lengths": (1, 4), "evaluate_at": (2, 4)},
     "in_context_recall": {"sequence_length": 65, "vocab_size": 32, "keys": (1, 16), "noise_tokens": 9, "noise": 0.5},
     "induction_heads": {"sequence_length": 32, "lengths": (3, 32), "evaluate_at": (16, 100)},
@@ -252,6 +267,9 @@ def test_a_passkey_lies_where_its_depth_says_in_the_text_of_its_split(opened):
     [
         ("mqar", {"pairs": (4, 17)}, "mqar .*pairs 17 .*68 .*sequence_length .*64.*pairs 16"),
         ("mqar", {"pairs": (32,)}, "pairs 32 .*vocab_size 64 .*31.* 66"),
+        ("forgetting_mqar", {"pairs": (3,)}, "pairs must be 4 or more, and is 3"),
+        ("compositional_mqar", {"pairs": (8,)}, "pairs 8 is no square: choose 4 or 9"),
+        ("compositional_mqar", {"pairs": (9,), "vocab_size": 12}, "pairs 9 .*vocab_size 12 .*4: raise it to 30"),
         ("mqar", {"pairs": (4, 4)}, r"pairs .*\[4, 4\]"),
         ("mqar", {"evaluate_at": (40,)}, "pairs 40"),
         ("mqar", {"sequence_length": 3, "pairs": None}, "sequence_length 3 .*mqar"),
@@ -279,7 +297,7 @@ def test_an_impossible_task_is_refused(kind, fields, named):
         ("training.evaluation_lengths=[8]", r"training\.evaluation_lengths .*mqar"),
         ("data.packing=true", "'packing'; allowed: kind, sequence_length"),
         ("data.order=epochs", "'order'"),
-        ("data.kind=mqr", "'mqr'; allowed: compression, .*\"mqar\""),
+        ("data.kind=mqr", "'mqr'; allowed: compositional_mqar, .*\"mqar\""),
     ],
     ids=str,
 )
