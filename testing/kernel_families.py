@@ -61,6 +61,15 @@ class DecayCase(KernelCase):
         wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
         return self.wide if wide else self.dtype
 
+    def lost(self, name: str) -> float:
+        """A few of the smallest numbers of the inputs' dtype: it may have the states that a wide output is read from,
+        and keys times the decays of their dimensions, which a state adds up."""
+        info = torch.finfo(self.dtype)
+        few = 8 * info.tiny * info.eps
+        read = few if name == "output" and self.wide_output else 0.0
+        written = few * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
+        return super().lost(name) + read + written
+
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
         draw, probe, common, heads = drawn

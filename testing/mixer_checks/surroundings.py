@@ -1,8 +1,10 @@
 """A result does not depend on what else there is: other layers, other threads, torch's defaults."""
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from threading import Thread
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,26 +92,22 @@ class _Between(TorchFunctionMode):
     def __init__(self, point: int, function: Callable[[], None]) -> None:
         super().__init__()
         self.left, self.function = point, function
-        self.threads, self.errors = list[Thread](), list[Exception]()
+        self.called: list[Future[None]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left == 0:
-            self.threads.append(Thread(target=_run, args=(self.function, self.errors)))
-            self.threads[0].start()
-            self.threads[0].join(PATIENCE)
+            self.called.append(_other_thread(os.getpid()).submit(self.function))
+            wait(self.called, PATIENCE)
         return func(*args, **(kwargs or {}))
 
     def join(self) -> None:
         """Waits for what was called, and raises what it raised."""
-        for thread in self.threads:
-            thread.join()
-        for error in self.errors:
-            raise error
+        for call in self.called:
+            call.result()
 
 
-def _run(function: Callable[[], None], errors: list[Exception]) -> None:
-    try:
-        function()
-    except Exception as error:
-        errors.append(error)
+@cache
+def _other_thread(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a fork has no threads
+    """One for all: what libraries hold for a thread outlives it."""
+    return ThreadPoolExecutor(max_workers=1)

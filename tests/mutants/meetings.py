@@ -476,7 +476,7 @@ class SeedsItsSignsByHash(Specimen):
 
 @mutant(check="a_constant_state_is_never_written")
 class HandsOutEightBuffers(Specimen):
-    """Steps write states into eight buffers in turn, as captured graphs have them: the ninth changes the first."""
+    """Steps write states into eight buffers, as captured graphs have them: the ninth changes the first."""
 
     def mix(self, x, call):
         y, after = super().mix(x, call)
