@@ -26,6 +26,11 @@ class ForgettingMqarConfig(MqarConfig):
     def easiest(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.updates
 
+    def require(self, difficulty: int) -> None:
+        if 0 < difficulty < self.updates:
+            raise ValueError(f"pairs {difficulty} has fewer keys than the {self.updates} of updates: lower updates")
+        super().require(difficulty)
+
     def length_of(self, difficulty: int) -> int:
         return super().length_of(difficulty) + 2 * self.updates
 
