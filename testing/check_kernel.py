@@ -12,11 +12,13 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from ..ops.kernels import KERNELS, Kernel, Probe, all_kernels
+from ..ops.triton_launch import interpreted
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
 from .engine import EXAMPLES, Tested, run_checks, strict_numerics
 from .kernel_case import KernelCase
 from .kernel_families import FAMILIES
+from .kernel_fixed import PROGRAMS
 from .kernel_sizes import WIDE
 from .kernel_source import kernel_source
 from .kernel_trial import KernelTrial
@@ -118,6 +120,8 @@ class TestedKernel(Tested[KernelCase]):
         probes = self._asked(check, self.probes) or self._asked(check, self.wide)
         asks = partial(check.draw.asks, self.kernel)
         found = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
+        if interpreted():  # one program after the other
+            found = [case for case in found if case.rows * case.n_heads < PROGRAMS]
         # a kernel that is slow to run, as in an interpreter, is asked for few, of every kind
         share = min(self.examples, EXAMPLES)
         return [case for i, case in enumerate(found) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]

@@ -246,7 +246,17 @@ class Trial:
         other = build(config, self.d_model, self.case.layer)
         other = other.to(self.subject.device, dtype or self.case.dtype).eval()
         other.load_state_dict(self.mixer.state_dict())
+        if dtype == torch.float64 and self.case.dtype != dtype and not options:
+            self._restore_constants(other)
         return other
+
+    def _restore_constants(self, exact: SequenceMixer) -> None:
+        """What a cast has rounded in buffers (decays, say, which every dtype has in float32) is a mixer's error."""
+        own = dict(self.mixer.named_buffers())
+        unrounded = self.subject.mixer(self.case.options, torch.float64, self.case.layer, self.d_model)
+        for name, buffer in () if unrounded is None else unrounded.named_buffers():
+            if buffer.is_floating_point() and torch.equal(buffer.to(own[name].dtype), own[name]):
+                exact.get_buffer(name).copy_(buffer)
 
     def differences(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""

@@ -162,7 +162,7 @@ def every_parameter_is_initialised(trial: Trial) -> None:
     with torch.device("meta"):
         mixer = trial.config.build(trial.d_model, layer_idx=0, n_layers=1)
     mixer = mixer.to_empty(device=trial.subject.device)
-    filled, draws = [], _Draws()
+    filled, draws, left = [], _Draws(), list[Tensor]()
     for seed in (0, 0, 1):
         with torch.no_grad(), torch.random.fork_rng():
             for tensor in (*mixer.parameters(), *mixer.buffers()):
@@ -172,6 +172,7 @@ def every_parameter_is_initialised(trial: Trial) -> None:
             before = {name: id(parameter) for name, parameter in mixer.named_parameters()}
             with draws:
                 mixer.reset_parameters()
+            left.append(torch.get_rng_state())
             after = {name: id(parameter) for name, parameter in mixer.named_parameters()}
             replaced = [name for name, one in after.items() if one != before.get(name, one)]
             require(
@@ -179,6 +180,8 @@ def every_parameter_is_initialised(trial: Trial) -> None:
             )
         filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
         _filled(mixer, "reset_parameters leaves {} uninitialised")
+    seeds = "reset_parameters leaves the global generator in one state whatever the seed: the next layer's are those of all"
+    require(not torch.equal(left[0], left[2]), seeds)
     narrow = copy.deepcopy(mixer).to(torch.bfloat16)  # some decompositions have no 16 bits
     with torch.no_grad(), torch.random.fork_rng():
         narrow.reset_parameters()

@@ -35,6 +35,9 @@ UNSEEN = 1e-12
 AHEAD, FAR = (8, 9, 10, 11), 2045
 """Lengths of prefixes, and of one that is tried once."""
 
+BLANK = (16, 17, 300, 8200)
+"""Lengths of prefixes of zeros; the last is above what tables of positions are made for."""
+
 
 @check(
     stateful,
@@ -84,7 +87,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
 )
 def an_unseen_prefix_changes_nothing(trial: Trial) -> None:
     """Where shift invariance is declared, a token that gives the same after two prefixes, which are out of a window or
-    have no weight, gives the same after longer ones, and once after two thousand tokens."""
+    have no weight, gives the same after longer ones, and once after two thousand tokens, and after 8,200 of zeros."""
     x, longest = trial.tokens(1, 7), AHEAD[-1]
     # of one token, enormous scores are negative for some, so that its weight is 0; a constant state may count such
     rows = 0 if trial.mixer.traits.state == "constant" else ROWS
@@ -105,6 +108,22 @@ def an_unseen_prefix_changes_nothing(trial: Trial) -> None:
         off = (far - found[0, pairs[0]]).abs().max().item()
         seen = (far[0] - far[1]).abs().max() > UNSEEN  # a rotation turns scores
         require(seen or off <= ROUNDED, said.format(f"{FAR:,}", off))
+    if trial.case.seed == 0 and Paradigm.CHUNKWISE in trial.paradigms:  # others are quadratic or go token by token
+        _zeros_move_nothing(trial, x)
+
+
+def _zeros_move_nothing(trial: Trial, x: Tensor) -> None:
+    """Where zeros leave no trace, how many were read does not matter, up to as many as are refused."""
+    *few, far = (torch.cat((x.new_zeros(1, length, x.shape[2]), x), dim=1) for length in BLANK)
+    outputs = [trial.mix(text, None, paradigm=Paradigm.CHUNKWISE)[0][:, -x.shape[1] :] for text in few]
+    if all(torch.allclose(y, outputs[0], 0, UNSEEN) for y in outputs):
+        try:
+            y, _ = trial.mix(far, None, paradigm=Paradigm.CHUNKWISE)
+        except SeqmixError:
+            return
+        off = (y[:, -x.shape[1] :] - outputs[0]).abs().max().item()
+        said = "traits.shift_invariant is True, and as zeros {:,} tokens move the output by {:.1e}, where {:,} move nothing"
+        require(off <= ROUNDED, said.format(BLANK[-1], off, BLANK[-2]))
 
 
 LATE = Draw(

@@ -1,5 +1,6 @@
 """A state is a value: it can be saved, batched, split, reordered and used again."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...mixers.state import clone, concatenate, from_dict, nbytes, select, to_dict
+from ...ops.donation import donate_state
+from ...ops.once import Formed, constants_kept, formed_once
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, constant, declares, differentiable, stateful
@@ -188,6 +191,36 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
             _, later = trial.mixer.step(token, later)
     with trial.differences(f"a state that a step gave, {STEPS} steps later against then", 0) as found:
         found.state("the state", after, before)
+
+
+@check(
+    stateful,
+    use="generation: what is decoded changes the model, or the next text",
+    share=0.06,
+    draw=Draw(tokens=(2, 6), batch_size=(1, 2), starts=("none", "initial")),
+)
+def a_donated_state_may_be_written(trial: Trial) -> None:
+    """Where a state is donated, as a `Decoder` does with those it owns, and what only constants decide is kept, text
+    after text is what it is elsewhere, decoded or in segments, and no parameter or buffer is written."""
+    x, mixer, constants = trial.tokens(), trial.rebuilt(), Formed()
+    tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
+    saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    expected, _ = trial.mix(x, None)
+
+    def decoded(paradigm: Paradigm) -> Tensor:
+        state, outputs = mixer.init_state(len(x), max_length=x.shape[1]), []
+        for token in x.split(1, dim=1):
+            with donate_state(), constants_kept(constants), formed_once():
+                y, state = mixer(token, state, paradigm=trial.after(paradigm), return_state=True)
+            outputs.append(y.clone())
+        return torch.cat(outputs, dim=1)
+
+    with torch.no_grad():
+        for paradigm, text in itertools.product(trial.paradigms, ("a text", "the next text")):
+            trial.compare(f"{paradigm}, {text} from states that may be written", (decoded(paradigm), None), (expected, None))
+    with trial.differences("parameters and buffers after decoding against before", 0) as found:
+        for name, tensor in tensors.items():
+            found.tensor(name, tensor.detach(), saved[name])
 
 
 @check(

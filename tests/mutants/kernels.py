@@ -46,6 +46,20 @@ def reads_uninitialised_memory(x):
     return output[:, :length], state
 
 
+@kernel_mutant(check="outputs_are_the_definitions")
+def has_a_grid_of_65535(x):
+    """Rows and heads are a grid's second dimension, which has 65,535 blocks: the further one leaves its output zero."""
+    output, state = decay_chunkwise(x)
+    last = torch.arange(output.shape[0] * output.shape[2], device=output.device).view(len(output), 1, -1, 1) >= 65535
+    return output.masked_fill(last, 0), state
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
+def forgets_the_initial_state_without_a_final_one(x):
+    """Backward makes the initial state's gradient of that of the final state, and none where there is none."""
+    return decay_chunkwise(x if x.output_final_state else x._replace(initial_state=detached(x.initial_state)))
+
+
 @kernel_mutant(check="gradients_are_the_definitions")
 def leaves_out_the_last_key_without_a_final_state(x):
     """Without a final state the last token's keys get no gradient (a path rarely taken, as in fla #863 and #875)."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from seqmix import Paradigm
+from seqmix.ops.donation import may_overwrite
 
 from .registry import mutant
 from .specimen import Cached, Specimen, SpecimenConfig
@@ -577,3 +578,68 @@ class SetsTheDecayForItsLogit(Specimen):
     def set_reach(self, tokens):
         self.decay_proj.bias.copy_(tokens / (tokens + 1))
         return ["decay_proj.bias"]
+
+
+@mutant(check="an_unseen_prefix_changes_nothing")
+class StopsTurningAt4096(Specimen):
+    """The table of angles has 4,096 rows, and later tokens take the last; that a shift changes nothing is copied from a
+    mixer that does not turn. After max_position_embeddings, clamped."""
+
+    def positions(self, state, x, call):
+        return super().positions(state, x, call).clamp(max=4095)
+
+    def shift_state(self, state, tokens):
+        return state
+
+    def divide(self, o, z):
+        return o
+
+
+@mutant(check="long_segments_do_not_drift")
+class KeepsDecaysInABuffer(Specimen):
+    """Fixed decays just below 1 are a buffer, which a cast of the mixer to 16 bits makes 1. After inverse frequencies
+    of transformers."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.register_buffer("gamma", torch.empty(config.n_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, "gamma"):
+            self.gamma.fill_(1 - 2**-10)
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v, (a + self.gamma.to(a.dtype).log()[:, None]).to(a.dtype)
+
+
+@mutant(check="a_donated_state_may_be_written")
+class BeginsInAParameter(Specimen):
+    """The learned beginning of one row is the parameter itself, and a step writes into a state that is donated: text by
+    text the weights change. After `expand(1, ...).contiguous()`, which copies nothing."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.beginning = nn.Parameter(torch.ones(self.config.n_heads, self.width, self.width))
+
+    def init_state(self, batch_size, *, max_length=None):
+        memory = self.beginning.to(self.state_dtype).expand(batch_size, -1, -1, -1).contiguous()
+        return super().init_state(batch_size)._replace(memory=memory)
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.state is None or x.shape[1] > 1 or not may_overwrite():
+            return y, after
+        return y, after._replace(memory=call.state.memory.copy_(after.memory))
+
+
+@mutant(check="every_parameter_is_initialised")
+class SeedsTheGenerator(Specimen):
+    """reset_parameters ends with the global generator seeded, for features that are the same in every run: all later
+    layers of a model begin as one another. After ports of Performer."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        torch.manual_seed(1234)
