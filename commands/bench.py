@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.measure import Measurement
@@ -22,7 +21,7 @@ from ..experiments.timings import figures_of
 from ..registry import SeqmixError, require_name, write_file
 from ..training.memory import keep_freed_memory
 from .console import plain_table, terminal
-from .options import Device, JsonFile, Overrides, require_device, require_writable
+from .options import DTYPES, Device, JsonFile, Overrides, require_device, require_writable
 
 KINDS = (OpBenchmark, RecurrenceBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
 BENCHMARKS = {kind.name: kind for kind in KINDS}
@@ -34,7 +33,6 @@ LENGTHS = {
     "prefill": (512, 2048),
 }
 """What is measured where no length is given."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST = 2**24
 SPARED = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
 """Columns that a narrow terminal is spared, in this order."""

@@ -30,6 +30,8 @@ Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
 DeviceOrGpu = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
 ]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Number formats by name."""
 Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 

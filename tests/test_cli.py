@@ -139,6 +139,22 @@ def test_generated_text_is_a_function_of_the_seed(seqmix, run):
         assert text(*only_the_best, "--seed", "1") == text("--temperature", "0")
 
 
+def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(
+        "seqmix.commands.generate.stream_text",
+        lambda model, prompts, **_: dtypes.append({p.dtype for p in model.parameters()}) or iter([["x"]]),
+    )
+    for options in ([], ["--dtype", "bfloat16"]):
+        seqmix("generate", str(run), "--prompt", "the ", *options)
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+    refused = seqmix("generate", str(run), "--prompt", "the ", "--dtype", "bf16")
+    assert refused.status == 2
+    assert refused.err == (
+        "error: there is no number format 'bf16'; number formats: float32, bfloat16; did you mean \"bfloat16\"?\n"
+    )
+
+
 def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     pieces = []
     echo = __import__("typer").echo

@@ -180,7 +180,9 @@ def every_parameter_is_initialised(trial: Trial) -> None:
             )
         filled.append({name: tensor.detach().clone() for name, tensor in mixer.named_parameters()})
         _filled(mixer, "reset_parameters leaves {} uninitialised")
-    seeds = "reset_parameters leaves the global generator in one state whatever the seed: the next layer's are those of all"
+    seeds = (
+        "reset_parameters leaves the global generator in one state whatever the seed: the next layer's are those of all"
+    )
     require(not torch.equal(left[0], left[2]), seeds)
     narrow = copy.deepcopy(mixer).to(torch.bfloat16)  # some decompositions have no 16 bits
     with torch.no_grad(), torch.random.fork_rng():

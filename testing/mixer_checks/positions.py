@@ -122,7 +122,7 @@ def _zeros_move_nothing(trial: Trial, x: Tensor) -> None:
         except SeqmixError:
             return
         off = (y[:, -x.shape[1] :] - outputs[0]).abs().max().item()
-        said = "traits.shift_invariant is True, and as zeros {:,} tokens move the output by {:.1e}, where {:,} move nothing"
+        said = "traits.shift_invariant is True, and {:,} zeros move the output by {:.1e}, where {:,} move nothing"
         require(off <= ROUNDED, said.format(BLANK[-1], off, BLANK[-2]))
 
 

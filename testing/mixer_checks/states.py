@@ -217,7 +217,9 @@ def a_donated_state_may_be_written(trial: Trial) -> None:
 
     with torch.no_grad():
         for paradigm, text in itertools.product(trial.paradigms, ("a text", "the next text")):
-            trial.compare(f"{paradigm}, {text} from states that may be written", (decoded(paradigm), None), (expected, None))
+            trial.compare(
+                f"{paradigm}, {text} from states that may be written", (decoded(paradigm), None), (expected, None)
+            )
     with trial.differences("parameters and buffers after decoding against before", 0) as found:
         for name, tensor in tensors.items():
             found.tensor(name, tensor.detach(), saved[name])
