@@ -1,7 +1,8 @@
 """The options of a configuration that a check varies.
 
 Literals and booleans are tried in every value, `X | None` in None too. Numbers come from a field's `examples`
-(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets.
+(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets. Twice a
+float is tried where it has neither.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,7 +50,7 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
 
 
 def not_varied(config: MixerConfig) -> list[str]:
-    """Fields of which no other value is known: numbers without `examples`, floats with less than two bounds."""
+    """Fields of which no other value is known: integers without `examples` or bounds, text, lists."""
     varied = alternatives(config)
     return [name for name in type(config).model_fields if name not in FIXED and name not in varied]
 
@@ -156,7 +157,7 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
     """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; an
-    integer that is no power of two where there is no upper bound."""
+    integer that is no power of two where there is no upper bound, and twice a float that has no examples."""
     if own is None and int in get_args(field.annotation):
         return [UNEVEN]
     if isinstance(own, bool) or not isinstance(own, int | float):
@@ -166,7 +167,7 @@ def _bounds(field: FieldInfo, own: object) -> list[Any]:
     if isinstance(own, int) and low is not None and (high is None or high > FAR):
         return [UNEVEN]
     if low is None or high is None or high > FAR:
-        return []
+        return [2 * own or 0.5] if isinstance(own, float) and not field.examples else []
     between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2
     return [between, *(bounds[kind] for kind in ("le", "ge") if kind in bounds)]
 

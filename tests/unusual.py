@@ -705,3 +705,23 @@ class Alternating(LearnedStart):
     def token(self, u, state):
         h = state.memory / 2 + u
         return torch.where(state.odd[:, None], 2 * h, h), Turns(h, ~state.odd)
+
+
+class Begun(NamedTuple):
+    memory: torch.Tensor
+    begun: torch.Tensor
+    position: torch.Tensor
+
+
+class DoubledBeginning(Unusual):
+    """A first token counts twice, which a boolean leaf tells; what a shift moves is a position that nothing reads."""
+
+    declares: ClassVar = {"shift_invariant": False}
+
+    def init_state(self, batch_size, *, max_length=None):
+        flag, count = (self.zeros(batch_size, dtype=dtype) for dtype in (torch.bool, torch.int64))
+        return Begun(self.zeros(batch_size, self.width), flag, count)
+
+    def token(self, u, state):
+        h = state.memory / 2 + torch.where(state.begun[:, None], u, 2 * u)
+        return h, Begun(h, torch.ones_like(state.begun), state.position + 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
-from ...mixers.state import to_dict
+from ...mixers.state import is_inexact, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
@@ -69,7 +69,11 @@ def position_matters_only_where_declared(trial: Trial) -> None:
         if not declared:
             # a normaliser over the prefix may be all but constant after a few dozen tokens
             moves = any(change(start) > EXACT for start in (0, 1000, *BOUNDARIES))
-            require(moves, f"{paradigm}: traits.shift_invariant is False, and no shift changes anything")
+            # a flag of what was begun tells a position too, and is not shifted
+            require(
+                moves or _has_flags(trial.mixer),
+                f"{paradigm}: traits.shift_invariant is False, and no shift changes anything",
+            )
             continue
         # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
         for start, allowed in ((first + 937, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
@@ -177,6 +181,12 @@ def _no_count_matters(trial: Trial, x: Tensor) -> None:
             f"{paradigm}, {REPEATED} tokens later, which changed {' and '.join(counts)} alone"
         ) as found:
             found.tensor("the output", y_later, y, "BTD")
+
+
+def _has_flags(mixer: SequenceMixer[Any]) -> bool:
+    """Whether a state has integers or booleans that a shift of positions leaves alone."""
+    counts, before = shifted(mixer, 1), to_dict(mixer.init_state(1))
+    return any(not counts.get(name) for name, leaf in before.items() if not is_inexact(leaf))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

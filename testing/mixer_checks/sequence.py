@@ -73,7 +73,7 @@ def paradigms_agree(trial: Trial) -> None:
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
     """What is added to the outputs of each `nn.Linear`, or `nn.Conv1d` of size 1, by a hook or by a module in its place
     as adapters are, counts in every paradigm, or in none, after calls without it too, and so does what a hook before it
-    makes of its inputs; and so it does where training mode wants no state."""
+    makes of its inputs; and so it does where training mode wants no state. A weight of 8 bits changes no dtype."""
     x, state = trial.tokens(), trial.state()
     mixer, before = (copy.deepcopy(trial.without_dropout()) for _ in range(2))
     for module, other in zip(mixer.modules(), before.modules(), strict=True):
@@ -96,6 +96,14 @@ def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
             setattr(mixer.get_submodule(parent), leaf, _Replaced(module, 0.3 * trial.like(module.weight)))
     for read, tokens in reads.items():
         _same_in_every_paradigm(trial, mixer, tokens, state, f"with projections replaced{read}")
+    quantised = copy.deepcopy(trial.mixer)
+    for name, module in mixer.named_modules():
+        if isinstance(module, _Replaced) and module.called:  # others are read and not called
+            parent, _, leaf = name.rpartition(".")
+            setattr(quantised.get_submodule(parent), leaf, _Quantised(quantised.get_submodule(name)))
+    for paradigm in trial.paradigms:
+        expected, actual = (trial.mix(x, state, each, paradigm=paradigm) for each in (None, quantised))
+        trial.compare(f"{paradigm}, with projections whose weight attribute is int8 against without", actual, expected)
 
 
 def _is_projection(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
@@ -115,7 +123,7 @@ class _Replaced(nn.Module):
 
     def __init__(self, base: nn.Module, weight: Tensor) -> None:
         super().__init__()
-        self.base, self.added = base, partial(_added, weight)
+        self.base, self.added, self.called = base, partial(_added, weight), False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -124,7 +132,19 @@ class _Replaced(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.called = True
         return self.added(self, (x,), self.base(x))
+
+
+class _Quantised(_Replaced):
+    """One that computes what the projection does, of any dtype, and whose weight has 8 bits."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base, base.weight)
+        self.weight = base.weight.detach().to(torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x.to(self.base.weight.dtype))
 
 
 def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001

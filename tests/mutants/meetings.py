@@ -200,6 +200,20 @@ class RecurrentTilesTheGroups(FewGroupsConfig):
             return super().attend(paradigm, [q, k, v, a, one], state)
 
 
+@mutant(check="paradigms_agree")
+class WritesADefaultIntoSteps(SpecimenConfig):
+    """What log-decays are divided by is the default in the recurrent paradigm, of a field that names no example. After
+    `gate_logit_normalizer` of GLA (fla)."""
+
+    normalizer: float = Field(default=16.0, gt=0)
+
+    class layer(Specimen):  # noqa: N801
+        def attend(self, paradigm, tokens, state):
+            q, k, v, a, one = tokens
+            a = a / (16 if paradigm is Paradigm.RECURRENT else self.config.normalizer)
+            return super().attend(paradigm, [q, k, v, a, one], state)
+
+
 @mutant(check="dtypes_are_kept")
 class RoundsAtAStep(Specimen):
     """A step for one token gives its state in 16 bits, in a tensor of 32: what is small beside it is lost at every

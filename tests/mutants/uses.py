@@ -643,3 +643,12 @@ class SeedsTheGenerator(Specimen):
     def reset_parameters(self):
         super().reset_parameters()
         torch.manual_seed(1234)
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class CastsToTheWeightsDtype(Specimen):
+    """What is projected has the dtype of the projection's weight, which of a quantised layer is int8. After T5's output
+    layer in 8 bits (transformers)."""
+
+    def divide(self, o, z):
+        return super().divide(o, z).to(self.out_proj.weight.dtype)
