@@ -51,7 +51,10 @@ def check(
         list[str] | None, typer.Option(help="Run this check; may be repeated; all by default.", metavar="CHECK")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few seconds: 10 examples, and no check that compiles, if not asked for.")
+        bool,
+        typer.Option(
+            "--quick", help="A few seconds: 10 examples, and no check that compiles or is long, if not asked for."
+        ),
     ] = False,
     examples: Annotated[
         int | None, typer.Option(help="Cases of the largest check, 100 by default; others take a share.", min=1)
@@ -122,6 +125,9 @@ def check(
         if refused := [name for name in only or [] if name in left_out]:
             option = "--compile none" if compile_with else "--quick"
             raise SeqmixError(f"{option} leaves out {refused[0]}, which --only asks for")
+        if quick and not only:
+            left_out += [name for name, each in CHECKS.items() if each.long]
+            asked["checks"] = [name for name in CHECKS if name not in left_out]
         configs, vary = mixers_of(source, changes or [], hf_config)
         for name in paradigm or []:
             require_name("paradigm", name, list(Paradigm))

@@ -37,7 +37,9 @@ class Check(Generic[S, D, T]):
     share: float
     """Cases, as a share of the examples asked for; 0 means one."""
     compiles: bool = False
-    """Whether it compiles: slow, and left out of quick runs."""
+    """Whether it compiles, which is slow."""
+    long: bool = False
+    """Whether it reads hundreds of tokens in most cases: left out of quick runs, as what compiles is."""
     use: str = ""
     """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
 
@@ -62,14 +64,20 @@ KERNEL_CHECKS: dict[str, KernelCheck] = {}
 
 
 def check(
-    *needs: Need, share: float = 0.1, draw: Draw | None = None, compiles: bool = False, use: str = ""
+    *needs: Need,
+    share: float = 0.1,
+    draw: Draw | None = None,
+    compiles: bool = False,
+    long: bool = False,
+    use: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
     Raises:
         ValueError: its name is taken, or it has no docstring.
     """
-    return _registers(CHECKS, needs=needs, share=share, draw=draw or Draw(), compiles=compiles, use=use)
+    draw = draw or Draw()
+    return _registers(CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, use=use)
 
 
 def kernel_check(

@@ -15,7 +15,7 @@ from ..ops.kernels import KERNELS, Kernel, Probe, all_kernels
 from ..ops.triton_launch import interpreted
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
-from .engine import EXAMPLES, Tested, run_checks, strict_numerics
+from .engine import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics
 from .kernel_case import KernelCase
 from .kernel_families import FAMILIES
 from .kernel_fixed import PROGRAMS
@@ -122,9 +122,7 @@ class TestedKernel(Tested[KernelCase]):
         found = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
         if interpreted():  # one program after the other
             found = [case for case in found if case.rows * case.n_heads < PROGRAMS]
-        # a kernel that is slow to run, as in an interpreter, is asked for few, of every kind
-        share = min(self.examples, EXAMPLES)
-        return [case for i, case in enumerate(found) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]
+        return as_many_as_asked(found, self.examples)
 
     def _asked(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
         return [probe for probe in probes if check.draw.asks(self.kernel, probe)]

@@ -13,7 +13,7 @@ from ..mixers.contract import MixerConfig
 from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .check import CHECKS, MixerCheck
-from .engine import EXAMPLES, Tested, run_checks, strict_numerics
+from .engine import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics
 from .mixer_case import Case
 from .mixer_subject import BACKEND, Subject
 from .mixer_trial import Trial
@@ -76,7 +76,7 @@ def check_mixer(
     subject.probe()
     asked = {"checks": checks, "expected_failures": expected_failures, "compiles": compiles, "shrink": shrink}
     asked |= {"examples": examples, "seed": seed, "on_outcome": on_outcome, "on_case": on_case}
-    return Report(config, subject.d_model, outcomes=run_checks(TestedMixer(subject), CHECKS, **asked))
+    return Report(config, subject.d_model, outcomes=run_checks(TestedMixer(subject, examples), CHECKS, **asked))
 
 
 def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
@@ -133,8 +133,8 @@ class TestedMixer(Tested[Case]):
 
     what = "mixer"
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.name = subject, subject.config.kind
+    def __init__(self, subject: Subject, examples: int = EXAMPLES) -> None:
+        self.subject, self.name, self.examples = subject, subject.config.kind, examples
         self.described = (f"The configuration: {source(subject.config)}",)
 
     def skip_reason(self, check: MixerCheck) -> str | None:
@@ -148,7 +148,8 @@ class TestedMixer(Tested[Case]):
         met = self.subject.always(draw.always)
         met = [*met, *self.subject.always("shared")] if draw.wide or draw.always != "none" else met
         short = Case((5,), start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
-        return draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
+        found = draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
+        return as_many_as_asked(found, self.examples)
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
         return check.draw.of(self.subject.traits).simpler(case)

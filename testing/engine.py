@@ -63,6 +63,12 @@ class Tested(ABC, Generic[C]):
         """Python that runs a check on a case, or on all that are drawn as was asked."""
 
 
+def as_many_as_asked(fixed: list[C], examples: int) -> list[C]:
+    """Of the fixed cases all, or where fewer examples are asked for than usual, as large a share, of every kind."""
+    share = min(examples, EXAMPLES)
+    return [case for i, case in enumerate(fixed) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]
+
+
 def run_checks(
     tested: Tested,
     known: Mapping[str, Check],

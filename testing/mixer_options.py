@@ -51,8 +51,8 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
 
 def not_varied(config: MixerConfig) -> list[str]:
     """Fields of which no other value is known: integers without `examples` or bounds, text, lists."""
-    varied = alternatives(config)
-    return [name for name in type(config).model_fields if name not in FIXED and name not in varied]
+    varied, fields = alternatives(config), type(config).model_fields.items()
+    return [name for name, x in fields if name not in FIXED | varied.keys() and len(_values(x.annotation)) != 1]
 
 
 def chunk_sizes(

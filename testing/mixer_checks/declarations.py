@@ -29,7 +29,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 @check(
     declares("refusals", "A mixer of its own"),
     use="any call with a wrong argument: it computes something else instead of refusing",
-    share=0.12,
+    share=0.06,
     draw=ONCE,
 )
 def what_is_not_declared_is_refused(trial: Trial) -> None:
@@ -68,7 +68,7 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
 @check(
     declares("yaml", "A configuration in YAML"),
     use="runs from YAML: another mixer is built than was written",
-    share=0.12,
+    share=0.06,
     draw=ONCE,
 )
 def configurations_round_trip(trial: Trial) -> None:
@@ -223,7 +223,7 @@ def every_parameter_learns(trial: Trial) -> None:
 @check(
     declares("flops", "A declared cost"),
     use="reported FLOPs and MFU",
-    share=0.2,
+    share=0.1,
     draw=Draw(tokens=(1, 20), lists=((1,), (64,), (300,)), batch_size=(1, 1), starts=("none", "initial", "read")),
 )
 def flops_are_as_declared(trial: Trial) -> None:

@@ -91,6 +91,7 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
     differentiable,
     use="training with large batches: the gradients of parameters leave tokens out",
     share=0,
+    long=True,
     draw=Draw(tokens=(61, 61), batch_size=(14, 14), starts=("none", "read"), uses=USES),
 )
 def gradients_of_a_batch_are_sums_over_its_rows(trial: Trial) -> None:
@@ -129,7 +130,7 @@ def _frozen(parameters: list[Tensor]) -> Iterator[None]:
     differentiable,
     exact_gradients,
     use="training: gradients are wrong",
-    share=0.12,
+    share=0.08,
     draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
 )
 def gradients_are_derivatives(trial: Trial) -> None:

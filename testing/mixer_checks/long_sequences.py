@@ -35,13 +35,14 @@ CONTEXT = 8192
 @check(
     use="long sequences: what is cut into blocks of a thousand tokens is another map, or has another gradient",
     share=0,
+    long=True,
     draw=Draw(tokens=(1030, 1160), batch_size=(1, 1), starts=("read",)),
 )
 def thousands_of_tokens_agree(trial: Trial) -> None:
     """At a thousand tokens every paradigm gives the same output, final state and gradients, at two thousand the same
     output and final state, of packed documents and in large chunks too; after four thousand one token at a time gives
-    what the whole does, of which no final state is wanted, chunkwise gradients are those of two halves; and after
-    8,192 a chunk gives the same."""
+    what the whole does, of which no final state is wanted, chunkwise gradients are those of two halves; and
+    8,201 at once give what pieces do."""
     text, stepped = _as_long_as_it_takes(trial)
     length, state = text.shape[1], trial.state()
     x, more = text[:, : length // 4], text[:, : length // 2]
@@ -72,18 +73,20 @@ def thousands_of_tokens_agree(trial: Trial) -> None:
 
 
 def _after_a_context(trial: Trial) -> None:
-    """Tokens after a context's usual length, with it at once and from its state: where tables of positions end."""
+    """More tokens than a context usually has, at once and in pieces: where tables of positions end, and scans of chunks
+    have two levels."""
     if Paradigm.CHUNKWISE not in trial.paradigms:  # others are quadratic or go token by token
         return
-    text = trial.tokens(1, CONTEXT + HEAD)
+    text, state, outputs = trial.tokens(1, CONTEXT + HEAD), None, []
     try:
         whole, _ = trial.mix(text, None, paradigm=Paradigm.CHUNKWISE, return_state=False)
     except SeqmixError:  # the table's end is refused
         return
-    _, state = trial.mix(text[:, :CONTEXT], None, paradigm=Paradigm.CHUNKWISE)
-    y, _ = trial.mix(text[:, CONTEXT:], state, paradigm=Paradigm.CHUNKWISE)
-    what = f"chunkwise, {HEAD} tokens from the state after {CONTEXT:,} against all at once"
-    trial.compare(what, (y, None), (whole[:, CONTEXT:], None))
+    for piece in text.split(BLOCKS[-1] - 1, dim=1):
+        y, state = trial.mix(piece, state, paradigm=Paradigm.CHUNKWISE)
+        outputs.append(y)
+    what = f"chunkwise, {text.shape[1]:,} tokens at once against pieces of {BLOCKS[-1] - 1:,}"
+    trial.compare(what, (whole, None), (torch.cat(outputs, dim=1), None))
 
 
 def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor) -> Tensor:
@@ -174,6 +177,7 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
     stateful,
     use="decoding after a long prompt: what was read long ago is kept badly, or found no more",
     share=0,
+    long=True,
     draw=Draw(tokens=(302, 302), batch_size=(2, 2), starts=("none",)),
 )
 def memory_reaches_back(trial: Trial) -> None:

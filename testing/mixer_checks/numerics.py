@@ -45,7 +45,7 @@ JUMP = 3
 
 @check(
     use="training and evaluation in low precision",
-    share=0.2,
+    share=0.12,
     draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
 )
 def low_precision_is_near_float64(trial: Trial) -> None:
@@ -63,7 +63,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
 @check(
     packing,
     use="packed training in low precision",
-    share=0.12,
+    share=0.08,
     draw=Draw(pieces=(2, 4), tokens=(0, 16), many=8, lists=((0, 70, 9, 0),), batch_size=(1, 1), uses=USES, dtypes=LOW),
 )
 def packing_keeps_precision(trial: Trial) -> None:
@@ -117,6 +117,7 @@ def _near_float64(
     stateful,
     use="long decoding in low precision: errors add up",
     share=0.1,
+    long=True,
     draw=Draw(tokens=(STEPS, STEPS), batch_size=(1, 1), starts=("none",), dtypes=LOW),
 )
 def long_decoding_does_not_drift(trial: Trial) -> None:
@@ -170,7 +171,7 @@ LENGTHY = Draw(
 )
 
 
-@check(use="long sequences in low precision: errors add up", share=0.04, draw=LENGTHY)
+@check(use="long sequences in low precision: errors add up", share=0.04, long=True, draw=LENGTHY)
 def long_segments_do_not_drift(trial: Trial) -> None:
     """At the end of hundreds of tokens low precision is as near float64 as at the start, in every paradigm, with
     extreme gates and decays too."""
@@ -229,7 +230,7 @@ def _thousands_in_float16(trial: Trial, exact: SequenceMixer) -> None:
 
 @check(
     use="decoding in low precision: a state is rounded at every token",
-    share=0.15,
+    share=0.08,
     draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)),
 )
 def dtypes_are_kept(trial: Trial) -> None:
@@ -298,7 +299,7 @@ AUTOCAST = Draw(
 )
 
 
-@check(use="mixed precision (autocast)", share=0.15, draw=AUTOCAST)
+@check(use="mixed precision (autocast)", share=0.08, draw=AUTOCAST)
 def autocast_changes_only_precision(trial: Trial) -> None:
     """Under autocast to bfloat16, output, final state and gradients are near float64, packed documents too, and a
     state's leaves keep their dtypes."""
@@ -331,7 +332,7 @@ def autocast_changes_only_precision(trial: Trial) -> None:
 
 @check(
     use="training: extreme inputs give NaN or inf",
-    share=0.15,
+    share=0.08,
     draw=Draw(tokens=(1, 40), fixed=300, long=4, batch_size=(1, 1), dtypes=LOW),
 )
 def extremes_are_finite(trial: Trial) -> None:

@@ -43,7 +43,7 @@ BLANK = (16, 17, 300, 8200)
     stateful,
     shiftable,
     use="long text: late tokens are mixed in another way than early ones",
-    share=0.12,
+    share=0.06,
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)),
 )
 def position_matters_only_where_declared(trial: Trial) -> None:
@@ -135,7 +135,9 @@ LATE = Draw(
 )
 
 
-@check(stateful, positioned, use="long text in low precision: late positions are rounded", share=0.15, draw=LATE)
+@check(
+    stateful, positioned, use="long text in low precision: late positions are rounded", share=0.08, long=True, draw=LATE
+)
 def late_positions_are_exact(trial: Trial) -> None:
     """After a million tokens float32, also under autocast, and bfloat16 are as near float64 as at the start, or so many
     are refused."""

@@ -25,7 +25,7 @@ STEPS = 40
 @check(
     stateful,
     use="the start of a text: it depends on how the state was made",
-    share=0.15,
+    share=0.08,
     draw=Draw(tokens=(1, 8), starts=("none",)),
 )
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
@@ -75,7 +75,7 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
 @check(
     stateful,
     use="beam search and batched decoding: rows of a state are mixed up",
-    share=0.2,
+    share=0.1,
     draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
 )
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
@@ -103,7 +103,7 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
 
 
 @check(
-    stateful, use="saved prompts: text goes on in another way", share=0.1, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
+    stateful, use="saved prompts: text goes on in another way", share=0.06, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
 )
 def a_state_survives_the_disk(trial: Trial) -> None:
     """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
@@ -135,7 +135,7 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
     differentiable,
     stateful,
     use="truncated backpropagation, and prompts that are used again",
-    share=0.25,
+    share=0.12,
     draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_state_is_never_written_under_grad(trial: Trial) -> None:
@@ -228,7 +228,7 @@ def a_donated_state_may_be_written(trial: Trial) -> None:
 @check(
     stateful,
     use="everything that is done with states: beams, saving, moving between devices",
-    share=0.12,
+    share=0.06,
     draw=Draw(tokens=(1, 6), batch_size=(2, 5)),
 )
 def a_state_is_tensors_batch_first(trial: Trial) -> None:

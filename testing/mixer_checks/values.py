@@ -214,7 +214,7 @@ def calls_stay_on_the_device(trial: Trial) -> None:
     stateful,
     declares("rows", "Rows of their own lengths"),
     use="batched decoding of prompts of different lengths",
-    share=0.2,
+    share=0.12,
     draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)),
 )
 def rows_may_differ_in_length(trial: Trial) -> None:

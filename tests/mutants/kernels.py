@@ -55,6 +55,18 @@ def has_a_grid_of_65535(x):
 
 
 @kernel_mutant(check="gradients_are_the_definitions")
+def adds_up_64_partial_sums(x):
+    """Of a fixed decay's gradient each row and chunk has a part, and one block adds up 64 of them."""
+    rows, length, heads = x.v.shape[:3]
+    if x.log_decay is None or x.log_decay.ndim > 1:
+        return decay_chunkwise(x)
+    chunk = torch.arange(length, device=x.q.device) // x.chunk_size
+    part = torch.arange(rows, device=x.q.device)[:, None] * -(-length // x.chunk_size) + chunk
+    a = x.log_decay.expand(rows, length, heads)
+    return decay_chunkwise(x._replace(log_decay=torch.where((part < 64)[..., None], a, a.detach())))
+
+
+@kernel_mutant(check="gradients_are_the_definitions")
 def forgets_the_initial_state_without_a_final_one(x):
     """Backward makes the initial state's gradient of that of the final state, and none where there is none."""
     return decay_chunkwise(x if x.output_final_state else x._replace(initial_state=detached(x.initial_state)))

@@ -652,3 +652,15 @@ class CastsToTheWeightsDtype(Specimen):
 
     def divide(self, o, z):
         return super().divide(o, z).to(self.out_proj.weight.dtype)
+
+
+@mutant(check="thousands_of_tokens_agree")
+class LosesDecaysBetweenGroups(Specimen):
+    """A scan of two levels over chunks, in groups of 5,000 tokens, hands on a state without the decays of a group."""
+
+    def chunkwise(self, tokens, memory, weight):
+        o, z, after, weight_after = super().chunkwise([x[:, :, :5000] for x in tokens], memory, weight)
+        if tokens[0].shape[2] <= 5000:
+            return o, z, after, weight_after
+        rest = super().chunkwise([x[:, :, 5000:] for x in tokens], after + memory + 1, weight_after)
+        return torch.cat((o, rest[0]), dim=2), torch.cat((z, rest[1]), dim=2), *rest[2:]
