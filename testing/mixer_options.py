@@ -1,8 +1,8 @@
 """The options of a configuration that a check varies.
 
 Literals and booleans are tried in every value, `X | None` in None too. Numbers come from a field's `examples`
-(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets. Twice a
-float is tried where it has neither.
+(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets. Of a
+float that has neither, twice its value is tried where every value is.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,14 +34,16 @@ FAR = 64
 """An upper bound above it guards against mistakes, and costs too much to be tried."""
 
 
-def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
-    """Values to try for each field, beside the one it has."""
+def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, list[Any]]:
+    """Values to try for each field, beside the one it has; `guessed` of floats that name none too, twice of what they
+    have, which may be too much for 16 bits."""
     found: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
         if name in FIXED or name in getattr(config, "not_varied", ()):
             continue
         own = getattr(config, name)
         values = [*(field.examples or []), *_values(field.annotation), *_bounds(field, own)]
+        values += [2 * own or 0.5] if guessed and not values and isinstance(own, float) else []
         # a value may be a list, which is not hashed, and which the configuration makes another type of
         others = [value for n, value in enumerate(values) if value not in values[:n]]
         if others := [value for value in others if value != own and _accepted(config, name, value) != own]:
@@ -51,7 +53,7 @@ def alternatives(config: MixerConfig) -> dict[str, list[Any]]:
 
 def not_varied(config: MixerConfig) -> list[str]:
     """Fields of which no other value is known: integers without `examples` or bounds, text, lists."""
-    varied, fields = alternatives(config), type(config).model_fields.items()
+    varied, fields = alternatives(config, guessed=True), type(config).model_fields.items()
     return [name for name, x in fields if name not in FIXED | varied.keys() and len(_values(x.annotation)) != 1]
 
 
@@ -121,7 +123,7 @@ def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> li
 
 
 def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:
-    return [(name, value) for name, others in alternatives(config).items() for value in others]
+    return [(name, value) for name, others in alternatives(config, guessed=True).items() for value in others]
 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
@@ -157,7 +159,7 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
     """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; an
-    integer that is no power of two where there is no upper bound, and twice a float that has no examples."""
+    integer that is no power of two where there is no upper bound."""
     if own is None and int in get_args(field.annotation):
         return [UNEVEN]
     if isinstance(own, bool) or not isinstance(own, int | float):
@@ -167,7 +169,7 @@ def _bounds(field: FieldInfo, own: object) -> list[Any]:
     if isinstance(own, int) and low is not None and (high is None or high > FAR):
         return [UNEVEN]
     if low is None or high is None or high > FAR:
-        return [2 * own or 0.5] if isinstance(own, float) and not field.examples else []
+        return []
     between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2
     return [between, *(bounds[kind] for kind in ("le", "ge") if kind in bounds)]
 

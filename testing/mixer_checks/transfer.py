@@ -39,8 +39,9 @@ def projections_have_their_roles(trial: Trial) -> None:
     x, roles, channel = trial.tokens(), trial.mixer.projections, trial.d_model // 2
     for role in roles:
         _is_a_view(trial, role, x, channel)
-    for role in roles.keys() - {"o"} if "o" in roles and not _norm_is_over_heads(trial, x) else ():
-        _heads_are_apart(trial, role, x)
+    for role in roles.keys() - {"o"} if "o" in roles and not _norm_is_over_heads(trial, x, "v") else ():
+        if not _norm_is_over_heads(trial, x, role):
+            _heads_are_apart(trial, role, x)
 
     def is_read_later(role: str, length: int) -> bool:
         first = trial.tokens(length=length)
@@ -68,17 +69,17 @@ def _is_a_view(trial: Trial, role: str, x: Tensor, channel: int) -> None:
     require(changed, f"projections: {role} is written and the output stays: it is no view")
 
 
-def _norm_is_over_heads(trial: Trial, x: Tensor) -> bool:
+def _norm_is_over_heads(trial: Trial, x: Tensor, role: str) -> bool:
     """Whether beside an enormous head, which itself is not read, the others count no more."""
     mixer, (y, _) = trial.rebuilt(), trial.mix(x, None)
-    v, o = (mixer.projections.get(role, x[0, :1]) for role in "vo")
+    heads, o = (mixer.projections.get(name, x[0, :1]) for name in (role, "o"))
     with torch.no_grad():
-        v[0] *= HUGE
-        o[: max(1, len(o) // len(v))] = 0
+        heads[0] *= HUGE
+        o[: max(1, len(o) // len(heads))] = 0
         beside, _ = trial.mix(x, None, mixer)
-        v[1:] += trial.like(v[1:])
+        heads[1:] += trial.like(heads[1:])
     moved = trial.mix(x, None, mixer)[0] - beside
-    return len(v) > 1 and bool(moved.norm() <= 1e-3 * y.norm())
+    return len(heads) > 1 and bool(moved.norm() <= 1e-3 * y.norm())
 
 
 def _heads_are_apart(trial: Trial, role: str, x: Tensor) -> None:
