@@ -19,6 +19,9 @@ from ..mixer_trial import Trial, learnable, named_results
 LOSS_SCALE = 2.0**16
 """What losses are multiplied by in float16."""
 
+FRESH = 53
+"""Tokens, and of a chunk, that no other check has."""
+
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Values that are compared by ==."""
 
@@ -29,6 +32,7 @@ def results_are_deterministic(trial: Trial) -> None:
     is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     mixer, sampled = trial.mixer_in_use, trial.rebuilt()  # built first, which draws numbers
+    _trained_after_sampling(trial)
     before = torch.random.get_rng_state()
     tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -61,6 +65,22 @@ def results_are_deterministic(trial: Trial) -> None:
     with trial.differences("parameters and buffers after mixing against before", 0) as found:
         for name, tensor in tensors.items():
             found.tensor(name, tensor.detach(), saved[name])
+
+
+def _trained_after_sampling(trial: Trial) -> None:
+    """Sizes that are met in inference mode before anywhere else: what a process keeps of them, as masks, must learn."""
+    size = {"chunk_size": FRESH}
+    mixer = trial.rebuilt(**(size if trial.subject.accepts({**trial.case.options, **size}) else {}))
+    x = trial.tokens(1, FRESH)
+    for paradigm in trial.paradigms:
+        call = trial.call(paradigm, mixer)
+        with torch.inference_mode():
+            call(x.clone(), None)
+        try:
+            trial.differentiate(call, x, None, mixer=mixer)
+        except RuntimeError as error:
+            said = f"{paradigm}: {FRESH} tokens that are first read in inference mode cannot be trained: {error}"
+            raise CheckFailure(said.partition(". ")[0]) from error
 
 
 def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:

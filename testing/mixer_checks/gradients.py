@@ -33,7 +33,7 @@ MANY_ROWS = 5
 
 @check(
     use="training: it computes another function than evaluation, or other gradients",
-    share=0.12,
+    share=0.08,
     draw=Draw(tokens=(1, 11), long=4, lists=((65,), (130,), (300,)), batch_size=(1, 2), crowded=6, uses=USES, wide=6),
 )
 def modes_change_nothing(trial: Trial) -> None:

@@ -1,6 +1,7 @@
 """Wrong mixers: right where they are evaluated, wrong in a way of using them (packing, precision, layers, lengths)."""
 
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -664,3 +665,18 @@ class LosesDecaysBetweenGroups(Specimen):
             return o, z, after, weight_after
         rest = super().chunkwise([x[:, :, 5000:] for x in tokens], after + memory + 1, weight_after)
         return torch.cat((o, rest[0]), dim=2), torch.cat((z, rest[1]), dim=2), *rest[2:]
+
+
+@cache
+def future(length):
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+@mutant(check="results_are_deterministic")
+class SharesAMaskOfTheProcess(Specimen):
+    """The mask of a length is made once in a process: where it is first needed in inference mode, training cannot save
+    it. After cached masks and tables of angles of transformers and xformers."""
+
+    def decays(self, a):
+        between = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
+        return between.masked_fill(future(a.shape[-1]), -torch.inf).exp()
