@@ -155,15 +155,16 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
         with torch.no_grad():
             for parameter in mixer.parameters():
                 parameter.add_(shift if parameter.ndim == 1 else 0)
-        start, after = 0, state
+        start, after, y = 0, state, text[:, :0]
         for length in (length for length in BLOCKS if length + HEAD <= text.shape[1]):
-            y, after = trial.mix(text[:, start:length], after, mixer, paradigm=trial.reference)
+            more, after = trial.mix(text[:, start:length], after, mixer, paradigm=trial.reference)
+            y = torch.cat((y, more), dim=1)
             if not y.isfinite().all():  # such parameters are none
                 break
             for paradigm in {*trial.paradigms} - {trial.reference}:
                 z, found = trial.mix(text[:, :length], state, mixer, paradigm=paradigm)
                 what = f"{paradigm}, {length} tokens against {trial.reference}, vectors moved by {shift:g}"
-                trial.compare(what, (z[:, start:], found), (y, after))
+                trial.compare(what, (z, found), (y, after))
             start = length
         else:
             token = text[:, start : start + 1]

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, detach, select
 from ...ops.paradigm import Paradigm
 from ..check import check, chunked, differentiable, recurrent, several_paradigms, stateful
@@ -112,11 +113,15 @@ def _is_projection(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
     return of_one or isinstance(module, nn.Linear)
 
 
-def _same_in_every_paradigm(trial: Trial, mixer: nn.Module, x: Tensor, state: Any, what: str) -> None:
+def _same_in_every_paradigm(trial: Trial, mixer: SequenceMixer, x: Tensor, state: Any, what: str) -> None:
     expected = trial.mix(x, state, mixer, paradigm=trial.reference)
     for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
         actual = trial.mix(x, state, mixer, paradigm=paradigm)
         trial.compare(f"{what}, {paradigm} against {trial.reference}", actual, expected)
+    if trial.mixer.traits.has_state and Paradigm.RECURRENT in trial.mixer.traits.paradigms:
+        given = trial.mixer.init_state(len(x)) if state is None else clone(state)
+        stepped = trial.decode(x, given, mixer.step)
+        trial.compare(f"{what}, steps against {trial.reference}", stepped, expected)
 
 
 class _Replaced(nn.Module):

@@ -680,3 +680,30 @@ class SharesAMaskOfTheProcess(Specimen):
     def decays(self, a):
         between = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
         return between.masked_fill(future(a.shape[-1]), -torch.inf).exp()
+
+
+@mutant(check="wrapped_projections_count_in_every_paradigm")
+class StepsPastItsProjection(Specimen):
+    """A step without gradients multiplies by the output projection's weight itself, past what wraps it. After decoding
+    of mamba_ssm, which LoRA did not reach."""
+
+    def mix(self, x, call):
+        if x.shape[1] > 1 or call.state is None or torch.is_grad_enabled():
+            return super().mix(x, call)
+        own, self.out_proj = self.out_proj, nn.Linear(self.out_proj.in_features, self.out_proj.out_features, bias=False)
+        self.out_proj.weight = own.weight
+        try:
+            return super().mix(x, call)
+        finally:
+            self.out_proj = own
+
+
+@mutant(check="thousands_of_tokens_agree")
+class WrapsWholeBlocksAround(Specimen):
+    """In parallel, of a power of two of tokens the last reaches the first, as in an FFT that is not padded then."""
+
+    def parallel(self, tokens, memory, weight):
+        o, *rest = super().parallel(tokens, memory, weight)
+        if o.shape[2] < 512 or o.shape[2] & (o.shape[2] - 1):
+            return o, *rest
+        return torch.cat((o[:, :, :1] + o[:, :, -1:], o[:, :, 1:]), dim=2), *rest
