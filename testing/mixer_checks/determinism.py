@@ -69,8 +69,8 @@ def results_are_deterministic(trial: Trial) -> None:
 
 def _trained_after_sampling(trial: Trial) -> None:
     """Sizes that are met in inference mode before anywhere else: what a process keeps of them, as masks, must learn."""
-    size = {"chunk_size": FRESH}
-    mixer = trial.rebuilt(**(size if trial.subject.accepts({**trial.case.options, **size}) else {}))
+    chunked = trial.subject.accepts({**trial.case.options, "chunk_size": FRESH})
+    mixer = trial.rebuilt(chunk_size=FRESH) if chunked else trial.rebuilt()
     x = trial.tokens(1, FRESH)
     for paradigm in trial.paradigms:
         call = trial.call(paradigm, mixer)
