@@ -11,11 +11,8 @@ reads both.
 """
 
 import hashlib
-import os
 import re
 import shutil
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -134,7 +131,7 @@ class Writer:
 
     def __init__(self, run: Path, groups: ProcessGroups = ALONE, *, keep: int, keep_best: bool) -> None:
         self.run, self.groups, self.keep, self.keep_best = run, groups.background, keep, keep_best
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
 
     def write(self, manifest: Manifest, parts: Parts, metadata: Mapping[str, str]) -> Path:
@@ -178,12 +175,6 @@ class Writer:
                 raise
         finally:
             self._thread.shutdown()
-
-
-def _yield_to_training() -> None:
-    """This thread gets a tenth of a core that training also wants; elsewhere niceness is that of all threads."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + 10)
 
 
 def write(

@@ -44,7 +44,7 @@ def gru(call=call):
 
 
 def ends(config, **options):
-    report = check_mixer(config, examples=6, compiles=False, shrink=False, **options)
+    report = check_mixer(config, examples=30, compiles=False, shrink=False, **options)
     return {status: {o.check.name for o in report.outcomes if o.status is status} for status in Status}
 
 
