@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ..check import check, differentiable, value_residual
-from ..compare import require
+from ..compare import near, require
 from ..mixer_case import Draw
 from ..mixer_trial import Call, Trial, learnable
 from .packing import alone, described, together
@@ -37,6 +37,20 @@ def first_values_are_read_with_their_tokens(trial: Trial) -> None:
     y, _ = trial.mix(x, state, paradigm=trial.reference)
     with trial.differences("values wanted against not") as found:
         found.tensor("the output", first["the output"][..., : x.shape[-1]], y, "BTD")
+    _under_autocast(trial, x.float())
+
+
+def _under_autocast(trial: Trial, x: Tensor) -> None:
+    """Values that a first layer gives under autocast are such as a later one takes there: two layers' roundings."""
+    layers = trial.rebuilt(torch.float32), taking(trial).float()
+
+    def run(on: bool) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=on):
+            *_, values = layers[0](x, return_values=True)
+            return layers[1](x, first_values=values)[0]
+
+    what = "under autocast, with values that the first layer gives there"
+    near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
 
 
 def taking(trial: Trial) -> SequenceMixer:

@@ -1,11 +1,15 @@
 """Packed documents (varlen, `cu_seqlens`) are independent sequences."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from ...mixers.state import concatenate, map_state, select
+from ...ops.packing import Documents
 from ..check import check, differentiable, packing
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial
@@ -38,6 +42,9 @@ def documents_are_sequences(trial: Trial) -> None:
         if paradigm == refilled:
             unwanted, _ = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm, return_state=False)
             trial.compare(f"{paradigm}, packed, no final states wanted", (unwanted, None), (y, None))
+            with _not_as_numbers():
+                unread = trial.mix(x, state, cu_seqlens=boundaries, paradigm=paradigm)
+            trial.compare(f"{paradigm}, packed, boundaries that are on the device alone", unread, (y, states))
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"
         with trial.differences(what) as found:
@@ -50,6 +57,19 @@ def documents_are_sequences(trial: Trial) -> None:
                     found.state(f"document {rows[0]}'s final state", select(states, index), after)
                 later, _ = trial.mix(following[index], after)
                 found.tensor(f"document {rows[0]}'s output of two tokens later", z[index], later, "NTD")
+
+
+@contextmanager
+def _not_as_numbers() -> Iterator[None]:
+    """Boundaries are not read as numbers, as on a GPU and by a compiler."""
+    of = Documents.of
+
+    def unread(*args: Any, **options: Any) -> Documents | None:
+        found = of(*args, **options)
+        return None if found is None else found._replace(boundaries=None)
+
+    with patch.object(Documents, "of", unread):
+        yield
 
 
 @check(

@@ -21,6 +21,9 @@ from ..mixer_trial import Trial, as_leaves, float_leaves, learnable, leaves_of, 
 STEPS = 40
 """More than there are buffers in a pool."""
 
+DEEP, GROWN = 12, 40
+"""Layers of a model, and tokens after which a state has grown."""
+
 
 @check(
     stateful,
@@ -260,7 +263,8 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
 )
 def a_state_has_the_declared_size(trial: Trial) -> None:
-    """A constant state never grows; a growing one does."""
+    """A constant state never grows; a growing one does, in every layer."""
+    declared = trial.mixer.traits.state
     for paradigm in trial.paradigms:
         sizes, state = [], None
         for length in (16, 16, 32, 600):
@@ -271,8 +275,14 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
         # a learned beginning may be a view of a parameter
         constant = len({nbytes(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
         text = f"{paradigm}: the state keeps {sizes} bytes alive after 16, 32, 64 and 664 tokens"
-        declared = trial.mixer.traits.state
         require(constant if declared == "constant" else grows, f"{text}, and traits.state is {declared}")
+    for layer in range(1, DEEP):  # every sixth, perhaps, attends to everything
+        mixer = trial.config.build(trial.d_model, layer_idx=layer, n_layers=DEEP).to(trial.subject.device)
+        x = trial.tokens(1, GROWN).float()
+        with torch.no_grad():
+            few, many = (_memory(mixer(x[:, :length], return_state=True)[1]) for length in (1, GROWN))
+        text = f"layer {layer} of {DEEP}: the state keeps {few} bytes alive after a token, and {many} after {GROWN}"
+        require((few < many) == (declared == "growing"), f"{text}, and traits.state is {declared}")
 
 
 def _memory(state: Any) -> int:

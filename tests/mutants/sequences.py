@@ -321,9 +321,12 @@ class Residual(Specimen):
     def heads(self, x):
         qk, v, a = super().heads(x)
         if self.first is not None:
-            mixed = v.transpose(1, 2).flatten(2).lerp(self.first, self.share.sigmoid())
+            mixed = self.mixed(v.transpose(1, 2).flatten(2), self.first, self.share.sigmoid())
             v = mixed.unflatten(-1, (-1, self.width)).transpose(1, 2)
         return qk, v, a
+
+    def mixed(self, own, first, share):
+        return own.lerp(first.to(own), share.to(own))
 
 
 class ResidualConfig(SpecimenConfig):
@@ -346,3 +349,15 @@ class DetachesFirstValues(ResidualConfig):
     and recomputed layers did not pass them on."""
 
     layer = Detaching
+
+
+class Lerping(Residual):
+    def mixed(self, own, first, share):
+        return own.lerp(first, share)
+
+
+@mutant(check="first_values_are_read_with_their_tokens")
+class MixesDtypesUnderAutocast(ResidualConfig):
+    """Values of the first layer are mixed in by a product that takes one dtype, and under autocast there are two."""
+
+    layer = Lerping

@@ -707,3 +707,28 @@ class WrapsWholeBlocksAround(Specimen):
         if o.shape[2] < 512 or o.shape[2] & (o.shape[2] - 1):
             return o, *rest
         return torch.cat((o[:, :, :1] + o[:, :, -1:], o[:, :, 1:]), dim=2), *rest
+
+
+@mutant(check="documents_are_sequences")
+class ForgetsStatesOnTheDevice(Specimen):
+    """Where boundaries are on the device alone, packed documents start from nothing. After causal_conv1d of fla, with
+    initial states."""
+
+    def mix(self, x, call):
+        unread = call.documents is not None and call.documents.boundaries is None
+        return super().mix(x, call._replace(state=None) if unread else call)
+
+
+class Hoarding(Specimen):
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        room = after.memory.new_zeros(len(after.memory), x.shape[1], *after.memory.shape[2:])
+        return y, after._replace(memory=torch.cat((after.memory, room), dim=1)[:, : self.config.n_heads])
+
+
+@mutant(check="a_state_has_the_declared_size")
+class KeepsAllInTheSixthLayer(SpecimenConfig):
+    """The state of every sixth layer grows, and is declared constant. After patterns of layers as Gemma 3 has them."""
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return (Hoarding if layer_idx % 6 == 5 else Specimen)(self, d_model)
