@@ -30,11 +30,12 @@ FIXED: tuple[Fields, ...] = (
     {**_BATCH, "log_decay": "H"},
     {**_BATCH, "log_decay": "B T H", "layout": "fused"},
     # a gradient of a head's decay is a sum over more blocks than a byte counts
-    {**_BATCH, "lengths": (90,) * 9, "n_heads": 2, "chunk_size": 3, "log_decay": "H"},
+    {**_BATCH, "lengths": (65,) * 60, "n_heads": 2, "chunk_size": 16, "log_decay": "H"},
     {"lengths": (260,), "key_width": 5, "value_width": 8, "chunk_size": LARGE, "layout": "fused"},
     {"lengths": CROWD, "packed": True, "key_width": 2, "value_width": 3, "chunk_size": 32},
     {"lengths": (140,), "key_width": 2, "value_width": 3, "chunk_size": 2},
     {"lengths": (9, 9), "key_width": 130, "value_width": 40, "layout": "heads_first"},
+    {"lengths": (9, 9), "key_width": 3, "value_width": 150},
     {"lengths": (0, 129, 0, 0, 131, 0), "packed": True, "key_width": 3, "value_width": 2, "chunk_size": LARGE},
     {**_BATCH, "lengths": (5, 5), "n_heads": 3, "layout": "mixed"},
     {"lengths": (3,) * ROWS, "n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3},

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...mixers.contract import SequenceMixer
@@ -100,6 +100,11 @@ def parameters_round_trip(trial: Trial) -> None:
         others["parameters of a plain mapping"] = trial.rebuilt()
     # as a file of safetensors holds them: torch's own mapping has versions of modules beside
     others["parameters of a plain mapping"].load_state_dict({**trial.mixer.state_dict()})
+    others["parameters of a model that it is part of"] = part = trial.rebuilt()
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.zero_()
+    nn.ModuleList([part]).load_state_dict(nn.ModuleList([trial.mixer]).state_dict())
     for paradigm in trial.paradigms:
         expected = trial.mix(x, None, paradigm=paradigm)
         for what, other in others.items():

@@ -732,3 +732,18 @@ class KeepsAllInTheSixthLayer(SpecimenConfig):
 
     def build(self, d_model, *, layer_idx, n_layers):
         return (Hoarding if layer_idx % 6 == 5 else Specimen)(self, d_model)
+
+
+@mutant(check="parameters_round_trip")
+class LoadsByItsOwnNames(Specimen):
+    """A hook on loading takes parameters by their names in the mixer, where a model's begin with the layer's. After
+    hooks that pack projections again."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.register_load_state_dict_pre_hook(self.unpacked)
+
+    @staticmethod
+    def unpacked(module, state_dict, prefix, *_):
+        name = "decay_proj.bias"
+        state_dict[prefix + name] = state_dict.get(name, torch.zeros_like(module.decay_proj.bias))

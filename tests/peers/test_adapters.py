@@ -27,8 +27,8 @@ def no_kernels(monkeypatch):
     monkeypatch.delitem(sys.modules, DELTA_NET, raising=False)
 
 
-def failing(config, checks):
-    report = check_mixer(config, checks=checks, examples=8, compiles=False, shrink=False)
+def failing(config, checks, examples=8):
+    report = check_mixer(config, checks=checks, examples=examples, compiles=False, shrink=False)
     return {outcome.check.name for outcome in report.failures}
 
 
@@ -65,7 +65,7 @@ def test_what_is_found_in_transformers(path, fields, check):
 
     if not __version__.startswith("5.24"):
         pytest.skip("the findings are those of 5.24")
-    assert failing(HFConfig(path=path, **fields), [check]) == {check}
+    assert failing(HFConfig(path=path, **fields), [check], examples=40) == {check}
 
 
 @transformers
@@ -79,7 +79,10 @@ def test_chunks_of_torchscale_are_another_map():
     # after tokens of zeros the eps of its norm counts, and the scale of a state from pieces is another
     zeros = {"pieces_equal_the_whole"}
     assert failing(TorchscaleConfig(), checks) == zeros
-    assert failing(TorchscaleConfig(chunk=4), checks) == zeros | {"paradigms_agree"}
+    assert failing(TorchscaleConfig(chunk=4), checks, examples=100) == zeros | {
+        "paradigms_agree",
+        "steps_equal_the_whole",
+    }
 
 
 @transformers
