@@ -252,11 +252,13 @@ class Trial:
 
     def _restore_constants(self, exact: SequenceMixer) -> None:
         """What a cast has rounded in buffers (decays, say, which every dtype has in float32) is a mixer's error."""
-        own = dict(self.mixer.named_buffers())
         unrounded = self.subject.mixer(self.case.options, torch.float64, self.case.layer, self.d_model)
-        for name, buffer in () if unrounded is None else unrounded.named_buffers():
-            if buffer.is_floating_point() and torch.equal(buffer.to(own[name].dtype), own[name]):
-                exact.get_buffer(name).copy_(buffer)
+        cast, given = dict(self.mixer.named_buffers()), dict(unrounded.named_buffers() if unrounded is not None else ())
+        # a call may register some
+        for name, buffer in exact.named_buffers():
+            own, wide = cast.get(name), given.get(name)
+            if own is not None and wide is not None and buffer.is_floating_point() and wide.shape == buffer.shape:
+                buffer.copy_(wide if torch.equal(wide.to(own.dtype), own) else buffer)
 
     def differences(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""

@@ -202,11 +202,11 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
     stateful,
     use="generation: what is decoded changes the model, or the next text",
     share=0.06,
-    draw=Draw(tokens=(2, 6), batch_size=(1, 2), starts=("none", "initial")),
+    draw=Draw(tokens=(2, 6), batch_size=(1, 2), starts=("none",)),
 )
 def a_donated_state_may_be_written(trial: Trial) -> None:
     """Where a state is donated, as a `Decoder` does with those it owns, and what only constants decide is kept, text
-    after text is what it is elsewhere, decoded or in segments, and no parameter or buffer is written."""
+    after text is decoded as elsewhere, in every paradigm, and no parameter or buffer is written."""
     x, mixer, constants = trial.tokens(), trial.rebuilt(), Formed()
     tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
