@@ -8,6 +8,7 @@ if __name__ == "__main__":  # the folder above is on the path of tests alone
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import (  # noqa: F401  importing them registers the mutants
+    circumstances,
     kernels,
     meetings,
     numerics,
