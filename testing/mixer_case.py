@@ -43,6 +43,9 @@ CROWDS = (9, 33)
 MANY = 9
 """Documents beside a few."""
 
+HEADS = (1, 12, 36)
+"""Heads of a wide mixer, beside its own: one of more than 128 channels, several, and more than a block of 32."""
+
 LAYERS = 3
 """Layers of the model that a mixer is built for."""
 
@@ -139,7 +142,7 @@ class Draw:
         found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
         begun = dict.fromkeys((self.starts[-1], self.starts[0]))
         found += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
-        heads: tuple[dict[str, Any], ...] = ({}, {"options": {"n_heads": 12}}, {"options": {"n_heads": 36}})
+        heads: list[dict[str, Any]] = [{}, *({"options": {"n_heads": number}} for number in HEADS)]
         found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})

@@ -228,7 +228,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
     recurrent,
     use="decoding: it gives another text than the model was trained for",
     share=0.12,
-    draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2), always="values"),
+    draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2), wide=10, always="values"),
 )
 def steps_equal_the_whole(trial: Trial) -> None:
     """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""

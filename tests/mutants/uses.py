@@ -199,6 +199,17 @@ class ScoresByOneTile(Specimen):
         return super().scores(q[..., :32], k[..., :32])
 
 
+@mutant(check="paradigms_agree")
+class StepsByWholeTilesOfValues(Specimen):
+    """The recurrent form goes over tiles of 128 value columns, counted by a division that rounds down: of a head of 192,
+    the last 64 are never written."""
+
+    def recurrent(self, tokens, memory, weight):
+        q, k, v, *rest = tokens
+        known = v.shape[-1] // 128 * 128 or v.shape[-1]
+        return super().recurrent([q, k, F.pad(v[..., :known], (0, v.shape[-1] - known)), *rest], memory, weight)
+
+
 @mutant(check="rows_are_independent")
 class MixesTheRowsBeyondABlock(Specimen):
     """Rows from the 33rd on read the tokens of the first."""
