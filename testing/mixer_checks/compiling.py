@@ -88,10 +88,10 @@ def graphs_follow_sizes(trial: Trial) -> None:
 
     # a graph that holds a size is wrong at the next
     calls: list[tuple[Tensor, dict[str, Tensor]]] = [
-        (trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)}) for cuts in ((0, 3, 8), (0, 2, 9, 9, 14))
+        (trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)}) for cuts in ((0, 3, 9), (0, 2, 9, 9, 14))
     ]
     if not packs:
-        calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 8), (4, 14))]
+        calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 9), (4, 14))]
     for x, options in calls:
         expected = trial.differentiate(partial(function, **options), x, None)
         with _one_graph():
