@@ -18,9 +18,13 @@ from torch import Tensor
 from ..ops.kernels import Kernel
 from ..ops.recurrence import Recurrence, require_recurrence
 from .kernel_case import SEGMENT, Drawn, Exact, KernelCase, Tensors
-from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, STATES
+from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, STATES, WIDE
 from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
+
+
+FEW_OF_FLOAT16 = 100.0
+"""Numbers up to this size do not add up to what float16 does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -43,6 +47,7 @@ class DecayCase(KernelCase):
     fixed = (
         *FIXED,
         *STATES,
+        *WIDE,
         *RESETS,
         LONG,
         {"lengths": (14,) * 2, "key_width": 3, "value_width": 2, "log_decay": "B T H", "weakest": 9.0},
@@ -60,6 +65,14 @@ class DecayCase(KernelCase):
     def dtype_of(self, name: str) -> torch.dtype:
         wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
         return self.wide if wide else self.dtype
+
+    @property
+    def undefined(self) -> tuple[str, ...]:
+        """Where states leave the range of the inputs' dtype, in which a kernel may multiply queries by them, all but
+        the final state, which is wider; and an output that has no wider dtype."""
+        q, k, v = self.sizes
+        beyond = k * v > FEW_OF_FLOAT16 or (q * k * v > FEW_OF_FLOAT16 and not self.wide_output)
+        return ("output",) if self.dtype == torch.float16 and beyond else ()
 
     def lost(self, name: str) -> float:
         """A few of the smallest numbers of the inputs' dtype: it may have the states that a wide output is read from,

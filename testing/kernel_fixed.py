@@ -68,6 +68,13 @@ STATES: tuple[Fields, ...] = tuple(
 """States that float16 cannot hold, which are float32: above its range, and below its normal numbers."""
 
 
+WIDE: tuple[Fields, ...] = tuple(
+    {**_SMALL, "lengths": (9,), "dtype": torch.float16, "sizes": (1e3, 1.0, 30.0), "scale": 1.0}
+    | {"wide_output": True, "needs_grad": False, "chunk_size": chunk_size}
+    for chunk_size in (3, 16)
+)
+"""Outputs above float16's range, of states within it, where they are float32."""
+
 RESETS: tuple[Fields, ...] = tuple(
     {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
     for log_decay, odd in (("B T H", 0), ("B T H K", 1))
@@ -119,6 +126,7 @@ SCORES: tuple[Fields, ...] = tuple(
         {"sizes": (-1e4, 1.0, 1.0)},
         {"sizes": (4.0, 1.0, 1.0), "loud": (0,)},
         {"sizes": (4.0, 1.0, 1.0), "loud": (8,)},
+        {"sizes": (200.0, 200.0, 1.0), "scale": 2.0**-14, "dtype": torch.float16},
     )
     for context in (
         {"window": None, "initial_state": False, "final_state": False},
@@ -128,7 +136,7 @@ SCORES: tuple[Fields, ...] = tuple(
     )
 )
 """Scores beyond what float64 can exponentiate, of both signs; all so low that -10,000 is above them; one key that
-outweighs all others, seen by all queries or by the last alone."""
+outweighs all others, seen by all queries or by the last alone; products that float16 holds after they are scaled."""
 
 
 def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[str]]) -> Iterator[Fields]:

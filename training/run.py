@@ -173,7 +173,8 @@ class Course:
                 stopping, early = self.groups.any(stop()), self._out_of_patience and not last
                 ending, best = last or early or stopping, settings.keep_best and self.best.step == done
                 if ending or best or done % settings.checkpoint_every == 0:
-                    self.trainer.require_finite_update(step)
+                    if "validation_loss" not in measured or settings.carry_state:  # an evaluation is a check too
+                        self.trainer.require_finite_update(step)
                     yield self.save(done, measured, wait=ending)
                 if early:
                     yield self._stopped_early(done)

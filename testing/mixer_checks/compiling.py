@@ -78,7 +78,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    graph = torch.compile(function, fullgraph=True, backend=trial.subject.compile_backend)
+    graph = torch.compile(function, fullgraph=True, backend=_backend(trial))
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:
         # from the first call on for any size: by itself, the compiler would do so at the second only
@@ -100,13 +100,19 @@ def graphs_follow_sizes(trial: Trial) -> None:
         trial.compare(f"{what}, documents {options['cu_seqlens'].tolist()}" if options else what, actual, expected)
 
 
+def _backend(trial: Trial) -> str:
+    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import."""
+    asked = trial.subject.compile_backend
+    return "aot_eager_default_partitioner" if asked == "aot_eager" else asked
+
+
 def _cuts(trial: Trial, cuts: tuple[int, ...]) -> Tensor:
     return torch.tensor(cuts, device=trial.subject.device)
 
 
 def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[Tensor | None] = (None, None)) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(trial.subject.compile_backend)
+    counter = CompileCounterWithBackend(_backend(trial))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}
@@ -144,7 +150,7 @@ def decoding_compiles_once(trial: Trial) -> None:
     tokens; a growing state for which nothing is allocated, whatever `max_length`, may take further graphs, as its sizes
     are others at every token."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(trial.subject.compile_backend)
+    counter = CompileCounterWithBackend(_backend(trial))
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
     with _one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):

@@ -1,7 +1,9 @@
 """A mixer's declarations hold: refusals, round trips, initialisation, cost."""
 
 import copy
+import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -233,7 +235,8 @@ def every_parameter_learns(trial: Trial) -> None:
 )
 def flops_are_as_declared(trial: Trial) -> None:
     """`flops` is what a counter counts, with or without a final state, of a few tokens and of hundreds (more by what
-    tokens alone write into a state, as in the recurrent paradigm: outer products are elementwise)."""
+    tokens alone write into a state, as in the recurrent paradigm: outer products are elementwise), and of a million
+    tokens and more it grows as they do."""
     x, context = trial.tokens(), 1 + trial.case.seed % 7 if trial.case.start == "read" else 0
     state = trial.mix(trial.tokens(length=context), None)[1] if context else None
     for paradigm in trial.paradigms if state is None else filter(trial.mixer.traits.takes_state, trial.paradigms):
@@ -252,6 +255,17 @@ def flops_are_as_declared(trial: Trial) -> None:
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) is {declared:,}, and counted are"
         sentence += f" {counted[0]:,} ({counted[1]:,} with a final state)"
         require(min(counted) <= declared <= max(counted) + max(4 * lone * numbers, first), sentence)
+        _flops_grow(trial.mixer, paradigm)
+
+
+def _flops_grow(mixer: SequenceMixer, paradigm: Paradigm) -> None:
+    """Of texts too long to be counted: of twice the tokens at least twice as many, a fixed cost aside, and at most four
+    times; numbers of 32 bits overflow, and those of floats are not whole."""
+    with suppress(SeqmixError):  # no such texts
+        counts = [mixer.flops(2**n, paradigm) for n in range(20, 40)]
+        for n, (once, twice) in enumerate(itertools.pairwise(counts), start=20):
+            said = f"{paradigm}: flops is {once!r} for 2^{n} tokens, and {twice!r} for twice as many"
+            require(1.9 * once <= twice <= 4 * once, said)
 
 
 class _Draws(TorchDispatchMode):

@@ -91,6 +91,23 @@ def leaves_out_the_ragged_last_tile(x):
 
 
 @kernel_mutant(check="outputs_are_the_definitions")
+def reads_the_state_of_the_first_tile(x):
+    """Values are mixed in tiles of 128 columns, and all of them begin from the initial state of the first tile."""
+    state = x.initial_state
+    if state is not None:
+        state = state[..., torch.arange(state.shape[-1], device=state.device) % 128]
+    return decay_chunkwise(x._replace(initial_state=state))
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
+def rounds_a_wide_output(x):
+    """An output that is wanted in float32 is stored in the inputs' dtype on the way: of float16 it may be infinite."""
+    output, state = decay_chunkwise(x)
+    narrow = x.q.dtype == torch.float16
+    return output.to(x.q.dtype).to(output.dtype) if narrow else output, state
+
+
+@kernel_mutant(check="outputs_are_the_definitions")
 def repeats_the_decays_of_four_heads(x):
     """Decays per head are read four at a time, and further heads get those of the first four."""
     a = x.log_decay

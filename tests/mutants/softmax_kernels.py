@@ -54,6 +54,16 @@ def clamps_scores_instead_of_a_maximum(x):
 
 
 @kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def stores_products_before_they_are_scaled(x):
+    """In float16 products are stored before they are scaled, and are infinite above 65,504."""
+    if (plain := plain_scores(x)) is None:
+        return softmax_parallel(x)
+    scores, v = plain
+    scores = (scores / x.scale).to(x.q.dtype).to(scores.dtype) * x.scale
+    return weighted(x, (scores - scores.tril().amax(-1, keepdim=True)).exp().tril(), v)
+
+
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def subtracts_the_maximum_of_masked_scores(x):
     """The maximum is that of all keys, and a later one that outweighs them leaves 0 / 0."""
     if (plain := plain_scores(x)) is None:

@@ -170,6 +170,14 @@ class CountsTwiceInDecoding(SpecimenConfig):
         return mixer
 
 
+@mutant(check="flops_are_as_declared")
+class CountsInThirtyTwoBits(Specimen):
+    """Products of tokens and weights overflow at 2^31."""
+
+    def flops(self, length, paradigm, context=0):
+        return torch.tensor(super().flops(length, paradigm, context)).to(torch.int32).item()
+
+
 @mutant(check="a_state_has_the_declared_size")
 class GrowsAfterAHundredTokens(Specimen):
     """The state gets a second copy after a hundred tokens, whose size nobody looks at."""
@@ -201,7 +209,7 @@ class ScoresByOneTile(Specimen):
 
 @mutant(check="paradigms_agree")
 class StepsByWholeTilesOfValues(Specimen):
-    """The recurrent form goes over tiles of 128 value columns, counted by a division that rounds down: of a head of 192,
+    """The recurrent form goes over tiles of 128 value columns, whose number a division rounds down: of a head of 192
     the last 64 are never written."""
 
     def recurrent(self, tokens, memory, weight):
