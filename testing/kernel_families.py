@@ -22,7 +22,6 @@ from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, STATES, WIDE
 from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
 
-
 FEW_OF_FLOAT16 = 100.0
 """Numbers up to this size do not add up to what float16 does not hold."""
 
