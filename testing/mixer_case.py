@@ -134,7 +134,10 @@ class Draw:
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         found += [replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1]) for lengths in self.lists]
-        found += [replace(usual, lengths=lengths, start=self.starts[0]) for lengths in self.lists]
+        found += [
+            replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1], start=self.starts[0])
+            for lengths in self.lists
+        ]
         if self.crowded:
             found += [replace(usual, batch_size=rows) for rows in CROWDS]
         if len(self.dtypes) > 1:

@@ -158,8 +158,8 @@ def _accepted(config: MixerConfig, name: str, value: object) -> object:
 
 
 def _bounds(field: FieldInfo, own: object) -> list[Any]:
-    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; an
-    integer that is no power of two where there is no upper bound."""
+    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; where
+    there is no upper bound, an integer that is no power of two, or one less of many."""
     if own is None and int in get_args(field.annotation):
         return [UNEVEN]
     if isinstance(own, bool) or not isinstance(own, int | float):
@@ -167,7 +167,8 @@ def _bounds(field: FieldInfo, own: object) -> list[Any]:
     bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if isinstance(own, int) and low is not None and (high is None or high > FAR):
-        return [UNEVEN]
+        # a large number may be that of positions, which texts need
+        return [UNEVEN if own <= FAR else own - 1]
     if low is None or high is None or high > FAR:
         return []
     between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2

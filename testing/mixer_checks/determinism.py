@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Set
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...ops.paradigm import Paradigm
 from ..check import check
 from ..compare import EXACT, CheckFailure, require
 from ..mixer_case import USES, Draw
-from ..mixer_trial import Trial, learnable, named_results
+from ..mixer_trial import Call, Trial, learnable, named_results
 
 LOSS_SCALE = 2.0**16
 """What losses are multiplied by in float16."""
@@ -26,7 +27,10 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch
 """Values that are compared by ==."""
 
 
-@check(use="repeated calls: one call changes what the next one gives", share=0.08, draw=Draw(tokens=(1, 9), uses=USES))
+LONGER_THAN_CHUNKS = Draw(tokens=(1, 9), lists=((70,),), uses=USES)
+
+
+@check(use="repeated calls: one call changes what the next one gives", share=0.08, draw=LONGER_THAN_CHUNKS)
 def results_are_deterministic(trial: Trial) -> None:
     """Twice the same arguments give the same bits, forward and backward, through the same graph too; no random number
     is drawn, and no gradient from above, parameter, buffer or attribute of a module holds anything of a call."""
@@ -56,6 +60,11 @@ def results_are_deterministic(trial: Trial) -> None:
         found_later = _held(mixer)
         second = trial.differentiate(call, x, state, used=True)
         trial.compare(f"{paradigm}, a second call against the first", second, first, 0)
+        # as losses of pairs have it, and layers that are used twice
+        both = trial.differentiate(partial(_and_then, call, other), x, state, used=True)
+        trial.compare(
+            f"{paradigm}, with a call on other tokens before the backward pass against without", both, first, 0
+        )
         _backward_twice(trial, paradigm, x, state)
         for name in sorted(held.keys() | found_later.keys()):
             same = _same(held.get(name), found_later.get(name))
@@ -65,6 +74,12 @@ def results_are_deterministic(trial: Trial) -> None:
     with trial.differences("parameters and buffers after mixing against before", 0) as found:
         for name, tensor in tensors.items():
             found.tensor(name, tensor.detach(), saved[name])
+
+
+def _and_then(call: Call, other: Tensor, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    found = call(x, state)
+    call(other, state)
+    return found
 
 
 def _trained_after_sampling(trial: Trial) -> None:

@@ -300,12 +300,20 @@ def test_an_example_that_its_field_refuses_is_an_error():
         check_mixer(RefusedConfig(n_heads=2))
 
 
+class LearnedConfig(RetentionConfig):
+    kind: Literal["learned"] = "learned"
+    n_heads: int = 2
+    positions: int = Field(default=1024, gt=0)
+
+
 def test_options_are_the_values_that_annotations_and_examples_name():
     found = alternatives(RETENTION)
     wanted = {"n_heads": [1, 3], "decay": ["log_uniform", "constant", "none"], "gamma": [0.8], "row_norm": [False]}
     assert {name: found[name] for name in wanted} == wanted
     assert not {"kind", "paradigm", "chunk_size"} & found.keys()
     assert alternatives(AttentionConfig(n_heads=2, window=3))["window"] == [4, 1, None]
+    # few positions would refuse what is read
+    assert alternatives(LearnedConfig())["positions"] == [1023]
     # options that exclude each other
     assert changed(RETENTION, {"gamma": 0.8}) is None
     assert changed(RETENTION, {"gamma": 0.8, "decay": "constant"}).gamma == 0.8

@@ -37,7 +37,8 @@ from seqmix.training.trainer import Trainer
 PRESET = ("retnet-200m", "model.vocab_size=257", "training.grad_accum_steps=1")
 EVERY = 4
 """Steps between checkpoints. Memory is measured until the first is written, which slows steps, and times after it."""
-STEPS = 5 * EVERY
+STEPS = 3 * EVERY
+TOKENS = 256
 MIB = 2**20
 SLOWED = "step while one is written"
 TIMES = ("step", SLOWED, "copy")
@@ -56,10 +57,10 @@ def measure(folder: Path, asked: list[str]) -> dict[str, float]:
     text = folder / f"text-{rank}.txt"
     text.write_text("a text that is not what is measured. " * 100)
     preset, *changes = asked or PRESET
-    changes += [f"data.paths=[{text}]", "data.sequence_length=16", f"training.batch_size={size}"]
+    changes += [f"data.paths=[{text}]", f"data.sequence_length={TOKENS}", f"training.batch_size={size}"]
     changes += [f"training.steps={STEPS}", f"training.checkpoint_every={EVERY}", "training.compile=false"]
     changes += ["training.evaluate_every=1000", "training.final_evaluation_batches=1", "training.keep_best=false"]
-    changes += ["training.keep_checkpoints=1", "training.warmup_steps=1", "training.activation_checkpointing=false"]
+    changes += ["training.keep_checkpoints=1", "training.warmup_steps=1", "training.activation_checkpointing=true"]
     same, built, shards, whole = ranks.started_here(changes, preset)
     found = {"rank": rank, "same": same, "whole": whole, "shards": shards, "built": built}
     at_most, ended, step = [0], threading.Event(), Trainer.train_step
