@@ -15,6 +15,9 @@ from ..mixer_trial import Trial
 FEW = 4
 """Rows of a large batch that are mixed without the others: of a small one it is each."""
 
+SAMPLES = 2
+"""Rows that go on from one row's state."""
+
 COUNTED = (257, 257)
 """Rows and tokens of a batch with more than 65,536 tokens."""
 
@@ -54,7 +57,8 @@ def _tens_of_thousands(trial: Trial) -> None:
 )
 def strides_change_nothing(trial: Trial) -> None:
     """Inputs, states and gradients from above that are not contiguous, or do not begin where their memory does (rows
-    split from a batch), give what others give, with gradients and without."""
+    split from a batch), give what others give, with gradients and without; and so do rows that share the memory of one,
+    as samples of a prompt whose state is expanded do."""
     x, state = trial.tokens(), trial.state()
     # time first is what other libraries have
     lay = _time_first if trial.case.seed % 3 == 0 else _strided
@@ -80,6 +84,25 @@ def strides_change_nothing(trial: Trial) -> None:
                     y, after = call(among(x[:, :length]), _laid(among, state))
                 what = f"{paradigm}, without gradients, {length} tokens, inputs that are {rows} rows of larger ones"
                 trial.compare(what, (y, after if length == x.shape[1] else None), whole)
+    if trial.mixer.traits.has_state:
+        _samples_share_a_prompt(trial, x[:1])
+
+
+def _samples_share_a_prompt(trial: Trial, prompt: Tensor) -> None:
+    samples = trial.tokens(SAMPLES, prompt.shape[1])
+
+    def state() -> Any:  # with room for what is sampled
+        with torch.no_grad():
+            return trial.call()(prompt, trial.mixer.init_state(1, max_length=2 * prompt.shape[1]))[1]
+
+    def expanded(leaf: Tensor) -> Tensor:
+        return leaf.expand(SAMPLES, *leaf.shape[1:])
+
+    y, _ = trial.decode(samples, map_state(expanded, state()), trial.call(trial.reference))
+    expected, _ = trial.decode(samples, select(state(), trial.index(*[0] * SAMPLES)), trial.call(trial.reference))
+    trial.compare(
+        "steps from a state that is expanded over rows against one whose row is copied", (y, None), (expected, None)
+    )
 
 
 class _GradientTimeFirst(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import nn
 from seqmix.ops.donation import may_overwrite
 
 from .registry import mutant
-from .specimen import Specimen, SpecimenConfig
+from .specimen import Cached, Specimen, SpecimenConfig
 
 
 @mutant(check="an_unseen_prefix_changes_nothing")
@@ -45,6 +45,16 @@ class KeepsDecaysInABuffer(Specimen):
     def heads(self, x):
         qk, v, a = super().heads(x)
         return qk, v, (a + self.gamma.to(a.dtype).log()[:, None]).to(a.dtype)
+
+
+@mutant(check="strides_change_nothing")
+class WritesIntoTheRowThatAllShare(Cached):
+    """A step writes keys in place, where rows are one row's memory, as of a prompt that is expanded over its samples:
+    all have the last one's. After static caches of transformers."""
+
+    def extended(self, state, k, v):
+        shared = state is not None and state.keys.numel() and state.keys.stride(0) == 0 and len(k) > 1
+        return super().extended(state, k[-1:].expand_as(k) if shared else k, v)
 
 
 @mutant(check="a_donated_state_may_be_written")

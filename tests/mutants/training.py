@@ -126,6 +126,38 @@ class GathersAMeanInTraining(Specimen):
         return super().heads(x if self.training else x - self.mean)
 
 
+@mutant(check="results_are_deterministic")
+class KeepsScoresOutsideOfTheGraph(Specimen):
+    """What the backward pass needs is kept by the module, in a closure that nothing shows, of the latest call: of two
+    calls before one backward pass, as in losses of pairs, the first gets the second's."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        return _Recalled.apply(y, self.__dict__.setdefault("latest", _closure())), after
+
+
+def _closure():
+    kept = []
+
+    def latest(*new):
+        kept[:] = new or kept
+        return kept[0]
+
+    return latest
+
+
+class _Recalled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, latest):
+        ctx.latest = latest
+        latest(y.detach().clone())
+        return y * y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.latest() * gradient, None
+
+
 @mutant(check="modes_change_nothing")
 class ScoresFromTheStart(Specimen):
     """Where neither gradients nor a state are wanted, as text is scored, the state given is not read."""
