@@ -201,15 +201,15 @@ def test_what_a_carried_state_is_not_for_is_refused(config_of, change, preset, n
         config_of("training.carry_state=true", change, preset=preset)
 
 
-@pytest.mark.parametrize(("every", "seen"), [(1, 4), (3, 5), (100, 5)])
-def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, seen):
+@pytest.mark.parametrize(("every", "evaluated", "seen"), [(1, 100, 4), (1, 1, 4), (3, 100, 5), (100, 100, 5)])
+def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, evaluated, seen):
     # the fourth step ruins the parameters
     monkeypatch.setattr("seqmix.training.trainer.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
     config = config_of(
-        "training.evaluate_every=100", "training.keep_checkpoints=9", f"training.checkpoint_every={every}"
+        f"training.evaluate_every={evaluated}", "training.keep_checkpoints=9", f"training.checkpoint_every={every}"
     )
     message = refusal(lambda: run_of(config, tmp_path / "run"), TrainingError)
-    assert re.match(rf"step {seen}: the loss.* (nan|inf), .*output of .*training\.learning_rate", message)
+    assert re.match(rf"step {seen}: the (validation )?loss.* (nan|inf), .*output of .*training\.learning_rate", message)
     written = checkpoints(tmp_path / "run")
     assert not written or message.endswith(str(written[-1]))
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
