@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.kernels import Kernel
 from ..ops.recurrence import Recurrence, require_recurrence
 from .kernel_case import SEGMENT, Drawn, Exact, KernelCase, Tensors
-from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, STATES, WIDE
+from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
 from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
 
@@ -49,6 +49,8 @@ class DecayCase(KernelCase):
         *WIDE,
         *RESETS,
         LONG,
+        {**SLOW, "log_decay": "B T H", "strength": 0.01},
+        {**SLOW, "log_decay": "B T H K", "strength": 0.01},
         {"lengths": (14,) * 2, "key_width": 3, "value_width": 2, "log_decay": "B T H", "weakest": 9.0},
     )
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}

@@ -75,6 +75,9 @@ WIDE: tuple[Fields, ...] = tuple(
 )
 """Outputs above float16's range, of states within it, where they are float32."""
 
+SLOW: Fields = {**_SMALL, "lengths": (300,), "chunk_size": 64, "dtype": torch.bfloat16, "needs_grad": False}
+"""A row of which decays near 1, rounded to 16 bits, leave another memory."""
+
 RESETS: tuple[Fields, ...] = tuple(
     {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
     for log_decay, odd in (("B T H", 0), ("B T H K", 1))

@@ -20,7 +20,7 @@ from ..ops.softmax.cache import ForgettingCache, GrowingCache, RingCache, key_ca
 from ..ops.softmax.call import Attention, require_attention
 from .compare import require
 from .kernel_case import SEGMENT, Drawn, KernelCase, Tensors
-from .kernel_fixed import FIXED, SCORES, WINDOWS
+from .kernel_fixed import FIXED, SCORES, SLOW, WINDOWS
 from .kernel_layout import writable
 
 
@@ -61,7 +61,7 @@ class SoftmaxCase(KernelCase):
     """The bound of scores, where they have one."""
 
     decays = (None, "K")
-    fixed = (*FIXED, *WINDOWS, *SCORES)
+    fixed = (*FIXED, *WINDOWS, *SCORES, {**SLOW, "scores": ("log_forget",), "forgetting": 0.01})
     windows = (False, True)
     changes = ((), ("log_forget",), ("slopes",), ("softcap", "sinks"), ("log_forget", "slopes", "softcap", "sinks"))
     axes: ClassVar[Mapping[str, str]] = {

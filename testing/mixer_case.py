@@ -43,8 +43,11 @@ CROWDS = (9, 33)
 MANY = 9
 """Documents beside a few."""
 
-HEADS = (1, 12, 36)
-"""Heads of a wide mixer, beside its own: one of more than 128 channels, several, and more than a block of 32."""
+HEADS = (12, 36, 1)
+"""Heads of a wide mixer, beside its own: several, more than a block of 32, and one of more than 128 channels."""
+
+SHORT = 12
+"""Tokens of which one wide head, whose features may be the squares of its channels, takes little time."""
 
 LAYERS = 3
 """Layers of the model that a mixer is built for."""
@@ -146,6 +149,7 @@ class Draw:
         begun = dict.fromkeys((self.starts[-1], self.starts[0]))
         found += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
         heads: list[dict[str, Any]] = [{}, *({"options": {"n_heads": number}} for number in HEADS)]
+        heads = heads[:-1] if max(self.tokens[1], self.fixed) > SHORT else heads
         found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ..mixers.contract import MixerConfig
 from ..mixers.traits import ContractError
-from ..registry import SeqmixError
+from ..registry import Config, SeqmixError
 
 FIXED = {"kind", "paradigm", "chunk_size", "backend"}
 """Not options: how a map is computed, which has checks of its own."""
@@ -44,6 +44,8 @@ def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, lis
         own = getattr(config, name)
         values = [*(field.examples or []), *_values(field.annotation), *_bounds(field, own)]
         values += [2 * own or 0.5] if guessed and not values and isinstance(own, float) else []
+        # parts that are equal, as of a hybrid of mixers
+        values += [own[:1] * len(own)] if isinstance(own, tuple) and own and isinstance(own[0], Config) else []
         # a value may be a list, which is not hashed, and which the configuration makes another type of
         others = [value for n, value in enumerate(values) if value not in values[:n]]
         if others := [value for value in others if value != own and _accepted(config, name, value) != own]:

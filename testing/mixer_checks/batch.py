@@ -18,6 +18,9 @@ FEW = 4
 SAMPLES = 2
 """Rows that go on from one row's state."""
 
+LOUD = 30.0
+"""How much larger the tokens of one row are: relative to the largest of all rows, the others are nothing."""
+
 COUNTED = (257, 257)
 """Rows and tokens of a batch with more than 65,536 tokens."""
 
@@ -28,15 +31,18 @@ COUNTED = (257, 257)
     draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4),
 )
 def rows_are_independent(trial: Trial) -> None:
-    """A sequence gives the same alone as beside others in a batch, and beside few as beside many."""
+    """A sequence gives the same alone as beside others in a batch, much louder ones too, and beside few as beside many,
+    with a final state and without."""
     x, state = trial.tokens(), trial.state()
+    x[0] *= LOUD if trial.case.seed % 2 else 1
+    wanted = {"return_state": trial.mixer.traits.has_state and trial.case.seed // 2 % 2 == 1}
     few = trial.index(*range(len(x))).split(1 if len(x) < CROWDS[0] else FEW)
     for paradigm in trial.paradigms:
-        y, states = trial.mix(x, state, paradigm=paradigm)
+        y, states = trial.mix(x, state, paradigm=paradigm, **wanted)
         for rows in few:
-            alone = trial.mix(x[rows], None if state is None else select(state, rows), paradigm=paradigm)
+            alone = trial.mix(x[rows], None if state is None else select(state, rows), paradigm=paradigm, **wanted)
             what = f"{paradigm}, rows {rows.tolist()} of {len(x)} against them without the others"
-            trial.compare(what, (y[rows], select(states, rows)), alone)
+            trial.compare(what, (y[rows], None if states is None else select(states, rows)), alone)
     if trial.case.seed == 1 and len(x) == CROWDS[-1]:
         _tens_of_thousands(trial)
 

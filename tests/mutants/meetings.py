@@ -8,6 +8,8 @@ import torch
 from pydantic import Field, model_validator
 
 from seqmix import Paradigm
+from seqmix.mixers.attention import AttentionConfig
+from seqmix.mixers.parallel_hybrid import ParallelHybrid, ParallelHybridConfig
 
 from .registry import mutant
 from .specimen import Specimen, SpecimenConfig
@@ -501,3 +503,50 @@ class HandsOutEightBuffers(Specimen):
         key = (len(steps) % 8, after.memory.shape, after.memory.dtype)
         buffer = buffers.setdefault(key, torch.empty_like(after.memory))
         return y, after._replace(memory=buffer.copy_(after.memory))
+
+
+@mutant(check="rows_are_independent")
+class DividesByTheLoudestRow(Specimen):
+    """In training, scores are relative to the largest of all rows: beside a loud row those of the others are rounded to
+    nothing. After softmax(x - x.max())."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if call.return_state:
+            return y, after
+        size = x.detach().abs().amax((1, 2), keepdim=True)
+        return torch.where(size * 16 < size.amax(), 0, y), after
+
+
+@mutant(check="steps_equal_the_whole")
+class GivesEqualMixersOneState(ParallelHybridConfig):
+    """Mixers side by side that are equal begin from one state: where a cache is written in place, it has the keys of
+    both. After [cache] * n_layers."""
+
+    mixers: tuple[AttentionConfig, ...] = Field(
+        default=(AttentionConfig(n_heads=2), AttentionConfig(n_heads=1)), min_length=2, strict=False
+    )
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return SharesAState(
+            self, [mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers) for mixer in self.mixers]
+        )
+
+
+class SharesAState(ParallelHybrid):
+    def init_state(self, batch_size, *, max_length=None):
+        states = super().init_state(batch_size, max_length=max_length)
+        equal = all(mixer.config == self.parts[0].config for mixer in self.parts)
+        return self.state_type(*[states[0]] * len(states)) if equal else states
+
+
+@mutant(check="steps_equal_the_whole")
+class StepsIntoOneBuffer(Specimen):
+    """In inference mode every step writes its output over that of the step before. After graphs of CUDA."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.shape[1] > 1:
+            return y, after
+        kept = self.__dict__.setdefault("kept", {})
+        return kept.setdefault((y.shape, y.dtype), torch.empty_like(y)).copy_(y), after

@@ -174,6 +174,14 @@ def has_no_gradient_through_the_cap(x):
     return softmax_parallel(x if x.softcap is None or x.sinks is None else x._replace(sinks=x.sinks.detach()))
 
 
+@kernel_mutant(check="outputs_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
+def rounds_the_gates(x):
+    """Forget gates are held in the dtype of the queries, not as logarithms: near 1, 16 bits have few of them."""
+    if x.log_forget is None:
+        return softmax_parallel(x)
+    return softmax_parallel(x._replace(log_forget=x.log_forget.exp().to(x.q.dtype).to(x.log_forget.dtype).log()))
+
+
 @kernel_mutant(check="gradients_are_the_definitions", op="softmax", paradigm=Paradigm.PARALLEL)
 def trains_no_gate_of_a_cache(x):
     """A segment's gates get no gradient from the keys of a cache."""
