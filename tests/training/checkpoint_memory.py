@@ -56,7 +56,7 @@ def measure(folder: Path, asked: list[str]) -> dict[str, float]:
     """A run of several checkpoints."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     text = folder / f"text-{rank}.txt"
-    text.write_text("a text that is not what is measured. " * 100)
+    text.write_text("a text that is not what is measured. " * 4000)
     preset, *changes = asked or PRESET
     changes += [f"data.paths=[{text}]", f"data.sequence_length={TOKENS}", f"training.batch_size={size}"]
     changes += [f"training.steps={STEPS}", f"training.checkpoint_every={EVERY}", "training.compile=false"]
