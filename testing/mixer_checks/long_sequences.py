@@ -96,12 +96,13 @@ def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor) -> Tensor:
 
 
 def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
-    """What no final state is wanted of."""
-    for paradigm in trial.paradigms if trial.mixer.traits.has_state else ():
-        part = _as_many(trial, paradigm, text)
-        alone, _ = trial.mix(part, None, paradigm=paradigm, return_state=False)
-        what = f"{paradigm}, {part.shape[1]:,} tokens, no final state wanted"
-        trial.compare(what, (alone, None), (whole[:, : part.shape[1]], None))
+    """What no final state is wanted of, in lengths that blocks divide (and transforms of as many tokens wrap) too."""
+    for paradigm in trial.paradigms:
+        lengths = (_as_many(trial, paradigm, text).shape[1], *BLOCKS)
+        for length in lengths[:1] if paradigm is Paradigm.RECURRENT else lengths:
+            alone, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
+            what = f"{paradigm}, {length:,} tokens, no final state wanted"
+            trial.compare(what, (alone, None), (whole[:, :length], None))
 
 
 def _documents(trial: Trial, text: Tensor) -> None:

@@ -361,3 +361,16 @@ class MixesDtypesUnderAutocast(ResidualConfig):
     """Values of the first layer are mixed in by a product that takes one dtype, and under autocast there are two."""
 
     layer = Lerping
+
+
+@mutant(check="thousands_of_tokens_agree")
+class WrapsAround(Specimen):
+    """Where no state is wanted, tokens are read by a transform of the next power of two: the last of just as many come
+    round to the first. After convolutions by FFT that are not padded by their filter."""
+
+    def mix(self, x, call):
+        size = x.shape[1]
+        whole = call.state is None and not call.return_state and call.documents is None and size > 512
+        if whole and size & (size - 1) == 0:
+            x = torch.cat((x[:, :1] + 0.1 * x[:, -1:], x[:, 1:]), dim=1)
+        return super().mix(x, call)
