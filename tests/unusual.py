@@ -494,19 +494,19 @@ class Counted(NamedTuple):
 
 
 class LearnedPositions(Unusual):
-    """h_t = h_{t-1} / 2 + u_t + E_t with a table E of 1024 positions; further ones are refused."""
+    """h_t = h_{t-1} / 2 + u_t + E_t with a table E of 512 positions; further ones are refused."""
 
     declares: ClassVar = {"shift_invariant": False}
 
     def parts(self):
-        self.table = nn.Embedding(1024, self.width)
+        self.table = nn.Embedding(512, self.width)
 
     def init_state(self, batch_size, *, max_length=None):
         return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
 
     def token(self, u, state):
-        if not torch.compiler.is_compiling() and state.position.amax() >= 1024:
-            raise ContractError(f"{self.kind} has a table of 1024 positions, and was given more tokens")
+        if not torch.compiler.is_compiling() and state.position.amax() >= 512:
+            raise ContractError(f"{self.kind} has a table of 512 positions, and was given more tokens")
         h = state.memory / 2 + u + self.table(state.position).to(u.dtype)
         return h, Counted(h, state.position + 1)
 
