@@ -35,12 +35,14 @@ def rows_are_independent(trial: Trial) -> None:
     with a final state and without."""
     x, state = trial.tokens(), trial.state()
     x[0] *= LOUD if trial.case.seed % 2 else 1
-    wanted = {"return_state": trial.mixer.traits.has_state and trial.case.seed // 2 % 2 == 1}
+    wanted = trial.mixer.traits.has_state and trial.case.seed // 2 % 2 == 1
     few = trial.index(*range(len(x))).split(1 if len(x) < CROWDS[0] else FEW)
     for paradigm in trial.paradigms:
-        y, states = trial.mix(x, state, paradigm=paradigm, **wanted)
+        y, states = trial.mix(x, state, paradigm=paradigm, return_state=wanted)
         for rows in few:
-            alone = trial.mix(x[rows], None if state is None else select(state, rows), paradigm=paradigm, **wanted)
+            alone = trial.mix(
+                x[rows], None if state is None else select(state, rows), paradigm=paradigm, return_state=wanted
+            )
             what = f"{paradigm}, rows {rows.tolist()} of {len(x)} against them without the others"
             trial.compare(what, (y[rows], None if states is None else select(states, rows)), alone)
     if trial.case.seed == 1 and len(x) == CROWDS[-1]:
