@@ -308,7 +308,7 @@ class KernelCase(WrittenCase, ABC):
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """The outputs that are not defined: none, where they do not add up."""
+        """The outputs that are not defined, as what float16 does not hold."""
         return ()
 
     @abstractmethod

@@ -23,7 +23,7 @@ from .kernel_layout import writable
 from .kernel_softmax import SoftmaxCase
 
 FEW_OF_FLOAT16 = 100.0
-"""Numbers up to this size do not add up to what float16 does not hold."""
+"""The size of products up to which what the cases here add up stays within float16."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

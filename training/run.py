@@ -173,7 +173,9 @@ class Course:
                 stopping, early = self.groups.any(stop()), self._out_of_patience and not last
                 ending, best = last or early or stopping, settings.keep_best and self.best.step == done
                 if ending or best or done % settings.checkpoint_every == 0:
-                    if "validation_loss" not in measured or settings.carry_state:  # an evaluation is a check too
+                    # an evaluation is a check too, but for what only training reads
+                    evaluated = "validation_loss" in measured and not settings.carry_state
+                    if not (evaluated and self.trainer.parameters_are_finite()):
                         self.trainer.require_finite_update(step)
                     yield self.save(done, measured, wait=ending)
                 if early:

@@ -30,7 +30,7 @@ from .objective import Objective
 from .optim import AnyOptimizer, learning_rate
 from .precision import precision_of
 from .process_groups import ALONE, ProcessGroups
-from .sharding import full_tensor, keep_gathered
+from .sharding import full_tensor, keep_gathered, local_tensor
 from .skipping import Skipping
 
 _Calls: TypeAlias = Callable[[], Iterator[object]]
@@ -168,6 +168,11 @@ class Trainer:
         loss, _ = next(self._losses(step))
         loss, calls = self.groups.sum(loss).item(), lambda: islice(self._losses(step), 1)
         self._require_finite("loss after the update", loss, calls, self._in_step(step))
+
+    def parameters_are_finite(self) -> bool:
+        """Whether all parameters are, on all processes; a loss of them may still overflow."""
+        finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
+        return not self.groups.any(not finite.item())
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch, on the model's device."""

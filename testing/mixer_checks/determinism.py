@@ -77,8 +77,9 @@ def results_are_deterministic(trial: Trial) -> None:
 
 
 def _and_then(call: Call, other: Tensor, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    again = None if state is None else clone(state)  # a cache with room may be consumed
     found = call(x, state)
-    call(other, state)
+    call(other, again)
     return found
 
 

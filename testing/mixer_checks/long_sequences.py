@@ -101,7 +101,7 @@ def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
         lengths = (_as_many(trial, paradigm, text).shape[1], *BLOCKS)
         for length in lengths[:1] if paradigm is Paradigm.RECURRENT else lengths:
             alone, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
-            what = f"{paradigm}, {length:,} tokens, no final state wanted"
+            what = f"{paradigm}, {alone.shape[1]:,} tokens, no final state wanted"
             trial.compare(what, (alone, None), (whole[:, :length], None))
 
 

@@ -219,6 +219,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatc
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
 
 
+def test_a_parameter_that_an_evaluation_does_not_read_is_not_saved_ruined(config_of, tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def unread(trainer, **options):
+        found = evaluate(trainer, **options)
+        next(trainer.model.parameters()).data.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(Trainer, "evaluate", unread)
+    config = config_of("training.evaluate_every=2", "training.checkpoint_every=2")
+    message = refusal(lambda: run_of(config, tmp_path / "run"), TrainingError)
+    assert message.startswith("step 2: the loss after the update is nan")
+    assert not checkpoints(tmp_path / "run")
+
+
 def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
     config = config_of()
     model = build_model(config.model)
