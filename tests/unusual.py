@@ -11,7 +11,7 @@ from pydantic import Field, create_model
 from torch import nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.mixers.state import concatenate, select
+from seqmix.mixers.state import clone, concatenate, select
 
 UNUSUAL: list[MixerConfig] = []
 RECURRENT, PARALLEL = frozenset([Paradigm.RECURRENT]), frozenset([Paradigm.RECURRENT, Paradigm.PARALLEL])
@@ -539,9 +539,10 @@ class Pool(NamedTuple):
 
 
 class PagedCache(Unusual):
-    """Attention to all tokens, whose cache grows by pages of 48; its length counts what the cache holds."""
+    """Attention to all tokens, whose cache grows by pages; its length counts what the cache holds."""
 
     declares: ClassVar = {"state": "growing"}
+    page: ClassVar = 48
 
     def init_state(self, batch_size, *, max_length=None):
         keys = self.zeros(batch_size, 0, self.width, dtype=self.dtype)
@@ -551,18 +552,41 @@ class PagedCache(Unusual):
         return state
 
     def flops(self, length, paradigm, context=0):
-        slots = sum(-(-(context + n) // 48) * 48 for n in range(1, length + 1))
+        slots = sum(-(-(context + n) // self.page) * self.page for n in range(1, length + 1))
         return super().flops(length, paradigm) + 4 * slots * self.width
 
     def token(self, u, state):
         keys, length = state
         if int(length.amax()) == keys.shape[1]:
-            keys = torch.cat((keys, keys.new_zeros(len(keys), 48, self.width)), dim=1)
+            keys = torch.cat((keys, keys.new_zeros(len(keys), self.page, self.width)), dim=1)
         slots = torch.arange(keys.shape[1], device=u.device)
-        keys = torch.where((slots == length[:, None])[..., None], u.to(keys.dtype)[:, None], keys)
+        keys = self.written(keys, (slots == length[:, None])[..., None], u.to(keys.dtype)[:, None])
         wide = keys.to(u.dtype)
         scores = (u[:, None] @ wide.mT).masked_fill((slots > length[:, None])[:, None], -torch.inf)
         return (scores.softmax(-1) @ wide)[:, 0], Pool(keys, length + 1)
+
+    def written(self, keys, here, new):
+        return torch.where(here, new, keys)
+
+
+class WrittenPages(PagedCache):
+    """The same in pages of 256, which are written in place where the contract allows it; 513 tokens are refused, and
+    there are no gradients."""
+
+    declares: ClassVar = {"state": "growing", "differentiable": False}
+    page: ClassVar = 256
+
+    def mix(self, x, call):
+        given = call.state
+        if given is not None and (not call.return_state or torch.is_grad_enabled() or given.keys.stride(0) == 0):
+            call = call._replace(state=clone(given))
+        return super().mix(x, call)
+
+    def written(self, keys, here, new):
+        if keys.shape[1] > 512:
+            raise ContractError("writtenpages has 512 positions, and was given more tokens")
+        found = torch.where(here, new, keys)
+        return found if torch.is_grad_enabled() else keys.copy_(found)
 
 
 class Mean(Unusual):
