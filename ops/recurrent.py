@@ -4,15 +4,17 @@ Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_
 
     S_t = write(S_{t-1})                    o_t = scale q_t S_t
     dS_t = dS_t^+ + scale q_t^T do_t        dq_t = scale do_t S_t^T
-    dS_{t-1}^+ and the other gradients = write_backward(dS_t)
+    dS_{t-1}^+ = carry(dS_t)                the other gradients of S_{t-1} and dS_t
 
-It is a reference: it shares no formula with the chunkwise engine. Every BLOCK-th state of a document is saved but the
-first, which is given; the backward pass recomputes the states between, so memory grows slowly with T.
+It is a reference: it shares no formula with the chunkwise engine. Only states wait for each other: what is read of
+them, and gradients but theirs, are formed for a block of tokens at once. Every BLOCK-th state of a document is saved
+but the first, which is given; the backward pass recomputes the states between, so memory grows slowly with T.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,34 +26,59 @@ from .once import once
 from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
-BLOCK = 64
+BLOCK = 32
 """Tokens between saved states."""
 
 
+class Tokens(NamedTuple):
+    """Tokens of a block, n of them, in the dtype of states, and R = B H; those of `each` lack the first axis."""
+
+    q: Tensor
+    """With the scale, [n R 1 K]."""
+    k: Tensor
+    """[n R K 1]."""
+    v: Tensor
+    """[n R 1 V]."""
+    beta: Tensor | None
+    """[n R 1 1]."""
+    written: Tensor
+    """beta k, [n R K 1]."""
+    a: Tensor
+    """[n R 1 K]; k where none is given."""
+    b: Tensor | None
+    """[n R K 1]."""
+    decay: Tensor | None
+    """exp(log_decay), [n R K 1] or [n R 1 1]."""
+
+    def each(self) -> "list[Tokens]":
+        """One by one."""
+        count = len(self.q)
+        return [Tokens(*x) for x in zip(*([None] * count if x is None else x.unbind(0) for x in self), strict=True)]
+
+    def decayed(self, state: Tensor) -> Tensor:
+        """What is left of states before the tokens."""
+        return state if self.decay is None else self.decay * state
+
+
 class TokenRule(ABC):
-    """What a family's state becomes at one token, [B H K V]; what is written is given wide."""
+    """What a family's state becomes at one token, [R K V]; what is written is given wide."""
 
     @abstractmethod
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         """Output [B 1 H V] and state of one token, in plain operations, which a compiler fuses."""
 
     @abstractmethod
-    def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
-        """S_t of S_{t-1}."""
+    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+        """S_t of S_{t-1}, to its place."""
 
     @abstractmethod
-    def write_backward(
-        self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
-    ) -> Tensor:
-        """What token t owes S_{t-1}; fills or adds its gradients of k, v, beta, a, b and log_decay.
+    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+        """dS_{t-1}^+ of dS_t."""
 
-        Args:
-            x: the call.
-            t: the token.
-            state: S_{t-1}.
-            d_state: dS_t.
-            out: gradients of inputs by name, of the inputs' shapes; that of log_decay wide.
-        """
+    @abstractmethod
+    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+        """Of S_{t-1} and dS_t of all tokens [n R K V], the gradients of k, v, beta, a and b, and of log_decay
+        [n R K 1]: those that the family has."""
 
 
 def recurrent_kernel(name: str, rule: TokenRule) -> Run:
@@ -85,20 +112,19 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, saved = _allocate(x)
-    x, index = x.widened(), 0
-    query = x.scale * x.q
+    x, index, room = x.widened(), 0, _room(x, 1)
     for stretch in x.stretches:
-        state = final_state[stretch.rows]
-        if x.initial_state is not None:
-            state = x.initial_state[stretch.rows]
+        state = _initial(x, stretch)
         for start, stop in _blocks(stretch):
+            room[0] = state
             if x.needs_grad and start > stretch.start:
-                saved[index] = state
+                saved[index] = state.unflatten(0, saved.shape[1:3])
                 index += 1
-            for t in range(start, stop):
-                state = rule.write(x, t, state)
-                output[:, t] = read(query[:, t], state)
-        final_state[stretch.rows] = state
+            tokens, states = _tokens(x, start, stop), room[: stop - start + 1]
+            _write(rule, tokens.each(), states)
+            _store(output, start, stop, tokens.q @ states[1:])
+            state = states[-1]
+        final_state[stretch.rows] = state.unflatten(0, (-1, final_state.shape[1]))
     if x.needs_grad:
         saved[index:].zero_()  # documents may leave rows over
     return output, final_state, saved
@@ -111,31 +137,89 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
     if x.log_decay is not None:
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)
     x = x.widened()
-    query, d_output = x.scale * x.q, torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
+    d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
     runs = [(stretch, _blocks(stretch)) for stretch in x.stretches]
     index = sum(max(len(blocks) - 1, 0) for _, blocks in runs)
+    room, d_room = _room(x, 1), _room(x, 0)
     for stretch, blocks in reversed(runs):
-        d_state = x.new_state(x.q.shape[0] if x.cu_seqlens is None else 1).zero_()
+        d_state = torch.zeros_like(d_room[0])
         if d_final_state is not None:
-            d_state = d_final_state[stretch.rows].to(x.wide)
+            d_state = d_final_state[stretch.rows].to(x.wide).flatten(0, 1)
         for start, stop in reversed(blocks):
             if start > stretch.start:
                 index -= 1
-                states = [saved[index]]
-            elif x.initial_state is None:
-                states = [torch.zeros_like(d_state)]
-            else:
-                states = [x.initial_state[stretch.rows]]
-            for t in range(start, stop):
-                states.append(rule.write(x, t, states[-1]))
-            for t in range(stop - 1, start - 1, -1):
-                d_out = d_output[:, t]
-                d_state = d_state + outer(query[:, t], d_out)
-                out["q"][:, t] = x.scale * torch.einsum("bhv,bhkv->bhk", d_out, states[t + 1 - start])
-                d_state = rule.write_backward(x, t, states[t - start], d_state, out)
+            room[0] = saved[index].flatten(0, 1) if start > stretch.start else _initial(x, stretch)
+            tokens, states, d_states = _tokens(x, start, stop), room[: stop - start + 1], d_room[: stop - start]
+            each, d_out = tokens.each(), _rows(d_output, start, stop)[..., None, :]
+            _write(rule, each, states)
+            for token, d_o, own in reversed(list(zip(each, d_out.unbind(0), d_states.unbind(0), strict=True))):
+                d_state = rule.carry(token, torch.addcmul(d_state, token.q.mT, d_o, out=own))
+            found = {"q": x.scale * (d_out @ states[1:].mT), **rule.gradients(tokens, states[:-1], d_states)}
+            if x.a is None and "a" in found:  # the keys read
+                found["k"] = found["k"] + found.pop("a")
+            for name in found.keys() & out.keys():
+                _add(out[name], start, stop, found[name])
         if x.initial_state is not None:
-            out["initial_state"][stretch.rows] = d_state
+            out["initial_state"][stretch.rows] = d_state.unflatten(0, (-1, x.matrix[0]))
     return out
+
+
+def _room(x: Recurrence, more: int) -> Tensor:
+    """For the states of a block and so many more, [n R K V]."""
+    return x.new_state(min(BLOCK, x.q.shape[1]) + more, x.q.shape[0]).flatten(1, 2)
+
+
+def _initial(x: Recurrence, stretch: Stretch) -> Tensor:
+    """The state before a stretch, [R K V]."""
+    if x.initial_state is None:
+        return x.new_state(stretch.rows.stop - stretch.rows.start).zero_().flatten(0, 1)
+    return x.initial_state[stretch.rows].flatten(0, 1)
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens of [B T H *] as rows, [n R *]."""
+    return x[:, start:stop].transpose(0, 1).flatten(1, 2)
+
+
+def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
+    q, k, v = (_rows(tensor, start, stop) for tensor in (x.q, x.k, x.v))
+    a, b, beta = (None if tensor is None else _rows(tensor, start, stop) for tensor in (x.a, x.b, x.beta))
+    decay = x.log_decay
+    if decay is not None and decay.ndim == 1:
+        decay = decay.exp().repeat(x.q.shape[0]).expand(stop - start, -1)
+    elif decay is not None:
+        decay = _rows(decay, start, stop).exp()
+    return Tokens(
+        (x.scale * q)[..., None, :],
+        k[..., None],
+        v[..., None, :],
+        None if beta is None else beta[..., None, None],
+        (k if beta is None else beta[..., None] * k)[..., None],
+        (k if a is None else a)[..., None, :],
+        None if b is None else b[..., None],
+        decay if decay is None else decay[(...,) + (None,) * (4 - decay.ndim)],
+    )
+
+
+def _write(rule: TokenRule, tokens: list[Tokens], states: Tensor) -> None:
+    """The states after each token, behind the one before them."""
+    each = states.unbind(0)
+    for token, before, after in zip(tokens, each[:-1], each[1:], strict=True):
+        rule.write(token, before, after)
+
+
+def _store(out: Tensor, start: int, stop: int, rows: Tensor) -> None:
+    """Rows [n R * *] of one vector each to where their tokens are in [B T H *]."""
+    out[:, start:stop] = rows.reshape(stop - start, *out.shape[:1], *out.shape[2:]).transpose(0, 1)
+
+
+def _add(out: Tensor, start: int, stop: int, gradient: Tensor) -> None:
+    """A block's gradient [n R * *] to where it belongs: its tokens in [B T H *], or the sum over all tokens in [H]; of
+    a head's one number, of all its key dimensions."""
+    if out.ndim == 1:
+        out += gradient.sum((0, 2, 3)).view(-1, len(out)).sum(0)
+    else:
+        _store(out, start, stop, gradient if out.ndim == 4 else gradient.sum((2, 3)))
 
 
 def _blocks(stretch: Stretch) -> list[tuple[int, int]]:
@@ -184,25 +268,3 @@ def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor
 
 def _fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     return log_decay.to(dtype).exp()[None, :, None, None]
-
-
-def add_decay_gradient(out: Mapping[str, Tensor], t: int, per_key: Tensor) -> None:
-    """Add da_t [B H K], per key dimension, to the gradient of a log-decay of any shape."""
-    if "log_decay" not in out:
-        return
-    d_log_decay = out["log_decay"]
-    if d_log_decay.ndim == 1:
-        d_log_decay += per_key.sum((0, 2))
-    else:
-        d_log_decay[:, t] = per_key if d_log_decay.ndim == 4 else per_key.sum(2)
-
-
-def read(x: Tensor, state: Tensor) -> Tensor:
-    """x^T S of one token: [B H K], [B H K V] -> [B H V]."""
-    # where K is 1, einsum would multiply element by element, which counters of products do not see
-    return (x[..., None, :] @ state).squeeze(-2)
-
-
-def outer(x: Tensor, y: Tensor) -> Tensor:
-    """[B H K], [B H V] -> [B H K V]."""
-    return x[..., :, None] * y[..., None, :]

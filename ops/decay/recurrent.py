@@ -13,12 +13,10 @@ from ..materialize import materialize
 from ..recurrence import Recurrence
 from ..recurrent import (
     TokenRule,
-    add_decay_gradient,
+    Tokens,
     add_outer,
-    decay_at,
     entry_of,
     no_autocast,
-    outer,
     recurrent_kernel,
 )
 
@@ -36,18 +34,17 @@ class _Decay(TokenRule):
             output = materialize(query if x.scale == 1 else x.scale * query, 3) @ state
         return output.to(dtype).transpose(1, 2), state
 
-    def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
-        written = outer(x.k[:, t], x.v[:, t])
-        return decay_at(x.log_decay, t, x.wide) * state + written
+    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+        torch.addcmul(token.decayed(state), token.k, token.v, out=out)
 
-    def write_backward(
-        self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
-    ) -> Tensor:
-        out["k"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, x.v[:, t])
-        out["v"][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, x.k[:, t])
-        d_state = decay_at(x.log_decay, t, x.wide) * d_state
-        add_decay_gradient(out, t, (state * d_state).sum(3))
-        return d_state
+    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+        return token.decayed(d_state)
+
+    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+        found = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
+        if x.decay is not None:
+            found["log_decay"] = x.decayed((entries * d_states).sum(3, keepdim=True))
+        return found
 
 
 decay_recurrent = recurrent_kernel("decay_recurrent", _Decay())

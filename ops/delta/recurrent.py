@@ -20,13 +20,10 @@ from ..materialize import materialize
 from ..recurrence import Recurrence
 from ..recurrent import (
     TokenRule,
-    add_decay_gradient,
+    Tokens,
     add_outer,
-    decay_at,
     entry_of,
     no_autocast,
-    outer,
-    read,
     recurrent_kernel,
 )
 
@@ -51,48 +48,37 @@ class DeltaRule(TokenRule):
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
-    def write(self, x: Recurrence, t: int, state: Tensor) -> Tensor:
-        key, value, decayed, found = self._read(x, t, state)
+    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+        decayed = token.decayed(state)
+        if token.b is None:
+            error = torch.baddbmm(token.v, token.a, decayed, alpha=-1)
+            torch.addcmul(decayed, token.written, error, out=out)
+        else:
+            torch.addcmul(decayed.addcmul(token.b, token.a @ decayed), token.k, token.v, out=out)
+
+    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+        return token.decayed(_d_decayed(token, d_state))
+
+    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+        decayed = x.decayed(entries)
+        found, d_value, d_found = x.a @ decayed, x.written.mT @ d_states, _d_found(x, d_states)
+        gradients = {"v": d_value, "a": decayed @ d_found.mT}
         if x.b is not None:
-            return decayed + outer(x.b[:, t], found) + outer(key, value)
-        return decayed + outer(key, self._rate(x, t) * (value - found))
-
-    def write_backward(
-        self, x: Recurrence, t: int, state: Tensor, d_state: Tensor, out: Mapping[str, Tensor]
-    ) -> Tensor:
-        key, value, decayed, found = self._read(x, t, state)
-        if x.b is None:
-            written, rate = torch.einsum("bhkv,bhv->bhk", d_state, value - found), self._rate(x, t)
-            d_value = rate * read(key, d_state)
-            d_key, d_found = rate * written, -d_value
-            if x.beta is not None:
-                out["beta"][:, t] = (key * written).sum(2)
+            gradients |= {"k": d_states @ x.v.mT, "b": d_states @ found.mT}
         else:
-            d_value, d_key = read(key, d_state), torch.einsum("bhkv,bhv->bhk", d_state, value)
-            d_found = read(x.b[:, t], d_state)
-            out["b"][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, found)
-        d_reader = torch.einsum("bhkv,bhv->bhk", decayed, d_found)
-        if x.a is None:
-            d_key = d_key + d_reader
-        else:
-            out["a"][:, t] = d_reader
-        out["k"][:, t], out["v"][:, t] = d_key, d_value
-        d_state = d_state + outer(self._reader(x, t), d_found)
-        add_decay_gradient(out, t, (decayed * d_state).sum(3))
-        return decay_at(x.log_decay, t, x.wide) * d_state
+            written = d_states @ (x.v - found).mT
+            gradients |= {"k": written if x.beta is None else x.beta * written, "beta": x.k.mT @ written}
+        return gradients | {"log_decay": (decayed * _d_decayed(x, d_states)).sum(3, keepdim=True)}
 
-    def _read(self, x: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k_t, v_t, P_t and r_t."""
-        decayed = decay_at(x.log_decay, t, x.wide) * state
-        return x.k[:, t], x.v[:, t], decayed, read(self._reader(x, t), decayed)
 
-    def _reader(self, x: Recurrence, t: int) -> Tensor:
-        """a_t."""
-        return (x.k if x.a is None else x.a)[:, t]
+def _d_found(x: Tokens, d_state: Tensor) -> Tensor:
+    """dr of dS."""
+    return -(x.written.mT @ d_state) if x.b is None else x.b.mT @ d_state
 
-    def _rate(self, x: Recurrence, t: int) -> Tensor | float:
-        """beta_t."""
-        return 1.0 if x.beta is None else x.beta[:, t, :, None]
+
+def _d_decayed(x: Tokens, d_state: Tensor) -> Tensor:
+    """dP of dS."""
+    return d_state.addcmul(x.a.mT, _d_found(x, d_state))
 
 
 delta_recurrent = recurrent_kernel("delta_recurrent", DeltaRule())
