@@ -162,12 +162,15 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _few_objects() -> Iterator[None]:
-    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case."""
-    frozen = gc.get_freeze_count()
+    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case. What a
+    compiler makes is searched more seldom than by default, 700 objects each time."""
+    frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(20_000, *thresholds[1:])
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         if not frozen:  # of whoever froze before, all stays so
             gc.unfreeze()
 

@@ -14,6 +14,7 @@ from ...registry import SeqmixError
 from ..check import check, compilable, packing, recurrent, stateful
 from ..compare import CheckFailure, require
 from ..mixer_case import Draw
+from ..mixer_subject import BACKEND
 from ..mixer_trial import Trial
 
 NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
@@ -49,16 +50,10 @@ def segments_compile_into_one_graph(trial: Trial) -> None:
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
-    """Packed training, with final states and without, compiles with fullgraph and does not recompile for other
+    """Packed training from states and with final states compiles with fullgraph and does not recompile for other
     boundaries, empty documents included."""
     boundaries = [_cuts(trial, cuts) for cuts in ((0, 3, 6, 9), (0, 0, 5, 9), (0, 9, 9, 9), (0, 3, 3, 9))]
-
-    def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
-        unwanted, _ = trial.call(mixer=trial.mixer_in_use, **{**options, "return_state": False})(x, state)
-        y, after = trial.used(**options)(x, state)
-        return torch.cat((y, unwanted), dim=-1), after
-
-    _compiles(trial, function, boundaries)
+    _compiles(trial, lambda x, state, **options: trial.used(**options)(x, state), boundaries)
 
 
 @check(
@@ -70,15 +65,17 @@ def packing_compiles_into_one_graph(trial: Trial) -> None:
 )
 def graphs_follow_sizes(trial: Trial) -> None:
     """Compiled once, a mixer gives what eager gives for other numbers of tokens and packed documents (of rows,
-    without packing); the compiler may make further graphs."""
-
+    without packing), for which the compiler may make further graphs; not for other boundaries of as many."""
     packs = trial.mixer.traits.packing
 
     def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    graph = torch.compile(function, fullgraph=True, backend=_backend(trial))
+    # sizes are held by the graph that is traced: backward is traced where they are given
+    asked = trial.subject.compile_backend
+    counter = CompileCounterWithBackend("eager" if asked == BACKEND else asked)
+    graph = torch.compile(function, fullgraph=True, backend=counter)
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:
         # from the first call on for any size: by itself, the compiler would do so at the second only
@@ -88,16 +85,20 @@ def graphs_follow_sizes(trial: Trial) -> None:
 
     # a graph that holds a size is wrong at the next
     calls: list[tuple[Tensor, dict[str, Tensor]]] = [
-        (trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)}) for cuts in ((0, 3, 9), (0, 2, 9, 9, 14))
+        (trial.tokens(1, cuts[-1]), {"cu_seqlens": _cuts(trial, cuts)})
+        for cuts in ((0, 3, 9), (0, 5, 9), (0, 2, 9, 9, 14))
     ]
     if not packs:
         calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 9), (4, 14))]
-    for x, options in calls:
+    for number, (x, options) in enumerate(calls):
         expected = trial.differentiate(partial(function, **options), x, None)
         with _one_graph():
             actual = trial.differentiate(partial(compiled, **options), x, None)
         what = f"compiled against eager, {list(x.shape)} after other sizes"
         trial.compare(f"{what}, documents {options['cu_seqlens'].tolist()}" if options else what, actual, expected)
+        if packs and number == 1:
+            graphs = f"other boundaries of as many documents and tokens compiled {counter.frame_count} graphs"
+            require(counter.frame_count == 1, f"{graphs}: something depends on data")
 
 
 def _backend(trial: Trial) -> str:

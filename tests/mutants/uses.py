@@ -159,6 +159,20 @@ class IsAnotherWhereCompiledForMore(Specimen):
         return o if torch.compiler.is_compiling() and o.shape[2] > 10 else super().divide(o, z)
 
 
+CALLS = {"next": 0}
+
+
+@mutant(check="graphs_follow_sizes")
+class NumbersItsPackedCallsInPython(Specimen):
+    """Packed calls of which no final state is wanted take turns with three buffers by a Python number: every one
+    compiles. After pytorch/torchtitan PR #2823."""
+
+    def mix(self, x, call):
+        if call.documents is not None and not call.return_state:
+            CALLS["next"] = (CALLS["next"] + 1) % 3
+        return super().mix(x + 0 * CALLS["next"], call)
+
+
 @mutant(check="flops_are_as_declared")
 class CountsTwiceInDecoding(SpecimenConfig):
     """flops counts multiply and add of the recurrent form twice."""
