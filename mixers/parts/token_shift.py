@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...ops.call import Call
-from ...ops.convolution import ConvolutionOutput, convolve_short
+from ...ops.convolution import ConvolutionOutput, shift
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"], call: Call) -> ConvolutionOutput:
@@ -18,8 +18,7 @@ def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"], call:
         before: what comes before the first token of a row or document.
         call: that of the mixer, whatever its state.
     """
-    older = torch.tensor([1.0, 0.0], device=x.device, dtype=x.dtype).expand(x.shape[2], 2)
-    return convolve_short(x, older, None, call._replace(state=before))
+    return shift(x, call._replace(state=before))
 
 
 class TokenShift(nn.Module):

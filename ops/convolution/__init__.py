@@ -1,6 +1,6 @@
 """Causal convolutions, short and long."""
 
 from .long import convolve_long, long_convolution
-from .short import ConvolutionOutput, convolve_short, short_convolution
+from .short import ConvolutionOutput, convolve_short, shift, short_convolution
 
-__all__ = ["ConvolutionOutput", "convolve_long", "convolve_short", "long_convolution", "short_convolution"]
+__all__ = ["ConvolutionOutput", "convolve_long", "convolve_short", "long_convolution", "shift", "short_convolution"]

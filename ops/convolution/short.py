@@ -5,6 +5,8 @@ Notation: B batch, T tokens, D channels, W tokens of a filter, N packed document
     y_t = b + sum_{i<W} w[:, W-1-i] * x_{t-i}       the inputs before the segment are the state, [W-1 D]
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,29 +68,43 @@ def convolve_short(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
     require_convolution(x, weight, call, "weight [D W] with W")
     if bias is not None and tuple(bias.shape) != (x.shape[2],):
         raise SeqmixError(f"the bias must be [{x.shape[2]}], and is {list(bias.shape)}")
-    needed = [call.rows(x.shape[0]), weight.shape[1] - 1, x.shape[2]]
+    return _over_windows(x, weight.shape[1] - 1, partial(_shifted_products, weight=weight, bias=bias), call)
+
+
+def shift(x: Tensor, call: Call) -> ConvolutionOutput:
+    """x_{t-1} of every token, the convolution by the filter [1, 0] without its products; the state is [N 1 D].
+
+    Raises:
+        SeqmixError: the state does not fit, or packed documents are several rows.
+    """
+    require_packing(x, call.cu_seqlens)
+    return _over_windows(x, 1, lambda seen: seen[:, :-1], call)
+
+
+def _over_windows(x: Tensor, past: int, combine: Callable[[Tensor], Tensor], call: Call) -> ConvolutionOutput:
+    """What is combined of each token and so many before it, [B past+T D] -> [B T D], and the last ones."""
+    needed = [call.rows(x.shape[0]), past, x.shape[2]]
     if call.state is not None and list(call.state.shape) != needed:
         raise SeqmixError(f"the initial state must be {needed}, and is {list(call.state.shape)}")
     state = x.new_zeros(needed) if call.state is None else call.state.to(x.dtype)
     if call.cp_group is None:
-        return _convolve(x, weight, bias, state, call.documents, call.return_state)
+        return _in_segment(x, combine, state, call.documents, call.return_state)
     local = call.cp_group.local(call.documents, x.shape[1])
-    output, last = _convolve(x, weight, bias, _entered(x, state, call), local, call.return_state)
+    output, last = _in_segment(x, combine, _entered(x, state, call), local, call.return_state)
     if last is not None:
         last = call.cp_group.final(last, call.documents, x.shape[1])
     return ConvolutionOutput(output, last)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, documents: Documents | None, wanted: bool
+def _in_segment(
+    x: Tensor, combine: Callable[[Tensor], Tensor], state: Tensor, documents: Documents | None, wanted: bool
 ) -> ConvolutionOutput:
     """Output, and the state if it is wanted, from a state."""
     length, (rows, past, _) = x.shape[1], state.shape
     if documents is None:
         seen = torch.cat((state, x), dim=1)
-        output = _shifted_products(seen, weight, bias)
         # a view would keep the whole input alive
-        return ConvolutionOutput(output, seen[:, length:].clone() if wanted else None)
+        return ConvolutionOutput(combine(seen), seen[:, length:].clone() if wanted else None)
     # one stretch of all documents, each after its own state: what is read over a boundary belongs to no token
     cu_seqlens = documents.cu_seqlens
     token = torch.arange(length, device=x.device) + past * documents.of_token
@@ -96,7 +112,7 @@ def _convolve(
     at = torch.cat(((cu_seqlens[:-1, None] + place).flatten(), token + past))
     source = torch.empty_like(at).index_copy(0, at, torch.arange(len(at), device=x.device))
     seen = torch.cat((state.flatten(0, 1), x[0])).index_select(0, source)
-    output = _shifted_products(seen[None], weight, bias).index_select(1, token)
+    output = combine(seen[None]).index_select(1, token)
     return ConvolutionOutput(output, seen[cu_seqlens[1:, None] + place] if wanted else None)
 
 
