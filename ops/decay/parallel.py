@@ -92,9 +92,9 @@ def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tens
 
 def _pair_decays(a: Tensor, causal: Tensor) -> Tensor:
     """The decay from j to i by key, 0 where j is not seen: [1|B H 1|K T] -> [1|B H 1|K T T]."""
-    # entry [i, j] adds a[l] for j < l <= i
-    stretch = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
-    return stretch.masked_fill_(~causal, float("-inf")).exp_()
+    # entry [j, i] adds a[l] for j < l <= i, along the axis that is contiguous
+    stretch = a[..., None, :].expand(*a.shape, a.shape[-1]).triu(1).cumsum_(-1)
+    return stretch.masked_fill_(~causal.mT, float("-inf")).exp_().mT
 
 
 def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:

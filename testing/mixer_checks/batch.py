@@ -28,7 +28,7 @@ COUNTED = (257, 257)
 
 @check(
     use="any batch: a sequence's result depends on its neighbours",
-    share=0.13,
+    share=0.09,
     draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4),
 )
 def rows_are_independent(trial: Trial) -> None:
@@ -63,7 +63,7 @@ def _tens_of_thousands(trial: Trial) -> None:
 
 @check(
     use="any call with slices or transposed tensors, as of a fused projection: other numbers are read",
-    share=0.08,
+    share=0.06,
     draw=Draw(tokens=(1, 8), batch_size=(1, 3)),
 )
 def strides_change_nothing(trial: Trial) -> None:

@@ -21,7 +21,7 @@ GRADIENT = "the gradient of"
     value_residual,
     differentiable,
     use="layers that mix in the first one's values: these are lost in a paradigm, a piece or a document",
-    share=0.12,
+    share=0.08,
     draw=Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),)),
 )
 def first_values_are_read_with_their_tokens(trial: Trial) -> None:

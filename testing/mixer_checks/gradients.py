@@ -33,7 +33,7 @@ MANY_ROWS = 5
 
 @check(
     use="training: it computes another function than evaluation, or other gradients",
-    share=0.08,
+    share=0.06,
     draw=Draw(tokens=(1, 11), long=4, lists=((65,), (130,), (300,)), batch_size=(1, 2), crowded=6, uses=USES, wide=6),
 )
 def modes_change_nothing(trial: Trial) -> None:
@@ -55,7 +55,7 @@ def modes_change_nothing(trial: Trial) -> None:
 
 @check(
     use="fine-tuning: with other parameters frozen, those that learn get other gradients",
-    share=0.03,
+    share=0.02,
     draw=Draw(tokens=(5, 9), batch_size=(2, 2), starts=("none", "read")),
 )
 def frozen_parameters_change_no_gradient(trial: Trial) -> None:
@@ -131,7 +131,7 @@ def _frozen(parameters: list[Tensor]) -> Iterator[None]:
     differentiable,
     exact_gradients,
     use="training: gradients are wrong",
-    share=0.08,
+    share=0.06,
     draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
 )
 def gradients_are_derivatives(trial: Trial) -> None:
@@ -194,7 +194,7 @@ def gradients_are_derivatives(trial: Trial) -> None:
     differentiable,
     exact_gradients,
     use="penalties of gradients, and meta-learning: the gradient of a gradient is wrong, and nothing says so",
-    share=0.03,
+    share=0.02,
     draw=Draw(tokens=(3, 6), batch_size=(1, 1), starts=("none", "read")),
 )
 def second_derivatives_are_right_or_refused(trial: Trial) -> None:

@@ -44,7 +44,7 @@ BLANK = (16, 17, 300, 8200)
     stateful,
     shiftable,
     use="long text: late tokens are mixed in another way than early ones",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)),
 )
 def position_matters_only_where_declared(trial: Trial) -> None:
@@ -88,7 +88,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
     invariant,
     exact_gradients,
     use="a prompt that is cut off or padded: blocks, or positions, move with it",
-    share=0.04,
+    share=0.03,
     draw=Draw(tokens=(7, 7), batch_size=(1, 1), starts=("none",), always="values"),
 )
 def an_unseen_prefix_changes_nothing(trial: Trial) -> None:
@@ -138,7 +138,7 @@ LATE = Draw(
 
 
 @check(
-    stateful, positioned, use="long text in low precision: late positions are rounded", share=0.08, long=True, draw=LATE
+    stateful, positioned, use="long text in low precision: late positions are rounded", share=0.06, long=True, draw=LATE
 )
 def late_positions_are_exact(trial: Trial) -> None:
     """After a million tokens float32, also under autocast, and bfloat16 are as near float64 as at the start, or so many

@@ -41,7 +41,7 @@ LARGE = 200.0
 @check(
     several_paradigms,
     use="training in one paradigm and decoding in another: the model is another",
-    share=0.6,
+    share=0.42,
     draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, always="pairs"),
 )
 def paradigms_agree(trial: Trial) -> None:
@@ -68,7 +68,7 @@ def paradigms_agree(trial: Trial) -> None:
 
 @check(
     use="adapters (LoRA), quantised layers and hooks: a wrapped projection is bypassed in one paradigm, or in training",
-    share=0.1,
+    share=0.07,
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
@@ -162,7 +162,7 @@ def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tens
 @check(
     stateful,
     use="prefill in pieces, and decoding after a prompt",
-    share=0.4,
+    share=0.28,
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
 )
 def pieces_equal_the_whole(trial: Trial) -> None:
@@ -177,7 +177,7 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     differentiable,
     stateful,
     use="training on long sequences piece by piece",
-    share=0.13,
+    share=0.09,
     draw=Draw(
         pieces=(2, 3),
         tokens=(1, 5),
@@ -227,7 +227,7 @@ def gradients_flow_through_states(trial: Trial) -> None:
     stateful,
     recurrent,
     use="decoding: it gives another text than the model was trained for",
-    share=0.12,
+    share=0.08,
     draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2), wide=10, always="values"),
 )
 def steps_equal_the_whole(trial: Trial) -> None:
@@ -287,7 +287,7 @@ def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) 
 @check(
     chunked,
     use="chunk_size: it changes the model, not its cost",
-    share=0.13,
+    share=0.09,
     draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)),
 )
 def chunk_size_changes_nothing(trial: Trial) -> None:

@@ -28,7 +28,7 @@ DEEP, GROWN = 12, 40
 @check(
     stateful,
     use="the start of a text: it depends on how the state was made",
-    share=0.08,
+    share=0.06,
     draw=Draw(tokens=(1, 8), starts=("none",)),
 )
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
@@ -78,7 +78,7 @@ def _more_than_there_is_room_for(trial: Trial, paradigm: Paradigm, x: Tensor) ->
 @check(
     stateful,
     use="beam search and batched decoding: rows of a state are mixed up",
-    share=0.1,
+    share=0.07,
     draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
 )
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
@@ -106,7 +106,7 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
 
 
 @check(
-    stateful, use="saved prompts: text goes on in another way", share=0.06, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
+    stateful, use="saved prompts: text goes on in another way", share=0.04, draw=Draw(tokens=(1, 6), batch_size=(1, 2))
 )
 def a_state_survives_the_disk(trial: Trial) -> None:
     """A state saved as safetensors and loaded goes on bit for bit as it would have; so it does with other room."""
@@ -140,7 +140,7 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
     differentiable,
     stateful,
     use="truncated backpropagation, and prompts that are used again",
-    share=0.12,
+    share=0.08,
     draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_state_is_never_written_under_grad(trial: Trial) -> None:
@@ -171,7 +171,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     constant,
     declares("size", "A state that grows or not"),
     use="prompts that are used again: the shared state is another after the first answer",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 5), lists=((1,), (70,), (130,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_constant_state_is_never_written(trial: Trial) -> None:
@@ -203,7 +203,7 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
 @check(
     stateful,
     use="generation: what is decoded changes the model, or the next text",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(2, 6), batch_size=(1, 2), starts=("none",)),
 )
 def a_donated_state_may_be_written(trial: Trial) -> None:
@@ -235,7 +235,7 @@ def a_donated_state_may_be_written(trial: Trial) -> None:
 @check(
     stateful,
     use="everything that is done with states: beams, saving, moving between devices",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 6), batch_size=(2, 5)),
 )
 def a_state_is_tensors_batch_first(trial: Trial) -> None:

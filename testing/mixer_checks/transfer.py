@@ -29,7 +29,7 @@ BETWEEN, AFTER = 120, 40
 @check(
     projected,
     use="`seqmix linearize`: the new mixer is given other heads, or keys for queries",
-    share=0.03,
+    share=0.02,
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)),
 )
 def projections_have_their_roles(trial: Trial) -> None:

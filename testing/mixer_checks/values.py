@@ -26,7 +26,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 @check(
     use="decoding with reused buffers: the past is overwritten; layers that are given the same tokens and boundaries",
-    share=0.1,
+    share=0.07,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2), uses=USES),
 )
 def results_share_no_memory(trial: Trial) -> None:
@@ -69,7 +69,7 @@ def _arguments_are_kept(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any)
                 found.tensors(given, kept)
 
 
-@check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.06, draw=ONCE)
+@check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.04, draw=ONCE)
 def copies_are_as_good(trial: Trial) -> None:
     """A deep copy of a mixer, and a pickled one, give the same bits and share nothing, and nor do mixers of other
     options; a copied state is as good."""
@@ -131,7 +131,7 @@ def _others_change_nothing(trial: Trial, x: Tensor) -> None:
 
 @check(
     use="a model made double, or narrow again, after it was used: it computes in its former dtype",
-    share=0.04,
+    share=0.03,
     draw=Draw(tokens=(1, 9), batch_size=(2, 2), starts=("none", "initial"), wide=4),
 )
 def a_converted_mixer_is_of_its_dtype(trial: Trial) -> None:
@@ -154,7 +154,7 @@ def a_converted_mixer_is_of_its_dtype(trial: Trial) -> None:
             trial.compare(what, mixed(used.to(after), paradigm), mixed(fresh.to(after), paradigm), tolerance=0)
 
 
-@check(stateful, use="decoding on a GPU, and models built on meta", share=0.06, draw=ONCE)
+@check(stateful, use="decoding on a GPU, and models built on meta", share=0.04, draw=ONCE)
 def init_state_is_where_the_mixer_is(trial: Trial) -> None:
     """`init_state` is on the mixer's device, meta included, with the same shapes and dtypes; each call gives new
     memory."""
@@ -187,7 +187,7 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
 @check(
     compilable,
     use="training on a GPU: a tensor is made on the CPU",
-    share=0.04,
+    share=0.03,
     draw=Draw(tokens=(1, 9), batch_size=(1, 2), starts=("none", "initial", "read"), uses=USES),
 )
 def calls_stay_on_the_device(trial: Trial) -> None:
@@ -214,7 +214,7 @@ def calls_stay_on_the_device(trial: Trial) -> None:
     stateful,
     declares("rows", "Rows of their own lengths"),
     use="batched decoding of prompts of different lengths",
-    share=0.12,
+    share=0.08,
     draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)),
 )
 def rows_may_differ_in_length(trial: Trial) -> None:
@@ -269,7 +269,7 @@ def rows_may_differ_in_length(trial: Trial) -> None:
 @check(
     stateful,
     use="text of millions of tokens: the counter stops",
-    share=0.04,
+    share=0.03,
     draw=Draw(tokens=(6, 6), batch_size=(1, 1), starts=("none",)),
 )
 def tokens_are_counted_by_integers(trial: Trial) -> None:
