@@ -66,7 +66,7 @@ class HyenaConfig(MixerConfig):
     gradients of the first layers that grow by its powers."""
     decay_range: tuple[float, float] = Field(default=(0.3, 1.5), strict=False)
     """Parts of L after which the fastest and the slowest channel's window has fallen to 0.01; from 1e-6 to 1e6."""
-    decay_shift: float = Field(default=0.05, ge=0, le=10)
+    decay_shift: float = Field(default=0.05, ge=0, le=1)
     """Added to the window, which so never closes."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""

@@ -4,21 +4,25 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...mixers.contract import SequenceMixer
 from ...ops.once import formed_once
 from ...ops.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import Draw
 from ..mixer_trial import Trial
 
-POINTS = 8
-"""Places inside a call, of each case, at which another one comes between."""
+POINTS = 32
+"""Places inside a call, of a case that runs in any case, at which another one comes between."""
+
+FEW = 8
+"""The same of a case that is drawn."""
 
 PATIENCE = 0.05
 """Seconds that the call waits for the other one, which may wait for a lock that the call holds."""
@@ -26,21 +30,22 @@ PATIENCE = 0.05
 
 @check(
     use="servers with threads, models of several layers, and code under another default dtype",
-    share=0.1,
-    draw=Draw(tokens=(1, 6), batch_size=(1, 2)),
+    share=0.03,
+    draw=Draw(tokens=(1, 6), batch_size=(1, 2), lists=((4,),)),
 )
 def surroundings_change_nothing(trial: Trial) -> None:
     """A call gives the same bits whatever torch's default dtype, in a second layer that shares positions with the
     first, and where another thread's call, of the mixer or of another layer, comes between any two of its operations;
     and the same results with torch's deterministic algorithms."""
     x, other, state, layer = trial.tokens(), trial.tokens(), trial.state(), trial.rebuilt()
-    for number, paradigm in enumerate(trial.paradigms):
+    points = POINTS if trial.case.seed == 1 else FEW
+    for paradigm in trial.paradigms:
 
         def mixed() -> Any:
             return trial.mix(x, state, paradigm=paradigm)  # noqa: B023
 
-        def between() -> None:
-            trial.mix(other, None, (trial.mixer, layer)[(trial.case.seed + number) % 2], paradigm=paradigm)  # noqa: B023
+        def between(mixer: SequenceMixer) -> None:
+            trial.mix(other, None, mixer, paradigm=paradigm)  # noqa: B023
 
         alone = mixed()
         for dtype in (torch.bfloat16, torch.float64):
@@ -51,11 +56,13 @@ def surroundings_change_nothing(trial: Trial) -> None:
                 what = f"{paradigm}, the {place} of two such layers that share positions against one alone"
                 trial.compare(what, mixed(), alone, 0)
         _with_usual_algorithms(trial, paradigm, x)
-        with _Between(0, between) as counted:
+        with _Between(0, mixed) as counted:
             mixed()
-        stride = max(1, -counted.left // POINTS)
-        for point in range(1 + trial.case.seed % stride, -counted.left + 1, stride):
-            with _Between(point, between) as calls:
+        stride = max(1, -counted.left // points)
+        # of the two that always run, the one from a state at other places than the one from none
+        first = (trial.case.seed if state is None else trial.case.seed + stride // 2) % stride
+        for number, point in enumerate(range(1 + first, -counted.left + 1, stride)):
+            with _Between(point, partial(between, (trial.mixer, layer)[number % 2])) as calls:
                 found = mixed()
             calls.join()
             trial.compare(f"{paradigm}, with another call before its operation {point}", found, alone, 0)
