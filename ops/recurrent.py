@@ -202,7 +202,7 @@ def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
 
 
 def _write(rule: TokenRule, tokens: list[Tokens], states: Tensor) -> None:
-    """The states after each token, behind the one before them."""
+    """The states after each token, after the one before them."""
     each = states.unbind(0)
     for token, before, after in zip(tokens, each[:-1], each[1:], strict=True):
         rule.write(token, before, after)
@@ -244,9 +244,11 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     if state is None:
         return None, False
     own = x.output_final_state and may_overwrite() and state.dtype == wide and state.is_contiguous()
-    state, decay = state.to(wide), decay_at(x.log_decay, 0, wide)
-    if isinstance(decay, Tensor):
-        decay = materialize(decay, 1)
+    state = state.to(wide)
+    if x.log_decay is not None:
+        fixed = x.log_decay.ndim == 1
+        decay = once(_fixed_decay, x.log_decay, wide) if fixed else x.log_decay[:, 0].to(wide).exp()
+        decay = materialize(decay[(...,) + (None,) * (4 - decay.ndim)], 1)
         state = state.mul_(decay) if own else state * decay
     return state, own
 
@@ -256,15 +258,5 @@ def add_outer(state: Tensor, own: bool, column: Tensor, row: Tensor) -> Tensor:
     return state.addcmul_(column, row) if own else torch.addcmul(state, column, row)
 
 
-def decay_at(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Tensor | float:
-    """exp(a) of one token, broadcasting over the state [B H K V]."""
-    if log_decay is None:
-        return 1.0
-    if log_decay.ndim == 1:
-        return once(_fixed_decay, log_decay, dtype)
-    a = log_decay[:, token]  # [B H] or [B H K]
-    return a.to(dtype).exp()[(...,) + (None,) * (4 - a.ndim)]
-
-
 def _fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    return log_decay.to(dtype).exp()[None, :, None, None]
+    return log_decay.to(dtype).exp()[None]

@@ -278,7 +278,7 @@ def _plumbing(house: House) -> list[str]:
 
 
 LIMITS: dict[str, tuple[str, Callable[[House], list[str]]]] = {
-    "length": ("at most 48,700 lines outside tests", lambda h: [f"{h.length:,}"] if h.length > 48_700 else []),
+    "length": ("at most 48,800 lines outside tests", lambda h: [f"{h.length:,}"] if h.length > 48_800 else []),
     "room": (
         "no room above a quarter",
         lambda h: _percent(0.25, {n: lines / h.length for n, lines in h.rooms.items()}),
