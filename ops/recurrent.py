@@ -7,10 +7,12 @@ Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_
     dS_{t-1}^+ = carry(dS_t)                the other gradients of S_{t-1} and dS_t
 
 It is a reference: it shares no formula with the chunkwise engine. Only states wait for each other: what is read of
-them, and gradients but theirs, are formed for a block of tokens at once. Every BLOCK-th state of a document is saved
-but the first, which is given; the backward pass recomputes the states between, so memory grows slowly with T.
+them, and gradients but theirs, are formed for as many tokens at once as have states that fit a CPU's cache. Every
+BLOCK-th state of a document is saved but the first, which is given; the backward pass recomputes the states between,
+so memory grows slowly with T.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,12 +28,14 @@ from .once import once
 from .packing import Stretch
 from .recurrence import Recurrence, RecurrenceOutput, Run
 
-BLOCK = 32
+BLOCK = 64
 """Tokens between saved states."""
+CACHED = 2**19
+"""Elements of the states of tokens that are computed at once, at most, on a CPU."""
 
 
 class Tokens(NamedTuple):
-    """Tokens of a block, n of them, in the dtype of states, and R = B H; those of `each` lack the first axis."""
+    """Some n tokens, in the dtype of states, and R = B H; those of `each` lack the first axis."""
 
     q: Tensor
     """With the scale, [n R 1 K]."""
@@ -54,6 +58,10 @@ class Tokens(NamedTuple):
         """One by one."""
         count = len(self.q)
         return [Tokens(*x) for x in zip(*([None] * count if x is None else x.unbind(0) for x in self), strict=True)]
+
+    def part(self, start: int, stop: int) -> "Tokens":
+        """Some of them."""
+        return Tokens(*(None if x is None else x[start:stop] for x in self))
 
     def decayed(self, state: Tensor) -> Tensor:
         """What is left of states before the tokens."""
@@ -112,12 +120,13 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, saved = _allocate(x)
-    x, index, room = x.widened(), 0, _room(x, 1)
+    x, index, size = x.widened(), 0, _at_once(x)
+    room = _room(x, size + 1)
     for stretch in x.stretches:
         state = _initial(x, stretch)
-        for start, stop in _blocks(stretch):
+        for start, stop in _parts(stretch.start, stretch.stop, size):
             room[0] = state
-            if x.needs_grad and start > stretch.start:
+            if x.needs_grad and start > stretch.start and (start - stretch.start) % BLOCK == 0:
                 saved[index] = state.unflatten(0, saved.shape[1:3])
                 index += 1
             tokens, states = _tokens(x, start, stop), room[: stop - start + 1]
@@ -138,35 +147,50 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)
     x = x.widened()
     d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
-    runs = [(stretch, _blocks(stretch)) for stretch in x.stretches]
-    index = sum(max(len(blocks) - 1, 0) for _, blocks in runs)
-    room, d_room = _room(x, 1), _room(x, 0)
+    runs = [(stretch, _parts(stretch.start, stretch.stop, BLOCK)) for stretch in x.stretches]
+    index, size = sum(max(len(blocks) - 1, 0) for _, blocks in runs), _at_once(x)
+    room, d_states = _room(x, min(BLOCK, x.q.shape[1]) + 1), _room(x, size)
     for stretch, blocks in reversed(runs):
-        d_state = torch.zeros_like(d_room[0])
+        d_state = torch.zeros_like(room[0])
         if d_final_state is not None:
             d_state = d_final_state[stretch.rows].to(x.wide).flatten(0, 1)
         for start, stop in reversed(blocks):
             if start > stretch.start:
                 index -= 1
             room[0] = saved[index].flatten(0, 1) if start > stretch.start else _initial(x, stretch)
-            tokens, states, d_states = _tokens(x, start, stop), room[: stop - start + 1], d_room[: stop - start]
-            each, d_out = tokens.each(), _rows(d_output, start, stop)[..., None, :]
+            tokens, d_out = _tokens(x, start, stop), _rows(d_output, start, stop)[..., None, :]
+            each, states = tokens.each(), room[: stop - start + 1]
             _write(rule, each, states)
-            for token, d_o, own in reversed(list(zip(each, d_out.unbind(0), d_states.unbind(0), strict=True))):
-                d_state = rule.carry(token, torch.addcmul(d_state, token.q.mT, d_o, out=own))
-            found = {"q": x.scale * (d_out @ states[1:].mT), **rule.gradients(tokens, states[:-1], d_states)}
-            if x.a is None and "a" in found:  # the keys read
-                found["k"] = found["k"] + found.pop("a")
-            for name in found.keys() & out.keys():
-                _add(out[name], start, stop, found[name])
+            for first, last in reversed(_parts(0, stop - start, size)):
+                for t in reversed(range(first, last)):
+                    d_state = torch.addcmul(d_state, each[t].q.mT, d_out[t], out=d_states[t - first])
+                    d_state = rule.carry(each[t], d_state)
+                part, entries = tokens.part(first, last), states[first:last]
+                found = {"q": x.scale * (d_out[first:last] @ states[first + 1 : last + 1].mT)}
+                found |= rule.gradients(part, entries, d_states[: last - first])
+                if x.a is None and "a" in found:  # the keys read
+                    found["k"] = found["k"] + found.pop("a")
+                for name in found.keys() & out.keys():
+                    _add(out[name], start + first, start + last, found[name])
         if x.initial_state is not None:
             out["initial_state"][stretch.rows] = d_state.unflatten(0, (-1, x.matrix[0]))
     return out
 
 
-def _room(x: Recurrence, more: int) -> Tensor:
-    """For the states of a block and so many more, [n R K V]."""
-    return x.new_state(min(BLOCK, x.q.shape[1]) + more, x.q.shape[0]).flatten(1, 2)
+def _at_once(x: Recurrence) -> int:
+    """Tokens whose states are computed at once: a power of two, as BLOCK is."""
+    fitting = x.q.shape[1] if x.q.device.type != "cpu" else CACHED // (x.q.shape[0] * math.prod(x.matrix))
+    return 1 << min(max(fitting, 1).bit_length() - 1, BLOCK.bit_length() - 1)
+
+
+def _room(x: Recurrence, tokens: int) -> Tensor:
+    """For the states of so many tokens, [n R K V]."""
+    return x.new_state(tokens, x.q.shape[0]).flatten(1, 2)
+
+
+def _parts(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """A range in parts of a size, the last one ragged."""
+    return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def _initial(x: Recurrence, stretch: Stretch) -> Tensor:
@@ -220,11 +244,6 @@ def _add(out: Tensor, start: int, stop: int, gradient: Tensor) -> None:
         out += gradient.sum((0, 2, 3)).view(-1, len(out)).sum(0)
     else:
         _store(out, start, stop, gradient if out.ndim == 4 else gradient.sum((2, 3)))
-
-
-def _blocks(stretch: Stretch) -> list[tuple[int, int]]:
-    """A stretch in blocks of BLOCK tokens, the last one ragged."""
-    return [(at, min(at + BLOCK, stretch.stop)) for at in range(stretch.start, stretch.stop, BLOCK)]
 
 
 # ---- one token
