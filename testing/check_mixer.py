@@ -147,7 +147,7 @@ class TestedMixer(Tested[Case]):
         draw = check.draw.of(self.subject.traits)
         met = self.subject.always(draw.always)
         met = [*met, *self.subject.always("shared")] if draw.wide or draw.always != "none" else met
-        short = Case((5,), start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
+        short = Case((5,) * draw.pieces[0], start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
         found = draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
         return as_many_as_asked(found, self.examples)
 
