@@ -7,9 +7,9 @@ Notation of recurrence.py, and dS_t the gradient of the state after token t, dS_
     dS_{t-1}^+ = carry(dS_t)                the other gradients of S_{t-1} and dS_t
 
 It is a reference: it shares no formula with the chunkwise engine. Only states wait for each other: what is read of
-them, and gradients but theirs, are formed for as many tokens at once as have states that fit a CPU's cache. Every
-BLOCK-th state of a document is saved but the first, which is given; the backward pass recomputes the states between,
-so memory grows slowly with T.
+them, and gradients but theirs, are formed for as many tokens at once as have states that fit a CPU's cache, or a part
+of a GPU's memory. Every BLOCK-th state of a document is saved but the first, which is given; the backward pass
+recomputes the states between, so memory grows slowly with T.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Op
+from .chunks import group_elements
 from .donation import may_overwrite
 from .materialize import materialize
 from .once import once
@@ -61,7 +62,7 @@ class Tokens(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Tokens":
         """Some of them."""
-        return Tokens(*(None if x is None else x[start:stop] for x in self))
+        return Tokens._make(None if x is None else x[start:stop] for x in self)
 
     def decayed(self, state: Tensor) -> Tensor:
         """What is left of states before the tokens."""
@@ -179,7 +180,7 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
 
 def _at_once(x: Recurrence) -> int:
     """Tokens whose states are computed at once: a power of two, as BLOCK is."""
-    fitting = x.q.shape[1] if x.q.device.type != "cpu" else CACHED // (x.q.shape[0] * math.prod(x.matrix))
+    fitting = group_elements(x.q.device, CACHED) // max(x.q.shape[0] * math.prod(x.matrix), 1)
     return 1 << min(max(fitting, 1).bit_length() - 1, BLOCK.bit_length() - 1)
 
 

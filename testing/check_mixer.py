@@ -14,7 +14,7 @@ from ..ops.paradigm import Paradigm
 from ..registry import SeqmixError
 from .check import CHECKS, MixerCheck
 from .engine import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics
-from .mixer_case import Case
+from .mixer_case import FIXED, Case
 from .mixer_subject import BACKEND, Subject
 from .mixer_trial import Trial
 from .outcome import Outcome, Outcomes, chosen_names
@@ -61,7 +61,8 @@ def check_mixer(
         vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
         compiles: whether the checks that compile run, which take several seconds each, or are skipped.
         tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
-        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`.
+        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`; with the first
+            forward alone is traced where only sizes are looked at.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
         shrink: whether a case that fails is reduced, to the fewest tokens and options.
         on_outcome: called after each check.
@@ -147,7 +148,7 @@ class TestedMixer(Tested[Case]):
         draw = check.draw.of(self.subject.traits)
         met = self.subject.always(draw.always)
         met = [*met, *self.subject.always("shared")] if draw.wide or draw.always != "none" else met
-        short = Case((5,) * draw.pieces[0], start=draw.starts[-1], seed=1, dtype=draw.dtypes[0])
+        short = Case((5,) * draw.pieces[0], start=draw.starts[-1], seed=FIXED, dtype=draw.dtypes[0])
         found = draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
         return as_many_as_asked(found, self.examples)
 

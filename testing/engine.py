@@ -163,10 +163,10 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _few_objects() -> Iterator[None]:
     """What there was before is not searched for garbage: with torch's modules, that takes longer than a case. What a
-    compiler makes is searched more seldom than by default, 700 objects each time."""
+    compiler makes is searched more seldom than by default."""
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(20_000, *thresholds[1:])
+    gc.set_threshold(thresholds[0] and max(thresholds[0], 20_000), *thresholds[1:])
     try:
         yield
     finally:

@@ -46,6 +46,9 @@ MANY = 9
 HEADS = (12, 36, 1)
 """Heads of a wide mixer, beside its own: several, more than a block of 32, and one of more than 128 channels."""
 
+FIXED = 1
+"""The seed of cases that run in any case."""
+
 SHORT = 12
 """Tokens of which one wide head, whose features may be the squares of its channels, takes little time."""
 
@@ -133,7 +136,7 @@ class Draw:
     def fixed_cases(self, traits: Traits) -> list[Case]:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
-        usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=1, dtype=self.dtypes[0])
+        usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=FIXED, dtype=self.dtypes[0])
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         found += [replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1]) for lengths in self.lists]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...ops.call import Call
-from ...ops.convolution import ConvolutionOutput, shift
+from ...ops.convolution import ConvolutionOutput, shift_tokens
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"], call: Call) -> ConvolutionOutput:
@@ -18,7 +18,7 @@ def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"], call:
         before: what comes before the first token of a row or document.
         call: that of the mixer, whatever its state.
     """
-    return shift(x, call._replace(state=before))
+    return shift_tokens(x, call._replace(state=before))
 
 
 class TokenShift(nn.Module):

@@ -71,12 +71,14 @@ def convolve_short(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -
     return _over_windows(x, weight.shape[1] - 1, partial(_shifted_products, weight=weight, bias=bias), call)
 
 
-def shift(x: Tensor, call: Call) -> ConvolutionOutput:
+def shift_tokens(x: Tensor, call: Call) -> ConvolutionOutput:
     """x_{t-1} of every token, the convolution by the filter [1, 0] without its products; the state is [N 1 D].
 
     Raises:
-        SeqmixError: the state does not fit, or packed documents are several rows.
+        SeqmixError: shapes do not fit.
     """
+    if x.ndim != 3 or x.shape[1] < 1:
+        raise SeqmixError(f"x must be [B T D] with T >= 1, and is {list(x.shape)}")
     require_packing(x, call.cu_seqlens)
     return _over_windows(x, 1, lambda seen: seen[:, :-1], call)
 

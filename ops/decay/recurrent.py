@@ -43,7 +43,7 @@ class _Decay(TokenRule):
     def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         found = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
         if x.decay is not None:
-            found["log_decay"] = x.decayed((entries * d_states).sum(3, keepdim=True))
+            found["log_decay"] = (x.decayed(entries) * d_states).sum(3, keepdim=True)
         return found
 
 

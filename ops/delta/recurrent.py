@@ -57,28 +57,24 @@ class DeltaRule(TokenRule):
             torch.addcmul(decayed.addcmul(token.b, token.a @ decayed), token.k, token.v, out=out)
 
     def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
-        return token.decayed(_d_decayed(token, d_state))
+        return token.decayed(d_state.addcmul(token.a.mT, _d_found(token, d_state)))
 
     def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         decayed = x.decayed(entries)
-        found, d_value, d_found = x.a @ decayed, x.written.mT @ d_states, _d_found(x, d_states)
-        gradients = {"v": d_value, "a": decayed @ d_found.mT}
+        found, d_found = x.a @ decayed, _d_found(x, d_states)
+        gradients = {"a": decayed @ d_found.mT}
+        if x.decay is not None:  # <P, dP> by what P is read for already
+            gradients["log_decay"] = (decayed * d_states).sum(3, keepdim=True).addcmul_(x.a.mT, gradients["a"])
         if x.b is not None:
-            gradients |= {"k": d_states @ x.v.mT, "b": d_states @ found.mT}
-        else:
-            written = d_states @ (x.v - found).mT
-            gradients |= {"k": written if x.beta is None else x.beta * written, "beta": x.k.mT @ written}
-        return gradients | {"log_decay": (decayed * _d_decayed(x, d_states)).sum(3, keepdim=True)}
+            return gradients | {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states, "b": d_states @ found.mT}
+        written = d_states @ (x.v - found).mT
+        key = written if x.beta is None else x.beta * written
+        return gradients | {"k": key, "v": -d_found, "beta": x.k.mT @ written}
 
 
 def _d_found(x: Tokens, d_state: Tensor) -> Tensor:
     """dr of dS."""
     return -(x.written.mT @ d_state) if x.b is None else x.b.mT @ d_state
-
-
-def _d_decayed(x: Tokens, d_state: Tensor) -> Tensor:
-    """dP of dS."""
-    return d_state.addcmul(x.a.mT, _d_found(x, d_state))
 
 
 delta_recurrent = recurrent_kernel("delta_recurrent", DeltaRule())

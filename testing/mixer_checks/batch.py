@@ -10,7 +10,7 @@ from torch import Tensor
 from ...mixers.state import map_state, select
 from ...ops.paradigm import Paradigm
 from ..check import check
-from ..mixer_case import CROWDS, Draw
+from ..mixer_case import CROWDS, FIXED, Draw
 from ..mixer_trial import Trial
 
 FEW = 4
@@ -48,7 +48,7 @@ def rows_are_independent(trial: Trial) -> None:
             )
             what = f"{paradigm}, rows {rows.tolist()} of {len(x)} against them without the others"
             trial.compare(what, (y[rows], None if states is None else select(states, rows)), alone)
-    if trial.case.seed == 1 and len(x) == CROWDS[-1]:
+    if trial.case.seed == FIXED and len(x) == CROWDS[-1]:
         _tens_of_thousands(trial)
 
 

@@ -50,10 +50,16 @@ def segments_compile_into_one_graph(trial: Trial) -> None:
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
-    """Packed training from states and with final states compiles with fullgraph and does not recompile for other
-    boundaries, empty documents included."""
+    """Packed training, from states and with final states and with neither, compiles with fullgraph and does not
+    recompile for other boundaries, empty documents included."""
     boundaries = [_cuts(trial, cuts) for cuts in ((0, 3, 6, 9), (0, 0, 5, 9), (0, 9, 9, 9), (0, 3, 3, 9))]
-    _compiles(trial, lambda x, state, **options: trial.used(**options)(x, state), boundaries)
+
+    def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+        unwanted, _ = trial.call(mixer=trial.mixer_in_use, **{**options, "return_state": False})(x, None)
+        y, after = trial.used(**options)(x, state)
+        return torch.cat((y, unwanted), dim=-1), after
+
+    _compiles(trial, function, boundaries)
 
 
 @check(
@@ -72,7 +78,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    # sizes are held by the graph that is traced: backward is traced where they are given
+    # what holds a size is seen where forward is traced; other checks trace backward
     asked = trial.subject.compile_backend
     counter = CompileCounterWithBackend("eager" if asked == BACKEND else asked)
     graph = torch.compile(function, fullgraph=True, backend=counter)

@@ -92,8 +92,8 @@ def frozen_parameters_change_no_gradient(trial: Trial) -> None:
     use="training with large batches: the gradients of parameters leave tokens out",
     share=0,
     long=True,
-    # of the uses, those that differ in mode and final state; what else they are is no matter of parameters
-    draw=Draw(tokens=(61, 61), batch_size=(14, 14), starts=("none", "read"), uses=("truncated", "training")),
+    # of the uses, two that differ in mode and final state
+    draw=Draw(tokens=(61, 61), batch_size=(14, 14), starts=("none", "read"), uses=("evaluation", "training")),
 )
 def gradients_of_a_batch_are_sums_over_its_rows(trial: Trial) -> None:
     """The gradients of parameters over thousands of tokens are the sums of those over some of the rows at a time."""

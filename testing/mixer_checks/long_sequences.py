@@ -9,7 +9,6 @@ from ...mixers.state import clone, concatenate
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, stateful
-from ..compare import EXACT
 from ..mixer_case import LENGTHS, Draw
 from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
@@ -79,19 +78,15 @@ def _after_a_context(trial: Trial) -> None:
     if Paradigm.CHUNKWISE not in trial.paradigms:  # others are quadratic or go token by token
         return
     text, state, outputs = trial.tokens(1, CONTEXT + HEAD), None, []
-    mixer, tolerance = trial.mixer, EXACT
-    if trial.mixer.traits.state == "growing":  # chunks or not, it is quadratic: half the time in float32
-        mixer, text = trial.rebuilt(torch.float32), text.float()
-        tolerance = trial.subject.tolerances[torch.float32]
     try:
-        whole, _ = trial.mix(text, None, mixer, paradigm=Paradigm.CHUNKWISE, return_state=False)
+        whole, _ = trial.mix(text, None, paradigm=Paradigm.CHUNKWISE, return_state=False)
     except SeqmixError:  # the table's end is refused
         return
     for piece in text.split(BLOCKS[-1] - 1, dim=1):
-        y, state = trial.mix(piece, state, mixer, paradigm=Paradigm.CHUNKWISE)
+        y, state = trial.mix(piece, state, paradigm=Paradigm.CHUNKWISE)
         outputs.append(y)
     what = f"chunkwise, {text.shape[1]:,} tokens at once against pieces of {BLOCKS[-1] - 1:,}"
-    trial.compare(what, (whole, None), (torch.cat(outputs, dim=1), None), tolerance)
+    trial.compare(what, (whole, None), (torch.cat(outputs, dim=1), None))
 
 
 def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from ...mixers.contract import SequenceMixer
 from ...ops.once import formed_once
 from ...ops.paradigm import Paradigm
 from ..check import check
-from ..mixer_case import Draw
+from ..mixer_case import FIXED, Draw
 from ..mixer_trial import Trial
 
 POINTS = 32
 """Places inside a call, of a case that runs in any case, at which another one comes between."""
 
-FEW = 8
-"""The same of a case that is drawn."""
+FEW = 16
+"""Such places of what is drawn."""
 
 PATIENCE = 0.05
 """Seconds that the call waits for the other one, which may wait for a lock that the call holds."""
@@ -30,7 +30,7 @@ PATIENCE = 0.05
 
 @check(
     use="servers with threads, models of several layers, and code under another default dtype",
-    share=0.03,
+    share=0.06,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2), lists=((4,),)),
 )
 def surroundings_change_nothing(trial: Trial) -> None:
@@ -38,7 +38,7 @@ def surroundings_change_nothing(trial: Trial) -> None:
     first, and where another thread's call, of the mixer or of another layer, comes between any two of its operations;
     and the same results with torch's deterministic algorithms."""
     x, other, state, layer = trial.tokens(), trial.tokens(), trial.state(), trial.rebuilt()
-    points = POINTS if trial.case.seed == 1 else FEW
+    points = POINTS if trial.case.seed == FIXED else FEW
     for paradigm in trial.paradigms:
 
         def mixed() -> Any:
