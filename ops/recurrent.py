@@ -122,7 +122,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, saved = _allocate(x)
     x, index, size = x.widened(), 0, _at_once(x)
-    room = _room(x, size + 1)
+    room = _room(x, size, 1)
     for stretch in x.stretches:
         state = _initial(x, stretch)
         for start, stop in _parts(stretch.start, stretch.stop, size):
@@ -150,7 +150,7 @@ def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str,
     d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
     runs = [(stretch, _parts(stretch.start, stretch.stop, BLOCK)) for stretch in x.stretches]
     index, size = sum(max(len(blocks) - 1, 0) for _, blocks in runs), _at_once(x)
-    room, d_states = _room(x, min(BLOCK, x.q.shape[1]) + 1), _room(x, size)
+    room, d_states = _room(x, BLOCK, 1), _room(x, size, 0)
     for stretch, blocks in reversed(runs):
         d_state = torch.zeros_like(room[0])
         if d_final_state is not None:
@@ -184,9 +184,9 @@ def _at_once(x: Recurrence) -> int:
     return 1 << min(max(fitting, 1).bit_length() - 1, BLOCK.bit_length() - 1)
 
 
-def _room(x: Recurrence, tokens: int) -> Tensor:
-    """For the states of so many tokens, [n R K V]."""
-    return x.new_state(tokens, x.q.shape[0]).flatten(1, 2)
+def _room(x: Recurrence, tokens: int, more: int) -> Tensor:
+    """For the states of so many tokens, or of all, and for more, [n R K V]."""
+    return x.new_state(min(tokens, x.q.shape[1]) + more, x.q.shape[0]).flatten(1, 2)
 
 
 def _parts(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -266,9 +266,11 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     own = x.output_final_state and may_overwrite() and state.dtype == wide and state.is_contiguous()
     state = state.to(wide)
     if x.log_decay is not None:
-        fixed = x.log_decay.ndim == 1
-        decay = once(_fixed_decay, x.log_decay, wide) if fixed else x.log_decay[:, 0].to(wide).exp()
-        decay = materialize(decay[(...,) + (None,) * (4 - decay.ndim)], 1)
+        if x.log_decay.ndim == 1:  # formed once for all tokens
+            decay = once(_fixed_decay, x.log_decay, wide)
+        else:
+            decay = x.log_decay[:, 0].to(wide).exp()[(...,) + (None,) * (5 - x.log_decay.ndim)]
+        decay = materialize(decay, 1)
         state = state.mul_(decay) if own else state * decay
     return state, own
 
@@ -279,4 +281,4 @@ def add_outer(state: Tensor, own: bool, column: Tensor, row: Tensor) -> Tensor:
 
 
 def _fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    return log_decay.to(dtype).exp()[None]
+    return log_decay.to(dtype).exp()[None, :, None, None]
