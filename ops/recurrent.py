@@ -209,20 +209,14 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
     q, k, v = (_rows(tensor, start, stop) for tensor in (x.q, x.k, x.v))
     a, b, beta = (None if tensor is None else _rows(tensor, start, stop) for tensor in (x.a, x.b, x.beta))
-    decay = x.log_decay
-    if decay is not None and decay.ndim == 1:
-        decay = decay.exp().repeat(x.q.shape[0]).expand(stop - start, -1)
-    elif decay is not None:
-        decay = _rows(decay, start, stop).exp()
+    rate, column, decay = None if beta is None else beta[..., None, None], k[..., None], x.log_decay
+    if decay is not None:
+        fixed = decay.ndim == 1
+        decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if fixed else _rows(decay, start, stop)).exp()
+        decay = decay[(...,) + (None,) * (4 - decay.ndim)]
     return Tokens(
-        (x.scale * q)[..., None, :],
-        k[..., None],
-        v[..., None, :],
-        None if beta is None else beta[..., None, None],
-        (k if beta is None else beta[..., None] * k)[..., None],
-        (k if a is None else a)[..., None, :],
-        None if b is None else b[..., None],
-        decay if decay is None else decay[(...,) + (None,) * (4 - decay.ndim)],
+        *((x.scale * q)[..., None, :], column, v[..., None, :], rate, column if rate is None else rate * column),
+        *((k if a is None else a)[..., None, :], None if b is None else b[..., None], decay),
     )
 
 
@@ -266,10 +260,8 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     own = x.output_final_state and may_overwrite() and state.dtype == wide and state.is_contiguous()
     state = state.to(wide)
     if x.log_decay is not None:
-        if x.log_decay.ndim == 1:  # formed once for all tokens
-            decay = once(_fixed_decay, x.log_decay, wide)
-        else:
-            decay = x.log_decay[:, 0].to(wide).exp()[(...,) + (None,) * (5 - x.log_decay.ndim)]
+        a = x.log_decay
+        decay = once(_fixed_decay, a, wide) if a.ndim == 1 else a[:, 0].to(wide).exp()[(...,) + (None,) * (5 - a.ndim)]
         decay = materialize(decay, 1)
         state = state.mul_(decay) if own else state * decay
     return state, own

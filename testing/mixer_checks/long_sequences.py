@@ -5,6 +5,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
@@ -77,16 +78,23 @@ def _after_a_context(trial: Trial) -> None:
     have two levels."""
     if Paradigm.CHUNKWISE not in trial.paradigms:  # others are quadratic or go token by token
         return
-    text, state, outputs = trial.tokens(1, CONTEXT + HEAD), None, []
+    text, state, outputs, mixer = trial.tokens(1, CONTEXT + HEAD), None, [], _of_few_heads(trial)
     try:
-        whole, _ = trial.mix(text, None, paradigm=Paradigm.CHUNKWISE, return_state=False)
+        whole, _ = trial.mix(text, None, mixer, paradigm=Paradigm.CHUNKWISE, return_state=False)
     except SeqmixError:  # the table's end is refused
         return
     for piece in text.split(BLOCKS[-1] - 1, dim=1):
-        y, state = trial.mix(piece, state, paradigm=Paradigm.CHUNKWISE)
+        y, state = trial.mix(piece, state, mixer, paradigm=Paradigm.CHUNKWISE)
         outputs.append(y)
     what = f"chunkwise, {text.shape[1]:,} tokens at once against pieces of {BLOCKS[-1] - 1:,}"
     trial.compare(what, (whole, None), (torch.cat(outputs, dim=1), None))
+
+
+def _of_few_heads(trial: Trial) -> SequenceMixer:
+    """The mixer; where its states grow, so that chunks or not it is quadratic, of one head if it may have one."""
+    one = {**trial.case.options, "n_heads": 1} if trial.mixer.traits.state == "growing" else trial.case.options
+    found = trial.subject.mixer(one, trial.case.dtype, trial.case.layer)
+    return trial.mixer if found is None else found
 
 
 def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor) -> Tensor:
@@ -138,7 +146,8 @@ def _gradients_of_thousands(trial: Trial, text: Tensor) -> None:
     """Chunkwise, which alone is linear in memory and in blocks: at once against two halves."""
     if Paradigm.CHUNKWISE not in trial.paradigms:
         return
-    call, half = trial.call(Paradigm.CHUNKWISE), text.shape[1] // 2
+    mixer, half = _of_few_heads(trial), text.shape[1] // 2
+    call = trial.call(Paradigm.CHUNKWISE, mixer)
 
     def in_halves(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         first, between = call(x[:, :half], state)
@@ -146,7 +155,8 @@ def _gradients_of_thousands(trial: Trial, text: Tensor) -> None:
         return torch.cat((first, second), dim=1), after
 
     what = f"chunkwise, {text.shape[1]:,} tokens at once against two halves"
-    trial.compare(what, trial.differentiate(call, text, None), trial.differentiate(in_halves, text, None))
+    whole, halves = (trial.differentiate(each, text, None, mixer=mixer) for each in (call, in_halves))
+    trial.compare(what, whole, halves)
 
 
 def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
