@@ -162,7 +162,7 @@ def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tens
 @check(
     stateful,
     use="prefill in pieces, and decoding after a prompt",
-    share=0.28,
+    share=0.4,
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
 )
 def pieces_equal_the_whole(trial: Trial) -> None:
