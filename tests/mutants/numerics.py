@@ -42,6 +42,18 @@ class RoundsTheStateItReads(Specimen):
         return SpecimenState(*(leaf.to(self.dtype).to(leaf.dtype) for leaf in (memory, weight)), position)
 
 
+@mutant(check="long_decoding_does_not_drift")
+class RoundsTheStateOfOneRow(Specimen):
+    """A step of one row, which has a path of its own, keeps 12 bits of a float32 state."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if x.shape[:2] != (1, 1) or after is None or after.memory.dtype != torch.float32:
+            return y, after
+        large = 4097 * after.memory
+        return y, after._replace(memory=large - (large - after.memory))
+
+
 @mutant(check="dtypes_are_kept")
 class RoundsTheStateInPassing(Specimen):
     """A state is float32, and was rounded to the input's dtype. After sgl-project/sglang #38975."""

@@ -101,6 +101,15 @@ class LeavesOutTheLastTokens(Specimen):
         return super().divide(o, z) * _Blocks.apply(self.decay_proj.bias[:1] / 6, o.shape[0] * o.shape[2])
 
 
+@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
+class LeavesRowsOutInEvaluation(Specimen):
+    """Outside of training mode, rows after the fortieth give values no gradient."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v if self.training else torch.cat((v[:40], v[40:].detach())), a
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count):

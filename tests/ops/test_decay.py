@@ -10,7 +10,7 @@ from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops import chunks, chunkwise, products
+from seqmix.ops import chunks, chunkwise, products, recurrent
 from seqmix.ops.autograd import Gradients
 from seqmix.ops.decay import decay_flops, decay_recurrence
 from seqmix.ops.decay.chunkwise import _DecayChunks
@@ -32,6 +32,31 @@ bit_for_bit = partial(assert_close, rtol=0, atol=0)
 
 def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("elements", [1, 400])
+@pytest.mark.parametrize("op", ["decay", "delta", "dplr"])
+def test_tokens_one_by_one_and_several_at_once_are_the_definition(op, elements):
+    checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
+    with mock.patch.object(recurrent, "CACHED", elements):
+        assert check_kernel(reference(op, Paradigm.RECURRENT), checks=checks, examples=20).passed
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 2, 3, 4), (2, 5, 2, 0, 4), (2, 5, 2, 3, 0)])
+def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
+    batch, length, heads, key, value = sizes
+    q, v = torch.ones(batch, length, heads, key), torch.ones(batch, length, heads, value)
+    found = decay_recurrence(q, q, v, scale=1.0, output_final_state=True, paradigm="recurrent")
+    assert found.output.shape == v.shape
+    assert found.final_state.shape == (batch, heads, key, value)
+
+
+def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
+    q, v = torch.full((1, 4, 1, 2), 1e12), torch.full((1, 4, 1, 2), 1e15)
+    log_decay = torch.tensor([[[0.0], [0.0], [-torch.inf], [0.0]]], requires_grad=True)
+    found = decay_recurrence(q, q, v, log_decay, scale=1.0, output_final_state=True, paradigm="recurrent")
+    (found.final_state * 1e15).sum().backward()
+    assert log_decay.grad[0, :3, 0].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("elements", [1, 100, 400])
