@@ -1,6 +1,7 @@
 """The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
 import errno
+import gc
 import os
 import platform
 import signal
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .commands.importing import importing
 from .commands.output import guarded, visible
 
 COMMANDS = {
@@ -73,7 +75,8 @@ def _unraisable(ignored: Any) -> None:
 def imported(name: str) -> TyperCommand:
     """A command with the options of its function; the docstring is its help."""
     word = name.replace("-", "_")
-    function = getattr(import_module(f".commands.{word}", __package__), word)
+    with importing():
+        function = getattr(import_module(f".commands.{word}", __package__), word)
     # the terminal wraps lines; typer would also keep the line breaks of the docstring
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -112,6 +115,8 @@ def main() -> None:
         with guarded():
             _run()
     finally:
+        if "triton" in sys.modules:  # it reports what is left of its own at the end
+            gc.unfreeze()
         if ours:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit handlers take a while, and would show it
 

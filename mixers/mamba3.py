@@ -76,7 +76,7 @@ class Mamba3(StateSpaceMixer):
         if not self.pairs:
             raise ContractError(f"no pair of d_state = {config.d_state} turns: make partial_rotary_factor larger")
         super().__init__(config, d_model, n_layers, None, None, None, self.pairs)
-        # of C and B
+        # of B and C
         self.key_norm = nn.Parameter(torch.empty(2, self.key_dim))
         self.key_bias = nn.Parameter(torch.empty(2, self.n_heads, self.key_dim))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
@@ -95,18 +95,18 @@ class Mamba3(StateSpaceMixer):
     def mix(  # pyright: ignore[reportIncompatibleMethodOverride] a state with another leaf
         self, x: Float[Tensor, "B T D"], call: Call
     ) -> tuple[Float[Tensor, "B T D"], Mamba3State | None]:
-        wide, by_head = self.state_dtype, (self.n_heads, -1)
-        gate, ubc, *scalars, theta = self.in_proj(x).split(self.in_widths, dim=-1)
-        u, b, c = ubc.split(self.widths, dim=-1)
-        gate, u, (dt, a, mix) = gate.unflatten(-1, by_head), u.unflatten(-1, by_head), (y.to(wide) for y in scalars)
-        before = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state
+        wide, by_head, heads, values = self.state_dtype, (self.n_heads, -1), self.n_heads, self.widths[0]
+        widths = [values, values, 2 * self.widths[1], 3 * heads, self.pairs]
+        gate, u, bc, scalars, theta = self.in_proj(x).split(widths, dim=-1)
+        gate, u, (dt, a, mix) = gate.unflatten(-1, by_head), u.unflatten(-1, by_head), scalars.to(wide).split(heads, -1)
+        _, recent, angle, position = call.state or (None,) * 4
         step, share = F.softplus(dt + self.dt_bias.to(wide)), mix.sigmoid()
         log_decay, own, older = -step * F.softplus(a).clamp(min=RATE), share * step, (1 - share) * step
-        turn, angle = self.angles(step, theta.to(wide), before.angle, call)
-        q, k = (self.keys(y, i, turn).to(u.dtype) for i, y in enumerate((c, b)))
+        turn, angle = self.angles(step, theta.to(wide), angle, call)
+        k, q = self.keys(bc, turn).to(u.dtype).unbind(2)
         # the token before each, and the last one, of which S has what W has not
-        last_k_u, last = token_shift(torch.cat((k, u), dim=-1).flatten(2), before.recent.to(u.dtype), call)
-        weight, last_weight = token_shift(own, torch.zeros_like(before.memory[:, None, :, 0, 0]), call)
+        last_k_u, last = token_shift(torch.cat((k, u), dim=-1).flatten(2), recent, call)
+        weight, last_weight = token_shift(own, None, call)
         k_before, u_before = last_k_u.unflatten(-1, by_head).split([self.key_dim, self.value_dim], dim=-1)
         k_before = ((log_decay.exp() * (weight + older))[..., None] * k_before).to(u.dtype)
         o, memory = decay(q, k_before, u_before, log_decay, call.enter("memory"), scale=1.0)
@@ -117,22 +117,27 @@ class Mamba3(StateSpaceMixer):
             return y, None
         k, u = last.unflatten(-1, by_head)[:, 0].to(wide).split([self.key_dim, self.value_dim], dim=-1)
         memory = memory + last_weight[:, 0, :, None, None] * k[..., None] * u[..., None, :]
-        return y, Mamba3State(memory, last.to(self.dtype), angle, call.advance(x, before.position))
+        return y, Mamba3State(memory, last.to(self.dtype), angle, call.advance(x, position))
 
-    def angles(self, step: Tensor, theta: Tensor, before: Tensor, call: Call) -> tuple[Rotation, Tensor | None]:
+    def angles(self, step: Tensor, theta: Tensor, before: Tensor | None, call: Call) -> tuple[Rotation, Tensor | None]:
         """Cosine and sine of phi at every token, [B T H A], and phi after the last one."""
         turned = (step[..., None] * (math.pi * theta.tanh())[:, :, None]).double()
-        # any way to compute it is one map
-        paradigm = call.paradigm if call.paradigm in SCAN_PARADIGMS else Paradigm.CHUNKWISE
-        angle, last = scan(turned, torch.zeros_like(turned), call._replace(paradigm=paradigm, state=before))
+        if call.documents is None and call.cp_group is None:
+            angle = turned.cumsum(1) if before is None else turned.cumsum(1) + before[:, None]
+            last = angle[:, -1].clone() if call.return_state else None
+        else:  # sums that are subtracted would let a document's nan into the next
+            # any way to compute it is one map
+            paradigm = call.paradigm if call.paradigm in SCAN_PARADIGMS else Paradigm.CHUNKWISE
+            angle, last = scan(turned, torch.zeros_like(turned), call._replace(paradigm=paradigm, state=before))
         angle = angle.remainder(2 * math.pi).to(step.dtype)
         return Rotation(angle.cos(), angle.sin()), last
 
-    def keys(self, x: Float[Tensor, "B T G*K"], which: int, turn: Rotation) -> Float[Tensor, "B T H K"]:
-        """Queries (0) or keys (1): normed, biased, turned."""
-        x = self.by_group(x).to(self.state_dtype)
-        x = F.rms_norm(x, x.shape[-1:], self.key_norm[which].to(x.dtype), self.config.norm_eps)[:, :, :, None]
-        x = (x + self.key_bias[which].to(x.dtype).unflatten(0, (self.n_groups, -1))).flatten(2, 3)
+    def keys(self, bc: Float[Tensor, "B T 2*G*K"], turn: Rotation) -> Float[Tensor, "B T 2 H K"]:
+        """Keys and queries: normed, biased, turned."""
+        x = bc.unflatten(-1, (2, self.n_groups, 1, self.key_dim)).to(self.state_dtype)
+        norm, bias = self.key_norm[:, None, None].to(x.dtype), self.key_bias.to(x.dtype)
+        x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps) * norm + bias.unflatten(1, (self.n_groups, -1))
+        x, turn = x.flatten(3, 4), Rotation(turn.cos[:, :, None], turn.sin[:, :, None])
         return torch.cat((rotate(x[..., : 2 * self.pairs], turn), x[..., 2 * self.pairs :]), dim=-1)
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]

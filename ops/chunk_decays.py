@@ -296,7 +296,7 @@ class _GivenDecays:
         m, rows = a.shape[3], a.flatten(0, 2)
         later = torch.ones(m, m, dtype=torch.bool, device=a.device).tril(-1)
         # entry [i, j] adds up a[l] for j < l <= i; it is 0 above the diagonal
-        pairs = torch.where(later, rows[:, :, None], 0).cumsum(1).exp_().unflatten(0, (-1, a.shape[2]))
+        pairs = torch.where(later, rows[:, :, None], 0).cumsum_(1).exp_().unflatten(0, (-1, a.shape[2]))
         prefix = a.cumsum(3).exp_().mul_(self._reads.scale).flatten(0, 1)[..., None]
         suffix = sum_after(a, 3).exp_().flatten(0, 1)[..., None]
         return _ScalarChunk(self._reads.mask(pairs), prefix, suffix, a.sum(3).exp_()[..., None, None])

@@ -91,18 +91,19 @@ def run_checks(
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise SeqmixError(f"seed needs an integer >= 0, or None, and was given {seed!r}")
     outcomes, asked = [], {"examples": examples, "seed": seed}
-    for check in (known[name] for name in names):
-        reason = tested.skip_reason(check)
-        if reason is None and check.compiles and not compiles:
-            reason = "it compiles, and compiling was left out"
-        if reason is not None:
-            outcome = Outcome(check, Status.SKIPPED, reason)
-        else:
-            report_case = None if on_case is None else partial(on_case, check)
-            outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case)
-        outcomes.append(outcome)
-        if on_outcome is not None:
-            on_outcome(outcome)
+    with _few_objects():
+        for check in (known[name] for name in names):
+            reason = tested.skip_reason(check)
+            if reason is None and check.compiles and not compiles:
+                reason = "it compiles, and compiling was left out"
+            if reason is not None:
+                outcome = Outcome(check, Status.SKIPPED, reason)
+            else:
+                report_case = None if on_case is None else partial(on_case, check)
+                outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case)
+            outcomes.append(outcome)
+            if on_outcome is not None:
+                on_outcome(outcome)
     return outcomes
 
 
@@ -115,7 +116,7 @@ def _run(
     on_case: Callable[[int], None] | None,
 ) -> Outcome:
     started = time.perf_counter()
-    with _one_thread(), _few_objects():
+    with _one_thread():
         error, case, count = search(
             partial(tested.attempt, check),
             tested.cases(check),

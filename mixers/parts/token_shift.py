@@ -10,12 +10,12 @@ from ...ops.call import Call
 from ...ops.convolution import ConvolutionOutput, shift_tokens
 
 
-def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"], call: Call) -> ConvolutionOutput:
+def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:
     """x_{t-1} of every token, and x of a row's or document's last token if states are wanted, [N 1 C].
 
     Args:
         x: the segment.
-        before: what comes before the first token of a row or document.
+        before: what comes before the first token of a row or document; zeros where it is None.
         call: that of the mixer, whatever its state.
     """
     return shift_tokens(x, call._replace(state=before))

@@ -11,6 +11,7 @@ from ...mixers.state import map_state, select
 from ...ops.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import CROWDS, FIXED, Draw
+from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
 
 FEW = 4
@@ -24,6 +25,9 @@ LOUD = 30.0
 
 COUNTED = (257, 257)
 """Rows and tokens of a batch with more than 65,536 tokens."""
+
+CHUNK = 16
+"""Tokens of its chunks, where there are such."""
 
 
 @check(
@@ -55,8 +59,12 @@ def rows_are_independent(trial: Trial) -> None:
 def _tens_of_thousands(trial: Trial) -> None:
     """The last rows of a batch of more tokens than 16 bits count, against them alone."""
     x, paradigm = trial.tokens(*COUNTED), trial.mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-    y, _ = trial.mix(x, None, paradigm=paradigm)
-    alone, _ = trial.mix(x[-FEW:], None, paradigm=paradigm)
+    accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
+    # pairs of a chunk's tokens take the time
+    sizes = chunk_sizes(trial.config, accepts, candidates=(CHUNK,)) if paradigm is Paradigm.CHUNKWISE else ()
+    mixer = trial.rebuilt(chunk_size=sizes[0]) if sizes else trial.mixer
+    y, _ = trial.mix(x, None, mixer, paradigm=paradigm)
+    alone, _ = trial.mix(x[-FEW:], None, mixer, paradigm=paradigm)
     what = f"{paradigm}, the last rows of {len(x):,}, of {x.shape[1]} tokens each, against them without the others"
     trial.compare(what, (y[-FEW:], None), (alone, None))
 

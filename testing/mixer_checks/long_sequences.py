@@ -137,7 +137,8 @@ def _documents(trial: Trial, text: Tensor) -> None:
 def _in_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
     """What chunks of hundreds of tokens give, where there may be such."""
     accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
-    for size in chunk_sizes(trial.config, accepts, candidates=BLOCKS) if Paradigm.CHUNKWISE in trial.paradigms else ():
+    sizes = chunk_sizes(trial.config, accepts, candidates=BLOCKS) if Paradigm.CHUNKWISE in trial.paradigms else ()
+    for size in {*BLOCKS}.intersection(sizes):
         found = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
         trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", found, whole)
 

@@ -1,7 +1,7 @@
 """A result does not depend on what else there is: other layers, other threads, torch's defaults."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
@@ -23,6 +23,9 @@ POINTS = 32
 
 FEW = 16
 """Such places of what is drawn."""
+
+AT_ONCE = 4
+"""Such places in one call."""
 
 PATIENCE = 0.05
 """Seconds that the call waits for the other one, which may wait for a lock that the call holds."""
@@ -56,16 +59,18 @@ def surroundings_change_nothing(trial: Trial) -> None:
                 what = f"{paradigm}, the {place} of two such layers that share positions against one alone"
                 trial.compare(what, mixed(), alone, 0)
         _with_usual_algorithms(trial, paradigm, x)
-        with _Between(0, mixed) as counted:
+        with _Between((), mixed) as counted:
             mixed()
-        stride = max(1, -counted.left // points)
+        stride = max(1, counted.number // points)
         # of the two that always run, the one from a state at other places than the one from none
         first = (trial.case.seed if state is None else trial.case.seed + stride // 2) % stride
-        for number, point in enumerate(range(1 + first, -counted.left + 1, stride)):
-            with _Between(point, partial(between, (trial.mixer, layer)[number % 2])) as calls:
+        chosen = range(1 + first, counted.number + 1, stride)
+        for number in range(rounds := -(-len(chosen) // AT_ONCE)):
+            with _Between(chosen[number::rounds], partial(between, (trial.mixer, layer)[number % 2])) as calls:
                 found = mixed()
             calls.join()
-            trial.compare(f"{paradigm}, with another call before its operation {point}", found, alone, 0)
+            places = ", ".join(map(str, chosen[number::rounds]))
+            trial.compare(f"{paradigm}, with other calls before its operations {places}", found, alone, 0)
 
 
 def _with_usual_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
@@ -93,17 +98,16 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Between(TorchFunctionMode):
-    """Calls a function in another thread before one of torch's operations, by its number from 1; it counts what it
-    sees down."""
+    """Calls a function in another thread before some of torch's operations, by their numbers from 1."""
 
-    def __init__(self, point: int, function: Callable[[], None]) -> None:
+    def __init__(self, points: Sequence[int], function: Callable[[], None]) -> None:
         super().__init__()
-        self.left, self.function = point, function
+        self.number, self.points, self.function = 0, frozenset(points), function
         self.called: list[Future[None]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left == 0:
+        self.number += 1
+        if self.number in self.points:
             self.called.append(_other_thread(os.getpid()).submit(self.function))
             wait(self.called, PATIENCE)
         return func(*args, **(kwargs or {}))

@@ -40,7 +40,7 @@ def written_out(mixer, x):
         group = h // (heads // config.n_groups)
         q, k = (
             rms(y[..., group * keys : (group + 1) * keys], config.norm_eps) * weight + bias
-            for y, weight, bias in zip((c, b), mixer.key_norm, mixer.key_bias[:, h], strict=True)
+            for y, weight, bias in zip((c, b), mixer.key_norm.flip(0), mixer.key_bias[:, h].flip(0), strict=True)
         )
         v = u[..., h * width : (h + 1) * width]
         step = (1 + (dt[..., h] + mixer.dt_bias[h]).exp()).log()
