@@ -106,7 +106,9 @@ def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor) -> Tensor:
 def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
     """What no final state is wanted of, in lengths that blocks divide (and transforms of as many tokens wrap) too."""
     for paradigm in trial.paradigms:
-        lengths = (_as_many(trial, paradigm, text).shape[1], *BLOCKS)
+        many = _as_many(trial, paradigm, text).shape[1]
+        # with a state, the longest is compared of every paradigm
+        lengths = BLOCKS if many < text.shape[1] else (many, *BLOCKS)
         for length in lengths[:1] if paradigm is Paradigm.RECURRENT else lengths:
             alone, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
             what = f"{paradigm}, {alone.shape[1]:,} tokens, no final state wanted"
