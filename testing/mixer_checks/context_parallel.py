@@ -68,23 +68,25 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     state = trial.state(3 if packed else trial.case.batch_size)
     expected = trial.differentiate(trial.kept(trial.call(trial.reference, **packed)), x, state)
     rank = trial.case.seed % ranks if trial.mixer.traits.state == "constant" else 0
+    mixers = [trial.without_dropout() for _ in range(ranks)]
     for paradigm in trial.paradigms:
-        call = _over_ranks(trial, ranks, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
+        call = _over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
         actual = trial.differentiate(trial.kept(call), x, state)
         what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
         trial.compare(what, actual, expected)
 
 
-def _over_ranks(trial: Trial, size: int, calls: Callable[[SequenceMixer], Call], kept: int) -> Call:
-    """A call by several ranks, each with its segment; the final state is that of one of them."""
+def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer], Call], kept: int) -> Call:
+    """A call by several ranks, each with its mixer and segment; the final state is that of one of them."""
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        size = len(mixers)
         barrier = threading.Barrier(size, timeout=60)
         tensors: list[Tensor | None] = [None] * size
         groups = [Threads("threads", rank, size, barrier=barrier, tensors=tensors) for rank in range(size)]
 
         def run(group: Threads) -> tuple[Tensor, Any]:
-            mixer = trial.without_dropout()
+            mixer = mixers[group.rank]
             mixer.cp_group = group
             try:
                 return calls(mixer)(group.part(x), state if state is None or torch.is_grad_enabled() else clone(state))
