@@ -1,7 +1,6 @@
 """The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
 import errno
-import gc
 import os
 import platform
 import signal
@@ -115,8 +114,6 @@ def main() -> None:
         with guarded():
             _run()
     finally:
-        if "triton" in sys.modules:  # it reports what is left of its own at the end
-            gc.unfreeze()
         if ours:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit handlers take a while, and would show it
 
