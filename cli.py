@@ -1,6 +1,7 @@
 """The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
 
 import errno
+import gc
 import os
 import platform
 import signal
@@ -13,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .commands.importing import importing
 from .commands.output import guarded, visible
 
 COMMANDS = {
@@ -74,8 +74,7 @@ def _unraisable(ignored: Any) -> None:
 def imported(name: str) -> TyperCommand:
     """A command with the options of its function; the docstring is its help."""
     word = name.replace("-", "_")
-    with importing():
-        function = getattr(import_module(f".commands.{word}", __package__), word)
+    function = getattr(import_module(f".commands.{word}", __package__), word)
     # the terminal wraps lines; typer would also keep the line breaks of the docstring
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -103,6 +102,7 @@ def options(
 
 def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
+    gc.set_threshold(20_000)  # torch's modules are a million objects, and hold no garbage
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
         os.environ.pop("COLUMNS", None)

@@ -21,7 +21,6 @@ from ..registry import ConfigError, SeqmixError, import_named, load, nearest, re
 from ..training import PRESETS, load_config
 from .check_files import Tested, as_json, as_junit
 from .console import plain_table, terminal
-from .importing import importing
 from .options import JsonFile, require_writable
 
 if TYPE_CHECKING:
@@ -105,10 +104,9 @@ def check(
 
     [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
-    with importing():
-        from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
-        from ..testing.mixer_options import not_varied
-        from ..testing.source import source as source_of
+    from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
+    from ..testing.mixer_options import not_varied
+    from ..testing.source import source as source_of
 
     require_writable(json_file, junit_file)
     console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)

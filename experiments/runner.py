@@ -230,11 +230,7 @@ class _Process:
                 start_new_session=True,  # Ctrl-C is ours to hand on
                 pass_fds=lock.held,
             )
-        asked = {
-            "config": run.config.model_dump(mode="json"),
-            "folder": str(self.folder),
-            "threads": threads,
-        }
+        asked = {"config": run.config.model_dump(mode="json"), "folder": str(self.folder), "threads": threads}
         assert self.popen.stdin is not None
         with suppress(OSError):  # it has died already, and its log says why
             self.popen.stdin.write(json.dumps(asked) + "\n")

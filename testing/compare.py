@@ -97,6 +97,9 @@ FEW = 8
 ROUNDINGS = 2
 """How much further than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
 
+MOVES = 8
+"""The same of all of a tensor."""
+
 
 def near(
     name: str,
@@ -107,6 +110,7 @@ def near(
     *,
     floor: float = 0.0,
     moved: Callable[[str], Tensor] | None = None,
+    shifted: Callable[[], Tensor] | None = None,
 ) -> None:
     """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
     last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
@@ -114,7 +118,8 @@ def near(
     Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero. A
     few numbers need only be finite. `floor` is a root mean square of an element below which nothing can be
     distinguished from zero. `moved` gives, by name, how far each row of the exact tensor moves where what it is
-    computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much does not count.
+    computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much does not count. `shifted`
+    gives the exact tensor of rounded tokens: what is off by no more than `MOVES` times as much is as near as it can be.
 
     Raises:
         CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.
@@ -129,6 +134,8 @@ def near(
     error = (actual.to(exact.dtype) - exact).norm(dim=-1)
     size = max(exact.norm(dim=-1).mean().item(), floor * exact.shape[-1] ** 0.5)
     typical = _typical(error)
+    if typical > tolerance * size and shifted is not None:
+        tolerance = max(tolerance, MOVES * ((shifted() - exact).norm() / exact.norm().clamp(min=1e-30)).item())
     if typical > tolerance * size and moved is not None:
         error = torch.where(error <= ROUNDINGS * moved(name), 0, error)
         typical = _typical(error)

@@ -111,11 +111,7 @@ class Subject:
         return self._accepted[key]
 
     def mixer(
-        self,
-        options: Mapping[str, Any],
-        dtype: torch.dtype = torch.float64,
-        layer: int = 0,
-        d_model: int | None = None,
+        self, options: Mapping[str, Any], dtype: torch.dtype = torch.float64, layer: int = 0, d_model: int | None = None
     ) -> SequenceMixer | None:
         """The mixer of a layer with these options, in evaluation mode; None where they do not go together.
 

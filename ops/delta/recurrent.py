@@ -18,14 +18,7 @@ from torch import Tensor
 
 from ..materialize import materialize
 from ..recurrence import Recurrence
-from ..recurrent import (
-    TokenRule,
-    Tokens,
-    add_outer,
-    entry_of,
-    no_autocast,
-    recurrent_kernel,
-)
+from ..recurrent import TokenRule, Tokens, add_outer, entry_of, no_autocast, recurrent_kernel
 
 
 class DeltaRule(TokenRule):

@@ -29,13 +29,13 @@ from ..recurrence import require_chunk_size, require_packing
 from .blocks import wide
 from .diagonal import DIAGONAL, Diagonal
 from .elementwise import SCAN, Scan
-from .logarithmic import LOG_SCAN, LogScan
+from .logarithmic import LOG_SCAN
 from .selective import SELECTIVE, Selective
 
 SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 """Those that the family has."""
 
-X = TypeVar("X", Scan, Selective, LogScan, Diagonal)
+X = TypeVar("X", Scan, Selective, Diagonal)
 
 
 class ScanOutput(NamedTuple):
@@ -122,12 +122,12 @@ def log_scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
         h = torch.logaddexp(x[:, 0].to(dtype), log_decay[:, 0].to(dtype) + before)
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
-        return _output(LOG_SCAN, LogScan(x, log_decay, *_common(call)))
+        return _output(LOG_SCAN, Scan(x, log_decay, *_common(call)))
     if call.state is None:
         start = x.new_full((call.rows(x.shape[0]), *x.shape[2:]), -torch.inf, dtype=dtype)
         call = call._replace(state=start)
     total = _of_last(log_decay.to(dtype), call.documents).sum(1)
-    return _in_group(LOG_SCAN, LogScan(x, log_decay, *_common(call)), call, total, torch.add, torch.logaddexp)
+    return _in_group(LOG_SCAN, Scan(x, log_decay, *_common(call)), call, total, torch.add, torch.logaddexp)
 
 
 def selective_recurrence(

@@ -14,7 +14,7 @@ from .blocks import Found, Rule, own, scan_op, tokens_first, wide
 
 
 class Scan(NamedTuple):
-    """One call of the scan."""
+    """One call of the scan, or of that of logarithms."""
 
     x: Tensor
     """[B T *E]."""

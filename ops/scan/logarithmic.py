@@ -6,9 +6,6 @@ It is what normalises exponential gates: exp(a_t + h_{t-1} - h_t) and exp(x_t - 
 add up to 1. The backward pass is a linear scan with the first of them as decays, from the last token to the first.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,34 +14,17 @@ from .blocks import Layout, cuts, own, run_blocks, tokens_first, wide
 from .elementwise import SCAN, Scan
 
 
-class LogScan(NamedTuple):
-    """One call of the scan of logarithms."""
+def _layout(x: Scan) -> Layout | None:
+    """Where packed documents begin and end."""
+    return Layout.of(x.cu_seqlens, x.boundaries, x.x.shape[1])
 
-    x: Tensor
-    """[B T *E], finite."""
-    log_decay: Tensor
-    """[B T *E]."""
-    initial_state: Tensor | None
-    """[N *E]."""
-    cu_seqlens: Tensor | None
-    boundaries: Sequence[int] | None
-    chunk_size: int
-    output_final_state: bool
-    single: bool
-    needs_grad: bool = False
 
-    @property
-    def layout(self) -> Layout | None:
-        """Where packed documents begin and end; inside an op only."""
-        return Layout.of(self.cu_seqlens, self.boundaries, self.x.shape[1])
-
-    @property
-    def initial(self) -> Tensor:
-        """The states before the first tokens, [N *E]."""
-        rows = self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        if self.initial_state is None:
-            return self.x.new_full((rows, *self.x.shape[2:]), -torch.inf, dtype=wide(self.x))
-        return self.initial_state.to(wide(self.x))
+def _initial(x: Scan) -> Tensor:
+    """The states before the first tokens, [N *E]."""
+    rows = x.x.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    if x.initial_state is None:
+        return x.x.new_full((rows, *x.x.shape[2:]), -torch.inf, dtype=wide(x.x))
+    return x.initial_state.to(wide(x.x))
 
 
 def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -52,15 +32,15 @@ def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | No
     return torch.logaddexp(written, factor + state, out=out)
 
 
-def _allocate(x: LogScan) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state, and the output again, wide, for the backward pass."""
-    final = torch.empty_like(x.initial if x.output_final_state else x.x.new_empty(0, dtype=wide(x.x)))
+    final = torch.empty_like(_initial(x) if x.output_final_state else x.x.new_empty(0, dtype=wide(x.x)))
     return x.x.new_empty(x.x.shape), final, x.x.new_empty(x.x.shape if x.needs_grad else 0, dtype=wide(x.x))
 
 
-def _forward(x: LogScan) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     output, final, saved = _allocate(x)
-    layout, initial = x.layout, x.initial
+    layout, initial = _layout(x), _initial(x)
     if x.output_final_state:
         final.copy_(initial)  # of documents without tokens
     state = initial if layout is None else initial.new_full((1, *initial.shape[1:]), -torch.inf)
@@ -84,10 +64,10 @@ def _forward(x: LogScan) -> tuple[Tensor, Tensor, Tensor]:
     return output, final, saved
 
 
-def _backward(x: LogScan, gradients: Gradients) -> dict[str, Tensor]:
+def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (h,) = gradients.outputs, gradients.saved
     above = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
-    layout, initial = x.layout, x.initial
+    layout, initial = _layout(x), _initial(x)
     row, first = (slice(None), 0) if layout is None else (0, layout.first)
     document = slice(None) if layout is None else layout.document
     d_initial = torch.zeros_like(initial)
@@ -111,4 +91,4 @@ def _backward(x: LogScan, gradients: Gradients) -> dict[str, Tensor]:
     return found if x.initial_state is None else found | {"initial_state": d_initial}
 
 
-LOG_SCAN = Op("log_scan", LogScan, fake=_allocate, forward=_forward, backward=_backward, saves=1)
+LOG_SCAN = Op("log_scan", Scan, fake=_allocate, forward=_forward, backward=_backward, saves=1)

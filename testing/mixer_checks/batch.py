@@ -11,7 +11,6 @@ from ...mixers.state import map_state, select
 from ...ops.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import CROWDS, FIXED, Draw
-from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
 
 FEW = 4
@@ -59,10 +58,9 @@ def rows_are_independent(trial: Trial) -> None:
 def _tens_of_thousands(trial: Trial) -> None:
     """The last rows of a batch of more tokens than 16 bits count, against them alone."""
     x, paradigm = trial.tokens(*COUNTED), trial.mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-    accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
     # pairs of a chunk's tokens take the time
-    sizes = chunk_sizes(trial.config, accepts, candidates=(CHUNK,)) if paradigm is Paradigm.CHUNKWISE else ()
-    mixer = trial.rebuilt(chunk_size=sizes[0]) if sizes else trial.mixer
+    small = trial.subject.accepts({**trial.case.options, "chunk_size": CHUNK})
+    mixer = trial.rebuilt(chunk_size=CHUNK) if small else trial.mixer
     y, _ = trial.mix(x, None, mixer, paradigm=paradigm)
     alone, _ = trial.mix(x[-FEW:], None, mixer, paradigm=paradigm)
     what = f"{paradigm}, the last rows of {len(x):,}, of {x.shape[1]} tokens each, against them without the others"

@@ -12,7 +12,6 @@ from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, stateful
 from ..mixer_case import LENGTHS, Draw
-from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
 
 MOVED = 3.0
@@ -141,9 +140,9 @@ def _documents(trial: Trial, text: Tensor) -> None:
 
 def _in_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
     """What chunks of hundreds of tokens give, where there may be such."""
-    accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
-    sizes = chunk_sizes(trial.config, accepts, candidates=BLOCKS) if Paradigm.CHUNKWISE in trial.paradigms else ()
-    for size in {BLOCKS[0], BLOCKS[-1]}.intersection(sizes):
+    for size in (BLOCKS[0], BLOCKS[-1]) if Paradigm.CHUNKWISE in trial.paradigms else ():
+        if not trial.subject.accepts({**trial.case.options, "chunk_size": size}):
+            continue
         found = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
         trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", found, whole)
 

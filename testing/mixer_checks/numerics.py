@@ -14,7 +14,7 @@ from ...mixers.state import from_dict, is_inexact, map_state, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, packing, shifted, stateful
-from ..compare import FEW, GRADIENTS, CheckFailure, near, require
+from ..compare import FEW, GRADIENTS, near, require
 from ..mixer_case import FIXED, LENGTHS, USES, Draw
 from ..mixer_trial import Call, Trial, named_leaves, named_results
 
@@ -189,35 +189,30 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     if trial.case.wide and numbers > LARGE_STATE:
         raise UnsatisfiedAssumption
     length = min(trial.case.length, WIDE) if trial.case.wide else trial.case.length
+    # of float16, the largest number is 65,504
+    exact, state, scale = trial.rebuilt(torch.float64), trial.state(), trial.case.scale
     while True:
+        x = trial.tokens(length=length) / (scale if trial.case.dtype == torch.float16 else 1)
         try:
-            _does_not_drift(trial, length)
-            return
-        except _TableError:
+            whole = trial.mix(x.double(), _wide(state), exact)
+            break
+        except SeqmixError:  # a table of positions may end
             if length <= LENGTHS[-1]:
                 raise
             length //= 2
+    _does_not_drift(trial, x, state, exact, whole)
 
 
-class _TableError(SeqmixError):
-    """What a mixer refuses a long segment by: a table of positions may end."""
-
-
-def _does_not_drift(trial: Trial, length: int) -> None:
-    exact, dtype = trial.rebuilt(torch.float64), trial.case.dtype
-    tolerance = _after(length, trial)
-    x, state, last = trial.tokens(length=length), trial.state(), length // 8
-    x = x / trial.case.scale if dtype == torch.float16 else x  # whose largest number is 65,504
+def _does_not_drift(trial: Trial, x: Tensor, state: Any, exact: SequenceMixer, whole: tuple[Tensor, Any]) -> None:
+    length, dtype = x.shape[1], trial.case.dtype
+    tolerance, last = _after(length, trial), length // 8
 
     def ends(y: Tensor, after: Any) -> dict[str, Tensor]:
         return named_results(y[:, -last:], after)
 
-    try:
-        expected = ends(*trial.mix(x.double(), _wide(state), exact))
-    except SeqmixError as error:
-        raise _TableError(str(error)) from error
+    expected = ends(*whole)
     nearby = x.double() * (1 + torch.finfo(dtype).eps / 2 * trial.like(x).double())
-    moved = cache(lambda: ends(*trial.mix(nearby, _wide(state), exact)))
+    shifted = cache(lambda: ends(*trial.mix(nearby, _wide(state), exact)))
     if trial.mixer.traits.has_state:
         start = state or exact.init_state(1, max_length=length)
         stepped = torch.no_grad()(_step_by_step(trial, exact))
@@ -233,28 +228,11 @@ def _does_not_drift(trial: Trial, length: int) -> None:
         found = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
-            _near_or_moves(name, what, found[name], result, tolerance, lambda name=name: moved()[name], rows_moved)
+            again = lambda name=name: shifted()[name]  # noqa: E731
+            near(name, what, found[name], result, tolerance, moved=rows_moved, shifted=again)
     if trial.case.wide and dtype == torch.float16:
         with suppress(SeqmixError):  # a table of positions may end
             _thousands_in_float16(trial, exact)
-
-
-def _near_or_moves(
-    name: str,
-    what: str,
-    found: Tensor,
-    exact: Tensor,
-    tolerance: float,
-    nearby: Callable[[], Tensor],
-    moved: Callable[[str], Tensor] | None = None,
-) -> None:
-    """What is as near as it must be, or as what one rounding of the tokens makes of the exact result, which is computed
-    where it matters: no mixer can do better."""
-    try:
-        near(name, what, found, exact, tolerance)
-    except CheckFailure:
-        moves = ((nearby() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
-        near(name, what, found, exact, max(tolerance, 8 * moves), moved=moved)
 
 
 def _thousands_in_float16(trial: Trial, exact: SequenceMixer) -> None:
@@ -265,10 +243,9 @@ def _thousands_in_float16(trial: Trial, exact: SequenceMixer) -> None:
     def ends(x: Tensor, mixer: SequenceMixer) -> Tensor:
         return trial.mix(x, None, mixer, paradigm=paradigm)[0][:, -last:]
 
-    nearby = partial(ends, x.double() * (1 + 2**-11 * trial.like(x).double()), exact)
+    shifted = partial(ends, x.double() * (1 + 2**-11 * trial.like(x).double()), exact)
     what = f"{paradigm} in float16, the last {last} of {THOUSANDS:,} tokens"
-    found, expected = ends(x, trial.mixer), ends(x.double(), exact)
-    _near_or_moves("the output", what, found, expected, _after(THOUSANDS, trial), nearby)
+    near("the output", what, ends(x, trial.mixer), ends(x.double(), exact), _after(THOUSANDS, trial), shifted=shifted)
 
 
 @check(
