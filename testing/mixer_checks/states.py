@@ -85,8 +85,8 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
     """A state's rows, chosen, repeated and reordered (beams), split or joined, go on as those sequences would; so do
     those that are written into the tensors of a state that was read (a slot of a server)."""
     x, state, rows = trial.tokens(), trial.state(), trial.case.rows
-    # a row that is taken twice goes on in two ways, by one token as in a search, or by several
-    following = trial.tokens(len(rows), 1 + 2 * (trial.case.seed % 2))
+    # a row that is taken twice goes on in two ways, by one token as in a search, or seldom by several
+    following = trial.tokens(len(rows), 1 + 2 * (trial.case.seed % (4 if len({*rows}) < len(rows) else 2) == 1))
     for paradigm in trial.paradigms:
         _, before = trial.mix(x, state, paradigm=paradigm)
         parts = [select(before, trial.index(row)) for row in rows]
