@@ -125,8 +125,7 @@ class Mamba3(StateSpaceMixer):
         if call.documents is None and call.cp_group is None:
             angle = turned.cumsum(1) if before is None else turned.cumsum(1) + before[:, None]
             last = angle[:, -1].clone() if call.return_state else None
-        else:  # sums that are subtracted would let a document's nan into the next
-            # any way to compute it is one map
+        else:  # of each document, or over ranks; any way to compute it is one map
             paradigm = call.paradigm if call.paradigm in SCAN_PARADIGMS else Paradigm.CHUNKWISE
             angle, last = scan(turned, torch.zeros_like(turned), call._replace(paradigm=paradigm, state=before))
         angle = angle.remainder(2 * math.pi).to(step.dtype)

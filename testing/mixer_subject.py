@@ -105,7 +105,7 @@ class Subject:
         key = repr(sorted(options.items()))
         if key not in self._accepted:  # without the mixer, of hundreds that are asked for few are used
             try:
-                self._accepted[key] = self._unmoved(options, 0, self.d_model, initialised=False) is not None
+                self._accepted[key] = self._unmoved(options, 0, self.d_model) is not None
             except BuildError:  # a case of it shows what is broken
                 self._accepted[key] = True
         return self._accepted[key]
@@ -133,10 +133,8 @@ class Subject:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return mixer.to(self.device, dtype).eval()
 
-    def _unmoved(
-        self, options: dict[str, Any], layer: int, d_model: int, *, initialised: bool = True
-    ) -> SequenceMixer | None:
-        """As it is initialised, or as it is built, where its numbers do not matter."""
+    def _unmoved(self, options: dict[str, Any], layer: int, d_model: int) -> SequenceMixer | None:
+        """As it is initialised."""
         config = changed(self.config, options)
         if config is None:
             return None
@@ -144,9 +142,9 @@ class Subject:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)  # torch's function formats three tracebacks
                 mixer = build(config, d_model, layer)
-                if initialised:  # as a model's builder does: `build` need not initialise
-                    with _refusals(f"{mixer.kind}: reset_parameters", BuildError):
-                        mixer.reset_parameters()
+                # as a model's builder does: `build` need not initialise
+                with _refusals(f"{mixer.kind}: reset_parameters", BuildError):
+                    mixer.reset_parameters()
         except BuildError:
             raise
         except SeqmixError:

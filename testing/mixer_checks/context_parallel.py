@@ -68,8 +68,8 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     state = trial.state(3 if packed else trial.case.batch_size)
     expected = trial.differentiate(trial.kept(trial.call(trial.reference, **packed)), x, state)
     rank = trial.case.seed % ranks if trial.mixer.traits.state == "constant" else 0
-    mixers = [trial.without_dropout() for _ in range(ranks)]
     for paradigm in trial.paradigms:
+        mixers = [trial.without_dropout() for _ in range(ranks)]
         call = _over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
         actual = trial.differentiate(trial.kept(call), x, state)
         what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"

@@ -12,6 +12,7 @@ from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, stateful
 from ..mixer_case import LENGTHS, Draw
+from ..mixer_options import chunk_sizes
 from ..mixer_trial import Trial
 
 MOVED = 3.0
@@ -109,9 +110,8 @@ def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
     """What no final state is wanted of, in lengths that blocks divide (and transforms of as many tokens wrap) too."""
     for paradigm in trial.paradigms:
         many = _as_many(trial, paradigm, text).shape[1]
-        # with a state, the longest is compared of every paradigm
-        lengths = BLOCKS if many < text.shape[1] else (many, *BLOCKS)
-        for length in lengths[:1] if paradigm is Paradigm.RECURRENT else lengths:
+        blocks = () if paradigm is Paradigm.RECURRENT else BLOCKS if many == text.shape[1] else BLOCKS[:-1]
+        for length in (many, *blocks):
             alone, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
             what = f"{paradigm}, {alone.shape[1]:,} tokens, no final state wanted"
             trial.compare(what, (alone, None), (whole[:, :length], None))
@@ -139,10 +139,11 @@ def _documents(trial: Trial, text: Tensor) -> None:
 
 
 def _in_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
-    """What chunks of hundreds of tokens give, where there may be such."""
-    for size in (BLOCKS[0], BLOCKS[-1]) if Paradigm.CHUNKWISE in trial.paradigms else ():
-        if not trial.subject.accepts({**trial.case.options, "chunk_size": size}):
-            continue
+    """What chunks of hundreds of tokens give, where there may be such, and those of the configuration."""
+    if Paradigm.CHUNKWISE not in trial.paradigms:
+        return
+    accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
+    for size in chunk_sizes(trial.subject.config, accepts, candidates=BLOCKS):
         found = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
         trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", found, whole)
 

@@ -139,8 +139,8 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
         return {"the output": stepped(x, state, rounds)[0][:, -last:]}
 
     moved = _moved(ends, x, start, trial.case.dtype)
-    # several rows cost as much as one, each is looked at by itself; one may be another path, and float32 sees the most
-    alone = trial.case.seed == FIXED and trial.case.dtype == torch.float32
+    # several rows cost as much as one, each is looked at by itself, and one may be another path, of 16 bits perhaps
+    alone = trial.case.seed == FIXED and trial.case.dtype != torch.float16
     for rows in (len(x), 1) if alone else (len(x),):
         given = trial.mixer.init_state(rows, max_length=STEPS)
         y, _ = trial.decode(x[:rows], given, trial.call(trial.reference))
@@ -189,28 +189,25 @@ def long_segments_do_not_drift(trial: Trial) -> None:
     if trial.case.wide and numbers > LARGE_STATE:
         raise UnsatisfiedAssumption
     length = min(trial.case.length, WIDE) if trial.case.wide else trial.case.length
-    # of float16, the largest number is 65,504
-    exact, state, scale = trial.rebuilt(torch.float64), trial.state(), trial.case.scale
     while True:
-        x = trial.tokens(length=length) / (scale if trial.case.dtype == torch.float16 else 1)
         try:
-            whole = trial.mix(x.double(), _wide(state), exact)
-            break
+            return _does_not_drift(trial, length)
         except SeqmixError:  # a table of positions may end
             if length <= LENGTHS[-1]:
                 raise
             length //= 2
-    _does_not_drift(trial, x, state, exact, whole)
 
 
-def _does_not_drift(trial: Trial, x: Tensor, state: Any, exact: SequenceMixer, whole: tuple[Tensor, Any]) -> None:
-    length, dtype = x.shape[1], trial.case.dtype
+def _does_not_drift(trial: Trial, length: int) -> None:
+    exact, dtype = trial.rebuilt(torch.float64), trial.case.dtype
     tolerance, last = _after(length, trial), length // 8
+    x, state = trial.tokens(length=length), trial.state()
+    x = x / trial.case.scale if dtype == torch.float16 else x  # whose largest number is 65,504
 
     def ends(y: Tensor, after: Any) -> dict[str, Tensor]:
         return named_results(y[:, -last:], after)
 
-    expected = ends(*whole)
+    expected = ends(*trial.mix(x.double(), _wide(state), exact))
     nearby = x.double() * (1 + torch.finfo(dtype).eps / 2 * trial.like(x).double())
     shifted = cache(lambda: ends(*trial.mix(nearby, _wide(state), exact)))
     if trial.mixer.traits.has_state:
@@ -228,8 +225,8 @@ def _does_not_drift(trial: Trial, x: Tensor, state: Any, exact: SequenceMixer, w
         found = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
-            again = lambda name=name: shifted()[name]  # noqa: E731
-            near(name, what, found[name], result, tolerance, moved=rows_moved, shifted=again)
+            ends_here = lambda name=name: shifted()[name]  # noqa: E731
+            near(name, what, found[name], result, tolerance, moved=rows_moved, shifted=ends_here)
     if trial.case.wide and dtype == torch.float16:
         with suppress(SeqmixError):  # a table of positions may end
             _thousands_in_float16(trial, exact)

@@ -14,7 +14,7 @@ from ..check import check, differentiable, packing
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial
 
-LISTS = ((0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (0, 1, 0, 2) * 65, (70, 0, 65))
+LISTS = ((0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (0, 1, 2, 1) * 65, (70, 0, 65))
 """Documents that are not left to chance: one token between empty ones; empty ones first, last and
 adjacent; more than 256; long ones."""
 

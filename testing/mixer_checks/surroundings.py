@@ -65,11 +65,12 @@ def surroundings_change_nothing(trial: Trial) -> None:
         # of the two that always run, the one from a state at other places than the one from none
         first = (trial.case.seed if state is None else trial.case.seed + stride // 2) % stride
         chosen = range(1 + first, counted.number + 1, stride)
-        for number in range(rounds := -(-len(chosen) // AT_ONCE)):
-            with _Between(chosen[number::rounds], partial(between, (trial.mixer, layer)[number % 2])) as calls:
+        for number, start in enumerate(range(0, len(chosen), AT_ONCE)):
+            several = chosen[start : start + AT_ONCE]  # neighbours: the first of them are anywhere in the call
+            with _Between(several, partial(between, (trial.mixer, layer)[number % 2])) as calls:
                 found = mixed()
             calls.join()
-            places = ", ".join(map(str, chosen[number::rounds]))
+            places = ", ".join(map(str, several))
             trial.compare(f"{paradigm}, with other calls before its operations {places}", found, alone, 0)
 
 
