@@ -49,7 +49,7 @@ class Mamba3Config(StateSpaceConfig):
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
         """Small heads with a pair to turn."""
-        return {"head_dim": 6, "d_state": 4}
+        return {"head_dim": 12, "d_state": 4}
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Mamba3":
         return Mamba3(self, d_model, n_layers)
