@@ -24,7 +24,7 @@ from .traits import ContractError, Traits
 STATE = "ParallelHybridState"
 
 EXAMPLES = [
-    [{"kind": "linear_attention", "n_heads": 2, "chunk_size": 3}, {"kind": "attention", "n_heads": 2}],
+    [{"kind": "linear_attention", "n_heads": 2, "chunk_size": 4}, {"kind": "attention", "n_heads": 2}],
     [{"kind": "retention", "n_heads": 2, "chunk_size": 3}, {"kind": "attention", "n_heads": 2}],
     [{"kind": "mamba2", "head_dim": 6, "d_state": 4}, {"kind": "attention", "n_heads": 2, "window": 4}],
     [{"kind": "attention", "n_heads": 2, "window": 4}, {"kind": "attention", "n_heads": 2}],

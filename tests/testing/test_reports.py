@@ -136,7 +136,7 @@ def test_a_result_that_depends_on_earlier_calls_is_reported_as_such(mixing, fail
     def flaky(inner, x, call):
         calls.append(1)
         y, after = inner(x, call)
-        return y + (len(calls) == 24), after  # one of those that are compared, after sampling
+        return y + (len(calls) == 30), after  # one of those that are compared, after sampling
 
     calls = []
     outcome = failure(mixing(flaky), "results_are_deterministic")
