@@ -98,7 +98,7 @@ def parameters_round_trip(trial: Trial) -> None:
     x = trial.tokens()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        with patch("builtins.hash", partial(_salted, hash)):
+        with patch("builtins.hash", partial(_salted, hash, trial.case.seed)):
             others = {"loaded parameters": trial.rebuilt()}
         others["parameters of a plain mapping"] = trial.rebuilt()
     # as a file of safetensors holds them: torch's own mapping has versions of modules beside
@@ -115,9 +115,9 @@ def parameters_round_trip(trial: Trial) -> None:
     _written_after_use(trial, x)
 
 
-def _salted(plain: Callable[[Any], int], value: Any) -> int:
+def _salted(plain: Callable[[Any], int], salt: int, value: Any) -> int:
     """A hash as another process has it: of strings, Python salts it."""
-    return plain(("salt", value))
+    return plain((salt, value))
 
 
 def _written_after_use(trial: Trial, x: Tensor) -> None:
