@@ -1,6 +1,7 @@
 """Wrong mixers: right in usual circumstances, wrong in some layers, sizes, devices and dtypes, or where they are cast,
 wrapped, loaded as a part of a model, or given a state that they may write."""
 
+import threading
 from functools import cache
 
 import torch
@@ -188,3 +189,41 @@ class LoadsByItsOwnNames(Specimen):
     def unpacked(module, state_dict, prefix, *_):
         name = "decay_proj.bias"
         state_dict[prefix + name] = state_dict.get(name, torch.zeros_like(module.decay_proj.bias))
+
+
+@mutant(check="documents_are_sequences")
+class CountsPackedTokensInAByte(Specimen):
+    """Which document a token of many belongs to is looked up by the token's number in 8 bits."""
+
+    def unpack(self, tokens, packed, rows):
+        return super().unpack(tokens, packed[torch.arange(len(packed)) % 256] if rows > 9 else packed, rows)
+
+
+@mutant(check="long_decoding_does_not_drift")
+class ForgetsInStepsOf16Bits(Specimen):
+    """In 16 bits a step of one row, which has a path of its own, decays the state once more."""
+
+    def mix(self, x, call):
+        y, after = super().mix(x, call)
+        if x.shape[:2] != (1, 1) or call.state is None or x.itemsize > 2:
+            return y, after
+        return y, after._replace(memory=0.9 * after.memory)
+
+
+@mutant(check="surroundings_change_nothing")
+class OwnsItsScratchUntilDisturbed(Specimen):
+    """Outputs go through a buffer of all layers, unless another thread's call has begun since: what comes between
+    early is noticed, and what comes later is not."""
+
+    owner = buffer = None
+
+    def heads(self, x):
+        OwnsItsScratchUntilDisturbed.owner = threading.get_ident()
+        return super().heads(x)
+
+    def divide(self, o, z):
+        shared = OwnsItsScratchUntilDisturbed
+        if torch.compiler.is_compiling() or shared.owner != threading.get_ident() or torch.is_grad_enabled():
+            return super().divide(o, z)
+        shared.buffer, z = o.clone(), z.clone().clone()
+        return super().divide(shared.buffer if shared.buffer.shape == o.shape else o, z)
