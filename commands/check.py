@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.status import Status
 from torch import nn
 
+from ..configs import PRESETS
 from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.kernels import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, import_named, load, nearest, read_mapping, require_name, write_file
-from ..training import PRESETS, load_config
 from .check_files import Tested, as_json, as_junit
 from .console import plain_table, terminal
 from .options import JsonFile, require_writable
@@ -223,6 +223,8 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
         raise SeqmixError(f"{source} is empty: a configuration of a run or of a mixer was expected")
     if "kind" in mapping:
         return [load(_class_of(str(mapping["kind"])), source, changes, presets=PRESETS)], False
+    from ..training import load_config  # a fifth of a second that a kind does not need
+
     blocks = load_config(source, changes).model.blocks
     return list({repr(block.mixer): block.mixer for block in blocks.values()}.values()), False
 

@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from ..registry import SeqmixError, nearest
-from ..training import Choice
+
+if TYPE_CHECKING:
+    from ..training import Choice
 
 Overrides = Annotated[
     list[str] | None,
@@ -36,7 +38,7 @@ Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 
-def checkpoint_choice(checkpoint: str) -> Choice:
+def checkpoint_choice(checkpoint: str) -> "Choice":
     """Parse the value of --checkpoint; raises a SeqmixError if it is invalid."""
     if checkpoint == "newest" or checkpoint == "best":
         return checkpoint

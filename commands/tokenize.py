@@ -8,6 +8,7 @@ import typer
 from pydantic import Field, ValidationError
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..configs import PRESETS
 from ..data.corpus_config import DocumentsConfig
 from ..data.files import TOKENS, Document, read_documents
 from ..data.kinds.text import TextConfig
@@ -16,7 +17,6 @@ from ..data.token_file import write_token_file
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
 from ..registry import SeqmixError, explain_fields, load
-from ..training.config import PRESETS
 from .console import terminal
 
 

@@ -24,7 +24,7 @@ class DeltaProductConfig(DeltaConfig):
     """DeltaProduct: a matrix state per head, in which each token replaces the values of several keys, one by one."""
 
     kind: Literal["delta_product"] = "delta_product"
-    n_steps: int = Field(default=2, gt=0, le=128, examples=[1, 3, 8])
+    n_steps: int = Field(default=2, gt=0, le=128, examples=[1, 3, 4])
     """n: keys that a token writes to."""
     forget_gate: bool = True
     """Whether the state decays before a token's steps."""

@@ -1,7 +1,8 @@
 """Training, on one process or many: optimizer, training loop, checkpoints."""
 
+from ..configs import PRESETS
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, DistributedConfig, RunConfig, TrainingConfig
+from .config import DistributedConfig, RunConfig, TrainingConfig
 from .run import TrainingError, train
 from .saved_prompt_cache import load_prompt_cache, save_prompt_cache
 from .saved_run import export_run, load_run, read_config

@@ -13,9 +13,6 @@ from ..models import Checkpointing, ModelConfig
 from ..registry import Config, nearest
 from ..registry.config import deprecation
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs"
-"""The folder of the presets."""
-
 Rate = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a running mean, per step."""
 LOGGERS = ("tensorboard", "wandb")

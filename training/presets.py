@@ -1,6 +1,7 @@
 """The tiny presets with one kind of block: every mixer at one size."""
 
-from .config import PRESETS, RunConfig
+from ..configs import PRESETS
+from .config import RunConfig
 from .start import load_config
 
 

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..configs import PRESETS
 from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import ConfigError, load
 from ..registry.sources import read
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
-from .config import PRESETS, RunConfig
+from .config import RunConfig
 from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE, claimed
 from .tensor_files import fill, read_tensors, write_tensors

@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..configs import PRESETS
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import load, nearest, read_bytes, validated
 from ..registry.tree import Node, Origin
-from .config import PRESETS, RunConfig
+from .config import RunConfig
 from .errors import TrainingError
 from .run_dir import CONFIG_FILE
 from .saved_run import EXPORTED_CONFIG, imported, read_config, read_weights

@@ -31,10 +31,6 @@ class CompositionalMqarConfig(TaskConfig):
     """Whether other positions hold random tokens, of keys and values too; otherwise token 0."""
 
     @property
-    def n_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
     def hardest(self) -> int:
         return min(isqrt(super().hardest), self._most) ** 2
 
@@ -59,15 +55,13 @@ class CompositionalMqarConfig(TaskConfig):
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        (rows, length), third, start, side = inputs.shape, self.vocab_size // 3, 3 * difficulty, isqrt(difficulty)
+        rows, third, start, side = len(inputs), self.vocab_size // 3, 3 * difficulty, isqrt(difficulty)
         first, second = 1 + distinct(rng, rows, third - 1, side), third + distinct(rng, rows, third, side)
         order = distinct(rng, rows, difficulty, difficulty)
         keys = (np.take_along_axis(first, order // side, 1), np.take_along_axis(second, order % side, 1))
         values = 2 * third + distinct(rng, rows, self.vocab_size - 2 * third, difficulty)
-        if self.noise:
-            inputs[:, start:] = rng.integers(self.vocab_size, size=(rows, length - start))
         inputs[:, 0:start:3], inputs[:, 1:start:3], inputs[:, 2:start:3] = *keys, values
-        ask(rng, inputs, targets, start, keys, values, self.power_a)
+        ask(rng, inputs, targets, start, keys, values, self.power_a, self.noise * self.vocab_size)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         seen: dict[tuple[int, int], int] = {}

@@ -35,19 +35,17 @@ class ForgettingMqarConfig(MqarConfig):
         return super().length_of(difficulty) + 2 * self.updates
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        (rows, length), half, start = inputs.shape, self.vocab_size // 2, 2 * (difficulty + self.updates)
+        rows, half, start = len(inputs), self.vocab_size // 2, 2 * (difficulty + self.updates)
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         n_values = self.vocab_size - half
         values = distinct(rng, rows, n_values, difficulty)
         which = distinct(rng, rows, difficulty, self.updates)
         # any other value than before
         new = (np.take_along_axis(values, which, 1) + rng.integers(1, n_values, size=which.shape)) % n_values
-        if self.noise:
-            inputs[:, start:] = rng.integers(self.vocab_size, size=(rows, length - start))
         inputs[:, 0:start:2] = np.concatenate((keys, np.take_along_axis(keys, which, 1)), axis=1)
         inputs[:, 1:start:2] = half + np.concatenate((values, new), axis=1)
         np.put_along_axis(values, which, new, axis=1)
-        ask(rng, inputs, targets, start, (keys,), half + values, self.power_a)
+        ask(rng, inputs, targets, start, (keys,), half + values, self.power_a, self.noise * self.vocab_size)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         pairs = [*zip(tokens[::2], tokens[1::2], strict=False)]

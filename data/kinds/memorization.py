@@ -28,10 +28,6 @@ class MemorizationConfig(TaskConfig):
     """Seed of the map from keys to values."""
 
     @property
-    def n_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
     def hardest(self) -> int:
         return (self.vocab_size - 1) // 2
 

@@ -33,10 +33,6 @@ class MqarConfig(TaskConfig):
     """Whether other positions hold random tokens, including keys and values; otherwise token 0."""
 
     @property
-    def n_tokens(self) -> int:
-        return self.vocab_size
-
-    @property
     def hardest(self) -> int:
         return min(super().hardest, self.vocab_size // 2 - 1)
 
@@ -52,13 +48,11 @@ class MqarConfig(TaskConfig):
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        (rows, length), half, start = inputs.shape, self.vocab_size // 2, 2 * difficulty
+        rows, half, start = len(inputs), self.vocab_size // 2, 2 * difficulty
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         values = half + distinct(rng, rows, self.vocab_size - half, difficulty)
-        if self.noise:
-            inputs[:, start:] = rng.integers(self.vocab_size, size=(rows, length - start))
         inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values
-        ask(rng, inputs, targets, start, (keys,), values, self.power_a)
+        ask(rng, inputs, targets, start, (keys,), values, self.power_a, self.noise * self.vocab_size)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         seen: dict[int, int] = {}
@@ -83,9 +77,13 @@ def ask(
     keys: Sequence[np.ndarray],
     values: np.ndarray,
     power_a: float,
+    noise: int,
 ) -> None:
     """Repeat keys of one token [B N], or of several, after `start`, in groups of one token more, with their values as
-    targets at the last; group g is taken with a probability proportional to g^(power_a - 1), without replacement."""
+    targets at the last; group g is taken with a probability proportional to g^(power_a - 1), without replacement. Other
+    tokens there are random ones below `noise`, if that is not 0."""
+    if noise:
+        inputs[:, start:] = rng.integers(noise, size=inputs[:, start:].shape)
     size = len(keys) + 1
     gaps = np.arange(1, (inputs.shape[1] - start) // size + 1)
     # the order in which waiting times of these rates end is that of draws without replacement

@@ -45,7 +45,8 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
 )
 def segments_compile_into_one_graph(trial: Trial) -> None:
     """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
-    _compiles(trial, trial.call())
+    # of packed segments from states, backward is traced as well
+    _compiles(trial, trial.call(), backward=not trial.mixer.traits.packing)
 
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
@@ -78,9 +79,8 @@ def graphs_follow_sizes(trial: Trial) -> None:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    # what holds a size is seen where forward is traced; other checks trace backward
-    asked = trial.subject.compile_backend
-    counter = CompileCounterWithBackend("eager" if asked == BACKEND else asked)
+    # what holds a size is seen where forward is traced
+    counter = CompileCounterWithBackend(_backend(trial, backward=False))
     graph = torch.compile(function, fullgraph=True, backend=counter)
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:
@@ -107,19 +107,20 @@ def graphs_follow_sizes(trial: Trial) -> None:
             require(counter.frame_count == 1, f"{graphs}: something depends on data")
 
 
-def _backend(trial: Trial) -> str:
-    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import."""
+def _backend(trial: Trial, *, backward: bool = True) -> str:
+    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import; where another
+    check traces backward too, `eager` traces forward alone."""
     asked = trial.subject.compile_backend
-    return "aot_eager_default_partitioner" if asked == "aot_eager" else asked
+    return asked if asked != BACKEND else "aot_eager_default_partitioner" if backward else "eager"
 
 
 def _cuts(trial: Trial, cuts: tuple[int, ...]) -> Tensor:
     return torch.tensor(cuts, device=trial.subject.device)
 
 
-def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[Tensor | None] = (None, None)) -> None:
+def _compiles(trial: Trial, function: Callable, boundaries: Sequence = (None, None), *, backward: bool = True) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(_backend(trial))
+    counter = CompileCounterWithBackend(_backend(trial, backward=backward))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}
