@@ -35,7 +35,8 @@ def _leave(codes: list[object]) -> None:
     """End the process with the code it ended with, when threads and exit handlers are through: to free a million
     objects one by one takes a second. What is open is closed, as it would be."""
     if codes and not sys.gettrace() and not sys.getprofile():  # an error, or somebody wants to know what was run
-        for file in (each for each in gc.get_objects() if issubclass(type(each), io.IOBase)):
+        files = [each for each in gc.get_objects() if issubclass(type(each), (io.TextIOBase, io.BufferedIOBase))]
+        for file in sorted(files, key=lambda file: isinstance(file, io.BufferedIOBase)):  # what holds another first
             with suppress(Exception):
                 file.close()
         os._exit(codes[0] if isinstance(codes[0], int) else int(codes[0] is not None))

@@ -23,14 +23,8 @@ from seqmix.training import PRESETS
 from seqmix.training.checkpoint import checkpoints
 
 SMALL = (
-    "model.d_model=16",
-    "model.n_layers=2",
-    "data.sequence_length=16",
-    "data.paths=[text.txt]",
-    "training.steps=4",
-    "training.batch_size=4",
-    "training.warmup_steps=1",
-    "training.checkpoint_every=2",
+    *("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "data.paths=[text.txt]", "training.steps=4"),
+    *("training.batch_size=4", "training.warmup_steps=1", "training.checkpoint_every=2"),
     "training.final_evaluation_batches=4",
 )
 
@@ -104,14 +98,9 @@ def test_a_mixer_of_the_folder_is_trained_and_generates(seqmix):
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
     """In its own process, which has the signal handlers."""
-    program = "from seqmix.cli import main; main()"
-    overrides = [*SMALL, "training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "train", "retnet-tiny", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
+    command += ["training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = Path("runs/retnet-tiny")
     try:
         wait_for_steps(run, 4, lambda: process.poll() is None)
@@ -419,6 +408,24 @@ def test_a_ctrl_c_while_the_command_is_imported_is_silent():
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize(("end", "code"), [("0", 0), ("3", 3), ("None", 0), ("'said'", 1)])
+def test_a_check_ends_at_once_and_loses_nothing(tmp_path, end, code):
+    program = f"""import atexit, os, sys, threading, time, seqmix.cli
+def main():
+    write = lambda name: setattr(sys, name, open(name, 'w')) or getattr(sys, name).write(name)  # and nobody closes it
+    write('open'), atexit.register(write, 'handler')
+    threading.Thread(target=lambda: (time.sleep(0.1), write('thread'))).start()
+    print('output'), sys.exit({end})
+slow = type('Slow', (), {{'__del__': lambda self: os.write(1, b'freed')}})()
+seqmix.cli.main, sys.argv = main, ['seqmix', 'check']
+from seqmix.__main__ import start
+start()"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "output\n", "said" if "said" in end else "")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {n: n for n in ("open", "handler", "thread")}
 
 
 def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch, capsys):
