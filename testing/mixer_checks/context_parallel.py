@@ -22,18 +22,28 @@ from ..mixer_trial import Call, Trial
 class Threads(ContextParallel):
     """Ranks as threads: what each gathers are the tensors of all, with the graphs that made them."""
 
+    turn: threading.Lock = field(kw_only=True)
+    """Of the one that computes: threads that wait for each other at every operation take twice as long."""
     barrier: threading.Barrier = field(kw_only=True)
     tensors: list[Tensor | None] = field(kw_only=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """A tensor of every rank, stacked."""
         self.tensors[self.rank] = x
-        self.barrier.wait()
+        self._wait()
         every = [tensor for tensor in self.tensors if tensor is not None]
-        self.barrier.wait()
+        self._wait()
         shapes = {tuple(tensor.shape) for tensor in every}
         require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
         return torch.stack(every)
+
+    def _wait(self) -> None:
+        """For all others to get here."""
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def exchange(
         self,
@@ -81,15 +91,17 @@ def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer]
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         size = len(mixers)
-        barrier = threading.Barrier(size, timeout=60)
+        barrier, turn = threading.Barrier(size, timeout=60), threading.Lock()
         tensors: list[Tensor | None] = [None] * size
-        groups = [Threads("threads", rank, size, barrier=barrier, tensors=tensors) for rank in range(size)]
+        groups = [Threads("threads", rank, size, turn=turn, barrier=barrier, tensors=tensors) for rank in range(size)]
 
         def run(group: Threads) -> tuple[Tensor, Any]:
             mixer = mixers[group.rank]
             mixer.cp_group = group
             try:
-                return calls(mixer)(group.part(x), state if state is None or torch.is_grad_enabled() else clone(state))
+                with turn:
+                    given = state if state is None or torch.is_grad_enabled() else clone(state)
+                    return calls(mixer)(group.part(x), given)
             except BaseException:
                 barrier.abort()
                 raise
