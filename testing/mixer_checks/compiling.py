@@ -45,8 +45,7 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
 )
 def segments_compile_into_one_graph(trial: Trial) -> None:
     """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
-    # of packed segments from states, backward is traced as well
-    _compiles(trial, trial.call(), backward=not trial.mixer.traits.packing)
+    _compiles(trial, trial.call(), backward=not trial.mixer.traits.packing)  # that of packed ones is traced
 
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
@@ -79,8 +78,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    # what holds a size is seen where forward is traced
-    counter = CompileCounterWithBackend(_backend(trial, backward=False))
+    counter = CompileCounterWithBackend(_backend(trial, backward=False))  # what holds a size is seen there
     graph = torch.compile(function, fullgraph=True, backend=counter)
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:

@@ -25,25 +25,20 @@ class Threads(ContextParallel):
     turn: threading.Lock = field(kw_only=True)
     """Of the one that computes: threads that wait for each other at every operation take twice as long."""
     barrier: threading.Barrier = field(kw_only=True)
-    tensors: list[Tensor | None] = field(kw_only=True)
+    gathered: list[list[Tensor]] = field(kw_only=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """A tensor of every rank, stacked."""
-        self.tensors[self.rank] = x
-        self._wait()
-        every = [tensor for tensor in self.tensors if tensor is not None]
-        self._wait()
-        shapes = {tuple(tensor.shape) for tensor in every}
-        require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
-        return torch.stack(every)
-
-    def _wait(self) -> None:
-        """For all others to get here."""
+        self.gathered[self.rank].append(x)
         self.turn.release()
         try:
             self.barrier.wait()
         finally:
             self.turn.acquire()
+        every = [tensors[len(self.gathered[self.rank]) - 1] for tensors in self.gathered]
+        shapes = {tuple(tensor.shape) for tensor in every}
+        require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
+        return torch.stack(every)
 
     def exchange(
         self,
@@ -92,8 +87,8 @@ def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer]
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         size = len(mixers)
         barrier, turn = threading.Barrier(size, timeout=60), threading.Lock()
-        tensors: list[Tensor | None] = [None] * size
-        groups = [Threads("threads", rank, size, turn=turn, barrier=barrier, tensors=tensors) for rank in range(size)]
+        shared: dict[str, Any] = {"turn": turn, "barrier": barrier, "gathered": [[] for _ in mixers]}
+        groups = [Threads("threads", rank, size, **shared) for rank in range(size)]
 
         def run(group: Threads) -> tuple[Tensor, Any]:
             mixer = mixers[group.rank]

@@ -108,18 +108,13 @@ def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> 
     saved = {name: gradient.clone() for name, gradient in above.items()}
     roots = {name: result for name, result in results.items() if result.requires_grad}
     given = [above[name] for name in roots]
-    once, twice = (
-        torch.autograd.grad([*roots.values()], [*leaves.values()], given, retain_graph=True, allow_unused=True)
-        for _ in range(2)
-    )
+    through = [*roots.values()], [*leaves.values()]
+    backward = partial(torch.autograd.grad, *through, retain_graph=True, allow_unused=True)
+    once, twice, scaled = backward(given), backward(given), backward([LOSS_SCALE * gradient for gradient in given])
     with trial.differences(f"{paradigm}, backward through the same graph again against the first time", 0) as found:
         for name, first, second in zip(leaves, once, twice, strict=True):
             if first is not None and second is not None:
                 found.tensor(f"the gradient of {name}", second, first)
-    above_scale = [LOSS_SCALE * gradient for gradient in given]
-    scaled = torch.autograd.grad(
-        [*roots.values()], [*leaves.values()], above_scale, retain_graph=True, allow_unused=True
-    )
     with trial.differences(f"{paradigm}, gradients of a scaled loss against the loss's", EXACT) as found:
         for name, first, large in zip(leaves, once, scaled, strict=True):
             if first is not None and large is not None:
