@@ -51,7 +51,11 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types have moved between versions
         """The command named on the command line, with its options."""
         name, _, rest = super().resolve_command(ctx, args)
+        gc.disable()  # what modules hold is no garbage: it is neither searched nor, at the end, freed one by one
         command = imported(str(name))
+        if not gc.get_freeze_count():  # of a process that calls several, what is between them may be garbage
+            gc.freeze()
+        gc.enable()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, _interrupt)
         return name, command, rest

@@ -2,15 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 
 from ..registry import SeqmixError, nearest
-
-if TYPE_CHECKING:
-    from ..training import Choice
 
 Overrides = Annotated[
     list[str] | None,
@@ -38,7 +35,7 @@ Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 
-def checkpoint_choice(checkpoint: str) -> "Choice":
+def checkpoint_choice(checkpoint: str) -> int | Literal["newest", "best"]:
     """Parse the value of --checkpoint; raises a SeqmixError if it is invalid."""
     if checkpoint == "newest" or checkpoint == "best":
         return checkpoint

@@ -47,9 +47,9 @@ class TaskConfig(DataConfig):
     it are used. Null generates new ones in every step."""
 
     @property
+    @abstractmethod
     def n_tokens(self) -> int:
-        """Vocabulary size: tokens are 0 to n_tokens - 1. By default it is a field `vocab_size`."""
-        return self.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
+        """Vocabulary size: tokens are 0 to n_tokens - 1."""
 
     @abstractmethod
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

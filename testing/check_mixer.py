@@ -62,7 +62,7 @@ def check_mixer(
         compiles: whether the checks that compile run, which take several seconds each, or are skipped.
         tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
         compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`; with the first
-            forward alone is traced where another check traces backward.
+            forward alone is traced where only sizes are looked at.
         expected_failures: checks that are known to fail, each with a reason. One that passes fails.
         shrink: whether a case that fails is reduced, to the fewest tokens and options.
         on_outcome: called after each check.

@@ -163,10 +163,11 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _few_objects() -> Iterator[None]:
-    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case. What a
-    compiler makes is searched more seldom than by default."""
+    """What there was before is not searched for garbage, unless somebody froze some of it: with torch's modules, that
+    takes longer than a case. What a compiler makes is searched more seldom than by default."""
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     gc.set_threshold(thresholds[0] and max(thresholds[0], 20_000), *thresholds[1:])
     try:
         yield

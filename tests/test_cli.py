@@ -410,24 +410,6 @@ def test_a_ctrl_c_while_the_command_is_imported_is_silent():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-@pytest.mark.parametrize(("end", "code"), [("0", 0), ("3", 3), ("None", 0), ("'said'", 1)])
-def test_a_check_ends_at_once_and_loses_nothing(tmp_path, end, code):
-    program = f"""import atexit, os, sys, threading, time, seqmix.cli
-def main():
-    write = lambda name: setattr(sys, name, open(name, 'w')) or getattr(sys, name).write(name)  # and nobody closes it
-    write('open'), atexit.register(write, 'handler')
-    threading.Thread(target=lambda: (time.sleep(0.1), write('thread'))).start()
-    print('output'), sys.exit({end})
-slow = type('Slow', (), {{'__del__': lambda self: os.write(1, b'freed')}})()
-seqmix.cli.main, sys.argv = main, ['seqmix', 'check']
-from seqmix.__main__ import start
-start()"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "output\n", "said" if "said" in end else "")
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {n: n for n in ("open", "handler", "thread")}
-
-
 def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch, capsys):
     class Group:
         def add_command(self, *_, **__):

@@ -31,6 +31,10 @@ class CompositionalMqarConfig(TaskConfig):
     """Whether other positions hold random tokens, of keys and values too; otherwise token 0."""
 
     @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
+    @property
     def hardest(self) -> int:
         return min(isqrt(super().hardest), self._most) ** 2
 

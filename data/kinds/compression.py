@@ -24,6 +24,10 @@ class CompressionConfig(TaskConfig):
     lengths: Difficulties | None = None
     """Tokens to compress, the end token among them, which rows cycle through; null for the whole sequence."""
 
+    @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         start = inputs.shape[1] - difficulty
         inputs[:] = self.vocab_size - 1

@@ -29,6 +29,10 @@ class FuzzyRecallConfig(NextTokenConfig):
     """Most tokens of a value; each number up to it is as likely."""
 
     @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
+    @property
     def _half(self) -> int:
         return (self.vocab_size - 1) // 2
 

@@ -28,6 +28,10 @@ class MemorizationConfig(TaskConfig):
     """Seed of the map from keys to values."""
 
     @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
+    @property
     def hardest(self) -> int:
         return (self.vocab_size - 1) // 2
 

@@ -33,6 +33,10 @@ class MqarConfig(TaskConfig):
     """Whether other positions hold random tokens, including keys and values; otherwise token 0."""
 
     @property
+    def n_tokens(self) -> int:
+        return self.vocab_size
+
+    @property
     def hardest(self) -> int:
         return min(super().hardest, self.vocab_size // 2 - 1)
 

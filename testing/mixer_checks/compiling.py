@@ -45,7 +45,7 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
 )
 def segments_compile_into_one_graph(trial: Trial) -> None:
     """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
-    _compiles(trial, trial.call(), backward=not trial.mixer.traits.packing)  # that of packed ones is traced
+    _compiles(trial, trial.call())
 
 
 @check(compilable, packing, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
@@ -78,7 +78,9 @@ def graphs_follow_sizes(trial: Trial) -> None:
         return trial.used(**options)(x, state)
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(_backend(trial, backward=False))  # what holds a size is seen there
+    # what holds a size is seen where forward is traced; other checks trace backward
+    asked = trial.subject.compile_backend
+    counter = CompileCounterWithBackend("eager" if asked == BACKEND else asked)
     graph = torch.compile(function, fullgraph=True, backend=counter)
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:
@@ -105,20 +107,19 @@ def graphs_follow_sizes(trial: Trial) -> None:
             require(counter.frame_count == 1, f"{graphs}: something depends on data")
 
 
-def _backend(trial: Trial, *, backward: bool = True) -> str:
-    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import; where another
-    check traces backward too, `eager` traces forward alone."""
+def _backend(trial: Trial) -> str:
+    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import."""
     asked = trial.subject.compile_backend
-    return asked if asked != BACKEND else "aot_eager_default_partitioner" if backward else "eager"
+    return "aot_eager_default_partitioner" if asked == "aot_eager" else asked
 
 
 def _cuts(trial: Trial, cuts: tuple[int, ...]) -> Tensor:
     return torch.tensor(cuts, device=trial.subject.device)
 
 
-def _compiles(trial: Trial, function: Callable, boundaries: Sequence = (None, None), *, backward: bool = True) -> None:
+def _compiles(trial: Trial, function: Callable[..., Any], boundaries: Sequence[Tensor | None] = (None, None)) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(_backend(trial, backward=backward))
+    counter = CompileCounterWithBackend(_backend(trial))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}

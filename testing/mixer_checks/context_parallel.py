@@ -22,7 +22,7 @@ from ..mixer_trial import Call, Trial
 class Threads(ContextParallel):
     """Ranks as threads: what each gathers are the tensors of all, with the graphs that made them."""
 
-    turn: threading.Lock = field(kw_only=True)
+    turn: threading.Semaphore = field(kw_only=True)
     """Of the one that computes: threads that wait for each other at every operation take a fifth longer."""
     barrier: threading.Barrier = field(kw_only=True)
     gathered: list[list[Tensor]] = field(kw_only=True)
@@ -31,10 +31,8 @@ class Threads(ContextParallel):
         """A tensor of every rank, stacked."""
         self.gathered[self.rank].append(x)
         self.turn.release()
-        try:
-            self.barrier.wait()
-        finally:
-            self.turn.acquire()
+        self.barrier.wait()  # where it breaks, nobody's turn matters
+        self.turn.acquire()
         every = [tensors[len(self.gathered[self.rank]) - 1] for tensors in self.gathered]
         shapes = {tuple(tensor.shape) for tensor in every}
         require(len(shapes) == 1, f"ranks gather tensors of different shapes: {sorted(shapes)}")
@@ -86,7 +84,7 @@ def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer]
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         size = len(mixers)
-        barrier, turn = threading.Barrier(size, timeout=60), threading.Lock()
+        barrier, turn = threading.Barrier(size, timeout=60 * size), threading.Semaphore()
         shared: dict[str, Any] = {"turn": turn, "barrier": barrier, "gathered": [[] for _ in mixers]}
         groups = [Threads("threads", rank, size, **shared) for rank in range(size)]
 
