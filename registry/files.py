@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from .errors import SeqmixError
@@ -36,15 +36,17 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_file(content: str | bytes, file: Path) -> Path:
-    """Write a file, and its folder, whole or not at all.
+    """Write a file, and its folder, whole or not at all; a pipe or device, such as /dev/stdout, in its place.
 
     Raises:
         SeqmixError: it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        in_place = file.exists() and (not file.is_file() or file.parent == Path("/dev"))
+        with nullcontext(file) if in_place else replacing(file) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         reason = f"{file.parent} is not a folder" if isinstance(error, FileExistsError) else error.strerror
         raise SeqmixError(f"{file} cannot be written: {reason}") from error

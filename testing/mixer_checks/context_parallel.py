@@ -22,14 +22,13 @@ from ..mixer_trial import Call, Trial
 class Threads(ContextParallel):
     """Ranks as threads: what each gathers are the tensors of all, with the graphs that made them."""
 
-    turn: threading.Semaphore = field(kw_only=True)
-    """Of the one that computes: threads that wait for each other at every operation take a fifth longer."""
+    turn: threading.Semaphore = field(kw_only=True)  # one computes: threads that compete take a fifth longer
     barrier: threading.Barrier = field(kw_only=True)
     gathered: list[list[Tensor]] = field(kw_only=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """A tensor of every rank, stacked."""
-        self.gathered[self.rank].append(x)
+        self.gathered[self.rank].append(x.clone())  # which the mixer may write afterwards
         self.turn.release()
         self.barrier.wait()  # where it breaks, nobody's turn matters
         self.turn.acquire()

@@ -108,8 +108,7 @@ def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> 
     saved = {name: gradient.clone() for name, gradient in above.items()}
     roots = {name: result for name, result in results.items() if result.requires_grad}
     given = [above[name] for name in roots]
-    through = [*roots.values()], [*leaves.values()]
-    backward = partial(torch.autograd.grad, *through, retain_graph=True, allow_unused=True)
+    backward = partial(torch.autograd.grad, [*roots.values()], [*leaves.values()], retain_graph=True, allow_unused=True)
     once, twice, scaled = backward(given), backward(given), backward([LOSS_SCALE * gradient for gradient in given])
     with trial.differences(f"{paradigm}, backward through the same graph again against the first time", 0) as found:
         for name, first, second in zip(leaves, once, twice, strict=True):

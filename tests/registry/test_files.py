@@ -45,6 +45,18 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes")
+def test_a_pipe_or_a_device_is_written_where_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_file("text", tmp_path / "pipe")
+        assert os.read(reader, 10) == b"text"
+    finally:
+        os.close(reader)
+    assert [stat.S_ISFIFO(file.stat().st_mode) for file in tmp_path.iterdir()] == [True]
+
+
 def test_permissions_are_those_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
