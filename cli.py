@@ -53,7 +53,7 @@ class LazyGroup(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         gc.disable()  # what modules hold is no garbage: it is neither searched nor, at the end, freed one by one
         command = imported(str(name))
-        if not gc.get_freeze_count():  # of a process that calls several, what is between them may be garbage
+        if not gc.get_freeze_count() and "triton" not in sys.modules:  # which reports as leaks what stays frozen
             gc.freeze()
         gc.enable()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

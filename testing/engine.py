@@ -163,17 +163,17 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _few_objects() -> Iterator[None]:
-    """What there was before is not searched for garbage, unless somebody froze some of it: with torch's modules, that
-    takes longer than a case. What a compiler makes is searched more seldom than by default."""
+    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case. What a
+    compiler makes is searched more seldom than by default."""
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
-    if not frozen:
+    if not frozen:  # what somebody froze stays so, and what a check leaves would as well
         gc.freeze()
     gc.set_threshold(thresholds[0] and max(thresholds[0], 20_000), *thresholds[1:])
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        if not frozen:  # of whoever froze before, all stays so
+        if not frozen:
             gc.unfreeze()
 
 
