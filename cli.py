@@ -52,10 +52,12 @@ class LazyGroup(TyperGroup):
         """The command named on the command line, with its options."""
         name, _, rest = super().resolve_command(ctx, args)
         gc.disable()  # what modules hold is no garbage: it is neither searched nor, at the end, freed one by one
-        command = imported(str(name))
+        try:
+            command = imported(str(name))
+        finally:
+            gc.enable()
         if not gc.get_freeze_count() and "triton" not in sys.modules:  # which reports as leaks what stays frozen
             gc.freeze()
-        gc.enable()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, _interrupt)
         return name, command, rest

@@ -3,4 +3,3 @@
 from pathlib import Path
 
 PRESETS = Path(__file__).resolve().parent
-"""Their folder."""

@@ -1,5 +1,7 @@
 """The kit refuses no right mixer, however unlike the built-in ones; and what a trait excludes is refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,7 @@ from unusual import UNUSUAL, Alternating, Counted, NoState, TorchGRU, Unusual
 from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
 from seqmix.testing.compare import Differences
+from seqmix.testing.mixer_checks.context_parallel import _over_ranks
 
 NIGHTLY = settings().max_examples >= 1000
 LONG = {"thousands_of_tokens_agree", "long_segments_do_not_drift"}
@@ -85,3 +88,14 @@ def test_what_is_not_finite_is_said_where_the_tolerance_is_not_either():
     not_finite = pytest.raises(CheckFailure, match=r"differs in 2 of 2 elements.*not finite on either side")
     with not_finite, Differences("steps", 1e-9, {"the state": torch.nan}) as found:
         found.tensor("the state", x, x)
+
+
+def test_what_a_rank_has_sent_may_be_written():
+    def mixed(x, state, group):
+        gathered = group.gather(sent := x.clone()).sum(0)
+        sent.zero_()
+        return gathered, state
+
+    ranks, x = [SimpleNamespace() for _ in range(3)], torch.randn(1, 6, 2, dtype=torch.float64)
+    y, _ = _over_ranks(ranks, lambda rank: lambda *given: mixed(*given, rank.cp_group), 0)(x, None)
+    assert torch.allclose(y, x.unflatten(1, (3, 2)).sum(1).repeat(1, 3, 1))
