@@ -1,7 +1,5 @@
 """The kit refuses no right mixer, however unlike the built-in ones; and what a trait excludes is refused by name."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import settings
@@ -91,11 +89,7 @@ def test_what_is_not_finite_is_said_where_the_tolerance_is_not_either():
 
 
 def test_what_a_rank_has_sent_may_be_written():
-    def mixed(x, state, group):
-        gathered = group.gather(sent := x.clone()).sum(0)
-        sent.zero_()
-        return gathered, state
-
-    ranks, x = [SimpleNamespace() for _ in range(3)], torch.randn(1, 6, 2, dtype=torch.float64)
-    y, _ = _over_ranks(ranks, lambda rank: lambda *given: mixed(*given, rank.cp_group), 0)(x, None)
-    assert torch.allclose(y, x.unflatten(1, (3, 2)).sum(1).repeat(1, 3, 1))
+    ranks, x = [torch.nn.Module() for _ in range(3)], torch.arange(12.0).view(1, 6, 2)
+    call = lambda rank: lambda x, _: (rank.cp_group.gather(sent := x.clone()).sum(0), sent.zero_())  # noqa: E731
+    y, _ = _over_ranks(ranks, call, 0)(x, None)
+    assert torch.equal(y, x.unflatten(1, (3, 2)).sum(1).repeat(1, 3, 1))
