@@ -18,18 +18,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghijk", "bcdefghijkl", strict=True)
 )
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], y{i}: 1}}\n" for i in range(1, 40))
-NUMBERS = (
-    "1" + "0" * 400,
-    "9" * 5000,
-    "1e400",
-    "-1e400",
-    ".inf",
-    ".nan",
-    "0x" + "f" * 300,
-    "0o7",
-    "1:30",
-    "1e-400",
-)
+NUMBERS = ("1" + "0" * 400, "9" * 5000, "1e400", "-1e400", ".inf", ".nan", "0x" + "f" * 300, "0o7", "1:30", "1e-400")
 TEXTS = {
     "aliases": BOMB,
     "merges": MERGES,

@@ -208,11 +208,7 @@ def _replace(name: str, make: Callable[[Path], object], *, folder: Path) -> None
     make(folder / name)
 
 
-def _use(
-    good: Path,
-    run: Path,
-    change: Callable[..., Any],
-) -> None:
+def _use(good: Path, run: Path, change: Callable[..., Any]) -> None:
     """Change all checkpoints of a copy of the run, seal them, load it and resume it."""
     shutil.copytree(good, run)
     try:

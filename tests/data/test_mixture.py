@@ -205,8 +205,7 @@ def test_a_mixture_is_not_carried(config_of, sources):
 
 
 @pytest.mark.parametrize(
-    ("how", "split"),
-    [("epochs", "tail"), ("epochs", "by_document"), ("carried", "by_document"), ("mapped", "tail")],
+    ("how", "split"), [("epochs", "tail"), ("epochs", "by_document"), ("carried", "by_document"), ("mapped", "tail")]
 )
 def test_a_token_of_a_batch_is_found_in_its_document(sources, tmp_path, how, split):
     begin, size = ByteTokenizer().begin, 6

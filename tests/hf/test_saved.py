@@ -13,27 +13,14 @@ if find_spec("transformers") is None:
 
 import transformers
 
-from seqmix import (
-    ModelConfig,
-    Sampling,
-    SeqmixError,
-    generate_text,
-    load_config,
-    load_run,
-    train,
-)
+from seqmix import ModelConfig, Sampling, SeqmixError, generate_text, load_config, load_run, train
 from seqmix.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel, hf_tokenizer
 from seqmix.models import ByteTokenizer, SubwordTokenizer, train_bpe
 
 TEXT = [("a", b"the cat sat on the mat, and the hat too: \xc3\xa9\xe2\x82\xac\n" * 20)]
 MOE = "model.blocks.gla.ffn={kind: moe, expansion: 1.0, n_experts: 4, top_k: 2}"
 # tied embeddings; blocks that share parameters; buffers that are saved and buffers that are not
-PRESETS = {
-    "retnet-tiny": (),
-    "hybrid-tiny": ("model.tie_embeddings=true",),
-    "zamba2-tiny": (),
-    "gla-tiny": (MOE,),
-}
+PRESETS = {"retnet-tiny": (), "hybrid-tiny": ("model.tie_embeddings=true",), "zamba2-tiny": (), "gla-tiny": (MOE,)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

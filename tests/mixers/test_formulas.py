@@ -39,11 +39,7 @@ OWN = {
         {"row_norm": False, "decay": "none", **PLAIN},
     ],
     "gated_retention": [{"gate_logit_normalizer": 1.0}, {"rotation": "none", "n_heads": 4}],  # keys of 3
-    "gla": [
-        {"gate_logit_normalizer": 0.1},
-        {"expand_k": 1.0, "expand_v": 2.0},
-        {"chunk_size": 7, "gate_rank": 1},
-    ],
+    "gla": [{"gate_logit_normalizer": 0.1}, {"expand_k": 1.0, "expand_v": 2.0}, {"chunk_size": 7, "gate_rank": 1}],
     "mlstm": [
         {"gate_soft_cap": 1.0},
         {"gate_soft_cap": None, "head_norm": "rms", "expand_k": 1.0},

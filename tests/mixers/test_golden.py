@@ -62,11 +62,7 @@ def model():
     norm = {"kind": "rmsnorm", "eps": 0.0}
     ffn = {"kind": "swiglu", "expansion": 1.5, "activation": "silu"}
     config = ModelConfig(
-        d_model=64,
-        n_layers=2,
-        vocab_size=50,
-        blocks={"ret": {"mixer": MIXER, "ffn": ffn, "norm": norm}},
-        norm=norm,
+        d_model=64, n_layers=2, vocab_size=50, blocks={"ret": {"mixer": MIXER, "ffn": ffn, "norm": norm}}, norm=norm
     )
     built = build_model(config, dtype=torch.float64)
     built.load_state_dict(model_weights())

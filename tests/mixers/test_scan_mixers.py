@@ -75,11 +75,7 @@ def rwkv4(mixer, x):
     shifted = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
     k, v, r = (
         (mu * x + (1 - mu) * shifted) @ layer.weight.T
-        for mu, layer in (
-            (mixer.mix_k, mixer.k_proj),
-            (mixer.mix_v, mixer.v_proj),
-            (mixer.mix_r, mixer.r_proj),
-        )
+        for mu, layer in ((mixer.mix_k, mixer.k_proj), (mixer.mix_v, mixer.v_proj), (mixer.mix_r, mixer.r_proj))
     )
     w, num, den, outputs = mixer.time_decay.exp(), torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), []
     for t in range(x.shape[1]):

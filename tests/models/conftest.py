@@ -36,11 +36,7 @@ def mixer(name: str) -> dict[str, Any]:
 def make_config(*mixers: str, **fields: Any) -> ModelConfig:
     """A model with one block a name, each named `block0`, `block1`, ..., tiled over the layers."""
     blocks = {
-        f"block{i}": {
-            "mixer": mixer(name),
-            "ffn": {"kind": "mlp", "expansion": 2.0},
-            "norm": {"kind": "layernorm"},
-        }
+        f"block{i}": {"mixer": mixer(name), "ffn": {"kind": "mlp", "expansion": 2.0}, "norm": {"kind": "layernorm"}}
         for i, name in enumerate(mixers)
     }
     defaults = {

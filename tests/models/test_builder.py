@@ -5,13 +5,7 @@ import torch
 from dispatched import Watched
 from torch import nn
 
-from seqmix import (
-    ContractError,
-    SeqmixError,
-    account,
-    build_model,
-    load_config,
-)
+from seqmix import ContractError, SeqmixError, account, build_model, load_config
 from seqmix.mixers.attention import Attention
 from seqmix.models import build_meta
 

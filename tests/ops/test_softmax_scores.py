@@ -19,13 +19,7 @@ H, G, K, V = 4, 2, 4, 3
 PARADIGMS = list(Paradigm)
 every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
 NAMES = ("log_forget", "slopes", "softcap", "sinks")
-SOME = [
-    *((name,) for name in NAMES),
-    ("log_forget", "slopes"),
-    ("log_forget", "sinks"),
-    ("softcap", "sinks"),
-    NAMES,
-]
+SOME = [*((name,) for name in NAMES), ("log_forget", "slopes"), ("log_forget", "sinks"), ("softcap", "sinks"), NAMES]
 
 
 def exactly(actual, expected):
@@ -164,11 +158,7 @@ def test_after_100_000_gates_their_sums_have_all_their_digits(paradigm, strength
     wide = ForgettingCache(RingCache(k.double(), v.double(), cache.length), gates.double())
     found, expected = (
         softmax_attention(
-            *(x.to(cast) for x in now),
-            log_forget=new.to(cast),
-            window=length,
-            initial_state=past,
-            paradigm=paradigm,
+            *(x.to(cast) for x in now), log_forget=new.to(cast), window=length, initial_state=past, paradigm=paradigm
         )[0]
         for cast, past in ((torch.float32, cache), (torch.float64, wide))
     )

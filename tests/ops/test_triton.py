@@ -100,8 +100,7 @@ KEYS = "B T H K"
 
 @runs
 @pytest.mark.parametrize(
-    ("case", "decay"),
-    [*itertools.product(CASES, DECAYS), *((case, KEYS) for case in ("several tiles", "documents"))],
+    ("case", "decay"), [*itertools.product(CASES, DECAYS), *((case, KEYS) for case in ("several tiles", "documents"))]
 )
 def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
     compare(decay, **CASES[case])

@@ -273,8 +273,7 @@ def test_the_papers_head_fits(dtype, chunk, decay):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "widths"),
-    [(torch.bfloat16, (128, 256)), pytest.param(torch.float32, (64, 64), marks=pytest.mark.slow)],
+    ("dtype", "widths"), [(torch.bfloat16, (128, 256)), pytest.param(torch.float32, (64, 64), marks=pytest.mark.slow)]
 )
 def test_keys_that_decay_by_themselves_fit(dtype, widths):
     launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H K")

@@ -39,11 +39,7 @@ def layers(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     torch.manual_seed(0)
     config = xLSTMConfig(
-        hidden_size=D_MODEL,
-        num_heads=HEADS,
-        mode="inference",
-        autocast_kernel_dtype="float32",
-        eps=0.0,
+        hidden_size=D_MODEL, num_heads=HEADS, mode="inference", autocast_kernel_dtype="float32", eps=0.0
     )
     theirs = xLSTMLayer(config).double()
     for parameter in theirs.parameters():

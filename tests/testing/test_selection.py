@@ -20,16 +20,7 @@ from seqmix.mixers.linear_attention import LinearAttentionConfig
 from seqmix.mixers.retention import Retention, RetentionConfig
 from seqmix.mixers.traits import ContractError
 from seqmix.registry import SeqmixError
-from seqmix.testing import (
-    CHECKS,
-    Case,
-    Outcome,
-    Status,
-    check,
-    check_mixer,
-    parametrize_checks,
-    parametrize_kernels,
-)
+from seqmix.testing import CHECKS, Case, Outcome, Status, check, check_mixer, parametrize_checks, parametrize_kernels
 from seqmix.testing.mixer_options import alternatives, changed, chunk_sizes
 from seqmix.testing.outcome import Outcomes
 from seqmix.testing.source import source

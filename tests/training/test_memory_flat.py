@@ -33,11 +33,7 @@ def measured(folder: Path) -> Iterator[tuple[int, int, int]]:
         *("model.d_model=32", "model.n_layers=2", "model.dropout=0.1", "data.sequence_length=64"),
         *(f"data.paths=[{folder / 'text.txt'}]", f"training.steps={STEPS}", "training.batch_size=4"),
         *(f"training.evaluate_every={EVERY}", "training.evaluation_batches=4", "training.checkpoint_every=100"),
-        *(
-            "training.warmup_steps=10",
-            "training.log_every=1",
-            f"training.compile={compiled}",
-        ),
+        *("training.warmup_steps=10", "training.log_every=1", f"training.compile={compiled}"),
     ]
     try:
         for event in train(load_config("retnet-tiny", changes), folder / "run"):
