@@ -142,7 +142,11 @@ class TestedMixer(Tested[Case]):
         return check.skip_reason(self.subject.config, self.subject.mixer({}))
 
     def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
-        return check.draw.of(self.subject.traits).cases(self.subject.traits, self.subject.options)
+        draw, options = check.draw.of(self.subject.traits), self.subject.options
+        chunks = {"chunk_size": draw.chunk_size}
+        if draw.chunk_size is not None and self.subject.accepts(chunks):
+            options = lambda chance, changes: self.subject.options(chance, changes) | chunks  # noqa: E731
+        return draw.cases(self.subject.traits, options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
         draw = check.draw.of(self.subject.traits)

@@ -62,9 +62,7 @@ def outputs_are_the_definitions(trial: KernelTrial) -> None:
     trial.compare("against the definition", trial.run(trial.leaves()))
 
 
-@kernel_check(
-    share=1.0, draw=KernelDraw(asks=with_grad, rare=True, fixed=True), use="training: the gradients are wrong"
-)
+@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad, rare=True, fixed=True), use="training: gradients are wrong")
 def gradients_are_the_definitions(trial: KernelTrial) -> None:
     """Gradients of any of the inputs, through output or final state or both, are those of the definition, and with
     gradients the outputs are too."""

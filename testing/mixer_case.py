@@ -52,6 +52,9 @@ FIXED = 1
 SHORT = 12
 """Tokens of which one wide head, whose features may be the squares of its channels, takes little time."""
 
+MEDIUM = 33
+"""Tokens at most of a long piece of a wide mixer, whose backward pass may keep a megabyte for each."""
+
 LAYERS = 3
 """Layers of the model that a mixer is built for."""
 
@@ -109,6 +112,8 @@ class Draw:
     """One case in so many, on average, has up to `MANY` more pieces; 0 is none."""
     lists: tuple[tuple[int, ...], ...] = ()
     """Lengths of further cases that run in any case."""
+    chunk_size: int | None = None
+    """Tokens of a chunk, where the configuration takes as many; by default it is drawn."""
     fixed: int = 0
     """Tokens of each in the cases that run in any case; as many as are drawn at most by default."""
     batch_size: tuple[int, int] = (1, 3)
@@ -139,11 +144,9 @@ class Draw:
         usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=FIXED, dtype=self.dtypes[0])
         long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
         found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
-        found += [replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1]) for lengths in self.lists]
-        found += [
-            replace(usual, lengths=lengths, use=(*self.uses, *self.uses)[1], start=self.starts[0])
-            for lengths in self.lists
-        ]
+        listed = replace(usual, use=(*self.uses, *self.uses)[1])
+        found += [replace(listed, lengths=lengths) for lengths in self.lists]
+        found += [replace(listed, lengths=lengths, start=self.starts[0]) for lengths in self.lists]
         if self.crowded:
             found += [replace(usual, batch_size=rows) for rows in CROWDS]
         if len(self.dtypes) > 1:
@@ -154,6 +157,7 @@ class Draw:
         heads: list[dict[str, Any]] = [{}, *({"options": {"n_heads": number}} for number in HEADS)]
         heads = heads[:-1] if max(self.tokens[1], self.fixed) > SHORT else heads
         found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
+        found += [replace(usual, wide=True, lengths=long[0])] if self.wide and self.long and not self.lists else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})
             found = [many, *found, replace(usual, wide=True, dtype=self.dtypes[-1])]
@@ -211,7 +215,7 @@ class Draw:
             while not sum(lengths):
                 lengths = tuple(_sometimes(chance, self.long, long, self.tokens) for _ in range(pieces))
             rows = _sometimes(chance, self.crowded, CROWDS, self.batch_size)
-            return Case(
+            drawn = Case(
                 lengths=lengths,
                 batch_size=rows,
                 start=chance.choice(self.starts),
@@ -225,6 +229,8 @@ class Draw:
                 dtype=chance.choice(self.dtypes),
                 options=options(chance, True),
             )
+            medium = max(MEDIUM, self.tokens[1])
+            return replace(drawn, lengths=tuple(min(length, medium) for length in lengths)) if drawn.wide else drawn
 
         return st.integers(0, 2**64 - 1).map(case)
 

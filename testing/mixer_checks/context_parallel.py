@@ -14,7 +14,7 @@ from ...mixers.state import clone
 from ...ops.context_parallel import ContextParallel
 from ..check import check, context_parallel
 from ..compare import require
-from ..mixer_case import Draw
+from ..mixer_case import FIXED, Draw
 from ..mixer_trial import Call, Trial
 
 
@@ -70,11 +70,15 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     state = trial.state(3 if packed else trial.case.batch_size)
     expected = trial.differentiate(trial.kept(trial.call(trial.reference, **packed)), x, state)
     rank = trial.case.seed % ranks if trial.mixer.traits.state == "constant" else 0
+    mixers = [trial.without_dropout() for _ in range(ranks)]
     for paradigm in trial.paradigms:
-        mixers = [trial.without_dropout() for _ in range(ranks)]
-        call = _over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
-        actual = trial.differentiate(trial.kept(call), x, state)
+        call = trial.kept(_over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank))
         what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
+        if trial.case.seed == FIXED and trial.case.options and paradigm is not trial.mixer.paradigm:
+            with torch.no_grad():  # an option's value by itself: gradients of the default are enough
+                trial.compare(what, call(x, state), (expected[0]["the output"], expected[1]))
+            continue
+        actual = trial.differentiate(call, x, state)
         trial.compare(what, actual, expected)
 
 

@@ -35,8 +35,7 @@ def first_values_are_read_with_their_tokens(trial: Trial) -> None:
         require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
     first = compared(trial, "of the first layer", partial(with_values, trial.mixer), x, state, trial.mixer)
     y, _ = trial.mix(x, state, paradigm=trial.reference)
-    with trial.differences("values wanted against not") as found:
-        found.tensor("the output", first["the output"][..., : x.shape[-1]], y, "BTD")
+    trial.compare("values wanted against not", (first["the output"][..., : x.shape[-1]], None), (y, None))
     _under_autocast(trial, x.float())
 
 
@@ -92,10 +91,10 @@ def compared(
             trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
     if (boundaries := trial.boundaries()) is not None:
         before = trial.state(len(trial.case.lengths))
+        separate = alone(trial, trial.mix, x, before, mixer=mix)
         for paradigm in trial.paradigms:
             packed, _ = trial.mix(x, before, mix, cu_seqlens=boundaries, paradigm=paradigm)
-            separate = alone(trial, trial.mix, x, before, mixer=mix, paradigm=paradigm)
-            with trial.differences(f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone") as found:
-                found.tensor("the output", packed, together(separate, trial.case.lengths), "BTD")
+            said = f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone"
+            trial.compare(said, (packed, None), (together(separate, trial.case.lengths), None))
     require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
     return whole[0]

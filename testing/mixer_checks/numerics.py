@@ -120,7 +120,7 @@ def _near_float64(
 @check(
     stateful,
     use="long decoding in low precision: errors add up",
-    share=0.04,
+    share=0.02,
     long=True,
     draw=Draw(tokens=(STEPS, STEPS), batch_size=(4, 4), starts=("none",), dtypes=LOW),
 )

@@ -185,9 +185,8 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
                 steps = x.shape[1] == 1 and paradigm is Paradigm.RECURRENT
                 call = trial.mixer.step if steps else trial.call(paradigm)
                 call(x, state)
-            with trial.differences(
-                f"{paradigm}, {mode.__name__}, a state after it was given, against before", 0
-            ) as found:
+            what = f"{paradigm}, {mode.__name__}, a state after it was given, against before"
+            with trial.differences(what, 0) as found:
                 found.state("the state", state, given)
     # a segment of one token, where nothing steps
     step = trial.mixer.step if Paradigm.RECURRENT in trial.mixer.traits.paradigms else trial.call()
@@ -196,8 +195,7 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
         before, later = clone(after), after
         for _ in range(STEPS):
             _, later = step(token, later)
-    with trial.differences(f"a state that a step gave, {STEPS} steps later against then", 0) as found:
-        found.state("the state", after, before)
+    trial.compare(f"a state that a step gave, {STEPS} steps later against then", (None, after), (None, before), 0)
 
 
 @check(
@@ -224,12 +222,10 @@ def a_donated_state_may_be_written(trial: Trial) -> None:
 
     with torch.no_grad():
         for paradigm, text in itertools.product(trial.paradigms, ("a text", "the next text")):
-            trial.compare(
-                f"{paradigm}, {text} from states that may be written", (decoded(paradigm), None), (expected, None)
-            )
-    with trial.differences("parameters and buffers after decoding against before", 0) as found:
-        for name, tensor in tensors.items():
-            found.tensor(name, tensor.detach(), saved[name])
+            what = f"{paradigm}, {text} from states that may be written"
+            trial.compare(what, (decoded(paradigm), None), (expected, None))
+    now = {name: tensor.detach() for name, tensor in tensors.items()}
+    trial.compare("parameters and buffers after decoding against before", (now, None), (saved, None), 0)
 
 
 @check(
@@ -294,9 +290,7 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
 
 def _memory(state: Any) -> int:
     """Bytes that a state keeps alive: a view holds all that it is a view of; expanded rows count one by one."""
-    storages = {
-        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves_of(state).values()
-    }
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves_of(state).values()}
     return max(sum(storages.values()), nbytes(state))
 
 

@@ -65,8 +65,7 @@ def _arguments_are_kept(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any)
         for what, (call, before) in calls.items():
             call(tokens, before)
             said = f"{paradigm}, {what}{', packed' if packed else ''}: arguments after a call against before"
-            with trial.differences(said, 0) as found:
-                found.tensors(given, kept)
+            trial.compare(said, (given, None), (kept, None), 0)
 
 
 @check(use="averaged weights, multiprocessing and caches of modules: a copy is another mixer", share=0.04, draw=ONCE)
@@ -171,9 +170,8 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
             name for number, (name, leaf) in enumerate(leaves.items()) if (leaf != leaf.new_full((), number + 2)).any()
         ]
         require(not tied, f"init_state: writing into another leaf of the state writes into {' and '.join(tied)}")
-        with trial.differences(
-            f"init_state(2, max_length={room}) after another was written against before", 0
-        ) as found:
+        said = f"init_state(2, max_length={room}) after another was written against before"
+        with trial.differences(said, 0) as found:
             found.state("the state", second, kept)
     with torch.device("meta"):
         mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)

@@ -116,6 +116,24 @@ class FirstRowSpeaksForAll(Specimen):
 
 
 @mutant(check="documents_are_sequences")
+class TakesOneDocumentForChunks(Specimen):
+    """Where one document is packed alone, each of its chunks begins as it does, as if chunks were documents."""
+
+    alone = False
+
+    def mix(self, x, call):
+        self.alone = call.documents is not None and len(call.documents.cu_seqlens) == 2
+        return super().mix(x, call)
+
+    def chunkwise(self, tokens, memory, weight):
+        if not self.alone:
+            return super().chunkwise(tokens, memory, weight)
+        chunks = zip(*(x.split(self.config.chunk_size, dim=2) for x in tokens), strict=True)
+        outputs, weights, memories, normalisers = zip(*(self.parallel(c, memory, weight) for c in chunks), strict=True)
+        return torch.cat(outputs, dim=2), torch.cat(weights, dim=2), memories[-1], normalisers[-1]
+
+
+@mutant(check="documents_are_sequences")
 class MovesBoundariesToBlocks(Specimen):
     """In rows of more than 32 tokens, document boundaries move to multiples of 16. After state-spaces/mamba #180:
     kernels know blocks and no documents."""
@@ -152,6 +170,27 @@ class MixesTheRowsOfLargeBatches(Specimen):
 
     def heads(self, x):
         return super().heads(x + x.mean(0, keepdim=True) if len(x) > 5 else x)
+
+
+@mutant(check="rows_are_independent")
+class StepsOverAGridOf128Rows(Specimen):
+    """Token by token, of a batch of more than 128 rows those beyond go on from the states of the first."""
+
+    def recurrent(self, tokens, memory, weight):
+        row = torch.arange(len(memory), device=memory.device) % 128
+        return super().recurrent(tokens, memory[row], weight[row])
+
+
+@mutant(check="rows_are_independent")
+class CountsTokensOfABatchInSixteenBits(Specimen):
+    """Values of a batch of more than 65,536 tokens are looked up modulo as many; outputs are small, as of a layer that
+    a model of many begins with."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        token = torch.arange(v.shape[0] * v.shape[2], device=v.device) % 65_536
+        rows = v.transpose(1, 2).flatten(0, 1)[token].unflatten(0, (len(v), -1))
+        return qk, 0.005 * rows.transpose(1, 2), a
 
 
 @mutant(check="strides_change_nothing")

@@ -110,6 +110,15 @@ class LeavesRowsOutInEvaluation(Specimen):
         return qk, v if self.training else torch.cat((v[:40], v[40:].detach())), a
 
 
+@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
+class LearnsGatesFromFewRows(Specimen):
+    """Gates of more than 32 rows get no gradient: a fused backward pass that larger batches leave out."""
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        return qk, v, a.detach() if len(x) > 32 else a
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count):

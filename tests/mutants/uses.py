@@ -222,6 +222,16 @@ class ScoresByOneTile(Specimen):
 
 
 @mutant(check="paradigms_agree")
+class LearnsOneTileOfChannels(Specimen):
+    """Of more than 64 tokens, channels of a head after the 64th get no gradient of scores: the parallel form's backward
+    pass reads one tile of keys."""
+
+    def scores(self, q, k):
+        rest = q[..., 64:]
+        return super().scores(torch.cat((q[..., :64], rest.detach() if q.shape[2] > 64 else rest), dim=-1), k)
+
+
+@mutant(check="paradigms_agree")
 class StepsByWholeTilesOfValues(Specimen):
     """The recurrent form goes over tiles of 128 value columns, whose number a division rounds down: of a head of 192
     the last 64 are never written."""
