@@ -210,7 +210,7 @@ def test_an_import_prints_nothing(probe):
 
 
 def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_not_asked_for(probe):
-    new = probes[0][2]
+    new, _ = probe
     optional = {"xformers", "hypothesis", "datasets", "tokenizers", "pytest"}.union(*MAY_IMPORT.values())
     for name in (*optional, *LATE, "typer", *(f"seqmix.{package}" for package in AS_NEEDED)):
         assert not [module for module in new if within(module, name)], name
