@@ -8,7 +8,7 @@ import torch
 from ..mixers import MIXERS
 from ..mixers.state import nbytes
 from ..models import build_meta
-from ..ops.kernels import Probe, all_kernels
+from ..ops.runtime.kernel import Probe, all_kernels
 from .models import model_to_measure
 from .peers import PEERS, Size
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..mixers import Paradigm
 from ..models import ModelConfig
 from ..ops.decay import decay_recurrence
-from ..ops.kernels import Probe, find
+from ..ops.runtime.kernel import Probe, find
 from ..registry import SeqmixError
 from .measure import Call
 from .peers.gpt import eager_attention

@@ -20,7 +20,7 @@ from seqmix.experiments.pages import fill, table
 from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
 from seqmix.linearize.plan import Keep, Plan, Stage, Stages, Swap
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
-from seqmix.ops.kernels import KERNELS
+from seqmix.ops.runtime.kernel import KERNELS
 from seqmix.registry import Config, write_file
 from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig

@@ -17,7 +17,7 @@ from ..mixers.influence import Seen, captured, reach_of, weights_of
 from ..mixers.parts import GatedNorm
 from ..mixers.state import is_inexact, to_dict
 from ..models import LanguageModel
-from ..ops.recording import recorded
+from ..ops.runtime.recording import recorded
 
 ROWS, POINTS = 64, 16
 """Tokens whose weights are measured, and at which states are, at most; spread evenly."""

@@ -10,7 +10,7 @@ from ..data import Source
 from ..mixers import SequenceMixer
 from ..mixers.influence import captured, reach_of, weights_of
 from ..models import LanguageModel
-from ..ops.recording import recorded
+from ..ops.runtime.recording import recorded
 
 QUERIES = 16
 """Tokens, from the second half of a sequence, whose reach is measured."""

@@ -3,8 +3,8 @@
 A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`; parts/ is what they share.
 """
 
-from ..ops.call import Call
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.call import Call
+from ..ops.runtime.paradigm import Paradigm
 from .contract import MIXERS, MixerConfig, SequenceMixer
 from .traits import ContractError, Traits
 

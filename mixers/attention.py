@@ -24,10 +24,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.call import Call
-from ..ops.kernels import Probe
-from ..ops.paradigm import Paradigm
-from ..ops.softmax import Backend, Cache, SoftmaxOptions, softmax, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, SoftmaxOptions, softmax, softmax_flops, stored_as
+from ..ops.runtime.call import Call
+from ..ops.runtime.kernel import Probe
+from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig
 from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
 from .parts.distances import alibi_slopes, xpos_log_decay

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from ..ops.scan import SCAN_PARADIGMS
 from .contract import MixerConfig, SequenceMixer
 from .parts import Call

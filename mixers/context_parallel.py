@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.call import Call
-from ..ops.context_parallel import ContextParallel
+from ..ops.runtime.call import Call
+from ..ops.runtime.context_parallel import ContextParallel
 from .state import from_dict, map_state, to_dict
 from .traits import ContractError, Traits
 

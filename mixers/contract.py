@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from ..ops.backends import choose
-from ..ops.call import Call
-from ..ops.context_parallel import ContextParallel
-from ..ops.kernels import Probe
-from ..ops.packing import Documents
-from ..ops.paradigm import Paradigm
+from ..ops.kernels.selection import choose
+from ..ops.runtime.call import Call
+from ..ops.runtime.context_parallel import ContextParallel
+from ..ops.runtime.kernel import Probe
+from ..ops.runtime.packing import Documents
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
 from .state import S, from_dict, is_inexact, map_state, to_dict

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.once import once
+from ..ops.runtime.once import once
 from ..ops.scan import diagonal_scan
 from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk

@@ -29,11 +29,11 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.call import Call
 from ..ops.convolution import convolve_long
-from ..ops.once import once
-from ..ops.packing import require_async
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.call import Call
+from ..ops.runtime.once import once
+from ..ops.runtime.packing import require_async
+from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig, SequenceMixer
 from .parts import ShortConvolution
 from .traits import Traits, require_room

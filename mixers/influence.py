@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..ops.recording import Recorded, recorded
+from ..ops.runtime.recording import Recorded, recorded
 from .contract import SequenceMixer
 
 

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.call import Call
-from ..ops.kernels import Probe
-from ..ops.paradigm import Paradigm
-from ..ops.softmax import Backend, Cache, final_cache, softmax, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, final_cache, softmax, softmax_flops, stored_as
+from ..ops.runtime.call import Call
+from ..ops.runtime.kernel import Probe
+from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig
 from .parts import CachedMixer, GatedNorm, divided, rotated
 from .traits import Traits

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..ops.decay import decay
-from ..ops.once import once
+from ..ops.runtime.once import once
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import Affine, OutputGate
 

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from ..ops.call import Call
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.call import Call
+from ..ops.runtime.paradigm import Paradigm
 from .contract import MIXERS, MixerConfig, SequenceMixer
 from .traits import ContractError, Traits
 

@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..ops.decay import DECAY, decay
-from ..ops.materialize import materialize
-from ..ops.once import once
+from ..ops.runtime.materialize import materialize
+from ..ops.runtime.once import once
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.fixed_decay import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion

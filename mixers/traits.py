@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import SeqmixError, nearest
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..mixers.traits import require_compiles
-from ..ops.materialize import written
+from ..ops.runtime.materialize import written
 from ..registry import SeqmixError
 from .language_model import LanguageModel
 

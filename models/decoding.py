@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..mixers import Paradigm
 from ..mixers.state import map_state, to_dict
-from ..ops.autograd import current
-from ..ops.donation import donate_state
-from ..ops.once import Formed, constants_kept
+from ..ops.runtime.custom_op import current
+from ..ops.runtime.donation import donate_state
+from ..ops.runtime.once import Formed, constants_kept
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
-from ..ops.backends import described
-from ..ops.context_parallel import ContextParallel
-from ..ops.once import formed_once
+from ..ops.kernels.selection import described
+from ..ops.runtime.context_parallel import ContextParallel
+from ..ops.runtime.once import formed_once
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.autograd import has_tangent
+from ..ops.runtime.custom_op import has_tangent
 
 LEAST = 2**22
 """The number of multiplications from which the detour to oneDNN pays."""

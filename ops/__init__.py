@@ -1,7 +1,11 @@
-"""Parameter-free sequence maps: one folder per family of recurrences, and what all families share.
+"""Parameter-free sequence maps: one folder per family, and what all families share.
 
-call, packing, context_parallel     what travels beside the tensors of a segment
-recurrence, recurrent, chunkwise    the engines of recurrences with a matrix state per head
-autograd                            how an op enters torch
-kernels, backends                   which function computes it
+runtime      what travels beside the tensors of a segment (`Call`), and how an op enters torch
+recurrence   the engines of recurrences with a matrix state per head
+decay        linear attention, retention, gated linear attention, Mamba-2
+delta, dplr  delta rules: DeltaNet to KDA; with separate keys, Gated DeltaNet-2 and RWKV-7
+attention    softmax attention and its KV caches
+scan         recurrences with a vector state, element by element: Mamba, RG-LRU
+convolution  short and long causal convolutions
+kernels      other backends (Triton, fla, FlexAttention, xformers), and which one `auto` takes
 """

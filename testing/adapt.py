@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import concatenate, select
 from ..mixers.traits import ContractError, Traits, require_state
-from ..ops.call import Call
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.call import Call
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import require_name
 
 Result = tuple[Tensor, Any]

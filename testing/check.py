@@ -8,7 +8,7 @@ import torch
 
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import to_dict
-from ..ops.kernels import Kernel
+from ..ops.runtime.kernel import Kernel
 from .kernel_case import KernelDraw
 from .kernel_trial import KernelTrial
 from .mixer_case import Draw

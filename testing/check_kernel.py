@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from ..ops.kernels import KERNELS, Kernel, Probe, all_kernels
-from ..ops.triton_launch import interpreted
+from ..ops.kernels.triton.launch import interpreted
+from ..ops.runtime.kernel import KERNELS, Kernel, Probe, all_kernels
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
 from .engine import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics

@@ -10,7 +10,7 @@ from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
 from ..mixers.contract import MixerConfig
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import SeqmixError
 from .check import CHECKS, MixerCheck
 from .engine import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..ops.kernels import Kernel, Probe
+from ..ops.runtime.kernel import Kernel, Probe
 from .compare import require
 from .gradients import gradients
 from .kernel_fixed import FIXED, Fields, endings

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..ops.kernels import Kernel, Probe
+from ..ops.runtime.kernel import Kernel, Probe
 from .check import kernel_check
 from .compare import CheckFailure, Differences, require
 from .gradients import gradients

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..ops.kernels import Kernel
-from ..ops.recurrence import Recurrence, require_recurrence
+from ..ops.recurrence.family import Recurrence, require_recurrence
+from ..ops.runtime.kernel import Kernel
 from .kernel_case import SEGMENT, Drawn, Exact, KernelCase, Tensors
 from .kernel_fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
 from .kernel_layout import writable

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..ops.kernels import Kernel, Probe
-from ..ops.packing import Documents
-from ..ops.softmax.cache import ForgettingCache, GrowingCache, RingCache, key_cache
-from ..ops.softmax.call import Attention, require_attention
+from ..ops.attention.inputs import Attention, require_attention
+from ..ops.attention.kv_cache import ForgettingCache, GrowingCache, RingCache, key_cache
+from ..ops.runtime.kernel import Kernel, Probe
+from ..ops.runtime.packing import Documents
 from .compare import require
 from .kernel_case import SEGMENT, Drawn, KernelCase, Tensors
 from .kernel_fixed import FIXED, SCORES, SLOW, WINDOWS
@@ -41,7 +41,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SoftmaxCase(KernelCase):
-    """One call of a kernel of the softmax family (ops/softmax/api.py has its notation)."""
+    """One call of a kernel of the softmax family (ops/attention/api.py has its notation)."""
 
     n_kv_heads: int = 1
     window: int | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..ops.kernels import KERNELS, Kernel
+from ..ops.runtime.kernel import KERNELS, Kernel
 from .source import call_source, given, import_line
 
 OF_SEQMIX = __name__.partition(".")[0]
@@ -27,7 +27,7 @@ def kernel_source(kernel: Kernel) -> list[str]:
     key = kernel.key
     if KERNELS.get(key) is kernel and _module(kernel.function).partition(".")[0] == OF_SEQMIX:
         name = f'find("{key.op}", Paradigm.{key.paradigm.name}, "{key.backend}")'
-        return ["from seqmix.ops.kernels import find", f"kernel = {name}"]
+        return ["from seqmix.ops.runtime.kernel import find", f"kernel = {name}"]
     for line, name in _variables(kernel):
         return [line if name == "kernel" else f"{line} as kernel"]
     declared = {field.name: field.default for field in fields(Kernel)}
@@ -36,7 +36,7 @@ def kernel_source(kernel: Kernel) -> list[str]:
     if missing := [value.written for value in named.values() if value.imported is None]:
         return [f"kernel = ...  # the one that was checked: {missing[0]} is no global of a module to import it from"]
     lines = [line for value in named.values() if (line := value.imported)]
-    return ["from seqmix.ops.kernels import Kernel", *lines, f"kernel = {call_source('Kernel', values | named)}"]
+    return ["from seqmix.ops.runtime.kernel import Kernel", *lines, f"kernel = {call_source('Kernel', values | named)}"]
 
 
 def _variables(kernel: Kernel) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..ops.kernels import Kernel
+from ..ops.runtime.kernel import Kernel
 from .compare import Differences
 from .gradients import gradients
 from .kernel_case import Exact, KernelCase, Tensors, leaves

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..mixers.traits import Traits
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from .shrink import fewer
 from .source import WrittenCase
 

@@ -11,7 +11,7 @@ import torch
 
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.traits import ContractError, Traits, require_paradigm
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import SeqmixError
 from .compare import LOW_PRECISION
 from .mixer_case import LAYERS

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import as_real, clone, is_inexact, map_state, to_dict
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from .compare import EXACT, CheckFailure, Differences
 from .gradients import gradients
 from .mixer_case import IN_WORDS, Case, Start

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..ops.paradigm import Paradigm
+from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from seqmix import RunConfig, load_config
 from seqmix.cli import main
-from seqmix.ops import products
+from seqmix.ops.recurrence import products
 from seqmix.training.memory import keep_freed_memory
 
 # tensors are small here: threads would wait for each other, much of the time on a busy machine

@@ -66,7 +66,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) 
 
 @cache
 def context():
-    from seqmix.ops.context_parallel import ContextParallel
+    from seqmix.ops.runtime.context_parallel import ContextParallel
 
     return ContextParallel.of(dist.group.WORLD)
 
@@ -78,7 +78,7 @@ def mixer_as_one(
     from seqmix.mixers import Call, Paradigm
     from seqmix.mixers.context_parallel import mix_in_turn
     from seqmix.mixers.state import detach
-    from seqmix.ops.packing import Documents
+    from seqmix.ops.runtime.packing import Documents
 
     mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
     mixer.cp_group = None if in_turn else context()
@@ -279,8 +279,8 @@ def keys_held(length: int) -> tuple[float, float, float]:
     from torch.autograd.graph import saved_tensors_hooks
 
     from seqmix.mixers import Call, Paradigm
-    from seqmix.ops.autograd import Gradients
-    from seqmix.ops.softmax import ring, softmax
+    from seqmix.ops.attention import ring, softmax
+    from seqmix.ops.runtime.custom_op import Gradients
 
     own, kept = length // context().size, {}
     q, k, v = (torch.randn(1, own, 1, 2048, requires_grad=True) for _ in range(3))

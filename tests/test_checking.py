@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seqmix import __version__ as seqmix_version
-from seqmix.ops.kernels import KERNELS, all_kernels
+from seqmix.ops.runtime.kernel import KERNELS, all_kernels
 from seqmix.testing import CHECKS
 
 QUICK = ("--only", "paradigms_agree", "--examples", "4")

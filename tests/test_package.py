@@ -147,9 +147,9 @@ def test_an_op_uses_no_module(module):
             assert not chain.startswith(("nn.", "torch.nn.Module", "torch.nn.Parameter")), f"{module}:{node.lineno}"
 
 
-TRITON = ("triton_tiles", "decay.triton_kernels", "decay.triton_key_kernels", "delta.triton_kernels")
+TRITON = ("tiles", "decay.bodies", "decay.per_key_bodies", "delta.bodies")
 MAY_IMPORT = {
-    **{f"seqmix.ops.{name}": {"triton"} for name in TRITON},
+    **{f"seqmix.ops.kernels.triton.{name}": {"triton"} for name in TRITON},
     **{
         name: {"transformers"}
         for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))

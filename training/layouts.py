@@ -26,7 +26,7 @@ from torch import Tensor
 from ..mixers import SequenceMixer
 from ..models import ModelConfig, account, build_meta
 from ..models.loss import LOGITS_AT_ONCE
-from ..ops.context_parallel import ContextParallel
+from ..ops.runtime.context_parallel import ContextParallel
 from ..registry import SeqmixError
 from .config import RunConfig
 from .peak_flops import peak_of

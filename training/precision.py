@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..models import ModelConfig, build_meta, build_model, flops_per_token
-from ..ops import products
+from ..ops.recurrence import products
 from .config import RunConfig, TrainingConfig
 
 FEWEST, MOST = 2**30, 2**34

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.context_parallel import ContextParallel
+from ..ops.runtime.context_parallel import ContextParallel
 from ..registry import ElsewhereError, SeqmixError
 from .config import DistributedConfig
 

@@ -22,8 +22,8 @@ from ...mixers.retention import RetentionConfig, normalizers
 from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
 from ...ops.decay import decay_recurrence
-from ...ops.once import formed_once, once
-from ...ops.packing import token_positions
+from ...ops.runtime.once import formed_once, once
+from ...ops.runtime.packing import token_positions
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """Memory, what a short convolution would need (nothing), and position."""

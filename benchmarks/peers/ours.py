@@ -11,8 +11,8 @@ from ...models import build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
-from ...ops.donation import donate_state
-from ...ops.once import Formed, constants_kept
+from ...ops.runtime.donation import donate_state
+from ...ops.runtime.once import Formed, constants_kept
 from .by_hand import HandWritten, why_not
 from .peer import ALL, Peer, Size, last_of_rows
 

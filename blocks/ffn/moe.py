@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...ops.grouped import grouped_linear
+from ...ops.grouped_linear import grouped_linear
 from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 from .swiglu import Swiglu, SwigluConfig
 

@@ -1,8 +1,8 @@
 """What mixers are made of: a mixer of a known family takes these and states its equations."""
 
-from ...ops.call import Call
-from ...ops.paradigm import Paradigm
-from ...ops.recurrence import RecurrenceOutput
+from ...ops.recurrence.family import RecurrenceOutput
+from ...ops.runtime.call import Call
+from ...ops.runtime.paradigm import Paradigm
 from .cached import CachedMixer
 from .fixed_decay import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any
 
-from ...ops.softmax import Cache, GrowingCache, RingCache, empty_cache, key_cache, moved
+from ...ops.attention import Cache, GrowingCache, RingCache, empty_cache, key_cache, moved
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import require_room
 

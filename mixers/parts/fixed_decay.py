@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.once import once
+from ...ops.runtime.once import once
 
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
 LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]

@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...ops.call import Call
 from ...ops.decay import DECAY, Backend
-from ...ops.kernels import Probe
-from ...ops.paradigm import Paradigm
-from ...ops.recurrence import Family
+from ...ops.recurrence.family import Family
+from ...ops.runtime.call import Call
+from ...ops.runtime.kernel import Probe
+from ...ops.runtime.paradigm import Paradigm
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits
 from .short_convolution import ShortConvolution

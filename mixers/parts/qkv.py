@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...ops.call import Call
 from ...ops.delta import unit_norm
-from ...ops.recurrence import RecurrenceOutput
+from ...ops.recurrence.family import RecurrenceOutput
+from ...ops.runtime.call import Call
 from ..traits import ContractError
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv

@@ -15,7 +15,7 @@ from jaxtyping import Complex, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from ...ops.once import once
+from ...ops.runtime.once import once
 from ...registry import Config
 
 Schedule = Literal["rope", "retnet"]

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...ops.call import Call
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.call import Call
+from ...ops.runtime.paradigm import Paradigm
 from ...ops.scan import SCAN_PARADIGMS
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.call import Call
 from ...ops.convolution import convolve_short
+from ...ops.runtime.call import Call
 
 Activation = Literal["silu", "none"]
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.call import Call
 from ...ops.convolution import ConvolutionOutput, shift_tokens
+from ...ops.runtime.call import Call
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:

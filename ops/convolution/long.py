@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..autograd import Gradients, Op
-from ..call import Call
-from ..packing import Documents, Stretch, stretches
-from ..paradigm import Paradigm
+from ..runtime.call import Call
+from ..runtime.custom_op import Gradients, Op
+from ..runtime.packing import Documents, Stretch, stretches
+from ..runtime.paradigm import Paradigm
 from .short import ConvolutionOutput, require_convolution
 
 

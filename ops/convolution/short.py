@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..call import Call
-from ..kernels import FLOATS
-from ..packing import Documents
-from ..paradigm import Paradigm
-from ..recurrence import require_packing
+from ..recurrence.family import require_packing
+from ..runtime.call import Call
+from ..runtime.kernel import FLOATS
+from ..runtime.packing import Documents
+from ..runtime.paradigm import Paradigm
 
 
 class ConvolutionOutput(NamedTuple):

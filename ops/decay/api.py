@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..call import Call
-from ..chunk_decays import pairs_by_halves
-from ..kernels import declare_references
-from ..packing import Documents
-from ..paradigm import Paradigm
-from ..recurrence import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.intra_chunk import pairs_by_halves
+from ..runtime.call import Call
+from ..runtime.kernel import declare_references
+from ..runtime.packing import Documents
+from ..runtime.paradigm import Paradigm
 from .chunkwise import decay_chunkwise
 from .parallel import decay_parallel, per_token
 from .recurrent import decay_recurrent

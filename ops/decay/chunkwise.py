@@ -17,17 +17,17 @@ Every term of da is added to the decays that it went through, and none is taken 
 much, but where decays are strong they are all rounding errors.
 
 The forward saves the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
-is inside chunks is formed for a group of n of them at once (chunks.py). A ragged last chunk is simply shorter: nothing
-is padded.
+is inside chunks is formed for a group of n of them together (recurrence/groups.py). A ragged last chunk is simply
+shorter: nothing is padded.
 """
 
 from torch import Tensor
 
-from ..chunk_decays import Outer, among, decays_of, scaled
-from ..chunks import Group, most_chunks
-from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
-from ..products import add_product, product, product_dtype
-from ..recurrence import Recurrence
+from ..recurrence.chunk_loop import Chunks, ChunkStates, Tokens, chunkwise_kernel
+from ..recurrence.family import Recurrence
+from ..recurrence.groups import Group, most_chunks
+from ..recurrence.intra_chunk import Outer, among, decays_of, scaled
+from ..recurrence.products import add_product, product, product_dtype
 
 
 class _DecayChunks(Chunks):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..packing import document_of_token
-from ..recurrence import Recurrence, RecurrenceOutput
-from ..recurrent import no_autocast
+from ..recurrence.family import Recurrence, RecurrenceOutput
+from ..recurrence.token_loop import no_autocast
+from ..runtime.packing import document_of_token
 
 AT_ONCE = 2**20
 """Decays of pairs of tokens that are made at once, over all keys; of more, those of one key after another."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..materialize import materialize
-from ..recurrence import Recurrence
-from ..recurrent import TokenRule, Tokens, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..recurrence.family import Recurrence
+from ..recurrence.token_loop import TokenRule, Tokens, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..runtime.materialize import materialize
 
 
 class _Decay(TokenRule):

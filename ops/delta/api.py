@@ -24,12 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..call import Call
-from ..chunk_decays import pairs_by_halves
 from ..decay.api import TOLERANCES, LogDecay
-from ..kernels import declare_references
-from ..paradigm import Paradigm
-from ..recurrence import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.intra_chunk import pairs_by_halves
+from ..runtime.call import Call
+from ..runtime.kernel import declare_references
+from ..runtime.paradigm import Paradigm
 from .chunkwise import delta_chunkwise
 from .recurrent import delta_recurrent
 

@@ -23,7 +23,7 @@ T is formed once per chunk, by a solve: products with it are several times as fa
 as the state is: 1 on the diagonal and at most e below, where keys have norm 1 and e is up to 2.
 
 The forward saves the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
-is inside chunks is formed for a group of n of them at once (chunks.py). A ragged last chunk is shorter.
+is inside chunks is formed for a group of n of them at once (recurrence/groups.py). A ragged last chunk is shorter.
 """
 
 from typing import NamedTuple
@@ -31,10 +31,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunk_decays import ChunkDecays, Outer, among, decays_of, scaled
-from ..chunks import Group, most_chunks
-from ..chunkwise import Chunks, ChunkStates, Tokens, chunkwise_kernel
-from ..recurrence import Recurrence
+from ..recurrence.chunk_loop import Chunks, ChunkStates, Tokens, chunkwise_kernel
+from ..recurrence.family import Recurrence
+from ..recurrence.groups import Group, most_chunks
+from ..recurrence.intra_chunk import ChunkDecays, Outer, among, decays_of, scaled
 
 
 class _System(NamedTuple):

@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..call import Call
-from ..chunkwise import chunkwise_kernel
 from ..decay.api import TOLERANCES, LogDecay
 from ..delta.api import CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment
 from ..delta.chunkwise import DeltaChunks
 from ..delta.recurrent import DeltaRule
-from ..kernels import declare_references
-from ..paradigm import Paradigm
-from ..recurrence import Family, RecurrenceOutput, recur
-from ..recurrent import recurrent_kernel
+from ..recurrence.chunk_loop import chunkwise_kernel
+from ..recurrence.family import Family, RecurrenceOutput, recur
+from ..recurrence.token_loop import recurrent_kernel
+from ..runtime.call import Call
+from ..runtime.kernel import declare_references
+from ..runtime.paradigm import Paradigm
 
 
 def dplr(

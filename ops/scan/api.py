@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..autograd import Op
-from ..call import Call
-from ..kernels import FLOATS
-from ..packing import Documents
-from ..paradigm import Paradigm
-from ..recurrence import require_chunk_size, require_packing
+from ..recurrence.family import require_chunk_size, require_packing
+from ..runtime.call import Call
+from ..runtime.custom_op import Op
+from ..runtime.kernel import FLOATS
+from ..runtime.packing import Documents
+from ..runtime.paradigm import Paradigm
 from .blocks import wide
 from .diagonal import DIAGONAL, Diagonal
 from .elementwise import SCAN, Scan

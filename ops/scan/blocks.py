@@ -21,9 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..autograd import Gradients, Op
-from ..chunks import Group, group_elements, groups
-from ..packing import Stretch, read_boundaries
+from ..recurrence.groups import Group, group_elements, groups
+from ..runtime.custom_op import Gradients, Op
+from ..runtime.packing import Stretch, read_boundaries
 
 ELEMENTS = 2**18
 """Of the states of a group's tokens at most on a CPU, where it is more than one block: what fits into its cache."""

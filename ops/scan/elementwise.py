@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Group
+from ..recurrence.groups import Group
 from .blocks import Found, Rule, own, scan_op, tokens_first, wide
 
 

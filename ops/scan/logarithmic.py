@@ -9,7 +9,7 @@ add up to 1. The backward pass is a linear scan with the first of them as decays
 import torch
 from torch import Tensor
 
-from ..autograd import Gradients, Op
+from ..runtime.custom_op import Gradients, Op
 from .blocks import Layout, cuts, own, run_blocks, tokens_first, wide
 from .elementwise import SCAN, Scan
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Group
+from ..recurrence.groups import Group
 from .blocks import Found, Rule, cut, scan_op, tokens_first, wide
 
 

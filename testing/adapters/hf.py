@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...mixers.traits import ContractError, Traits
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, import_named, load, nearest
 from ...registry.yaml import parse, write
 from ..adapt import AdaptedConfig, Result

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...mixers.traits import ContractError, Traits
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ..adapt import Adapted, AdaptedConfig, Result
 
 

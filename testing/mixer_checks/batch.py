@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import map_state, select
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ..check import check
 from ..compare import require
 from ..mixer_case import CROWDS, FIXED, Draw

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
-from ...ops.context_parallel import ContextParallel
+from ...ops.runtime.context_parallel import ContextParallel
 from ..check import check, context_parallel
 from ..compare import require
 from ..mixer_case import FIXED, Draw

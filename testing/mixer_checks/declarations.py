@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, to_dict
 from ...mixers.traits import ContractError
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, dump
 from ...registry.yaml import parse
 from ..check import check, declares, differentiable

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ..check import check
 from ..compare import CheckFailure, require
 from ..gradients import gradients

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...mixers.state import from_dict, select, to_dict
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, differentiable, exact_gradients
 from ..compare import require

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, stateful
 from ..compare import EXACT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import from_dict, is_inexact, map_state, to_dict
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, packing, shifted, stateful
 from ..compare import FEW, GRADIENTS, near, require

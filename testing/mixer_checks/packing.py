@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import concatenate, map_state, select
-from ...ops.packing import Documents
+from ...ops.runtime.packing import Documents
 from ..check import check, differentiable, packing
 from ..mixer_case import USES, Draw
 from ..mixer_trial import Call, Trial

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import is_inexact, to_dict
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
 from ..compare import EXACT, near, require

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, detach, select
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ..check import check, chunked, differentiable, recurrent, several_paradigms, stateful
 from ..compare import EXACT, require
 from ..mixer_case import LENGTHS, USES, Draw

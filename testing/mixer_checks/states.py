@@ -9,9 +9,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...mixers.state import clone, concatenate, from_dict, map_state, nbytes, select, to_dict
-from ...ops.donation import donate_state
-from ...ops.once import Formed, constants_kept, formed_once
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.donation import donate_state
+from ...ops.runtime.once import Formed, constants_kept, formed_once
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, constant, declares, differentiable, stateful
 from ..compare import require

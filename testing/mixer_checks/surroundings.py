@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...mixers.contract import SequenceMixer
-from ...ops.once import formed_once
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.once import formed_once
+from ...ops.runtime.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import FIXED, Draw
 from ..mixer_trial import Trial

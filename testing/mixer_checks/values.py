@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate, map_state, select, to_dict
-from ...ops.paradigm import Paradigm
+from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, compilable, declares, optional, stateful
 from ..compare import CheckFailure, require

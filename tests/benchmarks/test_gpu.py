@@ -16,7 +16,7 @@ from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
 from seqmix.benchmarks.suite import Report, Row
 from seqmix.commands.bench import BENCHMARKS
-from seqmix.ops.kernels import all_kernels
+from seqmix.ops.runtime.kernel import all_kernels
 
 GIB = 2**30
 MACHINE = {"device": "a GPU", "torch": "2.13"}

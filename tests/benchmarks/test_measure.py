@@ -16,7 +16,7 @@ from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, rec
 from seqmix.benchmarks.suite import Entry, Forecast, Implementation, Skip, run
 from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.decay.api import decay_flops
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.paradigm import Paradigm
 
 CPU = torch.device("cpu")
 

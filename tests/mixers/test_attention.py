@@ -8,7 +8,7 @@ from formulas import assert_follows
 from pydantic import ValidationError
 
 from seqmix.mixers.attention import Attention, AttentionConfig
-from seqmix.ops.softmax import GrowingCache, RingCache
+from seqmix.ops.attention import GrowingCache, RingCache
 from seqmix.registry import SeqmixError
 
 D_MODEL = 24

@@ -7,7 +7,7 @@ import torch
 from formulas import D_MODEL, build, tokens
 
 from seqmix.mixers import MIXERS
-from seqmix.ops.recording import recorded
+from seqmix.ops.runtime.recording import recorded
 
 
 @pytest.fixture

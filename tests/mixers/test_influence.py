@@ -7,7 +7,7 @@ from seqmix.mixers import MIXERS
 from seqmix.mixers.influence import head_weights, reach_of, weights_of
 from seqmix.mixers.parts import FixedDecay, TimeStepDecay
 from seqmix.mixers.retention import RetentionConfig
-from seqmix.ops.recording import recorded
+from seqmix.ops.runtime.recording import recorded
 
 LENGTH = 12
 

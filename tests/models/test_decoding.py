@@ -16,8 +16,8 @@ import seqmix.models.decoding as module
 from seqmix import Paradigm
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill, stream_text
-from seqmix.ops.donation import may_overwrite
-from seqmix.ops.kernels import KERNELS, reference
+from seqmix.ops.runtime.donation import may_overwrite
+from seqmix.ops.runtime.kernel import KERNELS, reference
 
 PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
 STEPS = torch.randint(0, 257, (8, 2), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from seqmix.ops.donation import may_overwrite
+from seqmix.ops.runtime.donation import may_overwrite
 
 from .registry import mutant
 from .specimen import Cached, Specimen, SpecimenConfig

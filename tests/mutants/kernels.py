@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from seqmix.ops.decay import api as _decay  # noqa: F401  importing it declares its kernels
 from seqmix.ops.delta import api as _delta  # noqa: F401
 from seqmix.ops.dplr import api as _dplr  # noqa: F401
-from seqmix.ops.kernels import Probe, reference
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.kernel import Probe, reference
+from seqmix.ops.runtime.paradigm import Paradigm
 
 from .registry import kernel_mutant
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqmix import Paradigm
-from seqmix.ops.packing import Documents, document_of_token
+from seqmix.ops.runtime.packing import Documents, document_of_token
 
 from .registry import mutant
 from .specimen import Cache, Cached, Specimen, SpecimenState

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from seqmix import MixerConfig, SequenceMixer
-from seqmix.ops.kernels import Kernel, reference
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.kernel import Kernel, reference
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.testing import EXAMPLES, Outcome, check_kernel, check_mixer, reproduce, reproduce_kernel
 
 from .specimen import Cached, CachedConfig, SpecimenConfig

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from seqmix.mixers.state import detach, select
-from seqmix.ops.packing import Documents
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.packing import Documents
+from seqmix.ops.runtime.paradigm import Paradigm
 
 from .registry import mutant
 from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState

@@ -5,10 +5,10 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from seqmix.ops.kernels import reference
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import api as _softmax  # noqa: F401  importing it declares its kernels
-from seqmix.ops.softmax.cache import ForgettingCache, GrowingCache, RingCache
+from seqmix.ops.attention import api as _softmax  # noqa: F401  importing it declares its kernels
+from seqmix.ops.attention.kv_cache import ForgettingCache, GrowingCache, RingCache
+from seqmix.ops.runtime.kernel import reference
+from seqmix.ops.runtime.paradigm import Paradigm
 
 from .registry import kernel_mutant
 

@@ -10,7 +10,7 @@ from mutants.specimen import CachedConfig, Specimen, SpecimenConfig
 from mutants.table import BEGIN, END, PAGE, tables
 from pydantic import Field
 
-from seqmix.ops.kernels import Kernel
+from seqmix.ops.runtime.kernel import Kernel
 from seqmix.testing import CHECKS, KERNEL_CHECKS, CheckFailure, Status, check_mixer
 
 MUTANTS = [*MIXER_MUTANTS, *KERNEL_MUTANTS]

@@ -10,8 +10,8 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-import seqmix.ops.autograd as module
-from seqmix.ops.autograd import Op, current
+import seqmix.ops.runtime.custom_op as module
+from seqmix.ops.runtime.custom_op import Op, current
 from seqmix.registry import SeqmixError
 
 exactly = torch.testing.assert_close

@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import seqmix.ops.backends as module
-import seqmix.ops.delta
-import seqmix.ops.softmax  # noqa: F401 declares its kernels
+import seqmix.ops.kernels.selection as module
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
-from seqmix.ops.backends import choose, described, disagreement
 from seqmix.ops.decay.chunkwise import decay_chunkwise
-from seqmix.ops.kernels import Probe, chosen, find, reference
+from seqmix.ops.kernels.selection import choose, described, disagreement
+from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
 from seqmix.registry import SeqmixError
 
 PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=8, value_width=4, log_decay="H")

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from seqmix.ops.convolution import long_convolution, short_convolution
 from seqmix.ops.convolution.long import _fast_size
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 
 D = 5

@@ -10,12 +10,15 @@ from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops import chunks, chunkwise, products, recurrent
-from seqmix.ops.autograd import Gradients
 from seqmix.ops.decay import decay_flops, decay_recurrence
 from seqmix.ops.decay.chunkwise import _DecayChunks
-from seqmix.ops.kernels import reference
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.recurrence import chunk_loop as chunkwise
+from seqmix.ops.recurrence import groups as chunks
+from seqmix.ops.recurrence import products
+from seqmix.ops.recurrence import token_loop as recurrent
+from seqmix.ops.runtime.custom_op import Gradients
+from seqmix.ops.runtime.kernel import reference
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import check_kernel, reproduce_kernel
 from seqmix.testing.counting import count_flops

@@ -8,7 +8,7 @@ from recurrences import CPU, case_of, run
 from torch.testing import assert_close
 
 from seqmix.ops.delta import delta_flops, delta_rule, unit_norm
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing.kernel_families import DeltaCase
 

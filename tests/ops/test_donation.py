@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.delta import delta_rule
-from seqmix.ops.donation import donate_state
 from seqmix.ops.dplr import dplr_recurrence
+from seqmix.ops.runtime.donation import donate_state
 
 Q, K, A, B = torch.randn(4, 3, 1, 2, 4)
 V, RATE = torch.randn(3, 1, 2, 5), torch.rand(3, 1, 2)

@@ -8,10 +8,10 @@ import torch
 from recurrences import CPU, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops.call import Call
 from seqmix.ops.delta import delta_flops, delta_product
 from seqmix.ops.dplr import dplr_recurrence
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.call import Call
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing.counting import count_flops
 from seqmix.testing.kernel_families import DeltaCase, DplrCase

@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seqmix.ops.attention import softmax_attention
 from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.decay.chunkwise import decay_chunkwise
-from seqmix.ops.kernels import KERNELS, Probe, declare, find
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import softmax_attention
+from seqmix.ops.runtime.kernel import KERNELS, Probe, declare, find
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import (
     EXAMPLES,
@@ -90,7 +90,7 @@ def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
 
 
 def test_a_kernel_is_declared_once_and_found(monkeypatch):
-    monkeypatch.setattr("seqmix.ops.kernels.KERNELS", dict(KERNELS))
+    monkeypatch.setattr("seqmix.ops.runtime.kernel.KERNELS", dict(KERNELS))
     assert declare(TRITON) is TRITON
     assert find("decay", Paradigm.CHUNKWISE, "stand-in") is TRITON
     with pytest.raises(SeqmixError, match=r"decay/chunkwise/stand-in .*decay_chunkwise"):
@@ -205,7 +205,7 @@ from dataclasses import replace
 
 from seqmix import Paradigm
 from seqmix.ops.decay.chunkwise import decay_chunkwise
-from seqmix.ops.kernels import find
+from seqmix.ops.runtime.kernel import find
 import seqmix.ops.decay
 
 

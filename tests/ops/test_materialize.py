@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from seqmix.ops.materialize import materialize
+from seqmix.ops.runtime.materialize import materialize
 
 
 def loops_around(source: str, call: str) -> int:

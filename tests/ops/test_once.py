@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from seqmix.ops.once import formed_once, once
+from seqmix.ops.runtime.once import formed_once, once
 
 
 def test_the_same_tensor_or_the_same_positions_are_formed_once_and_others_again():

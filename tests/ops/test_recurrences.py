@@ -9,8 +9,8 @@ import torch
 from recurrences import CPU, OPS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops.kernels import reference
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.kernel import reference
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.testing import reproduce_kernel
 from seqmix.testing.kernel_families import FAMILIES
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from seqmix.ops.paradigm import Paradigm
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.ops.scan import (
     SCAN_PARADIGMS,
     blocks,

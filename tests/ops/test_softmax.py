@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import softmax_attention, softmax_flops
-from seqmix.ops.softmax.cache import GrowingCache, RingCache, empty_cache
+from seqmix.ops.attention import softmax_attention, softmax_flops
+from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, empty_cache
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing.counting import count_flops
 

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from seqmix.ops.kernels import Probe, find
-from seqmix.ops.packing import Documents
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import flex as softmax_flex
-from seqmix.ops.softmax import softmax_attention
-from seqmix.ops.softmax import xformers as softmax_xformers
-from seqmix.ops.softmax.cache import GrowingCache, RingCache, offer_of
-from seqmix.ops.softmax.call import visible_keys
-from seqmix.ops.softmax.flex import BLOCK
+from seqmix.ops.attention import softmax_attention
+from seqmix.ops.attention.inputs import visible_keys
+from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, offer_of
+from seqmix.ops.kernels import flex as softmax_flex
+from seqmix.ops.kernels.flex import BLOCK
+from seqmix.ops.runtime.kernel import Probe, find
+from seqmix.ops.runtime.kernel import xformers as softmax_xformers
+from seqmix.ops.runtime.packing import Documents
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import Status, check_kernel
 

@@ -9,10 +9,10 @@ from fla_oracles import INSTALLED, agree, loaded, needs_fla, with_gradients
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from seqmix.ops.call import Call
-from seqmix.ops.kernels import find
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.softmax import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax, softmax_attention
+from seqmix.ops.attention import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax, softmax_attention
+from seqmix.ops.runtime.call import Call
+from seqmix.ops.runtime.kernel import find
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 
 H, G, K, V = 4, 2, 4, 3

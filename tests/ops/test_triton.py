@@ -25,17 +25,18 @@ from seqmix.mixers.delta_net import DeltaNetConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.kda import KDAConfig
 from seqmix.models import Decoder, ModelConfig, prefill
-from seqmix.ops.chunks import capacity
-from seqmix.ops.decay import decay_recurrence, triton_launch
-from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton import KERNEL, STEP_KERNEL, TF32X3_KERNEL, decay_step_triton
-from seqmix.ops.decay.triton_launch import INTERPRETED, choose, configurations
-from seqmix.ops.delta import triton as delta_triton
-from seqmix.ops.donation import donate_state
-from seqmix.ops.kernels import Probe, find
-from seqmix.ops.paradigm import Paradigm
-from seqmix.ops.recurrence import Recurrence
-from seqmix.ops.triton_launch import chunk_table, readable
+from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.kernels.triton.decay import launch as triton_launch
+from seqmix.ops.kernels.triton.decay import op as decay_triton
+from seqmix.ops.kernels.triton.decay.launch import INTERPRETED, choose, configurations
+from seqmix.ops.kernels.triton.decay.op import KERNEL, STEP_KERNEL, TF32X3_KERNEL, decay_step_triton
+from seqmix.ops.kernels.triton.delta import op as delta_triton
+from seqmix.ops.kernels.triton.launch import chunk_table, readable
+from seqmix.ops.recurrence.family import Recurrence
+from seqmix.ops.recurrence.groups import capacity
+from seqmix.ops.runtime.donation import donate_state
+from seqmix.ops.runtime.kernel import Probe, find
+from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import DecayCase, parametrize_kernels
 from seqmix.testing.kernel_families import DeltaCase
@@ -532,7 +533,7 @@ PROBE = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=16, va
 def native(monkeypatch):
     """As if triton were there, and compiled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("seqmix.ops.triton_launch.installed", lambda library: True)
+    monkeypatch.setattr("seqmix.ops.kernels.triton.launch.installed", lambda library: True)
     return monkeypatch
 
 
@@ -542,7 +543,7 @@ def test_it_is_found_without_triton_which_is_not_imported():
 import sys
 sys.modules["triton"] = None  # as if it were not there
 import torch
-from seqmix.ops.kernels import Probe, find
+from seqmix.ops.runtime.kernel import Probe, find
 probe = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=1, value_width=1)
 print(*find("decay", "chunkwise", "triton").unsupported(probe))
 """

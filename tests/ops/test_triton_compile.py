@@ -30,15 +30,17 @@ import pytest
 import torch
 
 from seqmix.experiments.pages import fill, table
-from seqmix.ops.decay import decay_recurrence, triton_keys, triton_launch
-from seqmix.ops.decay import triton as decay_triton
-from seqmix.ops.decay.triton_launch import Configuration, configurations
+from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.delta import delta_rule
-from seqmix.ops.delta import triton as delta_triton
-from seqmix.ops.delta.triton import limits
-from seqmix.ops.kernels import Kernel, Probe
-from seqmix.ops.recurrence import Recurrence
-from seqmix.ops.triton_launch import REGISTERS, Launch, kernels
+from seqmix.ops.kernels.triton.decay import launch as triton_launch
+from seqmix.ops.kernels.triton.decay import op as decay_triton
+from seqmix.ops.kernels.triton.decay import per_key_launch as triton_keys
+from seqmix.ops.kernels.triton.decay.launch import Configuration, configurations
+from seqmix.ops.kernels.triton.delta import op as delta_triton
+from seqmix.ops.kernels.triton.delta.op import limits
+from seqmix.ops.kernels.triton.launch import REGISTERS, Launch, kernels
+from seqmix.ops.recurrence.family import Recurrence
+from seqmix.ops.runtime.kernel import Kernel, Probe
 
 triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
 
@@ -52,9 +54,14 @@ SHARED, RESERVED, WARPS = 228 * 1024, 1024, 64
 """Bytes of a multiprocessor, those that it keeps for each block, and the warps it holds."""
 ROOT = Path(__file__).parents[2]
 COMPILED = (
-    *("ops/triton_launch.py", "ops/triton_tiles.py", "ops/decay/triton_launch.py", "ops/decay/triton_kernels.py"),
-    *("ops/decay/triton_keys.py", "ops/decay/triton_key_kernels.py", "ops/delta/triton.py"),
-    "ops/delta/triton_kernels.py",
+    "ops/kernels/triton/launch.py",
+    "ops/kernels/triton/tiles.py",
+    "ops/kernels/triton/decay/launch.py",
+    "ops/kernels/triton/decay/bodies.py",
+    "ops/kernels/triton/decay/per_key_launch.py",
+    "ops/kernels/triton/decay/per_key_bodies.py",
+    "ops/kernels/triton/delta/op.py",
+    "ops/kernels/triton/delta/bodies.py",
 )
 """What decides what is compiled."""
 PAGE = ROOT / "docs/appendix/measurements.md"

@@ -18,9 +18,9 @@ from torch.testing import assert_close
 from seqmix.mixers import Paradigm
 from seqmix.mixers.linear_attention import LinearAttentionConfig
 from seqmix.ops.decay import decay_recurrence
-from seqmix.ops.decay import fla as decay_fla
-from seqmix.ops.kernels import Probe, find
-from seqmix.ops.recurrence import Recurrence
+from seqmix.ops.kernels import fla as decay_fla
+from seqmix.ops.recurrence.family import Recurrence
+from seqmix.ops.runtime.kernel import Probe, find
 from seqmix.registry import SeqmixError
 
 pytestmark = needs_fla

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla, with_gradients
 
 from seqmix.mixers import Paradigm
-from seqmix.ops.call import Call
 from seqmix.ops.delta import delta_product, delta_rule
 from seqmix.ops.dplr import dplr_recurrence
+from seqmix.ops.runtime.call import Call
 
 pytestmark = needs_fla
 

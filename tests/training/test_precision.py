@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL
 
 from seqmix import load_config
-from seqmix.ops import products
+from seqmix.ops.recurrence import products
 from seqmix.training import precision
 
 

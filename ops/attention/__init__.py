@@ -1,0 +1,33 @@
+"""The softmax family: attention."""
+
+from .api import Backend, SoftmaxOptions, softmax, softmax_attention, softmax_flops
+from .kv_cache import (
+    Cache,
+    ForgettingCache,
+    GrowingCache,
+    KeyCache,
+    RingCache,
+    empty_cache,
+    final_cache,
+    key_cache,
+    moved,
+    stored_as,
+)
+
+__all__ = [
+    "Backend",
+    "Cache",
+    "ForgettingCache",
+    "GrowingCache",
+    "KeyCache",
+    "RingCache",
+    "SoftmaxOptions",
+    "empty_cache",
+    "final_cache",
+    "key_cache",
+    "moved",
+    "softmax",
+    "softmax_attention",
+    "softmax_flops",
+    "stored_as",
+]
