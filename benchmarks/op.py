@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..mixers import Paradigm
 from ..models import ModelConfig
-from ..ops.decay import decay_recurrence
+from ..ops.decay import decay
 from ..ops.runtime.kernel import Probe, find
 from ..registry import SeqmixError
 from .measure import Call
@@ -104,7 +104,7 @@ class OpBenchmark(Benchmark):
 
         def op(paradigm: Paradigm, backend: str = "reference") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
-            return lambda q, k, v: decay_recurrence(q, k, v, log_decay, **options).output
+            return lambda q, k, v: decay(q, k, v, log_decay, **options).output
 
         def implementation(
             name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = own, **options: Any

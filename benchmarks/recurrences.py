@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.decay import decay_recurrence
-from ..ops.delta import delta_rule
-from ..ops.dplr import dplr_recurrence
-from ..ops.scan import scan_recurrence, selective_recurrence
+from ..ops.decay import decay
+from ..ops.delta import delta
+from ..ops.dplr import dplr
+from ..ops.scan import scan, selective_scan
 from .measure import Call
 from .suite import Benchmark, Entry, Implementation, Settings
 
@@ -127,8 +127,8 @@ def _matrix_loop(x: Inputs) -> Tensor:
 def _scan_loop(x: Inputs) -> Tensor:
     """h_t = exp(g_t) h_{t-1} + x_t."""
     state, outputs = torch.zeros_like(x["x"][:, 0]), []
-    for decay, written in zip(x["log_decay"].exp().unbind(1), x["x"].unbind(1), strict=True):
-        state = decay * state + written
+    for factor, written in zip(x["log_decay"].exp().unbind(1), x["x"].unbind(1), strict=True):
+        state = factor * state + written
         outputs.append(state)
     return torch.stack(outputs, dim=1)
 
@@ -148,18 +148,18 @@ def _matrix(op: Callable[..., Any], *decay: int, more: tuple[str, ...] = ()) -> 
 
 
 CASES = {
-    "decay": _matrix(decay_recurrence, HEADS),
-    "decay per key": _matrix(decay_recurrence, HEADS, KEYS),
-    "delta": _matrix(delta_rule, more=("beta",)),
-    "gated delta": _matrix(delta_rule, HEADS, more=("beta",)),
-    "delta with decays per key": _matrix(delta_rule, HEADS, KEYS, more=("beta",)),
-    "diagonal plus rank one": _matrix(dplr_recurrence, HEADS, KEYS, more=("a", "b")),
+    "decay": _matrix(decay, HEADS),
+    "decay per key": _matrix(decay, HEADS, KEYS),
+    "delta": _matrix(delta, more=("beta",)),
+    "gated delta": _matrix(delta, HEADS, more=("beta",)),
+    "delta with decays per key": _matrix(delta, HEADS, KEYS, more=("beta",)),
+    "diagonal plus rank one": _matrix(dplr, HEADS, KEYS, more=("a", "b")),
     "scan": Case(
         lambda normal: {"x": normal(CHANNELS), "log_decay": -normal(CHANNELS).abs() / 16},
-        lambda x: scan_recurrence(**x)[0],
+        lambda x: scan(**x)[0],
         _scan_loop,
         (CHANNELS,),
     ),
-    "selective scan": Case(_selective_inputs, lambda x: selective_recurrence(**x)[0], _selective_loop, (CHANNELS,)),
+    "selective scan": Case(_selective_inputs, lambda x: selective_scan(**x)[0], _selective_loop, (CHANNELS,)),
 }
 """What is measured."""

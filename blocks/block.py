@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
+from ..ops.runtime.memo import Memo
 from ..registry import Config
 from .dropout import Dropout
 from .ffn import FFNS, FfnConfig
@@ -72,18 +73,22 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
         return_values: bool = False,
+        donate_state: bool = False,
+        memo: Memo | None = None,
     ) -> tuple[Any, ...]:
         """One layer over one segment; arguments and result are the mixer's."""
         norm, ffn, ffn_norm = self.mixer_norm, self.ffn, self.ffn_norm  # each read of a part is a call
         x, given = self._given(x, norm)
-        residual = {"first_values": first_values, "return_values": return_values}
+        options: dict[str, Any] = {}
+        if return_values or first_values is not None:
+            options["first_values"] = first_values
+            options["return_values"] = return_values
+        if donate_state:
+            options["donate_state"] = True
+        if memo is not None:
+            options["memo"] = memo
         mixed, state, *values = self.mixer(
-            given,
-            state,
-            paradigm=paradigm,
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-            **(residual if return_values or first_values is not None else {}),
+            given, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
         )
         x = self._added(x, mixed, norm)
         if ffn is not None and ffn_norm is not None:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, SoftmaxOptions, softmax, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, SoftmaxOptions, softmax_attention, softmax_flops, stored_as
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
@@ -174,7 +174,7 @@ class Attention(CachedMixer):
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
         q, k, v, more = self._project(x, call)
-        output, final_state = softmax(q, k, v, call, **self._scores(more))
+        output, final_state = softmax_attention(q, k, v, call, **self._scores(more))
         if final_state is not None:
             final_state = stored_as(final_state, self.dtype)  # autocast narrows those of a new cache
         gate = more["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in more else None
@@ -190,7 +190,9 @@ class Attention(CachedMixer):
             qk = self.qk_norm(qk)
         if self.config.turns:
             positions = call.positions(x, None if call.state is None else call.state.length)
-            qk = rotated(qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling)
+            qk = rotated(
+                qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling, call.memo
+            )
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q, k, v, dict(zip(names, others, strict=True))
 

@@ -13,6 +13,7 @@ from ..ops.kernels.selection import choose
 from ..ops.runtime.call import Call
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.kernel import Probe
+from ..ops.runtime.memo import Memo
 from ..ops.runtime.packing import Documents
 from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
@@ -165,6 +166,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return_state: bool = False,
         first_values: Float[Tensor, "B T D"] | None = None,
         return_values: bool = False,
+        donate_state: bool = False,
+        memo: Memo | None = None,
     ) -> Mixed[S]:
         """Mix one segment.
 
@@ -177,6 +180,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return_state: whether the final state is wanted.
             first_values: the values of the first layer with a value residual, of the same tokens.
             return_values: whether the mixer's own values are wanted, for later layers.
+            donate_state: True if the next state may be written over `state`, which the caller does not need again;
+                ignored under grad. A growing state is donated in any case.
+            memo: results that the layers of a model have in common; not under grad, and not in compiled code.
 
         Returns:
             The output [B T D], and the final state (None unless wanted); then the values [B T D], if they are wanted.
@@ -199,8 +205,18 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, return_values)
         documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
-        more = (self.chunk_size, self.backend_of(paradigm), self.cp_group, first_values)
-        call = Call(paradigm, state, documents, return_state, *more)
+        call = Call(
+            paradigm,
+            state,
+            documents,
+            return_state,
+            self.chunk_size,
+            self.backend_of(paradigm),
+            self.cp_group,
+            first_values,
+            donate_state and not torch.is_grad_enabled(),
+            memo,
+        )
         result = mix_in_turn(self, x, call) if in_turn else self.mix(x, call)
         if not compiling:  # a graph needs no guard for what the eager call has shown
             self._require_result(result, x)

@@ -38,4 +38,4 @@ class GatedDeltaNet2(KDA):
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         erase, write = (h.more[name].unflatten(-1, (self.n_heads, -1)) for name in ("erase", "write"))
         erase = write_rate(erase, h.k.dtype, neg_eigval=self.config.allow_neg_eigval)
-        return dplr(h.q, h.k, h.v * write.sigmoid().to(h.v.dtype), h.k * erase, None, self.log_decay(x), call, None)
+        return dplr(h.q, h.k, h.v * write.sigmoid().to(h.v.dtype), h.k * erase, None, self.log_decay(x), call)

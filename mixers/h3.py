@@ -18,7 +18,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.runtime.once import once
 from ..ops.scan import diagonal_scan
 from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk
@@ -72,7 +71,7 @@ class H3(ScanMixer):
         k, recent = self.convolve(k, call)
         wide = self.state_dtype  # products leave the range of float16
         u = k.to(wide) * v.to(wide)
-        o, memory = diagonal_scan(u, *once(self.diagonal), call.enter("memory"))
+        o, memory = diagonal_scan(u, *call.once(self.diagonal), call.enter("memory"))
         y = self.out_proj((q.to(wide) * (o + self.D.to(wide) * u)).to(q.dtype))
         return y, self.state_after(x, memory, recent, call)
 

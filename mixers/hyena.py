@@ -29,9 +29,8 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.convolution import convolve_long
+from ..ops.convolution import long_convolution
 from ..ops.runtime.call import Call
-from ..ops.runtime.once import once
 from ..ops.runtime.packing import require_async
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig, SequenceMixer
@@ -150,12 +149,12 @@ class Hyena(SequenceMixer[HyenaState]):
         allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
         # with return_state the tokens have to fit into an allocated state; without, they need not
         fits = allocated and call.return_state
-        filters = (once(self.filters, room) if fits else self.filters(room + length)).unbind()
+        filters = (call.once(self.filters, room) if fits else self.filters(room + length)).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # below that it is the gate that has no filter
                 before = None if state is None else state.inputs[:, :, n]
-                v, read = convolve_long(v, filters[n], call._replace(state=before), grows=not allocated)
+                v, read = long_convolution(v, filters[n], call._replace(state=before), grows=not allocated)
                 inputs.append(read)
             v = gate * v
         y = self.out_proj(v.to(streams.dtype))

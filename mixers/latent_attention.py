@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, final_cache, softmax, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, final_cache, softmax_attention, softmax_flops, stored_as
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
@@ -128,7 +128,7 @@ class LatentAttention(CachedMixer):
         positions = call.positions(x, None if call.state is None else call.state.length)
         turned = torch.cat((turning, rotary[:, :, None]), dim=2)
         if self.config.positions == "rope":
-            turned = rotated(turned, positions, "rope", self.config.rope_base)
+            turned = rotated(turned, positions, "rope", self.config.rope_base, memo=call.memo)
         latent = self.kv_norm(latent, None).to(turned.dtype)[:, :, None]
         q = torch.cat((plain, turned[:, :, : self.n_heads]), dim=-1)
         return q, torch.cat((latent, turned[:, :, self.n_heads :]), dim=-1)
@@ -140,17 +140,17 @@ class LatentAttention(CachedMixer):
             keys, values = self._keys_and_values(past.keys.to(q.dtype))
             past = past._replace(keys=keys, values=values)
         keys, values = self._keys_and_values(latents)
-        output, _ = softmax(q, keys, values, call._replace(state=past, return_state=False), window=window)
+        output, _ = softmax_attention(q, keys, values, call._replace(state=past, return_state=False), window=window)
         if not call.return_state:
             return output, None
-        return output, final_cache(latents, latents[..., :0], window, call.state, call.documents)
+        return output, final_cache(latents, latents[..., :0], window, call.state, call.documents, donated=call.donated)
 
     def _absorbed(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """All heads read latents, through queries that are as wide."""
         to_keys, to_values = self._up().split([self.key_dim, self.value_dim], dim=1)
         plain, turned = q.split([self.key_dim, self.rotary_dim], dim=-1)
         queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), turned), dim=-1)
-        output, final_state = softmax(
+        output, final_state = softmax_attention(
             *(queries, latents, latents[..., :0], call),
             scale=q.shape[-1] ** -0.5,
             window=self.config.window,

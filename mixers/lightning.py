@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..ops.decay import decay
-from ..ops.runtime.once import once
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import Affine, OutputGate
 
@@ -52,7 +51,7 @@ class Lightning(QKVMixer):
         self.norm = self.output_norm(self.n_heads * self.value_dim)
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        return decay(h.q, h.k, h.v, once(self.log_decay).to(self.state_dtype), call, scale=1.0)
+        return decay(h.q, h.k, h.v, call.once(self.log_decay).to(self.state_dtype), call, scale=1.0)
 
     def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
         # one norm over all heads

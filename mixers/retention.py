@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..ops.decay import DECAY, decay
 from ..ops.runtime.materialize import materialize
-from ..ops.runtime.once import once
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.fixed_decay import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion
@@ -75,9 +74,11 @@ class Retention(QKVMixer):
         return self.config.row_norm or super().counts_positions
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        q, scale, (exact, log_decay) = h.q, self.key_dim**-0.5, self.decay.log_decays(x.device, self.state_dtype)
+        q, scale = h.q, self.key_dim**-0.5
+        exact, log_decay = self.decay.log_decays(x.device, self.state_dtype, call.memo)
         if h.positions is not None and self.config.row_norm:
-            q, scale = q * materialize(once(normalizers, h.positions, exact, scale, q.dtype), 2), 1.0
+            q = q * materialize(call.once(normalizers, h.positions, exact, scale, q.dtype), 2)
+            scale = 1.0
         return decay(q, h.k, h.v, log_decay, call, scale=scale)
 
 

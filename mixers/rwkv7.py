@@ -95,6 +95,6 @@ class RWKV7(MatrixStateMixer):
         log_decay, rate, k = -0.6065306597126334 * decay.to(wide).sigmoid(), rate.to(wide).sigmoid(), k.to(wide)
         kappa = unit_norm(k * self.removed.to(wide), self.config.key_eps)
         k = (k * (1 + (rate - 1) * self.replaced.to(wide))).to(r.dtype)
-        o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), 1.0)
+        o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), scale=1.0)
         y = self.out_proj(self.norm(o, r, k, v).flatten(2) * self.gate_proj(xg))
         return y, self.state_after(x, memory, recent, call), own

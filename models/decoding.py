@@ -10,8 +10,7 @@ from torch import Tensor
 from ..mixers import Paradigm
 from ..mixers.state import map_state, to_dict
 from ..ops.runtime.custom_op import current
-from ..ops.runtime.donation import donate_state
-from ..ops.runtime.once import Formed, constants_kept
+from ..ops.runtime.memo import Memo
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
@@ -41,21 +40,18 @@ class Decoder:
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
         self.model, self.state = model, state
         self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
-        self._compiled = compiled
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
         self._fixed_sizes = False
-        self._constants: Formed = {}
+        # a graph has its constants
+        self._memo = None if compiled else Memo()
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Logits of the next token of each row; they may overwrite those of the previous step."""
-        with donate_state(compiled=self._compiled), constants_kept(self._constants):
-            return self._next(tokens)
-
-    def _next(self, tokens: Tensor) -> Tensor:
+        step = partial(self._step, donate_state=True, memo=self._memo)
         if self._fixed_sizes and self._captured is None:
-            held = Held(partial(self._step, self.model), tokens, self.state)
+            held = Held(partial(step, self.model), tokens, self.state)
             with current(self.model.device):
                 self._captured = _Captured(held)
             self.state = held.state
@@ -63,7 +59,7 @@ class Decoder:
             with current(self.model.device):
                 return self._captured.replay(tokens)
         before = self.state
-        logits, self.state = self._step(self.model, tokens, before)
+        logits, self.state = step(self.model, tokens, before)
         if self._may_capture:
             # the first step runs uncaptured and shows whether the state grows; only a second step makes sure that the
             # state has room for the calls of a capture
@@ -73,11 +69,16 @@ class Decoder:
 
 
 def decode_step(
-    model: LanguageModel, tokens: Int[Tensor, " N"], state: ModelState
+    model: LanguageModel,
+    tokens: Int[Tensor, " N"],
+    state: ModelState,
+    *,
+    donate_state: bool = False,
+    memo: Memo | None = None,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """One token per row, eagerly."""
+    """One token per row: logits and the next state; options as in `LanguageModel.forward`."""
     paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE, from_state=True)
-    output = model(tokens[:, None], state, paradigm=paradigms, return_state=True)
+    output = model(tokens[:, None], state, paradigm=paradigms, return_state=True, donate_state=donate_state, memo=memo)
     return output.logits[:, 0], output.state
 
 

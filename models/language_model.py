@@ -1,7 +1,6 @@
 """The language model: embedding, layers, norm, output projection."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -16,7 +15,7 @@ from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..ops.kernels.selection import described
 from ..ops.runtime.context_parallel import ContextParallel
-from ..ops.runtime.once import formed_once
+from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
@@ -122,6 +121,8 @@ class LanguageModel(nn.Module):
         return_state: bool = False,
         return_predictions: bool = False,
         select: Int[Tensor, " M"] | None = None,
+        donate_state: bool = False,
+        memo: Memo | None = None,
     ) -> ModelOutput:
         """Logits of the next token after each token of a segment, or with `targets` their loss.
 
@@ -138,6 +139,8 @@ class LanguageModel(nn.Module):
             return_state: whether the state after the segment is wanted.
             return_predictions: whether the most probable tokens at the places with a target are wanted.
             select: indices into the B * T tokens (row by row): only their logits are computed.
+            donate_state: True if the next state may be written over `state`, which the caller does not need again.
+            memo: constants of earlier calls of this model, whose parameters have not changed since; a decoder's.
 
         On the ranks of a `cp_group`, each rank returns the results of its own tokens (`local_targets`), and the mean is
         over the targets of all ranks: their losses add up to that of the whole sequence. The number of ranks divides T,
@@ -152,7 +155,9 @@ class LanguageModel(nn.Module):
             raise SeqmixError(f"each token has a target, and the model was given targets of shape {shapes}")
         if targets is not None and not return_state:
             tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
-        x, after = self.run_blocks(self.embed(tokens), state, paradigm, cu_seqlens, return_state)
+        x, after = self.run_blocks(
+            self.embed(tokens), state, paradigm, cu_seqlens, return_state, donate_state=donate_state, memo=memo
+        )
         logits = loss = predictions = None
         if targets is None or select is not None:
             logits = self.logits(x if select is None else x.flatten(0, 1)[select])
@@ -178,6 +183,9 @@ class LanguageModel(nn.Module):
         paradigm: Paradigm | tuple[Paradigm, ...] | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
+        *,
+        donate_state: bool = False,
+        memo: Memo | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
         """The residual stream after the last block, before the last norm, and the state; arguments as in `forward`.
 
@@ -192,19 +200,27 @@ class LanguageModel(nn.Module):
             if len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
         after, first_values = [], None
-        with nullcontext() if torch.compiler.is_compiling() else formed_once():
-            for block, before, how in zip(self.blocks, states, paradigms, strict=True):
-                call = partial(block, paradigm=how, cu_seqlens=cu_seqlens, return_state=return_state)
-                mixer = block.mixer  # each read of a part is a call
-                if first_values is None and mixer.traits.value_residual:
-                    call = partial(call, return_values=True)
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    # without early stop: every rank has to run all the communication of a block
-                    kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
-                    call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
-                x, final, *values = call(x, before, first_values if mixer.takes_first_values else None)
-                first_values = values[0] if values else first_values
-                after.append(final)
+        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        memo = (Memo() if memo is None else memo).next_pass() if eager else None
+        for block, before, how in zip(self.blocks, states, paradigms, strict=True):
+            call = partial(
+                block,
+                paradigm=how,
+                cu_seqlens=cu_seqlens,
+                return_state=return_state,
+                donate_state=donate_state,
+                memo=memo,
+            )
+            mixer = block.mixer  # each read of a part is a call
+            if first_values is None and mixer.traits.value_residual:
+                call = partial(call, return_values=True)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # without early stop: every rank has to run all the communication of a block
+                kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
+            x, final, *values = call(x, before, first_values if mixer.takes_first_values else None)
+            first_values = values[0] if values else first_values
+            after.append(final)
         if self.readout is not None:
             if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
                 raise ContractError("model.readout last is of one whole sequence: without states, packing and sharing")

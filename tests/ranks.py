@@ -279,7 +279,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
     from torch.autograd.graph import saved_tensors_hooks
 
     from seqmix.mixers import Call, Paradigm
-    from seqmix.ops.attention import ring, softmax
+    from seqmix.ops.attention import ring, softmax_attention
     from seqmix.ops.runtime.custom_op import Gradients
 
     own, kept = length // context().size, {}
@@ -290,7 +290,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        output, _ = softmax(q, k, v, Call(Paradigm.CHUNKWISE, chunk_size=4, cp_group=context()))
+        output, _ = softmax_attention(q, k, v, Call(Paradigm.CHUNKWISE, chunk_size=4, cp_group=context()))
     dist.barrier()
     options = dict.fromkeys(("sums", "documents", "log_decay", "slopes", "softcap", "window", "value_dims"))
     place = {"group": context().name, "rank": context().rank, "size": context().size}

@@ -4,8 +4,7 @@ Nothing of the framework is left but the functions that compute: no configuratio
 the framework costs is the difference between the two. A test holds both to the same sequence of operations.
 """
 
-from contextlib import nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,9 @@ from ...mixers.parts.fixed_decay import scheduled
 from ...mixers.retention import RetentionConfig, normalizers
 from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear
-from ...ops.decay import decay_recurrence
-from ...ops.runtime.once import formed_once, once
+from ...ops.decay import decay
+from ...ops.runtime.call import Call
+from ...ops.runtime.memo import Memo, once
 from ...ops.runtime.packing import token_positions
 
 LayerState = tuple[Tensor, Tensor, Tensor]
@@ -66,9 +66,11 @@ class HandWrittenLayer(nn.Module):
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
         self.decay, self.gamma = config.decay, config.gamma
 
-    def forward(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, *, decode: bool, memo: Memo | None = None
+    ) -> tuple[Tensor, LayerState | None]:
         """One layer; the state after the segment where one came in."""
-        mixed, state = self._retain(self.mixer_norm(x), state, decode=decode)
+        mixed, state = self._retain(self.mixer_norm(x), state, decode=decode, memo=memo)
         x = x + mixed
         return x + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))), state
 
@@ -80,21 +82,28 @@ class HandWrittenLayer(nn.Module):
         memory = torch.zeros(shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         return memory, recent, position
 
-    def _retain(self, x: Tensor, state: LayerState | None, *, decode: bool) -> tuple[Tensor, LayerState | None]:
+    def _retain(
+        self, x: Tensor, state: LayerState | None, *, decode: bool, memo: Memo | None
+    ) -> tuple[Tensor, LayerState | None]:
         _, length, d_model = x.shape
         memory, recent, offset = (None, None, None) if state is None else state
         qk, v, gate = self.in_proj(x).split([2 * d_model, 2 * d_model, 2 * d_model], dim=-1)
         qk = rearrange(qk, "b t (h k) -> b t h k", k=self.key_dim)
         v = rearrange(v, "b t (h v) -> b t h v", v=self.value_dim)
-        positions = once(token_positions, length, offset, None, x.device, 0)
-        q, k = rotated(qk, positions, "retnet", 10000.0).split([self.n_heads, self.n_heads], dim=2)
+        positions = once(memo, token_positions, length, offset, None, x.device, 0)
+        q, k = rotated(qk, positions, "retnet", 10000.0, memo=memo).split([self.n_heads, self.n_heads], dim=2)
         gate = rearrange(gate, "b t (h v) -> b t h v", v=self.value_dim)
         wide = torch.promote_types(self.in_proj.weight.dtype, torch.float32)
-        exact, log_decay = once(scheduled, self.n_heads, self.decay, self.gamma, x.device, wide)
-        q = q * once(normalizers, positions, exact, self.key_dim**-0.5, q.dtype)
-        options: dict[str, Any] = {"scale": 1.0, "initial_state": memory, "output_final_state": memory is not None}
-        paradigm = Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE
-        output, memory = decay_recurrence(q, k, v, log_decay, **options, paradigm=paradigm, chunk_size=self.chunk_size)
+        exact, log_decay = once(memo, scheduled, self.n_heads, self.decay, self.gamma, x.device, wide)
+        q = q * once(memo, normalizers, positions, exact, self.key_dim**-0.5, q.dtype)
+        call = Call(
+            Paradigm.RECURRENT if decode else Paradigm.CHUNKWISE,
+            memory,
+            return_state=memory is not None,
+            chunk_size=self.chunk_size,
+            donated=decode and not torch.is_grad_enabled(),
+        )
+        output, memory = decay(q, k, v, log_decay, call, scale=1.0)
         output = output.to(torch.float32 if output.dtype == torch.float16 else output.dtype)
         output = F.layer_norm(output, output.shape[-1:], eps=self.norm_eps) * F.silu(gate.to(output.dtype))
         y = self.out_proj(rearrange(output, "b t h v -> b t (h v)"))
@@ -131,11 +140,18 @@ class HandWritten(nn.Module):
         return [layer.init_state(batch) for layer in cast("list[HandWrittenLayer]", list(self.layers))]
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, *, decode: bool = False, select: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        decode: bool = False,
+        select: Tensor | None = None,
+        memo: Memo | None = None,
     ) -> tuple[Tensor, State | None]:
         """Logits (of the tokens that `select` names), and the state after the segment where one came in."""
-        with nullcontext() if torch.compiler.is_compiling() else formed_once():
-            x, after = self._hidden(tokens, state, decode=decode)
+        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        memo = (Memo() if memo is None else memo).next_pass() if eager else None
+        x, after = self._hidden(tokens, state, decode=decode, memo=memo)
         if select is not None:
             x = x.flatten(0, 1)[select]
         return self.head(self.norm(x)), after or None
@@ -146,7 +162,9 @@ class HandWritten(nn.Module):
         total = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
         return total / (targets != IGNORED).sum().clamp(min=1)
 
-    def _hidden(self, tokens: Tensor, state: State | None, *, decode: bool) -> tuple[Tensor, State]:
+    def _hidden(
+        self, tokens: Tensor, state: State | None, *, decode: bool, memo: Memo | None = None
+    ) -> tuple[Tensor, State]:
         x = self.embedding(tokens)
         after: State = []
         for i, layer in enumerate(self.layers):
@@ -154,7 +172,7 @@ class HandWritten(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, following = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, following = layer(x, before, decode=decode)
+                x, following = layer(x, before, decode=decode, memo=memo)
             if following is not None:
                 after.append(following)
         return x, after

@@ -11,8 +11,7 @@ from ...models import build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
-from ...ops.runtime.donation import donate_state
-from ...ops.runtime.once import Formed, constants_kept
+from ...ops.runtime.memo import Memo
 from .by_hand import HandWritten, why_not
 from .peer import ALL, Peer, Size, last_of_rows
 
@@ -98,7 +97,7 @@ class ByHand(Peer):
         return why_not(size.config)
 
     def build(self) -> nn.Module:
-        self.constants: Formed = {}  # as a Decoder keeps them
+        self.memo = Memo()  # as a Decoder keeps it
         return HandWritten(build_model(self.size.config, device=self.device, dtype=self.dtype))
 
     def recompute_activations(self) -> None:
@@ -126,6 +125,6 @@ class ByHand(Peer):
         return [(memory.normal_(), recent, position.fill_(context)) for memory, recent, position in state]
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        with donate_state(compiled=self.compiled_steps), constants_kept(self.constants):
-            logits, after = self.module(tokens[:, None], state, decode=True)
+        memo = None if self.compiled_steps else self.memo
+        logits, after = self.module(tokens[:, None], state, decode=True, memo=memo)
         return logits[:, 0], after

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.runtime.once import once
+from ...ops.runtime.memo import Memo, once
 
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
 LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
@@ -50,12 +50,14 @@ class FixedDecay(nn.Module):
         """Natural log of each head's decay, float64; None where nothing decays."""
         return self.log_decays(device, torch.float64)[0]
 
-    def log_decays(self, device: torch.device, dtype: torch.dtype) -> LogDecays | tuple[None, None]:
-        """The same, as float64 and as `dtype`."""
+    def log_decays(
+        self, device: torch.device, dtype: torch.dtype, memo: Memo | None = None
+    ) -> LogDecays | tuple[None, None]:
+        """Natural log of each head's decay, as float64 and as `dtype`; `memo` is the call's."""
         if self.schedule == "none":
             return None, None
         if self.logit is None:
-            return once(scheduled, self.n_heads, self.schedule, self.gamma, device, dtype)
+            return once(memo, scheduled, self.n_heads, self.schedule, self.gamma, device, dtype)
         log_decay = F.logsigmoid(self.logit.to(torch.float64))
         return log_decay, log_decay.to(dtype)
 

@@ -182,7 +182,7 @@ class QKVMixer(MatrixStateMixer):
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
             if self.config.rotation != "none":  # the last of all: what is turned sees distances alone
-                qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base)
+                qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base, memo=call.memo)
         if self.n_qk_heads != heads:  # queries and keys of several heads
             qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
         q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, written], 2)

@@ -15,7 +15,7 @@ from jaxtyping import Complex, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from ...ops.runtime.once import once
+from ...ops.runtime.memo import Memo, once
 from ...registry import Config
 
 Schedule = Literal["rope", "retnet"]
@@ -75,23 +75,24 @@ def rotated(
     base: float,
     dims: int | None = None,
     scaling: LinearScaling | Llama3Scaling | None = None,
+    memo: Memo | None = None,
 ) -> Float[Tensor, "B T H K"]:
-    """Heads turned by the angles of their positions; only their first `dims` dimensions, if given."""
+    """Heads rotated by the angles of their positions; only their first `dims` dimensions, if given.
+
+    `memo` is the call's: angles are the same in all layers.
+    """
     if dims is not None and dims < x.shape[-1]:
-        return torch.cat((rotated(x[..., :dims], positions, schedule, base, None, scaling), x[..., dims:]), dim=-1)
+        turned = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)
+        return torch.cat((turned, x[..., dims:]), dim=-1)
+    theta = once(memo, frequencies, x.shape[-1], schedule, base, positions.device)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return rotate(x, once(_rotation_at, positions, x.shape[-1], schedule, base, scaling, wide))
+    return rotate(x, once(memo, _rotation_at, positions, theta, scaling, wide))
 
 
 def _rotation_at(
-    positions: Tensor,
-    width: int,
-    schedule: Schedule,
-    base: float,
-    scaling: LinearScaling | Llama3Scaling | None,
-    dtype: torch.dtype,
+    positions: Tensor, theta: Tensor, scaling: LinearScaling | Llama3Scaling | None, dtype: torch.dtype
 ) -> "Rotation":
-    by = rotation(positions, scaled(once(frequencies, width, schedule, base, positions.device), scaling), dtype)
+    by = rotation(positions, scaled(theta, scaling), dtype)
     return by if torch.compiler.is_compiling() else by._replace(unit=torch.complex(by.cos, by.sin))
 
 

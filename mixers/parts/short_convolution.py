@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.convolution import convolve_short
+from ...ops.convolution import short_convolution
 from ...ops.runtime.call import Call
 
 Activation = Literal["silu", "none"]
@@ -43,7 +43,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
         """Convolve one segment; the state is its last inputs, oldest first, in the parameters' dtype, which under
         autocast is not that of the segment."""
-        output, final_state = convolve_short(x, self.weight, self.bias, call)
+        output, final_state = short_convolution(x, self.weight, self.bias, call)
         if self.activation == "silu":
             output = F.silu(output)
         return output, None if final_state is None else final_state.to(self.weight.dtype)

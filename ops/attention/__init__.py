@@ -1,6 +1,7 @@
 """The softmax family: attention."""
 
-from .api import Backend, SoftmaxOptions, softmax, softmax_attention, softmax_flops
+from ...registry.moved import former_names
+from .api import Backend, SoftmaxOptions, softmax_attention, softmax_flops
 from .kv_cache import (
     Cache,
     ForgettingCache,
@@ -26,8 +27,8 @@ __all__ = [
     "final_cache",
     "key_cache",
     "moved",
-    "softmax",
     "softmax_attention",
     "softmax_flops",
     "stored_as",
 ]
+__getattr__ = former_names(__name__, {"softmax": "softmax_attention"})

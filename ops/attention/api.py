@@ -16,19 +16,19 @@ The decay of a pair is a product of two factors relative to a reference r, the m
 Keys are cached without their factor, so no factor ever depends on an absolute position.
 """
 
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError, nearest
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import chosen, declare_references
 from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
 from .inputs import Attention, AttentionOutput, require_attention, require_range
-from .kv_cache import Cache, first_key
+from .kv_cache import first_key
 from .ring import attend_in_ring, can_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
@@ -36,30 +36,68 @@ Backend = Literal["auto", "sdpa", "flex", "xformers"]
 """The kernel backend: `auto` is resolved when a model is built; `sdpa` and `flex` are torch's."""
 
 
-class SoftmaxOptions(TypedDict, total=False):
-    """What changes scores; `softmax_attention` describes them."""
+class SoftmaxOptions(CallOptions, total=False):
+    """What changes scores; a mixer passes a `Call` in the place of the options of a call."""
 
     scale: float | None
+    """Factor of the scores, 1/sqrt(K) by default."""
     window: int | None
+    """Keys that a query sees, its own included; None means all."""
     log_decay: Float[Tensor, " K"] | None
+    """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     log_forget: Float[Tensor, "B T H"] | None
+    """Natural log of each token's forget gate, <= 0 and finite."""
     slopes: Float[Tensor, " H"] | None
+    """ALiBi slope: subtracted from a score per token of distance."""
     softcap: float | None
+    """Bound of the scores before gates and slopes, above 0."""
     sinks: Float[Tensor, " H"] | None
+    """Score of one more key, without a value."""
     value_dims: int | None
+    """Number of leading key dimensions that are the values; v is then [B T G 0]."""
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Unpack[SoftmaxOptions]) -> AttentionOutput:
-    """The same for mixers, which pass a `Call`; the state is a KV cache. The tensors are those of `softmax_attention`.
+def softmax_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    call: Call | None = None,
+    **options: Unpack[SoftmaxOptions],
+) -> AttentionOutput:
+    """Causal softmax attention of grouped heads, with or without a KV cache; parallel by default.
 
     In a context-parallel group keys and values come from the processes before, one block at a time (ring.py); a state
     is of all of them, so where one is given or wanted, every process gathers them. Neither asks the backend.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        call: the call of a mixer; None for those who call the op by itself, with `CallOptions` among the options. The
+            chunkwise paradigm then has blocks of 512 queries, and the backend is `sdpa`.
+        options: what changes scores, `SoftmaxOptions`, and `CallOptions`. The state is a KV cache. A `RingCache` is
+            written in place if a final state is wanted and grad mode is off, except with packed documents; a state is
+            never written in grad mode. The final state is of the kind of the initial one; without one, a ring of
+            `window` slots under a window, else a growing cache; under forget gates a `ForgettingCache` of it.
+
+    Raises:
+        SeqmixError: shapes, dtypes or the documents' boundaries do not fit, or the backend has not all of it.
+        RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
+            which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
+            the boundaries too.
     """
-    if unknown := [name for name in options if name not in SoftmaxOptions.__annotations__]:
-        raise SeqmixError(f"softmax has no option {unknown[0]!r}{nearest(unknown[0], SoftmaxOptions.__annotations__)}")
-    if options.get("scale") is None:
-        options["scale"] = q.shape[-1] ** -0.5
-    x = Attention(q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size)._replace(**options)
+    known = SoftmaxOptions.__annotations__
+    if unknown := [name for name in options if name not in known]:
+        raise SeqmixError(f"softmax has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+    own: Any = {name: value for name, value in options.items() if name in CallOptions.__annotations__}
+    scores: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
+    if call is None:
+        own = {"backend": "sdpa"} | own
+    call = Call.given(call, q.shape[1], own, paradigm=Paradigm.PARALLEL, chunk_size=512)
+    if scores.get("scale") is None:
+        scores["scale"] = q.shape[-1] ** -0.5
+    x = Attention(q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size, donated=call.donated)
+    x = x._replace(**scores)
     require_attention(x)
     if call.cp_group is not None:
         return _over_ranks(x, call)
@@ -85,51 +123,6 @@ def _over_ranks(x: Attention, call: Call) -> AttentionOutput:
     )
     require_range(x.log_decay, min(size, length), x.q.dtype)
     return attend_in_blocks(x, size, cp.start(length)), x.final()
-
-
-def softmax_attention(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
-    *,
-    initial_state: Cache | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.PARALLEL,
-    chunk_size: int = 512,
-    backend: str = "sdpa",
-    **options: Unpack[SoftmaxOptions],
-) -> AttentionOutput:
-    """The same for those who call an op by itself; its further options are those of `Call.of`.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        initial_state: what was read before; None means nothing. A `RingCache` is written in place if a final state is
-            wanted and grad mode is off, except with packed documents; a state is never written in grad mode.
-        output_final_state: whether the cache after the last token is wanted. It is of the kind of the initial state;
-            without one, a ring of `window` slots under a window, else a growing cache; under forget gates a
-            `ForgettingCache` of it.
-        chunk_size: queries per block of the chunkwise paradigm; changes the cost, never the result.
-        options: keywords:
-            `scale`, the factor of the scores, 1/sqrt(K) by default;
-            `window`, the keys that a query sees, its own included; None means all;
-            `log_decay [K]`, the natural log of the decay per token of distance, for each key dimension, <= 0;
-            `log_forget [B T H]`, the natural log of each token's forget gate, <= 0 and finite;
-            `slopes [H]`, what is taken from a score per token of distance;
-            `softcap`, the bound of scores before gates and slopes, above 0;
-            `sinks [H]`, the score of one more key, without a value;
-            `value_dims`, where values are the first so many dimensions of the keys, and v is [B T G 0].
-
-    Raises:
-        SeqmixError: shapes, dtypes or the documents' boundaries do not fit, or the backend has not all of it.
-        RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
-            which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
-            the boundaries too.
-    """
-    call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return softmax(q, k, v, call, **options)
 
 
 def softmax_flops(

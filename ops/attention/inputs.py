@@ -43,6 +43,8 @@ class Attention(NamedTuple):
     """The bound of scores, before gates and slopes."""
     sinks: Float[Tensor, " H"] | None = None
     """The score of one more key, without a value."""
+    donated: bool = False
+    """True if the final cache may be written over the given one."""
     value_dims: int | None = None
     """Values are the first dimensions of the keys, so many, and v is empty; None where they have their own."""
 
@@ -50,7 +52,9 @@ class Attention(NamedTuple):
         """The cache after the segment, if it is wanted."""
         if not self.output_final_state:
             return None
-        return final_cache(self.k, self.v, self.window, self.cache, self.documents, self.log_forget)
+        return final_cache(
+            self.k, self.v, self.window, self.cache, self.documents, self.log_forget, donated=self.donated
+        )
 
     @property
     def kept(self) -> KeyCache | None:

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..runtime.donation import may_overwrite
 from ..runtime.packing import Documents, advance, require_async
 
 
@@ -231,8 +230,10 @@ def final_cache(
     cache: Cache | None,
     documents: Documents | None,
     log_forget: Tensor | None = None,
+    *,
+    donated: bool = False,
 ) -> Cache:
-    """The cache after the segment."""
+    """The cache after the segment; `donated`: a ring that its window bounds may be written in place."""
     batch_size, length = k.shape[:2]
     if cache is None:
         rows = batch_size if documents is None else documents.number
@@ -252,7 +253,7 @@ def final_cache(
     elif isinstance(kept, GrowingCache):
         continue_ = _grown
     else:
-        continue_ = _written(kept, min(length, capacity), read, donated=window is None or may_overwrite())
+        continue_ = _written(kept, min(length, capacity), read, donated=window is None or donated)
     after = type(kept)(continue_(kept.keys, k), continue_(kept.values, v), read)
     if not isinstance(cache, ForgettingCache) or log_forget is None:
         return after
@@ -269,7 +270,7 @@ def _grown(past: Tensor, tokens: Tensor) -> Tensor:
 
 def _written(ring: RingCache, stored: int, read: Tensor, *, donated: bool) -> _Continue:
     """The last `stored` tokens in their slots of a ring; in its place where it is donated, which a growing state is by
-    contract, and a constant one by `donate_state` alone."""
+    contract, and a constant one if its owner says so."""
     row = torch.arange(read.shape[0], device=read.device)[:, None]
     slot = ring.slots(read[:, None] + torch.arange(-stored, 0, device=read.device))
 

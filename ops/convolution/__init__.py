@@ -1,7 +1,8 @@
 """Causal convolutions, short and long."""
 
-from .long import convolve_long, long_convolution
-from .short import ConvolutionOutput, convolve_short, shift_tokens, short_convolution
+from ...registry.moved import former_names
+from .long import long_convolution
+from .short import ConvolutionOutput, shift_tokens, short_convolution
 
-__all__ = ["ConvolutionOutput", "convolve_long", "convolve_short", "long_convolution"]
-__all__ += ["shift_tokens", "short_convolution"]
+__all__ = ["ConvolutionOutput", "long_convolution", "shift_tokens", "short_convolution"]
+__getattr__ = former_names(__name__, {"convolve_short": "short_convolution", "convolve_long": "long_convolution"})

@@ -9,15 +9,15 @@ sees no length of a document and no complex number, and no spectra are saved for
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.custom_op import Gradients, Op
 from ..runtime.packing import Documents, Stretch, stretches
 from ..runtime.paradigm import Paradigm
@@ -27,43 +27,34 @@ from .short import ConvolutionOutput, require_convolution
 def long_convolution(
     x: Float[Tensor, "B T D"],
     filters: Float[Tensor, "D L"],
+    call: Call | None = None,
     *,
-    initial_state: Float[Tensor, "N P D"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.PARALLEL,
     grows: bool = True,
+    **options: Unpack[CallOptions],
 ) -> ConvolutionOutput:
-    """A causal convolution per channel over all that was read; see `convolve_long`.
+    """Causal convolution per channel over all tokens so far; the state is [N P D], the inputs so far.
+
+    In the parallel paradigm (the default) by FFT: its time is (P + T) log(P + T) in the number of tokens. In the
+    recurrent one as a sum over the cached inputs, token by token: each costs P. Either way a packed document costs what
+    it would alone. Sums are formed in float32 (float64 of float64 inputs). The FFT's rounding goes by the largest
+    input of a row's channel, later ones included: outputs are independent of later inputs only up to it, and an inf or
+    nan spoils earlier outputs of its channel too. The recurrent paradigm has neither. In a context-parallel group every
+    rank gathers the row and convolves it up to its own last token.
 
     Args:
         x: inputs.
         filters: filters[:, i] is what the input i tokens ago is multiplied with; what is further away than L - 1 tokens
             counts as nothing.
-        initial_state: the inputs before the first token, oldest first, and zeros before those; None means none.
-        output_final_state: whether the inputs read are wanted, in the dtype of the initial state, or of x without one.
-        cu_seqlens: as in `Call.of`.
-        paradigm: parallel or recurrent.
-        grows: whether the final state has P + T inputs of each row, packed documents too; otherwise the last P.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        grows: True if the final state has P + T inputs of each row, packed documents too; otherwise the last P.
+        options: `CallOptions`; the initial state is the inputs before the first token, oldest first, and zeros before
+            those. The final state has its dtype, or that of x without one.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit; the paradigm does not exist; an input has a tangent, as
             there is no forward-mode differentiation.
     """
-    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens)
-    return convolve_long(x, filters, call, grows=grows)
-
-
-def convolve_long(x: Tensor, filters: Tensor, call: Call, *, grows: bool) -> ConvolutionOutput:
-    """The same for mixers, which pass a `Call`; the state is [N P D].
-
-    In the parallel paradigm by FFT: its time is (P + T) log(P + T) in the number of tokens. In the recurrent one as a
-    sum over the cached inputs, token by token: each costs P. Either way a packed document costs what
-    it would alone. Sums are formed in float32 (float64 of float64 inputs). The FFT's rounding goes by the largest
-    input of a row's channel, later ones included: outputs are independent of later inputs only up to it, and an inf or
-    nan spoils earlier outputs of its channel too. The recurrent paradigm has neither. In a context-parallel group every
-    rank gathers the row and convolves it up to its own last token.
-    """
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.PARALLEL)
     require_convolution(x, filters, call, "filters [D L] with L")
     rows, state = call.rows(x.shape[0]), call.state
     if state is not None and (state.ndim != 3 or (state.shape[0], state.shape[2]) != (rows, x.shape[2])):

@@ -7,16 +7,16 @@ Notation: B batch, T tokens, D channels, W tokens of a filter, N packed document
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
 from ..recurrence.family import require_packing
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import FLOATS
 from ..runtime.packing import Documents
 from ..runtime.paradigm import Paradigm
@@ -35,36 +35,27 @@ def short_convolution(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],
     bias: Float[Tensor, " D"] | None = None,
-    *,
-    initial_state: Float[Tensor, "N W-1 D"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
+    call: Call | None = None,
+    **options: Unpack[CallOptions],
 ) -> ConvolutionOutput:
-    """A causal convolution per channel over the last W tokens, the token itself included; see `convolve_short`.
+    """Causal convolution per channel over the last W tokens, the token itself included; the state is [N W-1 D].
+
+    It is a sum of W shifted products, which a compiler fuses with what surrounds it. It is also faster than torch's
+    `conv1d`: less than half of its time, forward and backward, on a CPU at T = 2048, D = 512, W = 4. Sums are
+    formed in float32 (float64 of float64 inputs). The paradigm makes no difference.
 
     Args:
         x: inputs.
         weight: filters; weight[:, -1] is what the newest token is multiplied with, as `nn.Conv1d` has it.
         bias: added to every output.
-        initial_state: the last W-1 inputs before the first token, oldest first; None means zeros.
-        output_final_state: whether the last W-1 inputs are wanted, in the dtype of x. Of fewer tokens than that, what
-            the initial state still has of them stays.
-        cu_seqlens: as in `Call.of`.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        options: `CallOptions`; the state is the last W-1 inputs, oldest first, in the dtype of x, and None means zeros.
+            After fewer tokens than that, what the initial state still has of them stays.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit.
     """
-    call = Call.of(Paradigm.PARALLEL, x.shape[1], initial_state, output_final_state, cu_seqlens)
-    return convolve_short(x, weight, bias, call)
-
-
-def convolve_short(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> ConvolutionOutput:
-    """The same for mixers, which pass a `Call`; the state is [N W-1 D], and the paradigm makes no difference.
-
-    It is a sum of W shifted products, which a compiler fuses with what surrounds it. It is also faster than torch's
-    `conv1d`: less than half of its time, forward and backward, on a CPU at T = 2048, D = 512, W = 4. Sums are
-    formed in float32 (float64 of float64 inputs).
-    """
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.PARALLEL)
     require_convolution(x, weight, call, "weight [D W] with W")
     if bias is not None and tuple(bias.shape) != (x.shape[2],):
         raise SeqmixError(f"the bias must be [{x.shape[2]}], and is {list(bias.shape)}")

@@ -1,5 +1,7 @@
 """The decay family: linear attention, retention, Mamba-2, gated linear attention."""
 
-from .api import DECAY, Backend, decay, decay_flops, decay_recurrence
+from ...registry.moved import former_names
+from .api import DECAY, Backend, decay, decay_flops
 
-__all__ = ["DECAY", "Backend", "decay", "decay_flops", "decay_recurrence"]
+__all__ = ["DECAY", "Backend", "decay", "decay_flops"]
+__getattr__ = former_names(__name__, {"decay_recurrence": "decay"})

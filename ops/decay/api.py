@@ -14,15 +14,15 @@ A log-decay of -inf is legal and resets the state: sums of log-decays over a str
 stretch, never as the difference of two running sums, which would be inf - inf.
 """
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
 from ..recurrence.intra_chunk import pairs_by_halves
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.packing import Documents
 from ..runtime.paradigm import Paradigm
@@ -39,57 +39,36 @@ Backend = Literal["auto", "reference", "triton", "triton_tf32x3", "fla"]
 
 
 def decay(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: LogDecay,
-    call: Call,
-    *,
-    scale: float | None = None,
-    wide_output: bool = False,
-) -> RecurrenceOutput:
-    """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `decay_recurrence`.
-
-    Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
-    """
-    return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
-
-
-def decay_recurrence(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
     v: Float[Tensor, "B T H V"],
     log_decay: LogDecay = None,
+    call: Call | None = None,
     *,
     scale: float | None = None,
     wide_output: bool = False,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 128,
-    backend: str = "reference",
+    **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
-    """The same for those who call an op by itself; its further options are those of `Call.of`.
+    """Recurrence with a decaying matrix state: S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
 
-    Chunkwise it is linear in T, in time and memory, forward and backward; parallel it is quadratic; recurrent, one
-    token costs the same at every position.
+    Chunkwise (the default) it is linear in T, in time and memory, forward and backward; parallel it is quadratic;
+    recurrent, one token costs the same at every position. The state is [N H K V].
 
     Args:
         q: queries; the H / G heads of a group share them.
         k: keys; as queries.
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
-        wide_output: whether the output of 16-bit inputs is float32.
-        initial_state: it decays before the first token is added.
+        wide_output: True if the output of 16-bit inputs is to be float32.
+        options: `CallOptions`; the initial state decays before the first token is added.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return decay(q, k, v, log_decay, call, scale=scale, wide_output=wide_output)
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
+    return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
 def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:

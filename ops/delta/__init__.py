@@ -1,5 +1,7 @@
 """The delta family: DeltaNet, Gated DeltaNet, Kimi Delta Attention and DeltaProduct."""
 
-from .api import DELTA, delta, delta_flops, delta_product, delta_rule, unit_norm
+from ...registry.moved import former_names
+from .api import DELTA, delta, delta_flops, delta_product, unit_norm
 
-__all__ = ["DELTA", "delta", "delta_flops", "delta_product", "delta_rule", "unit_norm"]
+__all__ = ["DELTA", "delta", "delta_flops", "delta_product", "unit_norm"]
+__getattr__ = former_names(__name__, {"delta_rule": "delta"})

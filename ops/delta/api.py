@@ -18,16 +18,18 @@ matrix of weights is the inverse of a triangular one, and costs T^3. The chunkwi
 As in decay.py, a log-decay of -inf is legal and resets the state, and log-decays are added up stretch by stretch.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
 from ..decay.api import TOLERANCES, LogDecay
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
 from ..recurrence.intra_chunk import pairs_by_halves
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.paradigm import Paradigm
 from .chunkwise import delta_chunkwise
@@ -35,29 +37,70 @@ from .recurrent import delta_recurrent
 
 
 def delta(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    log_decay: LogDecay = None,
+    call: Call | None = None,
+    *,
+    scale: float | None = None,
+    **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
-    """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `delta_rule`.
+    """The delta rule: with P_t the decayed state, S_t = P_t + beta_t k_t (v_t - k_t^T P_t)^T, o_t = scale q_t S_t.
+
+    Chunkwise (the default, in chunks of 64 tokens) it is linear in T, in time and memory, forward and backward;
+    recurrent, one token costs the same at every position. There is no parallel paradigm. The state is [N H K V].
+
+    Args:
+        q: queries.
+        k: keys; of norm 1 where beta is up to 2.
+        v: values.
+        beta: how much of the prediction's error is written, from 0 to 2 for keys of norm 1.
+        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        scale: factor of the output, 1/sqrt(K) by default.
+        options: `CallOptions`; the initial state decays before the first token is predicted.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
 
 
 def delta_product(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: LogDecay, call: Call, *, scale: float | None = None
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T*n H K"],
+    v: Float[Tensor, "B T*n H V"],
+    beta: Float[Tensor, "B T*n H"],
+    log_decay: LogDecay = None,
+    call: Call | None = None,
+    *,
+    scale: float | None = None,
+    **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
     """n steps of the delta rule per token, from one decay before the first to one query after the last (DeltaProduct,
     arXiv 2502.10297): a transition of n Householder matrices.
 
-    Of q [B T H K] and log_decay there is one per token; the steps of a token are neighbours in k [B T*n H K],
-    v [B T*n H V] and beta [B T*n H]. They are tokens of `delta`, so chunks count steps.
+    q and log_decay have one entry per token; the steps of a token are neighbours in k, v and beta. They are tokens of
+    `delta`, so chunks count steps.
+
+    Args:
+        q: queries.
+        k: keys, n per token.
+        v: values, n per token.
+        beta: how much of each prediction's error is written.
+        log_decay: natural log of the decay before a token's first step; None means no decay.
+        call: as of `delta`.
+        scale: as of `delta`.
+        options: as of `delta`.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:
@@ -70,43 +113,6 @@ def delta_product(
         call = call._replace(documents=None if call.documents is None else call.documents.repeated(steps))
     output, state = delta(q, k, v, beta, log_decay, call, scale=k.shape[3] ** -0.5 if scale is None else scale)
     return RecurrenceOutput(output[:, steps - 1 :: steps], state)
-
-
-def delta_rule(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    beta: Float[Tensor, "B T H"],
-    log_decay: LogDecay = None,
-    *,
-    scale: float | None = None,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 64,
-    backend: str = "reference",
-) -> RecurrenceOutput:
-    """The same for those who call an op by itself; its further options are those of `Call.of`.
-
-    Chunkwise it is linear in T, in time and memory, forward and backward; recurrent, one token costs the same at every
-    position.
-
-    Args:
-        q: queries.
-        k: keys; of norm 1 where beta is up to 2.
-        v: values.
-        beta: how much of the prediction's error is written, from 0 to 2 for keys of norm 1.
-        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
-        scale: factor of the output, 1/sqrt(K) by default.
-        initial_state: it decays before the first token is predicted.
-        paradigm: chunkwise or recurrent.
-
-    Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
-    """
-    call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return delta(q, k, v, beta, log_decay, call, scale=scale)
 
 
 def segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,10 @@ A rank-one term c_t d_t^T S_{t-1} that reads the state before it decays has a = 
 below, as RWKV-7's are. The state stays bounded where I + b a^T lengthens no vector, and else is the caller's.
 """
 
+from typing import Unpack
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..decay.api import TOLERANCES, LogDecay
@@ -24,43 +26,27 @@ from ..delta.recurrent import DeltaRule
 from ..recurrence.chunk_loop import chunkwise_kernel
 from ..recurrence.family import Family, RecurrenceOutput, recur
 from ..recurrence.token_loop import recurrent_kernel
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.paradigm import Paradigm
 
 
 def dplr(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor | None, log_decay: LogDecay, call: Call, scale: float | None
-) -> RecurrenceOutput:
-    """The same for mixers, which pass a `Call`; the state is [N H K V]. The tensors are those of `dplr_recurrence`.
-
-    Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
-    """
-    require_paradigm(call.paradigm)
-    return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)
-
-
-def dplr_recurrence(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
     a: Float[Tensor, "B T H K"],
     b: Float[Tensor, "B T H K"] | None = None,
     log_decay: LogDecay = None,
+    call: Call | None = None,
     *,
     scale: float | None = None,
-    initial_state: Float[Tensor, "N H K V"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 64,
-    backend: str = "reference",
+    **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
-    """The same for those who call an op by itself; its further options are those of `Call.of`.
+    """Recurrence with a diagonal plus rank-one transition: S_t = (I + b_t a_t^T) P_t + k_t v_t^T, o_t = scale q_t S_t.
 
-    Chunkwise it is linear in T, in time and memory, forward and backward; recurrent, one token costs the same at every
-    position.
+    Chunkwise (the default, in chunks of 64 tokens) it is linear in T, in time and memory, forward and backward;
+    recurrent, one token costs the same at every position. There is no parallel paradigm. The state is [N H K V].
 
     Args:
         q: queries.
@@ -69,15 +55,16 @@ def dplr_recurrence(
         a: what reads the decayed state.
         b: where what a reads is added; None is -k.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
-        initial_state: it decays before the first token reads it.
-        paradigm: chunkwise or recurrent.
+        options: `CallOptions`; the initial state decays before the first token reads it.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    call = Call.of(paradigm, q.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size, backend)
-    return dplr(q, k, v, a, b, log_decay, call, scale)
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    require_paradigm(call.paradigm)
+    return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)
 
 
 declare_references(

@@ -11,7 +11,8 @@ padded. Chunks never straddle a document.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -81,30 +82,30 @@ class Chunks(ABC):
         """
 
 
-def chunkwise_kernel(name: str, chunks: Callable[[Recurrence, bool], Chunks]) -> Run:
+MakeChunks: TypeAlias = Callable[[Recurrence, bool], Chunks]
+"""A family's mathematics for a call; the flag says that the gradient of log_decay is wanted."""
+
+
+def chunkwise_kernel(name: str, chunks: MakeChunks) -> Run:
     """The reference kernel of a family: an op `name`.
 
     Args:
         name: of the op.
-        chunks: of a call, and whether the gradient of log_decay will be wanted, the family's mathematics.
+        chunks: makes the family's mathematics for a call.
     """
     op = Op(
         name,
         Recurrence,
         fake=_allocate,
-        forward=lambda x: _forward(x, chunks(x, False)),
-        backward=lambda x, gradients: _backward(x, gradients, chunks(x, "log_decay" in gradients.wanted)),
+        forward=partial(_forward, chunks),
+        backward=partial(_backward, chunks),
         saves=1,
+        result=lambda x, outputs: RecurrenceOutput(outputs[0], outputs[1] if x.output_final_state else None),
     )
-
-    def compute(x: Recurrence) -> RecurrenceOutput:
-        """Parallel inside chunks, recurrent between them."""
-        output, state, _ = op(x)
-        return RecurrenceOutput(output, state if x.output_final_state else None)
-
-    # errors and traces name the family's kernel
-    compute.__module__, compute.__name__, compute.__qualname__ = chunks.__module__, name, name
-    return compute
+    # errors name the family's kernel, and where it can be imported from
+    op.__module__ = chunks.__module__
+    op.__qualname__ = name
+    return op
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +132,8 @@ def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
     return Tokens(q, k, v, beta, a, b)
 
 
-def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(rule: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = rule(x, False)
     output, final_state, entries = _allocate(x)
     rows, batch, index = x.q.shape[0] * x.matrix[0], x.q.shape[0], 0
     room = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.most + 1, batch)
@@ -165,7 +167,8 @@ def _forward(x: Recurrence, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
     return output, final_state, entries
 
 
-def _backward(x: Recurrence, gradients: Gradients, chunks: Chunks) -> dict[str, Tensor]:
+def _backward(rule: MakeChunks, x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
+    chunks = rule(x, "log_decay" in gradients.wanted)
     (d_output, d_final_state), (entries,) = gradients.outputs, gradients.saved
     if d_final_state is not None and not d_final_state.numel():
         d_final_state = None

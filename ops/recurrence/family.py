@@ -55,6 +55,8 @@ class Recurrence(NamedTuple):
     """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
     tf32x3: bool = False
     """Whether a kernel forms each product of float32 as three of TF32."""
+    donated: bool = False
+    """True if the final state may be written over the initial one."""
     wide_output: bool = False
     """Whether the output, and its gradient, has the dtype of states: it may leave the range of the inputs' dtype."""
 
@@ -179,13 +181,20 @@ def recur(
     cp, documents = call.cp_group, call.documents
     local = documents if cp is None else cp.local(documents, q.shape[1])
     x = Recurrence(
-        *(q, k, v, given.get("log_decay"), given.get("beta"), call.state),
+        q,
+        k,
+        v,
+        given.get("log_decay"),
+        given.get("beta"),
+        call.state,
         None if local is None else local.cu_seqlens,
         None if local is None else local.boundaries,
         k.shape[-1] ** -0.5 if scale is None else scale,
-        *(call.chunk_size, call.return_state),
+        call.chunk_size,
+        call.return_state,
         a=given.get("a"),
         b=given.get("b"),
+        donated=call.donated,
         wide_output=wide_output,
     )
     require_recurrence(x)

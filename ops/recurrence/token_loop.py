@@ -16,15 +16,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..runtime.custom_op import Gradients, Op
-from ..runtime.donation import may_overwrite
 from ..runtime.materialize import materialize
-from ..runtime.once import once
 from ..runtime.packing import Stretch
 from .family import Recurrence, RecurrenceOutput, Run
 from .groups import group_elements
@@ -96,8 +95,8 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
         name,
         Recurrence,
         fake=_allocate,
-        forward=lambda x: _forward(x, rule),
-        backward=lambda x, gradients: _backward(x, gradients, rule),
+        forward=partial(_forward, rule),
+        backward=partial(_backward, rule),
         saves=1,
     )
 
@@ -119,7 +118,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_output(), x.new_state(x.rows).zero_(), saved
 
 
-def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(rule: TokenRule, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     output, final_state, saved = _allocate(x)
     x, index, size = x.widened(), 0, _at_once(x)
     room = _room(x, size, 1)
@@ -140,7 +139,7 @@ def _forward(x: Recurrence, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor]:
     return output, final_state, saved
 
 
-def _backward(x: Recurrence, gradients: Gradients, rule: TokenRule) -> dict[str, Tensor]:
+def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final_state), (saved,) = gradients.outputs, gradients.saved
     given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b, "initial_state": x.initial_state}
     out = {name: torch.zeros_like(tensor) for name, tensor in given.items() if tensor is not None}
@@ -257,12 +256,12 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     state, wide = x.initial_state, x.wide
     if state is None:
         return None, False
-    own = x.output_final_state and may_overwrite() and state.dtype == wide and state.is_contiguous()
+    own = x.output_final_state and x.donated and state.dtype == wide and state.is_contiguous()
     state = state.to(wide)
     if x.log_decay is not None:
-        a = x.log_decay
-        decay = once(_fixed_decay, a, wide) if a.ndim == 1 else a[:, 0].to(wide).exp()[(...,) + (None,) * (5 - a.ndim)]
-        decay = materialize(decay, 1)
+        a = x.log_decay[None] if x.log_decay.ndim == 1 else x.log_decay[:, 0]  # [1|B H] or [B H K]
+        decay = a.to(wide).exp()
+        decay = materialize(decay[(...,) + (None,) * (4 - decay.ndim)], 1)
         state = state.mul_(decay) if own else state * decay
     return state, own
 
@@ -270,7 +269,3 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
 def add_outer(state: Tensor, own: bool, column: Tensor, row: Tensor) -> Tensor:
     """S plus the product of [B H K 1] and [B H 1 V]; one pass over the state less than a product and a sum."""
     return state.addcmul_(column, row) if own else torch.addcmul(state, column, row)
-
-
-def _fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    return log_decay.to(dtype).exp()[None, :, None, None]

@@ -60,6 +60,7 @@ class Op(Generic[I]):
         saves: how many of them, the last ones, are saved for backward alone.
         reads: how many of those before are saved for backward too.
         mutates: the inputs that are written in place.
+        result: what a call returns, from its inputs and outputs; the outputs by default.
     """
 
     def __init__(
@@ -74,11 +75,17 @@ class Op(Generic[I]):
         saves: int = 0,
         reads: int = 0,
         mutates: Sequence[str] = (),
+        result: Callable[[I, Outputs], Any] | None = None,
     ) -> None:
-        self.name, self.fake = name, fake
+        self.name = name
         self.inputs: Any = inputs  # a NamedTuple, which has no type of its own
-        self.forward, self.backward, self.outputs, self.saves = forward, backward, outputs, saves
+        self.fake = fake
+        self.forward = forward
+        self.backward = backward
+        self.outputs = outputs
+        self.saves = saves
         self.reads = reads
+        self.result = result
         kinds = get_type_hints(inputs)
         self.tensors = [name for name, kind in kinds.items() if SCHEMAS[kind].startswith("Tensor")]
         types = {name: SCHEMAS[kind] for name, kind in kinds.items()}
@@ -92,14 +99,15 @@ class Op(Generic[I]):
         if backward is not None:
             self._differentiate(op, arguments)
 
-    def __call__(self, x: I) -> Outputs:
-        """The outputs.
+    def __call__(self, x: I) -> Any:
+        """The outputs, or the `result` made of them.
 
         Raises:
             SeqmixError: an input has a tangent.
         """
         found = self.op(*self.checked(x))
-        return (found,) if self.outputs == 1 else found
+        outputs = (found,) if self.outputs == 1 else found
+        return outputs if self.result is None else self.result(x, outputs)
 
     def checked(self, x: I) -> I:
         """The inputs with `needs_grad`.

@@ -1,27 +1,22 @@
 """Recurrences whose state is a vector, element by element: h_t = a_t h_{t-1} + b_t."""
 
+from ...registry.moved import former_names
 from .api import (
     SCAN_PARADIGMS,
     ScanOutput,
-    diagonal_recurrence,
     diagonal_scan,
     log_scan,
-    log_scan_recurrence,
     scan,
-    scan_recurrence,
-    selective_recurrence,
     selective_scan,
 )
 
-__all__ = [
-    "SCAN_PARADIGMS",
-    "ScanOutput",
-    "diagonal_recurrence",
-    "diagonal_scan",
-    "log_scan",
-    "log_scan_recurrence",
-    "scan",
-    "scan_recurrence",
-    "selective_recurrence",
-    "selective_scan",
-]
+__all__ = ["SCAN_PARADIGMS", "ScanOutput", "diagonal_scan", "log_scan", "scan", "selective_scan"]
+__getattr__ = former_names(
+    __name__,
+    {
+        "scan_recurrence": "scan",
+        "log_scan_recurrence": "log_scan",
+        "selective_recurrence": "selective_scan",
+        "diagonal_recurrence": "diagonal_scan",
+    },
+)

@@ -12,16 +12,16 @@ side. Both are linear in T, forward and backward. A log-decay of -inf is legal a
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
 from ..recurrence.family import require_chunk_size, require_packing
-from ..runtime.call import Call
+from ..runtime.call import Call, CallOptions
 from ..runtime.custom_op import Op
 from ..runtime.kernel import FLOATS
 from ..runtime.packing import Documents
@@ -47,37 +47,27 @@ class ScanOutput(NamedTuple):
     """float32 (float64 of float64 inputs); None unless wanted."""
 
 
-def scan_recurrence(
+def scan(
     x: Float[Tensor, "B T *E"],
     log_decay: Float[Tensor, "B T *E"],
-    *,
-    initial_state: Float[Tensor, "N *E"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 64,
+    call: Call | None = None,
+    **options: Unpack[CallOptions],
 ) -> ScanOutput:
-    """h_t = exp(log_decay_t) h_{t-1} + x_t for every element by itself; the output is h_t.
+    """h_t = exp(log_decay_t) h_{t-1} + x_t for every element by itself; the output is h_t, the state [N *E].
+
+    In a context-parallel group it is computed twice: for what the segment does with any state, and from its own.
 
     Args:
         x: what is written, [B T C], or with further dimensions.
         log_decay: natural log of the decay, <= 0, -inf allowed; of the shape of x.
-        initial_state: it decays before the first token is added; None means zeros.
-        output_final_state: as in `Call.of`, like the arguments below.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        options: `CallOptions`; the initial state decays before the first token is added. Chunks have 64 tokens.
 
     Raises:
         SeqmixError: shapes or dtypes do not fit; the paradigm does not exist, or is the parallel one; an input has a
             tangent, as there is no forward-mode differentiation but of one token.
     """
-    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
-    return scan(x, log_decay, call)
-
-
-def scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
-    """The same for mixers, which pass a `Call`; the state is [N *E].
-
-    In a context-parallel group it is computed twice: for what the segment does with any state, and from its own.
-    """
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_alike(x, log_decay, call)
     if _is_step(x, call):
         h = log_decay[:, 0].to(wide(x)).exp() * _state(x, call, x.shape[2:]) + x[:, 0].to(wide(x))
@@ -88,33 +78,24 @@ def scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
     return _in_group(SCAN, Scan(x, log_decay, *_common(call)), call, total.exp())
 
 
-def log_scan_recurrence(
+def log_scan(
     x: Float[Tensor, "B T *E"],
     log_decay: Float[Tensor, "B T *E"],
-    *,
-    initial_state: Float[Tensor, "N *E"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 64,
+    call: Call | None = None,
+    **options: Unpack[CallOptions],
 ) -> ScanOutput:
-    """h_t = log(exp(log_decay_t + h_{t-1}) + exp(x_t)): `scan_recurrence` of exponentials that floats cannot hold.
+    """h_t = log(exp(log_decay_t + h_{t-1}) + exp(x_t)): `scan` of exponentials that floats cannot hold.
 
     Args:
         x: logarithm of what is written, finite.
-        log_decay: as of `scan_recurrence`.
-        initial_state: None means -inf, the logarithm of 0.
-        output_final_state: as in `Call.of`, like the arguments below.
+        log_decay: as of `scan`.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        options: `CallOptions`; no initial state means -inf, the logarithm of 0. Chunks have 64 tokens.
 
     Raises:
-        SeqmixError: as of `scan_recurrence`.
+        SeqmixError: as of `scan`.
     """
-    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
-    return log_scan(x, log_decay, call)
-
-
-def log_scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
-    """The same for mixers, which pass a `Call`; the state is [N *E]."""
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_alike(x, log_decay, call)
     dtype = wide(x)
     if _is_step(x, call):
@@ -130,18 +111,14 @@ def log_scan(x: Tensor, log_decay: Tensor, call: Call) -> ScanOutput:
     return _in_group(LOG_SCAN, Scan(x, log_decay, *_common(call)), call, total, torch.add, torch.logaddexp)
 
 
-def selective_recurrence(
+def selective_scan(
     x: Float[Tensor, "B T C"],
     step: Float[Tensor, "B T C"],
     rate: Float[Tensor, "K C"],
     k: Float[Tensor, "B T K"],
     q: Float[Tensor, "B T K"],
-    *,
-    initial_state: Float[Tensor, "N K C"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 16,
+    call: Call | None = None,
+    **options: Unpack[CallOptions],
 ) -> ScanOutput:
     """h_t = exp(step_t rate) h_{t-1} + k_t x_t^T, and q_t h_t as output; states exist for a few blocks at a time.
 
@@ -151,18 +128,13 @@ def selective_recurrence(
         rate: <= 0, the log-decay per unit of step.
         k: keys.
         q: queries.
-        initial_state: it decays before the first token is added; None means zeros.
-        output_final_state: as in `Call.of`, like the arguments below.
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        options: `CallOptions`; the initial state [N K C] decays before the first token is added. Chunks have 16 tokens.
 
     Raises:
-        SeqmixError: as of `scan_recurrence`.
+        SeqmixError: as of `scan`.
     """
-    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
-    return selective_scan(x, step, rate, k, q, call)
-
-
-def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor, call: Call) -> ScanOutput:
-    """The same for mixers, which pass a `Call`; the state is [N K C]."""
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, step, rate, k, q)]
     if x.ndim != 3 or x.shape[1] < 1 or rate.ndim != 2 or shapes != _selective_shapes(x, rate):
         raise SeqmixError(
@@ -184,37 +156,28 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor, 
     return _in_group(SELECTIVE, given, call, (total[:, None] * rate.to(dtype)).exp())
 
 
-def diagonal_recurrence(
+def diagonal_scan(
     x: Float[Tensor, "B T C"],
     log_decay: Float[Tensor, "K C"],
     angle: Float[Tensor, "K C"],
     weight: Float[Tensor, "K C 2"],
-    *,
-    initial_state: Float[Tensor, "N K C 2"] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Int[Tensor, "N+1"] | None = None,
-    paradigm: Paradigm | str = Paradigm.CHUNKWISE,
-    chunk_size: int = 16,
+    call: Call | None = None,
+    **options: Unpack[CallOptions],
 ) -> ScanOutput:
     """h_t = exp(log_decay + i angle) h_{t-1} + x_t, complex, and Re(sum_k weight h_t) as output.
 
     Args:
         x: what is written, a scalar per channel.
         log_decay: natural log of the decays, <= 0, the same for all tokens.
-        angle: by which the states turn at each token.
-        weight: the output's complex weights, as pairs of real numbers, as states are.
-        initial_state: it decays before the first token is added; None means zeros.
-        output_final_state: as in `Call.of`, like the arguments below.
+        angle: rotation of the states per token, in radians.
+        weight: the output's complex weights, as pairs of real numbers, as states are: [N K C 2].
+        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        options: `CallOptions`; the initial state decays before the first token is added. Chunks have 16 tokens.
 
     Raises:
-        SeqmixError: as of `scan_recurrence`.
+        SeqmixError: as of `scan`.
     """
-    call = Call.of(paradigm, x.shape[1], initial_state, output_final_state, cu_seqlens, chunk_size)
-    return diagonal_scan(x, log_decay, angle, weight, call)
-
-
-def diagonal_scan(x: Tensor, log_decay: Tensor, angle: Tensor, weight: Tensor, call: Call) -> ScanOutput:
-    """The same for mixers, which pass a `Call`; the state is [N K C 2]."""
+    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, log_decay, angle, weight)]
     if x.ndim != 3 or x.shape[1] < 1 or shapes[1:] != _diagonal_shapes(x, log_decay):
         raise SeqmixError(

@@ -14,7 +14,7 @@ from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
 from seqmix.benchmarks.suite import Entry, Forecast, Implementation, Skip, run
-from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay import decay
 from seqmix.ops.decay.api import decay_flops
 from seqmix.ops.runtime.paradigm import Paradigm
 
@@ -92,7 +92,7 @@ def test_products_are_counted_forward_and_backward():
 def test_products_inside_an_op_are_counted():
     q, k, v = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 12)
     log_decay = torch.tensor([-0.1, -0.2])
-    counted = flops(recorded(lambda: decay_recurrence(q, k, v, log_decay, paradigm=Paradigm.CHUNKWISE, chunk_size=16)))
+    counted = flops(recorded(lambda: decay(q, k, v, log_decay, paradigm=Paradigm.CHUNKWISE, chunk_size=16)))
     declared = 2 * decay_flops(Paradigm.CHUNKWISE, 64, 8, 12, chunk_size=16)
     assert counted == declared
 

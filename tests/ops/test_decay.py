@@ -10,7 +10,7 @@ from dispatched import Watched
 from recurrences import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
-from seqmix.ops.decay import decay_flops, decay_recurrence
+from seqmix.ops.decay import decay, decay_flops
 from seqmix.ops.decay.chunkwise import _DecayChunks
 from seqmix.ops.recurrence import chunk_loop as chunkwise
 from seqmix.ops.recurrence import groups as chunks
@@ -49,7 +49,7 @@ def test_tokens_one_by_one_and_several_at_once_are_the_definition(op, elements):
 def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
     batch, length, heads, key, value = sizes
     q, v = torch.ones(batch, length, heads, key), torch.ones(batch, length, heads, value)
-    found = decay_recurrence(q, q, v, scale=1.0, output_final_state=True, paradigm="recurrent")
+    found = decay(q, q, v, scale=1.0, output_final_state=True, paradigm="recurrent")
     assert found.output.shape == v.shape
     assert found.final_state.shape == (batch, heads, key, value)
 
@@ -57,7 +57,7 @@ def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
 def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
     q, v = torch.full((1, 4, 1, 2), 1e12), torch.full((1, 4, 1, 2), 1e15)
     log_decay = torch.tensor([[[0.0], [0.0], [-torch.inf], [0.0]]], requires_grad=True)
-    found = decay_recurrence(q, q, v, log_decay, scale=1.0, output_final_state=True, paradigm="recurrent")
+    found = decay(q, q, v, log_decay, scale=1.0, output_final_state=True, paradigm="recurrent")
     (found.final_state * 1e15).sum().backward()
     assert log_decay.grad[0, :3, 0].tolist() == [0.0, 0.0, 0.0]
 
@@ -110,10 +110,10 @@ def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(par
     # what is left of its sum has more digits than 16 bits have
     d_output = torch.tensor([1.0 + 2**-12, -1.0]).repeat(1, length, 1, 4) / 2**8
     with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):
-        output = decay_recurrence(q, k, v, **options).output
+        output = decay(q, k, v, **options).output
         found = torch.autograd.grad(output, [q, k, v], d_output)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = decay_recurrence(*wide, **options).output
+    expected = decay(*wide, **options).output
     assert output.dtype == torch.float32
     assert expected.min() > 65504
     assert_close(output, expected)
@@ -279,7 +279,7 @@ STATE, BOUNDARIES = torch.zeros(1, 2, 4, 3), torch.tensor([0, 2, 6])
 )
 def test_what_does_not_fit_is_refused(tensors, options, named):
     with pytest.raises(SeqmixError, match=named) as error:
-        decay_recurrence(*tensors, **options)
+        decay(*tensors, **options)
     assert "\n" not in str(error.value)
 
 
@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_refused(tensors, options, named):
 def test_wrong_boundaries_are_refused_in_compiled_code_too(boundaries):
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 1, 6, 2, 4)
-    function = torch.compile(decay_recurrence, backend="aot_eager", fullgraph=True)
+    function = torch.compile(decay, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="cu_seqlens"):
         function(q, k, v, None, cu_seqlens=torch.tensor(boundaries), paradigm="parallel")
 
@@ -299,7 +299,5 @@ def test_a_step_keeps_the_strides_of_the_state(heads, widths):
     q, k, v = (torch.randn(2, 1, heads, width) for width in (widths[0], *widths))
     state = torch.randn(2, heads, *widths)
     for log_decay in (None, torch.full((heads,), -0.1), torch.full((2, 1, heads), -0.1)):
-        _, after = decay_recurrence(
-            q, k, v, log_decay, initial_state=state, output_final_state=True, paradigm="recurrent"
-        )
+        _, after = decay(q, k, v, log_decay, initial_state=state, output_final_state=True, paradigm="recurrent")
         assert after.stride() == state.stride()

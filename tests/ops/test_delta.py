@@ -7,7 +7,7 @@ import torch
 from recurrences import CPU, case_of, run
 from torch.testing import assert_close
 
-from seqmix.ops.delta import delta_flops, delta_rule, unit_norm
+from seqmix.ops.delta import delta, delta_flops, unit_norm
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing.kernel_families import DeltaCase
@@ -60,6 +60,6 @@ Q, K, V, B = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 4), torch.randn(2, 6,
 )
 def test_what_does_not_fit_is_refused(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
-        delta_rule(*tensors, **options)
+        delta(*tensors, **options)
     with pytest.raises(SeqmixError, match="parallel"):
         delta_flops(Paradigm.PARALLEL, 4, 2, 2)

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from seqmix.ops.decay import decay_recurrence
-from seqmix.ops.delta import delta_rule
-from seqmix.ops.dplr import dplr_recurrence
+from seqmix.ops.decay import decay
+from seqmix.ops.delta import delta
+from seqmix.ops.dplr import dplr
 from seqmix.ops.runtime.donation import donate_state
 
 Q, K, A, B = torch.randn(4, 3, 1, 2, 4)
 V, RATE = torch.randn(3, 1, 2, 5), torch.rand(3, 1, 2)
 DECAY = -torch.rand(3, 1, 2, 4)
 STEPS = {
-    "decay": lambda **o: decay_recurrence(Q, K, V, DECAY, **o),
-    "decay, none": lambda **o: decay_recurrence(Q, K, V, None, **o),
-    "delta": lambda **o: delta_rule(Q, K, V, RATE, DECAY, **o),
-    "dplr": lambda **o: dplr_recurrence(Q, K, V, A, B, DECAY, **o),
+    "decay": lambda **o: decay(Q, K, V, DECAY, **o),
+    "decay, none": lambda **o: decay(Q, K, V, None, **o),
+    "delta": lambda **o: delta(Q, K, V, RATE, DECAY, **o),
+    "dplr": lambda **o: dplr(Q, K, V, A, B, DECAY, **o),
 }
 
 

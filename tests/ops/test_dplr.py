@@ -9,7 +9,7 @@ from recurrences import CPU, case_of, differentiate, run
 from torch.testing import assert_close
 
 from seqmix.ops.delta import delta_flops, delta_product
-from seqmix.ops.dplr import dplr_recurrence
+from seqmix.ops.dplr import dplr
 from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
@@ -30,9 +30,9 @@ def test_no_b_is_minus_k(paradigm, log_decay, lengths):
     given = {name: x for name, x in case.inputs(CPU).items() if name != "b"}
 
     def of_k(q, k, v, a, b, log_decay, **options):
-        return dplr_recurrence(q, k, v, a, -k if b is None else b, log_decay, **options)
+        return dplr(q, k, v, a, -k if b is None else b, log_decay, **options)
 
-    exactly(*(differentiate(case, paradigm, given, function=f) for f in (dplr_recurrence, of_k)))
+    exactly(*(differentiate(case, paradigm, given, function=f) for f in (dplr, of_k)))
 
 
 def householder_loop(n, q, k, v, beta, log_decay, state, scale):
@@ -123,6 +123,6 @@ X, V = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 3)
 )
 def test_what_does_not_fit_is_refused(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
-        dplr_recurrence(*tensors, **options)
+        dplr(*tensors, **options)
     with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 for 6"):
         delta_product(X, X[:, :3], V[:, :3], X[:, :3, :, 0], None, Call.of("chunkwise", 6))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seqmix.ops.attention import softmax_attention
-from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay import decay
 from seqmix.ops.decay.chunkwise import decay_chunkwise
 from seqmix.ops.runtime.kernel import KERNELS, Probe, declare, find
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -101,7 +101,7 @@ def test_a_kernel_is_declared_once_and_found(monkeypatch):
 
 def test_references_refuse_what_they_would_round():
     q = torch.ones(1, 2, 1, 1, dtype=torch.int64)
-    for function in (decay_recurrence, softmax_attention):
+    for function in (decay, softmax_attention):
         with pytest.raises(SeqmixError, match=r"float64, .* int64, int64"):
             function(q, q, q, paradigm=Paradigm.PARALLEL)
         with pytest.raises(SeqmixError, match="float32, float64, float32"):

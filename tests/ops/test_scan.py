@@ -11,19 +11,17 @@ from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.ops.scan import (
     SCAN_PARADIGMS,
     blocks,
-    diagonal_recurrence,
-    log_scan_recurrence,
-    scan_recurrence,
-    selective_recurrence,
+    diagonal_scan,
+    log_scan,
+    scan,
+    selective_scan,
 )
 from seqmix.registry import SeqmixError
 
 C, K = 5, 3
-NOTHING = {log_scan_recurrence: -torch.inf}
+NOTHING = {log_scan: -torch.inf}
 every_paradigm = pytest.mark.parametrize("paradigm", sorted(SCAN_PARADIGMS))
-every_op = pytest.mark.parametrize(
-    "op", [scan_recurrence, selective_recurrence, log_scan_recurrence, diagonal_recurrence]
-)
+every_op = pytest.mark.parametrize("op", [scan, selective_scan, log_scan, diagonal_scan])
 every_layout = pytest.mark.parametrize(
     ("lengths", "packed"),
     [([1, 1], False), ([7, 7], False), ([30], False), ([5], True), ([0, 9, 0, 1, 1, 12, 8, 0], True)],
@@ -44,10 +42,10 @@ def tensors(op, lengths, packed, *, reset=0.1, strength=2.0, dtype=torch.float64
     batch, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     x, step = randn(batch, length, C), strength * torch.rand(batch, length, C, dtype=torch.float64)
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None
-    if op is diagonal_recurrence:
+    if op is diagonal_scan:
         log_decay, angle = -strength * torch.rand(K, C, dtype=torch.float64), 3 * randn(K, C)
         given = [x, log_decay, angle, randn(K, C, 2), randn(len(lengths), K, C, 2)]
-    elif op is not selective_recurrence:
+    elif op is not selective_scan:
         log_decay = (-step).masked_fill(torch.rand_like(step) < reset, -torch.inf)
         given = [x, log_decay, randn(len(lengths), C)]
     else:
@@ -60,14 +58,14 @@ def define(op, given, h):
     """For one sequence, [T *]: outputs, and the state after it."""
     outputs = []
     for t in range(len(given[0])):
-        if op is diagonal_recurrence:
+        if op is diagonal_scan:
             x, log_decay, angle, weight = given
             turn = torch.polar(log_decay.exp(), angle)
             h = torch.view_as_real(turn * torch.view_as_complex(h.contiguous()) + x[t])
             outputs.append((weight[..., 0] * h[..., 0] - weight[..., 1] * h[..., 1]).sum(0))
-        elif op is not selective_recurrence:
+        elif op is not selective_scan:
             x, log_decay = (tensor[t] for tensor in given)
-            log = op is log_scan_recurrence
+            log = op is log_scan
             h = ((log_decay + h).exp() + x.exp()).log() if log else log_decay.exp() * h + x
             outputs.append(h)
         else:
@@ -116,8 +114,8 @@ def _gradients(results, leaves, above, kept):
 @every_paradigm
 def test_a_state_has_any_shape_and_inputs_any_strides(paradigm):
     x, log_decay = randn(2, 3, 11, 4).permute(0, 2, 3, 1), -torch.rand(11, 2, 4, 3, dtype=torch.float64).transpose(0, 1)
-    found = scan_recurrence(x, log_decay, paradigm=paradigm, chunk_size=4, output_final_state=True)
-    flat = scan_recurrence(x.flatten(2), log_decay.flatten(2), chunk_size=4, output_final_state=True)
+    found = scan(x, log_decay, paradigm=paradigm, chunk_size=4, output_final_state=True)
+    flat = scan(x.flatten(2), log_decay.flatten(2), chunk_size=4, output_final_state=True)
     exactly(found.output.flatten(2), flat.output)
     exactly(found.final_state.flatten(1), flat.final_state)
 
@@ -180,7 +178,7 @@ def test_its_op_passes_opcheck(op, packed):
     torch.library.opcheck(getattr(torch.ops.seqmix, name).default, arguments)
 
 
-@pytest.mark.parametrize("op", [scan_recurrence, selective_recurrence, diagonal_recurrence])
+@pytest.mark.parametrize("op", [scan, selective_scan, diagonal_scan])
 def test_memory_for_the_backward_pass_is_a_state_per_block(op):
     given, _ = tensors(op, [640], False)
     saved = []
@@ -200,23 +198,23 @@ def test_wrong_input_is_refused():
     x, a = randn(2, 4, C), -torch.ones(2, 4, C, dtype=torch.float64)
     for wrong in (a[:, :3], a[..., :1]):
         with pytest.raises(SeqmixError, match=r"\[2, 4, 5\]"):
-            scan_recurrence(x, wrong)
+            scan(x, wrong)
     with pytest.raises(SeqmixError, match="T >= 1"):
-        scan_recurrence(x[:, :0], a[:, :0])
+        scan(x[:, :0], a[:, :0])
     with pytest.raises(SeqmixError, match="not parallel"):
-        scan_recurrence(x, a, paradigm="parallel")
+        scan(x, a, paradigm="parallel")
     with pytest.raises(SeqmixError, match=r"initial state must be \[2, 5\]"):
-        scan_recurrence(x, a, initial_state=randn(2, 4))
+        scan(x, a, initial_state=randn(2, 4))
     with pytest.raises(SeqmixError, match="B = 1"):
-        scan_recurrence(x, a, cu_seqlens=torch.tensor([0, 4]))
+        scan(x, a, cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(SeqmixError, match="chunk_size"):
-        scan_recurrence(x, a, chunk_size=0)
+        scan(x, a, chunk_size=0)
     with pytest.raises(SeqmixError, match="floating-point"):
-        scan_recurrence(x.long(), a)
+        scan(x.long(), a)
     with pytest.raises(SeqmixError, match="forward-mode"):
-        torch.func.jvp(lambda x: scan_recurrence(x, a).output, (x,), (x,))
+        torch.func.jvp(lambda x: scan(x, a).output, (x,), (x,))
     with pytest.raises(SeqmixError, match=r"q \[B T K\]"):
-        selective_recurrence(x, x, a[0, :K], randn(2, 4, K), randn(2, 4, K + 1))
+        selective_scan(x, x, a[0, :K], randn(2, 4, K), randn(2, 4, K + 1))
 
 
 @every_op

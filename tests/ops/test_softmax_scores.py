@@ -9,7 +9,7 @@ from fla_oracles import INSTALLED, agree, loaded, needs_fla, with_gradients
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from seqmix.ops.attention import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax, softmax_attention
+from seqmix.ops.attention import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax_attention
 from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.kernel import find
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -138,11 +138,12 @@ def test_boundaries_that_only_the_device_knows_change_nothing(paradigm):
         documents=Call.of(paradigm, 9, cu_seqlens=torch.tensor([0, 4, 9])).documents
     )
     tensors = [given.pop(name) for name in "qkv"]
-    known, state = softmax(*tensors, call, **given)
+    known, state = softmax_attention(*tensors, call, **given)
     hidden = call.documents._replace(boundaries=None)
-    exactly((known, state), softmax(*tensors, call._replace(documents=hidden), **given))
+    exactly((known, state), softmax_attention(*tensors, call._replace(documents=hidden), **given))
     after = call._replace(documents=hidden, state=state)
-    exactly(softmax(*tensors, after, **given), softmax(*tensors, after._replace(documents=call.documents), **given))
+    visible = after._replace(documents=call.documents)
+    exactly(softmax_attention(*tensors, after, **given), softmax_attention(*tensors, visible, **given))
 
 
 @every_paradigm

@@ -25,7 +25,7 @@ from seqmix.mixers.delta_net import DeltaNetConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.kda import KDAConfig
 from seqmix.models import Decoder, ModelConfig, prefill
-from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay import decay
 from seqmix.ops.kernels.triton.decay import launch as triton_launch
 from seqmix.ops.kernels.triton.decay import op as decay_triton
 from seqmix.ops.kernels.triton.decay.launch import INTERPRETED, choose, configurations
@@ -46,9 +46,9 @@ NATIVE = torch.cuda.is_available()
 INTERPRETS = os.environ.get(PROCESS) == "interpreter"
 DEVICE = "cuda" if NATIVE else "cpu"
 
-decay_recurrent = partial(decay_recurrence, paradigm="recurrent")
-decay_chunkwise_triton = partial(decay_recurrence, paradigm="chunkwise", backend="triton")
-decay_recurrent_triton = partial(decay_recurrence, paradigm="recurrent", backend="triton")
+decay_recurrent = partial(decay, paradigm="recurrent")
+decay_chunkwise_triton = partial(decay, paradigm="chunkwise", backend="triton")
+decay_recurrent_triton = partial(decay, paradigm="recurrent", backend="triton")
 
 
 def call_of(q, k, v, log_decay, state, scale=None):

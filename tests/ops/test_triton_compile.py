@@ -30,8 +30,7 @@ import pytest
 import torch
 
 from seqmix.experiments.pages import fill, table
-from seqmix.ops.decay import decay_recurrence
-from seqmix.ops.delta import delta_rule
+from seqmix.ops.delta import delta
 from seqmix.ops.kernels.triton.decay import launch as triton_launch
 from seqmix.ops.kernels.triton.decay import op as decay_triton
 from seqmix.ops.kernels.triton.decay import per_key_launch as triton_keys
@@ -171,9 +170,9 @@ def chunkwise(
     ):
         options = {"initial_state": state, "output_final_state": True, "cu_seqlens": boundaries, "backend": "triton"}
         if beta:
-            found = delta_rule(q, k, v, torch.ones(1, length, heads, requires_grad=True), a, **options)
+            found = delta(q, k, v, torch.ones(1, length, heads, requires_grad=True), a, **options)
         else:
-            found = decay_recurrence(q, k, v, a, wide_output=wide_output, **options)
+            found = decay(q, k, v, a, wide_output=wide_output, **options)
         torch.autograd.backward([found.output, found.final_state], [torch.zeros_like(found.output), state.detach()])
     return recorder.launches
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.linear_attention import LinearAttentionConfig
-from seqmix.ops.decay import decay_recurrence
+from seqmix.ops.decay import decay
 from seqmix.ops.kernels import fla as decay_fla
 from seqmix.ops.recurrence.family import Recurrence
 from seqmix.ops.runtime.kernel import Probe, find
@@ -77,7 +77,7 @@ def ours(paradigm, has_state=True, **options):
 
     def function(q, k, v, a, state):
         state = state if has_state else None
-        return decay_recurrence(q, k, v, a, initial_state=state, output_final_state=has_state, **options)
+        return decay(q, k, v, a, initial_state=state, output_final_state=has_state, **options)
 
     return function
 
@@ -141,7 +141,7 @@ def test_linear_attention_with_its_denominator_is_theirs(paradigm):
 
 
 # their kernels as a backend: what they are called with; their plain references stand in for them
-by_fla = partial(decay_recurrence, backend="fla")
+by_fla = partial(decay, backend="fla")
 
 
 def signature(op, name):
@@ -211,7 +211,7 @@ def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, s
         state = torch.randn(5, H, K, V, generator=torch.Generator().manual_seed(2))
     results = [
         with_gradients(lambda q, k, v, a, s, f=f: f(q, k, v, a, initial_state=s, **options), (*segment, state))
-        for f in (by_fla, decay_recurrence)
+        for f in (by_fla, decay)
     ]
     (found, gradients), (expected, exact) = results
     agree(found, expected)
@@ -219,7 +219,7 @@ def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, s
     with torch.no_grad():
         output, none = by_fla(*segment, cu_seqlens=options.get("cu_seqlens"))
     assert none is None
-    agree(output, decay_recurrence(*segment, cu_seqlens=options.get("cu_seqlens")).output)
+    agree(output, decay(*segment, cu_seqlens=options.get("cu_seqlens")).output)
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ def test_the_backend_takes_resets_which_their_chunks_do_not(standing_in, monkeyp
     q, k, v, a, state = inputs("token")
     a[:, [0, 20, 21]] = -math.inf
     options = {"initial_state": state, "output_final_state": True}
-    found, expected = (f(q, k, v, a, **options) for f in (by_fla, decay_recurrence))
+    found, expected = (f(q, k, v, a, **options) for f in (by_fla, decay))
     assert_close(list(found), list(expected), rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
@@ -287,7 +287,7 @@ def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeyp
 
         return with_gradients(call, (*segment, state))
 
-    (found, gradients), (expected, exact) = run(compiled), run(decay_recurrence)
+    (found, gradients), (expected, exact) = run(compiled), run(decay)
     agree(found, expected)
     agree(gradients, exact)
     leaves = [x.clone().requires_grad_() for x in (*segment, state)]

@@ -16,7 +16,7 @@ from transformer_models import mixer_weights
 from seqmix.convert.hybrids import Qwen3Next
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
-from seqmix.ops.delta import delta_rule
+from seqmix.ops.delta import delta
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
 
@@ -37,7 +37,7 @@ every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
 
 def theirs(oracle):
     """One of their functions with the arguments of ours: it gives output and final state, or None."""
-    function = getattr(loaded("gated_delta_rule" if ORACLES[oracle] else "delta_rule"), oracle)
+    function = getattr(loaded("gated_delta_rule" if ORACLES[oracle] else "delta"), oracle)
 
     def heads_first(*arguments):
         output, state = function(*arguments)
@@ -68,7 +68,7 @@ def inputs(decays, batch=B):
 def ours(paradigm, *arguments, **options):
     *segment, state = arguments
     how = {"paradigm": paradigm, "chunk_size": CHUNK}
-    return delta_rule(*segment, initial_state=state, output_final_state=True, **how, **options)
+    return delta(*segment, initial_state=state, output_final_state=True, **how, **options)
 
 
 @needs_fla

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla, with_gradients
 
 from seqmix.mixers import Paradigm
-from seqmix.ops.delta import delta_product, delta_rule
-from seqmix.ops.dplr import dplr_recurrence
+from seqmix.ops.delta import delta, delta_product
+from seqmix.ops.dplr import dplr
 from seqmix.ops.runtime.call import Call
 
 pytestmark = needs_fla
@@ -27,7 +27,7 @@ def gdn2(function):
     return lambda q, k, v, g, e, w, s: function(q, k, v, g, e, w, None, s, True)
 
 
-def dplr(function):
+def theirs_dplr(function):
     """Theirs reads the state before it decays."""
 
     def heads_first(q, k, v, g, a, b, s):
@@ -46,11 +46,9 @@ def our_product(q, k, v, g, beta, s, *, paradigm, **options):
 
 
 OURS = {
-    kda: lambda q, k, v, g, beta, s, **options: delta_rule(q, k, v, beta, g, initial_state=s, **options),
-    gdn2: lambda q, k, v, g, e, w, s, **options: dplr_recurrence(
-        q, k, w * v, e * k, None, g, initial_state=s, **options
-    ),
-    dplr: lambda q, k, v, g, a, b, s, **options: dplr_recurrence(q, k, v, a, b, g, initial_state=s, **options),
+    kda: lambda q, k, v, g, beta, s, **options: delta(q, k, v, beta, g, initial_state=s, **options),
+    gdn2: lambda q, k, v, g, e, w, s, **options: dplr(q, k, w * v, e * k, None, g, initial_state=s, **options),
+    theirs_dplr: lambda q, k, v, g, a, b, s, **options: dplr(q, k, v, a, b, g, initial_state=s, **options),
     product: our_product,
 }
 ORACLES = {
@@ -58,7 +56,7 @@ ORACLES = {
     "naive_chunk_kda": ("kda", kda),
     "naive_recurrent_gdn2": ("gdn2", gdn2),
     "naive_chunk_gdn2": ("gdn2", gdn2),
-    "dplr_recurrence": ("generalized_delta_rule/dplr", dplr),
+    "dplr": ("generalized_delta_rule/dplr", theirs_dplr),
     "naive_recurrent_gated_delta_product": ("gated_delta_product", product),
 }
 
@@ -75,7 +73,7 @@ def inputs(kind):
     more = {
         kda: lambda: [2 * rand(T, H)],
         gdn2: lambda: [rand(T, H, K), rand(T, H, V)],
-        dplr: lambda: [k, -k * rand(T, H, K)],
+        theirs_dplr: lambda: [k, -k * rand(T, H, K)],
         product: lambda: [2 * rand(steps, H)],
     }[kind]()
     return [q, k, rand(steps, H, V), g, *more, rand(H, K, V)]

@@ -37,7 +37,6 @@ from ....decay.recurrent import decay_recurrent
 from ....recurrence.family import Recurrence, RecurrenceOutput
 from ....recurrence.groups import capacity
 from ....runtime.custom_op import Gradients, Op, has_tangent, needs_grad
-from ....runtime.donation import may_overwrite
 from ....runtime.kernel import Kernel, Probe, declare
 from ....runtime.paradigm import Paradigm
 from ..launch import UNIT, contiguous, kernels, missing, padded, readable, strides
@@ -113,7 +112,7 @@ def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
     state = x.initial_state
     if state is None:
         state = x.new_state(x.q.shape[0]).zero_()
-    elif not (x.output_final_state and may_overwrite() and state.dtype == torch.float32 and state.is_contiguous()):
+    elif not (x.output_final_state and x.donated and state.dtype == torch.float32 and state.is_contiguous()):
         state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return RecurrenceOutput(decay_step_triton(x._replace(initial_state=state)), state if x.output_final_state else None)
 

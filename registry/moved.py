@@ -1,0 +1,64 @@
+"""Names that have moved keep working for one minor version, with a warning that says where they are now."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES: Mapping[str, str] = {
+    "seqmix.ops.autograd": "seqmix.ops.runtime.custom_op",
+    "seqmix.ops.call": "seqmix.ops.runtime.call",
+    "seqmix.ops.chunkwise": "seqmix.ops.recurrence.chunk_loop",
+    "seqmix.ops.packing": "seqmix.ops.runtime.packing",
+    "seqmix.ops.paradigm": "seqmix.ops.runtime.paradigm",
+    "seqmix.ops.recurrent": "seqmix.ops.recurrence.token_loop",
+    "seqmix.ops.softmax": "seqmix.ops.attention",
+    "seqmix.ops.softmax.api": "seqmix.ops.attention.api",
+    "seqmix.ops.softmax.cache": "seqmix.ops.attention.kv_cache",
+}
+"""Public modules of version 0.2, and where what they held is now. To be removed in 0.4."""
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a module under its former name: a module that reads its names from the present one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        del path, target
+        if fullname not in MODULES:
+            return None
+        return ModuleSpec(fullname, self, is_package=any(name.startswith(f"{fullname}.") for name in MODULES))
+
+    def exec_module(self, module: ModuleType) -> None:
+        now = MODULES[module.__name__]
+        warnings.warn(f"{module.__name__} is now {now}: import it from there", DeprecationWarning, stacklevel=2)
+        present = importlib.import_module(now)
+        vars(module)["__getattr__"] = lambda name: getattr(present, name)
+
+
+def find_moved_modules() -> None:
+    """Let Python find the modules of `MODULES` under their former names."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` for functions with a new name.
+
+    Args:
+        module: the module's `__name__`.
+        names: former names and present ones, all in this module.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], names[name])
+
+    return find
