@@ -56,9 +56,9 @@ def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -
     if function not in functions:
         compiled = torch.compile(copy_of(function, function.__name__), fullgraph=True, **options)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             try:
-                return compiled(*args)
+                return compiled(*args, **options)
             except RuntimeError as error:
                 if (reason := compiler_failure(error)) is None:
                     raise

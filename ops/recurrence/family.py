@@ -55,6 +55,8 @@ class Recurrence(NamedTuple):
     """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
     tf32x3: bool = False
     """Whether a kernel forms each product of float32 as three of TF32."""
+    decay: Tensor | None = None
+    """[1 H 1 1]: exp(log_decay) of decays fixed per head, where a decoder has formed it once for all its steps."""
     donated: bool = False
     """True if the final state may be written over the initial one."""
     wide_output: bool = False
@@ -194,6 +196,7 @@ def recur(
         call.return_state,
         a=given.get("a"),
         b=given.get("b"),
+        decay=_fixed_decay_of(call, q, given.get("log_decay")),
         donated=call.donated,
         wide_output=wide_output,
     )
@@ -206,6 +209,18 @@ def recur(
     state = cp.entry(transition, written, call.state, documents, q.shape[1], family.apply)
     output, final_state = kernel(x._replace(initial_state=state))
     return RecurrenceOutput(output, None if final_state is None else cp.final(final_state, documents, q.shape[1]))
+
+
+def _fixed_decay_of(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
+    """exp(log_decay) for one token after another, where layers and steps share a memo."""
+    if call.memo is None or q.shape[1] > 1 or log_decay is None or log_decay.ndim > 1:
+        return None
+    return call.once(fixed_decay, log_decay, torch.promote_types(q.dtype, torch.float32))
+
+
+def fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(log_decay) of [H], as a factor of states: [1 H 1 1]."""
+    return log_decay.to(dtype).exp()[None, :, None, None]
 
 
 def require_recurrence(x: Recurrence) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..runtime.custom_op import Gradients, Op
 from ..runtime.materialize import materialize
 from ..runtime.packing import Stretch
-from .family import Recurrence, RecurrenceOutput, Run
+from .family import Recurrence, RecurrenceOutput, Run, fixed_decay
 from .groups import group_elements
 
 BLOCK = 64
@@ -259,11 +259,18 @@ def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     own = x.output_final_state and x.donated and state.dtype == wide and state.is_contiguous()
     state = state.to(wide)
     if x.log_decay is not None:
-        a = x.log_decay[None] if x.log_decay.ndim == 1 else x.log_decay[:, 0]  # [1|B H] or [B H K]
-        decay = a.to(wide).exp()
-        decay = materialize(decay[(...,) + (None,) * (4 - decay.ndim)], 1)
+        decay = materialize(_decay_of(x), 1)
         state = state.mul_(decay) if own else state * decay
     return state, own
+
+
+def _decay_of(x: Recurrence) -> Tensor:
+    """exp(log_decay) of the one token, as a factor of states: [1|B H 1|K 1]."""
+    assert x.log_decay is not None
+    if x.log_decay.ndim == 1:
+        return fixed_decay(x.log_decay, x.wide) if x.decay is None else x.decay
+    a = x.log_decay[:, 0].to(x.wide)
+    return a.exp()[(...,) + (None,) * (4 - a.ndim)]
 
 
 def add_outer(state: Tensor, own: bool, column: Tensor, row: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class CallOptions(TypedDict, total=False):
     """Chunk length in tokens of the chunkwise paradigm; changes the cost, never the result."""
     backend: str
     """The kernel backend; changes the cost, never the result."""
+    donate_state: bool
+    """True if the final state may be written over the initial one; False by default, and ignored under grad."""
 
 
 class Call(NamedTuple):
@@ -68,6 +71,7 @@ class Call(NamedTuple):
         cu_seqlens: Tensor | None = None,
         chunk_size: int = 128,
         backend: str = "reference",
+        donate_state: bool = False,
     ) -> "Call":
         """The call of an op by itself on `length` tokens; the arguments are those of `CallOptions`.
 
@@ -75,7 +79,15 @@ class Call(NamedTuple):
             SeqmixError: the paradigm does not exist; the boundaries do not rise from 0 to `length`.
         """
         documents = Documents.of(cu_seqlens, length)
-        return cls(Paradigm.named(paradigm), initial_state, documents, output_final_state, chunk_size, backend)
+        return cls(
+            Paradigm.named(paradigm),
+            initial_state,
+            documents,
+            output_final_state,
+            chunk_size,
+            backend,
+            donated=donate_state and not torch.is_grad_enabled(),
+        )
 
     @classmethod
     def given(

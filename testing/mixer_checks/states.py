@@ -9,8 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...mixers.state import clone, concatenate, from_dict, map_state, nbytes, select, to_dict
-from ...ops.runtime.donation import donate_state
-from ...ops.runtime.once import Formed, constants_kept, formed_once
+from ...ops.runtime.memo import Memo
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, constant, declares, differentiable, stateful
@@ -207,7 +206,7 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
 def a_donated_state_may_be_written(trial: Trial) -> None:
     """Where a state is donated, as a `Decoder` does with those it owns, and what only constants decide is kept, text
     after text is decoded as elsewhere, in every paradigm, and no parameter or buffer is written."""
-    x, mixer, constants = trial.tokens(), trial.rebuilt(), Formed()
+    x, mixer, memo = trial.tokens(), trial.rebuilt(), Memo()
     tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     expected, _ = trial.mix(x, None)
@@ -215,8 +214,14 @@ def a_donated_state_may_be_written(trial: Trial) -> None:
     def decoded(paradigm: Paradigm) -> Tensor:
         state, outputs = mixer.init_state(len(x), max_length=x.shape[1]), []
         for token in x.split(1, dim=1):
-            with donate_state(), constants_kept(constants), formed_once():
-                y, state = mixer(token, state, paradigm=trial.after(paradigm), return_state=True)
+            y, state = mixer(
+                token,
+                state,
+                paradigm=trial.after(paradigm),
+                return_state=True,
+                donate_state=True,
+                memo=memo.next_pass(),
+            )
             outputs.append(y.clone())
         return torch.cat(outputs, dim=1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...mixers.contract import SequenceMixer
-from ...ops.runtime.once import formed_once
+from ...ops.runtime.memo import Memo
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check
 from ..mixer_case import FIXED, Draw
@@ -54,10 +54,11 @@ def surroundings_change_nothing(trial: Trial) -> None:
         for dtype in (torch.bfloat16, torch.float64):
             with _default(dtype):
                 trial.compare(f"{paradigm}, where {dtype} is torch's default", mixed(), alone, 0)
-        with torch.no_grad(), formed_once():
+        memo = Memo()
+        with torch.no_grad():
             for place in ("first", "second"):
                 what = f"{paradigm}, the {place} of two such layers that share positions against one alone"
-                trial.compare(what, mixed(), alone, 0)
+                trial.compare(what, trial.mix(x, state, paradigm=paradigm, memo=memo), alone, 0)
         _with_usual_algorithms(trial, paradigm, x)
         with _Between((), mixed) as counted:
             mixed()

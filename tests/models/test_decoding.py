@@ -16,7 +16,6 @@ import seqmix.models.decoding as module
 from seqmix import Paradigm
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill, stream_text
-from seqmix.ops.runtime.donation import may_overwrite
 from seqmix.ops.runtime.kernel import KERNELS, reference
 
 PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
@@ -191,8 +190,8 @@ def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(mod
 
     def in_place(x):
         output, state = kernel.function(x)
-        allowed.append(may_overwrite())
-        return output, x.initial_state.copy_(state) if may_overwrite() else state
+        allowed.append(x.donated)
+        return output, x.initial_state.copy_(state) if x.donated else state
 
     monkeypatch.setitem(KERNELS, kernel.key, replace(kernel, function=in_place))
     model = model_of("retention", "gla")

@@ -7,8 +7,6 @@ from functools import cache
 import torch
 from torch import nn
 
-from seqmix.ops.runtime.donation import may_overwrite
-
 from .registry import mutant
 from .specimen import Cached, Specimen, SpecimenConfig
 
@@ -73,7 +71,7 @@ class BeginsInAParameter(Specimen):
 
     def mix(self, x, call):
         y, after = super().mix(x, call)
-        if call.state is None or x.shape[1] > 1 or not may_overwrite():
+        if call.state is None or x.shape[1] > 1 or not call.donated:
             return y, after
         return y, after._replace(memory=call.state.memory.copy_(after.memory))
 

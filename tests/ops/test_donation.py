@@ -7,7 +7,6 @@ from torch.testing import assert_close
 from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta
 from seqmix.ops.dplr import dplr
-from seqmix.ops.runtime.donation import donate_state
 
 Q, K, A, B = torch.randn(4, 3, 1, 2, 4)
 V, RATE = torch.randn(3, 1, 2, 5), torch.rand(3, 1, 2)
@@ -27,15 +26,15 @@ def test_a_step_writes_a_donated_state_in_its_place(step):
     before, options = state.clone(), {"paradigm": "recurrent", "output_final_state": True}
     expected = step(initial_state=state, **options)
     assert torch.equal(state, before)
-    with donate_state():
-        spread = before[:1].expand(3, 2, 4, 5)
-        step(initial_state=spread, **options)
-        step(initial_state=state, paradigm="recurrent")
-        with torch.enable_grad():
-            step(initial_state=state, **options)
-        assert torch.equal(state, before)
-        assert torch.equal(spread[2], before[0])
-        output, final = step(initial_state=state, **options)
+    options["donate_state"] = True
+    spread = before[:1].expand(3, 2, 4, 5)
+    step(initial_state=spread, **options)
+    step(initial_state=state, paradigm="recurrent", donate_state=True)
+    with torch.enable_grad():
+        step(initial_state=state, **options)
+    assert torch.equal(state, before)
+    assert torch.equal(spread[2], before[0])
+    output, final = step(initial_state=state, **options)
     assert final.data_ptr() == state.data_ptr()
     assert_close((output, final), tuple(expected))
 
@@ -43,14 +42,13 @@ def test_a_step_writes_a_donated_state_in_its_place(step):
 @torch.no_grad()
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_compiled_it_does_where_that_is_permitted_to_graphs(step):
-    def decoded(state):
-        return step(initial_state=state, paradigm="recurrent", output_final_state=True)
+    def decoded(state, donate_state=False):
+        return step(initial_state=state, paradigm="recurrent", output_final_state=True, donate_state=donate_state)
 
     states = torch.randn(2, 3, 2, 4, 5)
     expected = [decoded(state.clone()).final_state for state in states]
+    torch._dynamo.reset()
     for state, final, permitted in zip(states, expected, (False, True), strict=True):
-        torch._dynamo.reset()
-        with donate_state(compiled=permitted):
-            _, found = torch.compile(decoded, backend="eager", fullgraph=True)(state)
+        _, found = torch.compile(decoded, backend="eager", fullgraph=True)(state, permitted)
         assert_close(found, final)
         assert (found.data_ptr() == state.data_ptr()) is permitted

@@ -34,7 +34,6 @@ from seqmix.ops.kernels.triton.delta import op as delta_triton
 from seqmix.ops.kernels.triton.launch import chunk_table, readable
 from seqmix.ops.recurrence.family import Recurrence
 from seqmix.ops.recurrence.groups import capacity
-from seqmix.ops.runtime.donation import donate_state
 from seqmix.ops.runtime.kernel import Probe, find
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
@@ -382,12 +381,12 @@ def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, 
     expected, before = decay_recurrent(*inputs, **options), state.clone()
     for actual, exact in zip(decay_recurrent_triton(*inputs, **options), expected, strict=True):
         torch.testing.assert_close(actual, exact)
-    with donate_state():
-        torch.testing.assert_close(
-            decay_recurrent_triton(*inputs, **options | {"output_final_state": False}).output, expected.output
-        )
-        assert torch.equal(state, before)
-        output, final = decay_recurrent_triton(*inputs, **options)
+    options["donate_state"] = True
+    torch.testing.assert_close(
+        decay_recurrent_triton(*inputs, **options | {"output_final_state": False}).output, expected.output
+    )
+    assert torch.equal(state, before)
+    output, final = decay_recurrent_triton(*inputs, **options)
     torch.testing.assert_close(output, expected.output)
     torch.testing.assert_close(final, expected.final_state)
     assert (final is state) == initial
@@ -399,8 +398,7 @@ def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(
     for length, wanted in ((2, False), (1, True)):
         q, k, v, a, state = tokens("B T H", length=length)
         q = q.clone().requires_grad_(wanted)
-        with donate_state():
-            found = decay_recurrent_triton(q, k, v, a, initial_state=state, output_final_state=True)
+        found = decay_recurrent_triton(q, k, v, a, initial_state=state, output_final_state=True, donate_state=True)
         expected = decay_recurrent(q, k, v, a, initial_state=state, output_final_state=True)
         torch.testing.assert_close(tuple(found), tuple(expected), rtol=0, atol=0)
     boundaries = torch.tensor([0, 1], device=DEVICE)
@@ -456,8 +454,7 @@ def test_it_compiles_into_one_graph(function, length):
     before = state.clone()
     with torch.no_grad():
         expected = tuple(decay_recurrent(q, k, v, a, **options))
-        with donate_state():  # which compiled code ignores
-            found = tuple(compiled(q, k, v, a, **options))
+        found = tuple(compiled(q, k, v, a, **options))
     torch.testing.assert_close(found, expected)
     assert torch.equal(state, before)
 
@@ -492,17 +489,16 @@ def test_a_compiled_step_copies_no_donated_state():
     options = {"initial_state": given, "output_final_state": True}
     expected = decay_recurrent_triton(q, k, v, a, **options)
 
-    def decoded(state):
-        return decay_recurrent_triton(q, k, v, a, **options | {"initial_state": state})
+    def decoded(state, donate_state):
+        return decay_recurrent_triton(q, k, v, a, **options | {"initial_state": state}, donate_state=donate_state)
 
     compiled = torch.compile(decoded, fullgraph=True)
-    with donate_state(compiled=True):
-        found, (code,) = run_and_get_code(compiled, given)
+    found, (code,) = run_and_get_code(compiled, given, True)
     torch.testing.assert_close(tuple(found), tuple(expected))
     assert found.final_state.data_ptr() == given.data_ptr()
     assert "clone" not in code[code.index("def call(") :]
     torch._dynamo.reset()
-    _, (code,) = run_and_get_code(compiled, copied)
+    _, (code,) = run_and_get_code(compiled, copied, False)
     assert "clone" in code[code.index("def call(") :]
 
 
