@@ -44,7 +44,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_all(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """`replacing` for files that belong together: the last appears first, once all are flushed to disk.
+    """`replacing` for files that belong together: all are flushed to disk before one appears, the last of them first.
 
     Raises:
         OSError: one cannot be created, or take its place.
@@ -52,9 +52,9 @@ def replacing_all(files: Sequence[Path]) -> Iterator[list[Path]]:
     with _deferring_signals(), ExitStack() as stack:
         partials = [stack.enter_context(replacing(file)) for file in files]
         yield partials
-        for partial in partials:
+        for partial in partials[:-1]:
             flush(partial)
-        with _blocking_signals():  # some would appear, and others not
+        with _delaying_signals():  # or some would appear, and others not
             stack.close()
 
 
@@ -165,18 +165,27 @@ def _deferring_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _blocking_signals() -> Iterator[None]:
-    """Let signals that end the process, but SIGKILL, wait for the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_signals()}) if os.name == "posix" else set()
+def _delaying_signals() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = list[int]()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_signals())}
+    before = {number: handler for number, handler in before.items() if handler is not None}  # another language's
+    for number in before:
+        signal.signal(number, lambda number, frame: received.append(number))  # noqa: ARG005
     try:
         yield
     finally:
-        if os.name == "posix":
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _signals() -> list[signal.Signals]:
-    """The signals by which a process is asked to end; not every system has all."""
+    """SIGTERM and SIGHUP, where the system has them."""
     return [number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP")]
 
 

@@ -11,15 +11,37 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from runs import contents
 
+from seqmix import cli, load_config, train
+from seqmix.convert import export_to
+from seqmix.models import train_bpe
+
+KINDS = "fsync", "rename", "create", "open", "make", "remove", "link"
+"""Of moments."""
 CHANGES = {"os.rename": "rename", "os.mkdir": "make", "os.remove": "remove", "os.rmdir": "remove", "os.link": "link"}
 """Audit events of what changes a folder."""
 EARLIER = b"what stood there before"
+SMALL = (
+    *("model.n_layers=1", "model.d_model=16", "data.sequence_length=16", "training.steps=3", "training.batch_size=2"),
+    *("training.evaluation_batches=1", "training.final_evaluation_batches=1", "training.checkpoint_every=1"),
+    "model={norm: {kind: rmsnorm}, vocab_size: 280, blocks: {attn: {mixer: {kind: attention, n_heads: 4, positions: "
+    "rope}, ffn: {kind: swiglu, expansion: 2.0}, norm: {kind: rmsnorm}}}}",  # a model that transformers has too
+)
+COMMANDS = {
+    "average": (["average", "run", "--to", "new"], ["new"]),
+    "convert": (["convert", "theirs", "--to", "new"], ["new"]),
+    "convert-as": (["convert", "run", "--as", "llama", "--to", "new"], ["new"]),
+    "export": (["export", "run", "--out", "new.safetensors"], ["new.safetensors"]),
+    "export-hf": (["export", "run", "--to", "hf", "new"], ["new"]),
+    "tokenize": (["tokenize", "text.txt", "--train-bpe", "270", "--out", "new.tokens"], ["new.tokens", "new.json"]),
+}
+"""Command lines, and what each writes."""
 
 
 class Moments:
@@ -68,11 +90,9 @@ def run(folder: Path, arguments: Sequence[str], fatal: int | None = None) -> tup
         os.dup2(output, 1)
         os.dup2(output, 2)
         moments = Moments(folder, fatal)
-        from seqmix.cli import main
-
         sys.argv = ["seqmix", *arguments]
         try:
-            main()
+            cli.main()
         except SystemExit as ended:
             status = int(ended.code or 0)
         sys.stdout.flush()
@@ -85,87 +105,110 @@ def run(folder: Path, arguments: Sequence[str], fatal: int | None = None) -> tup
         os._exit(status)
 
 
-def prepare(arguments: Sequence[str]) -> None:
-    """Import what a command needs, for the processes that are forked from this one."""
+def made_base(folder: Path) -> Path:
+    """A new folder with text.txt, a run with a tokenizer and three checkpoints, and the run as transformers has it."""
+    folder.mkdir()
+    (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
+    train_bpe([("text", (folder / "text.txt").read_bytes())], 280, folder / "words.json")
+    changes = [f"data.paths=[{folder / 'text.txt'}]", f"data.tokenizer={folder / 'words.json'}", *SMALL]
+    for _ in train(load_config("attention-tiny", changes), folder / "run"):
+        pass
+    export_to(folder / "run", folder / "theirs", "llama", tell=print)
+    return folder
+
+
+def attempt(
+    base: str, where: str, arguments: Sequence[str], new: Sequence[str], replaced: bool, kinds: Sequence[str]
+) -> None:
+    """Kill a command at all moments of some kinds, each in a folder of its own; and at every moment of one folder.
+
+    `new` is what it writes; `replaced` says whether it replaces what stands there. The file `where`.json gets a name
+    for each kill, and what is wrong after it.
+    """
     import torch
 
-    from seqmix.cli import imported
-
     torch.set_num_threads(1)
-    imported(arguments[0])
-    if "hf" in arguments and find_spec("transformers") is not None:
-        import seqmix.hf.export  # noqa: F401
-
-
-def try_moments(
-    base: str, where: str, arguments: Sequence[str], new: Sequence[str], replaced: bool, pick: Sequence[int] | None
-) -> None:
-    """Kill a command at moments of `pick`, or all, each in a folder of its own, and in one folder again and again.
-
-    `new` is what it writes; `replaced` says whether it replaces what stands there. `where`.json gets the moments, and
-    the faults of those that were tried.
-    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    prepare(arguments)
-    folder = Path(where)
-    folder.mkdir()
-    faults, moments = {}, undisturbed(Path(base), folder / "whole", arguments)
-    tried = [i for i in (range(len(moments)) if pick is None else pick) if i < len(moments)]
-    for moment in tried:
-        there = folder / f"{moment}"
-        shutil.copytree(base, there)
-        for name in new if replaced else ():
-            (there / name).write_bytes(EARLIER)
-        status, said = run(there, arguments, moment)
-        if status != -signal.SIGKILL:
-            faults[moment] = f"status {status}: {said[-1:]}"
-        else:
-            faults[moment] = fault_of(Path(base), folder / "whole", there, arguments, new, replaced)
-    found = {f"{moments[moment]} ({moment})": fault for moment, fault in faults.items()}
-    folder.with_suffix(".json").write_text(json.dumps(found))
+    cli.imported(arguments[0])  # before processes are forked from this one
+    if "hf" in arguments:
+        import_module("seqmix.hf.export")
+    command = Command(Path(base), Path(where), arguments, new, replaced)
+    faults = dict[str, str | None]()
+    for number, moment in enumerate(command.moments):
+        if moment.split()[0] in kinds:
+            there = command.folder(f"{number}")
+            status, said = run(there, arguments, number)
+            killed = status == -signal.SIGKILL
+            faults[f"{moment} ({number})"] = command.fault(there) if killed else f"status {status}: {said[-1:]}"
+    faults |= command.chain()
+    Path(where).with_suffix(".json").write_text(json.dumps(faults))
 
 
-def undisturbed(base: Path, folder: Path, arguments: Sequence[str]) -> list[str]:
-    """Run a command in a copy of `base`; its moments."""
-    shutil.copytree(base, folder)
-    status, moments = run(folder, arguments)
-    assert status == 0, moments[-5:]
-    return moments
+class Command:
+    """A command with a folder in which nothing has happened to it."""
 
+    def __init__(self, base: Path, where: Path, arguments: Sequence[str], new: Sequence[str], replaced: bool) -> None:
+        self.base, self.where, self.arguments, self.new, self.replaced = base, where, arguments, new, replaced
+        where.mkdir()
+        self.whole = self.folder("whole")
+        status, self.moments = run(self.whole, arguments)
+        assert status == 0, self.moments[-5:]
 
-def fault_of(
-    base: Path, whole: Path, there: Path, arguments: Sequence[str], new: Sequence[str], replaced: bool
-) -> str | None:
-    """What is wrong with a folder in which a command was killed, or with the same command after that; None if nothing."""
-    before, after = contents(base), contents(whole)
-    if lost := [
-        name for name, content in before.items() if not (there / name).is_file() or content != read(there, name)
-    ]:
-        return f"lost: {lost}"
-    left = {name: state_of(whole / name, there / name) for name in new}
-    if halves := [name for name, state in left.items() if state == "half"]:
-        return f"half written: {halves}, of which there is {[x for x in contents(there) if x not in before]}"
-    if replaced and "absent" in left.values():
-        return f"lost what it replaces: {left}"
-    status, said = run(there, arguments)
-    if status != 0 and not (status == 2 and set(left.values()) == {"whole"}):
-        return f"{left}, and begun again: status {status}, {said[-1:]}"
-    now = contents(there)
-    if now != after:
-        return f"begun again, other files: {sorted(name for name in now | after if now.get(name) != after.get(name))}"
-    return None
+    def folder(self, name: str) -> Path:
+        """A new folder for the command."""
+        there = self.where / name
+        shutil.copytree(self.base, there)
+        for file in self.new if self.replaced else ():
+            (there / file).write_bytes(EARLIER)
+        return there
+
+    def chain(self) -> dict[str, str | None]:
+        """Kill it at its first moment, and again at its second one, and so on, in one folder, until it ends."""
+        there, faults = self.folder("chain"), dict[str, str | None]()
+        for number in count():
+            status, said = run(there, self.arguments, number)
+            whole = all(state == "whole" for state in self.states(there).values())
+            if status != -signal.SIGKILL:
+                ended = status == 0 or (status == 2 and whole)
+                faults[f"the end of the chain ({number})"] = (
+                    self.fault(there) if ended else f"status {status}: {said[-1:]}"
+                )
+                return faults
+            faults[f"the chain ({number})"] = self.half(there)
+        raise AssertionError
+
+    def states(self, there: Path) -> dict[str, str]:
+        """What there is of what it writes: `whole`, `absent`, `half`, or `earlier` if it is what it replaces."""
+        return {name: state_of(self.whole / name, there / name) for name in self.new}
+
+    def half(self, there: Path) -> str | None:
+        """What is half written or lost in a folder in which it was killed; None if nothing."""
+        before, now = contents(self.base), contents(there)
+        if lost := [name for name, content in before.items() if now.get(name) != content]:
+            return f"lost: {lost}"
+        states = self.states(there)
+        if "half" in states.values() or (self.replaced and "absent" in states.values()):
+            return f"{states}, of which there is {sorted(now.keys() - before.keys())}"
+        return None
+
+    def fault(self, there: Path) -> str | None:
+        """What is wrong with a folder in which it was killed, or after it was begun again there; None if nothing."""
+        if fault := self.half(there):
+            return fault
+        states = self.states(there)
+        status, said = run(there, self.arguments)
+        if status != 0 and not (status == 2 and set(states.values()) == {"whole"}):
+            return f"{states}, and begun again: status {status}, {said[-1:]}"
+        now, after = contents(there), contents(self.whole)
+        others = sorted(name for name in now | after if now.get(name) != after.get(name))
+        return f"begun again, other files: {others}" if others else None
 
 
 def state_of(whole: Path, there: Path) -> str:
-    """Whether what a command writes is `whole`, `absent`, or `half`; and `earlier` if it is what it replaces."""
+    """Whether what a command writes is `whole`, `absent`, `half` or `earlier`."""
     if not there.exists():
         return "absent"
     if there.is_file() and there.read_bytes() == EARLIER:
         return "earlier"
     same = contents(there) == contents(whole) if there.is_dir() else there.read_bytes() == whole.read_bytes()
     return "whole" if same else "half"
-
-
-def read(folder: Path, name: str) -> bytes:
-    """The content of a file."""
-    return (folder / name).read_bytes()
