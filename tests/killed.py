@@ -22,8 +22,8 @@ from seqmix import cli, load_config, train
 from seqmix.convert import export_to
 from seqmix.models import train_bpe
 
-KINDS = "fsync", "rename", "create", "open", "make", "remove", "link"
-"""Of moments."""
+KINDS = "fsync", "rename", "create", "open", "make", "remove", "link", "chain"
+"""Of moments, and the chain of all of them."""
 CHANGES = {"os.rename": "rename", "os.mkdir": "make", "os.remove": "remove", "os.rmdir": "remove", "os.link": "link"}
 """Audit events of what changes a folder."""
 EARLIER = b"what stood there before"
@@ -120,7 +120,7 @@ def made_base(folder: Path) -> Path:
 def attempt(
     base: str, where: str, arguments: Sequence[str], new: Sequence[str], replaced: bool, kinds: Sequence[str]
 ) -> None:
-    """Kill a command at all moments of some kinds, each in a folder of its own; and at every moment of one folder.
+    """Kill a command at all moments of some kinds, each in a folder of its own; as a chain, in one folder.
 
     `new` is what it writes; `replaced` says whether it replaces what stands there. The file `where`.json gets a name
     for each kill, and what is wrong after it.
@@ -140,7 +140,35 @@ def attempt(
             status, said = run(there, arguments, number)
             killed = status == -signal.SIGKILL
             faults[f"{moment} ({number})"] = command.fault(there) if killed else f"status {status}: {said[-1:]}"
-    faults |= command.chain()
+    if "chain" in kinds:
+        faults |= command.chain()
+    Path(where).with_suffix(".json").write_text(json.dumps(faults))
+
+
+def attempt_start(base: str, where: str) -> None:
+    """Kill a training at moments of its start, resume it, or begin it again where there is nothing to resume."""
+    import torch
+
+    torch.set_num_threads(1)
+    cli.imported("train")
+    changes = ["data.paths=[text.txt]", "data.tokenizer=words.json", *SMALL, "training.checkpoint_every=3"]
+    command = Command(Path(base), Path(where), ["train", "attention-tiny", *changes, "--out", "new"], ["new"], False)
+    started = next(number for number, moment in enumerate(command.moments) if moment.endswith("sessions.jsonl"))
+    faults = dict[str, str | None]()
+    for number, moment in enumerate(command.moments[: started + 1]):
+        if moment.split()[0] not in ("create", "fsync", "rename"):
+            continue
+        there = command.folder(f"{number}")
+        status, said = run(there, command.arguments, number)
+        if status == -signal.SIGKILL:
+            begun = (there / "new/config.yaml").exists()
+            status, said = run(there, ["train", "--resume", "new"] if begun else command.arguments)
+        ours, theirs = (contents(folder / "new") for folder in (there, command.whole))
+        of_weights = [name for name in theirs if name.endswith(("model.safetensors", "config.yaml", "tokenizer.json"))]
+        others = [name for name in of_weights if ours.get(name) != theirs[name]]
+        faults[f"{moment} ({number})"] = (
+            f"status {status}: {said[-1:]}, other files: {others}" if status or others else None
+        )
     Path(where).with_suffix(".json").write_text(json.dumps(faults))
 
 
@@ -170,10 +198,8 @@ class Command:
             whole = all(state == "whole" for state in self.states(there).values())
             if status != -signal.SIGKILL:
                 ended = status == 0 or (status == 2 and whole)
-                faults[f"the end of the chain ({number})"] = (
-                    self.fault(there) if ended else f"status {status}: {said[-1:]}"
-                )
-                return faults
+                fault = self.fault(there) if ended else f"status {status}: {said[-1:]}"
+                return faults | {f"the end of the chain ({number})": fault}
             faults[f"the chain ({number})"] = self.half(there)
         raise AssertionError
 
@@ -187,7 +213,9 @@ class Command:
         if lost := [name for name, content in before.items() if now.get(name) != content]:
             return f"lost: {lost}"
         states = self.states(there)
-        if "half" in states.values() or (self.replaced and "absent" in states.values()):
+        first, *others = states.values()  # the first appears last
+        incomplete = first == "whole" and not {*others} <= {"whole"}
+        if "half" in states.values() or (self.replaced and "absent" in states.values()) or incomplete:
             return f"{states}, of which there is {sorted(now.keys() - before.keys())}"
         return None
 

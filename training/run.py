@@ -6,7 +6,7 @@ All processes make their collective calls in the same order; only the main one w
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ def train(
         if resume:  # before checkpoints are read, which another process may be rotating
             with groups.raise_together():
                 if groups.is_main:
-                    _require_trained(run)
-                    lock.enter_context(held(run))
+                    lock.enter_context(_resumed(run))
         source, model, found, begun = _open(config, run, resume, groups, device)
         if objective is not None:
             objective.prepare(model)
@@ -304,19 +303,30 @@ def _open(
     return source, model, found, begun
 
 
-def _require_trained(run: Path) -> None:
-    """Refuse to resume what training has not written: it has no lock, and no weights or no optimizer's state."""
+@contextmanager
+def _resumed(run: Path) -> Iterator[None]:
+    """Lock a run that is resumed; refuse one that training has not written: it had no lock, and has no weights, or no
+    optimizer's state."""
     if not (run / CONFIG_FILE).is_file():
         raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
-    if (run / LOCK_FILE).exists():
-        return
-    folders = checkpoint.checkpoints(run)
-    if not folders:
+    had_lock = (run / LOCK_FILE).exists()
+    with held(run):
+        try:
+            if not had_lock:
+                _require_trained(run)
+        except TrainingError:
+            (run / LOCK_FILE).unlink(missing_ok=True)
+            raise
+        yield
+
+
+def _require_trained(run: Path) -> None:
+    if not (folders := checkpoint.checkpoints(run)):
         raise TrainingError(
             f"{run} has a configuration and no weights, and was not written by `seqmix train`: write it again, by "
             f"convert or average, or train new weights by `seqmix train {run / CONFIG_FILE} --out DIR`"
         )
-    with suppress(CheckpointError):  # damaged: what is found says so
+    with suppress(CheckpointError):  # damaged, which is said where it is read
         if not checkpoint.read_manifest(folders[-1]).files_of(train_state.OPTIMIZER):
             raise TrainingError(_without_optimizer(run))
 

@@ -18,21 +18,39 @@ def base(tmp_path_factory) -> Path:
     return killed.made_base(tmp_path_factory.mktemp("killed") / "base")
 
 
+@pytest.fixture
+def faults_of(processes, tmp_path):
+    """The faults of a function of `killed` after each kill."""
+
+    def call(function, *arguments) -> dict[str, str | None]:
+        process = processes.Process(target=function, args=(*arguments[:1], f"{tmp_path / 'tried'}", *arguments[1:]))
+        process.start()
+        process.join(300)
+        assert process.exitcode == 0
+        found = json.loads((tmp_path / "tried.json").read_text())
+        faults = [f"{moment}: {fault}" for moment, fault in found.items() if fault is not None]
+        print(f"killed {len(found)} times, held {len(found) - len(faults)}")
+        return found
+
+    return call
+
+
 @pytest.mark.parametrize("command", killed.COMMANDS)
-def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(processes, base, tmp_path, command):
+def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(faults_of, base, tmp_path, command):
     if command == "export-hf":
         pytest.importorskip("transformers")
     arguments, new = killed.COMMANDS[command]
-    given = (f"{base}", f"{tmp_path / 'tried'}", arguments, new, False, ("fsync", "rename"))
-    process = processes.Process(target=killed.attempt, args=given)
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
-    found = json.loads((tmp_path / "tried.json").read_text())
-    faults = [f"{moment}: {fault}" for moment, fault in found.items() if fault is not None]
-    print(f"{command}: killed {len(found)} times, held {len(found) - len(faults)}")
-    assert not faults, "\n".join(faults)
-    assert len(found) > 6
+    kinds = ("rename",) if command == "convert" else ("fsync", "rename")  # it writes as average does
+    found = faults_of(killed.attempt, f"{base}", arguments, new, False, kinds)
+    assert not (faults := {moment: fault for moment, fault in found.items() if fault}), faults
+    assert len(found) > 1
     if command in ("average", "convert"):
-        ours, theirs = (load_run(tmp_path / f"tried/{name}/new").state_dict() for name in ("whole", "chain"))
+        again = next((tmp_path / "tried").glob("[0-9]*")) / "new"
+        ours, theirs = (load_run(folder).state_dict() for folder in (tmp_path / "tried/whole/new", again))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_training_killed_while_it_starts_is_resumed_or_begun_again(faults_of, base):
+    found = faults_of(killed.attempt_start, f"{base}")
+    assert not (faults := {moment: fault for moment, fault in found.items() if fault}), faults
+    assert len(found) > 5
