@@ -11,12 +11,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from runs import contents
+from safetensors import SafetensorError, safe_open
 
 from seqmix import cli, load_config, train
 from seqmix.convert import export_to
@@ -163,9 +165,9 @@ def attempt_start(base: str, where: str) -> None:
         if status == -signal.SIGKILL:
             begun = (there / "new/config.yaml").exists()
             status, said = run(there, ["train", "--resume", "new"] if begun else command.arguments)
-        ours, theirs = (contents(folder / "new") for folder in (there, command.whole))
-        of_weights = [name for name in theirs if name.endswith(("model.safetensors", "config.yaml", "tokenizer.json"))]
-        others = [name for name in of_weights if ours.get(name) != theirs[name]]
+        ours, theirs = (canonical(folder / "new") for folder in (there, command.whole))
+        compared = [name for name in theirs if name.endswith(("model.safetensors", "config.yaml", "tokenizer.json"))]
+        others = [name for name in compared if ours.get(name) != theirs[name]]
         faults[f"{moment} ({number})"] = (
             f"status {status}: {said[-1:]}, other files: {others}" if status or others else None
         )
@@ -227,7 +229,7 @@ class Command:
         status, said = run(there, self.arguments)
         if status != 0 and not (status == 2 and set(states.values()) == {"whole"}):
             return f"{states}, and begun again: status {status}, {said[-1:]}"
-        now, after = contents(there), contents(self.whole)
+        now, after = canonical(there), canonical(self.whole)
         others = sorted(name for name in now | after if now.get(name) != after.get(name))
         return f"begun again, other files: {others}" if others else None
 
@@ -238,5 +240,23 @@ def state_of(whole: Path, there: Path) -> str:
         return "absent"
     if there.is_file() and there.read_bytes() == EARLIER:
         return "earlier"
-    same = contents(there) == contents(whole) if there.is_dir() else there.read_bytes() == whole.read_bytes()
-    return "whole" if same else "half"
+    return "whole" if canonical(there) == canonical(whole) else "half"
+
+
+def canonical(place: Path) -> dict[str, Any]:
+    """All files of a folder, or a file, by name; of safetensors the tensors and the metadata, whose order is random."""
+    files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(place)): content_of(file) for file in files}
+
+
+def content_of(file: Path) -> Any:
+    """The content of a file."""
+    if file.name.endswith(".safetensors"):
+        with suppress(SafetensorError), safe_open(file, "np") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 not a mapping
+            return opened.metadata(), {name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()}
+    if file.name == "manifest.json":
+        with suppress(ValueError):
+            manifest = json.loads(file.read_bytes())
+            return {name: value for name, value in manifest.items() if name not in ("files", "sha256")}
+    return file.read_bytes()
