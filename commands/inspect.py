@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ..experiments.figures.writer import draw, require_drawable
+from ..experiments.figures.writer import content_of, require_drawable
 from ..inspection.report import render, sections_of
 from ..inspection.views import look
-from ..registry import SeqmixError, read_bytes, write_file
+from ..registry import SeqmixError, read_bytes, write_files
 from ..training import load_run
 from .console import note
 from .options import Checkpoint, Device, JsonFile, Run, Trust, checkpoint_choice, require_device, require_writable
@@ -47,19 +47,20 @@ def inspect(
     if model.tokenizer is None:
         raise SeqmixError(f"{run} has learned a task, whose tokens are not text")
     try:
-        written = read_bytes(text).decode("utf-8", errors="replace")
+        content = read_bytes(text).decode("utf-8", errors="replace")
     except OSError as error:
         raise SeqmixError(f"{text} cannot be read: {error.strerror}") from error
-    ids = model.tokenizer.encode(written)[None, :tokens].to(model.device)
+    ids = model.tokenizer.encode(content)[None, :tokens].to(model.device)
     if ids.shape[1] < 2:
         raise SeqmixError(f"{text} has no token to read")
     views = look(model, ids)
     facts = f"{ids.shape[1]:,} {model.tokenizer.unit} of {text.name}; {len(views)} layers"
     if figure or out.suffix.lower() != ".html":
         figures = [each for _, figures in sections_of(views) for each in figures]
-        draw(chosen(figures, figure or []), out, title=str(run), text=facts)
+        written = {out: content_of(chosen(figures, figure or []), out.suffix, title=str(run), text=facts)}
     else:
-        write_file(render(views, str(run), facts), out)
+        written = {out: render(views, str(run), facts)}
     if json_file is not None:
-        write_file(json.dumps([view.as_json() for view in views], indent=2) + "\n", json_file)
+        written[json_file] = json.dumps([view.as_json() for view in views], indent=2) + "\n"
+    write_files(written)
     typer.echo(visible(f"{out} is written"))

@@ -16,7 +16,7 @@ from ..data.stream import tokenized
 from ..data.token_file import write_token_file
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
-from ..registry import SeqmixError, explain_fields, load
+from ..registry import SeqmixError, explain_fields, load, was_unfinished
 from .console import terminal
 
 
@@ -64,10 +64,12 @@ def tokenize(
         raise SeqmixError(f"a token file is named FILE{TOKENS}, and --out is {out}")
     if out.exists():
         raise SeqmixError(f"{out} exists already: remove it, or write elsewhere with --out")
-    if train_bpe is not None and vocabulary.exists():
-        raise SeqmixError(
-            f"{vocabulary} exists already: use it, with --tokenizer {vocabulary} and no --train-bpe, or remove it"
-        )
+    taken = SeqmixError(
+        f"{vocabulary} exists already: use it, with --tokenizer {vocabulary} and no --train-bpe, or remove it"
+    )
+    made = train_bpe is not None and vocabulary.exists()
+    if made and not was_unfinished(out):  # otherwise it may be of this command, killed: then it is the same
+        raise taken
     if not out.parent.is_dir():
         raise SeqmixError(f"the folder {out.parent} does not exist")
     console = terminal()
@@ -80,10 +82,13 @@ def tokenize(
 
         if train_bpe is not None:
             named = ((document.name, document.text) for document in documents("documents for BPE training"))
-            chosen = learn(named, train_bpe, vocabulary)
+            chosen = learn(named, train_bpe, vocabulary, write=False)
+            if made and vocabulary.read_bytes() != chosen.vocabulary:
+                raise taken
         else:
             chosen = load_tokenizer(given, config.begin_token)
-        file = write_token_file(out, tokenized(documents("documents tokenized"), chosen), chosen)
+        new = vocabulary if train_bpe is not None and not made else None
+        file = write_token_file(out, tokenized(documents("documents tokenized"), chosen), chosen, vocabulary=new)
     tokens = int(file.ends[-1])
     console.print(f"{out}: {len(file.ends):,} documents, {tokens:,} tokens, {file.bytes:,} bytes of text")
     name = given if train_bpe is None else str(vocabulary)

@@ -10,12 +10,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..models import TOKENIZER_FILE, ModelConfig
-from ..registry import SeqmixError, write_file
-from ..training import RunConfig
-from ..training.checkpoint import Best, Manifest, write
-from ..training.run_dir import claimed, require_free, whole_folder
+from ..registry import SeqmixError, replacing_folder, write_file
+from ..training import RunConfig, saved_run
+from ..training.run_dir import require_vacant
 from ..training.tensor_files import read_tensors, write_tensors
-from ..training.train_state import MODEL, chunks_of, metadata_of
 
 CONFIGS = ("config.json", "args.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -98,7 +96,7 @@ def write_run(
     Raises:
         SeqmixError: the directory is taken or cannot be written.
     """
-    require_free(out)
+    require_vacant(out, "--to")
     data = {} if vocabulary is None else {"tokenizer": str(out / TOKENIZER_FILE), "begin_token": begin}
     training = {"steps": 1000, "batch_size": 8, "learning_rate": 1e-4}
     fields = {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
@@ -107,10 +105,7 @@ def write_run(
     except ValidationError as error:  # text as bytes needs 257 tokens
         reason = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         raise SeqmixError(f"{out} cannot be a run: {reason}") from error
-    with claimed(out, run, COMMENT):
-        if vocabulary is not None:
-            write_file(vocabulary, out / TOKENIZER_FILE)
-        write(out, Manifest(step=0, metrics={}, best=Best()), {MODEL: chunks_of(tensors)}, metadata_of(model, 0))
+    saved_run.write_run(out, run, tensors, comment=COMMENT, vocabulary=vocabulary)
 
 
 def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocabulary: bytes | None) -> None:
@@ -119,9 +114,9 @@ def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     Raises:
         SeqmixError: it is taken or cannot be written.
     """
-    require_free(out)
-    with whole_folder(out, there=out.exists()):
-        write_file(json.dumps(config, indent=2, default=str) + "\n", out / CONFIGS[0])
+    require_vacant(out, "--to")
+    with replacing_folder(out) as partial:
+        write_file(json.dumps(config, indent=2, default=str) + "\n", partial / CONFIGS[0])
         if vocabulary is not None:
-            write_file(vocabulary, out / TOKENIZER_FILE)
-        write_tensors(out / SAFETENSORS, tensors, {"format": "pt"})
+            write_file(vocabulary, partial / TOKENIZER_FILE)
+        write_tensors(partial / SAFETENSORS, tensors, {"format": "pt"})

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from os import fsencode
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..models import Tokenizer
-from ..registry import SeqmixError, replacing
+from ..registry import SeqmixError, replacing_all
 from .stream import TokenDocument, digest
 
 VERSION = "1"
@@ -107,49 +107,61 @@ class TokenFile:
             )
 
 
-def write_token_file(path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> TokenFile:
+def write_token_file(
+    path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer, *, vocabulary: Path | None = None
+) -> TokenFile:
     """Write documents as a stream; the file appears when it is complete.
+
+    `vocabulary` is a new file for the tokenizer.json, which appears just before: after an error there is neither.
 
     Raises:
         SeqmixError: the file cannot be written, or there are no documents.
     """
-    dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
-    ends, digests, checks = array("q"), array("Q"), array("I")
-    size = total = 0
     try:
-        with replacing(path) as partial, partial.open("wb") as file:
-            file.write(bytes(HEADER))
-            pending = bytearray()
-
-            def flush(length: int) -> None:
-                checks.append(crc32(pending[:length]))
-                file.write(pending[:length])
-                del pending[:length]
-
-            for document in documents:
-                pending += np.array([tokenizer.begin], dtype=dtype).tobytes()
-                pending += document.tokens.astype(dtype).tobytes()
-                total += len(document.tokens) + 1
-                ends.append(total)
-                digests.append(document.digest)
-                size += document.size
-                while len(pending) >= BLOCK * dtype.itemsize:
-                    flush(BLOCK * dtype.itemsize)
-            if pending:
-                flush(len(pending))
-            if not ends:
-                raise SeqmixError("there is no text to tokenize")
-            columns = zip(TABLES.items(), (ends, digests, checks), strict=True)
-            tables = {name: np.array(column, kind) for (name, kind), column in columns}
-            data = [table.tobytes() for table in tables.values()]
-            file.writelines(data)
-            metadata = {"tokens": VERSION, "tokenizer": tokenizer.identity, "begin": tokenizer.begin, "bytes": size}
-            lengths = {"tokens": (dtype, total)} | {name: (table.dtype, len(table)) for name, table in tables.items()}
-            file.seek(0)
-            file.write(_header(lengths, metadata | {"tables": _check(*data)}))
+        with replacing_all([path] if vocabulary is None else [path, vocabulary]) as (partial, *others):
+            for other in others:
+                other.write_bytes(tokenizer.vocabulary or b"")
+            with partial.open("wb") as file:
+                _write_documents(file, documents, tokenizer)
     except OSError as error:
         raise SeqmixError(f"the token file cannot be written to {path}: {error.strerror}") from error
     return TokenFile(path, tokenizer)
+
+
+def _write_documents(file: BinaryIO, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> None:
+    """Write a token file from its start."""
+    dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
+    ends, digests, checks = array("q"), array("Q"), array("I")
+    size = total = 0
+    file.write(bytes(HEADER))
+    pending = bytearray()
+
+    def flush(length: int) -> None:
+        checks.append(crc32(pending[:length]))
+        file.write(pending[:length])
+        del pending[:length]
+
+    for document in documents:
+        pending += np.array([tokenizer.begin], dtype=dtype).tobytes()
+        pending += document.tokens.astype(dtype).tobytes()
+        total += len(document.tokens) + 1
+        ends.append(total)
+        digests.append(document.digest)
+        size += document.size
+        while len(pending) >= BLOCK * dtype.itemsize:
+            flush(BLOCK * dtype.itemsize)
+    if pending:
+        flush(len(pending))
+    if not ends:
+        raise SeqmixError("there is no text to tokenize")
+    columns = zip(TABLES.items(), (ends, digests, checks), strict=True)
+    tables = {name: np.array(column, kind) for (name, kind), column in columns}
+    data = [table.tobytes() for table in tables.values()]
+    file.writelines(data)
+    metadata = {"tokens": VERSION, "tokenizer": tokenizer.identity, "begin": tokenizer.begin, "bytes": size}
+    lengths = {"tokens": (dtype, total)} | {name: (table.dtype, len(table)) for name, table in tables.items()}
+    file.seek(0)
+    file.write(_header(lengths, metadata | {"tables": _check(*data)}))
 
 
 def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, object]) -> bytes:

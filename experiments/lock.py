@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..training.run_dir import try_lock
+from ..registry import try_lock
 from .study import StudyError
 
 LOCK = "study.lock"

@@ -6,9 +6,9 @@ from warnings import warn
 
 from safetensors import SafetensorError
 
+from ..registry import is_vacant, replacing_folder
 from ..training import Choice, load_run
 from ..training.checkpoint import CheckpointError
-from ..training.run_dir import whole_folder
 from .modeling import SeqmixForCausalLM
 from .tokenizer import hf_tokenizer
 
@@ -28,13 +28,13 @@ def export_hf(
     Raises:
         SeqmixError: it is not a run, or the folder holds something or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_vacant(out):
         raise CheckpointError(f"{out} exists and is not an empty folder: give the name of a new one")
     model = load_run(run, choice=choice, tell=tell, ema=ema)
     files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
-        with whole_folder(out, there=out.exists()):
+        with replacing_folder(out) as partial:
             for part in files:
-                part.save_pretrained(out)
-    except (OSError, SafetensorError) as error:
+                part.save_pretrained(partial)
+    except SafetensorError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 
 from ..convert import import_from
+from ..data import Source
 from ..mixers import MixerConfig
 from ..models import TOKENIZER_FILE, LanguageModel, build_model
-from ..registry import Config, SeqmixError, dump, write_file
+from ..registry import Config, SeqmixError, dump, is_vacant, write_file
 from ..training import RunConfig, load_run, read_config, train
 from ..training.checkpoint import checkpoints, step_of
 from ..training.events import Event
 from ..training.logging import METRICS_FILE
 from ..training.process_groups import require_alone
 from ..training.run_dir import CONFIG_FILE
-from ..training.saved_run import write_run
+from ..training.saved_run import add_run, write_run
 from ..training.train_state import parameters_of
 from .measure import Decoding, Measured, decoding, gap_closed, measure
 from .objectives import OBJECTIVES
@@ -104,7 +105,7 @@ class Linearization:
                 raise SeqmixError(f"{out} was begun with another source or plan: choose another --out DIR")
             if before.partition("\n")[0] != self.written.partition("\n")[0]:
                 shutil.rmtree(out / "teacher", ignore_errors=True)
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif not is_vacant(out):
             raise SeqmixError(f"{out} exists and is not an empty directory: choose another one with --out DIR")
         if not (source / CONFIG_FILE).is_file():  # another library's
             self.source = out / "teacher"
@@ -176,7 +177,7 @@ class Linearization:
             transferred=measured(student),
         )
         config = run_config(self.run, plan, student.config)
-        write_run(folder, config, parameters_of(student), tokenizer=source.tokenizer)
+        write_run(folder, config, parameters_of(student), vocabulary=vocabulary_of(source))
         write_file(found.model_dump_json(indent=2), folder / PREPARED_FILE)
         return found
 
@@ -234,8 +235,7 @@ class Linearization:
             gap_closed=gap_closed(prepared.start.loss, found.loss, prepared.teacher.loss) if self.swapped else None,
             decoding={"teacher": decoding(self.teacher, size), "student": decoding(student, size)},
         )
-        (self.out / CONFIG_FILE).unlink(missing_ok=True)
-        write_run(self.out, config, parameters_of(student), step=sum(steps), tokenizer=source.tokenizer)
+        add_run(self.out, config, parameters_of(student), step=sum(steps), vocabulary=vocabulary_of(source))
         write_file(result.model_dump_json(indent=2) + "\n", self.out / RESULT_FILE)
         head, rows = table(result)
         lines = [head, ["---"] * len(head), *rows]
@@ -269,6 +269,11 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         cells += ["", ""] if one is None else [f"{one.divergence:.4f}", f"{one.agreement:.1%}"]
         rows.append(cells + (["", ""] if speed is None else [f"{speed.milliseconds:.2f}", f"{speed.state_bytes:,}"]))
     return ["", "loss", "gap closed", "KL", "agreement", "ms/token", "state bytes"], rows
+
+
+def vocabulary_of(source: Source) -> bytes | None:
+    """The content of the tokenizer.json of a source; None for bytes and tasks."""
+    return None if source.tokenizer is None else source.tokenizer.vocabulary
 
 
 def _final_loss(run: Path) -> float:

@@ -123,13 +123,16 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
 
 
-def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path) -> SubwordTokenizer:
+def train_bpe(
+    documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path, *, write: bool = True
+) -> SubwordTokenizer:
     """Train a vocabulary of byte pairs (BPE) on documents, and write it.
 
     Args:
         documents: names and texts.
         vocab_size: tokens in all: 256 bytes, pairs, and the begin token. A small text has fewer pairs.
-        file: the tokenizer.json that is written.
+        file: the tokenizer.json.
+        write: whether it is written; its content is the tokenizer's `vocabulary`.
 
     Raises:
         SeqmixError: the vocabulary is too small for all bytes, a document is not UTF-8, the file cannot be written, or
@@ -150,7 +153,8 @@ def train_bpe(documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Pat
     )
     tokenizer.train_from_iterator((_decoded(name, text) for name, text in documents), trainer)
     vocabulary = tokenizer.to_str(pretty=True).encode()
-    write_file(vocabulary, file)
+    if write:
+        write_file(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
 
 

@@ -3,7 +3,18 @@
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
 from .explain import explain_fields
-from .files import flush, read_bytes, replacing, write_file
+from .files import (
+    flush,
+    is_vacant,
+    read_bytes,
+    replacing,
+    replacing_all,
+    replacing_folder,
+    try_lock,
+    was_unfinished,
+    write_file,
+    write_files,
+)
 from .loading import dump, load, validated
 from .providers import import_named, import_object
 from .registry import Registry
@@ -21,13 +32,19 @@ __all__ = [
     "flush",
     "import_named",
     "import_object",
+    "is_vacant",
     "json_schema",
     "load",
     "nearest",
     "read_bytes",
     "read_mapping",
     "replacing",
+    "replacing_all",
+    "replacing_folder",
     "require_name",
+    "try_lock",
     "validated",
+    "was_unfinished",
     "write_file",
+    "write_files",
 ]

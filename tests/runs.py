@@ -1,8 +1,11 @@
 """Small runs: their events, their metrics and checkpoints to the bit, and what is refused."""
 
 import json
+import resource
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,19 @@ def require_same_run(run: Path, other: Path) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Inside, no file may have more bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def refusal(action: Callable[[], object], kind: type[SeqmixError] = SeqmixError) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError
-from .run_dir import require_free
+from .run_dir import require_vacant
 from .saved_run import read_config, write_run
 from .tensor_files import read_tensors
 
@@ -32,7 +32,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
             f"--checkpoints is {checkpoints}, which is 2 at least, and {run} holds {len(found)}: "
             "training.keep_checkpoints says how many a run keeps"
         )
-    require_free(out)
+    require_vacant(out, "--to")
     last_ones = found[-checkpoints:]
     try:
         steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in last_ones]
@@ -45,7 +45,9 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
     comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"
-    write_run(out, config, means, step=steps[-1], comment=comment, tokenizer=config.data.tokenizer_of(run))
+    tokenizer = config.data.tokenizer_of(run)
+    vocabulary = None if tokenizer is None else tokenizer.vocabulary
+    write_run(out, config, means, step=steps[-1], comment=comment, vocabulary=vocabulary)
     return steps
 
 

@@ -263,7 +263,10 @@ def find(
     """
     available = checkpoints(run)
     if not available:
-        raise CheckpointError(f"{run} holds no checkpoint")
+        raise CheckpointError(
+            f"{run} holds no checkpoint, so it has no weights: train it with `seqmix train --resume {run}`, or if "
+            "convert or average wrote it, write it again"
+        )
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]
     elif which not in (names := ("newest", "best")):

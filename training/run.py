@@ -6,7 +6,7 @@ All processes make their collective calls in the same order; only the main one w
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..data import Source
-from ..models import LanguageModel, build_meta, build_model, flops_per_token
+from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flops_per_token
 from . import checkpoint, train_state
 from .checkpoint import Best, CheckpointError, Found, Manifest
 from .config import RunConfig, TrainingConfig
@@ -31,7 +31,7 @@ from .peak_flops import peak_flops
 from .precision import precision_of
 from .process_groups import ProcessGroups, join_processes
 from .provenance import record_session
-from .run_dir import claimed, held, require_free
+from .run_dir import CONFIG_FILE, LOCK_FILE, claimed, held, require_free
 from .sharding import assign, reshard, sharder
 from .start import Beginning, start_from
 from .trainer import StepResult, Trainer
@@ -67,7 +67,7 @@ def train(
         if resume:  # before checkpoints are read, which another process may be rotating
             with groups.raise_together():
                 if groups.is_main:
-                    lock.enter_context(held(run))
+                    lock.enter_context(_resumed(run))
         source, model, found, begun = _open(config, run, resume, groups, device)
         if objective is not None:
             objective.prepare(model)
@@ -84,8 +84,8 @@ def train(
                     claimed(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
                 )
                 lock.enter_context(held(run))
-                if source.tokenizer is not None:
-                    source.tokenizer.save(run)
+            if groups.is_main and source.tokenizer is not None and not (run / TOKENIZER_FILE).exists():
+                source.tokenizer.save(run)  # resumed, a run that was killed before this gets it too
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
@@ -125,10 +125,7 @@ class Course:
         """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
         if not found.manifest.files_of(train_state.OPTIMIZER):
-            raise TrainingError(
-                f"{found.folder} has weights without an optimizer's state, as convert and average write them: start a "
-                f"new run from them, by training.start_from={self.run}"
-            )
+            raise TrainingError(_without_optimizer(self.run))
         changed = train_state.load_model(found.folder, trainer.model)
         train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
         if self.config.training.carry_state:
@@ -304,6 +301,41 @@ def _open(
         if found is None and settings.start_from is not None:
             begun = start_from(Path(settings.start_from), model, source.tokenizer)
     return source, model, found, begun
+
+
+@contextmanager
+def _resumed(run: Path) -> Iterator[None]:
+    """Lock a run that is resumed; refuse one that training has not written: it had no lock, and has no weights, or no
+    optimizer's state."""
+    if not (run / CONFIG_FILE).is_file():
+        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+    had_lock = (run / LOCK_FILE).exists()
+    with held(run):
+        try:
+            if not had_lock:
+                _require_trained(run)
+        except TrainingError:
+            (run / LOCK_FILE).unlink(missing_ok=True)
+            raise
+        yield
+
+
+def _require_trained(run: Path) -> None:
+    if not (folders := checkpoint.checkpoints(run)):
+        raise TrainingError(
+            f"{run} has a configuration and no weights, and was not written by `seqmix train`: write it again, by "
+            f"convert or average, or train new weights by `seqmix train {run / CONFIG_FILE} --out DIR`"
+        )
+    with suppress(CheckpointError):  # damaged, which is said where it is read
+        if not checkpoint.read_manifest(folders[-1]).files_of(train_state.OPTIMIZER):
+            raise TrainingError(_without_optimizer(run))
+
+
+def _without_optimizer(run: Path) -> str:
+    return (
+        f"{run} has weights without an optimizer's state, as convert and average write them: start a new run from "
+        f"them, by training.start_from={run}"
+    )
 
 
 def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:

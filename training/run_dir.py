@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..registry import dump
+from ..registry import SeqmixError, dump, is_vacant, try_lock, write_file
 from .config import RunConfig
 from .errors import TrainingError
 
@@ -15,19 +15,33 @@ CONFIG_FILE, LOCK_FILE, SCORES_FILE = "config.yaml", "run.lock", "scores.json"
 
 
 def require_free(run: Path) -> None:
-    """Refuse a directory that is not empty, cannot be read, or has a name that safetensors cannot open."""
+    """Refuse a directory that a new run cannot have: `require_vacant`, but for the lock of one that was killed."""
     try:
-        str(run).encode()
+        require_vacant(run, "--out", {LOCK_FILE})
+    except TrainingError:
+        if (run / CONFIG_FILE).exists():
+            raise TrainingError(
+                f"{run} already holds a run: continue it with --resume {run}, or choose another --out DIR"
+            ) from None
+        raise
+
+
+def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> None:
+    """Refuse a folder that holds something, cannot be read, or has a name that safetensors cannot open.
+
+    `option` is the command's that names it; `besides` are files that may be there.
+    """
+    try:
+        str(folder).encode()
     except UnicodeEncodeError:  # safetensors could write there, but not read
-        raise TrainingError(f"a run cannot be written to {str(run)!a}: the path must be UTF-8") from None
+        raise TrainingError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
     try:
-        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        vacant = is_vacant(folder, besides)
     except OSError as error:
-        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
-    if taken and (run / CONFIG_FILE).exists():
-        raise TrainingError(f"{run} already holds a run: continue it with --resume {run}, or choose another --out DIR")
-    if taken:
-        raise TrainingError(f"{run} exists and is not an empty directory: choose another one with --out DIR")
+        raise TrainingError(f"a run cannot be written to {folder}: {error.strerror}") from error
+    if not vacant:
+        what = "already holds a run" if (folder / CONFIG_FILE).exists() else "exists and is not an empty directory"
+        raise TrainingError(f"{folder} {what}: choose another {option} DIR")
 
 
 @contextmanager
@@ -35,37 +49,35 @@ def claimed(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
     """`claim` a run directory for what a block writes there: after an error in it, it is as before."""
     there = run.exists()
     claim(run, config, comment)
-    with whole_folder(run, there=there):
-        yield
-
-
-@contextmanager
-def whole_folder(folder: Path, *, there: bool) -> Iterator[None]:
-    """Delete a folder, or if it was `there` and empty what is in it, after an error in the block."""
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
         if there:
             with suppress(OSError):
-                folder.mkdir(exist_ok=True)
+                run.mkdir(exist_ok=True)
         raise
 
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:
-    """Create a run directory with its configuration, after a comment; of two concurrent runs, one succeeds."""
-    made = False
+    """Create a run directory: its lock, and its configuration after a comment; of two concurrent runs, one succeeds.
+
+    The lock comes first: only training writes one, so that a directory without it and without weights is another's.
+    """
+    if (run / CONFIG_FILE).exists():
+        raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with (run / CONFIG_FILE).open("x") as file:
-            made = True
-            file.write(comment + dump(config))
-    except FileExistsError as error:
-        raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR") from error
     except OSError as error:
-        if made:  # on a full disk: a part of it would stand for a run
-            (run / CONFIG_FILE).unlink(missing_ok=True)
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+    with held(run):
+        if (run / CONFIG_FILE).exists():
+            raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
+        try:
+            write_file(comment + dump(config), run / CONFIG_FILE)
+        except SeqmixError:  # such as on a full disk
+            (run / LOCK_FILE).unlink()
+            raise
 
 
 @contextmanager
@@ -75,8 +87,6 @@ def held(run: Path) -> Iterator[None]:
     The lock is a file of its own, as an editor replaces config.yaml by a new file, which nobody has locked; and the
     directory, as somebody may remove the file.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
     try:
         file = (run / LOCK_FILE).open("a")
     except OSError as error:
@@ -89,16 +99,3 @@ def held(run: Path) -> Iterator[None]:
         if not all(map(try_lock, locks)):
             raise TrainingError(f"{run} is locked by another training process: stop it first, or wait until it ends")
         yield
-
-
-def try_lock(file: IO[str] | int) -> bool:
-    """Lock a file while it is open; false if another process holds the lock. True on systems without locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    return True

@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..configs import PRESETS
-from ..models import LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
+from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import ConfigError, load
+from ..registry import ConfigError, dump, load, replacing_folder, write_file
 from ..registry.sources import read
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
 from .config import RunConfig
 from .provenance import missing_plug_ins
-from .run_dir import CONFIG_FILE, claimed
+from .run_dir import CONFIG_FILE
 from .tensor_files import fill, read_tensors, write_tensors
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -155,22 +155,41 @@ def write_run(
     *,
     step: int = 0,
     comment: str = "",
-    tokenizer: Tokenizer | None = None,
+    vocabulary: bytes | None = None,
 ) -> None:
-    """Write a run directory of weights that no optimizer has: it evaluates, generates and exports as any other.
+    """Write a new run directory of weights that no optimizer has: it evaluates, generates and exports as any other.
 
-    The directory may exist, without a configuration. `comment` has lines above the configuration, each with `#`; of the
-    tokenizer the run gets a copy.
+    It appears when it is whole. `comment` has lines above the configuration, each with `#`; `vocabulary` is the content
+    of a tokenizer.json, None for bytes.
 
     Raises:
-        SeqmixError: the directory is a run already, or cannot be written.
+        SeqmixError: the directory holds something, or cannot be written.
     """
-    with claimed(out, config, comment):
-        if tokenizer is not None:
-            tokenizer.save(out)
-        parts = {train_state.MODEL: train_state.chunks_of(tensors)}
-        metadata = train_state.metadata_of(config.model, step)
-        checkpoint.write(out, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
+    with replacing_folder(out) as partial:
+        add_run(partial, config, tensors, step=step, comment=comment, vocabulary=vocabulary)
+
+
+def add_run(
+    folder: Path,
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int = 0,
+    comment: str = "",
+    vocabulary: bytes | None = None,
+) -> None:
+    """Make an existing folder a run directory, as `write_run`: its configuration comes last, as it is one from then on.
+
+    Raises:
+        SeqmixError: a file cannot be written.
+    """
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    if vocabulary is not None:
+        write_file(vocabulary, folder / TOKENIZER_FILE)
+    parts = {train_state.MODEL: train_state.chunks_of(tensors)}
+    metadata = train_state.metadata_of(config.model, step)
+    checkpoint.write(folder, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
+    write_file(comment + dump(config), folder / CONFIG_FILE)
 
 
 def _read(

@@ -34,22 +34,29 @@ def require_drawable(option: str, file: Path) -> None:
 
 
 def draw(figures: Sequence[Figure], file: Path, *, width: float = COLUMN, **values: Any) -> None:
-    """Draw at least one figure as the file's name ends; a drawing is `width` inches wide, a page shows `values` too.
+    """Write `content_of` figures to a file.
 
     Raises:
         SeqmixError: what draws it is not installed, or the file cannot be written.
     """
-    ending = file.suffix.lower()
+    write_file(content_of(figures, file.suffix, width=width, **values), file)
+
+
+def content_of(figures: Sequence[Figure], ending: str, *, width: float = COLUMN, **values: Any) -> str | bytes:
+    """At least one figure as a file of this ending; a drawing is `width` inches wide, a page shows `values` too.
+
+    Raises:
+        SeqmixError: what draws it is not installed.
+    """
+    ending = ending.lower()
     if ending == ".html":
-        write_file(page.render(figures, **values), file)
-        return
+        return page.render(figures, **values)
     drawn = theme.resolved(drawing(figures, width))
     if ending == ".pdf":
-        write_file(converter().svg_to_pdf(drawn), file)
-    elif ending == ".png":
-        write_file(converter().svg_to_png(drawn, scale=DOTS / POINTS), file)
-    else:
-        write_file(SIZE.sub(r'width="\1pt" height="\2pt"', drawn, count=1), file)
+        return converter().svg_to_pdf(drawn)
+    if ending == ".png":
+        return converter().svg_to_png(drawn, scale=DOTS / POINTS)
+    return SIZE.sub(r'width="\1pt" height="\2pt"', drawn, count=1)
 
 
 def drawing(figures: Sequence[Figure], width: float) -> str:

@@ -20,6 +20,9 @@ from abuse.tally import Case
 SIZES = (0, 400, 40_000, None)
 """Bytes that a file may have: nothing, a part of a small one, a part of a large one, all."""
 
+WHOLE = {"tokenize", "tokenizer", "export", "average", "convert", "convert-as", "export-hf", "inspect"}
+"""Commands that write all or nothing."""
+
 
 def full_disk(folder: Path, drawn: random.Random) -> Iterator[Case]:
     """Every command, with every size of what fits."""
@@ -29,12 +32,12 @@ def full_disk(folder: Path, drawn: random.Random) -> Iterator[Case]:
             where = folder / f"{name}-{size}"
             yield Case(
                 f"{name} with {'all' if size is None else size} bytes",
-                partial(_try, base, where, arguments, size),
+                partial(_try, base, where, name, arguments, size),
                 refused=False,
             )
 
 
-def _try(base: Path, where: Path, arguments: list[str], size: int | None) -> None:
+def _try(base: Path, where: Path, name: str, arguments: list[str], size: int | None) -> None:
     shutil.copytree(base, where)
     before = {file: file.read_bytes() for file in where.rglob("*") if file.is_file() and file.suffix != ".lock"}
     done = _call(where, arguments, size)
@@ -47,6 +50,8 @@ def _try(base: Path, where: Path, arguments: list[str], size: int | None) -> Non
     assert "Traceback" not in done.stderr, done.stderr.splitlines()[-1]
     assert done.returncode in (1, 2), f"status {done.returncode}: {done.stderr[-200:]}"
     assert errors, f"no error: {done.stderr[-200:]!r}"
+    left = [str(file.relative_to(where)) for file in made if file.suffix != ".lock"]
+    assert name not in WHOLE or not left, f"left: {left}"
     # a log of nothing said is empty, and so is a lock
     empty = [
         file for file in made if file.stat().st_size == 0 and file.suffix != ".lock" and file.parent.name != "logs"

@@ -1,6 +1,7 @@
 """All groups of hostile input, by name."""
 
 from abuse.configurations import configurations
+from abuse.crashes import crashes
 from abuse.damaged_shards import damaged_shards
 from abuse.dropout import dropout
 from abuse.exports import exports
@@ -42,6 +43,7 @@ GROUPS: dict[str, Group] = {
     "readers": readers,
     "lock": lock,
     "kills": kills,
+    "crashes": crashes,
     "interrupts": interrupts,
     "dropout": dropout,
     "trust": trust,
@@ -57,6 +59,7 @@ SLOW = {
     "surroundings",
     "lock",
     "kills",
+    "crashes",
     "interrupts",
     "dropout",
 }

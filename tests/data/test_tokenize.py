@@ -6,8 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import checkpoint_bytes
+from runs import checkpoint_bytes, small_disk
 
 from seqmix import Sampling, generate_text, load_run
 from seqmix.data import TokenFile
@@ -153,3 +154,25 @@ def test_a_model_of_another_vocabulary_is_refused(refused, bpe, command):
     message = refused("train", "retnet-tiny", *SMALL, "data.paths=[text.tokens]", "model.vocab_size=280")
     assert re.search(r"text\.tokens .*sha256:.*data\.tokenizer is bytes", message)
     assert not Path("runs").exists()
+
+
+def test_a_full_disk_leaves_neither_a_vocabulary_nor_tokens(seqmix, tmp_path):
+    numbers = np.random.default_rng(0).integers(10**9, size=20_000)
+    Path("numbers.txt").write_text(" ".join(map(str, numbers)))
+    arguments = ("tokenize", "numbers.txt", "--train-bpe", "300", "--out", "new.tokens")
+    before = sorted(tmp_path.iterdir())
+    with small_disk(40_000):
+        done = seqmix(*arguments)
+    assert (done.status, len(done.err.splitlines())) == (2, 1), done.err
+    assert sorted(tmp_path.iterdir()) == before
+    assert seqmix(*arguments).status == 0
+    assert Path("new.json").stat().st_size < 40_000 < Path("new.tokens").stat().st_size
+
+
+def test_a_vocabulary_of_somebody_is_not_taken_for_one_that_was_left(refused, tmp_path):
+    Path("new.json").write_text("mine")
+    arguments = ("tokenize", "text.txt", "--train-bpe", "270", "--out", "new.tokens")
+    assert "new.json exists already" in refused(*arguments)
+    Path(".new.tokens.partial").write_text("what was left")
+    assert "new.json exists already" in refused(*arguments)
+    assert Path("new.json").read_text() == "mine"

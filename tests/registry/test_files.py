@@ -1,13 +1,16 @@
 """Files appear when they are whole, under no other name, and as everybody's permissions are."""
 
 import os
+import signal
 import stat
+import time
 
 import pytest
 import torch
+from runs import contents, refusal, small_disk
 
 from seqmix import SeqmixError
-from seqmix.registry import replacing, write_file
+from seqmix.registry import is_vacant, replacing, replacing_folder, write_file, write_files
 from seqmix.training.tensor_files import write_tensors
 
 
@@ -65,3 +68,75 @@ def test_permissions_are_those_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
+
+
+def test_files_that_belong_together_appear_together(tmp_path):
+    with small_disk(100):
+        message = refusal(lambda: write_files({tmp_path / "page": "short", tmp_path / "data": "long" * 100}))
+    assert "data cannot be written" in message
+    assert not list(tmp_path.iterdir())
+    write_files({tmp_path / "page": "short", tmp_path / "data": "long" * 100})
+    assert sorted(os.listdir(tmp_path)) == ["data", "page"]
+
+
+def half_folder(folder):
+    with replacing_folder(folder) as partial:
+        (partial / "file").write_text("half")
+        raise OSError("no room")
+
+
+def whole_folder(folder, text="whole"):
+    with replacing_folder(folder) as partial:
+        (partial / "below").mkdir()
+        (partial / "below" / "file").write_text(text)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_appears_when_it_is_whole_and_what_was_left_of_one_is_removed(tmp_path, there):
+    folder = tmp_path / "new"
+    if there:
+        folder.mkdir()
+        (folder / ".file.partial").write_text("left")
+    (tmp_path / ".new.partial" / "below").mkdir(parents=True)
+    (tmp_path / ".new.partial" / "below" / "other").write_text("left")
+    assert is_vacant(folder)
+    assert "no room" in refusal(lambda: half_folder(folder))
+    assert [file.name for file in tmp_path.iterdir()] == (["new"] if there else [])
+    whole_folder(folder)
+    assert contents(tmp_path) == {"new/below/file": b"whole"}
+    (tmp_path / ".new.partial").write_text("a file of this name")
+    assert "new cannot be written" in refusal(lambda: whole_folder(folder, "other"))
+    assert contents(tmp_path) == {"new/below/file": b"whole"}
+
+
+def test_a_folder_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    with replacing_folder(folder) as partial:
+        (partial / "file").write_text("the first one's")
+        assert "new is being written by another process" in refusal(lambda: whole_folder(folder))
+    assert contents(tmp_path) == {"new/file": b"the first one's"}
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "the current directory" in refusal(lambda: whole_folder(tmp_path / "empty"))
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path)
+    whole_folder(tmp_path / "link")
+    assert contents(tmp_path / "empty") == {"below/file": b"whole"}
+    assert not is_vacant(tmp_path / "empty")
+    assert not is_vacant(tmp_path / "empty" / "below" / "file")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs processes that fork")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("write", [replacing, replacing_folder])
+def test_a_signal_that_ends_the_process_deletes_what_is_unfinished(tmp_path, write, number):
+    if not (child := os.fork()):
+        try:
+            signal.signal(number, signal.SIG_DFL)
+            with write(tmp_path / "new"):
+                signal.raise_signal(number)
+                time.sleep(10)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,12 @@
 """Averages of weights: the moving average of a run, and the mean of its last checkpoints."""
 
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from runs import refusal, require_same_run, run_of, stopped
+from runs import contents, refusal, require_same_run, run_of, small_disk, stopped
 from safetensors.torch import load_file
 
 from seqmix import build_model, load_run, train
@@ -77,6 +75,31 @@ def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
         )
 
 
+def test_a_run_whose_weights_are_missing_is_refused_by_every_command(config_of, tmp_path, seqmix, refused):
+    run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
+    assert seqmix("average", "run", "--to", "mean").status == 0
+    assert refused("average", "run", "--to", "mean") == "mean already holds a run: choose another --to DIR"
+    shutil.rmtree("mean/checkpoints")
+    before = contents(tmp_path / "mean")
+    refusals = {
+        "no weights": (
+            ("train", "--resume", "mean"),
+            ("generate", "mean", "--prompt", "a"),
+            ("evaluate", "mean", "--length", "16"),
+            ("export", "mean", "--out", "new.safetensors"),
+            ("convert", "mean", "--as", "llama", "--to", "new"),
+            ("train", "retnet-tiny", "training.start_from=mean", "--out", "new"),
+        ),
+        "holds 0": (("average", "mean", "--to", "new"),),
+    }
+    for reason, commands in refusals.items():
+        for command in commands:
+            assert reason in (message := refused(*command)), command
+            assert "mean" in message
+    assert contents(tmp_path / "mean") == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_short_run_says_that_its_warm_up_is_shortened(config_of, tmp_path):
     events = run_of(config_of("training.steps=3", "training.warmup_steps=50"), tmp_path / "run")
     (note,) = (event.text for event in events if isinstance(event, Noted))
@@ -138,13 +161,8 @@ def test_another_layout_whose_dropout_is_another_is_noted(
 
 
 def test_a_full_disk_leaves_no_configuration_of_a_run(config_of, tmp_path):
-    config, before = config_of(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
+    config = config_of()
+    with small_disk(100):
         message = refusal(lambda: claim(tmp_path / "run", config, ""))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     assert "cannot be written" in message
     assert list((tmp_path / "run").iterdir()) == []

@@ -1,0 +1,53 @@
+"""Killed at any moment, a command that writes a folder or a file leaves it whole or absent, and may be begun again.
+
+The moments at which it flushes and renames; tests/abuse/crashes.py has all.
+"""
+
+import json
+from pathlib import Path
+
+import killed
+import pytest
+import torch
+
+from seqmix.training import load_run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return killed.made_base(tmp_path_factory.mktemp("killed") / "base")
+
+
+@pytest.fixture
+def require_held(processes, tmp_path):
+    """Call a function of `killed` in a process of its own: nothing is wrong after at least as many kills."""
+
+    def call(least: int, function, base: Path, *arguments) -> None:
+        process = processes.Process(target=function, args=(f"{base}", f"{tmp_path / 'tried'}", *arguments))
+        process.start()
+        process.join(300)
+        assert process.exitcode == 0
+        found = json.loads((tmp_path / "tried.json").read_text())
+        faults = [f"{moment}: {fault}" for moment, fault in found.items() if fault is not None]
+        print(f"killed {len(found)} times, held {len(found) - len(faults)}")
+        assert not faults, "\n".join(faults)
+        assert len(found) >= least
+
+    return call
+
+
+@pytest.mark.parametrize("command", killed.COMMANDS)
+def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(require_held, base, tmp_path, command):
+    if command == "export-hf":
+        pytest.importorskip("transformers")
+    arguments, new = killed.COMMANDS[command]
+    kinds = ("rename",) if command == "convert" else ("fsync", "rename")  # it writes as average does
+    require_held(2, killed.attempt, base, arguments, new, False, kinds)
+    if command in ("average", "convert"):
+        again = next((tmp_path / "tried").glob("[0-9]*/new"))
+        ours, theirs = (load_run(folder).state_dict() for folder in (tmp_path / "tried/whole/new", again))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_training_killed_while_it_starts_is_resumed_or_begun_again(require_held, base):
+    require_held(6, killed.attempt_start, base)
