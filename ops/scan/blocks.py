@@ -12,6 +12,7 @@ difference of sums: factors below the smallest number are 0, as what they stand 
 
 The forward pass saves the blocks' entry states; the backward pass recomputes the rest. Packed documents need no blocks
 of their own: at a document's first token the decay is 0, and what is kept of the document's initial state is written.
+A product with 0 would let NaN and infinity through, so states at first tokens are set, not only multiplied.
 """
 
 from abc import ABC, abstractmethod
@@ -133,6 +134,13 @@ class Edges(NamedTuple):
         """Write them."""
         x[self.token, self.block, 0] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
 
+    def blocks_at(self) -> dict[int, list[int]]:
+        """The blocks with such a token, by its place in the block."""
+        blocks: dict[int, list[int]] = {}
+        for token, block in zip(self.token.tolist(), self.block.tolist(), strict=True):
+            blocks.setdefault(token, []).append(block)
+        return blocks
+
 
 class Layout(NamedTuple):
     """Where the documents of a packed row that hold tokens begin and end."""
@@ -168,57 +176,91 @@ class Layout(NamedTuple):
 
 
 def run_blocks(
-    decay: Tensor, written: Tensor, total: Tensor | None, state: Tensor, entered: Tensor, step: Step = torch.addcmul
+    decay: Tensor,
+    written: Tensor,
+    total: Tensor | None,
+    state: Tensor,
+    entered: Tensor,
+    firsts: Edges | None = None,
+    step: Step = torch.addcmul,
 ) -> None:
     """The states after each token in place of what is written, [m n ..], and those before each block, [n ..], in
     `entered`.
 
     A state, [..] before the first block, is multiplied with `decay` at each token [m n ..], and with `total` in a whole
     block [n ..], needed where there are several. `step` makes the state after a token of what is written, the decay and
-    the state before it.
+    the state before it; at the first token of a document, what is written is the state.
     """
-    factors, h = decay.unbind(), written.unbind()
     if len(entered) == 1 or total is None:
         entered[0] = state
     else:
-        inside = h[0].clone()
-        for t in range(1, len(h)):
-            step(h[t], factors[t], inside, out=inside)
-        _chain(state, total, inside, entered, range(len(entered)), step)
-    run_tokens(decay, written, entered, step)
+        inside = _exits(decay, written, firsts, step)
+        _chain(state, total, inside, entered, range(len(entered)), firsts, step)
+    run_tokens(decay, written, entered, firsts, step)
 
 
-def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, step: Step = torch.addcmul) -> None:
+def run_tokens(
+    decay: Tensor, written: Tensor, entered: Tensor, firsts: Edges | None = None, step: Step = torch.addcmul
+) -> None:
     """The same where the states before the blocks are known."""
-    state = entered
-    for factor, h in zip(decay.unbind(), written.unbind(), strict=True):
+    state, starts = entered, {} if firsts is None else firsts.blocks_at()
+    for t, (factor, h) in enumerate(zip(decay.unbind(), written.unbind(), strict=True)):
+        starting = [(h[block, 0], h[block, 0].clone()) for block in starts.get(t, ())]
         state = step(h, factor, state, out=h)
+        for place, first in starting:
+            place.copy_(first)
 
 
-def _run_back(decay: Tensor, d_states: Tensor) -> None:
+def _exits(decay: Tensor, written: Tensor, firsts: Edges | None, step: Step) -> Tensor:
+    """The states after the last tokens of blocks that start from zero: [m ..] -> [..]."""
+    factors, h = decay.unbind(), written.unbind()
+    state, starts = h[0].clone(), {} if firsts is None else firsts.blocks_at()
+    for t in range(1, len(h)):
+        step(h[t], factors[t], state, out=state)
+        for block in starts.get(t, ()):
+            state[block, 0] = h[t][block, 0]
+    return state
+
+
+def _run_back(decay: Tensor, d_states: Tensor, firsts: Edges | None) -> None:
     """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
-    factors, g = decay.unbind(), d_states.unbind()
+    factors, g, starts = decay.unbind(), d_states.unbind(), {} if firsts is None else firsts.blocks_at()
     for t in range(len(g) - 2, -1, -1):
+        ending = [(g[t][block, 0], g[t][block, 0].clone()) for block in starts.get(t + 1, ())]
         g[t].addcmul_(factors[t + 1], g[t + 1])
+        for place, last in ending:
+            place.copy_(last)
 
 
-def _exits_back(decay: Tensor, d_states: Tensor) -> Tensor:
+def _exits_back(decay: Tensor, d_states: Tensor, firsts: Edges | None) -> Tensor:
     """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
-    factors, above = decay.unbind(), d_states.unbind()
+    factors, above, starts = decay.unbind(), d_states.unbind(), {} if firsts is None else firsts.blocks_at()
     state = above[-1].clone()
     for t in range(len(above) - 2, -1, -1):
         torch.addcmul(above[t], factors[t + 1], state, out=state)
-    return state.mul_(factors[0])
+        for block in starts.get(t + 1, ()):
+            state[block, 0] = above[t][block, 0]
+    state.mul_(factors[0])
+    for block in starts.get(0, ()):
+        state[block, 0] = 0
+    return state
 
 
 def _chain(
-    first: Tensor, total: Tensor, inside: Tensor, out: Tensor, order: Sequence[int], step: Step = torch.addcmul
+    first: Tensor,
+    total: Tensor,
+    inside: Tensor,
+    out: Tensor,
+    order: Sequence[int],
+    firsts: Edges | None,
+    step: Step = torch.addcmul,
 ) -> None:
     """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
-    state = first
+    state, cut = first, set() if firsts is None else set(firsts.block.tolist())  # a document starts in these
     for at, i in enumerate(order):
         if at:
-            state = step(inside[order[at - 1]], total[order[at - 1]], state)
+            passed = order[at - 1]
+            state = inside[passed] if passed in cut else step(inside[passed], total[passed], state)
         out[i] = state
 
 
@@ -314,7 +356,7 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
             else terms.written.new_empty((group.chunks, *state.shape))
         )
         index += group.chunks
-        run_blocks(terms.decay, terms.written, terms.total, state, entered)
+        run_blocks(terms.decay, terms.written, terms.total, state, entered, firsts)
         tokens_first(output, group).copy_(rule.read(x, group, terms.written))
         state = terms.written[-1, -1]
         if layout is not None and x.output_final_state:
@@ -345,7 +387,7 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         index -= group.chunks
         entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
-        run_tokens(terms.decay, terms.written, entered)
+        run_tokens(terms.decay, terms.written, entered, firsts)
         terms = _conjugated(terms)
         d_above = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_above)
@@ -355,11 +397,12 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         if terms.total is None:
             d_states[-1, 0] += above
         else:
-            inside, after = _exits_back(terms.decay, d_states), torch.empty_like(entered)
-            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1))
+            inside, after = _exits_back(terms.decay, d_states, firsts), torch.empty_like(entered)
+            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += after
-        _run_back(terms.decay, d_states)
-        above = terms.decay[0, 0] * d_states[0, 0]
+        _run_back(terms.decay, d_states, firsts)
+        starts = layout is not None and group.start in layout.first
+        above = torch.zeros_like(above) if starts else terms.decay[0, 0] * d_states[0, 0]
         before = torch.cat((entered[None], terms.written[:-1]))
         if firsts is not None and terms.kept is not None:
             firsts.put(terms.decay, terms.kept)
