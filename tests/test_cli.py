@@ -403,7 +403,11 @@ class SlowConfig(MinGRUConfig):
     [
         ("slow", "import sys; sys.exit(7)", r"slow .*plug_c .*sys\.exit\(7\)"),
         ("slow", SLOW.format(kind="slow", example="return {}['none']"), "slow .*KeyError: 'none'"),
-        ("retention", SLOW.format(kind="retention", example="return cls(n_heads=2)"), r"retention .*mixers\.retention .*plug_c"),
+        (
+            "retention",
+            SLOW.format(kind="retention", example="return cls(n_heads=2)"),
+            r"retention .*mixers\.retention .*plug_c",
+        ),
     ],
     ids=["exits", "raises later", "takes a name"],
 )

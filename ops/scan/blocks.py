@@ -134,13 +134,6 @@ class Edges(NamedTuple):
         """Write them."""
         x[self.token, self.block, 0] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
 
-    def blocks_at(self) -> dict[int, list[int]]:
-        """The blocks with such a token, by its place in the block."""
-        blocks: dict[int, list[int]] = {}
-        for token, block in zip(self.token.tolist(), self.block.tolist(), strict=True):
-            blocks.setdefault(token, []).append(block)
-        return blocks
-
 
 class Layout(NamedTuple):
     """Where the documents of a packed row that hold tokens begin and end."""
@@ -175,6 +168,21 @@ class Layout(NamedTuple):
 # ---- blocks
 
 
+Rows = dict[int, list[tuple[int, Tensor]]]
+"""Values of some tokens of a group: by their place in a block, the block and the value, [1 ..]."""
+
+
+def rows_of(edges: Edges | None, x: Tensor, before: int = 0) -> Rows:
+    """The values of x [m n 1 ..] at documents' first tokens, or so many tokens before them in the same block."""
+    rows: Rows = {}
+    if edges is not None:
+        inside = edges.token >= before
+        token, block = edges.token[inside] - before, edges.block[inside]
+        for t, n, value in zip(token.tolist(), block.tolist(), x[token, block].unbind(), strict=True):
+            rows.setdefault(t, []).append((n, value))
+    return rows
+
+
 def run_blocks(
     decay: Tensor,
     written: Tensor,
@@ -191,58 +199,55 @@ def run_blocks(
     block [n ..], needed where there are several. `step` makes the state after a token of what is written, the decay and
     the state before it; at the first token of a document, what is written is the state.
     """
+    starts = rows_of(firsts, written)
     if len(entered) == 1 or total is None:
         entered[0] = state
     else:
-        inside = _exits(decay, written, firsts, step)
+        inside = _exits(decay, written, starts, step)
         _chain(state, total, inside, entered, range(len(entered)), firsts, step)
-    run_tokens(decay, written, entered, firsts, step)
+    run_tokens(decay, written, entered, starts, step)
 
 
-def run_tokens(
-    decay: Tensor, written: Tensor, entered: Tensor, firsts: Edges | None = None, step: Step = torch.addcmul
-) -> None:
-    """The same where the states before the blocks are known."""
-    state, starts = entered, {} if firsts is None else firsts.blocks_at()
+def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, step: Step = torch.addcmul) -> None:
+    """The same where the states before the blocks are known, and what first tokens write."""
+    state = entered
     for t, (factor, h) in enumerate(zip(decay.unbind(), written.unbind(), strict=True)):
-        starting = [(h[block, 0], h[block, 0].clone()) for block in starts.get(t, ())]
         state = step(h, factor, state, out=h)
-        for place, first in starting:
-            place.copy_(first)
+        for block, first in starts.get(t, ()):
+            state[block].copy_(first)
 
 
-def _exits(decay: Tensor, written: Tensor, firsts: Edges | None, step: Step) -> Tensor:
+def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
     """The states after the last tokens of blocks that start from zero: [m ..] -> [..]."""
     factors, h = decay.unbind(), written.unbind()
-    state, starts = h[0].clone(), {} if firsts is None else firsts.blocks_at()
+    state = h[0].clone()
     for t in range(1, len(h)):
         step(h[t], factors[t], state, out=state)
-        for block in starts.get(t, ()):
-            state[block, 0] = h[t][block, 0]
+        for block, first in starts.get(t, ()):
+            state[block].copy_(first)
     return state
 
 
-def _run_back(decay: Tensor, d_states: Tensor, firsts: Edges | None) -> None:
+def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
     """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
-    factors, g, starts = decay.unbind(), d_states.unbind(), {} if firsts is None else firsts.blocks_at()
+    factors, g = decay.unbind(), d_states.unbind()
     for t in range(len(g) - 2, -1, -1):
-        ending = [(g[t][block, 0], g[t][block, 0].clone()) for block in starts.get(t + 1, ())]
         g[t].addcmul_(factors[t + 1], g[t + 1])
-        for place, last in ending:
-            place.copy_(last)
+        for block, last in ends.get(t, ()):
+            g[t][block].copy_(last)
 
 
-def _exits_back(decay: Tensor, d_states: Tensor, firsts: Edges | None) -> Tensor:
+def _exits_back(decay: Tensor, d_states: Tensor, ends: Rows, firsts: Edges | None) -> Tensor:
     """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
-    factors, above, starts = decay.unbind(), d_states.unbind(), {} if firsts is None else firsts.blocks_at()
+    factors, above = decay.unbind(), d_states.unbind()
     state = above[-1].clone()
     for t in range(len(above) - 2, -1, -1):
         torch.addcmul(above[t], factors[t + 1], state, out=state)
-        for block in starts.get(t + 1, ()):
-            state[block, 0] = above[t][block, 0]
+        for block, last in ends.get(t, ()):
+            state[block].copy_(last)
     state.mul_(factors[0])
-    for block in starts.get(0, ()):
-        state[block, 0] = 0
+    if firsts is not None:
+        state[firsts.block[firsts.token == 0]] = 0
     return state
 
 
@@ -387,20 +392,21 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         index -= group.chunks
         entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
-        run_tokens(terms.decay, terms.written, entered, firsts)
+        run_tokens(terms.decay, terms.written, entered, rows_of(firsts, terms.written))
         terms = _conjugated(terms)
         d_above = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_above)
         if layout is not None and d_final is not None:
             lasts = layout.lasts(group)
             lasts.put(d_states, lasts.of(d_states) + d_final[lasts.document])
+        ends = rows_of(firsts, d_states, before=1)
         if terms.total is None:
             d_states[-1, 0] += above
         else:
-            inside, after = _exits_back(terms.decay, d_states, firsts), torch.empty_like(entered)
+            inside, after = _exits_back(terms.decay, d_states, ends, firsts), torch.empty_like(entered)
             _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += after
-        _run_back(terms.decay, d_states, firsts)
+        _run_back(terms.decay, d_states, ends)
         starts = layout is not None and group.start in layout.first
         above = torch.zeros_like(above) if starts else terms.decay[0, 0] * d_states[0, 0]
         before = torch.cat((entered[None], terms.written[:-1]))
