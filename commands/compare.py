@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ..experiments.collect import entry_result
+from ..experiments.figures.libraries import PlotsMissingError, charts_module, engine
 from ..experiments.plan import Plan, plan
 from ..experiments.report import REPORT_FILE
 from ..experiments.results import RESULTS_FILE, Results
@@ -68,11 +69,22 @@ def compare(
         console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
         raise typer.Exit(130)
     console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
-    later = f"it needs pip install 'seqmix[plots]'; then: seqmix plot {shlex.quote(str(folder))}"
-    console.print(f"{folder / REPORT_FILE} is {'written' if (folder / REPORT_FILE).is_file() else f'missing: {later}'}")
+    report = folder / REPORT_FILE
+    console.print(f"{report} is written" if report.is_file() else f"{report} is missing: {_undrawn(folder)}")
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)
+
+
+def _undrawn(folder: Path) -> str:
+    """Why a study has no report, and how it gets one."""
+    reason = "its figures could not be drawn"
+    try:
+        engine()
+        charts_module()
+    except PlotsMissingError as error:
+        reason = str(error)
+    return f"{reason}; then: seqmix plot {shlex.quote(str(folder))}"
 
 
 def show(results: Results, console: Console) -> None:

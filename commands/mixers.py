@@ -1,6 +1,9 @@
 """`seqmix mixers`: the available mixers and their traits."""
 
+import warnings
+
 from ..mixers import MIXERS, Paradigm
+from ..registry.providers import reason_of
 from .console import plain_table, terminal
 
 
@@ -12,13 +15,22 @@ def mixers() -> None:
     console = terminal()
     table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
     foreign: dict[str, str] = {}
+    broken = MIXERS.broken()
     for kind in MIXERS.kinds():
-        if not (module := MIXERS.origin(kind)).startswith("seqmix."):
-            foreign[kind] = module
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a plug-in with the kind of a built-in is in `broken`
+            if not (module := MIXERS.origin(kind)).startswith("seqmix."):
+                foreign[kind] = module
+            config = MIXERS.resolve(kind)
         try:
-            traits = MIXERS.resolve(kind).example().traits
+            traits = config.example().traits
         except ValueError as error:
             table.add_row(kind, f"depends on the configuration: {error}")
+            continue
+        except Exception as error:  # a plug-in's own code may raise anything
+            if kind not in foreign:
+                raise
+            broken[kind] = f"its example has no traits: {reason_of(error)}"
             continue
         table.add_row(
             kind,
@@ -31,5 +43,5 @@ def mixers() -> None:
     console.print("Traits of the default configurations; options can change them (a window bounds attention's state).")
     for kind, module in foreign.items():
         console.print(f"{kind} comes from {module}")
-    for name, reason in MIXERS.broken().items():
+    for name, reason in broken.items():
         console.print(f"plug-in {name} is broken: {reason}", style="red")

@@ -92,12 +92,20 @@ def import_named(module: str) -> ModuleType:
     """Import the module of a dotted path; the working directory is searched last, so that it stands in for no library.
 
     Raises:
-        Exception: whatever the import raises.
+        Exception: whatever the import raises; an ImportError for what would end the program, such as `sys.exit`.
+        KeyboardInterrupt: the user's Ctrl-C.
     """
     top = module.partition(".")[0]
     if top and "" not in sys.path and top not in sys.modules and importlib.util.find_spec(top) is None:
         sys.path.append("")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except SystemExit as ended:
+        raise ImportError(f"{module} calls sys.exit({ended.code!r}) when it is imported") from ended
+    except BaseException as error:  # of a library that has its own, as pytest's skip or a panic in Rust
+        raise ImportError(reason_of(error)) from error
 
 
 def import_object(path: str, what: str) -> Any:
@@ -112,9 +120,13 @@ def import_object(path: str, what: str) -> Any:
         raise ConfigError(f"{what} {path!r} cannot be loaded: {reason_of(error)}") from error
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Why a module cannot be loaded, in a line."""
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}".split("\n")[0]
+    try:
+        text = str(error)
+    except Exception:  # an error of someone else's class
+        text = "its message cannot be shown"
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}".split("\n")[0]
 
 
 def path_of(config: type) -> str:

@@ -1,5 +1,6 @@
 """A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -19,6 +20,9 @@ D = TypeVar("D", bound=Config)
 DEFAULT_KIND = "x-default-kind"
 """The key of a JSON schema that names the kind of a mapping without one."""
 
+_warned: dict[Any, Any] = {}
+"""The warnings that were shown, in the form that `warnings` has them."""
+
 _describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
 """The families whose JSON schema is being generated."""
 
@@ -28,7 +32,8 @@ class Registry(Generic[C]):
 
     A kind comes from a file of the family's own package, from an entry point of an installed distribution, from a class
     that the program registers, or from a dotted path in place of a kind. It is looked up when a configuration is
-    validated, so a kind that is added later is found.
+    validated, so a kind that is added later is found. A plug-in that takes the kind of a built-in changes nothing: the
+    built-in is used, with a warning, and a dotted path names the plug-in's.
 
     A registry is also the annotation of a field that holds a configuration of its family:
 
@@ -84,8 +89,8 @@ class Registry(Generic[C]):
 
         Built-in files are not imported; plug-ins are, so that broken ones are left out.
         """
-        broken = self.broken()
-        return sorted(kind for kind in self._providers() if kind not in broken)
+        built_in, broken = dict(files(self._package)), self.broken()
+        return sorted(kind for kind in self._providers() if kind in built_in or kind not in broken)
 
     def built_in(self) -> dict[str, type[C]]:
         """The classes of the family's own package, by kind, sorted."""
@@ -93,8 +98,11 @@ class Registry(Generic[C]):
 
     def broken(self) -> dict[str, str]:
         """The broken plug-ins by kind, each with the reason: its import fails, or its kind is taken."""
-        reasons = {}
+        reasons, providers = {}, self._providers()
         for kind, _ in entry_points(self._group):
+            if (reason := self._shadowed(kind, providers[kind])) is not None:
+                reasons[kind] = reason
+                continue
             try:
                 self.resolve(kind)
             except ConfigError as error:
@@ -105,7 +113,7 @@ class Registry(Generic[C]):
         """The module that provides a kind.
 
         Raises:
-            ConfigError: nothing provides the kind, or several modules do.
+            ConfigError: nothing provides the kind, or several modules do, none of which is built in.
         """
         return module_of(self._provider(kind))
 
@@ -113,7 +121,8 @@ class Registry(Generic[C]):
         """The configuration class of a kind, or of a dotted path `my_package.my_module:MyConfig`.
 
         Raises:
-            ConfigError: the kind is unknown, provided by several modules, or its module cannot be loaded.
+            ConfigError: the kind is unknown, provided by several modules none of which is built in, or its module
+                cannot be loaded.
         """
         provider = self._provider(kind)
         try:
@@ -134,9 +143,26 @@ class Registry(Generic[C]):
             kinds = self.kinds()
             end = nearest(kind, kinds) or ", or a class of your own, my_module:MyConfig"
             raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{end}")
+        if (sentence := self._shadowed(kind, found)) is not None:
+            # the built-in one, said once; no line of code is to be shown
+            warnings.warn_explicit(sentence, UserWarning, "plug-ins", 1, registry=_warned)
+            return found[f"{self._package}.{kind}"]
         if len(found) > 1:
             raise self._conflict(kind, found)
         return next(iter(found.values()))
+
+    def _shadowed(self, kind: str, found: Mapping[str, Provider]) -> str | None:
+        """What to do about a plug-in with the kind of a built-in; None where there is no such plug-in."""
+        own = f"{self._package}.{kind}"
+        others = [module for module in found if module != own]
+        if own not in found or not others:
+            return None
+        other = found[others[0]]
+        path = other if isinstance(other, str) else path_of(other)
+        return (
+            f"{self.family} kind {kind!r} is provided by {own} and by {' and by '.join(others)}: the first, which is "
+            f"built in, is used; rename the plug-in's, or name it by its path, {path}"
+        )
 
     def _providers(self) -> dict[str, dict[str, Provider]]:
         """The providers of each kind by module: a module counts once, however often it offers the kind."""

@@ -360,19 +360,64 @@ def test_a_command_line_that_is_not_valid_shows_the_usage(seqmix, arguments):
     assert "Traceback" not in done.err
 
 
-def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(seqmix, refused, tmp_path, monkeypatch):
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Installs a module that offers a kind of mixer."""
     monkeypatch.syspath_prepend(tmp_path)
-    Path("plug_b.py").write_text("import no_such_library")
-    info = Path("plug_b-1.0.dist-info")
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug_b\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[seqmix.mixers]\nslow = plug_b:SlowConfig\n")
+
+    def install(module: str, kind: str, text: str) -> None:
+        Path(f"{module}.py").write_text(text)
+        info = Path(f"{module}-1.0.dist-info")
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[seqmix.mixers]\n{kind} = {module}:SlowConfig\n")
+
+    return install
+
+
+def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(seqmix, refused, plug_in):
+    plug_in("plug_b", "slow", "import no_such_library")
     done = seqmix("mixers")
     assert done.status == 0
     assert re.search("slow .*No module named 'no_such_library'", done.out)
     assert re.search("^ *retention ", done.out, re.M)
     assert seqmix("show", "retnet-tiny").status == 0
     assert re.search("'slow' .*plug_b .*'no_such_library'", refused("show", "retnet-tiny", f"{RET}={BLOCK % 'slow'}"))
+
+
+SLOW = """
+from typing import Literal
+from seqmix.mixers.min_gru import MinGRUConfig
+
+class SlowConfig(MinGRUConfig):
+    kind: Literal["{kind}"] = "{kind}"
+
+    @classmethod
+    def example(cls):
+        {example}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("slow", "import sys; sys.exit(7)", r"slow .*plug_c .*sys\.exit\(7\)"),
+        ("slow", SLOW.format(kind="slow", example="return {}['none']"), "slow .*KeyError: 'none'"),
+        (
+            "retention",
+            SLOW.format(kind="retention", example="return cls(n_heads=2)"),
+            r"retention .*mixers\.retention .*plug_c",
+        ),
+    ],
+    ids=["exits", "raises later", "takes a name"],
+)
+def test_a_plug_in_ends_no_command_that_does_not_need_it(seqmix, plug_in, kind, text, reason):
+    plug_in("plug_c", kind, text)
+    done = seqmix("mixers")
+    assert done.status == 0
+    assert re.search(f"plug-in {reason}", done.out)
+    assert re.search("^ *retention ", done.out, re.M)
+    assert seqmix("show", "retnet-tiny").status == 0
 
 
 def test_the_installed_command_does_the_same(tmp_path):

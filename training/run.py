@@ -368,7 +368,8 @@ def _differences(
     changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
     notes = []
     if changed := [*changed, *ways]:
-        notes.append(f"{', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
+        how = "by rounding, which training amplifies"
+        notes.append(f"{', '.join(changed)}: results may differ from an uninterrupted run {how}")
     if other_masks:
         notes.append("another layout draws other dropout masks, as another seed would: weights differ by percents")
     if manifest.data is not None and manifest.data != source.digest:

@@ -8,7 +8,7 @@ from typing import Any
 from ...registry import SeqmixError, nearest, write_file
 from . import page, theme
 from .figure import Figure
-from .libraries import charts_module, converter
+from .libraries import charts_module, engine, vega
 
 ENDINGS = (".html", ".svg", ".png", ".pdf")
 COLUMN = 3.25
@@ -22,14 +22,14 @@ def require_drawable(option: str, file: Path) -> None:
     """Refuse a file that could not be drawn; `option` is which one has it.
 
     Raises:
-        SeqmixError: its name ends in something else, or what draws it is not installed.
+        SeqmixError: its name ends in something else, or what draws it is not installed or has too little memory.
     """
     ending = file.suffix.lower()
     if ending not in ENDINGS:
         raise SeqmixError(
             f"{option} {file}: the name must end in one of {', '.join(ENDINGS)}{nearest(ending, ENDINGS)}"
         )
-    converter()
+    engine() if ending != ".html" else vega()  # which the cache may have
     charts_module()
 
 
@@ -53,15 +53,15 @@ def content_of(figures: Sequence[Figure], ending: str, *, width: float = COLUMN,
         return page.render(figures, **values)
     drawn = theme.resolved(drawing(figures, width))
     if ending == ".pdf":
-        return converter().svg_to_pdf(drawn)
+        return engine().svg_to_pdf(drawn)
     if ending == ".png":
-        return converter().svg_to_png(drawn, scale=DOTS / POINTS)
+        return engine().svg_to_png(drawn, scale=DOTS / POINTS)
     return SIZE.sub(r'width="\1pt" height="\2pt"', drawn, count=1)
 
 
 def drawing(figures: Sequence[Figure], width: float) -> str:
     """SVG in points, its colours CSS variables: figures side by side where there is room for two."""
-    charts, convert = charts_module(), converter()
+    charts, convert = charts_module(), engine()
     columns = 2 if width > 1.5 * COLUMN and len(figures) > 1 else 1
     whole = POINTS * width
     plot = whole / columns - 44

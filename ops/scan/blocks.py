@@ -12,6 +12,7 @@ difference of sums: factors below the smallest number are 0, as what they stand 
 
 The forward pass saves the blocks' entry states; the backward pass recomputes the rest. Packed documents need no blocks
 of their own: at a document's first token the decay is 0, and what is kept of the document's initial state is written.
+A product with 0 would let NaN and infinity through, so states at first tokens are set, not only multiplied.
 """
 
 from abc import ABC, abstractmethod
@@ -167,58 +168,104 @@ class Layout(NamedTuple):
 # ---- blocks
 
 
+Rows = dict[int, list[tuple[int, Tensor]]]
+"""Values of some tokens of a group: by their place in a block, the block and the value, [1 ..]."""
+
+
+def rows_of(edges: Edges | None, x: Tensor, before: int = 0) -> Rows:
+    """The values of x [m n 1 ..] at documents' first tokens, or so many tokens before them in the same block."""
+    rows: Rows = {}
+    if edges is not None:
+        inside = edges.token >= before
+        token, block = edges.token[inside] - before, edges.block[inside]
+        for t, n, value in zip(token.tolist(), block.tolist(), x[token, block].unbind(), strict=True):
+            rows.setdefault(t, []).append((n, value))
+    return rows
+
+
 def run_blocks(
-    decay: Tensor, written: Tensor, total: Tensor | None, state: Tensor, entered: Tensor, step: Step = torch.addcmul
+    decay: Tensor,
+    written: Tensor,
+    total: Tensor | None,
+    state: Tensor,
+    entered: Tensor,
+    firsts: Edges | None = None,
+    step: Step = torch.addcmul,
 ) -> None:
     """The states after each token in place of what is written, [m n ..], and those before each block, [n ..], in
     `entered`.
 
     A state, [..] before the first block, is multiplied with `decay` at each token [m n ..], and with `total` in a whole
     block [n ..], needed where there are several. `step` makes the state after a token of what is written, the decay and
-    the state before it.
+    the state before it; at the first token of a document, what is written is the state.
     """
-    factors, h = decay.unbind(), written.unbind()
+    starts = rows_of(firsts, written)
     if len(entered) == 1 or total is None:
         entered[0] = state
     else:
-        inside = h[0].clone()
-        for t in range(1, len(h)):
-            step(h[t], factors[t], inside, out=inside)
-        _chain(state, total, inside, entered, range(len(entered)), step)
-    run_tokens(decay, written, entered, step)
+        inside = _exits(decay, written, starts, step)
+        _chain(state, total, inside, entered, range(len(entered)), firsts, step)
+    run_tokens(decay, written, entered, starts, step)
 
 
-def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, step: Step = torch.addcmul) -> None:
-    """The same where the states before the blocks are known."""
+def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, step: Step = torch.addcmul) -> None:
+    """The same where the states before the blocks are known, and what first tokens write."""
     state = entered
-    for factor, h in zip(decay.unbind(), written.unbind(), strict=True):
+    for t, (factor, h) in enumerate(zip(decay.unbind(), written.unbind(), strict=True)):
         state = step(h, factor, state, out=h)
+        for block, first in starts.get(t, ()):
+            state[block].copy_(first)
 
 
-def _run_back(decay: Tensor, d_states: Tensor) -> None:
+def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
+    """The states after the last tokens of blocks that start from zero: [m ..] -> [..]."""
+    factors, h = decay.unbind(), written.unbind()
+    state = h[0].clone()
+    for t in range(1, len(h)):
+        step(h[t], factors[t], state, out=state)
+        for block, first in starts.get(t, ()):
+            state[block].copy_(first)
+    return state
+
+
+def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
     """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
     factors, g = decay.unbind(), d_states.unbind()
     for t in range(len(g) - 2, -1, -1):
         g[t].addcmul_(factors[t + 1], g[t + 1])
+        for block, last in ends.get(t, ()):
+            g[t][block].copy_(last)
 
 
-def _exits_back(decay: Tensor, d_states: Tensor) -> Tensor:
+def _exits_back(decay: Tensor, d_states: Tensor, ends: Rows, firsts: Edges | None) -> Tensor:
     """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
     factors, above = decay.unbind(), d_states.unbind()
     state = above[-1].clone()
     for t in range(len(above) - 2, -1, -1):
         torch.addcmul(above[t], factors[t + 1], state, out=state)
-    return state.mul_(factors[0])
+        for block, last in ends.get(t, ()):
+            state[block].copy_(last)
+    state.mul_(factors[0])
+    if firsts is not None:
+        state[firsts.block[firsts.token == 0]] = 0
+    return state
 
 
 def _chain(
-    first: Tensor, total: Tensor, inside: Tensor, out: Tensor, order: Sequence[int], step: Step = torch.addcmul
+    first: Tensor,
+    total: Tensor,
+    inside: Tensor,
+    out: Tensor,
+    order: Sequence[int],
+    firsts: Edges | None,
+    step: Step = torch.addcmul,
 ) -> None:
     """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
-    state = first
+    state, cut = first, set() if firsts is None else set(firsts.block.tolist())  # a document starts in these
     for at, i in enumerate(order):
         if at:
-            state = step(inside[order[at - 1]], total[order[at - 1]], state)
+            passed = order[at - 1]
+            state = inside[passed] if passed in cut else step(inside[passed], total[passed], state)
         out[i] = state
 
 
@@ -314,7 +361,7 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
             else terms.written.new_empty((group.chunks, *state.shape))
         )
         index += group.chunks
-        run_blocks(terms.decay, terms.written, terms.total, state, entered)
+        run_blocks(terms.decay, terms.written, terms.total, state, entered, firsts)
         tokens_first(output, group).copy_(rule.read(x, group, terms.written))
         state = terms.written[-1, -1]
         if layout is not None and x.output_final_state:
@@ -345,21 +392,23 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         index -= group.chunks
         entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
-        run_tokens(terms.decay, terms.written, entered)
+        run_tokens(terms.decay, terms.written, entered, rows_of(firsts, terms.written))
         terms = _conjugated(terms)
         d_above = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_above)
         if layout is not None and d_final is not None:
             lasts = layout.lasts(group)
             lasts.put(d_states, lasts.of(d_states) + d_final[lasts.document])
+        ends = rows_of(firsts, d_states, before=1)
         if terms.total is None:
             d_states[-1, 0] += above
         else:
-            inside, after = _exits_back(terms.decay, d_states), torch.empty_like(entered)
-            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1))
+            inside, after = _exits_back(terms.decay, d_states, ends, firsts), torch.empty_like(entered)
+            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += after
-        _run_back(terms.decay, d_states)
-        above = terms.decay[0, 0] * d_states[0, 0]
+        _run_back(terms.decay, d_states, ends)
+        starts = layout is not None and group.start in layout.first
+        above = torch.zeros_like(above) if starts else terms.decay[0, 0] * d_states[0, 0]
         before = torch.cat((entered[None], terms.written[:-1]))
         if firsts is not None and terms.kept is not None:
             firsts.put(terms.decay, terms.kept)

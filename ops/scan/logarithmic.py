@@ -46,12 +46,12 @@ def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     state = initial if layout is None else initial.new_full((1, *initial.shape[1:]), -torch.inf)
     for group in cuts(x, output, state[0].numel()):
         log_decay, h = own(x.log_decay, group, initial.dtype), own(x.x, group, initial.dtype)
-        if layout is not None:
-            firsts = layout.firsts(group)
+        firsts = None if layout is None else layout.firsts(group)
+        if firsts is not None:
             firsts.put(h, log_step(firsts.of(h), firsts.of(log_decay), initial[firsts.document]))
             firsts.put(log_decay, -torch.inf)
         entered = h.new_empty(h.shape[1:])
-        run_blocks(log_decay, h, log_decay.sum(0), state, entered, log_step)
+        run_blocks(log_decay, h, log_decay.sum(0), state, entered, firsts, log_step)
         tokens_first(output, group).copy_(h)
         if x.needs_grad:
             tokens_first(saved, group).copy_(h)
@@ -80,9 +80,8 @@ def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     before[row, first] = initial[document]
     kept = x.log_decay.to(h.dtype) + before - h
     later = torch.cat((kept[:, 1:], torch.zeros_like(kept[:, :1])), dim=1)
-    if layout is not None:
-        later[0, layout.last] = -torch.inf
-    reversed_scan = Scan(above.flip(1), later.flip(1), None, None, None, x.chunk_size, False, x.single)
+    reversed_documents = None if x.cu_seqlens is None else (x.cu_seqlens[-1] - x.cu_seqlens).flip(0)
+    reversed_scan = Scan(above.flip(1), later.flip(1), None, reversed_documents, None, x.chunk_size, False, x.single)
     d_h = SCAN.forward(reversed_scan)[0].flip(1)
     d_log_decay = d_h * kept.exp()
     d_initial[document] = d_log_decay[row, first]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.call import Call
+from ..ops.runtime.call import Call
 from ..ops.decay import DECAY, decay
 from .parts import MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 

@@ -1,6 +1,9 @@
 """`seqmix plot`: runs that go on, were killed, or are none, and studies."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from studies import few, recall
 
 from seqmix.commands.plot import names_of
 from seqmix.experiments.curves import figures_of, read_curves
+from seqmix.experiments.figures import libraries
 from seqmix.experiments.results import Results, write
 
 
@@ -126,6 +130,22 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
     monkeypatch.delattr("seqmix.experiments.figures.charts", raising=False)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     assert "pip install 'seqmix[plots]'" in refused("plot", "one")
+
+
+@pytest.mark.skipif(not libraries.STATISTICS.exists(), reason="needs Linux's limits of memory")
+@pytest.mark.parametrize(
+    ("option", "limit", "file"), [("-v", 8 * 2**20, "a.svg"), ("-v", 8 * 2**20, "a.html"), ("-d", 2**19, "a.pdf")]
+)
+def test_a_limit_of_memory_that_figures_exceed_is_one_sentence(folders, tmp_path, option, limit, file):
+    pytest.importorskip("altair")
+    # an empty cache: a page's JavaScript is bundled
+    command = f"ulimit {option} {limit}; XDG_CACHE_HOME={tmp_path / 'empty'} exec {sys.executable} -m seqmix plot one"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} --out {file}"], cwd=folders, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[:500]
+    assert re.match(f"error: .* GiB of ulimit {option} .*vl-convert.* got {limit / 2**20:g} GiB", done.stderr)
+    assert not (folders / file).exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+import re
 import sys
+import warnings
 from typing import Annotated
 
 import pytest
@@ -36,6 +38,11 @@ def test_a_plug_in_is_a_kind_that_is_imported_when_it_is_used(family, holder):
         ("def", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
         ("raise RuntimeError('one\\ntwo')", "RuntimeError: one"),
+        ("{}['lost']", "KeyError: 'lost'"),
+        ("import sys\nsys.exit(7)", "sys.exit(7)"),
+        ("import pytest\npytest.skip('not here', allow_module_level=True)", "Skipped: not here"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("class Mute(Exception):\n    def __str__(self):\n        return 1 / 0\n\nraise Mute", "Mute"),
         ("", "starConfig"),
         ("from json import JSONDecoder as starConfig", "json.decoder:JSONDecoder"),
     ],
@@ -57,6 +64,13 @@ def test_a_broken_plug_in_is_reported_with_its_module_and_reason_and_breaks_noth
         load(holder, tmp_path / "run.yaml", presets=tmp_path)
 
 
+def test_ctrl_c_while_a_plug_in_is_imported_ends_the_program(family):
+    add(family, "star", "raise KeyboardInterrupt")
+    for ask in (family.registry.broken, family.registry.kinds, lambda: family.registry.resolve("star")):
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+
+
 def test_a_plug_in_whose_class_declares_another_kind_is_broken(family):
     module = family.module("moons", family.shape("moon"))
     family.plug_in("star", f"{module}:moonConfig")
@@ -74,10 +88,26 @@ def test_two_plug_ins_of_one_name_are_an_error_that_names_both(family):
     assert family.registry.broken() == {"star": str(raised.value)}
 
 
-def test_a_plug_in_of_a_kind_that_is_built_in_or_registered_is_an_error_that_names_both(family):
+def test_a_plug_in_of_a_kind_that_is_built_in_changes_nothing_but_a_warning(family, holder):
+    built_in = family.registry.resolve("circle")
     module = add(family, "circle")
-    with pytest.raises(ConfigError, match=rf"'circle' .*{family.package}\.circle .*{module}"):
-        family.registry.resolve("circle")
+    both = rf"'circle' .*{family.package}\.circle .*{module}.* {module}:circleConfig"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        assert holder(shape={"kind": "circle", "size": 2}).model_dump()["shape"]["kind"] == "circle"
+        assert family.registry.resolve("circle") is built_in
+        assert family.registry.origin("circle") == f"{family.package}.circle"
+    (warning,) = warned  # once, however often it is used
+    assert re.search(both, str(warning.message))
+    assert family.registry.kinds() == ["circle", "square"]
+    assert re.search(both, family.registry.broken()["circle"])
+    # its own class, by its path, is saved by its path
+    shape = holder(shape={"kind": f"{module}:circleConfig", "size": 2})
+    assert type(shape.shape).__module__ == module
+    assert shape.model_dump()["shape"]["kind"] == f"{module}:circleConfig"
+
+
+def test_a_plug_in_of_a_kind_that_is_registered_is_an_error_that_names_both(family):
     module = add(family, "star")
     other = family.module("other", family.shape("star"))
     with pytest.raises(ConfigError, match=f"'star' .*{module} .*{other}"):
