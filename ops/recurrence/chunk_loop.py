@@ -104,7 +104,7 @@ def chunkwise_kernel(name: str, chunks: MakeChunks) -> Run:
     )
     # errors name the family's kernel, and where it can be imported from
     op.__module__ = chunks.__module__
-    op.__qualname__ = name
+    vars(op)["__qualname__"] = name
     return op
 
 

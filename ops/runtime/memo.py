@@ -50,8 +50,10 @@ class Memo:
 
 
 def once(memo: Memo | None, function: Callable[..., R], *args: Any) -> R:
-    """function(*args), by way of a memo if there is one."""
-    return function(*args) if memo is None else memo.once(function, *args)
+    """function(*args), by way of a memo if there is one; compiled code finds by itself what is common."""
+    if memo is None or torch.compiler.is_compiling():
+        return function(*args)
+    return memo.once(function, *args)
 
 
 def _identity(x: Tensor) -> Hashable:

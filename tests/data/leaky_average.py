@@ -14,8 +14,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.runtime.call import Call
 from ..ops.decay import DECAY, decay
+from ..ops.runtime.call import Call
 from .parts import MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 
 
