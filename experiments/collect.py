@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
+from ..training.saved_run import modules_of
 from ..training.provenance import SESSIONS_FILE
 from ..training.run_dir import SCORES_FILE
 from .measurements import Measurement, add_time, read_measurements
@@ -74,7 +75,8 @@ def is_finished(run: PlannedRun, folder: Path) -> bool:
 def is_same(run: PlannedRun, folder: Path) -> bool:
     """Whether a folder is of this very run."""
     try:
-        return read_config(folder) == run.config
+        # the modules of the run itself are imported by now
+        return not modules_of(folder) and read_config(folder) == run.config
     except (CheckpointError, ConfigError):
         return False
 

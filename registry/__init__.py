@@ -5,7 +5,7 @@ from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_n
 from .explain import explain_fields
 from .files import flush, read_bytes, replacing, write_file
 from .loading import dump, load, validated
-from .providers import import_named, import_object
+from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry
 from .schema import json_schema
 from .sources import read_mapping
@@ -28,6 +28,8 @@ __all__ = [
     "read_mapping",
     "replacing",
     "require_name",
+    "require_trusted",
+    "unimported",
     "validated",
     "write_file",
 ]
