@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from transformers import PretrainedConfig
 
 from ..models import ModelConfig
 from ..registry import SeqmixError, require_trusted, unimported, validated
+from ..registry.errors import shown
 
 NAME = "the model of config.json"
 
@@ -42,6 +44,9 @@ class SeqmixConfig(PretrainedConfig):
     def __init__(self, model: ModelConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if model is None:
             raise SeqmixError("SeqmixConfig needs a model: SeqmixConfig(load_config('retnet-tiny').model)")
+        if (kind := kwargs.pop("model_type", self.model_type)) != self.model_type:
+            raise SeqmixError(f"config.json: model_type: expected {self.model_type!r}, got {shown(kind)}")
+        _require_types(kwargs)
         given = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
         self.model: dict[str, Any]
@@ -76,3 +81,25 @@ class SeqmixConfig(PretrainedConfig):
         if not trust:
             require_trusted(self.model, NAME, "import its modules before, or give trust_remote_code=True")
         return validated(ModelConfig, self.model, NAME)
+
+
+def _require_types(fields: Mapping[str, Any]) -> None:
+    """Refuse values of other types in fields that transformers computes with.
+
+    Raises:
+        SeqmixError: a dtype that torch does not have, or a token that is not a number.
+    """
+    for name, value in fields.items():
+        if name in ("dtype", "torch_dtype"):
+            known = value is None or isinstance(
+                getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype
+            )
+            expected = "the name of a dtype of torch, such as bfloat16"
+        elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            known = all(number is None or type(number) is int for number in numbers)
+            expected = "the number of a token, or null"
+        else:
+            continue
+        if not known:
+            raise SeqmixError(f"config.json: {name}: expected {expected}, got {shown(value)}")

@@ -61,6 +61,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         """
         if trust_remote_code:
             kwargs["trust"] = True  # what transformers has no use for is given to the constructor
+        kwargs["ignore_mismatched_sizes"] = True  # refused below, with names
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for what in ("missing", "unexpected", "mismatched"):
             if wrong := sorted(map(str, info[f"{what}_keys"])):
