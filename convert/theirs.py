@@ -86,6 +86,8 @@ class Theirs(Config):
     expand_k: Ratio | None = None
     expand_v: Ratio | None = None
     value_dim: Width | tuple[Width | None, ...] | None = None
+    use_gate: bool | None = None
+    use_output_gate: bool | None = None
     use_short_conv: bool | None = None
     conv_size: Kernel | None = None
     conv_kernel: Kernel | None = None

@@ -1,4 +1,4 @@
-"""Folders of other libraries' models of anyone's making: config.json and tokenizer.json with other values, types, links."""
+"""Folders of other libraries' models of anyone's making: config.json and tokenizer.json with other values; links."""
 
 import json
 import random
@@ -16,7 +16,13 @@ from seqmix.convert.layout import to_theirs
 from seqmix.models import build_model, train_bpe
 
 BASE = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 24}
-LLAMA = BASE | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 1e4, "hidden_act": "silu"}
+LLAMA = BASE | {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+}
 LLAMA |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": [2, 3]}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
@@ -73,9 +79,24 @@ for _ in range(300):
     DEEP = [DEEP]
 VALUES = ("x", {}, [], None, -1, 0, 2**63, 1e308, True, 0.5, 10**400, 2**31, ["x"], [None], {"x": "x"}, DEEP)
 """One of each class of values that no field, or not every field, can have."""
-NUMBERS = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "original_max_position_embeddings"}
-TREES = ([], None, {}, ["x"], "x", 5, {"added_tokens": 5}, {"added_tokens": None}, {"added_tokens": [5]}, {"model": DEEP})
-TREES += ({"added_tokens": {"a": 1}}, {"added_tokens": [{"id": {}, "content": "a"}]}, {"added_tokens": [{}]}, {"model": 5})
+TREES = (
+    [],
+    None,
+    {},
+    ["x"],
+    "x",
+    5,
+    {"added_tokens": 5},
+    {"added_tokens": None},
+    {"added_tokens": [5]},
+    {"model": DEEP},
+)
+TREES += (
+    {"added_tokens": {"a": 1}},
+    {"added_tokens": [{"id": {}, "content": "a"}]},
+    {"added_tokens": [{}]},
+    {"model": 5},
+)
 
 
 def whole(name: str) -> dict[str, Any]:
@@ -103,13 +124,15 @@ def changed(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{key}.{inner} = {value!r:.20}", base | {key: base[key] | {inner: value}}
 
 
-def make(folder: Path, name: str, fields: dict[str, Any]) -> None:
-    """A folder of an architecture, with random weights of a small model, and a tokenizer."""
+def make(folder: Path, name: str) -> None:
+    """A folder of an architecture, once, with random weights of a small model, and a tokenizer."""
+    if folder.exists():
+        return
     folder.mkdir()
     architecture = ARCHITECTURES[name]
     model = build_model(architecture.config(whole(name), "here"))
     save_file(to_theirs(architecture.rules(model), model.state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "config.json").write_text(json.dumps(whole(name)))
     train_bpe([("a", b"the text of a small run")], 290, folder / "tokenizer.json")
 
 
@@ -117,7 +140,7 @@ def folders(folder: Path, drawn: random.Random) -> Iterator[Case]:
     """Every field of every architecture with every class of values, documents that are none, tokenizers, links."""
     number = count()
     for name in ARCHITECTURES:
-        make(own := folder / name, name, whole(name))
+        own = folder / name
         yield Case(f"{name} whole", partial(_convert, own, folder / f"{next(number)}", whole(name)), refused=False)
         for what, fields in changed(name):
             yield Case(f"{name} {what}", partial(_convert, own, folder / f"{next(number)}", fields), refused=False)
@@ -133,6 +156,7 @@ def folders(folder: Path, drawn: random.Random) -> Iterator[Case]:
 
 def _convert(own: Path, out: Path, fields: dict[str, Any] | bytes) -> None:
     """Convert it, all of it if what it says of itself fits its tensors."""
+    make(own, own.name)
     (own / "config.json").write_bytes(fields if isinstance(fields, bytes) else json.dumps(fields).encode())
     import_from(own, None)
     import_from(own, out)
@@ -140,6 +164,7 @@ def _convert(own: Path, out: Path, fields: dict[str, Any] | bytes) -> None:
 
 def _tokenizer(own: Path, out: Path, content: Any) -> None:
     """Convert a folder with this tokenizer.json, or with a link in its place."""
+    make(own, "llama")
     (own / "config.json").write_text(json.dumps(whole("llama")))
     file = own / "tokenizer.json"
     file.unlink(missing_ok=True)
@@ -152,6 +177,7 @@ def _tokenizer(own: Path, out: Path, content: Any) -> None:
 
 def _link(own: Path, target: Path) -> None:
     """Read a folder whose config.json is a link."""
+    make(own, "llama")
     file, content = own / "config.json", json.dumps(whole("llama"))
     (own / "linked").mkdir(exist_ok=True)
     link = own / "linked" / "config.json"
