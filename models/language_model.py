@@ -321,5 +321,5 @@ def _build(config: ModelConfig, index: int) -> Block:
         if "overflow" not in reason.lower():
             raise
         raise ContractError(
-            f"model.blocks.{name}: expected tensors of less than 2^63 bytes, got larger ones; lower its heads and widths"
+            f"model.blocks.{name}: expected tensors below 2^63 bytes, got larger ones; lower its heads and widths"
         ) from error
