@@ -43,7 +43,10 @@ ROPE = Table(
         "scaling": same("mixer.rope_scaling", default=None),
     },
 )
-SCALINGS: Mapping[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length")}
+SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+}
 """By `rope_type`, the fields of a scaling here; theirs has one other name, below."""
 LENGTHS = {"original_length": "original_max_position_embeddings"}
 BIASES = choice("mixer.bias", {False: "none", True: "all"}, default=False)
