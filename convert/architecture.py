@@ -10,6 +10,7 @@ from ..models import LanguageModel, ModelConfig
 from ..registry import SeqmixError, validated
 from .fields import Table, flat, nested, refusal, require_known, require_same
 from .layout import Part, Rule, part
+from .theirs import typed
 
 
 class Joined(NamedTuple):
@@ -88,9 +89,9 @@ class Architecture:
         """The model here that their configuration describes.
 
         Raises:
-            SeqmixError: a field has no counterpart here.
+            SeqmixError: a field has another type than theirs, or no counterpart here.
         """
-        values, known = self.unfolded(values, where), {*self.harmless.split(), *self.kinds}
+        values, known = self.unfolded(typed(values, where), where), {*self.harmless.split(), *self.kinds}
         types = [self._types(name, values, where) for name in self.kinds]
         pattern = ["-".join(layer) for layer in zip(*types, strict=True)] or ["layer"]
         blocks, model = {}, {}

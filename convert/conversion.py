@@ -64,7 +64,9 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     values = files.read_config(source)
     architecture = recognised(values, source)
     config = architecture.config(values, source / files.CONFIGS[0])
-    rules = list(architecture.rules(build_meta(config)))
+    model = build_meta(config)
+    files.require_size(source, model)
+    rules = list(architecture.rules(model))
     if out is None:
         return architecture, rules
     own = source / TOKENIZER_FILE
@@ -77,14 +79,13 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
         vocabulary = None if tokenizer == "bytes" else read_bytes(file)
     except OSError as error:
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
+    begin = None if vocabulary is None else files.begin_token(vocabulary, file, values)
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}
     theirs = files.read_weights(source)
     for other, usual in architecture.renamed(values).items():
         theirs = {name.replace(other, usual): x for name, x in theirs.items()}
     tensors = to_ours(rules, theirs, source, architecture.unread, copies)
-    files.write_run(
-        out, config, tensors, vocabulary, None if vocabulary is None else files.begin_token(vocabulary, values)
-    )
+    files.write_run(out, config, tensors, vocabulary, begin)
     return architecture, rules
 
 

@@ -96,13 +96,16 @@ class Table:
         """
         found = dict(self.ours)
         for name, spec in self.fields.items():
-            if (value := values.get(name)) is None:
-                value = spec.default(values) if callable(spec.default) else spec.default
-            if value is REQUIRED:
-                raise SeqmixError(f"{where} lacks {name}")
-            if spec.allowed is not None and value not in spec.allowed:
-                raise refusal(where, name, value, " or ".join(map(shown, spec.allowed)))
-            found |= dict.fromkeys(spec.paths, spec.read(value, values) if spec.paths else None)
+            try:
+                if (value := values.get(name)) is None:
+                    value = spec.default(values) if callable(spec.default) else spec.default
+                if value is REQUIRED:
+                    raise KeyError(name)
+                if spec.allowed is not None and value not in spec.allowed:
+                    raise refusal(where, name, value, " or ".join(map(shown, spec.allowed)))
+                found |= dict.fromkeys(spec.paths, spec.read(value, values) if spec.paths else None)
+            except KeyError as error:  # its own, or one that it is computed of
+                raise SeqmixError(f"{where} lacks {error.args[0]}") from error
         return found
 
     def write(self, ours: Values) -> dict[str, Any]:

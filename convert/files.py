@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..models import TOKENIZER_FILE, ModelConfig
+from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer
 from ..registry import SeqmixError, replacing_folder, write_file
 from ..training import RunConfig, saved_run
 from ..training.run_dir import require_vacant
@@ -76,10 +76,29 @@ def read_weights(source: Path) -> Mapping[str, Tensor]:
     return read_tensors(files)[0]
 
 
-def begin_token(vocabulary: bytes, config: Mapping[str, Any]) -> str | None:
-    """The token of a tokenizer.json that opens a document in a configuration; None to add one."""
-    tokens = json.loads(vocabulary)
-    ids = {token["id"]: token["content"] for token in tokens.get("added_tokens") or []}
+def require_size(source: Path, model: LanguageModel) -> None:
+    """Refuse a configuration of far more parameters than a folder's weights have bytes, before rules are made of it.
+
+    Raises:
+        SeqmixError: it has.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())  # a tied one once
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors") if file.is_file())
+    if size and count > 2 * size:
+        raise SeqmixError(
+            f"{source / CONFIGS[0]} describes another model: expected at most {size:,} parameters, the bytes of "
+            f"*.safetensors beside it, got {count:,}"
+        )
+
+
+def begin_token(vocabulary: bytes, file: Path, config: Mapping[str, Any]) -> str | None:
+    """The token of a tokenizer.json that opens a document in a configuration; None to add one.
+
+    Raises:
+        SeqmixError: it is not a tokenizer, or the library that reads it is not installed.
+    """
+    SubwordTokenizer(vocabulary, file)  # from here on its added tokens are a list of ids with contents
+    ids = {token["id"]: token["content"] for token in json.loads(vocabulary).get("added_tokens") or []}
     for name in ("bos_token_id", "eos_token_id"):
         chosen = config.get(name)
         for number in chosen if isinstance(chosen, list) else [chosen]:

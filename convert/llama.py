@@ -9,6 +9,7 @@ from ..blocks import Block
 from .architecture import Architecture, Layout
 from .fields import Table, choice, refusal, same, width
 from .layout import Part, part
+from .theirs import Rotation, typed
 
 BASE = Table(
     {"norm.kind": "rmsnorm"},
@@ -42,7 +43,10 @@ ROPE = Table(
         "scaling": same("mixer.rope_scaling", default=None),
     },
 )
-SCALINGS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length")}
+SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+}
 """By `rope_type`, the fields of a scaling here; theirs has one other name, below."""
 LENGTHS = {"original_length": "original_max_position_embeddings"}
 BIASES = choice("mixer.bias", {False: "none", True: "all"}, default=False)
@@ -55,10 +59,10 @@ class Rotating(Architecture):
 
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         plain = {name: x for name, x in values.items() if name not in ("rope_parameters", "rope_scaling")}
-        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        rope = typed(values.get("rope_parameters") or values.get("rope_scaling") or {}, f"{where}: rope", Rotation)
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         known = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        if kind in SCALINGS and isinstance(values.get("max_position_embeddings"), int) and kind == "llama3":
+        if kind == "llama3" and "max_position_embeddings" in values:
             rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
         fields = {name: LENGTHS.get(name, name) for name in SCALINGS.get(kind, ())}
         if (kind != "default" and kind not in SCALINGS) or rope.keys() != set(fields.values()):

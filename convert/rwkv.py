@@ -21,7 +21,8 @@ class Halves(Architecture):
     halves: ClassVar[tuple[str, str]] = (TIME, CHANNEL)
 
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        n_layers = values.get("num_hidden_layers", 0)
+        if (n_layers := values.get("num_hidden_layers")) is None:
+            raise SeqmixError(f"{where} lacks num_hidden_layers")
         return {**values, "num_hidden_layers": 2 * n_layers, self.types: list(self.halves) * n_layers}
 
     def folded(self, values: dict[str, Any]) -> dict[str, Any]:

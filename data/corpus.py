@@ -26,6 +26,8 @@ OWN = "data.validation"
 """The split where the validation split is documents of its own."""
 COUNTED = 2**24
 """Maximum number of tokens for token frequencies."""
+READ = 2**16
+"""Tokens that are searched for text at once."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         parts=tuple(sizes),
         stores=parts,
     )
+    for what, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        _require_text(tokens, tokenizer.begin, f"{what} split of {name}")
     for store in stores:
         if isinstance(store, _InMemory) and not isinstance(corpus.train, Stream):
             store.release()
@@ -157,6 +161,18 @@ def _require(tokens: int, length: int, what: str, split: str) -> None:
         raise SeqmixError(
             f"the {what} has {tokens} tokens, and a sequence with its last target needs {length + 1}: lower "
             f"data.sequence_length, give more text{'' if split == OWN else hint}"
+        )
+
+
+def _require_text(tokens: Tokens, begin: int, what: str) -> None:
+    """Refuse a stream in which nothing can be predicted; it is read up to its first token of text."""
+    for start in range(0, len(tokens), READ):
+        if (tokens[start : start + READ] != begin).any():
+            return
+    if len(tokens):
+        raise SeqmixError(
+            f"the {what} has no text: expected at least one token besides the begin token {begin}, got {len(tokens):,} "
+            "of it alone; give a text with documents that are not empty"
         )
 
 

@@ -14,6 +14,7 @@ from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
 from ..training.provenance import SESSIONS_FILE
 from ..training.run_dir import SCORES_FILE
+from ..training.saved_run import modules_of
 from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
@@ -74,7 +75,8 @@ def is_finished(run: PlannedRun, folder: Path) -> bool:
 def is_same(run: PlannedRun, folder: Path) -> bool:
     """Whether a folder is of this very run."""
     try:
-        return read_config(folder) == run.config
+        # the modules of the run itself are imported by now
+        return not modules_of(folder) and read_config(folder) == run.config
     except (CheckpointError, ConfigError):
         return False
 

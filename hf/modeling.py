@@ -22,6 +22,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     Args:
         config: the configuration.
         model: the model to wrap, whose parameters are shared; None to build and initialise one.
+        trust: whether the modules that the configuration names by dotted paths may be imported.
     """
 
     config_class = SeqmixConfig
@@ -30,10 +31,10 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _no_split_modules: ClassVar = ["Block"]
 
-    def __init__(self, config: SeqmixConfig, model: LanguageModel | None = None) -> None:
+    def __init__(self, config: SeqmixConfig, model: LanguageModel | None = None, *, trust: bool = False) -> None:
         super().__init__(config)
         if model is None:
-            model = LanguageModel(config.model_config)
+            model = LanguageModel(config.read(trust=trust))
             model.reset_parameters()
             use_onednn_linear(model)
         self.model = model
@@ -47,12 +48,20 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does.
 
+        Modules that config.json names by dotted paths are imported with trust_remote_code=True alone.
+
         Raises:
-            SeqmixError: a tensor is missing, has another shape, or is none of the model's.
+            SeqmixError: config.json is not valid or names code that is not imported yet; a tensor is missing, has
+                another shape, or is none of the model's.
         """
+        if trust_remote_code:
+            kwargs["trust"] = True  # what transformers has no use for is given to the constructor
+        kwargs["ignore_mismatched_sizes"] = True  # refused below, with names
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for what in ("missing", "unexpected", "mismatched"):
             if wrong := sorted(map(str, info[f"{what}_keys"])):

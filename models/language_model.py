@@ -332,3 +332,10 @@ def _build(config: ModelConfig, index: int) -> Block:
         return Block(config.blocks[name], config.d_model, layer_idx=index, n_layers=config.n_layers)
     except ContractError as error:
         raise ContractError(f"model.blocks.{name}: {error}") from error
+    except (TypeError, RuntimeError) as error:
+        reason, *_ = str(error).splitlines() or [""]
+        if "overflow" not in reason.lower():
+            raise
+        raise ContractError(
+            f"model.blocks.{name}: expected tensors below 2^63 bytes, got larger ones; lower its heads and widths"
+        ) from error

@@ -16,7 +16,7 @@ from .files import (
     write_files,
 )
 from .loading import dump, load, validated
-from .providers import import_named, import_object
+from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry
 from .schema import json_schema
 from .sources import read_mapping
@@ -42,7 +42,9 @@ __all__ = [
     "replacing_all",
     "replacing_folder",
     "require_name",
+    "require_trusted",
     "try_lock",
+    "unimported",
     "validated",
     "was_unfinished",
     "write_file",

@@ -48,5 +48,8 @@ def require_name(what: str, name: str, allowed: Collection[str]) -> None:
 
 def shown(value: Any) -> str:
     """A value as errors print it: much as YAML has it, and not too long."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr, ensure_ascii=False)
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr, ensure_ascii=False)
+    except RecursionError:
+        return "what is nested too deeply to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -53,11 +53,14 @@ def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") ->
     Raises:
         ConfigError: as `load` raises it.
     """
-    tree = fields if isinstance(fields, Node) else Node.of(fields, Origin(name))
     try:
-        return cls.model_validate(tree.plain() if tree is fields else fields)
-    except ValidationError as error:
-        raise ConfigError(explain(error, tree)) from error
+        tree = fields if isinstance(fields, Node) else Node.of(fields, Origin(name))
+        try:
+            return cls.model_validate(tree.plain() if tree is fields else fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, tree)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{name or COMMAND_LINE}: it is nested too deeply for a configuration") from error
 
 
 def dump(config: Config) -> str:

@@ -7,7 +7,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +106,37 @@ def import_named(module: str) -> ModuleType:
         raise ImportError(f"{module} calls sys.exit({ended.code!r}) when it is imported") from ended
     except BaseException as error:  # of a library that has its own, as pytest's skip or a panic in Rust
         raise ImportError(reason_of(error)) from error
+
+
+def unimported(value: Any) -> list[str]:
+    """The dotted paths in plain data, such as a configuration, whose modules are not imported yet.
+
+    Whoever reads a file of someone else asks this before validating it, which imports them.
+    """
+    found, parts = set[str](), [value]
+    while parts:  # not by recursion: a file may be nested deeper than Python's stack
+        part = parts.pop()
+        if isinstance(part, str) and ":" in part and part.partition(":")[0] not in sys.modules:
+            found.add(part)
+        parts.extend(part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ())
+    return sorted(found)
+
+
+def require_trusted(value: Any, name: object, how: str) -> None:
+    """Refuse plain data that names code that is not imported yet.
+
+    Args:
+        value: a configuration that someone else may have written.
+        name: what errors call its file.
+        how: what to do if it is trusted: "give --trust".
+
+    Raises:
+        ConfigError: it does; the paths.
+    """
+    if named := unimported(value):
+        raise ConfigError(
+            f"{name} names code that loading it would import: {', '.join(named)}; if you trust where it is from, {how}"
+        )
 
 
 def import_object(path: str, what: str) -> Any:

@@ -1,12 +1,10 @@
 """Loading a run from disk, and exporting its weights as one file."""
 
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +13,7 @@ from torch import Tensor
 from ..configs import PRESETS
 from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import ConfigError, dump, load, replacing_folder, write_file
+from ..registry import ConfigError, dump, load, replacing_folder, require_trusted, unimported, write_file
 from ..registry.sources import read
 from . import checkpoint, train_state
 from .checkpoint import CheckpointError, Choice
@@ -34,7 +32,7 @@ def read_config(
     run: Path,
     changes: Sequence[str] = (),
     *,
-    tell: Callable[[str], object] = lambda text: None,  # noqa: ARG005
+    tell: Callable[[str], object] = warnings.warn,
 ) -> RunConfig:
     """The resolved configuration of a run, with overrides as "dotted.path=value".
 
@@ -48,12 +46,21 @@ def read_config(
         what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
     try:
-        kinds = [kind.value for part in read(run / CONFIG_FILE, PRESETS).parts() if (kind := part.child("kind"))]
-        for module in dict.fromkeys(path.partition(":")[0] for path in imported(kinds)):
+        for module in modules_of(run):
             tell(f"{run} imports the module {module}")
         return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
     except ConfigError as error:
         raise ConfigError(f"{error}{missing_plug_ins(run)}") from error
+
+
+def modules_of(run: Path) -> list[str]:
+    """The modules that a run's model names by dotted paths, and that are not imported yet.
+
+    Raises:
+        ConfigError: its configuration cannot be read.
+    """
+    kinds = [kind.value for part in read(run / CONFIG_FILE, PRESETS).parts() if (kind := part.child("kind"))]
+    return list(dict.fromkeys(path.partition(":")[0] for path in unimported(kinds)))
 
 
 def load_run(
@@ -235,27 +242,16 @@ def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageM
     return model.eval()
 
 
-def imported(value: Any) -> Iterator[str]:
-    """The dotted paths in a configuration whose modules are not imported yet."""
-    if isinstance(value, str) and ":" in value and value.partition(":")[0] not in sys.modules:
-        yield value
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from imported(child)
-
-
 def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None]:
     found, metadata = read_tensors([file])
     try:
         # only what is needed: the rest may be of another version
         whole = json.loads(metadata[EXPORTED_CONFIG])
-        if not trust and (named := sorted(set(imported(whole["model"])))):
-            raise CheckpointError(
-                f"{file} names code that loading it would import: {', '.join(named)}; if you trust where the file is "
-                "from, give --trust (trust=True)"
-            )
+        if not trust:
+            require_trusted(whole["model"], file, "give --trust (trust=True)")
         config = ModelConfig.model_validate(whole["model"])
-    except CheckpointError:
-        raise
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     except KeyError as error:
         raise CheckpointError(f"{file} has weights without a configuration: `seqmix export` writes both") from error
     except (ValueError, TypeError, RecursionError) as error:

@@ -18,12 +18,12 @@ from ..configs import PRESETS
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import load, nearest, read_bytes, validated
+from ..registry import load, nearest, read_bytes, require_trusted, validated
 from ..registry.tree import Node, Origin
 from .config import RunConfig
 from .errors import TrainingError
 from .run_dir import CONFIG_FILE
-from .saved_run import EXPORTED_CONFIG, imported, read_config, read_weights
+from .saved_run import EXPORTED_CONFIG, read_config, read_weights
 from .sharding import assign
 from .tensor_files import read_tensors
 from .train_state import parameters_of
@@ -105,7 +105,6 @@ def describe(folder: Path) -> Described:
         return Described(config.model.model_dump(mode="json"), tokenizer, data["begin_token"])
     try:
         described = _exported(folder) if folder.is_file() else _of_hugging_face(folder)
-        unknown = sorted({path.partition(":")[0] for path in imported(described.model)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         allowed = "it is a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
         if not folder.exists():
@@ -116,11 +115,7 @@ def describe(folder: Path) -> Described:
         raise TrainingError(
             f"training.start_from = {folder} cannot be read: {allowed} ({why or type(error).__name__})"
         ) from error
-    if unknown:
-        raise TrainingError(
-            f"training.start_from = {folder} names code that loading it would import: {', '.join(unknown)}; if you "
-            "trust it, write its `model` into your configuration"
-        )
+    require_trusted(described.model, f"training.start_from = {folder}", "write its `model` into your configuration")
     return described
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..mixers.state import from_dict, map_state, to_dict
 from ..models import LanguageModel, ModelConfig, ModelState
+from ..registry import unimported
 from .checkpoint import CheckpointError, Parts, files_of
 from .ema import Ema
 from .optim import AnyOptimizer, start_moments
@@ -20,6 +22,8 @@ from .tensor_files import Chunk, fill, read_chunks, require_same_names
 
 MODEL, OPTIMIZER, STATE, EMA = "model", "optimizer", "state", "ema"
 """The parts of a checkpoint."""
+LONGEST = 2**53
+"""Tokens that a state counts are below it: float64 has them exactly."""
 
 
 def own_parts(
@@ -125,13 +129,37 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: Proc
     """
     files, rows = files_of(folder, STATE), batch_size // groups.dp_size
     found, like = read_chunks(files)[0], model.init_state(rows)
-    require_same_names(files, found, to_dict(like))
+    leaves = to_dict(like)
+    require_same_names(files, found, leaves)
     if any(first.shape[:1] != (batch_size,) for first, *_ in found.values()):
         raise CheckpointError(f"{files[0]} has a state of another batch size than training.batch_size = {batch_size}")
-    # the dtypes are those of the run
+    for name, (first, *_) in found.items():
+        _require_leaf(files[0], name, first, leaves[name])
+    # the floating-point dtypes are those of the run
     state = {name: first.values.new_empty(rows, *first.shape[1:]) for name, (first, *_) in found.items()}
     fill(files, {name: rows_of(leaf, groups) for name, leaf in state.items()})
     return map_state(lambda leaf: leaf.to(model.device), from_dict(like, state))
+
+
+def _require_leaf(file: Path, name: str, found: Chunk, leaf: Tensor) -> None:
+    """Refuse a tensor of a state that has another shape or type than the model's; floats may be of any precision.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    dtype, expected = found.values.dtype, leaf.dtype
+    alike = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
+    if found.shape[1:] != leaf.shape[1:] or not alike:
+        shape = ", ".join(["rows", *map(str, leaf.shape[1:])])
+        raise CheckpointError(
+            f"{file} does not fit the model: expected {name} to be {expected} [{shape}], got {dtype} "
+            f"{list(found.shape)}; go on from another checkpoint"
+        )
+    if not dtype.is_floating_point and bool(((found.values < 0) | (found.values >= LONGEST)).any()):
+        raise CheckpointError(
+            f"{file} does not fit the model: expected {name} to count tokens, 0 to {LONGEST - 1:,}, got "
+            f"{found.values.min().item():,} to {found.values.max().item():,}; go on from another checkpoint"
+        )
 
 
 def chunks_of(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
@@ -145,10 +173,11 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
     if written is None:
         return []
     what, how = _split(config)
-    try:
-        what_before, how_before = _split(ModelConfig.model_validate(json.loads(written)))
-    except (ValueError, RecursionError):
-        what_before, how_before = None, {}
+    what_before, how_before = None, {}
+    with suppress(ValueError, RecursionError):
+        fields = json.loads(written)
+        if not unimported(fields):  # the run's own model is built by now, so another one names other code
+            what_before, how_before = _split(ModelConfig.model_validate(fields))
     if what != what_before:
         raise CheckpointError(
             f"{file} does not match the model of the configuration: undo the changes in config.yaml under `model`, "

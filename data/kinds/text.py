@@ -80,7 +80,7 @@ class Text(Source):
         tokens, length, rows = self.corpus.train, self.config.sequence_length, share(batch_size, rank, world_size)
         if self.carried:
             starts = contiguous_starts(len(tokens), length, batch_size, seed=seed, step=step)
-            return cut(tokens, starts[rows], length, self.begin)
+            return cut(tokens, starts[rows], length, self.begin)  # never packed
         sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
         own = np.zeros(batch_size, dtype=bool)
         own[rows] = True
@@ -88,7 +88,7 @@ class Text(Source):
         for number, source in enumerate(self._sources):
             of = sources == number
             found[of & own] = source.read(numbers[of], own[of], seed=seed, step=step)
-        return as_batch(found[rows], self.begin)
+        return self._with_known_documents(as_batch(found[rows], self.begin))
 
     def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
         if self.carried:
@@ -124,7 +124,7 @@ class Text(Source):
             part = starts[at : at + batch_size]
             batch = cut(tokens, np.resize(part, batch_size), length, self.begin)
             batch.targets[len(part) :] = IGNORED
-            yield Examples(batch)
+            yield Examples(self._with_known_documents(batch))
 
     def _evaluation_starts(self, batch_size: int, limit: int | None, length: int) -> np.ndarray:
         starts = np.arange(0, len(self.corpus.validation) - length, length)
@@ -163,6 +163,22 @@ class Text(Source):
         if not self.config.packing:
             return super().packed(batch)
         return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin)
+
+    def _with_known_documents(self, batch: Batch) -> Batch:
+        """A batch, refused where packing would find more documents in a sequence than the text has.
+
+        Raises:
+            SeqmixError: the begin token stands inside documents, too.
+        """
+        if self.config.packing:
+            most = self.most_documents(batch.inputs.shape[1])
+            if (found := 1 + int((batch.inputs[:, 1:] == self.begin).sum(1).max())) > most:
+                raise SeqmixError(
+                    f"{self.name} has the begin token {self.begin} inside its documents: data.packing expected at most "
+                    f"{most} documents in a sequence, got {found}; tokenize the text again without it or with another "
+                    "data.begin_token, or set data.packing=false"
+                )
+        return batch
 
     def most_documents(self, length: int) -> int:
         """Maximum number of documents in a sequence of a length, cached."""

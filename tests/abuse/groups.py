@@ -5,6 +5,7 @@ from abuse.crashes import crashes
 from abuse.damaged_shards import damaged_shards
 from abuse.dropout import dropout
 from abuse.exports import exports
+from abuse.folders import folders
 from abuse.full_disk import full_disk
 from abuse.interrupts import interrupts
 from abuse.kills import kills
@@ -27,6 +28,7 @@ from abuse.vocabularies import vocabularies
 GROUPS: dict[str, Group] = {
     "configurations": configurations,
     "exports": exports,
+    "folders": folders,
     "shards": shards,
     "damaged_shards": damaged_shards,
     "states": states,
@@ -64,5 +66,5 @@ SLOW = {
     "dropout",
 }
 """Groups whose cases are commands of several seconds: nightly alone."""
-ALONE = {"exports", "vocabularies"}
+ALONE = {"exports", "folders", "vocabularies"}
 """Groups whose cases may abort the process."""

@@ -135,10 +135,10 @@ def split(run: Path, processes: int = 2) -> None:
             for number, chunks in enumerate(parts, 1):
                 write_chunks(file.with_stem(f"{file.stem}-{number}-of-{processes}"), chunks, metadata)
             file.unlink()
-        _seal(folder)
+        seal(folder)
 
 
-def _seal(folder: Path, add: tuple[str, ...] = ()) -> None:
+def seal(folder: Path, add: tuple[str, ...] = ()) -> None:
     """A manifest that is true to the files, and to others that it names."""
     names = [*(file.name for file in folder.glob("*.safetensors")), *add]
     contents = {name: (folder / name).read_bytes() if os.path.isfile(folder / name) else b"" for name in names}
@@ -215,7 +215,7 @@ def _use(good: Path, run: Path, change: Callable[..., Any]) -> None:
         for folder in checkpoints(run):
             added = change(folder=folder) if isinstance(change, partial) else change(folder)
             if added is not False:
-                _seal(folder, added or ())
+                seal(folder, added or ())
         list(train(read_config(run, ["training.steps=3"]), run, resume=True))
         load_run(run)
     finally:

@@ -1,17 +1,25 @@
-"""Prompt caches (`generate --save-state`) of anyone's making: checksums match, contents do not."""
+"""States of anyone's making: checksums match, contents do not.
+
+They are prompt caches (`generate --save-state`), and the state that a run carries from step to step.
+"""
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
+from abuse.shards import seal
 from abuse.tally import Case
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from seqmix import build_model, generate_text, load_config
+from seqmix import build_model, generate_text, load_config, train
 from seqmix.models import ByteTokenizer, LanguageModel, cache_text
-from seqmix.training import load_prompt_cache, save_prompt_cache
+from seqmix.training import load_prompt_cache, read_config, save_prompt_cache
+from seqmix.training.checkpoint import checkpoints
 from seqmix.training.saved_prompt_cache import CHECKSUM_KEY, _digest
 
 PRESETS = (
@@ -48,6 +56,64 @@ def states(folder: Path, drawn: random.Random) -> Iterator[Case]:
                     lambda f=file, n=name, c=change, m=model, g=good: _use(g, f, n, c, m),
                     refused=not other_text,
                 )
+    yield from _carried(folder, drawn)
+
+
+CARRIED = ("retnet-tiny", "mlstm-tiny", "delta-net-tiny", "sliding-window-tiny")
+RUN = ("data.sequence_length=16", "training.steps=2", "training.batch_size=2", "training.carry_state=true")
+RUN += ("training.evaluation_batches=1", "training.final_evaluation_batches=1")
+
+
+def _carried(folder: Path, drawn: random.Random) -> Iterator[Case]:
+    """Every leaf of a carried state with other numbers, shapes and types, and every two leaves swapped."""
+    (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
+    for preset in CARRIED:
+        window = ["model.pattern=[local]", "model.n_layers=1"] if preset.startswith("sliding") else []
+        changes = [*SMALL, *RUN, *window, f"data.paths=[{folder / 'text.txt'}]"]
+        run = folder / f"carried-{preset}"
+        list(train(load_config(preset, changes), run))
+        leaves = load_file(checkpoints(run)[-1] / "state.safetensors")
+        use = partial(_go_on, run)
+        yield Case(f"{preset} whole", partial(use, dict), refused=False)
+        for name, leaf in leaves.items():
+            for what, change in _changes(leaf, drawn):
+                changed = change(leaf)
+                if changed is not None and changed.dtype == leaf.dtype and changed.equal(leaf):
+                    continue
+                # a precision of a run's own is none of the model's; NaN is what a run that diverged has
+                like = changed is not None and changed.is_floating_point() and leaf.is_floating_point()
+                counts = what == f"with {2**31}"  # as a text may have
+                refused = not counts and not (like and changed.shape == leaf.shape)
+                put = partial(_put, name, changed)
+                yield Case(f"carried {preset} {name} {what}", partial(use, put), refused=refused)
+        for one, other in combinations(leaves, 2):
+            alike = leaves[one].shape == leaves[other].shape and leaves[one].dtype == leaves[other].dtype
+            yield Case(
+                f"carried {preset} {one} and {other} swapped", partial(use, partial(_swap, one, other)), not alike
+            )
+
+
+def _put(name: str, leaf: torch.Tensor | None, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rest = {key: x for key, x in leaves.items() if key != name}
+    return rest if leaf is None else rest | {name: leaf.contiguous()}
+
+
+def _swap(one: str, other: str, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return leaves | {one: leaves[other], other: leaves[one]}
+
+
+def _go_on(run: Path, change: Callable[[dict], dict]) -> None:
+    """Train a copy of a run on from a state that is changed and sealed."""
+    copy = run.with_name(f"{run.name}-copy")
+    shutil.copytree(run, copy)
+    try:
+        folder = checkpoints(copy)[-1]
+        file = folder / "state.safetensors"
+        save_file(change(load_file(file)), file)
+        seal(folder)
+        list(train(read_config(copy, ["training.steps=3"]), copy, resume=True))
+    finally:
+        shutil.rmtree(copy)
 
 
 def _changes(leaf: torch.Tensor, drawn: random.Random) -> Iterator[tuple[str, Callable]]:

@@ -71,6 +71,8 @@ def _tokens(begin: int, drawn: random.Random) -> Iterator[tuple[str, Any]]:
     yield "a token more", lambda x: np.concatenate((x, x[:1]))
     yield "no tokens", lambda x: x[:0]
     yield "all tokens out of range", lambda x: x * 0 + 60000
+    yield "begin tokens alone", lambda x: x * 0 + begin
+    yield "begin tokens in documents", lambda x: np.where(np.arange(len(x)) % 7 == 0, begin, x).astype(x.dtype)
 
 
 def _ends(drawn: random.Random) -> Iterator[tuple[str, Any]]:

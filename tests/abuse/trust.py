@@ -14,19 +14,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from abuse.commands import SMALL
+from abuse.shards import seal
 from abuse.tally import Case
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_config, load_run, train
 from seqmix.convert import import_from
+from seqmix.experiments.collect import is_same
 from seqmix.experiments.study import load_study
 from seqmix.training import export_run, load_prompt_cache
+from seqmix.training.checkpoint import checkpoints
 from seqmix.training.saved_run import EXPORTED_CONFIG, read_weights
 
 PATHS = ("stranger:Config", "étranger:Config", "stranger.part:Config", "antigravity:x", "os:system", "os:system.x")
@@ -68,6 +73,23 @@ def trust(folder: Path, drawn: random.Random) -> Iterator[Case]:
             document = base / f"{number}-{start.name}.yaml"
             document.write_text(f"training: {{steps: 1, start_from: {start}}}")
             yield case(f"start from {start.name}, {kind} is {path}", partial(load_config, document), kind != "text")
+        if find_spec("transformers") is not None:
+            hf = {"model": json.loads(named)["model"], "model_type": "seqmix"}
+            (folder_of_hf := base / f"hf{number}").mkdir()
+            (folder_of_hf / "config.json").write_text(json.dumps(hf | {"auto_map": {"AutoConfig": "stranger.Config"}}))
+            save_file(
+                {f"model.{name}": x for name, x in tensors.items()},
+                folder_of_hf / "model.safetensors",
+                {"format": "pt"},
+            )
+            for trusts in (None, False):
+                load = partial(_from_hugging_face, folder_of_hf, trusts)
+                yield case(f"Hugging Face, {kind} is {path}, trust_remote_code={trusts}", load, refused=kind != "text")
+        yield case(
+            f"metadata of a checkpoint, {kind} is {path}", partial(_open_sealed, base, number, named), kind != "text"
+        )
+        study = partial(_planned_before, base / "run", base / f"study{number}", kind, path)
+        yield case(f"a folder of a study, {kind} is {path}", study, refused=False)
         yield case(f"convert, {kind} is {path}", partial(import_from, other, None))
     for number, spelt in enumerate(SPELT):
         yield case(f"a run of {spelt}", partial(_open, base, base / f"run{number}", spelt, canary), refused=False)
@@ -111,6 +133,37 @@ def _watched(base: Path, canary: Path, program: Path, action: Callable[[], objec
         canary.unlink(missing_ok=True)
         if there:
             raise AssertionError("it was executed")
+
+
+def _from_hugging_face(folder: Path, trusts: bool | None) -> None:
+    import transformers
+
+    import seqmix.hf  # noqa: F401
+
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
+    transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts)
+
+
+def _open_sealed(base: Path, number: int, named: str) -> None:
+    """A run whose configuration names nothing, and whose checkpoint's metadata does."""
+    run = base / f"sealed{number}"
+    shutil.copytree(base / "run", run)
+    folder = checkpoints(run)[-1]
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata | {"seqmix.model": json.dumps(json.loads(named)["model"])})
+    seal(folder)
+    load_run(run)
+
+
+def _planned_before(run: Path, folder: Path, kind: str, path: str) -> None:
+    """A study finds a folder where it is to write a run."""
+    config = load_config(run / "config.yaml")
+    shutil.copytree(run, folder)
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace(f"kind: {kind}", f"kind: {json.dumps(path)}"))
+    is_same(SimpleNamespace(config=config), folder)
 
 
 def _open(base: Path, run: Path, spelt: str, canary: Path) -> None:

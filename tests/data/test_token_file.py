@@ -233,3 +233,37 @@ def test_a_header_of_something_else_is_refused(tmp_path, written, instead, named
     assert content.count(written) == 1
     path.write_bytes(content.replace(written, instead))
     assert named in error(path)
+
+
+class Opened(ByteTokenizer):
+    """Bytes of which every n-th is the begin token, which a vocabulary may have in texts, too."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def encode_documents(self, documents):
+        for tokens in super().encode_documents(documents):
+            yield np.where(np.arange(len(tokens)) % self.every == self.every - 1, self.begin, tokens).astype(np.uint16)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_text_of_begin_tokens_alone_is_refused(tmp_path, packing):
+    write(tmp_path / "a.tokens", *([b"a text"] * 40), tokenizer=Opened(1))
+    config = TextConfig(paths=(str(tmp_path / "a.tokens"),), sequence_length=4, packing=packing, split="tail")
+    with pytest.raises(
+        SeqmixError, match=r"expected at least one token besides the begin token 256, got \d+ of it alone"
+    ):
+        config.open(257)
+
+
+def test_begin_tokens_inside_documents_are_refused_where_they_would_be_packed(tmp_path):
+    write(tmp_path / "a.tokens", *([b"the text of a document"] * 40), tokenizer=Opened(3))
+    fields = {"paths": (str(tmp_path / "a.tokens"),), "sequence_length": 12, "split": "tail"}
+    text = TextConfig(**fields, packing=True).open(257)
+    expected = (
+        r"begin token 256 inside its documents: data.packing expected at most \d documents in a sequence, got \d;"
+    )
+    for read in (lambda: text.training_batch(0, 4, 0), lambda: list(text.evaluation_batches(2, None))):
+        with pytest.raises(SeqmixError, match=expected):
+            read()
+    assert TextConfig(**fields).open(257).training_batch(0, 4, 0).inputs.shape == (4, 12)

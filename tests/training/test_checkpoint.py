@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abuse.shards import seal
 from runs import contents, refusal, require_same_run, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -99,6 +100,54 @@ def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of
     assert load_state(latest(run), model, 4)
     assert "batch_size = 5" in refused(lambda: load_state(latest(run), model, 5))
     assert " 2." in refused(lambda: load_state(latest(run), deeper, 4))
+
+
+def test_a_carried_state_has_the_shapes_and_types_of_the_models(config_of, tmp_path):
+    """A checksum says nothing of who wrote it: whoever swaps tensors seals the checkpoint again."""
+    run = tmp_path / "run"
+    run_of(config_of("training.carry_state=true", "data.sequence_length=8"), run)
+    folder, model = latest(run), build_model(config_of().model)
+    file = folder / "state.safetensors"
+    whole = load_file(file)
+    memory, position = whole["0.memory"], whole["0.position"]
+    for changed, words in (
+        (
+            {"0.memory": position, "0.position": memory},
+            r"expected 0.memory to be torch.float32 \[rows, 2, 8, 16\], got torch.int64 \[4\]",
+        ),
+        ({"0.memory": memory.transpose(2, 3).contiguous()}, r"expected 0.memory to be .*, got torch.float32 \[4, "),
+        ({"0.memory": memory.to(torch.int64)}, "got torch.int64"),
+        (
+            {"0.position": position.to(torch.float32)},
+            r"expected 0.position to be torch.int64 \[rows\], got torch.float32",
+        ),
+        ({"0.position": position - 100}, "expected 0.position to count tokens, .* got -"),
+    ):
+        save_file(whole | changed, file)
+        seal(folder)
+        with pytest.raises(CheckpointError, match=words):
+            load_state(folder, model, 4)
+        with pytest.raises(CheckpointError, match=words):
+            list(train(read_config(run, ["training.steps=8"]), run, resume=True))
+    save_file(whole | {"0.memory": memory.double()}, file)
+    assert load_state(folder, model, 4)[0].memory.dtype is torch.float64
+
+
+def test_the_metadata_of_a_checkpoint_imports_nothing(config_of, tmp_path, monkeypatch):
+    run_of(config_of(), run := tmp_path / "run")
+    folder, model = latest(run), build_model(config_of().model)
+    fields = json.loads(config_of().model.model_dump_json())
+    fields["blocks"]["ret"]["mixer"]["kind"] = "strangers_metadata:Config"
+    (tmp_path / "strangers_metadata.py").write_text(
+        "from seqmix.mixers.retention import RetentionConfig as Config\nfrom pathlib import Path\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = folder / "model.safetensors"
+    save_file(load_file(file), file, {"seqmix.model": json.dumps(fields)})
+    seal(folder)
+    assert "does not match the model" in refused(lambda: load_model(folder, model))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
