@@ -1,30 +1,58 @@
 """Every preset: it loads, it is unchanged, it can be built, and the small ones learn.
 
-`python tests/test_presets.py` rewrites tests/data/presets.yaml after an intended change; the reader of the commit
-judges the difference.
+What a preset says is read in its file; what it leaves out are defaults. tests/data/defaults.txt has the defaults of
+every configuration, and the parameters and the training FLOPs of every preset: `python tests/test_presets.py` rewrites
+it after an intended change, and the reader of the commit judges the difference, a line per field.
 """
 
 import math
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from seqmix import account, build_model, load_config, train
+from seqmix import MIXERS, ModelConfig, RunConfig, account, build_model, load_config, train
+from seqmix.blocks import BlockConfig
+from seqmix.blocks.ffn import FFNS
+from seqmix.blocks.norm import NORMS
+from seqmix.data.source import DATA
 from seqmix.models import build_meta
-from seqmix.registry import dump
-from seqmix.training import PRESETS
+from seqmix.registry import Config, dump
+from seqmix.training import PRESETS, TrainingConfig
 from seqmix.training.events import Evaluated, Stepped
 
-GOLDEN = Path(__file__).parent / "data" / "presets.yaml"
+GOLDEN = Path(__file__).parent / "data" / "defaults.txt"
 NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
 TINY = [name for name in NAMES if name.endswith("-tiny") and load_config(name).data.kind == "text"]
 
 
-def resolved() -> str:
-    """All presets as the library reads them, one after another."""
-    return "".join(f"--- # {name}\n{dump(load_config(name))}" for name in NAMES)
+def defaults_of(config: type[Config]) -> list[str]:
+    """The fields of a configuration, a line each."""
+    lines = []
+    for name, field in config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "(required)" if field.is_required() else str(default) if isinstance(default, StrEnum) else repr(default)
+        lines.append(f"  {name} = {shown}")
+    return lines
+
+
+def described() -> str:
+    """The defaults of every configuration, and the size of every preset."""
+    groups = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "data": DATA}
+    kinds = {}
+    for group, registry in groups.items():
+        kinds |= {f"{group} {kind}": config for kind, config in registry.built_in().items()}
+    kinds |= {"run": RunConfig, "training": TrainingConfig, "model": ModelConfig, "block": BlockConfig}
+    lines = []
+    for title, config in kinds.items():
+        lines += [title, *defaults_of(config), ""]
+    lines.append("presets: parameters, FLOPs per token")
+    for name in NAMES:
+        cost = account(load_config(name).model, length=64)
+        lines.append(f"  {name} {cost.parameters:,} {cost.flops_per_token:,.0f}")
+    return "\n".join(lines) + "\n"
 
 
 def shrunk(name: str):
@@ -35,7 +63,7 @@ def shrunk(name: str):
 
 def test_the_presets_are_unchanged():
     assert {"retnet-tiny", "attention-tiny", "linear-tiny", "hybrid-tiny"} <= set(TINY)
-    assert resolved() == GOLDEN.read_text(encoding="utf-8"), "if that is intended: python tests/test_presets.py"
+    assert described() == GOLDEN.read_text(encoding="utf-8"), "if that is intended: python tests/test_presets.py"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,4 +118,4 @@ def test_a_tiny_preset_trains(name, tmp_path):
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(resolved(), encoding="utf-8")
+    GOLDEN.write_text(described(), encoding="utf-8")
