@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..models import IGNORED, LanguageModel, build_model
 from ..training import RunConfig, load_config
-from ..training.optim import build_optimizer, learning_rate
+from ..training.optimizer import build_optimizer
+from ..training.schedule import learning_rate
 from .machine import describe
 from .measure import Call, Spread, interleaved, ratio
 from .peers.gpt import GptBlock

@@ -9,7 +9,7 @@ import torch
 
 from ..models import ModelConfig
 from ..training import load_config
-from ..training.memory import keep_freed_memory, return_freed_memory
+from ..training.monitoring.memory import keep_freed_memory, return_freed_memory
 from .measure import Call
 from .peers import PEERS, Peer, Size
 from .suite import Benchmark, Entry, Implementation

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..training.averaging import average_run
+from ..training.checkpoint.averaging import average_run
 from .options import Run
 from .output import visible
 

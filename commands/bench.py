@@ -19,7 +19,7 @@ from ..benchmarks.suite import Report, Settings, run
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
 from ..experiments.timings import figures_of
 from ..registry import SeqmixError, require_name, write_file
-from ..training.memory import keep_freed_memory
+from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import DTYPES, Device, JsonFile, Overrides, require_device, require_writable
 

@@ -38,7 +38,7 @@ class Tested:
 
 def as_json(found: Sequence[Tested], *, seed: int) -> str:
     """Every check of everything tested, with the cases that fail and the lines that reproduce them."""
-    from ..training.provenance import seqmix_version
+    from ..training.checkpoint.provenance import seqmix_version
 
     tested = [{"kind": one.kind, **one.about, "checks": list(map(_fields, one.outcomes))} for one in found]
     about = {"seqmix": seqmix_version(), "torch": str(torch.__version__), "seed": seed}

@@ -8,7 +8,7 @@ import typer
 from ..convert import ARCHITECTURES, export_to, import_from
 from ..convert.layout import plan
 from ..registry import SeqmixError
-from ..training.run_dir import CONFIG_FILE
+from ..training.checkpoint.run_dir import CONFIG_FILE
 from .console import note, plain_table, terminal
 from .options import Checkpoint, Trust, checkpoint_choice
 from .output import visible

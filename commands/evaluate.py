@@ -13,8 +13,8 @@ from ..mixers import Paradigm
 from ..models import LanguageModel
 from ..registry import SeqmixError, nearest, write_file
 from ..training import load_run, read_config
+from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
-from ..training.run_dir import SCORES_FILE
 from .console import note, terminal
 from .evaluation_tables import listed, show_evaluation, show_scores, show_side_by_side
 from .options import Checkpoint, Device, Ema, JsonFile, Trust, checkpoint_choice, require_device, require_writable

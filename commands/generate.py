@@ -10,7 +10,7 @@ from ..models import LanguageModel, PromptCache, Sampling, cache_text, stream_te
 from ..models.decoding import compiled_after
 from ..registry import SeqmixError, require_name
 from ..training import load_prompt_cache, load_run, save_prompt_cache
-from ..training.memory import keep_freed_memory
+from ..training.monitoring.memory import keep_freed_memory
 from .console import note
 from .options import DTYPES, Checkpoint, Device, Ema, Trust, checkpoint_choice, require_device, require_writable
 from .output import UNREAD, lost, visible

@@ -9,7 +9,7 @@ import typer
 
 from ..registry import require_name
 from ..training import load_config
-from ..training.layouts import GPUS, MACHINE, SHARE, Layout, Planner
+from ..training.distributed.layouts import GPUS, MACHINE, SHARE, Layout, Planner
 from .console import plain_table, terminal
 from .options import Overrides
 from .show import si_bytes

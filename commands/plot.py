@@ -13,7 +13,7 @@ from ..experiments.plots import Plots
 from ..experiments.report import write_report
 from ..experiments.results import RESULTS_FILE, read_results
 from ..registry import SeqmixError, require_name
-from ..training.logging import METRICS_FILE
+from ..training.monitoring.logging import METRICS_FILE
 from .output import visible
 
 

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data import Source
 from ..training.config import RunConfig, TrainingConfig
-from ..training.events import Compiled, Evaluated, Event, Noted, Started, Stepped, StoppedEarly
 from ..training.interrupt import StopRequest
+from ..training.monitoring.events import Compiled, Evaluated, Event, Noted, Started, Stepped, StoppedEarly
 from ..training.run import train
 from .console import terminal
 

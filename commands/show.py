@@ -9,7 +9,7 @@ import typer
 
 from ..models import LayerCost, ModelCost, account
 from ..training import RunConfig, load_config
-from ..training.layouts import received
+from ..training.distributed.layouts import received
 from .console import plain_table, terminal
 from .options import Overrides
 

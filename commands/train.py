@@ -9,9 +9,9 @@ import typer
 
 from ..registry import SeqmixError
 from ..training import load_config, read_config
-from ..training.memory import keep_freed_memory
+from ..training.checkpoint.run_dir import CONFIG_FILE
+from ..training.monitoring.memory import keep_freed_memory
 from ..training.precision import tried
-from ..training.run_dir import CONFIG_FILE
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress

@@ -7,7 +7,7 @@ from typing import Any
 from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, read_bytes, require_name
 from ..training import Choice
-from ..training.saved_run import read_weights
+from ..training.checkpoint.saved_run import read_weights
 from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer
 from ..registry import SeqmixError, replacing_folder, write_file
-from ..training import RunConfig, saved_run
-from ..training.run_dir import require_vacant
+from ..training import RunConfig
+from ..training.checkpoint import saved_run
+from ..training.checkpoint.run_dir import require_vacant
 from ..training.tensor_files import read_tensors, write_tensors
 
 CONFIGS = ("config.json", "args.json")

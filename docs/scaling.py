@@ -10,7 +10,7 @@ from pathlib import Path
 from seqmix import load_config
 from seqmix.experiments.pages import fill, table
 from seqmix.registry import write_file
-from seqmix.training.layouts import Planner, received
+from seqmix.training.distributed.layouts import Planner, received
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, read_config
-from ..training.provenance import SESSIONS_FILE
-from ..training.run_dir import SCORES_FILE
-from ..training.saved_run import modules_of
+from ..training.checkpoint.provenance import SESSIONS_FILE
+from ..training.checkpoint.run_dir import SCORES_FILE
+from ..training.checkpoint.saved_run import modules_of
 from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..registry import ConfigError, SeqmixError, nearest, read_mapping
 from ..training import PRESETS
-from ..training.logging import METRICS_FILE
-from ..training.run_dir import CONFIG_FILE
+from ..training.checkpoint.run_dir import CONFIG_FILE
+from ..training.monitoring.logging import METRICS_FILE
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .measurements import Measurement, add_time, read_measurements
 

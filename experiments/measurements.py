@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import read_bytes
-from ..training.logging import METRICS_FILE
+from ..training.monitoring.logging import METRICS_FILE
 
 Measurement = dict[str, Any]
 """A line: its step, and what was measured there."""

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..training.checkpoint import CheckpointError, checkpoints, find
+from ..training.checkpoint.files import CheckpointError, checkpoints, find
 from ..training.interrupt import StopRequest
-from ..training.logging import METRICS_FILE
+from ..training.monitoring.logging import METRICS_FILE
 from . import lock, results, speed
 from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same
 from .figures.libraries import PlotsMissingError

@@ -20,10 +20,10 @@ import torch
 
 from ..registry import SeqmixError
 from ..training import RunConfig, train
-from ..training.events import Evaluated, Noted, Stepped
+from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.interrupt import StopRequest
-from ..training.memory import keep_freed_memory
-from ..training.run_dir import CONFIG_FILE
+from ..training.monitoring.events import Evaluated, Noted, Stepped
+from ..training.monitoring.memory import keep_freed_memory
 
 FINISHED, FAILED, STOPPED = 0, 2, 130
 """Exit statuses."""

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from ..registry import is_vacant, replacing_folder
 from ..training import Choice, load_run
-from ..training.checkpoint import CheckpointError
+from ..training.checkpoint.files import CheckpointError
 from .modeling import SeqmixForCausalLM
 from .tokenizer import hf_tokenizer
 

@@ -21,13 +21,13 @@ from ..mixers import MixerConfig
 from ..models import TOKENIZER_FILE, LanguageModel, build_model
 from ..registry import Config, SeqmixError, dump, is_vacant, write_file
 from ..training import RunConfig, load_run, read_config, train
-from ..training.checkpoint import checkpoints, step_of
-from ..training.events import Event
-from ..training.logging import METRICS_FILE
-from ..training.process_groups import require_alone
-from ..training.run_dir import CONFIG_FILE
-from ..training.saved_run import add_run, write_run
-from ..training.train_state import parameters_of
+from ..training.checkpoint.files import checkpoints, step_of
+from ..training.checkpoint.run_dir import CONFIG_FILE
+from ..training.checkpoint.saved_run import add_run, write_run
+from ..training.checkpoint.train_state import parameters_of
+from ..training.distributed.process_groups import require_alone
+from ..training.monitoring.events import Event
+from ..training.monitoring.logging import METRICS_FILE
 from .measure import Decoding, Measured, decoding, gap_closed, measure
 from .objectives import OBJECTIVES
 from .plan import Plan, StageName, mixers_of, run_config, student_of

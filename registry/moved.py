@@ -19,6 +19,13 @@ MODULES: Mapping[str, str] = {
     "seqmix.ops.softmax": "seqmix.ops.attention",
     "seqmix.ops.softmax.api": "seqmix.ops.attention.api",
     "seqmix.ops.softmax.cache": "seqmix.ops.attention.kv_cache",
+    "seqmix.training.averaging": "seqmix.training.checkpoint.averaging",
+    "seqmix.training.errors": "seqmix.training.checkpoint.errors",
+    "seqmix.training.events": "seqmix.training.monitoring.events",
+    "seqmix.training.loggers": "seqmix.training.monitoring.loggers",
+    "seqmix.training.optim": "seqmix.training.optimizer",
+    "seqmix.training.saved_prompt_cache": "seqmix.training.checkpoint.saved_prompt_cache",
+    "seqmix.training.saved_run": "seqmix.training.checkpoint.saved_run",
 }
 """Public modules of version 0.2, and where what they held is now. To be removed in 0.4."""
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from seqmix import RunConfig, load_config
 from seqmix.cli import main
 from seqmix.ops.recurrence import products
-from seqmix.training.memory import keep_freed_memory
+from seqmix.training.monitoring.memory import keep_freed_memory
 
 # tensors are small here: threads would wait for each other, much of the time on a busy machine
 torch.set_num_threads(1)

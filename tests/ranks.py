@@ -203,7 +203,7 @@ def step_memory(overrides: list[str]) -> tuple[int, float]:
     """What this rank holds at most in a step, and what `seqmix plan` says."""
     from dispatched import Live
 
-    from seqmix.training.sharding import local_tensor
+    from seqmix.training.distributed.sharding import local_tensor
 
     with _trainer(overrides) as trainer:
         trainer.train_step(0)  # moments, and the storages that FSDP resizes
@@ -216,9 +216,9 @@ def step_memory(overrides: list[str]) -> tuple[int, float]:
 @contextmanager
 def _trainer(overrides: list[str]) -> Iterator[Any]:
     from seqmix import build_model, load_config
-    from seqmix.training.optim import build_optimizer
-    from seqmix.training.process_groups import join_processes
-    from seqmix.training.sharding import assign, sharder
+    from seqmix.training.distributed.process_groups import join_processes
+    from seqmix.training.distributed.sharding import assign, sharder
+    from seqmix.training.optimizer import build_optimizer
     from seqmix.training.trainer import Trainer
 
     config = load_config("hybrid-tiny", [*SMALL, "data={kind: mqar, sequence_length: 64}", *overrides])
@@ -229,7 +229,7 @@ def _trainer(overrides: list[str]) -> Iterator[Any]:
 
 
 def _planned(trainer: Any) -> Any:
-    from seqmix.training.layouts import Planner
+    from seqmix.training.distributed.layouts import Planner
 
     groups, settings = trainer.groups, trainer.config.training
     sequences = settings.batch_size // groups.dp_size // settings.grad_accum_steps
@@ -309,9 +309,9 @@ def keys_held(length: int) -> tuple[float, float, float]:
 def not_finite(text: str, token: int) -> list[str]:
     """What is said where numbers of a token on the last rank alone are not finite, in backward and in an evaluation."""
     from seqmix import SeqmixError, build_model, load_config
-    from seqmix.training.optim import build_optimizer
-    from seqmix.training.process_groups import join_processes
-    from seqmix.training.sharding import assign, sharder
+    from seqmix.training.distributed.process_groups import join_processes
+    from seqmix.training.distributed.sharding import assign, sharder
+    from seqmix.training.optimizer import build_optimizer
     from seqmix.training.trainer import Trainer
 
     def spoil(module, arguments, output):
@@ -360,8 +360,8 @@ def train_here(
     from seqmix import SeqmixError, load_config, train
     from seqmix.training import tensor_files
     from seqmix.training import trainer as module
-    from seqmix.training.events import Evaluated, Noted, Saved, Stepped
-    from seqmix.training.sharding import full_tensor
+    from seqmix.training.distributed.sharding import full_tensor
+    from seqmix.training.monitoring.events import Evaluated, Noted, Saved, Stepped
     from seqmix.training.trainer import Trainer
 
     joined = dist.is_initialized()
@@ -452,8 +452,8 @@ def started_here(overrides: list[str], preset: str = "") -> tuple[bool, int, int
     from dispatched import Allocated
 
     from seqmix import build_model, load_config
-    from seqmix.training.process_groups import join_processes
-    from seqmix.training.sharding import assign, full_tensor, local_tensor, sharder
+    from seqmix.training.distributed.process_groups import join_processes
+    from seqmix.training.distributed.sharding import assign, full_tensor, local_tensor, sharder
 
     config = load_config(preset or "hybrid-tiny", overrides if preset else [*SMALL, *overrides])
     with join_processes(config.distributed) as groups, Allocated() as allocated:
@@ -469,7 +469,7 @@ def waits(seconds: int) -> str:
     """Wait `seconds` at most for the last rank, which is late by thrice as much: what ends the wait."""
     from seqmix import SeqmixError
     from seqmix.training.config import DistributedConfig
-    from seqmix.training.process_groups import join_processes
+    from seqmix.training.distributed.process_groups import join_processes
 
     try:
         with join_processes(DistributedConfig(timeout=seconds)) as groups:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from seqmix import RunConfig, SeqmixError, build_model, train
-from seqmix.training.checkpoint import checkpoints
+from seqmix.training.checkpoint.files import checkpoints
 from seqmix.training.trainer import Trainer
 
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1")

@@ -20,7 +20,7 @@ from seqmix.cli import COMMANDS, imported
 from seqmix.experiments.study import STUDIES
 from seqmix.registry.yaml import parse
 from seqmix.training import PRESETS
-from seqmix.training.checkpoint import checkpoints
+from seqmix.training.checkpoint.files import checkpoints
 
 SMALL = (
     *("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "data.paths=[text.txt]", "training.steps=4"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import seqmix
-from seqmix.training.optim import build_optimizer, learning_rate
+from seqmix.training.optimizer import build_optimizer
+from seqmix.training.schedule import learning_rate
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "training-loop.md"
 

@@ -21,7 +21,7 @@ from seqmix.data.source import DATA
 from seqmix.models import build_meta
 from seqmix.registry import Config, dump
 from seqmix.training import PRESETS, TrainingConfig
-from seqmix.training.events import Evaluated, Stepped
+from seqmix.training.monitoring.events import Evaluated, Stepped
 
 GOLDEN = Path(__file__).parent / "data" / "defaults.txt"
 NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))

@@ -56,7 +56,8 @@ def command_of_rank_that_notes_rows(file: str, rank: int, size: int, port: int, 
 
 def command_killed_in(call: str, count: int, *arguments: str) -> None:
     """The same, killed in a numbered call of a function of the modules that write checkpoints."""
-    from seqmix.training import checkpoint, tensor_files
+    from seqmix.training import tensor_files
+    from seqmix.training.checkpoint import files as checkpoint
 
     module = tensor_files if call == "save_file" else checkpoint
     owner, name = (module, call) if "." not in call else (getattr(module, call.split(".")[0]), call.split(".")[1])

@@ -1,11 +1,11 @@
 """Training, on one process or many: optimizer, training loop, checkpoints."""
 
 from ..configs import PRESETS
-from .checkpoint import CheckpointError, Choice
+from .checkpoint.files import CheckpointError, Choice
+from .checkpoint.saved_prompt_cache import load_prompt_cache, save_prompt_cache
+from .checkpoint.saved_run import export_run, load_run, read_config
 from .config import DistributedConfig, RunConfig, TrainingConfig
 from .run import TrainingError, train
-from .saved_prompt_cache import load_prompt_cache, save_prompt_cache
-from .saved_run import export_run, load_run, read_config
 from .start import load_config
 
 __all__ = [

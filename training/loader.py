@@ -11,7 +11,7 @@ import torch
 
 from ..data import Batch, Source
 from .config import RunConfig
-from .process_groups import ALONE, ProcessGroups
+from .distributed.process_groups import ALONE, ProcessGroups
 
 _Read: TypeAlias = tuple[Batch, dict[str, Any] | None]
 """A batch, and what a checkpoint after its step holds of the data."""

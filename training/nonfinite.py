@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from ..registry import SeqmixError
-from .sharding import local_tensor
+from .distributed.sharding import local_tensor
 
 
 class NotFiniteError(SeqmixError):

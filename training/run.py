@@ -16,23 +16,24 @@ from torch import nn
 
 from ..data import Source
 from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flops_per_token
-from . import checkpoint, train_state
-from .checkpoint import Best, CheckpointError, Found, Manifest
+from .checkpoint import files as checkpoint
+from .checkpoint import train_state
+from .checkpoint.errors import TrainingError, explain_errors, newest_checkpoint
+from .checkpoint.files import Best, CheckpointError, Found, Manifest
+from .checkpoint.provenance import record_session
+from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claimed, held, require_free
 from .config import RunConfig, TrainingConfig
-from .errors import TrainingError, explain_errors, newest_checkpoint
-from .events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
-from .logging import Metrics
-from .memory import peak_memory
-from .metrics import Measured
+from .distributed.process_groups import ProcessGroups, join_processes
+from .distributed.sharding import assign, reshard, sharder
+from .monitoring.events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
+from .monitoring.logging import Metrics
+from .monitoring.memory import peak_memory
+from .monitoring.metrics import Measured
+from .monitoring.peak_flops import peak_flops
 from .nonfinite import NotFiniteError
 from .objective import Objective
-from .optim import build_optimizer
-from .peak_flops import peak_flops
+from .optimizer import build_optimizer
 from .precision import precision_of
-from .process_groups import ProcessGroups, join_processes
-from .provenance import record_session
-from .run_dir import CONFIG_FILE, LOCK_FILE, claimed, held, require_free
-from .sharding import assign, reshard, sharder
 from .start import Beginning, start_from
 from .trainer import StepResult, Trainer
 

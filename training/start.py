@@ -20,13 +20,13 @@ from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, 
 from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import load, nearest, read_bytes, require_trusted, validated
 from ..registry.tree import Node, Origin
+from .checkpoint.errors import TrainingError
+from .checkpoint.run_dir import CONFIG_FILE
+from .checkpoint.saved_run import EXPORTED_CONFIG, read_config, read_weights
+from .checkpoint.train_state import parameters_of
 from .config import RunConfig
-from .errors import TrainingError
-from .run_dir import CONFIG_FILE
-from .saved_run import EXPORTED_CONFIG, read_config, read_weights
-from .sharding import assign
+from .distributed.sharding import assign
 from .tensor_files import read_tensors
-from .train_state import parameters_of
 
 HF_CONFIG, HF_TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 

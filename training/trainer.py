@@ -22,15 +22,16 @@ from ..data import Batch, Examples, Source
 from ..mixers.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
 from .config import RunConfig
+from .distributed.process_groups import ALONE, ProcessGroups
+from .distributed.sharding import full_tensor, keep_gathered, local_tensor
 from .ema import Ema
 from .loader import Loader
-from .metrics import Measured, Score
+from .monitoring.metrics import Measured, Score
 from .nonfinite import NotFiniteError, Place, first_gradient, first_module
 from .objective import Objective
-from .optim import AnyOptimizer, learning_rate
+from .optimizer import AnyOptimizer
 from .precision import precision_of
-from .process_groups import ALONE, ProcessGroups
-from .sharding import full_tensor, keep_gathered, local_tensor
+from .schedule import learning_rate
 from .skipping import Skipping
 
 _Calls: TypeAlias = Callable[[], Iterator[object]]

@@ -20,10 +20,16 @@ from safetensors.torch import load_file
 from seqmix import SeqmixError, build_model, load_config, load_run, train
 from seqmix.mixers.state import to_dict
 from seqmix.training import read_config
-from seqmix.training.checkpoint import MANIFEST_FILE, checkpoints, find
-from seqmix.training.events import Noted
-from seqmix.training.optim import build_optimizer
-from seqmix.training.train_state import load_model, load_optimizer, load_state, moments_of, parameters_of
+from seqmix.training.checkpoint.files import MANIFEST_FILE, checkpoints, find
+from seqmix.training.checkpoint.train_state import (
+    load_model,
+    load_optimizer,
+    load_state,
+    moments_of,
+    parameters_of,
+)
+from seqmix.training.monitoring.events import Noted
+from seqmix.training.optimizer import build_optimizer
 
 CASES = 1820
 PROCESSES = (1, 2, 4)

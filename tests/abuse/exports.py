@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from seqmix import SeqmixError, generate_text, load_config, load_run, train
 from seqmix.models.subword import EXPORTED_TOKENIZER
 from seqmix.training import export_run
-from seqmix.training.saved_run import EXPORTED_CONFIG
+from seqmix.training.checkpoint.saved_run import EXPORTED_CONFIG
 
 SMALL = ("model.d_model=16", "model.n_layers=1", "data.sequence_length=16", "training.steps=1", "training.batch_size=2")
 VALUES = (0, -1, 1e308, 1e-320, 10**400, 2**31, 2**63, "NaN", "", "x", None, True, [], {}, "os:system", "antigravity:x")

@@ -16,7 +16,7 @@ from abuse.tally import Case
 
 from seqmix import load_config, train
 from seqmix.training import read_config
-from seqmix.training.checkpoint import checkpoints, verify
+from seqmix.training.checkpoint.files import checkpoints, verify
 
 ROUNDS = 3
 SENT = {

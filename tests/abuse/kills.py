@@ -23,7 +23,7 @@ from runs import metrics, steps_of, wait_for_steps
 from safetensors.torch import load_file
 
 from seqmix import load_run
-from seqmix.training.checkpoint import checkpoints, find, step_of
+from seqmix.training.checkpoint.files import checkpoints, find, step_of
 
 KILLS, STEPS = 20, 60
 CHANGES = (

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from seqmix import load_config, load_run, train
 from seqmix.training import read_config
-from seqmix.training.checkpoint import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
+from seqmix.training.checkpoint.files import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
 from seqmix.training.tensor_files import BEGIN, BEGINS, Chunk, write_chunks
 
 SMALL = (

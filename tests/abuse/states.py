@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from seqmix import build_model, generate_text, load_config, train
 from seqmix.models import ByteTokenizer, LanguageModel, cache_text
 from seqmix.training import load_prompt_cache, read_config, save_prompt_cache
-from seqmix.training.checkpoint import checkpoints
-from seqmix.training.saved_prompt_cache import CHECKSUM_KEY, _digest
+from seqmix.training.checkpoint.files import checkpoints
+from seqmix.training.checkpoint.saved_prompt_cache import CHECKSUM_KEY, _digest
 
 PRESETS = (
     "retnet-tiny",

@@ -16,7 +16,7 @@ from pathlib import Path
 from abuse.commands import commands, environment, prepared
 from abuse.tally import Case
 
-from seqmix.training.provenance import git_commit
+from seqmix.training.checkpoint.provenance import git_commit
 
 GIT = """core.fsmonitor core.hooksPath core.pager core.editor core.sshCommand core.askPass core.gitProxy alias.status
 core.attributesFile core.alternateRefsCommand alias.rev-parse alias.config credential.helper diff.external

@@ -31,8 +31,8 @@ from seqmix.convert import import_from
 from seqmix.experiments.collect import is_same
 from seqmix.experiments.study import load_study
 from seqmix.training import export_run, load_prompt_cache
-from seqmix.training.checkpoint import checkpoints
-from seqmix.training.saved_run import EXPORTED_CONFIG, read_weights
+from seqmix.training.checkpoint.files import checkpoints
+from seqmix.training.checkpoint.saved_run import EXPORTED_CONFIG, read_weights
 
 PATHS = ("stranger:Config", "étranger:Config", "stranger.part:Config", "antigravity:x", "os:system", "os:system.x")
 PATHS += ("stranger:", ":stranger", " stranger:Config", "stranger:Config:Config", "stranger", "../stranger:Config")

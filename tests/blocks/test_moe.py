@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from seqmix import load_config, load_run, train
 from seqmix.blocks.ffn.moe import MoeConfig
 from seqmix.models import build_model
-from seqmix.training.events import Stepped
+from seqmix.training.monitoring.events import Stepped
 
 
 def built(dtype=torch.float64, width=12, **fields):

@@ -14,7 +14,7 @@ from seqmix.data.kinds.text import TextConfig
 from seqmix.data.slices import Slices, SlicesConfig, bins
 from seqmix.data.source import Batch
 from seqmix.models import IGNORED
-from seqmix.training.metrics import Score
+from seqmix.training.monitoring.metrics import Score
 
 
 def plain_hits(row: list[int], counts: Counter, n: int, most: int, documents: list[int] | None) -> list[bool]:

@@ -18,8 +18,8 @@ from seqmix.data.task import BLOCK, EVALUATION, TRAINING, Task, TaskConfig
 from seqmix.models import IGNORED
 from seqmix.registry import read_mapping
 from seqmix.training import PRESETS
-from seqmix.training.events import Evaluated
-from seqmix.training.metrics import Score
+from seqmix.training.monitoring.events import Evaluated
+from seqmix.training.monitoring.metrics import Score
 
 TASKS = sorted(kind for kind in DATA.kinds() if kind != "text")
 HARDER = {

@@ -17,8 +17,8 @@ from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.mamba import MambaConfig
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.training import read_config
-from seqmix.training.checkpoint import checkpoints
-from seqmix.training.train_state import parameters_of
+from seqmix.training.checkpoint.files import checkpoints
+from seqmix.training.checkpoint.train_state import parameters_of
 
 GDN = {"kind": "gated_delta_net", "n_heads": 2, "expand_v": 1.0, "chunk_size": 16}
 GLA = {"kind": "gla", "n_heads": 2, "expand_k": 1.0, "chunk_size": 16}

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from seqmix import MIXERS, Paradigm, Sampling, load_config, load_run
 from seqmix.models import generate_tokens, prefill
-from seqmix.training.checkpoint import checkpoints
+from seqmix.training.checkpoint.files import checkpoints
 
 BUILT_IN = sorted(MIXERS.built_in())
 NIGHTLY = settings().max_examples > 100

@@ -22,9 +22,9 @@ from seqmix.ops.attention import softmax_attention
 from seqmix.ops.attention.inputs import visible_keys
 from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, offer_of
 from seqmix.ops.kernels import flex as softmax_flex
+from seqmix.ops.kernels import xformers as softmax_xformers
 from seqmix.ops.kernels.flex import BLOCK
 from seqmix.ops.runtime.kernel import Probe, find
-from seqmix.ops.runtime.kernel import xformers as softmax_xformers
 from seqmix.ops.runtime.packing import Documents
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError

@@ -29,9 +29,9 @@ from dispatched import Live
 
 from seqmix import load_config, train
 from seqmix.training.config import DistributedConfig
-from seqmix.training.events import Saved, Stepped
-from seqmix.training.process_groups import join_processes
-from seqmix.training.sharding import local_tensor
+from seqmix.training.distributed.process_groups import join_processes
+from seqmix.training.distributed.sharding import local_tensor
+from seqmix.training.monitoring.events import Saved, Stepped
 from seqmix.training.trainer import Trainer
 
 PRESET = ("retnet-200m", "model.vocab_size=257", "training.grad_accum_steps=1")

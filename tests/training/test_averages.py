@@ -10,11 +10,12 @@ from runs import contents, refusal, require_same_run, run_of, small_disk, stoppe
 from safetensors.torch import load_file
 
 from seqmix import build_model, load_run, train
-from seqmix.training import checkpoint, export_run
-from seqmix.training.averaging import average_run
-from seqmix.training.events import Noted, Stepped
-from seqmix.training.optim import build_optimizer
-from seqmix.training.run_dir import claim
+from seqmix.training import export_run
+from seqmix.training.checkpoint import files as checkpoint
+from seqmix.training.checkpoint.averaging import average_run
+from seqmix.training.checkpoint.run_dir import claim
+from seqmix.training.monitoring.events import Noted, Stepped
+from seqmix.training.optimizer import build_optimizer
 
 EMA = ("training.ema=0.4", "training.checkpoint_every=1", "training.keep_checkpoints=9")
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import seqmix
 from seqmix import build_model, load_run, train
-from seqmix.training import CheckpointError, checkpoint, read_config, tensor_files
-from seqmix.training.checkpoint import Best, Manifest, checkpoints, find, verify, write
-from seqmix.training.optim import build_optimizer
-from seqmix.training.train_state import load_model, load_optimizer, load_state, metadata_of, own_parts
+from seqmix.training import CheckpointError, read_config, tensor_files
+from seqmix.training.checkpoint import files as checkpoint
+from seqmix.training.checkpoint.files import Best, Manifest, checkpoints, find, verify, write
+from seqmix.training.checkpoint.train_state import load_model, load_optimizer, load_state, metadata_of, own_parts
+from seqmix.training.optimizer import build_optimizer
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 

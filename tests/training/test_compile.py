@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from seqmix import train
 from seqmix.data import read_corpus
-from seqmix.training.events import Compiled, Evaluated, Stepped
+from seqmix.training.monitoring.events import Compiled, Evaluated, Stepped
 
 
 def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_of, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from seqmix.models import generate_text, load_tokenizer, train_bpe
 from seqmix.registry import dump
 from seqmix.registry.yaml import parse, write
 from seqmix.training import export_run, read_config
-from seqmix.training.checkpoint import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
+from seqmix.training.checkpoint.files import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
 
 
 def cases(share: float) -> settings:
@@ -50,7 +50,7 @@ ROOM = 2**31
 
 @pytest.fixture(autouse=True)
 def _little_memory_and_no_waiting_for_the_disk(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr("seqmix.training.checkpoint.flush", lambda path: None)
+    monkeypatch.setattr("seqmix.training.checkpoint.files.flush", lambda path: None)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))

@@ -23,10 +23,10 @@ from torch.testing import assert_close
 from seqmix import load_config, load_run
 from seqmix.registry import ElsewhereError, SeqmixError
 from seqmix.training import export_run
-from seqmix.training.averaging import average_run
-from seqmix.training.checkpoint import checkpoints, files_of, verify
+from seqmix.training.checkpoint.averaging import average_run
+from seqmix.training.checkpoint.files import checkpoints, files_of, verify
 from seqmix.training.config import DistributedConfig
-from seqmix.training.process_groups import join_processes
+from seqmix.training.distributed.process_groups import join_processes
 from seqmix.training.tensor_files import read_tensors
 
 DELTA = "model.blocks.attn.mixer={kind: gated_delta_net, n_heads: 2}"

@@ -11,8 +11,8 @@ from runs import refusal, run_of, stopped
 from seqmix import train
 from seqmix.models import is_out_of_memory
 from seqmix.training import TrainingError, read_config
-from seqmix.training.checkpoint import checkpoints
-from seqmix.training.events import Evaluated, Saved, Stepped
+from seqmix.training.checkpoint.files import checkpoints
+from seqmix.training.monitoring.events import Evaluated, Saved, Stepped
 from seqmix.training.trainer import Trainer
 
 CPU = RuntimeError(

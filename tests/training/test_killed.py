@@ -13,7 +13,7 @@ import workers
 from hypothesis import settings
 from runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
 
-from seqmix.training.checkpoint import checkpoints, verify
+from seqmix.training.checkpoint.files import checkpoints, verify
 
 STEPS = 40
 PRESET = (

@@ -5,7 +5,7 @@ import torch
 
 from seqmix import account, load_config
 from seqmix.registry import SeqmixError
-from seqmix.training.layouts import GPUS, SHARE, Planner, received
+from seqmix.training.distributed.layouts import GPUS, SHARE, Planner, received
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import load_study
 from seqmix.training import TrainingConfig
-from seqmix.training.events import Stepped
-from seqmix.training.loggers import WANDB_ID
+from seqmix.training.monitoring.events import Stepped
+from seqmix.training.monitoring.loggers import WANDB_ID
 
 
 def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monkeypatch):

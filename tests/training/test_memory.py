@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from seqmix.training.memory import keep_freed_memory, return_freed_memory
+from seqmix.training.monitoring.memory import keep_freed_memory, return_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

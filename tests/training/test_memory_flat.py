@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from seqmix.training import load_config, train
-from seqmix.training.events import Evaluated, Saved, Started
+from seqmix.training.monitoring.events import Evaluated, Saved, Started
 
 STEPS = int(os.environ.get("STEPS", "60"))
 EVERY = 10  # steps between evaluations

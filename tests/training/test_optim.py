@@ -9,8 +9,9 @@ from runs import metrics, refusal, require_same_run, run_of, stopped
 
 from seqmix import build_model
 from seqmix.training import TrainingConfig
-from seqmix.training.events import Stepped
-from seqmix.training.optim import build_optimizer, learning_rate
+from seqmix.training.monitoring.events import Stepped
+from seqmix.training.optimizer import build_optimizer
+from seqmix.training.schedule import learning_rate
 
 LEARNABLE = "model.blocks.ret.mixer.learnable_decay=true"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqmix.training.peak_flops import PEAKS, peak_flops, peak_of
+from seqmix.training.monitoring.peak_flops import PEAKS, peak_flops, peak_of
 
 DEVICES = {
     **{"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989},

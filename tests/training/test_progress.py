@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _evaluation, run_with_progress
-from seqmix.training.events import Evaluated, Started, Stepped, StoppedEarly
+from seqmix.training.monitoring.events import Evaluated, Started, Stepped, StoppedEarly
 
 
 def handlers() -> list:

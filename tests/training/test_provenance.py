@@ -8,7 +8,7 @@ import pytest
 from runs import refusal, run_of
 
 from seqmix import load_run
-from seqmix.training.provenance import git_commit
+from seqmix.training.checkpoint.provenance import git_commit
 
 
 def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):

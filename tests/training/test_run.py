@@ -14,10 +14,10 @@ import seqmix
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train
 from seqmix.data import TextConfig
 from seqmix.training import TrainingError, read_config
-from seqmix.training.checkpoint import checkpoints, read_manifest, step_of
-from seqmix.training.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
-from seqmix.training.metrics import Measured
-from seqmix.training.optim import build_optimizer
+from seqmix.training.checkpoint.files import checkpoints, read_manifest, step_of
+from seqmix.training.monitoring.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
+from seqmix.training.monitoring.metrics import Measured
+from seqmix.training.optimizer import build_optimizer
 from seqmix.training.run import Course
 from seqmix.training.trainer import Trainer
 

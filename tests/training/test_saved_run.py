@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_run
 from seqmix.models import ByteTokenizer
-from seqmix.training import CheckpointError, RunConfig, checkpoint, export_run, read_config, train_state
-from seqmix.training.checkpoint import checkpoints
+from seqmix.training import CheckpointError, RunConfig, export_run, read_config
+from seqmix.training.checkpoint import files as checkpoint
+from seqmix.training.checkpoint import train_state
+from seqmix.training.checkpoint.files import checkpoints
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from runs import metrics, refusal, require_same_run, run_of, stopped, trainer_of
 
-from seqmix.training.errors import TrainingError
-from seqmix.training.events import Noted, Stepped
+from seqmix.training.checkpoint.errors import TrainingError
+from seqmix.training.monitoring.events import Noted, Stepped
 from seqmix.training.nonfinite import NotFiniteError
 from seqmix.training.objective import Objective
 from seqmix.training.skipping import LEAST, WINDOW, Skipping

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from seqmix import SeqmixError, load_run
 from seqmix.models import train_bpe
 from seqmix.training import export_run, load_config
-from seqmix.training.events import Noted, Saved, Stepped
+from seqmix.training.monitoring.events import Noted, Saved, Stepped
 
 SMALL = ("model.d_model=8", "model.blocks.ret.mixer.n_heads=2", "training.ema=0.5")
 STILL = ("training.learning_rate=1e-12",)

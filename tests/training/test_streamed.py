@@ -9,7 +9,7 @@ from runs import require_same_run, run_of, stopped, wait_for_steps
 
 from seqmix.data import sequences
 from seqmix.training import trainer
-from seqmix.training.checkpoint import checkpoints, read_manifest
+from seqmix.training.checkpoint.files import checkpoints, read_manifest
 from seqmix.training.loader import Loader
 
 datasets = pytest.importorskip("datasets")

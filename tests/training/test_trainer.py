@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from seqmix.mixers.state import to_dict
 from seqmix.models import IGNORED
+from seqmix.training.distributed.process_groups import ProcessGroups
 from seqmix.training.nonfinite import NotFiniteError, Place
-from seqmix.training.optim import learning_rate
-from seqmix.training.process_groups import ProcessGroups
+from seqmix.training.schedule import learning_rate
 
 FROZEN = "training.learning_rate=1.0e-30"
 CARRY = ("training.carry_state=true", FROZEN)

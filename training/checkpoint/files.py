@@ -24,10 +24,10 @@ import torch
 from pydantic import Field, ValidationError
 from torch import get_num_threads
 
-from ..registry import Config, SeqmixError, flush, nearest, read_bytes
-from .process_groups import ALONE, ProcessGroups
+from ...registry import Config, SeqmixError, flush, nearest, read_bytes
+from ..distributed.process_groups import ALONE, ProcessGroups
+from ..tensor_files import CheckpointError, Chunk, write_chunks
 from .provenance import seqmix_version
-from .tensor_files import CheckpointError, Chunk, write_chunks
 
 MANIFEST_FILE = "manifest.json"
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixers.contract import IMPLEMENTATION_FIELDS
-from ..mixers.state import from_dict, map_state, to_dict
-from ..models import LanguageModel, ModelConfig, ModelState
-from ..registry import unimported
-from .checkpoint import CheckpointError, Parts, files_of
-from .ema import Ema
-from .optim import AnyOptimizer, start_moments
-from .process_groups import ALONE, ProcessGroups
-from .sharding import chunk_of, is_sharded
-from .tensor_files import Chunk, fill, read_chunks, require_same_names
+from ...mixers.contract import IMPLEMENTATION_FIELDS
+from ...mixers.state import from_dict, map_state, to_dict
+from ...models import LanguageModel, ModelConfig, ModelState
+from ...registry import unimported
+from ..distributed.process_groups import ALONE, ProcessGroups
+from ..distributed.sharding import chunk_of, is_sharded
+from ..ema import Ema
+from ..optimizer import AnyOptimizer, start_moments
+from ..tensor_files import Chunk, fill, read_chunks, require_same_names
+from .files import CheckpointError, Parts, files_of
 
 MODEL, OPTIMIZER, STATE, EMA = "model", "optimizer", "state", "ema"
 """The parts of a checkpoint."""

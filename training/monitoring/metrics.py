@@ -7,8 +7,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data.source import LossSlice
-from ..models import IGNORED
+from ...data.source import LossSlice
+from ...models import IGNORED
 
 
 @dataclass(frozen=True)

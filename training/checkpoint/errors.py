@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..models import compiler_failure, is_out_of_memory
-from ..registry import SeqmixError
-from .checkpoint import checkpoints
-from .config import TrainingConfig
+from ...models import compiler_failure, is_out_of_memory
+from ...registry import SeqmixError
+from ..config import TrainingConfig
+from .files import checkpoints
 
 
 class TrainingError(SeqmixError):

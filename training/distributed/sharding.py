@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models import LanguageModel
-from .config import DistributedConfig
+from ...models import LanguageModel
+from ..config import DistributedConfig
+from ..tensor_files import Chunk
 from .process_groups import ProcessGroups
-from .tensor_files import Chunk
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

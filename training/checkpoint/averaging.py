@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, train_state
-from .checkpoint import CheckpointError
+from ..tensor_files import read_tensors
+from . import files as checkpoint
+from . import train_state
+from .files import CheckpointError
 from .run_dir import require_vacant
 from .saved_run import read_config, write_run
-from .tensor_files import read_tensors
 
 
 def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:

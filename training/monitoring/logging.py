@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..registry import write_file
-from .config import RunConfig
+from ...registry import write_file
+from ..config import RunConfig
 from .loggers import Logger, explain_refusal, make_logger, scalars
 
 METRICS_FILE = "metrics.jsonl"

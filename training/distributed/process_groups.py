@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.runtime.context_parallel import ContextParallel
-from ..registry import ElsewhereError, SeqmixError
-from .config import DistributedConfig
+from ...ops.runtime.context_parallel import ContextParallel
+from ...registry import ElsewhereError, SeqmixError
+from ..config import DistributedConfig
 
 
 @dataclass(frozen=True, eq=False)

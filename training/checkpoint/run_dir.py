@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..registry import SeqmixError, dump, is_vacant, try_lock, write_file
-from .config import RunConfig
+from ...registry import SeqmixError, dump, is_vacant, try_lock, write_file
+from ..config import RunConfig
 from .errors import TrainingError
 
 CONFIG_FILE, LOCK_FILE, SCORES_FILE = "config.yaml", "run.lock", "scores.json"

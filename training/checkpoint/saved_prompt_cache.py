@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..mixers import ContractError
-from ..mixers.state import from_dict, map_state, to_dict
-from ..models import LanguageModel, PromptCache
-from ..models.prompt_cache import RECENT as RECENT_TOKENS
+from ...mixers import ContractError
+from ...mixers.state import from_dict, map_state, to_dict
+from ...models import LanguageModel, PromptCache
+from ...models.prompt_cache import RECENT as RECENT_TOKENS
+from ..tensor_files import CheckpointError, read_tensors, write_tensors
 from .provenance import seqmix_version
-from .tensor_files import CheckpointError, read_tensors, write_tensors
 
 FORMAT = "1"
 FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.prompt_cache", "seqmix.model", "seqmix.sha256"

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..data import Source
+from ...data import Source
 
 
 @dataclass(frozen=True)

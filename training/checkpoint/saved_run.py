@@ -10,17 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..configs import PRESETS
-from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
-from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import ConfigError, dump, load, replacing_folder, require_trusted, unimported, write_file
-from ..registry.sources import read
-from . import checkpoint, train_state
-from .checkpoint import CheckpointError, Choice
-from .config import RunConfig
+from ...configs import PRESETS
+from ...models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
+from ...models.subword import EXPORTED_TOKENIZER
+from ...registry import ConfigError, dump, load, replacing_folder, require_trusted, unimported, write_file
+from ...registry.sources import read
+from ..config import RunConfig
+from ..tensor_files import fill, read_tensors, write_tensors
+from . import files as checkpoint
+from . import train_state
+from .files import CheckpointError, Choice
 from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE
-from .tensor_files import fill, read_tensors, write_tensors
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """Types of safetensors other than the model's, and their names."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from ..registry import SeqmixError, import_object, write_file
-from .config import LOGGERS, RunConfig
+from ...registry import SeqmixError, import_object, write_file
+from ..config import LOGGERS, RunConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = Path("wandb", "run-id.txt")

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..mixers import SequenceMixer
-from ..models import ModelConfig, account, build_meta
-from ..models.loss import LOGITS_AT_ONCE
-from ..ops.runtime.context_parallel import ContextParallel
-from ..registry import SeqmixError
-from .config import RunConfig
-from .peak_flops import peak_of
+from ...mixers import SequenceMixer
+from ...models import ModelConfig, account, build_meta
+from ...models.loss import LOGITS_AT_ONCE
+from ...ops.runtime.context_parallel import ContextParallel
+from ...registry import SeqmixError
+from ..config import RunConfig
+from ..monitoring.peak_flops import peak_of
 
 SHARE = 0.4
 """Of the peak, which matrix products are assumed to reach."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ..registry import Config
-from .config import RunConfig
-from .process_groups import ALONE, ProcessGroups
+from ...registry import Config
+from ..config import RunConfig
+from ..distributed.process_groups import ALONE, ProcessGroups
 
 SESSIONS_FILE = "sessions.jsonl"
 

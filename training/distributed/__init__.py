@@ -1,0 +1,1 @@
+"""Training on several processes: process groups, sharded parameters, and what a layout costs."""

@@ -1,0 +1,1 @@
+"""What a run reports: events, metrics, loggers, memory and peak rates."""
